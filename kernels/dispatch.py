@@ -1,0 +1,108 @@
+"""Which path an operator takes, and why: the one place that reads the environment.
+
+``TOKRED_KERNELS`` is ``auto`` (default: the Triton kernel where it can run, else torch), ``torch`` (always the torch
+path) or ``triton`` (the kernel, or an error that says why it cannot run). ``TOKRED_AUTOTUNE=1`` times a few launch
+configurations per rounded size instead of using the default one. With ``TRITON_INTERPRET=1`` kernels also run on the
+CPU, slowly, which is how they are tested without a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MODES = ("auto", "torch", "triton")
+
+
+def mode() -> str:
+    """The value of ``TOKRED_KERNELS``.
+
+    Raises:
+        ValueError: the variable holds something else than auto, torch or triton.
+    """
+    value = os.environ.get("TOKRED_KERNELS", "auto")
+    if value not in MODES:
+        raise ValueError(f"TOKRED_KERNELS is {value!r}; allowed are {', '.join(MODES)}")
+    return value
+
+
+def autotune() -> bool:
+    """Whether ``TOKRED_AUTOTUNE=1`` asks for launch configurations to be timed."""
+    return os.environ.get("TOKRED_AUTOTUNE", "0") == "1"
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def _triton_found() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+class Refusal(NamedTuple):
+    """One row of an operator's table: when ``applies`` is true, the kernel cannot run, for ``reason``."""
+
+    applies: bool
+    reason: str
+
+
+def device_refusals(tensor: Tensor) -> list[Refusal]:
+    """The rows that every operator shares: the device and the presence of triton."""
+    return [
+        Refusal(not _triton_found(), "triton is not installed (pip install tokred[triton])"),
+        Refusal(
+            not tensor.is_cuda and not interpreting(),
+            f"the tensors are on {tensor.device.type}; kernels run on cuda, or anywhere under TRITON_INTERPRET=1",
+        ),
+    ]
+
+
+def use_kernel(name: str, tensor: Tensor, refusals: Callable[[], Iterable[Refusal]]) -> bool:
+    """Whether operator ``name`` runs its Triton kernel for this call.
+
+    Args:
+        name: the operator, for the message.
+        tensor: any input; its device decides first.
+        refusals: the operator's own table, evaluated only when the device allows a kernel.
+
+    Raises:
+        RuntimeError: ``TOKRED_KERNELS=triton`` and the kernel cannot run; the message has the reason.
+    """
+    if not tensor.is_cuda and not interpreting() and mode() != "triton":
+        return False  # the usual CPU call: no table is built
+    chosen = mode()
+    if chosen == "torch":
+        return False
+    reason = why_not(tensor, refusals)
+    if reason is None:
+        return True
+    if chosen == "triton":
+        raise RuntimeError(f"TOKRED_KERNELS=triton, but {name} cannot run its kernel: {reason}")
+    return False
+
+
+def why_not(tensor: Tensor, refusals: Callable[[], Iterable[Refusal]]) -> str | None:
+    """The first reason for which the kernel cannot run, or None."""
+    for rows in (device_refusals(tensor), refusals()):
+        for row in rows:
+            if row.applies:
+                return row.reason
+    return None
+
+
+def round_up_bucket(n: int) -> int:
+    """The next power of two (at least 16): tuning keys and launch shapes use it, so that close lengths share them."""
+    return max(16, 1 << (max(int(n), 1) - 1).bit_length())
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type sums are kept in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,1 @@
+"""The embedded default: weights and a sample of Fashion-MNIST."""
