@@ -2,7 +2,8 @@
 
 ``TOKRED_KERNELS`` is ``auto`` (default: the Triton kernel where it can run, else torch), ``torch`` (always the torch
 path) or ``triton`` (the kernel, or an error that says why it cannot run). ``TOKRED_AUTOTUNE=1`` times a few launch
-configurations per rounded size instead of using the default one. With ``TRITON_INTERPRET=1`` kernels also run on the
+configurations per rounded size instead of using the default one. ``TOKRED_DEBUG=1`` checks on every call that indices
+are in range, which waits for the device. With ``TRITON_INTERPRET=1`` kernels also run on the
 CPU, slowly, which is how they are tested without a GPU.
 """
 
@@ -35,6 +36,11 @@ def mode() -> str:
 def autotune() -> bool:
     """Whether ``TOKRED_AUTOTUNE=1`` asks for launch configurations to be timed."""
     return os.environ.get("TOKRED_AUTOTUNE", "0") == "1"
+
+
+def debug() -> bool:
+    """Whether ``TOKRED_DEBUG=1`` asks for the values of indices to be checked, at the price of a device wait."""
+    return os.environ.get("TOKRED_DEBUG", "0") == "1"
 
 
 def interpreting() -> bool:
