@@ -31,9 +31,18 @@ def gather_rows(x: Tensor, index: Tensor) -> Tensor:
 
 def gather_rows_or_zero(x: Tensor, index: Tensor) -> Tensor:
     """Rows of ``x`` ``(B, M, C)`` by ``index`` ``(B, N)``; the index -1 gives a row of zeros."""
+    missing = index < 0
+    # On a CPU looking at the values costs nothing; a device would be waited for, and a trace would break.
+    if index.device.type == "cpu" and type(index) is Tensor and not torch.compiler.is_compiling():
+        holes = missing.reshape(-1).nonzero().view(-1)
+        if holes.numel() == 0:
+            return gather_rows(x, index)
+        gathered = gather_rows(x, index.clamp(min=0))
+        gathered.view(-1, gathered.shape[-1]).index_fill_(0, holes, 0)
+        return gathered
     gathered = gather_rows(x, index.clamp(min=0))
-    # Selecting, unlike multiplying by zero, keeps the rows that were asked for free of other rows' infinities.
-    return torch.where((index >= 0).unsqueeze(-1), gathered, gathered.new_zeros(()))
+    # Selecting, unlike multiplying by zero, keeps the holes free of another row's infinities.
+    return torch.where(missing.unsqueeze(-1), gathered.new_zeros(()), gathered)
 
 
 def segment_sum(x: Tensor, index: Tensor, rows: int) -> Tensor:

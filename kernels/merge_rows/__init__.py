@@ -131,7 +131,7 @@ def merge_sizes(size: Tensor | None, representative: Tensor, source: Tensor, tar
     _check_reduction(representative, source, target, n, representative.shape[0], representative.device)
     if size is not None:
         _check_per_row("size", size, representative.shape[0], n, representative.device)
-    return reference.merge_sizes(size, representative, source, target)
+    return reference.merge_sizes(size, representative, source, target, n)
 
 
 def unmerge_rows(y: Tensor, index: Tensor) -> Tensor:

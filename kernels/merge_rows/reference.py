@@ -1,8 +1,8 @@
 """The definition of the row merges in plain torch: also the tuned path on a CPU, and what autograd and compile see.
 
-The representatives' rows are copied once; after that only the ``R`` sources and the slots they go into are touched. A
-source that is dropped is replaced by the representative of slot 0 and sent to slot 0 with no weight, which changes
-nothing and asks nothing of the host.
+The representatives' rows are copied once; after that only the sources and the slots they go into are touched. Where
+values may not be looked at (on a device, under a trace) a dropped source is replaced by a stand-in: the representative
+of slot 0, sent to slot 0 with no weight, which changes nothing.
 """
 
 from __future__ import annotations
@@ -23,50 +23,66 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 
 class _Edges(NamedTuple):
-    """The sources of a reduction, ready to use: all but ``source`` are flat, ``B * R`` long."""
+    """The sources that go into a slot, flat: ``E`` of them."""
 
-    source: Tensor  # [B, R], dropped ones replaced
-    alive: Tensor  # [B, R] bool
-    slot: Tensor  # rows of the answer, 0 for dropped ones
+    member: Tensor  # [E] row numbers in a contiguous (B * N) table
+    row: Tensor  # [E] row numbers in the table that holds x
+    slot: Tensor  # [E] row numbers of the answer
+    alive: Tensor | None  # [E] bool, False on the stand-ins of dropped sources; None: there are none
 
 
-def _edges(representative: Tensor, source: Tensor, target: Tensor) -> _Edges:
+def _edges(representative: Tensor, source: Tensor, target: Tensor, n: int, steps: tuple[int, ...]) -> _Edges:
     alive = target >= 0
+    slots = (representative.shape[1], 1)
+    # On a CPU looking at the values costs nothing; a device would be waited for, and a trace would break.
+    if source.device.type == "cpu" and type(source) is Tensor and not torch.compiler.is_compiling():
+        member = flat_index(source, (n, 1))
+        row = member if steps == (n, 1) else flat_index(source, steps)
+        slot = flat_index(target, slots)
+        if not bool(alive.all()):
+            chosen = alive.reshape(-1).nonzero().view(-1)
+            slot, member, kept = slot.index_select(0, chosen), member.index_select(0, chosen), member
+            row = member if row is kept else row.index_select(0, chosen)
+        return _Edges(member, row, slot, None)
     source = torch.where(alive, source, representative[:, :1])
-    slot = flat_index(target.clamp(min=0), (representative.shape[1], 1))
-    return _Edges(source, alive, slot)
+    slot = flat_index(target.clamp(min=0), slots)
+    return _Edges(flat_index(source, (n, 1)), flat_index(source, steps), slot, alive.reshape(-1))
 
 
 def _gain(size: Tensor | None, weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """What each row counts for: size times weight, ``(B, N)``, or None for ones."""
+    """What each row counts for: size times weight, ``(B * N,)``, or None for ones."""
     gain = size if weight is None else (weight if size is None else size * weight)
-    return None if gain is None else gain.to(dtype)
+    return None if gain is None else gain.to(dtype).reshape(-1)
 
 
-def _shares(gain: Tensor | None, representative: Tensor, edges: _Edges, dtype: torch.dtype) -> Tensor:
-    """Each source's share of its slot's total, ``(B * R, 1)``; nothing where the whole slot weighs nothing."""
+def _own(gain: Tensor | None, edges: _Edges, dtype: torch.dtype) -> Tensor:
+    """What each source counts for, ``(E,)``; stand-ins count nothing."""
     if gain is None:
-        own = edges.alive.to(dtype).view(-1)
-        total = torch.ones(representative.numel(), dtype=dtype, device=own.device)
+        return torch.ones_like(edges.slot, dtype=dtype) if edges.alive is None else edges.alive.to(dtype)
+    own = gain.index_select(0, edges.member)
+    return own if edges.alive is None else own * edges.alive
+
+
+def _totals(gain: Tensor | None, own: Tensor, representative: Tensor, edges: _Edges, n: int) -> Tensor:
+    """What each slot counts for, ``(B * M,)``."""
+    if gain is None:
+        total = torch.ones(representative.numel(), dtype=own.dtype, device=own.device)
     else:
-        own = (gain.gather(1, edges.source) * edges.alive).view(-1)
-        total = gain.gather(1, representative).view(-1)
-    total = total.index_add(0, edges.slot, own).index_select(0, edges.slot)
-    return (own / total.clamp(min=torch.finfo(dtype).tiny)).unsqueeze(1)
+        total = gain.index_select(0, flat_index(representative, (n, 1)))
+    return total.index_add(0, edges.slot, own)
 
 
-def merge_sizes(size: Tensor | None, representative: Tensor, source: Tensor, target: Tensor) -> Tensor:
+def merge_sizes(size: Tensor | None, representative: Tensor, source: Tensor, target: Tensor, n: int) -> Tensor:
     """The sum of the members' sizes, ``(B, M)`` float32; see :func:`tokred.kernels.merge_rows.merge_sizes`."""
-    if size is None:
-        total = torch.ones(representative.shape, dtype=torch.float32, device=representative.device)
-    else:
-        size = size.to(torch.float32)
-        total = size.gather(1, representative)
-    if source.shape[1] == 0 or representative.shape[1] == 0:
-        return total
-    edges = _edges(representative, source, target)
-    own = edges.alive.to(torch.float32) if size is None else size.gather(1, edges.source) * edges.alive
-    return total.view(-1).index_add_(0, edges.slot, own.view(-1)).view(representative.shape)
+    gain = _gain(size, None, torch.float32)
+    edges = _edges(representative, source, target, n, (n, 1)) if representative.shape[1] else _no_edges(source)
+    own = _own(gain, edges, torch.float32)
+    return _totals(gain, own, representative, edges, n).view(representative.shape)
+
+
+def _no_edges(like: Tensor) -> _Edges:
+    none = like.new_empty(0)
+    return _Edges(none, none, none, None)
 
 
 def merge_rows(
@@ -79,101 +95,96 @@ def merge_rows(
     mode: str,
 ) -> Tensor:
     """The merged rows; see :func:`tokred.kernels.merge_rows.merge_rows` for arguments and modes."""
-    batch, slots, channels = x.shape[0], representative.shape[1], x.shape[2]
+    batch, n, channels = x.shape
+    slots = representative.shape[1]
     scaled = mode == "sum" and weight is not None
     touched = mode != "keep" and source.shape[1] > 0 and slots > 0
     recording = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, size, weight))
-    if x.dtype in _HALVES and (scaled or (touched and (recording or mode == "mlerp"))):
+    if x.dtype in _HALVES and (scaled or (touched and recording)):
         return merge_rows(x.float(), representative, source, target, size, weight, mode).to(x.dtype)
 
     rows = rows_of(x)
-    where = flat_index(representative, rows.steps)
-    y = rows.table.index_select(0, where)  # [B * M, C], fresh: may be changed in place
+    y = rows.table.index_select(0, flat_index(representative, rows.steps))  # [B * M, C], fresh: changed in place below
     wide = dispatch.accumulator_dtype(x.dtype)
-    if scaled and weight is not None:
-        y = y * weight.to(wide).gather(1, representative).view(-1, 1)
+    gain = _gain(None if mode == "sum" else size, weight, wide)
+    if scaled and gain is not None:
+        y = y * gain.index_select(0, flat_index(representative, (n, 1))).unsqueeze(1)
     if touched:
-        edges = _edges(representative, source, target)
-        moved = rows.table.index_select(0, flat_index(edges.source, rows.steps))  # [B * R, C]
+        edges = _edges(representative, source, target, n, rows.steps)
+        moved = rows.table.index_select(0, edges.row)  # [E, C]
         if mode == "max":
             y = y.scatter_reduce(0, edges.slot.unsqueeze(1).expand_as(moved), moved, "amax")
-        elif mode == "sum":
-            _add_sum(y, moved, edges, weight, wide)
         else:
-            gain = _gain(size, weight, wide)
-            _add_mean(y, moved, edges, _shares(gain, representative, edges, wide), wide)
-            if mode == "mlerp":
-                y = _lengthen(y, moved, edges, rows.table.index_select(0, where.index_select(0, edges.slot)))
+            base = y.index_select(0, edges.slot)  # [E, C]
+            own = _own(gain, edges, wide)
+            if mode == "sum":
+                added = moved.to(wide) * own.unsqueeze(1)
+            else:
+                total = _totals(gain, own, representative, edges, n).index_select(0, edges.slot)
+                # A slot whose members all weigh nothing stays its representative.
+                share = own / total.clamp(min=torch.finfo(wide).tiny)
+                added = (moved.to(wide) - base).mul_(share.unsqueeze(1))
+            y = _write(y, base, moved, added, edges, mode, recording)
     return y.view(batch, slots, channels)
 
 
-def _add_mean(y: Tensor, moved: Tensor, edges: _Edges, share: Tensor, wide: torch.dtype) -> None:
-    """Add to each slot its sources' shares of their distance from the representative; ``y`` is changed."""
-    base = y.index_select(0, edges.slot)
-    if y.dtype == wide:
-        y.index_add_(0, edges.slot, (moved - base).mul_(share))
-    else:
-        base = base.to(wide)
-        _add_rounded(y, base, (moved - base).mul_(share), edges)
-
-
-def _add_sum(y: Tensor, moved: Tensor, edges: _Edges, weight: Tensor | None, wide: torch.dtype) -> None:
-    """Add to each slot its weighted sources; ``y`` is changed."""
-    factor = edges.alive.to(wide)
-    if weight is not None:
-        factor = weight.to(wide).gather(1, edges.source) * factor
-    added = moved * factor.view(-1, 1)
-    if y.dtype == wide:
-        y.index_add_(0, edges.slot, added)
-    else:
-        _add_rounded(y, y.index_select(0, edges.slot).to(wide), added, edges)
-
-
-def _writers(edges: _Edges, slots: int) -> Tensor:
-    """For each source, the number of one source that goes into the same slot: the same one for all of them."""
-    numbers = torch.arange(edges.slot.numel(), device=edges.slot.device)
-    return edges.slot.new_empty(slots).scatter_(0, edges.slot, numbers).index_select(0, edges.slot)
-
-
-def _add_rounded(y: Tensor, base: Tensor, added: Tensor, edges: _Edges) -> None:
-    """Add rows to half-precision slots with one rounding, keeping wide sums for the touched slots only."""
-    writer = _writers(edges, y.shape[0])
-    total = torch.zeros_like(added).index_add_(0, writer, added).index_select(0, writer)
-    # Sources of one slot write the same row.
-    y.index_copy_(0, edges.slot, (base + total).to(y.dtype))
-
-
-def _lengthen(y: Tensor, moved: Tensor, edges: _Edges, base: Tensor) -> Tensor:
-    """Give the mean of each slot that took a source the length of its longest member.
+def _write(y: Tensor, base: Tensor, moved: Tensor, added: Tensor, edges: _Edges, mode: str, recording: bool) -> Tensor:
+    """Bring what the sources add into the touched slots.
 
     Args:
-        y: ``(B * M, C)`` the means.
-        moved: ``(B * R, C)`` the sources' rows.
+        y: ``(B * M, C)`` the representatives; may be changed.
+        base: ``(E, C)`` the representative of each source's slot.
+        moved: ``(E, C)`` the sources.
+        added: ``(E, C)`` what each source adds, in the type of the sums.
         edges: the sources.
-        base: ``(B * R, C)`` the representative of each source's slot.
+        mode: mean, sum or mlerp.
+        recording: whether autograd records.
     """
-    slots, slot = y.shape[0], edges.slot
-    mean = y.index_select(0, slot)
-    own, first = moved.norm(dim=1), base.norm(dim=1)
-    longest = own.new_zeros(slots).scatter_reduce(0, slot, torch.maximum(own, first), "amax").index_select(0, slot)
-    length = mean.norm(dim=1)
-    # The longest member: the representative (key 0) before the sources, those in the order of their rows.
-    last = torch.iinfo(torch.int64).max
-    key = torch.where(first == longest, 0, torch.where(own == longest, edges.source.reshape(-1) + 1, last))
-    best = key.new_full((slots,), last).scatter_reduce(0, slot, key, "amin").index_select(0, slot)
-    is_best = (best == edges.source.reshape(-1) + 1) & (own == longest)
+    slot = edges.slot
+    if mode != "mlerp" and y.dtype == added.dtype:
+        return y.index_add_(0, slot, added)
+    # One source of each slot, the same for all of them, holds its wide sum: half precision is rounded once.
     numbers = torch.arange(slot.numel(), device=slot.device)
-    holder = slot.new_zeros(slots + 1).scatter_(0, torch.where(is_best, slot, slots), numbers).index_select(0, slot)
-    member = torch.where((best == 0).unsqueeze(1), base, moved.index_select(0, holder))
-    flat = (length < SHORTEST).unsqueeze(1)
-    scale = longest / torch.where(length < SHORTEST, 1.0, length)
-    new = torch.where(flat, member, mean * scale.unsqueeze(1))
-    # One source per slot carries the change, and none where all that came was dropped.
-    took = torch.zeros(slots, dtype=torch.int64, device=slot.device).index_add_(
-        0, slot, edges.alive.reshape(-1).to(torch.int64)
-    )
-    writes = (_writers(edges, slots) == numbers) & (took.index_select(0, slot) > 0)
-    return y.index_add(0, slot, torch.where(writes.unsqueeze(1), new - mean, 0.0))
+    writer = slot.new_empty(y.shape[0]).scatter_(0, slot, numbers).index_select(0, slot)
+    new = base + torch.zeros_like(added).index_add(0, writer, added).index_select(0, writer)
+    if mode == "mlerp":
+        new = _lengthen(new, moved.to(new.dtype), base.to(new.dtype), edges, y.shape[0])
+        if edges.alive is not None:  # a slot to which only stand-ins came
+            took = edges.alive.new_zeros(y.shape[0], dtype=torch.int64).index_add_(0, slot, edges.alive.to(torch.int64))
+            new = torch.where((took.index_select(0, slot) > 0).unsqueeze(1), new, base)
+    if recording:
+        return y.index_add(0, slot, torch.where((writer == numbers).unsqueeze(1), new - base, 0.0))
+    # Sources of one slot write the same row.
+    return y.index_copy_(0, slot, new.to(y.dtype))
+
+
+def _lengthen(mean: Tensor, moved: Tensor, base: Tensor, edges: _Edges, slots: int) -> Tensor:
+    """The norm-preserving mean of each source's slot: the mean's direction, the longest member's length.
+
+    Args:
+        mean: ``(E, C)`` the mean of each source's slot.
+        moved: ``(E, C)`` the sources.
+        base: ``(E, C)`` the representative of each source's slot.
+        edges: the sources.
+        slots: length of the flat answer.
+
+    Returns:
+        ``(E, C)``.
+    """
+    slot, member = edges.slot, edges.member
+    own, first, length = moved.norm(dim=1), base.norm(dim=1), mean.norm(dim=1)
+    longest = own.new_zeros(slots).scatter_reduce(0, slot, torch.maximum(own, first), "amax").index_select(0, slot)
+    # Among equally long members the representative (key 0) comes first, then the sources in the order of their rows.
+    last = torch.iinfo(torch.int64).max
+    key = torch.where(first == longest, 0, torch.where(own == longest, member + 1, last))
+    best = key.new_full((slots,), last).scatter_reduce(0, slot, key, "amin").index_select(0, slot)
+    numbers = torch.arange(slot.numel(), device=slot.device)
+    holds = torch.where(best == member + 1, slot, slots)
+    holder = slot.new_zeros(slots + 1).scatter_(0, holds, numbers).index_select(0, slot)
+    row = torch.where((best == 0).unsqueeze(1), base, moved.index_select(0, holder))
+    short = length < SHORTEST
+    scale = longest / torch.where(short, 1.0, length)
+    return torch.where(short.unsqueeze(1), row, mean * scale.unsqueeze(1))
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
