@@ -1,0 +1,18 @@
+"""Every method, one file each. A file registers its method; this list only makes the names importable lazily."""
+
+from __future__ import annotations
+
+from tokred.registry import methods
+
+# name -> "module:Class"; the modules are imported when a name is first used.
+TARGETS = {
+    "tome": "tokred.methods.tome:ToMe",
+    "kth": "tokred.methods.kth:KthMerge",
+    "random": "tokred.methods.random:RandomMerge",
+    "random_prune": "tokred.methods.random:RandomPrune",
+    "pitome": "tokred.methods.pitome:PiToMe",
+    "evit": "tokred.methods.evit:EViT",
+}
+
+for _name, _target in TARGETS.items():
+    methods.add(_name, _target)

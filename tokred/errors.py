@@ -1,0 +1,27 @@
+"""The errors that tokred raises beyond ``ValueError`` and ``TypeError``."""
+
+from __future__ import annotations
+
+
+class TokredError(Exception):
+    """Base of tokred's own errors."""
+
+
+class UnsupportedModelError(TokredError, TypeError):
+    """The model has no place where tokens can rightly be reduced; the message says why and what to do."""
+
+
+class MissingInputError(TokredError, ValueError):
+    """A method asked a site for something that the site does not have."""
+
+
+class UnknownMethodError(TokredError, ValueError):
+    """No method of this name is registered; the message names the nearest ones."""
+
+
+class TokenStateError(TokredError, RuntimeError):
+    """The sizes and the source map that belong to a token sequence were lost between two blocks."""
+
+
+class NothingRecordedError(TokredError, RuntimeError):
+    """A report or a trace was asked for before any (uncompiled) forward had run."""

@@ -1,0 +1,98 @@
+"""ToMe: in every block, merge the r most similar token pairs and keep track of what each token stands for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from tokred.matching import bipartite_soft_matching, mergeable
+from tokred.method import Method
+from tokred.reduction import Reduction
+from tokred.registry import register
+from tokred.schedules import ScheduleLike, schedule
+from tokred.site import Site
+
+Metric = Literal["k", "q", "v", "x"]
+
+
+def head_mean(t: Tensor) -> Tensor:
+    """``(B, H, N, D)`` to the mean over heads ``(B, N, D)``; ``(B, N, C)`` as it is."""
+    return t.mean(1) if t.ndim == 4 else t
+
+
+def read_metric(site: Site, metric: Metric) -> Tensor:
+    """The vectors that are compared, ``(B, N, D)``."""
+    return head_mean({"k": lambda: site.k, "q": lambda: site.q, "v": lambda: site.v, "x": lambda: site.x}[metric]())
+
+
+def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Refuse a value that is not among the allowed ones, naming the argument."""
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
+
+
+@register("tome")
+@dataclass(frozen=True)
+class ToMe(Method):
+    """Token Merging.
+
+    Args:
+        r: tokens removed per block: an integer, a pair ``(r, inflect)``, or a list with one entry a block. Capped at
+            half of the unprotected tokens of a block.
+        prop_attn: proportional attention, the log of a token's size added to attention's logits. On for supervised
+            weights (AugReg, SWAG, DeiT, CLIP); switch it off for off-the-shelf MAE weights.
+        metric: what is compared: keys, queries or values (mean over heads), or the tokens themselves.
+        split: ``"alternate"`` (by parity), or ``"sequential"`` (a baseline: about three points worse).
+        mode: how merged tokens are combined: size-weighted ``"mean"``, ``"max"``, ``"mlerp"`` or ``"keep"``.
+
+    Source: Bolya et al., Token Merging: Your ViT But Faster, ICLR 2023, section 3.
+    """
+
+    summary: ClassVar[str] = "merge the r most similar token pairs in every block"
+    source: ClassVar[str] = "Bolya et al., ICLR 2023 (arXiv 2210.09461)"
+
+    r: ScheduleLike = 0
+    prop_attn: bool = True
+    metric: Metric = "k"
+    split: Literal["alternate", "sequential"] = "alternate"
+    mode: Literal["mean", "max", "mlerp", "keep"] = "mean"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "r", schedule(self.r))
+        check_choice("metric", self.metric, ("k", "q", "v", "x"))
+        check_choice("split", self.split, ("alternate", "sequential"))
+        check_choice("mode", self.mode, ("mean", "max", "mlerp", "keep"))
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """The tokens, and what is compared."""
+        return frozenset({"x", self.metric})
+
+    @property
+    def proportional(self) -> bool:
+        """As ``prop_attn`` says."""
+        return self.prop_attn
+
+    def check(self, depth: int) -> None:
+        """A list may not be longer than the model is deep."""
+        schedule(self.r).check(depth)
+
+    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
+        """``n`` less this layer's ``r``, capped."""
+        return n - min(schedule(self.r).at(layer, depth), mergeable(n, prefix, suffix))
+
+    def reduce(self, site: Site) -> Reduction:
+        """Match by parity and merge the most similar pairs."""
+        return bipartite_soft_matching(
+            read_metric(site, self.metric),
+            schedule(self.r).at(site.layer, site.depth),
+            prefix=site.prefix,
+            suffix=site.suffix,
+            split=self.split,
+            mask=site.mask,
+            mode=self.mode,
+        )
+
+

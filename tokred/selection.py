@@ -1,0 +1,37 @@
+"""Selection: which tokens stay, by their importance. Ties go to the lower index, everywhere."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def ranked(scores: Tensor) -> Tensor:
+    """Positions by descending score ``(..., N)``; equal scores in ascending position."""
+    return scores.argsort(dim=-1, descending=True, stable=True)
+
+
+def protected_rows(b: int, n: int, prefix: int, suffix: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Positions ``(B, P)`` and ``(B, S)`` of the leading and the trailing protected tokens."""
+    lead = torch.arange(prefix, device=device).expand(b, -1)
+    tail = torch.arange(n - suffix, n, device=device).expand(b, -1)
+    return lead, tail
+
+
+def hash_uniform(n: int, seed: int, layer: int, step: int = 0, device: torch.device | str | None = None) -> Tensor:
+    """``(n,)`` float64 numbers in [0, 1) that depend only on the arguments and the position.
+
+    Counter-based, so the global generator is never touched, the same call gives the same numbers on every device, and
+    every sample of a batch sees the same ones (a sample's result does not depend on its batch-mates).
+    """
+    mask = 0xFFFFFFFF
+    key = (seed * 0x9E3779B1 + layer * 0x85EBCA6B + step * 0xC2B2AE35 + 0x27D4EB2F) & mask
+    h = (torch.arange(n, device=device, dtype=torch.int64) * 0x9E3779B1 + key) & mask
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        h = ((h ^ (h >> shift)) * factor) & mask
+    return (h ^ (h >> 16)).double() / 2**32
+
+
+def random_order(b: int, n: int, seed: int, layer: int, step: int = 0, device: torch.device | str | None = None) -> Tensor:
+    """``(B, n)`` the same pseudo-random permutation of ``range(n)`` for every sample, see :func:`hash_uniform`."""
+    return ranked(hash_uniform(n, seed, layer, step, device)).expand(b, -1)
