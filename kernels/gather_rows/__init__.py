@@ -8,10 +8,17 @@ import torch
 from torch import Tensor
 
 from tokred.kernels import dispatch
+from tokred.kernels.dispatch import use_kernel, why_not
 from tokred.kernels.gather_rows import reference
+from tokred.kernels.gather_rows.registration import cache_refusals, refusals
 from tokred.kernels.rows import check_index, check_range, check_shape
 
-__all__ = ["CacheRows", "gather_cache", "gather_cache_", "gather_rows"]
+__all__ = ["CacheRows", "gather_cache", "gather_cache_", "gather_rows", "why_not_kernel"]
+
+_gather_op = torch.ops.tokred.gather_rows.default
+_cache_op = torch.ops.tokred.gather_cache.default
+_cache_out_op = torch.ops.tokred.gather_cache_out.default
+_cache_in_place_op = torch.ops.tokred.gather_cache_.default
 
 
 class CacheRows(NamedTuple):
@@ -41,6 +48,8 @@ def gather_rows(x: Tensor, index: Tensor) -> Tensor:
     per_head = x.ndim == 4 and index.ndim == 3
     check_index("index", index, (*x.shape[:2], None) if per_head else (x.shape[0], None), x.device)
     check_range("index", index, 0, x.shape[-2])
+    if use_kernel("gather_rows", x, lambda: refusals(x)):
+        return _gather_op(x, index, False)  # type: ignore[no-any-return]
     return reference.gather_rows(x, index)
 
 
@@ -72,15 +81,14 @@ def gather_cache(
     _check_cache(keys, values, positions, index)
     if out is not None:
         _check_out(keys, values, positions, index, out)
-    found = CacheRows(
-        reference.gather_rows(keys, index),
-        reference.gather_rows(values, index),
-        reference.gather_positions(positions, index),
-    )
+    kernel = use_kernel("gather_cache", keys, lambda: cache_refusals(keys, values))
     if out is None:
-        return found
-    for given, rows in zip(out, found, strict=True):
-        given.copy_(rows)
+        return CacheRows(*(_cache_op if kernel else reference.gather_cache)(keys, values, positions, index))
+    if kernel:
+        _cache_out_op(keys, values, positions, index, *out)
+    else:
+        for given, rows in zip(out, reference.gather_cache(keys, values, positions, index), strict=True):
+            given.copy_(rows)
     return CacheRows(*out)
 
 
@@ -102,10 +110,17 @@ def gather_cache_(keys: Tensor, values: Tensor, positions: Tensor, index: Tensor
     """
     _check_cache(keys, values, positions, index)
     _check_ascending(index)
+    if use_kernel("gather_cache_", keys, lambda: cache_refusals(keys, values, in_place=True)):
+        _cache_in_place_op(keys, values, positions, index)
+    else:
+        reference.gather_cache_(keys, values, positions, index)
     count = index.shape[-1]
-    found = reference.gather_positions(positions, index)
-    positions[:, :, :count] = found
-    return CacheRows(reference.compact_(keys, index), reference.compact_(values, index), positions[:, :, :count])
+    return CacheRows(keys[:, :, :count], values[:, :, :count], positions[:, :, :count])
+
+
+def why_not_kernel(x: Tensor) -> str | None:
+    """The reason for which rows like ``x`` would not be gathered by the Triton kernel, or None if they would."""
+    return why_not(x, lambda: refusals(x))
 
 
 def _check_cache(keys: Tensor, values: Tensor, positions: Tensor, index: Tensor) -> None:

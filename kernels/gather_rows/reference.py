@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokred.kernels.rows import contiguous_steps, flat_index, rows_of
+from tokred.kernels import dispatch
+from tokred.kernels.rows import flat_index, rows_of
 
 # Rows moved at a time by the in-place form: enough to amortise the calls, small beside a cache.
 _CHUNK = 2048
@@ -45,49 +46,49 @@ def gather_rows_or_zero(x: Tensor, index: Tensor) -> Tensor:
     return torch.where(missing.unsqueeze(-1), gathered.new_zeros(()), gathered)
 
 
-def segment_sum(x: Tensor, index: Tensor, rows: int) -> Tensor:
-    """The transpose of :func:`gather_rows_or_zero`: row ``index[k]`` of the answer collects row ``k`` of ``x``.
+def segment_sum(x: Tensor, keys: Tensor, slots: Tensor | None, coefficients: Tensor | None, rows: int) -> Tensor:
+    """Rows added into rows: ``out[i, n]`` is the sum over the entries ``e`` with ``keys[i, e] == n``.
+
+    It is the transpose of a gather, and of every merge.
 
     Args:
-        x: ``(B, K, C)`` or ``(B, H, K, D)``.
-        index: ``(B, K)`` or ``(B, H, K)``; -1 is left out.
+        x: ``(I, S, C)``.
+        keys: ``(I, E)`` int64 in ``[0, rows)``, or -1 to leave the entry out.
+        slots: ``(I, E)`` int64 in ``[0, S)``, the row of ``x`` each entry adds; None: entry ``e`` adds row ``e``.
+        coefficients: ``(I, E)`` float, the factor of each entry; None: ones.
         rows: length of the answer's row dimension.
 
     Returns:
-        ``(B, rows, C)`` or ``(B, H, rows, D)``.
+        ``(I, rows, C)``, summed in float32 for half precision.
     """
-    if index.ndim < x.ndim - 1:
-        index = index.unsqueeze(1)
-    lead, channels = x.shape[:-2], x.shape[-1]
-    index = index.expand(*lead, index.shape[-1])
-    # Left-out rows go to a last row that is cut off.
-    slots = torch.where(index < 0, rows, index)
-    steps = contiguous_steps((*lead, rows + 1))
-    wide = x.to(torch.float32) if x.dtype in (torch.float16, torch.bfloat16) else x
-    total = wide.new_zeros(lead.numel() * (rows + 1), channels)
-    total = total.index_add(0, flat_index(slots, steps, lead), wide.reshape(-1, channels))
-    return total.view(*lead, rows + 1, channels)[..., :rows, :].to(x.dtype)
+    batch, channels = x.shape[0], x.shape[2]
+    added = x.to(dispatch.accumulator_dtype(x.dtype))
+    if slots is not None:
+        added = gather_rows(added, slots)
+    if coefficients is not None:
+        added = added * coefficients.to(added.dtype).unsqueeze(-1)
+    # Entries left out go to a last row that is cut off.
+    flat = flat_index(torch.where(keys < 0, rows, keys), (rows + 1, 1))
+    total = added.new_zeros(batch * (rows + 1), channels)
+    total = total.index_add(0, flat, added.reshape(-1, channels))
+    return total.view(batch, rows + 1, channels)[:, :rows].to(x.dtype).contiguous()
 
 
-def gather_positions(positions: Tensor, index: Tensor) -> Tensor:
-    """``positions`` ``(B, Hk, N)`` at ``index`` ``(B, Hk, K)``."""
-    return positions.gather(2, index)
+def gather_cache(keys: Tensor, values: Tensor, positions: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows ``index`` ``(B, Hk, K)`` of keys and values ``(B, Hk, N, D)`` and of positions ``(B, Hk, N)``."""
+    return gather_rows(keys, index), gather_rows(values, index), positions.gather(2, index)
 
 
-def compact_(x: Tensor, index: Tensor) -> Tensor:
-    """Move rows ``index`` of ``x`` to its front, in place.
+def gather_cache_(keys: Tensor, values: Tensor, positions: Tensor, index: Tensor) -> None:
+    """Move rows ``index`` of a cache to its front; the index ascends."""
+    _compact(keys, index)
+    _compact(values, index)
+    positions[:, :, : index.shape[2]] = positions.gather(2, index)
 
-    Because the index ascends, ``index[k] >= k``: a chunk of targets never covers a source of a later chunk.
 
-    Args:
-        x: ``(B, Hk, N, D)``; changed.
-        index: ``(B, Hk, K)``, strictly ascending along K.
-
-    Returns:
-        A view of the first K rows of ``x``.
-    """
+def _compact(x: Tensor, index: Tensor) -> None:
+    """Because the index ascends, ``index[k] >= k``: a chunk of targets never covers a source of a later chunk."""
     count = index.shape[-1]
     for start in range(0, count, _CHUNK):
         stop = min(start + _CHUNK, count)
         x[:, :, start:stop] = gather_rows(x, index[:, :, start:stop])
-    return x[:, :, :count]

@@ -13,11 +13,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tokred.kernels.dispatch import use_kernel, why_not
 from tokred.kernels.gather_rows import reference as gather_reference
+from tokred.kernels.gather_rows.registration import refusals as gather_refusals
 from tokred.kernels.merge_rows import reference
+from tokred.kernels.merge_rows.registration import refusals, size_refusals, slot_totals
 from tokred.kernels.rows import check_index, check_range, check_shape
 
-__all__ = ["MODES", "MergedNorm", "merge_rows", "merge_rows_norm", "merge_sizes", "unmerge_rows"]
+__all__ = ["MODES", "MergedNorm", "merge_rows", "merge_rows_norm", "merge_sizes", "unmerge_rows", "why_not_kernel"]
+
+_merge_op = torch.ops.tokred.merge_rows.default
+_merge_norm_op = torch.ops.tokred.merge_rows_norm.default
+_gather_op = torch.ops.tokred.gather_rows.default
 
 MODES = ("mean", "sum", "max", "mlerp", "keep")
 
@@ -66,6 +73,8 @@ def merge_rows(
     Source: Bolya et al., Token Merging, ICLR 2023 (mean); Kim et al., Token Fusion, WACV 2024 (mlerp).
     """
     _check_merge(x, representative, source, target, size, weight, mode)
+    if use_kernel("merge_rows", x, lambda: refusals(x, size, weight, mode)):
+        return _merge_op(x, representative, source, target, size, weight, mode)  # type: ignore[no-any-return]
     return reference.merge_rows(x, representative, source, target, size, weight, mode)
 
 
@@ -107,6 +116,9 @@ def merge_rows_norm(
     for name, value in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         if value is not None:
             check_shape(name, value, (x.shape[2],))
+    if use_kernel("merge_rows_norm", x, lambda: refusals(x, size, weight, mode, norm=True)):
+        rows = (x, representative, source, target, size, weight, mode)
+        return MergedNorm(*_merge_norm_op(*rows, norm_weight, norm_bias, eps))
     merged = reference.merge_rows(x, representative, source, target, size, weight, mode)
     return MergedNorm(merged, reference.layer_norm(merged, norm_weight, norm_bias, eps))
 
@@ -131,6 +143,9 @@ def merge_sizes(size: Tensor | None, representative: Tensor, source: Tensor, tar
     _check_reduction(representative, source, target, n, representative.shape[0], representative.device)
     if size is not None:
         _check_per_row("size", size, representative.shape[0], n, representative.device)
+    like = representative if size is None else size
+    if use_kernel("merge_sizes", like, lambda: size_refusals(size)):
+        return slot_totals(None if size is None else size.float(), representative, source, target)
     return reference.merge_sizes(size, representative, source, target, n)
 
 
@@ -152,7 +167,24 @@ def unmerge_rows(y: Tensor, index: Tensor) -> Tensor:
         raise ValueError(f"y must be (B, M, C) of a float type, got {tuple(y.shape)} of {y.dtype}")
     check_index("index", index, (y.shape[0], None), y.device)
     check_range("index", index, -1, y.shape[1])
+    if use_kernel("unmerge_rows", y, lambda: gather_refusals(y)):
+        return _gather_op(y, index, True)  # type: ignore[no-any-return]
     return gather_reference.gather_rows_or_zero(y, index)
+
+
+def why_not_kernel(
+    x: Tensor, *, size: Tensor | None = None, weight: Tensor | None = None, mode: str = "mean", norm: bool = False
+) -> str | None:
+    """The reason for which :func:`merge_rows` would not reach its Triton kernel, or None if it would.
+
+    Args:
+        x: ``(B, N, C)``; this and the next three as in :func:`merge_rows`.
+        size: ``(B, N)``, or None.
+        weight: ``(B, N)``, or None.
+        mode: one of :data:`MODES`.
+        norm: ask for :func:`merge_rows_norm`.
+    """
+    return why_not(x, lambda: refusals(x, size, weight, mode, norm=norm))
 
 
 def _check_merge(
