@@ -1,0 +1,77 @@
+"""Shared by the operators' tests: one thread, NaN in fresh memory, and runs under Triton's interpreter.
+
+Tests marked ``interpret`` launch Triton kernels on the CPU. The variable ``TRITON_INTERPRET=1`` must be set before
+triton is imported, so they run only in a process that has it; each file has one test that starts such a process with
+the fixture ``interpreted``.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip kernel runs where no interpreter was asked for, and all other tests where it was."""
+    folder = Path(__file__).parent
+    for item in items:
+        if folder not in item.path.parents:
+            continue
+        if item.get_closest_marker("interpret") is not None:
+            if not INTERPRETING:
+                item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1, set before triton is imported"))
+        elif INTERPRETING:
+            item.add_marker(pytest.mark.skip(reason="not an interpreter test"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """One torch thread: test processes may run side by side."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def nan_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory holds NaN (integers: a large number), so that an element nobody wrote shows."""
+
+    def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def filled(*args: Any, **kwargs: Any) -> Tensor:
+            out = make(*args, **kwargs)
+            if out.is_floating_point():
+                return out.fill_(float("nan"))
+            return out if out.dtype == torch.bool or out.is_complex() else out.fill_(torch.iinfo(out.dtype).max // 2)
+
+        return filled
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture
+def interpreted() -> Callable[[str], None]:
+    """Run the ``interpret`` tests of a file in a process of their own: ``interpreted(__file__)``."""
+
+    def run(path: str) -> None:
+        pytest.importorskip("triton")
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "interpret", "-p", "no:cacheprovider", path]
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "TOKRED_KERNELS": "triton", "OMP_NUM_THREADS": "1"}
+        root = Path(__file__).resolve().parents[2]
+        done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=280)
+        text = done.stdout + done.stderr
+        assert done.returncode == 0, text[-8000:]
+        assert " passed" in text, text[-2000:]
+
+    return run
