@@ -51,13 +51,14 @@ class _Inputs(NamedTuple):
 
 
 @functools.cache
-def _fast_bfloat16() -> bool:
+def fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _matmul_dtype(x: Tensor) -> torch.dtype:
     """The input's type where the device multiplies it fast; half precision is emulated on a CPU."""
-    if x.is_cuda or (x.dtype == torch.bfloat16 and _fast_bfloat16()):
+    if x.is_cuda or (x.dtype == torch.bfloat16 and fast_bfloat16()):
         return x.dtype
     return accumulator_dtype(x.dtype)
 

@@ -26,12 +26,13 @@ _TENSORS = "Tensor q, Tensor k, Tensor? weight, Tensor? lse, Tensor? bias, Tenso
 _SCALARS = "float scale, bool causal, int window, float softcap, str group"
 
 _library = torch.library.Library("tokred", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define(f"column_scores({_TENSORS}{_SCALARS}) -> Tensor")
-_library.define(f"column_statistics({_TENSORS}{_SCALARS}) -> (Tensor, Tensor, Tensor, Tensor)")
-_library.define(
+for _schema in (
+    f"column_scores({_TENSORS}{_SCALARS}) -> Tensor",
+    f"column_statistics({_TENSORS}{_SCALARS}) -> (Tensor, Tensor, Tensor, Tensor)",
     "row_lse(Tensor q, Tensor k, Tensor? bias, Tensor? key_mask, float scale, bool causal, int window, float softcap)"
-    " -> Tensor"
-)
+    " -> Tensor",
+):
+    _library.define(_schema)  # type: ignore[no-untyped-call]
 
 
 def refusals(q: Tensor, k: Tensor) -> list[Refusal]:
@@ -79,27 +80,20 @@ def _row_lse(
     return launch_row_lse(q, k, bias, key_mask, options)
 
 
-for _name, _function in (("column_scores", _scores), ("column_statistics", _statistics), ("row_lse", _row_lse)):
-    _library.impl(_name, _function, "CompositeExplicitAutograd")
-
-
 def _empty_columns(q: Tensor, k: Tensor, group: str) -> Tensor:
     heads = q.shape[1] if group == "none" else k.shape[1]
     return q.new_empty(q.shape[0], heads, k.shape[2], dtype=accumulator_dtype(q.dtype))
 
 
-@torch.library.register_fake("tokred::column_scores")
-def _(q: Tensor, k: Tensor, *rest: Any) -> Tensor:
+def _fake_scores(q: Tensor, k: Tensor, *rest: Any) -> Tensor:
     return _empty_columns(q, k, rest[-1])
 
 
-@torch.library.register_fake("tokred::column_statistics")
-def _(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _fake_statistics(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return tuple(_empty_columns(q, k, rest[-1]) for _ in range(4))
 
 
-@torch.library.register_fake("tokred::row_lse")
-def _(q: Tensor, *rest: Any) -> Tensor:
+def _fake_row_lse(q: Tensor, *rest: Any) -> Tensor:
     return q.new_empty(q.shape[:3], dtype=accumulator_dtype(q.dtype))
 
 
@@ -128,7 +122,7 @@ def _recompute(ctx: Any, function: Any, grads: tuple[Tensor | None, ...]) -> tup
         parts = torch.autograd.grad(
             [outputs[i] for i in live],
             [leaves[i] for i in wanted],
-            [_sample(grads[i], sample) for i in live],  # type: ignore[misc]
+            [_sample(grads[i], sample) for i in live],
             allow_unused=True,
         )
         for i, part in zip(wanted, parts, strict=True):
@@ -159,11 +153,16 @@ def _statistics_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None
 
 def _row_lse_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     def again(q: Any, k: Any, bias: Any, key_mask: Any, *options: Any) -> tuple[Tensor, ...]:
-        return (row_lse_reference(q, k, bias, key_mask, Options(*options, group="none")),)
+        return (row_lse_reference(q, k, bias, key_mask, Options(*options, "none")),)
 
     return _recompute(ctx, again, grads)
 
 
-torch.library.register_autograd("tokred::column_scores", _scores_backward, setup_context=_save)
-torch.library.register_autograd("tokred::column_statistics", _statistics_backward, setup_context=_save)
-torch.library.register_autograd("tokred::row_lse", _row_lse_backward, setup_context=_save)
+for _name, _function, _fake, _backward in (
+    ("column_scores", _scores, _fake_scores, _scores_backward),
+    ("column_statistics", _statistics, _fake_statistics, _statistics_backward),
+    ("row_lse", _row_lse, _fake_row_lse, _row_lse_backward),
+):
+    _library.impl(_name, _function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"tokred::{_name}", _fake)
+    torch.library.register_autograd(f"tokred::{_name}", _backward, setup_context=_save)
