@@ -1,0 +1,63 @@
+"""Adapters: what each host library's models look like. They know no method; methods know no host.
+
+A host library is imported only by its own adapter, and only when a model of that library is at hand.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from torch import nn
+
+from tokred.adapters.host import Host
+from tokred.adapters.swap import host_class
+from tokred.errors import UnsupportedModelError
+
+# First package of a class's module -> the adapter that knows it.
+ADAPTERS = {
+    "timm": "tokred.adapters.timm",
+    "transformers": "tokred.adapters.transformers",
+    "open_clip": "tokred.adapters.open_clip",
+}
+
+
+def find(model: nn.Module) -> Host:
+    """The one part of ``model`` that can be patched: the model itself, or a single known model inside it.
+
+    Raises:
+        UnsupportedModelError: no part can be patched (with the reason of the outermost part that was recognised), or
+            several can, so that the user has to say which.
+    """
+    refusal: UnsupportedModelError | None = None
+    hosts: list[tuple[str, Host]] = []
+    for name, module in model.named_modules():
+        if any(name == found or name.startswith(f"{found}.") for found, _ in hosts if found) or (hosts and not hosts[0][0]):
+            continue
+        try:
+            host = _match(module)
+        except UnsupportedModelError as error:
+            refusal = refusal or error
+            continue
+        if host is not None:
+            hosts.append((name, host))
+    if len(hosts) > 1:
+        names = ", ".join(repr(name) for name, _ in hosts)
+        raise UnsupportedModelError(f"the model holds several models that can be patched ({names}): apply to one of them")
+    if hosts:
+        return hosts[0][1]
+    if refusal is not None:
+        raise refusal
+    raise UnsupportedModelError(
+        f"{type(model).__name__} is of no family that tokred knows ({', '.join(ADAPTERS)} vision models), and holds none; "
+        "`tokred list` shows the families"
+    )
+
+
+def _match(module: nn.Module) -> Host | None:
+    packages = {c.__module__.partition(".")[0] for c in host_class(module).__mro__}
+    for package, adapter in ADAPTERS.items():
+        if package in packages:
+            host: Host | None = importlib.import_module(adapter).match(module)
+            if host is not None:
+                return host
+    return None

@@ -256,5 +256,6 @@ class Reduction:
         )
 
     def _flat(self) -> tuple[Tensor, Tensor, Tensor]:
-        r = self.source.shape[-1]
-        return self.representative.reshape(-1, self.slots), self.source.reshape(-1, r), self.target.reshape(-1, r)
+        if self.representative.ndim == 2:
+            return self.representative, self.source, self.target
+        return self.representative.flatten(0, -2), self.source.flatten(0, -2), self.target.flatten(0, -2)

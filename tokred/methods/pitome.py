@@ -19,7 +19,7 @@ from tokred.schedules import kept
 from tokred.selection import protected_rows, ranked
 from tokred.site import Site
 
-Form = Literal["plain", "bsm", "bsm-plain", "plain-bsm"]
+Form = Literal["plain", "bsm", "bsm-plain", "plain-bsm", "halves"]
 
 
 @register("pitome")
@@ -35,7 +35,8 @@ class PiToMe(Method):
         alpha: floor of the clamp on dissimilar pairs.
         form: ``"plain"`` (the 2k most crowded tokens are paired, all k sources merge), ``"bsm"`` (ToMe's top-k of the
             energy order), or one in the first half of the layers and the other after: ``"bsm-plain"`` as released for
-            DeiT, ``"plain-bsm"`` for MAE.
+            DeiT, ``"plain-bsm"`` for MAE. ``"halves"`` is the released text form: the k most crowded tokens merge into the
+            next k.
         energy: ``"elu"``, or ``"gaussian"`` (the released text form).
         prop_attn: proportional attention, as in the paper (the released vision code does not feed sizes to attention).
         metric: what is compared.
@@ -63,7 +64,7 @@ class PiToMe(Method):
             raise ValueError(f"alpha must be positive, got {self.alpha!r}")
         if self.energy == "gaussian" and self.margin == 1:
             raise ValueError("margin must be below 1 with the gaussian energy, whose width is 1 - margin")
-        check_choice("form", self.form, ("plain", "bsm", "bsm-plain", "plain-bsm"))
+        check_choice("form", self.form, ("plain", "bsm", "bsm-plain", "plain-bsm", "halves"))
         check_choice("energy", self.energy, ("elu", "gaussian"))
         check_choice("metric", self.metric, ("k", "q", "v", "x"))
 
@@ -98,8 +99,13 @@ class PiToMe(Method):
         metric = read_metric(site, self.metric)
         order = self.order(metric[:, site.prefix : n - site.suffix], site.layer, site.depth) + site.prefix
         lead, tail = protected_rows(b, n, site.prefix, site.suffix, site.device)
-        if self._form(site.layer, site.depth) == "plain":
-            a, receiving, protected = order[:, 0 : 2 * k : 2], order[:, 1 : 2 * k : 2], order[:, 2 * k :]
+        form = self._form(site.layer, site.depth)
+        if form != "bsm":
+            if form == "plain":
+                a, receiving = order[:, 0 : 2 * k : 2], order[:, 1 : 2 * k : 2]
+            else:
+                a, receiving = order[:, :k], order[:, k : 2 * k]
+            protected = order[:, 2 * k :]
             return match_to(metric, a, receiving, lead=torch.cat([lead, protected], 1), tail=tail)
         return _bsm(metric, order, k, lead, tail)
 

@@ -1,0 +1,196 @@
+"""A patched block: the host's own block, run with fewer tokens.
+
+Each block keeps its parameters, its name and its place; only its class is exchanged for a subclass of the same name that
+adds the steps here. Where the block's class is one whose composition is known, tokens are reduced between attention and
+MLP; everywhere else after the block, and the host's own forward runs untouched either way when there is nothing to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokred.adapters.capture import Capture
+from tokred.adapters.state import Shared, TokenState
+from tokred.errors import UnsupportedModelError
+from tokred.kernels.attention import size_bias
+from tokred.reduction import Reduction
+from tokred.site import Site
+
+SETTINGS = "_tokred"
+Gather = Callable[[dict[str, Any], TokenState, int], dict[str, Any]]
+
+
+class Recipe:
+    """How the blocks of one host class are run; data and small functions, shared by all blocks of a model.
+
+    Args:
+        split: the block is a pre-norm composition of ``norm1, attn, norm2, mlp`` that may be split in the middle.
+        positions: names of keyword arguments that hold rotary tables or ids, and how to gather them.
+        attend: runs the attention when it is not SDPA that the capture could see; None for SDPA.
+        argument_names: parameter names of the host block's forward after the tokens, for positional arguments.
+    """
+
+    def __init__(self, split: bool, positions: dict[str, Callable[..., Any]], argument_names: tuple[str, ...]) -> None:
+        self.split = split
+        self.positions = positions
+        self.argument_names = argument_names
+
+    def gather(self, kwargs: dict[str, Any], state: TokenState, prefix: int) -> dict[str, Any]:
+        """The arguments with their position data at the rows that are left."""
+        if state.representative is None or not self.positions:
+            return kwargs
+        moved = {
+            name: fn(kwargs[name], state.representative, prefix)
+            for name, fn in self.positions.items()
+            if kwargs.get(name) is not None
+        }
+        return {**kwargs, **moved}
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """All arguments by name."""
+        return {**dict(zip(self.argument_names, args, strict=False)), **kwargs}
+
+    def capture(self, block: nn.Module, bias: Tensor | None, state: TokenState) -> Capture:
+        """What watches this block's attention."""
+        return Capture(bias, state.length, state.representative)
+
+
+class KeyTap:
+    """Forward hook that notes a sub-module's output: keys after their norm, before rotary embedding.
+
+    A plain object rather than a closure, so that patched models pickle and copy; the noted tensor never travels along.
+    """
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        self.value = output
+
+    def take(self) -> Tensor | None:
+        """The noted keys, once."""
+        value, self.value = self.value, None
+        return value
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"value": None}
+
+
+class Settings:
+    """What one patched block knows: its place, the model's shared state and its recipe."""
+
+    def __init__(self, shared: Shared, layer: int, name: str, recipe: Recipe, tap: KeyTap | None, active: bool) -> None:
+        self.shared = shared
+        self.layer = layer
+        self.name = name
+        self.recipe = recipe
+        self.tap = tap
+        self.active = active
+
+
+def run_block(block: nn.Module, host_forward: Callable[..., Any], x: Tensor, args: Any, kwargs: Any) -> Any:
+    """One forward of a patched block."""
+    settings: Settings = getattr(block, SETTINGS)
+    shared, recipe = settings.shared, settings.recipe
+    state, x = shared.enter(settings.layer, x)
+    n = x.shape[1]
+    place = {"layer": settings.layer, "depth": shared.depth, "prefix": shared.prefix, "suffix": shared.suffix}
+    acts = settings.active and shared.method.tokens(n, **place) != n
+    bias = attention_bias(state, shared.method.proportional)
+    if not acts and bias is None and state.representative is None:
+        out = host_forward(x, *args, **kwargs)
+        y, rest = _first(out)
+        return _again(shared.leave(settings.layer, y, state, n), rest)
+    kwargs = recipe.gather(recipe.bind(args, kwargs), state, shared.prefix)
+    capture = recipe.capture(block, bias, state)
+    if acts and recipe.split:
+        with capture:
+            x = x + branch(block, block.attn(block.norm1(x), **kwargs), 1)
+        check_capture(capture, settings)
+        state, x = reduce(block, settings, capture, state, x)
+        y, rest = x + branch(block, block.mlp(block.norm2(x)), 2), None
+    else:
+        with capture:
+            out = host_forward(x, **kwargs)
+        y, rest = _first(out)
+        check_capture(capture, settings)
+        if acts:
+            state, y = reduce(block, settings, capture, state, y)
+    return _again(shared.leave(settings.layer, y, state, n), rest)
+
+
+def attention_bias(state: TokenState, proportional: bool) -> Tensor | None:
+    """``(B, 1, 1, M)`` log of the sizes, and -inf on padding; None where every row counts the same."""
+    if proportional and state.size is not None:
+        return size_bias(state.size, torch.float32)
+    if state.mask is not None:
+        return size_bias(state.mask.float(), torch.float32)
+    return None
+
+
+def reduce(
+    block: nn.Module, settings: Settings, capture: Capture, state: TokenState, x: Tensor
+) -> tuple[TokenState, Tensor]:
+    """Ask the method, and do what it answers."""
+    shared = settings.shared
+    tapped = settings.tap.take() if settings.tap is not None else None
+    site = Site(
+        x=x,
+        q=capture.q,
+        k=tapped if tapped is not None else capture.k,
+        v=capture.v,
+        class_attention=lambda: class_row(capture),
+        sizes=state.size,
+        mask=state.mask,
+        prefix=shared.prefix,
+        suffix=shared.suffix,
+        grid=shared.grid,
+        layer=settings.layer,
+        depth=shared.depth,
+    )
+    step: Reduction = shared.method.reduce(site)
+    return state.advance(step, x, shared.keep_dropped), step.merge(x, state.size)
+
+
+def class_row(capture: Capture) -> Tensor | None:
+    """``(B, H, N)`` the first token's attention, from exactly the logits that the host's attention used."""
+    from tokred.kernels.column_scores import column_scores
+
+    if capture.q is None or capture.k is None:
+        return None
+    bias = capture.key_bias()
+    scores: Tensor = column_scores(capture.q[:, :, :1], capture.k, bias=bias)
+    return scores
+
+
+def check_capture(capture: Capture, settings: Settings) -> None:
+    """Attention that the capture did not see has neither the bias nor the rows right: never go on silently."""
+    if capture.calls == 0:
+        raise UnsupportedModelError(
+            f"the attention of {settings.name} did not run F.scaled_dot_product_attention, so sizes could not reach it; "
+            "switch the host to fused attention (timm: fused_attn, transformers: attn_implementation='sdpa')"
+        )
+
+
+def branch(block: Any, y: Tensor, i: int) -> Tensor:
+    """Layer scale and stochastic depth of a residual branch, whichever the block has."""
+    scale = getattr(block, f"ls{i}", None)
+    gamma = getattr(block, f"gamma_{i}", None)
+    if scale is not None:
+        y = scale(y)
+    if gamma is not None:
+        y = gamma * y
+    out: Tensor = getattr(block, f"drop_path{i}")(y)
+    return out
+
+
+def _first(out: Any) -> tuple[Tensor, tuple[Any, ...] | None]:
+    return (out[0], tuple(out[1:])) if isinstance(out, tuple) else (out, None)
+
+
+def _again(y: Tensor, rest: tuple[Any, ...] | None) -> Any:
+    return y if rest is None else (y, *rest)

@@ -1,0 +1,159 @@
+"""``Host``: what an adapter says about a model: its blocks, what is protected, what can be read, how its head pools."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from tokred.adapters.block import KeyTap, Recipe, Settings
+from tokred.adapters.state import Shared
+from tokred.adapters.swap import host_class, is_swapped, restore, swap
+from tokred.errors import MissingInputError
+from tokred.method import Method
+
+_ATTENTION = ("attn", "attention", "self_attn", "self_attention")
+
+
+class BlockCost(NamedTuple):
+    """Weights of one block: parameters of the attention's and the MLP's matrices, and the width of the attention."""
+
+    attention: int
+    mlp: int
+    width: int
+
+    def macs(self, before: int, after: int, middle: bool) -> int:
+        """Multiply-adds at ``before`` tokens entering and ``after`` leaving, reduced in the middle or at the end."""
+        return before * self.attention + 2 * before * before * self.width + (after if middle else before) * self.mlp
+
+
+@dataclass
+class Host:
+    """A model that can be patched.
+
+    Attributes:
+        family: for messages and tables, such as ``"timm VisionTransformer"``.
+        model: the module that holds the blocks; the model that the user gave, or a part of it.
+        blocks: dotted name within ``model`` and block, in order.
+        recipe: how the blocks are run.
+        prefix, suffix: tokens that are never reduced.
+        supplies: what sites hand over.
+        pooled: whether the model's head looks at all tokens (mean, attention pooling, dense output), so that the last
+            block gives them back at full length.
+        grid: patches in rows and columns, where the model knows.
+        key_norms: for each block the sub-module whose output is the keys before rotary embedding, or None.
+        tokens: number of tokens for an input shape.
+        outside_macs: multiply-adds outside the blocks for an input shape.
+        note: what a user should know about this family.
+    """
+
+    family: str
+    model: nn.Module
+    blocks: list[tuple[str, nn.Module]]
+    recipe: Recipe
+    prefix: int
+    supplies: frozenset[str]
+    pooled: bool
+    tokens: Callable[[tuple[int, ...]], int]
+    outside_macs: Callable[[tuple[int, ...]], int]
+    suffix: int = 0
+    grid: tuple[int, int] | None = None
+    key_norms: list[nn.Module | None] = field(default_factory=list)
+    note: str = ""
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
+
+    @property
+    def where(self) -> str:
+        """``"mid"``: tokens are reduced between attention and MLP; ``"end"``: after the block."""
+        return "mid" if self.recipe.split else "end"
+
+    def missing(self, method: Method | type[Method]) -> frozenset[str]:
+        """What the method reads and this host cannot supply."""
+        reads = method.reads if isinstance(method, Method) else method().reads
+        return reads - self.supplies
+
+    def check(self, method: Method) -> None:
+        """Everything that can be known before the model is touched.
+
+        Raises:
+            MissingInputError: the host cannot supply what the method reads, or has no sites of its stage.
+            ValueError: the method's parameters do not fit the depth.
+        """
+        if method.stage != "block":
+            raise MissingInputError(
+                f"{method.name!r} acts at stage {method.stage!r}, but {self.family} offers only stage 'block'"
+            )
+        missing = self.missing(method)
+        if missing:
+            raise MissingInputError(
+                f"{method.name!r} reads {', '.join(sorted(missing))}, which {self.family} does not supply "
+                f"(it supplies {', '.join(sorted(self.supplies))})"
+            )
+        method.check(self.depth)
+
+    def cost(self, block: nn.Module) -> BlockCost:
+        """Count the weights of a block."""
+        attention = mlp = 0
+        for name, p in block.named_parameters():
+            if p.ndim == 2 and name.endswith("weight"):
+                if any(part in _ATTENTION for part in name.split(".")):
+                    attention += p.numel()
+                else:
+                    mlp += p.numel()
+        width = next((p.shape[0] for name, p in block.named_parameters() if "norm" in name and p.ndim == 1), 0)
+        for module in block.modules():
+            width = getattr(module, "attn_dim", width)
+        return BlockCost(attention, mlp, int(width))
+
+    def patch(self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str) -> None:
+        """Exchange the classes of the blocks. :meth:`check` has passed."""
+        if expose == "auto":
+            # A head that pools over everything wants merged tokens back at full length, which also weights them by
+            # size; where tokens were dropped it pools over those that are left.
+            expose = "last" if self.pooled and not method.drops else "none"
+        shared = Shared(method, self.depth, self.prefix, self.suffix, expose, keep_dropped=method.drops)
+        shared.grid = self.grid
+        norms = self.key_norms or [None] * self.depth
+        for layer, ((name, block), norm) in enumerate(zip(self.blocks, norms, strict=True)):
+            tap = None
+            if norm is not None:
+                tap = KeyTap()
+                norm.register_forward_hook(tap)
+            active = where is None or bool(where(name, block))
+            swap(block, "block", Settings(shared, layer, name, self.recipe, tap, active))
+        swap(self.model, "model", shared)
+
+
+def argument_names(block: nn.Module) -> tuple[str, ...]:
+    """Names of what the block's forward takes after the tokens."""
+    parameters = list(inspect.signature(host_class(block).forward).parameters.values())[2:]
+    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+
+
+def unpatch(model: nn.Module) -> int:
+    """Undo every patch in ``model``; returns how many modules were restored."""
+    count = 0
+    for module in model.modules():
+        if is_swapped(module):
+            restore(module)
+            count += 1
+        for key in [k for k, hook in module._forward_hooks.items() if isinstance(hook, KeyTap)]:
+            del module._forward_hooks[key]
+    return count
+
+
+def shared_of(model: nn.Module) -> list[tuple[str, nn.Module, Shared]]:
+    """The patched parts of ``model``: name, module, and what its blocks share."""
+    found = []
+    for name, module in model.named_modules():
+        settings: Any = module.__dict__.get("_tokred")
+        if isinstance(settings, Shared):
+            found.append((name, module, settings))
+    return found

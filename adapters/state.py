@@ -1,0 +1,194 @@
+"""What belongs to a token sequence on its way through the blocks: sizes, the source map, and how they travel.
+
+The state rides on the block's output tensor as an attribute, so it follows the data through checkpointing, compilation,
+export and several forwards in flight. Where the attribute is lost (wrappers that rebuild tensors, such as FSDP2), a slot
+per block, checked by shape and address, gives it back; where neither is certain, an error is raised instead of a guess.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tokred.errors import NothingRecordedError, TokenStateError
+from tokred.method import Method
+from tokred.reduction import Reduction
+
+ATTRIBUTE = "_tokred_state"
+
+
+@dataclass(frozen=True, eq=False)
+class TokenState:
+    """State of one token sequence between two blocks.
+
+    Attributes:
+        length: ``N``, tokens before the first block.
+        size: ``(B, M)`` float32, original tokens per row; None while every row is one. Never half precision, which
+            cannot count past 256.
+        representative: ``(B, M)`` original position that each row stands at; None while nothing has moved.
+        steps: the reductions so far, first to last.
+        dropped: for each step, the features before it where it dropped tokens and they may have to be restored.
+        mask: ``(B, M)`` bool, False on padding; None: all real.
+        exposed: whether the tensor that carries this state has been restored to full length.
+    """
+
+    length: int
+    size: Tensor | None = None
+    representative: Tensor | None = None
+    steps: tuple[Reduction, ...] = ()
+    dropped: tuple[Tensor | None, ...] = ()
+    mask: Tensor | None = None
+    exposed: bool = False
+
+    def advance(self, step: Reduction, x: Tensor, keep_dropped: bool) -> TokenState:
+        """The state after ``step``, taken on tokens ``x``."""
+        rep = step.representative if self.representative is None else self.representative.gather(1, step.representative)
+        before = x if keep_dropped else None
+        return TokenState(
+            self.length, step.sizes(self.size), rep, (*self.steps, step), (*self.dropped, before), step.mask
+        )
+
+    def with_exposed(self, exposed: bool) -> TokenState:
+        """The same state, for a tensor of full (or short) length."""
+        return TokenState(
+            self.length, self.size, self.representative, self.steps, self.dropped, self.mask, exposed
+        )
+
+    def composed(self) -> Reduction | None:
+        """All steps as one reduction, or None when there was none."""
+        if not self.steps:
+            return None
+        total = self.steps[0]
+        for step in self.steps[1:]:
+            total = total.then(step)
+        return total
+
+    def restore(self, y: Tensor) -> Tensor:
+        """``(B, M, C)`` back to ``(B, N, C)``. A dropped token takes its last features before it was dropped."""
+        if all(x is None for x in self.dropped):
+            total = self.composed()
+            return y if total is None else total.unmerge(y)
+        for step, before in zip(reversed(self.steps), reversed(self.dropped), strict=True):
+            y = step.unmerge(y, fill=before)
+        return y
+
+    def shorten(self, x: Tensor) -> Tensor:
+        """``(B, N, C)`` to the rows of this state: the inverse of :meth:`restore`."""
+        if self.representative is None:
+            return x
+        rows = self.representative + torch.arange(x.shape[0], device=x.device).unsqueeze(1) * x.shape[1]
+        return x.reshape(-1, x.shape[-1]).index_select(0, rows.reshape(-1)).view(*rows.shape, x.shape[-1])
+
+
+class LayerRecord(NamedTuple):
+    """What one block did in the last forward."""
+
+    tokens_in: int
+    tokens_out: int
+    state: TokenState
+
+
+class Slot(NamedTuple):
+    pointer: int
+    shape: torch.Size
+    state: TokenState
+
+
+class Shared:
+    """What the blocks of one patched model share: the method, the slots and the record of the last forward.
+
+    Holds no module, so copying a block does not copy the model. Copies and pickles start with empty slots.
+    """
+
+    def __init__(self, method: Method, depth: int, prefix: int, suffix: int, restore: str, keep_dropped: bool) -> None:
+        self.method = method
+        self.depth = depth
+        self.prefix = prefix
+        self.suffix = suffix
+        self.restore = restore  # "none", "last" or "all": which blocks return full length
+        self.keep_dropped = keep_dropped
+        self.expose_all = False
+        self.grid: tuple[int, int] | None = None
+        self.slots: dict[int, Slot] = {}
+        self.records: dict[int, LayerRecord] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "slots": {}, "records": {}, "expose_all": False}
+
+    @contextlib.contextmanager
+    def exposing(self) -> Iterator[None]:
+        """While open, every block returns full length."""
+        before = self.expose_all
+        self.expose_all = True
+        try:
+            yield
+        finally:
+            self.expose_all = before
+
+    def enter(self, layer: int, x: Tensor) -> tuple[TokenState, Tensor]:
+        """State and short tokens at the entry of block ``layer``."""
+        if layer == 0:
+            return TokenState(x.shape[1]), x
+        state: TokenState | None = getattr(x, ATTRIBUTE, None)
+        if state is None:
+            state = self._from_slot(layer, x)
+        return (state, state.shorten(x)) if state.exposed else (state, x)
+
+    def leave(self, layer: int, y: Tensor, state: TokenState, tokens_in: int) -> Tensor:
+        """Attach ``state`` to a block's output, restored to full length where the model's head needs it."""
+        tokens_out = y.shape[1]
+        last = layer == self.depth - 1
+        full = self.expose_all or self.restore == "all" or (last and self.restore == "last")
+        if full and state.steps:
+            y = state.restore(y)
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            self.records[layer] = LayerRecord(tokens_in, tokens_out, state)
+        if full:
+            state = state.with_exposed(bool(state.steps))
+        setattr(y, ATTRIBUTE, state)
+        if not compiling:
+            self.slots[layer + 1] = Slot(_pointer(y), y.shape, state)
+        return y
+
+    def last(self) -> TokenState:
+        """State after the last block of the last forward.
+
+        Raises:
+            NothingRecordedError: no forward has run since the model was patched, or only compiled ones.
+        """
+        record = self.records.get(self.depth - 1)
+        if record is None:
+            raise NothingRecordedError(
+                "nothing is recorded: run one forward of the patched model first (compiled forwards keep no record)"
+            )
+        return record.state
+
+    def _from_slot(self, layer: int, x: Tensor) -> TokenState:
+        slot = None if torch.compiler.is_compiling() else self.slots.get(layer)
+        if slot is not None and slot.shape == x.shape and (not _in_backward() or slot.pointer == _pointer(x)):
+            setattr(x, ATTRIBUTE, slot.state)
+            return slot.state
+        raise TokenStateError(
+            f"the sizes and the source map of the tokens were lost before block {layer}: its input is not the tensor that "
+            f"the block before it returned. If something copies tensors between blocks, call tokred.remove(model) first, "
+            "or run one forward before each backward when checkpointing reentrantly"
+        )
+
+
+def _in_backward() -> bool:
+    """Whether autograd is running (a checkpoint's recomputation)."""
+    task = getattr(torch._C, "_current_graph_task_id", None)
+    return task is not None and task() != -1
+
+
+def _pointer(x: Tensor) -> int:
+    try:
+        return x.data_ptr()
+    except RuntimeError:  # fake and functional tensors have no storage
+        return 0

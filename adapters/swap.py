@@ -1,0 +1,98 @@
+"""Exchange a module's class for a subclass of the same name, and back.
+
+The subclass keeps ``__name__``, ``__qualname__`` and ``__module__``: tools that look layers up by class name (device maps,
+FSDP policies, ``repr``) notice nothing. Nothing is added to parameters, buffers or sub-modules, so ``state_dict`` keys stay.
+Pickle and deepcopy rebuild the subclass from the host's class, since a class made at run time cannot be imported by name.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from tokred.adapters.block import SETTINGS, run_block
+
+_HOST = "_tokred_host_class"
+
+
+def host_class(module: nn.Module) -> type[nn.Module]:
+    """The module's class without the patch."""
+    cls: type[nn.Module] = getattr(type(module), _HOST, None) or type(module)
+    return cls
+
+
+def is_swapped(module: nn.Module) -> bool:
+    """Whether this very module's class was exchanged."""
+    return _HOST in type(module).__dict__
+
+
+def swap(module: nn.Module, kind: str, settings: Any) -> None:
+    """Exchange the class of ``module`` in place; ``kind`` is ``"block"`` or ``"model"``."""
+    if is_swapped(module):
+        raise RuntimeError(f"{type(module).__name__} is patched already")
+    module.__class__ = _subclass(type(module), kind)
+    module.__dict__[SETTINGS] = settings
+
+
+def restore(module: nn.Module) -> None:
+    """Undo :func:`swap`."""
+    module.__class__ = host_class(module)
+    module.__dict__.pop(SETTINGS, None)
+
+
+@functools.cache
+def _subclass(host: type[nn.Module], kind: str) -> type[nn.Module]:
+    body: dict[str, Any] = {
+        "__module__": host.__module__,
+        "__qualname__": host.__qualname__,
+        "__doc__": host.__doc__,
+        "__reduce_ex__": _make_reduce(host, kind),
+        _HOST: host,
+    }
+    body.update(_block_body(host) if kind == "block" else _model_body(host))
+    return type(host.__name__, (host,), body)
+
+
+def _block_body(host: type[nn.Module]) -> dict[str, Any]:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            return run_block(self, functools.partial(host.forward, self), args[0], args[1:], kwargs)
+        x = kwargs.pop("hidden_states")
+        return run_block(self, functools.partial(host.forward, self), x, (), kwargs)
+
+    return {"forward": forward}
+
+
+def _model_body(host: type[nn.Module]) -> dict[str, Any]:
+    """Methods that reshape intermediate tokens to a map get them at full length: a short sequence would be scrambled."""
+    body: dict[str, Any] = {}
+    for name in ("forward_intermediates", "get_intermediate_layers"):
+        original = getattr(host, name, None)
+        if original is not None:
+            body[name] = _exposed(original)
+    return body
+
+
+def _exposed(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with getattr(self, SETTINGS).exposing():
+            return original(self, *args, **kwargs)
+
+    return method
+
+
+def _make_reduce(host: type[nn.Module], kind: str) -> Callable[..., Any]:
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
+        _, _, *rest = object.__reduce_ex__(self, protocol)
+        return (_rebuild, (host, kind), *rest)
+
+    return __reduce_ex__
+
+
+def _rebuild(host: type[nn.Module], kind: str) -> nn.Module:
+    cls = _subclass(host, kind)
+    return cls.__new__(cls)

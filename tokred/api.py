@@ -1,0 +1,312 @@
+"""What a user calls: apply, remove, applied, supports, report, trace, flops, methods."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+
+import torch
+from torch import nn
+
+from tokred.errors import NothingRecordedError, UnsupportedModelError
+from tokred.method import Method
+from tokred.reduction import Reduction
+from tokred.registry import methods as registered
+
+if TYPE_CHECKING:
+    from tokred.adapters.host import Host
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+MethodLike = str | Method | Sequence[str | Method]
+Expose = Literal["auto", "none", "last", "all"]
+
+
+def methods() -> list[str]:
+    """Names of all methods."""
+    return list(registered)
+
+
+def make(method: str | Method, **parameters: Any) -> Method:
+    """The method object of a name and its parameters.
+
+    Raises:
+        UnknownMethodError: no method has this name; the message has the nearest ones.
+        TypeError: a parameter that the method does not have; the message has those that it has.
+    """
+    if isinstance(method, Method):
+        if parameters:
+            raise TypeError(
+                f"{type(method).__name__} already has its parameters; {', '.join(parameters)} cannot be given beside it"
+            )
+        return method
+    if not isinstance(method, str):
+        raise TypeError(f"a method is a name or a Method object, got {method!r}")
+    cls = registered.get(method)
+    known = list(cls.__dataclass_fields__)  # type: ignore[attr-defined]
+    unknown = [p for p in parameters if p not in known]
+    if unknown:
+        raise TypeError(f"{method!r} has no parameter {', '.join(map(repr, unknown))}; it has {', '.join(known)}")
+    return cls(**parameters)
+
+
+def _one(method: MethodLike, parameters: dict[str, Any]) -> Method:
+    """The block method of a list; lists exist so that methods of different stages compose."""
+    if isinstance(method, str | Method):
+        return make(method, **parameters)
+    made = [make(m) for m in method]
+    if not made:
+        raise ValueError("the list of methods is empty")
+    stages = [m.stage for m in made]
+    if parameters:
+        raise TypeError("parameters go with a single method's name; build the methods of a list as objects")
+    if len(made) > 1:
+        raise ValueError(f"one method a stage: {', '.join(m.name for m in made)} act at {', '.join(stages)}")
+    return made[0]
+
+
+def _find(model: nn.Module) -> Host:
+    from tokred import adapters
+
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UnsupportedModelError("the model is TorchScript, which cannot be patched: apply tokred first, then trace")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if hasattr(model, "_orig_mod"):
+        raise UnsupportedModelError("the model is compiled: apply tokred to the original model, then torch.compile it")
+    return adapters.find(model)
+
+
+def apply(
+    model: ModelT,
+    method: MethodLike,
+    *,
+    where: Callable[[str, nn.Module], bool] | None = None,
+    expose: Expose = "auto",
+    **parameters: Any,
+) -> ModelT:
+    """Patch ``model`` in place so that it runs with fewer tokens.
+
+    Everything is checked first; on an error the model is as it was. Applying again replaces the patch before.
+
+    Args:
+        model: a supported model, or a module that holds one (a classifier around a backbone).
+        method: a method's name, with its parameters as keywords; a method object; or a list of them.
+        where: ``where(name, block) -> bool`` restricts the method to some blocks. None: all.
+        expose: which blocks return the full length again: ``"auto"`` the last one where the model's head pools over all
+            tokens, ``"none"``, ``"last"``, or ``"all"`` (for hooks that read every block; costs time).
+        parameters: the method's, when it is given by name.
+
+    Returns:
+        The same model, for chaining.
+
+    Raises:
+        UnsupportedModelError: no part of the model can be reduced rightly; the message says why.
+        MissingInputError: the method reads what this model does not supply.
+        UnknownMethodError, TypeError, ValueError: the method or a parameter is wrong.
+    """
+    from tokred.adapters.host import unpatch
+
+    chosen = _one(method, parameters)
+    if expose not in ("auto", "none", "last", "all"):
+        raise ValueError(f"expose is {expose!r}; allowed are 'auto', 'none', 'last', 'all'")
+    host = _find(model)
+    host.check(chosen)
+    if where is not None and not any(where(name, block) for name, block in host.blocks):
+        raise ValueError(f"where selects none of the {host.depth} blocks ({host.blocks[0][0]}, ...)")
+    unpatch(model)
+    host.patch(chosen, where, expose)
+    return model
+
+
+def remove(model: ModelT) -> ModelT:
+    """Take every patch off ``model``: classes, forwards and hooks are those it had. A model without one is left alone."""
+    from tokred.adapters.host import unpatch
+
+    unpatch(model)
+    return model
+
+
+@contextlib.contextmanager
+def applied(model: ModelT, method: MethodLike, **options: Any) -> Iterator[ModelT]:
+    """``with tokred.applied(model, "tome", r=16): ...``: patched inside, as it was outside (a patch before included)."""
+    from tokred.adapters.host import shared_of
+
+    before = [(m, shared) for _, m, shared in shared_of(model)]
+    if before:
+        raise ValueError(
+            f"the model is already patched with {before[0][1].method!r}; call tokred.remove(model) before tokred.applied"
+        )
+    apply(model, method, **options)
+    try:
+        yield model
+    finally:
+        remove(model)
+
+
+class Support(NamedTuple):
+    """Whether a method runs on a model, and if not, what is missing."""
+
+    method: str
+    works: bool
+    reason: str
+
+
+def supports(model: nn.Module) -> list[Support]:
+    """For every method: does it run on this model, and if not, why.
+
+    Never raises for an unsupported model: the reason stands in every row.
+    """
+    try:
+        host = _find(model)
+    except UnsupportedModelError as error:
+        return [Support(name, False, str(error)) for name in registered]
+    rows = []
+    for name in registered:
+        cls = registered.get(name)
+        if cls.stage != "block":
+            rows.append(Support(name, False, f"acts at stage {cls.stage!r}; {host.family} offers 'block'"))
+            continue
+        missing = host.missing(cls)
+        reason = f"needs {', '.join(sorted(missing))}, which {host.family} does not supply" if missing else ""
+        rows.append(Support(name, not missing, reason or f"{host.family}, reduced at the {host.where} of each block"))
+    return rows
+
+
+class LayerReport(NamedTuple):
+    """One block of the last forward."""
+
+    layer: int
+    tokens_in: int
+    tokens_out: int
+    macs: int
+    mean_size: float
+    largest_size: float
+
+
+class Report(NamedTuple):
+    """The last forward of a patched model. ``macs`` counts the blocks, for one sample."""
+
+    family: str
+    method: Method
+    where: str
+    layers: tuple[LayerReport, ...]
+    macs: int
+    macs_unpatched: int
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.method} on {self.family} (reduced at the {self.where} of each block)",
+            f"{'block':>5} {'tokens':>12} {'GMACs':>8} {'mean size':>10} {'largest':>8}",
+        ]
+        for row in self.layers:
+            tokens = f"{row.tokens_in} -> {row.tokens_out}"
+            lines.append(
+                f"{row.layer:>5} {tokens:>12} {row.macs / 1e9:>8.3f} {row.mean_size:>10.2f} {row.largest_size:>8.0f}"
+            )
+        share = self.macs / self.macs_unpatched
+        lines.append(f"blocks: {self.macs / 1e9:.3f} of {self.macs_unpatched / 1e9:.3f} GMACs a sample ({share:.0%})")
+        return "\n".join(lines)
+
+
+def report(model: nn.Module) -> Report:
+    """Tokens, multiply-adds and token sizes per block, of the last forward of a patched model.
+
+    Raises:
+        NothingRecordedError: the model is not patched, or no uncompiled forward has run since.
+    """
+    shared = _shared(model)
+    host = _find(model)
+    shared.last()
+    rows, total = [], 0
+    for layer in range(host.depth):
+        before, after, state = shared.records[layer]
+        macs = host.cost(host.blocks[layer][1]).macs(before, after, host.where == "mid")
+        total += macs
+        mean, largest = (1.0, 1.0) if state.size is None else (float(state.size.mean()), float(state.size.max()))
+        rows.append(LayerReport(layer, before, after, macs, mean, largest))
+    n = shared.records[0].state.length
+    full = sum(host.cost(block).macs(n, n, True) for _, block in host.blocks)
+    return Report(host.family, shared.method, host.where, tuple(rows), total, full)
+
+
+def trace(model: nn.Module) -> Reduction:
+    """What became of every token in the last forward: all blocks' reductions as one, for drawing and un-merging.
+
+    Raises:
+        NothingRecordedError: as :func:`report`.
+    """
+    shared = _shared(model)
+    state = shared.last()
+    total = state.composed()
+    if total is None:
+        return Reduction.identity((1,), state.length)
+    return total
+
+
+def _shared(model: nn.Module) -> Any:
+    from tokred.adapters.host import shared_of
+
+    found = shared_of(model)
+    if not found:
+        raise NothingRecordedError("the model is not patched: call tokred.apply(model, ...) first")
+    return found[0][2]
+
+
+class LayerFlops(NamedTuple):
+    """One block, counted beforehand."""
+
+    layer: int
+    tokens_in: int
+    tokens_out: int
+    macs: int
+
+
+class Flops(NamedTuple):
+    """Multiply-adds of one sample, counted without running anything. Papers' "GFLOPs" are ``macs / 1e9``."""
+
+    macs: int
+    layers: tuple[LayerFlops, ...]
+    outside: int
+
+    @property
+    def tokens(self) -> list[int]:
+        """Tokens after each block."""
+        return [row.tokens_out for row in self.layers]
+
+    @property
+    def gmacs(self) -> float:
+        """``macs`` in units of 1e9."""
+        return self.macs / 1e9
+
+
+def flops(model: nn.Module, method: str | Method | None, shape: Sequence[int], **parameters: Any) -> Flops:
+    """Multiply-adds of one sample under ``method``, before anything runs.
+
+    Counts the matrices and the attention of every block at the tokens it sees, the patch embedding and the classifier;
+    norms, activations and the method's own work are left out, as in the literature.
+
+    Args:
+        model: a supported model, patched or not; it is not changed.
+        method: a method or its name; None counts the model as it is without any.
+        shape: of the input, such as ``(1, 3, 224, 224)`` or ``(3, 224, 224)``; the batch is ignored.
+        parameters: the method's, when it is given by name.
+
+    Raises:
+        MissingInputError, UnsupportedModelError, ValueError: as :func:`apply`.
+    """
+    host = _find(model)
+    chosen = None if method is None else make(method, **parameters)
+    if chosen is not None:
+        host.check(chosen)
+    n = host.tokens(tuple(shape))
+    rows, total = [], 0
+    for layer, (_, block) in enumerate(host.blocks):
+        place = {"layer": layer, "depth": host.depth, "prefix": host.prefix, "suffix": host.suffix}
+        after = n if chosen is None else chosen.tokens(n, **place)
+        macs = host.cost(block).macs(n, after, host.where == "mid")
+        rows.append(LayerFlops(layer, n, after, macs))
+        total += macs
+        n = after
+    outside = host.outside_macs(tuple(shape))
+    return Flops(total + outside, tuple(rows), outside)
