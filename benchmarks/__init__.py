@@ -1,0 +1,1 @@
+"""Benchmarks of tokred: one file per scenario, and ``zoo``, the real weights and data they run on."""

