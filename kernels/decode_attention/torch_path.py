@@ -1,0 +1,101 @@
+"""Decode attention in plain torch as it runs on the CPU: no repeated keys, and one short product per flattened head."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from tokred.kernels.column_scores.blocked import fast_bfloat16
+from tokred.kernels.column_scores.reference import MASKED
+from tokred.kernels.dispatch import accumulator_dtype
+
+
+def _matmul_dtype(q: Tensor, rows: int) -> torch.dtype:
+    """The input's type where the device multiplies it fast: a CPU has no float16 product beyond one row."""
+    if q.is_cuda or (q.dtype == torch.bfloat16 and fast_bfloat16()) or (q.dtype == torch.float16 and rows == 1):
+        return q.dtype
+    return accumulator_dtype(q.dtype)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, softcap: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, log-sum-exp and weights of ``q`` ``[..., G, D]`` over ``k`` ``[..., K, D]``; ``seen`` ``[..., 1, K]``."""
+    dtype = accumulator_dtype(q.dtype)
+    low = _matmul_dtype(q, q.shape[-2])
+    s = (q.to(low) @ k.to(low).transpose(-1, -2)).to(dtype).mul_(scale)
+    if softcap > 0:
+        s.div_(softcap).tanh_().mul_(softcap)
+    if seen is not None:
+        # By arithmetic: filling by a bool mask is many times slower on the CPU than this addition.
+        s.add_((~seen).to(dtype).mul_(MASKED))
+    largest = s.amax(-1, keepdim=True)
+    p = s.sub_(largest).exp_()
+    total = p.sum(-1, keepdim=True)
+    p.div_(total)
+    lse = (largest + total.log_()).squeeze(-1)
+    if seen is not None:
+        alive = seen.any(-1)
+        p.mul_(alive[..., None])
+        lse = torch.where(alive, lse, -torch.inf)
+    return (p.to(low) @ v.to(low)).to(q.dtype), lse, p
+
+
+@torch.no_grad()
+def decode_rectangular(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, softcap: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments and results as in ``decode_reference``; the cache is not empty."""
+    (b, h, d), hk = q.shape, k.shape[1]
+    queries = q.reshape(b, hk, h // hk, d)
+    out, lse, p = _attend(queries, k, v, None if seen is None else seen[:, :, None], scale, softcap)
+    return out.reshape(b, h, v.shape[3]), lse.reshape(b, h), p.reshape(b, h, k.shape[2])
+
+
+@torch.no_grad()
+def decode_fused(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """``decode_rectangular`` without weights and softcap, by the CPU's fused kernel.
+
+    The query heads of a key/value head become rows of one query, so that no key is read twice.
+    """
+    (b, h, d), hk = q.shape, k.shape[1]
+    mask = None if seen is None else torch.log(seen.to(q.dtype))  # 0 or -inf
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q.reshape(b, hk, h // hk, d), k, v, attn_mask=None if mask is None else mask[:, :, None], scale=scale
+    )
+    if seen is not None:
+        lse = lse.masked_fill(~seen.any(-1)[..., None], -torch.inf)
+    return out.reshape(b, h, v.shape[3]), lse.reshape(b, h)
+
+
+def fused_fits(q: Tensor, v: Tensor, softcap: float) -> bool:
+    """Whether ``decode_fused`` runs and is the faster one; it is not in half precision."""
+    return (
+        q.device.type == "cpu"
+        and q.dtype in (torch.float32, torch.float64)
+        and softcap == 0
+        and (q.shape[-1] == v.shape[-1])
+    )
+
+
+@torch.no_grad()
+def decode_flat(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, seen: Tensor | None, scale: float, softcap: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments and results as in ``decode_flat_reference``, for tensors on the CPU, where offsets can be read."""
+    (b, h, d), pairs = q.shape, offsets.shape[0] - 1
+    g = b * h // pairs
+    dtype = accumulator_dtype(q.dtype)
+    queries = q.reshape(pairs, g, d)
+    out = q.new_zeros(pairs, g, v.shape[1])
+    lse = torch.full((pairs, g), -torch.inf, dtype=dtype)
+    weights = torch.zeros(g, k.shape[0], dtype=dtype)
+    bounds = offsets.tolist()
+    for i, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        if start == stop:
+            continue
+        mask = None if seen is None else seen[None, start:stop]
+        out[i], lse[i], weights[:, start:stop] = _attend(queries[i], k[start:stop], v[start:stop], mask, scale, softcap)
+    return out.reshape(b, h, v.shape[1]), lse.reshape(b, h), weights
