@@ -9,7 +9,6 @@ CPU, slowly, which is how they are tested without a GPU.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterable
@@ -48,9 +47,8 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-@functools.cache
-def _triton_found() -> bool:
-    return importlib.util.find_spec("triton") is not None
+# Looked up once and without importing it; a constant, so that the compiler need not trace the search.
+_TRITON_FOUND = importlib.util.find_spec("triton") is not None
 
 
 class Refusal(NamedTuple):
@@ -63,7 +61,7 @@ class Refusal(NamedTuple):
 def device_refusals(tensor: Tensor) -> list[Refusal]:
     """The rows that every operator shares: the device and the presence of triton."""
     return [
-        Refusal(not _triton_found(), "triton is not installed (pip install tokred[triton])"),
+        Refusal(not _TRITON_FOUND, "triton is not installed (pip install tokred[triton])"),
         Refusal(
             not tensor.is_cuda and not interpreting(),
             f"the tensors are on {tensor.device.type}; kernels run on cuda, or anywhere under TRITON_INTERPRET=1",

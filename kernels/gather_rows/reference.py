@@ -89,6 +89,9 @@ def gather_cache_(keys: Tensor, values: Tensor, positions: Tensor, index: Tensor
 def _compact(x: Tensor, index: Tensor) -> None:
     """Because the index ascends, ``index[k] >= k``: a chunk of targets never covers a source of a later chunk."""
     count = index.shape[-1]
+    if torch.compiler.is_compiling():  # a loop would tie the graph to one length
+        x[:, :, :count] = gather_rows(x, index)
+        return
     for start in range(0, count, _CHUNK):
         stop = min(start + _CHUNK, count)
         x[:, :, start:stop] = gather_rows(x, index[:, :, start:stop])

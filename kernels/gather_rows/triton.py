@@ -16,7 +16,10 @@ from torch import Tensor
 
 # Up to this many entries a program finds its own by looking at all of them; beyond, they are sorted once.
 SCAN_LIMIT = 2048
-_WIDEST = 1024
+# Entries looked at together, and what a program holds: channels of a row at most, and elements.
+SCAN_BLOCK = 256
+WIDEST = 1024
+ELEMENTS = 4096
 
 
 @triton.jit
@@ -179,7 +182,7 @@ class Tile(NamedTuple):
 
 
 def tile(channels: int, rows: int, *, most: int = 256, whole: bool = False) -> Tile:
-    """Wide pieces of a row first, then as many rows as fill a program (4096 elements).
+    """Wide pieces of a row first, then as many rows as fill a program.
 
     Args:
         channels: length of a row.
@@ -188,8 +191,8 @@ def tile(channels: int, rows: int, *, most: int = 256, whole: bool = False) -> T
         whole: whether a program needs whole rows.
     """
     block_c = triton.next_power_of_2(channels)
-    block_c = block_c if whole else min(block_c, _WIDEST)
-    block_rows = max(1, min(4096 // block_c, triton.next_power_of_2(rows), most))
+    block_c = block_c if whole else min(block_c, WIDEST)
+    block_rows = max(1, min(ELEMENTS // block_c, triton.next_power_of_2(rows), most))
     return Tile(block_c, block_rows, max(1, min(8, block_c * block_rows // 1024)))
 
 
@@ -220,7 +223,7 @@ class Entries:
         self.keys = keys.contiguous()
         count = keys.shape[1]
         self.sorted = count > SCAN_LIMIT
-        self.block = min(256, max(16, triton.next_power_of_2(count)))
+        self.block = min(SCAN_BLOCK, max(16, triton.next_power_of_2(count)))
         self.order = self.offsets = self.keys
         if self.sorted:
             ascending, self.order = self.keys.sort(dim=1, stable=True)
@@ -258,7 +261,7 @@ def launch_gather_cache(
         return
     widest = max(keys.shape[3], values.shape[3])
     block_d = triton.next_power_of_2(widest)
-    block_k = max(1, min(4096 // block_d, triton.next_power_of_2(count)))
+    block_k = max(1, min(ELEMENTS // block_d, triton.next_power_of_2(count)))
     blocks = _ceil(count, block_k)
     strides: list[Any] = []
     for tensor in (keys, values, positions, index, *out):
@@ -280,7 +283,7 @@ def launch_compact_cache(keys: Tensor, values: Tensor, positions: Tensor, index:
     block_d = min(triton.next_power_of_2(widest), 32 // keys.element_size())
     while block_d < widest and batch * heads * _ceil(widest, block_d) >= 256:
         block_d *= 2
-    block_k = min(16384 // block_d, max(16, triton.next_power_of_2(count)))
+    block_k = min(4 * ELEMENTS // block_d, max(16, triton.next_power_of_2(count)))
     slices = _ceil(widest, block_d)
     strides: list[Any] = []
     for tensor in (keys, values, positions, index):

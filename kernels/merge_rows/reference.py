@@ -51,8 +51,9 @@ def _edges(representative: Tensor, source: Tensor, target: Tensor, n: int, steps
 
 def _gain(size: Tensor | None, weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """What each row counts for: size times weight, ``(B * N,)``, or None for ones."""
+    size, weight = (None if t is None else t.to(dtype) for t in (size, weight))
     gain = size if weight is None else (weight if size is None else size * weight)
-    return None if gain is None else gain.to(dtype).reshape(-1)
+    return None if gain is None else gain.reshape(-1)
 
 
 def _own(gain: Tensor | None, edges: _Edges, dtype: torch.dtype) -> Tensor:
@@ -113,7 +114,8 @@ def merge_rows(
         edges = _edges(representative, source, target, n, rows.steps)
         moved = rows.table.index_select(0, edges.row)  # [E, C]
         if mode == "max":
-            y = y.scatter_reduce(0, edges.slot.unsqueeze(1).expand_as(moved), moved, "amax")
+            where = edges.slot.unsqueeze(1).expand_as(moved)
+            y = y.scatter_reduce(0, where, moved, "amax") if recording else y.scatter_reduce_(0, where, moved, "amax")
         else:
             base = y.index_select(0, edges.slot)  # [E, C]
             own = _own(gain, edges, wide)

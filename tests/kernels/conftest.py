@@ -18,6 +18,9 @@ import pytest
 import torch
 from torch import Tensor
 
+# Helpers that several of these files share are imported by their plain names.
+sys.path.insert(0, str(Path(__file__).parent))
+
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -75,3 +78,11 @@ def interpreted() -> Callable[[str], None]:
         assert " passed" in text, text[-2000:]
 
     return run
+
+
+@pytest.fixture(params=["values seen", "stand-ins"])
+def drops_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways of dropping: looking at the values, and stand-ins as under a trace or on a device."""
+    if request.param == "stand-ins":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    return request.param
