@@ -177,9 +177,8 @@ def similarity_sum(
     result = total(call, function, margin, alpha)
     if not mean:
         return result
-    if call.b_mask is None:
-        return result / max(call.b.shape[-2], 1)
-    return result / call.b_mask.sum(-1, keepdim=True).clamp_min(1)
+    partners = call.partners()
+    return result / (partners.clamp_min(1) if isinstance(partners, Tensor) else max(partners, 1))
 
 
 def similarity_count(

@@ -36,6 +36,17 @@ class Call(NamedTuple):
     exclude_self: bool
     windows: Windows | None
 
+    def result_shape(self) -> tuple[int, ...]:
+        """``(..., Na)``, or ``(B, W, Na)`` with windows."""
+        return (self.a.shape[0], *self.windows.a.shape) if self.windows is not None else self.a.shape[:-1]
+
+    def partners(self) -> int | Tensor:
+        """How many rows of ``b`` each row of ``a`` is compared with; a tensor broadcasts over ``result_shape``."""
+        if self.windows is None:
+            return self.b.shape[-2] if self.b_mask is None else self.b_mask.sum(-1, keepdim=True)
+        mask = gather_mask(self.b_mask, self.windows.b, self.windows.padded)
+        return self.windows.b.shape[-1] if mask is None else mask.sum(-1, keepdim=True)
+
     def gathered(self) -> Call:
         """The same call on ``(B, W, n, D)`` tensors; indices are then inside the groups."""
         if self.windows is None:

@@ -36,12 +36,12 @@ def top_backward(
     batch, rows, k = index.shape
     with torch_path.without_autocast(a):
         x, y = a.to(dtype), b.to(dtype)
-        if y.shape[1] == 0:
+        if y.shape[1] == 0 or index.numel() == 0:
             return torch.zeros_like(a), torch.zeros_like(b)
         grad = torch.where(score == -torch.inf, 0, grad).unsqueeze(-1)  # [B, Na, k, 1]
         shift = torch.arange(batch, device=a.device).view(-1, 1, 1) * y.shape[1]
         flat = (index + shift).flatten()
-        partner = y.flatten(0, 1).index_select(0, flat).view(batch, rows, k, -1)
+        partner = y.flatten(0, 1).index_select(0, flat).view(batch, rows, k, y.shape[2])
         own = x.unsqueeze(2)
         if metric == "distance":
             apart = own - partner
