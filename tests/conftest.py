@@ -1,4 +1,4 @@
-"""Shared by all tests: makes the repository's ``benchmarks`` importable from wherever pytest is started."""
+"""Shared by all tests: makes ``benchmarks`` importable from wherever pytest is started, and keeps torch to one thread."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
 
 def _register_benchmarks() -> None:
     """Import ``benchmarks`` by its place.
 
-    The root is not put on ``sys.path``: its folder ``kernels`` would pass for the package of that name that host
-    libraries look for.
+    The root is not put on ``sys.path``, and taken off where ``python -m pytest`` has put it: its folder ``kernels`` would
+    pass for the package of that name that host libraries look for.
     """
-    folder = Path(__file__).resolve().parents[1] / "benchmarks"
+    sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
+    folder = ROOT / "benchmarks"
     spec = importlib.util.spec_from_file_location(
         "benchmarks", folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
@@ -25,3 +30,5 @@ def _register_benchmarks() -> None:
 
 
 _register_benchmarks()
+# Tensors in tests are small, and test processes may run side by side.
+torch.set_num_threads(1)

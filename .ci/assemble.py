@@ -1,0 +1,40 @@
+"""Lay the repository out as the one package that it installs as, for tools that do not know setuptools' ``package-dir``.
+
+    python .ci/assemble.py build/tree
+
+makes ``build/tree/tokred`` with ``kernels`` and ``adapters`` inside it, by symbolic links, so that it never goes stale.
+``mkdocs.yml`` names this file as a hook: mkdocstrings reads the package from there. ``.ci/run`` type-checks it there.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+TREE = ROOT / "build" / "tree"
+PARTS = {"kernels": ROOT / "kernels", "adapters": ROOT / "adapters"}
+
+
+def assemble(tree: Path) -> Path:
+    """Build the tree anew; returns it."""
+    package = tree / "tokred"
+    if package.exists():
+        shutil.rmtree(package)
+    package.mkdir(parents=True)
+    inside = {p.name: p for p in (ROOT / "tokred").iterdir() if p.name != "__pycache__"}
+    for name, target in {**inside, **PARTS}.items():
+        (package / name).symlink_to(target)
+    return tree
+
+
+def on_config(config: Any) -> Any:
+    """Hook of mkdocs: called once, before any page is rendered."""
+    assemble(TREE)
+    return config
+
+
+if __name__ == "__main__":
+    print(assemble(Path(sys.argv[1]) if len(sys.argv) > 1 else TREE))

@@ -1,0 +1,132 @@
+"""The documentation is run: every Python block of README and docs, in order, each page with one namespace.
+
+A block that cannot run here has ``<!-- not run: REASON -->`` on the line before it. A ``text`` block with
+``<!-- output -->`` before it must be what the Python block before it printed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted(p for p in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")] if "```python" in p.read_text("utf-8"))
+FENCE = re.compile(
+    r"^(?:(?P<indent>[ ]*)<!-- (?P<note>[^\n]+) -->\n\n?)?(?P<margin>[ ]*)```(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=margin)```[ ]*$",
+    re.MULTILINE | re.DOTALL,
+)
+COMMAND = re.compile(r"```bash\n(python3 -m venv [^\n]+)\n```")
+
+
+class Block(NamedTuple):
+    """One fenced block: its info string, its text, where it starts, and the comment on the line before it."""
+
+    info: str
+    text: str
+    line: int
+    note: str
+
+
+def blocks(page: str) -> Iterator[Block]:
+    """All fenced blocks of a page, in order."""
+    for found in FENCE.finditer(page):
+        body = textwrap.dedent(found["body"])
+        start = page.count("\n", 0, found.start("body"))
+        yield Block(found["info"].strip(), body, start, found["note"] or "")
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """One torch thread, a folder to write into, and registered methods as they were before."""
+    from tokred.registry import methods
+
+    threads, names = torch.get_num_threads(), dict(methods._targets)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)
+    yield
+    torch.set_num_threads(threads)
+    methods._targets.clear()
+    methods._targets.update(names)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_blocks_run(path: Path) -> None:
+    for host in ("timm", "transformers"):
+        if re.search(rf"^\s*(import|from) {host}\b", path.read_text("utf-8"), re.MULTILINE):
+            pytest.importorskip(host)
+    namespace: dict[str, object] = {"__name__": "__page__"}
+    printed = None
+    for block in blocks(path.read_text("utf-8")):
+        where = f"{path.relative_to(ROOT)}:{block.line}"
+        if block.info == "python":
+            if block.note.startswith("not run"):
+                assert re.fullmatch(r"not run: .{10,}", block.note), f"{where}: say why the block is not run"
+                compile(block.text, where, "exec")
+                continue
+            out = io.StringIO()
+            # Line numbers of a failure are those of the page.
+            code = compile("\n" * block.line + block.text, str(path), "exec")
+            with contextlib.redirect_stdout(out):
+                exec(code, namespace)
+            printed = out.getvalue()
+        elif block.note == "output":
+            assert printed is not None, f"{where}: no Python block stands before this output"
+            assert printed.rstrip() == block.text.rstrip(), f"{where}: the page shows another output"
+
+
+def test_pages_are_found() -> None:
+    names = {p.relative_to(ROOT).as_posix() for p in PAGES}
+    assert {"README.md", "docs/index.md", "docs/concepts.md", "docs/adding-a-method.md"} <= names
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_fence_is_read(path: Path) -> None:
+    text = path.read_text("utf-8")
+    assert len(list(blocks(text))) * 2 == len(re.findall(r"^ *```", text, re.MULTILINE))
+    infos = {block.info for block in blocks(text)}
+    assert infos <= {"python", "bash", "text", "toml", "yaml", "csv", "json"}, "an info string that no test knows"
+
+
+def test_every_method_has_a_page() -> None:
+    import tokred
+
+    built_in = {n for n in tokred.methods() if tokred.make(n).__class__.__module__.startswith("tokred.methods.")}
+    pages = {p.stem for p in (ROOT / "docs" / "methods").glob("*.md")} - {"index"}
+    assert pages == built_in
+    overview = (ROOT / "docs" / "methods" / "index.md").read_text("utf-8")
+    assert all(f"({name}.md)" in overview for name in built_in)
+
+
+def test_readme_has_two_commands() -> None:
+    commands = COMMAND.findall((ROOT / "README.md").read_text("utf-8"))
+    assert len(commands) == 2
+    assert commands[0].endswith(".venv/bin/tokred demo")
+    assert 'pytest -m "not weights"' in commands[1]
+
+
+def test_ci_extracts_the_commands_of_the_readme() -> None:
+    ci = (ROOT / ".ci" / "run").read_text("utf-8")
+    command = re.search(r"^extract_commands\(\) \{\n(.*?)^\}", ci, re.MULTILINE | re.DOTALL)
+    assert command is not None
+    done = subprocess.run(
+        ["bash", "-c", command[1]], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.splitlines() == COMMAND.findall((ROOT / "README.md").read_text("utf-8"))
+    assert "venv .venv &&" not in ci, "the commands stand in README.md alone"
+
+
+def test_ci_is_sound() -> None:
+    subprocess.run(["bash", "-n", str(ROOT / ".ci" / "run")], check=True, timeout=60)
+    assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
+    subprocess.run([sys.executable, "-m", "py_compile", str(ROOT / ".ci" / "assemble.py")], check=True, timeout=60)
