@@ -51,7 +51,7 @@ def _scores(
     options = Options(scale, causal, window, softcap, group)
     if not use_kernel("column_scores", q, lambda: refusals(q, k)):
         return column_scores_blocked(q, k, weight, lse, bias, key_mask, options)
-    from tokred.kernels.column_scores.triton import launch_columns
+    from tokred.kernels.column_scores.launch import launch_columns
 
     return launch_columns(q, k, weight, lse, bias, key_mask, options, statistics=False)[0]
 
@@ -63,7 +63,7 @@ def _statistics(
     options = Options(scale, causal, window, softcap, group)
     if not use_kernel("column_statistics", q, lambda: refusals(q, k)):
         return tuple(column_statistics_blocked(q, k, weight, lse, bias, key_mask, options))
-    from tokred.kernels.column_scores.triton import launch_columns
+    from tokred.kernels.column_scores.launch import launch_columns
 
     return tuple(launch_columns(q, k, weight, lse, bias, key_mask, options, statistics=True))
 
@@ -75,7 +75,7 @@ def _row_lse(
     options = Options(scale, causal, window, softcap, "none")
     if not use_kernel("row_lse", q, lambda: refusals(q, k)):
         return row_lse_reference(q, k, bias, key_mask, options)
-    from tokred.kernels.column_scores.triton import launch_row_lse
+    from tokred.kernels.column_scores.launch import launch_row_lse
 
     return launch_row_lse(q, k, bias, key_mask, options)
 
