@@ -30,16 +30,20 @@ def find(model: nn.Module) -> Host:
     """
     refusal: UnsupportedModelError | None = None
     hosts: list[tuple[str, Host]] = []
+    settled: list[str] = []
     for name, module in model.named_modules():
-        if any(name == found or name.startswith(f"{found}.") for found, _ in hosts if found) or (hosts and not hosts[0][0]):
+        # What is inside a host belongs to it; what is inside a refused model is refused for its reason.
+        if any(not outer or name == outer or name.startswith(f"{outer}.") for outer in settled):
             continue
         try:
             host = _match(module)
         except UnsupportedModelError as error:
             refusal = refusal or error
+            settled.append(name)
             continue
         if host is not None:
             hosts.append((name, host))
+            settled.append(name)
     if len(hosts) > 1:
         names = ", ".join(repr(name) for name, _ in hosts)
         raise UnsupportedModelError(f"the model holds several models that can be patched ({names}): apply to one of them")

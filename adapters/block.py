@@ -63,13 +63,17 @@ class KeyTap:
     """Forward hook that notes a sub-module's output: keys after their norm, before rotary embedding.
 
     A plain object rather than a closure, so that patched models pickle and copy; the noted tensor never travels along.
+
+    Args:
+        heads: split an output of ``(B, N, H * D)`` into ``(B, H, N, D)``; None where it has heads already.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, heads: int | None = None) -> None:
+        self.heads = heads
         self.value: Tensor | None = None
 
     def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        self.value = output
+        self.value = output if self.heads is None else output.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def take(self) -> Tensor | None:
         """The noted keys, once."""
@@ -77,7 +81,7 @@ class KeyTap:
         return value
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"value": None}
+        return {"heads": self.heads, "value": None}
 
 
 class Settings:
@@ -140,9 +144,9 @@ def reduce(
     tapped = settings.tap.take() if settings.tap is not None else None
     site = Site(
         x=x,
-        q=capture.q,
-        k=tapped if tapped is not None else capture.k,
-        v=capture.v,
+        q=lambda: capture.q,
+        k=tapped if tapped is not None else lambda: capture.k,
+        v=lambda: capture.v,
         class_attention=lambda: class_row(capture),
         sizes=state.size,
         mask=state.mask,
@@ -163,7 +167,7 @@ def class_row(capture: Capture) -> Tensor | None:
     if capture.q is None or capture.k is None:
         return None
     bias = capture.key_bias()
-    scores: Tensor = column_scores(capture.q[:, :, :1], capture.k, bias=bias)
+    scores: Tensor = column_scores(capture.q[:, :, :1], capture.k, bias=bias, scale=capture.scale)
     return scores
 
 

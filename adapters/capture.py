@@ -3,11 +3,12 @@
 While a block's attention runs, one thread-local torch-function mode watches for ``scaled_dot_product_attention``: it notes
 queries, keys and values exactly as the host uses them (after norms, rotary embedding and whatever a later version adds),
 adds the tokens' size bias to the mask, and reduces masks and relative position biases of the original length to the rows
-that are left.
+that are left. ``nn.MultiheadAttention`` hides its SDPA from modes; there the bias goes in one call higher.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -36,10 +37,28 @@ class Capture(TorchFunctionMode):
         self.length = length
         self.representative = representative
         self.calls = 0
-        self.q: Tensor | None = None
-        self.k: Tensor | None = None
-        self.v: Tensor | None = None
+        self.heads: tuple[Tensor, Tensor, Tensor] | None = None
         self.mask: Tensor | None = None
+        self.scale: float | None = None
+
+    @property
+    def q(self) -> Tensor | None:
+        """``(B, H, M, D)`` queries, as the attention used them."""
+        return self.part(0)
+
+    @property
+    def k(self) -> Tensor | None:
+        """``(B, Hk, M, D)`` keys."""
+        return self.part(1)
+
+    @property
+    def v(self) -> Tensor | None:
+        """``(B, Hk, M, D)`` values."""
+        return self.part(2)
+
+    def part(self, i: int) -> Tensor | None:
+        """Queries, keys or values; None before any attention ran."""
+        return None if self.heads is None else self.heads[i]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not _SDPA:
@@ -55,7 +74,8 @@ class Capture(TorchFunctionMode):
             mask = add_bias(mask, self.bias, q.dtype)
         call["attn_mask"] = mask
         if self.calls == 0:
-            self.q, self.k, self.v, self.mask = q, k, v, mask
+            self.heads, self.mask = (q, k, v), mask
+            self.scale = call.get("scale")
         self.calls += 1
         return func(q, k, v, **call)
 
@@ -69,6 +89,60 @@ class Capture(TorchFunctionMode):
         q = self.q
         assert q is not None  # set together with the mask
         return row.expand(q.shape[0], q.shape[1], -1)
+
+
+_MHA = F.multi_head_attention_forward
+_MHA_NAMES = tuple(inspect.signature(_MHA).parameters)
+
+
+class MhaCapture(Capture):
+    """Watches one ``nn.MultiheadAttention``.
+
+    A mode sees ``F.multi_head_attention_forward``, not the SDPA inside it: the bias goes in as a float key padding mask,
+    which is added to the logits, and queries, keys and values are projected again where a method asks for them. While a
+    mode is active, torch does not take the fused encoder path that would pass this function by.
+    """
+
+    def __init__(self, bias: Tensor | None, length: int, representative: Tensor | None) -> None:
+        super().__init__(bias, length, representative)
+        self.call: dict[str, Any] = {}
+        self.parts: dict[int, Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not _MHA:
+            return super().__torch_function__(func, types, args, kwargs)
+        call = {**dict(zip(_MHA_NAMES, args, strict=False)), **(kwargs or {})}
+        if call["in_proj_weight"] is None or call["bias_k"] is not None or call["add_zero_attn"]:
+            raise UnsupportedModelError("nn.MultiheadAttention with separate projections or extra keys cannot carry sizes")
+        query, heads, mask = call["query"], call["num_heads"], call.get("attn_mask")
+        b = query.shape[1]
+        if self.representative is not None and mask is not None:
+            if mask.ndim == 3:
+                mask = mask.unflatten(0, (b, heads))
+            mask = reduce_mask(mask, self.length, self.representative)
+            call["attn_mask"] = mask.expand(b, heads, -1, -1).flatten(0, 1)
+        if self.bias is not None:
+            if call.get("is_causal"):
+                raise UnsupportedModelError("causal attention cannot carry merged tokens: their order is not kept")
+            padding = self.bias[:, 0, 0].to(query.dtype)
+            before = call.get("key_padding_mask")
+            call["key_padding_mask"] = padding if before is None else before + padding
+            mask = add_bias(mask, self.bias, query.dtype)
+        if self.calls == 0:
+            self.call, self.mask = call, mask
+        self.calls += 1
+        return func(**call)
+
+    def part(self, i: int) -> Tensor | None:
+        """Queries, keys or values ``(B, H, M, D)``, projected when first asked for."""
+        if not self.call:
+            return None
+        if i not in self.parts:
+            weight, bias = self.call["in_proj_weight"], self.call["in_proj_bias"]
+            x = self.call[("query", "key", "value")[i]]
+            y = F.linear(x, weight.chunk(3)[i], None if bias is None else bias.chunk(3)[i])
+            self.parts[i] = y.unflatten(-1, (self.call["num_heads"], -1)).permute(1, 2, 0, 3)
+        return self.parts[i]
 
 
 def as_float(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -41,10 +41,14 @@ class Host:
         recipe: how the blocks are run.
         prefix, suffix: tokens that are never reduced.
         supplies: what sites hand over.
-        pooled: whether the model's head looks at all tokens (mean, attention pooling, dense output), so that the last
-            block gives them back at full length.
+        pooled: whether the model's head looks at all tokens (mean, attention pooling), so that the last block gives them
+            back at full length unless the user says otherwise.
+        full: ``"last"`` or ``"all"`` where something outside the blocks counts on the original positions (a dense head, a
+            decoder of masked patches, position embeddings added between blocks), so that the last or every block has to
+            give full length back, whatever the method and the user say; else ``"none"``.
         grid: patches in rows and columns, where the model knows.
         key_norms: for each block the sub-module whose output is the keys before rotary embedding, or None.
+        key_heads: heads that those outputs still have to be split into, or None.
         tokens: number of tokens for an input shape.
         outside_macs: multiply-adds outside the blocks for an input shape.
         note: what a user should know about this family.
@@ -61,7 +65,9 @@ class Host:
     outside_macs: Callable[[tuple[int, ...]], int]
     suffix: int = 0
     grid: tuple[int, int] | None = None
+    full: str = "none"
     key_norms: list[nn.Module | None] = field(default_factory=list)
+    key_heads: int | None = None
     note: str = ""
 
     @property
@@ -79,13 +85,14 @@ class Host:
         reads = method.reads if isinstance(method, Method) else method().reads
         return reads - self.supplies
 
-    def check(self, method: Method) -> None:
+    def check(self, method: Method, expose: str = "auto") -> None:
         """Everything that can be known before the model is touched.
 
         Raises:
             MissingInputError: the host cannot supply what the method reads, or has no sites of its stage.
-            ValueError: the method's parameters do not fit the depth.
+            ValueError: the method's parameters do not fit the depth, or ``expose`` does not fit the model.
         """
+        self.exposure(method, expose)
         if method.stage != "block":
             raise MissingInputError(
                 f"{method.name!r} acts at stage {method.stage!r}, but {self.family} offers only stage 'block'"
@@ -107,24 +114,38 @@ class Host:
                     attention += p.numel()
                 else:
                     mlp += p.numel()
-        width = next((p.shape[0] for name, p in block.named_parameters() if "norm" in name and p.ndim == 1), 0)
+        norms = (p for name, p in block.named_parameters() if p.ndim == 1 and ("norm" in name or "ln_" in name))
+        width = next((p.shape[0] for p in norms), 0)
         for module in block.modules():
             width = getattr(module, "attn_dim", width)
         return BlockCost(attention, mlp, int(width))
 
-    def patch(self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str) -> None:
-        """Exchange the classes of the blocks. :meth:`check` has passed."""
+    def exposure(self, method: Method, expose: str) -> str:
+        """Which blocks return full length: ``"none"``, ``"last"`` or ``"all"``.
+
+        Raises:
+            ValueError: ``expose`` would let something count on positions that are not there.
+        """
+        order = ("none", "last", "all")
         if expose == "auto":
             # A head that pools over everything wants merged tokens back at full length, which also weights them by
             # size; where tokens were dropped it pools over those that are left.
             expose = "last" if self.pooled and not method.drops else "none"
+            return max(expose, self.full, key=order.index)
+        if order.index(expose) < order.index(self.full):
+            raise ValueError(f"{self.family} reads tokens by their position: expose must be {self.full!r}, got {expose!r}")
+        return expose
+
+    def patch(self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str) -> None:
+        """Exchange the classes of the blocks. :meth:`check` has passed."""
+        expose = self.exposure(method, expose)
         shared = Shared(method, self.depth, self.prefix, self.suffix, expose, keep_dropped=method.drops)
         shared.grid = self.grid
         norms = self.key_norms or [None] * self.depth
         for layer, ((name, block), norm) in enumerate(zip(self.blocks, norms, strict=True)):
             tap = None
             if norm is not None:
-                tap = KeyTap()
+                tap = KeyTap(self.key_heads)
                 norm.register_forward_hook(tap)
             active = where is None or bool(where(name, block))
             swap(block, "block", Settings(shared, layer, name, self.recipe, tap, active))

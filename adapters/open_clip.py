@@ -1,0 +1,92 @@
+"""open_clip: its own vision transformer. Text towers are never touched; timm trunks are the timm adapter's."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokred.adapters.block import Recipe
+from tokred.adapters.capture import Capture, MhaCapture
+from tokred.adapters.host import Host, argument_names
+from tokred.adapters.state import TokenState
+from tokred.adapters.swap import host_class
+from tokred.errors import UnsupportedModelError
+
+TOWER = "open_clip.transformer.VisionTransformer"
+REFUSED = {"ModifiedResNet": "it is a convolutional network without tokens"}
+
+
+class MhaRecipe(Recipe):
+    """Blocks whose attention is ``nn.MultiheadAttention``."""
+
+    def capture(self, block: nn.Module, bias: Tensor | None, state: TokenState) -> Capture:
+        """Watches the call around the fused attention, which is all that a mode can see."""
+        return MhaCapture(bias, state.length, state.representative)
+
+
+def match(model: nn.Module) -> Host | None:
+    """The host record of open_clip's vision transformer; None for everything else, whole CLIP models included.
+
+    Raises:
+        UnsupportedModelError: ``model`` is a vision tower that cannot be reduced rightly; the message says why.
+    """
+    cls = host_class(model)
+    for base in cls.__mro__:
+        if base.__module__.startswith("open_clip.") and base.__name__ in REFUSED:
+            raise UnsupportedModelError(
+                f"open_clip's {cls.__name__} cannot run with fewer tokens here: {REFUSED[base.__name__]}"
+            )
+    if TOWER not in {f"{c.__module__}.{c.__qualname__}" for c in cls.__mro__}:
+        return None
+    return _host(model)
+
+
+def _host(model: Any) -> Host:
+    blocks = [(f"transformer.resblocks.{i}", block) for i, block in enumerate(model.transformer.resblocks)]
+    if not blocks:
+        raise UnsupportedModelError("open_clip's VisionTransformer has no blocks")
+    if not getattr(model.transformer, "batch_first", True):
+        raise UnsupportedModelError("open_clip's VisionTransformer runs with batch_first=False; build it with True")
+    first = blocks[0][1]
+    recipe = MhaRecipe if isinstance(first.attn, nn.MultiheadAttention) else Recipe
+    if recipe is Recipe and not _fused(first.attn):
+        raise UnsupportedModelError(
+            f"the attention of {blocks[0][0]} ({type(first.attn).__name__}) is not fused (scaled cosine), so sizes could "
+            "not reach it"
+        )
+    return Host(
+        family="open_clip VisionTransformer",
+        model=model,
+        blocks=blocks,
+        recipe=recipe(False, {}, argument_names(first)),
+        prefix=1,
+        supplies=frozenset({"x", "q", "k", "v", "class_attention"}),
+        # CoCa hands all tokens on to its text decoder, through an attentional pooler or as they are.
+        pooled=model.attn_pool is not None or model.pool_type != "tok" or bool(model.output_tokens),
+        tokens=lambda shape: _tokens(model, shape),
+        outside_macs=lambda shape: _outside(model, shape),
+        grid=tuple(model.grid_size),
+    )
+
+
+def _fused(attention: Any) -> bool:
+    return getattr(attention, "logit_scale", None) is None and bool(getattr(attention, "use_fsdpa", False))
+
+
+def _patches(model: Any, shape: tuple[int, ...]) -> int:
+    conv = copy.deepcopy(model.conv1).to("meta")
+    with torch.no_grad():
+        return int(conv(torch.empty(1, *shape[-3:], device="meta")).flatten(2).shape[-1])
+
+
+def _tokens(model: Any, shape: tuple[int, ...]) -> int:
+    return _patches(model, shape) + 1
+
+
+def _outside(model: Any, shape: tuple[int, ...]) -> int:
+    """Patch embedding and projection; an attentional pooler is left out."""
+    projection = 0 if model.proj is None else model.proj.numel()
+    return _patches(model, shape) * int(model.conv1.weight.numel()) + int(projection)
