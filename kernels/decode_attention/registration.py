@@ -81,7 +81,7 @@ def _decode(
     key_mask: Tensor | None, scale: float, softcap: float, weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if use_kernel("decode_attention", q, lambda: refusals(q, k, v, k.shape[0] * k.shape[1])):
-        from tokred.kernels.decode_attention.triton import launch_rectangular
+        from tokred.kernels.decode_attention.launch import launch_rectangular
 
         return launch_rectangular(q, k, v, positions, query_position, last, key_mask, scale, softcap, weights)
     seen = seen_rectangular(k, positions, last if query_position is None else query_position, key_mask)
@@ -95,7 +95,7 @@ def _decode_flat(
     last: int, key_mask: Tensor | None, scale: float, softcap: float, weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if use_kernel("decode_attention_flat", q, lambda: refusals(q, k, v, offsets.shape[0] - 1)):
-        from tokred.kernels.decode_attention.triton import launch_flat
+        from tokred.kernels.decode_attention.launch import launch_flat
 
         return launch_flat(q, k, v, offsets, positions, query_position, last, key_mask, scale, softcap, weights)
     seen = seen_flat(k, offsets, positions, last if query_position is None else query_position, key_mask, q.shape[0])
