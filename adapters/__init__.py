@@ -46,7 +46,9 @@ def find(model: nn.Module) -> Host:
             settled.append(name)
     if len(hosts) > 1:
         names = ", ".join(repr(name) for name, _ in hosts)
-        raise UnsupportedModelError(f"the model holds several models that can be patched ({names}): apply to one of them")
+        raise UnsupportedModelError(
+            f"the model holds several models that can be patched ({names}): apply to one of them"
+        )
     if hosts:
         return hosts[0][1]
     if refusal is not None:

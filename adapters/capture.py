@@ -113,7 +113,9 @@ class MhaCapture(Capture):
             return super().__torch_function__(func, types, args, kwargs)
         call = {**dict(zip(_MHA_NAMES, args, strict=False)), **(kwargs or {})}
         if call["in_proj_weight"] is None or call["bias_k"] is not None or call["add_zero_attn"]:
-            raise UnsupportedModelError("nn.MultiheadAttention with separate projections or extra keys cannot carry sizes")
+            raise UnsupportedModelError(
+                "nn.MultiheadAttention with separate projections or extra keys cannot carry sizes"
+            )
         query, heads, mask = call["query"], call["num_heads"], call.get("attn_mask")
         b = query.shape[1]
         if self.representative is not None and mask is not None:

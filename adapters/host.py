@@ -133,7 +133,9 @@ class Host:
             expose = "last" if self.pooled and not method.drops else "none"
             return max(expose, self.full, key=order.index)
         if order.index(expose) < order.index(self.full):
-            raise ValueError(f"{self.family} reads tokens by their position: expose must be {self.full!r}, got {expose!r}")
+            raise ValueError(
+                f"{self.family} reads tokens by their position: expose must be {self.full!r}, got {expose!r}"
+            )
         return expose
 
     def patch(self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str) -> None:

@@ -55,9 +55,7 @@ class TokenState:
 
     def with_exposed(self, exposed: bool) -> TokenState:
         """The same state, for a tensor of full (or short) length."""
-        return TokenState(
-            self.length, self.size, self.representative, self.steps, self.dropped, self.mask, exposed
-        )
+        return TokenState(self.length, self.size, self.representative, self.steps, self.dropped, self.mask, exposed)
 
     def composed(self) -> Reduction | None:
         """All steps as one reduction, or None when there was none."""

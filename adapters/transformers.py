@@ -212,7 +212,9 @@ def match(model: nn.Module) -> Host | None:
         return None  # a layer, or a wrapper around a timm model, which the timm adapter finds inside
     located = _locate(model)
     if located is None:
-        raise UnsupportedModelError(f"transformers' {names[0]} cannot run with fewer tokens here: {_reason(model, names)}")
+        raise UnsupportedModelError(
+            f"transformers' {names[0]} cannot run with fewer tokens here: {_reason(model, names)}"
+        )
     return _host(model, *located)
 
 
@@ -273,7 +275,9 @@ def _host(model: Any, name: str, encoder: Any, demand: str) -> Host:
         family=f"transformers {name}",
         model=encoder,
         blocks=layers,
-        recipe=LayerRecipe(False, row.positions, argument_names(layers[0][1])),
+        recipe=LayerRecipe(
+            row.positions, argument_names(layers[0][1]), getattr(encoder, "shared_position_bias", None) is not None
+        ),
         prefix=prefix,
         suffix=suffix,
         supplies=frozenset({"x", "q", "k", "v"} | ({"class_attention"} if row.class_token else set())),
@@ -299,12 +303,20 @@ def _check_fused(encoder: Any, layers: list[tuple[str, nn.Module]]) -> None:
 
 
 class LayerRecipe(Recipe):
-    """Layers of transformers encoders."""
+    """Layers of transformers encoders.
+
+    Args:
+        biased: the model itself gives its layers a mask, the bias of relative positions.
+    """
+
+    def __init__(self, positions: dict[str, Callable[..., Any]], argument_names: tuple[str, ...], biased: bool) -> None:
+        super().__init__(False, positions, argument_names)
+        self.biased = biased
 
     def gather(self, kwargs: dict[str, Any], state: TokenState, prefix: int) -> dict[str, Any]:
         """Positions at the rows that are left; padding is refused, since no method here keeps it apart yet."""
         mask = kwargs.get("attention_mask")
-        if mask is not None and mask.dtype == torch.bool:
+        if mask is not None and (mask.dtype == torch.bool or not self.biased):
             raise UnsupportedModelError(
                 "the batch holds padded tokens (a mask hides some of them), which would be merged with real ones: give "
                 "inputs of one size without padding, or call tokred.remove(model) first"
@@ -325,5 +337,8 @@ def _embed(row: Encoder, encoder: Any, shape: tuple[int, ...]) -> tuple[int, int
 
 def _head(model: Any) -> int:
     """Matrices applied once a sample: classifiers and projections of the class token."""
-    heads = [getattr(model, n, None) for n in ("classifier", "distillation_classifier", "cls_classifier", "visual_projection")]
+    heads = [
+        getattr(model, n, None)
+        for n in ("classifier", "distillation_classifier", "cls_classifier", "visual_projection")
+    ]
     return sum(p.numel() for m in heads if isinstance(m, nn.Module) for p in m.parameters() if p.ndim == 2)

@@ -111,7 +111,7 @@ def apply(
     if expose not in ("auto", "none", "last", "all"):
         raise ValueError(f"expose is {expose!r}; allowed are 'auto', 'none', 'last', 'all'")
     host = _find(model)
-    host.check(chosen)
+    host.check(chosen, expose)
     if where is not None and not any(where(name, block) for name, block in host.blocks):
         raise ValueError(f"where selects none of the {host.depth} blocks ({host.blocks[0][0]}, ...)")
     unpatch(model)
