@@ -54,8 +54,8 @@ def find(model: nn.Module) -> Host:
     if refusal is not None:
         raise refusal
     raise UnsupportedModelError(
-        f"{type(model).__name__} is of no family that tokred knows ({', '.join(ADAPTERS)} vision models), and holds none; "
-        "`tokred list` shows the families"
+        f"{type(model).__name__} is of no family that tokred knows ({', '.join(ADAPTERS)} encoders), and holds none; "
+        "docs/hosts.md lists the families"
     )
 
 

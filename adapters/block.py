@@ -1,8 +1,9 @@
 """A patched block: the host's own block, run with fewer tokens.
 
-Each block keeps its parameters, its name and its place; only its class is exchanged for a subclass of the same name that
-adds the steps here. Where the block's class is one whose composition is known, tokens are reduced between attention and
-MLP; everywhere else after the block, and the host's own forward runs untouched either way when there is nothing to do.
+Each block keeps its parameters, its name and its place; only its class is exchanged for a subclass of the same name
+that adds the steps here. Where the block's class is one whose composition is known, tokens are reduced between attention
+and MLP; everywhere else after the block, and the host's own forward runs untouched either way when there is nothing to
+do.
 """
 
 from __future__ import annotations
@@ -175,8 +176,8 @@ def check_capture(capture: Capture, settings: Settings) -> None:
     """Attention that the capture did not see has neither the bias nor the rows right: never go on silently."""
     if capture.calls == 0:
         raise UnsupportedModelError(
-            f"the attention of {settings.name} did not run F.scaled_dot_product_attention, so sizes could not reach it; "
-            "switch the host to fused attention (timm: fused_attn, transformers: attn_implementation='sdpa')"
+            f"the attention of {settings.name} did not run F.scaled_dot_product_attention, so sizes could not reach "
+            "it; switch the host to fused attention (timm: fused_attn, transformers: attn_implementation='sdpa')"
         )
 
 

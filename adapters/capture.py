@@ -1,9 +1,9 @@
 """See and bias a host's fused attention without copying a line of it.
 
-While a block's attention runs, one thread-local torch-function mode watches for ``scaled_dot_product_attention``: it notes
-queries, keys and values exactly as the host uses them (after norms, rotary embedding and whatever a later version adds),
-adds the tokens' size bias to the mask, and reduces masks and relative position biases of the original length to the rows
-that are left. ``nn.MultiheadAttention`` hides its SDPA from modes; there the bias goes in one call higher.
+While a block's attention runs, one thread-local torch-function mode watches for ``scaled_dot_product_attention``: it
+notes queries, keys and values exactly as the host uses them (after norms, rotary embedding and whatever a later version
+adds), adds the tokens' size bias to the mask, and reduces masks and relative position biases of the original length to
+the rows that are left. ``nn.MultiheadAttention`` hides its SDPA from modes; there the bias goes in one call higher.
 """
 
 from __future__ import annotations
@@ -98,9 +98,9 @@ _MHA_NAMES = tuple(inspect.signature(_MHA).parameters)
 class MhaCapture(Capture):
     """Watches one ``nn.MultiheadAttention``.
 
-    A mode sees ``F.multi_head_attention_forward``, not the SDPA inside it: the bias goes in as a float key padding mask,
-    which is added to the logits, and queries, keys and values are projected again where a method asks for them. While a
-    mode is active, torch does not take the fused encoder path that would pass this function by.
+    A mode sees ``F.multi_head_attention_forward``, not the SDPA inside it: the bias goes in as a float key padding
+    mask, which is added to the logits, and queries, keys and values are projected again where a method asks for them.
+    While a mode is active, torch does not take the fused encoder path that would pass this function by.
     """
 
     def __init__(self, bias: Tensor | None, length: int, representative: Tensor | None) -> None:

@@ -41,11 +41,11 @@ class Host:
         recipe: how the blocks are run.
         prefix, suffix: tokens that are never reduced.
         supplies: what sites hand over.
-        pooled: whether the model's head looks at all tokens (mean, attention pooling), so that the last block gives them
-            back at full length unless the user says otherwise.
-        full: ``"last"`` or ``"all"`` where something outside the blocks counts on the original positions (a dense head, a
-            decoder of masked patches, position embeddings added between blocks), so that the last or every block has to
-            give full length back, whatever the method and the user say; else ``"none"``.
+        pooled: whether the model's head looks at all tokens (mean, attention pooling), so that the last block gives
+            them back at full length unless the user says otherwise.
+        full: ``"last"`` or ``"all"`` where something outside the blocks counts on the original positions (a dense head,
+            a decoder of masked patches, position embeddings added between blocks), so that the last or every block has
+            to give full length back, whatever the method and the user say; else ``"none"``.
         grid: patches in rows and columns, where the model knows.
         key_norms: for each block the sub-module whose output is the keys before rotary embedding, or None.
         key_heads: heads that those outputs still have to be split into, or None.

@@ -54,8 +54,8 @@ def _host(model: Any) -> Host:
     recipe = MhaRecipe if isinstance(first.attn, nn.MultiheadAttention) else Recipe
     if recipe is Recipe and not _fused(first.attn):
         raise UnsupportedModelError(
-            f"the attention of {blocks[0][0]} ({type(first.attn).__name__}) is not fused (scaled cosine), so sizes could "
-            "not reach it"
+            f"the attention of {blocks[0][0]} ({type(first.attn).__name__}) is not fused (scaled cosine), so sizes "
+            "could not reach it"
         )
     return Host(
         family="open_clip VisionTransformer",

@@ -1,8 +1,9 @@
 """What belongs to a token sequence on its way through the blocks: sizes, the source map, and how they travel.
 
 The state rides on the block's output tensor as an attribute, so it follows the data through checkpointing, compilation,
-export and several forwards in flight. Where the attribute is lost (wrappers that rebuild tensors, such as FSDP2), a slot
-per block, checked by shape and address, gives it back; where neither is certain, an error is raised instead of a guess.
+export and several forwards in flight. Where the attribute is lost (wrappers that rebuild tensors, such as FSDP2), a
+slot per block, checked by shape and address, gives it back; where neither is certain, an error is raised instead of a
+guess.
 """
 
 from __future__ import annotations
@@ -173,9 +174,9 @@ class Shared:
             setattr(x, ATTRIBUTE, slot.state)
             return slot.state
         raise TokenStateError(
-            f"the sizes and the source map of the tokens were lost before block {layer}: its input is not the tensor that "
-            f"the block before it returned. If something copies tensors between blocks, call tokred.remove(model) first, "
-            "or run one forward before each backward when checkpointing reentrantly"
+            f"the sizes and the source map of the tokens were lost before block {layer}: its input is not the tensor "
+            "that the block before it returned. If something copies tensors between blocks, call tokred.remove(model) "
+            "first, or run one forward before each backward when checkpointing reentrantly"
         )
 
 

@@ -1,8 +1,9 @@
 """Exchange a module's class for a subclass of the same name, and back.
 
-The subclass keeps ``__name__``, ``__qualname__`` and ``__module__``: tools that look layers up by class name (device maps,
-FSDP policies, ``repr``) notice nothing. Nothing is added to parameters, buffers or sub-modules, so ``state_dict`` keys stay.
-Pickle and deepcopy rebuild the subclass from the host's class, since a class made at run time cannot be imported by name.
+The subclass keeps ``__name__``, ``__qualname__`` and ``__module__``: tools that look layers up by class name (device
+maps, FSDP policies, ``repr``) notice nothing. Nothing is added to parameters, buffers or sub-modules, so ``state_dict``
+keys stay. Pickle and deepcopy rebuild the subclass from the host's class, since a class made at run time cannot be
+imported by name.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def _block_body(host: type[nn.Module]) -> dict[str, Any]:
 
 
 def _model_body(host: type[nn.Module]) -> dict[str, Any]:
-    """Methods that reshape intermediate tokens to a map get them at full length: a short sequence would be scrambled."""
+    """Methods that reshape intermediate tokens to a map get them at full length: a short one would be scrambled."""
     body: dict[str, Any] = {}
     for name in ("forward_intermediates", "get_intermediate_layers"):
         original = getattr(host, name, None)

@@ -1,8 +1,8 @@
 """transformers: vision and audio encoders, alone or in the models around them that are known to take fewer tokens.
 
-Every encoder is one row of ``ENCODERS``, every model around an encoder one row of ``HEADS``. A model in neither table is
-refused, also when an encoder of the table is inside it: language models with vision, for instance, count and place their
-encoder's tokens, and would go wrong without an error.
+Every encoder is one row of ``ENCODERS``, every model around an encoder one row of ``HEADS``. A model in neither table
+is refused, also when an encoder of the table is inside it: language models with vision, for instance, count and place
+their encoder's tokens, and would go wrong without an error.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from tokred.adapters.swap import host_class
 from tokred.adapters.timm import gather_rope
 from tokred.errors import UnsupportedModelError
 
-# What the model does with its tokens, weakest demand first: it reads the prefix or takes any length ("short"); it pools over
-# all of them ("pooled"); it counts on their positions, at the end ("last") or between blocks ("all").
+# What the model does with its tokens, weakest demand first: it reads the prefix or takes any length ("short"); it pools
+# over all of them ("pooled"); it counts on their positions, at the end ("last") or between blocks ("all").
 DEMANDS = ("short", "pooled", "last", "all")
 Demand = str | Callable[[Any], str]
 
@@ -64,7 +64,7 @@ def gather_tables(tables: tuple[Tensor, ...], representative: Tensor, prefix: in
 
 
 def never(value: Any, representative: Tensor, prefix: int) -> bool:
-    """Once tokens have gone, BEiT's bias of a layer must not be interpolated to their number; it is gathered instead."""
+    """Once tokens have gone, a BEiT layer must not interpolate its bias to their number; it is gathered instead."""
     return False
 
 
@@ -192,7 +192,7 @@ REFUSED = {
     "ConvNext": "it is a convolutional network without tokens",
     "ResNet": "it is a convolutional network without tokens",
     "Timesformer": "its attention is divided into space and time, so tokens must stay a rectangle of both",
-    "VJEPA2": "each layer turns token numbers into rotary angles itself, so missing tokens would shift positions silently",
+    "VJEPA2": "each layer turns token numbers into rotary angles itself, so missing tokens would shift positions",
 }
 NO_FAMILY = "it is not among the encoders, or the models around one, that are known to be right with fewer tokens"
 LANGUAGE = (
@@ -297,8 +297,8 @@ def _check_fused(encoder: Any, layers: list[tuple[str, nn.Module]]) -> None:
     kinds = {str(c._attn_implementation) for c in (configs or [encoder.config])}
     if kinds != {"sdpa"}:
         raise UnsupportedModelError(
-            f"{type(encoder).__name__} runs attn_implementation={', '.join(sorted(kinds))!r}, which takes no token sizes; "
-            "call model.set_attn_implementation('sdpa') (or load it so) and apply again"
+            f"{type(encoder).__name__} runs attn_implementation={', '.join(sorted(kinds))!r}, which takes no token "
+            "sizes; call model.set_attn_implementation('sdpa') (or load it so) and apply again"
         )
 
 
