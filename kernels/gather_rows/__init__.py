@@ -87,8 +87,7 @@ def gather_cache(
     if kernel:
         _cache_out_op(keys, values, positions, index, *out)
     else:
-        for given, rows in zip(out, reference.gather_cache(keys, values, positions, index), strict=True):
-            given.copy_(rows)
+        reference.gather_cache_out(keys, values, positions, index, out)
     return CacheRows(*out)
 
 

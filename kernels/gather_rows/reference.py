@@ -8,8 +8,8 @@ from torch import Tensor
 from tokred.kernels import dispatch
 from tokred.kernels.rows import flat_index, rows_of
 
-# Rows moved at a time by the in-place form: enough to amortise the calls, small beside a cache.
-_CHUNK = 2048
+# Rows, over all heads, that the in-place form moves at a time: they stay in the processor's cache on their way.
+_CHUNK = 4096
 
 
 def gather_rows(x: Tensor, index: Tensor) -> Tensor:
@@ -79,6 +79,19 @@ def gather_cache(keys: Tensor, values: Tensor, positions: Tensor, index: Tensor)
     return gather_rows(keys, index), gather_rows(values, index), positions.gather(2, index)
 
 
+def gather_cache_out(
+    keys: Tensor, values: Tensor, positions: Tensor, index: Tensor, out: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    """:func:`gather_cache` into given tensors, without a detour where they are contiguous."""
+    for x, to in zip((keys, values), out, strict=False):
+        if _plain(x) or not to.is_contiguous():
+            to.copy_(gather_rows(x, index))
+        else:
+            rows = rows_of(x)
+            torch.index_select(rows.table, 0, flat_index(index, rows.steps), out=to.view(-1, x.shape[-1]))
+    out[2].copy_(positions.gather(2, index))
+
+
 def gather_cache_(keys: Tensor, values: Tensor, positions: Tensor, index: Tensor) -> None:
     """Move rows ``index`` of a cache to its front; the index ascends."""
     _compact(keys, index)
@@ -86,12 +99,25 @@ def gather_cache_(keys: Tensor, values: Tensor, positions: Tensor, index: Tensor
     positions[:, :, : index.shape[2]] = positions.gather(2, index)
 
 
+def _plain(x: Tensor) -> bool:
+    """Whether the compiler or autograd must see plain operations instead of work in given memory."""
+    return torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled())
+
+
 def _compact(x: Tensor, index: Tensor) -> None:
-    """Because the index ascends, ``index[k] >= k``: a chunk of targets never covers a source of a later chunk."""
-    count = index.shape[-1]
-    if torch.compiler.is_compiling():  # a loop would tie the graph to one length
+    """Chunk by chunk through a small buffer.
+
+    Because the index ascends, ``index[k] >= k``: a chunk of targets never covers a source of a later chunk.
+    """
+    batch, heads, count = index.shape
+    if _plain(x):
         x[:, :, :count] = gather_rows(x, index)
         return
-    for start in range(0, count, _CHUNK):
-        stop = min(start + _CHUNK, count)
-        x[:, :, start:stop] = gather_rows(x, index[:, :, start:stop])
+    rows = rows_of(x)
+    chunk = max(1, min(count, _CHUNK // max(1, batch * heads)))
+    buffer = x.new_empty(batch * heads * chunk, x.shape[-1])
+    for start in range(0, count, chunk):
+        stop = min(start + chunk, count)
+        part = buffer[: batch * heads * (stop - start)]
+        torch.index_select(rows.table, 0, flat_index(index[:, :, start:stop], rows.steps), out=part)
+        x[:, :, start:stop] = part.view(batch, heads, stop - start, -1)

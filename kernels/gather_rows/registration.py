@@ -93,8 +93,7 @@ def _cache_out(
 
         launch_gather_cache(keys, values, positions, index, out)
         return
-    for given, rows in zip(out, reference.gather_cache(keys, values, positions, index), strict=True):
-        given.copy_(rows)
+    reference.gather_cache_out(keys, values, positions, index, out)
 
 
 def _cache_in_place(keys: Tensor, values: Tensor, positions: Tensor, index: Tensor) -> None:

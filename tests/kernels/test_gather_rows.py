@@ -104,16 +104,21 @@ class TestCache:
         for given_out, ours, expected in zip(out, found, gather_cache(*given_cache, index), strict=True):
             assert ours is given_out
             assert torch.equal(ours, expected)
+        whole = tuple(torch.empty_like(t) for t in found)
+        for ours, expected in zip(gather_cache(*given_cache, index, out=whole), found, strict=True):
+            assert torch.equal(ours, expected)
         for t in buffer:
             assert bool((t[:, :, :2] == 7).all())
             assert bool((t[:, :, 7:] == 7).all())
 
-    @pytest.mark.parametrize("chunk", [1, 3, 2048])
+    @pytest.mark.parametrize("chunk", [1, 12, 4096])
     def test_in_place(self, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(reference, "_CHUNK", chunk)
         for k in (0, 1, 8, 17):
             index = picks((2, 2), 17, k, ascending=True)
             given_cache = cache(2, 2, 17, 4)
+            if chunk == 12:  # channels that no table of rows can describe
+                given_cache = (given_cache[0].mT.contiguous().mT, *given_cache[1:])
             expected = gather_cache(*given_cache, index)
             found = gather_cache_(*given_cache, index)
             for ours, other, whole in zip(found, expected, given_cache, strict=True):
@@ -243,7 +248,7 @@ class TestCompile:
         torch._dynamo.reset()
         compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
         with torch._dynamo.config.patch(error_on_recompile=True):
-            for n, k in ((21, 6), (18, 5)):
+            for n, k in ((21, 8), (18, 5)):
                 arguments = (rows(2, n, 4), picks((2,), n, k), *cache(2, 3, n, 4), picks((2, 3), n, k, ascending=True))
                 torch.testing.assert_close(compiled(*arguments), step(*arguments))
 
