@@ -46,16 +46,16 @@ def blocks(page: str) -> Iterator[Block]:
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """One torch thread, a folder to write into, and registered methods as they were before."""
+def apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A folder to write into, no switches from outside, and registered methods as they were before."""
     from tokred.registry import methods
 
-    threads, names = torch.get_num_threads(), dict(methods._targets)
-    torch.set_num_threads(1)
+    names = dict(methods._targets)
     torch.manual_seed(0)
     monkeypatch.chdir(tmp_path)
+    for variable in ("TOKRED_KERNELS", "TOKRED_AUTOTUNE", "TOKRED_DEBUG", "TRITON_INTERPRET"):
+        monkeypatch.delenv(variable, raising=False)
     yield
-    torch.set_num_threads(threads)
     methods._targets.clear()
     methods._targets.update(names)
 
@@ -72,11 +72,11 @@ def test_blocks_run(path: Path) -> None:
         if block.info == "python":
             if block.note.startswith("not run"):
                 assert re.fullmatch(r"not run: .{10,}", block.note), f"{where}: say why the block is not run"
-                compile(block.text, where, "exec")
+                compile(block.text, where, "exec", dont_inherit=True)
                 continue
             out = io.StringIO()
             # Line numbers of a failure are those of the page.
-            code = compile("\n" * block.line + block.text, str(path), "exec")
+            code = compile("\n" * block.line + block.text, str(path), "exec", dont_inherit=True)
             with contextlib.redirect_stdout(out):
                 exec(code, namespace)
             printed = out.getvalue()

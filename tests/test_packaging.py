@@ -1,0 +1,130 @@
+"""What is installed: every package folder, the type marker, the data; and what an import brings along."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+FOLDERS = {"tokred": "tokred", "kernels": "tokred.kernels", "adapters": "tokred.adapters"}
+# What `import tokred` must not import: hosts, kernels, and whatever only the command line and the plots need.
+LATER = {
+    "timm", "transformers", "diffusers", "open_clip", "triton", "typer", "click", "rich", "matplotlib", "pandas", "PIL",
+    "safetensors", "torchvision", "torch._dynamo", "torch._inductor",
+}  # fmt: skip
+
+
+def packages() -> set[str]:
+    """Every folder with an ``__init__.py``, by the name that it installs under."""
+    found = set()
+    for top, name in FOLDERS.items():
+        for file in (ROOT / top).rglob("__init__.py"):
+            inside = file.parent.relative_to(ROOT / top).parts
+            found.add(".".join((name, *inside)))
+    return found
+
+
+def test_every_package_is_listed() -> None:
+    assert packages() == set(PROJECT["tool"]["setuptools"]["packages"])
+
+
+def test_folders_without_init_hold_no_code() -> None:
+    for top in FOLDERS:
+        for file in (ROOT / top).rglob("*.py"):
+            assert (file.parent / "__init__.py").exists(), f"{file.relative_to(ROOT)} stands in no package"
+
+
+def test_data_files_are_listed() -> None:
+    patterns = PROJECT["tool"]["setuptools"]["package-data"]["tokred.data"]
+    for file in (ROOT / "tokred" / "data").iterdir():
+        if file.is_file() and file.suffix not in {".py", ".md"}:
+            assert any(file.match(p) for p in patterns), f"{file.name} would not be installed"
+
+
+def test_type_marker() -> None:
+    assert (ROOT / "tokred" / "py.typed").exists()
+    assert "py.typed" in PROJECT["tool"]["setuptools"]["package-data"]["tokred"]
+
+
+def test_floors_not_pins() -> None:
+    extras = PROJECT["project"]["optional-dependencies"]
+    assert PROJECT["project"]["dependencies"] == [r for r in PROJECT["project"]["dependencies"] if r.startswith("torch>=")]
+    assert not [r for rs in extras.values() for r in rs if "==" in r.partition(";")[0]]
+    assert {"timm", "transformers", "diffusers", "open_clip", "triton", "bench", "docs", "dev", "all"} <= set(extras)
+
+
+def test_version_stands_once() -> None:
+    import tokred
+
+    assert tokred.__version__ == PROJECT["project"]["version"]
+
+
+def run(code: str) -> str:
+    """What a fresh interpreter prints, started away from the checkout."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_brings_torch_alone() -> None:
+    # torch comes first: what it imports itself is not tokred's doing.
+    code = "import sys, torch; before = set(sys.modules); import tokred; print(*sorted(set(sys.modules) - before))"
+    new = set(run(code).split())
+    assert "tokred" in new
+    assert not {m for m in new if m in LATER or m.partition(".")[0] in LATER}
+    foreign = {m.partition(".")[0] for m in new} - {"tokred"} - set(sys.stdlib_module_names)
+    assert not foreign - {"torch"}
+
+
+def test_import_leaves_methods_and_adapters_alone() -> None:
+    modules = run("import sys, tokred; print(*sys.modules)").split()
+    assert not [m for m in modules if m.startswith("tokred.methods.") or m.startswith("tokred.adapters.")]
+    assert not [m for m in modules if m.startswith("tokred.kernels.") and m.endswith(".triton")]
+
+
+def test_import_patches_nothing() -> None:
+    code = (
+        "import torch, torch.nn.functional as F; before = (F.scaled_dot_product_attention, torch.nn.Module.__call__); "
+        "import tokred; print(before == (F.scaled_dot_product_attention, torch.nn.Module.__call__))"
+    )
+    assert run(code).strip() == "True"
+
+
+@pytest.mark.slow
+def test_wheel_holds_everything(tmp_path: Path) -> None:
+    # setuptools builds in the source tree; a copy keeps the checkout clean.
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy2(ROOT / name, source)
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    code = (
+        "import sys; from setuptools import build_meta; "
+        "print(build_meta.build_wheel(sys.argv[1]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=source, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    (wheel,) = tmp_path.glob("tokred-*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for top, package in FOLDERS.items():
+        inside = package.replace(".", "/")
+        for file in (ROOT / top).rglob("*.py"):
+            assert f"{inside}/{file.relative_to(ROOT / top).as_posix()}" in names
+    assert "tokred/py.typed" in names
+    for file in (ROOT / "tokred" / "data").iterdir():
+        if file.suffix in {".safetensors", ".npz"} or file.name.startswith("LICENSE"):
+            assert f"tokred/data/{file.name}" in names
+    assert any(n.endswith("/licenses/LICENSE") for n in names)
+    assert not [n for n in names if n.startswith(("kernels/", "adapters/", "tests/", "benchmarks/"))]
