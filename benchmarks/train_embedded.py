@@ -2,7 +2,7 @@
 
 The model has the token geometry of ViT-B/16 at 224: a 14 x 14 grid of patches and a class token, 197 in all, and
 12 blocks. Only its width is small, so that the weights fit in the package. Four things make it trainable on one CPU core
-in about an hour: a patch embedding of two convolutions (Xiao et al., Early Convolutions Help Transformers See Better,
+in about an hour: a patch embedding of four convolutions (Xiao et al., Early Convolutions Help Transformers See Better,
 2021), random patch dropout early on (short sequences first, the full ones at the end), distillation from a small
 convolutional network trained in the same run, and an initialisation of the attention that starts out local.
 
@@ -129,7 +129,7 @@ def train_teacher(x: Tensor, y: Tensor, xt: Tensor, yt: Tensor, epochs: int) -> 
 
 def keep_share(progress: float) -> float:
     """Share of the patches that a training step sees: a quarter for most of the run, all at its end."""
-    return 0.25 if progress < 0.65 else 0.5 if progress < 0.85 else 1.0
+    return 0.25 if progress < 0.75 else 0.5 if progress < 0.9 else 1.0
 
 
 def train_student(x: Tensor, y: Tensor, xt: Tensor, yt: Tensor, teacher: nn.Module, args: argparse.Namespace):
@@ -139,6 +139,12 @@ def train_student(x: Tensor, y: Tensor, xt: Tensor, yt: Tensor, teacher: nn.Modu
     local_attention_(model)
     model.patch_embed.stem[0].load_state_dict(teacher.stem.state_dict())
     model.patch_embed.stem[1].load_state_dict(teacher.down[0].state_dict())
+    model.patch_embed.res.load_state_dict(teacher.res[0].state_dict())
+    if args.warm:
+        from safetensors.torch import load_file
+
+        trunk = {k: v.float() for k, v in load_file(args.warm).items() if not k.startswith("patch_embed.stem")}
+        model.load_state_dict(trunk, strict=False)
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
     opt = torch.optim.AdamW([{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], lr=args.lr)
@@ -153,7 +159,7 @@ def train_student(x: Tensor, y: Tensor, xt: Tensor, yt: Tensor, teacher: nn.Modu
                 break
             share = keep_share(progress)
             model.patch_drop = PatchDropout(1 - share, num_prefix_tokens=1) if share < 1 else nn.Identity()
-            lr = args.lr * min(1.0, (step + 1) / 300) * (0.5 * (1 + math.cos(math.pi * progress)) + 0.005)
+            lr = args.lr * min(1.0, (step + 1) / 100) * (0.5 * (1 + math.cos(math.pi * progress)) + 0.005)
             for group in opt.param_groups:
                 group["lr"] = lr
             model.train()
@@ -207,6 +213,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60, help="wall-clock budget of the transformer's training")
     parser.add_argument("--teacher-epochs", type=int, default=6)
     parser.add_argument("--teacher", type=Path, help="where the teacher's weights are kept between runs")
+    parser.add_argument("--warm", type=Path, help="start the blocks from the weights of an earlier run")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -26,7 +26,7 @@ def conv(i: int, o: int, stride: int = 1) -> nn.Sequential:
 def build() -> nn.Module:
     """The model with random weights; needs timm.
 
-    The patch embedding is two convolutions and a projection instead of one strided projection, and hands timm the same
+    The patch embedding is four convolutions and a projection instead of one strided projection, and hands timm the same
     14 x 14 grid.
     """
     from timm.layers import PatchEmbed
@@ -36,10 +36,12 @@ def build() -> nn.Module:
         def __init__(self, embed_dim: int = 96, **kwargs: Any) -> None:
             super().__init__(embed_dim=embed_dim, **kwargs)
             self.stem = nn.Sequential(conv(1, 32), conv(32, 64, 2))
+            self.res = nn.Sequential(conv(64, 64), conv(64, 64))
             self.proj = nn.Conv2d(64, embed_dim, 1)
 
         def forward(self, x: Tensor) -> Tensor:
-            x = self.proj(self.stem(x)).flatten(2).transpose(1, 2)
+            x = self.stem(x)
+            x = self.proj(x + self.res(x)).flatten(2).transpose(1, 2)
             return self.norm(x)
 
     return VisionTransformer(embed_layer=ConvPatchEmbed, **MODEL)

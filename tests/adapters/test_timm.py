@@ -1,0 +1,277 @@
+"""Every timm family: the two laws (nothing to remove: bit-equal; removed: as before), and what merging must respect."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+
+pytest.importorskip("timm")
+
+import tokred
+from tests.adapters.tiny_timm import FAMILIES, SIZE, build, images
+
+ROPE = [f for f in FAMILIES if "rope" in f]
+METHODS = {
+    "tome": {"r": 4},
+    "tome-list": {"r": [5, 0, 2]},
+    "pitome": {"ratio": 0.8},
+    "random": {"r": 3},
+    "random_prune": {"r": 3},
+    "kth": {"k": 2},
+    "evit": {"kappa": 0.6, "blocks": (1,)},
+}
+NOTHING = {"tome": {"r": 0}, "pitome": {"ratio": 1.0}, "random": {"r": 0}, "random_prune": {"r": 0}, "kth": {"k": 1},
+           "evit": {"kappa": 1.0}}  # fmt: skip
+
+
+def snapshot(model):
+    """Everything a patch could leave behind."""
+    return {
+        "repr": repr(model),
+        "classes": [type(m) for m in model.modules()],
+        "attributes": [sorted(m.__dict__) for m in model.modules()],
+        "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
+        "state": {k: v.clone() for k, v in model.state_dict().items()},
+    }
+
+
+def assert_same(before, after):
+    for key in ("repr", "classes", "attributes", "hooks"):
+        assert before[key] == after[key], key
+    assert list(before["state"]) == list(after["state"])
+    for key, value in before["state"].items():
+        assert torch.equal(value, after["state"][key]), key
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_to_remove_is_bit_equal_and_removal_restores_everything(family):
+    model, x = build(family), images()
+    before = snapshot(model)
+    with torch.no_grad():
+        y = model(x)
+        for name, parameters in NOTHING.items():
+            if name == "evit" and not _has_class_token(model):
+                continue
+            tokred.apply(model, name, **parameters)
+            assert torch.equal(model(x), y), name
+            assert list(model.state_dict()) == list(before["state"])
+            assert repr(model) == before["repr"]
+        tokred.apply(model, "tome", r=4)
+        assert not torch.equal(model(x), y)
+        tokred.remove(model)
+        assert_same(before, snapshot(model))
+        assert torch.equal(model(x), y)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("case", METHODS)
+def test_runs_with_the_announced_tokens_and_without_batch_mates(family, case):
+    model, x = build(family), images()
+    name, parameters = case.partition("-")[0], METHODS[case]
+    if name == "evit" and not _has_class_token(model):
+        with pytest.raises(tokred.MissingInputError, match="class_attention"):
+            tokred.apply(model, name, **parameters)
+        return
+    tokred.apply(model, name, **parameters)
+    with torch.no_grad():
+        y = model(x)
+        counted = [row.tokens_out for row in tokred.report(model).layers]
+        assert counted == tokred.flops(model, name, (3, SIZE, SIZE), **parameters).tokens
+        assert counted[-1] < model.patch_embed.num_patches
+        assert torch.isfinite(y).all()
+        for i in range(len(x)):
+            torch.testing.assert_close(model(x[i : i + 1]), y[i : i + 1], rtol=1e-4, atol=2e-5)
+
+
+def _has_class_token(model) -> bool:
+    return getattr(model, "cls_token", None) is not None
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ROPE and "relpos" not in f and "beit" not in f])
+def test_merging_duplicates_changes_nothing(family):
+    """Tokens without position data, each there twice: merging every pair must leave all outputs as they were."""
+    model = build(family)
+    with torch.no_grad():
+        for name in ("pos_embed", "reg_token"):
+            p = getattr(model, name, None)
+            if p is not None:
+                p.zero_() if name == "pos_embed" else None
+    half = torch.randn(2, 3, SIZE, SIZE // 5 * 2 // 8 * 8)
+    # 25 patches: 24 of them are 12 pairs of equal ones; the order is free because there are no positions.
+    patches = torch.randn(2, 12, 3, 8, 8).repeat(1, 2, 1, 1, 1)
+    patches = torch.cat([patches, torch.randn(2, 1, 3, 8, 8)], 1)
+    del half
+    x = patches.view(2, 5, 5, 3, 8, 8).permute(0, 3, 1, 4, 2, 5).reshape(2, 3, SIZE, SIZE)
+    with torch.no_grad():
+        y = model(x)
+        tokred.apply(model, "tome", r=[6, 0, 0], metric="x" if family == "vit-post-norm" else "k")
+        merged = model(x)
+    members = [len(g) for g in tokred.trace(model).groups()[0]]
+    assert max(members) <= 3
+    if max(members) == 2:
+        torch.testing.assert_close(merged, y, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ROPE)
+def test_rope_tables_follow_their_tokens(family):
+    """Pruning with gathered tables equals the model run on the same tokens with the same tables, step by step."""
+    model, x = build(family), images(2)
+    tokred.apply(model, "random_prune", r=[5, 0, 0])
+    with torch.no_grad():
+        y = model(x)
+        kept = tokred.trace(model).representative
+        tokred.remove(model)
+        # The same by hand: run block 0 whole up to the middle, then only the kept rows with their own rows of the table.
+        z, rope = model._pos_embed(model.patch_embed(x))
+        z = model.norm_pre(z)
+        tables = list(rope) if getattr(model, "rope_mixed", False) else [rope] * 3
+        prefix = model.num_prefix_tokens
+        rows = kept[0, prefix:] - prefix
+        first = model.blocks[0]
+        if family == "eva-post-norm":
+            z = first(z, rope=tables[0])[:, kept[0]]
+        else:
+            from tokred.adapters.block import branch
+
+            z = z + branch(first, first.attn(first.norm1(z), rope=tables[0]), 1)
+            z = z[:, kept[0]]
+            z = z + branch(first, first.mlp(first.norm2(z)), 2)
+        for block, table in zip(model.blocks[1:], tables[1:], strict=True):
+            z = block(z, rope=table[..., rows, :])
+        expected = model.forward_head(model.norm(z))
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_split_blocks_equal_their_hosts():
+    """The composition that is used to split a block in the middle is the host's own."""
+    from tokred.adapters.block import branch
+
+    for family in ("vit", "vit-layerscale (DeiT-3)", "eva (EVA, no rope)", "beit (own bias)", "relpos"):
+        model = build(family)
+        block, x = model.blocks[0], torch.randn(2, 26, 48)
+        with torch.no_grad():
+            half = x + branch(block, block.attn(block.norm1(x)), 1)
+            assert torch.equal(half + branch(block, block.mlp(block.norm2(half)), 2), block(x)), family
+
+
+def test_copies_carry_the_patch_and_no_tensors():
+    model, x = build("vit"), images()
+    plain = len(pickle.dumps(model))
+    tokred.apply(model, "tome", r=4)
+    with torch.no_grad():
+        y = model(x)
+        for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), _saved(model)):
+            assert torch.equal(clone(x), y)
+            assert type(clone.blocks[0]).__name__ == "Block"
+            tokred.remove(clone)
+            assert not torch.equal(clone(x), y)
+        assert torch.equal(model(x), y)
+    assert len(pickle.dumps(model)) < plain + 6000, "the state of the last batch travels along"
+
+
+def _saved(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("family", ["eva02 (rope, swiglu)", "dinov3 (rope, registers)"])
+def test_copies_of_rope_models_keep_their_key_taps(family):
+    model, x = build(family), images()
+    tokred.apply(model, "tome", r=4)
+    with torch.no_grad():
+        y = model(x)
+        assert torch.equal(copy.deepcopy(model)(x), y)
+        assert torch.equal(pickle.loads(pickle.dumps(model))(x), y)
+
+
+@pytest.mark.parametrize("family", ["vit", "dinov3 (rope, registers)", "beit (own bias)"])
+def test_intermediate_maps_are_restored_not_scrambled(family):
+    model, x = build(family), images(2)
+    with torch.no_grad():
+        shapes = [f.shape for f in model.forward_intermediates(x, intermediates_only=True, norm=False)]
+        tokred.apply(model, "tome", r=4)
+        plain = model(x)
+        maps = model.forward_intermediates(x, intermediates_only=True, norm=False)
+        assert [f.shape for f in maps] == shapes
+        index = tokred.trace(model).index[:, model.num_prefix_tokens :]
+        last = maps[-1].flatten(2).transpose(1, 2)
+        for b in range(2):
+            for slot in index[b].unique():
+                rows = last[b][index[b] == slot]
+                assert torch.equal(rows, rows[:1].expand_as(rows)), "a group is not piecewise constant"
+        assert torch.equal(model(x), plain)
+
+
+def test_mean_pooling_weights_by_size():
+    """The mean over restored tokens is the mean of the merged ones weighted by size."""
+    model, x = build("vit-mean"), images(2)
+    tokred.apply(model, "tome", r=6)
+    with torch.no_grad():
+        restored = model.forward_features(x)
+        assert restored.shape[1] == 25
+        tokred.apply(model, "tome", r=6, expose="none")
+        short = model.forward_features(x)
+        size = tokred.trace(model).sizes()
+    weighted = (short * size.unsqueeze(-1)).sum(1) / size.sum(1, keepdim=True)
+    torch.testing.assert_close(restored.mean(1), weighted, rtol=1e-5, atol=1e-6)
+
+
+def test_where_restricts_the_blocks():
+    model, x = build("vit"), images()
+    tokred.apply(model, "tome", r=4, where=lambda name, block: name != "blocks.1")
+    with torch.no_grad():
+        model(x)
+    assert [row.tokens_out for row in tokred.report(model).layers] == [22, 22, 18]
+
+
+def test_a_model_inside_another_is_found():
+    inner = build("vit")
+    outer = torch.nn.Sequential(inner, torch.nn.Linear(7, 2))
+    tokred.apply(outer, "tome", r=4)
+    with torch.no_grad():
+        outer(images())
+    assert tokred.report(outer).layers[-1].tokens_out == 14
+    tokred.remove(outer)
+    assert type(inner.blocks[0]).__dict__.get("_tokred_host_class") is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_half_precision_without_nan(dtype):
+    model, x = build("vit").to(dtype), images().to(dtype)
+    tokred.apply(model, "tome", r=4)
+    with torch.no_grad():
+        y = model(x)
+        assert y.dtype == dtype
+        assert torch.isfinite(y).all()
+        flat = model(torch.zeros_like(x))
+        assert torch.isfinite(flat).all(), "all tokens equal"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("swin_tiny_patch4_window7_224", "windows"), ("hiera_tiny_224", "mask units"), ("resnet18", "no flat list"),
+     ("cait_xxs24_224", "talking-heads"), ("naflexvit_base_patch16_gap", "padding mask")],
+)  # fmt: skip
+def test_refused_models_say_why_and_stay_as_they_were(name, reason):
+    import timm
+
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    classes = [type(m) for m in model.modules()]
+    with pytest.raises(tokred.UnsupportedModelError, match=reason):
+        tokred.apply(model, "tome", r=4)
+    assert [type(m) for m in model.modules()] == classes
+    assert all(not row.works and reason in row.reason for row in tokred.supports(model))
+
+
+def test_unfused_attention_is_refused():
+    model = build("vit")
+    model.blocks[1].attn.fused_attn = False
+    with pytest.raises(tokred.UnsupportedModelError, match=r"blocks\.1 is not fused"):
+        tokred.apply(model, "tome", r=4)
