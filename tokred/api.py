@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
@@ -43,7 +44,7 @@ def make(method: str | Method, **parameters: Any) -> Method:
     if not isinstance(method, str):
         raise TypeError(f"a method is a name or a Method object, got {method!r}")
     cls = registered.get(method)
-    known = list(cls.__dataclass_fields__)  # type: ignore[attr-defined]
+    known = [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
     unknown = [p for p in parameters if p not in known]
     if unknown:
         raise TypeError(f"{method!r} has no parameter {', '.join(map(repr, unknown))}; it has {', '.join(known)}")
