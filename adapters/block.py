@@ -1,9 +1,8 @@
 """A patched block: the host's own block, run with fewer tokens.
 
 Each block keeps its parameters, its name and its place; only its class is exchanged for a subclass of the same name
-that adds the steps here. Where the block's class is one whose composition is known, tokens are reduced between attention
-and MLP; everywhere else after the block, and the host's own forward runs untouched either way when there is nothing to
-do.
+that adds the steps here. Where the block's class is one whose composition is known, tokens are reduced between
+attention and MLP; everywhere else after the block. The host's own forward runs untouched when there is nothing to do.
 """
 
 from __future__ import annotations
@@ -60,6 +59,11 @@ class Recipe:
         return Capture(bias, state.length, state.representative)
 
 
+def split_heads(t: Tensor, heads: int) -> Tensor:
+    """``(B, N, H * D)`` to ``(B, H, N, D)``."""
+    return t.reshape(*t.shape[:2], heads, -1).transpose(1, 2)
+
+
 class KeyTap:
     """Forward hook that notes a sub-module's output: keys after their norm, before rotary embedding.
 
@@ -74,7 +78,7 @@ class KeyTap:
         self.value: Tensor | None = None
 
     def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        self.value = output if self.heads is None else output.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        self.value = output if self.heads is None else split_heads(output, self.heads)
 
     def take(self) -> Tensor | None:
         """The noted keys, once."""

@@ -120,7 +120,7 @@ class MhaCapture(Capture):
         b = query.shape[1]
         if self.representative is not None and mask is not None:
             if mask.ndim == 3:
-                mask = mask.unflatten(0, (b, heads))
+                mask = mask.reshape(b, heads, *mask.shape[1:])
             mask = reduce_mask(mask, self.length, self.representative)
             call["attn_mask"] = mask.expand(b, heads, -1, -1).flatten(0, 1)
         if self.bias is not None:
@@ -143,7 +143,8 @@ class MhaCapture(Capture):
             weight, bias = self.call["in_proj_weight"], self.call["in_proj_bias"]
             x = self.call[("query", "key", "value")[i]]
             y = F.linear(x, weight.chunk(3)[i], None if bias is None else bias.chunk(3)[i])
-            self.parts[i] = y.unflatten(-1, (self.call["num_heads"], -1)).permute(1, 2, 0, 3)
+            # The function takes (M, B, C).
+            self.parts[i] = y.reshape(*y.shape[:2], self.call["num_heads"], -1).permute(1, 2, 0, 3)
         return self.parts[i]
 
 

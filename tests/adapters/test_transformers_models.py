@@ -14,7 +14,9 @@ import tokred
 from tests.adapters.tiny_transformers import COMMON, FAMILIES, IMAGE, TEXT, build, read
 
 
-@pytest.mark.parametrize(("family", "tower"), [("CLIP", "text_model"), ("SigLIP", "text_model"), ("Whisper", "model.decoder")])
+@pytest.mark.parametrize(
+    ("family", "tower"), [("CLIP", "text_model"), ("SigLIP", "text_model"), ("Whisper", "model.decoder")]
+)
 def test_only_the_encoder_is_touched(family, tower):
     model = build(family)
     inputs = FAMILIES[family].inputs(2)
@@ -188,7 +190,7 @@ def test_an_encoder_beside_a_text_model_is_found():
 
 def test_timm_models_inside_transformers_are_found():
     timm = pytest.importorskip("timm")
-    config = transformers.TimmWrapperConfig(architecture="test_vit", model_args={"pretrained": False})
+    config = transformers.TimmWrapperConfig(architecture="test_vit")
     model = transformers.TimmWrapperForImageClassification(config).eval()
     assert timm.is_model("test_vit")
     tokred.apply(model, "tome", r=4)

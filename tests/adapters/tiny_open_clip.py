@@ -11,8 +11,14 @@ from torch import Tensor, nn
 SIZE, PATCH = 40, 8
 TEXT = {"context_length": 8, "vocab_size": 60, "width": 32, "heads": 2, "layers": 1}
 VISION = {"image_size": SIZE, "patch_size": PATCH, "width": 48, "layers": 3, "head_width": 16, "mlp_ratio": 2.0}
-CUSTOM = {"block_type": "custom", "qk_norm": True, "scale_heads": True, "scale_attn_inner": True, "scale_attn": True,
-          "scale_fc": True}  # fmt: skip
+CUSTOM = {
+    "block_type": "custom",
+    "qk_norm": True,
+    "scale_heads": True,
+    "scale_attn_inner": True,
+    "scale_attn": True,
+    "scale_fc": True,
+}
 MULTIMODAL = {"context_length": 8, "vocab_size": 60, "width": 32, "heads": 2, "layers": 1}
 
 
@@ -31,7 +37,13 @@ def _custom_text(**vision: Any) -> nn.Module:
 def _coca() -> nn.Module:
     from open_clip.coca_model import CoCa
 
-    vision = {**VISION, "attentional_pool": True, "attn_pooler_queries": 4, "attn_pooler_heads": 2, "output_tokens": True}
+    vision = {
+        **VISION,
+        "attentional_pool": True,
+        "attn_pooler_queries": 4,
+        "attn_pooler_heads": 2,
+        "output_tokens": True,
+    }
     text = {**TEXT, "embed_cls": True, "output_tokens": True}
     return CoCa(32, MULTIMODAL, text, vision)
 
@@ -62,7 +74,9 @@ def build(family: str, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     model = FAMILIES[family]().eval()
     with torch.no_grad():
-        for name, p in model.visual.named_parameters():
+        for name, p in model.named_parameters():
+            if "logit" in name:
+                continue
             p.copy_(torch.randn_like(p) * (0.15 if p.ndim > 1 else 0.3))
             if p.ndim == 1 and "ln_" in name and name.endswith("weight"):
                 p.add_(1)

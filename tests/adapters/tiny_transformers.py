@@ -12,15 +12,42 @@ SIZE, PATCH = 40, 8  # 25 patches
 COMMON = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 64}
 IMAGE = {**COMMON, "image_size": SIZE, "patch_size": PATCH}
 VIDEO = {**COMMON, "image_size": 32, "patch_size": 8, "num_frames": 4}
-TEXT = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 32, "vocab_size": 60,
-        "max_position_embeddings": 12, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
-WHISPER = {"d_model": 48, "encoder_layers": 3, "decoder_layers": 2, "encoder_attention_heads": 3,
-           "decoder_attention_heads": 3, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "num_mel_bins": 8,
-           "max_source_positions": 30, "max_target_positions": 16, "vocab_size": 60, "pad_token_id": 0, "bos_token_id": 1,
-           "eos_token_id": 2, "decoder_start_token_id": 1, "classifier_proj_size": 16}  # fmt: skip
+TEXT = {
+    "hidden_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 3,
+    "intermediate_size": 32,
+    "vocab_size": 60,
+    "max_position_embeddings": 12,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+WHISPER = {
+    "d_model": 48,
+    "encoder_layers": 3,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 3,
+    "decoder_attention_heads": 3,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "num_mel_bins": 8,
+    "max_source_positions": 30,
+    "max_target_positions": 16,
+    "vocab_size": 60,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+    "classifier_proj_size": 16,
+}
 BACK = {"out_indices": [1, 3]}
-DENSE = {"neck_hidden_sizes": [8, 8, 8, 8], "fusion_hidden_size": 8, "backbone_out_indices": [0, 1, 2, 3],
-         "num_hidden_layers": 4, "is_hybrid": False}  # fmt: skip
+DENSE = {
+    "neck_hidden_sizes": [8, 8, 8, 8],
+    "fusion_hidden_size": 8,
+    "backbone_out_indices": [0, 1, 2, 3],
+    "num_hidden_layers": 4,
+    "is_hybrid": False,
+}
 
 
 class Family(NamedTuple):
@@ -72,8 +99,11 @@ def both2(b: int) -> dict[str, Tensor]:
 
 def packed(b: int) -> dict[str, Tensor]:
     """Patches of images of one size, for NaFlex models."""
-    return {"pixel_values": _noise(b, 25, 3 * PATCH * PATCH), "pixel_attention_mask": torch.ones(b, 25, dtype=torch.long),
-            "spatial_shapes": torch.tensor([[5, 5]] * b)}  # fmt: skip
+    return {
+        "pixel_values": _noise(b, 25, 3 * PATCH * PATCH),
+        "pixel_attention_mask": torch.ones(b, 25, dtype=torch.long),
+        "spatial_shapes": torch.tensor([[5, 5]] * b),
+    }
 
 
 def masked(b: int) -> dict[str, Tensor]:
@@ -127,7 +157,9 @@ PLAIN = {"classes": False, "prefix": 0}
 FAMILIES: dict[str, Family] = {
     "ViT": Family(_of("ViTModel", "ViTConfig", **IMAGE), images, "pooler_output"),
     "ViT classifier": Family(_of("ViTForImageClassification", "ViTConfig", **IMAGE), images, "logits"),
-    "ViT masked": Family(_of("ViTForMaskedImageModeling", "ViTConfig", **IMAGE, encoder_stride=8), masked, "reconstruction"),
+    "ViT masked": Family(
+        _of("ViTForMaskedImageModeling", "ViTConfig", **IMAGE, encoder_stride=8), masked, "reconstruction"
+    ),
     "DeiT": Family(
         _of("DeiTForImageClassificationWithTeacher", "DeiTConfig", **IMAGE), images, "logits", prefix=2, tokens=27
     ),
@@ -136,7 +168,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "BEiT (shared bias)": Family(
         _of("BeitModel", "BeitConfig", **BEIT, use_shared_relative_position_bias=True, use_mean_pooling=False),
-        images, "pooler_output",
+        images,
+        "pooler_output",
     ),
     "BEiT masked": Family(
         _of("BeitForMaskedImageModeling", "BeitConfig", **BEIT, use_mask_token=True, vocab_size=9), masked, "logits"
@@ -146,27 +179,47 @@ FAMILIES: dict[str, Family] = {
         _of("ASTForAudioClassification", "ASTConfig", **AST), spectra, "logits", prefix=2, tokens=22, shape=(1, 32, 24)
     ),
     "ViT-MAE": Family(
-        _of("ViTMAEForPreTraining", "ViTMAEConfig", **IMAGE, mask_ratio=0.4, decoder_hidden_size=24,
-            decoder_num_hidden_layers=1, decoder_num_attention_heads=2, decoder_intermediate_size=24),
-        noisy, "logits", tokens=16, shape=(),
+        _of(
+            "ViTMAEForPreTraining",
+            "ViTMAEConfig",
+            **IMAGE,
+            mask_ratio=0.4,
+            decoder_hidden_size=24,
+            decoder_num_hidden_layers=1,
+            decoder_num_attention_heads=2,
+            decoder_intermediate_size=24,
+        ),
+        noisy,
+        "logits",
+        tokens=16,
+        shape=(),
     ),
     "ViT-MSN": Family(_of("ViTMSNForImageClassification", "ViTMSNConfig", **IMAGE), images, "logits"),
     "I-JEPA": Family(_of("IJepaForImageClassification", "IJepaConfig", **IMAGE), images, "logits", tokens=25, **PLAIN),
     "ViViT": Family(
-        _of("VivitForVideoClassification", "VivitConfig", **{**VIDEO, "tubelet_size": [2, 8, 8]}), videos, "logits",
-        tokens=33, shape=(1, 4, 3, 32, 32),
+        _of("VivitForVideoClassification", "VivitConfig", **{**VIDEO, "tubelet_size": [2, 8, 8]}),
+        videos,
+        "logits",
+        tokens=33,
+        shape=(1, 4, 3, 32, 32),
     ),
     "DINOv2": Family(_of("Dinov2Model", "Dinov2Config", **IMAGE), images, "pooler_output"),
     "DINOv2 classifier": Family(_of("Dinov2ForImageClassification", "Dinov2Config", **IMAGE), images, "logits"),
     "DINOv2 backbone": Family(_of("Dinov2Backbone", "Dinov2Config", **IMAGE, **BACK), images, "feature_maps"),
     "DINOv2 with registers": Family(
         _of("Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig", **IMAGE, num_register_tokens=4),
-        images, "logits", prefix=5, tokens=30,
+        images,
+        "logits",
+        prefix=5,
+        tokens=30,
     ),
     "DINOv3": Family(_of("DINOv3ViTModel", "DINOv3ViTConfig", **DINO3), images, "pooler_output", prefix=5, tokens=30),
     "DINOv3 backbone": Family(
-        _of("DINOv3ViTBackbone", "DINOv3ViTConfig", **DINO3, **BACK, use_gated_mlp=True), images, "feature_maps",
-        prefix=5, tokens=30,
+        _of("DINOv3ViTBackbone", "DINOv3ViTConfig", **DINO3, **BACK, use_gated_mlp=True),
+        images,
+        "feature_maps",
+        prefix=5,
+        tokens=30,
     ),
     "CLIP": Family(_pair("CLIPModel", "CLIPConfig", IMAGE), both, "image_embeds text_embeds"),
     "CLIP vision": Family(_of("CLIPVisionModel", "CLIPVisionConfig", **IMAGE), images, "pooler_output"),
@@ -176,62 +229,132 @@ FAMILIES: dict[str, Family] = {
     "CLIP classifier": Family(_pair("CLIPForImageClassification", "CLIPConfig", IMAGE), images, "logits"),
     "MetaCLIP 2": Family(_pair("MetaClip2ForImageClassification", "MetaClip2Config", IMAGE), images, "logits"),
     "SigLIP": Family(_pair("SiglipModel", "SiglipConfig", IMAGE), both, "image_embeds text_embeds", tokens=25, **PLAIN),
-    "SigLIP vision": Family(_of("SiglipVisionModel", "SiglipVisionConfig", **IMAGE), images, "pooler_output", tokens=25, **PLAIN),
-    "SigLIP classifier": Family(_pair("SiglipForImageClassification", "SiglipConfig", IMAGE), images, "logits", tokens=25, **PLAIN),
+    "SigLIP vision": Family(
+        _of("SiglipVisionModel", "SiglipVisionConfig", **IMAGE), images, "pooler_output", tokens=25, **PLAIN
+    ),
+    "SigLIP classifier": Family(
+        _pair("SiglipForImageClassification", "SiglipConfig", IMAGE), images, "logits", tokens=25, **PLAIN
+    ),
     "SigLIP 2": Family(
-        _pair("Siglip2Model", "Siglip2Config", SIGLIP2), both2, "image_embeds text_embeds", tokens=25,
-        shape=(1, 25, 3 * PATCH * PATCH), **PLAIN,
+        _pair("Siglip2Model", "Siglip2Config", SIGLIP2),
+        both2,
+        "image_embeds text_embeds",
+        tokens=25,
+        shape=(1, 25, 3 * PATCH * PATCH),
+        **PLAIN,
     ),
     "SigLIP 2 classifier": Family(
-        _pair("Siglip2ForImageClassification", "Siglip2Config", SIGLIP2), packed, "logits", tokens=25,
-        shape=(1, 25, 3 * PATCH * PATCH), **PLAIN,
+        _pair("Siglip2ForImageClassification", "Siglip2Config", SIGLIP2),
+        packed,
+        "logits",
+        tokens=25,
+        shape=(1, 25, 3 * PATCH * PATCH),
+        **PLAIN,
     ),
     "YOLOS": Family(
-        _of("YolosForObjectDetection", "YolosConfig", **YOLOS, use_mid_position_embeddings=False), images,
-        "logits pred_boxes", suffix=5, tokens=31,
+        _of("YolosForObjectDetection", "YolosConfig", **YOLOS, use_mid_position_embeddings=False),
+        images,
+        "logits pred_boxes",
+        suffix=5,
+        tokens=31,
     ),
     "YOLOS (mid positions)": Family(
-        _of("YolosForObjectDetection", "YolosConfig", **YOLOS, use_mid_position_embeddings=True), images,
-        "logits pred_boxes", suffix=5, tokens=31,
+        _of("YolosForObjectDetection", "YolosConfig", **YOLOS, use_mid_position_embeddings=True),
+        images,
+        "logits pred_boxes",
+        suffix=5,
+        tokens=31,
     ),
     "DPT": Family(_of("DPTForDepthEstimation", "DPTConfig", **{**IMAGE, **DENSE}), images, "predicted_depth"),
     "VideoMAE": Family(
-        _of("VideoMAEForVideoClassification", "VideoMAEConfig", **VIDEO, use_mean_pooling=True), videos, "logits",
-        tokens=32, shape=(1, 4, 3, 32, 32), **PLAIN,
+        _of("VideoMAEForVideoClassification", "VideoMAEConfig", **VIDEO, use_mean_pooling=True),
+        videos,
+        "logits",
+        tokens=32,
+        shape=(1, 4, 3, 32, 32),
+        **PLAIN,
     ),
     "VideoMAE (first token)": Family(
-        _of("VideoMAEForVideoClassification", "VideoMAEConfig", **VIDEO, use_mean_pooling=False), videos, "logits",
-        tokens=32, shape=(1, 4, 3, 32, 32), **PLAIN,
+        _of("VideoMAEForVideoClassification", "VideoMAEConfig", **VIDEO, use_mean_pooling=False),
+        videos,
+        "logits",
+        tokens=32,
+        shape=(1, 4, 3, 32, 32),
+        **PLAIN,
     ),
     "VideoMAE masked": Family(
-        _of("VideoMAEForPreTraining", "VideoMAEConfig", **VIDEO, decoder_hidden_size=24, decoder_num_hidden_layers=1,
-            decoder_num_attention_heads=2, decoder_intermediate_size=24, norm_pix_loss=False),
-        masked_video, "logits", tokens=16, shape=(), **PLAIN,
+        _of(
+            "VideoMAEForPreTraining",
+            "VideoMAEConfig",
+            **VIDEO,
+            decoder_hidden_size=24,
+            decoder_num_hidden_layers=1,
+            decoder_num_attention_heads=2,
+            decoder_intermediate_size=24,
+            norm_pix_loss=False,
+        ),
+        masked_video,
+        "logits",
+        tokens=16,
+        shape=(),
+        **PLAIN,
     ),
     "ViTPose": Family(
-        lambda t: t.VitPoseForPoseEstimation(t.VitPoseConfig(
-            backbone_config=t.VitPoseBackboneConfig(
-                **{**COMMON, "image_size": [SIZE, SIZE], "patch_size": [PATCH, PATCH], "out_indices": [3], "mlp_ratio": 2}
-            ),
-            num_labels=3, use_simple_decoder=True)),
-        images, "heatmaps", tokens=25, **PLAIN,
+        lambda t: t.VitPoseForPoseEstimation(
+            t.VitPoseConfig(
+                backbone_config=t.VitPoseBackboneConfig(
+                    **{
+                        **COMMON,
+                        "image_size": [SIZE, SIZE],
+                        "patch_size": [PATCH, PATCH],
+                        "out_indices": [3],
+                        "mlp_ratio": 2,
+                    }
+                ),
+                num_labels=3,
+                use_simple_decoder=True,
+            )
+        ),
+        images,
+        "heatmaps",
+        tokens=25,
+        **PLAIN,
     ),
     "Depth Anything": Family(
-        lambda t: t.DepthAnythingForDepthEstimation(t.DepthAnythingConfig(
-            backbone_config=t.Dinov2Config(**{**IMAGE, "num_hidden_layers": 4}, out_indices=[1, 2, 3, 4], reshape_hidden_states=False,
-                                           apply_layernorm=True),
-            reassemble_hidden_size=48, patch_size=PATCH, neck_hidden_sizes=[8, 8, 8, 8], fusion_hidden_size=8)),
-        images, "predicted_depth",
+        lambda t: t.DepthAnythingForDepthEstimation(
+            t.DepthAnythingConfig(
+                backbone_config=t.Dinov2Config(
+                    **{**IMAGE, "num_hidden_layers": 4},
+                    out_indices=[1, 2, 3, 4],
+                    reshape_hidden_states=False,
+                    apply_layernorm=True,
+                ),
+                reassemble_hidden_size=48,
+                patch_size=PATCH,
+                neck_hidden_sizes=[8, 8, 8, 8],
+                fusion_hidden_size=8,
+            )
+        ),
+        images,
+        "predicted_depth",
     ),
     "Whisper": Family(
-        _of("WhisperForConditionalGeneration", "WhisperConfig", **WHISPER), speech, "logits", tokens=30, shape=(1, 8, 60),
+        _of("WhisperForConditionalGeneration", "WhisperConfig", **WHISPER),
+        speech,
+        "logits",
+        tokens=30,
+        shape=(1, 8, 60),
         **PLAIN,
     ),
     "Whisper classifier": Family(
-        _of("WhisperForAudioClassification", "WhisperConfig", **WHISPER, use_weighted_layer_sum=True), sounds, "logits",
-        tokens=30, shape=(1, 8, 60), **PLAIN,
+        _of("WhisperForAudioClassification", "WhisperConfig", **WHISPER, use_weighted_layer_sum=True),
+        sounds,
+        "logits",
+        tokens=30,
+        shape=(1, 8, 60),
+        **PLAIN,
     ),
-}  # fmt: skip
+}
 
 
 def build(family: str, seed: int = 0) -> nn.Module:
