@@ -1,4 +1,4 @@
-"""Lay the repository out as the one package that it installs as, for tools that do not know setuptools' ``package-dir``.
+"""Lay the repository out as the one package that it installs as, for tools that do not know ``package-dir``.
 
     python .ci/assemble.py build/tree
 
@@ -8,6 +8,7 @@ makes ``build/tree/tokred`` with ``kernels`` and ``adapters`` inside it, by symb
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -31,9 +32,18 @@ def assemble(tree: Path) -> Path:
 
 
 def on_config(config: Any) -> Any:
-    """Hook of mkdocs: called once, before any page is rendered."""
+    """Hook of mkdocs."""
     assemble(TREE)
     return config
+
+
+# Before mkdocstrings, which drops paths that do not exist when it reads its settings.
+on_config.mkdocs_priority = 100  # type: ignore[attr-defined]
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Hook of mkdocs: docstrings name functions as ``:func:`apply```; the role is not for readers of pages."""
+    return re.sub(r":(?:attr|class|data|func|meth|mod):(?=<code>)", "", html)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Shared by all tests: makes ``benchmarks`` importable from wherever pytest is started, and keeps torch to one thread."""
+"""Shared by all tests: ``benchmarks`` can be imported wherever pytest is started, and torch keeps to one thread."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def _register_benchmarks() -> None:
     """Import ``benchmarks`` by its place.
 
-    The root is not put on ``sys.path``, and taken off where ``python -m pytest`` has put it: its folder ``kernels`` would
-    pass for the package of that name that host libraries look for.
+    The root is not put on ``sys.path``, and taken off where ``python -m pytest`` has put it: its folder ``kernels``
+    would pass for the package of that name that host libraries look for.
     """
     sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
     folder = ROOT / "benchmarks"

@@ -22,7 +22,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(p for p in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")] if "```python" in p.read_text("utf-8"))
 FENCE = re.compile(
-    r"^(?:(?P<indent>[ ]*)<!-- (?P<note>[^\n]+) -->\n\n?)?(?P<margin>[ ]*)```(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=margin)```[ ]*$",
+    r"^(?:[ ]*<!-- (?P<note>[^\n]+) -->\n\n?)?"
+    r"(?P<margin>[ ]*)```(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=margin)```[ ]*$",
     re.MULTILINE | re.DOTALL,
 )
 COMMAND = re.compile(r"```bash\n(python3 -m venv [^\n]+)\n```")
@@ -119,9 +120,7 @@ def test_ci_extracts_the_commands_of_the_readme() -> None:
     ci = (ROOT / ".ci" / "run").read_text("utf-8")
     command = re.search(r"^extract_commands\(\) \{\n(.*?)^\}", ci, re.MULTILINE | re.DOTALL)
     assert command is not None
-    done = subprocess.run(
-        ["bash", "-c", command[1]], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
-    )
+    done = subprocess.run(["bash", "-c", command[1]], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.splitlines() == COMMAND.findall((ROOT / "README.md").read_text("utf-8"))
     assert "venv .venv &&" not in ci, "the commands stand in README.md alone"
 
