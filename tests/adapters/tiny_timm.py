@@ -61,9 +61,9 @@ FAMILIES = {
     "vit-parallel-things": lambda: _vit(block_fn=_block("ParallelThingsBlock")),
     "vit-post-norm": lambda: _vit(block_fn=_block("ResPostBlock"), init_values=None),
     "deit-distilled": _distilled,
-    "eva (EVA, no rope)": partial(_eva, use_rot_pos_emb=False, init_values=0.1),
+    "eva (EVA)": partial(_eva, use_rot_pos_emb=False, init_values=0.1),
     "eva02 (rope, swiglu)": partial(_eva, use_rot_pos_emb=True, swiglu_mlp=True, scale_mlp=True, ref_feat_shape=(5, 5)),
-    "eva-post-norm": partial(_eva, use_rot_pos_emb=True, use_post_norm=True),
+    "eva-post-norm (rope)": partial(_eva, use_rot_pos_emb=True, use_post_norm=True),
     "dinov3 (rope, registers)": partial(
         _eva, use_rot_pos_emb=True, rope_type="dinov3", num_reg_tokens=4, use_abs_pos_emb=False, init_values=0.1,
         attn_type="rope", rope_rotate_half=True,
