@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
+
+import transformers
 
 import tokred
 from tests.adapters.tiny_transformers import COMMON, FAMILIES, IMAGE, TEXT, build, read
