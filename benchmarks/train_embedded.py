@@ -143,8 +143,7 @@ def train_student(x: Tensor, y: Tensor, xt: Tensor, yt: Tensor, teacher: nn.Modu
     if args.warm:
         from safetensors.torch import load_file
 
-        trunk = {k: v.float() for k, v in load_file(args.warm).items() if not k.startswith("patch_embed.stem")}
-        model.load_state_dict(trunk, strict=False)
+        model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(args.warm).items()})
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
     opt = torch.optim.AdamW([{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], lr=args.lr)
@@ -196,7 +195,7 @@ def save(model: nn.Module, out: Path, notes: dict) -> None:
     from safetensors.torch import save_file
 
     out.mkdir(parents=True, exist_ok=True)
-    tensors = {k: v.detach().half().contiguous() for k, v in model.state_dict().items()}
+    tensors = {k: (v.detach().half() if v.is_floating_point() else v).contiguous() for k, v in model.state_dict().items()}
     header = {"architecture": json.dumps(MODEL), "mean": str(MEAN), "std": str(STD), "notes": json.dumps(notes)}
     save_file(tensors, str(out / "vit_fashion.safetensors"), metadata=header)
 
@@ -213,7 +212,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60, help="wall-clock budget of the transformer's training")
     parser.add_argument("--teacher-epochs", type=int, default=6)
     parser.add_argument("--teacher", type=Path, help="where the teacher's weights are kept between runs")
-    parser.add_argument("--warm", type=Path, help="start the blocks from the weights of an earlier run")
+    parser.add_argument("--warm", type=Path, help="go on from the weights of an earlier run")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
