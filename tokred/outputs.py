@@ -1,0 +1,62 @@
+"""Files that a run leaves behind: never over an older one unless told to."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def free(folder: Path, names: Sequence[str], *, force: bool = False) -> dict[str, Path]:
+    """Paths for a set of files that belong together, numbered alike so that none of them exists yet.
+
+    Args:
+        folder: made if it is not there.
+        names: such as ``["demo.csv", "demo.png"]``; a second run gets ``demo-2.csv`` and ``demo-2.png``.
+        force: the plain names, even if they exist.
+
+    Returns:
+        From each name to its path.
+
+    Raises:
+        NotADirectoryError: ``folder`` is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file, not a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        tail = "" if number == 1 else f"-{number}"
+        paths = {n: folder / f"{Path(n).stem}{tail}{Path(n).suffix}" for n in names}
+        if force or not any(p.exists() for p in paths.values()):
+            return paths
+        number += 1
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], *, append: bool = False) -> Path:
+    """Write rows as CSV; with ``append``, behind those that are there.
+
+    Raises:
+        ValueError: the file to append to has other columns.
+    """
+    columns = list(dict.fromkeys(c for row in rows for c in row))
+    append = append and path.exists()
+    if append:
+        with path.open(newline="", encoding="utf8") as f:
+            there = next(csv.reader(f), [])
+        if there != columns:
+            raise ValueError(f"{path} has other columns than this run ({', '.join(set(there) ^ set(columns))})")
+    with path.open("a" if append else "w", newline="", encoding="utf8") as f:
+        writer = csv.DictWriter(f, columns, restval="")
+        if not append:
+            writer.writeheader()
+        writer.writerows({k: _plain(v) for k, v in row.items()} for row in rows)
+    return path
+
+
+def _plain(value: Any) -> Any:
+    """Numbers to six significant digits; None as an empty field."""
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else value

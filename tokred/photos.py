@@ -1,0 +1,142 @@
+"""Images for a benchmark: folders of files, with or without classes, and what a model's head knows of the classes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+class Images(NamedTuple):
+    """Images ``(N, C, H, W)``, uint8 (to be normalised) or float32 (normalised); labels ``(N,)`` or None; a name."""
+
+    images: Tensor
+    labels: Tensor | None
+    classes: tuple[str, ...]
+    name: str
+
+    def subset(self, index: Tensor) -> Images:
+        """Some of them, in this order."""
+        return self._replace(images=self.images[index], labels=None if self.labels is None else self.labels[index])
+
+    def split(self, test: int, seed: int = 0) -> tuple[Images, Images]:
+        """A train and a test part without overlap, the same for the same seed; ``test`` is at most half of all."""
+        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(seed))
+        test = min(test, len(order) // 2)
+        return self.subset(order[test : 2 * test]), self.subset(order[:test])
+
+
+class Found(NamedTuple):
+    """Files of a folder, and the class of each (-1 where the folder is flat)."""
+
+    files: list[Path]
+    labels: list[int]
+    classes: tuple[str, ...]
+
+
+def find(folder: Path) -> Found:
+    """List a folder of images: one sub-folder a class, or all images in one place.
+
+    Raises:
+        FileNotFoundError: the folder is not there, or holds no image.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder")
+    by_class = {d.name: _images(d) for d in sorted(folder.iterdir()) if d.is_dir()}
+    by_class = {name: files for name, files in by_class.items() if files}
+    if by_class:
+        classes = tuple(by_class)
+        pairs = [(f, i) for i, name in enumerate(classes) for f in by_class[name]]
+        return Found([f for f, _ in pairs], [i for _, i in pairs], classes)
+    files = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in SUFFIXES]
+    if not files:
+        raise FileNotFoundError(
+            f"{folder} holds no image ({', '.join(sorted(SUFFIXES))}), nor a folder a class with some"
+        )
+    return Found(files, [-1] * len(files), ())
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+
+
+def load(folder: Path, size: tuple[int, int], channels: int, *, crop: float, count: int, seed: int = 0) -> Images:
+    """Read a random choice of a folder's images.
+
+    Args:
+        folder: see :func:`find`.
+        size: height and width.
+        channels: 1 or 3.
+        crop: share of the shorter side that is cut out of the middle.
+        count: at most so many.
+        seed: of the choice.
+
+    Raises:
+        FileNotFoundError: there is no image.
+        ValueError: a file cannot be read as an image.
+    """
+    found = find(folder)
+    chosen = sorted(random.Random(seed).sample(range(len(found.files)), min(count, len(found.files))))
+    images = torch.stack([read(found.files[i], size, channels, crop) for i in chosen])
+    labels = torch.tensor([found.labels[i] for i in chosen]) if found.classes else None
+    return Images(images, labels, found.classes, str(folder))
+
+
+def read(path: Path, size: tuple[int, int], channels: int, crop: float = 1.0) -> Tensor:
+    """One image ``(C, H, W)`` uint8: the middle of it at the aspect of ``size``, resized.
+
+    Raises:
+        ValueError: the file cannot be read as an image.
+    """
+    from PIL import Image
+
+    high, wide = size
+    try:
+        with Image.open(path) as file:
+            picture = file.convert("RGB" if channels == 3 else "L")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+    scale = min(picture.width / wide, picture.height / high) * crop
+    half_w, half_h = wide * scale / 2, high * scale / 2
+    x, y = picture.width / 2, picture.height / 2
+    box = (x - half_w, y - half_h, x + half_w, y + half_h)
+    small = picture.resize((wide, high), Image.Resampling.BICUBIC, box=box)
+    return _tensor(small, channels)
+
+
+def _tensor(picture: Any, channels: int) -> Tensor:
+    flat = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    return flat.view(picture.height, picture.width, channels).permute(2, 0, 1).contiguous()
+
+
+def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """uint8 images to what a model takes; floats are taken to be normalised already."""
+    if images.dtype != torch.uint8:
+        return images.to(dtype)
+    m, s = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (mean, std))
+    return ((images.float() / 255 - m) / s).to(dtype)
+
+
+def fit_head(classes: Sequence[str], outputs: int) -> list[int] | None:
+    """Which output of a head each class is; None where they do not fit, so that a probe has to be trained.
+
+    Three kinds of names fit: as many classes as the head has outputs (in sorted order, as torchvision's ``ImageFolder``
+    numbers them); indices; and WordNet ids for a head of 1,000 ImageNet classes.
+    """
+    if classes and all(c.isdigit() for c in classes) and all(int(c) < outputs for c in classes):
+        return [int(c) for c in classes]
+    if len(classes) == outputs:
+        return list(range(outputs))
+    if outputs == 1000 and all(len(c) == 9 and c[0] == "n" and c[1:].isdigit() for c in classes):
+        from timm.data import ImageNetInfo
+
+        ids = {name: i for i, name in enumerate(ImageNetInfo().label_names())}
+        if all(c in ids for c in classes):
+            return [ids[c] for c in classes]
+    return None

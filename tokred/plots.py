@@ -1,0 +1,124 @@
+"""Plots of measured frames: quality against speed, one line a method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart; markers differ too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7B5AA6", "#666666")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
+BASE = "unpatched"
+NAMES = {
+    "tome": "ToMe",
+    "pitome": "PiToMe",
+    "evit": "EViT",
+    "random": "random merging",
+    "random_prune": "random pruning",
+    "kth": "k-th merging",
+}
+LABELS = {
+    "top1": "top-1 accuracy (%)",
+    "cosine": "feature cosine to the unpatched model",
+    "saliency_mae": "saliency map: mean absolute error",
+    "images_per_second": "images per second",
+    "gmacs": "GMACs per image",
+    "peak_mib": "peak memory (MiB)",
+    "forward_mib": "memory of a forward (MiB)",
+}
+
+
+def pyplot() -> Any:
+    """matplotlib's pyplot with a back-end that needs no screen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def grid(rows: int, columns: int, cell: float = 1.9) -> tuple[Any, Any]:
+    """A figure of ``rows x columns`` square axes for pictures."""
+    size = (cell * columns, cell * rows + 0.7)
+    figure, axes = pyplot().subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    return figure, axes
+
+
+def save(figure: Any, path: Path, dpi: int = 160) -> Path:
+    """Write a figure and free it."""
+    figure.savefig(path, dpi=dpi, facecolor="white")
+    pyplot().close(figure)
+    return path
+
+
+def pareto(
+    frame: pd.DataFrame,
+    measures: tuple[str, ...] = ("top1",),
+    *,
+    x: str = "images_per_second",
+    title: str = "",
+    note: str = "",
+) -> Any:
+    """Quality against speed: a panel a measure, a line a method, the unpatched model as a star.
+
+    Args:
+        frame: one row an arm, as the demo and the benchmark write them; rows without the measure are left out.
+        measures: columns for the vertical axes.
+        x: column for the horizontal axis; its quartiles ``<x>_q25`` and ``<x>_q75`` are drawn where they are there.
+        title: above everything.
+        note: below everything, small.
+
+    Returns:
+        A matplotlib figure.
+    """
+    plt = pyplot()
+    figure, axes = plt.subplots(
+        1, len(measures), figsize=(6.6 * len(measures), 4.6), squeeze=False, layout="constrained"
+    )
+    for axis, measure in zip(axes[0], measures, strict=True):
+        _panel(axis, frame, x, measure)
+    axes[0][0].legend(frameon=False, fontsize=9, loc="best")
+    if title:
+        figure.suptitle(title, fontsize=12, x=0.01, ha="left")
+    if note:
+        figure.supxlabel(note, fontsize=7.5, color="#555555", x=0.01, ha="left")
+    return figure
+
+
+def _panel(axis: Any, frame: pd.DataFrame, x: str, measure: str) -> None:
+    scale = 100 if measure == "top1" else 1
+    base = frame[(frame["method"] == BASE) & frame[measure].notna()]
+    arms = frame[(frame["method"] != BASE) & frame[measure].notna()]
+    names = list(dict.fromkeys(frame.loc[frame["method"] != BASE, "method"]))
+    if len(base):
+        bx, by = float(base[x].iloc[0]), scale * float(base[measure].iloc[0])
+        axis.axvline(bx, color="#999999", linewidth=0.8, linestyle=":")
+        axis.axhline(by, color="#999999", linewidth=0.8, linestyle=":")
+        axis.plot(bx, by, "*", color="black", markersize=15, label="unpatched", zorder=5, linestyle="none")
+    for i, name in enumerate(names):
+        rows = arms[arms["method"] == name].sort_values("gmacs", ascending=False)
+        if len(rows):
+            _line(axis, rows, x, measure, scale, i, NAMES.get(name, name))
+    axis.set_xlabel(LABELS.get(x, x))
+    axis.set_ylabel(LABELS.get(measure, measure))
+    axis.grid(color="#dddddd", linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.margins(0.07)
+
+
+def _line(axis: Any, rows: pd.DataFrame, x: str, measure: str, scale: float, i: int, name: str) -> None:
+    colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+    xs, ys = rows[x].to_numpy(), scale * rows[measure].to_numpy()
+    axis.plot(xs, ys, marker=marker, markersize=6, linewidth=1.6, color=colour, label=name, zorder=3)
+    low, high = f"{x}_q25", f"{x}_q75"
+    if low in rows and high in rows:
+        spans = [(xs - rows[low].to_numpy()).clip(min=0), (rows[high].to_numpy() - xs).clip(min=0)]
+        axis.errorbar(xs, ys, xerr=spans, fmt="none", ecolor=colour, elinewidth=1, alpha=0.45, zorder=2)
+    if i == 0:
+        for px, py, text in zip(xs, ys, rows["setting"], strict=True):
+            axis.annotate(text, (px, py), textcoords="offset points", xytext=(5, 6), fontsize=8, color=colour)

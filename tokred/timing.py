@@ -1,0 +1,188 @@
+"""Paired timing and peak memory: how every number of the demo and the benchmark is measured.
+
+All arms run in one process on the same batches, in a new random order every round, so that whatever else the machine
+does meets all of them alike. What is reported is the median of the per-round ratio against the base arm, and its
+quartiles.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import torch
+
+T = TypeVar("T")
+Enter = Callable[[], AbstractContextManager[object]]
+
+
+class Spread(NamedTuple):
+    """Median and quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+
+class Timing(NamedTuple):
+    """One arm: images per second, and how many times as fast as the base arm of the same round."""
+
+    images_per_second: Spread
+    speedup: Spread
+
+
+class Memory(NamedTuple):
+    """Peak memory of a forward in MiB: in all, and above what was in use before; and how it was measured."""
+
+    peak: float
+    forward: float
+    kind: str
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median and quartiles of at least one value."""
+    if len(values) == 1:
+        return Spread(values[0], values[0], values[0])
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Spread(median, low, high)
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for a GPU; nothing elsewhere."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def paired(
+    arms: Sequence[Enter],
+    run: Callable[[int], T],
+    rounds: int,
+    *,
+    device: torch.device | str = "cpu",
+    warmup: int = 1,
+    seed: int = 0,
+    collect: Callable[[int, int, T], None] | None = None,
+    tick: Callable[[], None] | None = None,
+) -> list[list[float]]:
+    """Seconds of each arm in each round.
+
+    Args:
+        arms: each enters the state that is to be timed (a patched model); entering is not timed.
+        run: ``run(round)`` is what is timed.
+        rounds: how often; the order of the arms is shuffled in each.
+        device: waited for before and after.
+        warmup: untimed runs of every arm before the first round.
+        seed: of the order.
+        collect: ``collect(arm, round, result)``, outside the timed part.
+        tick: called after every timed run and every arm's warm-up: ``len(arms) * (rounds + 1)`` times in all.
+
+    Returns:
+        ``[arm][round]``.
+    """
+    device = torch.device(device)
+    order, shuffle = list(range(len(arms))), random.Random(seed).shuffle
+    seconds = [[0.0] * rounds for _ in arms]
+    tick = tick or (lambda: None)
+    collecting = gc.isenabled()
+    with torch.inference_mode():
+        for enter in arms:
+            with enter():
+                for _ in range(warmup):
+                    run(0)
+            tick()
+        try:
+            gc.collect()
+            gc.disable()
+            for i in range(rounds):
+                shuffle(order)
+                for arm in order:
+                    with arms[arm]():
+                        synchronise(device)
+                        start = time.perf_counter()
+                        result = run(i)
+                        synchronise(device)
+                        seconds[arm][i] = time.perf_counter() - start
+                    if collect is not None:
+                        collect(arm, i, result)
+                    tick()
+        finally:
+            if collecting:
+                gc.enable()
+    return seconds
+
+
+def summarise(seconds: Sequence[Sequence[float]], images: Sequence[int], base: int = 0) -> list[Timing]:
+    """Turn the seconds of :func:`paired` into rates and ratios.
+
+    Args:
+        seconds: ``[arm][round]``.
+        images: how many images each round had.
+        base: the arm that the others are compared with.
+    """
+    reference = seconds[base]
+    return [
+        Timing(
+            spread([n / s for n, s in zip(images, arm, strict=True)]),
+            spread([b / s for b, s in zip(reference, arm, strict=True)]),
+        )
+        for arm in seconds
+    ]
+
+
+def peak_memory(run: Callable[[], object], device: torch.device | str = "cpu") -> Memory:
+    """Peak memory while ``run()`` runs.
+
+    On CUDA what torch has allocated; on Linux the process's high-water mark of resident memory, which the kernel keeps
+    exactly and which is reset before; elsewhere the resident memory after, a lower bound.
+    """
+    device = torch.device(device)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        with torch.inference_mode():
+            run()
+        torch.cuda.synchronize(device)
+        peak = torch.cuda.max_memory_allocated(device)
+        return Memory(peak / 2**20, (peak - before) / 2**20, "CUDA memory allocated by torch")
+    _trim()
+    exact = _reset_high_water()
+    start = _resident("VmRSS")
+    with torch.inference_mode():
+        run()
+    end = _resident("VmHWM" if exact else "VmRSS")
+    kind = "resident memory of the process, high-water mark" if exact else "resident memory after the forward"
+    return Memory(end, max(0.0, end - start), kind)
+
+
+def _trim() -> None:
+    """Give freed heap back to the system, so that one arm's garbage does not hide the next one's need."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _reset_high_water() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
+def _resident(field: str) -> float:
+    """MiB of a field of /proc/self/status, or psutil's resident memory where there is none."""
+    try:
+        text = Path("/proc/self/status").read_text(encoding="utf8")
+    except OSError:
+        import psutil
+
+        return float(psutil.Process().memory_info().rss) / 2**20
+    return next(float(line.split()[1]) / 1024 for line in text.splitlines() if line.startswith(field))
