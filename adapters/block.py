@@ -129,6 +129,8 @@ def run_block(block: nn.Module, host_forward: Callable[..., Any], x: Tensor, arg
         check_capture(capture, settings)
         if acts:
             state, y = reduce(block, settings, capture, state, y)
+    if settings.tap is not None:
+        settings.tap.take()  # keys that nobody asked for are not kept alive
     return _again(shared.leave(settings.layer, y, state, n), rest)
 
 

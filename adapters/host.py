@@ -141,7 +141,7 @@ class Host:
     def patch(self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str) -> None:
         """Exchange the classes of the blocks. :meth:`check` has passed."""
         expose = self.exposure(method, expose)
-        shared = Shared(method, self.depth, self.prefix, self.suffix, expose, keep_dropped=method.drops)
+        shared = Shared(method, self.depth, self.prefix, self.suffix, expose, drops=method.drops)
         shared.grid = self.grid
         norms = self.key_norms or [None] * self.depth
         for layer, ((name, block), norm) in enumerate(zip(self.blocks, norms, strict=True)):

@@ -104,13 +104,13 @@ class Shared:
     Holds no module, so copying a block does not copy the model. Copies and pickles start with empty slots.
     """
 
-    def __init__(self, method: Method, depth: int, prefix: int, suffix: int, restore: str, keep_dropped: bool) -> None:
+    def __init__(self, method: Method, depth: int, prefix: int, suffix: int, restore: str, drops: bool) -> None:
         self.method = method
         self.depth = depth
         self.prefix = prefix
         self.suffix = suffix
         self.restore = restore  # "none", "last" or "all": which blocks return full length
-        self.keep_dropped = keep_dropped
+        self.drops = drops
         self.expose_all = False
         self.grid: tuple[int, int] | None = None
         self.slots: dict[int, Slot] = {}
@@ -128,6 +128,11 @@ class Shared:
             yield
         finally:
             self.expose_all = before
+
+    @property
+    def keep_dropped(self) -> bool:
+        """Whether features have to be kept at every step, because tokens vanish and full length will be asked for."""
+        return self.drops and (self.expose_all or self.restore != "none")
 
     def enter(self, layer: int, x: Tensor) -> tuple[TokenState, Tensor]:
         """State and short tokens at the entry of block ``layer``."""
