@@ -53,7 +53,7 @@ class BestMatch(NamedTuple):
     """
 
     score: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # tuples have a method of that name, which nobody calls here
 
 
 class TopMatches(NamedTuple):
@@ -65,7 +65,7 @@ class TopMatches(NamedTuple):
     """
 
     score: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # tuples have a method of that name, which nobody calls here
 
 
 def best_match(

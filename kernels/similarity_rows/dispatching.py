@@ -71,8 +71,9 @@ def top(call: Call, k: int) -> tuple[Tensor, Tensor]:
         a, b, a_mask, b_mask = _flat(inner)
         run = Top.apply if grad else torch_path.top
         score, index = run(a, b, k, call.metric, a_mask, b_mask, call.exclude_self)
-    shape = call.result_shape()
-    score, index = score.view(*shape, k), index.view(*shape, k)
+    if score.dim() != 3 or call.windows is not None or call.a.dim() > 3:
+        shape = call.result_shape()
+        score, index = score.view(*shape, k), index.view(*shape, k)
     if call.windows is not None and inner.windows is None:
         index = to_positions(index, call.windows.b).masked_fill_(score.detach() == -torch.inf, 0)
     return score, index

@@ -25,7 +25,8 @@ def _through_unit(grad: Tensor, x: Tensor, norm: Tensor) -> Tensor:
 
 
 def _norms(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(NORM_FLOOR)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return norm.clamp_min(NORM_FLOOR)
 
 
 def top_backward(
@@ -144,7 +145,8 @@ class Top(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        da, db = top_backward(grads[0], *ctx.saved_tensors, ctx.metric)
+        a, b, score, index = ctx.saved_tensors
+        da, db = top_backward(grads[0], a, b, score, index, ctx.metric)
         return da, db, None, None, None, None, None
 
 
@@ -170,5 +172,6 @@ class Total(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         a, b, a_mask, b_mask = ctx.saved_tensors
-        da, db = total_backward(grads[0], a, b, *ctx.options, a_mask, b_mask)
+        function, margin, alpha, metric = ctx.options
+        da, db = total_backward(grads[0], a, b, function, margin, alpha, metric, a_mask, b_mask)
         return da, db, None, None, None, None, None, None

@@ -17,7 +17,8 @@ NORM_FLOOR = 1e-6
 
 def unit(x: Tensor) -> Tensor:
     """Rows divided by ``max(norm, 1e-6)``; a zero row stays zero."""
-    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(NORM_FLOOR)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / norm.clamp_min(NORM_FLOOR)
 
 
 def similarity(a: Tensor, b: Tensor, metric: str) -> Tensor:
@@ -28,7 +29,8 @@ def similarity(a: Tensor, b: Tensor, metric: str) -> Tensor:
         return unit(a) @ unit(b).mT
     if metric == "dot":
         return a @ b.mT
-    return -torch.linalg.vector_norm(a.unsqueeze(-2) - b.unsqueeze(-3), dim=-1)
+    distance: Tensor = torch.linalg.vector_norm(a.unsqueeze(-2) - b.unsqueeze(-3), dim=-1)
+    return -distance
 
 
 def pairs(a: Tensor, b: Tensor, a_mask: Tensor | None, b_mask: Tensor | None, exclude_self: bool) -> Tensor:

@@ -116,8 +116,8 @@ def _top_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor])
 def _top_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     a, b, score, index, a_positions = ctx.saved_tensors
     _check_ungrouped(a_positions)
-    flat = [x.flatten(0, 1) for x in (grad, a, b, score, index)]
-    da, db = gradients.top_backward(*flat, ctx.metric)
+    grad, x, y, score, index = (t.flatten(0, 1) for t in (grad, a, b, score, index))
+    da, db = gradients.top_backward(grad, x, y, score, index, ctx.metric)
     return da.view(a.shape), db.view(b.shape), None, None, None, None, None, None, None
 
 
@@ -130,9 +130,10 @@ def _total_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _total_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     a, b, a_mask, b_mask, a_positions = ctx.saved_tensors
     _check_ungrouped(a_positions)
-    masks = [None if m is None else m.flatten(0, 1) for m in (a_mask, b_mask)]
-    flat = [x.flatten(0, 1) for x in (grad, a, b)]
-    da, db = gradients.total_backward(*flat, *ctx.options, *masks)
+    function, margin, alpha, metric = ctx.options
+    x_mask, y_mask = (None if m is None else m.flatten(0, 1) for m in (a_mask, b_mask))
+    grad, x, y = (t.flatten(0, 1) for t in (grad, a, b))
+    da, db = gradients.total_backward(grad, x, y, function, margin, alpha, metric, x_mask, y_mask)
     return da.view(a.shape), db.view(b.shape), None, None, None, None, None, None, None, None
 
 

@@ -1,6 +1,6 @@
 """The path that runs without a kernel: few torch operations, over blocks of rows where the matrix would be large.
 
-Everything here works on three-dimensional tensors ``(B, N, D)`` in float32 or float64 and records no gradient;
+Everything here works on three-dimensional tensors ``(B, N, D)`` and in place, on inputs that record no gradient;
 ``autograd`` has the gradients.
 """
 
@@ -20,6 +20,8 @@ from tokred.kernels.similarity_rows.reference import NORM_FLOOR
 # Blocks of the matrix stay in the second-level caches of a CPU, where the passes after the product are cheap.
 CPU_BLOCK_BYTES = 4 << 20
 GPU_BLOCK_BYTES = 256 << 20
+# Column numbers up to twice this are exact in float32.
+_EXACT_INTEGERS = 1 << 23
 
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -72,7 +74,8 @@ def over_blocks(
 
 def norms(x: Tensor) -> Tensor:
     """``max(|x|, 1e-6)`` of every row, ``(B, N, 1)``."""
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min_(NORM_FLOOR)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return norm.clamp_min_(NORM_FLOOR)
 
 
 def _ranked(b: Tensor, metric: str, b_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -120,7 +123,7 @@ def top(
     if b.shape[1] == 0:
         shape = (*a.shape[:2], k)
         return a.new_full(shape, -torch.inf, dtype=dtype), torch.zeros(shape, dtype=torch.int64, device=a.device)
-    with torch.no_grad(), without_autocast(a):
+    with without_autocast(a):
         a, b = a.to(dtype), b.to(dtype)
         scaled, bias = _ranked(b, metric, b_mask)
 
@@ -141,18 +144,31 @@ def top(
 def _best(s: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The ``k`` largest of each row, lower index first; overwrites ``s``.
 
-    ``torch.max`` returns the first of equal values, which ``torch.topk`` does not promise, and for few ``k`` one pass
-    per result is also faster than the partial sort.
+    One pass per result: ``torch.topk`` does not promise an order among equal values, and is no faster for few ``k``.
     """
-    score, index = s.max(-1, keepdim=True)
+    columns = torch.arange(s.shape[-1], dtype=s.dtype, device=s.device)
+    score, index = _first_largest(s if k == 1 else s.clone(), columns)
     if k == 1:
         return score, index
     found = [(score, index)]
     for _ in range(k - 1):
         s.scatter_(-1, index, -torch.inf)
-        score, index = s.max(-1, keepdim=True)
+        score, index = _first_largest(s.clone(), columns)
         found.append((score, index))
     return torch.cat([x[0] for x in found], -1), torch.cat([x[1] for x in found], -1)
+
+
+def _first_largest(s: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest value of each row and the first column that has it; overwrites ``s``.
+
+    On a CPU ``torch.max`` with indices is not vectorised. Four passes that are take less than half of its time: the
+    largest value, then the smallest column number after all lesser values have been pushed past the last one.
+    """
+    if not s.is_cpu or s.shape[-1] > _EXACT_INTEGERS:
+        return s.max(-1, keepdim=True)
+    score = s.amax(-1, keepdim=True)
+    torch.add(columns, s.lt_(score), alpha=s.shape[-1], out=s)
+    return score, s.amin(-1, keepdim=True).to(torch.int64)
 
 
 def apply_(s: Tensor, function: str, margin: float, alpha: float) -> Tensor:
@@ -201,7 +217,7 @@ def total(
 ) -> Tensor:
     """The sum of a function of the similarities of every row, ``(B, Na)``; arguments as in `top`."""
     dtype = accumulator_dtype(a.dtype)
-    with torch.no_grad(), without_autocast(a):
+    with without_autocast(a):
         x, y, row, column = operands(a.to(dtype), b.to(dtype), metric)
         weight = None if b_mask is None else b_mask.to(dtype).unsqueeze(1)
         if function == "identity" and row is None:

@@ -58,7 +58,7 @@ def test_top(dtype: torch.dtype, d: int, metric: str) -> None:
 def test_totals(dtype: torch.dtype, d: int, metric: str) -> None:
     a, b = halves(2, 63, d, dtype)
     a_mask, b_mask = torch.arange(64).view(2, 32) % 5 != 0, torch.arange(31) > 20
-    for function in (*op.FUNCTIONS, "count"):
+    for function in (*op.FUNCTIONS, "count") if dtype == torch.bfloat16 else ("count",):
         check_total(a, b, function, metric)
     check_total(a, b, "elu", metric, a_mask=a_mask, b_mask=b_mask.expand(2, -1))
 
