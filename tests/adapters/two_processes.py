@@ -1,0 +1,59 @@
+"""One of two processes that share a batch: run by test_training.py as ``two_processes.py RANK PORT RESULT``."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from tiny_timm import build, images
+
+import tokred
+
+
+def local_step(model: torch.nn.Module, rank: int) -> None:
+    model(images(4)[rank * 2 : rank * 2 + 2]).square().sum().backward()
+
+
+def patched(checkpoint: bool) -> torch.nn.Module:
+    model = build("vit").train()
+    tokred.apply(model, "tome", r=4)
+    model.set_grad_checkpointing(checkpoint)
+    return model
+
+
+def ddp(rank: int, checkpoint: bool) -> dict[str, torch.Tensor]:
+    model = patched(checkpoint)
+    local_step(torch.nn.parallel.DistributedDataParallel(model), rank)
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def fsdp2(rank: int, checkpoint: bool) -> dict[str, torch.Tensor]:
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    model = patched(checkpoint)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    local_step(model, rank)
+    return {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+
+
+def main() -> None:
+    rank, port, result = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    found = {}
+    for run in (ddp, fsdp2):
+        for checkpoint in (False, True):
+            found[run.__name__ + (" checkpointed" if checkpoint else "")] = run(rank, checkpoint)
+    if rank == 0:
+        torch.save(found, result)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
