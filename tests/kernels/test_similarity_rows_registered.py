@@ -60,7 +60,8 @@ def test_gradients_equal_those_of_the_definition() -> None:
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck(grad: bool) -> None:
     x = torch.randn(2, 3, 8, 4)
-    for rows in (x.transpose(1, 2).contiguous().transpose(1, 2), *([] if grad else [x])):
+    permuted = x.transpose(1, 2).contiguous().transpose(1, 2)
+    for rows in (permuted,) if grad else (x, permuted):
         a, b = (y.detach().requires_grad_(grad) for y in (rows[:, :, ::2], rows[:, :, 1::2]))
         mask = torch.rand(2, 3, 4) > 0.3
         torch.library.opcheck(registration.similarity_top_op, (a, b, 2, "cosine", mask, mask, False, None, None))
