@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ NAMES = {
 LABELS = {
     "top1": "top-1 accuracy (%)",
     "cosine": "feature cosine to the unpatched model",
-    "saliency_mae": "saliency map: mean absolute error",
+    "saliency_mae": "saliency map: mean absolute error (lower is better)",
     "images_per_second": "images per second",
     "gmacs": "GMACs per image",
     "peak_mib": "peak memory (MiB)",
@@ -85,7 +86,8 @@ def pareto(
     if title:
         figure.suptitle(title, fontsize=12, x=0.01, ha="left")
     if note:
-        figure.supxlabel(note, fontsize=7.5, color="#555555", x=0.01, ha="left")
+        lines = textwrap.fill(note, round(17 * figure.get_figwidth()))
+        figure.supxlabel(lines, fontsize=7.5, color="#555555", x=0.01, ha="left")
     return figure
 
 

@@ -106,13 +106,17 @@ def _rate(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def _difference(value: float) -> str:
+    return "0.0" if abs(value) < 0.05 else f"{value:+.1f}"
+
+
 def _ratio(median: float, low: float, high: float) -> str:
     return f"{median:.2f} ({low:.2f}–{high:.2f})"
 
 
 def demo_table(rows: Sequence[Row], count: int) -> Table:
     """The table that the demo prints."""
-    columns = ("tokens\nleft", "GMACs", "top-1\n%", "points\nlost", "images\nper s", "speed-up\n(quartiles)")
+    columns = ("tokens\nleft", "GMACs", "top-1\n%", "diff.\npoints", "images\nper s", "speed-up\n(quartiles)")
     table = _results(f"{count} test images of Fashion-MNIST, every row measured in this run", *columns)
     before = rows[0].arm.name
     for row in rows:
@@ -127,7 +131,7 @@ def demo_table(rows: Sequence[Row], count: int) -> Table:
             str(row.arm.tokens_out),
             f"{row.arm.macs / 1e9:.3f}",
             f"{100 * row.top1:.1f}",
-            "-" if base else f"{-100 * row.top1_difference:+.1f}".replace("-0.0", "0.0").replace("+0.0", "0.0"),
+            "-" if base else _difference(100 * row.top1_difference),
             _rate(rate.median),
             "1" if base else _ratio(*ratio),
         )
