@@ -101,7 +101,7 @@ class Settings:
         self.active = active
 
 
-def run_block(block: nn.Module, host_forward: Callable[..., Any], x: Tensor, args: Any, kwargs: Any) -> Any:
+def run_block(block: Any, host_forward: Callable[..., Any], x: Tensor, args: Any, kwargs: Any) -> Any:
     """One forward of a patched block."""
     settings: Settings = getattr(block, SETTINGS)
     shared, recipe = settings.shared, settings.recipe

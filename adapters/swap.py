@@ -34,7 +34,8 @@ def swap(module: nn.Module, kind: str, settings: Any) -> None:
     """Exchange the class of ``module`` in place; ``kind`` is ``"block"`` or ``"model"``."""
     if is_swapped(module):
         raise RuntimeError(f"{type(module).__name__} is patched already")
-    module.__class__ = _subclass(type(module), kind)
+    host: Any = type(module)
+    module.__class__ = _subclass(host, kind)
     module.__dict__[SETTINGS] = settings
 
 
@@ -45,7 +46,7 @@ def restore(module: nn.Module) -> None:
 
 
 @functools.cache
-def _subclass(host: type[nn.Module], kind: str) -> type[nn.Module]:
+def _subclass(host: Any, kind: str) -> type[nn.Module]:
     body: dict[str, Any] = {
         "__module__": host.__module__,
         "__qualname__": host.__qualname__,
@@ -88,12 +89,12 @@ def _exposed(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _make_reduce(host: type[nn.Module], kind: str) -> Callable[..., Any]:
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
-        _, _, *rest = object.__reduce_ex__(self, protocol)
-        return (_rebuild, (host, kind), *rest)
+        reduced: Any = object.__reduce_ex__(self, protocol)
+        return (_rebuild, (host, kind), *reduced[2:])
 
     return __reduce_ex__
 
 
-def _rebuild(host: type[nn.Module], kind: str) -> nn.Module:
+def _rebuild(host: Any, kind: str) -> nn.Module:
     cls = _subclass(host, kind)
     return cls.__new__(cls)

@@ -293,7 +293,7 @@ def _host(model: Any, name: str, encoder: Any, demand: str) -> Host:
 def _check_fused(encoder: Any, layers: list[tuple[str, nn.Module]]) -> None:
     if not layers:
         raise UnsupportedModelError(f"transformers' {type(encoder).__name__} has no layers")
-    configs = [m.config for _, layer in layers for m in layer.modules() if hasattr(m, "config")]
+    configs: list[Any] = [m.config for _, layer in layers for m in layer.modules() if hasattr(m, "config")]
     kinds = {str(c._attn_implementation) for c in (configs or [encoder.config])}
     if kinds != {"sdpa"}:
         raise UnsupportedModelError(

@@ -269,13 +269,12 @@ when a method is applied; it is never patched in part and never left alone in si
 NOTES = {
     "timm": "Any classifier around such a model works too: `tokred.apply` finds it inside.",
     "transformers": """\
-Attention must be `sdpa`, the default: `tokred.apply` refuses `eager` and others, and a model that is switched afterwards
+Attention must be `sdpa`, the default: `tokred.apply` refuses `eager` and others, and a model that is switched later
 raises at its forward (so do Whisper's word timestamps, which switch it). Text towers and decoders are never touched;
 Whisper's decoder reads the shorter memory. A batch with padded tokens (SigLIP 2 with images of unequal sizes) raises at
-the forward. A model around an encoder that is in neither list is refused even where the encoder inside is known, because
-it may count or place the tokens; what is built around a `Backbone` is the exception, since that returns maps of full
-length. Gradient checkpointing, `generate`, `save_pretrained` (which writes the plain model) and pickling work as
-before.""",
+the forward. A model around an encoder that is in neither list is refused even where the encoder inside is known, since
+it may count or place the tokens; what is built around a `Backbone` is the exception: that returns maps of full length.
+Gradient checkpointing, `generate`, `save_pretrained` (which writes the plain model) and pickling work as before.""",
     "open_clip": "Only the vision tower is patched. Timm trunks are those of the timm table.",
 }
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-for package in ("timm", "transformers", "open_clip"):
-    pytest.importorskip(package)
+pytest.importorskip("timm")
+pytest.importorskip("transformers")
+pytest.importorskip("open_clip")
 
 from tests.adapters.host_table import ROWS, Row, render, versions
 
