@@ -65,7 +65,8 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
     wanted = [i for i, x in enumerate(inputs) if x is not None and ctx.needs_input_grad[i]]
     with torch.enable_grad():
         leaves: list[Any] = [x if x is None else x.detach().requires_grad_(i in wanted) for i, x in enumerate(inputs)]
-        out, _lse = attention_reference(*leaves[:4], key_mask, ctx.scale, ctx.causal)
+        q, k, v, bias = leaves
+        out, _lse = attention_reference(q, k, v, bias, key_mask, ctx.scale, ctx.causal)
     grads = torch.autograd.grad(out, [leaves[i] for i in wanted], grad, allow_unused=True)
     found = dict(zip(wanted, grads, strict=True))
     return (*(found.get(i) for i in range(4)), None, None, None)

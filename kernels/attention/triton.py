@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokred.kernels import dispatch
-from tokred.kernels.column_scores.launch import Shape, channel_blocks, choose, precision, upcast
+from tokred.kernels.column_scores.launch import Shape, channel_blocks, choose, exact_rows, precision, upcast
 from tokred.kernels.column_scores.triton import key_bias_log2, load_rows, products
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -82,7 +82,8 @@ def attention_fwd_kernel(
     safe = tl.where(alive, total, 1.0)
     base = out + b * out_b + head * out_h + m.to(tl.int64)[:, None] * out_m
     c = tl.arange(0, D1)
-    tl.store(base + c[None, :], (acc1 / safe[:, None]).to(out.dtype.element_ty), mask=row_mask[:, None] & (c < D)[None, :])
+    value = (acc1 / safe[:, None]).to(out.dtype.element_ty)
+    tl.store(base + c[None, :], value, mask=row_mask[:, None] & (c < D)[None, :])
     if D2 > 0:
         c = D1 + tl.arange(0, D2)
         value = (acc2 / safe[:, None]).to(out.dtype.element_ty)
@@ -91,11 +92,13 @@ def attention_fwd_kernel(
     tl.store(lse + (b * H + head) * M + m, row_lse, mask=row_mask)
 
 
-def _shapes(m: int, d: int) -> list[Shape]:
+def _shapes(m: int, d: int, dtype: torch.dtype) -> list[Shape]:
     rows = max(16, min(128, triton.next_power_of_2(m)))
-    if d <= 64:
-        return [Shape(rows, 64, 4, 3), Shape(rows, 128, 8, 3), Shape(min(rows, 64), 64, 4, 3)]
-    return [Shape(rows, 64, 8, 3 if d <= 128 else 2), Shape(min(rows, 64), 64, 4, 2)]
+    if dtype == torch.float32:
+        return [Shape(exact_rows(m), 64 if d <= 64 else 32, 4, 2)] if d <= 128 else [Shape(16, 32, 4, 2)]
+    if d <= 128:
+        return [Shape(rows, 64, 8 if rows > 64 else 4, 3), Shape(rows, 128, 8, 2), Shape(min(rows, 64), 64, 4, 3)]
+    return [Shape(rows, 64, 8, 2), Shape(min(rows, 64), 64, 4, 2)]
 
 
 def launch_attention(
@@ -127,5 +130,5 @@ def launch_attention(
         )  # fmt: skip
 
     key = (q.dtype, d, h, causal, dispatch.round_up_bucket(m), dispatch.round_up_bucket(n), q.device)
-    launch(choose("attention", _shapes(m, d), key, launch))
+    launch(choose("attention", _shapes(m, d, q.dtype), key, launch))
     return out, lse

@@ -65,9 +65,11 @@ def _matmul_dtype(x: Tensor) -> torch.dtype:
 
 def _ranges(total: int, step: int) -> list[slice]:
     """Cut ``total`` into near-equal parts of at most ``step``."""
+    if total == 0:
+        return []
     count = -(-total // step)
-    step = -(-total // max(count, 1))
-    return [slice(i, min(i + step, total)) for i in range(0, total, max(step, 1))]
+    step = -(-total // count)
+    return [slice(i, min(i + step, total)) for i in range(0, total, step)]
 
 
 def _visible_keys(rows: slice, m: int, n: int, options: Options) -> slice:

@@ -49,8 +49,11 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Products of float32 stay exact unless the user allowed TF32 for matrix products."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """How float32 is multiplied: three TF32 products, as exact as float32, unless the user allowed a single one.
+
+    Exact float32 products do not run on tensor cores, and tiles of these sizes spill all registers there.
+    """
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
 
 def upcast(dtype: torch.dtype) -> bool:
@@ -64,9 +67,15 @@ def choose(name: str, shapes: list[Shape], key: tuple[Any, ...], launch: Callabl
         return shapes[0]
     full = (name, *key)
     if full not in _tuned:
-        times = [triton.testing.do_bench(lambda s=s: launch(s)) for s in shapes]
-        _tuned[full] = shapes[times.index(min(times))]
+        _tuned[full] = min(shapes, key=lambda shape: _time(launch, shape))
     return _tuned[full]
+
+
+def _time(launch: Callable[[Shape], None], shape: Shape) -> float:
+    try:
+        return float(triton.testing.do_bench(lambda: launch(shape), warmup=5, rep=20))
+    except triton.runtime.errors.OutOfResources:
+        return float("inf")
 
 
 def _bias_strides(bias: Tensor | None) -> tuple[int, int, int]:
@@ -92,10 +101,18 @@ def _common(q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | None, opti
     }
 
 
-def _row_shapes(rows: int, d: int) -> list[Shape]:
+def exact_rows(rows: int) -> int:
+    """Rows of a float32 tile: with 32 of them and four warps the three TF32 products do not run on tensor cores."""
+    return 16 if rows <= 16 else 64
+
+
+def _row_shapes(rows: int, d: int, dtype: torch.dtype) -> list[Shape]:
+    small = max(16, min(64, triton.next_power_of_2(rows)))
+    if dtype == torch.float32:  # tiles twice as large, in three products: less of them fits
+        rows = exact_rows(rows)
+        return [Shape(rows, 64, 4 if d <= 64 or rows == 16 else 8, 2)] if d <= 128 else [Shape(16, 32, 4, 2)]
     if rows <= 64:
-        small = max(16, triton.next_power_of_2(rows))
-        return [Shape(small, 128, 4, 3), Shape(small, 64, 4, 4)]
+        return [Shape(small, 128 if d <= 128 else 64, 4, 3), Shape(small, 64, 4, 4)]
     if d <= 64:
         return [Shape(128, 64, 4, 3), Shape(128, 128, 8, 3), Shape(64, 128, 4, 3)]
     return [Shape(128, 64, 8, 3), Shape(128, 128, 8, 2), Shape(64, 64, 4, 3)]
@@ -110,7 +127,7 @@ def launch_row_lse(q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | Non
     constants = _common(q, k, bias, mask, options)
     # Absent tensors still need a pointer; the kernel never reads it.
     mask8 = q if mask is None else mask.view(torch.uint8)
-    shape = _row_shapes(group * m, d)
+    shape = _row_shapes(group * m, d, q.dtype)
 
     def launch(s: Shape) -> None:
         blocks = triton.cdiv(group * m, s.rows)
@@ -135,8 +152,12 @@ def launch_row_lse(q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | Non
     return out
 
 
-def _column_shapes(rows: int, d: int, n: int) -> list[Shape]:
+def _column_shapes(rows: int, d: int, dtype: torch.dtype) -> list[Shape]:
     few = max(16, min(64, triton.next_power_of_2(rows)))
+    if dtype == torch.float32:
+        if d <= 64:
+            return [Shape(few, 64, 4, 2), Shape(few, 128, 4, 2)]
+        return [Shape(min(few, 32), 64, 4 if d <= 128 else 8, 2)]
     if d <= 64:
         return [Shape(few, 128, 4, 3), Shape(few, 64, 4, 3), Shape(few, 128, 8, 3), Shape(max(few // 2, 16), 128, 4, 4)]
     return [Shape(few, 128, 8, 3), Shape(few, 64, 4, 3), Shape(few, 128, 4, 2)]
@@ -183,5 +204,5 @@ def launch_columns(
 
     total = group * m if fold else m
     key = (q.dtype, d, hk, statistics, reduce, dispatch.round_up_bucket(total), dispatch.round_up_bucket(n), q.device)
-    launch(choose("columns", _column_shapes(total, d, n), key, launch))
+    launch(choose("columns", _column_shapes(total, d, q.dtype), key, launch))
     return outs

@@ -153,7 +153,8 @@ def _statistics_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None
 
 def _row_lse_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     def again(q: Any, k: Any, bias: Any, key_mask: Any, *options: Any) -> tuple[Tensor, ...]:
-        return (row_lse_reference(q, k, bias, key_mask, Options(*options[:4], "none")),)
+        scale, causal, window, softcap = options
+        return (row_lse_reference(q, k, bias, key_mask, Options(scale, causal, window, softcap, "none")),)
 
     return _recompute(ctx, again, grads)
 

@@ -71,8 +71,8 @@ def row_lse_fwd_kernel(
     M, N, G, HK, row_blocks, splits, chunk, window, scale, softcap,
     q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d, bias_b, bias_h, bias_n, mask_b, mask_n, out_s,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp of rows of logits over one chunk of keys, ``out[split, b, h, m]``.
 
@@ -147,13 +147,15 @@ def combine_lse_fwd_kernel(partial, out, splits, count, BLOCK: tl.constexpr):
     inside = i < count
     largest = tl.full([BLOCK], -INF, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
-    for split in range(0, splits):
+    for split in range(splits):
         x = tl.load(partial + tl.cast(split, tl.int64) * count + i, mask=inside, other=-INF) * LOG2E
         new = tl.maximum(largest, x)
         shift = tl.where(new == -INF, 0.0, new)
         total = total * tl.exp2(largest - shift) + tl.exp2(x - shift)
         largest = new
-    tl.store(out + i, tl.where(total > 0.0, (largest + tl.log2(tl.where(total > 0.0, total, 1.0))) * LN2, -INF), mask=inside)
+    tl.store(
+        out + i, tl.where(total > 0.0, (largest + tl.log2(tl.where(total > 0.0, total, 1.0))) * LN2, -INF), mask=inside
+    )
 
 
 @triton.jit
@@ -207,7 +209,7 @@ def columns_fwd_kernel(
     g_squares = tl.full([BLOCK_N], initial, tl.float32)
     g_max = tl.full([BLOCK_N], initial, tl.float32)
     g_entropy = tl.full([BLOCK_N], initial, tl.float32)
-    for g in range(0, heads):
+    for g in range(heads):
         head = tl.cast(hk * G + g, tl.int64)
         term = key_bias_log2(
             bias + b * bias_b + head * bias_h, key_mask + b * mask_b, n, inside, bias_n, mask_n, HAS_BIAS, HAS_MASK

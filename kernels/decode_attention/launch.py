@@ -88,7 +88,9 @@ def launch_flat(
     return _launch(q, k, v, cache, _Visible(positions, query_position, last, key_mask), scale, softcap, p)
 
 
-def _shapes(d: int) -> list[Shape]:
+def _shapes(d: int, dtype: torch.dtype) -> list[Shape]:
+    if dtype == torch.float32:
+        return [Shape(0, 64 if d <= 64 else 32 if d <= 128 else 16, 4, 2)]
     if d <= 128:
         return [Shape(0, 64, 4, 3), Shape(0, 128, 4, 2), Shape(0, 128, 8, 2), Shape(0, 32, 4, 4)]
     return [Shape(0, 32, 4, 3), Shape(0, 64, 4, 2)]
@@ -144,7 +146,7 @@ def _launch(
             )  # fmt: skip
 
     key = (q.dtype, d, group, flat, weights.numel() > 0, cache.pairs, dispatch.round_up_bucket(cache.rows), q.device)
-    launch(choose("decode", _shapes(d), key, launch))
+    launch(choose("decode", _shapes(d, q.dtype), key, launch))
     return out, lse, weights
 
 
