@@ -1,0 +1,70 @@
+"""Check the operators in ``kernels/`` against float64 on a GPU, time them, and compare with their floors.
+
+    python benchmarks/gpu.py                       # everything, less than 10 minutes
+    python benchmarks/gpu.py --quick               # the rows that have a goal, with few repeats, 2 minutes
+    python benchmarks/gpu.py --only merge decode   # rows whose name contains one of these
+    python benchmarks/gpu.py --interpret           # no GPU: the checks alone, on tiny shapes in Triton's interpreter
+
+Needs torch and triton; tokred is taken from this checkout and need not be installed. One table is printed, and
+``benchmarks/results/<device>-<date>.json`` holds all figures with the versions they belong to. Times are medians over
+replays of CUDA graphs whose inputs rotate, so that the cache does not hold them; the plain torch chain runs in the same
+rounds. The exit status is 1 if a check failed and 2 if there is no GPU; a missed goal is reported and no error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+from checkout import ROOT, use_checkout
+
+
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="rows whose kernel's name contains one of these")
+    parser.add_argument("--quick", action="store_true", help="few repeats, and timings only of rows that have a goal")
+    parser.add_argument("--interpret", action="store_true", help="only check, on tiny shapes, without a GPU")
+    parser.add_argument("--autotune", action="store_true", help="let kernels try their launch configurations")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where the JSON goes; default benchmarks/results")
+    parser.add_argument("--limit", type=float, help="seconds after which no further row is timed; default 450 or 60")
+    parser.add_argument("--seed", type=int, help="of the random inputs; default: another one each time")
+    parser.add_argument("--commit", help="what the JSON says, where the copy of the checkout has no git")
+    args = parser.parse_args(given)
+    args.limit = args.limit if args.limit is not None else (60.0 if args.quick else 450.0)
+    args.seed = args.seed if args.seed is not None else time.time_ns() % 2**31
+    return args
+
+
+def main() -> int:
+    """Run the benchmark; returns the exit status."""
+    args = arguments()
+    # Before torch and triton are imported: the operators must run their kernels or say why not.
+    os.environ["TOKRED_KERNELS"] = "triton"
+    os.environ["TOKRED_AUTOTUNE"] = "1" if args.autotune else "0"
+    if args.interpret:
+        os.environ["TRITON_INTERPRET"] = "1"
+    else:
+        os.environ.pop("TRITON_INTERPRET", None)
+    use_checkout()
+    import torch
+
+    if not args.interpret and not torch.cuda.is_available():
+        print("gpu.py: no CUDA device was found; --interpret checks the kernels without one", file=sys.stderr)
+        return 2
+    if args.interpret:
+        torch.set_num_threads(1)
+    from benchmarks.kernel_bench.cuda_clock import Clock
+    from benchmarks.kernel_bench.gpu_run import run
+
+    device = torch.device("cpu" if args.interpret else "cuda")
+    return run(args, ROOT / "benchmarks" / "results", device, None if args.interpret else Clock(device))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
