@@ -112,10 +112,12 @@ def _channel_attention(
     out = functional.scaled_dot_product_attention(q2, k2, v2, is_causal=causal and m > 1, scale=scale, enable_gqa=gqa)[
         ..., : v.shape[3]
     ]
-    if key_mask is None:
-        return out
-    visible = key_mask.cummax(-1).values if causal and m > 1 else key_mask.any(-1, keepdim=True)
-    return out * visible[:, None, :, None]
+    visible = (
+        (bias > MASKED) if key_mask is None else (bias > MASKED) & (key_mask if bias.dim() == 2 else key_mask[:, None])
+    )
+    visible = visible[:, None] if visible.dim() == 2 else visible
+    visible = visible.cummax(-1).values if causal and m > 1 else visible.any(-1, keepdim=True)
+    return out.masked_fill(~visible[..., None], 0.0)
 
 
 def _plain_is_faster(q: Tensor, v: Tensor, mask: Tensor) -> bool:
