@@ -233,7 +233,7 @@ def test_rows_are_appended_only_to_the_same_columns(tmp_path):
     outputs.write_rows(path, [{"x": 1.23456789, "y": None}])
     outputs.write_rows(path, [{"x": 2, "y": "z"}], append=True)
     assert path.read_text().splitlines() == ["x,y", "1.23457,", "2,z"]
-    with pytest.raises(ValueError, match="other columns"):
+    with pytest.raises(ValueError, match="no CSV file with these columns"):
         outputs.write_rows(path, [{"x": 1, "w": 2}], append=True)
 
 

@@ -26,7 +26,7 @@ SHARES = (0.85, 0.7, 0.55, 0.4)
 METHODS = ("tome", "pitome", "evit", "random")
 MEASURES = ("top1", "cosine", "saliency_mae")
 QUALITY = (
-    *("top1", "top1_difference", "top1_by", "top1_data", "top1_images", "chance"),
+    *("top1", "top1_difference", "top1_error", "top1_by", "top1_data", "top1_images", "chance"),
     *("cosine", "cosine_lowest", "cosine_data", "cosine_images"),
     *("saliency_mae", "saliency_correlation", "saliency_iou"),
 )
@@ -131,6 +131,7 @@ def quality(
         fitted = probe.fit(seen.features, task.train.labels)
     out: list[dict[str, Any]] = []
     base: _Read | None = None
+    hits: list[Tensor] = []
     base_map: Tensor | None = None
     for arm in arms:
         wants = task.saliency is not None
@@ -140,7 +141,8 @@ def quality(
         if task.test is not None and task.test.labels is not None:
             same = task.test is task.photos
             tested = seen if same else _read(subject, arm, task.test, options, False, tick)
-            record |= _top1(task, tested, fitted)
+            hits.append(_hits(task, tested, fitted))
+            record |= _top1(task, hits[-1], hits[0])
         cosine = F.cosine_similarity(base.features, seen.features, dim=1)
         record |= {"cosine": cosine.mean().item(), "cosine_lowest": cosine.min().item()}
         record |= {"cosine_images": len(cosine), "cosine_data": task.photos.name}
@@ -150,32 +152,32 @@ def quality(
             error = zoo("evaluate").map_error(base_map, drawn)
             record |= {f"saliency_{k}": v for k, v in error._asdict().items()}
         out.append(record)
-    for record in out:
-        if "top1" in record:
-            record["top1_difference"] = record["top1"] - out[0]["top1"]
     return out
 
 
-def _top1(task: Task, seen: _Read, fitted: probe.Probe | None) -> dict[str, Any]:
-    test = task.test
-    assert test is not None  # asked for by the caller
-    assert test.labels is not None
-    labels = test.labels
+def _hits(task: Task, seen: _Read, fitted: probe.Probe | None) -> Tensor:
+    """Which test images are answered right, by the probe or else by the model's head."""
+    assert task.test is not None  # asked for by the caller
+    assert task.test.labels is not None
     if fitted is not None:
-        answers = fitted.logits(seen.features).argmax(1)
-    else:
-        assert seen.logits is not None  # a task without a probe has a head
-        answers = seen.logits.argmax(1)
-        if task.outputs is not None:
-            labels = torch.tensor(task.outputs)[labels]
-    chance = labels.bincount().max().item() / len(labels)
+        return fitted.logits(seen.features).argmax(1) == task.test.labels
+    assert seen.logits is not None  # a task without a probe has a head
+    labels = task.test.labels if task.outputs is None else torch.tensor(task.outputs)[task.test.labels]
+    return seen.logits.argmax(1) == labels
+
+
+def _top1(task: Task, hits: Tensor, base: Tensor) -> dict[str, Any]:
+    test, n = task.test, len(hits)
+    assert test is not None  # there are hits
+    assert test.labels is not None
     return {
-        "top1": (answers == labels).double().mean().item(),
-        "top1_difference": 0.0,
+        "top1": hits.double().mean().item(),
+        "top1_difference": (hits.double() - base.double()).mean().item(),
+        "top1_error": int((hits != base).sum()) ** 0.5 / n,
         "top1_by": task.kind,
         "top1_data": test.name,
-        "top1_images": len(labels),
-        "chance": chance,
+        "top1_images": n,
+        "chance": test.labels.bincount().max().item() / n,
     }
 
 
@@ -275,9 +277,14 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> Path:
 
 
 def write(rows: Sequence[dict[str, Any]], folder: Path, stem: str, *, force: bool, append: bool) -> list[Path]:
-    """Write CSV and plot; with ``append`` the rows go behind those of an existing CSV file of the same name."""
-    names = [f"{stem}.csv", f"{stem}.png"]
-    paths = outputs.free(folder, names, force=force or append)
-    table = outputs.write_rows(paths[names[0]], rows, append=append)
-    picture = paths[names[1]] if not append else outputs.free(folder, [names[1]], force=force)[names[1]]
-    return [table, plot(rows, picture)]
+    """Write CSV and plot; returns their paths.
+
+    With ``append`` the rows go behind those of an existing CSV file of the same name, if it has the same columns; if
+    not, they go into a new one, so that nothing is lost.
+    """
+    table, picture = f"{stem}.csv", f"{stem}.png"
+    if append and outputs.same_columns(folder / table, rows):
+        written = outputs.write_rows(folder / table, rows, append=True)
+        return [written, plot(rows, outputs.free(folder, [picture], force=force)[picture])]
+    paths = outputs.free(folder, [table, picture], force=force)
+    return [outputs.write_rows(paths[table], rows), plot(rows, paths[picture])]

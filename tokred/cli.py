@@ -135,7 +135,7 @@ def demo_command(
       demo.png     top-1 against images per second
       merged.png   images with the patches that became one token
     """
-    from tokred import demo, embedded, tables
+    from tokred import demo, embedded, outputs, tables
 
     set_threads(threads)
     with refusing():
@@ -145,9 +145,11 @@ def demo_command(
             raise ValueError(f"a batch of {batch} needs as many images, got --images {len(sample.labels)}")
         chosen = _counts(counts) if counts else demo.QUICK_COUNTS if quick else demo.COUNTS
         arms = demo.choose(model, counts=chosen, methods=_names(methods))
+        outputs.free(folder, ())
     with progress(demo.ticks(arms, len(sample.labels), batch), "measuring") as tick:
         rows = demo.measure(model, arms, sample.images, sample.labels, batch=batch, seed=seed, tick=tick)
     out.print(tables.demo_table(rows, len(sample.labels) // batch * batch))
+    print(f"One image is {100 / len(sample.labels):.2g} points; {tables.within_chance(rows)}.")
     with refusing():
         paths = demo.write(rows, model, sample.images, sample.labels, folder, batch=batch, force=force)
     _written(paths)
@@ -286,10 +288,12 @@ def bench_command(
     random_weights: Annotated[bool, typer.Option("--random-weights", help="No trained weights: speed only.")] = False,
     folder: Annotated[Path, typer.Option("--out", help="Folder for the results.")] = Path("tokred-bench"),
     force: Annotated[bool, typer.Option("--force", help="Overwrite the files of an earlier run.")] = False,
-    append: Annotated[bool, typer.Option("--append", help="Add the rows to an earlier run's CSV file.")] = False,
+    append: Annotated[
+        bool, typer.Option("--append", help="Add the rows to an earlier run's CSV file, if its columns are the same.")
+    ] = False,
 ) -> None:
     """See BENCH."""
-    from tokred import bench, subjects, tables, tasks
+    from tokred import bench, outputs, subjects, tables, tasks
 
     set_threads(threads)
     with refusing():
@@ -302,6 +306,7 @@ def bench_command(
         if len(arms) == 1:
             raise ValueError(f"there is nothing to measure on {model}: {'; '.join(left) or 'no method, no setting'}")
         task = tasks.choose(subject, data, count=count, seed=seed)
+        outputs.free(folder, ())
     for line in left:
         print(f"left out: {line}", file=sys.stderr)
     with progress(bench.ticks(task, arms, options), f"{len(arms)} arms") as tick:

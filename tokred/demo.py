@@ -33,6 +33,7 @@ class Row:
         arm: method and setting.
         top1: share of right answers.
         top1_difference: to the unpatched model on the same images.
+        top1_error: standard error of that difference, from the images that only one of the two gets right.
         agreement: share of images with the unpatched model's answer.
         timing: rate, and ratio to the unpatched model, with quartiles over the rounds.
     """
@@ -40,6 +41,7 @@ class Row:
     arm: Arm
     top1: float
     top1_difference: float
+    top1_error: float
     agreement: float
     timing: timing.Timing
 
@@ -101,12 +103,11 @@ def measure(
     entries = [lambda a=a: a.applied(model) for a in arms]
     seconds = timing.paired(entries, run, rounds, seed=seed, collect=collect, tick=tick)
     timings = timing.summarise(seconds, [batch] * rounds)
-    right = (answers == labels).double().mean(1).tolist()
+    hits = answers == labels
+    right = hits.double().mean(1).tolist()
+    error = ((hits != hits[0]).sum(1).double().sqrt() / len(labels)).tolist()
     same = (answers == answers[0]).double().mean(1).tolist()
-    return [
-        Row(arm, hits, hits - right[0], agreement, timed)
-        for arm, hits, agreement, timed in zip(arms, right, same, timings, strict=True)
-    ]
+    return [Row(arm, right[i], right[i] - right[0], error[i], same[i], timings[i]) for i, arm in enumerate(arms)]
 
 
 def ticks(arms: Sequence[Arm], count: int, batch: int) -> int:
@@ -131,6 +132,7 @@ def records(rows: Sequence[Row], images: int, batch: int) -> list[dict[str, Any]
                 "gmacs": row.arm.macs / 1e9,
                 "top1": row.top1,
                 "top1_difference": row.top1_difference,
+                "top1_error": row.top1_error,
                 "agreement": row.agreement,
                 "images": images,
                 "images_per_second": rate.median,
@@ -211,7 +213,8 @@ def write(
         title="Fewer tokens: accuracy against speed",
         note=(
             f"Embedded ViT (197 tokens), {count} test images of Fashion-MNIST, batch {batch}, float32, "
-            f"{where['threads']} threads, {where['device']}. Median and quartiles of {count // batch} rounds."
+            f"{where['threads']} threads, {where['device']}. Across: median and quartiles of {count // batch} rounds. "
+            "Up and down: standard error of the difference to the unpatched model."
         ),
     )
     plots.save(figure, paths["demo.png"])

@@ -34,21 +34,28 @@ def free(folder: Path, names: Sequence[str], *, force: bool = False) -> dict[str
         number += 1
 
 
+def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(c for row in rows for c in row))
+
+
+def same_columns(path: Path, rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether there is a CSV file that these rows can be added to."""
+    if not path.is_file():
+        return False
+    with path.open(newline="", encoding="utf8") as f:
+        return next(csv.reader(f), []) == _columns(rows)
+
+
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], *, append: bool = False) -> Path:
     """Write rows as CSV; with ``append``, behind those that are there.
 
     Raises:
-        ValueError: the file to append to has other columns.
+        ValueError: the file to append to has other columns, or is not there.
     """
-    columns = list(dict.fromkeys(c for row in rows for c in row))
-    append = append and path.exists()
-    if append:
-        with path.open(newline="", encoding="utf8") as f:
-            there = next(csv.reader(f), [])
-        if there != columns:
-            raise ValueError(f"{path} has other columns than this run ({', '.join(set(there) ^ set(columns))})")
+    if append and not same_columns(path, rows):
+        raise ValueError(f"{path} is no CSV file with these columns: {', '.join(_columns(rows))}")
     with path.open("a" if append else "w", newline="", encoding="utf8") as f:
-        writer = csv.DictWriter(f, columns, restval="")
+        writer = csv.DictWriter(f, _columns(rows), restval="")
         if not append:
             writer.writeheader()
         writer.writerows({k: _plain(v) for k, v in row.items()} for row in rows)

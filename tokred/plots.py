@@ -69,7 +69,8 @@ def pareto(
     Args:
         frame: one row an arm, as the demo and the benchmark write them; rows without the measure are left out.
         measures: columns for the vertical axes.
-        x: column for the horizontal axis; its quartiles ``<x>_q25`` and ``<x>_q75`` are drawn where they are there.
+        x: column for the horizontal axis; its quartiles ``<x>_q25`` and ``<x>_q75`` are drawn where they are there, and
+            the standard errors ``<measure>_error``.
         title: above everything.
         note: below everything, small.
 
@@ -121,6 +122,9 @@ def _line(axis: Any, rows: pd.DataFrame, x: str, measure: str, scale: float, i: 
     if low in rows and high in rows:
         spans = [(xs - rows[low].to_numpy()).clip(min=0), (rows[high].to_numpy() - xs).clip(min=0)]
         axis.errorbar(xs, ys, xerr=spans, fmt="none", ecolor=colour, elinewidth=1, alpha=0.45, zorder=2)
+    if f"{measure}_error" in rows:
+        error = scale * rows[f"{measure}_error"].to_numpy()
+        axis.errorbar(xs, ys, yerr=error, fmt="none", ecolor=colour, elinewidth=1, alpha=0.45, zorder=2)
     if i == 0:
         for px, py, text in zip(xs, ys, rows["setting"], strict=True):
             axis.annotate(text, (px, py), textcoords="offset points", xytext=(5, 6), fontsize=8, color=colour)

@@ -122,7 +122,8 @@ def zoo(module: str) -> Any:
     if root is None or not (root / "benchmarks" / "zoo").is_dir():
         raise NoModelError(
             "real weights and data of the zoo (dinov2, photos, textile, fashion) are read by benchmarks/zoo, "
-            "which only a checkout of tokred's repository has: run `pip install -e .` there, or name another model"
+            "which only a checkout of tokred's repository has: run `pip install -e .` there, or give another --model "
+            "or --images FOLDER"
         )
     if "benchmarks" not in sys.modules:
         # By its place: with the root on sys.path, its folder `kernels` would pass for another package of that name.

@@ -138,6 +138,12 @@ def demo_table(rows: Sequence[Row], count: int) -> Table:
     return table
 
 
+def within_chance(rows: Sequence[Row]) -> str:
+    """A sentence on how large a difference has to be to mean something."""
+    widest = max(2 * 100 * row.top1_error for row in rows)
+    return f"differences of less than about {widest:.1f} points are within chance (two standard errors)"
+
+
 def bench_table(rows: Sequence[dict[str, Any]]) -> Table:
     """The table that a benchmark prints; measures that there is nothing of are left out."""
     first = rows[0]
@@ -151,7 +157,9 @@ def bench_table(rows: Sequence[dict[str, Any]]) -> Table:
     if first["saliency_mae"] is not None:
         shown["saliency\nerror"] = lambda r: f"{r['saliency_mae']:.4f}"
     shown["images\nper s"] = lambda r: _rate(r["images_per_second"])
-    shown["speed-up\n(quartiles)"] = lambda r: _ratio(r["speedup"], r["speedup_q25"], r["speedup_q75"])
+    shown["speed-up\n(quartiles)"] = lambda r: (
+        "1" if r is first else _ratio(r["speedup"], r["speedup_q25"], r["speedup_q75"])
+    )
     shown["forward\nMiB"] = lambda r: f"{r['forward_mib']:.0f}"
     title = f"{first['model']}, {first['input']} px, {first['tokens_in']} tokens, {first['device']}"
     table = _results(title, *shown)
