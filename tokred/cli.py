@@ -148,8 +148,9 @@ def demo_command(
         outputs.free(folder, ())
     with progress(demo.ticks(arms, len(sample.labels), batch), "measuring") as tick:
         rows = demo.measure(model, arms, sample.images, sample.labels, batch=batch, seed=seed, tick=tick)
-    out.print(tables.demo_table(rows, len(sample.labels) // batch * batch))
-    print(f"One image is {100 / len(sample.labels):.2g} points; {tables.within_chance(rows)}.")
+    count = len(sample.labels) // batch * batch
+    out.print(tables.demo_table(rows, count))
+    print(tables.within_chance(rows, count))
     with refusing():
         paths = demo.write(rows, model, sample.images, sample.labels, folder, batch=batch, force=force)
     _written(paths)

@@ -138,10 +138,12 @@ def demo_table(rows: Sequence[Row], count: int) -> Table:
     return table
 
 
-def within_chance(rows: Sequence[Row]) -> str:
-    """A sentence on how large a difference has to be to mean something."""
-    widest = max(2 * 100 * row.top1_error for row in rows)
-    return f"differences of less than about {widest:.1f} points are within chance (two standard errors)"
+def within_chance(rows: Sequence[Row], count: int) -> str:
+    """A sentence on how large a difference has to be to mean something: two standard errors, at least two images."""
+    widest = max(2 / count, *(2 * row.top1_error for row in rows))
+    return (
+        f"One image is {100 / count:.2g} points; differences of less than about {100 * widest:.1f} are within chance."
+    )
 
 
 def bench_table(rows: Sequence[dict[str, Any]]) -> Table:
