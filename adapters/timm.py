@@ -13,8 +13,8 @@ from tokred.adapters.host import Host, argument_names
 from tokred.adapters.swap import host_class
 from tokred.errors import UnsupportedModelError
 
-# Block classes that are x + f(attn(norm1(x))), then x + g(mlp(norm2(x))): they may be split in the middle. The names are
-# all that their forward may use: a later version that does more is run whole and reduced at its end.
+# Block classes that are x + f(attn(norm1(x))), then x + g(mlp(norm2(x))): they may be split in the middle. The names
+# are all that their forward may use: a later version that does more is run whole and reduced at its end.
 SPLIT = {
     "timm.models.vision_transformer.Block",
     "timm.models.eva.EvaBlock",
@@ -39,7 +39,7 @@ REFUSED = {
     "SwinTransformerV2": WINDOWED,
     "SwinTransformerV2Cr": WINDOWED,
     "Hiera": "it pools mask units of a fixed grid between its stages",
-    "VisionTransformerSAM": "its blocks work on (B, H, W, C) maps with window attention and decomposed relative positions",
+    "VisionTransformerSAM": "its blocks work on (B, H, W, C) maps with windows and decomposed relative positions",
     "NaFlexVit": "its pooling uses the padding mask of the original length",
     "Cait": "its talking-heads attention is not fused, so sizes could not reach it",
     "Xcit": "it attends between channels, not between tokens",
@@ -103,7 +103,8 @@ def _check_fused(blocks: list[tuple[str, nn.Module]]) -> None:
             )
         if not all(a.fused_attn for a in attentions):
             raise UnsupportedModelError(
-                f"the attention of {name} is not fused; set fused_attn = True on it (timm.layers.set_fused_attn) and apply again"
+                f"the attention of {name} is not fused; set fused_attn = True on it "
+                "(timm.layers.set_fused_attn) and apply again"
             )
 
 
@@ -124,7 +125,8 @@ def gather_rope(rope: Tensor, representative: Tensor, prefix: int) -> Tensor:
     """Rotary tables at the rows that are left; prefix tokens have none.
 
     Args:
-        rope: ``(N, D)``, per head ``(H, N, D)`` (mixed), per sample ``(B, 1, N, D)`` or both ``(B, H, N, D)``, ``N`` patches.
+        rope: ``(N, D)``, per head ``(H, N, D)`` (mixed), per sample ``(B, 1, N, D)`` or both ``(B, H, N, D)``, over
+            ``N`` patches.
         representative: ``(B, M)`` original positions, prefix included.
         prefix: number of prefix tokens, which stand first.
 

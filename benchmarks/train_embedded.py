@@ -1,9 +1,9 @@
 """Train the small vision transformer that ships inside tokred, on the whole of Fashion-MNIST.
 
 The model has the token geometry of ViT-B/16 at 224: a 14 x 14 grid of patches and a class token, 197 in all, and
-12 blocks. Only its width is small, so that the weights fit in the package. Four things make it trainable on one CPU core
-in about an hour: a patch embedding of four convolutions (Xiao et al., Early Convolutions Help Transformers See Better,
-2021), random patch dropout early on (short sequences first, the full ones at the end), distillation from a small
+12 blocks. Only its width is small, so that the weights fit in the package. Four things make it trainable on one CPU
+core in about an hour: a patch embedding of four convolutions (Xiao et al., Early Convolutions Help Transformers See
+Better, 2021), random patch dropout early on (short sequences first, the full ones at the end), distillation from a small
 convolutional network trained in the same run, and an initialisation of the attention that starts out local.
 
     python benchmarks/train_embedded.py --data /usr/share/datasets/fashion-mnist --out tokred/data
@@ -59,9 +59,7 @@ class Teacher(nn.Module):
         super().__init__()
         self.stem = conv(1, width)
         self.down = nn.ModuleList([conv(width, 2 * width, 2), conv(2 * width, 4 * width, 2)])
-        self.res = nn.ModuleList(
-            [nn.Sequential(conv(w, w), conv(w, w)) for w in (2 * width, 4 * width)]
-        )
+        self.res = nn.ModuleList([nn.Sequential(conv(w, w), conv(w, w)) for w in (2 * width, 4 * width)])
         self.head = nn.Linear(4 * width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -73,7 +71,7 @@ class Teacher(nn.Module):
 
 
 def local_attention_(model: nn.Module) -> None:
-    """Start with attention that looks at positions like one's own (mimetic initialisation, Trockman and Kolter 2023)."""
+    """Start with attention to positions like one's own (Trockman and Kolter, Mimetic Initialization, 2023)."""
     n, dim = model.pos_embed.shape[1] - 1, model.embed_dim
     side = round(n**0.5)
     omega = 1 / 10000 ** (torch.arange(dim // 4) / (dim // 4))
@@ -146,7 +144,9 @@ def train_student(x: Tensor, y: Tensor, xt: Tensor, yt: Tensor, teacher: nn.Modu
         model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(args.warm).items()})
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
-    opt = torch.optim.AdamW([{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], lr=args.lr)
+    opt = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], lr=args.lr
+    )
     start, best = time.time(), 0.0
     budget, step, last = args.minutes * 60, 0, start
     done = False
@@ -179,7 +179,8 @@ def train_student(x: Tensor, y: Tensor, xt: Tensor, yt: Tensor, teacher: nn.Modu
                 last = time.time()
                 acc = accuracy(model, xt, yt, 1000)
                 print(
-                    f"{(last - start) / 60:5.1f} min step {step} ({step * args.batch / len(x):.2f} epochs) keep {share} "
+                    f"{(last - start) / 60:5.1f} min step {step} ({step * args.batch / len(x):.2f} epochs) "
+                    f"keep {share} "
                     f"loss {float(loss.detach()):.3f} first 1000 test images {acc:.4f}",
                     flush=True,
                 )
@@ -195,14 +196,18 @@ def save(model: nn.Module, out: Path, notes: dict) -> None:
     from safetensors.torch import save_file
 
     out.mkdir(parents=True, exist_ok=True)
-    tensors = {k: (v.detach().half() if v.is_floating_point() else v).contiguous() for k, v in model.state_dict().items()}
+    tensors = {
+        k: (v.detach().half() if v.is_floating_point() else v).contiguous() for k, v in model.state_dict().items()
+    }
     header = {"architecture": json.dumps(MODEL), "mean": str(MEAN), "std": str(STD), "notes": json.dumps(notes)}
     save_file(tensors, str(out / "vit_fashion.safetensors"), metadata=header)
 
 
 def save_sample(folder: Path, out: Path, count: int) -> None:
     images, labels = load(folder, "t10k")
-    np.savez_compressed(out / "fashion_sample.npz", images=images[:count].numpy(), labels=labels[:count].numpy().astype(np.uint8))
+    np.savez_compressed(
+        out / "fashion_sample.npz", images=images[:count].numpy(), labels=labels[:count].numpy().astype(np.uint8)
+    )
 
 
 def main() -> None:

@@ -99,7 +99,9 @@ def usual_merge(x: Tensor, metric: Tensor, r: int, size: Tensor | None) -> tuple
     return combine(x * size) / total, total
 
 
-def hand_patched(model: Any, make: Callable[[Any, int], Callable[[Tensor], Tensor]], schedule: list[int], state: dict[str, Any]):
+def hand_patched(
+    model: Any, make: Callable[[Any, int], Callable[[Tensor], Tensor]], schedule: list[int], state: dict[str, Any]
+):
     """A function that runs ``model`` with its blocks' forwards replaced, and puts them back."""
 
     def run(x: Tensor) -> Tensor:
@@ -135,7 +137,9 @@ def effective(r: int, n: int, depth: int) -> list[int]:
     return out
 
 
-def measure(arms: dict[str, Callable[[Tensor], Tensor]], x: Tensor, rounds: int, seed: int = 0) -> dict[str, list[float]]:
+def measure(
+    arms: dict[str, Callable[[Tensor], Tensor]], x: Tensor, rounds: int, seed: int = 0
+) -> dict[str, list[float]]:
     """Seconds per call of every arm in every round."""
     order = random.Random(seed)
     seconds: dict[str, list[float]] = {name: [] for name in arms}
@@ -206,7 +210,8 @@ def run_case(case: str, dtype: torch.dtype, args: argparse.Namespace) -> list[di
         rows.append(
             {
                 "model": name, "r": r, "dtype": str(dtype).removeprefix("torch."), "batch": args.batch,
-                "threads": torch.get_num_threads(), "arm": arm, "images_per_second": args.batch / statistics.median(values),
+                "threads": torch.get_num_threads(), "arm": arm,
+                "images_per_second": args.batch / statistics.median(values),
                 "speedup": mid, "speedup_q25": low, "speedup_q75": high,
                 "of_ceiling": near[1], "of_ceiling_q25": near[0], "of_ceiling_q75": near[2],
                 "reduce_share": share if arm == "tokred" else "", "rounds": args.rounds,
@@ -237,7 +242,8 @@ def main() -> None:
                     print(
                         f"{row['model']:24s} r={row['r']:<3} {row['dtype']:8s} {row['threads']}t {row['arm']:11s} "
                         f"{row['images_per_second']:7.1f} im/s  x{row['speedup']:.3f} "
-                        f"[{row['speedup_q25']:.3f}, {row['speedup_q75']:.3f}]  of ceiling {row['of_ceiling']:.3f}{share}",
+                        f"[{row['speedup_q25']:.3f}, {row['speedup_q75']:.3f}]  of ceiling {row['of_ceiling']:.3f}"
+                        f"{share}",
                         flush=True,
                     )
     if args.out:

@@ -3,8 +3,8 @@
     tokred.apply(model, "tome", r=16)     # in place; the model now runs with fewer tokens
     tokred.remove(model)                  # bit for bit the model it was
 
-Importing tokred imports torch and nothing else; a host library is imported when one of its models is patched, triton when
-a kernel is first launched.
+Importing tokred imports torch and nothing else; a host library is imported when one of its models is patched, triton
+when a kernel is first launched.
 """
 
 from __future__ import annotations

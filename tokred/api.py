@@ -121,7 +121,7 @@ def apply(
 
 
 def remove(model: ModelT) -> ModelT:
-    """Take every patch off ``model``: classes, forwards and hooks are those it had. A model without one is left alone."""
+    """Take every patch off ``model``: classes, forwards and hooks are those it had. An unpatched model is left alone."""
     from tokred.adapters.host import unpatch
 
     unpatch(model)
@@ -130,14 +130,12 @@ def remove(model: ModelT) -> ModelT:
 
 @contextlib.contextmanager
 def applied(model: ModelT, method: MethodLike, **options: Any) -> Iterator[ModelT]:
-    """``with tokred.applied(model, "tome", r=16): ...``: patched inside, as it was outside (a patch before included)."""
+    """``with tokred.applied(model, "tome", r=16): ...``: patched inside, and as it was outside."""
     from tokred.adapters.host import shared_of
 
     before = [(m, shared) for _, m, shared in shared_of(model)]
     if before:
-        raise ValueError(
-            f"the model is already patched with {before[0][1].method!r}; call tokred.remove(model) before tokred.applied"
-        )
+        raise ValueError(f"the model is already patched with {before[0][1].method!r}; call tokred.remove(model) first")
     apply(model, method, **options)
     try:
         yield model

@@ -31,9 +31,9 @@ def bipartite_soft_matching(
     """Pair each of the ``r`` most redundant source tokens with its most similar destination token.
 
     Tokens are split by position: even positions are sources, odd ones destinations. Survivors come out as the prefix,
-    the unmerged sources, all destinations, the suffix; the unmerged sources are in ascending position, or, where nothing
-    is protected, in descending order of their best score, as the method's authors have it. The order matters: the next
-    layer splits by position again and so compares new pairs.
+    the unmerged sources, all destinations, the suffix; the unmerged sources are in ascending position, or, where no
+    token is protected, in descending order of their best score, as the method's authors have it. The order matters:
+    the next layer splits by position again and so compares new pairs.
 
     Args:
         metric: ``(B, N, D)`` vectors that are compared by cosine, any float type; need not be normalised.
@@ -79,7 +79,14 @@ def _sides(n: int, prefix: int, suffix: int, split: Split) -> tuple[slice, slice
 
 
 def _assemble(
-    merged: Tensor, unmerged: Tensor, target: Tensor, n: int, prefix: int, suffix: int, sides: tuple[slice, slice], mode: str
+    merged: Tensor,
+    unmerged: Tensor,
+    target: Tensor,
+    n: int,
+    prefix: int,
+    suffix: int,
+    sides: tuple[slice, slice],
+    mode: str,
 ) -> Reduction:
     """Positions within the two sides, back to positions in the sequence."""
     first, second = sides

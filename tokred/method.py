@@ -52,7 +52,7 @@ class Method(ABC):
         """How many of ``n`` tokens remain after this layer. Counts alone decide: an adapter that sees ``n`` come back
         does not call :meth:`reduce` at all, which makes "nothing to remove" the identity bit for bit."""
 
-    def check(self, depth: int) -> None:
+    def check(self, depth: int) -> None:  # noqa: B027 - most methods fit every depth
         """Refuse a model of ``depth`` layers that the parameters do not fit.
 
         Raises:
@@ -93,7 +93,8 @@ def from_dict(settings: dict[str, Any]) -> Method:
     cls = methods.get(settings["method"])
     if settings.get("version", 1) > cls.version:
         raise ValueError(
-            f"settings of {settings['method']!r} have version {settings['version']}, this tokred reads up to {cls.version}"
+            f"settings of {settings['method']!r} have version {settings['version']}, "
+            f"this tokred reads up to {cls.version}"
         )
     values = dict(settings["parameters"])
     for key, value in values.items():

@@ -29,8 +29,8 @@ class Reduction:
         representative: ``(..., M)`` int64, the input token that stands for each slot: what position ids, rotary tables
             and grids go on with.
         source: ``(..., R)`` int64, the other input tokens that live on in some slot.
-        target: ``(..., R)`` int64 in ``[0, M)``: the slot that each source goes into; -1 drops it, which is also how the
-            sources of an uneven batch are padded.
+        target: ``(..., R)`` int64 in ``[0, M)``: the slot that each source goes into; -1 drops it, which is also how
+            the sources of an uneven batch are padded.
         length: ``N``.
         weight: ``(..., N)`` float, an extra weight per input token when slots are combined, or None for ones.
         mask: ``(..., M)`` bool, True where a slot is real. None: every slot of every sample is.

@@ -84,7 +84,9 @@ def schedule(value: ScheduleLike, name: str = "r") -> Schedule:
         return value
     if isinstance(value, tuple):
         if len(value) != 2:
-            raise TypeError(f"{name} as a tuple must be a pair (r, inflect), got {value!r}; use a list for one entry a layer")
+            raise TypeError(
+                f"{name} as a tuple must be a pair (r, inflect), got {value!r}; use a list for one entry a layer"
+            )
         r, inflect = value
         if isinstance(inflect, bool) or not isinstance(inflect, int | float) or not -1 <= inflect <= 1:
             raise ValueError(f"the inflection of {name} must be a number in [-1, 1], got {inflect!r}")

@@ -32,6 +32,8 @@ def hash_uniform(n: int, seed: int, layer: int, step: int = 0, device: torch.dev
     return (h ^ (h >> 16)).double() / 2**32
 
 
-def random_order(b: int, n: int, seed: int, layer: int, step: int = 0, device: torch.device | str | None = None) -> Tensor:
+def random_order(
+    b: int, n: int, seed: int, layer: int, step: int = 0, device: torch.device | str | None = None
+) -> Tensor:
     """``(B, n)`` the same pseudo-random permutation of ``range(n)`` for every sample, see :func:`hash_uniform`."""
     return ranked(hash_uniform(n, seed, layer, step, device)).expand(b, -1)

@@ -30,8 +30,8 @@ class Site:
     Args:
         x: ``(B, N, C)`` tokens of the residual stream.
         q, k, v: ``(B, H, N, D)`` queries, keys (``(B, Hk, N, D)``) and values of this layer's attention.
-        class_attention: ``(B, H, N)`` or ``(B, N)``, the class token's attention after softmax. Made from ``q`` and ``k``
-            (and ``bias``) when it is not given.
+        class_attention: ``(B, H, N)`` or ``(B, N)``, the class token's attention after softmax. Made from ``q`` and
+            ``k`` (and ``bias``) when it is not given.
         bias: ``(B, N)`` what attention adds to the logits of each key (log of the sizes, padding).
         sizes: ``(B, N)`` float32, how many original tokens each stands for; None: one each.
         mask: ``(B, N)`` bool, False on padding; None: every token is real.

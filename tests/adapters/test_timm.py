@@ -110,14 +110,14 @@ def test_merging_duplicates_changes_nothing(family):
 
 @pytest.mark.parametrize("family", ROPE)
 def test_rope_tables_follow_their_tokens(family):
-    """Pruning with gathered tables equals the model run on the same tokens with the same tables, step by step."""
+    """Pruning with gathered tables equals running the same tokens with the same rows, block by block."""
     model, x = build(family), images(2)
     tokred.apply(model, "random_prune", r=[5, 0, 0])
     with torch.no_grad():
         y = model(x)
         kept = tokred.trace(model).representative
         tokred.remove(model)
-        # The same by hand: run block 0 whole up to the middle, then only the kept rows with their own rows of the table.
+        # The same by hand: block 0 whole up to the middle, then only the kept rows with their own rows of the table.
         z, rope = model._pos_embed(model.patch_embed(x))
         z = model.norm_pre(z)
         tables = list(rope) if getattr(model, "rope_mixed", False) else [rope] * 3

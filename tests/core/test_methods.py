@@ -92,7 +92,8 @@ def test_tome_example_8_schedules():
 
 
 @pytest.mark.parametrize(
-    ("n", "depth", "r", "last"), [(197, 24, 8, 7), (197, 12, 13, 41), (197, 12, 16, 11), (257, 32, 7, 33), (577, 24, 23, 25)]
+    ("n", "depth", "r", "last"),
+    [(197, 24, 8, 7), (197, 12, 13, 41), (197, 12, 16, 11), (257, 32, 7, 33), (577, 24, 23, 25)],
 )
 def test_tome_example_9_token_counts(n, depth, r, last):
     method = tokred.ToMe(r=r)
@@ -307,7 +308,13 @@ def test_a_site_says_what_it_lacks():
 
 @pytest.mark.parametrize(
     "method",
-    [tokred.ToMe(r=(8, -1)), tokred.ToMe(r=[3, 2]), tokred.PiToMe(ratio=0.9), tokred.EViT(blocks=(1, 2)), tokred.KthMerge(k=3)],
+    [
+        tokred.ToMe(r=(8, -1)),
+        tokred.ToMe(r=[3, 2]),
+        tokred.PiToMe(ratio=0.9),
+        tokred.EViT(blocks=(1, 2)),
+        tokred.KthMerge(k=3),
+    ],
 )
 def test_settings_survive_a_round_trip(method):
     import json

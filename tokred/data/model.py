@@ -1,4 +1,4 @@
-"""The embedded default's architecture: a timm ``VisionTransformer`` with ViT-B/16's token geometry, small and narrow."""
+"""The embedded default's architecture: a timm ``VisionTransformer`` with ViT-B/16's token geometry, but narrow."""
 
 from __future__ import annotations
 

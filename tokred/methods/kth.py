@@ -73,9 +73,7 @@ class KthMerge(Method):
         chosen = position[self.k - 1 :: self.k]
         rest = position[_not_every(free, self.k, site.device)]
         lead, tail = protected_rows(b, n, site.prefix, site.suffix, site.device)
-        return match_to(
-            read_metric(site, self.metric), rest.expand(b, -1), chosen.expand(b, -1), lead=lead, tail=tail
-        )
+        return match_to(read_metric(site, self.metric), rest.expand(b, -1), chosen.expand(b, -1), lead=lead, tail=tail)
 
 
 def _not_every(n: int, k: int, device: torch.device) -> torch.Tensor:

@@ -35,8 +35,8 @@ class PiToMe(Method):
         alpha: floor of the clamp on dissimilar pairs.
         form: ``"plain"`` (the 2k most crowded tokens are paired, all k sources merge), ``"bsm"`` (ToMe's top-k of the
             energy order), or one in the first half of the layers and the other after: ``"bsm-plain"`` as released for
-            DeiT, ``"plain-bsm"`` for MAE. ``"halves"`` is the released text form: the k most crowded tokens merge into the
-            next k.
+            DeiT, ``"plain-bsm"`` for MAE. ``"halves"`` is the released text form: the k most crowded tokens
+            merge into the next k.
         energy: ``"elu"``, or ``"gaussian"`` (the released text form).
         prop_attn: proportional attention, as in the paper (the released vision code does not feed sizes to attention).
         metric: what is compared.

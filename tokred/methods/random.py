@@ -112,5 +112,3 @@ class RandomPrune(Method):
         lead, tail = protected_rows(b, n, site.prefix, site.suffix, site.device)
         rows = order.sort(dim=1).values + site.prefix
         return Reduction.keep(torch.cat([lead, rows, tail], dim=1), n)
-
-

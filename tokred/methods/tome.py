@@ -94,5 +94,3 @@ class ToMe(Method):
             mask=site.mask,
             mode=self.mode,
         )
-
-
