@@ -3,8 +3,8 @@
 The model has the token geometry of ViT-B/16 at 224: a 14 x 14 grid of patches and a class token, 197 in all, and
 12 blocks. Only its width is small, so that the weights fit in the package. Four things make it trainable on one CPU
 core in about an hour: a patch embedding of four convolutions (Xiao et al., Early Convolutions Help Transformers See
-Better, 2021), random patch dropout early on (short sequences first, the full ones at the end), distillation from a small
-convolutional network trained in the same run, and an initialisation of the attention that starts out local.
+Better, 2021), random patch dropout early on (short sequences first, the full ones at the end), distillation from a
+small convolutional network trained in the same run, and an initialisation of the attention that starts out local.
 
     python benchmarks/train_embedded.py --data /usr/share/datasets/fashion-mnist --out tokred/data
 

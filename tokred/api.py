@@ -121,7 +121,7 @@ def apply(
 
 
 def remove(model: ModelT) -> ModelT:
-    """Take every patch off ``model``: classes, forwards and hooks are those it had. An unpatched model is left alone."""
+    """Take every patch off ``model``: classes, forwards and hooks are those it had. Without a patch, nothing is done."""
     from tokred.adapters.host import unpatch
 
     unpatch(model)
@@ -130,7 +130,7 @@ def remove(model: ModelT) -> ModelT:
 
 @contextlib.contextmanager
 def applied(model: ModelT, method: MethodLike, **options: Any) -> Iterator[ModelT]:
-    """``with tokred.applied(model, "tome", r=16): ...``: patched inside, and as it was outside."""
+    """``with tokred.applied(model, "tome", r=16)``: patched inside, and as it was outside."""
     from tokred.adapters.host import shared_of
 
     before = [(m, shared) for _, m, shared in shared_of(model)]
@@ -237,10 +237,8 @@ def trace(model: nn.Module) -> Reduction:
     """
     shared = _shared(model)
     state = shared.last()
-    total = state.composed()
-    if total is None:
-        return Reduction.identity((1,), state.length)
-    return total
+    total: Reduction | None = state.composed()
+    return Reduction.identity((1,), state.length) if total is None else total
 
 
 def _shared(model: nn.Module) -> Any:

@@ -42,6 +42,8 @@ def build() -> nn.Module:
         def forward(self, x: Tensor) -> Tensor:
             x = self.stem(x)
             x = self.proj(x + self.res(x)).flatten(2).transpose(1, 2)
-            return self.norm(x)
+            normed: Tensor = self.norm(x)
+            return normed
 
-    return VisionTransformer(embed_layer=ConvPatchEmbed, **MODEL)
+    model: nn.Module = VisionTransformer(embed_layer=ConvPatchEmbed, **MODEL)
+    return model
