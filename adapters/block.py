@@ -164,6 +164,7 @@ def reduce(
         depth=shared.depth,
     )
     step: Reduction = shared.method.reduce(site)
+    capture.release()
     return state.advance(step, x, shared.keep_dropped), step.merge(x, state.size)
 
 

@@ -56,6 +56,10 @@ class Capture(TorchFunctionMode):
         """``(B, Hk, M, D)`` values."""
         return self.part(2)
 
+    def release(self) -> None:
+        """Let go of queries, keys and values, so that their memory serves the MLP that follows."""
+        self.heads = None
+
     def part(self, i: int) -> Tensor | None:
         """Queries, keys or values; None before any attention ran."""
         return None if self.heads is None else self.heads[i]

@@ -19,8 +19,8 @@ from torch import Tensor
 
 MODES = ("auto", "torch", "triton")
 
-# os.environ encodes and decodes at every look-up, which adds up at a dozen look-ups per reduction. The mapping beneath it
-# holds what os.environ writes, as bytes on POSIX.
+# os.environ encodes and decodes at every look-up, which adds up at a dozen look-ups per reduction. The mapping
+# beneath it holds what os.environ writes, as bytes on POSIX.
 _RAW: dict[bytes, bytes] | None = getattr(os.environ, "_data", None) if os.name == "posix" else None
 
 

@@ -121,7 +121,7 @@ def apply(
 
 
 def remove(model: ModelT) -> ModelT:
-    """Take every patch off ``model``: classes, forwards and hooks are those it had. Without a patch, nothing is done."""
+    """Take every patch off ``model``: classes, forwards and hooks are those it had. Harmless without one."""
     from tokred.adapters.host import unpatch
 
     unpatch(model)
@@ -130,7 +130,7 @@ def remove(model: ModelT) -> ModelT:
 
 @contextlib.contextmanager
 def applied(model: ModelT, method: MethodLike, **options: Any) -> Iterator[ModelT]:
-    """``with tokred.applied(model, "tome", r=16)``: patched inside, and as it was outside."""
+    """``with tokred.applied(model, "tome", r=16)``: patched inside, as it was outside."""
     from tokred.adapters.host import shared_of
 
     before = [(m, shared) for _, m, shared in shared_of(model)]
