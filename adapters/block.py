@@ -106,32 +106,59 @@ def run_block(block: Any, host_forward: Callable[..., Any], x: Tensor, args: Any
     settings: Settings = getattr(block, SETTINGS)
     shared, recipe = settings.shared, settings.recipe
     state, x = shared.enter(settings.layer, x)
-    n = x.shape[1]
+    n, method = x.shape[1], shared.method
     place = {"layer": settings.layer, "depth": shared.depth, "prefix": shared.prefix, "suffix": shared.suffix}
-    acts = settings.active and shared.method.tokens(n, **place) != n
-    bias = attention_bias(state, shared.method.proportional)
+    acts = settings.active and method.acts(n, **place)
+    bias = attention_bias(state, method.proportional)
     if not acts and bias is None and state.representative is None:
         out = host_forward(x, *args, **kwargs)
         y, rest = _first(out)
         return _again(shared.leave(settings.layer, y, state, n), rest)
     kwargs = recipe.gather(recipe.bind(args, kwargs), state, shared.prefix)
     capture = recipe.capture(block, bias, state)
-    if acts and recipe.split:
-        with capture:
-            x = x + branch(block, block.attn(block.norm1(x), **kwargs), 1)
-        check_capture(capture, settings)
-        state, x = reduce(block, settings, capture, state, x)
-        y, rest = x + branch(block, block.mlp(block.norm2(x)), 2), None
+    rest = None
+    if acts and recipe.split and method.where != "end":
+        state, x = _first_half(block, settings, capture, state, x, kwargs)
+        y = x + branch(block, block.mlp(block.norm2(x)), 2)
     else:
         with capture:
             out = host_forward(x, **kwargs)
         y, rest = _first(out)
         check_capture(capture, settings)
         if acts:
-            state, y = reduce(block, settings, capture, state, y)
+            step = decide(settings, capture, state, y)
+            capture.release()
+            state, y = follow(shared, step, state, y)
     if settings.tap is not None:
         settings.tap.take()  # keys that nobody asked for are not kept alive
     return _again(shared.leave(settings.layer, y, state, n), rest)
+
+
+def _first_half(
+    block: Any, settings: Settings, capture: Capture, state: TokenState, x: Tensor, kwargs: dict[str, Any]
+) -> tuple[TokenState, Tensor]:
+    """Attention, its residual, and the reduction between it and the MLP."""
+    shared = settings.shared
+    normed = block.norm1(x)
+    capture.transform = lambda: transformed(block.attn, normed, capture)
+    if shared.method.where != "queries":
+        with capture:
+            x = x + branch(block, block.attn(normed, **kwargs), 1)
+        check_capture(capture, settings)
+        step = decide(settings, capture, state, x)
+        capture.release()
+        return follow(shared, step, state, x)
+    before = x
+    capture.decide = lambda: decide(settings, capture, state, before)
+    with capture:
+        y = block.attn(normed, **kwargs)
+    check_capture(capture, settings)
+    taken = capture.step
+    capture.release()
+    if taken is None or taken.trivial:
+        return state, x + branch(block, y, 1)
+    after, x = follow(shared, taken, state, x)
+    return after, x + branch(block, taken.gather(y), 1)
 
 
 def attention_bias(state: TokenState, proportional: bool) -> Tensor | None:
@@ -143,10 +170,8 @@ def attention_bias(state: TokenState, proportional: bool) -> Tensor | None:
     return None
 
 
-def reduce(
-    block: nn.Module, settings: Settings, capture: Capture, state: TokenState, x: Tensor
-) -> tuple[TokenState, Tensor]:
-    """Ask the method, and do what it answers."""
+def decide(settings: Settings, capture: Capture, state: TokenState, x: Tensor) -> Reduction:
+    """Ask the method."""
     shared = settings.shared
     tapped = settings.tap.take() if settings.tap is not None else None
     site = Site(
@@ -154,29 +179,35 @@ def reduce(
         q=lambda: capture.q,
         k=tapped if tapped is not None else lambda: capture.k,
         v=lambda: capture.v,
-        class_attention=lambda: class_row(capture),
+        attention_k=lambda: capture.k,
+        bias=capture.key_bias,
+        scale=capture.scale,
+        transform=capture.transform,
         sizes=state.size,
         mask=state.mask,
         prefix=shared.prefix,
         suffix=shared.suffix,
-        grid=shared.grid,
+        grid=shared.grid_of(state.length),
+        positions=state.representative,
         layer=settings.layer,
         depth=shared.depth,
     )
-    step: Reduction = shared.method.reduce(site)
-    capture.release()
-    return state.advance(step, x, shared.keep_dropped), step.merge(x, state.size)
+    return shared.method.reduce(site)
 
 
-def class_row(capture: Capture) -> Tensor | None:
-    """``(B, H, N)`` the first token's attention, from exactly the logits that the host's attention used."""
-    from tokred.kernels.column_scores import column_scores
+def follow(shared: Shared, step: Reduction, state: TokenState, x: Tensor) -> tuple[TokenState, Tensor]:
+    """Do what the method answered."""
+    if step.trivial:
+        return state, x
+    return state.advance(step, x, shared.keep_dropped)
 
-    if capture.q is None or capture.k is None:
-        return None
-    bias = capture.key_bias()
-    scores: Tensor = column_scores(capture.q[:, :, :1], capture.k, bias=bias, scale=capture.scale)
-    return scores
+
+def transformed(attn: Any, normed: Tensor, capture: Capture) -> tuple[Tensor, Tensor]:
+    """The attention's normalised input, and what its value and output projections make of each token alone."""
+    v = capture.v
+    assert v is not None  # asked for after the attention has run
+    alone = v.transpose(1, 2).flatten(2)
+    return normed, torch.nn.functional.linear(alone, attn.proj.weight)
 
 
 def check_capture(capture: Capture, settings: Settings) -> None:

@@ -9,6 +9,7 @@ the rows that are left. ``nn.MultiheadAttention`` hides its SDPA from modes; the
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from tokred.errors import UnsupportedModelError
+from tokred.reduction import Reduction
 
 _SDPA = F.scaled_dot_product_attention
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
@@ -40,6 +42,9 @@ class Capture(TorchFunctionMode):
         self.heads: tuple[Tensor, Tensor, Tensor] | None = None
         self.mask: Tensor | None = None
         self.scale: float | None = None
+        self.transform: Any = None
+        self.decide: Callable[[], Reduction] | None = None
+        self.step: Reduction | None = None
 
     @property
     def q(self) -> Tensor | None:
@@ -59,6 +64,7 @@ class Capture(TorchFunctionMode):
     def release(self) -> None:
         """Let go of queries, keys and values, so that their memory serves the MLP that follows."""
         self.heads = None
+        self.transform = self.decide = None
 
     def part(self, i: int) -> Tensor | None:
         """Queries, keys or values; None before any attention ran."""
@@ -81,7 +87,27 @@ class Capture(TorchFunctionMode):
             self.heads, self.mask = (q, k, v), mask
             self.scale = call.get("scale")
         self.calls += 1
+        if self.decide is not None and self.calls == 1:
+            self.step = self.decide()
+            if not self.step.trivial:
+                return self._fewer_queries(func, self.step, q, k, v, call)
         return func(q, k, v, **call)
+
+    def _fewer_queries(
+        self, func: Any, step: Reduction, q: Tensor, k: Tensor, v: Tensor, call: dict[str, Any]
+    ) -> Tensor:
+        """Attention of the reduced queries over all keys. Hosts reshape the answer to the number of tokens that went
+        in, so it is handed back at that length; only the representatives' rows are read."""
+        b, h, n, d = q.shape
+        fewer = step.merge(q.transpose(1, 2).reshape(b, n, h * d)).view(b, step.slots, h, d).transpose(1, 2)
+        mask = call["attn_mask"]
+        if mask is not None and mask.shape[-2] == n:
+            rows = step.representative[:, None, :, None]
+            mask = mask.expand(b, -1, -1, -1)
+            call["attn_mask"] = mask.gather(2, rows.expand(-1, mask.shape[1], -1, mask.shape[3]))
+        y: Tensor = func(fewer, k, v, **call)
+        out = y.new_zeros(b, h, n, y.shape[-1])
+        return out.scatter(2, step.representative[:, None, :, None].expand(-1, h, -1, y.shape[-1]), y)
 
     def key_bias(self) -> Tensor | None:
         """``(B, H, N)`` or ``(B, N)``: what the first query's logits had added per key."""

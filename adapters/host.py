@@ -80,6 +80,10 @@ class Host:
         """``"mid"``: tokens are reduced between attention and MLP; ``"end"``: after the block."""
         return "mid" if self.recipe.split else "end"
 
+    def middle(self, method: Method | None) -> bool:
+        """Whether the MLP of a block sees the reduced tokens already."""
+        return self.recipe.split and (method is None or method.where != "end")
+
     def missing(self, method: Method | type[Method]) -> frozenset[str]:
         """What the method reads and this host cannot supply."""
         reads = method.reads if isinstance(method, Method) else method().reads
@@ -129,8 +133,8 @@ class Host:
         order = ("none", "last", "all")
         if expose == "auto":
             # A head that pools over everything wants merged tokens back at full length, which also weights them by
-            # size; where tokens were dropped it pools over those that are left.
-            expose = "last" if self.pooled and not method.drops else "none"
+            # size; where tokens were dropped it pools over those that are left, unless padding stands among them.
+            expose = "last" if self.pooled and (method.uneven or not method.drops) else "none"
             return max(expose, self.full, key=order.index)
         if order.index(expose) < order.index(self.full):
             raise ValueError(

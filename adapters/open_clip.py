@@ -63,7 +63,7 @@ def _host(model: Any) -> Host:
         blocks=blocks,
         recipe=recipe(False, {}, argument_names(first)),
         prefix=1,
-        supplies=frozenset({"x", "q", "k", "v", "class_attention"}),
+        supplies=frozenset({"x", "q", "k", "v", "class_attention", "attention", "grid"}),
         # CoCa hands all tokens on to its text decoder, through an attentional pooler or as they are.
         pooled=model.attn_pool is not None or model.pool_type != "tok" or bool(model.output_tokens),
         tokens=lambda shape: _tokens(model, shape),

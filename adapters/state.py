@@ -9,6 +9,7 @@ guess.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from torch import Tensor
 from tokred.errors import NothingRecordedError, TokenStateError
 from tokred.method import Method
 from tokred.reduction import Reduction
+from tokred.soft import SoftReduction
 
 ATTRIBUTE = "_tokred_state"
 
@@ -46,13 +48,13 @@ class TokenState:
     mask: Tensor | None = None
     exposed: bool = False
 
-    def advance(self, step: Reduction, x: Tensor, keep_dropped: bool) -> TokenState:
-        """The state after ``step``, taken on tokens ``x``."""
+    def advance(self, step: Reduction, x: Tensor, keep_dropped: bool) -> tuple[TokenState, Tensor]:
+        """The state after ``step``, taken on tokens ``x``, and the tokens."""
         rep = step.representative if self.representative is None else self.representative.gather(1, step.representative)
         before = x if keep_dropped else None
-        return TokenState(
-            self.length, step.sizes(self.size), rep, (*self.steps, step), (*self.dropped, before), step.mask
-        )
+        y, size = step.step(x, self.size)
+        state = TokenState(self.length, size, rep, (*self.steps, step), (*self.dropped, before), step.mask)
+        return state, y
 
     def with_exposed(self, exposed: bool) -> TokenState:
         """The same state, for a tensor of full (or short) length."""
@@ -69,7 +71,8 @@ class TokenState:
 
     def restore(self, y: Tensor) -> Tensor:
         """``(B, M, C)`` back to ``(B, N, C)``. A dropped token takes its last features before it was dropped."""
-        if all(x is None for x in self.dropped):
+        soft = any(isinstance(step, SoftReduction) for step in self.steps)  # shares do not compose
+        if not soft and all(x is None for x in self.dropped):
             total = self.composed()
             return y if total is None else total.unmerge(y)
         for step, before in zip(reversed(self.steps), reversed(self.dropped), strict=True):
@@ -118,6 +121,14 @@ class Shared:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "slots": {}, "records": {}, "expose_all": False}
+
+    def grid_of(self, length: int) -> tuple[int, int] | None:
+        """Patches in rows and columns of a sequence of ``length`` tokens; None where that is not known."""
+        patches = length - self.prefix - self.suffix
+        if self.grid is not None and self.grid[0] * self.grid[1] == patches:
+            return self.grid
+        side = math.isqrt(max(patches, 0))
+        return (side, side) if side * side == patches and side else None
 
     @contextlib.contextmanager
     def exposing(self) -> Iterator[None]:

@@ -33,6 +33,9 @@ FAMILIES = {
     "timm.models.vision_transformer_relpos.VisionTransformerRelPos",
 }
 
+# Their attention adds a bias to each pair of tokens, so its columns do not follow from queries, keys and sizes.
+RELATIVE = {"Beit", "VisionTransformerRelPos"}
+
 WINDOWED = "its attention runs in windows on a grid, which dropping tokens would break"
 REFUSED = {
     "SwinTransformer": WINDOWED,
@@ -77,12 +80,20 @@ def _host(model: Any) -> Host:
     supplies = {"x", "q", "k", "v"}
     if getattr(model, "cls_token", None) is not None:
         supplies.add("class_attention")
+    if not any(c.__name__ in RELATIVE for c in host_class(model).__mro__):
+        supplies.add("attention")
+    splits = all(_splits(b) for _, b in blocks)
+    if splits:
+        supplies.add("queries")
+        if all(isinstance(getattr(b.attn, "proj", None), nn.Linear) for _, b in blocks):
+            supplies.add("transform")
     grid = getattr(model.patch_embed, "grid_size", None)
+    supplies.add("grid")
     return Host(
         family=f"timm {host_class(model).__name__}",
         model=model,
         blocks=blocks,
-        recipe=Recipe(all(_splits(b) for _, b in blocks), positions, argument_names(first)),
+        recipe=Recipe(splits, positions, argument_names(first)),
         prefix=prefix,
         supplies=frozenset(supplies),
         pooled=getattr(model, "attn_pool", None) is not None or getattr(model, "global_pool", "token") != "token",

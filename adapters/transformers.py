@@ -39,6 +39,7 @@ class Encoder:
         class_token: whether the first token is a class token.
         positions: keyword arguments of a layer that follow the tokens, and how.
         keys: sub-module of a layer that makes the keys, where those that the attention sees are rotated already.
+        relative: attention adds a bias to each pair of tokens, so its columns do not follow from queries and keys.
         rank: dimensions of an input.
         embed: makes the tokens of an input, positions and protected tokens aside.
     """
@@ -50,6 +51,7 @@ class Encoder:
     class_token: bool = True
     positions: dict[str, Callable[..., Any]] = field(default_factory=dict)
     keys: str | None = None
+    relative: bool = False
     rank: int = 4
     embed: Callable[[Any, Tensor], Tensor] = lambda model, x: _patches(model.embeddings.patch_embeddings, x)
 
@@ -108,7 +110,7 @@ _DINO3 = Encoder("model.layer", _registers, **_ROPE)
 ENCODERS: dict[str, Encoder] = {
     "ViTModel": Encoder("layers"),
     "DeiTModel": Encoder("layers", 2),
-    "BeitModel": Encoder("layers", demand=_beit_pooler, positions={"interpolate_pos_encoding": never}),
+    "BeitModel": Encoder("layers", demand=_beit_pooler, positions={"interpolate_pos_encoding": never}, relative=True),
     "ASTModel": Encoder("layers", 2, rank=3),
     "ViTMAEModel": Encoder("layers"),
     "ViTMSNModel": Encoder("layers"),
@@ -280,7 +282,7 @@ def _host(model: Any, name: str, encoder: Any, demand: str) -> Host:
         ),
         prefix=prefix,
         suffix=suffix,
-        supplies=frozenset({"x", "q", "k", "v"} | ({"class_attention"} if row.class_token else set())),
+        supplies=_supplies(row),
         pooled=demand == "pooled",
         full=demand if demand in ("last", "all") else "none",
         tokens=lambda shape: _embed(row, encoder, shape)[0] + prefix + suffix,
@@ -288,6 +290,17 @@ def _host(model: Any, name: str, encoder: Any, demand: str) -> Host:
         key_norms=[] if row.keys is None else [_get(layer, row.keys) for _, layer in layers],
         key_heads=None if row.keys is None else int(encoder.config.num_attention_heads),
     )
+
+
+def _supplies(row: Encoder) -> frozenset[str]:
+    found = {"x", "q", "k", "v"}
+    if row.class_token:
+        found.add("class_attention")
+    if not row.relative:
+        found.add("attention")
+    if row.rank == 4:
+        found.add("grid")
+    return frozenset(found)
 
 
 def _check_fused(encoder: Any, layers: list[tuple[str, nn.Module]]) -> None:

@@ -167,20 +167,25 @@ def matching_share(model: Any, r: int, x: Tensor, rounds: int) -> float:
 
     from tokred.adapters import block as adapter_block
 
-    original = adapter_block.reduce
+    originals = {name: getattr(adapter_block, name) for name in ("decide", "follow")}
 
-    def marked(*args: Any) -> Any:
-        with record_function("tokred::reduce"):
-            return original(*args)
+    def marked(original: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            with record_function("tokred::reduce"):
+                return original(*args)
 
-    adapter_block.reduce = marked  # type: ignore[assignment]
+        return run
+
+    for name, original in originals.items():
+        setattr(adapter_block, name, marked(original))
     try:
         with profile(activities=[ProfilerActivity.CPU]) as prof:
             for _ in range(rounds):
                 with record_function("tokred::forward"):
                     model(x)
     finally:
-        adapter_block.reduce = original
+        for name, original in originals.items():
+            setattr(adapter_block, name, original)
     total = {e.key: e.cpu_time_total for e in prof.key_averages()}
     return total["tokred::reduce"] / total["tokred::forward"]
 

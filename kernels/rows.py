@@ -6,6 +6,7 @@ same work an element at a time, ten times slower on a CPU.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -77,6 +78,25 @@ def flat_index(index: Tensor, steps: Sequence[int], lead: Sequence[int] | None =
         offset = torch.arange(length, device=index.device)
         flat = flat + (offset if steps[dim] == 1 else offset * steps[dim]).view(shape)
     return flat.reshape(-1)
+
+
+@functools.lru_cache(maxsize=64)
+def _offsets(batch: int, step: int) -> Tensor:
+    with torch.inference_mode(False):
+        return (torch.arange(batch) * step).unsqueeze(1)
+
+
+def offsets(batch: int, step: int, like: Tensor) -> Tensor:
+    """``(B, 1)`` int64: row numbers at which the samples of a flat table of ``B * step`` rows begin.
+
+    Remembered on a CPU, where making them anew costs as much as what is done with them.
+    """
+    if like.device.type == "cpu" and type(like) is Tensor and not torch.compiler.is_compiling():
+        found = _offsets(batch, step)
+        if type(found) is Tensor:
+            return found
+        _offsets.cache_clear()  # made under a mode that hands out stand-ins
+    return (torch.arange(batch, device=like.device) * step).unsqueeze(1)
 
 
 def check_index(name: str, index: Tensor, shape: Sequence[int | None], device: torch.device) -> None:

@@ -220,7 +220,7 @@ def report(model: nn.Module) -> Report:
     rows, total = [], 0
     for layer in range(host.depth):
         before, after, state = shared.records[layer]
-        macs = host.cost(host.blocks[layer][1]).macs(before, after, host.where == "mid")
+        macs = host.cost(host.blocks[layer][1]).macs(before, after, host.middle(shared.method))
         total += macs
         mean, largest = (1.0, 1.0) if state.size is None else (float(state.size.mean()), float(state.size.max()))
         rows.append(LayerReport(layer, before, after, macs, mean, largest))
@@ -301,7 +301,7 @@ def flops(model: nn.Module, method: str | Method | None, shape: Sequence[int], *
     for layer, (_, block) in enumerate(host.blocks):
         place = {"layer": layer, "depth": host.depth, "prefix": host.prefix, "suffix": host.suffix}
         after = n if chosen is None else chosen.tokens(n, **place)
-        macs = host.cost(block).macs(n, after, host.where == "mid")
+        macs = host.cost(block).macs(n, after, host.middle(chosen))
         rows.append(LayerFlops(layer, n, after, macs))
         total += macs
         n = after

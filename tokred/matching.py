@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tokred.kernels.similarity_rows import best_match
+from tokred.kernels.similarity_rows import best_match, unit
 from tokred.reduction import Reduction
 
 Split = Literal["alternate", "sequential"]
@@ -59,7 +59,10 @@ def bipartite_soft_matching(
     first, second = _sides(n, prefix, suffix, split)
     with torch.no_grad():
         a_mask, b_mask = (None, None) if mask is None else (mask[:, first], mask[:, second])
-        score, match = best_match(metric[:, first], metric[:, second], a_mask=a_mask, b_mask=b_mask)
+        compared: Literal["cosine", "dot"] = "cosine"
+        if metric.device.type == "cpu":  # both sides at once; elsewhere the kernel normalises as it reads
+            metric, compared = unit(metric), "dot"
+        score, match = best_match(metric[:, first], metric[:, second], metric=compared, a_mask=a_mask, b_mask=b_mask)
         order = score.argsort(dim=1, descending=True, stable=True)
         merged, unmerged = order[:, :r], order[:, r:]
         if prefix or suffix:
@@ -91,17 +94,14 @@ def _assemble(
     """Positions within the two sides, back to positions in the sequence."""
     first, second = sides
     step = first.step or 1
-    b, device = merged.shape[0], merged.device
-
-    def rows(start: int, stop: int, by: int = 1) -> Tensor:
-        return torch.arange(start, stop, by, device=device).expand(b, -1)
-
-    parts = [unmerged * step + first.start, rows(second.start, second.stop, step)]
-    if prefix:
-        parts.insert(0, rows(0, prefix))
-    if suffix:
-        parts.append(rows(n - suffix, n))
-    return Reduction(torch.cat(parts, dim=1), merged * step + first.start, target, n, mode=mode)
+    b = merged.shape[0]
+    positions = torch.arange(n, device=merged.device).expand(b, -1)
+    parts = [positions[:, :prefix], unmerged, positions[:, second], positions[:, n - suffix :]]
+    if step != 1 or first.start:
+        parts[1] = torch.add(first.start, unmerged, alpha=step)
+        merged = torch.add(first.start, merged, alpha=step)
+    representative = torch.cat([p for p in parts if p.shape[1]], dim=1)
+    return Reduction(representative, merged, target, n, mode=mode, complete=True)
 
 
 def match_to(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from tokred.reduction import Reduction
 from tokred.schedules import Constant, Inflect, PerLayer
 from tokred.site import READS, Site, Stage
+
+Where = Literal["mid", "end", "queries"]
 
 
 class Method(ABC):
@@ -23,6 +25,10 @@ class Method(ABC):
         summary: one line for ``tokred list``.
         source: paper and section.
         drops: whether tokens can vanish (rather than live on in another), which decides how outputs are restored.
+        where: the place in a block that suits the method: ``"mid"``, between attention and MLP (hosts whose blocks
+            cannot be split reduce at their end); ``"end"``, after the block; ``"queries"``, inside the attention, whose
+            queries are reduced while keys and values stay complete.
+        uneven: whether samples of one batch may keep different numbers, told apart by the mask of the reduction.
         version: raised when a parameter changes meaning, so that stored settings can be read.
     """
 
@@ -31,6 +37,8 @@ class Method(ABC):
     summary: ClassVar[str] = ""
     source: ClassVar[str] = ""
     drops: ClassVar[bool] = False
+    where: ClassVar[Where] = "mid"
+    uneven: ClassVar[bool] = False
     version: ClassVar[int] = 1
 
     @property
@@ -49,8 +57,14 @@ class Method(ABC):
 
     @abstractmethod
     def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
-        """How many of ``n`` tokens remain after this layer. Counts alone decide: an adapter that sees ``n`` come back
-        does not call :meth:`reduce` at all, which makes "nothing to remove" the identity bit for bit."""
+        """How many of ``n`` tokens remain after this layer; where the count depends on the image, at most so many."""
+
+    def acts(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> bool:
+        """Whether :meth:`reduce` is called at this layer at all. An adapter that hears no runs the host's own block,
+        which makes "nothing to remove" the identity bit for bit; so does a method that answers with
+        :meth:`tokred.Reduction.identity`. By default :meth:`tokens` decides; methods whose count depends on the image
+        say so here."""
+        return self.tokens(n, layer=layer, depth=depth, prefix=prefix, suffix=suffix) != n
 
     def check(self, depth: int) -> None:  # noqa: B027 - most methods fit every depth
         """Refuse a model of ``depth`` layers that the parameters do not fit.

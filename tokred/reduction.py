@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tokred.kernels.gather_rows import gather_rows
-from tokred.kernels.merge_rows import MODES, merge_rows, merge_sizes, unmerge_rows
+from tokred.kernels.merge_rows import MODES, merge_rows, merge_sizes, merge_tokens, unmerge_rows
 
 # Modes for which merging twice equals merging once by the composed reduction.
 _COMPOSABLE = ("mean", "sum", "max", "keep")
@@ -36,6 +36,9 @@ class Reduction:
         mask: ``(..., M)`` bool, True where a slot is real. None: every slot of every sample is.
         mode: how the members of a slot are combined unless :meth:`merge` is told otherwise: ``"mean"`` (weighted by
             size), ``"sum"``, ``"max"``, ``"mlerp"`` (norm-preserving mean), ``"keep"`` (the representative alone).
+        by_size: whether the sizes given to :meth:`merge` weigh the members; False makes ``"mean"`` the plain mean.
+        trivial: made by :meth:`identity`: nothing happens, and a host need not act on it.
+        complete: promises that no target is -1, which spares the merge from looking.
     """
 
     representative: Tensor
@@ -45,6 +48,9 @@ class Reduction:
     weight: Tensor | None = None
     mask: Tensor | None = None
     mode: str = "mean"
+    by_size: bool = True
+    trivial: bool = False
+    complete: bool = False
 
     # ------------------------------------------------------------------ makers
 
@@ -59,7 +65,7 @@ class Reduction:
         """
         rows = torch.arange(length, device=device).expand(*batch, length)
         none = torch.empty(*batch, 0, dtype=torch.int64, device=device)
-        return cls(rows, none, none, length)
+        return cls(rows, none, none, length, trivial=True)
 
     @classmethod
     def keep(cls, kept: Tensor, length: int, mask: Tensor | None = None) -> Reduction:
@@ -159,13 +165,16 @@ class Reduction:
 
     # ------------------------------------------------------------------ acting on tokens
 
-    def merge(self, x: Tensor, size: Tensor | None = None, mode: str | None = None) -> Tensor:
+    def merge(
+        self, x: Tensor, size: Tensor | None = None, mode: str | None = None, *, slot_size: Tensor | None = None
+    ) -> Tensor:
         """Reduce features: each slot combines its members.
 
         Args:
             x: ``(..., N, C)``, any float type; half precision is accumulated in float32.
             size: ``(..., N)`` sizes of the input tokens: the weights of the mean. None: all one (the plain mean).
             mode: overrides :attr:`mode`.
+            slot_size: ``(..., M)`` what :meth:`sizes` answered for ``size``, where it is at hand already.
 
         Returns:
             ``(..., M, C)`` of ``x``'s type. A slot with a single member (and no weight) holds that very row.
@@ -180,12 +189,26 @@ class Reduction:
             raise ValueError(f"mode is {mode!r}; allowed are {', '.join(MODES)}")
         if mode == "keep":
             return self.gather(x)
+        if not self.by_size:
+            size = slot_size = None
         rep, source, target = self._flat()
         flat_size = None if size is None else size.reshape(-1, self.length)
         weight = None if self.weight is None else self.weight.reshape(-1, self.length)
         flat = x.reshape(-1, *x.shape[-2:])
-        out = merge_rows(flat, rep, source, target, size=flat_size, weight=weight, mode=mode)
+        totals = None if slot_size is None or self.mask is not None else slot_size.reshape(-1, self.slots)
+        out = merge_rows(flat, rep, source, target, size=flat_size, weight=weight, mode=mode, slot_size=totals)
         return out.view(*self.batch, self.slots, x.shape[-1])
+
+    def step(self, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """:meth:`merge` and :meth:`sizes` in one call: the tokens ``(B, M, C)`` after this reduction, and how many
+        original ones each stands for ``(B, M)``."""
+        if x.ndim == 3 and self.mode == "mean" and self.by_size and self.weight is None and self.mask is None:
+            if x.shape[1] != self.length:
+                raise ValueError(f"x must have {self.length} tokens, got shape {tuple(x.shape)}")
+            rows = (self.representative, self.source, self.target)
+            return merge_tokens(x, *rows, size=size, complete=self.complete)
+        slot_size = self.sizes(size)
+        return self.merge(x, size, slot_size=slot_size), slot_size
 
     def gather(self, x: Tensor) -> Tensor:
         """The representatives' rows: ``(..., N, C)`` to ``(..., M, C)``. Positions and tables are reduced so."""
@@ -238,7 +261,8 @@ class Reduction:
         same = self.mode == other.mode and self.mode in _COMPOSABLE
         moved = bool(self.source.shape[-1] or other.source.shape[-1])
         mode = self.mode if same else (other.mode if not moved else "mean")
-        return Reduction(rep, positions.contiguous(), target, self.length, weight, other.mask, mode)
+        by_size = self.by_size and other.by_size
+        return Reduction(rep, positions.contiguous(), target, self.length, weight, other.mask, mode, by_size)
 
     def to(self, device: torch.device | str) -> Reduction:
         """The same reduction with its tensors on ``device``."""

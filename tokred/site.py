@@ -20,8 +20,9 @@ from tokred.kernels.column_scores import column_scores
 Stage = Literal["block", "attention", "projector", "layer", "cache"]
 Lazy = Tensor | Callable[[], Tensor | None] | None
 
-# What a method may declare in ``reads``; the shapes are those of the properties below.
-READS = ("x", "q", "k", "v", "class_attention", "grid", "frames", "text")
+# What a method may declare in ``reads``; the shapes are those of the properties below. ``attention`` is
+# ``column_scores``; ``queries`` means that the host lets the attention's queries be reduced alone.
+READS = ("x", "q", "k", "v", "class_attention", "attention", "queries", "transform", "grid", "frames", "text")
 
 
 class Site:
@@ -32,11 +33,17 @@ class Site:
         q, k, v: ``(B, H, N, D)`` queries, keys (``(B, Hk, N, D)``) and values of this layer's attention.
         class_attention: ``(B, H, N)`` or ``(B, N)``, the class token's attention after softmax. Made from ``q`` and
             ``k`` (and ``bias``) when it is not given.
-        bias: ``(B, N)`` what attention adds to the logits of each key (log of the sizes, padding).
+        attention_k: ``(B, Hk, N, D)`` keys as the attention uses them, where ``k`` is given before rotary embedding.
+        bias: ``(B, N)`` or ``(B, H, N)``, what attention adds to the logits of each key (log of the sizes, padding).
+        scale: factor of the attention's logits; None: ``D ** -0.5``.
+        transform: a pair ``(B, N, C)``, the normalised input of the attention and what its value and output
+            projections make of each token alone.
         sizes: ``(B, N)`` float32, how many original tokens each stands for; None: one each.
         mask: ``(B, N)`` bool, False on padding; None: every token is real.
         prefix, suffix: leading and trailing tokens that are never reduced (class, distillation, register, detection).
         grid: ``(Hg, Wg)`` of the original patches, or None.
+        positions: ``(B, N)`` int64, where each token stood in the original sequence (protected tokens included); None:
+            nothing has moved yet.
         frames: frames of a video, or None.
         text: text tokens that guide a reduction, or None.
         layer, depth: which layer this is, of how many.
@@ -51,12 +58,16 @@ class Site:
         k: Lazy = None,
         v: Lazy = None,
         class_attention: Lazy = None,
+        attention_k: Lazy = None,
         bias: Lazy = None,
+        scale: float | None = None,
+        transform: tuple[Tensor, Tensor] | Callable[[], tuple[Tensor, Tensor]] | None = None,
         sizes: Tensor | None = None,
         mask: Tensor | None = None,
         prefix: int = 0,
         suffix: int = 0,
         grid: tuple[int, int] | None = None,
+        positions: Tensor | None = None,
         frames: int | None = None,
         text: Lazy = None,
         layer: int = 0,
@@ -65,22 +76,30 @@ class Site:
     ) -> None:
         self._values: dict[str, Lazy] = {
             "x": x, "q": q, "k": k, "v": v, "class_attention": class_attention, "bias": bias, "text": text,
+            "attention_k": attention_k,
         }  # fmt: skip
+        self._transform = transform
+        self.scale = scale
         self.sizes = sizes
         self.mask = mask
         self.prefix = prefix
         self.suffix = suffix
-        self.grid = grid
+        self._grid = grid
+        self._positions = positions
         self.frames = frames
         self.layer = layer
         self.depth = depth
         self.step = step
 
-    def _get(self, name: str) -> Tensor:
+    def _find(self, name: str) -> Tensor | None:
         value = self._values[name]
         if callable(value) and not isinstance(value, Tensor):
             value = value()
             self._values[name] = value
+        return value
+
+    def _get(self, name: str) -> Tensor:
+        value = self._find(name)
         if value is None:
             have = ", ".join(k for k, v in self._values.items() if v is not None) or "nothing"
             raise MissingInputError(f"this site does not supply {name!r}; it supplies {have}")
@@ -112,19 +131,70 @@ class Site:
         return self._get("text")
 
     @property
+    def grid(self) -> tuple[int, int]:
+        """``(Hg, Wg)`` of the original patches.
+
+        Raises:
+            MissingInputError: they form no known grid.
+        """
+        if self._grid is None:
+            raise MissingInputError("this site does not know the grid of its patches: give images of a regular grid")
+        return self._grid
+
+    @property
+    def positions(self) -> Tensor:
+        """``(B, N)`` int64: where each token stood in the original sequence, protected tokens included."""
+        if self._positions is None:
+            b, n = self.shape
+            self._positions = torch.arange(n, device=self.device).expand(b, -1)
+        return self._positions
+
+    @property
+    def transform(self) -> tuple[Tensor, Tensor]:
+        """Two tensors ``(B, N, C)``: the attention's normalised input, and its value and output projections of it.
+
+        Raises:
+            MissingInputError: the host does not supply them.
+        """
+        found = self._transform() if callable(self._transform) else self._transform
+        if found is None:
+            raise MissingInputError("this site does not supply 'transform'")
+        self._transform = found
+        return found
+
+    @property
     def class_attention(self) -> Tensor:
         """``(B, N)`` float32: the class token's attention to every token, mean over heads.
 
         Raises:
             MissingInputError: neither it nor queries and keys are at hand.
         """
-        if self._values["class_attention"] is not None:
-            scores = self._get("class_attention")
-        else:
-            bias = self._get("bias") if self._values["bias"] is not None else None
-            scores = column_scores(self.q[:, :, :1], self.k, bias=bias)
-            self._values["class_attention"] = scores
+        if self._values["class_attention"] is None:
+            self._values["class_attention"] = self.column_scores(rows=slice(0, 1))
+        scores = self._get("class_attention")
         return scores.float().mean(1) if scores.ndim == 3 else scores.float()
+
+    def column_scores(self, weight: Tensor | None = None, *, rows: slice | None = None) -> Tensor:
+        """How much of this layer's attention every token receives: ``s[n] = sum_m w[m] A[m, n]``, without ``A``.
+
+        Args:
+            weight: of every query, ``(M,)``, ``(B, M)`` or ``(B, H, M)``; None: one each. Padding never votes.
+            rows: which queries; None: all.
+
+        Returns:
+            ``(B, H, N)`` float32.
+
+        Raises:
+            MissingInputError: queries or keys are not at hand.
+        """
+        q, rotated = self.q, self._find("attention_k")
+        k = self.k if rotated is None else rotated
+        mask = self.mask
+        if mask is not None and rows is None:
+            real = mask.float().unsqueeze(1)
+            weight = real if weight is None else weight * (real if weight.ndim == 3 else real.squeeze(1))
+        q = q if rows is None else q[:, :, rows]
+        return column_scores(q, k, weight, bias=self._find("bias"), scale=self.scale, key_mask=mask)
 
     @property
     def shape(self) -> tuple[int, int]:

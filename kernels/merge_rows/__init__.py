@@ -20,7 +20,16 @@ from tokred.kernels.merge_rows import reference
 from tokred.kernels.merge_rows.registration import refusals, size_refusals, slot_totals
 from tokred.kernels.rows import check_index, check_range, check_shape
 
-__all__ = ["MODES", "MergedNorm", "merge_rows", "merge_rows_norm", "merge_sizes", "unmerge_rows", "why_not_kernel"]
+__all__ = [
+    "MODES",
+    "MergedNorm",
+    "merge_rows",
+    "merge_rows_norm",
+    "merge_sizes",
+    "merge_tokens",
+    "unmerge_rows",
+    "why_not_kernel",
+]
 
 _merge_op = torch.ops.tokred.merge_rows.default
 _merge_norm_op = torch.ops.tokred.merge_rows_norm.default
@@ -45,6 +54,7 @@ def merge_rows(
     size: Tensor | None = None,
     weight: Tensor | None = None,
     mode: str = "mean",
+    slot_size: Tensor | None = None,
 ) -> Tensor:
     """Combine the members of each slot into one row.
 
@@ -62,6 +72,8 @@ def merge_rows(
         size: ``(B, N)`` float, how many original tokens each row stands for; None: one each.
         weight: ``(B, N)`` float, not negative; an extra weight per row; None: ones.
         mode: one of :data:`MODES`.
+        slot_size: ``(B, M)`` what :func:`merge_sizes` answered for ``size``, where it is at hand: saves the torch path
+            summing the sizes again.
 
     Returns:
         ``(B, M, C)`` of ``x``'s type.
@@ -75,7 +87,9 @@ def merge_rows(
     _check_merge(x, representative, source, target, size, weight, mode)
     if use_kernel("merge_rows", x, lambda: refusals(x, size, weight, mode)):
         return _merge_op(x, representative, source, target, size, weight, mode)  # type: ignore[no-any-return]
-    return reference.merge_rows(x, representative, source, target, size, weight, mode)
+    if slot_size is not None:
+        _check_per_row("slot_size", slot_size, x.shape[0], representative.shape[1], x.device)
+    return reference.merge_rows(x, representative, source, target, size, weight, mode, slot_size)
 
 
 def merge_rows_norm(
@@ -147,6 +161,49 @@ def merge_sizes(size: Tensor | None, representative: Tensor, source: Tensor, tar
     if use_kernel("merge_sizes", like, lambda: size_refusals(size)):
         return slot_totals(None if size is None else size.float(), representative, source, target)
     return reference.merge_sizes(size, representative, source, target, n)
+
+
+def merge_tokens(
+    x: Tensor,
+    representative: Tensor,
+    source: Tensor,
+    target: Tensor,
+    *,
+    size: Tensor | None = None,
+    complete: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """:func:`merge_rows` with mode ``mean``, and :func:`merge_sizes`: what a block does with its tokens, in one call.
+
+    Args:
+        x: ``(B, N, C)``.
+        representative: ``(B, M)``; this and the next two as in :func:`merge_rows`.
+        source: ``(B, R)``.
+        target: ``(B, R)``.
+        size: ``(B, N)`` float32, or None.
+        complete: no target is -1, which saves the torch path from looking.
+
+    Returns:
+        The rows ``(B, M, C)``, and the sizes of the slots ``(B, M)`` float32.
+
+    Raises:
+        TypeError, ValueError: as :func:`merge_rows`.
+    """
+    plain = (
+        complete
+        and x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.float64)
+        and x.is_contiguous()
+        and not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and not (torch.is_grad_enabled() and (x.requires_grad or (size is not None and size.requires_grad)))
+        and not use_kernel("merge_rows", x, lambda: refusals(x, size, None, "mean"))
+        and (size is None or size.dtype == torch.float32)
+    )
+    if plain:
+        _check_merge(x, representative, source, target, size, None, "mean")
+        return reference.merge_tokens(x, representative, source, target, size)
+    totals = merge_sizes(size, representative, source, target, x.shape[1])
+    return merge_rows(x, representative, source, target, size=size, slot_size=totals), totals
 
 
 def unmerge_rows(y: Tensor, index: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokred.kernels import dispatch
-from tokred.kernels.rows import flat_index, rows_of
+from tokred.kernels.rows import flat_index, offsets, rows_of
 
 # Means shorter than this have no direction: a norm-preserving merge then takes the longest member itself.
 SHORTEST = 1e-6
@@ -94,6 +94,7 @@ def merge_rows(
     size: Tensor | None,
     weight: Tensor | None,
     mode: str,
+    slot_size: Tensor | None = None,
 ) -> Tensor:
     """The merged rows; see :func:`tokred.kernels.merge_rows.merge_rows` for arguments and modes."""
     batch, n, channels = x.shape
@@ -102,7 +103,7 @@ def merge_rows(
     touched = mode != "keep" and source.shape[1] > 0 and slots > 0
     recording = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, size, weight))
     if x.dtype in _HALVES and (scaled or (touched and recording)):
-        return merge_rows(x.float(), representative, source, target, size, weight, mode).to(x.dtype)
+        return merge_rows(x.float(), representative, source, target, size, weight, mode, slot_size).to(x.dtype)
 
     rows = rows_of(x)
     y = rows.table.index_select(0, flat_index(representative, rows.steps))  # [B * M, C], fresh: changed in place below
@@ -122,12 +123,40 @@ def merge_rows(
             if mode == "sum":
                 added = moved.to(wide) * own.unsqueeze(1)
             else:
-                total = _totals(gain, own, representative, edges, n).index_select(0, edges.slot)
+                if slot_size is None or weight is not None:
+                    total = _totals(gain, own, representative, edges, n)
+                else:
+                    total = slot_size.to(wide).reshape(-1)
+                total = total.index_select(0, edges.slot)
                 # A slot whose members all weigh nothing stays its representative.
                 share = own / total.clamp(min=torch.finfo(wide).tiny)
                 added = (moved.to(wide) - base).mul_(share.unsqueeze(1))
             y = _write(y, base, moved, added, edges, mode, recording)
     return y.view(batch, slots, channels)
+
+
+def merge_tokens(
+    x: Tensor, representative: Tensor, source: Tensor, target: Tensor, size: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The size-weighted mean of every slot and the slots' sizes, where no source is dropped, nothing records a
+    gradient and ``x`` is contiguous and as wide as its sums: every index is made once, everything else in place."""
+    batch, n, channels = x.shape
+    slots = representative.shape[1]
+    starts = offsets(batch, n, source)
+    rep, member = (representative + starts).view(-1), (source + starts).view(-1)
+    slot = (target + offsets(batch, slots, source)).view(-1)
+    if size is None:
+        total, own = torch.ones(rep.shape[0]), torch.ones(slot.shape[0])
+    else:
+        flat = size.reshape(-1)
+        total, own = flat.index_select(0, rep), flat.index_select(0, member)
+    total.index_add_(0, slot, own)
+    table = x.view(batch * n, channels)
+    y = table.index_select(0, rep)
+    moved = table.index_select(0, member).sub_(y.index_select(0, slot))
+    share = own.div_(total.index_select(0, slot)).unsqueeze(1)
+    y.index_add_(0, slot, moved.mul_(share if x.dtype == torch.float32 else share.to(x.dtype)))
+    return y.view(batch, slots, channels), total.view(batch, slots)
 
 
 def _write(y: Tensor, base: Tensor, moved: Tensor, added: Tensor, edges: _Edges, mode: str, recording: bool) -> Tensor:

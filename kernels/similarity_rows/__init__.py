@@ -21,8 +21,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tokred.kernels.dispatch import accumulator_dtype
 from tokred.kernels.similarity_rows.checks import FUNCTIONS, MAX_K, METRICS, REDUCTIONS, check_function, checked
 from tokred.kernels.similarity_rows.dispatching import top, total, why_not
+from tokred.kernels.similarity_rows.torch_path import norms
 from tokred.kernels.similarity_rows.windows import Windows, cell_regions, grid_regions
 
 __all__ = [
@@ -40,8 +42,15 @@ __all__ = [
     "similarity_rows",
     "similarity_sum",
     "similarity_topk",
+    "unit",
     "why_not",
 ]
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows of length one, ``(..., D)`` in the type of the sums; a row shorter than 1e-6 keeps its shortness."""
+    x = x.to(accumulator_dtype(x.dtype))
+    return x / norms(x)
 
 
 class BestMatch(NamedTuple):

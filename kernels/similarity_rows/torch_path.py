@@ -22,6 +22,8 @@ CPU_BLOCK_BYTES = 4 << 20
 GPU_BLOCK_BYTES = 256 << 20
 # Column numbers up to twice this are exact in float32.
 _EXACT_INTEGERS = 1 << 23
+# Below this size the fixed cost of five operations is more than what vectors save.
+_FEW = 1 << 17
 
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -146,27 +148,27 @@ def _best(s: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     One pass per result: ``torch.topk`` does not promise an order among equal values, and is no faster for few ``k``.
     """
-    columns = torch.arange(s.shape[-1], dtype=s.dtype, device=s.device)
-    score, index = _first_largest(s if k == 1 else s.clone(), columns)
     if k == 1:
-        return score, index
+        return _first_largest(s)
+    score, index = _first_largest(s.clone())
     found = [(score, index)]
     for _ in range(k - 1):
         s.scatter_(-1, index, -torch.inf)
-        score, index = _first_largest(s.clone(), columns)
+        score, index = _first_largest(s.clone())
         found.append((score, index))
     return torch.cat([x[0] for x in found], -1), torch.cat([x[1] for x in found], -1)
 
 
-def _first_largest(s: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+def _first_largest(s: Tensor) -> tuple[Tensor, Tensor]:
     """Largest value of each row and the first column that has it; overwrites ``s``.
 
     On a CPU ``torch.max`` with indices is not vectorised. Four passes that are take less than half of its time: the
     largest value, then the smallest column number after all lesser values have been pushed past the last one.
     """
-    if not s.is_cpu or s.shape[-1] > _EXACT_INTEGERS:
+    if not s.is_cpu or s.numel() <= _FEW or s.shape[-1] > _EXACT_INTEGERS:
         return s.max(-1, keepdim=True)
     score = s.amax(-1, keepdim=True)
+    columns = torch.arange(s.shape[-1], dtype=s.dtype, device=s.device)
     torch.add(columns, s.lt_(score), alpha=s.shape[-1], out=s)
     return score, s.amin(-1, keepdim=True).to(torch.int64)
 

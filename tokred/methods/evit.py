@@ -11,7 +11,7 @@ import torch
 from tokred.method import Method
 from tokred.reduction import Reduction
 from tokred.registry import register
-from tokred.schedules import kept_ceil
+from tokred.schedules import check_blocks, check_blocks_exist, check_share, is_listed, kept_ceil
 from tokred.selection import protected_rows, ranked
 from tokred.site import Site
 
@@ -40,13 +40,8 @@ class EViT(Method):
     normalise: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.kappa, bool) or not isinstance(self.kappa, int | float) or not 0 < self.kappa <= 1:
-            raise ValueError(f"kappa is the kept share and must lie in (0, 1], got {self.kappa!r}")
-        if self.blocks is not None:
-            blocks = tuple(self.blocks)
-            if any(isinstance(b, bool) or not isinstance(b, int) or b < 0 for b in blocks):
-                raise ValueError(f"blocks must be non-negative integers, got {self.blocks!r}")
-            object.__setattr__(self, "blocks", blocks)
+        check_share(self.kappa, "kappa (the kept share)")
+        object.__setattr__(self, "blocks", check_blocks(self.blocks))
 
     @property
     def reads(self) -> frozenset[str]:
@@ -55,21 +50,13 @@ class EViT(Method):
 
     def check(self, depth: int) -> None:
         """Every listed block must exist."""
-        late = [b for b in self.blocks or () if b >= depth]
-        if late:
-            raise ValueError(f"blocks names {late}, but the model has {depth} blocks (0 to {depth - 1})")
-
-    def acts(self, layer: int, depth: int) -> bool:
-        """Whether this block reduces."""
-        if self.blocks is not None:
-            return layer in self.blocks
-        return depth > 1 and layer in {round(depth * share) for share in (0.25, 0.5, 0.75)}
+        check_blocks_exist(self.blocks, depth)
 
     def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
         """Prefix, kept patches, and the fused token where something was dropped."""
         free = n - prefix - suffix
         k = kept_ceil(free, self.kappa)
-        if not self.acts(layer, depth) or k >= free:
+        if not is_listed(self.blocks, layer, depth) or k >= free:
             return n
         return n - free + k + (1 if self.fuse else 0)
 
