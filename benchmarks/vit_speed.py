@@ -118,14 +118,19 @@ def hand_patched(
     return run
 
 
-def patched(model: Any, r: int) -> Callable[[Tensor], Tensor]:
-    """A function that runs a patched copy that shares the weights."""
+def patched_copy(model: Any, method: Any) -> Callable[[Tensor], Tensor]:
+    """A patched copy that shares the weights."""
     import copy
 
     memo = {id(p): p for p in model.parameters()}
     clone = copy.deepcopy(model, memo)
-    tokred.apply(clone, "tome", r=r)
+    tokred.apply(clone, method)
     return clone
+
+
+def effective_blocks(counts: list[int], n: int) -> list[int]:
+    """How many tokens each block removes, from the counts after the blocks."""
+    return [before - after for before, after in zip([n, *counts], counts, strict=False)]
 
 
 def effective(r: int, n: int, depth: int) -> list[int]:
@@ -198,10 +203,10 @@ def run_case(case: str, dtype: torch.dtype, args: argparse.Namespace) -> list[di
     x = torch.randn(args.batch, *model.default_cfg["input_size"]).to(dtype)
     n, depth = model.patch_embed.num_patches + 1, len(model.blocks)
     schedule, state = effective(r, n, depth), dict[str, Any]()
-    ours = patched(model, r)
+    ours = patched_copy(model, tokred.ToMe(r=r))
     arms: dict[str, Callable[[Tensor], Tensor]] = {
         "unpatched": model,
-        "tokred r=0": patched(model, 0),
+        "tokred r=0": patched_copy(model, tokred.ToMe(r=0)),
         "tokred": ours,
         "ceiling": hand_patched(model, slicing_block, schedule, {}),
         "usual": hand_patched(model, lambda b, k: usual_block(b, k, state), schedule, state),

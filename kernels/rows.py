@@ -68,6 +68,8 @@ def flat_index(index: Tensor, steps: Sequence[int], lead: Sequence[int] | None =
     Returns:
         ``(prod(lead) * K,)`` int64.
     """
+    if lead is None and index.ndim == 2 and steps[1] == 1:
+        return (index + offsets(index.shape[0], steps[0], index)).reshape(-1)
     lead = index.shape[:-1] if lead is None else lead
     flat = index if steps[-1] == 1 else index * steps[-1]
     for dim, length in enumerate(lead):

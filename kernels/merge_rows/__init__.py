@@ -191,7 +191,7 @@ def merge_tokens(
     plain = (
         complete
         and x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.float64)
+        and x.dtype != torch.float64
         and x.is_contiguous()
         and not torch.compiler.is_compiling()
         and type(x) is Tensor

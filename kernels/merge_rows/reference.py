@@ -153,9 +153,18 @@ def merge_tokens(
     total.index_add_(0, slot, own)
     table = x.view(batch * n, channels)
     y = table.index_select(0, rep)
-    moved = table.index_select(0, member).sub_(y.index_select(0, slot))
+    moved, base = table.index_select(0, member), y.index_select(0, slot)
     share = own.div_(total.index_select(0, slot)).unsqueeze(1)
-    y.index_add_(0, slot, moved.mul_(share if x.dtype == torch.float32 else share.to(x.dtype)))
+    if x.dtype not in _HALVES:
+        y.index_add_(0, slot, moved.sub_(base).mul_(share.to(x.dtype)))
+        return y.view(batch, slots, channels), total.view(batch, slots)
+    # Half precision is rounded once: the first source of each slot holds its wide sum, and all of them write it.
+    base = base.float()
+    added = moved.float().sub_(base).mul_(share)
+    first = torch.empty(y.shape[0], dtype=torch.int64).scatter_(0, slot, torch.arange(slot.shape[0]))
+    writer = first.index_select(0, slot)
+    summed = base.index_add_(0, writer, added).index_select(0, writer)
+    y.index_copy_(0, slot, summed.to(x.dtype))
     return y.view(batch, slots, channels), total.view(batch, slots)
 
 

@@ -1,0 +1,193 @@
+"""Every vision method beside every other: at equal multiply-adds, at equal measured time, and what choosing costs.
+
+Three tables, each a CSV file in ``--out``:
+
+- ``methods_embedded.csv`` and ``methods_dinov2.csv``: quality, speed and memory, every method at a few shares of the
+  model's multiply-adds. Where the number of tokens depends on the image, the multiply-adds are those of the images
+  that were tried, not an estimate. Plots go to ``docs/img/``.
+- ``methods_overhead.csv``: ViT-S/16 at 224, batch 8, random weights: each method against the same model that slices off
+  as many tokens in the same blocks, which is what would be left if the method's own work were free.
+
+The page ``docs/methods/comparison.md`` is made from these files by ``benchmarks/comparison.py``.
+
+    python benchmarks/all_methods.py --threads 2                      # everything
+    python benchmarks/all_methods.py --only embedded --methods tome,saint --count 400
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from checkout import ROOT, use_checkout
+
+use_checkout()
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+from vit_speed import effective_blocks, hand_patched, measure, patched_copy, quartiles, slicing_block  # noqa: E402
+
+import tokred  # noqa: E402
+from tokred import arms as arms_of  # noqa: E402
+from tokred import bench, environment, outputs, photos, subjects, tasks  # noqa: E402
+from tokred.arms import Arm  # noqa: E402
+
+SHARES = (0.75, 0.6, 0.45, 0.3)
+NEAR = 0.06  # a setting counts for a share if its multiply-adds lie this near, as a share of the model's
+
+# What is tried for each method to come near the shares: settings from mild to strong.
+CANDIDATES: dict[str, list[str]] = {
+    "tome": [f"tome r={r}" for r in (*range(2, 34), 36, 40, 48)],
+    "pitome": [f"pitome ratio={s / 200}" for s in range(120, 200, 2)],
+    "random": [f"random r={r}" for r in (*range(2, 34), 36, 40, 48)],
+    "random_prune": [f"random_prune r={r}" for r in range(2, 17)],
+    "evit": [f"evit kappa={s / 100}" for s in range(10, 96, 3)],
+    "downsample": [f"downsample keep={s / 100}" for s in range(15, 96, 3)],
+    "ppt": [f"ppt r={r}" for r in range(8, 98, 4)],
+    "ats": [f"ats n={s / 100}" for s in range(20, 100, 4)],
+    "tofu": [f"tofu r={r}" for r in (*range(2, 34), 36, 40, 48)],
+    "zero_tprune": [
+        f"zero_tprune r_s={r_s} rho=[{', '.join(str(v) for v in rho)}]"
+        for r_s in (4, 10, 16, 24, 32)
+        for rho in ([1, 0.9, 0.8, 0.7, 1], [1, 0.8, 0.6, 0.5, 1], [0.8, 0.6, 0.5, 0.4, 1])
+    ],
+    "vomix": [f"vomix r={s / 100}" for s in (2, 3, 4, 5, 6, 8, 10, 12, 14, 17, 20, 25, 30)],
+    "tokentm": [f"tokentm keep={s / 100}" for s in range(10, 96, 3)],
+    "saint": [f"saint tau={t / 100} K={k}" for t in (30, 40, 50, 60, 65, 70, 75, 80, 85, 90) for k in (1, 3, 5)],
+    "vtm": [f"vtm gamma={g} r={r} blocks=({b},)" for b in (0, 2, 4) for g in (2, 3, 4, 6) for r in (0.5, 0.8, 1.0)],
+    "tinychart": [f"tinychart r={r}" for r in (*range(2, 34), 36, 40, 48)],
+    "algm": [f"algm threshold={t / 100}" for t in (30, 40, 50, 60, 70, 75, 80, 85, 88, 90, 92, 94, 96)],
+}
+
+
+@torch.inference_mode()
+def tried(model: nn.Module, text: str, images: torch.Tensor) -> tuple[Arm, list[int]] | None:
+    """An arm with the multiply-adds and tokens that it really took on some images; None where it does not fit."""
+    name, parameters = arms_of.parse_setting(text)
+    try:
+        method = tokred.make(name, **parameters)
+        cost = tokred.flops(model, None, images.shape)
+        with tokred.applied(model, method):
+            model(images)
+            report = tokred.report(model)
+    except (ValueError, TypeError, tokred.TokredError) as error:
+        print(f"left out: {text}: {error}", file=sys.stderr)
+        return None
+    setting = text.partition(" ")[2]
+    macs = report.macs + cost.outside
+    counts = [row.tokens_out for row in report.layers]
+    return Arm(name, setting, method, report.layers[0].tokens_in, counts[-1], macs), counts
+
+
+def near_shares(model: nn.Module, names: Sequence[str], images: torch.Tensor) -> list[Arm]:
+    """The unpatched model, and for each method the settings nearest to the shares of its multiply-adds."""
+    base = arms_of.unpatched(model, images.shape)
+    chosen = [base]
+    for name in names:
+        found = [t[0] for text in CANDIDATES[name] if (t := tried(model, text, images)) is not None]
+        for share in SHARES:
+            best = min(found, key=lambda a: abs(a.macs / base.macs - share), default=None)
+            if best is not None and abs(best.macs / base.macs - share) <= NEAR and best not in chosen:
+                chosen.append(best)
+    return chosen
+
+
+def run_bench(model: str, names: Sequence[str], args: argparse.Namespace) -> None:
+    """Quality, speed and memory of one model; writes the CSV file and the plot."""
+    size = None if model == "embedded" else args.size
+    subject = subjects.load(model, size=size)
+    runs, left = bench.supported(subject, names)
+    for line in left:
+        print(f"left out: {line}", file=sys.stderr)
+    task = tasks.choose(subject, None, count=args.count if model == "embedded" else args.probe)
+    seen = task.test if task.test is not None else task.photos
+    sample = photos.normalise(seen.images[: args.batch], subject.mean, subject.std, torch.float32)
+    arms = near_shares(subject.model, runs, sample)
+    options = bench.Options(batch=args.batch, rounds=args.rounds)
+    total, done = bench.ticks(task, arms, options), 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        if done % 50 == 0 or done == total:
+            print(f"{model}: {done} of {total}", file=sys.stderr)
+
+    rows = bench.run(subject, task, arms, options, tick)
+    outputs.write_rows(args.out / f"methods_{model}.csv", rows)
+    bench.plot(rows, args.pictures / f"methods_{model}.png")
+
+
+@torch.inference_mode()
+def run_overhead(names: Sequence[str], args: argparse.Namespace) -> None:
+    """What each method's own work costs in ViT-S/16, near 60 % of the multiply-adds."""
+    import timm
+
+    torch.manual_seed(0)
+    model: Any = timm.create_model("vit_small_patch16_224").eval()
+    x = torch.randn(8, 3, 224, 224)
+    full = arms_of.unpatched(model, x.shape)
+    runs: dict[str, Callable[[Any], Any]] = {"unpatched": model}
+    arms: dict[str, tuple[Arm, list[int]]] = {}
+    for name in names:
+        found = [t for text in CANDIDATES[name] if (t := tried(model, text, x)) is not None]
+        best = min(found, key=lambda t: abs(t[0].macs / full.macs - 0.6), default=None)
+        if best is None:
+            continue
+        arms[name] = best
+        runs[name] = patched_copy(model, best[0].method)
+        runs[f"{name}: slicing"] = hand_patched(model, slicing_block, effective_blocks(best[1], 197), {})
+    seconds = measure(runs, x, args.rounds)
+    rows = []
+    for name, (arm, _) in arms.items():
+        ratios = [1 - c / m for m, c in zip(seconds[name], seconds[f"{name}: slicing"], strict=True)]
+        speed = quartiles([u / m for u, m in zip(seconds["unpatched"], seconds[name], strict=True)])
+        low, middle, high = quartiles(ratios)
+        rows.append(
+            {
+                "model": "vit_small_patch16_224 (random weights)", "method": name, "setting": arm.setting,
+                "tokens_out": arm.tokens_out, "gmacs_share": arm.macs / full.macs,
+                "own_work": middle, "own_work_q25": low, "own_work_q75": high,
+                "milliseconds": 1e3 * statistics.median(seconds[name]),
+                "speedup": speed[1], "speedup_q25": speed[0], "speedup_q75": speed[2],
+                "batch": 8, "rounds": args.rounds, "dtype": "float32", **environment.describe("cpu"),
+            }
+        )  # fmt: skip
+    outputs.write_rows(args.out / "methods_overhead.csv", rows)
+
+
+def main() -> int:
+    """Run what is asked for; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=["embedded", "dinov2", "overhead"], help="default: all three")
+    parser.add_argument("--methods", help="with commas; default: all")
+    parser.add_argument("--count", type=int, default=2000, help="images of the embedded sample")
+    parser.add_argument("--probe", type=int, default=300, help="labelled images to test DINOv2's probe on")
+    parser.add_argument("--size", type=int, default=168, help="height and width of DINOv2's images")
+    parser.add_argument("--batch", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--pictures", type=Path, default=ROOT / "docs" / "img")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    names = args.methods.split(",") if args.methods else list(CANDIDATES)
+    unknown = [n for n in names if n not in CANDIDATES]
+    if unknown:
+        parser.error(f"--methods names {', '.join(unknown)}; known are {', '.join(CANDIDATES)}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    args.pictures.mkdir(parents=True, exist_ok=True)
+    for part in args.only or ["overhead", "embedded", "dinov2"]:
+        if part == "overhead":
+            run_overhead(names, args)
+        else:
+            run_bench(part, names, args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
