@@ -20,6 +20,17 @@ NAMES = {
     "random": "random merging",
     "random_prune": "random pruning",
     "kth": "k-th merging",
+    "downsample": "down-sampling",
+    "ppt": "PPT",
+    "ats": "ATS",
+    "tofu": "ToFu",
+    "zero_tprune": "Zero-TPrune",
+    "vomix": "VoMix",
+    "tokentm": "TokenTM pruning",
+    "saint": "SAINT",
+    "vtm": "VTM",
+    "tinychart": "TinyChart",
+    "algm": "ALGM",
 }
 LABELS = {
     "top1": "top-1 accuracy (%)",
@@ -83,7 +94,11 @@ def pareto(
     )
     for axis, measure in zip(axes[0], measures, strict=True):
         _panel(axis, frame, x, measure)
-    axes[0][0].legend(frameon=False, fontsize=9, loc="best")
+    many = frame["method"].nunique() > 9
+    if many:
+        figure.legend(*axes[0][0].get_legend_handles_labels(), frameon=False, fontsize=9, loc="outside right center")
+    else:
+        axes[0][0].legend(frameon=False, fontsize=9, loc="best")
     if title:
         figure.suptitle(title, fontsize=12, x=0.01, ha="left")
     if note:
@@ -115,9 +130,11 @@ def _panel(axis: Any, frame: pd.DataFrame, x: str, measure: str) -> None:
 
 
 def _line(axis: Any, rows: pd.DataFrame, x: str, measure: str, scale: float, i: int, name: str) -> None:
-    colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+    turn = i // len(COLOURS)  # beyond eight methods, colours come again with other markers and broken lines
+    colour, marker = COLOURS[i % len(COLOURS)], MARKERS[(i + 3 * turn) % len(MARKERS)]
+    style = ("-", "--", ":", "-.")[turn % 4]
     xs, ys = rows[x].to_numpy(), scale * rows[measure].to_numpy()
-    axis.plot(xs, ys, marker=marker, markersize=6, linewidth=1.6, color=colour, label=name, zorder=3)
+    axis.plot(xs, ys, marker=marker, markersize=6, linewidth=1.6, color=colour, linestyle=style, label=name, zorder=3)
     low, high = f"{x}_q25", f"{x}_q75"
     if low in rows and high in rows:
         spans = [(xs - rows[low].to_numpy()).clip(min=0), (rows[high].to_numpy() - xs).clip(min=0)]
