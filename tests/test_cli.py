@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 import tokred
 from tokred.cli import app
 
-COMMANDS = ("demo", "bench", "list", "flops")
+COMMANDS = ("demo", "bench", "viz", "list", "flops")
 
 
 def run(*arguments: str):
@@ -108,6 +109,12 @@ def test_flops_takes_literals():
         (("bench", "--random-weights", "--images", "no/such/folder"), "no/such/folder"),
         (("bench", "--random-weights", "--methods", "none", "--setting", "tome 13"), "key=value"),
         (("bench", "--model", "swin_tiny_patch4_window7_224", "--random-weights"), "windows"),
+        (("viz", "--random-weights", "--method", "tom"), "did you mean 'tome'"),
+        (("viz", "--random-weights", "--method", "tome s=1"), "has no parameter 's'"),
+        (("viz", "--random-weights", "--image", "no/such.png"), "no/such.png is neither an image nor a folder"),
+        (("viz", "--random-weights", "--layers", "0,12"), "the model has 12"),
+        (("viz", "--random-weights", "--layers", "first"), "--layers is a list of blocks"),
+        (("viz", "--model", "swin_tiny_patch4_window7_224", "--random-weights"), "windows"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(arguments, words):
@@ -132,6 +139,49 @@ def test_weights_that_cannot_be_downloaded(monkeypatch):
     line = refused("bench", "--model", "vit_tiny_patch16_224")
     assert "no network" in line
     assert "--random-weights" in line
+
+
+def test_viz_refuses_what_is_no_image(tmp_path):
+    assert "holds no image" in refused("viz", "--random-weights", "--image", str(tmp_path))
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    line = refused("viz", "--random-weights", "--image", str(tmp_path / "broken.png"), "--out", str(tmp_path / "out"))
+    assert "broken.png cannot be read" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_viz_writes_a_page_and_a_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    image = pytest.importorskip("PIL.Image")
+    (tmp_path / "shades").mkdir()
+    for i in range(3):
+        image.linear_gradient("L").rotate(90 * i).save(tmp_path / "shades" / f"{i}.png")
+    out = tmp_path / "out"
+    command = ["viz", "--random-weights", "--method", "tome", "--method", "random_prune r=8", "--layers", "0,11"]
+    command += ["--image", str(tmp_path / "shades"), "--count", "2", "--out", str(out)]
+    done = run(*command)
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert done.stdout.split() == ["Written", "to", f"{out.resolve()}:", "viz.html,", "viz.png"]
+    page = (out / "viz.html").read_text("utf-8")
+    assert "0.png" in page
+    assert "1.png" in page
+    assert "2.png" not in page
+    assert re.search(r"tome r=[1-9]", page), "a name alone would remove nothing"
+    with image.open(out / "viz.png") as picture:
+        assert min(picture.size) > 200
+    assert run(*command).exit_code == 0
+    assert sorted(p.name for p in out.iterdir()) == ["viz-2.html", "viz-2.png", "viz.html", "viz.png"]
+
+
+def test_viz_of_the_embedded_model(tmp_path):
+    from tokred import embedded
+
+    if not (embedded.FOLDER / embedded.WEIGHTS).exists():
+        pytest.skip("the weights are not in this copy")
+    done = run("viz", "--count", "1", "--method", "tome r=13", "--layers", "11", "--out", str(tmp_path))
+    assert done.exit_code == 0, (done.output, done.exception)
+    page = (tmp_path / "viz.html").read_text("utf-8")
+    assert "Ankle boot" in page
+    assert len(page) < 60_000
 
 
 def test_outside_a_checkout_the_zoo_is_explained(monkeypatch):

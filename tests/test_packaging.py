@@ -48,6 +48,14 @@ def test_data_files_are_listed() -> None:
             assert any(file.match(p) for p in patterns), f"{file.name} would not be installed"
 
 
+def test_templates_are_listed() -> None:
+    patterns = PROJECT["tool"]["setuptools"]["package-data"]["tokred"]
+    files = [p for p in (ROOT / "tokred" / "templates").iterdir() if p.is_file()]
+    assert files
+    for file in files:
+        assert any(file.match(p) for p in patterns), f"{file.name} would not be installed"
+
+
 def test_type_marker() -> None:
     assert (ROOT / "tokred" / "py.typed").exists()
     assert "py.typed" in PROJECT["tool"]["setuptools"]["package-data"]["tokred"]
@@ -125,7 +133,7 @@ def test_wheel_holds_everything(tmp_path: Path) -> None:
         inside = package.replace(".", "/")
         for file in (ROOT / top).rglob("*.py"):
             assert f"{inside}/{file.relative_to(ROOT / top).as_posix()}" in names
-    assert "tokred/py.typed" in names
+    assert {"tokred/py.typed", "tokred/templates/viz.html"} <= names
     for file in (ROOT / "tokred" / "data").iterdir():
         if file.suffix in {".safetensors", ".npz"} or file.name.startswith("LICENSE"):
             assert f"tokred/data/{file.name}" in names

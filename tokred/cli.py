@@ -1,4 +1,4 @@
-"""The command line: ``tokred demo``, ``bench``, ``list`` and ``flops``."""
+"""The command line: ``tokred demo``, ``bench``, ``viz``, ``list`` and ``flops``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ try:
     from rich.console import Console
 except ImportError as error:  # a script's entry point has no better place to say this
     raise SystemExit(f"tokred's command line needs {error.name}: pip install 'tokred[cli]'") from error
+
+from tokred.cli_viz import viz_command  # needs typer
 
 if TYPE_CHECKING:
     pass
@@ -100,6 +102,7 @@ def top(
       tokred list --model deit_small_patch16_224      which methods run on this model
       tokred flops --model deit_small_patch16_224 --method tome --set r=13
       tokred bench --model dinov2                     quality, speed and memory, as CSV and plot
+      tokred viz --method "tome r=13"                 what was merged into what, as a page and PNG
 
     "tokred COMMAND --help" has examples of each.
     """
@@ -344,3 +347,7 @@ def _options(device: str, dtype: str, **rest: Any) -> Any:
     if where.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda was asked for, but torch sees no CUDA device")
     return Options(device=device, dtype=kinds[dtype], **rest)
+
+
+# Its own file: this one has grown long enough.
+app.command("viz", short_help="What was merged into what, over the image, block by block.")(viz_command)

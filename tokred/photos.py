@@ -66,6 +66,26 @@ def _images(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
 
 
+def gather(paths: Sequence[Path], count: int) -> list[tuple[Path, str]]:
+    """Files and their names: those given as they are, and of each folder at most ``count``, evenly spaced.
+
+    Raises:
+        FileNotFoundError: a path is not there, or a folder holds no image.
+    """
+    out = []
+    for path in paths:
+        if path.is_dir():
+            files = find(path).files
+            few = min(count, len(files))
+            picked = [files[i * len(files) // few] for i in range(few)]
+            out += [(file, file.relative_to(path).as_posix()) for file in picked]
+        elif path.is_file():
+            out.append((path, path.name))
+        else:
+            raise FileNotFoundError(f"{path} is neither an image nor a folder of images")
+    return out
+
+
 def load(folder: Path, size: tuple[int, int], channels: int, *, crop: float, count: int, seed: int = 0) -> Images:
     """Read a random choice of a folder's images.
 

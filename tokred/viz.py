@@ -1,9 +1,10 @@
-"""Draw which patches were merged into which token."""
+"""Draw which patches were merged into which token: as arrays, as a matplotlib figure, as a page with a slider."""
 
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokred.errors import NothingRecordedError
+from tokred.method import Method
 from tokred.reduction import Reduction
+from tokred.stages import Recording as Recording
+from tokred.stages import composed
+from tokred.stages import record as record
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,6 +30,9 @@ PATCH_PIXELS = 16  # a patch is drawn at least this large, so that an outline le
 
 def after(model: nn.Module, layer: int | None = None) -> Reduction:
     """What has become of every token after block ``layer`` in the last forward of a patched model; None: at the end.
+
+    As :func:`tokred.trace`, but tokens that were pruned count as dropped also where a slot stands in for them when the
+    full length is restored.
 
     Raises:
         NothingRecordedError: the model is not patched, or no uncompiled forward has run since.
@@ -41,7 +49,7 @@ def after(model: nn.Module, layer: int | None = None) -> Reduction:
         if not 0 <= layer < shared.depth:
             raise ValueError(f"layer must lie in 0..{shared.depth - 1}, got {layer}")
         state = shared.records[layer].state
-    total = state.composed()
+    total = composed(state.steps)
     return Reduction.identity((1,), state.length) if total is None else total
 
 
@@ -73,15 +81,37 @@ def paint(
     Raises:
         ValueError: image, reduction and grid do not fit each other.
     """
+    index = _patches(reduction, grid[0] * grid[1], prefix, sample)
+    return paint_groups(image, index, grid, reduction.slots, outline=outline)
+
+
+def paint_groups(
+    image: Tensor, index: Tensor, grid: tuple[int, int], slots: int | None = None, *, outline: bool = True
+) -> Picture:
+    """:func:`paint` from the groups themselves.
+
+    Args:
+        image: ``(C, H, W)`` with 1 or 3 channels, uint8 or floats in 0..1.
+        index: ``(P,)`` integer, the group of each patch in ``[0, slots)``, -1 where it was dropped.
+        grid: rows and columns of patches.
+        slots: how many groups there may be; None: as many as patches.
+        outline: whether to outline the groups.
+
+    Raises:
+        ValueError: the image is none, or the groups are not one a patch.
+    """
     rows, columns = grid
-    index = _patches(reduction, rows * columns, prefix, sample)
+    if tuple(index.shape) != (rows * columns,):
+        raise ValueError(f"a grid of {rows} x {columns} needs {rows * columns} groups, got {tuple(index.shape)}")
+    index = index.long().cpu()
+    slots = len(index) if slots is None else slots
     canvas, high, wide = _enlarge(image, rows, columns)
     groups = index.view(rows, columns).repeat_interleave(high, 0).repeat_interleave(wide, 1)
-    out = _fill(canvas, groups, reduction.slots)
+    out = _fill(canvas, groups, slots)
     out = torch.where((groups < 0)[..., None], _crossed(canvas, high, wide), out)
     if outline:
-        colours = torch.tensor(palette(reduction.slots), dtype=torch.float32)
-        alone = torch.bincount(index[index >= 0], minlength=reduction.slots) == 1
+        colours = torch.tensor(palette(slots), dtype=torch.float32)
+        alone = torch.bincount(index[index >= 0], minlength=slots) == 1
         edge = edges(groups, max(1, min(high, wide) // 8)) & (groups >= 0)
         edge &= ~alone[groups.clamp(min=0)]
         out = torch.where(edge[..., None], colours[groups.clamp(min=0)], out)
@@ -119,13 +149,93 @@ def palette(count: int) -> list[Colour]:
     return out
 
 
-def sheet(pictures: Sequence[Sequence[Picture]], titles: Sequence[str], names: Sequence[str] | None = None) -> Any:
+def figure(recording: Recording, blocks: Sequence[int] | None = None) -> Any:
+    """A matplotlib figure: one row for each image and method, one column for the image and for each of some blocks.
+
+    Args:
+        recording: of :func:`record`.
+        blocks: numbers of blocks; None: up to four, evenly spaced, the last one among them.
+
+    Raises:
+        ValueError: there is no such block.
+    """
+    shown = spaced(recording.depth) if blocks is None else list(blocks)
+    if not shown or min(shown) < 0 or max(shown) >= recording.depth:
+        raise ValueError(f"blocks must lie in 0..{recording.depth - 1}, got {shown}")
+    pictures: list[list[Picture]] = []
+    notes, names = list[list[str]](), list[str]()
+    for i, name in enumerate(recording.names):
+        image = recording.pixels[i]
+        for run in recording.runs:
+            painted = [paint_groups(image, run.groups[i, block + 1], recording.grid) for block in shown]
+            pictures.append([enlarge(image, recording.grid), *painted])
+            notes.append([f"{int(run.tokens[i, stage])} tokens" for stage in (0, *(block + 1 for block in shown))])
+            text = f"{name}\n{run.label}" if len(recording.runs) > 1 else name
+            names.append(text.replace("$", r"\$"))  # no formula
+    rows, columns = recording.grid
+    titles = [f"{rows} x {columns} patches", *(f"after block {block}" for block in shown)]
+    drawn = sheet(pictures, titles, names, notes)
+    text = "patches that became one token share colour and outline"
+    alone = len(recording.runs) == 1
+    drawn.suptitle(f"{recording.runs[0].label}: {text}" if alone else text.capitalize(), fontsize=11)
+    return drawn
+
+
+def spaced(depth: int, count: int = 4) -> list[int]:
+    """Some blocks of ``depth``, evenly spaced, the last one among them."""
+    return sorted({-(-depth * i // count) - 1 for i in range(1, count + 1)})
+
+
+def page(
+    model: nn.Module,
+    images: Tensor,
+    methods: str | Method | Sequence[str | Method],
+    path: Path | str,
+    *,
+    pixels: Tensor | None = None,
+    names: Sequence[str] | None = None,
+    forward: Callable[[Tensor], Any] | None = None,
+    grid: tuple[int, int] | None = None,
+    title: str = "What became of every patch",
+) -> Path:
+    """Run methods on images and write one HTML page that needs nothing else, with a slider over the blocks.
+
+    A recording that is there already is written by :func:`tokred.pages.write`.
+
+    Args:
+        model: a supported model, unpatched; it is so again afterwards.
+        images: ``(B, C, H, W)`` as the model takes them.
+        methods: settings such as ``"tome r=13"``, method objects, or several of them, side by side.
+        path: of the file.
+        pixels: what to draw, see :func:`record`, as for ``names``, ``forward`` and ``grid``.
+        title: of the page.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        OSError: the file cannot be written.
+        ValueError, TypeError, UnknownMethodError, MissingInputError, UnsupportedModelError: as :func:`record`.
+    """
+    from tokred import pages
+
+    recording = record(model, images, methods, pixels=pixels, names=names, forward=forward, grid=grid)
+    return pages.write(recording, path, title=title)
+
+
+def sheet(
+    pictures: Sequence[Sequence[Picture]],
+    titles: Sequence[str],
+    names: Sequence[str] | None = None,
+    notes: Sequence[Sequence[str]] | None = None,
+) -> Any:
     """A matplotlib figure: one row an image, one column a stage.
 
     Args:
         pictures: ``[row][column]``.
         titles: of the columns.
         names: of the rows.
+        notes: ``[row][column]``, small, below each picture.
     """
     from tokred import plots
 
@@ -140,6 +250,8 @@ def sheet(pictures: Sequence[Sequence[Picture]], titles: Sequence[str], names: S
                 axis.set_title(titles[j], fontsize=10)
             if j == 0 and names is not None:
                 axis.set_ylabel(names[i], fontsize=10)
+            if notes is not None:
+                axis.set_xlabel(notes[i][j], fontsize=8)
     return figure
 
 
