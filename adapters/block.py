@@ -58,6 +58,18 @@ class Recipe:
         """What watches this block's attention."""
         return Capture(bias, state.length, state.representative)
 
+    def run(self, block: Any, host_forward: Callable[..., Any], x: Tensor, args: Any, kwargs: Any) -> Any:
+        """One forward of a patched block. Hosts whose blocks are no chain over one token sequence have their own."""
+        return run_block(block, host_forward, x, args, kwargs)
+
+
+def refuse_padding() -> None:
+    """What to say to a batch whose mask hides some tokens."""
+    raise UnsupportedModelError(
+        "the batch holds padded tokens (a mask hides some of them), which would be merged with real ones: give "
+        "inputs of one size without padding, or call tokred.remove(model) first"
+    )
+
 
 def split_heads(t: Tensor, heads: int) -> Tensor:
     """``(B, N, H * D)`` to ``(B, H, N, D)``."""
@@ -150,6 +162,7 @@ def _first_half(
         return follow(shared, step, state, x)
     before = x
     capture.decide = lambda: decide(settings, capture, state, before)
+    capture.size = state.size
     with capture:
         y = block.attn(normed, **kwargs)
     check_capture(capture, settings)
@@ -188,7 +201,10 @@ def decide(settings: Settings, capture: Capture, state: TokenState, x: Tensor) -
         prefix=shared.prefix,
         suffix=shared.suffix,
         grid=shared.grid_of(state.length),
+        frames=shared.frames_of(state.length),
         positions=state.representative,
+        length=state.length,
+        class_token=shared.class_token,
         layer=settings.layer,
         depth=shared.depth,
     )
@@ -204,10 +220,43 @@ def follow(shared: Shared, step: Reduction, state: TokenState, x: Tensor) -> tup
 
 def transformed(attn: Any, normed: Tensor, capture: Capture) -> tuple[Tensor, Tensor]:
     """The attention's normalised input, and what its value and output projections make of each token alone."""
-    v = capture.v
-    assert v is not None  # asked for after the attention has run
-    alone = v.transpose(1, 2).flatten(2)
-    return normed, torch.nn.functional.linear(alone, attn.proj.weight)
+    q, v = capture.q, capture.v
+    assert q is not None and v is not None  # asked for after the attention has run
+    return normed, value_transform(attn, v, q.shape[1])
+
+
+def value_transform(attn: Any, v: Tensor, heads: int, *, per_head: bool = False) -> Tensor:
+    """Value and output projections of each token alone, without their biases: ``(B, N, C)``, or ``(B, H, N, C)``.
+
+    What stands between the two and acts on mixtures of tokens (a norm, a gate) is left out.
+
+    Args:
+        attn: an attention with an output projection ``proj``.
+        v: ``(B, Hk, N, D)``, the values that it used.
+        heads: query heads ``H``.
+        per_head: keep the part of each head apart; their sum is the whole.
+    """
+    bias = _value_bias(attn)
+    if bias is not None:
+        v = v - bias.to(v.dtype).view(v.shape[1], 1, -1)
+    if v.shape[1] != heads:
+        v = v.repeat_interleave(heads // v.shape[1], 1)
+    weight = attn.proj.weight
+    if per_head:
+        return torch.einsum("bhnd,chd->bhnc", v, weight.view(weight.shape[0], heads, -1))
+    return torch.nn.functional.linear(v.transpose(1, 2).flatten(2), weight)
+
+
+def _value_bias(attn: Any) -> Tensor | None:
+    """What the value projection adds to every token, wherever a host keeps it."""
+    if getattr(attn, "v_proj", None) is not None:
+        found: Tensor | None = attn.v_proj.bias
+        return found
+    if getattr(attn, "v_bias", None) is not None:
+        own: Tensor = attn.v_bias
+        return own
+    fused = getattr(attn, "qkv", None)
+    return None if fused is None or fused.bias is None else fused.bias.chunk(3)[2]
 
 
 def check_capture(capture: Capture, settings: Settings) -> None:

@@ -44,6 +44,7 @@ class Capture(TorchFunctionMode):
         self.scale: float | None = None
         self.transform: Any = None
         self.decide: Callable[[], Reduction] | None = None
+        self.size: Tensor | None = None
         self.step: Reduction | None = None
 
     @property
@@ -64,7 +65,7 @@ class Capture(TorchFunctionMode):
     def release(self) -> None:
         """Let go of queries, keys and values, so that their memory serves the MLP that follows."""
         self.heads = None
-        self.transform = self.decide = None
+        self.transform = self.decide = self.size = None
 
     def part(self, i: int) -> Tensor | None:
         """Queries, keys or values; None before any attention ran."""
@@ -96,18 +97,21 @@ class Capture(TorchFunctionMode):
     def _fewer_queries(
         self, func: Any, step: Reduction, q: Tensor, k: Tensor, v: Tensor, call: dict[str, Any]
     ) -> Tensor:
-        """Attention of the reduced queries over all keys. Hosts reshape the answer to the number of tokens that went
-        in, so it is handed back at that length; only the representatives' rows are read."""
+        """Attention of the reduced queries over all keys: a slot asks with the mean of its members, however their
+        features are combined. Hosts reshape the answer to the number of tokens that went in, so it is handed back at
+        that length; only the rows of the representatives are read."""
         b, h, n, d = q.shape
-        fewer = step.merge(q.transpose(1, 2).reshape(b, n, h * d)).view(b, step.slots, h, d).transpose(1, 2)
+        mean = step.merge(q.transpose(1, 2).reshape(b, n, h * d), self.size, "mean")
+        fewer = mean.view(b, step.slots, h, d).transpose(1, 2)
         mask = call["attn_mask"]
         if mask is not None and mask.shape[-2] == n:
             rows = step.representative[:, None, :, None]
             mask = mask.expand(b, -1, -1, -1)
             call["attn_mask"] = mask.gather(2, rows.expand(-1, mask.shape[1], -1, mask.shape[3]))
         y: Tensor = func(fewer, k, v, **call)
-        out = y.new_zeros(b, h, n, y.shape[-1])
-        return out.scatter(2, step.representative[:, None, :, None].expand(-1, h, -1, y.shape[-1]), y)
+        answer = y.transpose(1, 2).reshape(b, step.slots, -1)
+        placed = Reduction.keep(step.representative, n).unmerge(answer)
+        return placed.view(b, n, h, -1).transpose(1, 2)
 
     def key_bias(self) -> Tensor | None:
         """``(B, H, N)`` or ``(B, N)``: what the first query's logits had added per key."""
@@ -196,7 +200,7 @@ def reduce_mask(mask: Tensor, length: int, representative: Tensor) -> Tensor:
 
     A mask whose last dimension is not the original length has been reduced already and is returned as it is.
     """
-    if mask.shape[-1] != length or representative.shape[1] == length:
+    if mask.shape[-1] != length:
         return mask
     while mask.ndim < 4:
         mask = mask.unsqueeze(0)

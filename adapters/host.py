@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from tokred.adapters.block import KeyTap, Recipe, Settings
-from tokred.adapters.state import Shared
+from tokred.adapters.state import LayerRecord, Shared
 from tokred.adapters.swap import host_class, is_swapped, restore, swap
 from tokred.errors import MissingInputError
 from tokred.method import Method
@@ -46,7 +48,8 @@ class Host:
         full: ``"last"`` or ``"all"`` where something outside the blocks counts on the original positions (a dense head,
             a decoder of masked patches, position embeddings added between blocks), so that the last or every block has
             to give full length back, whatever the method and the user say; else ``"none"``.
-        grid: patches in rows and columns, where the model knows.
+        grid: patches in rows and columns (of one frame), where the model knows.
+        frames: of a video, whose tokens stand frame after frame; None: it is none, or tokens stand otherwise.
         key_norms: for each block the sub-module whose output is the keys before rotary embedding, or None.
         key_heads: heads that those outputs still have to be split into, or None.
         tokens: number of tokens for an input shape.
@@ -65,6 +68,7 @@ class Host:
     outside_macs: Callable[[tuple[int, ...]], int]
     suffix: int = 0
     grid: tuple[int, int] | None = None
+    frames: int | None = None
     full: str = "none"
     key_norms: list[nn.Module | None] = field(default_factory=list)
     key_heads: int | None = None
@@ -77,7 +81,8 @@ class Host:
 
     @property
     def where(self) -> str:
-        """``"mid"``: tokens are reduced between attention and MLP; ``"end"``: after the block."""
+        """``"mid"``: tokens are reduced between attention and MLP; ``"end"``: after the block; ``"inside"``: within a
+        block, which gives full length back."""
         return "mid" if self.recipe.split else "end"
 
     def middle(self, method: Method | None) -> bool:
@@ -87,7 +92,21 @@ class Host:
     def missing(self, method: Method | type[Method]) -> frozenset[str]:
         """What the method reads and this host cannot supply."""
         reads = method.reads if isinstance(method, Method) else method().reads
-        return reads - self.supplies
+        missing = reads - self.supplies
+        # Rows and columns alone do not place the tokens of a video.
+        if self.frames is not None and "frames" not in reads:
+            missing |= reads & {"grid"}
+        return missing
+
+    def choose(self, windows: str) -> Host:
+        """This host with the blocks that ``windows`` names.
+
+        Raises:
+            ValueError: the model has no windows to choose from.
+        """
+        if windows != "auto":
+            raise ValueError(f"windows is {windows!r}, but the attention of {self.family} does not run in windows")
+        return self
 
     def check(self, method: Method, expose: str = "auto") -> None:
         """Everything that can be known before the model is touched.
@@ -124,6 +143,21 @@ class Host:
             width = getattr(module, "attn_dim", width)
         return BlockCost(attention, mlp, int(width))
 
+    def plan(self, method: Method | None, shape: tuple[int, ...]) -> list[tuple[int, int, int]]:
+        """For each block: tokens that enter, tokens that leave, and multiply-adds of one sample."""
+        n, rows = self.tokens(shape), []
+        for layer, (_, block) in enumerate(self.blocks):
+            place = {"layer": layer, "depth": self.depth, "prefix": self.prefix, "suffix": self.suffix}
+            after = n if method is None else method.tokens(n, **place)
+            rows.append((n, after, self.cost(block).macs(n, after, self.middle(method))))
+            n = after
+        return rows
+
+    def counted(self, layer: int, record: LayerRecord, method: Method) -> tuple[int, int]:
+        """Multiply-adds of one sample in a block of the last forward: as it ran, and unpatched."""
+        cost, n = self.cost(self.blocks[layer][1]), record.state.length
+        return cost.macs(record.tokens_in, record.tokens_out, self.middle(method)), cost.macs(n, n, True)
+
     def exposure(self, method: Method, expose: str) -> str:
         """Which blocks return full length: ``"none"``, ``"last"`` or ``"all"``.
 
@@ -146,7 +180,8 @@ class Host:
         """Exchange the classes of the blocks. :meth:`check` has passed."""
         expose = self.exposure(method, expose)
         shared = Shared(method, self.depth, self.prefix, self.suffix, expose, drops=method.drops)
-        shared.grid = self.grid
+        shared.grid, shared.frames = self.grid, self.frames
+        shared.class_token = "class_attention" in self.supplies
         norms = self.key_norms or [None] * self.depth
         for layer, ((name, block), norm) in enumerate(zip(self.blocks, norms, strict=True)):
             tap = None
@@ -156,6 +191,16 @@ class Host:
             active = where is None or bool(where(name, block))
             swap(block, "block", Settings(shared, layer, name, self.recipe, tap, active))
         swap(self.model, "model", shared)
+
+
+def module_macs(module: nn.Module, *shape: int) -> int:
+    """Multiply-adds of a copy of ``module`` on the meta device, for an input of this shape."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    dtype = next((p.dtype for p in module.parameters()), None)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        copy.deepcopy(module).to("meta")(torch.empty(*shape, device="meta", dtype=dtype))
+    return int(counter.get_total_flops()) // 2
 
 
 def argument_names(block: nn.Module) -> tuple[str, ...]:

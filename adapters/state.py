@@ -116,6 +116,9 @@ class Shared:
         self.drops = drops
         self.expose_all = False
         self.grid: tuple[int, int] | None = None
+        self.class_token = False
+        self.frames: int | None = None
+        self.windows = "auto"
         self.slots: dict[int, Slot] = {}
         self.records: dict[int, LayerRecord] = {}
 
@@ -125,10 +128,16 @@ class Shared:
     def grid_of(self, length: int) -> tuple[int, int] | None:
         """Patches in rows and columns of a sequence of ``length`` tokens; None where that is not known."""
         patches = length - self.prefix - self.suffix
-        if self.grid is not None and self.grid[0] * self.grid[1] == patches:
+        if self.grid is not None and self.grid[0] * self.grid[1] * (self.frames or 1) == patches:
             return self.grid
+        if self.frames is not None:
+            return None
         side = math.isqrt(max(patches, 0))
         return (side, side) if side * side == patches and side else None
+
+    def frames_of(self, length: int) -> int | None:
+        """Frames (or tubelets in time) that a video's tokens come from, frame after frame; None where not known."""
+        return None if self.grid_of(length) is None else self.frames
 
     @contextlib.contextmanager
     def exposing(self) -> Iterator[None]:
@@ -149,25 +158,35 @@ class Shared:
         """State and short tokens at the entry of block ``layer``."""
         if layer == 0:
             return TokenState(x.shape[1]), x
-        state: TokenState | None = getattr(x, ATTRIBUTE, None)
-        if state is None:
-            state = self._from_slot(layer, x)
+        state = self.carried(layer, x)
         return (state, state.shorten(x)) if state.exposed else (state, x)
+
+    def carried(self, layer: int, x: Tensor) -> TokenState:
+        """The state that came with ``x``, the output of the block before ``layer``."""
+        state: TokenState | None = getattr(x, ATTRIBUTE, None)
+        return self._from_slot(layer, x) if state is None else state
+
+    def exposes(self, layer: int) -> bool:
+        """Whether the block returns full length."""
+        return self.expose_all or self.restore == "all" or (layer == self.depth - 1 and self.restore == "last")
 
     def leave(self, layer: int, y: Tensor, state: TokenState, tokens_in: int) -> Tensor:
         """Attach ``state`` to a block's output, restored to full length where the model's head needs it."""
-        tokens_out = y.shape[1]
-        last = layer == self.depth - 1
-        full = self.expose_all or self.restore == "all" or (last and self.restore == "last")
+        full = self.exposes(layer)
+        self.record(layer, tokens_in, y.shape[1], state)
         if full and state.steps:
             y = state.restore(y)
-        compiling = torch.compiler.is_compiling()
-        if not compiling:
+        return self.attach(layer, y, state.with_exposed(len(state.steps) > 0) if full else state)
+
+    def record(self, layer: int, tokens_in: int, tokens_out: int, state: TokenState) -> None:
+        """Note what a block did, for reports."""
+        if not torch.compiler.is_compiling():
             self.records[layer] = LayerRecord(tokens_in, tokens_out, state)
-        if full:
-            state = state.with_exposed(bool(state.steps))
+
+    def attach(self, layer: int, y: Tensor, state: TokenState) -> Tensor:
+        """Send ``state`` along with the output of block ``layer``."""
         setattr(y, ATTRIBUTE, state)
-        if not compiling:
+        if not torch.compiler.is_compiling():
             self.slots[layer + 1] = Slot(_pointer(y), y.shape, state)
         return y
 

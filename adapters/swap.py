@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from tokred.adapters.block import SETTINGS, run_block
+from tokred.adapters.block import SETTINGS
 
 _HOST = "_tokred_host_class"
 
@@ -60,10 +60,11 @@ def _subclass(host: Any, kind: str) -> type[nn.Module]:
 
 def _block_body(host: type[nn.Module]) -> dict[str, Any]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        run = self.__dict__[SETTINGS].recipe.run
         if args:
-            return run_block(self, functools.partial(host.forward, self), args[0], args[1:], kwargs)
+            return run(self, functools.partial(host.forward, self), args[0], args[1:], kwargs)
         x = kwargs.pop("hidden_states")
-        return run_block(self, functools.partial(host.forward, self), x, (), kwargs)
+        return run(self, functools.partial(host.forward, self), x, (), kwargs)
 
     return {"forward": forward}
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from tokred.adapters.block import Recipe
-from tokred.adapters.host import Host, argument_names
+from tokred.adapters.block import Recipe, refuse_padding
+from tokred.adapters.host import Host, argument_names, module_macs
+from tokred.adapters.state import TokenState
 from tokred.adapters.swap import host_class
+from tokred.adapters.window_host import window_host
+from tokred.adapters.windows import Parts
 from tokred.errors import UnsupportedModelError
+from tokred.kernels.gather_rows import gather_rows
 
 # Block classes that are x + f(attn(norm1(x))), then x + g(mlp(norm2(x))): they may be split in the middle. The names
 # are all that their forward may use: a later version that does more is run whole and reduced at its end.
@@ -20,6 +23,7 @@ SPLIT = {
     "timm.models.eva.EvaBlock",
     "timm.models.beit.Block",
     "timm.models.vision_transformer_relpos.RelPosBlock",
+    "timm.models.deepseek_vit.DeepseekVitBlock",
 }
 SPLIT_NAMES = {
     "norm1", "attn", "ls1", "drop_path1", "gamma_1", "norm2", "mlp", "ls2", "drop_path2", "gamma_2",
@@ -33,8 +37,22 @@ FAMILIES = {
     "timm.models.vision_transformer_relpos.VisionTransformerRelPos",
 }
 
+# Encoders of language models: what comes out is reshaped to a map or pooled by place, so it has to be of full length.
+GEMMA = "timm.models.gemma4_vit.Gemma4VitEncoder"
+MAPPED = {"timm.models.deepseek_vit.DeepseekVitEncoder", "timm.models.qwen3_vit.Qwen3VitEncoder", GEMMA}
+
 # Their attention adds a bias to each pair of tokens, so its columns do not follow from queries, keys and sizes.
 RELATIVE = {"Beit", "VisionTransformerRelPos"}
+
+# SAM's blocks, on a map: names that they and their attention use.
+SAM = "timm.models.vision_transformer_sam.VisionTransformerSAM"
+SAM_NAMES = {
+    "norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2", "window_size", "window_partition",
+    "window_unpartition", "shape", "reshape", "qkv", "view", "num_heads", "permute", "unbind", "q_norm", "k_norm",
+    "use_rel_pos", "get_decomposed_rel_pos_bias", "rel_pos_h", "rel_pos_w", "rope", "get_embed", "apply_rot_embed_cat",
+    "type_as", "fused_attn", "torch", "nn", "functional", "scaled_dot_product_attention", "attn_drop", "p", "training",
+    "scale", "transpose", "softmax", "proj", "proj_drop",
+}  # fmt: skip
 
 WINDOWED = "its attention runs in windows on a grid, which dropping tokens would break"
 REFUSED = {
@@ -42,7 +60,6 @@ REFUSED = {
     "SwinTransformerV2": WINDOWED,
     "SwinTransformerV2Cr": WINDOWED,
     "Hiera": "it pools mask units of a fixed grid between its stages",
-    "VisionTransformerSAM": "its blocks work on (B, H, W, C) maps with windows and decomposed relative positions",
     "NaFlexVit": "its pooling uses the padding mask of the original length",
     "Cait": "its talking-heads attention is not fused, so sizes could not reach it",
     "Xcit": "it attends between channels, not between tokens",
@@ -57,15 +74,47 @@ def match(model: nn.Module) -> Host | None:
         UnsupportedModelError: ``model`` is a timm model that cannot be reduced rightly; the message says why.
     """
     cls = host_class(model)
-    names = [f"{c.__module__}.{c.__qualname__}" for c in cls.__mro__]
+    names = _names(model)
+    if MAPPED & set(_names(getattr(model, "encoder", None))):
+        return None  # a classifier around such an encoder, which is found inside
     if not any(n.startswith("timm.models.") for n in names) or not hasattr(model, "forward_features"):
         return None
+    if SAM in names:
+        return _sam(model)
     reason = next((REFUSED[c.__name__] for c in cls.__mro__ if c.__name__ in REFUSED), None)
-    if reason is None and not FAMILIES & set(names):
+    if reason is None and not (FAMILIES | MAPPED) & set(names):
         reason = "it has no flat list of attention blocks over one token sequence"
     if reason is not None:
         raise UnsupportedModelError(f"timm's {cls.__name__} cannot run with fewer tokens here: {reason}")
     return _host(model)
+
+
+def _names(module: object) -> list[str]:
+    """Full names of a module's class and of those it derives from."""
+    cls = host_class(module) if isinstance(module, nn.Module) else type(module)
+    return [f"{c.__module__}.{c.__qualname__}" for c in cls.__mro__]
+
+
+def _sam(model: Any) -> Host:
+    turned = getattr(model, "rope_global", None) is not None
+    parts = Parts("norm1", "attn", "norm2", "num_heads", rotate=rotate if turned else None)
+    return window_host(
+        model,
+        [(f"blocks.{i}", block) for i, block in enumerate(model.blocks)],
+        parts,
+        frozenset(SAM_NAMES),
+        family=f"timm {host_class(model).__name__}",
+        map_of=lambda shape: _grid(model, shape),
+        around=lambda shape: _outside(model, shape) + module_macs(model.neck, 1, model.embed_dim, *_grid(model, shape)),
+    )
+
+
+def rotate(attention: Any, rows: Tensor, representative: Tensor) -> Tensor:
+    """Rotary embedding of queries or keys ``(B, H, M, D)`` at the places where they stand."""
+    from timm.layers import apply_rot_embed_cat
+
+    turned: Tensor = apply_rot_embed_cat(rows, gather_rope(attention.rope.get_embed(), representative, 0))
+    return turned
 
 
 def _host(model: Any) -> Host:
@@ -73,9 +122,12 @@ def _host(model: Any) -> Host:
     if not blocks:
         raise UnsupportedModelError(f"timm's {type(model).__name__} has no blocks")
     _check_fused(blocks)
-    first = blocks[0][1]
-    rope = getattr(model, "rope", None) is not None
-    positions = {"rope": gather_rope} if rope else {}
+    first, names = blocks[0][1], set(_names(model))
+    gemma = GEMMA in names
+    rope = getattr(model, "rope", None) is not None or gemma
+    positions: dict[str, Callable[..., Any]] = {"rope": gather_rope} if rope else {}
+    if gemma:
+        positions = {"rope_cos": gather_embeddings, "rope_sin": gather_embeddings}
     prefix = int(getattr(model, "num_prefix_tokens", 1))
     supplies = {"x", "q", "k", "v"}
     if getattr(model, "cls_token", None) is not None:
@@ -93,7 +145,7 @@ def _host(model: Any) -> Host:
         family=f"timm {host_class(model).__name__}",
         model=model,
         blocks=blocks,
-        recipe=Recipe(splits, positions, argument_names(first)),
+        recipe=(UnpaddedRecipe if gemma else Recipe)(splits, positions, argument_names(first)),
         prefix=prefix,
         supplies=frozenset(supplies),
         pooled=getattr(model, "attn_pool", None) is not None or getattr(model, "global_pool", "token") != "token",
@@ -102,7 +154,19 @@ def _host(model: Any) -> Host:
         grid=tuple(grid) if grid is not None else None,
         # Keys before rotary embedding: similarity should not depend on where two equal patches are.
         key_norms=[_key_norm(b) for _, b in blocks] if rope else [],
+        key_heads=int(first.attn.num_kv_heads) if gemma else None,
+        full="last" if MAPPED & names else "none",
     )
+
+
+class UnpaddedRecipe(Recipe):
+    """Blocks that get a mask where images of several sizes are packed together."""
+
+    def gather(self, kwargs: dict[str, Any], state: TokenState, prefix: int) -> dict[str, Any]:
+        """Positions at the rows that are left; padding is refused."""
+        if kwargs.get("attn_mask") is not None:
+            refuse_padding()
+        return super().gather(kwargs, state, prefix)
 
 
 def _check_fused(blocks: list[tuple[str, nn.Module]]) -> None:
@@ -154,8 +218,15 @@ def gather_rope(rope: Tensor, representative: Tensor, prefix: int) -> Tensor:
     return rope.expand(b, -1, -1, -1).gather(2, columns)
 
 
+def gather_embeddings(table: Tensor, representative: Tensor, prefix: int) -> Tensor:
+    """A table ``(B, N, C)`` of what belongs to each position, at the rows that are left."""
+    return gather_rows(table.expand(len(representative), -1, -1), representative)
+
+
 def _grid(model: Any, shape: tuple[int, ...]) -> tuple[int, int]:
     embed = model.patch_embed
+    if GEMMA in _names(model):
+        return int(shape[-2]) // int(embed.patch_size[0]), int(shape[-1]) // int(embed.patch_size[1])
     if hasattr(embed, "dynamic_feat_size"):
         h, w = embed.dynamic_feat_size(tuple(shape[-2:]))
         return int(h), int(w)
@@ -170,11 +241,6 @@ def _tokens(model: Any, shape: tuple[int, ...]) -> int:
 
 def _outside(model: Any, shape: tuple[int, ...]) -> int:
     """Patch embedding (counted on the meta device) and classifier."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    embed = copy.deepcopy(model.patch_embed).to("meta")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        embed(torch.empty(1, *shape[-3:], device="meta"))
     heads = [getattr(model, n, None) for n in ("head", "head_dist")]
     head = sum(p.numel() for m in heads if isinstance(m, nn.Module) for p in m.parameters() if p.ndim == 2)
-    return int(counter.get_total_flops()) // 2 + head
+    return module_macs(model.patch_embed, 1, *shape[-3:]) + head

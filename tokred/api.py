@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 ModelT = TypeVar("ModelT", bound=nn.Module)
 MethodLike = str | Method | Sequence[str | Method]
 Expose = Literal["auto", "none", "last", "all"]
+Windows = Literal["auto", "global", "windowed", "all"]
 
 
 def methods() -> list[str]:
@@ -84,6 +85,7 @@ def apply(
     *,
     where: Callable[[str, nn.Module], bool] | None = None,
     expose: Expose = "auto",
+    windows: Windows = "auto",
     **parameters: Any,
 ) -> ModelT:
     """Patch ``model`` in place so that it runs with fewer tokens.
@@ -96,6 +98,9 @@ def apply(
         where: ``where(name, block) -> bool`` restricts the method to some blocks. None: all.
         expose: which blocks return the full length again: ``"auto"`` the last one where the model's head pools over all
             tokens, ``"none"``, ``"last"``, or ``"all"`` (for hooks that read every block; costs time).
+        windows: for models whose attention runs in windows (SAM, ViTDet): reduce inside the blocks of ``"global"``
+            attention, inside each window of the ``"windowed"`` ones, or in ``"all"``. ``"auto"``: the global ones,
+            where there are any.
         parameters: the method's, when it is given by name.
 
     Returns:
@@ -111,7 +116,7 @@ def apply(
     chosen = _one(method, parameters)
     if expose not in ("auto", "none", "last", "all"):
         raise ValueError(f"expose is {expose!r}; allowed are 'auto', 'none', 'last', 'all'")
-    host = _find(model)
+    host = _find(model).choose(windows)
     host.check(chosen, expose)
     if where is not None and not any(where(name, block) for name, block in host.blocks):
         raise ValueError(f"where selects none of the {host.depth} blocks ({host.blocks[0][0]}, ...)")
@@ -168,8 +173,13 @@ def supports(model: nn.Module) -> list[Support]:
             continue
         missing = host.missing(cls)
         reason = f"needs {', '.join(sorted(missing))}, which {host.family} does not supply" if missing else ""
-        rows.append(Support(name, not missing, reason or f"{host.family}, reduced at the {host.where} of each block"))
+        rows.append(Support(name, not missing, reason or f"{host.family}, reduced {place(host.where)}"))
     return rows
+
+
+def place(where: str) -> str:
+    """Words for where tokens are reduced."""
+    return "inside each block" if where == "inside" else f"at the {where} of each block"
 
 
 class LayerReport(NamedTuple):
@@ -195,7 +205,7 @@ class Report(NamedTuple):
 
     def __str__(self) -> str:
         lines = [
-            f"{self.method} on {self.family} (reduced at the {self.where} of each block)",
+            f"{self.method} on {self.family} (reduced {place(self.where)})",
             f"{'block':>5} {'tokens':>12} {'GMACs':>8} {'mean size':>10} {'largest':>8}",
         ]
         for row in self.layers:
@@ -215,17 +225,15 @@ def report(model: nn.Module) -> Report:
         NothingRecordedError: the model is not patched, or no uncompiled forward has run since.
     """
     shared = _shared(model)
-    host = _find(model)
+    host = _find(model).choose(shared.windows)
     shared.last()
-    rows, total = [], 0
+    rows, total, full = [], 0, 0
     for layer in range(host.depth):
         before, after, state = shared.records[layer]
-        macs = host.cost(host.blocks[layer][1]).macs(before, after, host.middle(shared.method))
-        total += macs
+        macs, unpatched = host.counted(layer, shared.records[layer], shared.method)
+        total, full = total + macs, full + unpatched
         mean, largest = (1.0, 1.0) if state.size is None else (float(state.size.mean()), float(state.size.max()))
         rows.append(LayerReport(layer, before, after, macs, mean, largest))
-    n = shared.records[0].state.length
-    full = sum(host.cost(block).macs(n, n, True) for _, block in host.blocks)
     return Report(host.family, shared.method, host.where, tuple(rows), total, full)
 
 
@@ -277,7 +285,14 @@ class Flops(NamedTuple):
         return self.macs / 1e9
 
 
-def flops(model: nn.Module, method: str | Method | None, shape: Sequence[int], **parameters: Any) -> Flops:
+def flops(
+    model: nn.Module,
+    method: str | Method | None,
+    shape: Sequence[int],
+    *,
+    windows: Windows = "auto",
+    **parameters: Any,
+) -> Flops:
     """Multiply-adds of one sample under ``method``, before anything runs.
 
     Counts the matrices and the attention of every block at the tokens it sees, the patch embedding and the classifier;
@@ -287,23 +302,16 @@ def flops(model: nn.Module, method: str | Method | None, shape: Sequence[int], *
         model: a supported model, patched or not; it is not changed.
         method: a method or its name; None counts the model as it is without any.
         shape: of the input, such as ``(1, 3, 224, 224)`` or ``(3, 224, 224)``; the batch is ignored.
+        windows: as for :func:`apply`.
         parameters: the method's, when it is given by name.
 
     Raises:
         MissingInputError, UnsupportedModelError, ValueError: as :func:`apply`.
     """
-    host = _find(model)
+    host = _find(model).choose(windows)
     chosen = None if method is None else make(method, **parameters)
     if chosen is not None:
         host.check(chosen)
-    n = host.tokens(tuple(shape))
-    rows, total = [], 0
-    for layer, (_, block) in enumerate(host.blocks):
-        place = {"layer": layer, "depth": host.depth, "prefix": host.prefix, "suffix": host.suffix}
-        after = n if chosen is None else chosen.tokens(n, **place)
-        macs = host.cost(block).macs(n, after, host.middle(chosen))
-        rows.append(LayerFlops(layer, n, after, macs))
-        total += macs
-        n = after
+    rows = [LayerFlops(layer, *row) for layer, row in enumerate(host.plan(chosen, tuple(shape)))]
     outside = host.outside_macs(tuple(shape))
-    return Flops(total + outside, tuple(rows), outside)
+    return Flops(sum(row.macs for row in rows) + outside, tuple(rows), outside)

@@ -88,7 +88,8 @@ def test_runs_with_the_announced_tokens_and_without_batch_mates(family):
             assert flops.outside > 0
         alone = run(family, model, 1)
         for a, b in zip(alone, y, strict=True):
-            torch.testing.assert_close(a[:1], b[:1], rtol=1e-4, atol=2e-5)
+            scale = max(1.0, float(b.abs().max()))  # of dense heads, whose convolutions sum in another order
+            torch.testing.assert_close(a[:1], b[:1], rtol=1e-4, atol=2e-5 * scale)
 
 
 @pytest.mark.parametrize("family", [f for f, row in FAMILIES.items() if row.prefix or row.suffix])
@@ -155,7 +156,7 @@ def test_dinov3_tables_follow_their_tokens():
 
 
 def test_dinov3_rows_and_tables_permute_together():
-    from tokred.adapters.transformers import gather_tables
+    from tokred.adapters.transformers_tables import gather_tables
 
     model = build("DINOv3")
     pixels = FAMILIES["DINOv3"].inputs(2)["pixel_values"]

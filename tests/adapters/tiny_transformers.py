@@ -136,14 +136,36 @@ def spectra(b: int) -> dict[str, Tensor]:
     return {"input_values": _noise(b, 32, 24)}
 
 
+RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+DETR = {
+    "d_model": 48,
+    "encoder_layers": 3,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 3,
+    "decoder_attention_heads": 3,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "num_queries": 5,
+    "use_timm_backbone": False,
+    "backbone": None,
+}
+
+
+def _detr(name: str, config: str) -> Callable[[Any], nn.Module]:
+    """A detector on a tiny ResNet with maps of 5 x 5."""
+    return lambda t: getattr(t, name)(
+        getattr(t, config)(**DETR, backbone_config=t.ResNetConfig(**RESNET, out_features=["stage2"]))
+    )
+
+
 def _of(name: str, config: str, **options: Any) -> Callable[[Any], nn.Module]:
     return lambda t: getattr(t, name)(getattr(t, config)(**options))
 
 
-def _pair(name: str, config: str, vision: dict[str, Any]) -> Callable[[Any], nn.Module]:
-    options = {"vision_config": vision, "text_config": TEXT}
+def _pair(name: str, config: str, vision: dict[str, Any], width: int = 16) -> Callable[[Any], nn.Module]:
+    options: dict[str, Any] = {"vision_config": vision, "text_config": TEXT}
     if "Siglip" not in name:
-        options["projection_dim"] = 16
+        options["projection_dim"] = width
     return _of(name, config, **options)
 
 
@@ -175,6 +197,53 @@ FAMILIES: dict[str, Family] = {
         _of("BeitForMaskedImageModeling", "BeitConfig", **BEIT, use_mask_token=True, vocab_size=9), masked, "logits"
     ),
     "BEiT backbone": Family(_of("BeitBackbone", "BeitConfig", **BEIT, **BACK), images, "feature_maps"),
+    "UperNet on BEiT": Family(
+        lambda t: t.UperNetForSemanticSegmentation(
+            t.UperNetConfig(
+                backbone_config=t.BeitConfig(
+                    **{**BEIT, "num_hidden_layers": 4},
+                    use_relative_position_bias=True,
+                    out_features=["stage1", "stage2", "stage3", "stage4"],
+                    add_fpn=True,
+                    reshape_hidden_states=True,
+                ),
+                hidden_size=8,
+                auxiliary_in_channels=48,
+                auxiliary_channels=8,
+                num_labels=3,
+            )
+        ),
+        images,
+        "logits",
+    ),
+    "BEiT segmentation": Family(
+        _of(
+            "BeitForSemanticSegmentation",
+            "BeitConfig",
+            **{**BEIT, "num_hidden_layers": 4},
+            use_relative_position_bias=True,
+            out_indices=[1, 2, 3, 4],
+            auxiliary_channels=8,
+        ),
+        images,
+        "logits",
+    ),
+    "Data2Vec vision (own bias)": Family(
+        _of("Data2VecVisionForImageClassification", "Data2VecVisionConfig", **BEIT, use_relative_position_bias=True),
+        images,
+        "logits",
+    ),
+    "Data2Vec vision (shared bias)": Family(
+        _of(
+            "Data2VecVisionForImageClassification",
+            "Data2VecVisionConfig",
+            **BEIT,
+            use_shared_relative_position_bias=True,
+            use_mean_pooling=False,
+        ),
+        images,
+        "logits",
+    ),
     "AST": Family(
         _of("ASTForAudioClassification", "ASTConfig", **AST), spectra, "logits", prefix=2, tokens=22, shape=(1, 32, 24)
     ),
@@ -203,6 +272,13 @@ FAMILIES: dict[str, Family] = {
         tokens=33,
         shape=(1, 4, 3, 32, 32),
     ),
+    "TimeSformer": Family(
+        _of("TimesformerForVideoClassification", "TimesformerConfig", **VIDEO),
+        videos,
+        "logits",
+        tokens=17,
+        shape=(1, 4, 3, 32, 32),
+    ),
     "DINOv2": Family(_of("Dinov2Model", "Dinov2Config", **IMAGE), images, "pooler_output"),
     "DINOv2 classifier": Family(_of("Dinov2ForImageClassification", "Dinov2Config", **IMAGE), images, "logits"),
     "DINOv2 backbone": Family(_of("Dinov2Backbone", "Dinov2Config", **IMAGE, **BACK), images, "feature_maps"),
@@ -227,6 +303,25 @@ FAMILIES: dict[str, Family] = {
         _of("CLIPVisionModelWithProjection", "CLIPVisionConfig", **IMAGE, projection_dim=16), images, "image_embeds"
     ),
     "CLIP classifier": Family(_pair("CLIPForImageClassification", "CLIPConfig", IMAGE), images, "logits"),
+    "CLIPSeg": Family(
+        lambda t: t.CLIPSegForImageSegmentation(
+            t.CLIPSegConfig(
+                vision_config=IMAGE,
+                text_config=TEXT,
+                projection_dim=16,
+                extract_layers=[0, 1, 2],
+                reduce_dim=16,
+                decoder_num_attention_heads=2,
+                decoder_intermediate_size=16,
+            )
+        ),
+        both,
+        "logits",
+    ),
+    "OWL-ViT": Family(_pair("OwlViTForObjectDetection", "OwlViTConfig", IMAGE, 48), both, "logits pred_boxes"),
+    "OWLv2": Family(
+        _pair("Owlv2ForObjectDetection", "Owlv2Config", IMAGE, 48), both, "logits pred_boxes objectness_logits"
+    ),
     "MetaCLIP 2": Family(_pair("MetaClip2ForImageClassification", "MetaClip2Config", IMAGE), images, "logits"),
     "SigLIP": Family(_pair("SiglipModel", "SiglipConfig", IMAGE), both, "image_embeds text_embeds", tokens=25, **PLAIN),
     "SigLIP vision": Family(
@@ -264,6 +359,20 @@ FAMILIES: dict[str, Family] = {
         "logits pred_boxes",
         suffix=5,
         tokens=31,
+    ),
+    "DETR": Family(
+        _detr("DetrForObjectDetection", "DetrConfig"),
+        images,
+        "logits pred_boxes encoder_last_hidden_state",
+        tokens=25,
+        **PLAIN,
+    ),
+    "Conditional DETR": Family(
+        _detr("ConditionalDetrForObjectDetection", "ConditionalDetrConfig"),
+        images,
+        "logits pred_boxes",
+        tokens=25,
+        **PLAIN,
     ),
     "DPT": Family(_of("DPTForDepthEstimation", "DPTConfig", **{**IMAGE, **DENSE}), images, "predicted_depth"),
     "VideoMAE": Family(
