@@ -28,10 +28,13 @@ from tokred.registry import register
 from tokred.site import Site
 
 if TYPE_CHECKING:
+    from tokred.methods.ats import ATS
     from tokred.methods.evit import EViT
     from tokred.methods.kth import KthMerge
     from tokred.methods.pitome import PiToMe
+    from tokred.methods.ppt import PPT
     from tokred.methods.random import RandomMerge, RandomPrune
+    from tokred.methods.tofu import ToFu
     from tokred.methods.tome import ToMe
 
 __version__ = "0.1.0"
@@ -39,6 +42,8 @@ __version__ = "0.1.0"
 _CLASSES = {target.partition(":")[2]: target for target in _methods.TARGETS.values()}
 
 __all__ = [
+    "ATS",
+    "PPT",
     "EViT",
     "Flops",
     "KthMerge",
@@ -52,6 +57,7 @@ __all__ = [
     "Report",
     "Site",
     "Support",
+    "ToFu",
     "ToMe",
     "TokenStateError",
     "TokredError",

@@ -39,6 +39,8 @@ class Reduction:
         by_size: whether the sizes given to :meth:`merge` weigh the members; False makes ``"mean"`` the plain mean.
         trivial: made by :meth:`identity`: nothing happens, and a host need not act on it.
         complete: promises that no target is -1, which spares the merge from looking.
+        inherit: whether the size of a slot counts its sources; False where they were pruned and the slot only stands in
+            for them when the full length is restored.
     """
 
     representative: Tensor
@@ -51,6 +53,7 @@ class Reduction:
     by_size: bool = True
     trivial: bool = False
     complete: bool = False
+    inherit: bool = True
 
     # ------------------------------------------------------------------ makers
 
@@ -149,6 +152,8 @@ class Reduction:
         """
         flat = None if size is None else size.reshape(-1, self.length)
         rep, source, target = self._flat()
+        if not self.inherit:
+            source, target = source[:, :0], target[:, :0]
         out = merge_sizes(flat, rep, source, target, self.length).view(*self.batch, self.slots)
         return out if self.mask is None else out * self.mask
 
@@ -202,7 +207,8 @@ class Reduction:
     def step(self, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """:meth:`merge` and :meth:`sizes` in one call: the tokens ``(B, M, C)`` after this reduction, and how many
         original ones each stands for ``(B, M)``."""
-        if x.ndim == 3 and self.mode == "mean" and self.by_size and self.weight is None and self.mask is None:
+        plain = self.weight is None and self.mask is None and self.inherit
+        if x.ndim == 3 and self.mode == "mean" and self.by_size and plain:
             if x.shape[1] != self.length:
                 raise ValueError(f"x must have {self.length} tokens, got shape {tuple(x.shape)}")
             rows = (self.representative, self.source, self.target)

@@ -44,6 +44,7 @@ class Site:
         grid: ``(Hg, Wg)`` of the original patches, or None.
         positions: ``(B, N)`` int64, where each token stood in the original sequence (protected tokens included); None:
             nothing has moved yet.
+        length: tokens before the first block, protected ones included; None: those of this site.
         frames: frames of a video, or None.
         text: text tokens that guide a reduction, or None.
         layer, depth: which layer this is, of how many.
@@ -68,6 +69,7 @@ class Site:
         suffix: int = 0,
         grid: tuple[int, int] | None = None,
         positions: Tensor | None = None,
+        length: int | None = None,
         frames: int | None = None,
         text: Lazy = None,
         layer: int = 0,
@@ -86,6 +88,7 @@ class Site:
         self.suffix = suffix
         self._grid = grid
         self._positions = positions
+        self._length = length
         self.frames = frames
         self.layer = layer
         self.depth = depth
@@ -148,6 +151,11 @@ class Site:
             b, n = self.shape
             self._positions = torch.arange(n, device=self.device).expand(b, -1)
         return self._positions
+
+    @property
+    def length(self) -> int:
+        """Tokens of the original sequence, protected ones included."""
+        return self.shape[1] if self._length is None else self._length
 
     @property
     def transform(self) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,9 @@ TARGETS = {
     "random_prune": "tokred.methods.random:RandomPrune",
     "pitome": "tokred.methods.pitome:PiToMe",
     "evit": "tokred.methods.evit:EViT",
+    "ats": "tokred.methods.ats:ATS",
+    "ppt": "tokred.methods.ppt:PPT",
+    "tofu": "tokred.methods.tofu:ToFu",
 }
 
 for _name, _target in TARGETS.items():
