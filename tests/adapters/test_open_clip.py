@@ -12,6 +12,7 @@ import torch.nn.functional as F
 pytest.importorskip("open_clip")
 
 import tokred
+from tests.adapters.laws import assert_equal, assert_same, snapshot
 from tests.adapters.tiny_open_clip import CUSTOM, FAMILIES, PATCH, SIZE, build, inputs, outputs
 
 OWN = [f for f in FAMILIES if f != "timm trunk"]
@@ -22,37 +23,20 @@ def run(family, model, b=3):
         return outputs(model, *inputs(family, b))
 
 
-def snapshot(model):
-    """Everything a patch could leave behind."""
-    return (
-        repr(model),
-        [type(m) for m in model.modules()],
-        [sorted(m.__dict__) for m in model.modules()],
-        [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
-        list(model.state_dict()),
-    )
-
-
-def assert_equal(a, b):
-    assert len(a) == len(b)
-    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_to_remove_is_bit_equal_and_removal_restores_everything(family):
     model = build(family)
-    before, values = snapshot(model), [v.clone() for v in model.state_dict().values()]
+    before = snapshot(model)
     y = run(family, model)
     for name, parameters in {"tome": {"r": 0}, "pitome": {"ratio": 1.0}, "evit": {"kappa": 1.0}}.items():
         tokred.apply(model, name, **parameters)
         assert_equal(run(family, model), y)
-        assert list(model.state_dict()) == before[-1]
-        assert repr(model) == before[0]
+        assert list(model.state_dict()) == list(before["state"])
+        assert repr(model) == before["repr"]
     tokred.apply(model, "tome", r=4)
     assert not torch.equal(run(family, model)[0], y[0])
     tokred.remove(model)
-    assert snapshot(model) == before
-    assert_equal(list(model.state_dict().values()), values)
+    assert_same(before, snapshot(model))
     assert_equal(run(family, model), y)
 
 
@@ -211,5 +195,5 @@ def test_towers_without_tokens_or_fused_attention_are_refused():
         before = snapshot(model)
         with pytest.raises(tokred.UnsupportedModelError, match=reason):
             tokred.apply(model, "tome", r=4)
-        assert snapshot(model) == before
+        assert_same(before, snapshot(model))
         assert all(not row.works and reason in row.reason for row in tokred.supports(model))

@@ -12,7 +12,8 @@ import torch
 pytest.importorskip("timm")
 
 import tokred
-from tests.adapters.tiny_timm import FAMILIES, SIZE, build, images
+from tests.adapters.laws import assert_same, snapshot
+from tests.adapters.tiny_timm import FAMILIES, SIZE, build, images, without_weights
 
 ROPE = [f for f in FAMILIES if "rope" in f]
 METHODS = {
@@ -29,25 +30,6 @@ METHODS = {
 }
 NOTHING = {"tome": {"r": 0}, "pitome": {"ratio": 1.0}, "random": {"r": 0}, "random_prune": {"r": 0}, "kth": {"k": 1},
            "evit": {"kappa": 1.0}, "ats": {"blocks": ()}, "ppt": {"r": 0}, "tofu": {"r": 0}}  # fmt: skip
-
-
-def snapshot(model):
-    """Everything a patch could leave behind."""
-    return {
-        "repr": repr(model),
-        "classes": [type(m) for m in model.modules()],
-        "attributes": [sorted(m.__dict__) for m in model.modules()],
-        "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
-        "state": {k: v.clone() for k, v in model.state_dict().items()},
-    }
-
-
-def assert_same(before, after):
-    for key in ("repr", "classes", "attributes", "hooks"):
-        assert before[key] == after[key], key
-    assert list(before["state"]) == list(after["state"])
-    for key, value in before["state"].items():
-        assert torch.equal(value, after["state"][key]), key
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -262,10 +244,7 @@ def test_half_precision_without_nan(dtype):
      ("cait_xxs24_224", "talking-heads"), ("naflexvit_base_patch16_gap", "padding mask")],
 )  # fmt: skip
 def test_refused_models_say_why_and_stay_as_they_were(name, reason):
-    import timm
-
-    with torch.device("meta"):
-        model = timm.create_model(name)
+    model = without_weights(name)
     classes = [type(m) for m in model.modules()]
     with pytest.raises(tokred.UnsupportedModelError, match=reason):
         tokred.apply(model, "tome", r=4)

@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("transformers")
 
 import tokred
+from tests.adapters.laws import assert_equal, assert_same, snapshot
 from tests.adapters.tiny_transformers import FAMILIES, PATCH, SIZE, build, read
 
 NOTHING = {"tome": {"r": 0}, "pitome": {"ratio": 1.0}, "evit": {"kappa": 1.0}}
@@ -22,30 +23,6 @@ def run(family, model, b=3):
     """The outputs of a forward that do not depend on the number of tokens."""
     with torch.no_grad():
         return read(family, model(**FAMILIES[family].inputs(b)))
-
-
-def snapshot(model):
-    """Everything a patch could leave behind."""
-    return {
-        "repr": repr(model),
-        "classes": [type(m) for m in model.modules()],
-        "attributes": [sorted(m.__dict__) for m in model.modules()],
-        "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
-        "state": {k: v.clone() for k, v in model.state_dict().items()},
-    }
-
-
-def assert_same(before, after):
-    for key in ("repr", "classes", "attributes", "hooks"):
-        assert before[key] == after[key], key
-    assert list(before["state"]) == list(after["state"])
-    for key, value in before["state"].items():
-        assert torch.equal(value, after["state"][key]), key
-
-
-def assert_equal(a, b):
-    assert len(a) == len(b)
-    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
