@@ -28,22 +28,29 @@ from tokred.registry import register
 from tokred.site import Site
 
 if TYPE_CHECKING:
+    from tokred.methods.algm import ALGM
     from tokred.methods.ats import ATS
     from tokred.methods.evit import EViT
     from tokred.methods.kth import KthMerge
     from tokred.methods.pitome import PiToMe
     from tokred.methods.ppt import PPT
     from tokred.methods.random import RandomMerge, RandomPrune
+    from tokred.methods.saint import SAINT
+    from tokred.methods.tinychart import TinyChart
     from tokred.methods.tofu import ToFu
     from tokred.methods.tome import ToMe
+    from tokred.methods.vtm import VTM
 
 __version__ = "0.1.0"
 
 _CLASSES = {target.partition(":")[2]: target for target in _methods.TARGETS.values()}
 
 __all__ = [
+    "ALGM",
     "ATS",
     "PPT",
+    "SAINT",
+    "VTM",
     "EViT",
     "Flops",
     "KthMerge",
@@ -57,6 +64,7 @@ __all__ = [
     "Report",
     "Site",
     "Support",
+    "TinyChart",
     "ToFu",
     "ToMe",
     "TokenStateError",

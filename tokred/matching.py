@@ -185,7 +185,7 @@ def bipartite_uneven_matching(
         a_mask, b_mask = (None, None) if mask is None else (mask[:, first], mask[:, second])
         score, match = best_match(metric[:, first], metric[:, second], a_mask=a_mask, b_mask=b_mask)
         r = torch.minimum(count(score), (score > -torch.inf).sum(1)).clamp_min(0)
-        low, high = bounds(r)
+        low, high = bounds(r, score.shape[1])
         if high == 0:
             return Reduction.identity((b,), n, metric.device)
         order = ranked(score)

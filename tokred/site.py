@@ -22,7 +22,9 @@ Lazy = Tensor | Callable[[], Tensor | None] | None
 
 # What a method may declare in ``reads``; the shapes are those of the properties below. ``attention`` is
 # ``column_scores``; ``queries`` means that the host lets the attention's queries be reduced alone.
-READS = ("x", "q", "k", "v", "class_attention", "attention", "queries", "transform", "grid", "frames", "text")
+READS = (
+    "x", "q", "k", "v", "class_attention", "attention", "queries", "transform", "grid", "frames", "motion", "text",
+)  # fmt: skip
 
 
 class Site:
@@ -45,7 +47,9 @@ class Site:
         positions: ``(B, N)`` int64, where each token stood in the original sequence (protected tokens included); None:
             nothing has moved yet.
         length: tokens before the first block, protected ones included; None: those of this site.
-        frames: frames of a video, or None.
+        frames: frames of a video, or None. Its tokens are flattened time first, then rows, then columns.
+        motion: ``(B, N)`` how much each token moves, see :func:`tokred.motion.frame_motion`; values of protected tokens
+            are not looked at.
         text: text tokens that guide a reduction, or None.
         layer, depth: which layer this is, of how many.
         step: which call of the same layer this is (denoising step, decoding step).
@@ -71,6 +75,7 @@ class Site:
         positions: Tensor | None = None,
         length: int | None = None,
         frames: int | None = None,
+        motion: Lazy = None,
         text: Lazy = None,
         layer: int = 0,
         depth: int = 1,
@@ -78,7 +83,7 @@ class Site:
     ) -> None:
         self._values: dict[str, Lazy] = {
             "x": x, "q": q, "k": k, "v": v, "class_attention": class_attention, "bias": bias, "text": text,
-            "attention_k": attention_k,
+            "attention_k": attention_k, "motion": motion,
         }  # fmt: skip
         self._transform = transform
         self.scale = scale
@@ -88,6 +93,7 @@ class Site:
         self.suffix = suffix
         self._grid = grid
         self._positions = positions
+        self.moved = positions is not None
         self._length = length
         self.frames = frames
         self.layer = layer
@@ -127,6 +133,11 @@ class Site:
     def v(self) -> Tensor:
         """``(B, Hk, N, D)`` values."""
         return self._get("v")
+
+    @property
+    def motion(self) -> Tensor:
+        """``(B, N)`` how much each token moves."""
+        return self._get("motion")
 
     @property
     def text(self) -> Tensor:

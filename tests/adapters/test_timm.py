@@ -27,9 +27,16 @@ METHODS = {
     "ats": {},
     "ppt": {"r": 4},
     "tofu": {"r": 4},
+    "saint": {"tau": 0.35, "K": 3},
+    "saint-full": {"form": "full", "M": 15, "blocks": (1,)},
+    "algm": {"T": 0.0, "theta": 0.3},
+    "vtm": {"gamma": 2, "blocks": (1,)},
+    "vtm-centre": {"variant": "centre", "R": 0.5, "blocks": (0, 1)},
+    "tinychart": {"r": 4, "order": "raster"},
 }
 NOTHING = {"tome": {"r": 0}, "pitome": {"ratio": 1.0}, "random": {"r": 0}, "random_prune": {"r": 0}, "kth": {"k": 1},
-           "evit": {"kappa": 1.0}, "ats": {"blocks": ()}, "ppt": {"r": 0}, "tofu": {"r": 0}}  # fmt: skip
+           "evit": {"kappa": 1.0}, "ats": {"blocks": ()}, "ppt": {"r": 0}, "tofu": {"r": 0}, "saint": {"tau": 1.5},
+           "algm": {"T": 2, "theta": 2}, "vtm": {"R": 0}, "tinychart": {"r": 0}}  # fmt: skip
 
 
 @pytest.mark.parametrize("family", FAMILIES)

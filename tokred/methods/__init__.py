@@ -15,6 +15,10 @@ TARGETS = {
     "ats": "tokred.methods.ats:ATS",
     "ppt": "tokred.methods.ppt:PPT",
     "tofu": "tokred.methods.tofu:ToFu",
+    "saint": "tokred.methods.saint:SAINT",
+    "vtm": "tokred.methods.vtm:VTM",
+    "tinychart": "tokred.methods.tinychart:TinyChart",
+    "algm": "tokred.methods.algm:ALGM",
 }
 
 for _name, _target in TARGETS.items():
