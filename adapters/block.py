@@ -221,7 +221,8 @@ def follow(shared: Shared, step: Reduction, state: TokenState, x: Tensor) -> tup
 def transformed(attn: Any, normed: Tensor, capture: Capture) -> tuple[Tensor, Tensor]:
     """The attention's normalised input, and what its value and output projections make of each token alone."""
     q, v = capture.q, capture.v
-    assert q is not None and v is not None  # asked for after the attention has run
+    assert q is not None  # asked for after the attention has run
+    assert v is not None
     return normed, value_transform(attn, v, q.shape[1])
 
 

@@ -38,8 +38,11 @@ if TYPE_CHECKING:
     from tokred.methods.saint import SAINT
     from tokred.methods.tinychart import TinyChart
     from tokred.methods.tofu import ToFu
+    from tokred.methods.tokentm import TokenTMPrune
     from tokred.methods.tome import ToMe
+    from tokred.methods.vomix import VoMix
     from tokred.methods.vtm import VTM
+    from tokred.methods.zero_tprune import ZeroTPrune
 
 __version__ = "0.1.0"
 
@@ -68,9 +71,12 @@ __all__ = [
     "ToFu",
     "ToMe",
     "TokenStateError",
+    "TokenTMPrune",
     "TokredError",
     "UnknownMethodError",
     "UnsupportedModelError",
+    "VoMix",
+    "ZeroTPrune",
     "__version__",
     "applied",
     "apply",

@@ -6,7 +6,17 @@ import torch
 from torch import Tensor
 
 from tokred.kernels.dispatch import accumulator_dtype
+from tokred.rollout import contributions, tokentm_class_row, tokentm_rollout, tokentm_weights
 from tokred.site import Site
+
+__all__ = [
+    "class_value",
+    "contributions",
+    "tokentm_class_row",
+    "tokentm_rollout",
+    "tokentm_score",
+    "tokentm_weights",
+]
 
 
 def class_value(site: Site) -> Tensor:
@@ -40,3 +50,28 @@ def class_value(site: Site) -> Tensor:
         total = raw.sum(1, keepdim=True)
         alike = real / real.sum(1, keepdim=True).clamp_min(1)
         return torch.where(total > 0, raw / total.clamp_min(torch.finfo(raw.dtype).tiny), alike)
+
+
+def tokentm_score(site: Site, *, length_only: bool = False, direction_only: bool = False) -> Tensor:
+    """Class attention times transformation weight, ``a[j] * w[j]``: the score of one layer, without a roll-out.
+
+    Args:
+        site: supplies ``class_attention`` and ``transform``.
+        length_only, direction_only: see :func:`tokentm_weights`.
+
+    Returns:
+        ``(B, T)`` float32 over the ``T`` unprotected tokens, zero on padding. Carries no gradient.
+
+    Raises:
+        MissingInputError: the site lacks one of the two.
+
+    Source: Wu et al., Token Transformation Matters, CVPR 2024; its use at a single layer is ours.
+    """
+    free = slice(site.prefix, site.shape[1] - site.suffix)
+    with torch.no_grad():
+        before, after = site.transform
+        weight = tokentm_weights(
+            before, after, length_only=length_only, direction_only=direction_only, mask=site.mask
+        ).float()
+        score = (site.class_attention * weight)[:, free]
+        return score if site.mask is None else score.masked_fill(~site.mask[:, free], 0)

@@ -37,3 +37,24 @@ def random_order(
 ) -> Tensor:
     """``(B, n)`` the same pseudo-random permutation of ``range(n)`` for every sample, see :func:`hash_uniform`."""
     return ranked(hash_uniform(n, seed, layer, step, device)).expand(b, -1)
+
+
+def highest(scores: Tensor, k: int, count: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Positions of the ``k`` highest scores, in ascending order; ties to the lower position.
+
+    Args:
+        scores: ``(B, N)``; where samples have padding, it scores lowest.
+        k: how many, at most ``N``.
+        count: ``(B, 1)`` how many of the ``k`` a sample has; None: all.
+
+    Returns:
+        ``(B, k)`` int64; and where ``count`` is given, ``(B, k)`` bool, False on padding, which stands last and repeats
+        position 0.
+    """
+    rows = ranked(scores)[:, :k]
+    if count is None:
+        return rows.sort(dim=1).values, None
+    n = scores.shape[1]
+    rows = torch.where(torch.arange(k, device=rows.device) < count, rows, n).sort(dim=1).values
+    real = rows < n
+    return torch.where(real, rows, 0), real

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from tokred.errors import MissingInputError
-from tokred.kernels.column_scores import column_scores
+from tokred.kernels.attention import attention
+from tokred.kernels.column_scores import column_power, column_scores
+from tokred.kernels.gather_rows import gather_rows
 
 Stage = Literal["block", "attention", "projector", "layer", "cache"]
 Lazy = Tensor | Callable[[], Tensor | None] | None
@@ -51,6 +53,7 @@ class Site:
         motion: ``(B, N)`` how much each token moves, see :func:`tokred.motion.frame_motion`; values of protected tokens
             are not looked at.
         text: text tokens that guide a reduction, or None.
+        class_token: whether the first token is a class token; None: where there is a prefix, it is.
         layer, depth: which layer this is, of how many.
         step: which call of the same layer this is (denoising step, decoding step).
     """
@@ -77,6 +80,7 @@ class Site:
         frames: int | None = None,
         motion: Lazy = None,
         text: Lazy = None,
+        class_token: bool | None = None,
         layer: int = 0,
         depth: int = 1,
         step: int = 0,
@@ -96,6 +100,7 @@ class Site:
         self.moved = positions is not None
         self._length = length
         self.frames = frames
+        self.class_token = prefix > 0 if class_token is None else class_token
         self.layer = layer
         self.depth = depth
         self.step = step
@@ -206,14 +211,86 @@ class Site:
         Raises:
             MissingInputError: queries or keys are not at hand.
         """
-        q, rotated = self.q, self._find("attention_k")
-        k = self.k if rotated is None else rotated
-        mask = self.mask
+        q, k, mask = self.q, self._attention_k(), self.mask
         if mask is not None and rows is None:
             real = mask.float().unsqueeze(1)
             weight = real if weight is None else weight * (real if weight.ndim == 3 else real.squeeze(1))
         q = q if rows is None else q[:, :, rows]
         return column_scores(q, k, weight, bias=self._find("bias"), scale=self.scale, key_mask=mask)
+
+    def column_power(self, start: Tensor, rounds: int, *, tolerance: float = 0.0) -> Tensor:
+        """Column scores weighted by the scores before, again and again: page rank on this layer's attention.
+
+        Args:
+            start: what the tokens begin with, ``(N,)``, ``(B, N)`` or ``(B, H, N)``. Padding has no say.
+            rounds: how often.
+            tolerance: a head is settled once a round changes it by less, summed over the tokens; 0: never.
+
+        Returns:
+            ``(B, H, N)`` float32.
+
+        Raises:
+            MissingInputError: queries or keys are not at hand.
+        """
+        if self.mask is not None:
+            start = start * (self.mask.unsqueeze(1) if start.ndim == 3 else self.mask)
+        terms = {"bias": self._find("bias"), "key_mask": self.mask}
+        return column_power(self.q, self._attention_k(), start, rounds, tolerance=tolerance, scale=self.scale, **terms)
+
+    def _attention_k(self) -> Tensor:
+        rotated = self._find("attention_k")
+        return self.k if rotated is None else rotated
+
+    def attend(self, values: Tensor) -> Tensor:
+        """This layer's attention, weights after softmax, over other values than its own.
+
+        Args:
+            values: ``(B, N, E)``, or ``(B, H, N, E)`` per head.
+
+        Returns:
+            ``(B, H, N, E)`` float32.
+
+        Raises:
+            MissingInputError: queries or keys are not at hand.
+        """
+        q, k = self.q.float(), self._attention_k().float()
+        heads = q.shape[1]
+        if k.shape[1] != heads:
+            k = k.repeat_interleave(heads // k.shape[1], 1)
+        v = (values.unsqueeze(1) if values.ndim == 3 else values).float()
+        v = v.expand(-1, heads, -1, -1)
+        return attention(q, k, v, bias=self._find("bias"), scale=self.scale, key_mask=self.mask)
+
+    def among(self, rows: Tensor, mask: Tensor | None = None) -> Site:
+        """The attention among some of the tokens alone: each of its rows is renormalised over them.
+
+        Args:
+            rows: ``(B, M)`` int64, the tokens, protected ones included.
+            mask: ``(B, M)`` bool, False on padding; None: all are real.
+
+        Returns:
+            A site with queries and keys of these tokens.
+
+        Raises:
+            MissingInputError: queries or keys are not at hand.
+        """
+        bias = self._find("bias")
+        if bias is not None:
+            at = rows if bias.ndim == 2 else rows.unsqueeze(1).expand(-1, bias.shape[1], -1)
+            bias = bias.gather(-1, at)
+        return Site(
+            q=gather_rows(self.q, rows),
+            k=gather_rows(self._attention_k(), rows),
+            bias=bias,
+            scale=self.scale,
+            mask=mask,
+            prefix=self.prefix,
+            suffix=self.suffix,
+            class_token=self.class_token,
+            layer=self.layer,
+            depth=self.depth,
+            step=self.step,
+        )
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -11,17 +11,19 @@ from torch import Tensor
 
 from tokred.kernels.column_scores.blocked import column_scores_blocked, column_statistics_blocked
 from tokred.kernels.column_scores.checks import check
+from tokred.kernels.column_scores.power import column_power_blocked, column_power_reference, iterate
 from tokred.kernels.column_scores.reference import (
     ColumnStatistics,
     Options,
     column_scores_reference,
     column_statistics_reference,
+    full_weight,
     row_lse_reference,
 )
 from tokred.kernels.column_scores.registration import refusals
-from tokred.kernels.dispatch import use_kernel, why_not
+from tokred.kernels.dispatch import accumulator_dtype, use_kernel, why_not
 
-__all__ = ["ColumnStatistics", "column_scores", "column_statistics", "row_lse", "why_not_kernel"]
+__all__ = ["ColumnStatistics", "column_power", "column_scores", "column_statistics", "row_lse", "why_not_kernel"]
 
 _scores_op = torch.ops.tokred.column_scores.default
 _statistics_op = torch.ops.tokred.column_statistics.default
@@ -122,6 +124,57 @@ def column_statistics(
     if _plain(q, k, weight, lse, bias):
         return column_statistics_reference(q, k, weight, lse, bias, key_mask, options)
     return column_statistics_blocked(q, k, weight, lse, bias, key_mask, options)
+
+
+def column_power(
+    q: Tensor,
+    k: Tensor,
+    start: Tensor,
+    rounds: int,
+    *,
+    tolerance: float = 0.0,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    key_mask: Tensor | None = None,
+) -> Tensor:
+    """Column scores weighted by the scores before, ``rounds`` times: page rank on the graph of attention.
+
+    Each head's scores settle by themselves: once a round changes them by less than ``tolerance``, summed over the
+    tokens, they stay as they are. On a CPU no rounds are run after the last head has settled; elsewhere looking would
+    wait for the device, so they are run and not used.
+
+    Args:
+        q: queries ``[B, H, N, D]``.
+        k: keys ``[B, Hk, N, D]``.
+        start: scores to begin with, broadcastable to ``[N]``, ``[B, N]`` or ``[B, H, N]``. Those of masked tokens
+            should be 0: whatever the others have in sum, they keep.
+        rounds: how often.
+        tolerance: see above; 0 runs all rounds.
+        scale: see ``column_scores``, as everything below.
+        bias: per key.
+        key_mask: visible keys.
+
+    Returns:
+        ``[B, H, N]`` in float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument has the wrong shape, device or value, or there are not as many queries as keys.
+    """
+    options = check(q, k, start, None, bias, key_mask, scale, False, None, None, "none")
+    if q.shape[2] != k.shape[2]:
+        raise ValueError(f"page rank needs as many queries as keys, got {q.shape[2]} and {k.shape[2]}")
+    if rounds < 0 or tolerance < 0:
+        raise ValueError(f"rounds and tolerance must not be negative, got {rounds} and {tolerance}")
+    rows = full_weight(start)
+    assert rows is not None
+    s = rows.to(accumulator_dtype(q.dtype)).expand(q.shape[0], q.shape[1], q.shape[2])
+    if use_kernel("column_power", q, lambda: refusals(q, k)):
+        lse = _row_lse_op(q, k, bias, key_mask, *options[:4])
+        return iterate(lambda s: _scores_op(q, k, s, lse, bias, key_mask, *options), s, rounds, tolerance, look=False)
+    if _plain(q, k, start, bias):
+        return column_power_reference(q, k, s, rounds, tolerance, bias, key_mask, options)
+    return column_power_blocked(q, k, s, rounds, tolerance, bias, key_mask, options)
 
 
 def row_lse(

@@ -24,6 +24,9 @@ METHODS = {
     "random_prune": {"r": 3},
     "kth": {"k": 2},
     "evit": {"kappa": 0.6, "blocks": (1,)},
+    "zero_tprune": {"blocks": (1,), "rho": 0.6, "r_s": 2},
+    "tokentm": {"keep": 0.6, "blocks": (1,)},
+    "vomix": {"r": 0.2},
     "ats": {},
     "ppt": {"r": 4},
     "tofu": {"r": 4},
@@ -36,7 +39,8 @@ METHODS = {
 }
 NOTHING = {"tome": {"r": 0}, "pitome": {"ratio": 1.0}, "random": {"r": 0}, "random_prune": {"r": 0}, "kth": {"k": 1},
            "evit": {"kappa": 1.0}, "ats": {"blocks": ()}, "ppt": {"r": 0}, "tofu": {"r": 0}, "saint": {"tau": 1.5},
-           "algm": {"T": 2, "theta": 2}, "vtm": {"R": 0}, "tinychart": {"r": 0}}  # fmt: skip
+           "algm": {"T": 2, "theta": 2}, "vtm": {"R": 0}, "tinychart": {"r": 0},
+           "zero_tprune": {"rho": 1.0, "r_s": 0}, "tokentm": {"keep": 1.0}, "vomix": {"r": 0}}  # fmt: skip
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -46,7 +50,7 @@ def test_nothing_to_remove_is_bit_equal_and_removal_restores_everything(family):
     with torch.no_grad():
         y = model(x)
         for name, parameters in NOTHING.items():
-            if _reads_class_token(name) and not _has_class_token(model):
+            if _lacks(model, family, name):
                 continue
             tokred.apply(model, name, **parameters)
             assert torch.equal(model(x), y), name
@@ -64,8 +68,8 @@ def test_nothing_to_remove_is_bit_equal_and_removal_restores_everything(family):
 def test_runs_with_the_announced_tokens_and_without_batch_mates(family, case):
     model, x = build(family), images()
     name, parameters = case.partition("-")[0], METHODS[case]
-    if _reads_class_token(name) and not _has_class_token(model):
-        with pytest.raises(tokred.MissingInputError, match="class_attention"):
+    if lacks := _lacks(model, family, name):
+        with pytest.raises(tokred.MissingInputError, match=f"reads .*{lacks}.* does not supply"):
             tokred.apply(model, name, **parameters)
         return
     tokred.apply(model, name, **parameters)
@@ -83,12 +87,16 @@ def test_runs_with_the_announced_tokens_and_without_batch_mates(family, case):
             torch.testing.assert_close(model(x[i : i + 1]), y[i : i + 1], rtol=1e-4, atol=2e-5)
 
 
-def _reads_class_token(name: str) -> bool:
-    return "class_attention" in tokred.make(name).reads
-
-
-def _has_class_token(model) -> bool:
-    return getattr(model, "cls_token", None) is not None
+def _lacks(model, family: str, name: str) -> str | None:
+    """Something that the method reads and a model of this family cannot supply."""
+    found = set()
+    if getattr(model, "cls_token", None) is None:
+        found.add("class_attention")
+    if "relpos" in family or "beit" in family:
+        found.add("attention")  # a bias for each pair of tokens
+    if "parallel" in family or "post-norm" in family:
+        found |= {"queries", "transform"}  # blocks that are run whole
+    return min(found & tokred.make(name).reads, default=None)
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ROPE and "relpos" not in f and "beit" not in f])
