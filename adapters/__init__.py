@@ -6,12 +6,15 @@ A host library is imported only by its own adapter, and only when a model of tha
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import nn
 
-from tokred.adapters.host import Host
 from tokred.adapters.swap import host_class
-from tokred.errors import UnsupportedModelError
+from tokred.errors import UnknownModelError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from tokred.adapters.host import Host
 
 # First package of a class's module -> the adapter that knows it.
 ADAPTERS = {
@@ -19,24 +22,43 @@ ADAPTERS = {
     "transformers": "tokred.adapters.transformers",
     "open_clip": "tokred.adapters.open_clip",
 }
+# The same for language models, whose caches may lose rows.
+CACHES = {"transformers": "tokred.adapters.cache.host"}
+# The same for denoisers, whose attention may run on fewer tokens.
+DENOISERS = {"diffusers": "tokred.adapters.diffusion"}
+BY_STAGE = {"block": ADAPTERS, "cache": CACHES, "attention": DENOISERS}
+KINDS = {"block": "encoders", "cache": "language models", "attention": "denoisers"}
 
 
-def find(model: nn.Module) -> Host:
+@overload
+def find(model: nn.Module, stage: Literal["block"] = "block") -> Host: ...
+
+
+@overload
+def find(model: nn.Module, stage: str) -> Any: ...
+
+
+def find(model: nn.Module, stage: str = "block") -> Any:
     """The one part of ``model`` that can be patched: the model itself, or a single known model inside it.
+
+    Args:
+        model: a model, or something that holds one.
+        stage: ``"block"`` for a :class:`~tokred.adapters.host.Host`, ``"cache"`` for a ``CacheHost``,
+            ``"attention"`` for a ``DenoiserHost``.
 
     Raises:
         UnsupportedModelError: no part can be patched (with the reason of the outermost part that was recognised), or
             several can, so that the user has to say which.
     """
     refusal: UnsupportedModelError | None = None
-    hosts: list[tuple[str, Host]] = []
+    hosts: list[tuple[str, Any]] = []
     settled: list[str] = []
     for name, module in model.named_modules():
         # What is inside a host belongs to it; what is inside a refused model is refused for its reason.
         if any(not outer or name == outer or name.startswith(f"{outer}.") for outer in settled):
             continue
         try:
-            host = _match(module)
+            host = _match(module, BY_STAGE[stage])
         except UnsupportedModelError as error:
             refusal = refusal or error
             settled.append(name)
@@ -53,17 +75,18 @@ def find(model: nn.Module) -> Host:
         return hosts[0][1]
     if refusal is not None:
         raise refusal
-    raise UnsupportedModelError(
-        f"{type(model).__name__} is of no family that tokred knows ({', '.join(ADAPTERS)} encoders), and holds none; "
+    raise UnknownModelError(
+        f"{type(model).__name__} is of no family that tokred knows ({', '.join(BY_STAGE[stage])} {KINDS[stage]}), and "
+        "holds none; "
         "docs/hosts.md lists the families"
     )
 
 
-def _match(module: nn.Module) -> Host | None:
+def _match(module: nn.Module, adapters: dict[str, str]) -> Any:
     packages = {c.__module__.partition(".")[0] for c in host_class(module).__mro__}
-    for package, adapter in ADAPTERS.items():
+    for package, adapter in adapters.items():
         if package in packages:
-            host: Host | None = importlib.import_module(adapter).match(module)
+            host = importlib.import_module(adapter).match(module)
             if host is not None:
                 return host
     return None

@@ -13,7 +13,7 @@ from torch import nn
 
 from tokred.adapters.block import KeyTap, Recipe, Settings
 from tokred.adapters.state import LayerRecord, Shared
-from tokred.adapters.swap import host_class, is_swapped, restore, swap
+from tokred.adapters.swap import host_class, is_swapped, remove_hooks, restore, swap
 from tokred.errors import MissingInputError
 from tokred.method import Method
 
@@ -73,6 +73,13 @@ class Host:
     key_norms: list[nn.Module | None] = field(default_factory=list)
     key_heads: int | None = None
     note: str = ""
+    stage: str = "block"
+
+    @property
+    def how(self) -> str:
+        """How methods run here, for the table of support."""
+        inside = self.where == "inside"
+        return f"{self.family}, reduced {'inside each block' if inside else f'at the {self.where} of each block'}"
 
     @property
     def depth(self) -> int:
@@ -94,7 +101,7 @@ class Host:
         reads = method.reads if isinstance(method, Method) else method().reads
         missing = reads - self.supplies
         # Rows and columns alone do not place the tokens of a video.
-        if self.frames is not None and "frames" not in reads:
+        if self.frames is not None and "frames" not in reads and not method.clips:
             missing |= reads & {"grid"}
         return missing
 
@@ -216,6 +223,7 @@ def unpatch(model: nn.Module) -> int:
         if is_swapped(module):
             restore(module)
             count += 1
+        remove_hooks(module)
         for key in [k for k, hook in module._forward_hooks.items() if isinstance(hook, KeyTap)]:
             del module._forward_hooks[key]
     return count

@@ -31,7 +31,7 @@ def is_swapped(module: nn.Module) -> bool:
 
 
 def swap(module: nn.Module, kind: str, settings: Any) -> None:
-    """Exchange the class of ``module`` in place; ``kind`` is ``"block"`` or ``"model"``."""
+    """Exchange the class of ``module`` in place; ``kind`` is a key of ``_BODIES``."""
     if is_swapped(module):
         raise RuntimeError(f"{type(module).__name__} is patched already")
     host: Any = type(module)
@@ -40,9 +40,27 @@ def swap(module: nn.Module, kind: str, settings: Any) -> None:
 
 
 def restore(module: nn.Module) -> None:
-    """Undo :func:`swap`."""
+    """Undo :func:`swap`, and what the settings know besides."""
     module.__class__ = host_class(module)
-    module.__dict__.pop(SETTINGS, None)
+    undo = getattr(module.__dict__.pop(SETTINGS, None), "undo", None)
+    if undo is not None:
+        undo()
+
+
+class Hook:
+    """Base of hooks on modules, by which they are found again; objects, so that models copy and pickle."""
+
+
+def remove_hooks(module: nn.Module) -> None:
+    """Take tokred's hooks off one module."""
+    for hooks, others in (
+        (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
+        (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),
+    ):
+        for key in [k for k, hook in hooks.items() if isinstance(hook, Hook)]:
+            del hooks[key]
+            for other in others:
+                other.pop(key, None)
 
 
 @functools.cache
@@ -54,7 +72,7 @@ def _subclass(host: Any, kind: str) -> type[nn.Module]:
         "__reduce_ex__": _make_reduce(host, kind),
         _HOST: host,
     }
-    body.update(_block_body(host) if kind == "block" else _model_body(host))
+    body.update(_BODIES[kind](host))
     return type(host.__name__, (host,), body)
 
 
@@ -77,6 +95,29 @@ def _model_body(host: type[nn.Module]) -> dict[str, Any]:
         if original is not None:
             body[name] = _exposed(original)
     return body
+
+
+def _cache_body(host: type[nn.Module]) -> dict[str, Any]:
+    """What a model with a policy for its cache does before it generates."""
+    from tokred.adapters.cache import generate
+
+    return generate.body(host)
+
+
+def _sublayer_body(host: type[nn.Module]) -> dict[str, Any]:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__[SETTINGS].run(self, host.forward, args, kwargs)
+
+    return {"forward": forward}
+
+
+_BODIES: dict[str, Callable[[type[nn.Module]], dict[str, Any]]] = {
+    "block": _block_body,
+    "model": _model_body,
+    "cache": _cache_body,
+    "sublayer": _sublayer_body,
+    "denoiser": lambda host: {},  # hooks do it all
+}
 
 
 def _exposed(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -20,29 +20,52 @@ from tokred.errors import (
     TokenStateError,
     TokredError,
     UnknownMethodError,
+    UnknownModelError,
     UnsupportedModelError,
 )
+from tokred.hosts import CacheReport, kv_cache
 from tokred.method import Method, from_dict
 from tokred.reduction import Reduction
 from tokred.registry import register
 from tokred.site import Site
 
 if TYPE_CHECKING:
+    from tokred import kv
+    from tokred.methods.adakv import AdaKV
     from tokred.methods.algm import ALGM
     from tokred.methods.ats import ATS
+    from tokred.methods.cake import CAKE
+    from tokred.methods.criticalkv import CriticalKV
+    from tokred.methods.duoattention import DuoAttention
     from tokred.methods.evit import EViT
+    from tokred.methods.expected_attention import ExpectedAttention
+    from tokred.methods.h2o import H2O
+    from tokred.methods.keydiff import KeyDiff
+    from tokred.methods.keyformer import Keyformer
+    from tokred.methods.knorm import KNorm
     from tokred.methods.kth import KthMerge
+    from tokred.methods.kv import KVPolicy
+    from tokred.methods.lagkv import LagKV
+    from tokred.methods.observed_attention import ObservedAttention
     from tokred.methods.pitome import PiToMe
     from tokred.methods.ppt import PPT
+    from tokred.methods.pyramidkv import PyramidKV
     from tokred.methods.random import RandomMerge, RandomPrune
+    from tokred.methods.random_evict import RandomEvict
+    from tokred.methods.rpc import RPC
     from tokred.methods.saint import SAINT
+    from tokred.methods.snapkv import SnapKV
+    from tokred.methods.squeezeattention import SqueezeAttention
+    from tokred.methods.streaming_llm import StreamingLLM
     from tokred.methods.tinychart import TinyChart
     from tokred.methods.tofu import ToFu
     from tokred.methods.tokentm import TokenTMPrune
     from tokred.methods.tome import ToMe
+    from tokred.methods.tova import TOVA
     from tokred.methods.vomix import VoMix
     from tokred.methods.vtm import VTM
     from tokred.methods.zero_tprune import ZeroTPrune
+    from tokred.methods.zeromerge import ZeroMerge
 
 __version__ = "0.1.0"
 
@@ -51,21 +74,41 @@ _CLASSES = {target.partition(":")[2]: target for target in _methods.TARGETS.valu
 __all__ = [
     "ALGM",
     "ATS",
+    "CAKE",
+    "H2O",
     "PPT",
+    "RPC",
     "SAINT",
+    "TOVA",
     "VTM",
+    "AdaKV",
+    "CacheReport",
+    "CriticalKV",
+    "DuoAttention",
     "EViT",
+    "ExpectedAttention",
     "Flops",
+    "KNorm",
+    "KVPolicy",
+    "KeyDiff",
+    "Keyformer",
     "KthMerge",
+    "LagKV",
     "Method",
     "MissingInputError",
     "NothingRecordedError",
+    "ObservedAttention",
     "PiToMe",
+    "PyramidKV",
+    "RandomEvict",
     "RandomMerge",
     "RandomPrune",
     "Reduction",
     "Report",
     "Site",
+    "SnapKV",
+    "SqueezeAttention",
+    "StreamingLLM",
     "Support",
     "TinyChart",
     "ToFu",
@@ -74,14 +117,18 @@ __all__ = [
     "TokenTMPrune",
     "TokredError",
     "UnknownMethodError",
+    "UnknownModelError",
     "UnsupportedModelError",
     "VoMix",
+    "ZeroMerge",
     "ZeroTPrune",
     "__version__",
     "applied",
     "apply",
     "flops",
     "from_dict",
+    "kv",
+    "kv_cache",
     "make",
     "methods",
     "register",
@@ -94,6 +141,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Method classes by their own names (``tokred.ToMe``), imported when first used."""
+    if name == "kv":
+        return importlib.import_module("tokred.kv")
     target = _CLASSES.get(name)
     if target is None:
         raise AttributeError(f"module 'tokred' has no attribute {name!r}")

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from tokred.errors import NothingRecordedError, UnsupportedModelError
+from tokred import hosts
+from tokred.errors import NothingRecordedError
+from tokred.hosts import CacheReport, DenoiserReport
 from tokred.method import Method
 from tokred.reduction import Reduction
 from tokred.registry import methods as registered
@@ -18,7 +20,7 @@ from tokred.registry import methods as registered
 if TYPE_CHECKING:
     from tokred.adapters.host import Host
 
-ModelT = TypeVar("ModelT", bound=nn.Module)
+ModelT = TypeVar("ModelT")  # a module, or a pipeline that holds one
 MethodLike = str | Method | Sequence[str | Method]
 Expose = Literal["auto", "none", "last", "all"]
 Windows = Literal["auto", "global", "windowed", "all"]
@@ -52,31 +54,18 @@ def make(method: str | Method, **parameters: Any) -> Method:
     return cls(**parameters)
 
 
-def _one(method: MethodLike, parameters: dict[str, Any]) -> Method:
-    """The block method of a list; lists exist so that methods of different stages compose."""
+def _several(method: MethodLike, parameters: dict[str, Any]) -> list[Method]:
+    """The methods of a call, one a stage, in the order of the stages."""
     if isinstance(method, str | Method):
-        return make(method, **parameters)
+        return [make(method, **parameters)]
     made = [make(m) for m in method]
-    if not made:
-        raise ValueError("the list of methods is empty")
-    stages = [m.stage for m in made]
-    if parameters:
+    if made and parameters:
         raise TypeError("parameters go with a single method's name; build the methods of a list as objects")
-    if len(made) > 1:
-        raise ValueError(f"one method a stage: {', '.join(m.name for m in made)} act at {', '.join(stages)}")
-    return made[0]
+    return hosts.compose(made)
 
 
 def _find(model: nn.Module) -> Host:
-    from tokred import adapters
-
-    if isinstance(model, torch.jit.ScriptModule):
-        raise UnsupportedModelError("the model is TorchScript, which cannot be patched: apply tokred first, then trace")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if hasattr(model, "_orig_mod"):
-        raise UnsupportedModelError("the model is compiled: apply tokred to the original model, then torch.compile it")
-    return adapters.find(model)
+    return hosts.find(model)  # type: ignore[no-any-return]
 
 
 def apply(
@@ -93,7 +82,8 @@ def apply(
     Everything is checked first; on an error the model is as it was. Applying again replaces the patch before.
 
     Args:
-        model: a supported model, or a module that holds one (a classifier around a backbone).
+        model: a supported model, a module that holds one (a classifier around a backbone), or a pipeline of
+            diffusers, whose denoiser is patched.
         method: a method's name, with its parameters as keywords; a method object; or a list of them.
         where: ``where(name, block) -> bool`` restricts the method to some blocks. None: all.
         expose: which blocks return the full length again: ``"auto"`` the last one where the model's head pools over all
@@ -113,15 +103,17 @@ def apply(
     """
     from tokred.adapters.host import unpatch
 
-    chosen = _one(method, parameters)
+    chosen = _several(method, parameters)
     if expose not in ("auto", "none", "last", "all"):
         raise ValueError(f"expose is {expose!r}; allowed are 'auto', 'none', 'last', 'all'")
-    host = _find(model).choose(windows)
-    host.check(chosen, expose)
-    if where is not None and not any(where(name, block) for name, block in host.blocks):
-        raise ValueError(f"where selects none of the {host.depth} blocks ({host.blocks[0][0]}, ...)")
-    unpatch(model)
-    host.patch(chosen, where, expose)
+    found = [(hosts.find_for(model, m).choose(windows), m) for m in chosen]
+    for host, one in found:
+        host.check(one, expose)
+        if where is not None and not any(where(name, block) for name, block in host.blocks):
+            raise ValueError(f"where selects none of the {host.depth} blocks ({host.blocks[0][0]}, ...)")
+    unpatch(hosts.module_of(model))
+    for host, one in found:
+        host.patch(one, where, expose)
     return model
 
 
@@ -129,18 +121,16 @@ def remove(model: ModelT) -> ModelT:
     """Take every patch off ``model``: classes, forwards and hooks are those it had. Harmless without one."""
     from tokred.adapters.host import unpatch
 
-    unpatch(model)
+    unpatch(hosts.module_of(model))
     return model
 
 
 @contextlib.contextmanager
 def applied(model: ModelT, method: MethodLike, **options: Any) -> Iterator[ModelT]:
     """``with tokred.applied(model, "tome", r=16)``: patched inside, as it was outside."""
-    from tokred.adapters.host import shared_of
-
-    before = [(m, shared) for _, m, shared in shared_of(model)]
+    before = hosts.patched_with(model)
     if before:
-        raise ValueError(f"the model is already patched with {before[0][1].method!r}; call tokred.remove(model) first")
+        raise ValueError(f"the model is already patched with {before[0]!r}; call tokred.remove(model) first")
     apply(model, method, **options)
     try:
         yield model
@@ -161,20 +151,8 @@ def supports(model: nn.Module) -> list[Support]:
 
     Never raises for an unsupported model: the reason stands in every row.
     """
-    try:
-        host = _find(model)
-    except UnsupportedModelError as error:
-        return [Support(name, False, str(error)) for name in registered]
-    rows = []
-    for name in registered:
-        cls = registered.get(name)
-        if cls.stage != "block":
-            rows.append(Support(name, False, f"acts at stage {cls.stage!r}; {host.family} offers 'block'"))
-            continue
-        missing = host.missing(cls)
-        reason = f"needs {', '.join(sorted(missing))}, which {host.family} does not supply" if missing else ""
-        rows.append(Support(name, not missing, reason or f"{host.family}, reduced {place(host.where)}"))
-    return rows
+    rows = hosts.reasons(model)
+    return [Support(name, host is not None, reason or host.how) for name, (host, reason) in rows.items()]
 
 
 def place(where: str) -> str:
@@ -218,12 +196,19 @@ class Report(NamedTuple):
         return "\n".join(lines)
 
 
-def report(model: nn.Module) -> Report:
+def report(model: nn.Module) -> Report | CacheReport | DenoiserReport:
     """Tokens, multiply-adds and token sizes per block, of the last forward of a patched model.
+
+    With a policy for the cache: slots, rows and bytes of each layer's cache after the last forward. Of a denoiser:
+    the tokens that each sub-layer ran on.
 
     Raises:
         NothingRecordedError: the model is not patched, or no uncompiled forward has run since.
     """
+    from tokred.adapters.host import shared_of
+
+    if not shared_of(hosts.module_of(model)) and hosts.patched_with(model):
+        return hosts.stage_report(model)
     shared = _shared(model)
     host = _find(model).choose(shared.windows)
     shared.last()
@@ -254,7 +239,12 @@ def _shared(model: nn.Module) -> Any:
 
     found = shared_of(model)
     if not found:
-        raise NothingRecordedError("the model is not patched: call tokred.apply(model, ...) first")
+        other = hosts.patched_with(model)
+        raise NothingRecordedError(
+            f"{other[0].name!r} acts at stage {other[0].stage!r}, which leaves no trace of blocks"
+            if other
+            else "the model is not patched: call tokred.apply(model, ...) first"
+        )
     return found[0][2]
 
 
@@ -308,8 +298,13 @@ def flops(
     Raises:
         MissingInputError, UnsupportedModelError, ValueError: as :func:`apply`.
     """
-    host = _find(model).choose(windows)
     chosen = None if method is None else make(method, **parameters)
+    if chosen is not None and chosen.stage != "block":
+        raise ValueError(
+            f"flops counts the blocks of an encoder, and {chosen.name!r} acts at stage {chosen.stage!r}: "
+            "tokred.report(model) has the rows and bytes of a cache after a forward"
+        )
+    host = _find(model).choose(windows)
     if chosen is not None:
         host.check(chosen)
     rows = [LayerFlops(layer, *row) for layer, row in enumerate(host.plan(chosen, tuple(shape)))]

@@ -11,6 +11,10 @@ class UnsupportedModelError(TokredError, TypeError):
     """The model has no place where tokens can rightly be reduced; the message says why and what to do."""
 
 
+class UnknownModelError(UnsupportedModelError):
+    """No adapter knows the model, or any part of it, at the stage that was asked for."""
+
+
 class MissingInputError(TokredError, ValueError):
     """A method asked a site for something that the site does not have."""
 

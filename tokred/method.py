@@ -29,6 +29,7 @@ class Method(ABC):
             cannot be split reduce at their end); ``"end"``, after the block; ``"queries"``, inside the attention, whose
             queries are reduced while keys and values stay complete.
         uneven: whether samples of one batch may keep different numbers, told apart by the mask of the reduction.
+        clips: whether a method that reads the grid goes on with it frame after frame where the tokens are those of a video.
         version: raised when a parameter changes meaning, so that stored settings can be read.
     """
 
@@ -39,6 +40,7 @@ class Method(ABC):
     drops: ClassVar[bool] = False
     where: ClassVar[Where] = "mid"
     uneven: ClassVar[bool] = False
+    clips: ClassVar[bool] = False
     version: ClassVar[int] = 1
 
     @property
@@ -86,6 +88,8 @@ class Method(ABC):
 
 
 def _plain(value: Any) -> Any:
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
     if isinstance(value, Constant):
         return value.value
     if isinstance(value, Inflect):

@@ -23,9 +23,11 @@ Stage = Literal["block", "attention", "projector", "layer", "cache"]
 Lazy = Tensor | Callable[[], Tensor | None] | None
 
 # What a method may declare in ``reads``; the shapes are those of the properties below. ``attention`` is
-# ``column_scores``; ``queries`` means that the host lets the attention's queries be reduced alone.
+# ``column_scores``; ``queries`` means that the host lets the attention's queries be reduced alone. The last three are
+# for caches, see tokred.kv.site: the output projection, the rotary embedding, and the stream around the attention.
 READS = (
     "x", "q", "k", "v", "class_attention", "attention", "queries", "transform", "grid", "frames", "motion", "text",
+    "projection", "rope", "stream",
 )  # fmt: skip
 
 

@@ -1,0 +1,1 @@
+"""KV caches of transformers' language models: cache layers, attention and mask functions, and the host record."""

@@ -1,0 +1,151 @@
+"""``TokCache``: a cache of transformers whose full-attention layers belong to a policy."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
+
+from tokred.adapters.cache.layer import TokLayer
+from tokred.kv.policy import CachePolicy
+from tokred.kv.session import Session
+
+
+class LayerRows(NamedTuple):
+    """One layer of a cache: slots seen, rows held, and bytes; ``dense_bytes`` is what all slots would take."""
+
+    layer: int
+    seen: int
+    rows: int
+    bytes: int
+    dense_bytes: int
+
+
+class Snapshot(NamedTuple):
+    """What :meth:`TokCache.snapshot` gave."""
+
+    layers: tuple[dict[str, Any], ...]
+    session: dict[str, Any]
+
+
+class TokCache(DynamicCache):  # type: ignore[misc]
+    """A dynamic cache with a policy; sliding-window layers are transformers' own.
+
+    Made by ``tokred.kv_cache(model)`` or by the patched model itself. It can be cropped, reordered and repeated like
+    any other; in addition it can be set back to an earlier state without a copy.
+    """
+
+    session: Session
+
+    def snapshot(self) -> Snapshot:
+        """The present state. Costs no memory until the cache moves on: tensors are shared."""
+        layers = tuple(
+            layer.snapshot() if isinstance(layer, TokLayer) else dict(layer.__dict__) for layer in self.layers
+        )
+        return Snapshot(layers, self.session.state())
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Set the cache back to an earlier state of itself; the snapshot can be used again.
+
+        Raises:
+            ValueError: the snapshot is of a cache with another number of layers.
+        """
+        if len(snapshot.layers) != len(self.layers):
+            raise ValueError(f"the snapshot has {len(snapshot.layers)} layers, the cache has {len(self.layers)}")
+        for layer, state in zip(self.layers, snapshot.layers, strict=True):
+            if isinstance(layer, TokLayer):
+                layer.restore(state)
+            else:
+                layer.__dict__.clear()
+                layer.__dict__.update(state)
+        self.session.load(snapshot.session)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the newest ``-tokens_to_remove`` tokens, of all layers or of none.
+
+        Raises:
+            ValueError: they, or what they pushed out, cannot be taken back.
+        """
+        if tokens_to_remove < 0:
+            for layer in self.layers:
+                if isinstance(layer, TokLayer):
+                    layer.check_crop(-tokens_to_remove)
+        super().crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        """Empty, and ready for another prompt."""
+        super().reset()
+        self.session.reset()
+
+    def layer_rows(self) -> tuple[LayerRows, ...]:
+        """Slots, rows and bytes of every layer."""
+        return tuple(_rows(i, layer) for i, layer in enumerate(self.layers))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all layers hold."""
+        return sum(row.bytes for row in self.layer_rows())
+
+
+def _rows(index: int, layer: Any) -> LayerRows:
+    keys: Tensor | None = getattr(layer, "keys", None)
+    values: Tensor | None = getattr(layer, "values", None)
+    if keys is None or values is None or keys.numel() == 0:
+        return LayerRows(index, 0, 0, 0, 0)
+    held = layer.nbytes if isinstance(layer, TokLayer) else keys.nbytes + values.nbytes
+    seen, rows = int(layer.get_seq_length()), keys.shape[2]
+    full = seen if isinstance(layer, TokLayer) else rows
+    return LayerRows(index, seen, rows, held, (keys.nbytes + values.nbytes) // rows * full)
+
+
+def make_cache(config: Any, policy: CachePolicy, compressed: tuple[int, ...]) -> TokCache:
+    """An empty cache for a model.
+
+    Args:
+        config: of the decoder.
+        policy: what happens to its rows.
+        compressed: the layers that the policy acts on.
+    """
+    cache = TokCache(config=config)
+    _take_over(cache, policy, compressed)
+    return cache
+
+
+def adopt(cache: Any, config: Any, policy: CachePolicy, compressed: tuple[int, ...]) -> TokCache:
+    """Make the caller's cache one of ours, in place.
+
+    Raises:
+        TypeError: it is of a kind whose rows cannot be evicted.
+        ValueError: it belongs to another policy, or holds tokens that the policy has not seen.
+    """
+    if isinstance(cache, TokCache):
+        if cache.session.policy != policy:
+            raise ValueError(
+                f"the cache belongs to {cache.session.policy!r}, the model is patched with {policy!r}; "
+                "give it an empty one"
+            )
+        return cache
+    if type(cache) is not DynamicCache or cache.offloading:
+        kind = type(cache).__name__ if isinstance(cache, Cache) else repr(type(cache).__name__)
+        more = " that offloads its layers" if getattr(cache, "offloading", False) else ""
+        raise TypeError(
+            f"rows cannot be evicted from a {kind}{more}: a policy works on a DynamicCache, or on none at all "
+            "(then the model makes its own)"
+        )
+    if cache.get_seq_length() > 0:
+        raise ValueError(
+            f"the cache holds {cache.get_seq_length()} tokens that {policy.name or 'the policy'} has not seen: start "
+            "from an empty one"
+        )
+    cache.layers = DynamicCache(config=config).layers
+    cache.layer_class_to_replicate = None
+    cache.__class__ = TokCache
+    _take_over(cache, policy, compressed)
+    return cache  # type: ignore[no-any-return]
+
+
+def _take_over(cache: Any, policy: CachePolicy, compressed: tuple[int, ...]) -> None:
+    cache.session = Session(policy, len(compressed))
+    for index, layer in enumerate(compressed):
+        cache.layers[layer] = TokLayer(cache.session, index)

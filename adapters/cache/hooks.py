@@ -1,0 +1,196 @@
+"""Hooks on the decoder, its attention modules and, for budgets that read it, the residual stream.
+
+All are objects without a reference to a model, so that a patched model copies and pickles.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokred.adapters.cache.attention import SEAT, Seat
+from tokred.adapters.cache.caches import LayerRows, TokCache, adopt, make_cache
+from tokred.adapters.cache.layer import TokLayer
+from tokred.adapters.cache.rope import LayerRope, layer_type_of
+from tokred.adapters.swap import Hook, host_class
+from tokred.errors import TokenStateError
+from tokred.kv.policy import CachePolicy
+
+STREAM_NORMS = ("pre_feedforward_layernorm", "post_attention_layernorm")
+# The residual stream at the entry of the decoder layer that is running, by thread.
+_local = threading.local()
+
+
+class CacheSettings:
+    """What the hooks of one patched model share.
+
+    Args:
+        policy: what happens to the rows of a cache.
+        config: of the decoder.
+        compressed: layers whose rows the policy acts on.
+        implementation: the attention that the model had.
+
+    Attributes:
+        last: rows and bytes of each layer after the last forward.
+    """
+
+    def __init__(self, policy: CachePolicy, config: Any, compressed: tuple[int, ...], implementation: str) -> None:
+        self.policy = policy
+        self.config = config
+        self.compressed = compressed
+        self.implementation = implementation
+        self.last: tuple[LayerRows, ...] = ()
+
+    def cache(self) -> TokCache:
+        """An empty cache."""
+        return make_cache(self.config, self.policy, self.compressed)
+
+    def undo(self) -> None:
+        """Give the model its own attention back."""
+        self.config._attn_implementation_internal = self.implementation
+
+    def adopt(self, cache: Any) -> TokCache:
+        """The caller's cache, made ours; raises as :func:`tokred.adapters.cache.caches.adopt`."""
+        return adopt(cache, self.config, self.policy, self.compressed)
+
+
+class EnterDecoder(Hook):
+    """Before the decoder's forward: it gets a cache where it would have made one, and bad calls are refused."""
+
+    def __init__(self, settings: CacheSettings) -> None:
+        self.settings = settings
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        given = {**dict(zip(_names(module), args, strict=False)), **kwargs}
+        cache = given.get("past_key_values")
+        if cache is None:
+            use = given.get("use_cache")
+            use = self.settings.config.use_cache if use is None else use
+            if not use or (module.training and getattr(module, "gradient_checkpointing", False)):
+                return args, kwargs
+        _check_mask(given.get("attention_mask"))
+        cache = self.settings.cache() if cache is None else self.settings.adopt(cache)
+        _check_length(given.get("attention_mask"), given, cache)
+        return (), {**given, "past_key_values": cache}
+
+
+class LeaveDecoder(Hook):
+    """After the decoder's forward: what could not be decided layer by layer, and the record for ``report``."""
+
+    def __init__(self, settings: CacheSettings) -> None:
+        self.settings = settings
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, TokCache):
+            with torch.no_grad():
+                cache.session.finish()
+            self.settings.last = cache.layer_rows()
+
+
+class EnterAttention(Hook):
+    """Before an attention's forward: the attention function is told which layer of the cache is this module's.
+
+    Args:
+        settings: of the model.
+        index: the module's layer.
+        projection: name of the output projection, or None.
+        rope: whether the rotary embedding can be handed over.
+        embedding: the decoder's rotary embedding.
+    """
+
+    def __init__(
+        self, settings: CacheSettings, index: int, projection: str | None, embedding: nn.Module | None
+    ) -> None:
+        self.settings = settings
+        self.index = index
+        self.projection = projection
+        self.embedding = embedding
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        cache = kwargs.get("past_key_values")
+        layer = cache.layers[self.index] if isinstance(cache, TokCache) else None
+        if not isinstance(layer, TokLayer):
+            seat = Seat(None, self.settings.implementation, 0, None, None)
+            return args, {**kwargs, SEAT: seat}
+        if layer.armed:
+            raise TokenStateError(
+                f"{type(module).__name__} {self.index} took no part in the cache in the forward before: it holds "
+                "something else than its layer says"
+            )
+        layer.armed = True
+        projection = None if self.projection is None else getattr(module, self.projection)
+        rope, tables = None, kwargs.get("position_embeddings")
+        if self.embedding is not None and tables is not None:
+            rope = LayerRope(self.embedding, layer_type_of(self.embedding, module), tables)
+        depth = len(self.settings.compressed)
+        return args, {**kwargs, SEAT: Seat(layer, self.settings.implementation, depth, projection, rope)}
+
+
+class EnterLayer(Hook):
+    """Before a decoder layer: hold its input, for the norm before the MLP to compare with."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        layer = cache.layers[self.index] if isinstance(cache, TokCache) else None
+        _local.stream = None
+        if isinstance(layer, TokLayer) and layer.session.wants_stream(layer.clock):
+            x = args[0] if args else kwargs["hidden_states"]
+            _local.stream = (layer, x, kwargs.get("attention_mask"))
+
+
+class EnterNorm(Hook):
+    """Before the norm that follows the attention's residual: how far the stream has turned.
+
+    Source: Wang et al., SqueezeAttention, ICLR 2025, section 3: cosine of each token before and after.
+    """
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        found = getattr(_local, "stream", None)
+        _local.stream = None
+        if found is None:
+            return
+        layer, before, spec = found
+        with torch.no_grad():
+            session, key = layer.session, layer.index
+            turned = F.cosine_similarity(before.float(), args[0].float(), dim=-1, eps=1e-8)  # [B, N]
+            padding = spec.padding(layer.seen)
+            real = torch.ones_like(turned) if padding is None else padding.mask[:, -turned.shape[1] :].float()
+            total, count = (turned * real).sum(1), real.sum(1)
+            if key in session.streams:
+                total, count = total + session.streams[key][0], count + session.streams[key][1]
+            session.streams[key] = (total, count)
+
+
+def _names(module: nn.Module) -> list[str]:
+    parameters = list(inspect.signature(host_class(module).forward).parameters.values())[1:]
+    return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+
+def _check_mask(mask: Any) -> None:
+    masks = list(mask.values()) if isinstance(mask, dict) else [mask]
+    if any(isinstance(m, Tensor) and m.ndim != 2 for m in masks) or isinstance(mask, dict):
+        raise ValueError(
+            "a cache with a policy makes its own masks from the rows it holds: give attention_mask as [B, L] with "
+            "zeros on padding, or none, instead of a mask for each pair of tokens"
+        )
+
+
+def _check_length(mask: Any, given: dict[str, Any], cache: TokCache) -> None:
+    new = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+    if mask is None or new is None:
+        return
+    wanted = cache.get_seq_length() + new.shape[1]
+    if mask.shape[1] < wanted:
+        raise ValueError(
+            f"attention_mask covers {mask.shape[1]} tokens, but the cache has seen {cache.get_seq_length()} and "
+            f"{new.shape[1]} come: give the mask of all {wanted}, evicted ones included"
+        )

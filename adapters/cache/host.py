@@ -1,0 +1,255 @@
+"""transformers: decoder-only language models, alone or inside a model with vision, whose caches may lose rows."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from tokred.adapters.swap import host_class, swap
+from tokred.errors import MissingInputError, UnsupportedModelError
+from tokred.method import Method
+
+_PROJECTIONS = ("o_proj", "out_proj")
+_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+@dataclass
+class CacheHost:
+    """A language model whose cache a policy can act on.
+
+    Attributes:
+        family: for messages, such as ``"transformers LlamaForCausalLM"``.
+        model: the module that the user gave, or a part of it; generates, where it can.
+        decoder: the module whose forward takes ``past_key_values``.
+        config: of the decoder.
+        attentions: attention module of each layer, in order.
+        compressed: layers that attend to everything; the others have a sliding window, and bounded caches already.
+        supplies: what sites hand over.
+        note: what a user should know.
+    """
+
+    family: str
+    model: nn.Module
+    decoder: nn.Module
+    config: Any
+    attentions: list[tuple[str, nn.Module]]
+    compressed: tuple[int, ...]
+    supplies: frozenset[str]
+    norms: list[tuple[nn.Module, nn.Module] | None] = field(default_factory=list)
+    note: str = ""
+    stage: str = "cache"
+
+    @property
+    def blocks(self) -> list[tuple[str, nn.Module]]:
+        """Name and attention module of each compressed layer."""
+        return [self.attentions[i] for i in self.compressed]
+
+    @property
+    def depth(self) -> int:
+        """Number of compressed layers."""
+        return len(self.compressed)
+
+    @property
+    def how(self) -> str:
+        """For the table of support."""
+        sliding = len(self.attentions) - self.depth
+        more = f" ({sliding} sliding-window layers stay as they are)" if sliding else ""
+        return f"{self.family}, cache of {self.depth} layers{more}"
+
+    def choose(self, windows: str) -> CacheHost:
+        """Itself.
+
+        Raises:
+            ValueError: ``windows`` is given, which is for models of images.
+        """
+        if windows != "auto":
+            raise ValueError(f"windows is {windows!r}, but {self.family} has no windows to choose from")
+        return self
+
+    def missing(self, method: Method | type[Method]) -> frozenset[str]:
+        """What the method reads and this host cannot supply."""
+        reads = method.reads if isinstance(method, Method) else method().reads
+        return reads - self.supplies
+
+    def check(self, method: Method, expose: str = "auto") -> None:
+        """Everything that can be known before the model is touched.
+
+        Raises:
+            MissingInputError: the method acts at another stage, or reads what the host cannot supply.
+            ValueError: its parameters do not fit the model, or ``expose`` is given.
+        """
+        if method.stage != "cache":
+            raise MissingInputError(
+                f"{method.name!r} acts at stage {method.stage!r}, but {self.family} offers only stage 'cache'"
+            )
+        if expose not in ("auto", "none"):
+            raise ValueError(f"expose is for methods of blocks; a cache policy takes 'auto' alone, got {expose!r}")
+        missing = self.missing(method)
+        if missing:
+            raise MissingInputError(
+                f"{method.name!r} reads {', '.join(sorted(missing))}, which {self.family} does not supply "
+                f"(it supplies {', '.join(sorted(self.supplies))})"
+            )
+        method.check(self.depth)
+
+    def patch(self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str) -> None:
+        """Register the attention function, and hang the hooks on the decoder. :meth:`check` has passed."""
+        from tokred.adapters.cache import hooks
+        from tokred.adapters.cache.attention import NAME, register
+        from tokred.kv.policy import CachePolicy
+
+        assert isinstance(method, CachePolicy)  # the stage's only kind of method
+        register()
+        chosen = tuple(i for i in self.compressed if where is None or where(*self.attentions[i]))
+        settings = hooks.CacheSettings(method, self.config, chosen, str(self.config._attn_implementation))
+        self.decoder.register_forward_pre_hook(hooks.EnterDecoder(settings), with_kwargs=True)
+        self.decoder.register_forward_hook(hooks.LeaveDecoder(settings), with_kwargs=True)
+        embedding = getattr(self.decoder, "rotary_emb", None) if "rope" in self.supplies else None
+        for i, (_, attention) in enumerate(self.attentions):
+            hook = hooks.EnterAttention(settings, i, _projection(attention), embedding)
+            attention.register_forward_pre_hook(hook, with_kwargs=True)
+        if "stream" in method.reads:
+            for i in chosen:
+                both = self.norms[i]
+                assert both is not None  # supplied for all or for none
+                both[0].register_forward_pre_hook(hooks.EnterLayer(i), with_kwargs=True)
+                both[1].register_forward_pre_hook(hooks.EnterNorm())
+        swap(self.model, "cache", settings)
+        # On the internal attribute: the setter would hand the name to sub-configurations, those of vision towers too.
+        self.config._attn_implementation_internal = NAME
+
+
+def match(model: nn.Module) -> CacheHost | None:
+    """The host record of a decoder-only language model of transformers; None when ``model`` is none.
+
+    Raises:
+        UnsupportedModelError: it is one, but its cache cannot lose rows rightly; the message says why.
+    """
+    cls: Any = host_class(model)
+    names = [c.__name__ for c in cls.__mro__] if cls.__module__.startswith("transformers.") else []
+    if "PreTrainedModel" not in names:
+        return None
+    config: Any = getattr(model, "config", None)
+    if config is None or not _decodes(model, config):
+        return None
+    name = cls.__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise _refusal(name, "it is an encoder with a decoder, whose two caches are not supported yet")
+    text = config.get_text_config(decoder=True)
+    found = _attentions(model, text)
+    if not getattr(model, "_supports_attention_backend", False) or not found:
+        raise _refusal(
+            name, "its attention cannot be exchanged (it has no attention back-end), so a policy would never be asked"
+        )
+    decoder = _decoder(model, found)
+    _check_attentions(name, model, text, found)
+    compressed = _full_layers(name, text)
+    return CacheHost(
+        family=f"transformers {name}",
+        model=model,
+        decoder=decoder,
+        config=text,
+        attentions=found,
+        compressed=compressed,
+        supplies=_supplies(decoder, text, found, compressed),
+        norms=_norms(decoder, found),
+    )
+
+
+def _refusal(name: str, why: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"transformers' {name} cannot run with a cache that loses rows: {why}")
+
+
+def _decodes(model: Any, config: Any) -> bool:
+    """Whether the model's forward takes a cache, in itself or in the model inside that it hands it to."""
+    parameters = inspect.signature(host_class(model).forward).parameters
+    if "past_key_values" not in parameters:
+        return False
+    if getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False):
+        return True
+    kinds = [m.is_causal for m in model.modules() if hasattr(m, "is_causal") and hasattr(m, "layer_idx")]
+    # Encoders that could be made decoders take a cache too; attention that does not say which is taken for causal.
+    return any(kinds) if kinds else hasattr(model, "generate")
+
+
+def _attentions(model: Any, text: Any) -> list[tuple[str, nn.Module]]:
+    """Attention modules of the decoder, by layer."""
+    found: dict[int, tuple[str, nn.Module]] = {}
+    for name, module in model.named_modules():
+        index = getattr(module, "layer_idx", None)
+        if "Attention" in host_class(module).__name__ and isinstance(index, int) and module.config is text:
+            found[index] = (name, module)
+    return [found[i] for i in sorted(found)]
+
+
+def _decoder(model: Any, found: list[tuple[str, nn.Module]]) -> nn.Module:
+    """The innermost pretrained model around the attention modules."""
+    names = {c.__name__: c for c in host_class(model).__mro__}
+    base, inner = names["PreTrainedModel"], model
+    for name, module in model.named_modules():
+        if isinstance(module, base) and found[0][0].startswith(f"{name}." if name else ""):
+            inner = module
+    return inner  # type: ignore[no-any-return]
+
+
+def _check_attentions(name: str, model: Any, text: Any, found: list[tuple[str, nn.Module]]) -> None:
+    if len(found) != text.num_hidden_layers:
+        raise _refusal(name, f"{len(found)} of its {text.num_hidden_layers} layers have an attention that is known")
+    for where, module in found:
+        parameters = inspect.signature(host_class(module).forward).parameters
+        if "past_key_values" not in parameters or not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            raise _refusal(name, f"{where} does not hand its arguments on to the attention function")
+        if getattr(module, "sinks", None) is not None:
+            raise _refusal(name, f"{where} has sinks of its own in the softmax, which scores would have to honour")
+
+
+def _full_layers(name: str, text: Any) -> tuple[int, ...]:
+    """Layers that attend to everything."""
+    from transformers.cache_utils import get_layer_types_and_kwargs
+
+    kinds, _ = get_layer_types_and_kwargs(text)
+    odd = sorted(set(kinds) - _KINDS)
+    if odd:
+        raise _refusal(name, f"it has layers of the kind {', '.join(odd)}, whose caches are no rows of tokens")
+    full = tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
+    if not full:
+        raise _refusal(name, "all of its layers have a sliding window, so its cache is bounded already")
+    return full
+
+
+def _projection(attention: Any) -> str | None:
+    return next((n for n in _PROJECTIONS if isinstance(getattr(attention, n, None), nn.Linear)), None)
+
+
+def _norms(decoder: nn.Module, found: list[tuple[str, nn.Module]]) -> list[tuple[nn.Module, nn.Module] | None]:
+    """For each layer the decoder layer, and the norm that reads the stream after the attention."""
+    from tokred.adapters.cache.hooks import STREAM_NORMS
+
+    around = {id(child): m for m in decoder.modules() for child in m.children()}
+    pairs: list[tuple[nn.Module, nn.Module] | None] = []
+    for _, attention in found:
+        layer = around.get(id(attention))
+        norm = next((n for n in STREAM_NORMS if isinstance(getattr(layer, n, None), nn.Module)), None)
+        pairs.append(None if layer is None or norm is None else (layer, getattr(layer, norm)))
+    return pairs
+
+
+def _supplies(
+    decoder: Any, text: Any, found: list[tuple[str, nn.Module]], compressed: tuple[int, ...]
+) -> frozenset[str]:
+    from tokred.adapters.cache.rope import supplies_rope
+
+    supplied = {"q", "k", "v"}
+    if all(_projection(m) is not None for _, m in found):
+        supplied.add("projection")
+    attention: Any = found[compressed[0]][1]
+    head_dim = getattr(attention, "head_dim", None)
+    if head_dim is not None and supplies_rope(decoder, attention, int(head_dim)):
+        supplied.add("rope")
+    if all(pair is not None for pair in _norms(decoder, found)):
+        supplied.add("stream")
+    return frozenset(supplied)

@@ -1,0 +1,118 @@
+"""The mask function: it makes no mask, but hands through what one can be made of when a layer's rows are known.
+
+transformers makes one mask for all layers of a type, from the sizes of the first of them. Compressed layers differ in
+their rows, so each makes its own; layers that have evicted nothing share the mask that transformers would have made.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+
+from tokred.kernels.decode_attention import SENTINEL, visible_positions
+from tokred.kv.site import Padding
+
+
+class MaskSpec:
+    """What a mask of one forward is made of; stands in for the mask on its way through the model.
+
+    Args:
+        arguments: of the mask function.
+    """
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self.arguments = arguments
+        self._stock: dict[str, Any] = {}
+        mask = arguments.get("attention_mask")
+        self._padding = None if mask is None else Padding(mask)
+        self._until: dict[int, Padding | None] = {}
+
+    @property
+    def key_mask(self) -> Tensor | None:
+        """``[B, L]`` bool by slot, False on padding, as the caller gave it."""
+        mask: Tensor | None = self.arguments.get("attention_mask")
+        return mask
+
+    def padding(self, seen: int) -> Padding | None:
+        """Which of the first ``seen`` slots are real; None where all are."""
+        if self._padding is None:
+            return None
+        if seen not in self._until:
+            self._until[seen] = self._padding.until(seen)
+        return self._until[seen]
+
+    def stock(self, implementation: str) -> Any:
+        """The mask that transformers would have made for ``implementation``, made once for all layers."""
+        if implementation not in self._stock:
+            mapping = ALL_MASK_ATTENTION_FUNCTIONS
+            if implementation not in mapping:
+                return None
+            arguments = dict(self.arguments)
+            if arguments.get("local_size") is None and arguments["kv_offset"]:
+                # Sizes of a layer that has evicted rows; this mask is for one that has not.
+                arguments["kv_length"] += arguments["kv_offset"]
+                arguments["kv_offset"] = 0
+            self._stock[implementation] = mapping[implementation](**arguments)
+        return self._stock[implementation]
+
+    def part(self, q_length: int, kv_length: int) -> MaskSpec:
+        """The specification for the first ``q_length`` queries and the slots until ``kv_length``."""
+        mask = self.key_mask
+        return MaskSpec(
+            {
+                **self.arguments,
+                "q_length": q_length,
+                "kv_length": kv_length,
+                "kv_offset": 0,
+                "attention_mask": None if mask is None else mask[:, :kv_length],
+            }
+        )
+
+    @property
+    def plain(self) -> bool:
+        """Whether queries see exactly the real tokens up to their own."""
+        return self.arguments["mask_function"] is causal_mask_function
+
+    def visible(self, first: int, count: int, positions: Tensor, ragged: bool) -> Tensor | None:
+        """Which rows of a compressed layer each query sees.
+
+        Args:
+            first: slot of the first query.
+            count: queries; their own rows are the newest.
+            positions: ``[B, Hk, K]`` slots of the rows.
+            ragged: whether some rows may be empty.
+
+        Returns:
+            Bool ``[B or 1, Hk or 1, Q, K]``; None: every query sees every row. A query that would see nothing (a
+            padded one) sees the first row, so that no NaN arises.
+        """
+        b, heads, n = positions.shape
+        if self.plain and self.key_mask is None and not ragged:
+            if count == 1:
+                return None
+            rows = torch.arange(n - count, n, device=positions.device)
+            return (torch.arange(n, device=positions.device) <= rows[:, None])[None, None]
+        query = torch.arange(first, first + count, device=positions.device)
+        if self.plain:
+            seen = visible_positions(positions, None, self.key_mask)[:, :, None]
+            seen = seen & (positions[:, :, None] <= query[:, None])
+        else:
+            index = positions.long().clamp(max=first + count - 1)[:, :, None]
+            sample = torch.arange(b, device=positions.device)[:, None, None, None]
+            head = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=positions.device)
+            seen = self.arguments["mask_function"](sample, head, query[:, None], index)
+            seen = seen.expand(b, heads, count, n) & (positions != SENTINEL)[:, :, None]
+            if self.key_mask is not None:
+                seen = seen & visible_positions(positions, None, self.key_mask)[:, :, None]
+        blind = ~seen.any(-1, keepdim=True)
+        opened = torch.zeros(n, dtype=torch.bool, device=seen.device)
+        opened[0] = True
+        return seen | (blind & opened)
+
+
+def mask_function(**arguments: Any) -> MaskSpec:
+    """What is registered beside the attention function; see :class:`MaskSpec`."""
+    return MaskSpec(arguments)

@@ -1,0 +1,75 @@
+"""Rotary embeddings as a policy reads them: queries before rotation, and rotations of positions to come."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class LayerRope:
+    """One layer's rotary embedding in one forward.
+
+    Args:
+        embedding: makes cosines and sines of positions.
+        layer_type: argument of the embedding, where it takes one.
+        tables: cosines and sines ``[B or 1, M, D]`` of this forward's tokens.
+    """
+
+    def __init__(self, embedding: nn.Module, layer_type: str | None, tables: tuple[Tensor, Tensor]) -> None:
+        self.embedding = embedding
+        self.layer_type = layer_type
+        self.tables = tables
+
+    def part(self, count: int) -> LayerRope:
+        """That of the first ``count`` tokens."""
+        cos, sin = self.tables
+        return LayerRope(self.embedding, self.layer_type, (cos[:, :count], sin[:, :count]))
+
+    def unrotate(self, q: Tensor) -> Tensor:
+        """Queries ``[B, H, M, D]`` before rotation, up to rounding."""
+        cos, sin = (t.float().unsqueeze(1) for t in self.tables)
+        x = q.float()
+        half = x.shape[-1] // 2
+        turned = torch.cat([-x[..., half:], x[..., :half]], -1)
+        # Some models scale the tables; turning back divides by the square of that.
+        return (x * cos - turned * sin) / (cos.square() + sin.square())
+
+    def mean(self, start: int, count: int) -> tuple[Tensor, Tensor]:
+        """Mean cosines and sines ``[D]`` of ``count`` positions from ``start`` on."""
+        device = self.tables[0].device
+        positions = torch.arange(start, start + count, device=device)[None]
+        like = torch.zeros(1, count, 1, device=device)
+        extra = () if self.layer_type is None else (self.layer_type,)
+        cos, sin = self.embedding(like, positions, *extra)
+        return cos[0].float().mean(0), sin[0].float().mean(0)
+
+
+def supplies_rope(decoder: Any, attention: Any, head_dim: int) -> bool:
+    """Whether the decoder's rotary embedding is one that :class:`LayerRope` undoes: whole heads, turned in halves."""
+    embedding = getattr(decoder, "rotary_emb", None)
+    turn = getattr(sys.modules[type(attention).__module__], "rotate_half", None)
+    if not isinstance(embedding, nn.Module) or turn is None:
+        return False
+    # Embeddings that follow the length, or have several axes, would change by being asked.
+    text = str(getattr(decoder.config, "rope_parameters", None))
+    if any(word in text for word in ("mrope_section", "dynamic", "longrope")):
+        return False
+    if turn(torch.arange(4.0)[None]).tolist() != [[-2.0, -3.0, 0.0, 1.0]]:
+        return False
+    device = next((b.device for b in embedding.buffers()), torch.device("cpu"))
+    extra = layer_type_of(embedding, attention)
+    zeros = torch.zeros(1, 1, 1, device=device), torch.zeros(1, 1, dtype=torch.long, device=device)
+    cos, _ = embedding(*zeros, *([] if extra is None else [extra]))
+    return bool(cos.shape[-1] == head_dim)
+
+
+def layer_type_of(embedding: Any, attention: Any) -> str | None:
+    """What the embedding takes besides positions: the layer's type, or nothing."""
+    if "layer_type" not in inspect.signature(embedding.forward).parameters:
+        return None
+    found = getattr(attention, "layer_type", None)
+    return str(found) if found else "full_attention"

@@ -1,0 +1,258 @@
+"""Laws of the cache on every family: nothing removed is bit-equal, anything evicted equals masking it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+
+import tokred
+from tests.kv.masked import evicted_rows, masked_reference
+from tests.kv.tiny import FAMILIES, POLICIES, Scatter, build, llava, padded, prompt
+from tokred.kernels.decode_attention import SENTINEL
+
+GREEDY = {"max_new_tokens": 6, "do_sample": False}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request):
+    return build(request.param)
+
+
+@pytest.fixture(autouse=True)
+def unpatched(request):
+    yield
+    if "model" in request.fixturenames:
+        tokred.remove(request.getfixturevalue("model"))
+
+
+# ---------------------------------------------------------------- nothing removed
+
+
+@pytest.mark.parametrize("batch", ["one", "padded"])
+@pytest.mark.parametrize("name", ["snapkv", "h2o"])
+def test_keep_all_is_bit_equal(model, name, batch):
+    ids, mask, _ = padded((23, 11)) if batch == "padded" else (prompt(23), None, None)
+    more = prompt(5, len(ids), seed=9)
+    longer = None if mask is None else torch.cat([mask, torch.ones_like(more)], 1)
+
+    def run():
+        out = model(ids, attention_mask=mask, use_cache=True)
+        second = model(more, attention_mask=longer, past_key_values=out.past_key_values)
+        made = model.generate(ids, attention_mask=mask, **GREEDY)
+        return out.logits, second.logits, made
+
+    plain = run()
+    for options in ({"budget": 1.0}, {"budget": 1000}):
+        tokred.apply(model, name, **options)
+        for ours, theirs in zip(run(), plain, strict=True):
+            assert torch.equal(ours, theirs)
+    tokred.remove(model)
+    for again, theirs in zip(run(), plain, strict=True):
+        assert torch.equal(again, theirs)
+
+
+def test_softcapped_eager_model_keeps_its_attention():
+    model, ids = build("gemma2"), prompt(23)
+    plain = model(ids, use_cache=True).logits
+    tokred.apply(model, "snapkv", budget=1.0)
+    assert torch.equal(model(ids, use_cache=True).logits, plain)
+    tokred.remove(model)
+    assert model.config._attn_implementation == "eager"
+
+
+# ---------------------------------------------------------------- evicting is masking
+
+
+@pytest.mark.parametrize("batch", ["one", "padded"])
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma2"])
+def test_evicting_any_rows_equals_masking_them(family, batch):
+    model = build(family)
+    ids, mask, _ = padded((29, 17, 6)) if batch == "padded" else (prompt(29), None, None)
+    n, b = ids.shape[1], len(ids)
+    tokens = [prompt(m, b, seed=20 + m) for m in (1, 1, 4, 1)]
+    tokred.apply(model, Scatter(10))
+    cache = tokred.kv_cache(model)
+    out = model(ids, attention_mask=mask, past_key_values=cache)
+    held = [layer.keys.shape[2] for layer in cache.layers if hasattr(layer, "positions")]
+    assert held == [13, 16, 19][: len(held)]
+    reference = masked_reference(tokred.remove(copy.deepcopy(model)), evicted_rows(cache, n), n)
+    theirs = reference(ids, attention_mask=mask, use_cache=True)
+    real = slice(None) if mask is None else mask.bool()
+    assert (out.logits[real] - theirs.logits[real]).abs().max() < 1e-5
+    full = theirs.past_key_values
+    for step in tokens:
+        mask = None if mask is None else torch.cat([mask, torch.ones_like(step)], 1)
+        a = model(step, attention_mask=mask, past_key_values=cache).logits
+        c = reference(step, attention_mask=mask, past_key_values=full).logits
+        assert (a - c).abs().max() < 1e-6 * max(1.0, float(c.abs().max()))
+
+
+def test_in_double_precision_evicting_equals_masking_to_the_last_digits():
+    model = build("llama", torch.float64)
+    ids, mask, _ = padded((29, 17, 6))
+    tokred.apply(model, Scatter(10))
+    cache = tokred.kv_cache(model)
+    model(ids, attention_mask=mask, past_key_values=cache)
+    reference = masked_reference(tokred.remove(copy.deepcopy(model)), evicted_rows(cache, 29), 29)
+    full = reference(ids, attention_mask=mask, use_cache=True).past_key_values
+    for step in (prompt(1, 3, seed=5), prompt(4, 3, seed=6)):
+        mask = torch.cat([mask, torch.ones_like(step)], 1)
+        a = model(step, attention_mask=mask, past_key_values=cache).logits
+        c = reference(step, attention_mask=mask, past_key_values=full).logits
+        assert (a - c).abs().max() < 1e-12
+
+
+# ---------------------------------------------------------------- batches and padding
+
+
+@pytest.mark.parametrize("name", [*POLICIES, "scatter"])
+def test_padded_rows_equal_the_same_prompt_alone(name):
+    model = build("llama")
+    policy = Scatter(10) if name == "scatter" else POLICIES[name]
+    if name == "squeezeattention":
+        pytest.skip("one budget for the batch: a mean over its samples")
+    tokred.apply(model, policy)
+    ids, mask, alone = padded((31, 20, 7))
+    made = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, output_logits=True, max_new_tokens=8,
+                          do_sample=False)  # fmt: skip
+    for i, row in enumerate(alone):
+        one = model.generate(row, return_dict_in_generate=True, output_logits=True, max_new_tokens=8, do_sample=False)
+        for a, c in zip(made.logits, one.logits, strict=False):
+            assert (a[i] - c[0]).abs().max() < 2e-5, (name, i)
+        for ours, theirs in zip(made.past_key_values.layers, one.past_key_values.layers, strict=True):
+            if ours.positions is not None and theirs.positions is not None:
+                shift = ids.shape[1] - row.shape[1]
+                a, c = ours.positions[i], theirs.positions[0]
+                for head in range(a.shape[0]):
+                    kept = [p - shift for p in a[head].tolist() if p != SENTINEL]
+                    assert kept == [p for p in c[head].tolist() if p != SENTINEL], (name, i, head)
+
+
+def test_padding_goes_before_any_real_token():
+    model = build("llama")
+    ids, mask, _ = padded((31, 12))
+    tokred.apply(model, "knorm", budget=14)
+    cache = tokred.kv_cache(model)
+    model(ids, attention_mask=mask, past_key_values=cache)
+    for layer in cache.layers:
+        kept = layer.positions[1]
+        assert ((kept >= 31 - 12) | (kept == SENTINEL)).all()
+        assert ((kept != SENTINEL).sum(-1) == 12).all()
+
+
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_permuting_the_batch_permutes_the_result(name):
+    model = build("llama")
+    tokred.apply(model, POLICIES[name])
+    ids, order = prompt(21, 3), torch.tensor([2, 0, 1])
+    a = model.generate(ids, return_dict_in_generate=True, output_logits=True, **GREEDY).logits
+    c = model.generate(ids[order], return_dict_in_generate=True, output_logits=True, **GREEDY).logits
+    assert all((x[order] - y).abs().max() < 1e-5 for x, y in zip(a, c, strict=True))
+
+
+# ---------------------------------------------------------------- positions, precision, the model itself
+
+
+def test_the_first_forward_after_compression_sees_one_token_at_its_true_position(model):
+    seen = []
+
+    def note(module, args, kwargs):
+        positions = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
+        found = (args[0].shape[1], positions.flatten().tolist())
+        if not seen or seen[-1] != found:  # Gemma rotates twice a forward
+            seen.append(found)
+
+    tokred.apply(model, Scatter(10))
+    handle = model.model.rotary_emb.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        cache = tokred.kv_cache(model)
+        ids = prompt(29)
+        model(ids, past_key_values=cache)
+        longer = torch.cat([ids, prompt(1, seed=3)], 1)
+        model.generate(longer, past_key_values=cache, max_new_tokens=2, do_sample=False)
+    finally:
+        handle.remove()
+    assert seen[1] == (1, [29])
+    assert seen[2] == (1, [30])
+    assert cache.get_seq_length() == 31
+
+
+def test_the_number_of_rows_is_that_of_the_budget(model):
+    ids = prompt(30)
+    for name, rows in (("snapkv", 9), ("h2o", 9), ("tova", 9)):
+        tokred.apply(model, POLICIES[name])
+        out = model.generate(ids, return_dict_in_generate=True, **GREEDY)
+        grown = rows + (5 if name == "snapkv" else 0)
+        layers = [r for r in tokred.report(model).layers if r.seen]
+        full = [r.rows for r, layer in zip(layers, out.past_key_values.layers, strict=True) if not layer.is_sliding]
+        assert set(full) == {grown}, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["snapkv", "h2o", "zeromerge", "keyformer", "expected_attention", "adakv"])
+def test_half_precision(name, dtype):
+    model = build("llama", dtype)
+    tokred.apply(model, POLICIES[name])
+    ids, mask, _ = padded((23, 9))
+    out = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, output_logits=True, **GREEDY)
+    assert all(x.isfinite().all() for x in out.logits)
+    assert out.past_key_values.layers[0].keys.dtype == dtype
+
+
+def test_the_model_is_as_it_was_after_remove(model):
+    ids = prompt(12)
+    plain = model(ids).logits
+    before = repr(model), type(model), dict(model.__dict__), [len(m._forward_pre_hooks) for m in model.modules()]
+    keys = list(model.state_dict())
+    tokred.apply(model, "snapkv", budget=8, window=4)
+    assert list(model.state_dict()) == keys
+    assert repr(model) == before[0]
+    model(ids)
+    tokred.remove(model)
+    after = repr(model), type(model), dict(model.__dict__), [len(m._forward_pre_hooks) for m in model.modules()]
+    assert after[0] == before[0]
+    assert after[1] is before[1]
+    assert after[2].keys() == before[2].keys()
+    assert after[3] == before[3]
+    assert not any(m._forward_pre_hooks_with_kwargs or m._forward_hooks for m in model.modules())
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(model(ids).logits, plain)
+
+
+def test_patched_models_copy_and_pickle():
+    model, ids = build("llama"), prompt(30)
+    tokred.apply(model, POLICIES["snapkv"])
+    expected = model.generate(ids, **GREEDY)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other.generate(ids, **GREEDY), expected)
+        tokred.remove(other)
+        assert other.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == "tokred"
+
+
+def test_the_language_model_inside_a_vlm():
+    model, ids = llava(), prompt(26)
+    ids[:, 2:6] = 96
+    pixels = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    plain = model.generate(ids, pixel_values=pixels, **GREEDY)
+    assert {r.method: r.works for r in tokred.supports(model)}["snapkv"]
+    tokred.apply(model, "snapkv", budget=1.0)
+    assert torch.equal(model.generate(ids, pixel_values=pixels, **GREEDY), plain)
+    tokred.apply(model, "snapkv", budget=8, window=4)
+    out = model.generate(ids, pixel_values=pixels, return_dict_in_generate=True, **GREEDY)
+    assert {layer.keys.shape[2] for layer in out.past_key_values.layers} == {8 + 5}
+    assert model.config.vision_config._attn_implementation == "sdpa", "the vision tower is not touched"
+    tokred.remove(model)
+    assert torch.equal(model.generate(ids, pixel_values=pixels, **GREEDY), plain)

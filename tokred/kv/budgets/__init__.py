@@ -1,0 +1,13 @@
+"""Budgets, one file each: how many rows each layer and head keeps."""
+
+from __future__ import annotations
+
+from tokred.kv.budgets.adaptive import Adaptive
+from tokred.kv.budgets.growing import Growing
+from tokred.kv.budgets.preference import Preference
+from tokred.kv.budgets.pyramid import Pyramid
+from tokred.kv.budgets.split import Split
+from tokred.kv.budgets.squeeze import Squeeze
+from tokred.kv.budgets.uniform import Uniform
+
+__all__ = ["Adaptive", "Growing", "Preference", "Pyramid", "Split", "Squeeze", "Uniform"]

@@ -1,0 +1,24 @@
+"""The same rows for every layer and head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from tokred.kv.parts import Budget, check_amount
+
+
+@dataclass(frozen=True)
+class Uniform(Budget):
+    """The same number of rows in every layer and head.
+
+    Args:
+        amount: a share in (0, 1], tokens, or bytes of the whole cache of a sample.
+    """
+
+    name: ClassVar[str] = "uniform"
+
+    amount: float | int | str = 0.5
+
+    def __post_init__(self) -> None:
+        check_amount(self.amount)

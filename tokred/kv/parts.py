@@ -1,0 +1,281 @@
+"""The four independent choices of a cache policy: score, budget, fate, when. Each is a frozen dataclass.
+
+A part is written down as ``{"part": name, ...}`` and read back from that, so that policies made of parts can be stored
+like every other method.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor
+
+from tokred.kv.select import Counts
+from tokred.kv.site import CacheSite, Place
+from tokred.reduction import Reduction
+from tokred.schedules import kept
+
+P = TypeVar("P", bound="Part")
+_PARTS: dict[str, type[Part]] = {}
+_UNITS = {"": 1, "b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+
+
+class Part(ABC):  # noqa: B024 - its kinds have abstract methods
+    """Base of all choices. A subclass with a ``name`` can be given by it."""
+
+    name: ClassVar[str] = ""
+    kind: ClassVar[str] = "part"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__dict__.get("name"):
+            _PARTS[cls.name] = cls
+
+    def to_dict(self) -> dict[str, Any]:
+        """The part as plain values."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}  # type: ignore[arg-type]
+        plain = {k: v.to_dict() if isinstance(v, Part) else v for k, v in values.items()}
+        return {"part": self.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}}
+
+
+class Score(Part):
+    """How much each row of a cache matters.
+
+    Attributes:
+        reads: what it takes from the site beyond keys and values, see :data:`tokred.site.READS`.
+        accumulates: whether :meth:`observe` has to see every forward since the cache was empty.
+    """
+
+    kind = "score"
+    reads: ClassVar[frozenset[str]] = frozenset({"k"})
+    accumulates: ClassVar[bool] = False
+
+    @property
+    def window(self) -> int:
+        """Newest queries that the score reads, which may be more than those of the last forward; 0: none."""
+        return 0
+
+    @property
+    def recent(self) -> int:
+        """Newest tokens that the score cannot judge, and which are therefore kept."""
+        return 0
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """:attr:`reads`, and what a wrapped score reads."""
+        return self.reads
+
+    def observe(self, site: CacheSite) -> None:
+        """Take note of a forward, in ``site.rows`` (per row) or ``site.notes``."""
+
+    @abstractmethod
+    def __call__(self, site: CacheSite) -> Tensor:
+        """``[B, Hk, K]`` float32, larger is kept. Values of padding and empty rows do not matter."""
+
+    def refine(self, site: CacheSite, score: Tensor, guard: Tensor | None, counts: Counts) -> Tensor:
+        """The score once it is known how many rows each head keeps."""
+        return score
+
+
+class Budget(Part):
+    """How many rows each layer and head keeps.
+
+    Subclasses have a field ``amount``: a float in (0, 1], the share of the tokens; an integer, tokens; or a text such
+    as ``"64 MiB"``, the bytes of all layers of one sample.
+
+    Attributes:
+        spread: when the rows of a layer are known: ``"layer"``, at once; ``"cascade"``, anew after each layer;
+            ``"forward"``, after the last layer.
+        reads: what has to be measured for it besides scores.
+    """
+
+    kind = "budget"
+    spread: ClassVar[str] = "layer"
+    reads: ClassVar[frozenset[str]] = frozenset()
+    amount: float | int | str
+
+    @property
+    def full(self) -> bool:
+        """Whether everything is kept, whatever the length."""
+        return isinstance(self.amount, float) and self.amount == 1.0
+
+    @property
+    def tokens(self) -> int | None:
+        """The amount, where it is a number of tokens."""
+        return self.amount if isinstance(self.amount, int) else None
+
+    def check(self, depth: int) -> None:
+        """Refuse a model of ``depth`` compressed layers that the parameters do not fit.
+
+        Raises:
+            ValueError: with what does not fit.
+        """
+
+    def mean(self, n: int, place: Place | None, depth: int) -> int:
+        """Rows per layer and head of a sample of ``n`` tokens, before they are distributed."""
+        if isinstance(self.amount, str):
+            if place is None:
+                return n
+            return max(1, parse_bytes(self.amount) // (depth * place.heads * place.row_bytes))
+        return max(1, kept(n, self.amount) if isinstance(self.amount, float) else self.amount)
+
+    def total(self, n: int, place: Place | None, depth: int) -> int:
+        """Rows of all layers together, per head, of a sample of ``n`` tokens."""
+        if isinstance(self.amount, float):
+            return max(depth, kept(n * depth, self.amount))
+        return depth * self.mean(n, place, depth)
+
+    def share(self, n: int, place: Place | None, layer: int, depth: int) -> int:
+        """Rows that layer ``layer`` keeps of ``n`` tokens; the mean, unless a subclass distributes."""
+        return self.mean(n, place, depth)
+
+    def rows(self, site: CacheSite) -> tuple[int, ...]:
+        """Rows that this layer keeps of each sample, per head on average."""
+        return tuple(self.share(n, site.place, site.layer, site.depth) for n in site.base)
+
+    def heads(self, site: CacheSite, score: Tensor, guard: Tensor | None, counts: tuple[int, ...]) -> Counts:
+        """Rows of each head, ``[B, Hk]``, or one number a sample where all heads keep the same."""
+        return counts
+
+
+class Fate(Part):
+    """What becomes of the rows that are not kept.
+
+    Attributes:
+        alpha: the attention adds ``alpha * ln(weight)`` to the logits of rows that stand for several tokens.
+        merge_score: how the per-row state of merged rows is combined.
+    """
+
+    kind = "fate"
+
+    @property
+    def alpha(self) -> float:
+        """Factor of the log-weights in the attention."""
+        return 1.0
+
+    @property
+    def merge_score(self) -> str:
+        """``"max"`` or ``"sum"``."""
+        return "max"
+
+    @property
+    def room(self) -> int:
+        """Rows that it needs besides those that are never evicted."""
+        return 0
+
+    @abstractmethod
+    def reduce(self, site: CacheSite, score: Tensor, guard: Tensor | None, counts: Counts) -> Reduction:
+        """Which rows stay, and where the others go."""
+
+
+@dataclasses.dataclass(frozen=True)
+class When(Part):
+    """At which forwards rows are evicted, always after the forward's own attention.
+
+    Args:
+        prefill: at the end of the prompt.
+        every: after every so many generated tokens; 0: never.
+        start: generated tokens before the first of those periods begins.
+        turns: at the end of every later forward of several tokens: a second turn, or each chunk of a prompt.
+    """
+
+    name: ClassVar[str] = "when"
+    kind: ClassVar[str] = "when"
+
+    prefill: bool = True
+    every: int = 0
+    start: int = 0
+    turns: bool = False
+
+    def __post_init__(self) -> None:
+        for field in ("every", "start"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{field} must be a whole number of tokens, got {value!r}")
+
+    def due(self, prompt: int, before: int, after: int) -> bool:
+        """Whether a forward that takes the cache from ``before`` to ``after`` slots ends with an eviction."""
+        if before < prompt:
+            return self.turns or (self.prefill and after >= prompt)
+        if self.every and self.period(after - prompt) > self.period(before - prompt):
+            return True
+        return self.turns and after - before > 1
+
+    def period(self, generated: int) -> int:
+        """Whole periods among the generated tokens."""
+        return max(0, generated - self.start) // self.every if self.every else 0
+
+    def over(self, prompt: int, after: int) -> bool:
+        """Whether no eviction can come any more."""
+        return after >= prompt and not self.every and not self.turns
+
+
+def as_part(value: object, base: type[P], argument: str) -> P:
+    """A part as users write it: an object, its name, or what :meth:`Part.to_dict` wrote.
+
+    Raises:
+        TypeError: it is none of these, or a part of another kind.
+        ValueError: there is no such part; the message has the nearest names.
+    """
+    if isinstance(value, dict) and "part" in value:
+        given = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items() if k != "part"}
+        value = _class(value["part"], argument)(**given)
+    elif isinstance(value, str):
+        value = _class(value, argument)()
+    if not isinstance(value, base):
+        raise TypeError(f"{argument} must be a {base.kind} of tokred.kv or its name, got {value!r}")
+    return value
+
+
+def _class(name: str, argument: str) -> type[Part]:
+    import tokred.kv  # noqa: F401 - makes all parts known
+
+    if name not in _PARTS:
+        near = difflib.get_close_matches(name, _PARTS, n=3, cutoff=0.4)
+        raise ValueError(f"{argument} is {name!r}; did you mean {' or '.join(map(repr, near or sorted(_PARTS)))}?")
+    return _PARTS[name]
+
+
+def check_amount(value: object, argument: str = "budget") -> float | int | str:
+    """Refuse what is no budget: neither a share in (0, 1], nor a number of tokens, nor a text with bytes.
+
+    Raises:
+        TypeError: of another type.
+        ValueError: a share outside (0, 1], no token at all, or a text that is no number of bytes.
+    """
+    if isinstance(value, bool) or not isinstance(value, float | int | str):
+        raise TypeError(f"{argument} must be a share (0.25), tokens (1024) or bytes ('64 MiB'), got {value!r}")
+    if isinstance(value, float) and not 0 < value <= 1:
+        raise ValueError(f"{argument} as a share must lie in (0, 1], got {value} (a whole number means tokens)")
+    if isinstance(value, int) and value < 1:
+        raise ValueError(f"{argument} must be at least one token, got {value}")
+    if isinstance(value, str):
+        parse_bytes(value, argument)
+    return value
+
+
+def parse_bytes(text: str, argument: str = "budget") -> int:
+    """``"64 MiB"`` as a number of bytes.
+
+    Raises:
+        ValueError: it is no positive number with a unit of B, kB, MB, GB, KiB, MiB or GiB.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    unit = None if found is None else _UNITS.get(found[2].lower())
+    if found is None or unit is None or float(found[1]) * unit < 1:
+        raise ValueError(f"{argument} must be bytes such as '64 MiB' or '1.5 GB', got {text!r}")
+    return int(float(found[1]) * unit)
+
+
+def check_count(value: object, argument: str, least: int = 0) -> None:
+    """Refuse what is not a whole number of at least ``least``.
+
+    Raises:
+        ValueError: naming the argument and what was given.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{argument} must be a whole number of at least {least}, got {value!r}")

@@ -1,0 +1,156 @@
+"""``CachePolicy``: a method of the stage ``cache``, made of a score, a budget, a fate and a time."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tokred.kv.budgets import Uniform
+from tokred.kv.fates import Evict
+from tokred.kv.parts import Budget, Fate, Score, When, as_part, check_amount
+from tokred.kv.site import CacheSite
+from tokred.method import Method
+from tokred.reduction import Reduction
+from tokred.site import Site, Stage
+
+# What a budget is made of: a budget of tokred.kv, a share, tokens, or bytes.
+BudgetLike = Budget | float | int | str | None
+
+
+class Parts(NamedTuple):
+    """The choices of a policy.
+
+    Attributes:
+        score, budget, fate, when: see :mod:`tokred.kv.parts`.
+        sinks: first tokens of each sample, never evicted.
+        recent: newest tokens, never evicted; a float is a share of the rows that are kept.
+    """
+
+    score: Score
+    budget: Budget
+    fate: Fate = Evict()
+    when: When = When()
+    sinks: int = 0
+    recent: int | float = 0
+
+
+@dataclass(frozen=True)
+class CachePolicy(Method):
+    """Base of all cache policies. A subclass is a frozen dataclass that answers :attr:`parts`."""
+
+    stage: ClassVar[Stage] = "cache"
+    drops: ClassVar[bool] = True
+
+    @property
+    @abstractmethod
+    def parts(self) -> Parts:
+        """The choices that this policy is made of."""
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """What score and budget take from the host."""
+        parts = self.parts
+        return parts.score.needs | parts.budget.reads
+
+    def check(self, depth: int) -> None:
+        """The budget has to fit the number of compressed layers."""
+        self.parts.budget.check(depth)
+
+    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
+        """Rows that ``layer`` holds after a prompt of ``n`` tokens; budgets in bytes or by content: at most ``n``."""
+        parts = self.parts
+        if parts.budget.full or not parts.when.prefill or isinstance(parts.budget.amount, str):
+            return n
+        rows = parts.budget.share(n, None, layer, depth)
+        return min(n, max(rows, sum(self.guards(n, rows)) + parts.fate.room, 1))
+
+    def guards(self, n: int, rows: int) -> tuple[int, int]:
+        """First and newest tokens that are never evicted, of a sample of ``n`` tokens that keeps ``rows``."""
+        parts = self.parts
+        recent = parts.recent if isinstance(parts.recent, int) else int(rows * parts.recent)
+        return parts.sinks, max(recent, parts.score.recent)
+
+    # ------------------------------------------------------------------ one layer
+
+    def reduce(self, site: Site) -> Reduction:
+        """Decide for one layer alone, as at the end of a prompt whose only forward this is."""
+        assert isinstance(site, CacheSite)  # the stage's only kind of site
+        self.parts.score.observe(site)
+        return self.shrink(site, self.parts.score(site), self.parts.budget.rows(site))
+
+    def scores(self, site: CacheSite) -> Tensor:
+        """``[B, Hk, K]`` float32: the scores with guarded rows above all others, and -inf where nothing is.
+
+        For looking at; :meth:`reduce` decides.
+        """
+        parts = self.parts
+        parts.score.observe(site)
+        rows = self.at_least(site, parts.budget.rows(site))
+        score, guard = parts.score(site), self.guarded(site, rows)
+        score = parts.score.refine(site, score, guard, rows)
+        real = site.real
+        if real is not None:
+            score = score.masked_fill(~real, -torch.inf)
+        guard = guard.expand_as(score)
+        top = score.masked_fill(guard | (score == torch.inf), -torch.inf).amax((1, 2), keepdim=True) + 1
+        return torch.where(guard & (score > -torch.inf), top.to(score.dtype), score)
+
+    def at_least(self, site: CacheSite, rows: tuple[int, ...]) -> tuple[int, ...]:
+        """Never fewer rows than are guarded (and what a merge needs besides), never more than there are."""
+        found, room = [], self.parts.fate.room
+        for n, r in zip(site.lengths, rows, strict=True):
+            found.append(min(n, max(r, sum(self.guards(n, r)) + room, 1)))
+        return tuple(found)
+
+    def guarded(self, site: CacheSite, rows: tuple[int, ...]) -> Tensor:
+        """``[B or 1, Hk or 1, K]`` bool: first and newest tokens."""
+        both = [self.guards(n, r) for n, r in zip(site.lengths, rows, strict=True)]
+        first = site.token < site.column(tuple(s for s, _ in both))
+        return first | site.stands_behind(tuple(r for _, r in both))
+
+    def shrink(self, site: CacheSite, score: Tensor, rows: tuple[int, ...]) -> Reduction:
+        """The reduction to ``rows`` per head on average, given the scores."""
+        parts = self.parts
+        rows = self.at_least(site, rows)
+        guard = self.guarded(site, rows)
+        counts = parts.budget.heads(site, score, guard, rows)
+        if isinstance(counts, tuple) and all(c >= h for c, h in zip(counts, site.held, strict=True)):
+            return Reduction.identity((site.shape[0], site.heads), site.shape[1], site.device)
+        score = parts.score.refine(site, score, guard, counts)
+        return parts.fate.reduce(site, score, guard, counts)
+
+
+def as_budget(value: BudgetLike, default: float = 0.5) -> Budget:
+    """A budget as users write it: an object, its name, a share, tokens or bytes.
+
+    Raises:
+        TypeError, ValueError: it is no budget; the message says what was given and what is allowed.
+    """
+    if value is None:
+        return Uniform(default)
+    if isinstance(value, Budget | dict) or (isinstance(value, str) and value.isidentifier()):
+        return as_part(value, Budget, "budget")
+    return Uniform(check_amount(value))
+
+
+def check_room(policy: CachePolicy) -> None:
+    """Refuse a budget in tokens that cannot hold what is never evicted.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    tokens = policy.parts.budget.tokens
+    if tokens is None:
+        return
+    sinks, recent = policy.guards(tokens + 1, tokens)
+    room = policy.parts.fate.room
+    if tokens < sinks + recent + room:
+        more = f" and the {room} that others are merged into" if room else ""
+        raise ValueError(
+            f"a budget of {tokens} tokens cannot hold the {sinks} first and {recent} newest tokens that "
+            f"{policy.name or 'this policy'} never evicts{more}"
+        )

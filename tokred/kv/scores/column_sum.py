@@ -1,0 +1,70 @@
+"""Accumulated attention: what every row has received from all queries so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tokred.kv.parts import Score
+from tokred.kv.site import CacheSite
+
+MASS = "mass"
+
+
+@dataclass(frozen=True)
+class ColumnSum(Score):
+    """The sum over all queries seen of the attention on each row.
+
+    Args:
+        decay: factor on what was received before, for each later query; 1: none.
+        group: over the query heads of a key/value head.
+
+    Source: Zhang et al., H2O, NeurIPS 2023 (arXiv 2306.14048); with decay Liu et al., ZeroMerge (arXiv 2503.10714).
+    """
+
+    name: ClassVar[str] = "column_sum"
+    reads: ClassVar[frozenset[str]] = frozenset({"q", "k"})
+    accumulates: ClassVar[bool] = True
+
+    decay: float = 1.0
+    group: str = "sum"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"decay must lie in (0, 1], got {self.decay!r}")
+        if self.group not in ("sum", "mean", "max"):
+            raise ValueError(f"group must be 'sum', 'mean' or 'max', got {self.group!r}")
+
+    def observe(self, site: CacheSite) -> None:
+        """Add the attention of this forward's queries."""
+        m = site.q.shape[2]
+        weight = None
+        if self.decay != 1 and m > 1:
+            weight = self.decay ** torch.arange(m - 1, -1, -1, device=site.device, dtype=torch.float32)
+        received = site.columns(weight=weight, group=self.group)
+        before = site.rows.get(MASS)
+        site.rows[MASS] = received if before is None else before * self.decay**m + received
+
+    def __call__(self, site: CacheSite) -> Tensor:
+        """What :meth:`observe` has added up."""
+        return site.rows[MASS]
+
+
+@dataclass(frozen=True)
+class Observed(ColumnSum):
+    """The mean over the queries that can see a row, which takes away the advantage of the oldest.
+
+    Source: NVIDIA/kvpress, ObservedAttentionPress.
+    """
+
+    name: ClassVar[str] = "observed"
+
+    group: str = "mean"
+
+    def __call__(self, site: CacheSite) -> Tensor:
+        """The sum, divided by the number of queries from the row's own on."""
+        length = torch.tensor(site.lengths, device=site.device).view(-1, 1, 1)
+        return site.rows[MASS] / (length - site.token).clamp(min=1)

@@ -1,0 +1,99 @@
+"""A score, weighted by what each value makes of itself in the output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tokred.kv.parts import Score, as_part
+from tokred.kv.select import Counts, kept_mask
+from tokred.kv.site import CacheSite
+from tokred.schedules import check_share
+
+# Rows whose projected values are made at once: bounds the memory.
+_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Critical(Score):
+    """Half of the budget goes to the best rows of a score; the rest to the best of score times value.
+
+    Args:
+        inner: the score, an object or its name.
+        first: share of the rows that the score alone gives away.
+        epsilon: added to the score before it is multiplied.
+
+    Source: Feng et al., CriticalKV, arXiv 2502.03805.
+    """
+
+    name: ClassVar[str] = "critical"
+    reads: ClassVar[frozenset[str]] = frozenset({"v", "projection"})
+
+    inner: Score | str = "window"
+    first: float = 0.5
+    epsilon: float = 1e-4
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "inner", as_part(self.inner, Score, "inner"))  # type: ignore[type-abstract]
+        check_share(self.first, "first")
+
+    @property
+    def wrapped(self) -> Score:
+        """The inner score."""
+        assert isinstance(self.inner, Score)  # made so above
+        return self.inner
+
+    @property
+    def accumulates(self) -> bool:  # type: ignore[override]
+        """As the inner score."""
+        return self.wrapped.accumulates
+
+    @property
+    def window(self) -> int:
+        """As the inner score."""
+        return self.wrapped.window
+
+    @property
+    def recent(self) -> int:
+        """As the inner score."""
+        return self.wrapped.recent
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The inner score's needs, values and the output projection."""
+        return self.reads | self.wrapped.needs
+
+    def observe(self, site: CacheSite) -> None:
+        """As the inner score."""
+        self.wrapped.observe(site)
+
+    def __call__(self, site: CacheSite) -> Tensor:
+        """The inner score, by which heads share their budget."""
+        return self.wrapped(site)
+
+    def refine(self, site: CacheSite, score: Tensor, guard: Tensor | None, counts: Counts) -> Tensor:
+        """The best by the score first, the others by score times value."""
+        if isinstance(counts, Tensor):
+            stage = (counts * self.first).long().clamp(min=1)
+        else:
+            stage = torch.tensor([max(1, int(c * self.first)) for c in counts], device=score.device)[:, None]
+            stage = stage.expand(-1, site.heads)
+        sure = kept_mask(score, site.real, guard, stage)
+        return ((score + self.epsilon) * value_norms(site)).masked_fill(sure, torch.inf)
+
+
+def value_norms(site: CacheSite) -> Tensor:
+    """``[B, Hk, K]``: mean over the query heads of the L1 norm of each value after the output projection."""
+    v = site.v
+    heads, d = v.shape[1], v.shape[3]
+    weight = site.projection.detach().to(v.dtype)
+    per_head = weight.view(weight.shape[0], heads, -1, d)  # [C, Hk, G, D]
+    out = torch.empty(v.shape[:3], device=v.device)
+    for start in range(0, v.shape[2], _BLOCK):
+        rows = slice(start, start + _BLOCK)
+        found = [(v[:, :, rows] @ w.permute(1, 2, 0)).float().abs().sum(-1) for w in per_head.unbind(2)]
+        out[:, :, rows] = torch.stack(found).mean(0)
+    return out

@@ -1,0 +1,75 @@
+"""Selection of rows of a cache: the best of every sample and head, guarded rows first, ties to the older row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokred.reduction import Reduction
+from tokred.selection import ranked
+
+# Rows to keep: one number a sample, or ``[B, Hk]`` int64, one a head.
+Counts = tuple[int, ...] | Tensor
+
+
+def kept_mask(score: Tensor, real: Tensor | None, guard: Tensor | None, counts: Counts) -> Tensor:
+    """``[B, Hk, K]`` bool: the ``counts`` best rows of every sample and head.
+
+    Args:
+        score: ``[B, Hk, K]`` float, larger is kept; not NaN.
+        real: ``[B, 1 or Hk, K]`` bool, False rows are never kept; None: all real.
+        guard: ``[B or 1, 1 or Hk, K]`` bool, rows that are kept before all others; None: none.
+        counts: rows to keep.
+    """
+    if guard is not None:
+        score = score.masked_fill(guard, torch.inf)
+    if real is not None:
+        score = score.masked_fill(~real, -torch.inf)
+    order = ranked(score)
+    first = torch.arange(order.shape[-1], device=score.device) < _column(counts, score.device)
+    kept = torch.zeros_like(score, dtype=torch.bool).scatter(-1, order, first.expand_as(order))
+    return kept if real is None else kept & real
+
+
+def rows_of(kept: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """The rows that ``kept`` ``[B, Hk, K]`` marks, in order.
+
+    Args:
+        kept: bool.
+        slots: at least the largest number of marked rows of any head.
+
+    Returns:
+        ``[B, Hk, min(slots, K)]`` int64, and which of them are meant.
+    """
+    n = kept.shape[-1]
+    index = torch.arange(n, device=kept.device).expand_as(kept)
+    index = torch.where(kept, index, n).sort(-1).values[..., :slots]
+    return index.clamp(max=n - 1), index < n
+
+
+def largest(counts: Counts) -> int:
+    """The largest count; for counts on a device this waits for it, since memory is to be allocated."""
+    return int(counts.max()) if isinstance(counts, Tensor) else max(counts)
+
+
+def equal(counts: Counts) -> bool:
+    """Whether all counts are known to be the same."""
+    return not isinstance(counts, Tensor) and len(set(counts)) == 1
+
+
+def keep(score: Tensor, real: Tensor | None, guard: Tensor | None, counts: Counts, *, exact: bool) -> Reduction:
+    """The reduction that keeps the best rows and drops the others; arguments as in :func:`kept_mask`.
+
+    Args:
+        score, real, guard, counts: see there.
+        exact: whether every head is known to have as many real rows as are counted.
+    """
+    kept = kept_mask(score, real, guard, counts)
+    index, meant = rows_of(kept, largest(counts))
+    return Reduction.keep(index, score.shape[-1], None if exact and equal(counts) else meant)
+
+
+def _column(counts: Counts, device: torch.device) -> Tensor:
+    if isinstance(counts, Tensor):
+        return counts[:, :, None]
+    return torch.tensor(counts, device=device)[:, None, None]

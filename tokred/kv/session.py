@@ -1,0 +1,242 @@
+"""``Session``: one cache on its way through prompt and generation, and what its policy does to it when.
+
+Knows no host: a layer is anything that has keys, values and positions and can apply a reduction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from tokred.errors import TokredError
+from tokred.kv.policy import CachePolicy
+from tokred.kv.site import CacheSite
+from tokred.reduction import Reduction
+
+_SCORE = "score"
+
+
+@dataclass
+class Clock:
+    """Where one layer stands.
+
+    Attributes:
+        prompt: slots of the prompt; -1 until a forward has begun.
+        lengths: real tokens of each sample's prompt, once it is complete.
+        base: tokens that shares are taken of, for each sample.
+        rows: what the layer was given when the budget was last decided.
+    """
+
+    prompt: int = -1
+    lengths: tuple[int, ...] = ()
+    base: tuple[int, ...] = ()
+    rows: tuple[int, ...] = ()
+
+    def select(self, index: list[int]) -> Clock:
+        """The clock of other samples: ``index`` of the old ones, or as many copies."""
+
+        def pick(values: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(values[i] for i in index) if values else ()
+
+        return Clock(self.prompt, pick(self.lengths), pick(self.base), pick(self.rows))
+
+    def copy(self) -> Clock:
+        """One that is set apart from this."""
+        return replace(self)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all samples have the same numbers."""
+        return all(len(set(v)) <= 1 for v in (self.lengths, self.base, self.rows))
+
+
+class Layer(Protocol):
+    """What a session needs of a cache layer."""
+
+    keys: Any
+    values: Any
+    positions: Tensor | None
+    ragged: bool
+    weights: Tensor | None
+    rows: dict[str, Tensor]
+    notes: dict[str, Any]
+    clock: Clock
+
+    def apply(self, step: Reduction, merge_score: str) -> None:
+        """Replace the rows by what ``step`` makes of them."""
+
+
+class _Pending(NamedTuple):
+    layer: Layer
+    site: CacheSite
+
+
+class Session:
+    """The policy of one cache.
+
+    Args:
+        policy: what to do.
+        depth: compressed layers.
+
+    Attributes:
+        prompt: slots of the prompt, where they are known before its last forward; None: the first forward's.
+        steps: tokens that will be generated, where that is known.
+        drafting: whether later forwards of several tokens are drafts to be verified, and no second turn.
+    """
+
+    def __init__(self, policy: CachePolicy, depth: int) -> None:
+        self.policy = policy
+        self.parts = policy.parts
+        self.depth = depth
+        self.prompt: int | None = None
+        self.steps: int | None = None
+        self.drafting = False
+        self.streams: dict[int, tuple[Tensor, Tensor]] = {}
+        self._pending: dict[int, _Pending] = {}
+        self._preferences: dict[int, list[float]] = {}
+
+    # ------------------------------------------------------------------ what a host asks
+
+    @property
+    def idle(self) -> bool:
+        """Whether everything is kept, so that nothing needs to be looked at."""
+        return self.parts.budget.full
+
+    def watches(self, clock: Clock, after: int) -> bool:
+        """Whether the policy has to see the forward that ends at ``after`` slots."""
+        if self.idle:
+            return False
+        prompt = self._prompt(clock, after)
+        return clock.prompt < 0 or not clock.lengths or not self.parts.when.over(prompt, after)
+
+    def wants_stream(self, clock: Clock) -> bool:
+        """Whether the residual stream around this layer's attention is to be measured."""
+        return "stream" in self.parts.budget.reads and not clock.lengths and not self.idle
+
+    def ends_prompt(self, clock: Clock, before: int, after: int) -> int | None:
+        """Slots of a prompt that ends inside a forward, before drafts; None where none does."""
+        prompt = self._prompt(clock, after)
+        return prompt if before < prompt < after and not self.idle else None
+
+    def observe(self, layer: Layer, site: CacheSite, before: int) -> None:
+        """Everything that happens to a layer after its attention, in a forward that began at ``before`` slots."""
+        clock, after, when = layer.clock, site.seen, self.parts.when
+        if clock.prompt < 0:
+            clock.prompt = self._prompt(clock, after)
+        several = after - before > 1 and not self.drafting
+        if not clock.lengths and after >= clock.prompt:
+            clock.lengths = site.lengths
+        if before < clock.prompt or (when.turns and several):
+            clock.base = site.lengths
+        site.prompt = clock.lengths or site.lengths
+        site.base = clock.base
+        site.generated = max(0, after - clock.prompt)
+        site.steps = self.steps
+        self.parts.score.observe(site)
+        due = when.due(clock.prompt, before, after) and not (self.drafting and before >= clock.prompt)
+        if due:
+            self._evict(layer, site, before < clock.prompt or (when.turns and several))
+        self._remember(layer, site)
+
+    def finish(self) -> None:
+        """The end of a forward: decide what could not be decided layer by layer."""
+        pending, self._pending = self._pending, {}
+        if self.parts.budget.spread != "forward":
+            if pending:
+                self._preferences = {}
+                for p in pending.values():
+                    p.layer.rows.pop(_SCORE, None)
+            return
+        if not pending:
+            return
+        if len(self.streams) != self.depth:
+            raise TokredError(f"{len(self.streams)} of {self.depth} layers measured their residual stream")
+        # One budget for the batch, from the mean over samples.
+        cosines = [float((s / n).mean()) for _, (s, n) in sorted(self.streams.items())]
+        self.streams = {}
+        place = next(iter(pending.values())).site.place
+        budget: Any = self.parts.budget
+        bases = next(iter(pending.values())).site.base
+        shares = [budget.divide(cosines, n, budget.total(n, place, self.depth)) for n in bases]
+        for i, (layer, site) in pending.items():
+            rows = tuple(share[i] for share in shares)
+            layer.clock.rows = rows
+            now = site.at(layer.keys, layer.values, layer.positions, layer.ragged, layer.weights)
+            self._apply(layer, now, layer.rows.pop(_SCORE), rows)
+
+    def reset(self) -> None:
+        """Forget the cache's past."""
+        self.prompt = self.steps = None
+        self.drafting = False
+        self.streams, self._pending, self._preferences = {}, {}, {}
+
+    def state(self) -> dict[str, Any]:
+        """What a snapshot keeps."""
+        return {"prompt": self.prompt, "steps": self.steps, "drafting": self.drafting, "streams": dict(self.streams)}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Back to what :meth:`state` gave."""
+        self.reset()
+        self.__dict__.update({**state, "streams": dict(state["streams"])})
+
+    # ------------------------------------------------------------------ inside
+
+    def _prompt(self, clock: Clock, after: int) -> int:
+        if clock.prompt >= 0:
+            return clock.prompt
+        return after if self.prompt is None else self.prompt
+
+    def _evict(self, layer: Layer, site: CacheSite, decide: bool) -> None:
+        """Score and shrink; ``decide``: the budget is decided anew, and not only kept to."""
+        budget: Any = self.parts.budget
+        score = self.parts.score(site)
+        if budget.spread == "layer":
+            self._apply(layer, site, score, budget.rows(site))
+            return
+        if not decide and layer.clock.rows:
+            self._apply(layer, site, score, layer.clock.rows)
+            return
+        layer.rows[_SCORE] = score
+        self._pending[site.layer] = _Pending(layer, site)
+        if budget.spread == "cascade":
+            self._preferences[site.layer] = budget.preference(site)
+            self._cascade(site)
+
+    def _cascade(self, site: CacheSite) -> None:
+        budget: Any = self.parts.budget
+        known = sorted(self._preferences)
+        shares = [
+            budget.divide(
+                [self._preferences[i][b] for i in known], n, budget.mean(n, site.place, self.depth), self.depth
+            )
+            for b, n in enumerate(site.base)
+        ]
+        for place, i in enumerate(known):
+            layer, old = self._pending[i]
+            rows = tuple(share[place] for share in shares)
+            layer.clock.rows = rows
+            now = (
+                old
+                if i == site.layer
+                else old.at(layer.keys, layer.values, layer.positions, layer.ragged, layer.weights)
+            )
+            self._apply(layer, now, layer.rows[_SCORE], rows)
+
+    def _apply(self, layer: Layer, site: CacheSite, score: Tensor, rows: tuple[int, ...]) -> None:
+        step = self.policy.shrink(site, score, rows)
+        if not step.trivial:
+            layer.apply(step, self.parts.fate.merge_score)
+
+    def _remember(self, layer: Layer, site: CacheSite) -> None:
+        """Keep the newest queries while a later eviction may ask for them."""
+        window, when = self.parts.score.window, self.parts.when
+        over = when.over(layer.clock.prompt, site.seen)
+        if over:
+            layer.notes.pop("queries", None)
+            for name in [n for n in layer.rows if n != _SCORE]:
+                layer.rows.pop(name)
+        elif window > 1 and (when.every or when.turns or site.seen < layer.clock.prompt):
+            layer.notes["queries"] = site.queries(window).detach().clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,325 @@
+"""``CacheSite``: what a policy sees of one layer's cache, right after the layer has attended with its newest tokens.
+
+Two lengths are told apart everywhere. A *slot* is a logical place in the sequence, padding counted: 0 to ``seen - 1``.
+A *row* is a physical place in the cache: 0 to ``K - 1``. ``positions`` says which slot each row holds; empty rows,
+which exist where heads or samples hold different numbers, have ``SENTINEL``. A *token* is a slot counted without
+padding, so that a sample's answers do not depend on how far it was padded.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from tokred.errors import MissingInputError
+from tokred.kernels.column_scores import ColumnStatistics, column_scores, column_statistics
+from tokred.kernels.decode_attention import SENTINEL, visible_positions
+from tokred.site import Site
+
+
+class Padding:
+    """Which slots of a batch are real tokens; made once a forward and shared by all layers.
+
+    Args:
+        mask: ``[B, L]`` bool, False on padding.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+
+    @functools.cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Real tokens of each sample; asking waits for the device."""
+        return tuple(int(n) for n in self.mask.sum(1).tolist())
+
+    @functools.cached_property
+    def token(self) -> Tensor:
+        """``[B, L]`` int64: how many real tokens stand before each slot."""
+        return self.mask.long().cumsum(1) - self.mask.long()
+
+    def until(self, seen: int) -> Padding | None:
+        """The first ``seen`` slots; None where they hold no padding."""
+        cut = self if self.mask.shape[1] == seen else Padding(self.mask[:, :seen])
+        return None if all(n == seen for n in cut.lengths) else cut
+
+
+class Rope(Protocol):
+    """The rotary embedding of one layer."""
+
+    def unrotate(self, q: Tensor) -> Tensor:
+        """The queries ``[B, H, M, D]`` of this forward before rotation."""
+
+    def mean(self, start: int, count: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``[D]`` of ``count`` positions from ``start`` on, averaged."""
+
+
+class Place(NamedTuple):
+    """What a budget in bytes has to know: how many layers share it, and what a row of one head costs."""
+
+    heads: int
+    row_bytes: int
+
+
+class CacheSite(Site):
+    """One layer's cache, and the queries of the newest tokens.
+
+    Args:
+        q: ``[B, H, M, D]`` queries of the ``M`` newest tokens, as the attention used them.
+        k: ``[B, Hk, K, D]`` keys, the newest ``M`` rows those of the newest tokens.
+        v: ``[B, Hk, K, Dv]`` values.
+        positions: ``[B, Hk, K]`` int32 slots of the rows, ``SENTINEL`` in empty ones; None: row ``i`` is slot ``i``.
+        seen: slots so far; None: ``K``.
+        padding: which of them are real; None: all.
+        ragged: whether ``positions`` may have empty rows.
+        weights: ``[B, Hk, K]`` float32, how many tokens each row stands for; None: one each.
+        alpha: the attention adds ``alpha * ln(weights)`` to the logits.
+        scale, softcap: of the attention's logits.
+        rows: state that a score keeps for every row, ``[B, Hk, K]`` each; travels with the rows.
+        notes: state of another shape, by sample first.
+        prompt: real tokens of each sample's prompt; None: all so far.
+        base: tokens that shares are taken of, for each sample; None: all so far.
+        generated: slots after the prompt.
+        steps: tokens that will be generated, where that is known.
+        projection: gives the weight ``[C, H * Dv]`` of the attention's output projection.
+        rope: the rotary embedding.
+        layer, depth: which of the layers that are compressed this is.
+    """
+
+    def __init__(
+        self,
+        *,
+        q: Tensor | None = None,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor | None = None,
+        seen: int | None = None,
+        padding: Padding | None = None,
+        ragged: bool = False,
+        weights: Tensor | None = None,
+        alpha: float = 1.0,
+        scale: float | None = None,
+        softcap: float | None = None,
+        rows: dict[str, Tensor] | None = None,
+        notes: dict[str, Any] | None = None,
+        prompt: tuple[int, ...] | None = None,
+        base: tuple[int, ...] | None = None,
+        generated: int = 0,
+        steps: int | None = None,
+        projection: Callable[[], Tensor] | None = None,
+        rope: Rope | None = None,
+        layer: int = 0,
+        depth: int = 1,
+    ) -> None:
+        super().__init__(q=q, k=k, v=v, scale=k.shape[-1] ** -0.5 if scale is None else scale, layer=layer, depth=depth)
+        self.slots = positions
+        self.seen = k.shape[2] if seen is None else seen
+        self.padding = padding
+        self.ragged = ragged
+        self.weights = weights
+        self.alpha = alpha
+        self.softcap = softcap
+        self.rows = {} if rows is None else rows
+        self.notes = {} if notes is None else notes
+        self.prompt = self.lengths if prompt is None else prompt
+        self.base = self.lengths if base is None else base
+        self.generated = generated
+        self.steps = steps
+        self._projection = projection
+        self._rope = rope
+
+    # ------------------------------------------------------------------ shapes
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(B, K)``."""
+        return (self.k.shape[0], self.k.shape[2])
+
+    @property
+    def heads(self) -> int:
+        """Key/value heads ``Hk``."""
+        return self.k.shape[1]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Real tokens that each sample has seen, evicted ones included."""
+        if self.padding is not None:
+            return self.padding.lengths
+        return (self.seen,) * self.k.shape[0]
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """Rows that each sample holds at most, padding aside where it is known."""
+        return self.lengths if self.slots is None else (self.k.shape[2],) * self.k.shape[0]
+
+    @property
+    def place(self) -> Place:
+        """Heads, and the bytes of one row of one head: key, value and position."""
+        k, v = self.k, self.v
+        return Place(k.shape[1], k.shape[3] * k.element_size() + v.shape[3] * v.element_size() + 4)
+
+    @functools.cached_property
+    def real(self) -> Tensor | None:
+        """``[B, 1 or Hk, K]`` bool, False on padding and empty rows; None: all real."""
+        mask = None if self.padding is None else self.padding.mask
+        if self.slots is None:
+            return None if mask is None else mask[:, None, :]
+        if mask is None and not self.ragged:
+            return None
+        return visible_positions(self.slots, None, mask)
+
+    @functools.cached_property
+    def token(self) -> Tensor:
+        """``[B or 1, Hk or 1, K]`` int64: how many real tokens stand before each row's; empty rows hold anything."""
+        if self.slots is None:
+            if self.padding is not None:
+                return self.padding.token[:, None, :]
+            return torch.arange(self.k.shape[2], device=self.device)[None, None]
+        slots = self.slots.long()
+        if self.padding is None:
+            return slots
+        flat = slots.clamp(max=self.seen - 1).flatten(1)
+        return self.padding.token.gather(1, flat).view(slots.shape)
+
+    def column(self, values: tuple[int, ...]) -> Tensor | int:
+        """A number for each sample as something that compares with :attr:`token`: ``[B, 1, 1]``, or one number."""
+        if len(set(values)) == 1:
+            return values[0]
+        return torch.tensor(values, device=self.device).view(-1, 1, 1)
+
+    def stands_behind(self, count: int | tuple[int, ...]) -> Tensor:
+        """``[B or 1, Hk or 1, K]`` bool: whether fewer than ``count`` real tokens of the sample are newer."""
+        counts = (count,) * len(self.lengths) if isinstance(count, int) else count
+        return self.token >= self.column(tuple(n - c for n, c in zip(self.lengths, counts, strict=True)))
+
+    # ------------------------------------------------------------------ attention
+
+    def queries(self, last: int | None = None) -> Tensor:
+        """``[B, H, M, D]`` the newest queries: those of this forward, or the ``last``, earlier ones before them."""
+        q = self.q
+        if last is None:
+            return q
+        earlier = self.notes.get("queries")
+        if earlier is not None and q.shape[2] < last:
+            q = torch.cat([earlier, q], 2)
+        return q[:, :, -last:]
+
+    def columns(
+        self,
+        last: int | None = None,
+        *,
+        weight: Tensor | None = None,
+        candidates: Tensor | None = None,
+        causal: bool = True,
+        group: str = "mean",
+    ) -> Tensor:
+        """How much attention every row received: a sum over queries, see :func:`tokred.kernels.column_scores`.
+
+        Args:
+            last: newest queries that vote; None: those of this forward.
+            weight: ``[M]`` of each query.
+            candidates: ``[B, 1 or Hk, K]`` bool, the rows among which the attention is shared out; None: all.
+            causal: whether the newest ``M`` rows are the queries' own, in order.
+            group: over the query heads of a key/value head: "mean", "sum", "max" or "none".
+
+        Returns:
+            ``[B, Hk, K]`` float32 (``[B, H, K]`` for "none"); zero on padding and empty rows.
+        """
+        q = self.queries(last)
+        options = self._options(q, candidates)
+        return column_scores(q, self.k, self._votes(q, weight), causal=causal, group=group, **options)
+
+    def statistics(self, last: int | None = None, *, group: str = "none") -> ColumnStatistics:
+        """Sum, sum of squares, maximum and entropy of what every row received from the ``last`` queries."""
+        q = self.queries(last)
+        options = self._options(q, None)
+        return column_statistics(q, self.k, self._votes(q, None), causal=True, group=group, **options)
+
+    def _votes(self, q: Tensor, weight: Tensor | None) -> Tensor | None:
+        if self.padding is None:
+            return weight
+        real = self.padding.mask[:, -q.shape[2] :].float()
+        return real if weight is None else real * weight
+
+    def _options(self, q: Tensor, candidates: Tensor | None) -> dict[str, Any]:
+        options: dict[str, Any] = {"scale": self.scale, "softcap": self.softcap}
+        real = self.real
+        if candidates is not None:
+            real = candidates if real is None else real & candidates
+        group = q.shape[1] // self.heads
+        if real is not None and real.shape[1] == 1 and self.weights is None:
+            options["key_mask"] = real[:, 0].expand(q.shape[0], -1)
+            return options
+        bias = None if self.weights is None else self.alpha * self.weights.log()
+        if real is not None:
+            bias = torch.zeros(self.k.shape[:3], device=self.device) if bias is None else bias
+            bias = bias.masked_fill(~real, -torch.inf)
+        if bias is not None:
+            options["bias"] = bias.repeat_interleave(group, 1)
+        return options
+
+    # ------------------------------------------------------------------ the rest
+
+    @property
+    def projection(self) -> Tensor:
+        """``[C, H * Dv]`` weight of the attention's output projection.
+
+        Raises:
+            MissingInputError: the host does not supply it.
+        """
+        if self._projection is None:
+            raise MissingInputError("this site does not supply 'projection', the attention's output projection")
+        return self._projection()
+
+    @property
+    def rope(self) -> Rope:
+        """The rotary embedding.
+
+        Raises:
+            MissingInputError: the host does not supply it.
+        """
+        if self._rope is None:
+            raise MissingInputError("this site does not supply 'rope', the layer's rotary embedding")
+        return self._rope
+
+    def alone(self, score: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        """``score`` of the real rows of each sample, as if nothing else were in the batch.
+
+        Args:
+            score: takes the tensors at real rows only, ``[1 or B, heads, n, ...]``, and gives ``[1 or B, heads, n]``.
+            tensors: ``[B, Hk, K, ...]``.
+
+        Returns:
+            ``[B, Hk, K]`` float32, zero on padding and empty rows.
+        """
+        real = self.real
+        if real is None:
+            return score(*tensors)
+        b, heads, n = self.k.shape[:3]
+        out = torch.zeros(b, heads, n, device=self.device)
+        together = real.shape[1] == 1
+        for i in range(b):
+            for h in range(1 if together else heads):
+                some = slice(None) if together else slice(h, h + 1)
+                index = real[i, h].nonzero().view(-1)
+                if len(index):
+                    out[i : i + 1, some, index] = score(*(t[i : i + 1, some].index_select(2, index) for t in tensors))
+        return out
+
+    def at(self, k: Tensor, v: Tensor, positions: Tensor | None, ragged: bool, weights: Tensor | None) -> CacheSite:
+        """The same layer after its rows have changed; for choices that need no queries any more."""
+        other = copy.copy(self)
+        for name in ("real", "token"):
+            other.__dict__.pop(name, None)
+        other._values = {**self._values, "k": k, "v": v}
+        other.slots, other.ragged, other.weights = positions, ragged, weights
+        return other
+
+
+def empty_rows(positions: Tensor) -> Tensor:
+    """Which rows hold nothing."""
+    return positions == SENTINEL
