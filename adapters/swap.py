@@ -105,8 +105,10 @@ def _cache_body(host: type[nn.Module]) -> dict[str, Any]:
 
 
 def _sublayer_body(host: type[nn.Module]) -> dict[str, Any]:
+    original = host.forward  # the compiler follows a function, not the attribute of a class
+
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__[SETTINGS].run(self, host.forward, args, kwargs)
+        return self.__dict__[SETTINGS].run(self, original, args, kwargs)
 
     return {"forward": forward}
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokred import methods as _methods  # registers the built-in names
 from tokred.api import Flops, Report, Support, applied, apply, flops, make, methods, remove, report, supports, trace
+from tokred.denoise import AttentionSite
 from tokred.errors import (
     MissingInputError,
     NothingRecordedError,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from tokred.methods.ats import ATS
     from tokred.methods.cake import CAKE
     from tokred.methods.criticalkv import CriticalKV
+    from tokred.methods.downsample import Downsample
     from tokred.methods.duoattention import DuoAttention
     from tokred.methods.evit import EViT
     from tokred.methods.expected_attention import ExpectedAttention
@@ -52,15 +54,18 @@ if TYPE_CHECKING:
     from tokred.methods.pyramidkv import PyramidKV
     from tokred.methods.random import RandomMerge, RandomPrune
     from tokred.methods.random_evict import RandomEvict
+    from tokred.methods.random_latent import RandomLatentPrune
     from tokred.methods.rpc import RPC
     from tokred.methods.saint import SAINT
     from tokred.methods.snapkv import SnapKV
     from tokred.methods.squeezeattention import SqueezeAttention
     from tokred.methods.streaming_llm import StreamingLLM
     from tokred.methods.tinychart import TinyChart
+    from tokred.methods.todo import ToDo
     from tokred.methods.tofu import ToFu
     from tokred.methods.tokentm import TokenTMPrune
     from tokred.methods.tome import ToMe
+    from tokred.methods.tomesd import ToMeSD
     from tokred.methods.tova import TOVA
     from tokred.methods.vomix import VoMix
     from tokred.methods.vtm import VTM
@@ -82,8 +87,10 @@ __all__ = [
     "TOVA",
     "VTM",
     "AdaKV",
+    "AttentionSite",
     "CacheReport",
     "CriticalKV",
+    "Downsample",
     "DuoAttention",
     "EViT",
     "ExpectedAttention",
@@ -101,6 +108,7 @@ __all__ = [
     "PiToMe",
     "PyramidKV",
     "RandomEvict",
+    "RandomLatentPrune",
     "RandomMerge",
     "RandomPrune",
     "Reduction",
@@ -111,8 +119,10 @@ __all__ = [
     "StreamingLLM",
     "Support",
     "TinyChart",
+    "ToDo",
     "ToFu",
     "ToMe",
+    "ToMeSD",
     "TokenStateError",
     "TokenTMPrune",
     "TokredError",

@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
-import torch
 from torch import nn
 
 from tokred import hosts

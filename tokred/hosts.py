@@ -55,7 +55,7 @@ def module_of(model: Any) -> Any:
     return model if found is None else found
 
 
-def find_for(model: nn.Module, method: Method) -> Any:
+def find_for(model: Any, method: Method) -> Any:
     """The part of ``model`` that ``method`` acts on.
 
     Raises:
@@ -142,7 +142,7 @@ class CacheReport(NamedTuple):
         return "\n".join(lines)
 
 
-def patched_with(model: nn.Module) -> list[Method]:
+def patched_with(model: Any) -> list[Method]:
     """The methods that ``model`` is patched with."""
     found = [m.__dict__.get("_tokred") for m in module_of(model).modules()]
     methods = [getattr(s, "policy", None) or getattr(s, "method", None) for s in found]

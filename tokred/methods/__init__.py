@@ -12,6 +12,7 @@ TARGETS = {
     "random_prune": "tokred.methods.random:RandomPrune",
     "pitome": "tokred.methods.pitome:PiToMe",
     "evit": "tokred.methods.evit:EViT",
+    "downsample": "tokred.methods.downsample:Downsample",
     "tokentm": "tokred.methods.tokentm:TokenTMPrune",
     "vomix": "tokred.methods.vomix:VoMix",
     "zero_tprune": "tokred.methods.zero_tprune:ZeroTPrune",
@@ -42,6 +43,9 @@ TARGETS = {
     "streaming_llm": "tokred.methods.streaming_llm:StreamingLLM",
     "tova": "tokred.methods.tova:TOVA",
     "zeromerge": "tokred.methods.zeromerge:ZeroMerge",
+    "tomesd": "tokred.methods.tomesd:ToMeSD",
+    "todo": "tokred.methods.todo:ToDo",
+    "random_latent_prune": "tokred.methods.random_latent:RandomLatentPrune",
 }
 
 for _name, _target in TARGETS.items():

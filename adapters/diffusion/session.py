@@ -1,0 +1,238 @@
+"""What the sub-layers of one patched denoiser share: the method, the step, the plans, and a record for reports."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tokred.adapters.swap import Hook
+from tokred.denoise import AttentionMethod, AttentionSite, Place, place_of, step_key
+from tokred.kernels.merge_rows import unmerge_rows
+from tokred.reduction import Reduction
+
+if TYPE_CHECKING:
+    from tokred.adapters.diffusion.sublayers import Spot
+
+# Calls of one step that guidance can make: prompted, unprompted, and those of editing pipelines.
+_CALLS = 4
+
+
+class Plan:
+    """A reduction in use, with its inverse map."""
+
+    def __init__(self, reduction: Reduction, part: str) -> None:
+        self.reduction, self.part = reduction, part
+        self.index = reduction.index if part == "tokens" else None
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether the plan is one for ``x`` ``(B, N, C)``."""
+        rows = self.reduction.representative
+        return self.reduction.batch == (x.shape[0],) and self.reduction.length == x.shape[1] and rows.device == x.device
+
+    def merge(self, x: Tensor) -> Tensor:
+        """``(B, N, C)`` to ``(B, M, C)``."""
+        return self.reduction.merge(x)
+
+    def restore(self, y: Tensor) -> Tensor:
+        """``(B, M, C)`` to ``(B, N, C)``; dropped tokens get zeros, so the residual stream leaves them as they are."""
+        assert self.index is not None  # only whole tokens are restored
+        return unmerge_rows(y, self.index)
+
+
+class SpotRecord(NamedTuple):
+    """A sub-layer in the last forward.
+
+    Attributes:
+        name: in the denoiser.
+        role: ``"self"``, ``"cross"`` or ``"mlp"``.
+        tokens: of the image, before.
+        left: tokens (or keys) that it ran on.
+    """
+
+    name: str
+    role: str
+    tokens: int
+    left: int
+
+
+class Session:
+    """State of one denoiser. Copies and pickles start without plans.
+
+    Args:
+        method: what decides.
+        depth: number of blocks.
+        family: for messages.
+        patch: rows (and columns) of the sample that the finest tokens stand for.
+    """
+
+    def __init__(self, method: AttentionMethod, depth: int, family: str, patch: int = 1) -> None:
+        self.method = method
+        self.depth = depth
+        self.family = family
+        self.patch = patch
+        self.warned = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self.size: tuple[int, int] | None = None
+        self.key: int | Tensor = 0
+        self.inputs: dict[int, Tensor] = {}
+        self.plans: dict[Any, Plan] = {}
+        self.kept: list[dict[Any, Plan]] = []
+        self.time: float | None = None
+        self.call = self.count = 0
+        self.records: dict[tuple[int, str], SpotRecord] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        transient = ("size", "key", "inputs", "plans", "kept", "time", "call", "count", "records")
+        return {k: v for k, v in self.__dict__.items() if k not in transient}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    # ------------------------------------------------------------------ one forward
+
+    def begin(self, size: tuple[int, int], timestep: Any) -> None:
+        """A forward of the denoiser starts, on a sample of this height and width."""
+        self.size, self.key = size, step_key(timestep)
+        self.inputs = {}
+        if not torch.compiler.is_compiling():
+            self.records = {}
+        if self.method.refresh == 1 or torch.compiler.is_compiling():
+            self.plans = {}
+        else:
+            self._turn(timestep)
+
+    def _turn(self, timestep: Any) -> None:
+        """Which plans of earlier steps may still be used. Waits for the device once."""
+        time = float(timestep.reshape(-1)[0]) if isinstance(timestep, Tensor) else float(timestep or 0)
+        same = time == self.time and self.call + 1 < _CALLS
+        if same:
+            self.call += 1
+        else:
+            # Times fall within an image; a call that does not follow the one before starts another.
+            follows = self.time is not None and time < self.time
+            self.call, self.count = 0, self.count + 1 if follows else 0
+            self.time = time
+            if self.count % self.method.refresh == 0:
+                self.kept = []
+        while len(self.kept) <= self.call:
+            self.kept.append({})
+        self.plans = self.kept[self.call]
+
+    def end(self) -> None:
+        """The forward is over."""
+        self.inputs = {}
+        if self.warned or torch.compiler.is_compiling() or self.method.idle or not self.records:
+            return
+        if all(r.left == r.tokens for r in self.records.values()):
+            self.warned = True
+            counts = sorted({r.tokens for r in self.records.values()}, reverse=True)
+            high, wide = (side * self.patch for side in self.size or (0, 0))
+            advice = f" ({self.method.advice})" if self.method.advice else ""
+            warnings.warn(
+                f"{self.method.name!r} reduced nothing on {self.family} at a sample of {high} x {wide}: its "
+                f"attention runs on {', '.join(map(str, counts))} tokens, and the method acts on none of them{advice}",
+                stacklevel=2,
+            )
+
+    # ------------------------------------------------------------------ one sub-layer
+
+    def place(self, x: Tensor) -> Place:
+        """Where a sub-layer stands, from the shape of its input."""
+        assert self.size is not None  # forwards of the denoiser begin by saying so
+        place = place_of(x.shape[1] if x.ndim == 3 else x.shape[2] * x.shape[3], self.size)
+        place = place._replace(factor=place.factor * self.patch)
+        return place if x.ndim == 3 else place._replace(grid=(x.shape[2], x.shape[3]))
+
+    def plan(self, spot: Spot, x: Tensor) -> Plan | None:
+        """The plan of a sub-layer; None where it runs as it is.
+
+        Args:
+            spot: the sub-layer.
+            x: its input, ``(B, N, C)`` or ``(B, C, h, w)``.
+        """
+        if self.size is None:
+            return None  # a block that is run by itself
+        own = x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
+        seen = self.inputs.get(spot.block)
+        metric = own if spot.alone or seen is None else seen
+        if metric.shape[:2] != own.shape[:2]:
+            return None  # a part of the tokens, as feed-forwards in chunks are given
+        if spot.kind == "mlp" and seen is None:
+            return None
+        place = self.place(x)
+        if self.method.left(place) == place.length:
+            return None
+        shared = self.method.share == "resolution"
+        slot = (place, own.shape[0]) if shared else spot.block
+        plan = self.plans.get(slot)
+        if plan is None or not plan.fits(own):
+            layer = spot.block if not shared else place.factor
+            site = AttentionSite(metric.detach(), place, layer=layer, depth=self.depth, step=self.key)
+            reduction = self.method.reduce(site)
+            if reduction.trivial:
+                return None
+            plan = self.plans[slot] = Plan(reduction, self.method.part)
+        return plan
+
+    def note(self, spot: Spot, role: str, x: Tensor, plan: Plan | None) -> None:
+        """Remember what a sub-layer ran on."""
+        if torch.compiler.is_compiling():
+            return
+        n = x.shape[1] if x.ndim == 3 else x.shape[2] * x.shape[3]
+        left = n if plan is None else plan.reduction.slots
+        self.records[spot.block, role] = SpotRecord(spot.name, role, n, left)
+
+
+class EnterDenoiser(Hook):
+    """Before a denoiser's forward.
+
+    Args:
+        session: of the denoiser.
+        names: parameters of its forward, after ``self``.
+        sample: which of them is the sample.
+    """
+
+    def __init__(self, session: Session, names: tuple[str, ...], sample: str) -> None:
+        self.session, self.names, self.sample = session, names, sample
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        sample, patch = given[self.sample], self.session.patch
+        self.session.begin((sample.shape[-2] // patch, sample.shape[-1] // patch), given.get("timestep"))
+
+
+class LeaveDenoiser(Hook):
+    """After a denoiser's forward."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def __call__(self, module: Any, args: Any, output: Any) -> None:
+        self.session.end()
+
+
+class EnterBlock(Hook):
+    """Before a transformer block: its input is what tokens are compared by."""
+
+    def __init__(self, session: Session, block: int) -> None:
+        self.session, self.block = session, block
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["hidden_states"]
+        self.session.inputs[self.block] = x.squeeze(1) if x.ndim == 4 else x
+
+
+class LeaveBlock(Hook):
+    """After a transformer block: its input is let go."""
+
+    def __init__(self, session: Session, block: int) -> None:
+        self.session, self.block = session, block
+
+    def __call__(self, module: Any, args: Any, output: Any) -> None:
+        self.session.inputs.pop(self.block, None)

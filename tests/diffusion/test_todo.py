@@ -1,0 +1,117 @@
+"""ToDo: the card's worked examples, without a denoiser."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import tokred
+from tokred.denoise import AttentionSite, Place
+from tokred.grid import kept_lines
+
+
+def kept(grid: tuple[int, int], values: torch.Tensor | None = None, **parameters) -> list[float]:
+    n = grid[0] * grid[1]
+    values = torch.arange(1.0, n + 1) if values is None else values
+    x = values.view(1, n, 1)
+    plan = tokred.ToDo(**parameters).reduce(AttentionSite(x, Place(n, grid, 1), step=3))
+    return plan.merge(x).flatten().tolist()
+
+
+@pytest.mark.parametrize(
+    ("n", "factor", "nearest", "exact"),
+    [
+        (4, 2, [0, 2], [1, 3]),
+        (6, 3, [0, 3], [1, 4]),
+        (8, 4, [0, 4], [2, 6]),
+        (9, 2, [0, 2, 4, 6], [1, 3, 5, 7]),
+        (10, 3, [0, 3, 6], [1, 5, 8]),
+        (13, 2, [0, 2, 4, 6, 8, 10], [1, 3, 5, 7, 9, 11]),
+    ],
+)
+def test_kept_rows(n: int, factor: int, nearest: list[int], exact: list[int]):
+    assert kept_lines(n, factor) == nearest
+    assert kept_lines(n, factor, exact=True) == exact
+    line = torch.arange(float(n)).view(1, 1, n)
+    size = n // factor
+    assert F.interpolate(line, size=size, mode="nearest").flatten().tolist() == nearest
+    assert F.interpolate(line, size=size, mode="nearest-exact").flatten().tolist() == exact
+
+
+def test_modes_on_a_grid():
+    assert kept((4, 4)) == [1, 3, 9, 11]
+    assert kept((4, 4), mode="nearest-exact") == [6, 8, 14, 16]
+    assert kept((4, 4), mode="average") == [3.5, 5.5, 11.5, 13.5]
+    assert kept((4, 4), mode="max") == [6, 8, 14, 16]
+    assert kept((4, 4), phase=3) == [6, 8, 14, 16]
+    assert kept((5, 7), mode="average") == [5, 7, 9, 19, 21, 23]
+
+
+def test_attention_of_the_card():
+    k = torch.full((1, 8, 2), 5.0)
+    k[0, 0], k[0, 2] = torch.tensor([1.0, 0]), torch.tensor([0, 1.0])
+    v = torch.zeros(1, 8, 1)
+    v[0, 0], v[0, 2] = 10, 20
+    q = torch.tensor([[0, 0], [1, 0], [0, 1], [1, 1], [2, 0], [0, 2], [-1, 0], [0, -1.0]]).unsqueeze(0)
+    plan = tokred.ToDo(factors=2).reduce(AttentionSite(k, Place(8, (2, 4), 1)))
+    out = F.scaled_dot_product_attention(q, plan.merge(k), plan.merge(v)).flatten()
+    expected = [15, 13.302385, 16.697615, 15, 11.955703, 18.044297, 16.697615, 13.302385]
+    torch.testing.assert_close(out, torch.tensor(expected))
+
+
+def test_constant_cells_change_nothing():
+    cells = torch.tensor([[1.0, 2], [3, 4]]).repeat_interleave(2, 0).repeat_interleave(2, 1).view(1, 16, 1)
+    x = cells * torch.tensor([0.3, -1.0, 0.7])
+    q = torch.randn(1, 16, 3)
+    for mode in ("nearest", "nearest-exact", "average", "max"):
+        plan = tokred.ToDo(factors=2, mode=mode).reduce(AttentionSite(x, Place(16, (4, 4), 1)))
+        y = F.scaled_dot_product_attention(q, plan.merge(x), plan.merge(x))
+        torch.testing.assert_close(y, F.scaled_dot_product_attention(q, x, x))
+
+
+def test_cost_of_the_card():
+    method = tokred.ToDo(factors=2)
+    place = Place(16384, (128, 128), 1)
+    assert method.left(place) == 4096
+    assert place.length * method.left(place) == pytest.approx(6.71e7, rel=1e-3)
+
+
+def test_factors_go_by_depth():
+    method = tokred.ToDo(factors=(3, 2))
+    assert [method.factor(Place(64, (8, 8), d)) for d in (1, 2, 3, 4, 8)] == [3, 2, 1, 1, 1]
+    assert tokred.ToDo(factors=(1, 1)).idle
+
+
+def test_cycling_moves_with_the_step_alone():
+    method = tokred.ToDo(factors=2, phase="cycle")
+    x = torch.zeros(1, 81, 1)
+
+    def rows(step: int, layer: int = 0) -> list[int]:
+        return method.reduce(AttentionSite(x, Place(81, (9, 9), 1), step=step, layer=layer)).representative[0].tolist()
+
+    assert len({tuple(rows(step)) for step in range(40)}) == 4
+    assert rows(3) == rows(3, layer=5)
+    assert max(map(max, map(rows, range(40)))) < 81
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"factors": 0}, "factors must be at least 1"),
+        ({"factors": (2, 1.5)}, "factors must be an integer"),
+        ({"factors": ()}, "at least one factor"),
+        ({"mode": "pool"}, "mode is 'pool'"),
+        ({"phase": 4}, r"phase must lie in \[0, 4\)"),
+        ({"phase": 1, "mode": "average"}, "phase is for mode 'nearest'"),
+        ({"phase": "spin"}, "phase must be an integer or 'cycle'"),
+    ],
+)
+def test_wrong_parameters(parameters: dict, message: str):
+    with pytest.raises((ValueError, TypeError), match=message):
+        tokred.ToDo(**parameters)
+
+
+def test_a_factor_larger_than_the_grid():
+    with pytest.raises(ValueError, match="a factor of 5 is larger than the 4 rows"):
+        kept((4, 8), factors=5)
