@@ -63,12 +63,22 @@ class Recipe:
         return run_block(block, host_forward, x, args, kwargs)
 
 
-def refuse_padding() -> None:
-    """What to say to a batch whose mask hides some tokens."""
-    raise UnsupportedModelError(
-        "the batch holds padded tokens (a mask hides some of them), which would be merged with real ones: give "
-        "inputs of one size without padding, or call tokred.remove(model) first"
-    )
+PADDED = (
+    "the batch holds padded tokens (a mask hides some of them), which would be merged with real ones: give "
+    "inputs of one size without padding, or call tokred.remove(model) first"
+)
+
+
+def refuse_padding(mask: Tensor | None = None) -> None:
+    """Raise for a batch whose mask hides some tokens; a boolean mask that hides none is let through.
+
+    Raises:
+        UnsupportedModelError: some tokens are padding (in a compiled graph, a RuntimeError with the same text).
+    """
+    if mask is not None and torch.compiler.is_compiling():
+        torch._assert_async(mask.all(), PADDED)
+    elif mask is None or not bool(mask.all()):
+        raise UnsupportedModelError(PADDED)
 
 
 def split_heads(t: Tensor, heads: int) -> Tensor:

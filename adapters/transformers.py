@@ -149,7 +149,8 @@ def _supplies(row: Encoder) -> frozenset[str]:
         found.add("class_attention")
     if not row.relative:
         found.add("attention")
-    if row.rank == 4 or row.clip is not None:
+    # The map of a detector need not be square, and its layers do not know its sides.
+    if (row.rank == 4 and not row.outer) or row.clip is not None:
         found.add("grid")
     if row.clip is not None:
         found.add("frames")
@@ -182,7 +183,10 @@ class LayerRecipe(Recipe):
     def gather(self, kwargs: dict[str, Any], state: TokenState, prefix: int) -> dict[str, Any]:
         """Positions at the rows that are left; padding is refused, since no method here keeps it apart yet."""
         mask = kwargs.get("attention_mask")
-        if mask is not None and (mask.dtype == torch.bool or not self.biased):
+        if mask is not None and mask.dtype == torch.bool:
+            refuse_padding(mask)
+            kwargs = {**kwargs, "attention_mask": None}  # hides nothing: transformers makes it while a graph is traced
+        elif mask is not None and not self.biased:
             refuse_padding()
         return super().gather(kwargs, state, prefix)
 

@@ -29,7 +29,7 @@ class Method(ABC):
             cannot be split reduce at their end); ``"end"``, after the block; ``"queries"``, inside the attention, whose
             queries are reduced while keys and values stay complete.
         uneven: whether samples of one batch may keep different numbers, told apart by the mask of the reduction.
-        clips: whether a method that reads the grid goes on with it frame after frame where the tokens are those of a video.
+        clips: whether a method that reads the grid goes on with it frame after frame where the tokens are a video's.
         version: raised when a parameter changes meaning, so that stored settings can be read.
     """
 

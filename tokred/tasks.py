@@ -105,11 +105,12 @@ def _zoo(subject: Subject, data: str, count: int, seed: int) -> Task:
         found = source.photos(size, ("sklearn", "skimage", "imagenet"))
         seen = Images(found.images, None, (), f"{len(found.images)} photos")
         if data == "photos":
-            return _imagenet(subject, source, seen)
-        train, test = _labelled(source, data, size, count, seed)
+            task = _imagenet(subject, source, seen)
+        else:
+            train, test = _labelled(source, data, size, count, seed)
+            task = Task(seen, test, train)
     except carriers.MissingWeights as error:
         raise NoModelError(str(error)) from error
-    task = Task(seen, test, train)
     if subject.name == "dinov2":
         head: Any = zoo("dinov2").load_saliency_head()
         task = replace(task, saliency=head)

@@ -193,6 +193,11 @@ def test_methods_of_images_are_not_run_on_the_rows_of_a_video():
         tokred.apply(build("ViViT"), Rows())
     tokred.apply(build("ViT"), Rows())
     tokred.apply(build("TimeSformer"), Rows())
+    model = build("ViViT")
+    tokred.apply(model, "vtm", variant="centre", R=0.5, blocks=(0,))  # which takes them frame after frame
+    with torch.no_grad():
+        model(**FAMILIES["ViViT"].inputs(2))
+    assert tokred.report(model).layers[-1].tokens_out < 33
 
 
 # ---------------------------------------------------------------- TimeSformer

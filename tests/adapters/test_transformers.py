@@ -179,7 +179,7 @@ def test_beit_bias_follows_its_tokens(interpolate):
     torch.testing.assert_close(y, x, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["ViT classifier", "DINOv3", "CLIP", "Whisper", "YOLOS"])
+@pytest.mark.parametrize("family", ["ViT classifier", "DINOv3", "CLIP", "Whisper", "YOLOS", "TimeSformer", "DETR"])
 def test_copies_carry_the_patch_and_no_tensors(family):
     model = build(family)
     plain = len(pickle.dumps(model))

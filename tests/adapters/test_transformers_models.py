@@ -78,7 +78,7 @@ def test_whisper_generates_from_the_shortened_memory():
     torch.testing.assert_close(out.logits[0], again, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["ViT classifier", "DINOv3", "SigLIP classifier"])
+@pytest.mark.parametrize("family", ["ViT classifier", "DINOv3", "SigLIP classifier", "TimeSformer"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradients_are_those_without_checkpointing(family, reentrant):
     model = build(family).train()

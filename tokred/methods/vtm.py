@@ -55,6 +55,7 @@ class VTM(Method):
     source: ClassVar[str] = "Lee et al., NeurIPS 2024 (arXiv 2410.23782)"
     # By region, once tokens have moved: how many of those that are left lie in the middle differs between samples.
     uneven: ClassVar[bool] = True
+    clips: ClassVar[bool] = True
 
     variant: Variant = "naive"
     gamma: int = 4
