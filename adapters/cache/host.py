@@ -229,6 +229,8 @@ def _norms(decoder: nn.Module, found: list[tuple[str, nn.Module]]) -> list[tuple
     """For each layer the decoder layer, and the norm that reads the stream after the attention."""
     from tokred.adapters.cache.hooks import STREAM_NORMS
 
+    if getattr(decoder.config, "use_parallel_residual", False):
+        return [None] * len(found)  # the norm reads the stream before the attention
     around = {id(child): m for m in decoder.modules() for child in m.children()}
     pairs: list[tuple[nn.Module, nn.Module] | None] = []
     for _, attention in found:

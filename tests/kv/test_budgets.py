@@ -245,6 +245,16 @@ def test_selection_laws(n, b, heads, count, pads, seed):
     assert ((step.representative[..., 1:] > step.representative[..., :-1]) | ~step.mask[..., 1:]).all(), "in order"
 
 
+@given(st.integers(2, 20), st.integers(0, 2), st.integers(0, 2**31))
+@settings(deadline=None, max_examples=40)
+def test_one_row_less_is_the_same_without_sorting(n, guarded, seed):
+    score = torch.randint(0, 3, (2, 3, n), generator=torch.Generator().manual_seed(seed)).float()
+    guard = torch.arange(n)[None, None] >= n - min(guarded, n - 1)
+    kept = kept_mask(score, None, guard, (n - 1,) * 2)
+    step = keep(score, None, guard, (n - 1,) * 2, exact=True)
+    assert torch.equal(step.index >= 0, kept)
+
+
 def test_more_budget_never_loses_a_row():
     torch.manual_seed(0)
     k = torch.randn(2, 2, 30, 8)

@@ -64,9 +64,23 @@ def keep(score: Tensor, real: Tensor | None, guard: Tensor | None, counts: Count
         score, real, guard, counts: see there.
         exact: whether every head is known to have as many real rows as are counted.
     """
+    n = score.shape[-1]
+    if real is None and equal(counts) and largest(counts) == n - 1:
+        return Reduction.keep(_without_one(score, guard), n)
     kept = kept_mask(score, real, guard, counts)
     index, meant = rows_of(kept, largest(counts))
     return Reduction.keep(index, score.shape[-1], None if exact and equal(counts) else meant)
+
+
+def _without_one(score: Tensor, guard: Tensor | None) -> Tensor:
+    """``[B, Hk, K - 1]``: all rows but the worst, the newest of equals; what a step needs, without sorting."""
+    if guard is not None:
+        score = score.masked_fill(guard, torch.inf)
+    rows = torch.arange(score.shape[-1], device=score.device)
+    worst = score == score.amin(-1, keepdim=True)
+    gone = torch.where(worst, rows, -1).amax(-1, keepdim=True)
+    rows = rows[:-1]
+    return rows + (rows >= gone)
 
 
 def _column(counts: Counts, device: torch.device) -> Tensor:

@@ -91,6 +91,9 @@ class Session:
         self.policy = policy
         self.parts = policy.parts
         self.depth = depth
+        # Float32 numbers that stay with each row: accumulated scores, and weights and marks of merged rows.
+        state = self.parts.score.accumulates + 2 * (self.parts.fate.room > 0)
+        self._state_bytes = 4 * state if self.parts.when.every or self.parts.when.turns else 0
         self.prompt: int | None = None
         self.steps: int | None = None
         self.drafting = False
@@ -135,6 +138,7 @@ class Session:
         site.base = clock.base
         site.generated = max(0, after - clock.prompt)
         site.steps = self.steps
+        site.state_bytes = self._state_bytes
         self.parts.score.observe(site)
         due = when.due(clock.prompt, before, after) and not (self.drafting and before >= clock.prompt)
         if due:

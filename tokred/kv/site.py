@@ -129,6 +129,7 @@ class CacheSite(Site):
         self.base = self.lengths if base is None else base
         self.generated = generated
         self.steps = steps
+        self.state_bytes = 0  # of one row of one head, as the session says
         self._projection = projection
         self._rope = rope
 
@@ -158,9 +159,10 @@ class CacheSite(Site):
 
     @property
     def place(self) -> Place:
-        """Heads, and the bytes of one row of one head: key, value and position."""
+        """Heads, and the bytes of one row of one head: key, value, position, and what the policy keeps for it."""
         k, v = self.k, self.v
-        return Place(k.shape[1], k.shape[3] * k.element_size() + v.shape[3] * v.element_size() + 4)
+        row = k.shape[3] * k.element_size() + v.shape[3] * v.element_size() + 4
+        return Place(k.shape[1], row + self.state_bytes)
 
     @functools.cached_property
     def real(self) -> Tensor | None:
