@@ -23,9 +23,9 @@ class ToDo(AttentionMethod):
     """Token Downsampling.
 
     Args:
-        factors: by depth (a number: for the first alone): the first for attention at the resolution of the denoiser's sample, the second at half of it,
-            and so on; beyond the last: 1. At factor ``f`` one key in ``f * f`` is left. SDXL has no attention at
-            its sample's resolution: its finest is the second.
+        factors: by depth (a number: for the first alone): the first for attention at the resolution of the denoiser's
+            sample, the second at half of it, and so on; beyond the last: 1. At factor ``f`` one key in ``f * f`` is
+            left. SDXL has no attention at its sample's resolution: its finest is the second.
         mode: which key stands for a cell: ``"nearest"`` the top left one, ``"nearest-exact"`` the one below and right
             of the middle, ``"average"`` and ``"max"`` pool them.
         phase: which token of the cell is kept with ``"nearest"``, counted row by row from 0; or ``"cycle"``: another
