@@ -24,6 +24,7 @@ from tokred.errors import (
     UnknownModelError,
     UnsupportedModelError,
 )
+from tokred.explaining import Explanation, explain
 from tokred.hosts import CacheReport, kv_cache
 from tokred.method import Method, from_dict
 from tokred.reduction import Reduction
@@ -94,6 +95,7 @@ __all__ = [
     "DuoAttention",
     "EViT",
     "ExpectedAttention",
+    "Explanation",
     "Flops",
     "KNorm",
     "KVPolicy",
@@ -135,6 +137,7 @@ __all__ = [
     "__version__",
     "applied",
     "apply",
+    "explain",
     "flops",
     "from_dict",
     "kv",

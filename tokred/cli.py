@@ -18,7 +18,8 @@ try:
 except ImportError as error:  # a script's entry point has no better place to say this
     raise SystemExit(f"tokred's command line needs {error.name}: pip install 'tokred[cli]'") from error
 
-from tokred.cli_viz import viz_command  # needs typer
+from tokred.cli_explain import explain_command  # needs typer
+from tokred.cli_viz import viz_command
 
 if TYPE_CHECKING:
     pass
@@ -103,6 +104,7 @@ def top(
       tokred flops --model deit_small_patch16_224 --method tome --set r=13
       tokred bench --model dinov2                     quality, speed and memory, as CSV and plot
       tokred viz --method "tome r=13"                 what was merged into what, as a page and PNG
+      tokred explain --model sdxl --size 1024         what a method could gain on a denoiser
 
     "tokred COMMAND --help" has examples of each.
     """
@@ -349,5 +351,6 @@ def _options(device: str, dtype: str, **rest: Any) -> Any:
     return Options(device=device, dtype=kinds[dtype], **rest)
 
 
-# Its own file: this one has grown long enough.
+# Files of their own: this one has grown long enough.
+app.command("explain", short_help="What a method could gain on a denoiser.")(explain_command)
 app.command("viz", short_help="What was merged into what, over the image, block by block.")(viz_command)

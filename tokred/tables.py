@@ -35,10 +35,10 @@ def methods_table() -> Table:
 
 def hosts_table() -> Table:
     """Every host library: the installed version, and what of it can be patched."""
-    from tokred.adapters import ADAPTERS
+    from tokred.adapters import ADAPTERS, DENOISERS
 
     table = _table("\nFamilies of models", "library", "installed", "what can be patched")
-    for library, module in ADAPTERS.items():
+    for library, module in (ADAPTERS | DENOISERS).items():
         text = (importlib.import_module(module).__doc__ or "").strip().splitlines()[0]
         name, _, families = text.partition(": ")
         package = {"open_clip": "open_clip_torch"}.get(library, library)

@@ -1,4 +1,4 @@
-"""diffusers: denoisers whose attention may run on fewer tokens of the image."""
+"""diffusers: UNets (SD 1.x, 2.x, SDXL, unconditional), DiT, PixArt, SD 3 and 3.5."""
 
 from __future__ import annotations
 

@@ -74,6 +74,7 @@ class Session:
         self.family = family
         self.patch = patch
         self.warned = False
+        self.free = False  # plans of the right size without a choice, for counting
         self._forget()
 
     def _forget(self) -> None:
@@ -127,7 +128,7 @@ class Session:
     def end(self) -> None:
         """The forward is over."""
         self.inputs = {}
-        if self.warned or torch.compiler.is_compiling() or self.method.idle or not self.records:
+        if self.warned or self.free or torch.compiler.is_compiling() or self.method.idle or not self.records:
             return
         if all(r.left == r.tokens for r in self.records.values()):
             self.warned = True
@@ -174,11 +175,14 @@ class Session:
         if plan is None or not plan.fits(own):
             layer = spot.block if not shared else place.factor
             site = AttentionSite(metric.detach(), place, layer=layer, depth=self.depth, step=self.key)
-            reduction = self.method.reduce(site)
+            reduction = self._first(own, self.method.left(place)) if self.free else self.method.reduce(site)
             if reduction.trivial:
                 return None
             plan = self.plans[slot] = Plan(reduction, self.method.part)
         return plan
+
+    def _first(self, x: Tensor, left: int) -> Reduction:
+        return Reduction.keep(torch.arange(left, device=x.device).expand(x.shape[0], -1), x.shape[1])
 
     def note(self, spot: Spot, role: str, x: Tensor, plan: Plan | None) -> None:
         """Remember what a sub-layer ran on."""
@@ -186,7 +190,7 @@ class Session:
             return
         n = x.shape[1] if x.ndim == 3 else x.shape[2] * x.shape[3]
         left = n if plan is None else plan.reduction.slots
-        self.records[spot.block, role] = SpotRecord(spot.name, role, n, left)
+        self.records[spot.block, spot.name] = SpotRecord(spot.name, role, n, left)
 
 
 class EnterDenoiser(Hook):

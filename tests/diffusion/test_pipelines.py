@@ -163,7 +163,8 @@ def test_ip_adapter_processors(crossed: bool):
     records = model.__dict__["_tokred"].records
     assert out.shape == masked.shape == x.shape
     assert not torch.equal(out, other)
-    assert records[0, "cross"].left == (128 if crossed else 256)
+    cross = next(r for r in records.values() if r.role == "cross")
+    assert cross.left == (128 if crossed else 256)
     if not crossed:
         torch.testing.assert_close(out, masked)
 

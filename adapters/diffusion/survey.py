@@ -1,0 +1,141 @@
+"""What a denoiser would run at some size, counted on the meta device: no weights are read, nothing is computed."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from tokred.adapters.diffusion.host import DenoiserHost, match
+from tokred.adapters.diffusion.session import Session, SpotRecord
+from tokred.adapters.swap import host_class
+from tokred.denoise import AttentionMethod
+
+TEXT = 77  # tokens of a prompt, as CLIP's
+
+
+class Survey(NamedTuple):
+    """One forward of a denoiser at batch 1.
+
+    Attributes:
+        macs: multiply-adds of all of it, convolutions included.
+        reduced: the same under the method, whose own work is not counted.
+        spots: sub-layers, and the tokens that each runs on under the method.
+        spot_macs: multiply-adds of each without the method.
+    """
+
+    macs: int
+    reduced: int
+    spots: tuple[SpotRecord, ...]
+    spot_macs: tuple[int, ...]
+
+
+def survey(host: DenoiserHost, method: AttentionMethod, size: tuple[int, int]) -> Survey:
+    """Count one forward on a sample of ``size`` rows and columns, without and with the method.
+
+    Args:
+        host: of a model, patched or not, which is not changed.
+        method: its choice of tokens is not made, only their number.
+        size: of the sample (the latent).
+
+    Raises:
+        ValueError: the method's parameters do not fit the grids there.
+    """
+    from tokred.adapters.host import unpatch
+
+    model = meta_copy(host.model)
+    unpatch(model)
+    own = match(model)
+    assert own is not None  # a copy of a host
+    given = example(model, size)
+    macs, before = _counted(model, own, given)
+    own.patch(method, None, "auto")
+    session: Session = model.__dict__["_tokred"]
+    session.free = True
+    reduced, _ = _counted(model, own, given)
+    spots = tuple(session.records[key] for key in sorted(session.records))
+    return Survey(macs, reduced, spots, tuple(before[spot.name] for spot in spots))
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy whose parameters and buffers have shapes and no values."""
+    memo: dict[int, Any] = {}
+    for p in model.parameters():
+        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+    for b in model.buffers():
+        memo[id(b)] = torch.empty_like(b, device="meta")
+    return copy.deepcopy(model, memo).eval()
+
+
+def _counted(model: nn.Module, host: DenoiserHost, given: dict[str, Any]) -> tuple[int, dict[str, int]]:
+    """Multiply-adds of a forward, and of each sub-layer in it."""
+    found: dict[str, int] = {}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        handles = []
+        for part in host.parts:
+            for name, module, _ in part.sublayers:
+
+                def start(*_: Any, name: str = name) -> None:
+                    found[name] = found.get(name, 0) - counter.get_total_flops()
+
+                def stop(*_: Any, name: str = name) -> None:
+                    found[name] += counter.get_total_flops()
+
+                handles += [module.register_forward_pre_hook(start), module.register_forward_hook(stop)]
+        try:
+            model(**given)
+        finally:
+            for handle in handles:
+                handle.remove()
+    return int(counter.get_total_flops()) // 2, {name: flops // 2 for name, flops in found.items()}
+
+
+def example(model: Any, size: tuple[int, int]) -> dict[str, Any]:
+    """Arguments of a forward at batch 1, on the meta device.
+
+    Raises:
+        ValueError: the model takes conditions that are not known here.
+    """
+    config, dtype = model.config, next(model.parameters()).dtype
+
+    def empty(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.empty(1, *shape, device="meta", dtype=kind)
+
+    sample, kind = empty(int(config.in_channels), *size), host_class(model).__name__
+    time = empty(kind=torch.int64)
+    if kind == "UNet2DModel":
+        return {"sample": sample, "timestep": time, **_classes(model, config, empty)}
+    if kind == "UNet2DConditionModel":
+        text = empty(TEXT, int(config.encoder_hid_dim or config.cross_attention_dim))
+        given = {"sample": sample, "timestep": time, "encoder_hidden_states": text, **_classes(model, config, empty)}
+        if config.addition_embed_type == "text_time":
+            pooled = int(config.projection_class_embeddings_input_dim) - 6 * int(config.addition_time_embed_dim)
+            given["added_cond_kwargs"] = {"text_embeds": empty(pooled), "time_ids": empty(6)}
+        elif config.addition_embed_type is not None:
+            raise ValueError(f"a UNet with addition_embed_type {config.addition_embed_type!r} is not known here")
+        return given
+    if kind == "DiTTransformer2DModel":
+        return {"hidden_states": sample, "timestep": time, "class_labels": empty(kind=torch.int64)}
+    if kind == "PixArtTransformer2DModel":
+        sizes = (empty(2), empty(1)) if model.use_additional_conditions else (None, None)
+        more = {"added_cond_kwargs": dict(zip(("resolution", "aspect_ratio"), sizes, strict=True))}
+        text = empty(120, int(config.caption_channels))
+        return {"hidden_states": sample, "timestep": time, "encoder_hidden_states": text, **more}
+    text = empty(2 * TEXT, int(config.joint_attention_dim))
+    pooled_text = empty(int(config.pooled_projection_dim))
+    rest = {"encoder_hidden_states": text, "pooled_projections": pooled_text}
+    return {"hidden_states": sample, "timestep": time, **rest}
+
+
+def _classes(model: Any, config: Any, empty: Any) -> dict[str, Any]:
+    if getattr(model, "class_embedding", None) is None:
+        return {}
+    kind = config.class_embed_type
+    if kind == "identity":
+        return {"class_labels": empty(int(model.time_embedding.linear_2.out_features))}
+    if kind in ("projection", "simple_projection"):
+        return {"class_labels": empty(int(config.projection_class_embeddings_input_dim))}
+    return {"class_labels": empty(kind=torch.int64)}

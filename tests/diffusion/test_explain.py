@@ -1,0 +1,111 @@
+"""What a method could gain, before anything is patched."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import tokred
+from tests.diffusion.tiny import MODELS, inputs, run, sd15, unet
+from tokred.adapters.diffusion.geometry import build
+from tokred.adapters.diffusion.survey import survey
+from tokred.hosts import find
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", list(MODELS))
+def test_tokens_are_those_of_a_forward(kind: str):
+    model, given = MODELS[kind](), inputs(kind)
+    before = run(model, given)
+    for name, parameters in (("tomesd", {"max_downsample": 8, "merge_mlp": True}), ("todo", {"factors": (2, 2)})):
+        found = tokred.explain(model, name, 16, **parameters)
+        assert torch.equal(run(model, given), before), "nothing is patched"
+        tokred.apply(model, name, **parameters)
+        run(model, given)
+        rows = tokred.report(model).sublayers
+        assert found == tokred.explain(model, name, 16, **parameters), "patched or not"
+        tokred.remove(model)
+        seen = sorted((row.role, row.tokens, row.left) for row in rows)
+        told = sorted((level.role, level.tokens, level.left) for level in found.levels for _ in range(level.sublayers))
+        assert seen == told
+        assert 0 < found.reduced < found.macs
+        assert 0 < found.attention_share < 1
+
+
+def test_multiply_adds_of_attention_are_those_of_the_formula():
+    host, method = find(unet(), "attention"), tokred.ToMeSD(max_downsample=1)
+    counted = survey(host, method, (16, 16))
+    macs = dict(zip((spot.name for spot in counted.spots), counted.spot_macs, strict=True))
+    n, c = 256, 16
+    assert macs["down_blocks.0.attentions.0"] == 4 * n * c * c + 2 * n * n * c
+    m = 128
+    saved = sum(spot.left < spot.tokens for spot in counted.spots)
+    assert counted.macs - counted.reduced == saved * (4 * (n - m) * c * c + 2 * (n * n - m * m) * c)
+    keys = survey(host, tokred.ToDo(), (16, 16))
+    m = 64
+    assert keys.macs - keys.reduced == saved * (2 * (n - m) * c * c + 2 * n * (n - m) * c)
+
+
+def test_little_to_gain_warns():
+    with pytest.warns(UserWarning, match=r"nothing is reduced at this size \(ceiling 1.00x\); max_downsample is 1"):
+        found = tokred.explain(build("sdxl"), "tomesd", 128)
+    assert "warning: nothing is reduced" in str(found)
+    with pytest.warns(UserWarning, match="less than 5 %"):
+        tokred.explain(sd15(), "tomesd", 16, ratio=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = tokred.explain(build("sd15"), "tomesd", 128, ratio=0.5)
+    assert found.ceiling > 1.3
+    assert next((v.tokens, v.left) for v in found.levels if v.role == "self") == (16384, 8192)
+
+
+def test_pipelines_count_pixels():
+    from tests.diffusion.test_pipelines import stable_diffusion
+
+    pipe = stable_diffusion()
+    assert tokred.explain(pipe, "todo", (32, 48)).size == (16, 24)
+    with pytest.raises(ValueError, match="size must be at least 2"):
+        tokred.explain(pipe, "todo", 1)
+
+
+def test_refusals():
+    with pytest.raises(tokred.MissingInputError, match="acts at stage 'block'"):
+        tokred.explain(sd15(), "tome", 16)
+    with pytest.raises(ValueError, match="larger than the grid"):
+        tokred.explain(sd15(), "tomesd", 16, sx=30)
+    with pytest.raises(ValueError, match="no denoiser is named 'sd9'"):
+        build("sd9")
+
+
+def test_command_line(tmp_path: Path):
+    typer_testing = pytest.importorskip("typer.testing")
+    from tokred.cli import app
+
+    def ask(*arguments: str) -> tuple[int, str]:
+        done = typer_testing.CliRunner().invoke(app, ["explain", *arguments])
+        return done.exit_code, done.output
+
+    sd15().save_pretrained(tmp_path / "unet")
+    code, text = ask("--model", str(tmp_path), "--size", "16", "--set", "ratio=0.25")
+    assert code == 0
+    assert "256 -> 192" in text
+    assert "ceiling of the speed-up" in text
+    for arguments, words in (
+        (("--model", "sd99"), "is no denoiser"),
+        (("--size", "big"), "--size"),
+        (("--set", "ratio=2"), "ratio must lie in"),
+        (("--method", "todoo"), "did you mean 'todo'"),
+    ):
+        code, text = ask(*arguments)
+        assert code == 2
+        assert words in text
+
+
+@pytest.mark.parametrize("name", ["pixart", "sd3", "sd35-medium", "dit-xl-2", "sd21"])
+def test_geometries_build(name: str):
+    model = build(name)
+    assert next(model.parameters()).device.type == "meta"
+    assert sum(p.numel() for p in model.parameters()) > 5e8

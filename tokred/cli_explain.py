@@ -1,0 +1,68 @@
+"""``tokred explain``: what a method could gain on a denoiser at some size."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Annotated
+
+import typer
+
+
+def explain_command(
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="sd15, sd21, sdxl, dit-xl-2, pixart, sd3, sd35-medium, or a folder.")
+    ] = "sd15",
+    method: Annotated[str, typer.Option("--method", help="A method of the stage attention.")] = "tomesd",
+    settings: Annotated[list[str] | None, typer.Option("--set", help="key=value, as often as needed.")] = None,
+    size: Annotated[str, typer.Option(help="Pixels of the image: 1024, or 1024x768 (height x width).")] = "1024",
+) -> None:
+    """Say what a method could gain on a denoiser: tokens by resolution, attention's share, the ceiling of the speed-up.
+
+    Nothing is computed but shapes, and no weights are read. Needs diffusers.
+
+    \b
+    Examples:
+      tokred explain --model sd15 --size 512
+      tokred explain --model sdxl --method tomesd --set max_downsample=2
+      tokred explain --model sd15 --method todo --set factors=4 --size 2048
+      tokred explain --model path/to/a/pipeline --size 1024x768
+    """
+    from tokred.cli import refusing
+
+    with refusing():
+        text = explained(model, method, settings or [], size)
+    print(text)
+
+
+def explained(model: str, method: str, settings: list[str], size: str) -> str:
+    """The explanation as text.
+
+    Raises:
+        ValueError: model, size or a setting is wrong.
+        UnknownMethodError, TypeError, MissingInputError, UnsupportedModelError: as :func:`tokred.explain`.
+    """
+    from tokred import api, arms
+    from tokred.adapters.diffusion.geometry import read
+    from tokred.explaining import explain
+
+    chosen = api.make(method, **arms.parse_pairs(settings))
+    high, wide = parse_size(size)
+    denoiser, pixels = read(model)
+    if min(high, wide) < pixels:
+        raise ValueError(f"--size must be at least {pixels}, got {size!r}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # it stands in the text
+        found = explain(denoiser, chosen, (high // pixels, wide // pixels))
+    return str(found)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """``1024`` or ``1024x768``.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(p.strip().isdigit() for p in parts):
+        raise ValueError(f"--size is a number such as 1024, or height and width such as 1024x768, got {text!r}")
+    return int(parts[0]), int(parts[-1])
