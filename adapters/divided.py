@@ -75,7 +75,7 @@ class DividedRecipe(Recipe):
             if self.bind(args, kwargs).get("output_attentions"):
                 raise UnsupportedModelError("a block that runs on fewer tokens has no attention weights of all of them")
             y, state = self._composed(block, settings, state, x, acts)
-        else:
+        if state.representative is None:  # nothing to do, or nothing found: the host's own block
             y, *others = host_forward(x, *args, **kwargs)
             rest = tuple(others)
         shared.record(layer, n, 1 + (y.shape[1] - 1) // t, state)

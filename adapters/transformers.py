@@ -150,7 +150,7 @@ def _supplies(row: Encoder) -> frozenset[str]:
     if not row.relative:
         found.add("attention")
     # The map of a detector need not be square, and its layers do not know its sides.
-    if (row.rank == 4 and not row.outer) or row.clip is not None:
+    if (row.rank == 4 and not row.outer and not row.masked) or row.clip is not None:
         found.add("grid")
     if row.clip is not None:
         found.add("frames")

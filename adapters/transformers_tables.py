@@ -31,6 +31,7 @@ class Encoder:
         keys: sub-module of a layer that makes the keys, where those that the attention sees are rotated already.
         relative: attention adds a bias to each pair of tokens, so its columns do not follow from queries and keys.
         rank: dimensions of an input.
+        masked: most patches are taken out before the first layer, so that those left form no grid.
         clip: of an encoder of videos: frames, rows and columns of its tokens.
         embed: makes the tokens of an input, positions and protected tokens aside; given the encoder.
         outer: ``embed`` is given the model around the encoder.
@@ -45,6 +46,7 @@ class Encoder:
     keys: str | None = None
     relative: bool = False
     rank: int = 4
+    masked: bool = False
     clip: Callable[[Any], tuple[int, int, int]] | None = None
     outer: bool = False
     embed: Callable[[Any, Tensor], Tensor] = lambda model, x: _patches(model.embeddings.patch_embeddings, x)
@@ -140,7 +142,7 @@ ENCODERS: dict[str, Encoder] = {
         "encoder.layer", demand=_data2vec, positions={"interpolate_pos_encoding": never}, relative=True
     ),
     "ASTModel": Encoder("layers", 2, rank=3),
-    "ViTMAEModel": Encoder("layers"),
+    "ViTMAEModel": Encoder("layers", masked=True),
     "ViTMSNModel": Encoder("layers"),
     "IJepaModel": Encoder("layers", demand=lambda m: "short" if m.pooler is None else "last", **_PLAIN),
     "VivitModel": Encoder("layers", **_VIDEO),

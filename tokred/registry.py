@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from typing import TYPE_CHECKING, TypeVar
 
@@ -49,7 +49,7 @@ class Registry:
         self._discover()
         target = self._targets.get(name)
         if target is None:
-            near = difflib.get_close_matches(name.lower(), self._targets, n=3, cutoff=0.5)
+            near = nearest(name.lower(), self._targets)
             hint = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else f"known: {', '.join(self)}"
             raise UnknownMethodError(f"no method is named {name!r}; {hint}")
         if isinstance(target, str):
@@ -73,6 +73,13 @@ class Registry:
         self._discovered = True
         for entry in metadata.entry_points(group=self._group):
             self.add(entry.name, entry.value)
+
+
+def nearest(name: str, known: Iterable[str], most: int = 3) -> list[str]:
+    """The known names that may be meant, best first: near enough to ``name``, and not much farther than the best."""
+    like = {other: difflib.SequenceMatcher(None, name, other).ratio() for other in known}
+    order = sorted(like, key=lambda other: (-like[other], other))
+    return [other for other in order[:most] if like[other] >= max(0.5, like[order[0]] - 0.1)]
 
 
 def _path(target: str | type[Method]) -> str:

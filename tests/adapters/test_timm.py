@@ -24,6 +24,7 @@ METHODS = {
     "random_prune": {"r": 3},
     "kth": {"k": 2},
     "evit": {"kappa": 0.6, "blocks": (1,)},
+    "downsample": {"keep": 0.5},
     "zero_tprune": {"blocks": (1,), "rho": 0.6, "r_s": 2},
     "tokentm": {"keep": 0.6, "blocks": (1,)},
     "vomix": {"r": 0.2},
@@ -40,7 +41,8 @@ METHODS = {
 NOTHING = {"tome": {"r": 0}, "pitome": {"ratio": 1.0}, "random": {"r": 0}, "random_prune": {"r": 0}, "kth": {"k": 1},
            "evit": {"kappa": 1.0}, "ats": {"blocks": ()}, "ppt": {"r": 0}, "tofu": {"r": 0}, "saint": {"tau": 1.5},
            "algm": {"T": 2, "theta": 2}, "vtm": {"R": 0}, "tinychart": {"r": 0},
-           "zero_tprune": {"rho": 1.0, "r_s": 0}, "tokentm": {"keep": 1.0}, "vomix": {"r": 0}}  # fmt: skip
+           "zero_tprune": {"rho": 1.0, "r_s": 0}, "tokentm": {"keep": 1.0}, "vomix": {"r": 0},
+           "downsample": {"keep": 1.0}}  # fmt: skip
 
 
 @pytest.mark.parametrize("family", FAMILIES)
