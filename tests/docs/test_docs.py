@@ -63,7 +63,7 @@ def apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_blocks_run(path: Path) -> None:
-    for host in ("timm", "transformers"):
+    for host in ("timm", "transformers", "diffusers"):
         if re.search(rf"^\s*(import|from) {host}\b", path.read_text("utf-8"), re.MULTILINE):
             pytest.importorskip(host)
     namespace: dict[str, object] = {"__name__": "__page__"}

@@ -32,7 +32,7 @@ class ToMeSD(AttentionMethod):
     Args:
         ratio: share of tokens merged away around a sub-layer, in [0, 1). At most ``1 - 1 / (sx * sy)`` of them can be.
         max_downsample: act where the grid is at most so many times coarser than the denoiser's sample: 1, 2, 4, 8.
-            1 reaches 4 of the 15 blocks of SD 1.x and none of SDXL, which needs 2.
+            1 reaches 5 of the 16 blocks of SD 1.x and none of SDXL, which needs 2.
         sx: columns of a cell.
         sy: rows of a cell.
         use_rand: another token of each cell is its destination at every step and block; False: the top left one.
