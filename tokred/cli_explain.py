@@ -10,7 +10,8 @@ import typer
 
 def explain_command(
     model: Annotated[
-        str, typer.Option("--model", "-m", help="sd15, sd21, sdxl, dit-xl-2, pixart, sd3, sd35-medium, or a folder.")
+        str,
+        typer.Option("--model", "-m", help="sd15, sd21, sdxl, dit-xl-2, pixart, sd3, sd35-medium, flux, or a folder."),
     ] = "sd15",
     method: Annotated[str, typer.Option("--method", help="A method of the stage attention.")] = "tomesd",
     settings: Annotated[list[str] | None, typer.Option("--set", help="key=value, as often as needed.")] = None,

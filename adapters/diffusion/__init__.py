@@ -1,4 +1,4 @@
-"""diffusers: UNets (SD 1.x, 2.x, SDXL, unconditional), DiT, PixArt, SD 3 and 3.5."""
+"""diffusers: UNets (SD 1.x, 2.x, SDXL, unconditional), DiT, PixArt, SD 3 and 3.5, Flux."""
 
 from __future__ import annotations
 

@@ -77,6 +77,7 @@ GEOMETRIES: dict[str, tuple[str, dict[str, Any], int]] = {
         },
         8,
     ),
+    "flux": ("FluxTransformer2DModel", {"guidance_embeds": True}, 8),
 }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from tokred.adapters.diffusion.rotary import EnterPacked
 from tokred.adapters.diffusion.session import EnterBlock, EnterDenoiser, LeaveBlock, LeaveDenoiser, Session
 from tokred.adapters.diffusion.sublayers import Kind, Spot, check_separate
 from tokred.adapters.swap import host_class, swap
@@ -23,12 +24,17 @@ DENOISERS = {
     "DiTTransformer2DModel": "hidden_states",
     "PixArtTransformer2DModel": "hidden_states",
     "SD3Transformer2DModel": "hidden_states",
+    "FluxTransformer2DModel": "hidden_states",
 }
 # Transformer blocks: their attentions and MLP over the tokens of the image.
 BLOCKS: dict[str, tuple[tuple[str, Kind], ...]] = {
     "BasicTransformerBlock": (("attn1", "attention"), ("attn2", "attention"), ("ff", "mlp")),
     "JointTransformerBlock": (("attn", "joint"), ("attn2", "joint"), ("ff", "mlp")),
+    "FluxTransformerBlock": (("attn", "joint"), ("ff", "mlp")),
+    "FluxSingleTransformerBlock": (("attn", "single"),),
 }
+# Denoisers whose attention rotates queries and keys by one table, and whose sample is a sequence of 2 x 2 patches.
+ROTARY = ("FluxTransformer2DModel",)
 
 
 @dataclass
@@ -59,6 +65,7 @@ class DenoiserHost:
         sample: name of the sample in its forward.
         patch_size: rows of the sample that a token stands for at the finest resolution that there is.
         supplies: what sites hand over.
+        rotary: its attention rotates queries and keys by one table.
     """
 
     family: str
@@ -69,6 +76,7 @@ class DenoiserHost:
     supplies: frozenset[str] = frozenset({"x", "grid"})
     stage: str = "attention"
     note: str = ""
+    rotary: bool = False
 
     @property
     def blocks(self) -> list[tuple[str, nn.Module]]:
@@ -120,6 +128,11 @@ class DenoiserHost:
                 f"{method.name!r} reads {', '.join(sorted(missing))}, which {self.family} does not supply "
                 f"(it supplies {', '.join(sorted(self.supplies))})"
             )
+        if self.rotary and method.part == "kv":
+            raise UnsupportedModelError(
+                f"{self.family} rotates queries and keys by one table, so keys and values cannot be reduced alone: "
+                "merge tokens instead ('tomesd')"
+            )
         for part in self.parts:
             for name, module, kind in part.sublayers:
                 if "forward" in module.__dict__:
@@ -136,7 +149,7 @@ class DenoiserHost:
         assert isinstance(method, AttentionMethod)
         session = Session(method, self.depth, self.family, self.patch_size)
         names = tuple(inspect.signature(host_class(self.model).forward).parameters)[1:]
-        enter = EnterDenoiser(session, names, self.sample)
+        enter = (EnterPacked if self.rotary else EnterDenoiser)(session, names, self.sample)
         self.model.register_forward_pre_hook(enter, with_kwargs=True)
         self.model.register_forward_hook(LeaveDenoiser(session))
         for i, part in enumerate(self.parts):
@@ -189,8 +202,9 @@ def match(model: nn.Module) -> DenoiserHost | None:
             f"diffusers' {cls.__name__} has no attention here over the tokens of the image alone, which could run on "
             f"fewer of them (looked for {', '.join(BLOCKS)} and plain self-attention)"
         )
-    patch = int(getattr(getattr(model, "config", None), "patch_size", None) or 1)
-    return DenoiserHost(f"diffusers {cls.__name__}", model, parts, DENOISERS[known], patch)
+    rotary = known in ROTARY
+    patch = 2 if rotary else int(getattr(getattr(model, "config", None), "patch_size", None) or 1)
+    return DenoiserHost(f"diffusers {cls.__name__}", model, parts, DENOISERS[known], patch, rotary=rotary)
 
 
 def _parts(model: nn.Module) -> list[Block]:

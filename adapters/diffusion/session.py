@@ -75,6 +75,7 @@ class Session:
         self.patch = patch
         self.warned = False
         self.free = False  # plans of the right size without a choice, for counting
+        self.fixed: tuple[int, int] | None = None  # rows and columns of tokens, where no ids can be read
         self._forget()
 
     def _forget(self) -> None:

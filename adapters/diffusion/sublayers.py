@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from tokred.adapters.diffusion import rotary
 from tokred.adapters.diffusion.session import Plan, Session
 from tokred.errors import UnsupportedModelError
 
-Kind = Literal["attention", "joint", "mlp"]
+Kind = Literal["attention", "joint", "single", "mlp"]
 
 
 class Merging:
@@ -65,7 +66,8 @@ class Spot:
     Attributes:
         session: of its denoiser.
         block: number of its block.
-        kind: an attention whose processor projects; one of text and image together; or an MLP.
+        kind: an attention whose processor projects; one of text and image together, given apart or (``"single"``) in
+            one tensor, text first; or an MLP.
         alone: no transformer block around it: its own input is what is compared.
         name: in the denoiser, for reports.
     """
@@ -82,21 +84,30 @@ class Spot:
             args, kwargs = args[1:], {**kwargs, "hidden_states": args[0]}
         x: Tensor = kwargs["hidden_states"]
         text = args[0] if args else kwargs.get("encoder_hidden_states")
-        role = "mlp" if self.kind == "mlp" else "self" if text is None or self.kind == "joint" else "cross"
+        role = "mlp" if self.kind == "mlp" else "cross" if text is not None and self.kind == "attention" else "self"
+        image, before = self._image(x)
         plan = None
         # Masks of an IP-Adapter are resized to as many queries as there are: those stay.
         masked = role == "cross" and kwargs.get("ip_adapter_masks") is not None
         if role in self.session.method.sublayers and not masked:
-            plan = self.session.plan(self, x)
-        self.session.note(self, role, x, plan)
+            plan = self.session.plan(self, image)
+        self.session.note(self, role, image, plan)
         rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
         if plan is None:
             return forward(module, x, *args, **rest)
         if role == "mlp":
             return plan.restore(forward(module, plan.merge(x), *args, **rest))
+        if rest.get(rotary.TABLE) is not None:
+            return rotary.attend(forward, module, plan, x, before, args, rest)
         if self.kind == "joint":
             return self._joint(module, forward, plan, x, args, rest)
         return self._attend(module, forward, plan, x, args, rest, role)
+
+    def _image(self, x: Tensor) -> tuple[Tensor, int]:
+        """The tokens of the image, and how many of text stand before them."""
+        seen = self.session.inputs.get(self.block) if self.kind == "single" else None
+        before = 0 if seen is None else x.shape[1] - seen.shape[1]
+        return x[:, before:] if before else x, before
 
     def _attend(self, module: Any, forward: Any, plan: Plan, x: Tensor, args: Any, rest: Any, role: str) -> Tensor:
         if role == "self" and rest.get("attention_mask") is not None:

@@ -15,6 +15,7 @@ from tokred.adapters.swap import host_class
 from tokred.denoise import AttentionMethod
 
 TEXT = 77  # tokens of a prompt, as CLIP's
+TEXTS = 512  # and as T5's
 
 
 class Survey(NamedTuple):
@@ -54,7 +55,7 @@ def survey(host: DenoiserHost, method: AttentionMethod, size: tuple[int, int]) -
     macs, before = _counted(model, own, given)
     own.patch(method, None, "auto")
     session: Session = model.__dict__["_tokred"]
-    session.free = True
+    session.free, session.fixed = True, (size[0] // own.patch_size, size[1] // own.patch_size)
     reduced, _ = _counted(model, own, given)
     spots = tuple(session.records[key] for key in sorted(session.records))
     return Survey(macs, reduced, spots, tuple(before[spot.name] for spot in spots))
@@ -124,6 +125,14 @@ def example(model: Any, size: tuple[int, int]) -> dict[str, Any]:
         more = {"added_cond_kwargs": dict(zip(("resolution", "aspect_ratio"), sizes, strict=True))}
         text = empty(120, int(config.caption_channels))
         return {"hidden_states": sample, "timestep": time, "encoder_hidden_states": text, **more}
+    if kind == "FluxTransformer2DModel":
+        n, width = (size[0] // 2) * (size[1] // 2), len(config.axes_dims_rope)
+        ids = (torch.empty(rows, width, device="meta") for rows in (n, TEXTS))
+        given = {"hidden_states": empty(n, int(config.in_channels)), "timestep": empty()}
+        given |= dict(zip(("img_ids", "txt_ids"), ids, strict=True))
+        given |= {"encoder_hidden_states": empty(TEXTS, int(config.joint_attention_dim))}
+        given |= {"pooled_projections": empty(int(config.pooled_projection_dim))}
+        return given | ({"guidance": empty()} if config.guidance_embeds else {})
     text = empty(2 * TEXT, int(config.joint_attention_dim))
     pooled_text = empty(int(config.pooled_projection_dim))
     rest = {"encoder_hidden_states": text, "pooled_projections": pooled_text}

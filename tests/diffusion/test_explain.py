@@ -21,6 +21,8 @@ def test_tokens_are_those_of_a_forward(kind: str):
     model, given = MODELS[kind](), inputs(kind)
     before = run(model, given)
     for name, parameters in (("tomesd", {"max_downsample": 8, "merge_mlp": True}), ("todo", {"factors": (2, 2)})):
+        if (kind, name) == ("flux", "todo"):
+            continue
         found = tokred.explain(model, name, 16, **parameters)
         assert torch.equal(run(model, given), before), "nothing is patched"
         tokred.apply(model, name, **parameters)
@@ -104,7 +106,7 @@ def test_command_line(tmp_path: Path):
         assert words in text
 
 
-@pytest.mark.parametrize("name", ["pixart", "sd3", "sd35-medium", "dit-xl-2", "sd21"])
+@pytest.mark.parametrize("name", ["pixart", "sd3", "sd35-medium", "dit-xl-2", "sd21", "flux"])
 def test_geometries_build(name: str):
     model = build(name)
     assert next(model.parameters()).device.type == "meta"

@@ -125,7 +125,34 @@ def sd3() -> nn.Module:
     ).eval()
 
 
-MODELS = {"unet": unet, "sd15": sd15, "sd21": sd21, "sdxl": sdxl, "dit": dit, "pixart": pixart, "sd3": sd3}
+def flux() -> nn.Module:
+    """Flux: text first, rotary embedding, double and single blocks."""
+    from diffusers import FluxTransformer2DModel
+
+    torch.manual_seed(0)
+    return FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=8,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        pooled_projection_dim=10,
+        axes_dims_rope=(2, 2, 4),
+    ).eval()
+
+
+MODELS = {
+    "unet": unet,
+    "sd15": sd15,
+    "sd21": sd21,
+    "sdxl": sdxl,
+    "dit": dit,
+    "pixart": pixart,
+    "sd3": sd3,
+    "flux": flux,
+}
 
 
 def inputs(kind: str, size: tuple[int, int] = (16, 16), batch: int = 2, seed: int = 1) -> dict[str, Any]:
@@ -139,6 +166,13 @@ def inputs(kind: str, size: tuple[int, int] = (16, 16), batch: int = 2, seed: in
     if kind == "unet":
         return {"sample": sample, "timestep": 7}
     text = normal(batch, 5, 12)
+    if kind == "flux":
+        high, wide = size[0] // 2, size[1] // 2
+        ids = torch.zeros(high, wide, 3)
+        ids[..., 1], ids[..., 2] = torch.arange(high).unsqueeze(1), torch.arange(wide)
+        given = {"hidden_states": normal(batch, high * wide, 8), "encoder_hidden_states": text}
+        given |= {"pooled_projections": normal(batch, 10), "timestep": torch.full((batch,), 0.7)}
+        return given | {"img_ids": ids.view(-1, 3), "txt_ids": torch.zeros(5, 3)}
     if kind == "dit":
         return {"hidden_states": sample, "timestep": time, "class_labels": torch.arange(batch)}
     if kind == "pixart":
