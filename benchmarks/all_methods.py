@@ -36,7 +36,7 @@ from tokred import arms as arms_of  # noqa: E402
 from tokred import bench, environment, outputs, photos, subjects, tasks  # noqa: E402
 from tokred.arms import Arm  # noqa: E402
 
-SHARES = (0.75, 0.6, 0.45, 0.3)
+SHARES = {"embedded": (0.6, 0.45, 0.3), "dinov2": (0.75, 0.6, 0.45)}
 NEAR = 0.06  # a setting counts for a share if its multiply-adds lie this near, as a share of the model's
 
 # What is tried for each method to come near the shares: settings from mild to strong.
@@ -58,9 +58,9 @@ CANDIDATES: dict[str, list[str]] = {
     "vomix": [f"vomix r={s / 100}" for s in (2, 3, 4, 5, 6, 8, 10, 12, 14, 17, 20, 25, 30)],
     "tokentm": [f"tokentm keep={s / 100}" for s in range(10, 96, 3)],
     "saint": [f"saint tau={t / 100} K={k}" for t in (30, 40, 50, 60, 65, 70, 75, 80, 85, 90) for k in (1, 3, 5)],
-    "vtm": [f"vtm gamma={g} r={r} blocks=({b},)" for b in (0, 2, 4) for g in (2, 3, 4, 6) for r in (0.5, 0.8, 1.0)],
+    "vtm": [f"vtm gamma={g} R={r}" for g in (2, 3, 4, 6) for r in (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)],
     "tinychart": [f"tinychart r={r}" for r in (*range(2, 34), 36, 40, 48)],
-    "algm": [f"algm threshold={t / 100}" for t in (30, 40, 50, 60, 70, 75, 80, 85, 88, 90, 92, 94, 96)],
+    "algm": [f"algm T={t / 100}" for t in (-100, 10, 30, 40, 50, 60, 70, 75, 80, 85, 88, 90, 92, 94, 96)],
 }
 
 
@@ -83,13 +83,13 @@ def tried(model: nn.Module, text: str, images: torch.Tensor) -> tuple[Arm, list[
     return Arm(name, setting, method, report.layers[0].tokens_in, counts[-1], macs), counts
 
 
-def near_shares(model: nn.Module, names: Sequence[str], images: torch.Tensor) -> list[Arm]:
+def near_shares(model: nn.Module, names: Sequence[str], images: torch.Tensor, shares: Sequence[float]) -> list[Arm]:
     """The unpatched model, and for each method the settings nearest to the shares of its multiply-adds."""
     base = arms_of.unpatched(model, images.shape)
     chosen = [base]
     for name in names:
         found = [t[0] for text in CANDIDATES[name] if (t := tried(model, text, images)) is not None]
-        for share in SHARES:
+        for share in shares:
             best = min(found, key=lambda a: abs(a.macs / base.macs - share), default=None)
             if best is not None and abs(best.macs / base.macs - share) <= NEAR and best not in chosen:
                 chosen.append(best)
@@ -105,8 +105,8 @@ def run_bench(model: str, names: Sequence[str], args: argparse.Namespace) -> Non
         print(f"left out: {line}", file=sys.stderr)
     task = tasks.choose(subject, None, count=args.count if model == "embedded" else args.probe)
     seen = task.test if task.test is not None else task.photos
-    sample = photos.normalise(seen.images[: args.batch], subject.mean, subject.std, torch.float32)
-    arms = near_shares(subject.model, runs, sample)
+    sample = photos.normalise(seen.images[:8], subject.mean, subject.std, torch.float32)
+    arms = near_shares(subject.model, runs, sample, SHARES[model])
     options = bench.Options(batch=args.batch, rounds=args.rounds)
     total, done = bench.ticks(task, arms, options), 0
 
@@ -164,8 +164,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=["embedded", "dinov2", "overhead"], help="default: all three")
     parser.add_argument("--methods", help="with commas; default: all")
-    parser.add_argument("--count", type=int, default=2000, help="images of the embedded sample")
-    parser.add_argument("--probe", type=int, default=300, help="labelled images to test DINOv2's probe on")
+    parser.add_argument("--count", type=int, default=1000, help="images of the embedded sample")
+    parser.add_argument("--probe", type=int, default=200, help="labelled images to test DINOv2's probe on")
     parser.add_argument("--size", type=int, default=168, help="height and width of DINOv2's images")
     parser.add_argument("--batch", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=11)
