@@ -57,7 +57,8 @@ class Explanation(NamedTuple):
 
     @property
     def ceiling(self) -> float:
-        """The speed-up if time went with multiply-adds and the method's own work were free."""
+        """The speed-up if time went with multiply-adds and the method's own work were free. Attention with small heads
+        takes more time than its multiply-adds say: there more may be gained."""
         return self.macs / self.reduced
 
     @property
