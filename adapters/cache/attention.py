@@ -105,8 +105,15 @@ def attention(
 def _attend_and_act(
     call: _Call, layer: TokLayer, query: Tensor, key: Tensor, value: Tensor, before: int
 ) -> tuple[Tensor, Tensor | None]:
-    if layer.positions is None and call.spec.arguments["q_length"] == query.shape[2]:
-        mask = call.spec.stock(call.seat.implementation)
+    spec = call.spec
+    open_to_all = query.shape[2] == 1 and spec.plain and spec.key_mask is None and not layer.ragged
+    if layer.compressed and open_to_all and layer.weights is None:
+        # One query that sees every row needs no mask, as with a dense cache of that length.
+        out = _stock(
+            call.module, call.seat.implementation, query, key, value, None, call.scaling, call.dropout, call.options
+        )
+    elif not layer.compressed and spec.arguments["q_length"] == query.shape[2]:
+        mask = spec.stock(call.seat.implementation)
         out = _stock(
             call.module, call.seat.implementation, query, key, value, mask, call.scaling, call.dropout, call.options
         )
@@ -171,10 +178,9 @@ def _compressed(call: _Call, layer: TokLayer, query: Tensor, key: Tensor, value:
         positions = torch.arange(n, dtype=torch.int32, device=key.device).expand(b, heads, n)
     dropout = call.dropout
     if count == 1 and spec.plain and layer.weights is None and not dropout:
-        # One query over rows that all lie behind it: the operator needs no mask but for padding and empty rows.
-        known = positions if layer.ragged or spec.key_mask is not None else None
+        # One query over rows that all lie behind it: only padding and empty rows are hidden.
         out = decode_attention(
-            query, key, value, positions=known, key_mask=spec.key_mask, scale=call.scaling, softcap=call.softcap
+            query, key, value, positions=positions, key_mask=spec.key_mask, scale=call.scaling, softcap=call.softcap
         ).output
         return out.transpose(1, 2).contiguous()
     mask = spec.visible(before, count, positions, layer.ragged)

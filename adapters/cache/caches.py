@@ -67,11 +67,12 @@ class TokCache(DynamicCache):  # type: ignore[misc]
         Raises:
             ValueError: they, or what they pushed out, cannot be taken back.
         """
-        if tokens_to_remove < 0:
+        count = int(tokens_to_remove)  # older transformers hand over a tensor
+        if count < 0:
             for layer in self.layers:
                 if isinstance(layer, TokLayer):
-                    layer.check_crop(-tokens_to_remove)
-        super().crop(tokens_to_remove)
+                    layer.check_crop(-count)
+        super().crop(count)
 
     def reset(self) -> None:
         """Empty, and ready for another prompt."""

@@ -1,6 +1,6 @@
 """Hooks on the decoder, its attention modules and, for budgets that read it, the residual stream.
 
-All are objects without a reference to a model, so that a patched model copies and pickles.
+All are objects, so that a patched model copies and pickles.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tokred.adapters.cache.attention import SEAT, Seat
 from tokred.adapters.cache.caches import LayerRows, TokCache, adopt, make_cache
 from tokred.adapters.cache.layer import TokLayer
-from tokred.adapters.cache.rope import LayerRope, layer_type_of
+from tokred.adapters.cache.rope import LayerRope
 from tokred.adapters.swap import Hook, host_class
 from tokred.errors import TokenStateError
 from tokred.kv.policy import CachePolicy
@@ -62,11 +62,12 @@ class CacheSettings:
 class EnterDecoder(Hook):
     """Before the decoder's forward: it gets a cache where it would have made one, and bad calls are refused."""
 
-    def __init__(self, settings: CacheSettings) -> None:
+    def __init__(self, settings: CacheSettings, names: tuple[str, ...]) -> None:
         self.settings = settings
+        self.names = names  # of the forward's arguments
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        given = {**dict(zip(_names(module), args, strict=False)), **kwargs}
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         cache = given.get("past_key_values")
         if cache is None:
             use = given.get("use_cache")
@@ -100,14 +101,20 @@ class EnterAttention(Hook):
         settings: of the model.
         index: the module's layer.
         projection: name of the output projection, or None.
-        rope: whether the rotary embedding can be handed over.
-        embedding: the decoder's rotary embedding.
+        embedding: the decoder's rotary embedding, where it can be handed over.
+        layer_type: what the embedding takes besides positions, or None.
     """
 
     def __init__(
-        self, settings: CacheSettings, index: int, projection: str | None, embedding: nn.Module | None
+        self,
+        settings: CacheSettings,
+        index: int,
+        projection: str | None,
+        embedding: nn.Module | None,
+        layer_type: str | None,
     ) -> None:
         self.settings = settings
+        self.layer_type = layer_type
         self.index = index
         self.projection = projection
         self.embedding = embedding
@@ -127,7 +134,7 @@ class EnterAttention(Hook):
         projection = None if self.projection is None else getattr(module, self.projection)
         rope, tables = None, kwargs.get("position_embeddings")
         if self.embedding is not None and tables is not None:
-            rope = LayerRope(self.embedding, layer_type_of(self.embedding, module), tables)
+            rope = LayerRope(self.embedding, self.layer_type, tables)
         depth = len(self.settings.compressed)
         return args, {**kwargs, SEAT: Seat(layer, self.settings.implementation, depth, projection, rope)}
 
@@ -170,9 +177,10 @@ class EnterNorm(Hook):
             session.streams[key] = (total, count)
 
 
-def _names(module: nn.Module) -> list[str]:
+def argument_names(module: nn.Module) -> tuple[str, ...]:
+    """Names of a forward's arguments, in order."""
     parameters = list(inspect.signature(host_class(module).forward).parameters.values())[1:]
-    return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
 
 
 def _check_mask(mask: Any) -> None:

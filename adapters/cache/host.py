@@ -100,17 +100,21 @@ class CacheHost:
         """Register the attention function, and hang the hooks on the decoder. :meth:`check` has passed."""
         from tokred.adapters.cache import hooks
         from tokred.adapters.cache.attention import NAME, register
+        from tokred.adapters.cache.rope import layer_type_of
         from tokred.kv.policy import CachePolicy
 
         assert isinstance(method, CachePolicy)  # the stage's only kind of method
         register()
         chosen = tuple(i for i in self.compressed if where is None or where(*self.attentions[i]))
         settings = hooks.CacheSettings(method, self.config, chosen, str(self.config._attn_implementation))
-        self.decoder.register_forward_pre_hook(hooks.EnterDecoder(settings), with_kwargs=True)
+        self.decoder.register_forward_pre_hook(
+            hooks.EnterDecoder(settings, hooks.argument_names(self.decoder)), with_kwargs=True
+        )
         self.decoder.register_forward_hook(hooks.LeaveDecoder(settings), with_kwargs=True)
         embedding = getattr(self.decoder, "rotary_emb", None) if "rope" in self.supplies else None
         for i, (_, attention) in enumerate(self.attentions):
-            hook = hooks.EnterAttention(settings, i, _projection(attention), embedding)
+            layer_type = None if embedding is None else layer_type_of(embedding, attention)
+            hook = hooks.EnterAttention(settings, i, _projection(attention), embedding, layer_type)
             attention.register_forward_pre_hook(hook, with_kwargs=True)
         if "stream" in method.reads:
             for i in chosen:

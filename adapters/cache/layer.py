@@ -25,8 +25,6 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
     Attributes:
         keys, values: ``[B, Hk, K, D]``, or None while nothing has been seen. Never changed in place, so a snapshot is
             a reference.
-        positions: ``[B, Hk, K]`` int32, the slot of each row, ``SENTINEL`` in empty ones; None while row ``i`` is
-            slot ``i``, before anything has been evicted.
         seen: slots so far, evicted ones included: the length that the model is told.
         settled: slots when rows were last evicted; the cache cannot be cropped below.
         ragged: whether there may be empty rows.
@@ -49,7 +47,7 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
         self.is_initialized = False
-        self.positions: Tensor | None = None
+        self._positions: Tensor | None = None
         self.seen = 0
         self.settled = 0
         self.ragged = False
@@ -91,14 +89,31 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
             self.keys, self.values = keys.contiguous(), values.contiguous()
         else:
             self.keys, self.values = torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
-        if self.positions is not None:
-            new = torch.arange(self.seen, self.seen + n, dtype=torch.int32, device=keys.device)
-            self.positions = torch.cat([self.positions, new.expand(*self.positions.shape[:2], n)], 2)
         if self.weights is not None:
             self.weights = _grown(self.weights, n, 1.0)
         for name, state in self.rows.items():
             self.rows[name] = _grown(state, n, 0.0)
         self.seen += n
+
+    @property
+    def compressed(self) -> bool:
+        """Whether rows have been evicted, so that rows and slots are no longer the same."""
+        return self._positions is not None
+
+    @property
+    def positions(self) -> Tensor | None:
+        """``[B, Hk, K]`` int32, the slot of each row; None before anything has been evicted.
+
+        Rows that came after the last eviction hold the slots in order, so they are written down when someone asks.
+        """
+        known = self._positions
+        if known is None or self.keys is None:
+            return known
+        missing = self.keys.shape[2] - known.shape[2]
+        if missing:
+            new = torch.arange(self.seen - missing, self.seen, dtype=torch.int32, device=known.device)
+            known = self._positions = torch.cat([known, new.expand(*known.shape[:2], missing)], 2)
+        return known
 
     def get_seq_length(self) -> int:
         """Slots seen, which positions follow from; never the number of rows."""
@@ -145,14 +160,14 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
-        count = -tokens_to_remove
+        count = -int(tokens_to_remove)
         if count == 0 or self.keys is None or self.values is None:
             return
         self.check_crop(count)
         left = self.keys.shape[2] - count
         self.keys, self.values = self.keys[:, :, :left], self.values[:, :, :left]
-        if self.positions is not None:
-            self.positions = self.positions[:, :, :left]
+        if self._positions is not None:
+            self._positions = self._positions[:, :, :left]
         if self.weights is not None:
             self.weights = self.weights[:, :, :left]
         self.rows = {name: state[..., :left] for name, state in self.rows.items()}
@@ -208,7 +223,7 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
             rows = {name: state.masked_fill(~step.mask, 0.0) for name, state in rows.items()}
         self.rows.clear()
         self.rows.update(rows)
-        self.positions = positions
+        self._positions = positions
         self.ragged = step.mask is not None
         self.settled = self.seen
 
@@ -216,6 +231,7 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
         """Take the newest ``count`` tokens off, to be appended again."""
         assert self.keys is not None
         assert self.values is not None
+        assert not self.compressed  # the prompt is still whole
         keys, values = self.keys[:, :, -count:], self.values[:, :, -count:]
         self.keys, self.values = self.keys[:, :, :-count], self.values[:, :, :-count]
         self.seen -= count
@@ -226,7 +242,7 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
     @property
     def nbytes(self) -> int:
         """Bytes held: keys, values, positions, weights and the policy's state."""
-        tensors = [self.keys, self.values, self.positions, self.weights, *self.rows.values(), *self.notes.values()]
+        tensors = [self.keys, self.values, self._positions, self.weights, *self.rows.values(), *self.notes.values()]
         return sum(t.nbytes for t in tensors if isinstance(t, Tensor))
 
     def snapshot(self) -> dict[str, Any]:
@@ -242,7 +258,7 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
     def _samples(self, change: Any, index: Any) -> None:
         assert self.keys is not None
         b = self.keys.shape[0]
-        for name in ("keys", "values", "positions", "weights"):
+        for name in ("keys", "values", "_positions", "weights"):
             value = getattr(self, name)
             if value is not None:
                 setattr(self, name, change(value))

@@ -24,7 +24,10 @@ class MaskSpec:
     """
 
     def __init__(self, arguments: dict[str, Any]) -> None:
-        self.arguments = arguments
+        # Offsets may be tensors that a layer changes in place before the mask is made.
+        self.arguments: dict[str, Any] = {
+            k: int(v) if isinstance(v, Tensor) and v.ndim == 0 else v for k, v in arguments.items()
+        }
         self._stock: dict[str, Any] = {}
         mask = arguments.get("attention_mask")
         self._padding = None if mask is None else Padding(mask)

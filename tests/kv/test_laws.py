@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("transformers")
 
+import transformers
 
 import tokred
 from tests.kv.masked import evicted_rows, masked_reference
@@ -242,6 +243,17 @@ def test_patched_models_copy_and_pickle():
     assert model.config._attn_implementation == "tokred"
 
 
+def test_a_patched_model_is_saved_as_the_plain_one(tmp_path):
+    model, ids = build("llama"), prompt(20)
+    plain = model(ids).logits
+    tokred.apply(model, POLICIES["snapkv"])
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(loaded) is transformers.LlamaForCausalLM
+    assert loaded.config._attn_implementation == "sdpa"
+    assert torch.equal(loaded(ids).logits, plain)
+
+
 def test_the_language_model_inside_a_vlm():
     model, ids = llava(), prompt(26)
     ids[:, 2:6] = 96
@@ -254,5 +266,6 @@ def test_the_language_model_inside_a_vlm():
     out = model.generate(ids, pixel_values=pixels, return_dict_in_generate=True, **GREEDY)
     assert {layer.keys.shape[2] for layer in out.past_key_values.layers} == {8 + 5}
     assert model.config.vision_config._attn_implementation == "sdpa", "the vision tower is not touched"
+    assert model(ids, pixel_values=pixels).past_key_values.layers[0].keys.shape[2] == 8, "plain forwards too"
     tokred.remove(model)
     assert torch.equal(model.generate(ids, pixel_values=pixels, **GREEDY), plain)

@@ -108,6 +108,24 @@ def test_accumulated_scores_are_those_of_the_whole_attention():
         assert torch.allclose(layer.rows[MASS].double(), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize(("pool", "pooling"), [(1, "avg"), (3, "avg"), (3, "max")])
+def test_window_scores_are_those_of_the_whole_attention(pool, pooling):
+    """SnapKV by hand, from the matrix of attention weights."""
+    model, ids, w, n = build("llama", torch.float64), prompt(30), 5, 30
+    tokred.apply(model, "snapkv", budget=11, window=w, pool=pool, pooling=pooling)
+    cache = tokred.kv_cache(model)
+    model(ids, past_key_values=cache)
+    plain = tokred.remove(model)
+    plain.set_attn_implementation("eager")
+    for layer, weights in zip(cache.layers, plain(ids, output_attentions=True).attentions, strict=True):
+        rows = weights.double()[0, :, -w:, : n - w].mean(1)
+        smooth = torch.nn.functional.avg_pool1d if pooling == "avg" else torch.nn.functional.max_pool1d
+        score = smooth(rows, pool, 1, pool // 2).view(2, 2, n - w).mean(1)
+        for head in range(2):
+            best = sorted(score[head].argsort(descending=True, stable=True)[: 11 - w].tolist())
+            assert layer.positions[0, head].tolist() == [*best, *range(n - w, n)]
+
+
 # ---------------------------------------------------------------- layers
 
 

@@ -42,8 +42,10 @@ def rows_of(kept: Tensor, slots: int) -> tuple[Tensor, Tensor]:
         ``[B, Hk, min(slots, K)]`` int64, and which of them are meant.
     """
     n = kept.shape[-1]
-    index = torch.arange(n, device=kept.device).expand_as(kept)
-    index = torch.where(kept, index, n).sort(-1).values[..., :slots]
+    slots = min(slots, n)
+    rows = torch.arange(n, device=kept.device).expand_as(kept)
+    place = torch.where(kept, kept.long().cumsum(-1) - 1, slots)
+    index = torch.full((*kept.shape[:-1], slots + 1), n, device=kept.device).scatter_(-1, place, rows)[..., :slots]
     return index.clamp(max=n - 1), index < n
 
 
