@@ -80,6 +80,8 @@ def attention(
     if layer is None:
         mask = attention_mask.stock(seat.implementation) if isinstance(attention_mask, MaskSpec) else attention_mask
         return _stock(module, seat.implementation, query, key, value, mask, scaling, dropout, options)
+    if layer.keys is None or key.shape[:3] != layer.keys.shape[:3]:
+        raise UnsupportedModelError(f"{type(module).__name__} attends to other keys than its cache holds")
     if not isinstance(attention_mask, MaskSpec) or options.get("position_bias") is not None:
         raise UnsupportedModelError(
             f"{type(module).__name__} gave the attention a mask of its own, which evicted rows do not fit"

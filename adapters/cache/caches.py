@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from tokred.adapters.cache.layer import TokLayer
+from tokred.errors import TokenStateError
 from tokred.kv.policy import CachePolicy
 from tokred.kv.session import Session
 
@@ -73,6 +74,33 @@ class TokCache(DynamicCache):  # type: ignore[misc]
                 if isinstance(layer, TokLayer):
                     layer.check_crop(-count)
         super().crop(count)
+
+    def begin(self) -> None:
+        """A forward begins.
+
+        Raises:
+            TokenStateError: the one before broke off between two layers.
+        """
+        layers = [layer for layer in self.layers if isinstance(layer, TokLayer)]
+        if len({layer.seen for layer in layers}) > 1:
+            raise TokenStateError(
+                "the layers of the cache have seen different numbers of tokens: a forward broke off. Restore a "
+                "snapshot, or start from an empty cache"
+            )
+        for layer in layers:
+            layer.armed = False
+        self.session.begin()
+
+    def finish(self) -> None:
+        """A forward ends: what could not be decided layer by layer is decided.
+
+        Raises:
+            TokenStateError: an attention took no part in the cache.
+        """
+        armed = [i for i, layer in enumerate(self.layers) if getattr(layer, "armed", False)]
+        if armed:
+            raise TokenStateError(f"the attention of layer {armed[0]} was given the cache, but added nothing to it")
+        self.session.finish()
 
     def reset(self) -> None:
         """Empty, and ready for another prompt."""

@@ -18,10 +18,8 @@ from tokred.adapters.cache.caches import LayerRows, TokCache, adopt, make_cache
 from tokred.adapters.cache.layer import TokLayer
 from tokred.adapters.cache.rope import LayerRope
 from tokred.adapters.swap import Hook, host_class
-from tokred.errors import TokenStateError
 from tokred.kv.policy import CachePolicy
 
-STREAM_NORMS = ("pre_feedforward_layernorm", "post_attention_layernorm")
 # The residual stream at the entry of the decoder layer that is running, by thread.
 _local = threading.local()
 
@@ -77,6 +75,7 @@ class EnterDecoder(Hook):
         _check_mask(given.get("attention_mask"))
         cache = self.settings.cache() if cache is None else self.settings.adopt(cache)
         _check_length(given.get("attention_mask"), given, cache)
+        cache.begin()
         return (), {**given, "past_key_values": cache}
 
 
@@ -90,7 +89,7 @@ class LeaveDecoder(Hook):
         cache = kwargs.get("past_key_values")
         if isinstance(cache, TokCache):
             with torch.no_grad():
-                cache.session.finish()
+                cache.finish()
             self.settings.last = cache.layer_rows()
 
 
@@ -120,16 +119,11 @@ class EnterAttention(Hook):
         self.embedding = embedding
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
         layer = cache.layers[self.index] if isinstance(cache, TokCache) else None
         if not isinstance(layer, TokLayer):
             seat = Seat(None, self.settings.implementation, 0, None, None)
             return args, {**kwargs, SEAT: seat}
-        if layer.armed:
-            raise TokenStateError(
-                f"{type(module).__name__} {self.index} took no part in the cache in the forward before: it holds "
-                "something else than its layer says"
-            )
         layer.armed = True
         projection = None if self.projection is None else getattr(module, self.projection)
         rope, tables = None, kwargs.get("position_embeddings")
@@ -146,7 +140,7 @@ class EnterLayer(Hook):
         self.index = index
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
         layer = cache.layers[self.index] if isinstance(cache, TokCache) else None
         _local.stream = None
         if isinstance(layer, TokLayer) and layer.session.wants_stream(layer.clock):

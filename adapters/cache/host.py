@@ -14,6 +14,8 @@ from tokred.errors import MissingInputError, UnsupportedModelError
 from tokred.method import Method
 
 _PROJECTIONS = ("o_proj", "out_proj")
+# What attention modules call the cache.
+CACHE_NAMES = {"past_key_values", "layer_past"}
 _KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
@@ -149,6 +151,8 @@ def match(model: nn.Module) -> CacheHost | None:
         raise _refusal(
             name, "its attention cannot be exchanged (it has no attention back-end), so a policy would never be asked"
         )
+    if getattr(text, "kv_lora_rank", None):
+        raise _refusal(name, "its cache holds latents that keys are made of anew, which scores of keys do not fit")
     decoder = _decoder(model, found)
     _check_attentions(name, model, text, found)
     compressed = _full_layers(name, text)
@@ -185,7 +189,11 @@ def _attentions(model: Any, text: Any) -> list[tuple[str, nn.Module]]:
     found: dict[int, tuple[str, nn.Module]] = {}
     for name, module in model.named_modules():
         index = getattr(module, "layer_idx", None)
-        if "Attention" in host_class(module).__name__ and isinstance(index, int) and module.config is text:
+        if (
+            "Attention" in host_class(module).__name__
+            and isinstance(index, int)
+            and getattr(module, "config", None) is text
+        ):
             found[index] = (name, module)
     return [found[i] for i in sorted(found)]
 
@@ -205,7 +213,7 @@ def _check_attentions(name: str, model: Any, text: Any, found: list[tuple[str, n
         raise _refusal(name, f"{len(found)} of its {text.num_hidden_layers} layers have an attention that is known")
     for where, module in found:
         parameters = inspect.signature(host_class(module).forward).parameters
-        if "past_key_values" not in parameters or not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        if not CACHE_NAMES & parameters.keys() or not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             raise _refusal(name, f"{where} does not hand its arguments on to the attention function")
         if getattr(module, "sinks", None) is not None:
             raise _refusal(name, f"{where} has sinks of its own in the softmax, which scores would have to honour")
@@ -230,18 +238,28 @@ def _projection(attention: Any) -> str | None:
 
 
 def _norms(decoder: nn.Module, found: list[tuple[str, nn.Module]]) -> list[tuple[nn.Module, nn.Module] | None]:
-    """For each layer the decoder layer, and the norm that reads the stream after the attention."""
-    from tokred.adapters.cache.hooks import STREAM_NORMS
-
+    """For each layer the decoder layer, and the module that reads the stream after the attention."""
     if getattr(decoder.config, "use_parallel_residual", False):
         return [None] * len(found)  # the norm reads the stream before the attention
     around = {id(child): m for m in decoder.modules() for child in m.children()}
     pairs: list[tuple[nn.Module, nn.Module] | None] = []
     for _, attention in found:
         layer = around.get(id(attention))
-        norm = next((n for n in STREAM_NORMS if isinstance(getattr(layer, n, None), nn.Module)), None)
-        pairs.append(None if layer is None or norm is None else (layer, getattr(layer, norm)))
+        reader = None if layer is None else _after_attention(layer)
+        pairs.append(None if layer is None or reader is None else (layer, reader))
     return pairs
+
+
+def _after_attention(layer: Any) -> nn.Module | None:
+    """The module whose input is the stream with the attention added."""
+    if hasattr(layer, "pre_feedforward_layernorm"):
+        name = "pre_feedforward_layernorm"
+    elif hasattr(layer, "post_feedforward_layernorm"):
+        name = "mlp"  # norms stand behind attention and MLP, which reads the stream itself
+    else:
+        name = "post_attention_layernorm"
+    found = getattr(layer, name, None)
+    return found if isinstance(found, nn.Module) else None
 
 
 def _supplies(

@@ -269,11 +269,71 @@ def test_models_that_are_refused():
     )
     with pytest.raises(tokred.UnsupportedModelError, match="encoder with a decoder"):
         tokred.apply(whisper, "snapkv")
+    latent = t.DeepseekV3ForCausalLM(
+        t.DeepseekV3Config(vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, kv_lora_rank=4)
+    )
+    with pytest.raises(tokred.UnsupportedModelError, match="its cache holds latents"):
+        tokred.apply(latent, "snapkv")
     bert = t.BertModel(t.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
     with pytest.raises(tokred.UnsupportedModelError, match="no family that tokred knows"):
         tokred.apply(bert, "snapkv")
     for refused in (windowed, whisper, bert):
         assert not any(m._forward_pre_hooks for m in refused.modules())
+
+
+def test_a_forward_that_breaks_off_is_noticed(model):
+    tokred.apply(model, "snapkv", budget=9, window=4)
+    cache = filled(model)
+    kept = cache.snapshot()
+
+    def stop(module, args):
+        raise KeyboardInterrupt
+
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        model(prompt(2), past_key_values=cache)
+    handle.remove()
+    with pytest.raises(tokred.TokenStateError, match="a forward broke off"):
+        model(prompt(2), past_key_values=cache)
+    cache.restore(kept)
+    assert model(prompt(2), past_key_values=cache).logits.isfinite().all()
+    assert cache.get_seq_length() == 22
+
+
+OTHERS = {
+    "Qwen2": {}, "Phi3": {}, "Cohere": {}, "Granite": {}, "Olmo2": {}, "Mixtral": {"num_local_experts": 2}, "Gemma": {},
+    "Starcoder2": {"sliding_window": None}, "OPT": {"ffn_dim": 32, "word_embed_proj_dim": 48}, "Persimmon": {},
+    "GPTNeoX": {}, "GPT2": {"n_embd": 48, "n_layer": 3, "n_head": 4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_families(name):
+    shape = {k: v for k, v in SMALL.items() if k != "head_dim"}
+    config = getattr(transformers, f"{name}Config")(**{**shape, **OTHERS[name]})
+    torch.manual_seed(0)
+    cls = getattr(transformers, f"{name}ForCausalLM", None) or transformers.GPT2LMHeadModel
+    model, ids = cls(config).eval(), prompt(20)
+    plain = model.generate(ids, **GREEDY)
+    tokred.apply(model, "snapkv", budget=1.0)
+    assert torch.equal(model.generate(ids, **GREEDY), plain)
+    for policy in ("snapkv", "h2o"):
+        tokred.apply(model, policy, budget=9, **({"window": 4} if policy == "snapkv" else {}))
+        out = model.generate(ids, return_dict_in_generate=True, **GREEDY)
+        assert {layer.keys.shape[2] for layer in out.past_key_values.layers} == {13 if policy == "snapkv" else 9}
+    assert torch.equal(tokred.remove(model).generate(ids, **GREEDY), plain)
+
+
+def test_gradients_are_those_of_the_plain_model(model):
+    ids = prompt(20)
+    with torch.enable_grad():
+        model.train()
+        model(ids, labels=ids).loss.backward()
+        expected = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        tokred.apply(model, "snapkv", budget=9, window=4)
+        model(ids, labels=ids).loss.backward()
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), expected, strict=True))
 
 
 def test_methods_of_other_stages(model):

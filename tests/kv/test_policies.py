@@ -169,22 +169,24 @@ def test_squeeze_takes_from_the_layer_whose_attention_does_nothing():
     assert {tuple(sorted(m._forward_pre_hooks)) for m in tokred.remove(model).modules()} == {()}
 
 
-def test_squeeze_measures_the_stream_around_the_attention():
-    model = build("gemma3")
+@pytest.mark.parametrize("family", ["llama", "gemma3", "olmo2"])
+def test_squeeze_measures_the_stream_around_the_attention(family):
+    """Norms before the attention, around it, and behind it."""
+    model = build(family)
     tokred.apply(model, "squeezeattention", budget=0.5, groups=2, sinks=1)
     cache = tokred.kv_cache(model)
-    streams = {}
-    finish = cache.session.finish
+    streams, finish = {}, cache.session.finish
     cache.session.finish = lambda: (streams.update(cache.session.streams), finish())
     ids, mask, _ = padded((20, 12))
-    found = {}
-    for i in (1, 3):
+    before, added, chosen = {}, {}, [i for i, layer in enumerate(cache.layers) if not layer.is_sliding]
+    for i in chosen:
         layer = model.model.layers[i]
-        layer.register_forward_pre_hook(lambda m, a, i=i: found.setdefault(i, []).append(a[0]))
-        layer.pre_feedforward_layernorm.register_forward_pre_hook(lambda m, a, i=i: found[i].append(a[0]))
+        layer.register_forward_pre_hook(lambda m, a, i=i: before.update({i: a[0]}))
+        last = layer.self_attn if family == "llama" else layer.post_attention_layernorm
+        last.register_forward_hook(lambda m, a, o, i=i: added.update({i: o[0] if isinstance(o, tuple) else o}))
     model(ids, attention_mask=mask, past_key_values=cache)
-    for place, i in enumerate((1, 3)):
-        cosine = torch.cosine_similarity(*found[i], dim=-1)
+    for place, i in enumerate(chosen):
+        cosine = torch.cosine_similarity(before[i], before[i] + added[i], dim=-1)
         total, count = streams[place]
         assert torch.allclose(total, (cosine * mask).sum(1), atol=1e-5)
         assert count.tolist() == [20, 12]

@@ -39,6 +39,8 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **more: 
         kinds = ["sliding_attention", "full_attention"] * 2
         config = t.Gemma2Config(**{**GEMMA, "layer_types": kinds, "attn_logit_softcapping": 2.0, **more})
         model = t.Gemma2ForCausalLM._from_config(config, attn_implementation="eager")
+    elif name == "olmo2":
+        model = t.Olmo2ForCausalLM(t.Olmo2Config(**{**SMALL, **more}))
     elif name == "gptj":
         model = t.GPTJForCausalLM(
             t.GPTJConfig(vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=4, rotary_dim=8)

@@ -145,6 +145,10 @@ class Session:
             self._evict(layer, site, before < clock.prompt or (when.turns and several))
         self._remember(layer, site)
 
+    def begin(self) -> None:
+        """The begin of a forward: nothing is left of one that broke off."""
+        self._pending, self._preferences = {}, {}
+
     def finish(self) -> None:
         """The end of a forward: decide what could not be decided layer by layer."""
         pending, self._pending = self._pending, {}
