@@ -5,8 +5,8 @@ Three tables, each a CSV file in ``--out``:
 - ``methods_embedded.csv`` and ``methods_dinov2.csv``: quality, speed and memory, every method at a few shares of the
   model's multiply-adds. Where the number of tokens depends on the image, the multiply-adds are those of the images
   that were tried, not an estimate. Plots go to ``docs/img/``.
-- ``methods_overhead.csv``: ViT-S/16 at 224, batch 8, random weights: each method against the same model that slices off
-  as many tokens in the same blocks, which is what would be left if the method's own work were free.
+- ``methods_overhead.csv``: ViT-S/16 at 224, batch 8, random weights, near 60 % of the multiply-adds: the share of the
+  forward that each method's own work takes, deciding and merging, timed inside the forward.
 
 The page ``docs/methods/comparison.md`` is made from these files by ``benchmarks/comparison.py``.
 
@@ -17,9 +17,12 @@ The page ``docs/methods/comparison.md`` is made from these files by ``benchmarks
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,7 @@ use_checkout()
 
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
-from vit_speed import effective_blocks, hand_patched, measure, patched_copy, quartiles, slicing_block  # noqa: E402
+from vit_speed import quartiles  # noqa: E402
 
 import tokred  # noqa: E402
 from tokred import arms as arms_of  # noqa: E402
@@ -64,8 +67,18 @@ CANDIDATES: dict[str, list[str]] = {
 }
 
 
+# Near 60 % of ViT-S/16's multiply-adds.
+OVERHEAD = {
+    "tome": "tome r=13", "pitome": "pitome ratio=0.91", "random": "random r=13", "random_prune": "random_prune r=13",
+    "evit": "evit kappa=0.64", "downsample": "downsample keep=0.57", "ppt": "ppt r=60", "ats": "ats n=0.84",
+    "tofu": "tofu r=13", "zero_tprune": "zero_tprune r_s=4 rho=[1, 0.8, 0.6, 0.5, 1]", "vomix": "vomix r=0.08",
+    "tokentm": "tokentm keep=0.64", "saint": "saint tau=0.3 K=3", "vtm": "vtm gamma=4 R=0.5",
+    "tinychart": "tinychart r=13", "algm": "algm T=-1 theta=0.2",
+}  # fmt: skip
+
+
 @torch.inference_mode()
-def tried(model: nn.Module, text: str, images: torch.Tensor) -> tuple[Arm, list[int]] | None:
+def tried(model: nn.Module, text: str, images: torch.Tensor) -> Arm | None:
     """An arm with the multiply-adds and tokens that it really took on some images; None where it does not fit."""
     name, parameters = arms_of.parse_setting(text)
     try:
@@ -79,8 +92,7 @@ def tried(model: nn.Module, text: str, images: torch.Tensor) -> tuple[Arm, list[
         return None
     setting = text.partition(" ")[2]
     macs = report.macs + cost.outside
-    counts = [row.tokens_out for row in report.layers]
-    return Arm(name, setting, method, report.layers[0].tokens_in, counts[-1], macs), counts
+    return Arm(name, setting, method, report.layers[0].tokens_in, report.layers[-1].tokens_out, macs)
 
 
 def near_shares(model: nn.Module, names: Sequence[str], images: torch.Tensor, shares: Sequence[float]) -> list[Arm]:
@@ -88,7 +100,7 @@ def near_shares(model: nn.Module, names: Sequence[str], images: torch.Tensor, sh
     base = arms_of.unpatched(model, images.shape)
     chosen = [base]
     for name in names:
-        found = [t[0] for text in CANDIDATES[name] if (t := tried(model, text, images)) is not None]
+        found = [arm for text in CANDIDATES[name] if (arm := tried(model, text, images)) is not None]
         for share in shares:
             best = min(found, key=lambda a: abs(a.macs / base.macs - share), default=None)
             if best is not None and abs(best.macs / base.macs - share) <= NEAR and best not in chosen:
@@ -121,31 +133,62 @@ def run_bench(model: str, names: Sequence[str], args: argparse.Namespace) -> Non
     bench.plot(rows, args.pictures / f"methods_{model}.png")
 
 
+class Clock:
+    """Adds up the seconds spent in some functions."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def watch(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, its time counted."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds += time.perf_counter() - start
+
+        return run
+
+
 @torch.inference_mode()
 def run_overhead(names: Sequence[str], args: argparse.Namespace) -> None:
-    """What each method's own work costs in ViT-S/16, near 60 % of the multiply-adds."""
+    """What each method's own work (deciding and merging) takes of a forward of ViT-S/16, timed inside the forward."""
     import timm
+
+    from tokred.adapters import block as adapter_block
 
     torch.manual_seed(0)
     model: Any = timm.create_model("vit_small_patch16_224").eval()
     x = torch.randn(8, 3, 224, 224)
     full = arms_of.unpatched(model, x.shape)
-    runs: dict[str, Callable[[Any], Any]] = {"unpatched": model}
-    arms: dict[str, tuple[Arm, list[int]]] = {}
-    for name in names:
-        found = [t for text in CANDIDATES[name] if (t := tried(model, text, x)) is not None]
-        best = min(found, key=lambda t: abs(t[0].macs / full.macs - 0.6), default=None)
-        if best is None:
-            continue
-        arms[name] = best
-        runs[name] = patched_copy(model, best[0].method)
-        runs[f"{name}: slicing"] = hand_patched(model, slicing_block, effective_blocks(best[1], 197), {})
-    seconds = measure(runs, x, args.rounds)
+    found = {name: arm for name in names if (arm := tried(model, OVERHEAD[name], x)) is not None}
+    own, whole = Clock(), Clock()
+    originals = {name: getattr(adapter_block, name) for name in ("decide", "follow")}
+    shares: dict[str, list[float]] = {name: [] for name in found}
+    seconds: dict[str, list[float]] = {name: [] for name in ("unpatched", *found)}
+    order = random.Random(0)
+    try:
+        for name, function in originals.items():
+            setattr(adapter_block, name, own.watch(function))
+        for _ in range(args.rounds):
+            names_now = list(seconds)
+            order.shuffle(names_now)
+            for name in names_now:
+                with nullcontext() if name == "unpatched" else tokred.applied(model, found[name].method):
+                    own.seconds = whole.seconds = 0.0
+                    whole.watch(model)(x)
+                seconds[name].append(whole.seconds)
+                if name != "unpatched":
+                    shares[name].append(own.seconds / whole.seconds)
+    finally:
+        for name, function in originals.items():
+            setattr(adapter_block, name, function)
     rows = []
-    for name, (arm, _) in arms.items():
-        ratios = [1 - c / m for m, c in zip(seconds[name], seconds[f"{name}: slicing"], strict=True)]
+    for name, arm in found.items():
         speed = quartiles([u / m for u, m in zip(seconds["unpatched"], seconds[name], strict=True)])
-        low, middle, high = quartiles(ratios)
+        low, middle, high = quartiles(shares[name])
         rows.append(
             {
                 "model": "vit_small_patch16_224 (random weights)", "method": name, "setting": arm.setting,

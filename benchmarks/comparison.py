@@ -200,8 +200,8 @@ def page(results: Path = RESULTS) -> str:
     if rows:
         out += ["## What a method's own work costs"]
         out += [
-            f"{rows[0]['model']}, 224 pixels. {source(rows[0])} Each method is timed against the same model whose "
-            "blocks slice off as many tokens."
+            f"{rows[0]['model']}, 224 pixels. {source(rows[0])} Own work is deciding and merging, timed inside the "
+            "forward."
         ]
         out += [overhead(rows)]
         slow = [f"`{r['method']}`" for r in rows if float(r["own_work"]) > 0.1]

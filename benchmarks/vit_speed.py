@@ -128,11 +128,6 @@ def patched_copy(model: Any, method: Any) -> Callable[[Tensor], Tensor]:
     return clone
 
 
-def effective_blocks(counts: list[int], n: int) -> list[int]:
-    """How many tokens each block removes, from the counts after the blocks."""
-    return [before - after for before, after in zip([n, *counts], counts, strict=False)]
-
-
 def effective(r: int, n: int, depth: int) -> list[int]:
     """What ToMe removes in each block, capped."""
     out = []
