@@ -96,12 +96,12 @@ def curves(rows: Sequence[Row], x: str, y: str) -> dict[str, list[tuple[float, f
     return {name: [start, *points] for name, points in found.items()}
 
 
-def matched(rows: Sequence[Row], x: str, marks: Sequence[float], measure: str, scale: float = 1) -> str:
+def matched(rows: Sequence[Row], x: str, marks: Sequence[float], measure: str, form: str = "{:.4f}") -> str:
     """A measure of every method at equal ``x``, between the measured points."""
     lines = []
     for name, points in curves(rows, x, measure).items():
         values = [at(points, mark) for mark in marks]
-        lines.append([f"`{name}`", "", *("-" if v is None else f"{scale * v:.4g}" for v in values)])
+        lines.append([f"`{name}`", "", *("-" if v is None else form.format(v) for v in values)])
     label = {"speedup": "speed-up {:.2f}", "gmacs_share": "{:.0%} of the GMACs"}[x]
     return table(["method", "", *(label.format(m) for m in marks)], lines)
 
@@ -117,11 +117,11 @@ def winners(rows: Sequence[Row], marks: Sequence[float]) -> list[str]:
         if len(values) < 2:
             continue
         order = sorted(values, key=lambda n: values[n], reverse=higher)
-        text = f"- At {mark:.2f} times the unpatched speed, by {word}: best is `{order[0]}` ({values[order[0]]:.4g})"
+        text = f"- At {mark:.2f} times the unpatched speed, by {word}: best is `{order[0]}` ({values[order[0]]:.4f})"
         for plain in PLAIN:
             if plain in values and plain != order[0]:
                 behind = [n for n in order if order.index(n) > order.index(plain) and n not in BASELINES]
-                text += f"; `{plain}` has {values[plain]:.4g}"
+                text += f"; `{plain}` has {values[plain]:.4f}"
                 if behind:
                     text += " and beats " + ", ".join(f"`{n}`" for n in behind)
         lines.append(text + ".")
@@ -193,8 +193,8 @@ def page(results: Path = RESULTS) -> str:
         out += [f"![quality against speed](../img/methods_{model}.png)"]
         out += ["### Who wins where", "\n".join([*winners(rows, marks), f"- {one_point(rows)}"])]
         out += [f"### At equal measured time ({measure})", matched(rows, "speedup", marks, measure)]
-        out += ["### At equal multiply-adds (top-1, to the unpatched model, in points)"]
-        out += [matched(rows, "gmacs_share", (0.75, 0.6, 0.45), "top1_difference", 100)]
+        out += ["### At equal multiply-adds (top-1, to the unpatched model)"]
+        out += [matched(rows, "gmacs_share", (0.75, 0.6, 0.45), "top1_difference", "{:+.1%}")]
         out += ["### As measured", measured(rows)]
     rows = rows_of(results / "methods_overhead.csv")
     if rows:
