@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -30,5 +32,12 @@ def _register_benchmarks() -> None:
 
 
 _register_benchmarks()
+# The same examples at every run, so that a change fails for what it did. HYPOTHESIS_PROFILE=explore looks for new ones.
+with contextlib.suppress(ImportError):
+    from hypothesis import settings
+
+    settings.register_profile("same", derandomize=True)
+    settings.register_profile("explore", derandomize=False)
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 # Tensors in tests are small, and test processes may run side by side.
 torch.set_num_threads(1)
