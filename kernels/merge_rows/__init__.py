@@ -87,6 +87,8 @@ def merge_rows(
     _check_merge(x, representative, source, target, size, weight, mode)
     if use_kernel("merge_rows", x, lambda: refusals(x, size, weight, mode)):
         return _merge_op(x, representative, source, target, size, weight, mode)  # type: ignore[no-any-return]
+    if mode == "mean" and weight is None and source.shape[1] and _in_place(x, size) and bool((target >= 0).all()):
+        return reference.merge_tokens(x, representative, source, target, size)[0]
     if slot_size is not None:
         _check_per_row("slot_size", slot_size, x.shape[0], representative.shape[1], x.device)
     return reference.merge_rows(x, representative, source, target, size, weight, mode, slot_size)
@@ -188,22 +190,26 @@ def merge_tokens(
     Raises:
         TypeError, ValueError: as :func:`merge_rows`.
     """
-    plain = (
-        complete
-        and x.device.type == "cpu"
-        and x.dtype != torch.float64
-        and x.is_contiguous()
-        and not torch.compiler.is_compiling()
-        and type(x) is Tensor
-        and not (torch.is_grad_enabled() and (x.requires_grad or (size is not None and size.requires_grad)))
-        and not use_kernel("merge_rows", x, lambda: refusals(x, size, None, "mean"))
-        and (size is None or size.dtype == torch.float32)
-    )
-    if plain:
+    if complete and _in_place(x, size):
         _check_merge(x, representative, source, target, size, None, "mean")
         return reference.merge_tokens(x, representative, source, target, size)
     totals = merge_sizes(size, representative, source, target, x.shape[1])
     return merge_rows(x, representative, source, target, size=size, slot_size=totals), totals
+
+
+def _in_place(x: Tensor, size: Tensor | None) -> bool:
+    """Whether the torch path may look at values and write into what it has made: a plain CPU call without gradients."""
+    recording = torch.is_grad_enabled() and (x.requires_grad or (size is not None and size.requires_grad))
+    return (
+        x.device.type == "cpu"
+        and type(x) is Tensor
+        and x.dtype != torch.float64
+        and x.is_contiguous()
+        and (size is None or size.dtype == torch.float32)
+        and not recording
+        and not torch.compiler.is_compiling()
+        and not use_kernel("merge_rows", x, lambda: refusals(x, size, None, "mean"))
+    )
 
 
 def unmerge_rows(y: Tensor, index: Tensor) -> Tensor:
