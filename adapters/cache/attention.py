@@ -17,7 +17,7 @@ from tokred.errors import UnsupportedModelError
 from tokred.kernels.decode_attention import decode_attention
 from tokred.kv.site import CacheSite
 
-NAME = "tokred"
+PREFIX = "tokred:"
 SEAT = "tokred_seat"
 
 
@@ -71,15 +71,15 @@ def attention(
         UnsupportedModelError: the module does not hand its arguments on, or is used in a way that is not known.
     """
     seat: Seat | None = options.pop(SEAT, None)
-    if seat is None or options.get("cache") is not None:
-        why = "continuous batching keeps its own cache" if options.get("cache") is not None else "no hook announced it"
-        raise UnsupportedModelError(
-            f"{type(module).__name__} ran tokred's attention, but {why}: call tokred.remove(model) first"
-        )
-    layer = seat.layer
-    if layer is None:
-        mask = attention_mask.stock(seat.implementation) if isinstance(attention_mask, MaskSpec) else attention_mask
-        return _stock(module, seat.implementation, query, key, value, mask, scaling, dropout, options)
+    layer = None if seat is None else seat.layer
+    if options.get("cache") is not None:
+        raise UnsupportedModelError("continuous batching keeps a cache of its own: call tokred.remove(model) first")
+    if seat is None or layer is None:
+        # No cache, a layer that is not compressed, or another model that shares the configuration.
+        name = str(module.config._attn_implementation).removeprefix(PREFIX)  # type: ignore[union-attr]
+        mask = attention_mask.stock(name) if isinstance(attention_mask, MaskSpec) else attention_mask
+        return _stock(module, name, query, key, value, mask, scaling, dropout, options)
+    layer.waiting = False
     if layer.keys is None or key.shape[:3] != layer.keys.shape[:3]:
         raise UnsupportedModelError(f"{type(module).__name__} attends to other keys than its cache holds")
     if not isinstance(attention_mask, MaskSpec) or options.get("position_bias") is not None:
@@ -242,15 +242,22 @@ def attend(
 def _eager(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float, dropout: float
 ) -> Tensor:
-    logits = query.float() @ key.float().mT * scaling
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    logits = query.to(dtype) @ key.to(dtype).mT * scaling
     logits = torch.tanh(logits / softcap) * softcap
     if mask is not None:
         logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
     weights = nn.functional.dropout(logits.softmax(-1), dropout, training=dropout > 0)
-    return (weights @ value.float()).to(query.dtype)
+    return (weights @ value.to(dtype)).to(query.dtype)
 
 
-def register() -> None:
-    """Make both functions known to transformers; harmless when repeated."""
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, mask_function)
+def register(implementation: str) -> str:
+    """Make both functions known to transformers, in front of an attention that a model has; harmless when repeated.
+
+    Returns:
+        The name that they are known by.
+    """
+    name = PREFIX + implementation.removeprefix(PREFIX)
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, mask_function)
+    return name

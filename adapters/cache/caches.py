@@ -88,18 +88,21 @@ class TokCache(DynamicCache):  # type: ignore[misc]
                 "snapshot, or start from an empty cache"
             )
         for layer in layers:
-            layer.armed = False
+            layer.armed = layer.waiting = False
         self.session.begin()
 
     def finish(self) -> None:
         """A forward ends: what could not be decided layer by layer is decided.
 
         Raises:
-            TokenStateError: an attention took no part in the cache.
+            TokenStateError: an attention took no part, so that the policy was not asked.
         """
-        armed = [i for i, layer in enumerate(self.layers) if getattr(layer, "armed", False)]
-        if armed:
-            raise TokenStateError(f"the attention of layer {armed[0]} was given the cache, but added nothing to it")
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, TokLayer) and (layer.armed or layer.waiting):
+                raise TokenStateError(
+                    f"the attention of layer {i} ran without the policy: if the model's attention implementation has "
+                    "been switched since, call tokred.apply again"
+                )
         self.session.finish()
 
     def reset(self) -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokred.adapters.cache.attention import SEAT, Seat
+from tokred.adapters.cache.attention import SEAT, Seat, register
 from tokred.adapters.cache.caches import LayerRows, TokCache, adopt, make_cache
 from tokred.adapters.cache.layer import TokLayer
 from tokred.adapters.cache.rope import LayerRope
@@ -44,6 +44,11 @@ class CacheSettings:
         self.implementation = implementation
         self.last: tuple[LayerRows, ...] = ()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In another process the attention function is not known yet."""
+        self.__dict__.update(state)
+        register(self.implementation)
+
     def cache(self) -> TokCache:
         """An empty cache."""
         return make_cache(self.config, self.policy, self.compressed)
@@ -69,7 +74,7 @@ class EnterDecoder(Hook):
         cache = given.get("past_key_values")
         if cache is None:
             use = given.get("use_cache")
-            use = self.settings.config.use_cache if use is None else use
+            use = getattr(self.settings.config, "use_cache", True) if use is None else use
             if not use or (module.training and getattr(module, "gradient_checkpointing", False)):
                 return args, kwargs
         _check_mask(given.get("attention_mask"))
@@ -182,7 +187,7 @@ def _check_mask(mask: Any) -> None:
     if any(isinstance(m, Tensor) and m.ndim != 2 for m in masks) or isinstance(mask, dict):
         raise ValueError(
             "a cache with a policy makes its own masks from the rows it holds: give attention_mask as [B, L] with "
-            "zeros on padding, or none, instead of a mask for each pair of tokens"
+            "zeros on padding, or none, instead of a mask for each pair of tokens (or use_cache=False)"
         )
 
 

@@ -101,14 +101,14 @@ class CacheHost:
     def patch(self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str) -> None:
         """Register the attention function, and hang the hooks on the decoder. :meth:`check` has passed."""
         from tokred.adapters.cache import hooks
-        from tokred.adapters.cache.attention import NAME, register
+        from tokred.adapters.cache.attention import PREFIX, register
         from tokred.adapters.cache.rope import layer_type_of
         from tokred.kv.policy import CachePolicy
 
         assert isinstance(method, CachePolicy)  # the stage's only kind of method
-        register()
+        implementation = str(self.config._attn_implementation).removeprefix(PREFIX)
         chosen = tuple(i for i in self.compressed if where is None or where(*self.attentions[i]))
-        settings = hooks.CacheSettings(method, self.config, chosen, str(self.config._attn_implementation))
+        settings = hooks.CacheSettings(method, self.config, chosen, implementation)
         self.decoder.register_forward_pre_hook(
             hooks.EnterDecoder(settings, hooks.argument_names(self.decoder)), with_kwargs=True
         )
@@ -126,7 +126,7 @@ class CacheHost:
                 both[1].register_forward_pre_hook(hooks.EnterNorm())
         swap(self.model, "cache", settings)
         # On the internal attribute: the setter would hand the name to sub-configurations, those of vision towers too.
-        self.config._attn_implementation_internal = NAME
+        self.config._attn_implementation_internal = register(implementation)
 
 
 def match(model: nn.Module) -> CacheHost | None:

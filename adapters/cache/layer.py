@@ -40,7 +40,8 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
         super().__init__()
         self.session = session
         self.index = index
-        self.armed = False
+        self.armed = False  # the patched model has said that it will add to this layer
+        self.waiting = False  # it has, and its attention is to come
         self._clear()
 
     def _clear(self) -> None:
@@ -74,7 +75,7 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
                 "this cache belongs to a policy, but the model that uses it is not patched (any more): call "
                 "tokred.apply(model, policy), or give the model a cache of its own"
             )
-        self.armed = False
+        self.armed, self.waiting = False, True
         self.append(key_states, value_states)
         assert self.keys is not None  # just appended
         assert self.values is not None

@@ -29,9 +29,21 @@ class MaskSpec:
             k: int(v) if isinstance(v, Tensor) and v.ndim == 0 else v for k, v in arguments.items()
         }
         self._stock: dict[str, Any] = {}
+        self._moved: dict[torch.device, MaskSpec] = {}
         mask = arguments.get("attention_mask")
         self._padding = None if mask is None else Padding(mask)
         self._until: dict[int, Padding | None] = {}
+
+    def to(self, device: Any, **options: Any) -> MaskSpec:
+        """The same on another device, as libraries ask that spread a model over several."""
+        device = torch.device(device)
+        if device == torch.device(self.arguments.get("device", "cpu")):
+            return self
+        if device not in self._moved:
+            mask = self.key_mask
+            mask = None if mask is None else mask.to(device, **options)
+            self._moved[device] = MaskSpec({**self.arguments, "attention_mask": mask, "device": device})
+        return self._moved[device]
 
     @property
     def key_mask(self) -> Tensor | None:

@@ -281,6 +281,49 @@ def test_models_that_are_refused():
         assert not any(m._forward_pre_hooks for m in refused.modules())
 
 
+def test_models_that_share_a_configuration(model):
+    other = transformers.LlamaForCausalLM(model.config).eval()
+    assert other.config is model.config
+    ids = prompt(20)
+    plain = other.generate(ids, **GREEDY)
+    tokred.apply(model, "snapkv", budget=9, window=4)
+    assert torch.equal(other.generate(ids, **GREEDY), plain), "only the patched one has a policy"
+    tokred.apply(other, "snapkv", budget=1.0)
+    assert torch.equal(other.generate(ids, **GREEDY), plain)
+    tokred.remove(model)
+    with pytest.raises(tokred.TokenStateError, match="ran without the policy"):
+        other.generate(ids, **GREEDY)
+    assert torch.equal(tokred.remove(other).generate(ids, **GREEDY), plain)
+
+
+def test_an_attention_that_is_switched_afterwards_is_noticed(model):
+    tokred.apply(model, "snapkv", budget=9, window=4)
+    model.set_attn_implementation("eager")
+    with pytest.raises(tokred.TokenStateError, match="ran without the policy"):
+        model(prompt(20))
+
+
+def test_a_pickled_model_runs_in_another_process(model, tmp_path):
+    import subprocess
+    import sys
+
+    tokred.apply(model, "snapkv", budget=9, window=4)
+    expected = model.generate(prompt(20), **GREEDY)
+    torch.save((model, prompt(20), expected), tmp_path / "model.pt")
+    code = (
+        "import sys, torch; model, ids, expected = torch.load(sys.argv[1], weights_only=False); "
+        "print(torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), expected))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "model.pt")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stdout.strip() == "True", done.stderr
+
+
 def test_a_forward_that_breaks_off_is_noticed(model):
     tokred.apply(model, "snapkv", budget=9, window=4)
     cache = filled(model)

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from tokred.kv.budgets import Uniform
 from tokred.kv.fates import Evict
-from tokred.kv.parts import Budget, Fate, Score, When, as_part, check_amount
+from tokred.kv.parts import Budget, Fate, Score, When, as_part, check_amount, check_count
 from tokred.kv.site import CacheSite
 from tokred.method import Method
 from tokred.reduction import Reduction
+from tokred.schedules import check_share
 from tokred.site import Site, Stage
 
 # What a budget is made of: a budget of tokred.kv, a share, tokens, or bytes.
@@ -138,16 +139,22 @@ def as_budget(value: BudgetLike, default: float = 0.5) -> Budget:
 
 
 def check_room(policy: CachePolicy) -> None:
-    """Refuse a budget in tokens that cannot hold what is never evicted.
+    """Refuse a budget in tokens that cannot hold what is never evicted, and windows that are none.
 
     Raises:
-        ValueError: with both numbers.
+        ValueError: with the numbers.
     """
-    tokens = policy.parts.budget.tokens
+    parts = policy.parts
+    check_count(parts.sinks, "sinks")
+    if isinstance(parts.recent, float):
+        check_share(parts.recent, "the recent window, as a share,", zero=True)
+    else:
+        check_count(parts.recent, "the recent window")
+    tokens = parts.budget.tokens
     if tokens is None:
         return
     sinks, recent = policy.guards(tokens + 1, tokens)
-    room = policy.parts.fate.room
+    room = parts.fate.room
     if tokens < sinks + recent + room:
         more = f" and the {room} that others are merged into" if room else ""
         raise ValueError(
