@@ -11,11 +11,12 @@ from torch import Tensor
 
 from tokred.method import Method
 from tokred.selection import hash_uniform
-from tokred.site import Site, Stage
+from tokred.site import Lazy, Site, Stage
 
-Part = Literal["tokens", "kv"]
+Part = Literal["tokens", "kv", "q", "heads"]
 Sublayer = Literal["self", "cross", "mlp"]
 Share = Literal["block", "resolution"]
+Side = Literal["tokens", "queries", "keys"]
 
 
 class Place(NamedTuple):
@@ -23,13 +24,27 @@ class Place(NamedTuple):
 
     Attributes:
         length: ``N``, tokens of the image there.
-        grid: ``(h, w)`` in which they stand; ``h * w == N``.
+        grid: ``(h, w)`` in which they stand; ``frames * h * w == N``.
         factor: ``d``, how much coarser the grid is than the sample that the denoiser was given.
+        frames: grids that stand one after another, where the sample is a clip.
     """
 
     length: int
     grid: tuple[int, int]
     factor: int
+    frames: int = 1
+
+
+class Step(NamedTuple):
+    """Which denoising step this is.
+
+    Attributes:
+        noise: level of the noise, from 1 at the start to 0 at the end: the timestep by the length of the training.
+        count: steps of this image before it.
+    """
+
+    noise: float
+    count: int
 
 
 def place_of(length: int, size: tuple[int, int]) -> Place:
@@ -58,12 +73,56 @@ class AttentionSite(Site):
         place: where it stands.
         layer, depth: which block this is, of how many; where a plan is shared by a resolution, its first block.
         step: key of the denoising step: any integer, or an integer tensor of no dimension on the device of ``x``.
+        q, k, v: ``(B, H, N, D)`` of the image's tokens, as the attention uses them, for methods with part ``"heads"``.
+        side: which of them a method with part ``"heads"`` is asked to reduce, ``"queries"`` or ``"keys"``.
+        count: steps of this image before this one.
+        memory: what the method wants to find again at its next plan here; empty at the first step of an image.
+        guidance: ``(B, N)`` float32, how much guidance changed each token in the step before, or None.
+        change: ``(B, N)`` float32, how much the prediction for each token strays from its mean, in the step before.
     """
 
-    def __init__(self, x: Tensor, place: Place, *, layer: int = 0, depth: int = 1, step: int | Tensor = 0) -> None:
-        super().__init__(x=x, grid=place.grid, layer=layer, depth=depth)
+    def __init__(
+        self,
+        x: Tensor | None,
+        place: Place,
+        *,
+        layer: int = 0,
+        depth: int = 1,
+        step: int | Tensor = 0,
+        q: Tensor | None = None,
+        k: Tensor | None = None,
+        v: Tensor | None = None,
+        side: Side = "tokens",
+        count: int = 0,
+        memory: dict[str, Any] | None = None,
+        guidance: Lazy = None,
+        change: Lazy = None,
+    ) -> None:
+        super().__init__(x=x, q=q, k=k, v=v, grid=place.grid, frames=place.frames, layer=layer, depth=depth)
+        self._values |= {"guidance": guidance, "change": change}
         self.place = place
         self.key = step
+        self.side = side
+        self.count = count
+        self.memory: dict[str, Any] = {} if memory is None else memory
+
+    @property
+    def guidance(self) -> Tensor:
+        """``(B, N)`` float32: size of the difference that guidance made to each token in the step before.
+
+        Raises:
+            MissingInputError: the denoiser ran without guidance.
+        """
+        return self._get("guidance")
+
+    @property
+    def change(self) -> Tensor:
+        """``(B, N)`` float32: how far the step before predicted each token from the mean of its neighbours.
+
+        Raises:
+            MissingInputError: there is no step before.
+        """
+        return self._get("change")
 
     def uniform(self, n: int, seed: int) -> Tensor:
         """``(n,)`` numbers in [0, 1), the same at every call with this seed, step and block."""
@@ -74,19 +133,42 @@ class AttentionMethod(Method):
     """Base of all methods of the stage ``attention``; subclasses are frozen dataclasses.
 
     What :meth:`reduce` answers is merged right before a sub-layer and undone right after it, so the residual stream
-    keeps its length. It may read ``site.x``, ``site.grid``, ``site.place`` and :meth:`AttentionSite.uniform`.
+    keeps its length. It may read ``site.x``, ``site.grid``, ``site.place`` and :meth:`AttentionSite.uniform`. The frames of
+    a clip are handed to it as samples of a batch, unless it reads ``"frames"``: then it gets the whole clip.
 
     Attributes:
-        part: ``"tokens"``: the sub-layer runs on fewer tokens; ``"kv"``: queries stay, keys and values are reduced.
+        part: ``"tokens"``: the sub-layer runs on fewer tokens; ``"kv"``: queries stay, keys and values are reduced;
+            ``"q"``: keys and values stay, queries are reduced, and what comes out is restored; ``"heads"``: queries, and
+            keys with values, each by a plan of its own for every head (see :attr:`AttentionSite.side`), as the
+            attention uses them, after norms and rotary embedding.
         share: ``"block"``: every block has a plan of its own; ``"resolution"``: blocks of one resolution share that of
             the first.
         refresh: a plan is kept for so many denoising steps.
+        first_full: so many steps at the start of an image run as they are.
     """
 
     stage: ClassVar[Stage] = "attention"
     part: ClassVar[Part] = "tokens"
     share: Share = "block"
     refresh: int = 1
+    first_full: int = 0
+
+    @property
+    def stepwise(self) -> bool:
+        """Whether it has to be known which step it is, which waits for a device once a step and is not compiled."""
+        return self.first_full > 0
+
+    def at(self, step: Step | None) -> AttentionMethod | None:
+        """What is in force at a step: the method, or another one; None: all sub-layers run as they are.
+
+        Args:
+            step: which one; None where steps are not counted: what is in force in most of them.
+        """
+        return None if step is not None and step.count < self.first_full else self
+
+    def side(self, side: Side, place: Place) -> int:
+        """Tokens of one side that remain, of ``place.length``; :meth:`left` unless part is ``"heads"``."""
+        return self.left(place)
 
     @property
     def sublayers(self) -> tuple[Sublayer, ...]:

@@ -23,11 +23,12 @@ Stage = Literal["block", "attention", "projector", "layer", "cache"]
 Lazy = Tensor | Callable[[], Tensor | None] | None
 
 # What a method may declare in ``reads``; the shapes are those of the properties below. ``attention`` is
-# ``column_scores``; ``queries`` means that the host lets the attention's queries be reduced alone. The last three are
-# for caches, see tokred.kv.site: the output projection, the rotary embedding, and the stream around the attention.
+# ``column_scores``; ``queries`` means that the host lets the attention's queries be reduced alone. Of the
+# last five three are for caches, see tokred.kv.site: the output projection, the rotary embedding, and the stream around
+# the attention; two for denoisers, see tokred.denoise: what the step before says of each token.
 READS = (
     "x", "q", "k", "v", "class_attention", "attention", "queries", "transform", "grid", "frames", "motion", "text",
-    "projection", "rope", "stream",
+    "projection", "rope", "stream", "guidance", "change",
 )  # fmt: skip
 
 
