@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tokred.adapters.diffusion.frames import join_frames, one_frame
 from tokred.adapters.swap import Hook
 from tokred.denoise import AttentionMethod, AttentionSite, Place, place_of, step_key
 from tokred.kernels.merge_rows import unmerge_rows
@@ -25,7 +26,7 @@ class Plan:
 
     def __init__(self, reduction: Reduction, part: str) -> None:
         self.reduction, self.part = reduction, part
-        self.index = reduction.index if part == "tokens" else None
+        self.index = None if part == "kv" else reduction.index
 
     def fits(self, x: Tensor) -> bool:
         """Whether the plan is one for ``x`` ``(B, N, C)``."""
@@ -38,7 +39,7 @@ class Plan:
 
     def restore(self, y: Tensor) -> Tensor:
         """``(B, M, C)`` to ``(B, N, C)``; dropped tokens get zeros, so the residual stream leaves them as they are."""
-        assert self.index is not None  # only whole tokens are restored
+        assert self.index is not None  # keys and values are not restored
         return unmerge_rows(y, self.index)
 
 
@@ -80,6 +81,7 @@ class Session:
 
     def _forget(self) -> None:
         self.size: tuple[int, int] | None = None
+        self.frames = 1
         self.key: int | Tensor = 0
         self.inputs: dict[int, Tensor] = {}
         self.plans: dict[Any, Plan] = {}
@@ -89,7 +91,7 @@ class Session:
         self.records: dict[tuple[int, str], SpotRecord] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        transient = ("size", "key", "inputs", "plans", "kept", "time", "call", "count", "records")
+        transient = ("size", "frames", "key", "inputs", "plans", "kept", "time", "call", "count", "records")
         return {k: v for k, v in self.__dict__.items() if k not in transient}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -98,9 +100,9 @@ class Session:
 
     # ------------------------------------------------------------------ one forward
 
-    def begin(self, size: tuple[int, int], timestep: Any) -> None:
-        """A forward of the denoiser starts, on a sample of this height and width."""
-        self.size, self.key = size, step_key(timestep)
+    def begin(self, size: tuple[int, int], timestep: Any, frames: int = 1) -> None:
+        """A forward of the denoiser starts, on a sample of this height and width, and of so many frames."""
+        self.size, self.key, self.frames = size, step_key(timestep), frames
         self.inputs = {}
         if not torch.compiler.is_compiling():
             self.records = {}
@@ -147,8 +149,11 @@ class Session:
     def place(self, x: Tensor) -> Place:
         """Where a sub-layer stands, from the shape of its input."""
         assert self.size is not None  # forwards of the denoiser begin by saying so
-        place = place_of(x.shape[1] if x.ndim == 3 else x.shape[2] * x.shape[3], self.size)
-        place = place._replace(factor=place.factor * self.patch)
+        n = x.shape[1] if x.ndim == 3 else x.shape[2] * x.shape[3]
+        if n % self.frames:
+            raise ValueError(f"{n} tokens are not those of {self.frames} frames")
+        place = place_of(n // self.frames, self.size)
+        place = place._replace(length=n, factor=place.factor * self.patch, frames=self.frames)
         return place if x.ndim == 3 else place._replace(grid=(x.shape[2], x.shape[3]))
 
     def plan(self, spot: Spot, x: Tensor) -> Plan | None:
@@ -168,15 +173,21 @@ class Session:
         if spot.kind == "mlp" and seen is None:
             return None
         place = self.place(x)
-        if self.method.left(place) == place.length:
+        asked = place if "frames" in self.method.reads else one_frame(place)
+        left = self.method.left(asked) * (place.length // asked.length)
+        if left == place.length:
             return None
         shared = self.method.share == "resolution"
         slot = (place, own.shape[0]) if shared else spot.block
         plan = self.plans.get(slot)
         if plan is None or not plan.fits(own):
             layer = spot.block if not shared else place.factor
-            site = AttentionSite(metric.detach(), place, layer=layer, depth=self.depth, step=self.key)
-            reduction = self._first(own, self.method.left(place)) if self.free else self.method.reduce(site)
+            if self.free:
+                reduction = self._first(own, left)
+            else:
+                tokens = metric.detach().reshape(-1, asked.length, metric.shape[-1])
+                site = AttentionSite(tokens, asked, layer=layer, depth=self.depth, step=self.key)
+                reduction = join_frames(self.method.reduce(site), place.length // asked.length)
             if reduction.trivial:
                 return None
             plan = self.plans[slot] = Plan(reduction, self.method.part)

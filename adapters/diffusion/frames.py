@@ -1,0 +1,58 @@
+"""Clips: their frames one by one, and what was found for each frame as one reduction of the clip."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from tokred.denoise import Place
+from tokred.errors import UnsupportedModelError
+from tokred.reduction import Reduction
+
+
+def one_frame(place: Place) -> Place:
+    """The place of a single frame of a clip."""
+    return place if place.frames == 1 else place._replace(length=place.length // place.frames, frames=1)
+
+
+def join_frames(reduction: Reduction, frames: int) -> Reduction:
+    """What a method found for frames as samples, as a reduction of clips.
+
+    Args:
+        reduction: batch ``(B * frames,)``, of ``n`` tokens to ``m`` slots.
+        frames: of a clip; they stand one after another.
+
+    Returns:
+        Batch ``(B,)``, of ``frames * n`` tokens to ``frames * m`` slots. Where all frames of all clips share their
+        tensors (stride 0), so do all clips.
+
+    Raises:
+        UnsupportedModelError: the reduction is of another kind.
+    """
+    if frames == 1 or reduction.trivial:
+        return reduction
+    if type(reduction) is not Reduction:
+        raise UnsupportedModelError(f"a {type(reduction).__name__} cannot be joined over the frames of a clip")
+    b, n, m = reduction.batch[0] // frames, reduction.length, reduction.slots
+    masks = [t if t is None else t.reshape(b, -1) for t in (reduction.weight, reduction.mask)]
+    return replace(
+        reduction,
+        representative=_shifted(reduction.representative, b, frames, n),
+        source=_shifted(reduction.source, b, frames, n),
+        target=_shifted(reduction.target, b, frames, m),
+        length=frames * n,
+        weight=masks[0],
+        mask=masks[1],
+    )
+
+
+def _shifted(index: Tensor, batch: int, frames: int, step: int) -> Tensor:
+    """``(B * F, K)`` to ``(B, F * K)``, each frame's numbers after those of the frame before; -1 stays."""
+    offset = torch.arange(frames, device=index.device).unsqueeze(1) * step
+    if index.stride(0) == 0:
+        row = index[0] + offset
+        return torch.where(index[0] < 0, index[0], row).reshape(1, -1).expand(batch, -1)
+    rows = index.view(batch, frames, -1)
+    return torch.where(rows < 0, rows, rows + offset).reshape(batch, -1)
