@@ -145,17 +145,20 @@ class AttentionMethod(Method):
             the first.
         refresh: a plan is kept for so many denoising steps.
         first_full: so many steps at the start of an image run as they are.
+        remembers: it keeps something in :attr:`AttentionSite.memory`; compiled forwards forget it.
     """
 
     stage: ClassVar[Stage] = "attention"
     part: ClassVar[Part] = "tokens"
+    remembers: ClassVar[bool] = False
     share: Share = "block"
     refresh: int = 1
     first_full: int = 0
 
     @property
     def stepwise(self) -> bool:
-        """Whether it has to be known which step it is, which waits for a device once a step and is not compiled."""
+        """Whether what it does depends on which step it is: known at the price of waiting for a device once a step, and
+        not in compiled forwards."""
         return self.first_full > 0
 
     def at(self, step: Step | None) -> AttentionMethod | None:
@@ -208,8 +211,8 @@ class AttentionMethod(Method):
         return site
 
 
-def check_sharing(share: Any, refresh: Any) -> None:
-    """Refuse values of ``share`` and ``refresh`` that mean nothing.
+def check_sharing(share: Any, refresh: Any, first_full: Any = 0) -> None:
+    """Refuse values of ``share``, ``refresh`` and ``first_full`` that mean nothing.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -217,18 +220,19 @@ def check_sharing(share: Any, refresh: Any) -> None:
     if share not in ("block", "resolution"):
         raise ValueError(f"share is {share!r}; allowed are 'block', 'resolution'")
     check_count("refresh", refresh)
+    check_count("first_full", first_full, least=0)
 
 
-def check_count(name: str, value: Any) -> None:
-    """Refuse what is no positive integer.
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Refuse what is no integer of at least ``least``.
 
     Raises:
         TypeError, ValueError: naming the argument.
     """
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def check_ratio(ratio: Any) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from tokred.denoise import Place
 from tokred.errors import UnsupportedModelError
 from tokred.reduction import Reduction
+from tokred.tiles import TileReduction
 
 
 def one_frame(place: Place) -> Place:
@@ -33,6 +34,8 @@ def join_frames(reduction: Reduction, frames: int) -> Reduction:
     """
     if frames == 1 or reduction.trivial:
         return reduction
+    if isinstance(reduction, TileReduction):
+        return reduction.join(frames)
     if type(reduction) is not Reduction:
         raise UnsupportedModelError(f"a {type(reduction).__name__} cannot be joined over the frames of a clip")
     b, n, m = reduction.batch[0] // frames, reduction.length, reduction.slots

@@ -9,24 +9,23 @@ import torch
 from torch import Tensor
 
 from tokred.adapters.diffusion.frames import join_frames, one_frame
+from tokred.adapters.diffusion.steps import Steps
 from tokred.adapters.swap import Hook
 from tokred.denoise import AttentionMethod, AttentionSite, Place, place_of, step_key
+from tokred.errors import UnsupportedModelError
 from tokred.kernels.merge_rows import unmerge_rows
 from tokred.reduction import Reduction
 
 if TYPE_CHECKING:
     from tokred.adapters.diffusion.sublayers import Spot
 
-# Calls of one step that guidance can make: prompted, unprompted, and those of editing pipelines.
-_CALLS = 4
-
-
 class Plan:
     """A reduction in use, with its inverse map."""
 
     def __init__(self, reduction: Reduction, part: str) -> None:
         self.reduction, self.part = reduction, part
-        self.index = None if part == "kv" else reduction.index
+        plain = type(reduction) is Reduction  # the others know themselves how they are undone
+        self.index = reduction.index if plain and part != "kv" else None
 
     def fits(self, x: Tensor) -> bool:
         """Whether the plan is one for ``x`` ``(B, N, C)``."""
@@ -39,8 +38,7 @@ class Plan:
 
     def restore(self, y: Tensor) -> Tensor:
         """``(B, M, C)`` to ``(B, N, C)``; dropped tokens get zeros, so the residual stream leaves them as they are."""
-        assert self.index is not None  # keys and values are not restored
-        return unmerge_rows(y, self.index)
+        return self.reduction.unmerge(y) if self.index is None else unmerge_rows(y, self.index)
 
 
 class SpotRecord(NamedTuple):
@@ -77,6 +75,7 @@ class Session:
         self.warned = False
         self.free = False  # plans of the right size without a choice, for counting
         self.fixed: tuple[int, int] | None = None  # rows and columns of tokens, where no ids can be read
+        self.steps = Steps(family)
         self._forget()
 
     def _forget(self) -> None:
@@ -84,53 +83,60 @@ class Session:
         self.frames = 1
         self.key: int | Tensor = 0
         self.inputs: dict[int, Tensor] = {}
+        self.now: AttentionMethod | None = self.method.at(None)
         self.plans: dict[Any, Plan] = {}
-        self.kept: list[dict[Any, Plan]] = []
-        self.time: float | None = None
-        self.call = self.count = 0
+        self.channels = 0
+        self.steps.forget()
         self.records: dict[tuple[int, str], SpotRecord] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        transient = ("size", "frames", "key", "inputs", "plans", "kept", "time", "call", "count", "records")
+        transient = ("size", "frames", "key", "inputs", "now", "plans", "channels", "steps", "records")
         return {k: v for k, v in self.__dict__.items() if k not in transient}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self.steps = Steps(self.family)
         self._forget()
 
     # ------------------------------------------------------------------ one forward
 
-    def begin(self, size: tuple[int, int], timestep: Any, frames: int = 1) -> None:
-        """A forward of the denoiser starts, on a sample of this height and width, and of so many frames."""
+    def begin(self, size: tuple[int, int], timestep: Any, frames: int = 1, sample: Tensor | None = None) -> None:
+        """A forward of the denoiser starts.
+
+        Args:
+            size: rows and columns of the sample.
+            timestep: of the step.
+            frames: of the sample.
+            sample: itself, for methods that read what the step before predicted.
+        """
         self.size, self.key, self.frames = size, step_key(timestep), frames
         self.inputs = {}
-        if not torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
             self.records = {}
-        if self.method.refresh == 1 or torch.compiler.is_compiling():
-            self.plans = {}
-        else:
-            self._turn(timestep)
+        if compiling and self.method.stepwise and not self.free:
+            raise UnsupportedModelError(
+                f"{self.method} depends on which step it is, which a compiled forward does not know: see its page"
+            )
+        counted = self.method.refresh > 1 or self.method.stepwise or self.method.remembers
+        if compiling or self.free or not counted:
+            self.plans, self.now = {}, self.method.at(None)
+            return
+        self.channels = 0 if sample is None or sample.ndim != 4 else sample.shape[1]
+        self.now = self.steps.turn(self.method, timestep, sample if self._looks_back else None)
+        self.plans = self.steps.plans
 
-    def _turn(self, timestep: Any) -> None:
-        """Which plans of earlier steps may still be used. Waits for the device once."""
-        time = float(timestep.reshape(-1)[0]) if isinstance(timestep, Tensor) else float(timestep or 0)
-        same = time == self.time and self.call + 1 < _CALLS
-        if same:
-            self.call += 1
-        else:
-            # Times fall within an image; a call that does not follow the one before starts another.
-            follows = self.time is not None and time < self.time
-            self.call, self.count = 0, self.count + 1 if follows else 0
-            self.time = time
-            if self.count % self.method.refresh == 0:
-                self.kept = []
-        while len(self.kept) <= self.call:
-            self.kept.append({})
-        self.plans = self.kept[self.call]
+    @property
+    def _looks_back(self) -> bool:
+        return bool(self.method.reads & {"guidance", "change"})
 
-    def end(self) -> None:
-        """The forward is over."""
+    def end(self, predicted: Tensor | None = None) -> None:
+        """The forward is over, and has predicted this."""
         self.inputs = {}
+        if self._looks_back and predicted is not None and not torch.compiler.is_compiling():
+            self.steps.remember(predicted)
+        if self.now is None:
+            return
         if self.warned or self.free or torch.compiler.is_compiling() or self.method.idle or not self.records:
             return
         if all(r.left == r.tokens for r in self.records.values()):
@@ -163,8 +169,9 @@ class Session:
             spot: the sub-layer.
             x: its input, ``(B, N, C)`` or ``(B, C, h, w)``.
         """
-        if self.size is None:
-            return None  # a block that is run by itself
+        method = self.now
+        if self.size is None or method is None:
+            return None  # a block that is run by itself, or a step that is left as it is
         own = x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
         seen = self.inputs.get(spot.block)
         metric = own if spot.alone or seen is None else seen
@@ -173,11 +180,11 @@ class Session:
         if spot.kind == "mlp" and seen is None:
             return None
         place = self.place(x)
-        asked = place if "frames" in self.method.reads else one_frame(place)
-        left = self.method.left(asked) * (place.length // asked.length)
+        asked = place if "frames" in method.reads else one_frame(place)
+        left = method.left(asked) * (place.length // asked.length)
         if left == place.length:
             return None
-        shared = self.method.share == "resolution"
+        shared = method.share == "resolution"
         slot = (place, own.shape[0]) if shared else spot.block
         plan = self.plans.get(slot)
         if plan is None or not plan.fits(own):
@@ -186,12 +193,27 @@ class Session:
                 reduction = self._first(own, left)
             else:
                 tokens = metric.detach().reshape(-1, asked.length, metric.shape[-1])
-                site = AttentionSite(tokens, asked, layer=layer, depth=self.depth, step=self.key)
-                reduction = join_frames(self.method.reduce(site), place.length // asked.length)
+                site = AttentionSite(tokens, asked, layer=layer, **self._known(asked, slot, len(tokens)))
+                reduction = join_frames(method.reduce(site), place.length // asked.length)
             if reduction.trivial:
                 return None
-            plan = self.plans[slot] = Plan(reduction, self.method.part)
+            plan = self.plans[slot] = Plan(reduction, method.part)
         return plan
+
+    def _known(self, place: Place, slot: Any, batch: int) -> dict[str, Any]:
+        """What every site of this step is told."""
+        known: dict[str, Any] = {"depth": self.depth, "step": self.key, "count": self.steps.count}
+        if self.method.remembers and not torch.compiler.is_compiling():
+            known["memory"] = self.steps.memory((slot, place, batch))
+        if self._looks_back:
+            steps, channels = self.steps, self.channels
+            known["guidance"] = lambda: steps.guidance(place, batch, channels)
+            known["change"] = lambda: steps.change(place, channels)
+        return known
+
+    def acts(self, role: str) -> bool:
+        """Whether sub-layers of this role are reduced in this step."""
+        return self.now is not None and role in self.now.sublayers
 
     def _first(self, x: Tensor, left: int) -> Reduction:
         return Reduction.keep(torch.arange(left, device=x.device).expand(x.shape[0], -1), x.shape[1])
@@ -220,7 +242,8 @@ class EnterDenoiser(Hook):
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         sample, patch = given[self.sample], self.session.patch
-        self.session.begin((sample.shape[-2] // patch, sample.shape[-1] // patch), given.get("timestep"))
+        size = (sample.shape[-2] // patch, sample.shape[-1] // patch)
+        self.session.begin(size, given.get("timestep"), sample=sample)
 
 
 class LeaveDenoiser(Hook):
@@ -230,7 +253,7 @@ class LeaveDenoiser(Hook):
         self.session = session
 
     def __call__(self, module: Any, args: Any, output: Any) -> None:
-        self.session.end()
+        self.session.end(output if isinstance(output, Tensor) else output[0])
 
 
 class EnterBlock(Hook):

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from tokred.adapters.diffusion import rotary
+from tokred.adapters.diffusion.inside import Halves, Inside, masked_at
 from tokred.adapters.diffusion.session import Plan, Session
 from tokred.errors import UnsupportedModelError
 
-Kind = Literal["attention", "joint", "single", "mlp"]
+Kind = Literal["attention", "joint", "single", "mlp", "parallel"]
 
 
 class Merging:
@@ -60,16 +62,50 @@ def view(module: Any, plan: Plan, names: tuple[str, ...], restore: bool) -> View
 
 
 @dataclass
+class Call:
+    """The arguments of a forward, by name.
+
+    Attributes:
+        names: parameters of the forward that can be given by place, after ``self``.
+        args, kwargs: as they were given.
+    """
+
+    names: tuple[str, ...]
+    args: list[Any]
+    kwargs: dict[str, Any]
+
+    def get(self, name: str) -> Any:
+        """An argument, or None."""
+        if name in self.kwargs:
+            return self.kwargs[name]
+        place = self.names.index(name) if name in self.names else len(self.args)
+        return self.args[place] if place < len(self.args) else None
+
+    def put(self, name: str, value: Any) -> None:
+        """Another value for an argument that was given."""
+        if name in self.kwargs:
+            self.kwargs[name] = value
+        else:
+            self.args[self.names.index(name)] = value
+
+    def run(self, forward: Callable[..., Any], module: Any) -> Any:
+        """``forward`` is the host class's own, still without its module."""
+        return forward(module, *self.args, **self.kwargs)
+
+
+@dataclass
 class Spot:
     """What a patched sub-layer knows.
 
     Attributes:
         session: of its denoiser.
         block: number of its block.
-        kind: an attention whose processor projects; one of text and image together, given apart or (``"single"``) in
-            one tensor, text first; or an MLP.
+        kind: an attention whose processor projects; one of text and image together, given apart (``"joint"``) or in
+            one tensor, text first (``"single"``); an MLP; or a block whose attention and MLP run side by side.
         alone: no transformer block around it: its own input is what is compared.
         name: in the denoiser, for reports.
+        names: parameters of its forward.
+        first: where text and image attend together, the text stands first.
     """
 
     session: Session
@@ -77,51 +113,57 @@ class Spot:
     kind: Kind
     alone: bool
     name: str
+    names: tuple[str, ...] = ("hidden_states", "encoder_hidden_states")
+    first: bool = False
 
     def run(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The sub-layer: ``forward`` is the host class's own, still without its module."""
-        if args:
-            args, kwargs = args[1:], {**kwargs, "hidden_states": args[0]}
-        x: Tensor = kwargs["hidden_states"]
-        text = args[0] if args else kwargs.get("encoder_hidden_states")
+        call = Call(self.names, list(args), dict(kwargs))
+        if self.kind == "parallel":
+            return self._parallel(module, forward, call)
+        if not self.alone and self.block not in self.session.inputs:
+            return call.run(forward, module)  # inside of a block that runs on fewer tokens as a whole
+        x, text = call.get("hidden_states"), call.get("encoder_hidden_states")
         role = "mlp" if self.kind == "mlp" else "cross" if text is not None and self.kind == "attention" else "self"
         image, before = self._image(x)
         plan = None
         # Masks of an IP-Adapter are resized to as many queries as there are: those stay.
-        masked = role == "cross" and kwargs.get("ip_adapter_masks") is not None
+        masked = role == "cross" and call.get("ip_adapter_masks") is not None
         if role in self.session.method.sublayers and not masked:
             plan = self.session.plan(self, image)
         self.session.note(self, role, image, plan)
-        rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
         if plan is None:
-            return forward(module, x, *args, **rest)
+            return call.run(forward, module)
         if role == "mlp":
-            return plan.restore(forward(module, plan.merge(x), *args, **rest))
-        if rest.get(rotary.TABLE) is not None:
-            return rotary.attend(forward, module, plan, x, before, args, rest)
+            call.put("hidden_states", _joined(x, plan.merge(image), before))
+            return _back(plan, call.run(forward, module), before)
+        if plan.part != "tokens":
+            return self._half(module, forward, plan, call, image, role)
+        if rotary.table_of(call.get) is not None:
+            return self._rotated(module, forward, plan, call, image, before)
         if self.kind == "joint":
-            return self._joint(module, forward, plan, x, args, rest)
-        return self._attend(module, forward, plan, x, args, rest, role)
+            call.put("hidden_states", plan.merge(x))
+            return _back(plan, self._masked(call, plan, x.shape[1], role).run(forward, module), 0)
+        return self._viewed(module, forward, view(module, plan, self._projections(role), True), call, role)
 
     def _image(self, x: Tensor) -> tuple[Tensor, int]:
-        """The tokens of the image, and how many of text stand before them."""
-        seen = self.session.inputs.get(self.block) if self.kind == "single" else None
-        before = 0 if seen is None else x.shape[1] - seen.shape[1]
+        """The tokens of the image, and how many of text stand before them in the same tensor."""
+        seen = self.session.inputs.get(self.block) if self.kind in ("single", "mlp") else None
+        before = 0 if seen is None else max(x.shape[1] - seen.shape[1], 0)
         return x[:, before:] if before else x, before
 
-    def _attend(self, module: Any, forward: Any, plan: Plan, x: Tensor, args: Any, rest: Any, role: str) -> Tensor:
-        if role == "self" and rest.get("attention_mask") is not None:
+    def _projections(self, role: str) -> tuple[str, ...]:
+        return ("to_q", "to_k", "to_v", "to_qkv") if role == "self" else ("to_q",)
+
+    def _viewed(self, module: Any, forward: Any, seen: View, call: Call, role: str) -> Tensor:
+        """An attention whose processor is shown projections of fewer tokens."""
+        x = call.get("hidden_states")
+        if role == "self" and call.get("attention_mask") is not None:
             raise UnsupportedModelError(
                 f"{self.name} was given an attention mask over the image's tokens, which a reduction cannot follow: "
                 "leave it out, or call tokred.remove(model) first"
             )
-        if plan.part == "kv":
-            check_separate(module, self.name)
-            seen = view(module, plan, ("to_k", "to_v"), False)
-        else:
-            names = ("to_q", "to_k", "to_v", "to_qkv") if role == "self" else ("to_q",)
-            seen = view(module, plan, names, True)
-        y: Tensor = forward(seen, x, *args, **rest)
+        y: Tensor = call.run(forward, seen)
         if y.shape != x.shape:
             raise UnsupportedModelError(
                 f"the processor {type(module.processor).__name__} of {self.name} does not use the module's own "
@@ -129,23 +171,85 @@ class Spot:
             )
         return y
 
-    def _joint(self, module: Any, forward: Any, plan: Plan, x: Tensor, args: Any, rest: Any) -> Any:
-        """Attention of text and image in one sequence, without rotary embedding: the image part goes in shorter."""
-        if plan.part == "kv":
-            check_separate(module, self.name)
-            return forward(view(module, plan, ("to_k", "to_v"), False), x, *args, **rest)
-        y = forward(module, plan.merge(x), *args, **rest)
-        return (plan.restore(y[0]), *y[1:]) if isinstance(y, tuple) else plan.restore(y)
+    def _half(self, module: Any, forward: Any, plan: Plan, call: Call, image: Tensor, role: str) -> Any:
+        """Fewer queries, or fewer keys and values."""
+        text, apart = call.get("encoder_hidden_states"), getattr(module, "add_k_proj", None) is not None
+        fused = getattr(module, "fused_projections", False)
+        plain = rotary.table_of(call.get) is None and not fused
+        # Reduced before their projections where nothing but those stands between, which saves the projections, too.
+        if plan.part == "kv" and plain and (self.kind == "attention" or (self.kind == "joint" and (apart or text is None))):
+            seen = view(module, plan, ("to_k", "to_v"), False)
+            return self._viewed(module, forward, seen, call, role) if self.kind == "attention" else call.run(forward, seen)
+        if plan.part == "q" and plain and self.kind == "attention":
+            return self._viewed(module, forward, view(module, plan, ("to_q",), True), call, role)
+        halves = Halves(keys=plan.reduction) if plan.part == "kv" else Halves(queries=plan.reduction)
+        return self._inside(module, forward, lambda q, k, v: halves, call, image)
+
+    def _inside(self, module: Any, forward: Any, decide: Callable[..., Halves], call: Call, image: Tensor) -> Any:
+        """An attention on fewer queries or keys than it was given tokens."""
+        x, n = call.get("hidden_states"), image.shape[1] if image.ndim == 3 else image.shape[2] * image.shape[3]
+        text = call.get("encoder_hidden_states") if self.kind == "joint" else None
+        beside = x.shape[1] - n if self.kind == "single" else 0 if text is None else text.shape[1]
+        mode = Inside(decide, n, beside, self.first)
+        with mode:
+            y = call.run(forward, module)
+        if not mode.seen:
+            raise UnsupportedModelError(
+                f"the processor {type(module.processor).__name__} of {self.name} does not run torch's "
+                "scaled_dot_product_attention (a processor or an attention back-end of its own), so queries or keys "
+                "alone cannot be reduced in it"
+            )
+        return y
+
+    def _rotated(self, module: Any, forward: Any, plan: Plan, call: Call, image: Tensor, before: int) -> Any:
+        """An attention with rotary embedding. Tokens at different places are never averaged."""
+        x = call.get("hidden_states")
+        call.put("hidden_states", _joined(x, plan.reduction.gather(image), before))
+        return _back(plan, self._masked(call, plan, image.shape[1], "self").run(forward, module), before)
+
+    def _masked(self, call: Call, plan: Plan, tokens: int, role: str) -> Call:
+        """The call with tables and a mask of keys (and queries) at the tokens that are left."""
+        rows = plan.reduction.representative
+        for name in rotary.TABLES:
+            if call.get(name) is not None:
+                call.put(name, rotary.at_rows(call.get(name), plan.reduction))
+        mask = call.get("attention_mask")
+        if mask is not None and role == "self":
+            start = mask.shape[-1] - tokens if self.first else 0
+            mask = masked_at(mask, rows, -1, tokens, start)
+            call.put("attention_mask", masked_at(mask, rows, -2, tokens, start))
+        return call
+
+    def _parallel(self, module: Any, forward: Any, call: Call) -> Any:
+        """A block whose attention and MLP read one tensor: on fewer tokens as a whole, where both are to be.
+
+        What the block adds is restored, not its output, so that each token keeps what is its own.
+        """
+        method, plan = self.session.method, None
+        if {"self", "mlp"} <= set(method.sublayers) and method.part == "tokens":
+            plan = self.session.plan(self, call.get("hidden_states"))
+        x: Tensor = call.get("hidden_states")
+        self.session.note(replace(self, name=f"{self.name}.mlp"), "mlp", x, plan)
+        if plan is None:
+            return call.run(forward, module)
+        self.session.note(replace(self, name=f"{self.name}.attn"), "self", x, plan)
+        self.session.inputs.pop(self.block)
+        rotated = rotary.table_of(call.get) is not None
+        short = plan.reduction.gather(x) if rotated else plan.merge(x)
+        call.put("hidden_states", short)
+        outputs = list(self._masked(call, plan, x.shape[1], "self").run(forward, module))
+        at = 1 if self.first else 0
+        outputs[at] = x + plan.restore(outputs[at] - short)
+        return tuple(outputs)
 
 
-def check_separate(module: Any, name: str) -> None:
-    """Keys and values alone can only be reduced where they have projections of their own.
+def _joined(x: Tensor, image: Tensor, before: int) -> Tensor:
+    """The text that stands first in ``x``, and fewer tokens of the image."""
+    return torch.cat([x[:, :before], image], 1) if before else image
 
-    Raises:
-        UnsupportedModelError: queries, keys and values share one.
-    """
-    if getattr(module, "fused_projections", False):
-        raise UnsupportedModelError(
-            f"{name} projects queries, keys and values in one product, so keys and values cannot be reduced alone: "
-            "call unfuse_qkv_projections() first"
-        )
+
+def _back(plan: Plan, y: Any, before: int) -> Any:
+    """The image at full length again; in a tuple of results the second is the text."""
+    if isinstance(y, tuple):
+        return tuple(part if i == 1 else plan.restore(part) for i, part in enumerate(y))
+    return torch.cat([y[:, :before], plan.restore(y[:, before:])], 1) if before else plan.restore(y)
