@@ -5,36 +5,75 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
+from tokred.adapters.diffusion.clips import EnterClip
 from tokred.adapters.diffusion.rotary import EnterPacked
 from tokred.adapters.diffusion.session import EnterBlock, EnterDenoiser, LeaveBlock, LeaveDenoiser, Session
-from tokred.adapters.diffusion.sublayers import Kind, Spot, check_separate
+from tokred.adapters.diffusion.sublayers import Kind, Spot
 from tokred.adapters.swap import host_class, swap
 from tokred.denoise import AttentionMethod
 from tokred.errors import MissingInputError, UnsupportedModelError
 from tokred.method import Method
 
-# Class of a denoiser -> name of the sample in its forward.
+
+class Denoiser(NamedTuple):
+    """A class of denoisers.
+
+    Attributes:
+        sample: name of the sample in its forward.
+        frames: dimension of the sample that counts the frames of a clip; 0: it is an image.
+        packed: the sample is a sequence of 2 x 2 patches, with the ids of their places beside it.
+        loose: attention without a block around it may be over the image's tokens.
+    """
+
+    sample: str = "hidden_states"
+    frames: int = 0
+    packed: bool = False
+    loose: bool = False
+
+
+class Layout(NamedTuple):
+    """A class of transformer blocks.
+
+    Attributes:
+        sublayers: attentions and MLPs over the tokens of the image, and their kinds.
+        first: where text and image attend together, the text stands first.
+        parallel: attention and MLP read one tensor, and share their last layer.
+    """
+
+    sublayers: tuple[tuple[str, Kind], ...]
+    first: bool = False
+    parallel: bool = False
+
+
 DENOISERS = {
-    "UNet2DModel": "sample",
-    "UNet2DConditionModel": "sample",
-    "DiTTransformer2DModel": "hidden_states",
-    "PixArtTransformer2DModel": "hidden_states",
-    "SD3Transformer2DModel": "hidden_states",
-    "FluxTransformer2DModel": "hidden_states",
+    "UNet2DModel": Denoiser("sample", loose=True),
+    "UNet2DConditionModel": Denoiser("sample", loose=True),
+    "DiTTransformer2DModel": Denoiser(),
+    "PixArtTransformer2DModel": Denoiser(),
+    "SD3Transformer2DModel": Denoiser(),
+    "FluxTransformer2DModel": Denoiser(packed=True),
+    "CogVideoXTransformer3DModel": Denoiser(frames=1),
+    "WanTransformer3DModel": Denoiser(frames=2),
+    "HunyuanVideoTransformer3DModel": Denoiser(frames=2),
 }
-# Transformer blocks: their attentions and MLP over the tokens of the image.
-BLOCKS: dict[str, tuple[tuple[str, Kind], ...]] = {
-    "BasicTransformerBlock": (("attn1", "attention"), ("attn2", "attention"), ("ff", "mlp")),
-    "JointTransformerBlock": (("attn", "joint"), ("attn2", "joint"), ("ff", "mlp")),
-    "FluxTransformerBlock": (("attn", "joint"), ("ff", "mlp")),
-    "FluxSingleTransformerBlock": (("attn", "single"),),
+_JOINT: tuple[tuple[str, Kind], ...] = (("attn", "joint"), ("ff", "mlp"))
+BLOCKS: dict[str, Layout] = {
+    "BasicTransformerBlock": Layout((("attn1", "attention"), ("attn2", "attention"), ("ff", "mlp"))),
+    "JointTransformerBlock": Layout((("attn", "joint"), ("attn2", "joint"), ("ff", "mlp"))),
+    "FluxTransformerBlock": Layout(_JOINT, first=True),
+    "FluxSingleTransformerBlock": Layout((("attn", "single"),), first=True, parallel=True),
+    "CogVideoXBlock": Layout((("attn1", "joint"), ("ff", "mlp")), first=True),
+    "WanTransformerBlock": Layout((("attn1", "attention"), ("attn2", "attention"), ("ffn", "mlp"))),
+    "HunyuanVideoTransformerBlock": Layout(_JOINT),
+    "HunyuanVideoSingleTransformerBlock": Layout((("attn", "joint"),), parallel=True),
+    # The tokens of their first frame are scaled by other gates, so the block cannot run on fewer as a whole.
+    "HunyuanVideoTokenReplaceTransformerBlock": Layout(_JOINT),
+    "HunyuanVideoTokenReplaceSingleTransformerBlock": Layout((("attn", "joint"),)),
 }
-# Denoisers whose attention rotates queries and keys by one table, and whose sample is a sequence of 2 x 2 patches.
-ROTARY = ("FluxTransformer2DModel",)
 
 
 @dataclass
@@ -44,14 +83,16 @@ class Block:
     Attributes:
         name: in the denoiser.
         module: the block.
-        sublayers: name, module and kind of each.
+        sublayers: name, module and kind of each; of a block whose MLP runs beside its attention, the block is the last.
         alone: the attention has no block around it.
+        first: where text and image attend together, the text stands first.
     """
 
     name: str
     module: nn.Module
     sublayers: list[tuple[str, nn.Module, Kind]]
     alone: bool
+    first: bool = False
 
 
 @dataclass
@@ -62,21 +103,21 @@ class DenoiserHost:
         family: for messages, such as ``"diffusers UNet2DConditionModel"``.
         model: the denoiser.
         parts: its blocks.
-        sample: name of the sample in its forward.
+        record: of its class.
         patch_size: rows of the sample that a token stands for at the finest resolution that there is.
+        patch_frames: frames of the sample that a token stands for.
         supplies: what sites hand over.
-        rotary: its attention rotates queries and keys by one table.
     """
 
     family: str
     model: nn.Module
     parts: list[Block]
-    sample: str
+    record: Denoiser
     patch_size: int = 1
+    patch_frames: int = 1
     supplies: frozenset[str] = frozenset({"x", "grid"})
     stage: str = "attention"
     note: str = ""
-    rotary: bool = False
 
     @property
     def blocks(self) -> list[tuple[str, nn.Module]]:
@@ -113,7 +154,7 @@ class DenoiserHost:
 
         Raises:
             MissingInputError: the method acts at another stage, or reads what the host cannot supply.
-            UnsupportedModelError: an attention cannot be patched, or its keys cannot be reduced alone.
+            UnsupportedModelError: a sub-layer cannot be patched.
             ValueError: its parameters do not fit the model, or ``expose`` is given.
         """
         if not isinstance(method, AttentionMethod):
@@ -128,29 +169,20 @@ class DenoiserHost:
                 f"{method.name!r} reads {', '.join(sorted(missing))}, which {self.family} does not supply "
                 f"(it supplies {', '.join(sorted(self.supplies))})"
             )
-        if self.rotary and method.part == "kv":
-            raise UnsupportedModelError(
-                f"{self.family} rotates queries and keys by one table, so keys and values cannot be reduced alone: "
-                "merge tokens instead ('tomesd')"
-            )
         for part in self.parts:
-            for name, module, kind in part.sublayers:
+            for name, module, _ in part.sublayers:
                 if "forward" in module.__dict__:
                     raise UnsupportedModelError(
                         f"the forward of {name} was replaced on the module itself, which would hide a patch: undo that "
                         "first"
                     )
-                if method.part == "kv" and kind != "mlp":
-                    check_separate(module, name)
         method.check(self.depth)
 
     def patch(self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str) -> None:
         """Hang hooks on the denoiser and its blocks, exchange classes of sub-layers. :meth:`check` has passed."""
         assert isinstance(method, AttentionMethod)
         session = Session(method, self.depth, self.family, self.patch_size)
-        names = tuple(inspect.signature(host_class(self.model).forward).parameters)[1:]
-        enter = (EnterPacked if self.rotary else EnterDenoiser)(session, names, self.sample)
-        self.model.register_forward_pre_hook(enter, with_kwargs=True)
+        self.model.register_forward_pre_hook(self._entering(session), with_kwargs=True)
         self.model.register_forward_hook(LeaveDenoiser(session))
         for i, part in enumerate(self.parts):
             if where is not None and not where(part.name, part.module):
@@ -159,8 +191,21 @@ class DenoiserHost:
                 part.module.register_forward_pre_hook(EnterBlock(session, i), with_kwargs=True)
                 part.module.register_forward_hook(LeaveBlock(session, i))
             for name, module, kind in part.sublayers:
-                swap(module, "sublayer", Spot(session, i, kind, part.alone, name))
+                swap(module, "sublayer", Spot(session, i, kind, part.alone, name, _names(module), part.first))
         swap(self.model, "denoiser", session)
+
+    def _entering(self, session: Session) -> EnterDenoiser:
+        names, sample = _names(self.model), self.record.sample
+        if self.record.packed:
+            return EnterPacked(session, names, sample)
+        if self.record.frames:
+            return EnterClip(session, names, sample, self.record.frames, self.patch_frames)
+        return EnterDenoiser(session, names, sample)
+
+
+def _names(module: nn.Module) -> tuple[str, ...]:
+    """Parameters of the forward, after ``self``."""
+    return tuple(inspect.signature(host_class(module).forward).parameters)[1:]
 
 
 def part_of(pipe: Any) -> nn.Module | None:
@@ -196,18 +241,30 @@ def match(model: nn.Module) -> DenoiserHost | None:
         raise UnsupportedModelError(
             f"diffusers' {cls.__name__} is not among the denoisers that tokred knows ({', '.join(DENOISERS)})"
         )
-    parts = _parts(model)
+    record = DENOISERS[known]
+    parts = _parts(model, record.loose)
     if not parts:
         raise UnsupportedModelError(
             f"diffusers' {cls.__name__} has no attention here over the tokens of the image alone, which could run on "
             f"fewer of them (looked for {', '.join(BLOCKS)} and plain self-attention)"
         )
-    rotary = known in ROTARY
-    patch = 2 if rotary else int(getattr(getattr(model, "config", None), "patch_size", None) or 1)
-    return DenoiserHost(f"diffusers {cls.__name__}", model, parts, DENOISERS[known], patch, rotary=rotary)
+    high, deep = _patches(getattr(model, "config", None), record)
+    supplies = {"x", "grid"} | ({"frames"} if record.frames else {"guidance", "change"})
+    return DenoiserHost(f"diffusers {cls.__name__}", model, parts, record, high, deep, frozenset(supplies))
 
 
-def _parts(model: nn.Module) -> list[Block]:
+def _patches(config: Any, record: Denoiser) -> tuple[int, int]:
+    """Rows and frames of the sample that a token stands for."""
+    if record.packed:
+        return 2, 1
+    size = getattr(config, "patch_size", None) or 1
+    deep, high = (
+        (size[0], size[1]) if isinstance(size, list | tuple) else (getattr(config, "patch_size_t", None) or 1, size)
+    )
+    return int(high), int(deep)
+
+
+def _parts(model: nn.Module, loose: bool) -> list[Block]:
     found: list[Block] = []
     inside: list[str] = []
     for name, module in model.named_modules():
@@ -216,13 +273,16 @@ def _parts(model: nn.Module) -> list[Block]:
         kind = host_class(module).__name__
         if kind in BLOCKS:
             inside.append(name)
-            subs = [
+            layout = BLOCKS[kind]
+            subs: list[tuple[str, nn.Module, Kind]] = [
                 (f"{name}.{sub}", getattr(module, sub), what)
-                for sub, what in BLOCKS[kind]
+                for sub, what in layout.sublayers
                 if isinstance(getattr(module, sub, None), nn.Module)
             ]
-            found.append(Block(name, module, subs, False))
-        elif kind == "Attention" and _plain(module):
+            if layout.parallel:
+                subs.append((name, module, "parallel"))
+            found.append(Block(name, module, subs, False, layout.first))
+        elif loose and kind == "Attention" and _plain(module):
             found.append(Block(name, module, [(name, module, "attention")], True))
     return found
 

@@ -1,81 +1,69 @@
-"""Denoisers that rotate queries and keys inside the attention (Flux): tables at the rows left, and the grid."""
+"""Denoisers that rotate queries and keys inside the attention: tables at the rows that are left, and Flux's grid."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tokred.adapters.diffusion.session import EnterDenoiser, Plan, Session
+from tokred.adapters.diffusion.session import EnterDenoiser, Session
 from tokred.errors import UnsupportedModelError
+from tokred.reduction import Reduction
 
-TABLE = "image_rotary_emb"
+# What hosts call the tables of their rotary embedding.
+TABLES = ("image_rotary_emb", "rotary_emb")
 
 
-def attend(
-    forward: Callable[..., Any], module: nn.Module, plan: Plan, x: Tensor, text: int, args: Any, rest: dict[str, Any]
-) -> Any:
-    """An attention of text and image with the image's tokens reduced.
+class OwnRows:
+    """A table of rotations with rows of each sample's own, where hosts expect one table for the whole batch.
 
-    Tokens at different places are never averaged: the destination stands for its sources, with its own rotation.
+    They give theirs a batch dimension by ``table[None, ...]``; here it has one already.
 
     Args:
-        forward: the host's, without its module.
-        module: the attention.
-        plan: for the tokens of the image.
-        x: ``(B, N, C)`` the image; or, where ``text`` stands in the same tensor, ``(B, T + N, C)``, text first.
-        text: ``T`` of the tokens of text in ``x``.
-        args: the other positional arguments.
-        rest: the other keyword arguments, with the table ``(T + N, D)`` for text and image.
+        rows: ``(B, L, D)``.
     """
-    rows = plan.reduction.representative
-    if rows.shape[0] == 1 or rows.stride(0) == 0:
-        return _restored(plan, text, forward(module, _short(plan, x, text), *args, **_at(rest, rows[0], x, text)))
-    # Hosts take one table for the whole batch, and each sample has rows of its own.
-    parts = []
-    for i in range(len(rows)):
-        short = torch.cat([x[i : i + 1, :text], x[i : i + 1, text:].index_select(1, rows[i])], 1)
-        own = {k: _sample(v, i, len(rows)) for k, v in rest.items()}
-        others = (_sample(v, i, len(rows)) for v in args)
-        parts.append(forward(module, short, *others, **_at(own, rows[i], x, text)))
-    if isinstance(parts[0], tuple):
-        return _restored(plan, text, tuple(torch.cat(found) for found in zip(*parts, strict=True)))
-    return _restored(plan, text, torch.cat(parts))
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+
+    def __getitem__(self, index: Any) -> Tensor:
+        if not isinstance(index, tuple) or index[0] is not None:
+            raise UnsupportedModelError(
+                "the attention's processor does not use its rotary table as those of diffusers do, so samples cannot "
+                "have tokens of their own: set the host's own processor, or call tokred.remove(model) first"
+            )
+        return self.rows[(slice(None), *index[1:])]
 
 
-def _short(plan: Plan, x: Tensor, text: int) -> Tensor:
-    image = plan.reduction.gather(x[:, text:])
-    return torch.cat([x[:, :text], image], 1) if text else image
+def table_of(given: Any) -> Any:
+    """The rotary table among the arguments of a call, or None."""
+    return next((found for found in map(given, TABLES) if found is not None), None)
 
 
-def _sample(value: Any, i: int, batch: int) -> Any:
-    """What belongs to one sample of a batch; tables of all samples as they are."""
-    if isinstance(value, list | tuple):
-        return type(value)(_sample(v, i, batch) for v in value)
-    whole = isinstance(value, Tensor) and value.ndim >= 3 and value.shape[0] == batch
-    return value[i : i + 1] if whole else value
+def at_rows(table: Any, reduction: Reduction) -> Any:
+    """A table of rotations at the tokens that are left: the destination stands for its sources, with its own rotation.
 
-
-def _at(rest: dict[str, Any], rows: Tensor, x: Tensor, text: int) -> dict[str, Any]:
-    """The arguments with the table at the rows that are left; all of the text's."""
-    n = x.shape[1] - text
-
-    def pick(table: Tensor) -> Tensor:
-        before = table.shape[0] - n
-        return torch.cat([table[:before], table[before:].index_select(0, rows)])
-
-    table = rest[TABLE]
-    return {**rest, TABLE: tuple(pick(t) for t in table) if isinstance(table, tuple) else pick(table)}
-
-
-def _restored(plan: Plan, text: int, y: Any) -> Any:
-    """The image at full length again; in a tuple of results the second is the text."""
-    if isinstance(y, tuple):
-        return tuple(part if i == 1 else plan.restore(part) for i, part in enumerate(y))
-    return torch.cat([y[:, :text], plan.restore(y[:, text:])], 1) if text else plan.restore(y)
+    Args:
+        table: ``(N, D)``; with the text's rows first ``(T + N, D)``; or ``(1, N, 1, D)``. A tuple: each of them.
+        reduction: batch ``(B,)``. All samples with the same rows (stride 0) keep a table for the whole batch.
+    """
+    if isinstance(table, tuple):
+        return tuple(at_rows(part, reduction) for part in table)
+    rows, batched = reduction.representative, table.ndim == 4
+    shared = rows.shape[0] == 1 or rows.stride(0) == 0
+    flat = table[0, :, 0] if batched else table
+    before = flat.shape[0] - reduction.length
+    index = rows[:1] if shared else rows
+    if before:
+        text = torch.arange(before, device=rows.device).expand(index.shape[0], -1)
+        index = torch.cat([text, index + before], 1)
+    index = index.to(flat.device)
+    picked = flat.index_select(0, index.reshape(-1)).view(*index.shape, flat.shape[-1])
+    if batched:
+        return picked.unsqueeze(2)
+    return picked[0] if shared else OwnRows(picked)
 
 
 class EnterPacked(EnterDenoiser):

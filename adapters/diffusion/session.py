@@ -211,6 +211,11 @@ class Session:
             known["change"] = lambda: steps.change(place, channels)
         return known
 
+    @property
+    def part(self) -> str:
+        """What the method in force reduces."""
+        return "" if self.now is None else self.now.part
+
     def acts(self, role: str) -> bool:
         """Whether sub-layers of this role are reduced in this step."""
         return self.now is not None and role in self.now.sublayers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -129,7 +130,10 @@ class Spot:
         plan = None
         # Masks of an IP-Adapter are resized to as many queries as there are: those stay.
         masked = role == "cross" and call.get("ip_adapter_masks") is not None
-        if role in self.session.method.sublayers and not masked:
+        acts = self.session.acts(role) and not masked
+        if acts and role == "self" and self.session.part == "heads":
+            return self._inside(module, forward, partial(self.session.halves, self, image), call, image)
+        if acts:
             plan = self.session.plan(self, image)
         self.session.note(self, role, image, plan)
         if plan is None:
@@ -173,15 +177,14 @@ class Spot:
 
     def _half(self, module: Any, forward: Any, plan: Plan, call: Call, image: Tensor, role: str) -> Any:
         """Fewer queries, or fewer keys and values."""
-        text, apart = call.get("encoder_hidden_states"), getattr(module, "add_k_proj", None) is not None
-        fused = getattr(module, "fused_projections", False)
-        plain = rotary.table_of(call.get) is None and not fused
-        # Reduced before their projections where nothing but those stands between, which saves the projections, too.
-        if plan.part == "kv" and plain and (self.kind == "attention" or (self.kind == "joint" and (apart or text is None))):
-            seen = view(module, plan, ("to_k", "to_v"), False)
-            return self._viewed(module, forward, seen, call, role) if self.kind == "attention" else call.run(forward, seen)
-        if plan.part == "q" and plain and self.kind == "attention":
-            return self._viewed(module, forward, view(module, plan, ("to_q",), True), call, role)
+        # Before their projections where nothing but those stands between, which saves the projections, too.
+        plain = rotary.table_of(call.get) is None and not getattr(module, "fused_projections", False)
+        if plain and self.kind == "attention":
+            seen = view(module, plan, ("to_k", "to_v") if plan.part == "kv" else ("to_q",), plan.part == "q")
+            return self._viewed(module, forward, seen, call, role)
+        apart = call.get("encoder_hidden_states") is None or getattr(module, "add_k_proj", None) is not None
+        if plain and plan.part == "kv" and self.kind == "joint" and apart:
+            return call.run(forward, view(module, plan, ("to_k", "to_v"), False))
         halves = Halves(keys=plan.reduction) if plan.part == "kv" else Halves(queries=plan.reduction)
         return self._inside(module, forward, lambda q, k, v: halves, call, image)
 
@@ -225,15 +228,17 @@ class Spot:
 
         What the block adds is restored, not its output, so that each token keeps what is its own.
         """
-        method, plan = self.session.method, None
-        if {"self", "mlp"} <= set(method.sublayers) and method.part == "tokens":
-            plan = self.session.plan(self, call.get("hidden_states"))
+        session, plan = self.session, None
         x: Tensor = call.get("hidden_states")
-        self.session.note(replace(self, name=f"{self.name}.mlp"), "mlp", x, plan)
+        if session.acts("self") and session.acts("mlp") and session.part == "tokens":
+            plan = session.plan(self, x)
+        if not torch.compiler.is_compiling():
+            session.note(replace(self, name=f"{self.name}.mlp"), "mlp", x, plan)
         if plan is None:
             return call.run(forward, module)
-        self.session.note(replace(self, name=f"{self.name}.attn"), "self", x, plan)
-        self.session.inputs.pop(self.block)
+        if not torch.compiler.is_compiling():
+            session.note(replace(self, name=f"{self.name}.attn"), "self", x, plan)
+        session.inputs.pop(self.block)
         rotated = rotary.table_of(call.get) is not None
         short = plan.reduction.gather(x) if rotated else plan.merge(x)
         call.put("hidden_states", short)
