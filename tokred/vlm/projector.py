@@ -1,0 +1,77 @@
+"""What methods between a vision tower and a language model share: their stage, and counts per image."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar, Literal
+
+import torch
+
+from tokred.method import Method
+from tokred.reduction import Reduction
+from tokred.site import Site, Stage
+from tokred.vlm.budget import Budget, as_budget, count_of
+from tokred.vlm.site import VisualSite
+
+
+class ProjectorMethod(Method):
+    """Base of methods at the stage ``projector``.
+
+    A subclass says how many of ``n`` tokens stay (:meth:`count`) and which (:meth:`choose`).
+
+    Attributes:
+        merges: the features that slots are made of: ``"x"``, as they enter the language model, or ``"tower"``: before
+            the projector, which is then run on the merged ones, where the host can do that.
+    """
+
+    stage: ClassVar[Stage] = "projector"
+    drops: ClassVar[bool] = True
+    uneven: ClassVar[bool] = True
+    merges: ClassVar[Literal["x", "tower"]] = "x"
+
+    @abstractmethod
+    def count(self, n: int) -> int:
+        """How many of ``n`` tokens stay; at most so many where it depends on the image.
+
+        Raises:
+            ValueError: less than one.
+        """
+
+    @abstractmethod
+    def choose(self, site: VisualSite) -> Reduction:
+        """Decide; called where something is to be decided, and no gradient is recorded."""
+
+    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
+        """Protected tokens and :meth:`count` of the others."""
+        free = n - prefix - suffix
+        return n - free + min(free, self.count(free)) if free > 0 else n
+
+    def reduce(self, site: Site) -> Reduction:
+        """Keep, or merge into, some of each image's tokens.
+
+        Raises:
+            ValueError: the images of the site are padded, or the budget is less than one token.
+            MissingInputError: the site lacks something that the method reads.
+        """
+        (b, n), place = site.shape, {"layer": site.layer, "depth": site.depth}
+        if site.mask is not None:
+            raise ValueError("a site of the stage 'projector' has images of one length and no padding")
+        if not isinstance(site, VisualSite):
+            raise TypeError(f"{self.name!r} acts on a VisualSite, got {type(site).__name__}")
+        if n == 0 or not self.acts(n, **place):
+            return Reduction.identity((b,), n, site.device)
+        with torch.no_grad():
+            return self.choose(site)
+
+
+class Budgeted(ProjectorMethod):
+    """Base of methods that keep a fixed number or share of each image's tokens, named ``budget``."""
+
+    budget: Budget
+
+    def __post_init__(self) -> None:
+        as_budget(self.budget)
+
+    def count(self, n: int) -> int:
+        """The budget, as a number of tokens."""
+        return count_of(self.budget, n)
