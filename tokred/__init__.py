@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from tokred.methods.evit import EViT
     from tokred.methods.expected_attention import ExpectedAttention
     from tokred.methods.h2o import H2O
+    from tokred.methods.ibtm import IBTM
     from tokred.methods.keydiff import KeyDiff
     from tokred.methods.keyformer import Keyformer
     from tokred.methods.knorm import KNorm
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from tokred.methods.todo import ToDo
     from tokred.methods.tofu import ToFu
     from tokred.methods.tokentm import TokenTMPrune
+    from tokred.methods.toma import ToMA
     from tokred.methods.tome import ToMe
     from tokred.methods.tomesd import ToMeSD
     from tokred.methods.tova import TOVA
@@ -82,6 +84,7 @@ __all__ = [
     "ATS",
     "CAKE",
     "H2O",
+    "IBTM",
     "PPT",
     "RPC",
     "SAINT",
@@ -123,6 +126,7 @@ __all__ = [
     "TinyChart",
     "ToDo",
     "ToFu",
+    "ToMA",
     "ToMe",
     "ToMeSD",
     "TokenStateError",

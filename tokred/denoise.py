@@ -133,13 +133,13 @@ class AttentionMethod(Method):
     """Base of all methods of the stage ``attention``; subclasses are frozen dataclasses.
 
     What :meth:`reduce` answers is merged right before a sub-layer and undone right after it, so the residual stream
-    keeps its length. It may read ``site.x``, ``site.grid``, ``site.place`` and :meth:`AttentionSite.uniform`. The frames of
-    a clip are handed to it as samples of a batch, unless it reads ``"frames"``: then it gets the whole clip.
+    keeps its length. It may read ``site.x``, ``site.grid``, ``site.place`` and :meth:`AttentionSite.uniform`. The
+    frames of a clip are handed to it as samples of a batch, unless it reads ``"frames"``: then it gets the whole clip.
 
     Attributes:
         part: ``"tokens"``: the sub-layer runs on fewer tokens; ``"kv"``: queries stay, keys and values are reduced;
-            ``"q"``: keys and values stay, queries are reduced, and what comes out is restored; ``"heads"``: queries, and
-            keys with values, each by a plan of its own for every head (see :attr:`AttentionSite.side`), as the
+            ``"q"``: keys and values stay, queries are reduced, and what comes out is restored; ``"heads"``: queries,
+            and keys with values, each by a plan of its own for every head (see :attr:`AttentionSite.side`), as the
             attention uses them, after norms and rotary embedding.
         share: ``"block"``: every block has a plan of its own; ``"resolution"``: blocks of one resolution share that of
             the first.
@@ -245,6 +245,11 @@ def check_ratio(ratio: Any) -> None:
         raise TypeError(f"ratio must be a number, got {ratio!r}")
     if not 0 <= ratio < 1:
         raise ValueError(f"ratio must lie in [0, 1), got {ratio}")
+
+
+def removed(n: int, ratio: float) -> int:
+    """``ratio * n`` tokens as a whole number; a half is rounded up."""
+    return math.floor(round(n * ratio, 9) + 0.5)
 
 
 def step_key(timestep: Any) -> int | Tensor:

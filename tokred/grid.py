@@ -27,20 +27,38 @@ def cell_destinations(
     Raises:
         ValueError: a cell is larger than the grid, or there is not one offset per cell.
     """
-    high, wide = grid
-    rows, columns = check_cells(grid, cell)
+    check_cells(grid, cell)
+    return clip_destinations((1, *grid), (1, *cell), offsets, device)
+
+
+def clip_destinations(
+    grid: tuple[int, int, int],
+    cell: tuple[int, int, int],
+    offsets: Tensor | None,
+    device: torch.device | str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`cell_destinations` of a clip: frames, rows and columns; cells go over frames, too.
+
+    Raises:
+        ValueError: a cell is larger than the clip, or there is not one offset per cell.
+    """
+    counts = tuple(side // step for side, step in zip(grid, cell, strict=True))
+    cells = counts[0] * counts[1] * counts[2]
+    if not cells:
+        raise ValueError(f"cells of {cell} are larger than the clip of {grid} (frames, rows, columns)")
     if offsets is None:
-        offsets = torch.zeros(rows * columns, dtype=torch.int64, device=device)
-    elif offsets.numel() != rows * columns:
-        raise ValueError(f"offsets must be one for each of the {rows * columns} cells, got {tuple(offsets.shape)}")
-    offsets = offsets.reshape(rows, columns).to(device=device, dtype=torch.int64)
-    y = torch.arange(rows, device=device).unsqueeze(1) * cell[0] + offsets // cell[1]
-    x = torch.arange(columns, device=device) * cell[1] + offsets % cell[1]
-    chosen = torch.zeros(high * wide, dtype=torch.uint8, device=device)
-    chosen = chosen.scatter(0, (y * wide + x).reshape(-1), 1)
+        offsets = torch.zeros(cells, dtype=torch.int64, device=device)
+    elif offsets.numel() != cells:
+        raise ValueError(f"offsets must be one for each of the {cells} cells, got {tuple(offsets.shape)}")
+    offsets = offsets.reshape(counts).to(device=device, dtype=torch.int64)
+    t = torch.arange(counts[0], device=device).view(-1, 1, 1) * cell[0] + offsets // (cell[1] * cell[2])
+    y = torch.arange(counts[1], device=device).view(-1, 1) * cell[1] + offsets // cell[2] % cell[1]
+    x = torch.arange(counts[2], device=device) * cell[2] + offsets % cell[2]
+    n = grid[0] * grid[1] * grid[2]
+    chosen = torch.zeros(n, dtype=torch.uint8, device=device)
+    chosen = chosen.scatter(0, ((t * grid[1] + y) * grid[2] + x).reshape(-1), 1)
     order = chosen.argsort(stable=True)
-    count = high * wide - rows * columns
-    return order[:count], order[count:]
+    return order[: n - cells], order[n - cells :]
 
 
 def check_cells(grid: tuple[int, int], cell: tuple[int, int]) -> tuple[int, int]:
@@ -83,6 +101,36 @@ def match_cells(metric: Tensor, sources: Tensor, destinations: Tensor, r: int) -
         representative = torch.cat([sources[alone], destinations.expand(b, -1)], 1)
         target = match.gather(1, merged) + alone.shape[1]
         return Reduction(representative, sources[merged], target, n, mode="mean", by_size=False, complete=True)
+
+
+def match_around(metric: Tensor, destinations: Tensor, protected: Tensor, left: int) -> Reduction:
+    """Merge every token into its most similar destination, but for some protected ones, least similar first.
+
+    Args:
+        metric: ``(B, N, C)``, compared by cosine in float32.
+        destinations: ``(B, K)`` positions, ascending, of each sample's own.
+        protected: ``(B, N)`` bool: who may stay alone. In each sample at least ``left`` tokens are protected or
+            destinations.
+        left: tokens that remain, at least ``K``.
+
+    Returns:
+        Slots: those that stay alone, then the destinations, each in ascending position. The mean of a slot is plain.
+    """
+    b, n, c = metric.shape
+    k = destinations.shape[1]
+    with torch.no_grad():
+        chosen = torch.zeros(b, n, dtype=torch.uint8, device=metric.device).scatter(1, destinations, 1)
+        sources = chosen.argsort(dim=1, stable=True)[:, : n - k]
+        rows = unit(metric.detach())
+        parts = (rows.gather(1, at.unsqueeze(-1).expand(-1, -1, c)) for at in (sources, destinations))
+        score, match = best_match(*parts, metric="dot")
+        score = score.masked_fill(~protected.gather(1, sources), torch.inf)
+        order = score.argsort(dim=1, stable=True)
+        alone, merged = (part.sort(dim=1).values for part in (order[:, : left - k], order[:, left - k :]))
+        representative = torch.cat([sources.gather(1, alone), destinations], 1)
+        target = match.gather(1, merged) + (left - k)
+        source = sources.gather(1, merged)
+        return Reduction(representative, source, target, n, mode="mean", by_size=False, complete=True)
 
 
 def kept_lines(n: int, factor: int, *, exact: bool = False) -> list[int]:

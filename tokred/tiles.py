@@ -31,8 +31,8 @@ class Tile(NamedTuple):
 class TileReduction(Reduction):
     """A reduction in which every token of a tile has a part in every slot of it, the slots' own tokens too.
 
-    :attr:`Reduction.representative` holds the token that each slot was chosen for, and :attr:`Reduction.target` the slot
-    that gets most of a token: what drawings and counts see.
+    :attr:`Reduction.representative` holds the token that each slot was chosen for, and :attr:`Reduction.target` the
+    slot that gets most of a token: what drawings and counts see.
 
     Attributes:
         tiles: by their shape.
@@ -63,7 +63,7 @@ class TileReduction(Reduction):
             first = torch.arange(w, device=own.device).unsqueeze(1) * d + before
             slot = part.argmax(2) + first
             taken = torch.zeros(b, w, n, dtype=torch.uint8, device=own.device).scatter(-1, picks, 1)
-            others = taken.argsort(-1, stable=True)[..., : n - d]
+            others = taken.argsort(dim=-1, stable=True)[..., : n - d]
             source.append(where.gather(-1, others).flatten(1))
             target.append(slot.gather(-1, others).flatten(1))
             before += w * d
@@ -207,7 +207,7 @@ def soft_shares(similarity: Tensor, chosen: Tensor, tau: float) -> Tensor:
 
 
 def tile_similarity(x: Tensor, rows: Tensor) -> Tensor:
-    """Cosine between the tokens of each tile: ``(B, W, n, n)`` float32, for ``x`` ``(B, N, C)`` and ``rows`` ``(W, n)``."""
+    """Cosines of the tokens of each tile: ``(B, W, n, n)`` float32, of ``x`` ``(B, N, C)`` and ``rows`` ``(W, n)``."""
     own = unit(x.index_select(1, rows.flatten())).unflatten(1, tuple(rows.shape))
     with torch.autocast(x.device.type, enabled=False):
         return own @ own.mT

@@ -45,6 +45,8 @@ TARGETS = {
     "zeromerge": "tokred.methods.zeromerge:ZeroMerge",
     "tomesd": "tokred.methods.tomesd:ToMeSD",
     "todo": "tokred.methods.todo:ToDo",
+    "toma": "tokred.methods.toma:ToMA",
+    "ibtm": "tokred.methods.ibtm:IBTM",
     "random_latent_prune": "tokred.methods.random_latent:RandomLatentPrune",
 }
 

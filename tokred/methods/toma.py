@@ -8,7 +8,17 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tokred.denoise import AttentionMethod, AttentionSite, Place, Share, Sublayer, check_count, check_ratio, check_sharing
+from tokred.denoise import (
+    AttentionMethod,
+    AttentionSite,
+    Place,
+    Share,
+    Sublayer,
+    check_count,
+    check_ratio,
+    check_sharing,
+    removed,
+)
 from tokred.reduction import Reduction
 from tokred.registry import register
 from tokred.site import Site
@@ -100,13 +110,13 @@ class ToMA(AttentionMethod):
         return f"max_downsample is {self.max_downsample}: give a larger one"
 
     def left(self, place: Place) -> int:
-        """``round((1 - ratio) * n)`` of each tile's ``n`` tokens, at least one."""
+        """``n - round(ratio * n)`` of each tile's ``n`` tokens, at least one."""
         if self.idle or place.factor > self.max_downsample:
             return place.length
         return sum(tiles * self._slots(n) for tiles, n in tile_sizes(place.grid, self.tile))
 
     def _slots(self, n: int) -> int:
-        return max(1, round((1 - self.ratio) * n))
+        return max(1, n - removed(n, self.ratio))
 
     def reduce(self, site: Site) -> Reduction:
         """Choose destinations, unless those of an earlier step still hold, and hand every token out to them."""
