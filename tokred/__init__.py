@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from tokred.methods.knorm import KNorm
     from tokred.methods.kth import KthMerge
     from tokred.methods.kv import KVPolicy
+    from tokred.methods.kvzip import KVzip
     from tokred.methods.lagkv import LagKV
     from tokred.methods.observed_attention import ObservedAttention
     from tokred.methods.pitome import PiToMe
@@ -102,6 +103,7 @@ __all__ = [
     "Flops",
     "KNorm",
     "KVPolicy",
+    "KVzip",
     "KeyDiff",
     "Keyformer",
     "KthMerge",

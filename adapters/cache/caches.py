@@ -54,13 +54,17 @@ class TokCache(DynamicCache):  # type: ignore[misc]
         """
         if len(snapshot.layers) != len(self.layers):
             raise ValueError(f"the snapshot has {len(snapshot.layers)} layers, the cache has {len(self.layers)}")
+        self.restore_layers(snapshot)
+        self.session.load(snapshot.session)
+
+    def restore_layers(self, snapshot: Snapshot) -> None:
+        """The same for what the layers hold; the session goes on."""
         for layer, state in zip(self.layers, snapshot.layers, strict=True):
             if isinstance(layer, TokLayer):
                 layer.restore(state)
             else:
                 layer.__dict__.clear()
                 layer.__dict__.update(state)
-        self.session.load(snapshot.session)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the newest ``-tokens_to_remove`` tokens, of all layers or of none.

@@ -77,7 +77,8 @@ def _refuse(settings: CacheSettings, config: Any, assisted: bool, given: Any) ->
             "empty cache, or generate without them"
         )
     parts = settings.policy.parts
-    if (parts.when.every or parts.when.turns or parts.budget.spread != "layer") and not parts.budget.full:
+    later = parts.budget.spread != "layer" or parts.score.repeats is not None
+    if (parts.when.every or parts.when.turns or later) and not parts.budget.full:
         raise ValueError(
             f"assisted decoding and prompt lookup take back tokens, for which {name} has evicted others by then; they "
             "work with policies that evict once, at the end of the prompt, layer by layer"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tokred.adapters.cache.attention import SEAT, Seat, register
 from tokred.adapters.cache.caches import LayerRows, TokCache, adopt, make_cache
 from tokred.adapters.cache.layer import TokLayer
+from tokred.adapters.cache.repeat import repeat
 from tokred.adapters.cache.rope import LayerRope
 from tokred.adapters.swap import Hook, host_class
 from tokred.kv.policy import CachePolicy
@@ -94,6 +95,7 @@ class LeaveDecoder(Hook):
         cache = kwargs.get("past_key_values")
         if isinstance(cache, TokCache):
             with torch.no_grad():
+                repeat(module, kwargs, cache)
                 cache.finish()
             self.settings.last = cache.layer_rows()
 

@@ -7,7 +7,7 @@ The published methods are presets of such choices, one file each in ``tokred.met
 
 from __future__ import annotations
 
-from tokred.kv.budgets import Adaptive, Growing, Preference, Pyramid, Split, Squeeze, Uniform
+from tokred.kv.budgets import Adaptive, Global, Growing, Preference, Pyramid, Split, Squeeze, Uniform
 from tokred.kv.fates import Evict, Merge
 from tokred.kv.parts import Budget, Fate, Part, Score, When
 from tokred.kv.policy import CachePolicy, Parts
@@ -25,6 +25,7 @@ from tokred.kv.scores import (
     Observed,
     Random,
     Recency,
+    Reconstruction,
     Window,
 )
 from tokred.kv.site import CacheSite, Padding
@@ -40,6 +41,7 @@ __all__ = [
     "Evict",
     "Expected",
     "Fate",
+    "Global",
     "Growing",
     "Gumbel",
     "Judges",
@@ -56,6 +58,7 @@ __all__ = [
     "Pyramid",
     "Random",
     "Recency",
+    "Reconstruction",
     "Score",
     "Split",
     "Squeeze",

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
+from tokred.kv.repeat import Repeats
 from tokred.kv.select import Counts
 from tokred.kv.site import CacheSite, Place
 from tokred.reduction import Reduction
@@ -65,6 +66,11 @@ class Score(Part):
         return 0
 
     @property
+    def repeats(self) -> Repeats | None:
+        """How the context is fed again before the score is known; None: it is known right after a layer's attention."""
+        return None
+
+    @property
     def needs(self) -> frozenset[str]:
         """:attr:`reads`, and what a wrapped score reads."""
         return self.reads
@@ -89,7 +95,7 @@ class Budget(Part):
 
     Attributes:
         spread: when the rows of a layer are known: ``"layer"``, at once; ``"cascade"``, anew after each layer;
-            ``"forward"``, after the last layer.
+            ``"forward"``, after the last layer; ``"together"``, after it, from the scores of all layers.
         reads: what has to be measured for it besides scores.
     """
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from tokred.kv.budgets import Uniform
 from tokred.kv.fates import Evict
 from tokred.kv.parts import Budget, Fate, Score, When, as_part, check_amount, check_count
+from tokred.kv.select import Counts
 from tokred.kv.site import CacheSite
 from tokred.method import Method
 from tokred.reduction import Reduction
@@ -113,12 +114,12 @@ class CachePolicy(Method):
         first = site.token < site.column(tuple(s for s, _ in both))
         return first | site.stands_behind(tuple(r for _, r in both))
 
-    def shrink(self, site: CacheSite, score: Tensor, rows: tuple[int, ...]) -> Reduction:
-        """The reduction to ``rows`` per head on average, given the scores."""
+    def shrink(self, site: CacheSite, score: Tensor, rows: tuple[int, ...], counts: Counts | None = None) -> Reduction:
+        """The reduction to ``rows`` per head on average, given the scores; ``counts``: rows of each head, if known."""
         parts = self.parts
         rows = self.at_least(site, rows)
         guard = self.guarded(site, rows)
-        counts = parts.budget.heads(site, score, guard, rows)
+        counts = parts.budget.heads(site, score, guard, rows) if counts is None else counts
         if isinstance(counts, tuple) and all(c >= h for c, h in zip(counts, site.held, strict=True)):
             return Reduction.identity((site.shape[0], site.heads), site.shape[1], site.device)
         score = parts.score.refine(site, score, guard, counts)

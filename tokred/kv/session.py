@@ -13,6 +13,8 @@ from torch import Tensor
 
 from tokred.errors import TokredError
 from tokred.kv.policy import CachePolicy
+from tokred.kv.repeat import Probe, Repeats
+from tokred.kv.scores.reconstruction import REPEATED
 from tokred.kv.site import CacheSite
 from tokred.reduction import Reduction
 
@@ -74,6 +76,12 @@ class _Pending(NamedTuple):
     site: CacheSite
 
 
+class _Waiting(NamedTuple):
+    layer: Layer
+    site: CacheSite
+    decide: bool
+
+
 class Session:
     """The policy of one cache.
 
@@ -85,6 +93,7 @@ class Session:
         prompt: slots of the prompt, where they are known before its last forward; None: the first forward's.
         steps: tokens that will be generated, where that is known.
         drafting: whether later forwards of several tokens are drafts to be verified, and no second turn.
+        probe: reads the attention of forwards that repeat the context; None in all other forwards.
     """
 
     def __init__(self, policy: CachePolicy, depth: int) -> None:
@@ -97,7 +106,9 @@ class Session:
         self.prompt: int | None = None
         self.steps: int | None = None
         self.drafting = False
+        self.probe: Probe | None = None
         self.streams: dict[int, tuple[Tensor, Tensor]] = {}
+        self._waiting: dict[int, _Waiting] = {}
         self._pending: dict[int, _Pending] = {}
         self._preferences: dict[int, list[float]] = {}
 
@@ -112,20 +123,26 @@ class Session:
         """Whether the policy has to see the forward that ends at ``after`` slots."""
         if self.idle:
             return False
+        if self.probe is not None:
+            return True
         prompt = self._prompt(clock, after)
         return clock.prompt < 0 or not clock.lengths or not self.parts.when.over(prompt, after)
 
     def wants_stream(self, clock: Clock) -> bool:
         """Whether the residual stream around this layer's attention is to be measured."""
-        return "stream" in self.parts.budget.reads and not clock.lengths and not self.idle
+        measured = self.probe is not None or self.idle or bool(clock.lengths)
+        return "stream" in self.parts.budget.reads and not measured
 
     def ends_prompt(self, clock: Clock, before: int, after: int) -> int | None:
         """Slots of a prompt that ends inside a forward, before drafts; None where none does."""
         prompt = self._prompt(clock, after)
-        return prompt if before < prompt < after and not self.idle else None
+        return prompt if before < prompt < after and not self.idle and self.probe is None else None
 
     def observe(self, layer: Layer, site: CacheSite, before: int) -> None:
         """Everything that happens to a layer after its attention, in a forward that began at ``before`` slots."""
+        if self.probe is not None:
+            self.probe.see(site)
+            return
         clock, after, when = layer.clock, site.seen, self.parts.when
         if clock.prompt < 0:
             clock.prompt = self._prompt(clock, after)
@@ -147,11 +164,41 @@ class Session:
 
     def begin(self) -> None:
         """The begin of a forward: nothing is left of one that broke off."""
-        self._pending, self._preferences = {}, {}
+        self._pending, self._preferences, self._waiting = {}, {}, {}
+
+    # ------------------------------------------------------------------ scores that are known after more forwards
+
+    @property
+    def repeats(self) -> Repeats | None:
+        """How the context is to be fed again; None: it need not be."""
+        return None if self.idle else self.parts.score.repeats
+
+    def records(self, clock: Clock, after: int) -> bool:
+        """Whether the tokens of a forward that ended at ``after`` slots will have to be repeated."""
+        return bool(self._waiting) or not self.parts.when.over(self._prompt(clock, after), after)
+
+    @property
+    def waiting(self) -> CacheSite | None:
+        """One layer that waits for its score, as it was after its attention; None where none does."""
+        return next((w.site for w in self._waiting.values()), None)
+
+    def judged(self, probe: Probe) -> None:
+        """The context has been repeated: score the layers that wait, and evict."""
+        waiting, self._waiting = self._waiting, {}
+        for i, (layer, site, decide) in sorted(waiting.items()):
+            layer.rows[REPEATED] = probe.scores(i, site, layer.rows.get(REPEATED))
+            site.rows, site.notes = layer.rows, layer.notes
+            self._shrink(layer, site, decide)
+            self._remember(layer, site)
+
+    # ------------------------------------------------------------------ the end of a forward
 
     def finish(self) -> None:
         """The end of a forward: decide what could not be decided layer by layer."""
         pending, self._pending = self._pending, {}
+        if self.parts.budget.spread == "together":
+            self._together(pending)
+            return
         if self.parts.budget.spread != "forward":
             if pending:
                 self._preferences = {}
@@ -179,7 +226,7 @@ class Session:
         """Forget the cache's past."""
         self.prompt = self.steps = None
         self.drafting = False
-        self.streams, self._pending, self._preferences = {}, {}, {}
+        self.streams, self._pending, self._preferences, self._waiting = {}, {}, {}, {}
 
     def state(self) -> dict[str, Any]:
         """What a snapshot keeps."""
@@ -198,11 +245,29 @@ class Session:
         return after if self.prompt is None else self.prompt
 
     def _evict(self, layer: Layer, site: CacheSite, decide: bool) -> None:
-        """Score and shrink; ``decide``: the budget is decided anew, and not only kept to."""
+        """Score and shrink, now or when the context has been repeated.
+
+        Args:
+            layer, site: which.
+            decide: the budget is decided anew, and not only kept to.
+        """
+        if self.parts.score.repeats is None:
+            self._shrink(layer, site, decide)
+            return
+        if decide and self.parts.budget.spread == "cascade":
+            budget: Any = self.parts.budget
+            self._preferences[site.layer] = budget.preference(site)
+        self._waiting[site.layer] = _Waiting(layer, site.without_queries(), decide)
+
+    def _shrink(self, layer: Layer, site: CacheSite, decide: bool) -> None:
         budget: Any = self.parts.budget
         score = self.parts.score(site)
         if budget.spread == "layer":
             self._apply(layer, site, score, budget.rows(site))
+            return
+        if budget.spread == "together":
+            layer.rows[_SCORE] = score
+            self._pending[site.layer] = _Pending(layer, site.without_queries())
             return
         if not decide and layer.clock.rows:
             self._apply(layer, site, score, layer.clock.rows)
@@ -210,12 +275,13 @@ class Session:
         layer.rows[_SCORE] = score
         self._pending[site.layer] = _Pending(layer, site)
         if budget.spread == "cascade":
-            self._preferences[site.layer] = budget.preference(site)
+            if site.layer not in self._preferences:
+                self._preferences[site.layer] = budget.preference(site)
             self._cascade(site)
 
     def _cascade(self, site: CacheSite) -> None:
         budget: Any = self.parts.budget
-        known = sorted(self._preferences)
+        known = sorted(i for i in self._preferences if i <= site.layer)
         shares = [
             budget.divide(
                 [self._preferences[i][b] for i in known], n, budget.mean(n, site.place, self.depth), self.depth
@@ -232,6 +298,23 @@ class Session:
                 else old.at(layer.keys, layer.values, layer.positions, layer.ragged, layer.weights)
             )
             self._apply(layer, now, layer.rows[_SCORE], rows)
+
+    def _together(self, pending: dict[int, _Pending]) -> None:
+        if not pending:
+            return
+        budget: Any = self.parts.budget
+        order = [pending[i] for i in sorted(pending)]
+        scores = [p.layer.rows.pop(_SCORE) for p in order]
+        rows = [tuple(budget.mean(n, p.site.place, self.depth) for n in p.site.base) for p in order]
+        rows = [self.policy.at_least(p.site, r) for p, r in zip(order, rows, strict=True)]
+        guards = [self.policy.guarded(p.site, r) for p, r in zip(order, rows, strict=True)]
+        counts = budget.together([p.site for p in order], scores, guards)
+        if counts is None:
+            return
+        for p, score, each, count in zip(order, scores, rows, counts, strict=True):
+            step = self.policy.shrink(p.site, score, each, count)
+            if not step.trivial:
+                p.layer.apply(step, self.parts.fate.merge_score)
 
     def _apply(self, layer: Layer, site: CacheSite, score: Tensor, rows: tuple[int, ...]) -> None:
         step = self.policy.shrink(site, score, rows)

@@ -312,6 +312,12 @@ class CacheSite(Site):
                     out[i : i + 1, some, index] = score(*(t[i : i + 1, some].index_select(2, index) for t in tensors))
         return out
 
+    def without_queries(self) -> CacheSite:
+        """The same, holding no queries: for choices that come later."""
+        other = copy.copy(self)
+        other._values = {**self._values, "q": None}
+        return other
+
     def at(self, k: Tensor, v: Tensor, positions: Tensor | None, ragged: bool, weights: Tensor | None) -> CacheSite:
         """The same layer after its rows have changed; for choices that need no queries any more."""
         other = copy.copy(self)

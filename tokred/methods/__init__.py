@@ -33,6 +33,7 @@ TARGETS = {
     "keyformer": "tokred.methods.keyformer:Keyformer",
     "knorm": "tokred.methods.knorm:KNorm",
     "kv": "tokred.methods.kv:KVPolicy",
+    "kvzip": "tokred.methods.kvzip:KVzip",
     "lagkv": "tokred.methods.lagkv:LagKV",
     "observed_attention": "tokred.methods.observed_attention:ObservedAttention",
     "pyramidkv": "tokred.methods.pyramidkv:PyramidKV",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tokred.kv.budgets.adaptive import Adaptive
+from tokred.kv.budgets.everywhere import Global
 from tokred.kv.budgets.growing import Growing
 from tokred.kv.budgets.preference import Preference
 from tokred.kv.budgets.pyramid import Pyramid
@@ -10,4 +11,4 @@ from tokred.kv.budgets.split import Split
 from tokred.kv.budgets.squeeze import Squeeze
 from tokred.kv.budgets.uniform import Uniform
 
-__all__ = ["Adaptive", "Growing", "Preference", "Pyramid", "Split", "Squeeze", "Uniform"]
+__all__ = ["Adaptive", "Global", "Growing", "Preference", "Pyramid", "Split", "Squeeze", "Uniform"]

@@ -12,6 +12,7 @@ from tokred.kv.scores.lag_relative import LagRelative
 from tokred.kv.scores.last_query import LastQuery
 from tokred.kv.scores.random import Random
 from tokred.kv.scores.recency import Recency
+from tokred.kv.scores.reconstruction import Reconstruction
 from tokred.kv.scores.spread import Dispersion
 from tokred.kv.scores.window import Judges, Window
 
@@ -29,5 +30,6 @@ __all__ = [
     "Observed",
     "Random",
     "Recency",
+    "Reconstruction",
     "Window",
 ]

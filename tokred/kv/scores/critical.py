@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokred.kv.parts import Score, as_part
+from tokred.kv.repeat import Repeats
 from tokred.kv.select import Counts, kept_mask
 from tokred.kv.site import CacheSite
 from tokred.schedules import check_share
@@ -60,6 +61,11 @@ class Critical(Score):
     def recent(self) -> int:
         """As the inner score."""
         return self.wrapped.recent
+
+    @property
+    def repeats(self) -> Repeats | None:
+        """As the inner score."""
+        return self.wrapped.repeats
 
     @property
     def needs(self) -> frozenset[str]:

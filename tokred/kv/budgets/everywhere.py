@@ -1,0 +1,70 @@
+"""All layers and heads share the rows by their scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tokred.kv.parts import Budget, check_amount
+from tokred.kv.select import kept_mask
+from tokred.kv.site import CacheSite, Place
+from tokred.schedules import kept
+
+
+@dataclass(frozen=True)
+class Global(Budget):
+    """The highest scores of all layers and heads of a sample stay, so that layers and heads keep different numbers.
+
+    For scores that mean the same everywhere, such as attention. Until the last layer has attended nothing is evicted.
+
+    Args:
+        amount: a share in (0, 1], tokens of a layer and head on average, or bytes.
+
+    Source: Kim et al., KVzip, NeurIPS 2025 (arXiv 2505.23416).
+    """
+
+    name: ClassVar[str] = "global"
+    spread: ClassVar[str] = "together"
+
+    amount: float | int | str = 0.5
+
+    def __post_init__(self) -> None:
+        check_amount(self.amount)
+
+    def total(self, n: int, place: Place | None, depth: int) -> int:
+        """Rows of all layers and heads together of a sample of ``n`` tokens; a share evicts ``int`` of the rest."""
+        heads = 1 if place is None else place.heads
+        if isinstance(self.amount, float):
+            every = n * depth * heads
+            return every - kept(every, 1 - self.amount)
+        return depth * heads * min(n, self.mean(n, place, depth))
+
+    def together(
+        self, sites: Sequence[CacheSite], scores: Sequence[Tensor], guards: Sequence[Tensor]
+    ) -> list[Tensor] | None:
+        """Rows of each head, ``[B, Hk]`` for each layer; None where everything stays.
+
+        Args:
+            sites, scores, guards: of each layer: scores ``[B, Hk, K]``, and bool that broadcasts to them.
+        """
+        place, depth = sites[0].place, len(sites)
+        totals = [self.total(n, place, depth) for n in sites[0].base]
+        flat, sure = [], []
+        for site, score, guard in zip(sites, scores, guards, strict=True):
+            real = site.real
+            guard = guard.expand_as(score)
+            flat.append((score if real is None else score.masked_fill(~real, -torch.inf)).flatten(1))
+            sure.append((guard if real is None else guard & real).flatten(1))
+        score, guard = torch.cat(flat, 1), torch.cat(sure, 1)
+        held = [sum(site.held[b] for site in sites) * sites[0].heads for b in range(len(totals))]
+        if all(t >= h for t, h in zip(totals, held, strict=True)):
+            return None
+        count = torch.tensor(totals, device=score.device)[:, None]
+        count = torch.maximum(count, guard.sum(1, keepdim=True))
+        chosen = kept_mask(score[:, None], (score > -torch.inf)[:, None], guard[:, None], count)[:, 0]
+        parts = torch.split(chosen, [part.shape[1] for part in flat], 1)
+        return [part.view(s.shape).sum(-1) for part, s in zip(parts, scores, strict=True)]

@@ -1,0 +1,91 @@
+"""How much each row helps the model to repeat the context."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from tokred.errors import MissingInputError
+from tokred.kv.parts import Score, check_count
+from tokred.kv.repeat import Repeats
+from tokred.kv.site import CacheSite
+
+REPEATED = "repeated"
+
+
+@dataclass(frozen=True)
+class Reconstruction(Score):
+    """The largest attention that a row receives while the model is fed the context once more, piece by piece.
+
+    The repeated tokens share their attention out among the sinks, the piece of the context that they repeat, and
+    themselves; they leave the cache again. No question has to be at hand.
+
+    Args:
+        chunk: tokens of the context that one forward repeats.
+        sinks: first tokens (a chat template's), which are not repeated and stand above all others.
+        instruction: token ids before the first piece, such as those of "Repeat the previous context exactly."; None:
+            the plain repetition.
+        later: token ids before each other piece, such as those of "Repeat the part of the previous context exactly,
+            starting with"; None: as ``instruction``.
+        overlap: tokens of the piece before, which follow the later instruction and say where it starts.
+
+    Source: Kim et al., KVzip, NeurIPS 2025 (arXiv 2505.23416).
+    """
+
+    name: ClassVar[str] = "reconstruction"
+    reads: ClassVar[frozenset[str]] = frozenset({"q", "k"})
+    accumulates: ClassVar[bool] = True
+
+    chunk: int = 2048
+    sinks: int = 4
+    instruction: tuple[int, ...] | None = None
+    later: tuple[int, ...] | None = None
+    overlap: int = 8
+
+    def __post_init__(self) -> None:
+        check_count(self.chunk, "chunk", 1)
+        check_count(self.sinks, "sinks")
+        check_count(self.overlap, "overlap")
+        for name in ("instruction", "later"):
+            object.__setattr__(self, name, check_ids(getattr(self, name), name))
+
+    @property
+    def repeats(self) -> Repeats:
+        """The pieces and what comes before them."""
+        first = self.instruction or ()
+        return Repeats(self.chunk, self.sinks, first, first if self.later is None else self.later, self.overlap)
+
+    def __call__(self, site: CacheSite) -> Tensor:
+        """What the forwards that repeat have found.
+
+        Raises:
+            MissingInputError: there were none.
+        """
+        found = site.rows.get(REPEATED)
+        if found is None:
+            raise MissingInputError(
+                "the reconstruction score is known after forwards that repeat the context, which a site alone cannot "
+                "run: apply the policy to a model"
+            )
+        return found
+
+
+def check_ids(value: object, argument: str) -> tuple[int, ...] | None:
+    """Token ids as a tuple; None stays None.
+
+    Raises:
+        TypeError: a text, whose tokenizer is not known here, or something else that holds no ids.
+        ValueError: an id is negative.
+    """
+    if value is None:
+        return None
+    listed = value if isinstance(value, str) else getattr(value, "tolist", lambda: value)()
+    if isinstance(listed, str) or not isinstance(listed, list | tuple):
+        raise TypeError(f"{argument} must be token ids, as tokenizer.encode(text) gives them, got {value!r}")
+    if any(isinstance(i, bool) or not isinstance(i, int) for i in listed):
+        raise TypeError(f"{argument} must be a flat list of token ids, got {value!r}")
+    if any(i < 0 for i in listed):
+        raise ValueError(f"{argument} must be token ids of at least 0, got {value!r}")
+    return tuple(listed)
