@@ -232,7 +232,7 @@ def cache_settings(model: nn.Module) -> Any:
     raise NothingRecordedError("no policy acts on the model's cache: call tokred.apply(model, ...) first")
 
 
-def kv_cache(model: nn.Module, *, prompt: int | None = None, steps: int | None = None) -> Any:
+def kv_cache(model: nn.Module, *, prompt: int | None = None, steps: int | None = None, layout: str = "auto") -> Any:
     """An empty cache for a model that is patched with a policy, to be given as ``past_key_values``.
 
     ``generate`` makes one by itself; this is for loops of one's own, and for many questions on one context.
@@ -241,14 +241,18 @@ def kv_cache(model: nn.Module, *, prompt: int | None = None, steps: int | None =
         model: patched with a policy for its cache.
         prompt: tokens of the prompt, padding counted, where it comes in several forwards; None: the first forward's.
         steps: tokens that will be generated, which Keyformer's temperature depends on.
+        layout: how rows are held where heads or samples keep different numbers. ``"rectangle"``: as many rows for each
+            as for the longest. ``"flat"``: one head after the other, without empty rows. ``"auto"``: flat where a
+            rectangle would hold more than 15 % of empty rows.
 
     Returns:
         A transformers cache with ``snapshot()``, ``restore(snapshot)``, ``layer_rows()`` and ``nbytes``.
 
     Raises:
         NothingRecordedError: the model has no policy.
+        ValueError: there is no such layout.
     """
-    cache = cache_settings(model).cache()
+    cache = cache_settings(model).cache(layout)
     cache.session.prompt, cache.session.steps = prompt, steps
     return cache
 

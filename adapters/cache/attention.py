@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tokred.adapters.cache.flat import attend_to_both
 from tokred.adapters.cache.layer import TokLayer
 from tokred.adapters.cache.masks import MaskSpec, mask_function
 from tokred.adapters.cache.rope import LayerRope
@@ -80,7 +81,7 @@ def attention(
         mask = attention_mask.stock(name) if isinstance(attention_mask, MaskSpec) else attention_mask
         return _stock(module, name, query, key, value, mask, scaling, dropout, options)
     layer.waiting = False
-    if layer.keys is None or key.shape[:3] != layer.keys.shape[:3]:
+    if key.shape[:3] != layer.newest[0].shape[:3]:
         raise UnsupportedModelError(f"{type(module).__name__} attends to other keys than its cache holds")
     if not isinstance(attention_mask, MaskSpec) or options.get("position_bias") is not None:
         raise UnsupportedModelError(
@@ -94,32 +95,34 @@ def attention(
     # The prompt's last forward also holds drafts: the prompt attends, votes and is compressed as if it were alone.
     drafts = layer.detach_newest(layer.seen - cut)
     count = cut - before
-    assert layer.keys is not None
-    assert layer.values is not None
     rope = None if seat.rope is None else seat.rope.part(count)
     first = call._replace(spec=call.spec.part(count, cut), seat=seat._replace(rope=rope))
-    prompt, _ = _attend_and_act(first, layer, query[:, :, :count], layer.keys, layer.values, before)
+    prompt, _ = _attend_and_act(first, layer, query[:, :, :count], *layer.newest, before)
     layer.append(*drafts)
-    rest, _ = _attend_and_act(call, layer, query[:, :, count:], layer.keys, layer.values, cut)
+    rest, _ = _attend_and_act(call, layer, query[:, :, count:], *layer.newest, cut)
     return torch.cat([prompt, rest], 1), None
 
 
 def _attend_and_act(
     call: _Call, layer: TokLayer, query: Tensor, key: Tensor, value: Tensor, before: int
 ) -> tuple[Tensor, Tensor | None]:
-    spec = call.spec
-    open_to_all = query.shape[2] == 1 and spec.plain and spec.key_mask is None and not layer.ragged
-    if layer.compressed and open_to_all and layer.weights is None:
+    spec, seat = call.spec, call.seat
+    one = query.shape[2] == 1 and spec.plain and layer.weights is None
+    if layer.compressed and one and spec.key_mask is None and not layer.ragged:
         # One query that sees every row needs no mask, as with a dense cache of that length.
-        out = _stock(
-            call.module, call.seat.implementation, query, key, value, None, call.scaling, call.dropout, call.options
-        )
+        rest = call.scaling, call.dropout, call.options
+        out = _stock(call.module, seat.implementation, query, key, value, None, *rest)
     elif not layer.compressed and spec.arguments["q_length"] == query.shape[2]:
-        mask = spec.stock(call.seat.implementation)
-        out = _stock(
-            call.module, call.seat.implementation, query, key, value, mask, call.scaling, call.dropout, call.options
-        )
+        rest = call.scaling, call.dropout, call.options
+        out = _stock(call.module, seat.implementation, query, key, value, spec.stock(seat.implementation), *rest)
+    elif layer.flat is not None and one and not call.dropout:
+        # Flat rows are real and lie behind the query; those that came since, its own among them, may be padding.
+        mask = None if spec.key_mask is None else spec.key_mask[:, layer.seen - key.shape[2] : layer.seen]
+        heads = attend_to_both(query, layer.flat, key, value, mask, call.scaling, call.softcap)
+        out = heads.transpose(1, 2).contiguous(), None
     else:
+        if layer.flat is not None:
+            key, value = layer.keys, layer.values  # type: ignore[assignment]  # there are rows
         out = _compressed(call, layer, query, key, value, before), None
     if layer.session.watches(layer.clock, layer.seen):
         with torch.no_grad():
@@ -129,12 +132,11 @@ def _attend_and_act(
 
 def _site(call: _Call, layer: TokLayer, query: Tensor) -> CacheSite:
     projection = call.seat.projection
-    assert layer.keys is not None
-    assert layer.values is not None
+    keys, values = layer.shown()
     return CacheSite(
         q=query.detach(),
-        k=layer.keys.detach(),
-        v=layer.values.detach(),
+        k=keys,
+        v=values,
         positions=layer.positions,
         seen=layer.seen,
         padding=call.spec.padding(layer.seen),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokred.kv.parts import Fate, check_count
-from tokred.kv.select import Counts, keep, kept_mask, largest, rows_of
+from tokred.kv.select import Counts, equal, keep, kept_mask, largest, rows_of
 from tokred.kv.site import CacheSite
 from tokred.reduction import Reduction
 
@@ -96,7 +96,7 @@ class Merge(Fate):
         slot = kept.long().cumsum(-1) - 1
         target = torch.where(into < 0, -1, slot.gather(-1, into.clamp(min=0)))
         source = torch.arange(kept.shape[-1], device=kept.device).expand_as(kept)
-        mask = None if site.real is None else meant
+        mask = None if site.real is None and equal(counts) else meant
         return Reduction(index, source, target, kept.shape[-1], mask=mask, mode="mean")
 
     def _first(

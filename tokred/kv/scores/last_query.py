@@ -33,4 +33,4 @@ class LastQuery(Score):
 
     def __call__(self, site: CacheSite) -> Tensor:
         """The last row of the attention."""
-        return site.columns(1).mean(1, keepdim=True).expand(site.k.shape[:3])
+        return site.columns(1).mean(1, keepdim=True).expand(site.extent)

@@ -27,4 +27,4 @@ class Random(Score):
     def __call__(self, site: CacheSite) -> Tensor:
         """Uniform in [0, 1)."""
         drawn = hash_uniform(site.seen, self.seed, site.layer, device=site.device).float()
-        return drawn[site.token.clamp(max=site.seen - 1)].expand(site.k.shape[:3])
+        return drawn[site.token.clamp(max=site.seen - 1)].expand(site.extent)

@@ -22,4 +22,4 @@ class Recency(Score):
 
     def __call__(self, site: CacheSite) -> Tensor:
         """The number of the token."""
-        return site.token.double().expand(site.k.shape[:3])
+        return site.token.double().expand(site.extent)
