@@ -143,6 +143,93 @@ def flux() -> nn.Module:
     ).eval()
 
 
+FRAMES = 3
+
+
+def cogvideox() -> nn.Module:
+    """CogVideoX-2b: text first, projected together with the clip, positions added at the input."""
+    return _cogvideox()
+
+
+def cogvideox_rotary() -> nn.Module:
+    """CogVideoX-5b: rotary embedding."""
+    return _cogvideox(use_rotary_positional_embeddings=True)
+
+
+def _cogvideox(**more: Any) -> nn.Module:
+    from diffusers import CogVideoXTransformer3DModel
+
+    torch.manual_seed(0)
+    return CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=8,
+        text_embed_dim=12,
+        num_layers=2,
+        sample_width=16,
+        sample_height=16,
+        sample_frames=4 * (FRAMES - 1) + 1,
+        max_text_seq_length=5,
+        **more,
+    ).eval()
+
+
+def wan() -> nn.Module:
+    """Wan: rotary embedding, text by cross-attention."""
+    from diffusers import WanTransformer3DModel
+
+    torch.manual_seed(0)
+    return WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=12,
+        freq_dim=8,
+        ffn_dim=32,
+        num_layers=2,
+    ).eval()
+
+
+def hunyuan() -> nn.Module:
+    """HunyuanVideo: text last and masked, rotary embedding, double and single blocks."""
+    return _hunyuan()
+
+
+def hunyuan_first_frame() -> nn.Module:
+    """HunyuanVideo that is given an image: the tokens of the first frame have gates of their own."""
+    return _hunyuan(image_condition_type="token_replace")
+
+
+def _hunyuan(**more: Any) -> nn.Module:
+    from diffusers import HunyuanVideoTransformer3DModel
+
+    torch.manual_seed(0)
+    return HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=1,
+        num_single_layers=2,
+        num_refiner_layers=1,
+        text_embed_dim=12,
+        pooled_projection_dim=10,
+        rope_axes_dim=(2, 2, 4),
+        guidance_embeds=False,
+        **more,
+    ).eval()
+
+
+CLIPS = {
+    "cogvideox": cogvideox,
+    "cogvideox_rotary": cogvideox_rotary,
+    "wan": wan,
+    "hunyuan": hunyuan,
+    "hunyuan_first_frame": hunyuan_first_frame,
+}
 MODELS = {
     "unet": unet,
     "sd15": sd15,
@@ -152,6 +239,7 @@ MODELS = {
     "pixart": pixart,
     "sd3": sd3,
     "flux": flux,
+    **CLIPS,
 }
 
 
@@ -162,6 +250,8 @@ def inputs(kind: str, size: tuple[int, int] = (16, 16), batch: int = 2, seed: in
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g)
 
+    if kind in CLIPS:
+        return _clip(kind, size, batch, normal)
     sample, time = normal(batch, 1 if kind == "unet" else 4, *size), torch.full((batch,), 7)
     if kind == "unet":
         return {"sample": sample, "timestep": 7}
@@ -185,6 +275,26 @@ def inputs(kind: str, size: tuple[int, int] = (16, 16), batch: int = 2, seed: in
     given: dict[str, Any] = {"sample": sample, "timestep": 7, "encoder_hidden_states": text}
     if kind == "sdxl":
         given["added_cond_kwargs"] = {"text_embeds": normal(batch, 10), "time_ids": torch.ones(batch, 6)}
+    return given
+
+
+def _clip(kind: str, size: tuple[int, int], batch: int, normal: Any) -> dict[str, Any]:
+    high, wide = size
+    given = {"encoder_hidden_states": normal(batch, 5, 12), "timestep": torch.full((batch,), 7)}
+    if not kind.startswith("cogvideox"):
+        given["hidden_states"] = normal(batch, 4, FRAMES, high, wide)
+    else:
+        given["hidden_states"] = normal(batch, FRAMES, 4, high, wide)
+    if kind == "cogvideox_rotary":
+        from diffusers.models.embeddings import get_3d_rotary_pos_embed
+
+        grid = (high // 2, wide // 2)
+        table = get_3d_rotary_pos_embed(16, ((0, 0), grid), grid, FRAMES, device=torch.device("cpu"))
+        given["image_rotary_emb"] = table
+    if kind.startswith("hunyuan"):
+        mask = torch.ones(batch, 5)
+        mask[0, 3:] = 0
+        given |= {"encoder_attention_mask": mask, "pooled_projections": normal(batch, 10)}
     return given
 
 
