@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
+from tokred.adapters.cache.flat import LAYOUTS
 from tokred.adapters.cache.layer import TokLayer
 from tokred.errors import TokenStateError
 from tokred.kv.policy import CachePolicy
@@ -14,7 +15,10 @@ from tokred.kv.session import Session
 
 
 class LayerRows(NamedTuple):
-    """One layer of a cache: slots seen, rows held, and bytes; ``dense_bytes`` is what all slots would take."""
+    """One layer of a cache: slots seen, rows held, and bytes; ``dense_bytes`` is what all slots would take.
+
+    Rows are those of the longest head, or where rows lie flat the mean over heads and samples, rounded up.
+    """
 
     layer: int
     seen: int
@@ -125,26 +129,32 @@ class TokCache(DynamicCache):  # type: ignore[misc]
 
 
 def _rows(index: int, layer: Any) -> LayerRows:
+    if isinstance(layer, TokLayer):
+        return LayerRows(index, layer.seen, layer.held, layer.nbytes, layer.row_bytes * layer.seen)
     keys: Tensor | None = getattr(layer, "keys", None)
     values: Tensor | None = getattr(layer, "values", None)
     if keys is None or values is None or keys.numel() == 0:
         return LayerRows(index, 0, 0, 0, 0)
-    held = layer.nbytes if isinstance(layer, TokLayer) else keys.nbytes + values.nbytes
-    seen, rows = int(layer.get_seq_length()), keys.shape[2]
-    full = seen if isinstance(layer, TokLayer) else rows
-    return LayerRows(index, seen, rows, held, (keys.nbytes + values.nbytes) // rows * full)
+    held = keys.nbytes + values.nbytes
+    return LayerRows(index, int(layer.get_seq_length()), keys.shape[2], held, held)
 
 
-def make_cache(config: Any, policy: CachePolicy, compressed: tuple[int, ...]) -> TokCache:
+def make_cache(config: Any, policy: CachePolicy, compressed: tuple[int, ...], layout: str = "auto") -> TokCache:
     """An empty cache for a model.
 
     Args:
         config: of the decoder.
         policy: what happens to its rows.
         compressed: the layers that the policy acts on.
+        layout: how they hold rows, see :class:`TokLayer`.
+
+    Raises:
+        ValueError: there is no such layout.
     """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout is {layout!r}; allowed are {', '.join(map(repr, LAYOUTS))}")
     cache = TokCache(config=config)
-    _take_over(cache, policy, compressed)
+    _take_over(cache, policy, compressed, layout)
     return cache
 
 
@@ -181,7 +191,7 @@ def adopt(cache: Any, config: Any, policy: CachePolicy, compressed: tuple[int, .
     return cache  # type: ignore[no-any-return]
 
 
-def _take_over(cache: Any, policy: CachePolicy, compressed: tuple[int, ...]) -> None:
+def _take_over(cache: Any, policy: CachePolicy, compressed: tuple[int, ...], layout: str = "auto") -> None:
     cache.session = Session(policy, len(compressed))
     for index, layer in enumerate(compressed):
-        cache.layers[layer] = TokLayer(cache.session, index)
+        cache.layers[layer] = TokLayer(cache.session, index, layout)

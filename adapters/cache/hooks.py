@@ -50,9 +50,9 @@ class CacheSettings:
         self.__dict__.update(state)
         register(self.implementation)
 
-    def cache(self) -> TokCache:
-        """An empty cache."""
-        return make_cache(self.config, self.policy, self.compressed)
+    def cache(self, layout: str = "auto") -> TokCache:
+        """An empty cache that holds its rows as ``layout`` says."""
+        return make_cache(self.config, self.policy, self.compressed, layout)
 
     def undo(self) -> None:
         """Give the model its own attention back."""

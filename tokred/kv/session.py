@@ -15,7 +15,7 @@ from tokred.errors import TokredError
 from tokred.kv.policy import CachePolicy
 from tokred.kv.repeat import Probe, Repeats
 from tokred.kv.scores.reconstruction import REPEATED
-from tokred.kv.site import CacheSite
+from tokred.kv.site import CacheSite, Made
 from tokred.reduction import Reduction
 
 _SCORE = "score"
@@ -58,14 +58,15 @@ class Clock:
 class Layer(Protocol):
     """What a session needs of a cache layer."""
 
-    keys: Any
-    values: Any
     positions: Tensor | None
     ragged: bool
     weights: Tensor | None
     rows: dict[str, Tensor]
     notes: dict[str, Any]
     clock: Clock
+
+    def shown(self) -> tuple[Tensor | Made, Tensor | Made]:
+        """Keys and values ``[B, Hk, K, D]`` as a site takes them."""
 
     def apply(self, step: Reduction, merge_score: str) -> None:
         """Replace the rows by what ``step`` makes of them."""
@@ -219,7 +220,7 @@ class Session:
         for i, (layer, site) in pending.items():
             rows = tuple(share[i] for share in shares)
             layer.clock.rows = rows
-            now = site.at(layer.keys, layer.values, layer.positions, layer.ragged, layer.weights)
+            now = site.at(*layer.shown(), layer.positions, layer.ragged, layer.weights)
             self._apply(layer, now, layer.rows.pop(_SCORE), rows)
 
     def reset(self) -> None:
@@ -295,7 +296,7 @@ class Session:
             now = (
                 old
                 if i == site.layer
-                else old.at(layer.keys, layer.values, layer.positions, layer.ragged, layer.weights)
+                else old.at(*layer.shown(), layer.positions, layer.ragged, layer.weights)
             )
             self._apply(layer, now, layer.rows[_SCORE], rows)
 

@@ -58,6 +58,18 @@ class Rope(Protocol):
         """Cosines and sines ``[D]`` of ``count`` positions from ``start`` on, averaged."""
 
 
+class Made(NamedTuple):
+    """Keys or values that are put together only when someone reads them.
+
+    Attributes:
+        like: of their shape, type and device, but without memory of that size.
+        make: gives them.
+    """
+
+    like: Tensor
+    make: Callable[[], Tensor]
+
+
 class Place(NamedTuple):
     """What a budget in bytes has to know: how many layers share it, and what a row of one head costs."""
 
@@ -70,8 +82,8 @@ class CacheSite(Site):
 
     Args:
         q: ``[B, H, M, D]`` queries of the ``M`` newest tokens, as the attention used them.
-        k: ``[B, Hk, K, D]`` keys, the newest ``M`` rows those of the newest tokens.
-        v: ``[B, Hk, K, Dv]`` values.
+        k: ``[B, Hk, K, D]`` keys, the newest ``M`` rows those of the newest tokens; also :class:`Made`.
+        v: ``[B, Hk, K, Dv]`` values; also :class:`Made`.
         positions: ``[B, Hk, K]`` int32 slots of the rows, ``SENTINEL`` in empty ones; None: row ``i`` is slot ``i``.
         seen: slots so far; None: ``K``.
         padding: which of them are real; None: all.
@@ -94,8 +106,8 @@ class CacheSite(Site):
         self,
         *,
         q: Tensor | None = None,
-        k: Tensor,
-        v: Tensor,
+        k: Tensor | Made,
+        v: Tensor | Made,
         positions: Tensor | None = None,
         seen: int | None = None,
         padding: Padding | None = None,
@@ -115,9 +127,12 @@ class CacheSite(Site):
         layer: int = 0,
         depth: int = 1,
     ) -> None:
-        super().__init__(q=q, k=k, v=v, scale=k.shape[-1] ** -0.5 if scale is None else scale, layer=layer, depth=depth)
+        like = k.like if isinstance(k, Made) else k
+        scale = like.shape[-1] ** -0.5 if scale is None else scale
+        super().__init__(q=q, scale=scale, layer=layer, depth=depth)
+        self._hold(k, v)
         self.slots = positions
-        self.seen = k.shape[2] if seen is None else seen
+        self.seen = like.shape[2] if seen is None else seen
         self.padding = padding
         self.ragged = ragged
         self.weights = weights
@@ -135,32 +150,50 @@ class CacheSite(Site):
 
     # ------------------------------------------------------------------ shapes
 
+    def _hold(self, k: Tensor | Made, v: Tensor | Made) -> None:
+        self._like = tuple(x.like if isinstance(x, Made) else x for x in (k, v))
+        made = {name: x.make if isinstance(x, Made) else x for name, x in (("k", k), ("v", v))}
+        self._values = {**self._values, **made}
+
     @property
     def shape(self) -> tuple[int, int]:
         """``(B, K)``."""
-        return (self.k.shape[0], self.k.shape[2])
+        b, _, n = self.extent
+        return (b, n)
+
+    @property
+    def extent(self) -> tuple[int, int, int]:
+        """``(B, Hk, K)``, the shape of scores; asking does not make keys that nobody reads."""
+        b, heads, n, _ = self._like[0].shape
+        return (b, heads, n)
+
+    @property
+    def device(self) -> torch.device:
+        """Where keys and values live."""
+        return self._like[0].device
 
     @property
     def heads(self) -> int:
         """Key/value heads ``Hk``."""
-        return self.k.shape[1]
+        return self.extent[1]
 
     @property
     def lengths(self) -> tuple[int, ...]:
         """Real tokens that each sample has seen, evicted ones included."""
         if self.padding is not None:
             return self.padding.lengths
-        return (self.seen,) * self.k.shape[0]
+        return (self.seen,) * self.extent[0]
 
     @property
     def held(self) -> tuple[int, ...]:
         """Rows that each sample holds at most, padding aside where it is known."""
-        return self.lengths if self.slots is None else (self.k.shape[2],) * self.k.shape[0]
+        b, _, n = self.extent
+        return self.lengths if self.slots is None else (n,) * b
 
     @property
     def place(self) -> Place:
         """Heads, and the bytes of one row of one head: key, value, position, and what the policy keeps for it."""
-        k, v = self.k, self.v
+        k, v = self._like
         row = k.shape[3] * k.element_size() + v.shape[3] * v.element_size() + 4
         return Place(k.shape[1], row + self.state_bytes)
 
@@ -180,7 +213,7 @@ class CacheSite(Site):
         if self.slots is None:
             if self.padding is not None:
                 return self.padding.token[:, None, :]
-            return torch.arange(self.k.shape[2], device=self.device)[None, None]
+            return torch.arange(self.extent[2], device=self.device)[None, None]
         slots = self.slots.long()
         if self.padding is None:
             return slots
@@ -258,7 +291,7 @@ class CacheSite(Site):
             return options
         bias = None if self.weights is None else self.alpha * self.weights.log()
         if real is not None:
-            bias = torch.zeros(self.k.shape[:3], device=self.device) if bias is None else bias
+            bias = torch.zeros(self.extent, device=self.device) if bias is None else bias
             bias = bias.masked_fill(~real, -torch.inf)
         if bias is not None:
             options["bias"] = bias.repeat_interleave(group, 1)
@@ -301,7 +334,7 @@ class CacheSite(Site):
         real = self.real
         if real is None:
             return score(*tensors)
-        b, heads, n = self.k.shape[:3]
+        b, heads, n = self.extent
         out = torch.zeros(b, heads, n, device=self.device)
         together = real.shape[1] == 1
         for i in range(b):
@@ -318,12 +351,14 @@ class CacheSite(Site):
         other._values = {**self._values, "q": None}
         return other
 
-    def at(self, k: Tensor, v: Tensor, positions: Tensor | None, ragged: bool, weights: Tensor | None) -> CacheSite:
+    def at(
+        self, k: Tensor | Made, v: Tensor | Made, positions: Tensor | None, ragged: bool, weights: Tensor | None
+    ) -> CacheSite:
         """The same layer after its rows have changed; for choices that need no queries any more."""
         other = copy.copy(self)
         for name in ("real", "token"):
             other.__dict__.pop(name, None)
-        other._values = {**self._values, "k": k, "v": v}
+        other._hold(k, v)
         other.slots, other.ragged, other.weights = positions, ragged, weights
         return other
 
