@@ -60,7 +60,12 @@ class VScan(Budgeted):
     @property
     def reads(self) -> frozenset[str]:
         """The tokens, their grid, and the class token's attention in two layers."""
-        return frozenset({"x", "grid", "class_attention"})
+        return frozenset({"x", "grid", "class_attention", "tower_layers"})
+
+    @property
+    def tower_layers(self) -> tuple[int, ...]:
+        """The shallow one."""
+        return (self.shallow,)
 
     def choose(self, site: VisualSite) -> Reduction:
         """Scan the windows, scan the image, merge the rest."""

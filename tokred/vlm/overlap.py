@@ -17,8 +17,8 @@ from tokred.reduction import Reduction
 class OverlapReduction(Reduction):
     """A reduction whose slots are weighted sums of members, and a token may be a member of several.
 
-    :attr:`Reduction.target` holds, for every token that stands for no slot, the slot that it counts for most: what
-    sizes, drawings and compositions see.
+    :attr:`Reduction.target` holds, for every token that stands for no slot, the first slot that it is a member of:
+    what sizes, drawings and compositions see.
 
     Attributes:
         member: ``(B, M, K)`` int64, the tokens that are added up in each slot.

@@ -13,6 +13,8 @@ from tokred.site import Site, Stage
 from tokred.vlm.budget import Budget, as_budget, count_of
 from tokred.vlm.site import VisualSite
 
+Space = Literal["x", "tower"]
+
 
 class ProjectorMethod(Method):
     """Base of methods at the stage ``projector``.
@@ -20,14 +22,20 @@ class ProjectorMethod(Method):
     A subclass says how many of ``n`` tokens stay (:meth:`count`) and which (:meth:`choose`).
 
     Attributes:
-        merges: the features that slots are made of: ``"x"``, as they enter the language model, or ``"tower"``: before
-            the projector, which is then run on the merged ones, where the host can do that.
+        space: the features that are merged: ``"x"``, as they enter the language model, or ``"tower"``: before the
+            projector, which then runs on the merged ones, where the host can do that.
+        tower_layers: layers of the tower whose attention :meth:`choose` reads beside that of the features' layer.
     """
 
     stage: ClassVar[Stage] = "projector"
     drops: ClassVar[bool] = True
     uneven: ClassVar[bool] = True
-    merges: ClassVar[Literal["x", "tower"]] = "x"
+    space: Space = "x"
+
+    @property
+    def tower_layers(self) -> tuple[int, ...]:
+        """0-based; negative ones count from the end."""
+        return ()
 
     @abstractmethod
     def count(self, n: int) -> int:
