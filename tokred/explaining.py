@@ -37,7 +37,7 @@ class Explanation(NamedTuple):
     Attributes:
         family: of the denoiser.
         method: that was asked about.
-        size: rows and columns of the sample (the latent).
+        size: rows and columns of the sample (the latent); of a clip: frames, rows and columns.
         levels: finest first.
         macs: of the whole denoiser, unpatched.
         reduced: of the whole denoiser under the method; the method's own work is not counted.
@@ -45,7 +45,7 @@ class Explanation(NamedTuple):
 
     family: str
     method: Method
-    size: tuple[int, int]
+    size: tuple[int, ...]
     levels: tuple[Level, ...]
     macs: int
     reduced: int
@@ -72,7 +72,7 @@ class Explanation(NamedTuple):
         return f"{reason} (ceiling {self.ceiling:.2f}x)" + (f"; {advice}" if nothing and advice else "")
 
     def __str__(self) -> str:
-        head = f"{self.method} on {self.family}, sample {self.size[0]} x {self.size[1]}"
+        head = f"{self.method} on {self.family}, sample {' x '.join(map(str, self.size))}"
         lines = [head, f"{'sub-layer':>9} {'count':>6} {'tokens':>16} {'of the work':>12}"]
         for level in self.levels:
             tokens = f"{level.tokens} -> {level.left}"
@@ -86,7 +86,7 @@ class Explanation(NamedTuple):
         return "\n".join(lines)
 
 
-def explain(model: Any, method: str | Method, size: int | tuple[int, int], **parameters: Any) -> Explanation:
+def explain(model: Any, method: str | Method, size: int | tuple[int, ...], **parameters: Any) -> Explanation:
     """Tokens by resolution, attention's share of the work, and the ceiling of the speed-up, before anything is patched.
 
     Nothing is computed but shapes. Warns where the ceiling is under 5 %.
@@ -94,13 +94,14 @@ def explain(model: Any, method: str | Method, size: int | tuple[int, int], **par
     Args:
         model: a denoiser or a pipeline of diffusers; it is not changed.
         method: a method of the stage ``attention``, or its name.
-        size: of the image in pixels for a pipeline, of the sample (the latent) for a denoiser; a number or
-            ``(height, width)``.
+        size: of the image in pixels for a pipeline, of the sample (the latent) for a denoiser; a number,
+            ``(height, width)``, or for a clip ``(frames, height, width)``.
         parameters: the method's, when it is given by name.
 
     Raises:
         UnsupportedModelError, MissingInputError: as :func:`tokred.apply`.
-        ValueError: the size is not positive, or the method's parameters do not fit the grids there.
+        ValueError: the size is not positive or has frames where it should not, or the method's parameters do not fit
+            the grids there.
     """
     from tokred.api import make
 
@@ -111,14 +112,13 @@ def explain(model: Any, method: str | Method, size: int | tuple[int, int], **par
             f"explain is about denoisers, and {chosen.name!r} acts at stage {chosen.stage!r}: see tokred.flops"
         )
     host.check(chosen)
-    pixels = int(getattr(model, "vae_scale_factor", 1))
-    found = _explained(host, chosen, _size(size, pixels))
+    found = _explained(host, chosen, _size(model, host, size))
     if found.warning:
         warnings.warn(found.warning, stacklevel=2)
     return found
 
 
-def _explained(host: Any, method: AttentionMethod, size: tuple[int, int]) -> Explanation:
+def _explained(host: Any, method: AttentionMethod, size: tuple[int, ...]) -> Explanation:
     from tokred.adapters.diffusion.survey import survey
 
     counted = survey(host, method, size)
@@ -133,8 +133,11 @@ def _explained(host: Any, method: AttentionMethod, size: tuple[int, int]) -> Exp
     return Explanation(host.family, method, size, rows, counted.macs, counted.reduced)
 
 
-def _size(size: int | tuple[int, int], pixels: int) -> tuple[int, int]:
-    high, wide = (size, size) if isinstance(size, int) else size
-    if min(high, wide) < pixels:
-        raise ValueError(f"size must be at least {pixels}, got {size}")
-    return high // pixels, wide // pixels
+def _size(model: Any, host: Any, size: int | tuple[int, ...]) -> tuple[int, ...]:
+    """Of the sample, from pixels and frames where a pipeline is asked about."""
+    from tokred.adapters.diffusion.geometry import sample_size
+
+    given = (size, size) if isinstance(size, int) else tuple(size)
+    pixels = getattr(model, "vae_scale_factor_spatial", getattr(model, "vae_scale_factor", 1))
+    frames = getattr(model, "vae_scale_factor_temporal", 1)
+    return sample_size(given, int(pixels), int(frames) if host.record.frames else 0)

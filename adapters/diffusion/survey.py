@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from tokred.adapters.diffusion.clips import CLIPS, clip
 from tokred.adapters.diffusion.host import DenoiserHost, match
 from tokred.adapters.diffusion.session import Session, SpotRecord
 from tokred.adapters.swap import host_class
@@ -34,16 +35,16 @@ class Survey(NamedTuple):
     spot_macs: tuple[int, ...]
 
 
-def survey(host: DenoiserHost, method: AttentionMethod, size: tuple[int, int]) -> Survey:
-    """Count one forward on a sample of ``size`` rows and columns, without and with the method.
+def survey(host: DenoiserHost, method: AttentionMethod, size: tuple[int, ...]) -> Survey:
+    """Count one forward on a sample of some size, without and with the method.
 
     Args:
         host: of a model, patched or not, which is not changed.
         method: its choice of tokens is not made, only their number.
-        size: of the sample (the latent).
+        size: rows and columns of the sample (the latent); of a clip: frames, rows and columns.
 
     Raises:
-        ValueError: the method's parameters do not fit the grids there.
+        ValueError: the method's parameters do not fit the grids there, or the size has frames where it should not.
     """
     from tokred.adapters.host import unpatch
 
@@ -55,7 +56,7 @@ def survey(host: DenoiserHost, method: AttentionMethod, size: tuple[int, int]) -
     macs, before = _counted(model, own, given)
     own.patch(method, None, "auto")
     session: Session = model.__dict__["_tokred"]
-    session.free, session.fixed = True, (size[0] // own.patch_size, size[1] // own.patch_size)
+    session.free, session.fixed = True, (size[-2] // own.patch_size, size[-1] // own.patch_size)
     reduced, _ = _counted(model, own, given)
     spots = tuple(session.records[key] for key in sorted(session.records))
     return Survey(macs, reduced, spots, tuple(before[spot.name] for spot in spots))
@@ -91,15 +92,26 @@ def _counted(model: nn.Module, host: DenoiserHost, given: dict[str, Any]) -> tup
         finally:
             for handle in handles:
                 handle.remove()
+    # Of a block whose MLP runs beside its attention, the MLP is what is not attention.
+    for part in host.parts:
+        if part.sublayers[-1][2] == "parallel":
+            found[f"{part.name}.mlp"] = found.pop(part.name) - sum(found[name] for name, *_ in part.sublayers[:-1])
     return int(counter.get_total_flops()) // 2, {name: flops // 2 for name, flops in found.items()}
 
 
-def example(model: Any, size: tuple[int, int]) -> dict[str, Any]:
+def example(model: Any, size: tuple[int, ...]) -> dict[str, Any]:
     """Arguments of a forward at batch 1, on the meta device.
 
+    Args:
+        model: a denoiser.
+        size: rows and columns of the sample; of a clip: frames, rows and columns.
+
     Raises:
-        ValueError: the model takes conditions that are not known here.
+        ValueError: the model takes conditions that are not known here, or the size has frames where it should not.
     """
+    if (len(size) == 3) != (host_class(model).__name__ in CLIPS):
+        wanted = "rows and columns" if len(size) == 3 else "frames, rows and columns"
+        raise ValueError(f"the sample of {host_class(model).__name__} has {wanted}, got a size of {size}")
     config, dtype = model.config, next(model.parameters()).dtype
 
     def empty(*shape: int, kind: torch.dtype = dtype) -> Tensor:
@@ -107,6 +119,8 @@ def example(model: Any, size: tuple[int, int]) -> dict[str, Any]:
 
     sample, kind = empty(int(config.in_channels), *size), host_class(model).__name__
     time = empty(kind=torch.int64)
+    if kind in CLIPS:
+        return {"timestep": time, **clip(kind, config, size, empty)}
     if kind == "UNet2DModel":
         return {"sample": sample, "timestep": time, **_classes(model, config, empty)}
     if kind == "UNet2DConditionModel":

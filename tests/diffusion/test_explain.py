@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tokred
-from tests.diffusion.tiny import MODELS, inputs, run, sd15, unet
+from tests.diffusion.tiny import CLIPS, FRAMES, MODELS, inputs, run, sd15, unet
 from tokred.adapters.diffusion.geometry import build
 from tokred.adapters.diffusion.survey import survey
 from tokred.hosts import find
@@ -19,16 +19,14 @@ from tokred.hosts import find
 @pytest.mark.parametrize("kind", list(MODELS))
 def test_tokens_are_those_of_a_forward(kind: str):
     model, given = MODELS[kind](), inputs(kind)
-    before = run(model, given)
+    before, size = run(model, given), (FRAMES, 16, 16) if kind in CLIPS else 16
     for name, parameters in (("tomesd", {"max_downsample": 8, "merge_mlp": True}), ("todo", {"factors": (2, 2)})):
-        if (kind, name) == ("flux", "todo"):
-            continue
-        found = tokred.explain(model, name, 16, **parameters)
+        found = tokred.explain(model, name, size, **parameters)
         assert torch.equal(run(model, given), before), "nothing is patched"
         tokred.apply(model, name, **parameters)
         run(model, given)
         rows = tokred.report(model).sublayers
-        assert found == tokred.explain(model, name, 16, **parameters), "patched or not"
+        assert found == tokred.explain(model, name, size, **parameters), "patched or not"
         tokred.remove(model)
         seen = sorted((row.role, row.tokens, row.left) for row in rows)
         told = sorted((level.role, level.tokens, level.left) for level in found.levels for _ in range(level.sublayers))
@@ -51,6 +49,42 @@ def test_multiply_adds_of_attention_are_those_of_the_formula():
     assert keys.macs - keys.reduced == saved * (2 * (n - m) * c * c + 2 * n * (n - m) * c)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["sd15", "sd3", "flux", "cogvideox_rotary", "wan", "hunyuan"])
+def test_multiply_adds_are_those_of_a_forward(kind: str):
+    """On real tensors, under a method that costs none of its own."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, given = MODELS[kind](), inputs(kind, batch=1)
+    # As many tokens of text as are counted on.
+    lengths = {"sd15": 77, "sd3": 154, "flux": 512, "cogvideox_rotary": 5, "wan": 512, "hunyuan": 256}
+    given["encoder_hidden_states"] = torch.zeros(1, lengths[kind], 12)
+    if kind == "flux":
+        given["txt_ids"] = torch.zeros(512, 3)
+    if kind == "hunyuan":
+        given["encoder_attention_mask"] = torch.ones(1, 256)
+    found = tokred.explain(model, "todo", (FRAMES, 16, 16) if kind in CLIPS else 16, factors=(2, 2))
+    counts = []
+    for method in (None, tokred.ToDo(factors=(2, 2))):
+        if method is not None:
+            tokred.apply(model, method)
+        with FlopCounterMode(display=False) as counter:
+            run(model, given)
+        counts.append(counter.get_total_flops() // 2)
+    assert (found.macs, found.reduced) == tuple(counts)
+
+
+def test_a_clip_has_frames():
+    model = MODELS["wan"]()
+    found = tokred.explain(model, "todo", (FRAMES, 16, 20), factors=(1, 2))
+    assert "sample 3 x 16 x 20" in str(found)
+    assert [(v.tokens, v.left) for v in found.levels if v.role == "self"] == [(FRAMES * 80, FRAMES * 20)]
+    with pytest.raises(ValueError, match=r"the size of a clip is \(frames, height, width\), got \(16, 16\)"):
+        tokred.explain(model, "todo", 16)
+    with pytest.raises(ValueError, match=r"the size of an image is \(height, width\)"):
+        tokred.explain(sd15(), "todo", (3, 16, 16))
+
+
 def test_little_to_gain_warns():
     with pytest.warns(UserWarning, match=r"nothing is reduced at this size \(ceiling 1.00x\); max_downsample is 1"):
         found = tokred.explain(build("sdxl"), "tomesd", 128)
@@ -69,7 +103,7 @@ def test_pipelines_count_pixels():
 
     pipe = stable_diffusion()
     assert tokred.explain(pipe, "todo", (32, 48)).size == (16, 24)
-    with pytest.raises(ValueError, match="size must be at least 2"):
+    with pytest.raises(ValueError, match="height and width must be at least 2"):
         tokred.explain(pipe, "todo", 1)
 
 
@@ -95,7 +129,18 @@ def test_command_line(tmp_path: Path):
     assert code == 0
     assert "256 -> 192" in text
     assert "ceiling of the speed-up" in text
+    code, text = ask("--model", "wan-1.3b", "--method", "todo", "--set", "factors=(1,2)", "--size", "49x480x832")
+    assert code == 0
+    assert "20280 -> 5070" in text
+    MODELS["wan"]().save_pretrained(tmp_path / "clips" / "transformer")
+    (tmp_path / "clips" / "vae").mkdir()
+    (tmp_path / "clips" / "vae" / "config.json").write_text('{"scale_factor_spatial": 8, "scale_factor_temporal": 4}')
+    todo = ("--method", "todo", "--set", "factors=(1,2)")
+    code, text = ask("--model", str(tmp_path / "clips"), *todo, "--size", "9x128x96")
+    assert "sample 3 x 16 x 12" in text
     for arguments, words in (
+        (("--model", "wan-1.3b"), "the size of a clip is (frames, height, width)"),
+        (("--size", "9x64x64"), "the size of an image is (height, width)"),
         (("--model", "sd99"), "is no denoiser"),
         (("--size", "big"), "--size"),
         (("--set", "ratio=2"), "ratio must lie in"),
@@ -106,8 +151,16 @@ def test_command_line(tmp_path: Path):
         assert words in text
 
 
-@pytest.mark.parametrize("name", ["pixart", "sd3", "sd35-medium", "dit-xl-2", "sd21", "flux"])
+@pytest.mark.parametrize("name", ["pixart", "sd3", "sd35-medium", "dit-xl-2", "sd21", "flux", "cogvideox-2b"])
 def test_geometries_build(name: str):
     model = build(name)
     assert next(model.parameters()).device.type == "meta"
     assert sum(p.numel() for p in model.parameters()) > 5e8
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"), [("cogvideox-5b", 5.6), ("wan-1.3b", 1.4), ("wan-14b", 14.3), ("hunyuan-video", 12.8)]
+)
+def test_clips_have_their_size(name: str, billions: float):
+    count = sum(p.numel() for p in build(name).parameters())
+    assert count / 1e9 == pytest.approx(billions, rel=0.03)
