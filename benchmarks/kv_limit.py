@@ -11,7 +11,8 @@ nothing; bytes are what is measured. They are counted from the memory behind the
 taken the rows of a chunk in, which is when most is held.
 
 One row of the CSV: ``tokens`` seen, ``bytes`` held after the forward, ``most`` bytes held at any layer since the row
-before, ``limit``, and ``dense`` bytes of a cache that keeps everything. Policies that refuse have a row with the reason.
+before, ``limit``, and ``dense`` bytes of a cache that keeps everything. Policies that refuse have a row with the
+reason.
 """
 
 from __future__ import annotations

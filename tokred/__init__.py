@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from tokred.methods.kv import KVPolicy
     from tokred.methods.kvzip import KVzip
     from tokred.methods.lagkv import LagKV
+    from tokred.methods.limited import Limited
     from tokred.methods.observed_attention import ObservedAttention
     from tokred.methods.pitome import PiToMe
     from tokred.methods.ppt import PPT
@@ -108,6 +109,7 @@ __all__ = [
     "Keyformer",
     "KthMerge",
     "LagKV",
+    "Limited",
     "Method",
     "MissingInputError",
     "NothingRecordedError",

@@ -99,6 +99,21 @@ class TokCache(DynamicCache):  # type: ignore[misc]
             layer.armed = layer.waiting = False
         self.session.begin()
 
+    def account(self, samples: int, config: Any) -> None:
+        """Under a hard limit, before a forward of ``samples`` samples: write down what is held."""
+        ledger = self.session.ledger
+        if ledger is None:
+            return
+        for layer in self.layers:
+            if isinstance(layer, TokLayer) and self.session.parts.budget.headwise:
+                layer.layout = "flat"  # a rectangle holds empty rows, which nobody counts on
+        ours = {layer.index: -(-layer.nbytes // samples) for layer in self.layers if isinstance(layer, TokLayer)}
+        others = [layer for layer in self.layers if not isinstance(layer, TokLayer)]
+        ledger.open(ours, sum(_rows(0, layer).bytes for layer in others) // samples)
+        ledger.queries = int(config.num_attention_heads)
+        # Windows keep one row less than their size, as a view of rows that they came with.
+        ledger.windows = tuple(int(getattr(layer, "sliding_window", 1)) - 1 for layer in others)
+
     def finish(self) -> None:
         """A forward ends: what could not be decided layer by layer is decided.
 
@@ -126,6 +141,11 @@ class TokCache(DynamicCache):  # type: ignore[misc]
     def nbytes(self) -> int:
         """Bytes that all layers hold."""
         return sum(row.bytes for row in self.layer_rows())
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Most bytes of one sample so far, at any layer of any forward; None without a hard limit."""
+        return None if self.session.ledger is None else self.session.ledger.peak
 
 
 def _rows(index: int, layer: Any) -> LayerRows:

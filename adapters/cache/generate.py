@@ -39,6 +39,10 @@ def _prepare(settings: CacheSettings, config: Any, model_kwargs: dict[str, Any],
     assisted = str(getattr(mode, "value", mode)) == "assisted_generation"
     given = model_kwargs.get("past_key_values")
     _refuse(settings, config, assisted, given)
+    chunk = settings.policy.parts.when.chunk
+    if chunk:
+        given_chunk = config.prefill_chunk_size
+        config.prefill_chunk_size = chunk if given_chunk is None else min(given_chunk, chunk)
     cache = settings.cache() if given is None else settings.adopt(given)
     length = _prompt_length(config, model_kwargs)
     if cache.get_seq_length() == 0:

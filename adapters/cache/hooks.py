@@ -81,7 +81,9 @@ class EnterDecoder(Hook):
         _check_mask(given.get("attention_mask"))
         cache = self.settings.cache() if cache is None else self.settings.adopt(cache)
         _check_length(given.get("attention_mask"), given, cache)
+        _check_chunk(given, self.settings.policy)
         cache.begin()
+        cache.account(_new(given)[0], self.settings.config)
         return (), {**given, "past_key_values": cache}
 
 
@@ -150,8 +152,10 @@ class EnterLayer(Hook):
         cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
         layer = cache.layers[self.index] if isinstance(cache, TokCache) else None
         _local.stream = None
-        if isinstance(layer, TokLayer) and layer.session.wants_stream(layer.clock):
-            x = args[0] if args else kwargs["hidden_states"]
+        if not isinstance(layer, TokLayer):
+            return
+        x = args[0] if args else kwargs["hidden_states"]
+        if layer.session.wants_stream(layer.clock, x.shape[1] > 1):
             _local.stream = (layer, x, kwargs.get("attention_mask"))
 
 
@@ -190,6 +194,21 @@ def _check_mask(mask: Any) -> None:
         raise ValueError(
             "a cache with a policy makes its own masks from the rows it holds: give attention_mask as [B, L] with "
             "zeros on padding, or none, instead of a mask for each pair of tokens (or use_cache=False)"
+        )
+
+
+def _new(given: dict[str, Any]) -> tuple[int, int]:
+    """Samples and tokens of a forward."""
+    new = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+    return (1, 0) if new is None else (int(new.shape[0]), int(new.shape[1]))
+
+
+def _check_chunk(given: dict[str, Any], policy: CachePolicy) -> None:
+    new, chunk = _new(given)[1], policy.parts.when.chunk
+    if chunk and new > chunk:
+        raise ValueError(
+            f"a forward of {new} tokens does not fit the limit, which has room for chunk={chunk}: give the prompt in "
+            "chunks, or let generate do so"
         )
 
 

@@ -133,6 +133,7 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
                 "this cache belongs to a policy, but the model that uses it is not patched (any more): call "
                 "tokred.apply(model, policy), or give the model a cache of its own"
             )
+        self.session.admit(self, key_states, value_states)
         self.armed, self.waiting = False, True
         self.append(key_states, value_states)
         return self.newest

@@ -49,11 +49,13 @@ class Score(Part):
     Attributes:
         reads: what it takes from the site beyond keys and values, see :data:`tokred.site.READS`.
         accumulates: whether :meth:`observe` has to see every forward since the cache was empty.
+        whole: why it cannot judge a chunk of a prompt before the rest has come; empty: it can.
     """
 
     kind = "score"
     reads: ClassVar[frozenset[str]] = frozenset({"k"})
     accumulates: ClassVar[bool] = False
+    whole: ClassVar[str] = ""
 
     @property
     def window(self) -> int:
@@ -97,11 +99,15 @@ class Budget(Part):
         spread: when the rows of a layer are known: ``"layer"``, at once; ``"cascade"``, anew after each layer;
             ``"forward"``, after the last layer; ``"together"``, after it, from the scores of all layers.
         reads: what has to be measured for it besides scores.
+        headwise: whether heads of a layer may keep different numbers.
+        unbounded: why bytes do not bound what is held while a prompt comes in chunks; empty: they do.
     """
 
     kind = "budget"
     spread: ClassVar[str] = "layer"
     reads: ClassVar[frozenset[str]] = frozenset()
+    headwise: ClassVar[bool] = False
+    unbounded: ClassVar[str] = ""
     amount: float | int | str
 
     @property
@@ -113,6 +119,10 @@ class Budget(Part):
     def tokens(self) -> int | None:
         """The amount, where it is a number of tokens."""
         return self.amount if isinstance(self.amount, int) else None
+
+    def of(self, amount: float | int | str) -> Budget:
+        """The same budget of another amount."""
+        return dataclasses.replace(self, amount=amount)  # type: ignore[type-var]
 
     def check(self, depth: int) -> None:
         """Refuse a model of ``depth`` compressed layers that the parameters do not fit.
@@ -126,7 +136,8 @@ class Budget(Part):
         if isinstance(self.amount, str):
             if place is None:
                 return n
-            return max(1, parse_bytes(self.amount) // (depth * place.heads * place.row_bytes))
+            rows = (parse_bytes(self.amount) - place.fixed) // (place.heads * place.row_bytes) - place.coming
+            return max(1, rows // depth)
         return max(1, kept(n, self.amount) if isinstance(self.amount, float) else self.amount)
 
     def total(self, n: int, place: Place | None, depth: int) -> int:
@@ -187,6 +198,8 @@ class When(Part):
         every: after every so many generated tokens; 0: never.
         start: generated tokens before the first of those periods begins.
         turns: at the end of every later forward of several tokens: a second turn, or each chunk of a prompt.
+        chunk: most tokens of a forward; a budget in bytes is then a hard limit, which has room for them, and is kept by
+            every forward of several tokens and often enough in between. 0: any number, and no limit.
     """
 
     name: ClassVar[str] = "when"
@@ -196,12 +209,29 @@ class When(Part):
     every: int = 0
     start: int = 0
     turns: bool = False
+    chunk: int = 0
 
     def __post_init__(self) -> None:
-        for field in ("every", "start"):
+        for field in ("every", "start", "chunk"):
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"{field} must be a whole number of tokens, got {value!r}")
+
+    def paced(self, depth: int) -> When:
+        """With a limit on ``depth`` layers: as often as the room for half a chunk asks for, which all layers share."""
+        if not self.chunk:
+            return self
+        most = max(1, self.chunk // (2 * depth))
+        return When(every=min(self.every or most, most), turns=True, chunk=self.chunk)
+
+    def coming(self, depth: int, spread: str) -> int:
+        """Rows per head, of all layers together, that a hard limit leaves free; of :meth:`paced` times.
+
+        A layer is cut right after its attention, so only one holds a chunk; where all are cut at the end, all do.
+        """
+        if not self.chunk:
+            return 0
+        return self.chunk * (1 if spread == "layer" else depth) + depth * (self.every - 1)
 
     def due(self, prompt: int, before: int, after: int) -> bool:
         """Whether a forward that takes the cache from ``before`` to ``after`` slots ends with an eviction."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tokred.errors import TokredError
+from tokred.kv.limit import Ledger, ledger_of
 from tokred.kv.policy import CachePolicy
 from tokred.kv.repeat import Probe, Repeats
 from tokred.kv.scores.reconstruction import REPEATED
@@ -64,6 +65,8 @@ class Layer(Protocol):
     rows: dict[str, Tensor]
     notes: dict[str, Any]
     clock: Clock
+    index: int
+    nbytes: int
 
     def shown(self) -> tuple[Tensor | Made, Tensor | Made]:
         """Keys and values ``[B, Hk, K, D]`` as a site takes them."""
@@ -94,6 +97,8 @@ class Session:
         prompt: slots of the prompt, where they are known before its last forward; None: the first forward's.
         steps: tokens that will be generated, where that is known.
         drafting: whether later forwards of several tokens are drafts to be verified, and no second turn.
+        when: the policy's times, as this number of layers needs them.
+        ledger: of the bytes held, under a hard limit; else None.
         probe: reads the attention of forwards that repeat the context; None in all other forwards.
     """
 
@@ -101,9 +106,14 @@ class Session:
         self.policy = policy
         self.parts = policy.parts
         self.depth = depth
+        self.when = self.parts.when.paced(depth)
         # Float32 numbers that stay with each row: accumulated scores, and weights and marks of merged rows.
         state = self.parts.score.accumulates + 2 * (self.parts.fate.room > 0)
-        self._state_bytes = 4 * state if self.parts.when.every or self.parts.when.turns else 0
+        if self.when.chunk:
+            # Scores that wait for the end of the forward, of double precision at most.
+            state += 2 * (self.parts.budget.spread != "layer")
+        self._state_bytes = 4 * state if self.when.every or self.when.turns else 0
+        self.ledger: Ledger | None = ledger_of(policy, self.when, depth)
         self.prompt: int | None = None
         self.steps: int | None = None
         self.drafting = False
@@ -127,11 +137,12 @@ class Session:
         if self.probe is not None:
             return True
         prompt = self._prompt(clock, after)
-        return clock.prompt < 0 or not clock.lengths or not self.parts.when.over(prompt, after)
+        return clock.prompt < 0 or not clock.lengths or not self.when.over(prompt, after)
 
-    def wants_stream(self, clock: Clock) -> bool:
-        """Whether the residual stream around this layer's attention is to be measured."""
-        measured = self.probe is not None or self.idle or bool(clock.lengths)
+    def wants_stream(self, clock: Clock, several: bool) -> bool:
+        """Whether the residual stream around this layer's attention, of one token or ``several``, is to be measured."""
+        later = bool(clock.lengths) and not (several and self.when.turns)
+        measured = self.probe is not None or self.idle or later
         return "stream" in self.parts.budget.reads and not measured
 
     def ends_prompt(self, clock: Clock, before: int, after: int) -> int | None:
@@ -144,7 +155,7 @@ class Session:
         if self.probe is not None:
             self.probe.see(site)
             return
-        clock, after, when = layer.clock, site.seen, self.parts.when
+        clock, after, when = layer.clock, site.seen, self.when
         if clock.prompt < 0:
             clock.prompt = self._prompt(clock, after)
         several = after - before > 1 and not self.drafting
@@ -156,12 +167,40 @@ class Session:
         site.base = clock.base
         site.generated = max(0, after - clock.prompt)
         site.steps = self.steps
-        site.state_bytes = self._state_bytes
+        self._claim(site)
         self.parts.score.observe(site)
         due = when.due(clock.prompt, before, after) and not (self.drafting and before >= clock.prompt)
         if due:
             self._evict(layer, site, before < clock.prompt or (when.turns and several))
         self._remember(layer, site)
+        if self.ledger is not None:
+            self.ledger.write(layer.index, -(-layer.nbytes // site.shape[0]))
+
+    def admit(self, layer: Layer, k: Tensor, v: Tensor) -> None:
+        """Before rows are added to a layer: refuse what a hard limit has no room for.
+
+        Args:
+            layer: that they will be added to.
+            k, v: ``[B, Hk, M, D]``.
+
+        Raises:
+            ValueError: nothing has been read yet, and the limit cannot hold a chunk and what is never evicted.
+            TokredError: the limit would be passed.
+        """
+        if self.ledger is None:
+            return
+        site = CacheSite(k=k, v=v, depth=self.depth)
+        self._claim(site)
+        if layer.clock.prompt < 0:
+            self.ledger.check(site.place)
+        new = k.shape[2] * site.place.heads * site.place.row_bytes
+        self.ledger.write(layer.index, -(-layer.nbytes // k.shape[0]) + new)
+
+    def _claim(self, site: CacheSite) -> None:
+        """Tell the site what budgets in bytes have to leave room for."""
+        site.state_bytes = self._state_bytes
+        if self.ledger is not None:
+            self.ledger.claim(site)
 
     def begin(self) -> None:
         """The begin of a forward: nothing is left of one that broke off."""
@@ -222,6 +261,8 @@ class Session:
             layer.clock.rows = rows
             now = site.at(*layer.shown(), layer.positions, layer.ragged, layer.weights)
             self._apply(layer, now, layer.rows.pop(_SCORE), rows)
+            if self.ledger is not None:
+                self.ledger.write(layer.index, -(-layer.nbytes // site.shape[0]))
 
     def reset(self) -> None:
         """Forget the cache's past."""
@@ -293,11 +334,7 @@ class Session:
             layer, old = self._pending[i]
             rows = tuple(share[place] for share in shares)
             layer.clock.rows = rows
-            now = (
-                old
-                if i == site.layer
-                else old.at(*layer.shown(), layer.positions, layer.ragged, layer.weights)
-            )
+            now = old if i == site.layer else old.at(*layer.shown(), layer.positions, layer.ragged, layer.weights)
             self._apply(layer, now, layer.rows[_SCORE], rows)
 
     def _together(self, pending: dict[int, _Pending]) -> None:
@@ -324,7 +361,7 @@ class Session:
 
     def _remember(self, layer: Layer, site: CacheSite) -> None:
         """Keep the newest queries while a later eviction may ask for them."""
-        window, when = self.parts.score.window, self.parts.when
+        window, when = self.parts.score.window, self.when
         over = when.over(layer.clock.prompt, site.seen)
         if over:
             layer.notes.pop("queries", None)

@@ -71,10 +71,19 @@ class Made(NamedTuple):
 
 
 class Place(NamedTuple):
-    """What a budget in bytes has to know: how many layers share it, and what a row of one head costs."""
+    """What a budget in bytes has to know: what a row costs, and under a hard limit what else needs room.
+
+    Attributes:
+        heads: that each have a row of their own.
+        row_bytes: of one row of one head.
+        fixed: bytes of all layers together that are no rows to choose from.
+        coming: rows per head, of all layers together, that are left free for tokens to come.
+    """
 
     heads: int
     row_bytes: int
+    fixed: int = 0
+    coming: int = 0
 
 
 class CacheSite(Site):
@@ -144,7 +153,8 @@ class CacheSite(Site):
         self.base = self.lengths if base is None else base
         self.generated = generated
         self.steps = steps
-        self.state_bytes = 0  # of one row of one head, as the session says
+        # As the session says: bytes of state of one row of one head; see Place for the others.
+        self.state_bytes = self.fixed_bytes = self.coming = 0
         self._projection = projection
         self._rope = rope
 
@@ -195,7 +205,7 @@ class CacheSite(Site):
         """Heads, and the bytes of one row of one head: key, value, position, and what the policy keeps for it."""
         k, v = self._like
         row = k.shape[3] * k.element_size() + v.shape[3] * v.element_size() + 4
-        return Place(k.shape[1], row + self.state_bytes)
+        return Place(k.shape[1], row + self.state_bytes, self.fixed_bytes, self.coming)
 
     @functools.cached_property
     def real(self) -> Tensor | None:
@@ -342,7 +352,8 @@ class CacheSite(Site):
                 some = slice(None) if together else slice(h, h + 1)
                 index = real[i, h].nonzero().view(-1)
                 if len(index):
-                    out[i : i + 1, some, index] = score(*(t[i : i + 1, some].index_select(2, index) for t in tensors))
+                    found = score(*(t[i : i + 1, some].index_select(2, index) for t in tensors))
+                    out[i : i + 1, some, index] = found.float()
         return out
 
     def without_queries(self) -> CacheSite:

@@ -35,6 +35,7 @@ TARGETS = {
     "kv": "tokred.methods.kv:KVPolicy",
     "kvzip": "tokred.methods.kvzip:KVzip",
     "lagkv": "tokred.methods.lagkv:LagKV",
+    "limited": "tokred.methods.limited:Limited",
     "observed_attention": "tokred.methods.observed_attention:ObservedAttention",
     "pyramidkv": "tokred.methods.pyramidkv:PyramidKV",
     "random_evict": "tokred.methods.random_evict:RandomEvict",

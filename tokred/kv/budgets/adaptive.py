@@ -31,6 +31,7 @@ class Adaptive(Budget):
     """
 
     name: ClassVar[str] = "adaptive"
+    headwise: ClassVar[bool] = True
 
     amount: float | int | str = 0.5
     safe: float = 0.2
@@ -43,6 +44,11 @@ class Adaptive(Budget):
             raise ValueError(f"layers must be a budget that is known at once, got {layers.name!r}")
         object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "amount", layers.amount)
+
+    def of(self, amount: float | int | str) -> Adaptive:
+        """The same, with the layers' budget of another amount."""
+        assert self.layers is not None  # set above
+        return Adaptive(safe=self.safe, layers=self.layers.of(amount))
 
     def share(self, n: int, place: Place | None, layer: int, depth: int) -> int:
         """As the layers' budget."""

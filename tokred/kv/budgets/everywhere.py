@@ -29,6 +29,7 @@ class Global(Budget):
 
     name: ClassVar[str] = "global"
     spread: ClassVar[str] = "together"
+    headwise: ClassVar[bool] = True
 
     amount: float | int | str = 0.5
 

@@ -30,6 +30,7 @@ class Preference(Budget):
 
     name: ClassVar[str] = "preference"
     spread: ClassVar[str] = "cascade"
+    unbounded: ClassVar[str] = "layers that take rows over from others do so while those still hold a chunk's"
     reads: ClassVar[frozenset[str]] = frozenset({"q", "k"})
 
     amount: float | int | str = 0.5

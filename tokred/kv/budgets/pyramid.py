@@ -37,6 +37,11 @@ class Pyramid(Budget):
     def share(self, n: int, place: Place | None, layer: int, depth: int) -> int:
         """Rows of ``layer`` of ``depth``."""
         mean = n * self.amount if isinstance(self.amount, float) else self.mean(n, place, depth)
+        if place is not None and place.coming:
+            # Under a hard limit no layer may take over what another still holds: the slope is that of any length.
+            low, high = mean / self.beta, 2 * mean - mean / self.beta
+            fits = depth > 1 and low >= self.window
+            return min(n, int(high - layer * (high - low) / (depth - 1)) if fits else int(mean))
         if mean >= n:
             return n
         low, high = self.ends(n, float(mean))

@@ -30,6 +30,7 @@ class Split(Budget):
     """
 
     name: ClassVar[str] = "split"
+    unbounded: ClassVar[str] = "its retrieval heads keep everything"
 
     gates: tuple[tuple[float, ...], ...] | None = None
     sparsity: float = 0.5

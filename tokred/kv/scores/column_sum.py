@@ -44,7 +44,7 @@ class ColumnSum(Score):
         weight = None
         if self.decay != 1 and m > 1:
             weight = self.decay ** torch.arange(m - 1, -1, -1, device=site.device, dtype=torch.float32)
-        received = site.columns(weight=weight, group=self.group)
+        received = site.columns(weight=weight, group=self.group).float()
         before = site.rows.get(MASS)
         site.rows[MASS] = received if before is None else before * self.decay**m + received
 

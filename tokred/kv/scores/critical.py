@@ -53,6 +53,11 @@ class Critical(Score):
         return self.wrapped.accumulates
 
     @property
+    def whole(self) -> str:  # type: ignore[override]
+        """As the inner score."""
+        return self.wrapped.whole
+
+    @property
     def window(self) -> int:
         """As the inner score."""
         return self.wrapped.window
