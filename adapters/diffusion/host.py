@@ -212,11 +212,15 @@ def part_of(pipe: Any) -> nn.Module | None:
     """The denoiser of a diffusers pipeline; None for anything else.
 
     Raises:
-        UnsupportedModelError: a pipeline without a denoiser.
+        UnsupportedModelError: a pipeline without a denoiser, or with two.
     """
     if not any(c.__name__ == "DiffusionPipeline" and c.__module__.startswith("diffusers.") for c in type(pipe).__mro__):
         return None
-    for name in ("unet", "transformer"):
+    if all(isinstance(getattr(pipe, name, None), nn.Module) for name in ("transformer", "transformer_2")):
+        raise UnsupportedModelError(
+            f"{type(pipe).__name__} has two denoisers: give pipe.transformer and pipe.transformer_2, one after the other"
+        )
+    for name in ("unet", "transformer", "transformer_2"):
         found = getattr(pipe, name, None)
         if isinstance(found, nn.Module):
             return found
@@ -249,7 +253,7 @@ def match(model: nn.Module) -> DenoiserHost | None:
             f"fewer of them (looked for {', '.join(BLOCKS)} and plain self-attention)"
         )
     high, deep = _patches(getattr(model, "config", None), record)
-    supplies = {"x", "grid"} | ({"frames"} if record.frames else {"guidance", "change"})
+    supplies = {"x", "grid", "q", "k", "v"} | ({"frames"} if record.frames else {"guidance", "change"})
     return DenoiserHost(f"diffusers {cls.__name__}", model, parts, record, high, deep, frozenset(supplies))
 
 
