@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 import tokred
 from tests.methods.visual import check_laws, kept, visual
-from tokred.methods.prumerge import PruMerge, PruMergePlus, outliers
+from tokred.methods.prumerge import PruMerge, PruMergePlus
+from tokred.vlm.scores import outliers
 
 X = torch.tensor([[1, 0], [0, 1], [2, 0], [0, 2.0]])[None]
 A = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
@@ -127,7 +128,9 @@ def test_uneven_counts_and_attention_of_the_last_layer():
     assert [len(kept(mean, i)) for i in range(4)] == (outliers(by_head).clamp_min(1) + 1).tolist()
 
 
-@pytest.mark.parametrize("method", [PruMerge(), PruMergePlus(max_tokens=2), PruMerge(budget=9), PruMergePlus(budget=0.3)])
+@pytest.mark.parametrize(
+    "method", [PruMerge(), PruMergePlus(max_tokens=2), PruMerge(budget=9), PruMergePlus(budget=0.3)]
+)
 def test_laws(method):
     check_laws(method, PruMerge(budget=1.0), seed=3)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -20,6 +20,7 @@ from tokred.selection import ranked
 from tokred.vlm.budget import Budget, as_budget, check_number, count_of, is_number
 from tokred.vlm.overlap import OverlapReduction
 from tokred.vlm.projector import ProjectorMethod, Space
+from tokred.vlm.scores import outliers
 from tokred.vlm.site import VisualSite
 
 # Entries of a block of similarities.
@@ -99,6 +100,10 @@ class PruMerge(ProjectorMethod):
         """The budget; all of them where the image says how many."""
         return n if self.budget is None else max(min(2, n), count_of(self.budget, n))
 
+    def with_budget(self, n: int) -> PruMerge:
+        """With a centre and the left-over token at least."""
+        return replace(self, budget=max(2, n))
+
     def acts(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> bool:
         """Unless the budget holds all tokens, or there are no two of them."""
         free = n - prefix - suffix
@@ -171,8 +176,9 @@ class PruMerge(ProjectorMethod):
         first = ends.unsqueeze(1).expand(-1, n)
         into = torch.where(share[:, :, 1:] > 0, slot.view(1, -1, 1), n).flatten(1)
         first = first.scatter_reduce(1, member[:, :, 1:].flatten(1), into, "amin")
+        target = first.masked_fill(chosen.scatter(1, last, True), -1)
         return OverlapReduction(
-            rows, place.contiguous(), first.masked_fill(chosen.scatter(1, last, True), -1), n, mask=mask, mode="sum", by_size=False,
+            rows, place.contiguous(), target, n, mask=mask, mode="sum", by_size=False,
             member=member, share=share, rest=rest, rest_slot=ends,
         )  # fmt: skip
 
@@ -198,21 +204,6 @@ class PruMergePlus(PruMerge):
     summary: ClassVar[str] = "PruMerge with a uniform grid of tokens beside the outliers"
 
     plus: bool = True
-
-
-def outliers(attention: Tensor, whisker: float = 1.5) -> Tensor:
-    """How many tokens of each image are above the upper whisker of a box plot.
-
-    Args:
-        attention: ``(B, N)``.
-        whisker: distances of the quartiles from the third one to the end of the whisker.
-
-    Returns:
-        ``(B,)`` int64. Quartiles are interpolated linearly; a value on the whisker's end is none.
-    """
-    a = attention.float()
-    low, high = torch.quantile(a, torch.tensor([0.25, 0.75], device=a.device), dim=1, keepdim=True)
-    return (a > high + whisker * (high - low)).sum(1)
 
 
 def nearest(keys: Tensor, rows: Tensor, k: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -70,6 +70,11 @@ class VisionZip(Budgeted):
         """The tokens, what scores them, and, where tokens merge, the tower's keys and features."""
         merging = set() if self.contextual == 0 else {"k", "tower"} if self.space == "tower" else {"k"}
         return frozenset({"x"} | merging | attention_reads(self.attention))
+
+    def with_budget(self, n: int) -> VisionZip:
+        """With at least one dominant token."""
+        whole = is_number(self.contextual)
+        return replace(self, budget=n, contextual=min(self.contextual, n - 1) if whole else self.contextual)
 
     def split(self, total: int) -> tuple[int, int]:
         """How many of so many tokens are dominant and contextual."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
 Budget = int | float
 
 
@@ -49,3 +53,48 @@ def count_of(budget: Budget, n: int, name: str = "budget") -> int:
     if kept < 1 <= n:
         raise ValueError(f"{name} is {budget:g}, which leaves none of {n} tokens; at least one has to stay")
     return min(kept, n)
+
+
+def largest_remainder(weights: Sequence[float], total: int) -> list[int]:
+    """Whole numbers in proportion to weights that add up to a total.
+
+    Each gets its share rounded down; what is left goes one by one to the largest fractions, the first where they are
+    alike. Weights that are all zero share alike.
+
+    Args:
+        weights: not negative, at least one.
+        total: not negative.
+    """
+    exact = [Fraction(w) for w in weights]
+    if not any(exact):
+        exact = [Fraction(1)] * len(exact)
+    shares = [w * total / sum(exact) for w in exact]
+    whole = [math.floor(s) for s in shares]
+    order = sorted(range(len(shares)), key=lambda i: (whole[i] - shares[i], i))
+    for i in order[: total - sum(whole)]:
+        whole[i] += 1
+    return whole
+
+
+def shared_out(weights: Sequence[float], total: int, low: int, high: int) -> list[int]:
+    """Whole numbers between two bounds: ``low`` for each, and the rest of the total in proportion to weights.
+
+    What would exceed ``high`` is shared out anew among the others, until nothing does.
+
+    Args:
+        weights: not negative.
+        total: to be met; as near as the bounds allow.
+        low, high: bounds of each number.
+    """
+    found = [low] * len(weights)
+    open_, rest = list(range(len(weights))), max(0, min(total, high * len(weights)) - low * len(weights))
+    while open_:
+        more = largest_remainder([weights[i] for i in open_], rest)
+        over = [i for i, m in zip(open_, more, strict=True) if m > high - low]
+        for i, m in zip(open_, more, strict=True):
+            found[i] = low + min(m, high - low)
+        if not over:
+            break
+        rest -= (high - low) * len(over)
+        open_ = [i for i in open_ if i not in over]
+    return found

@@ -1,8 +1,9 @@
-"""Reductions of samples that were decided apart, put together as a batch."""
+"""Samples of a site that are decided apart, and their reductions put together as a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,13 +11,54 @@ from torch import Tensor
 
 from tokred.reduction import Reduction
 from tokred.vlm.overlap import OverlapReduction
+from tokred.vlm.site import VisualSite
 
 
-def stacked(parts: Sequence[Reduction]) -> Reduction:
+def part_of(site: VisualSite, rows: Sequence[int]) -> VisualSite:
+    """Some of a site's batch as a site of its own; everything is still read lazily.
+
+    Args:
+        site: of several images.
+        rows: which of them.
+    """
+    index = torch.tensor(rows, device=site.device)
+
+    def of(read: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        return lambda: read()[index]
+
+    def layer_heads(layer: int) -> tuple[Tensor, Tensor]:
+        q, k = site.layer_heads(layer)
+        return q[index], k[index]
+
+    read = {
+        "x": lambda: site.x, "tower": lambda: site.tower, "q": lambda: site.q, "k": lambda: site.k,
+        "text": lambda: site.text, "class_attention": lambda: site.class_attention_heads,
+    }  # fmt: skip
+    known = {name for name, value in site._values.items() if value is not None}
+    return VisualSite(
+        **{name: of(how) for name, how in read.items() if name in known},
+        layer_heads=None if site._layer_heads is None else layer_heads,
+        text_mask=None if site.text_mask is None else site.text_mask[index],
+        prefix=site.prefix,
+        scale=site.scale,
+        grid=site._grid,
+        frames=site.frames,
+        tile=site.tile,
+        sample=tuple(site.sample[i] for i in rows),
+        image=tuple(site.image[i] for i in rows),
+        project=site.project,
+        class_token=site.class_token,
+        layer=site.layer,
+        depth=site.depth,
+    )
+
+
+def stacked(parts: Sequence[Reduction], order: Sequence[int] | None = None) -> Reduction:
     """Samples that were decided apart as one batch: shorter ones are padded behind and masked.
 
     Args:
         parts: of batch 1 or more, all of the same length; those that merge do so in the same mode.
+        order: where in the batch the samples of the parts, one after the other, belong; None: as they come.
 
     Raises:
         ValueError: lengths or modes differ.
@@ -28,14 +70,13 @@ def stacked(parts: Sequence[Reduction]) -> Reduction:
     slots, sources = (max(sizes) for sizes in zip(*((p.slots, p.source.shape[1]) for p in parts), strict=True))
     uneven = any(p.slots < slots or p.mask is not None for p in parts)
     weighted = any(p.weight is not None for p in parts)
-    weights = [_ones(p) if p.weight is None else p.weight for p in parts] if weighted else None
     (mode, by_size, inherit), (length,) = modes.pop(), lengths
     whole = Reduction(
         torch.cat([F.pad(p.representative, (0, slots - p.slots)) for p in parts]),
         torch.cat([F.pad(p.source, (0, sources - p.source.shape[1])) for p in parts]),
         torch.cat([F.pad(p.target, (0, sources - p.target.shape[1]), value=-1) for p in parts]),
         length,
-        weight=None if weights is None else torch.cat(weights),
+        weight=torch.cat([_weight(p) for p in parts]) if weighted else None,
         mask=torch.cat([F.pad(_real(p), (0, slots - p.slots)) for p in parts]) if uneven else None,
         mode=mode,
         by_size=by_size,
@@ -43,11 +84,18 @@ def stacked(parts: Sequence[Reduction]) -> Reduction:
         trivial=all(p.trivial for p in parts),
     )
     if any(isinstance(p, OverlapReduction) for p in parts):
-        return OverlapReduction.stack(whole, parts)
-    return whole
+        whole = OverlapReduction.stack(whole, parts)
+    if order is None:
+        return whole
+    back = torch.tensor(order, device=whole.representative.device).argsort()
+    fields = {f.name: getattr(whole, f.name) for f in dataclasses.fields(whole)}
+    moved = {name: value[back] for name, value in fields.items() if isinstance(value, Tensor)}
+    return dataclasses.replace(whole, **moved)
 
 
-def _ones(part: Reduction) -> Tensor:
+def _weight(part: Reduction) -> Tensor:
+    if part.weight is not None:
+        return part.weight
     return torch.ones(part.representative.shape[0], part.length, device=part.representative.device)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from typing import ClassVar, Literal
 
@@ -25,11 +26,13 @@ class ProjectorMethod(Method):
         space: the features that are merged: ``"x"``, as they enter the language model, or ``"tower"``: before the
             projector, which then runs on the merged ones, where the host can do that.
         tower_layers: layers of the tower whose attention :meth:`choose` reads beside that of the features' layer.
+        joint: whether all tiles of an image make one site, where a host cuts images into tiles.
     """
 
     stage: ClassVar[Stage] = "projector"
     drops: ClassVar[bool] = True
     uneven: ClassVar[bool] = True
+    joint: ClassVar[bool] = False
     space: Space = "x"
 
     @property
@@ -48,6 +51,16 @@ class ProjectorMethod(Method):
     @abstractmethod
     def choose(self, site: VisualSite) -> Reduction:
         """Decide; called where something is to be decided, and no gradient is recorded."""
+
+    def with_budget(self, n: int) -> ProjectorMethod:
+        """The same method that leaves ``n`` tokens of an image.
+
+        Raises:
+            ValueError: it has no budget to set.
+        """
+        if not any(f.name == "budget" for f in dataclasses.fields(self)):  # type: ignore[arg-type]
+            raise ValueError(f"{self.name!r} has no budget that could be set for each image")
+        return dataclasses.replace(self, budget=n)  # type: ignore[type-var]
 
     def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
         """Protected tokens and :meth:`count` of the others."""

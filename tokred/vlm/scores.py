@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from tokred.vlm.site import VisualSite
@@ -34,3 +35,18 @@ def patch_scores(site: VisualSite, attention: Attention = "class") -> Tensor:
     if attention == "class":
         return site.class_attention
     return site.column_scores().mean(1) / site.shape[1]
+
+
+def outliers(attention: Tensor, whisker: float = 1.5) -> Tensor:
+    """How many tokens of each image are above the upper whisker of a box plot.
+
+    Args:
+        attention: ``(B, N)``.
+        whisker: distances of the quartiles from the third one to the end of the whisker.
+
+    Returns:
+        ``(B,)`` int64. Quartiles are interpolated linearly; a value on the whisker's end is none.
+    """
+    a = attention.float()
+    low, high = torch.quantile(a, torch.tensor([0.25, 0.75], device=a.device), dim=1, keepdim=True)
+    return (a > high + whisker * (high - low)).sum(1)
