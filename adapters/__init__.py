@@ -26,8 +26,17 @@ ADAPTERS = {
 CACHES = {"transformers": "tokred.adapters.cache.host"}
 # The same for denoisers, whose attention may run on fewer tokens.
 DENOISERS = {"diffusers": "tokred.adapters.diffusion"}
-BY_STAGE = {"block": ADAPTERS, "cache": CACHES, "attention": DENOISERS}
-KINDS = {"block": "encoders", "cache": "language models", "attention": "denoisers"}
+# Models with vision whose visual tokens may leave, and language models whose later layers run on fewer tokens.
+VISUAL = {"transformers": "tokred.adapters.vlm.projector"}
+LAYERED = {"transformers": "tokred.adapters.vlm.layer"}
+BY_STAGE = {"block": ADAPTERS, "cache": CACHES, "attention": DENOISERS, "projector": VISUAL, "layer": LAYERED}
+KINDS = {
+    "block": "encoders",
+    "cache": "language models",
+    "attention": "denoisers",
+    "projector": "models with vision",
+    "layer": "language models",
+}
 
 
 @overload
@@ -44,7 +53,7 @@ def find(model: nn.Module, stage: str = "block") -> Any:
     Args:
         model: a model, or something that holds one.
         stage: ``"block"`` for a :class:`~tokred.adapters.host.Host`, ``"cache"`` for a ``CacheHost``,
-            ``"attention"`` for a ``DenoiserHost``.
+            ``"attention"`` for a ``DenoiserHost``, ``"projector"`` and ``"layer"`` for a ``VisualHost``.
 
     Raises:
         UnsupportedModelError: no part can be patched (with the reason of the outermost part that was recognised), or
@@ -66,6 +75,9 @@ def find(model: nn.Module, stage: str = "block") -> Any:
         if host is not None:
             hosts.append((name, host))
             settled.append(name)
+    if len(hosts) > 1:
+        # Beside an encoder of images or sound, one of text is the smaller part; apply to it alone to reduce it.
+        hosts = [h for h in hosts if not getattr(h[1], "padded", False)] or hosts
     if len(hosts) > 1:
         names = ", ".join(repr(name) for name, _ in hosts)
         raise UnsupportedModelError(

@@ -55,6 +55,7 @@ class Host:
         tokens: number of tokens for an input shape.
         outside_macs: multiply-adds outside the blocks for an input shape.
         note: what a user should know about this family.
+        padded: whether batches are padded from the start, so that tokens vanish with any method.
     """
 
     family: str
@@ -73,6 +74,7 @@ class Host:
     key_norms: list[nn.Module | None] = field(default_factory=list)
     key_heads: int | None = None
     note: str = ""
+    padded: bool = False
     stage: str = "block"
 
     @property
@@ -99,7 +101,7 @@ class Host:
     def missing(self, method: Method | type[Method]) -> frozenset[str]:
         """What the method reads and this host cannot supply."""
         reads = method.reads if isinstance(method, Method) else method().reads
-        missing = reads - self.supplies
+        missing = reads - self.supplies - self.recipe.supplies
         # Rows and columns alone do not place the tokens of a video.
         if self.frames is not None and "frames" not in reads and not method.clips:
             missing |= reads & {"grid"}
@@ -144,7 +146,8 @@ class Host:
                     attention += p.numel()
                 else:
                     mlp += p.numel()
-        norms = (p for name, p in block.named_parameters() if p.ndim == 1 and ("norm" in name or "ln_" in name))
+        vectors = ((name.lower(), p) for name, p in block.named_parameters() if p.ndim == 1)
+        norms = (p for name, p in vectors if "norm" in name or "ln_" in name)
         width = next((p.shape[0] for p in norms), 0)
         for module in block.modules():
             width = getattr(module, "attn_dim", width)
@@ -186,7 +189,7 @@ class Host:
     def patch(self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str) -> None:
         """Exchange the classes of the blocks. :meth:`check` has passed."""
         expose = self.exposure(method, expose)
-        shared = Shared(method, self.depth, self.prefix, self.suffix, expose, drops=method.drops)
+        shared = Shared(method, self.depth, self.prefix, self.suffix, expose, drops=method.drops or self.padded)
         shared.grid, shared.frames = self.grid, self.frames
         shared.class_token = "class_attention" in self.supplies
         norms = self.key_norms or [None] * self.depth
@@ -218,12 +221,15 @@ def argument_names(block: nn.Module) -> tuple[str, ...]:
 
 def unpatch(model: nn.Module) -> int:
     """Undo every patch in ``model``; returns how many modules were restored."""
+    from tokred.adapters.vlm.undo import unpatch_visual
+
     count = 0
     for module in model.modules():
         if is_swapped(module):
             restore(module)
             count += 1
         remove_hooks(module)
+        unpatch_visual(module)
         for key in [k for k, hook in module._forward_hooks.items() if isinstance(hook, KeyTap)]:
             del module._forward_hooks[key]
     return count

@@ -104,6 +104,13 @@ def _cache_body(host: type[nn.Module]) -> dict[str, Any]:
     return generate.body(host)
 
 
+def _layers_body(host: type[nn.Module]) -> dict[str, Any]:
+    """A list of decoder layers that hands them out with what is to be done before each."""
+    from tokred.adapters.vlm import layers
+
+    return layers.body(host)
+
+
 def _sublayer_body(host: type[nn.Module]) -> dict[str, Any]:
     original = host.forward  # the compiler follows a function, not the attribute of a class
 
@@ -117,6 +124,7 @@ _BODIES: dict[str, Callable[[type[nn.Module]], dict[str, Any]]] = {
     "block": _block_body,
     "model": _model_body,
     "cache": _cache_body,
+    "layers": _layers_body,
     "sublayer": _sublayer_body,
     "denoiser": lambda host: {},  # hooks do it all
 }

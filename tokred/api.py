@@ -15,6 +15,7 @@ from tokred.hosts import CacheReport, DenoiserReport
 from tokred.method import Method
 from tokred.reduction import Reduction
 from tokred.registry import methods as registered
+from tokred.vlm.report import VisualReport
 
 if TYPE_CHECKING:
     from tokred.adapters.host import Host
@@ -56,8 +57,8 @@ def make(method: str | Method, **parameters: Any) -> Method:
 def _several(method: MethodLike, parameters: dict[str, Any]) -> list[Method]:
     """The methods of a call, one a stage, in the order of the stages."""
     if isinstance(method, str | Method):
-        return [make(method, **parameters)]
-    made = [make(m) for m in method]
+        return hosts.compose(make(method, **parameters).members)
+    made = [one for m in method for one in make(m).members]
     if made and parameters:
         raise TypeError("parameters go with a single method's name; build the methods of a list as objects")
     return hosts.compose(made)
@@ -195,19 +196,29 @@ class Report(NamedTuple):
         return "\n".join(lines)
 
 
-def report(model: nn.Module) -> Report | CacheReport | DenoiserReport:
+def report(model: nn.Module) -> Report | CacheReport | DenoiserReport | VisualReport:
     """Tokens, multiply-adds and token sizes per block, of the last forward of a patched model.
 
     With a policy for the cache: slots, rows and bytes of each layer's cache after the last forward. Of a denoiser:
-    the tokens that each sub-layer ran on.
+    the tokens that each sub-layer ran on. Of a model with vision: the tokens at every decoder layer's input, with the
+    reports of its tower and its cache where these are patched too.
 
     Raises:
         NothingRecordedError: the model is not patched, or no uncompiled forward has run since.
     """
     from tokred.adapters.host import shared_of
 
-    if not shared_of(hosts.module_of(model)) and hosts.patched_with(model):
+    blocks = bool(shared_of(hosts.module_of(model)))
+    if hosts.visual_settings(model) is not None:
+        cached = any(m.stage == "cache" for m in hosts.patched_with(model))
+        more = (*([_block_report(model)] if blocks else []), *([hosts.cache_report(model)] if cached else []))
+        return hosts.visual_report(model)._replace(more=more)
+    if not blocks and hosts.patched_with(model):
         return hosts.stage_report(model)
+    return _block_report(model)
+
+
+def _block_report(model: nn.Module) -> Report:
     shared = _shared(model)
     host = _find(model).choose(shared.windows)
     shared.last()

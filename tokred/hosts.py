@@ -11,9 +11,10 @@ from torch import nn
 from tokred.errors import MissingInputError, NothingRecordedError, UnknownModelError, UnsupportedModelError
 from tokred.method import Method
 from tokred.registry import methods as registered
+from tokred.vlm.report import LayerTokens, VisualReport
 
 # Stages that some adapter offers, the usual one first.
-STAGES = ("block", "attention", "cache")
+STAGES = ("block", "attention", "cache", "projector", "layer")
 
 
 def find(model: nn.Module, stage: str = "block") -> Any:
@@ -146,7 +147,27 @@ def patched_with(model: Any) -> list[Method]:
     """The methods that ``model`` is patched with."""
     found = [m.__dict__.get("_tokred") for m in module_of(model).modules()]
     methods = [getattr(s, "policy", None) or getattr(s, "method", None) for s in found]
-    return [m for m in methods if isinstance(m, Method)]
+    visual = visual_settings(model)
+    return [m for m in [*methods, *(visual.methods if visual is not None else [])] if isinstance(m, Method)]
+
+
+def visual_settings(model: Any) -> Any:
+    """What the hooks of a model share that is patched at the stages ``projector`` or ``layer``; None without."""
+    found = [m.__dict__.get("_tokred_vlm") for m in module_of(model).modules()]
+    return next((s for s in found if s is not None), None)
+
+
+def visual_report(model: nn.Module) -> VisualReport:
+    """Tokens at every decoder layer's input, of the last prefill.
+
+    Raises:
+        NothingRecordedError: none has run since the model was patched.
+    """
+    settings = visual_settings(model)
+    if not settings.last:
+        raise NothingRecordedError("nothing is recorded: run one forward of the patched model first")
+    rows = tuple(LayerTokens(i, *row) for i, row in enumerate(settings.last))
+    return VisualReport(settings.family, tuple(patched_with(model)), settings.before, rows)
 
 
 def cache_report(model: nn.Module) -> CacheReport:

@@ -29,6 +29,8 @@ class Method(ABC):
             cannot be split reduce at their end); ``"end"``, after the block; ``"queries"``, inside the attention, whose
             queries are reduced while keys and values stay complete.
         uneven: whether samples of one batch may keep different numbers, told apart by the mask of the reduction.
+        by_mask: whether :meth:`reduce` decides on batches that are padded from the start, by the mask of the site; where
+            not, hosts of such batches ask it about each sample alone.
         clips: whether a method that reads the grid goes on with it frame after frame where the tokens are a video's.
         version: raised when a parameter changes meaning, so that stored settings can be read.
     """
@@ -40,6 +42,7 @@ class Method(ABC):
     drops: ClassVar[bool] = False
     where: ClassVar[Where] = "mid"
     uneven: ClassVar[bool] = False
+    by_mask: ClassVar[bool] = False
     clips: ClassVar[bool] = False
     version: ClassVar[int] = 1
 
@@ -47,6 +50,11 @@ class Method(ABC):
     def reads(self) -> frozenset[str]:
         """What :meth:`reduce` takes from the site; may depend on the parameters."""
         return frozenset({"x"})
+
+    @property
+    def members(self) -> tuple[Method, ...]:
+        """The methods of single stages that this one is made of; itself, unless it acts at several stages."""
+        return (self,)
 
     @property
     def proportional(self) -> bool:

@@ -23,12 +23,15 @@ Stage = Literal["block", "attention", "projector", "layer", "cache"]
 Lazy = Tensor | Callable[[], Tensor | None] | None
 
 # What a method may declare in ``reads``; the shapes are those of the properties below. ``attention`` is
-# ``column_scores``; ``queries`` means that the host lets the attention's queries be reduced alone. Of the
-# last five three are for caches, see tokred.kv.site: the output projection, the rotary embedding, and the stream around
-# the attention; two for denoisers, see tokred.denoise: what the step before says of each token.
+# ``column_scores``; ``queries`` means that the host lets the attention's queries be reduced alone, ``heads`` that it shows
+# what each head answers and can leave heads out, ``carried`` that ``rows`` and ``notes`` go on from layer to layer. Three are for
+# caches, see tokred.kv.site: the output projection, the rotary embedding, and the stream around the attention.
+# ``guidance`` and ``change`` are for denoisers, see tokred.denoise: what the step before says of each token. The last
+# ones are for vision-language models, see tokred.vlm.site: the tower's features and the attention of its other layers,
+# the projector, and rows of the attention of the decoder layer that comes and of the one that has run.
 READS = (
-    "x", "q", "k", "v", "class_attention", "attention", "queries", "transform", "grid", "frames", "motion", "text",
-    "projection", "rope", "stream", "guidance", "change",
+    "x", "q", "k", "v", "class_attention", "attention", "queries", "heads", "carried", "transform", "grid", "frames",
+    "motion", "text", "projection", "rope", "stream", "guidance", "change", "tower", "tower_layers", "project", "rows", "rows_before",
 )  # fmt: skip
 
 
@@ -59,6 +62,13 @@ class Site:
         class_token: whether the first token is a class token; None: where there is a prefix, it is.
         layer, depth: which layer this is, of how many.
         step: which call of the same layer this is (denoising step, decoding step).
+        totals: ``(B,)`` int64, real tokens of each sample before the first block; None: ``length`` each.
+        answers: ``(B, H, N, D)`` what each head of the attention gives, before the output projection.
+        alive: ``(B, H)`` bool, False on heads that have been left out; None: all are there. A method may set it; heads
+            that it leaves out add nothing in the layers that follow.
+        rows: state of a method for every token, ``(B, N)`` each, from the layers before; a method may change it, and
+            what it leaves travels with the tokens (a slot goes on with that of its representative).
+        notes: state of a method for every sample, ``(B, ...)`` each, likewise.
     """
 
     def __init__(
@@ -87,10 +97,15 @@ class Site:
         layer: int = 0,
         depth: int = 1,
         step: int = 0,
+        totals: Tensor | None = None,
+        answers: Lazy = None,
+        alive: Tensor | None = None,
+        rows: dict[str, Tensor] | None = None,
+        notes: dict[str, Tensor] | None = None,
     ) -> None:
         self._values: dict[str, Lazy] = {
             "x": x, "q": q, "k": k, "v": v, "class_attention": class_attention, "bias": bias, "text": text,
-            "attention_k": attention_k, "motion": motion,
+            "attention_k": attention_k, "motion": motion, "answers": answers,
         }  # fmt: skip
         self._transform = transform
         self.scale = scale
@@ -107,6 +122,10 @@ class Site:
         self.layer = layer
         self.depth = depth
         self.step = step
+        self.totals = totals
+        self.alive = alive
+        self.rows: dict[str, Tensor] = {} if rows is None else rows
+        self.notes: dict[str, Tensor] = {} if notes is None else notes
 
     def _find(self, name: str) -> Tensor | None:
         value = self._values[name]
@@ -141,6 +160,11 @@ class Site:
     def v(self) -> Tensor:
         """``(B, Hk, N, D)`` values."""
         return self._get("v")
+
+    @property
+    def answers(self) -> Tensor:
+        """``(B, H, N, D)`` what each head of the attention gives, before the output projection."""
+        return self._get("answers")
 
     @property
     def motion(self) -> Tensor:
@@ -264,6 +288,37 @@ class Site:
         v = v.expand(-1, heads, -1, -1)
         return attention(q, k, v, bias=self._find("bias"), scale=self.scale, key_mask=self.mask)
 
+    def sample(self, i: int, rows: Tensor) -> Site:
+        """Some tokens of one sample, as if nothing else were in the batch.
+
+        Args:
+            i: which sample.
+            rows: ``(M,)`` int64, its tokens, protected ones included.
+        """
+        made = {name: _lazily(self, name, i, rows) for name, value in self._values.items() if value is not None}
+
+        def known(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value[i : i + 1].index_select(1, rows)
+
+        transform = None if self._transform is None else lambda: _pair(known, self.transform)
+        return Site(
+            **made,  # type: ignore[arg-type]
+            scale=self.scale,
+            transform=transform,
+            sizes=known(self.sizes),
+            prefix=self.prefix,
+            suffix=self.suffix,
+            positions=known(self.positions) if self.moved else None,
+            length=self._length if self.totals is None else int(self.totals[i]),
+            class_token=self.class_token,
+            layer=self.layer,
+            depth=self.depth,
+            step=self.step,
+            alive=None if self.alive is None else self.alive[i : i + 1],
+            rows={name: state[i : i + 1].index_select(1, rows) for name, state in self.rows.items()},
+            notes={name: state[i : i + 1] for name, state in self.notes.items()},
+        )
+
     def among(self, rows: Tensor, mask: Tensor | None = None) -> Site:
         """The attention among some of the tokens alone: each of its rows is renormalised over them.
 
@@ -312,3 +367,23 @@ class Site:
             if self._values[name] is not None:
                 return self._get(name).device
         raise MissingInputError("this site supplies no tensor")
+
+
+def _lazily(site: Site, name: str, i: int, rows: Tensor) -> Callable[[], Tensor | None]:
+    """What ``site`` has, of some tokens of one sample."""
+
+    def value() -> Tensor | None:
+        found = site._find(name)
+        if found is None or name == "text":
+            return found
+        dim = -1 if name in ("class_attention", "bias", "motion") else -2
+        return found[i : i + 1].index_select(dim, rows)
+
+    return value
+
+
+def _pair(known: Callable[[Tensor | None], Tensor | None], both: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    first, second = known(both[0]), known(both[1])
+    assert first is not None  # both were given
+    assert second is not None
+    return first, second

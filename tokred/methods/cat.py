@@ -115,7 +115,7 @@ class CAT(ProjectorMethod):
         """Score the images, give each its budget, let the method decide."""
         n = site.shape[1]
         groups: dict[int, list[int]] = {}
-        for row, count in enumerate(self.budgets(self.scores(site), n, site.sample)):
+        for row, count in enumerate(self.budgets(self.scores(site), n, site.samples)):
             groups.setdefault(count, []).append(row)
         parts, order = [], []
         for count, rows in groups.items():

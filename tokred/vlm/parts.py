@@ -44,7 +44,7 @@ def part_of(site: VisualSite, rows: Sequence[int]) -> VisualSite:
         grid=site._grid,
         frames=site.frames,
         tile=site.tile,
-        sample=tuple(site.sample[i] for i in rows),
+        sample=tuple(site.samples[i] for i in rows),
         image=tuple(site.image[i] for i in rows),
         project=site.project,
         class_token=site.class_token,

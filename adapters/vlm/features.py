@@ -1,0 +1,145 @@
+"""What the vision side made of images: call-through wrappers of feature getters, and taps on tower and projector."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from tokred.adapters.block import split_heads
+from tokred.adapters.swap import Hook
+from tokred.vlm.site import Tile
+
+RECORD = "tokred_record"
+# What this thread knows of the forward in flight: ``call``, ``forward``, ``tap``, ``labels``, ``done``.
+local = threading.local()
+
+
+@dataclass(frozen=True)
+class Part:
+    """Visual tokens that are judged together: an image, a tile of it, or a video.
+
+    Attributes:
+        start: first of them among the tokens of the picture.
+        count: how many.
+        grid: rows and columns, of one frame; None where they form none.
+        frames: of a video; None for an image.
+        tile: which tile.
+        tower: which row of the tower's batch; -1 where none fits.
+        skip: every so many tokens one that is no patch (the newline of a row), which stays; 0: none.
+    """
+
+    start: int
+    count: int
+    grid: tuple[int, int] | None = None
+    frames: int | None = None
+    tile: Tile = Tile()
+    tower: int = -1
+    skip: int = 0
+
+
+class Picture(NamedTuple):
+    """One image or video, in the order of the placeholders: its tokens, and its parts."""
+
+    tokens: int
+    parts: tuple[Part, ...]
+
+
+@dataclass
+class Tap:
+    """What taps noted while one feature getter ran."""
+
+    inputs: Tensor | None = None
+    heads: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Record:
+    """What one call of a feature getter gave.
+
+    Attributes:
+        pictures: in the order of the placeholders.
+        tower: ``(rows, N, Ct)`` input of the projector, or None.
+        heads: queries and keys ``(rows, H, P + N, D)`` of tower layers, by layer and "q" or "k".
+        layer: which layer's features are used, of ``depth``.
+        prefix: class tokens in them.
+        scale: of the tower's attention.
+    """
+
+    pictures: list[Picture]
+    tower: Tensor | None = None
+    heads: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    layer: int = 0
+    depth: int = 0
+    prefix: int = 0
+    scale: float | None = None
+
+
+class ProjectorTap(Hook):
+    """Before the projector: note its input."""
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        tap: Tap | None = getattr(local, "tap", None)
+        if tap is not None and tap.inputs is None and args:
+            tap.inputs = args[0].detach()
+
+
+class HeadTap(Hook):
+    """After a projection of the tower's attention: note queries or keys.
+
+    Args:
+        layer: of the tower.
+        which: "q" or "k".
+        heads: to split the output into.
+    """
+
+    def __init__(self, layer: int, which: str, heads: int) -> None:
+        self.layer = layer
+        self.which = which
+        self.heads = heads
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        tap: Tap | None = getattr(local, "tap", None)
+        if tap is not None and output.ndim == 3:
+            tap.heads[self.layer, self.which] = split_heads(output.detach(), self.heads)
+
+
+class Getter:
+    """Stands in for a feature getter of one model; an object on the instance, so that models copy and pickle.
+
+    Args:
+        core: the model.
+        name: of the method.
+        modality: "image" or "video".
+        describe: makes the record: ``describe(core, arguments, output, tap)``.
+    """
+
+    def __init__(self, core: nn.Module, name: str, modality: str, describe: Callable[..., Record | None]) -> None:
+        self.core = core
+        self.name = name
+        self.modality = modality
+        self.describe = describe
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        parameters = list(inspect.signature(getattr(type(self.core), self.name)).parameters.values())[1:]
+        return inspect.Signature(parameters)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        before = getattr(local, "tap", None)
+        tap = local.tap = Tap()
+        try:
+            output = getattr(type(self.core), self.name)(self.core, *args, **kwargs)
+        finally:
+            local.tap = before
+        given = dict(zip(self.__signature__.parameters, args, strict=False)) | kwargs
+        if hasattr(output, "pooler_output"):
+            setattr(output, RECORD, self.describe(self.core, given, output, tap))
+            call = getattr(local, "call", None)
+            if call is not None and call[0] is self.core:
+                call[1].outputs[self.modality] = output
+        return output

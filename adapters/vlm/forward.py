@@ -1,0 +1,282 @@
+"""One forward of a model that is patched at the stages ``projector`` and ``layer``: what leaves where, and what the
+later layers are given for it. State that outlives the forward goes to the cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokred.adapters.vlm.inner import Inner, LayerCount
+from tokred.adapters.vlm.pack import Packed, gather_any_mask, gather_columns, left_pack
+from tokred.adapters.vlm.sites import Context, Left, Modality, grouped, leave, places, site_of
+from tokred.adapters.vlm.track import Group, Track, extended, physical_length, set_track, track_of
+from tokred.errors import TokenStateError
+from tokred.method import Method
+
+
+@dataclass
+class Call:
+    """What is known before the language model runs.
+
+    Attributes:
+        modalities: placeholders and their features; empty for text alone.
+        mask: ``(B, all)`` the caller's padding mask, or None.
+        end: tokens of the prompt where drafts follow, counted from the cache's begin; None: all.
+        outputs: what feature getters gave inside the forward, by modality.
+    """
+
+    modalities: list[Modality] = field(default_factory=list)
+    mask: Tensor | None = None
+    end: int | None = None
+    outputs: dict[str, Any] = field(default_factory=dict)
+
+
+class Forward:
+    """See the module.
+
+    Args:
+        settings: of the patched model.
+        call: what the outer hook saw.
+        given: arguments of the language model, by name.
+    """
+
+    def __init__(self, settings: Any, call: Call, given: dict[str, Any]) -> None:
+        self.settings = settings
+        self.call = call
+        self.cache = given.get("past_key_values")
+        self.track: Track | None = track_of(self.cache)
+        self.past = 0 if self.cache is None else int(self.cache.get_seq_length())
+        self.past_columns = 0 if self.cache is None else physical_length(self.cache)
+        self.embeds: Tensor = given["inputs_embeds"]
+        self.length = self.embeds.shape[1]
+        self.packed: Packed | None = None
+        self.inner: Inner | None = None
+        self.visual: Tensor | None = None
+        self.behind: Tensor | None = None
+        self.counts: dict[int, LayerCount] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tokens are."""
+        return self.embeds.device
+
+    @property
+    def batch(self) -> int:
+        """Samples."""
+        return self.embeds.shape[0]
+
+    # ------------------------------------------------------------------ before the language model
+
+    def prepare(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The language model's arguments, with fewer tokens where a method of ``projector`` says so."""
+        settings, new = self.settings, dict(given)
+        if self.call.modalities:
+            self.visual = torch.stack([m.visual for m in self.call.modalities]).any(0)
+            if settings.outer is not None and self._may_prune():
+                self._prune(settings.outer, new)
+        if self.packed is None:
+            self._pass(new)
+        if settings.inner is not None or self._has_inner():
+            self.inner = Inner(self)
+        return new
+
+    def _has_inner(self) -> bool:
+        return any(g.first > 0 for g in self.track.groups) if self.track is not None else False
+
+    def _may_prune(self) -> bool:
+        # Masks for pairs that stand for an earlier turn too cannot be cut down here; the tokens stay.
+        return not (self.settings.facts.outer_masks and self.past > 0)
+
+    def real(self) -> Tensor | None:
+        """``(B, L)`` bool: the tokens of this forward that are no padding; None where all are."""
+        mask = self.call.mask
+        if mask is None or mask.ndim != 2:
+            return None
+        return mask[:, self.past : self.past + self.length].bool()
+
+    @property
+    def end(self) -> int:
+        """Columns of this forward that belong to the prompt."""
+        end = self.call.end
+        return int(self.length if end is None or end <= self.past else min(self.length, end - self.past))
+
+    def _prune(self, method: Method, new: dict[str, Any]) -> None:
+        real, visual = self.real(), self.visual
+        assert visual is not None  # there are placeholders
+        text = ~visual
+        if real is not None:
+            text = text & real
+        if self.end < self.length:
+            text = text & (torch.arange(self.length, device=self.device) < self.end)
+        with torch.no_grad():
+            left = self._left(method, Context(self.embeds, text, self.settings.project, method.reads))
+        if left.gone is None:
+            if left.embeds is not self.embeds:
+                new["inputs_embeds"] = self.embeds = left.embeds
+            return
+        keep = ~left.gone
+        if real is None:
+            counts = tuple(self.length - n for n in left.dropped)
+        else:
+            keep = keep & real
+            counts = tuple(keep.sum(1).tolist())
+        self.packed = packed = left_pack(keep, counts)
+        self.embeds = new["inputs_embeds"] = gather_columns(left.embeds, packed.columns)
+        self.visual = visual.gather(1, packed.columns) & packed.valid
+        self._shorten(new, packed, visual)
+
+    def _left(self, method: Method, context: Context) -> Left:
+        left = Left(None, self.embeds, (0,) * self.batch)
+        for modality in self.call.modalities:
+            columns = modality.visual.nonzero()[:, 1]
+            for group in grouped(places(modality)):
+                first = torch.tensor([p.first for p in group], device=self.device).unsqueeze(1)
+                offsets = self.settings.offsets(group[0].part, self.device)
+                where = columns[first + offsets]
+                site = site_of(group, where, context)
+                n = site.shape[1]
+                if method.acts(n, layer=0, depth=1):
+                    left = leave(left, group, where, site, method.reduce(site), getattr(method, "space", "llm"))
+        return left
+
+    def _shorten(self, new: dict[str, Any], packed: Packed, visual: Tensor) -> None:
+        """Positions, masks and whatever else has a column for every token."""
+        positions = new.get("position_ids")
+        if positions is None:
+            positions = torch.arange(self.past, self.past + self.length, device=self.device).unsqueeze(0)
+        if self.settings.repack:
+            behind, first = self._behind(), 0 if self.past == 0 else positions[:, :1]
+            start = first if behind is None else first - behind.unsqueeze(1)
+            new["position_ids"] = ids = start + (packed.valid.long().cumsum(1) - 1).clamp(min=0)
+            self.behind = positions[:, -1] - ids[:, -1]
+        else:
+            new["position_ids"] = gather_columns(positions, packed.columns, -1)
+        mask = new.get("attention_mask")
+        if isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.ndim == 4):
+            new["attention_mask"] = gather_any_mask(mask, packed)
+            self.mask = packed.valid if packed.ragged else None
+        else:
+            self._pad(new, packed.valid, packed.ragged)
+        flat = new.get("visual_pos_masks")
+        if flat is not None:
+            kept = torch.zeros_like(visual).scatter(1, packed.columns, packed.valid)
+            new["deepstack_visual_embeds"] = [plane[kept[flat]] for plane in new["deepstack_visual_embeds"]]
+            new["visual_pos_masks"] = flat.gather(1, packed.columns) & packed.valid
+
+    def _behind(self) -> Tensor | None:
+        return None if self.track is None else self.track.behind
+
+    # ------------------------------------------------------------------ masks of layer 0
+
+    mask: Tensor | None = None  # (B, past_columns + columns) bool: real rows of layer 0; None: all
+
+    def _pad(self, new: dict[str, Any], valid: Tensor | None, ragged: bool) -> None:
+        """The padding mask of all of layer 0's rows: those of earlier turns, then ``valid``."""
+        track, given = self.track, self.call.mask
+        count = self.embeds.shape[1]
+        outer = None if track is None else track.outer
+        if given is None and not ragged and (outer is None or not outer.ragged):
+            self.mask = None
+            new["attention_mask"] = None if valid is None or not ragged else valid
+            if valid is not None and self.cache is None:
+                # Without a cache, gaps in the positions would be read as several packed sequences.
+                new["attention_mask"] = valid
+            return
+        parts = []
+        covered = 0
+        if outer is not None and track is not None:
+            parts.append(outer.valid)
+            covered = track.covered
+        if given is None:
+            between = torch.ones(self.batch, self.past - covered, dtype=torch.bool, device=self.device)
+        else:
+            between = given[:, covered : self.past].bool()
+        parts.append(between)
+        if valid is None:
+            if given is None:
+                valid = torch.ones(self.batch, count, dtype=torch.bool, device=self.device)
+            else:
+                valid = given[:, self.past : self.past + count].bool()
+        parts.append(valid)
+        self.mask = torch.cat(parts, 1)
+        new["attention_mask"] = self.mask if given is None else self.mask.to(given.dtype)
+
+    def _pass(self, new: dict[str, Any]) -> None:
+        """A forward whose tokens all reach layer 0: only what earlier turns dropped matters."""
+        track, mask = self.track, new.get("attention_mask")
+        outer = None if track is None else track.outer
+        if outer is None or self.settings.facts.outer_masks:
+            given = self.call.mask
+            if given is not None and given.ndim == 2:
+                self.mask = given.bool()
+        elif mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
+            self._pad(new, None, False)
+        else:
+            raise ValueError(
+                "a mask for each pair of tokens does not fit a cache whose prompt was pruned: give attention_mask as "
+                "[B, L] with zeros on padding, or none"
+            )
+        behind = self._behind()
+        if behind is not None:
+            positions = new.get("position_ids")
+            if positions is None:
+                positions = torch.arange(self.past, self.past + self.length, device=self.device).unsqueeze(0)
+            new["position_ids"] = positions - behind.unsqueeze(1)
+
+    # ------------------------------------------------------------------ after the language model
+
+    def finish(self, cache: Any) -> None:
+        """Write down in the cache what left."""
+        inner = None if self.inner is None else self.inner.steps()
+        if self.inner is not None and not self.inner.entered:
+            raise TokenStateError("the decoder layers ran without the patch: call tokred.apply again")
+        if cache is None or (self.packed is None and not inner):
+            return
+        old = self.track
+        groups: list[Group] = []
+        firsts = {g.first for g in old.groups} if old is not None else set()
+        width = self.embeds.shape[1]
+        everything = torch.arange(width, device=self.device).expand(self.batch, -1)
+        if self.packed is not None or 0 in firsts:
+            columns = everything if self.packed is None else self.packed.columns
+            valid = self.mask
+            if valid is None:
+                valid = torch.ones(self.batch, self.past_columns + width, dtype=torch.bool, device=self.device)
+            outer = None if old is None else old.outer
+            ragged = self.mask is not None
+            groups.append(extended(outer, 0, self.past, columns, self.length, valid, ragged))
+        for first in sorted((firsts | set(inner or ())) - {0}):
+            assert self.inner is not None  # an inner group needs it
+            groups.append(self.inner.group(first))
+        behind = self._behind() if self.behind is None else self.behind
+        set_track(cache, Track(self.past + self.length, groups, behind))
+
+    def tokens(self) -> tuple[LayerCount, ...]:
+        """Tokens at the input of every layer (waits for the device)."""
+        depth, b = self.settings.depth, self.batch
+        if self.counts:
+            return tuple(self.counts[i] for i in sorted(self.counts))
+        columns, padding = self.embeds.shape[1], self.real()
+        real = (columns,) * b if padding is None else tuple(padding.sum(1).tolist())
+        visual = (0,) * b if self.visual is None else tuple(self.visual.sum(1).tolist())
+        if self.packed is not None:
+            real = self.packed.counts
+        return (LayerCount(columns, real, visual),) * depth
+
+    def loss_columns(self) -> Tensor | None:
+        """``(B, M)`` which of this forward's tokens the last layer's rows are; None: all of them."""
+        columns = None if self.packed is None else self.packed.columns
+        last = None if self.inner is None else self.inner.last()
+        if last is None:
+            return columns
+        return last.columns if columns is None else columns.gather(1, last.columns)
+
+    def loss_valid(self) -> Tensor | None:
+        """``(B, M)`` bool, False on filler."""
+        last = None if self.inner is None else self.inner.last()
+        if last is not None:
+            return last.valid
+        return None if self.packed is None else self.packed.valid

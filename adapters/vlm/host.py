@@ -1,0 +1,268 @@
+"""transformers: models with vision whose visual tokens may leave, and language models whose later layers run on fewer
+tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from tokred.adapters.cache.host import _refusal as cache_refusal
+from tokred.adapters.cache.host import match as match_language
+from tokred.adapters.swap import host_class, swap
+from tokred.adapters.vlm.facts import FACTS, Facts, class_tokens, describe, feature_layer, tower_attention, tower_layers
+from tokred.adapters.vlm.layers import LayerList
+from tokred.adapters.vlm.undo import SETTINGS
+from tokred.errors import MissingInputError, UnsupportedModelError
+from tokred.method import Method
+
+_CAPTURED = frozenset({"q", "k", "class_attention", "attention", "tower_layers"})
+
+
+@dataclass
+class VisualHost:
+    """A model where tokens leave before the language model or inside it.
+
+    Attributes:
+        family: for messages, such as ``"transformers LlavaForConditionalGeneration"``.
+        model: what the user gave, or a part of it.
+        core: the model with vision around the language model; None for a language model alone.
+        language: the module whose forward runs the decoder layers.
+        layers: name and module of each decoder layer.
+        facts: of the family.
+        supplies: what sites of this stage hand over.
+        stage: ``"projector"`` or ``"layer"``.
+    """
+
+    family: str
+    model: nn.Module
+    core: nn.Module | None
+    language: nn.Module
+    layers: list[tuple[str, nn.Module]]
+    facts: Facts
+    supplies: frozenset[str]
+    stage: str
+
+    @property
+    def blocks(self) -> list[tuple[str, nn.Module]]:
+        """What ``where`` chooses from: decoder layers, or the projector alone."""
+        if self.stage == "layer":
+            return self.layers
+        assert self.core is not None  # the stage of models with vision
+        return [(self.facts.projector or self.facts.tower, self.core)]
+
+    @property
+    def depth(self) -> int:
+        """Places where a method may act."""
+        return len(self.layers) if self.stage == "layer" else 1
+
+    @property
+    def layer_list(self) -> nn.ModuleList:
+        """The list that the language model takes its layers from."""
+        wanted = [layer for _, layer in self.layers]
+        for module in self.language.modules():
+            if isinstance(module, nn.ModuleList) and [*module._modules.values()] == wanted:
+                return module
+        raise UnsupportedModelError(f"{self.family} keeps its decoder layers in no list")
+
+    @property
+    def how(self) -> str:
+        """For the table of support."""
+        if self.stage == "projector":
+            return f"{self.family}, before its language model"
+        return f"{self.family}, between its {len(self.layers)} decoder layers"
+
+    def choose(self, windows: str) -> VisualHost:
+        """Itself.
+
+        Raises:
+            ValueError: ``windows`` is given, which is for models of images.
+        """
+        if windows != "auto":
+            raise ValueError(f"windows is {windows!r}, but {self.family} has no windows to choose from")
+        return self
+
+    def missing(self, method: Method | type[Method]) -> frozenset[str]:
+        """What the method reads and this host cannot supply."""
+        reads = method.reads if isinstance(method, Method) else method().reads
+        return reads - self.supplies
+
+    def check(self, method: Method, expose: str = "auto") -> None:
+        """Everything that can be known before the model is touched.
+
+        Raises:
+            MissingInputError: the method acts at another stage, or reads what the host cannot supply.
+            ValueError: its parameters do not fit the model, or ``expose`` is given.
+        """
+        if method.stage != self.stage:
+            raise MissingInputError(
+                f"{method.name!r} acts at stage {method.stage!r}, but {self.family} offers {self.stage!r} here"
+            )
+        if expose not in ("auto", "none"):
+            raise ValueError(
+                f"expose is for methods of blocks; one of stage {self.stage!r} takes 'auto' alone, got {expose!r}"
+            )
+        missing = self.missing(method)
+        if missing:
+            raise MissingInputError(
+                f"{method.name!r} reads {', '.join(sorted(missing))}, which {self.family} does not supply "
+                f"(it supplies {', '.join(sorted(self.supplies))}){self._hint(missing)}"
+            )
+        if getattr(method, "positions", "keep") == "repack" and "repack" not in self.supplies_positions:
+            raise ValueError(
+                f"{self.family} has positions in several axes, which cannot be counted anew: take positions='keep'"
+            )
+        method.check(self.depth)
+        if self.stage == "layer":
+            _ = self.layer_list
+
+    @property
+    def supplies_positions(self) -> frozenset[str]:
+        """How positions may be handled: "keep" always, "repack" where they are plain numbers before the language
+        model."""
+        text = str(getattr(self.language.config, "rope_parameters", ""))
+        plain = "mrope_section" not in text and self.stage == "projector"
+        return frozenset({"keep", "repack"} if plain else {"keep"})
+
+    def _hint(self, missing: frozenset[str]) -> str:
+        if "class_attention" in missing and "attention" in self.supplies:
+            return ": its tower has no class token; methods that read 'attention' work"
+        return ""
+
+    def patch(self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str) -> None:
+        """Hang hooks on the model. :meth:`check` has passed."""
+        from tokred.adapters.vlm import hooks
+
+        owner: Any = self.core or self.language
+        settings: hooks.VisualSettings | None = owner.__dict__.get(SETTINGS)
+        if settings is None:
+            settings = hooks.VisualSettings(
+                self.family, self.facts, self.language.config, len(self.layers), self.core is not None
+            )
+            owner.__dict__[SETTINGS] = settings
+            self._hang(settings)
+        if self.stage == "projector":
+            settings.outer = method
+            self._tap(method)
+        else:
+            settings.inner = method
+            if where is not None:
+                settings.chosen = frozenset(i for i, one in enumerate(self.layers) if where(*one))
+            settings.layers = layers = self.layer_list
+            swap(layers, "layers", LayerList())
+
+    def _hang(self, settings: Any) -> None:
+        from tokred.adapters.vlm import hooks
+        from tokred.adapters.vlm.features import Getter
+
+        if self.core is not None:
+            core: Any = self.core
+            if self.facts.projector:
+                settings.projector = core.get_submodule(self.facts.projector)
+            core.register_forward_pre_hook(hooks.EnterCore(settings, hooks.argument_names(core)), with_kwargs=True)
+            core.register_forward_hook(hooks.LeaveCore(), with_kwargs=True, always_call=True)
+            for name, modality in self.facts.getters:
+                if hasattr(core, name):
+                    core.__dict__[name] = Getter(core, name, modality, describe)
+        language = self.language
+        names = hooks.argument_names(language)
+        language.register_forward_pre_hook(hooks.EnterLanguage(settings, names), with_kwargs=True)
+        language.register_forward_hook(hooks.LeaveLanguage(settings), with_kwargs=True, always_call=True)
+        model: Any = self.model
+        if hasattr(type(model), "_prepare_cache_for_generation"):
+            model.__dict__["_prepare_cache_for_generation"] = hooks.CachePreparer(model, settings)
+        names = hooks.argument_names(model)
+        if "labels" in names:
+            model.register_forward_pre_hook(hooks.EnterLoss(names), with_kwargs=True)
+            model.register_forward_hook(hooks.LeaveLoss(), with_kwargs=True, always_call=True)
+
+    def _tap(self, method: Method) -> None:
+        from tokred.adapters.vlm.features import HeadTap, ProjectorTap
+
+        core: Any = self.core
+        if self.facts.projector:
+            core.get_submodule(self.facts.projector).register_forward_pre_hook(ProjectorTap())
+        if not method.reads & _CAPTURED:
+            return
+        layers = tower_layers(core, self.facts)
+        for i in _wanted(core, method, len(layers)):
+            attention = tower_attention(layers[i])
+            heads = int(getattr(attention, "num_heads", 0))
+            for which in ("q", "k"):
+                getattr(attention, f"{which}_proj").register_forward_hook(HeadTap(i, which, heads))
+
+
+def _wanted(core: Any, method: Method, depth: int) -> list[int]:
+    """Tower layers whose attention the method reads: that whose features are used, and those that it names."""
+    found = {feature_layer(core, depth)}
+    found |= {i + depth if i < 0 else i for i in getattr(method, "tower_layers", ())}
+    return sorted(i for i in found if 0 <= i < depth)
+
+
+def match_projector(model: nn.Module) -> VisualHost | None:
+    """The host record of a model with vision for the stage ``projector``; None when ``model`` is none."""
+    return _match(model, "projector")
+
+
+def match_layer(model: nn.Module) -> VisualHost | None:
+    """The host record for the stage ``layer``; language models alone as well."""
+    return _match(model, "layer")
+
+
+def _match(model: nn.Module, stage: str) -> VisualHost | None:
+    cls: Any = host_class(model)
+    if not cls.__module__.startswith("transformers."):
+        return None
+    core = _core(model)
+    if core is None and (stage == "projector" or _inside_vision(model)):
+        return None
+    found = match_language(model)
+    if found is None:
+        return None
+    facts = Facts() if core is None else FACTS[host_class(core).__name__]
+    language: Any = found.decoder
+    layers = [(name, module) for name, module in _decoder_layers(model, found.attentions)]
+    if len(layers) != len(found.attentions):
+        raise cache_refusal(cls.__name__, "its decoder layers are not known")
+    supplies = _supplies_layer(layers) if stage == "layer" else _supplies_projector(core, facts)
+    return VisualHost(f"transformers {cls.__name__}", model, core, language, layers, facts, supplies, stage)
+
+
+def _core(model: Any) -> nn.Module | None:
+    for module in model.modules():
+        if host_class(module).__name__ in FACTS:
+            return module  # type: ignore[no-any-return]
+    return None
+
+
+def _inside_vision(model: Any) -> bool:
+    """Whether the model has vision of a family that is not known."""
+    config = getattr(model, "config", None)
+    return getattr(config, "vision_config", None) is not None
+
+
+def _decoder_layers(model: nn.Module, attentions: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    inside = {id(child): (name, m) for name, m in model.named_modules() for child in m.children()}
+    return [inside[id(a)] for _, a in attentions if id(a) in inside]
+
+
+def _supplies_layer(layers: list[tuple[str, nn.Module]]) -> frozenset[str]:
+    from tokred.adapters.vlm.rows import supplies_rows
+
+    found = {"x"}
+    if all(supplies_rows(layer) for _, layer in layers):
+        found |= {"rows", "rows_before", "v"}
+    return frozenset(found)
+
+
+def _supplies_projector(core: Any, facts: Facts) -> frozenset[str]:
+    found = {"x", "grid", "frames", "text", "project"} if facts.tokenwise else {"x", "grid", "frames", "text"}
+    if facts.projector:
+        found.add("tower")
+    if tower_layers(core, facts):
+        found |= {"q", "k", "attention", "tower_layers"}
+        if class_tokens(core, facts):
+            found.add("class_attention")
+    return frozenset(found)

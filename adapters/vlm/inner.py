@@ -1,0 +1,277 @@
+"""Inside the language model: layers from which on fewer tokens are left."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tokred.adapters.vlm.masks import MaskMaker
+from tokred.adapters.vlm.pack import Packed, gather_columns, pack_slots
+from tokred.adapters.vlm.rows import Input, heads_of, values_of
+from tokred.adapters.vlm.track import Group, extended
+from tokred.reduction import Reduction
+from tokred.vlm.site import LayerSite
+
+
+class LayerCount(NamedTuple):
+    """Tokens at the input of one decoder layer: the columns it ran on, and the real and visual ones of each sample."""
+
+    columns: int
+    real: tuple[int, ...]
+    visual: tuple[int, ...]
+
+
+class Step:
+    """What is left from one layer on.
+
+    Attributes:
+        columns: ``(B, M)`` which of layer 0's columns of this forward.
+        valid: ``(B, M)`` bool, False on filler.
+        visual: ``(B, M)`` bool.
+        real, counts: real and visual tokens of each sample.
+        ragged: whether any is filler or padding.
+    """
+
+    def __init__(
+        self, columns: Tensor, valid: Tensor, visual: Tensor, real: tuple[int, ...], counts: tuple[int, ...]
+    ) -> None:
+        self.columns = columns
+        self.valid = valid
+        self.visual = visual
+        self.real = real
+        self.counts = counts
+        self.ragged = min(real) < columns.shape[1]
+        self._moved: dict[Any, Any] = {}
+
+    def move(self, value: Any, dim: int) -> Any:
+        """``value`` (a tensor, or a tuple of them) at the columns that are left, made once for all layers."""
+        if value is None:
+            return None
+        if isinstance(value, tuple):
+            return tuple(self.move(one, dim) for one in value)
+        key = (id(value), dim)
+        if key not in self._moved:
+            self._moved[key] = (value, gather_columns(value, self.columns, dim))
+        return self._moved[key][1]
+
+
+class Inner:
+    """The layers of one forward.
+
+    Args:
+        forward: of the model.
+    """
+
+    def __init__(self, forward: Any) -> None:
+        self.forward = forward
+        self.settings = forward.settings
+        self.width = forward.embeds.shape[1]
+        self._steps: dict[int, Step] = {}
+        self._makers: dict[tuple[int, int], MaskMaker] = {}
+        self._before: Input | None = None
+        self.start = self._start()
+        self.entered = False
+
+    def _start(self) -> Step | None:
+        """Layer 0, where this forward is one that a method of ``layer`` acts on; None otherwise."""
+        forward, method = self.forward, self.settings.inner
+        if method is None or forward.embeds.shape[1] < 2:
+            return None
+        visual = forward.visual
+        if visual is None:
+            if self.settings.visual or forward.past > 0:
+                return None
+            visual = torch.zeros(forward.embeds.shape[:2], dtype=torch.bool, device=forward.device)
+        elif self.settings.facts.outer_masks and forward.past > 0:
+            return None
+        valid = torch.ones_like(visual) if forward.packed is None else forward.packed.valid
+        real = (self.width,) * forward.batch if forward.packed is None else forward.packed.counts
+        if forward.packed is None:
+            padding = forward.real()
+            if padding is not None:
+                valid, real = padding, tuple(padding.sum(1).tolist())
+        counts = tuple((visual & valid).sum(1).tolist())
+        columns = torch.arange(self.width, device=forward.device).expand(forward.batch, -1)
+        return Step(columns, valid, visual & valid, real, counts)
+
+    # ------------------------------------------------------------------ what layers call
+
+    def enter(self, layer: int, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The arguments of a decoder layer, with the tokens that are left."""
+        self.entered = True
+        given = dict(kwargs)
+        x = args[0] if args else given.pop("hidden_states")
+        rest = args[1:]
+        stock = given.get("attention_mask")
+        if self.start is not None:
+            x = self._reduce(layer, module, x, given)
+        step = self._at(layer)
+        old = None if self.forward.track is None else self.forward.track.inner(layer)
+        if step is not self.start or old is not None:
+            if step is not None and step is not self.start:
+                given["position_embeddings"] = step.move(given.get("position_embeddings"), 1)
+                given["position_ids"] = step.move(given.get("position_ids"), -1)
+            sliding = bool(getattr(getattr(module, "self_attn", None), "sliding_window", None))
+            given["attention_mask"] = self._maker(layer)(stock, x, self.forward.cache, layer, sliding)
+        if self.start is not None:
+            assert step is not None  # at least the start
+            self.forward.counts[layer] = LayerCount(x.shape[1], step.real, step.counts)
+            self._watch(layer, module, x, given)
+        return (x, *rest), given
+
+    def steps(self) -> list[int]:
+        """Layers at which tokens left."""
+        return sorted(self._steps)
+
+    def last(self) -> Step | None:
+        """What the last layer ran on, where that is less than layer 0."""
+        return self._steps[max(self._steps)] if self._steps else None
+
+    def group(self, first: int) -> Group:
+        """The group of the layers from ``first`` on, after this forward."""
+        forward, step = self.forward, self._at(first)
+        old = None if forward.track is None else forward.track.inner(first)
+        columns = torch.arange(self.width, device=forward.device).expand(forward.batch, -1)
+        if step is not None:
+            columns = step.columns
+        valid = self._valid(first, step)
+        ragged = valid is not None
+        if valid is None:
+            past = forward.past_columns - (0 if old is None else old.dropped)
+            valid = torch.ones(forward.batch, past + columns.shape[1], dtype=torch.bool, device=forward.device)
+        return extended(old, first, forward.past_columns, columns, self.width, valid, ragged)
+
+    # ------------------------------------------------------------------ masks
+
+    def _at(self, layer: int) -> Step | None:
+        found = [first for first in self._steps if first <= layer]
+        return self._steps[max(found)] if found else self.start
+
+    def _valid(self, layer: int, step: Step | None) -> Tensor | None:
+        """``(B, P + M)`` bool: real rows of this layer where it runs on ``step``; None: all."""
+        forward = self.forward
+        old = None if forward.track is None else forward.track.inner(layer)
+        mask: Tensor | None = forward.mask
+        now = None if mask is None else mask[:, forward.past_columns :]
+        if step is not None and step is not self.start:
+            now = step.valid if step.ragged else None
+        if old is None:
+            before = None if mask is None else mask[:, : forward.past_columns]
+            rows = forward.past_columns
+        else:
+            rows = forward.past_columns - old.dropped
+            before = None
+            if old.ragged or mask is not None:
+                tail = forward.past_columns - old.width
+                later = torch.ones(forward.batch, tail, dtype=torch.bool, device=forward.device)
+                if mask is not None:
+                    later = mask[:, old.width : forward.past_columns]
+                before = torch.cat([old.valid, later], 1)
+        if before is None and now is None:
+            return None
+        count = self.width if step is None else step.columns.shape[1]
+        if before is None:
+            before = torch.ones(forward.batch, rows, dtype=torch.bool, device=forward.device)
+        if now is None:
+            now = torch.ones(forward.batch, count, dtype=torch.bool, device=forward.device)
+        return torch.cat([before, now], 1)
+
+    def _maker(self, layer: int) -> MaskMaker:
+        forward, step = self.forward, self._at(layer)
+        key = max((f for f in self._steps if f <= layer), default=0)
+        old = None if forward.track is None else forward.track.inner(layer)
+        name = (key, -1 if old is None else old.first)
+        if name not in self._makers:
+            past = forward.past_columns
+            device, b = forward.device, forward.batch
+            if old is None:
+                before = torch.arange(past, device=device).expand(b, -1)
+            else:
+                before = torch.cat([old.columns, torch.arange(old.width, past, device=device).expand(b, -1)], 1)
+            rows = None if step is None or step is self.start else step.columns
+            now = torch.arange(self.width, device=device).expand(b, -1) if rows is None else rows
+            columns = torch.cat([before, now + past], 1)
+            valid = self._valid(layer, step)
+            self._makers[name] = MaskMaker(self.settings.config, rows, columns, valid, before.shape[1])
+        return self._makers[name]
+
+    # ------------------------------------------------------------------ reducing
+
+    def _reduce(self, layer: int, module: Any, x: Tensor, given: dict[str, Any]) -> Tensor:
+        method, before = self.settings.inner, self._at(layer - 1)
+        assert before is not None  # this forward is one to act on
+        n = max(before.counts) if self.settings.visual else max(before.real)
+        if layer == 0 or n == 0 or not self.settings.active(layer):
+            return x
+        if not method.acts(n, layer=layer, depth=self.settings.depth):
+            return x
+        with torch.no_grad():
+            step = method.reduce(self._site(layer, module, x, given, before))
+        if step.trivial:
+            return x
+        packed, order = pack_slots(step, before.valid if before.ragged else None, before.real)
+        self._steps[layer] = self._left(packed, before)
+        return _taken(step, x, order)
+
+    def _left(self, packed: Packed, before: Step) -> Step:
+        visual = before.visual.gather(1, packed.columns) & packed.valid
+        counts = tuple(visual.sum(1).tolist()) if self.settings.visual else before.counts
+        return Step(before.columns.gather(1, packed.columns), packed.valid, visual, packed.counts, counts)
+
+    def _site(self, layer: int, module: Any, x: Tensor, given: dict[str, Any], before: Step) -> LayerSite:
+        forward = self.forward
+        past = 0
+        if forward.cache is not None:
+            old = None if forward.track is None else forward.track.inner(layer)
+            past = forward.past_columns - (0 if old is None else old.dropped)
+        tables = given.get("position_embeddings")
+        if before is not self.start:
+            tables = before.move(tables, 1)
+        mask = self._valid(layer, before)
+        own = Input(module, x.detach(), tables, forward.cache, past, mask)
+        start = self.start
+        assert start is not None  # see _reduce
+        positions = before.columns if forward.packed is None else forward.packed.columns.gather(1, before.columns)
+        return LayerSite(
+            x=x.detach(),
+            v=lambda: values_of(own),
+            visual=before.visual,
+            mask=before.valid if before.ragged else None,
+            counts=before.counts,
+            initial=start.counts if self.settings.visual else start.real,
+            end=self._end(before),
+            own=lambda: heads_of(own, ran=False),
+            before=None if self._before is None else self._ran(self._before),
+            positions=positions,
+            layer=layer,
+            depth=self.settings.depth,
+        )
+
+    def _ran(self, given: Input) -> Any:
+        return lambda: heads_of(given, ran=True)
+
+    def _end(self, before: Step) -> int:
+        """Drafts are the newest columns, all there."""
+        return int(before.columns.shape[1] - (self.forward.length - self.forward.end))
+
+    def _watch(self, layer: int, module: Any, x: Tensor, given: dict[str, Any]) -> None:
+        """Hold what the layer was given where the next one asks for its rows."""
+        method, step = self.settings.inner, self._at(layer)
+        assert step is not None  # this forward is one to act on
+        self._before = None
+        if "rows_before" not in method.reads or layer + 1 >= self.settings.depth:
+            return
+        n = max(step.counts) if self.settings.visual else max(step.real)
+        if n and self.settings.active(layer + 1) and method.acts(n, layer=layer + 1, depth=self.settings.depth):
+            forward = self.forward
+            old = None if forward.track is None else forward.track.inner(layer)
+            past = forward.past_columns - (0 if old is None else old.dropped)
+            tables = given.get("position_embeddings")
+            self._before = Input(module, x.detach(), tables, forward.cache, past, self._valid(layer, step))
+
+
+def _taken(step: Reduction, x: Tensor, order: Tensor) -> Tensor:
+    """The slots' values, right-aligned."""
+    return gather_columns(step.gather(x) if step.mode == "keep" else step.merge(x), order)

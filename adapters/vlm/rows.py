@@ -1,0 +1,131 @@
+"""Queries and keys of a decoder layer, for the rows that a method asks for: by the layer's own norm, projections and
+rotary function, so that any attention kernel can run."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tokred.adapters.swap import host_class
+from tokred.vlm.site import Heads
+
+
+class Input(NamedTuple):
+    """What a decoder layer was given.
+
+    Attributes:
+        layer: the layer.
+        x: ``(B, L, C)``.
+        tables: cosines and sines ``(B or 1, L, D)``.
+        cache: of the forward, or None.
+        past: rows that the layer's cache held before.
+        mask: ``(B, past + L)`` bool, or None.
+    """
+
+    layer: Any
+    x: Tensor
+    tables: Any
+    cache: Any
+    past: int
+    mask: Tensor | None
+
+
+def attention_of(layer: Any) -> Any:
+    """The attention module of a decoder layer."""
+    return getattr(layer, "self_attn", None)
+
+
+def supplies_rows(layer: Any) -> bool:
+    """Whether queries and keys of this decoder layer can be made as the layer makes them: a norm before the attention,
+    separate projections, and a rotary function of whole heads."""
+    attention = attention_of(layer)
+    norm = getattr(layer, "input_layernorm", None)
+    if attention is None or not isinstance(norm, nn.Module):
+        return False
+    if not all(isinstance(getattr(attention, n, None), nn.Module) for n in ("q_proj", "k_proj", "v_proj")):
+        return False
+    head_dim = getattr(attention, "head_dim", None)
+    for name in ("q_norm", "k_norm"):
+        weight = getattr(getattr(attention, name, None), "weight", None)
+        if weight is not None and weight.shape[-1] != head_dim:
+            return False
+    return head_dim is not None and _rotary(attention) is not None
+
+
+def _rotary(attention: Any) -> Any:
+    return getattr(sys.modules[host_class(attention).__module__], "apply_rotary_pos_emb", None)
+
+
+def _project(given: Input, which: str, first: int = 0, end: int | None = None) -> Tensor:
+    """``(B, H, M, D)`` rotated queries or keys, or the values, of some columns."""
+    attention = attention_of(given.layer)
+    x = given.layer.input_layernorm(given.x[:, first:end])
+    heads: Tensor = getattr(attention, f"{which}_proj")(x).view(*x.shape[:2], -1, attention.head_dim)
+    norm = getattr(attention, f"{which}_norm", None)
+    if norm is not None and which != "v":
+        heads = norm(heads)
+    heads = heads.transpose(1, 2)
+    if which == "v":
+        return heads
+    cos, sin = (t[:, first:end] for t in given.tables)
+    turned: Tensor = _rotary(attention)(heads, heads, cos, sin)[0]
+    return turned
+
+
+def values_of(given: Input) -> Tensor:
+    """``(B, Hk, L, D)`` values of the layer's own input."""
+    return _project(given, "v")
+
+
+def heads_of(given: Input, *, ran: bool) -> Heads:
+    """Queries and keys of a layer.
+
+    Args:
+        given: its input.
+        ran: whether it has run already, so that its cache holds the keys.
+    """
+    attention = attention_of(given.layer)
+
+    def keys() -> Tensor:
+        held = _held(given, attention.layer_idx)
+        if ran and held is not None and held.shape[2] == given.past + given.x.shape[1]:
+            return held
+        new = _project(given, "k")
+        if ran or held is None or given.past == 0 or held.shape[2] != given.past:
+            return new
+        return torch.cat([held, new], 2)
+
+    def queries(first: int, end: int) -> Tensor:
+        return _project(given, "q", first, end)
+
+    found = keys()
+    past = found.shape[2] - given.x.shape[1]
+    mask = given.mask
+    if mask is not None:
+        mask = mask[:, mask.shape[1] - found.shape[2] :]
+        if mask.shape[1] < found.shape[2]:
+            mask = torch.nn.functional.pad(mask, (past, 0), value=True)
+    return Heads(
+        queries,
+        found,
+        scale=getattr(attention, "scaling", None),
+        softcap=getattr(attention, "attn_logit_softcapping", None),
+        window=getattr(attention, "sliding_window", None),
+        mask=mask,
+        length=given.x.shape[1],
+    )
+
+
+def _held(given: Input, index: int) -> Tensor | None:
+    """Keys of the layer's cache, where its rows are the layer's columns."""
+    layers = getattr(given.cache, "layers", None)
+    if layers is None or index >= len(layers):
+        return None
+    layer = layers[index]
+    if getattr(layer, "compressed", False) or hasattr(layer, "dequantize") or hasattr(layer, "_dequantize"):
+        return None
+    keys = getattr(layer, "keys", None)
+    return keys if isinstance(keys, Tensor) and keys.ndim == 4 else None

@@ -1,0 +1,201 @@
+"""Sites before the language model: the pictures of a batch, grouped by shape, and what their reductions leave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tokred.adapters.vlm.features import Part, Record
+from tokred.errors import MissingInputError
+from tokred.reduction import Reduction
+from tokred.vlm.site import VisualSite
+
+
+class Place(NamedTuple):
+    """A part of a picture in the batch.
+
+    Attributes:
+        sample: row of the batch.
+        image: which picture of the sample.
+        first: its first token among all visual tokens of its modality, in order.
+        part: what it is.
+        record: the call that it comes from.
+    """
+
+    sample: int
+    image: int
+    first: int
+    part: Part
+    record: Record
+
+
+class Modality(NamedTuple):
+    """Placeholders of one modality and the features that fill them.
+
+    Attributes:
+        visual: ``(B, L)`` bool.
+        counts: placeholders of each sample.
+        record: of the features; None where they were not made by the patched model.
+    """
+
+    visual: Tensor
+    counts: tuple[int, ...]
+    record: Record | None
+
+
+class Context(NamedTuple):
+    """What all sites of a batch share: embeddings, the text's mask, the projector, and what the method reads."""
+
+    embeds: Tensor
+    text: Tensor
+    project: Callable[[Tensor], Tensor] | None
+    reads: frozenset[str]
+
+
+def places(modality: Modality) -> list[Place]:
+    """Every part of every picture, in the order of the placeholders.
+
+    Raises:
+        MissingInputError: features and placeholders do not fit, as when only some of the prompt's features are given.
+    """
+    record = modality.record
+    if record is None:
+        return []
+    have, want = sum(p.tokens for p in record.pictures), sum(modality.counts)
+    # Beams and several return sequences: every sample so many times, with its pictures.
+    copies = want // have if have and want % have == 0 else 0
+    if copies == 0:
+        raise MissingInputError(
+            f"the prompt has {want} places for visual tokens, but {have} features were made: prompts that come in "
+            "chunks (prefill_chunk_size), or with only some of their images, cannot be pruned"
+        )
+    found, first, picture = [], 0, 0
+    counts = modality.counts
+    for sample in range(0, len(counts), copies):
+        mine, total = [], 0
+        while total < counts[sample]:
+            mine.append(record.pictures[picture])
+            total += record.pictures[picture].tokens
+            picture += 1
+        if total != counts[sample] or len({*counts[sample : sample + copies]}) > 1:
+            raise MissingInputError("the images of the batch do not fit the samples' placeholders")
+        for copy in range(copies):
+            for i, one in enumerate(mine):
+                found += [Place(sample + copy, i, first + part.start, part, record) for part in one.parts]
+                first += one.tokens
+    return found
+
+
+def grouped(found: list[Place]) -> Iterator[list[Place]]:
+    """Places that make one site: the same shape, tile and kind."""
+    groups: dict[Any, list[Place]] = {}
+    for place in found:
+        part = place.part
+        key = (part.count, part.grid, part.frames, part.tile, part.tower >= 0, part.skip, id(place.record))
+        groups.setdefault(key, []).append(place)
+    yield from groups.values()
+
+
+def site_of(group: list[Place], columns: Tensor, context: Context) -> VisualSite:
+    """The site of a group.
+
+    Args:
+        group: places of one shape.
+        columns: ``(G, N)`` where their tokens stand in their samples.
+        context: of the batch.
+    """
+    part, record = group[0].part, group[0].record
+    samples = torch.tensor([p.sample for p in group], device=columns.device)
+    embeds = context.embeds
+    more: dict[str, Any] = {}
+    tower = [p.part.tower for p in group]
+    if part.tower >= 0:
+        inputs = record.tower
+        if inputs is not None and inputs.shape[1] >= part.count:
+            extra = part.start if inputs.shape[1] > part.count else 0
+            more["tower"] = lambda: inputs[tower][:, extra : extra + part.count]
+        patches = part.count
+
+        def heads(layer: int) -> tuple[Tensor, Tensor]:
+            index = layer if layer >= 0 else record.depth + layer
+            if (index, "q") not in record.heads:
+                raise MissingInputError(
+                    f"the attention of tower layer {layer} was not noted: the tower has {record.depth} layers, of "
+                    "which the method names in tower_layers those that it reads"
+                )
+            q, k = record.heads[index, "q"][tower], record.heads[index, "k"][tower]
+            if k.shape[2] != record.prefix + patches:
+                raise MissingInputError(
+                    f"the tower's attention has {k.shape[2]} tokens for {patches} visual ones: this host pools or "
+                    "shuffles them, so that attention of single patches says nothing about them"
+                )
+            return q, k
+
+        if (record.layer, "q") in record.heads:
+            more["q"] = lambda: heads(record.layer)[0]
+            more["k"] = lambda: heads(record.layer)[1]
+            more["layer_heads"] = heads
+    if "text" in context.reads:
+        more["text"] = lambda: embeds.detach()[samples]
+        more["text_mask"] = context.text[samples]
+    return VisualSite(
+        x=lambda: embeds.detach()[samples.unsqueeze(1), columns],
+        prefix=record.prefix if "k" in more else 0,
+        scale=record.scale,
+        grid=part.grid,
+        frames=part.frames,
+        tile=part.tile,
+        sample=tuple(p.sample for p in group),
+        image=tuple(p.image for p in group),
+        project=context.project,
+        **more,
+    )
+
+
+class Left(NamedTuple):
+    """What is left of the visual tokens.
+
+    Attributes:
+        gone: ``(B, L)`` bool, the columns that leave; None where none does.
+        embeds: with merged tokens in the place of their representatives.
+        dropped: how many leave, of each sample.
+    """
+
+    gone: Tensor | None
+    embeds: Tensor
+    dropped: tuple[int, ...]
+
+
+def leave(left: Left, group: list[Place], columns: Tensor, site: VisualSite, step: Reduction, space: str) -> Left:
+    """Take one group's reduction into account."""
+    if step.trivial:
+        return left
+    b, length = left.embeds.shape[:2]
+    embeds = left.embeds
+    samples = torch.tensor([p.sample for p in group], device=columns.device).unsqueeze(1)
+    stays = columns.gather(1, step.representative)
+    gone = torch.zeros(b, length + 1, dtype=torch.bool, device=embeds.device)
+    if left.gone is not None:
+        gone[:, :length] = left.gone
+    gone[samples, columns] = True
+    kept = stays if step.mask is None else torch.where(step.mask, stays, length)
+    gone[samples, kept] = False
+    gone = gone[:, :length]
+    if step.mode != "keep":
+        if space == "tower" and site.project is not None:
+            values = site.project(step.merge(site.tower))
+        else:
+            values = step.merge(embeds[samples, columns])
+        values = values.to(embeds.dtype)
+        if step.mask is not None:
+            values = torch.where(step.mask.unsqueeze(-1), values, embeds[samples, stays])
+        embeds = embeds.clone()
+        embeds[samples, stays] = values
+    dropped = list(left.dropped)
+    sizes = [step.slots] * len(group) if step.mask is None else step.mask.sum(1).tolist()
+    for place, size in zip(group, sizes, strict=True):
+        dropped[place.sample] += columns.shape[1] - int(size)
+    return Left(gone, embeds, tuple(dropped))

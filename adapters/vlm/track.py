@@ -1,0 +1,246 @@
+"""What a cache knows of the tokens that never reached its layers: kept on the cache itself, for decode and later turns.
+
+The cache's class is exchanged for a subclass that reports the logical length, and keeps the record in step when samples
+are reordered, repeated, or tokens taken back.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_TRACK = "_tokred_track"
+_STATE = "tokred_track"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that hold the same columns.
+
+    Attributes:
+        first: the first of these layers; 0 for what left before the language model.
+        columns: ``(B, P)`` int64, which of the tokens that came to layer 0 (for group 0: to the model) each row is.
+        valid: ``(B, P)`` bool, False on filler and padding.
+        ragged: whether any is False.
+        width: columns of layer 0 (for group 0: tokens of the prompt) that ``columns`` selects from.
+    """
+
+    first: int
+    columns: Tensor
+    valid: Tensor
+    ragged: bool
+    width: int
+
+    @property
+    def dropped(self) -> int:
+        """Rows fewer than there would be."""
+        return self.width - self.columns.shape[1]
+
+    def pick(self, index: Tensor) -> Group:
+        """The group of other samples."""
+        index = index.to(self.columns.device)
+        return replace(self, columns=self.columns.index_select(0, index), valid=self.valid.index_select(0, index))
+
+    def cut(self, count: int) -> Group:
+        """Without the newest ``count`` columns, which are all there."""
+        if count == 0:
+            return self
+        return Group(self.first, self.columns[:, :-count], self.valid[:, :-count], self.ragged, self.width - count)
+
+    def ends_with(self, count: int) -> bool:
+        """Whether the newest ``count`` columns of every sample are there (waits for the device)."""
+        if count > self.columns.shape[1]:
+            return False
+        wanted = torch.arange(self.width - count, self.width, device=self.columns.device)
+        tail = slice(self.columns.shape[1] - count, None)
+        return bool((self.columns[:, tail] == wanted).all() & self.valid[:, tail].all())
+
+
+def extended(
+    old: Group | None, first: int, past: int, columns: Tensor, width: int, valid: Tensor, ragged: bool
+) -> Group:
+    """A group after a further forward.
+
+    Args:
+        old: the group before, if there was one; columns that came after it are all there.
+        first: its first layer.
+        past: columns to select from before this forward.
+        columns: ``(B, m)`` those of this forward that are left, of ``width``.
+        valid: ``(B, P + m)`` bool, for all rows; ``ragged`` whether any may be False.
+    """
+    b = columns.shape[0]
+    if old is None:
+        parts = [torch.arange(past, device=columns.device).expand(b, -1)]
+    else:
+        parts = [old.columns, torch.arange(old.width, past, device=columns.device).expand(b, -1)]
+    return Group(first, torch.cat([*parts, columns + past], 1), valid, ragged, past + width)
+
+
+@dataclass
+class Track:
+    """The past of one cache.
+
+    Attributes:
+        covered: tokens of the model that the groups tell about; later ones are all there.
+        groups: by first layer; none of layer 0 where nothing left before the language model.
+        behind: ``(B,)`` int64, how many positions each sample lags behind where positions are counted anew.
+    """
+
+    covered: int
+    groups: list[Group] = field(default_factory=list)
+    behind: Tensor | None = None
+
+    @property
+    def outer(self) -> Group | None:
+        """What left before the language model."""
+        return self.groups[0] if self.groups and self.groups[0].first == 0 else None
+
+    @property
+    def dropped(self) -> int:
+        """Tokens of the model that layer 0 lacks."""
+        return 0 if self.outer is None else self.outer.dropped
+
+    @property
+    def entered(self) -> int:
+        """Columns of layer 0 that the groups tell about."""
+        return self.covered - self.dropped
+
+    def inner(self, layer: int) -> Group | None:
+        """The group that ``layer`` belongs to, where it holds other columns than layer 0."""
+        found = [g for g in self.groups if 0 < g.first <= layer]
+        return found[-1] if found else None
+
+    def copy(self) -> Track:
+        """One that is set apart from this."""
+        return Track(self.covered, list(self.groups), self.behind)
+
+    def pick(self, index: Tensor) -> None:
+        """Go on with other samples."""
+        self.groups = [g.pick(index) for g in self.groups]
+        if self.behind is not None:
+            self.behind = self.behind.index_select(0, index.to(self.behind.device))
+
+    def cut(self, count: int) -> None:
+        """Forget the newest ``count`` covered tokens.
+
+        Raises:
+            ValueError: some of them have been dropped from some layer, so that taking them back would take others.
+        """
+        if not all(g.ends_with(count) for g in self.groups):
+            raise ValueError(
+                f"cannot crop the cache into what was pruned: of the newest {count} tokens of the prompt some were "
+                "dropped; crop to the end of the prompt, or copy the cache before it"
+            )
+        self.groups = [g.cut(count) for g in self.groups]
+        self.covered -= count
+
+
+def track_of(cache: Any) -> Track | None:
+    """The record of a cache."""
+    return None if cache is None else cache.__dict__.get(_TRACK)
+
+
+def set_track(cache: Any, track: Track) -> None:
+    """Hang ``track`` on a cache, and make the cache heed it."""
+    if not hasattr(type(cache), "tokred_stock"):
+        kind: Any = type(cache)
+        cache.__class__ = _subclass(kind)
+    cache.__dict__[_TRACK] = track
+
+
+def physical_length(cache: Any) -> int:
+    """Columns that came to layer 0."""
+    stock = getattr(type(cache), "tokred_stock", None)
+    return int(cache.get_seq_length() if stock is None else stock.get_seq_length(cache))
+
+
+@functools.cache
+def _subclass(host: Any) -> Any:
+    def get_seq_length(self: Any, layer_idx: int = 0) -> Any:
+        track = track_of(self)
+        more = track.dropped if track is not None and layer_idx == 0 else 0
+        return host.get_seq_length(self, layer_idx) + more
+
+    def get_query_offset(self: Any, layer_idx: int = 0) -> Any:
+        return host.get_seq_length(self, layer_idx)
+
+    def reset(self: Any) -> None:
+        host.reset(self)
+        self.__dict__.pop(_TRACK, None)
+
+    def reorder_cache(self: Any, beam_idx: Tensor) -> None:
+        host.reorder_cache(self, beam_idx)
+        _pick(self, beam_idx)
+
+    def batch_repeat_interleave(self: Any, repeats: int) -> None:
+        before = _batch(self)
+        host.batch_repeat_interleave(self, repeats)
+        if before:
+            _pick(self, torch.arange(before).repeat_interleave(repeats))
+
+    def batch_select_indices(self: Any, indices: Tensor) -> None:
+        host.batch_select_indices(self, indices)
+        _pick(self, indices)
+
+    def crop(self: Any, tokens_to_remove: int) -> None:
+        track, count = track_of(self), -int(tokens_to_remove)
+        if track is None or count <= 0:
+            host.crop(self, tokens_to_remove)
+            return
+        inside = count - (self.get_seq_length() - track.covered)
+        trial = track.copy()
+        if inside > 0:
+            trial.cut(inside)
+        host.crop(self, tokens_to_remove)
+        self.__dict__[_TRACK] = trial
+
+    body: dict[str, Any] = {
+        "__module__": host.__module__,
+        "__qualname__": host.__qualname__,
+        "__doc__": host.__doc__,
+        "tokred_stock": host,
+        "get_seq_length": get_seq_length,
+        "get_query_offset": get_query_offset,
+        "reset": reset,
+        "reorder_cache": reorder_cache,
+        "batch_repeat_interleave": batch_repeat_interleave,
+        "batch_select_indices": batch_select_indices,
+        "crop": crop,
+    }
+    if hasattr(host, "snapshot"):
+        body.update(_snapshots(host))
+    return type(host.__name__, (host,), body)
+
+
+def _snapshots(host: Any) -> dict[str, Any]:
+    def snapshot(self: Any) -> Any:
+        found, track = host.snapshot(self), track_of(self)
+        return found._replace(session={**found.session, _STATE: None if track is None else track.copy()})
+
+    def restore(self: Any, snapshot: Any) -> None:
+        session = dict(snapshot.session)
+        track = session.pop(_STATE, None)
+        host.restore(self, snapshot._replace(session=session))
+        self.__dict__.pop(_TRACK, None)
+        if track is not None:
+            self.__dict__[_TRACK] = track.copy()
+
+    return {"snapshot": snapshot, "restore": restore}
+
+
+def _pick(cache: Any, index: Tensor) -> None:
+    track = track_of(cache)
+    if track is not None:
+        # A copy: snapshots share the record.
+        track = track.copy()
+        track.pick(torch.as_tensor(index))
+        cache.__dict__[_TRACK] = track
+
+
+def _batch(cache: Any) -> int:
+    track = track_of(cache)
+    return track.groups[0].columns.shape[0] if track is not None and track.groups else 0
