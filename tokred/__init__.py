@@ -35,8 +35,10 @@ if TYPE_CHECKING:
     from tokred import kv
     from tokred.methods.adakv import AdaKV
     from tokred.methods.algm import ALGM
+    from tokred.methods.asymrnr import AsymRnR
     from tokred.methods.ats import ATS
     from tokred.methods.cake import CAKE
+    from tokred.methods.catome import CAToMe
     from tokred.methods.criticalkv import CriticalKV
     from tokred.methods.downsample import Downsample
     from tokred.methods.duoattention import DuoAttention
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
     from tokred.methods.random_latent import RandomLatentPrune
     from tokred.methods.rpc import RPC
     from tokred.methods.saint import SAINT
+    from tokred.methods.sdtm import SDTM
     from tokred.methods.snapkv import SnapKV
     from tokred.methods.squeezeattention import SqueezeAttention
     from tokred.methods.streaming_llm import StreamingLLM
@@ -72,6 +75,7 @@ if TYPE_CHECKING:
     from tokred.methods.tome import ToMe
     from tokred.methods.tomesd import ToMeSD
     from tokred.methods.tova import TOVA
+    from tokred.methods.vidtome import VidToMe
     from tokred.methods.vomix import VoMix
     from tokred.methods.vtm import VTM
     from tokred.methods.zero_tprune import ZeroTPrune
@@ -90,10 +94,13 @@ __all__ = [
     "PPT",
     "RPC",
     "SAINT",
+    "SDTM",
     "TOVA",
     "VTM",
     "AdaKV",
+    "AsymRnR",
     "AttentionSite",
+    "CAToMe",
     "CacheReport",
     "CriticalKV",
     "Downsample",
@@ -139,6 +146,7 @@ __all__ = [
     "UnknownMethodError",
     "UnknownModelError",
     "UnsupportedModelError",
+    "VidToMe",
     "VoMix",
     "ZeroMerge",
     "ZeroTPrune",

@@ -235,16 +235,16 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
-def check_ratio(ratio: Any) -> None:
+def check_ratio(ratio: Any, name: str = "ratio") -> None:
     """Refuse what is no share of tokens in ``[0, 1)``.
 
     Raises:
         TypeError, ValueError: naming the argument.
     """
     if not isinstance(ratio, int | float) or isinstance(ratio, bool):
-        raise TypeError(f"ratio must be a number, got {ratio!r}")
+        raise TypeError(f"{name} must be a number, got {ratio!r}")
     if not 0 <= ratio < 1:
-        raise ValueError(f"ratio must lie in [0, 1), got {ratio}")
+        raise ValueError(f"{name} must lie in [0, 1), got {ratio}")
 
 
 def removed(n: int, ratio: float) -> int:

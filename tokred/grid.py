@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tokred.kernels.similarity_rows import best_match, unit
+from tokred.ragged import bounds, pack
 from tokred.reduction import Reduction
 from tokred.selection import ranked
 
@@ -75,14 +76,18 @@ def check_cells(grid: tuple[int, int], cell: tuple[int, int]) -> tuple[int, int]
     return rows, columns
 
 
-def match_cells(metric: Tensor, sources: Tensor, destinations: Tensor, r: int) -> Reduction:
+def match_cells(
+    metric: Tensor, sources: Tensor, destinations: Tensor, r: int, *, by: str = "cosine", mode: str = "mean"
+) -> Reduction:
     """Merge the ``r`` sources that are most similar to a destination into it, wherever it stands.
 
     Args:
-        metric: ``(B, N, C)``, compared by cosine in float32.
+        metric: ``(B, N, C)``, compared in float32.
         sources: ``(R,)`` positions, shared by the batch.
         destinations: ``(K,)`` positions.
         r: how many, at most ``R``.
+        by: ``"cosine"``, ``"dot"`` or ``"distance"``.
+        mode: how a slot combines its members, ``"mean"`` or ``"keep"``.
 
     Returns:
         Slots: the sources that stay, best score first, then the destinations. The mean of a slot is the plain one.
@@ -94,13 +99,43 @@ def match_cells(metric: Tensor, sources: Tensor, destinations: Tensor, r: int) -
     if r == 0:
         return Reduction.identity((b,), n, metric.device)
     with torch.no_grad():
-        rows = unit(metric.detach())
-        score, match = best_match(rows.index_select(1, sources), rows.index_select(1, destinations), metric="dot")
+        rows, by = (unit(metric.detach()), "dot") if by == "cosine" else (metric.detach(), by)
+        score, match = best_match(rows.index_select(1, sources), rows.index_select(1, destinations), metric=by)
         order = ranked(score)
         merged, alone = order[:, :r], order[:, r:]
         representative = torch.cat([sources[alone], destinations.expand(b, -1)], 1)
         target = match.gather(1, merged) + alone.shape[1]
-        return Reduction(representative, sources[merged], target, n, mode="mean", by_size=False, complete=True)
+        return Reduction(representative, sources[merged], target, n, mode=mode, by_size=False, complete=True)
+
+
+def match_above(metric: Tensor, sources: Tensor, destinations: Tensor, threshold: float) -> Reduction:
+    """Merge every source whose best destination is more similar than a threshold. Waits for the device once.
+
+    Args:
+        metric: ``(B, N, C)``, compared by cosine in float32.
+        sources: ``(R,)`` positions, shared by the batch.
+        destinations: ``(K,)`` positions.
+        threshold: of the cosine.
+
+    Returns:
+        Slots: the sources that stay and the destinations, each in their order; a mask where samples keep different
+        numbers. The mean of a slot is the plain one.
+    """
+    b, n, _ = metric.shape
+    k = len(destinations)
+    with torch.no_grad():
+        rows = unit(metric.detach())
+        score, match = best_match(rows.index_select(1, sources), rows.index_select(1, destinations), metric="dot")
+        merged = score > threshold
+        stays = torch.cat([~merged, merged.new_ones(b, k)], 1)
+        low, high = bounds(stays.sum(1), n)
+        if low == n:
+            return Reduction.identity((b,), n, metric.device)
+        slot = stays.cumsum(1) - 1
+        target = torch.where(merged, slot[:, n - k :].gather(1, match), -1)
+        line = torch.cat([sources, destinations]).expand(b, -1)
+        representative, mask = pack(line, stays, (low, high))
+        return Reduction(representative, sources.expand(b, -1), target, n, mask=mask, mode="mean", by_size=False)
 
 
 def match_around(metric: Tensor, destinations: Tensor, protected: Tensor, left: int) -> Reduction:

@@ -173,12 +173,15 @@ def facility_location(similarity: Tensor, k: int) -> Tensor:
     """The ``k`` rows that stand for all rows best, chosen greedily: ``(..., k)`` int64 in the order of the choice.
 
     Each choice adds the row that raises the sum over all rows of their similarity to the nearest chosen one most; the
-    sum comes within ``1 - 1/e`` of the best possible. Equal gains go to the lower index.
+    sum comes within ``1 - 1/e`` of the best possible. Equal gains go to the lower index. Similarities count in steps of
+    1/4096: two rows that are each other's nearest gain the same, and sums of such steps are exact, so that rounding
+    does not choose between them.
 
     Args:
-        similarity: ``(..., n, n)`` symmetric, at least -1.
+        similarity: ``(..., n, n)`` symmetric, at least -1; ``n`` up to 2,048.
         k: how many, at most ``n``.
     """
+    similarity = (torch.maximum(similarity, similarity.mT) * 4096).round() / 4096
     covered = torch.full(similarity.shape[:-1], -1.0, dtype=similarity.dtype, device=similarity.device)
     taken = torch.zeros_like(covered)
     picks = []

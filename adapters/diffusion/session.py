@@ -9,15 +9,19 @@ import torch
 from torch import Tensor
 
 from tokred.adapters.diffusion.frames import join_frames, one_frame
+from tokred.adapters.diffusion.inside import Halves
 from tokred.adapters.diffusion.steps import Steps
 from tokred.adapters.swap import Hook
-from tokred.denoise import AttentionMethod, AttentionSite, Place, place_of, step_key
+from tokred.denoise import AttentionMethod, AttentionSite, Place, Side, place_of, step_key
 from tokred.errors import UnsupportedModelError
 from tokred.kernels.merge_rows import unmerge_rows
 from tokred.reduction import Reduction
 
 if TYPE_CHECKING:
     from tokred.adapters.diffusion.sublayers import Spot
+
+_SIDES: tuple[Side, Side] = ("queries", "keys")
+
 
 class Plan:
     """A reduction in use, with its inverse map."""
@@ -200,6 +204,36 @@ class Session:
             plan = self.plans[slot] = Plan(reduction, method.part)
         return plan
 
+    def halves(self, spot: Spot, image: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Halves:
+        """What becomes of the queries, and of the keys and values, of one attention.
+
+        Args:
+            spot: the sub-layer.
+            image: its input, the image's tokens.
+            q, k, v: ``(B, H, N, D)`` of these, as the attention uses them.
+        """
+        method = self.now
+        if self.size is None or method is None:
+            return Halves()
+        place, slot = self.place(image), ("heads", spot.name)
+        found: Halves | None = self.plans.get(slot)
+        if found is None or not _fits(found, q):
+            known = self._known(place, slot, len(q)) | {"q": q.detach(), "k": k.detach(), "v": v.detach()}
+            sides = []
+            for side in _SIDES:
+                left = method.side(side, place)
+                if left == place.length:
+                    sides.append(None)
+                elif self.free:
+                    rows = torch.arange(left, device=q.device).expand(*q.shape[:2], -1)
+                    sides.append(Reduction.keep(rows, place.length))
+                else:
+                    made = method.reduce(AttentionSite(None, place, layer=spot.block, side=side, **known))
+                    sides.append(None if made.trivial else made)
+            found = self.plans[slot] = Halves(*sides, method.proportional)
+        self._record(spot, "self", image, min((side.slots for side in found[:2] if side), default=place.length))
+        return found
+
     def _known(self, place: Place, slot: Any, batch: int) -> dict[str, Any]:
         """What every site of this step is told."""
         known: dict[str, Any] = {"depth": self.depth, "step": self.key, "count": self.steps.count}
@@ -218,18 +252,29 @@ class Session:
 
     def acts(self, role: str) -> bool:
         """Whether sub-layers of this role are reduced in this step."""
-        return self.now is not None and role in self.now.sublayers
+        return self.now is not None and not self.now.idle and role in self.now.sublayers
 
     def _first(self, x: Tensor, left: int) -> Reduction:
         return Reduction.keep(torch.arange(left, device=x.device).expand(x.shape[0], -1), x.shape[1])
 
     def note(self, spot: Spot, role: str, x: Tensor, plan: Plan | None) -> None:
         """Remember what a sub-layer ran on."""
+        self._record(spot, role, x, None if plan is None else plan.reduction.slots)
+
+    def _record(self, spot: Spot, role: str, x: Tensor, left: int | None) -> None:
         if torch.compiler.is_compiling():
             return
         n = x.shape[1] if x.ndim == 3 else x.shape[2] * x.shape[3]
-        left = n if plan is None else plan.reduction.slots
-        self.records[spot.block, spot.name] = SpotRecord(spot.name, role, n, left)
+        self.records[spot.block, spot.name] = SpotRecord(spot.name, role, n, n if left is None else left)
+
+
+def _fits(found: Halves, q: Tensor) -> bool:
+    """Whether plans by head are some for queries ``(B, H, N, D)``."""
+    sides = [side for side in found[:2] if isinstance(side, Reduction)]
+    return all(
+        side.batch == tuple(q.shape[:2]) and side.length == q.shape[2] and side.representative.device == q.device
+        for side in sides
+    )
 
 
 class EnterDenoiser(Hook):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from tokred.adapters.diffusion import rotary
 from tokred.adapters.diffusion.inside import Halves, Inside, masked_at
+from tokred.adapters.diffusion.padding import Padded
 from tokred.adapters.diffusion.session import Plan, Session
 from tokred.errors import UnsupportedModelError
 
@@ -143,12 +145,38 @@ class Spot:
             return _back(plan, call.run(forward, module), before)
         if plan.part != "tokens":
             return self._half(module, forward, plan, call, image, role)
+        if role != "self":
+            return self._short(module, forward, plan, call, image, before, role)
+        with self._apart(module, plan, before if text is None else text.shape[1]):
+            return self._short(module, forward, plan, call, image, before, role)
+
+    def _short(self, module: Any, forward: Any, plan: Plan, call: Call, image: Tensor, before: int, role: str) -> Any:
+        """An attention on fewer tokens, and all of them again."""
         if rotary.table_of(call.get) is not None:
             return self._rotated(module, forward, plan, call, image, before)
         if self.kind == "joint":
-            call.put("hidden_states", plan.merge(x))
-            return _back(plan, self._masked(call, plan, x.shape[1], role).run(forward, module), 0)
+            call.put("hidden_states", plan.merge(image))
+            return _back(plan, self._masked(call, plan, image.shape[1], role).run(forward, module), 0)
         return self._viewed(module, forward, view(module, plan, self._projections(role), True), call, role)
+
+    @contextlib.contextmanager
+    def _apart(self, module: Any, plan: Plan, text: int) -> Iterator[None]:
+        """While this is entered, samples that keep fewer tokens than others do not attend to their padding."""
+        if plan.reduction.mask is None:
+            yield
+            return
+        mode = Padded(plan.reduction.mask, text, self.first)
+        with mode:
+            yield
+        if not mode.seen:
+            raise self._other_kernel(module, "samples with different numbers of tokens cannot be told apart in it")
+
+    def _other_kernel(self, module: Any, what: str) -> UnsupportedModelError:
+        owner = getattr(module, "attn", module)
+        return UnsupportedModelError(
+            f"the processor {type(owner.processor).__name__} of {self.name} does not run torch's "
+            f"scaled_dot_product_attention (a processor or an attention back-end of its own), so {what}"
+        )
 
     def _image(self, x: Tensor) -> tuple[Tensor, int]:
         """The tokens of the image, and how many of text stand before them in the same tensor."""
@@ -197,11 +225,7 @@ class Spot:
         with mode:
             y = call.run(forward, module)
         if not mode.seen:
-            raise UnsupportedModelError(
-                f"the processor {type(module.processor).__name__} of {self.name} does not run torch's "
-                "scaled_dot_product_attention (a processor or an attention back-end of its own), so queries or keys "
-                "alone cannot be reduced in it"
-            )
+            raise self._other_kernel(module, "queries or keys alone cannot be reduced in it")
         return y
 
     def _rotated(self, module: Any, forward: Any, plan: Plan, call: Call, image: Tensor, before: int) -> Any:
@@ -242,7 +266,9 @@ class Spot:
         rotated = rotary.table_of(call.get) is not None
         short = plan.reduction.gather(x) if rotated else plan.merge(x)
         call.put("hidden_states", short)
-        outputs = list(self._masked(call, plan, x.shape[1], "self").run(forward, module))
+        text = call.get("encoder_hidden_states")
+        with self._apart(module, plan, 0 if text is None else text.shape[1]):
+            outputs = list(self._masked(call, plan, x.shape[1], "self").run(forward, module))
         at = 1 if self.first else 0
         outputs[at] = x + plan.restore(outputs[at] - short)
         return tuple(outputs)

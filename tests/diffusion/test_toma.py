@@ -143,6 +143,7 @@ def test_nothing_to_do_and_coarse_grids():
     [
         ({"ratio": 1.0}, r"ratio must lie in \[0, 1\)"),
         ({"tile": 0}, "tile must be at least 1"),
+        ({"tile": 33}, "tile must be at most 32"),
         ({"tau": -1}, "tau must be a number of at least 0"),
         ({"cover": "all"}, "cover is 'all'"),
         ({"steps_plan": 0}, "steps_plan must be at least 1"),

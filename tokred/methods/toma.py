@@ -78,6 +78,8 @@ class ToMA(AttentionMethod):
         check_ratio(self.ratio)
         for name in ("max_downsample", "tile", "steps_destination", "steps_plan"):
             check_count(name, getattr(self, name))
+        if self.tile > 32:
+            raise ValueError(f"tile must be at most 32, got {self.tile}: every pair of a tile's tokens is compared")
         if isinstance(self.tau, bool) or not isinstance(self.tau, int | float) or not self.tau >= 0:
             raise ValueError(f"tau must be a number of at least 0, got {self.tau!r}")
         if self.cover not in COVERS:
