@@ -11,10 +11,16 @@ from torch import Tensor, nn
 
 import tokred
 from tests.adapters import tiny_open_clip, tiny_transformers, tiny_windows
+from tests.diffusion import host_rows
 from tokred import adapters
 
 WINDOWS = ("SAM", "SAM vision", "SAM-HQ", "ViTDet", "ViTDet backbone")
-LIBRARIES = {"timm": "timm", "transformers": "transformers", "open_clip": "open_clip_torch"}
+LIBRARIES = {
+    "timm": "timm",
+    "transformers": "transformers",
+    "open_clip": "open_clip_torch",
+    "diffusers": "diffusers",
+}
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3}
 
 TIMM = {
@@ -249,7 +255,12 @@ def open_clip_rows() -> Iterator[Row]:
         yield Row("open_clip", label, "CLIP", refused=reason)
 
 
-ROWS = {"timm": timm_rows, "transformers": transformers_rows, "open_clip": open_clip_rows}
+ROWS: dict[str, Callable[[], Iterator[Any]]] = {
+    "timm": timm_rows,
+    "transformers": transformers_rows,
+    "open_clip": open_clip_rows,
+    "diffusers": host_rows.diffusers_rows,
+}
 
 
 def versions() -> str:
@@ -295,19 +306,26 @@ the forward. A model around an encoder that is in neither list is refused even w
 it may count or place the tokens; what is built around a `Backbone` is the exception: that returns maps of full length.
 Gradient checkpointing, `generate`, `save_pretrained` (which writes the plain model) and pickling work as before.""",
     "open_clip": "Only the vision tower is patched. Timm trunks are those of the timm table.",
+    "diffusers": host_rows.NOTE,
 }
+HEAD = ["family", "tried", "encoder", "protected", "reduced", "full length", "methods"]
 
 
-def render(rows: list[Row]) -> str:
+def cells(row: Any) -> list[str]:
+    """The line of a model that works."""
+    if row.library == "diffusers":
+        return host_rows.cells(row)
+    return [row.label, f"`{row.model}`", row.encoder, row.protected, row.where, row.full, row.methods]
+
+
+def render(rows: list[Any]) -> str:
     """The page."""
     parts = [INTRODUCTION.replace("{versions}", versions())]
     for library in LIBRARIES:
         mine = [row for row in rows if row.library == library]
         parts.append(f"## {library}\n\n{NOTES[library]}\n\n")
-        good = [
-            [r.label, f"`{r.model}`", r.encoder, r.protected, r.where, r.full, r.methods] for r in mine if not r.refused
-        ]
-        parts.append(_table(["family", "tried", "encoder", "protected", "reduced", "full length", "methods"], good))
+        good = [cells(row) for row in mine if not row.refused]
+        parts.append(_table(host_rows.HEAD if library == "diffusers" else HEAD, good))
         parts.append("\nRefused:\n\n")
         parts.append(
             _table(["family", "tried", "why"], [[r.label, f"`{r.model}`", r.refused] for r in mine if r.refused])

@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("timm")
 pytest.importorskip("transformers")
 pytest.importorskip("open_clip")
+pytest.importorskip("diffusers")
 
 from tests.adapters.host_table import ROWS, Row, render, versions
 
