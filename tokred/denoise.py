@@ -40,11 +40,11 @@ class Step(NamedTuple):
 
     Attributes:
         noise: level of the noise, from 1 at the start to 0 at the end: the timestep by the length of the training.
-        count: steps of this image before it.
+        number: steps of this image before it.
     """
 
     noise: float
-    count: int
+    number: int
 
 
 def place_of(length: int, size: tuple[int, int]) -> Place:
@@ -145,11 +145,13 @@ class AttentionMethod(Method):
             the first.
         refresh: a plan is kept for so many denoising steps.
         first_full: so many steps at the start of an image run as they are.
+        near: it merges neighbours alone, so that keys may be averaged even where they are rotated by their places.
         remembers: it keeps something in :attr:`AttentionSite.memory`; compiled forwards forget it.
     """
 
     stage: ClassVar[Stage] = "attention"
     part: ClassVar[Part] = "tokens"
+    near: ClassVar[bool] = False
     remembers: ClassVar[bool] = False
     share: Share = "block"
     refresh: int = 1
@@ -167,7 +169,7 @@ class AttentionMethod(Method):
         Args:
             step: which one; None where steps are not counted: what is in force in most of them.
         """
-        return None if step is not None and step.count < self.first_full else self
+        return None if step is not None and step.number < self.first_full else self
 
     def side(self, side: Side, place: Place) -> int:
         """Tokens of one side that remain, of ``place.length``; :meth:`left` unless part is ``"heads"``."""

@@ -68,8 +68,16 @@ class TileReduction(Reduction):
             target.append(slot.gather(-1, others).flatten(1))
             before += w * d
         order = torch.cat([own.flatten() for own in rows]).argsort()
-        parts = (torch.cat(found, 1) for found in (representative, source, target))
-        return cls(*parts, length, by_size=False, complete=True, tiles=tuple(tiles), order=order)
+        return cls(
+            torch.cat(representative, 1),
+            torch.cat(source, 1),
+            torch.cat(target, 1),
+            length,
+            by_size=False,
+            complete=True,
+            tiles=tuple(tiles),
+            order=order,
+        )
 
     def merge(
         self, x: Tensor, size: Tensor | None = None, mode: str | None = None, *, slot_size: Tensor | None = None
@@ -87,7 +95,7 @@ class TileReduction(Reduction):
             raise ValueError(f"mode is {mode!r}; a reduction of tiles allows 'mean' and 'keep'")
         merged = []
         for tile in self.tiles:
-            own = x.index_select(1, tile.rows.flatten()).unflatten(1, tuple(tile.rows.shape))
+            own = x.index_select(1, tile.rows.flatten()).view(len(x), *tile.rows.shape, -1)
             merged.append((tile.weight.to(x.dtype) @ own).flatten(1, 2))
         return torch.cat(merged, 1)
 
@@ -103,7 +111,7 @@ class TileReduction(Reduction):
         restored, before = [], 0
         for tile in self.tiles:
             w, d = tile.share.shape[1:3]
-            own = y[:, before : before + w * d].unflatten(1, (w, d))
+            own = y[:, before : before + w * d].reshape(len(y), w, d, -1)
             restored.append((tile.share.to(y.dtype).mT @ own).flatten(1, 2))
             before += w * d
         return torch.cat(restored, 1).index_select(1, self.order)
@@ -117,19 +125,26 @@ class TileReduction(Reduction):
         for rows, share, weight in self.tiles:
             w, d, size = share.shape[1:]
             own = (rows + first.view(-1, 1, 1) * n).flatten(0, 1)
-            shares = (t.unflatten(0, (b, frames)).flatten(1, 2) for t in (share, weight))
+            shares = (t.reshape(b, frames * w, d, size) for t in (share, weight))
             tiles.append(Tile(own, *shares))
             spans = ((w * d, seen, n, 0), (w * (size - d), other, n, 0), (w * (size - d), other, w * d, before - seen))
             for part, index, (count, start, step, shift) in zip(
                 parts, (self.representative, self.source, self.target), spans, strict=True
             ):
-                found = index[:, start : start + count].unflatten(0, (b, frames)) + shift
+                found = index[:, start : start + count].reshape(b, frames, count) + shift
                 part.append((found + first.unsqueeze(1) * step).flatten(1))
             seen, other, before = seen + w * d, other + w * (size - d), before + frames * w * d
         order = torch.cat([tile.rows.flatten() for tile in tiles]).argsort()
-        made = (torch.cat(part, 1) for part in parts)
-        return replace(self, **dict(zip(("representative", "source", "target"), made, strict=True)),
-                       length=frames * n, tiles=tuple(tiles), order=order)  # fmt: skip
+        representative, source, target = (torch.cat(part, 1) for part in parts)
+        return replace(
+            self,
+            representative=representative,
+            source=source,
+            target=target,
+            length=frames * n,
+            tiles=tuple(tiles),
+            order=order,
+        )
 
     def to(self, device: torch.device | str) -> TileReduction:
         """The same reduction with its tensors on ``device``."""
@@ -211,6 +226,7 @@ def soft_shares(similarity: Tensor, chosen: Tensor, tau: float) -> Tensor:
 
 def tile_similarity(x: Tensor, rows: Tensor) -> Tensor:
     """Cosines of the tokens of each tile: ``(B, W, n, n)`` float32, of ``x`` ``(B, N, C)`` and ``rows`` ``(W, n)``."""
-    own = unit(x.index_select(1, rows.flatten())).unflatten(1, tuple(rows.shape))
+    own = unit(x.index_select(1, rows.flatten())).view(len(x), *rows.shape, -1)
     with torch.autocast(x.device.type, enabled=False):
-        return own @ own.mT
+        found: Tensor = own @ own.mT
+    return found

@@ -88,7 +88,7 @@ class Session:
         self.key: int | Tensor = 0
         self.inputs: dict[int, Tensor] = {}
         self.now: AttentionMethod | None = self.method.at(None)
-        self.plans: dict[Any, Plan] = {}
+        self.plans: dict[Any, Any] = {}
         self.channels = 0
         self.steps.forget()
         self.records: dict[tuple[int, str], SpotRecord] = {}
@@ -219,7 +219,7 @@ class Session:
         found: Halves | None = self.plans.get(slot)
         if found is None or not _fits(found, q):
             known = self._known(place, slot, len(q)) | {"q": q.detach(), "k": k.detach(), "v": v.detach()}
-            sides = []
+            sides: list[Reduction | None] = []
             for side in _SIDES:
                 left = method.side(side, place)
                 if left == place.length:
@@ -230,7 +230,8 @@ class Session:
                 else:
                     made = method.reduce(AttentionSite(None, place, layer=spot.block, side=side, **known))
                     sides.append(None if made.trivial else made)
-            found = self.plans[slot] = Halves(*sides, method.proportional)
+            found = Halves(sides[0], sides[1], method.proportional)
+            self.plans[slot] = found
         self._record(spot, "self", image, min((side.slots for side in found[:2] if side), default=place.length))
         return found
 

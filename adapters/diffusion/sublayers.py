@@ -213,7 +213,10 @@ class Spot:
         apart = call.get("encoder_hidden_states") is None or getattr(module, "add_k_proj", None) is not None
         if plain and plan.part == "kv" and self.kind == "joint" and apart:
             return call.run(forward, view(module, plan, ("to_k", "to_v"), False))
-        halves = Halves(keys=plan.reduction) if plan.part == "kv" else Halves(queries=plan.reduction)
+        reduction, now = plan.reduction, self.session.now
+        if rotary.table_of(call.get) is not None and not (now is not None and now.near):
+            reduction = replace(reduction, mode="keep")  # vectors rotated by far places are not averaged
+        halves = Halves(keys=reduction) if plan.part == "kv" else Halves(queries=reduction)
         return self._inside(module, forward, lambda q, k, v: halves, call, image)
 
     def _inside(self, module: Any, forward: Any, decide: Callable[..., Halves], call: Call, image: Tensor) -> Any:

@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 
 import tokred
-from tokred.denoise import AttentionSite, Place
+from tests.diffusion.tiny import inputs, run, sd15
+from tokred.denoise import AttentionSite, Place, Step
 from tokred.grid import kept_lines
+from tokred.methods.todo import SimilarKeys
 
 
 def kept(grid: tuple[int, int], values: torch.Tensor | None = None, **parameters) -> list[float]:
@@ -104,6 +106,9 @@ def test_cycling_moves_with_the_step_alone():
         ({"mode": "pool"}, "mode is 'pool'"),
         ({"phase": 4}, r"phase must lie in \[0, 4\)"),
         ({"phase": 1, "mode": "average"}, "phase is for mode 'nearest'"),
+        ({"switch": 1.5}, r"switch must lie in \[0, 1\]"),
+        ({"stop": -0.1}, "stop must lie in"),
+        ({"secondary": "none"}, "secondary is 'none'"),
         ({"phase": "spin"}, "phase must be an integer or 'cycle'"),
     ],
 )
@@ -115,3 +120,54 @@ def test_wrong_parameters(parameters: dict, message: str):
 def test_a_factor_larger_than_the_grid():
     with pytest.raises(ValueError, match="a factor of 5 is larger than the 4 rows"):
         kept((4, 8), factors=5)
+
+
+def test_the_late_switch():
+    method = tokred.ToDo(factors=2, switch=0.2, stop=0.1)
+    assert method.at(Step(0.9, 0)) is method
+    late = method.at(Step(0.2, 5))
+    assert late == SimilarKeys((2,))
+    assert method.at(Step(0.1, 7)) is None
+    assert tokred.ToDo(factors=2, switch=0.2, secondary=None).at(Step(0.1, 7)) is None
+    assert tokred.ToDo(factors=2).at(Step(0.0, 9)) == tokred.ToDo(factors=2), "the last timestep may be 0"
+    assert not tokred.ToDo().stepwise
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (5, 7), (9, 6)])
+def test_keys_by_similarity(grid: tuple[int, int]):
+    n = grid[0] * grid[1]
+    x = torch.randn(2, n, 5, generator=torch.Generator().manual_seed(0))
+    late = SimilarKeys((2,))
+    plan = late.reduce(AttentionSite(x, Place(n, grid, 1), step=3))
+    assert plan.slots == late.left(Place(n, grid, 1)) == (grid[0] // 2) * (grid[1] // 2)
+    near = F.normalize(x, dim=-1)
+    scores = near @ near.mT
+    for b in range(2):
+        slots = plan.representative[b]
+        for source, target in zip(plan.source[b].tolist(), plan.target[b].tolist(), strict=True):
+            assert scores[b, source, slots[target]] == scores[b, source, slots].max()
+
+
+def test_a_denoiser_switches():
+    model, given = sd15(), inputs("sd15")
+    before = run(model, {**given, "timestep": 50})
+    tokred.apply(model, "todo", factors=(2, 2), switch=0.5, stop=0.1)
+
+    def image() -> list[torch.Tensor]:
+        return [run(model, {**given, "timestep": t}) for t in (900, 500, 50)]
+
+    first, second = image(), image()
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert torch.equal(first[2], before)
+    tokred.apply(model, "todo", factors=(2, 2))
+    plain = image()
+    assert torch.equal(first[0], plain[0])
+    assert not torch.equal(first[1], plain[1])
+
+
+def test_compiled_forwards_do_not_know_the_step(monkeypatch: pytest.MonkeyPatch):
+    model, given = sd15(), inputs("sd15")
+    tokred.apply(model, "todo", factors=(2, 2), switch=0.5)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with pytest.raises(tokred.UnsupportedModelError, match="which a compiled forward does not know"):
+        run(model, {**given, "timestep": torch.tensor(900)})

@@ -99,7 +99,7 @@ class IBTM(AttentionMethod):
 
     def at(self, step: Step | None) -> AttentionMethod | None:
         """ToMeSD in the first step."""
-        return self.beginning if step is not None and step.count == 0 else self
+        return self.beginning if step is not None and step.number == 0 else self
 
     @property
     def sublayers(self) -> tuple[Sublayer, ...]:

@@ -93,7 +93,7 @@ class SDTM(AttentionMethod):
 
     def at(self, step: Step | None) -> AttentionMethod | None:
         """The stage, with the ratio of the step."""
-        detail = step is not None and step.count >= self.switch
+        detail = step is not None and step.number >= self.switch
         now = self.ratio if step is None else self.curve(1 - step.noise)
         return SDTMStage(now, detail, self.age, self.max_downsample, self.seed, self.share)
 
@@ -190,9 +190,9 @@ class SDTMStage(AttentionMethod):
         y, x = torch.arange(rows, device=device).unsqueeze(1) * 2, torch.arange(columns, device=device) * 2
         corner = (y * wide + x).flatten()
         members = corner.unsqueeze(1) + torch.tensor([0, 1, wide, wide + 1], device=device)  # [W, 4]
-        vectors = unit(site.x.detach()).index_select(1, members.flatten()).unflatten(1, (-1, 4))
+        vectors = unit(site.x.detach()).index_select(1, members.flatten()).reshape(b, len(members), 4, -1)
         alike = vectors.sum(2).square().sum(-1) / 16  # mean cosine of all pairs, self-pairs included
-        score = alike + self.age * relative.index_select(1, members.flatten()).unflatten(1, (-1, 4)).mean(2)
+        score = alike + self.age * relative.index_select(1, members.flatten()).reshape(b, -1, 4).mean(2)
         chosen = ranked(score)[:, :windows].sort(dim=1).values  # [B, W']
         member = members[chosen]  # [B, W', 4]
         stands = offsets[chosen].unsqueeze(-1)

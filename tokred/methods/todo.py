@@ -8,10 +8,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tokred.denoise import AttentionMethod, AttentionSite, Part, Place, Share, check_count, check_sharing
-from tokred.grid import kept_lines, pool_cells
+from tokred.denoise import AttentionMethod, AttentionSite, Part, Place, Share, Step, check_count, check_sharing
+from tokred.grid import cell_destinations, kept_lines, match_cells, pool_cells
 from tokred.reduction import Reduction
 from tokred.registry import register
+from tokred.schedules import check_share
 from tokred.site import Site
 
 MODES = ("nearest", "nearest-exact", "average", "max")
@@ -31,7 +32,12 @@ class ToDo(AttentionMethod):
         phase: which token of the cell is kept with ``"nearest"``, counted row by row from 0; or ``"cycle"``: another
             one at every step, drawn by ``seed`` and step (ours, as the whole parameter).
         seed: for ``phase="cycle"``.
-        refresh: a plan is kept for so many denoising steps; matters for ``phase="cycle"`` only (ours).
+        refresh: a plan is kept for so many denoising steps; matters for ``phase="cycle"`` and ``secondary`` (ours).
+        switch: level of the noise, from 1 at the start to 0, down to which this is done; below it ``secondary``. 0: all
+            along. The authors' library has 0.2.
+        stop: level down to which anything is done.
+        secondary: ``"similarity"``: each key is merged into its most similar among one of each cell, so that as many
+            are left; None: nothing is reduced any more.
 
     Nothing depends on the image, so all blocks of one resolution share a plan. Reductions of grids that the factor does
     not divide drop rows or columns unevenly and add no bias for it, as the authors' code does.
@@ -43,12 +49,16 @@ class ToDo(AttentionMethod):
     summary: ClassVar[str] = "down-sample keys and values of a denoiser's self-attention on the image's grid"
     source: ClassVar[str] = "Smith et al., 2024 (arXiv 2402.13573)"
     part: ClassVar[Part] = "kv"
+    near: ClassVar[bool] = True
 
     factors: tuple[int, ...] = (2, 1)
     mode: Literal["nearest", "nearest-exact", "average", "max"] = "nearest"
     phase: int | Literal["cycle"] = 0
     seed: int = 0
     refresh: int = 1
+    switch: float = 0.0
+    stop: float = 0.0
+    secondary: Literal["similarity"] | None = "similarity"
 
     @property
     def share(self) -> Share:  # type: ignore[override]  # not a parameter here
@@ -67,6 +77,24 @@ class ToDo(AttentionMethod):
             raise ValueError(f"mode is {self.mode!r}; allowed are {', '.join(map(repr, MODES))}")
         self._check_phase()
         check_sharing("resolution", self.refresh)
+        for name in ("switch", "stop"):
+            check_share(getattr(self, name), name, zero=True)
+        if self.secondary not in ("similarity", None):
+            raise ValueError(f"secondary is {self.secondary!r}; allowed are 'similarity', None")
+
+    @property
+    def stepwise(self) -> bool:
+        """Where it switches or stops before the end."""
+        return self.switch > 0 or self.stop > 0
+
+    def at(self, step: Step | None) -> AttentionMethod | None:
+        """What the level of the noise calls for."""
+        if step is None or not self.stepwise:
+            return self
+        if step.noise <= self.stop:
+            return None
+        similar = None if self.secondary is None else SimilarKeys(self.factors, self.seed, self.refresh)
+        return self if step.noise > self.switch else similar
 
     def _check_phase(self) -> None:
         if self.phase == "cycle":
@@ -128,3 +156,40 @@ class ToDo(AttentionMethod):
             drawn = (AttentionSite(site.x, site.place, step=site.key).uniform(1, self.seed) * f * f).to(torch.int64)
             return drawn // f, drawn % f
         return self.phase // f, self.phase % f
+
+
+@dataclass(frozen=True)
+class SimilarKeys(AttentionMethod):
+    """What :class:`ToDo` does late: keys merged by similarity into one of each cell, drawn anew at every step.
+
+    Args:
+        factors, seed, refresh: of the method.
+    """
+
+    name: ClassVar[str] = "todo"
+    part: ClassVar[Part] = "kv"
+
+    factors: tuple[int, ...]
+    seed: int = 0
+    refresh: int = 1
+    share: Share = "resolution"
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is merged at factor 1."""
+        return max(self.factors) == 1
+
+    def left(self, place: Place) -> int:
+        """As many as :class:`ToDo` leaves."""
+        return ToDo(self.factors).left(place)
+
+    def reduce(self, site: Site) -> Reduction:
+        """Match all keys with those that were drawn."""
+        site = self.site(site)
+        b, n = site.shape
+        f = ToDo(self.factors).factor(site.place)
+        if f == 1:
+            return Reduction.identity((b,), n, site.device)
+        offsets = (site.uniform(self.left(site.place), self.seed) * f * f).to(torch.int64)
+        sources, destinations = cell_destinations(site.grid, (f, f), offsets, site.device)
+        return match_cells(site.x, sources, destinations, len(sources))
