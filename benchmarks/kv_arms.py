@@ -25,6 +25,7 @@ POLICIES: dict[str, Callable[[float], Any]] = {
     "squeezeattention": lambda b: tokred.make("squeezeattention", budget=b),
     "observed_attention": lambda b: tokred.make("observed_attention", budget=b),
     "expected_attention": lambda b: tokred.make("expected_attention", budget=b),
+    "kvzip": lambda b: tokred.make("kvzip", budget=b),
     "knorm": lambda b: tokred.make("knorm", budget=b),
     "keydiff": lambda b: tokred.make("keydiff", budget=b, turns=False),
     "lagkv": lambda b: tokred.make("lagkv", budget=b, lag=64),

@@ -43,7 +43,7 @@ from benchmarks.kv_arms import BUDGETS, POLICIES, Arm, arms, held_bytes  # noqa:
 from benchmarks.zoo import data, smollm2  # noqa: E402
 from tokred import environment  # noqa: E402
 
-COLUMNS = ("policy", "budget", "measure", "asked", "batch", "length", "value", "count")
+COLUMNS = ("policy", "budget", "measure", "asked", "batch", "length", "dtype", "value", "count")
 
 
 class Setting(NamedTuple):
@@ -71,7 +71,7 @@ class Setting(NamedTuple):
 QUICK = Setting(window=512, windows=2, lengths=(512,), keys=2, timed=8, timed_window=256, chunk=32)
 
 
-def quality(found: list[kv_quality.Found]) -> list[dict[str, Any]]:
+def quality(found: list[kv_quality.Found], dtype: str) -> list[dict[str, Any]]:
     """Sums over prompts as rows of the CSV."""
     sums: dict[tuple[Any, ...], list[float]] = defaultdict(lambda: [0.0, 0.0])
     for f in found:
@@ -83,7 +83,7 @@ def quality(found: list[kv_quality.Found]) -> list[dict[str, Any]]:
         mean = math.exp(value / count) if measure == "nll" else value / count
         called = {"nll": "perplexity", "bytes_window": "bytes"}.get(measure, measure)
         shown = f"{mean:.6g}" if called != "bytes" else f"{mean:.0f}"
-        kind = dict(zip(COLUMNS, (name, budget, called, asked, batch, length, shown, int(count)), strict=True))
+        kind = dict(zip(COLUMNS, (name, budget, called, asked, batch, length, dtype, shown, int(count)), strict=True))
         rows.append(kind)
     return rows
 
@@ -96,7 +96,8 @@ def timings(model: Any, text: Tensor, every: list[Arm], setting: Setting) -> Ite
                 prefill, decode, held = speed(model, text, arm, batch, setting)
             values = {"prefill_s": prefill, "decode_tokens_per_s": decode, "bytes_timed": held}
             for measure, value in values.items():
-                row = (arm.name, arm.budget, measure, "", batch, setting.timed_window, f"{value:.5g}", setting.timed)
+                dtype, n = str(model.dtype).removeprefix("torch."), setting.timed_window
+                row = (arm.name, arm.budget, measure, "", batch, n, dtype, f"{value:.5g}", setting.timed)
                 yield dict(zip(COLUMNS, row, strict=True))
 
 
@@ -170,6 +171,7 @@ def main() -> None:
     parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)), help="shares, with commas")
     parser.add_argument("--lengths", help="contexts of the keys, with commas")
     parser.add_argument("--threads", type=int, help="threads of torch")
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"), help="of the model")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     names = [n for n in arguments.policies.split(",") if n]
@@ -182,8 +184,8 @@ def main() -> None:
     if arguments.lengths:
         setting = setting._replace(lengths=tuple(map(int, arguments.lengths.split(","))))
     if arguments.only != "plot":
-        model, tokenizer = smollm2.load()
-        model.to(arguments.device)
+        model, tokenizer = smollm2.load(dtype=getattr(torch, arguments.dtype))
+        model.to(arguments.device)  # type: ignore[arg-type]
         text = tokenizer(data.handbook()[:400_000], return_tensors="pt").input_ids[0].to(arguments.device)
         every = arms(names, [float(b) for b in arguments.budgets.split(",")])
         say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
@@ -191,7 +193,7 @@ def main() -> None:
             found: list[kv_quality.Found] = []
             for numbers in kv_quality.run(model, tokenizer, text, every, setting, say):
                 found += numbers
-                write(arguments.out, quality(found))
+                write(arguments.out, quality(found, arguments.dtype))
         if arguments.only != "quality":
             rows = []
             for row in timings(model, text, every, setting):
@@ -213,7 +215,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
     """Put rows into the CSV, in place of older ones of the same kind."""
-    key = COLUMNS[:6]
+    key = COLUMNS[:7]
     merged = {tuple(str(row[c]) for c in key): row for row in [*read(path), *rows]}
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf8") as f:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import tokred
 from tokred import kv
+from tokred.adapters.cache.repeat import repeat
 from tokred.kv.session import Session
 
 
@@ -53,11 +54,18 @@ class _Once:
         return getattr(self._score, name)
 
     def observe(self, site: kv.CacheSite) -> None:
-        key = ("rows", self._score, site.layer)
-        if key not in self._store:
+        if site.q.shape[2] != site.k.shape[2]:  # the end of a prompt in two parts
             self._score.observe(site)
+            return
+        score, factor = self._score, 1.0
+        if isinstance(score, kv.ColumnSum) and score.decay == 1 and score.group == "mean":
+            # The same sum for all; the mean over a group of heads is a share of it.
+            score, factor = kv.ColumnSum(), site.heads / site.q.shape[1]
+        key = ("rows", score, site.layer)
+        if key not in self._store:
+            score.observe(site)
             self._store[key] = dict(site.rows)
-        site.rows.update(self._store[key])
+        site.rows.update({name: state * factor for name, state in self._store[key].items()})
 
     def __call__(self, site: kv.CacheSite) -> Tensor:
         key = ("score", self._score, site.layer)
@@ -70,6 +78,8 @@ class Prompt:
     """A prompt, read.
 
     Args:
+        decoder: the module inside the model whose forward takes the cache.
+        given: its arguments, ids and mask.
         layers: of the model.
         padding: of the batch.
         streams: how far each layer's attention turned the residual stream, over the whole text.
@@ -78,37 +88,75 @@ class Prompt:
         length: slots.
     """
 
-    def __init__(self, layers: list[Layer], padding: kv.Padding | None, streams: dict[int, Any]) -> None:
+    def __init__(
+        self,
+        decoder: Any,
+        given: dict[str, Any],
+        layers: list[Layer],
+        padding: kv.Padding | None,
+        streams: dict[int, Any],
+    ) -> None:
+        self.decoder, self.given = decoder, given
         self.layers, self.padding, self.streams = layers, padding, streams
         self.length = layers[0].k.shape[2]
         self._stores: dict[int, dict[Any, Any]] = {}
 
-    def fill(self, cache: Any, count: int | None = None) -> Any:
-        """Let an empty cache of a patched model be as if it had read the first ``count`` tokens; returns it."""
+    def fill(self, cache: Any, count: int | None = None, rest: int = 0) -> Any:
+        """Let an empty cache of a patched model be as if it had read the first ``count`` tokens; returns it.
+
+        Args:
+            cache: of ``tokred.kv_cache(model)``.
+            count: tokens; None: all.
+            rest: so many more follow and belong to the prompt. What scores have added up over the first ``count`` is
+                computed once, whatever follows.
+        """
         n = self.length if count is None else count
-        session, store = cache.session, self._stores.setdefault(n, {})
-        padding = None if self.padding is None else self.padding.until(n)
-        session.parts = session.parts._replace(score=_Once(session.parts.score, store))
+        session = cache.session
         session.streams = dict(self.streams) if "stream" in session.parts.budget.reads else {}
         cache.begin()
-        for i, (layer, seen) in enumerate(zip(cache.layers, self.layers, strict=True)):
-            layer.append(seen.k[:, :, :n], seen.v[:, :, :n])
-            if not session.watches(layer.clock, n):
-                continue
-            session.observe(layer, self._site(i, n, seen, padding, layer, session), 0)
+        session.prompt = n + rest
+        parts = [(0, n + rest)]
+        if rest and session.parts.score.accumulates:
+            parts = [(0, n), (n, n + rest)]
+        for start, end in parts:
+            store = self._stores.setdefault(end, {})
+            session.parts = session.policy.parts._replace(score=_Once(session.policy.parts.score, store))
+            padding = None if self.padding is None else self.padding.until(end)
+            for i, (layer, seen) in enumerate(zip(cache.layers, self.layers, strict=True)):
+                layer.append(seen.k[:, :, start:end], seen.v[:, :, start:end])
+                if session.watches(layer.clock, end):
+                    session.observe(layer, self._site(i, start, end, seen, padding, layer, session), start)
+            if session.waiting is not None:
+                self._repeat(cache, session, end, store)
         cache.finish()
         session.parts = session.policy.parts
         return cache
+
+    def _repeat(self, cache: Any, session: Session, n: int, store: dict[Any, Any]) -> None:
+        """Feed the context once more, for scores that need it; once for all budgets."""
+        key = ("probe", session.policy.parts.score)
+        if key in store:
+            session.judged(store[key])
+            return
+        judged = session.judged
+
+        def keep(probe: Any) -> None:
+            store[key] = probe
+            judged(probe)
+
+        session.judged = keep  # type: ignore[method-assign]
+        repeat(self.decoder, {name: x[:, :n] for name, x in self.given.items()}, cache)
+        del session.judged
 
     def forget(self) -> None:
         """Free the scores that were kept for other budgets."""
         self._stores.clear()
 
     def _site(
-        self, index: int, n: int, seen: Layer, padding: kv.Padding | None, layer: Any, session: Session
+        self, index: int, start: int, n: int, seen: Layer, padding: Any, layer: Any, session: Session
     ) -> kv.CacheSite:
         return kv.CacheSite(
-            q=seen.q[:, :, :n],
+            q=seen.q[:, :, start:n],
             k=layer.keys,
             v=layer.values,
             seen=n,
@@ -118,7 +166,7 @@ class Prompt:
             rows=layer.rows,
             notes=layer.notes,
             projection=seen.projection,
-            rope=None if seen.rope is None else seen.rope.part(n),
+            rope=None if seen.rope is None or start else seen.rope.part(n),
             layer=index,
             depth=len(self.layers),
         )
@@ -145,4 +193,4 @@ def read(model: Any, ids: Tensor, mask: Tensor | None = None, *, logits: int = 1
             layer.session = session
         given = {} if mask is None else {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
         out = model(ids, past_key_values=cache, logits_to_keep=logits, **given).logits
-    return Prompt(session.layers, session.padding, session.streams), out
+    return Prompt(model.model, {"input_ids": ids, **given}, session.layers, session.padding, session.streams), out

@@ -83,7 +83,7 @@ def retrieval(
     for arm in arms:
         for asked in ("after", "before"):
             with _patched(model, arm):
-                cache = prompt.fill(_cache(model, arm), n if asked == "after" else length)
+                cache = prompt.fill(tokred.kv_cache(model), n, rest=0 if asked == "after" else length - n)
                 if asked == "after":
                     yield Found(arm, "bytes", "", batch, length, held_bytes(cache), len(group))
                     logits = _forward(model, whole[:, n:], cache, mask)
@@ -116,7 +116,7 @@ def perplexity(
     target = windows[:, n:]
     for arm in arms:
         with _patched(model, arm):
-            cache = prompt.fill(_cache(model, arm), n - 1)
+            cache = prompt.fill(tokred.kv_cache(model), n - 1)
             held = held_bytes(cache)
             total, at = 0.0, n - 1
             while at < length - 1:
@@ -155,10 +155,6 @@ def _greedy(model: Any, tokenizer: Any, logits: Tensor, cache: Any, mask: Tensor
 def _patched(model: Any, arm: Arm) -> Any:
     # The unpatched model's cache is filled like the others, by a policy that keeps everything.
     return tokred.applied(model, arm.policy if arm.policy is not None else tokred.make("snapkv", budget=1.0))
-
-
-def _cache(model: Any, arm: Arm) -> Any:
-    return tokred.kv_cache(model)
 
 
 def run(

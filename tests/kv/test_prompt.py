@@ -23,6 +23,7 @@ POLICIES = {
     "squeezeattention": {},
     "observed_attention": {},
     "expected_attention": {},
+    "kvzip": {"chunk": 16},
     "knorm": {},
     "keydiff": {},
     "lagkv": {"lag": 5},
@@ -45,7 +46,10 @@ def test_a_prompt_read_once_fills_the_same_cache(name):
     torch.testing.assert_close(logits, dense, rtol=1e-5, atol=1e-5)
     for budget in (0.5, 0.3):
         with tokred.applied(model, name, budget=budget, **POLICIES[name]), torch.no_grad():
-            filled = prompt.fill(tokred.kv_cache(model), n)
+            filled = prompt.fill(tokred.kv_cache(model), n - 4, rest=4)
+            assert [r.rows for r in prompt.fill(tokred.kv_cache(model), n).layer_rows()] == [
+                r.rows for r in filled.layer_rows()
+            ]
             real = tokred.kv_cache(model)
             model(ids[:, :n], attention_mask=mask[:, :n], position_ids=positions[:, :n], past_key_values=real)
             assert [r.rows for r in filled.layer_rows()] == [r.rows for r in real.layer_rows()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,6 +13,8 @@ from tokred.kv.parts import Score
 from tokred.kv.site import CacheSite
 
 MASS = "mass"
+# Weights below are taken for zero; float32 keeps 2 ** -24.
+_NOTHING = 2.0**-34
 
 
 @dataclass(frozen=True)
@@ -41,10 +44,12 @@ class ColumnSum(Score):
     def observe(self, site: CacheSite) -> None:
         """Add the attention of this forward's queries."""
         m = site.q.shape[2]
-        weight = None
+        last, weight = None, None
         if self.decay != 1 and m > 1:
-            weight = self.decay ** torch.arange(m - 1, -1, -1, device=site.device, dtype=torch.float32)
-        received = site.columns(weight=weight, group=self.group).float()
+            # What older queries say is lost in the rounding of the sum.
+            last = min(m, math.ceil(math.log(_NOTHING) / math.log(self.decay)))
+            weight = self.decay ** torch.arange(last - 1, -1, -1, device=site.device, dtype=torch.float32)
+        received = site.columns(last, weight=weight, group=self.group).float()
         before = site.rows.get(MASS)
         site.rows[MASS] = received if before is None else before * self.decay**m + received
 
