@@ -89,7 +89,7 @@ def retrieval(
                     logits = _forward(model, whole[:, n:], cache, mask)
                 else:
                     logits = last
-                right = _greedy(model, tokenizer, logits, cache, mask, [h.key for h in group])
+                right = greedy(model, tokenizer, logits, cache, mask, [h.key for h in group])
             yield Found(arm, "retrieval", asked, batch, length, right, len(group))
 
 
@@ -139,7 +139,7 @@ def _forward(model: Any, ids: Tensor, cache: Any, mask: Tensor | None, keep: int
     return model(ids, past_key_values=cache, logits_to_keep=keep, **given).logits
 
 
-def _greedy(model: Any, tokenizer: Any, logits: Tensor, cache: Any, mask: Tensor | None, keys: list[str]) -> int:
+def greedy(model: Any, tokenizer: Any, logits: Tensor, cache: Any, mask: Tensor | None, keys: list[str]) -> int:
     """How many answers begin with their key; stops when no other can."""
     said: list[Tensor] = []
     while True:

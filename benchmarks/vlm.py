@@ -1,0 +1,195 @@
+"""Every method on a real VLM with 64, 32 and 16 of 256 visual tokens: exact answers, time of the prompt, memory.
+
+    python -m benchmarks.zoo.fetch dinov2 smollm2
+    python benchmarks/vlm.py --out benchmarks/results/vlm.csv --plot docs/img/vlm.png        # an hour on two CPU cores
+    python benchmarks/vlm.py --quick --out /tmp/vlm.csv --plot /tmp/vlm.png
+
+The model is ``benchmarks/zoo/vlm.py``: DINOv2, a projector, SmolLM2-135M; it names the piece of clothing in a scene. It
+was trained with all tokens, none dropped. An answer is right if it is the class's name, word for word.
+
+``left`` is the mean number of visual tokens at the input of the last layer, ``mean_tokens`` the mean over the inputs of
+all layers, text included. Times are those of a whole forward, tower and prompt, interleaved with the unpatched model's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from checkout import use_checkout
+
+use_checkout()
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+import tokred  # noqa: E402
+from benchmarks.zoo import vlm  # noqa: E402
+from tokred import environment, outputs, plots, timing  # noqa: E402
+
+BUDGETS = (64, 32, 16)
+FULL = vlm.GRID**2
+
+
+class Arm(NamedTuple):
+    """A method that leaves about ``budget`` visual tokens; None is the unpatched model."""
+
+    name: str
+    budget: int
+    method: tokred.Method | None = None
+
+    def enter(self, model: Any) -> Callable[[], AbstractContextManager[object]]:
+        """What ``timing.paired`` enters."""
+        if self.method is None:
+            return contextlib.nullcontext
+        return lambda: tokred.applied(model, self.method)
+
+
+def _stages(n: int, steps: int = 3) -> tuple[float, ...]:
+    """Shares that fall evenly, in the logarithm, to ``n`` tokens."""
+    return tuple((n / FULL) ** ((i + 1) / steps) for i in range(steps))
+
+
+# What leaves ``n`` tokens, by name; methods without such a number are left out.
+METHODS: dict[str, Callable[[int], dict[str, Any] | None]] = {
+    "random_visual": lambda n: {"budget": n},
+    "uniform_visual": lambda n: {"budget": n},
+    "downsample_visual": lambda n: {"budget": n},
+    "hired": lambda n: {"budget": n},
+    "visionzip": lambda n: {"budget": n},
+    "prumerge": lambda n: {"budget": n},
+    "prumerge_plus": lambda n: {"budget": n},
+    "fastervlm": lambda n: {"budget": n},
+    "vispruner": lambda n: {"budget": n},
+    "vscan": lambda n: {"budget": n},
+    "divprune": lambda n: {"budget": n},
+    "cdpruner": lambda n: {"budget": n},
+    "saint_visual": lambda n: {"budget": n, "q": 4, "layer": 8},
+    "flash_vl": lambda n: {"s": {64: 2, 16: 4}[n]} if n in (64, 16) else None,
+    "nemotron": lambda n: {"s": {64: 2, 16: 4}[n]} if n in (64, 16) else None,
+    "cat": lambda n: {"base": n / FULL, "total": n / FULL, "n_min": n // 4},
+    "fastv": lambda n: {"layer": 2, "ratio": 1 - n / FULL},
+    "topv": lambda n: {"layer": 2, "budget": n},
+    "pyramiddrop": lambda n: {"ratios": _stages(n)},
+    "sparsevlm": lambda n: {"budget": _stages(n), "recycle": 0.0},
+}
+
+
+def arms(names: Sequence[str], budgets: Sequence[int]) -> list[Arm]:
+    """The unpatched model first."""
+    found = [Arm("unpatched", FULL)]
+    for name in names:
+        for n in budgets:
+            parameters = METHODS[name](n)
+            if parameters is not None:
+                found.append(Arm(name, n, tokred.make(name, **parameters)))
+    return found
+
+
+class Answers(NamedTuple):
+    """Of one arm: answers, mean visual tokens left, mean tokens at the layers' inputs."""
+
+    said: list[str]
+    left: float
+    mean: float
+
+
+@torch.inference_mode()
+def answer(model: Any, tokenizer: Any, images: Tensor, arm: Arm, batch: int) -> Answers:
+    """Greedy answers, and what the prompt's layers worked on."""
+    said: list[str] = []
+    left, mean = 0.0, 0.0
+    with arm.enter(model)():
+        for part in images.split(batch):
+            said += vlm.answers(model, tokenizer, part)
+            if arm.method is None:
+                found = [(FULL, vlm.inputs(tokenizer, part)["input_ids"].shape[1])]
+            else:
+                model(**vlm.inputs(tokenizer, part), logits_to_keep=1)
+                layers = tokred.report(model).layers
+                found = [(sum(row.visual) / len(part), sum(row.tokens) / len(part)) for row in layers]
+            left += len(part) * found[-1][0]
+            mean += len(part) * sum(t for _, t in found) / len(found)
+    return Answers(said, left / len(images), mean / len(images))
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> Path:
+    """Exact answers over the time of the prompt, and over the tokens left."""
+    plt = plots.pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained", sharey=True)
+    names = [n for n in dict.fromkeys(row["method"] for row in rows) if n != "unpatched"]
+    for axis, (column, label) in zip(
+        axes, (("speedup", "times as fast, whole forward"), ("left", "visual tokens left of 256")), strict=True
+    ):
+        base = rows[0]
+        axis.axhline(100 * base["exact"], color="black", lw=0.8, label="unpatched")
+        for i, name in enumerate(names):
+            mine = sorted((row for row in rows if row["method"] == name), key=lambda row: row[column])
+            style = {"color": plots.COLOURS[i % 8], "marker": plots.MARKERS[i // 8 % 8], "lw": 1, "ms": 4}
+            axis.plot([r[column] for r in mine], [100 * r["exact"] for r in mine], label=name, **style)
+        axis.set_xlabel(label)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[1].set_xscale("log", base=2)
+    axes[0].set_ylabel("exact answers (%)")
+    axes[1].legend(fontsize=7, frameon=False, ncols=2)
+    return plots.save(figure, path)
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--methods", default=",".join(METHODS), help="names, with commas")
+    parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)))
+    parser.add_argument("--quick", action="store_true", help="8 images, one budget")
+    parser.add_argument("--threads", type=int)
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    budgets = (64,) if arguments.quick else tuple(map(int, arguments.budgets.split(",")))
+    count, rounds = (8, 2) if arguments.quick else (arguments.images, arguments.rounds)
+    model, tokenizer = vlm.build()
+    held = vlm.scenes("test", count, seed=1)
+    every = arms(arguments.methods.split(","), budgets)
+    answers = []
+    for arm in every:
+        answers.append(answer(model, tokenizer, held.images, arm, arguments.batch))
+        right = [a == vlm.CLASSES[y] for a, y in zip(answers[-1].said, held.labels, strict=True)]
+        print(f"{arm.name:18} {arm.budget:4} {answers[-1].left:6.1f} left {100 * sum(right) / count:5.1f} %",
+              file=sys.stderr, flush=True)  # fmt: skip
+    given = vlm.inputs(tokenizer, held.images[: min(4, count)])
+
+    def forward(_: int) -> Tensor:
+        return model(**given, logits_to_keep=1).logits
+
+    seconds = timing.paired([arm.enter(model) for arm in every], forward, rounds)
+    speeds = timing.summarise(seconds, [len(given["input_ids"])] * rounds)
+    rows = []
+    for arm, found, speed in zip(every, answers, speeds, strict=True):
+        right = [a == vlm.CLASSES[y] for a, y in zip(found.said, held.labels, strict=True)]
+        same = [a == b for a, b in zip(found.said, answers[0].said, strict=True)]
+        row: dict[str, Any] = {"method": arm.name, "budget": arm.budget, "images": count}
+        row |= {"left": found.left, "mean_tokens": found.mean}
+        row |= {"exact": sum(right) / count, "same_as_unpatched": sum(same) / count}
+        row["images_per_second"] = speed.images_per_second.median
+        row["speedup"], row["speedup_q25"], row["speedup_q75"] = speed.speedup
+        with arm.enter(model)():
+            row["peak_mib"], row["forward_mib"], row["memory"] = timing.peak_memory(lambda: forward(0))
+        rows.append(row | environment.describe(torch.device("cpu")))
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    outputs.write_rows(arguments.out, rows)
+    if arguments.plot:
+        print(plot(rows, arguments.plot))
+
+
+if __name__ == "__main__":
+    main()

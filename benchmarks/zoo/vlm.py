@@ -1,0 +1,121 @@
+"""A small real VLM as transformers' LLaVA: DINOv2 ViT-S/14 at 224 px (256 tokens), two-layer projector, SmolLM2-135M.
+
+Both ends are frozen and come from the carriers of :mod:`benchmarks.zoo.dinov2` and :mod:`benchmarks.zoo.smollm2`; the
+projector was trained by ``benchmarks/train_vlm.py`` and lies beside this file. The model names the piece of clothing
+in a scene: an item of Fashion-MNIST, 84 to 224 pixels large, anywhere on a cloudy background.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.zoo import data, dinov2, smollm2
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
+
+PROJECTOR = Path(__file__).parent / "vlm_projector.safetensors"
+SIZE, GRID = 224, 16
+# A token that no text has: SmolLM2's vocabulary keeps some for code.
+IMAGE_TOKEN = "<empty_output>"
+PROMPT = "This is a picture of a"
+CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+
+
+class Scenes(NamedTuple):
+    """Pictures ``[N, 3, 224, 224]`` uint8, the class of the item in each ``[N]``, and the share of each patch that it
+    covers ``[N, 16, 16]``."""
+
+    images: Tensor
+    labels: Tensor
+    covered: Tensor
+
+
+def scenes(part: str, count: int, seed: int = 0) -> Scenes:
+    """Items of Fashion-MNIST on cloudy backgrounds; the same for the same arguments.
+
+    Args:
+        part: "train" or "test".
+        count: how many, no item twice.
+
+    Raises:
+        MissingWeights: the data set is absent.
+    """
+    items = data.fashion_mnist(part)
+    draw = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(items.images), generator=draw)[:count]
+    images, covered = [], []
+    for item in items.images[chosen]:
+        side = int(torch.randint(84, SIZE + 1, (), generator=draw))
+        top, left = (int(torch.randint(0, SIZE - side + 1, (), generator=draw)) for _ in range(2))
+        x = F.interpolate(item[None].float() / 255, (side, side), mode="bicubic", align_corners=False).clamp(0, 1)[0]
+        shape = (x > 0.08).float()
+        clouds = torch.rand(1, 1, 6, 6, generator=draw) * (0.1 + 0.5 * torch.rand((), generator=draw))
+        canvas = F.interpolate(clouds, (SIZE, SIZE), mode="bicubic", align_corners=False).clamp(0, 1)[0]
+        cover = torch.zeros_like(canvas)
+        box = (slice(None), slice(top, top + side), slice(left, left + side))
+        canvas[box] = canvas[box] * (1 - shape) + x * shape
+        cover[box] = shape
+        images.append((canvas * 255).round().to(torch.uint8).expand(3, -1, -1))
+        covered.append(F.avg_pool2d(cover, dinov2.PATCH)[0])
+    return Scenes(torch.stack(images), items.labels[chosen], torch.stack(covered))
+
+
+def build(projector: Path | None = PROJECTOR) -> tuple[LlavaForConditionalGeneration, PreTrainedTokenizerBase]:
+    """The model in evaluation mode, and the language model's tokenizer.
+
+    Args:
+        projector: its weights; None: as the configuration initialises them.
+
+    Raises:
+        MissingWeights: a carrier is absent.
+    """
+    from safetensors.torch import load_file
+    from transformers import Dinov2Config, LlavaConfig, LlavaForConditionalGeneration
+
+    llm, tokenizer = smollm2.load()
+    tower = dinov2.load_hf()
+    vision = tower.config.to_dict()
+    config = LlavaConfig(
+        vision_config=Dinov2Config(**{k: v for k, v in vision.items() if k != "model_type"}),
+        text_config=llm.config,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_seq_length=GRID * GRID,
+        projector_hidden_act="gelu",
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=True,
+    )
+    model = LlavaForConditionalGeneration(config)
+    core: Any = model.model
+    core.vision_tower.load_state_dict(tower.state_dict())
+    core.language_model.load_state_dict(llm.model.state_dict())
+    model.lm_head.load_state_dict(llm.lm_head.state_dict())
+    model.generation_config = llm.generation_config
+    if projector is not None:
+        state = {k: v.float() for k, v in load_file(projector).items()}
+        core.multi_modal_projector.load_state_dict(state, strict=True)
+    return model.eval(), tokenizer
+
+
+def inputs(tokenizer: PreTrainedTokenizerBase, images: Tensor, prompt: str = PROMPT) -> dict[str, Tensor]:
+    """What the model takes: pixels, and token ids with 256 places for each picture before the text."""
+    text = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids.expand(len(images), -1)
+    place = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    start = torch.full((len(images), 1), tokenizer.bos_token_id)
+    ids = torch.cat([start, torch.full((len(images), GRID * GRID), place), text], 1)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": data.normalise(images)}
+
+
+@torch.inference_mode()
+def answers(model: Any, tokenizer: PreTrainedTokenizerBase, images: Tensor, tokens: int = 6) -> list[str]:
+    """The greedy answer to each picture, up to its full stop."""
+    given = inputs(tokenizer, images)
+    out = model.generate(**given, max_new_tokens=tokens, do_sample=False)
+    said = tokenizer.batch_decode(out[:, given["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.split(".")[0].strip() for text in said]
