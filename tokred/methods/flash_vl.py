@@ -23,7 +23,7 @@ class FlashVL(ProjectorMethod):
 
     Flash-VL sets the tokens of a cell side by side in the channels (:func:`tokred.vlm.shuffle.pixel_shuffle`) and
     trains a connector on them. A model that was not trained so takes one token's channels: here a cell is the mean of
-    its tokens (our reading), which no published figure speaks for. The operators and the connector itself, for models that
+    its tokens (our reading), which no published figure speaks for. The operators and the connector, for models that
     are trained with them, and stitching of overlapping tiles are in :mod:`tokred.vlm.shuffle` and
     :mod:`tokred.vlm.stitch`.
 

@@ -136,7 +136,7 @@ class SAINT(Method):
         if tau is None or free < 2:
             return Reduction.identity((b,), n, site.device)
         score, degree = self.redundancy(keys, tau, real)
-        r = self._number_dropped(degree, free, real)
+        r = self.number_dropped(degree, free, real)
         low, high = bounds(r, degree.shape[1])
         if high == 0:
             return Reduction.identity((b,), n, site.device)
@@ -175,8 +175,14 @@ class SAINT(Method):
             score = torch.where(degree > 0, joined, alone)
             return Redundancy(score if a_real is None else score.masked_fill(~a_real, -torch.inf), degree)
 
-    def _number_dropped(self, degree: Tensor, free: int, real: Tensor | None) -> Tensor:
-        """``(B,)`` int64."""
+    def number_dropped(self, degree: Tensor, free: int, real: Tensor | None) -> Tensor:
+        """How many tokens each image loses, ``(B,)`` int64, by the degrees of its sources.
+
+        Args:
+            degree: ``(B, A)`` as :meth:`redundancy` returns it.
+            free: unprotected tokens.
+            real: ``(B, free)`` bool, False on padding; None: all are real.
+        """
         r = (degree >= self.K).sum(1)
         if self.count == "batch":
             r = (r.sum() // r.shape[0]).expand_as(r)

@@ -13,9 +13,10 @@ from tokred.reduction import Reduction
 from tokred.registry import register
 from tokred.schedules import check_share
 from tokred.selection import ranked
-from tokred.vlm.budget import Budget, check_number
+from tokred.vlm.budget import Budget, as_budget, check_number, count_of
+from tokred.vlm.layered import LayerMethod, check_depth, check_layer
 from tokred.vlm.projector import Budgeted
-from tokred.vlm.site import VisualSite
+from tokred.vlm.site import LayerSite, VisualSite
 
 
 @register("vscan")
@@ -101,6 +102,52 @@ class VScan(Budgeted):
         count = total - (local.shape[1] if self.exact_budget else share)
         ahead = ranked(deep.scatter(1, local, -torch.inf))[:, :count]
         return torch.cat([local, ahead], 1).sort(dim=1).values
+
+
+@register("vscan_layer")
+@dataclass(frozen=True)
+class VScanLayer(LayerMethod):
+    """VScan's second stage: before one decoder layer, keep the visual tokens that the prompt's last token attends to.
+
+    The attention is that of the layer itself, computed for one row before it runs.
+
+    Args:
+        budget: visual tokens kept of each sample, an integer or a share in (0, 1].
+        layer: 0-based, at least 1; None: at half of the depth (16 of 32, 14 of 28).
+
+    Source: Zhang et al., VScan, TMLR 2026 (arXiv 2505.22654), section 4, and its released code.
+    """
+
+    summary: ClassVar[str] = "at half of the depth keep the visual tokens that the last prompt token attends to"
+    source: ClassVar[str] = "Zhang et al., TMLR 2026 (arXiv 2505.22654)"
+
+    budget: Budget = 32
+    layer: int | None = None
+
+    def __post_init__(self) -> None:
+        as_budget(self.budget)
+        if self.layer is not None:
+            check_layer(self.layer)
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """Hidden states, and rows of the layer's own attention."""
+        return frozenset({"x", "rows"})
+
+    def check(self, depth: int) -> None:
+        """The layer must exist."""
+        if self.layer is not None:
+            check_depth(self.layer, depth)
+
+    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
+        """The budget at its layer."""
+        here = depth // 2 if self.layer is None else self.layer
+        return count_of(self.budget, n) if layer == here else n
+
+    def choose(self, site: LayerSite) -> Reduction:
+        """Keep the highest scores."""
+        counts = tuple(count_of(self.budget, n) for n in site.counts)
+        return site.keep_visual(site.best_visual(site.row_scores(1, of="own"), counts), counts)
 
 
 def window_of(site: VisualSite, side: int) -> Tensor:

@@ -41,7 +41,7 @@ def part_of(site: VisualSite, rows: Sequence[int]) -> VisualSite:
         text_mask=None if site.text_mask is None else site.text_mask[index],
         prefix=site.prefix,
         scale=site.scale,
-        grid=site._grid,
+        grid=site.known_grid,
         frames=site.frames,
         tile=site.tile,
         sample=tuple(site.samples[i] for i in rows),

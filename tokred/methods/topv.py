@@ -1,0 +1,165 @@
+"""TopV: visual tokens by what an optimal transport sends from a layer's input to its output."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tokred.kernels.gather_rows import gather_rows
+from tokred.methods.saint_vlm import visual_columns
+from tokred.reduction import Reduction
+from tokred.registry import register
+from tokred.schedules import check_share
+from tokred.selection import highest
+from tokred.vlm.budget import Budget, as_budget, check_number, count_of
+from tokred.vlm.layered import LayerMethod, check_depth
+from tokred.vlm.site import LayerSite
+from tokred.vlm.transport import transport
+
+
+@register("topv")
+@dataclass(frozen=True)
+class TopV(LayerMethod):
+    """Token pruning by optimal transport, once, behind an early layer, without attention maps.
+
+    Sources are the visual tokens at the input of the layer, targets those behind the norm that follows its attention.
+    Moving a source to a target costs the distance of their features, of their places, and the target's distance from
+    the middle of the image; a source is worth the most mass that it sends to one target. Some of those that would leave
+    are taken back, evenly spaced.
+
+    No code has been released, and the paper leaves scales open: cost, weights and importance are our reading, and no
+    published figure speaks for it.
+
+    Args:
+        budget: visual tokens kept of each sample, an integer or a share in (0, 1].
+        layer: decoder layer whose input and norm are read, 0-based; tokens leave behind it.
+        alpha: weight of the distance of features, divided by the largest.
+        beta: weight of the distance of places: one less a Gaussian of width ``sigma``, in sides of the image.
+        gamma: weight of the distance from the middle, divided by the largest. It and ``beta`` count only where the
+            visual tokens are whole images of a known or square grid.
+        sigma: see above.
+        eps: weight of entropy.
+        iterations: of Sinkhorn.
+        recover: share of the budget for tokens that are taken back, in [0, 1].
+
+    Source: after Yang et al., TopV, CVPR 2025 (arXiv 2503.18278).
+    """
+
+    summary: ClassVar[str] = "visual tokens by optimal transport through an early layer, without attention maps"
+    source: ClassVar[str] = "after Yang et al., CVPR 2025 (arXiv 2503.18278)"
+
+    budget: Budget = 0.5
+    layer: int = 2
+    alpha: float = 1.0
+    beta: float = 0.1
+    gamma: float = 0.1
+    sigma: float = 0.5
+    eps: float = 0.1
+    iterations: int = 3
+    recover: float = 0.1
+
+    def __post_init__(self) -> None:
+        as_budget(self.budget)
+        check_number(self.layer, "layer")
+        for name, least in (("alpha", True), ("beta", True), ("gamma", True), ("sigma", False), ("eps", False)):
+            value = getattr(self, name)
+            fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if not fits or value < 0 or (value == 0 and not least):
+                raise ValueError(f"{name} must be {'at least' if least else 'above'} 0, got {value!r}")
+        check_number(self.iterations, "iterations", 1)
+        check_share(self.recover, "recover", zero=True)
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """Hidden states, and what entered the layer and left the norm behind its attention."""
+        return frozenset({"x", "stream"})
+
+    def check(self, depth: int) -> None:
+        """The layer must exist, and have one behind it."""
+        check_depth(self.layer + 1, depth, "layer + 1, where tokens leave,")
+
+    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
+        """The budget behind its layer."""
+        return count_of(self.budget, n) if layer == self.layer + 1 else n
+
+    def choose(self, site: LayerSite) -> Reduction:
+        """Send, rank, take some back; sample by sample."""
+        counts = tuple(count_of(self.budget, n) for n in site.counts)
+        before, after = site.stream
+        columns = visual_columns(site, max(site.counts))
+        chosen = torch.zeros(site.shape, dtype=torch.bool, device=site.device)
+        for i, (n, count) in enumerate(zip(site.counts, counts, strict=True)):
+            if n:
+                mine = columns[i : i + 1, :n]
+                source, target = (gather_rows(t[i : i + 1], mine).float() for t in (before, after))
+                kept = self.select(self.importance(source, target, places(site._grid, n, site.device)), count)
+                chosen[i, mine[0, kept[0]]] = True
+        return site.keep_visual(chosen, counts)
+
+    def importance(self, source: Tensor, target: Tensor, place: Tensor | None = None) -> Tensor:
+        """``(B, N)`` float32: the most mass that each source sends to one target.
+
+        Args:
+            source, target: ``(B, N, C)`` float32.
+            place: ``(N, 2)`` float32 rows and columns in [0, 1]; None: places cost nothing.
+        """
+        n = source.shape[1]
+        most = torch.cat([_distance(source[:, i : i + 1024], target).amax((1, 2), keepdim=True)
+                          for i in range(0, n, 1024)], 1).amax(1, keepdim=True)  # fmt: skip
+        most = most.clamp_min(torch.finfo(torch.float32).tiny)
+        middle = None
+        if place is not None:
+            middle = (place - 0.5).norm(dim=-1)
+            middle = middle / middle.max().clamp_min(torch.finfo(torch.float32).tiny)
+
+        def cost(first: int, end: int) -> Tensor:
+            found = self.alpha * _distance(source[:, first:end], target) / most
+            if place is not None and middle is not None:
+                far = (place[first:end].unsqueeze(1) - place).square().sum(-1)
+                found = found + self.beta * (1 - torch.exp(-far / (2 * self.sigma**2))) + self.gamma * middle
+            return found
+
+        return transport(cost, n, n, eps=self.eps, rounds=self.iterations)
+
+    def select(self, importance: Tensor, count: int) -> Tensor:
+        """``(B, count)`` int64 ascending: the most important tokens, and evenly spaced ones of the others.
+
+        Args:
+            importance: ``(B, N)``.
+            count: how many, at most ``N``.
+        """
+        b, n = importance.shape
+        back = min(round(count * self.recover), count - 1)
+        first = highest(importance, count - back)[0]
+        if back == 0:
+            return first
+        stays = torch.zeros(b, n, dtype=torch.uint8, device=first.device).scatter(1, first, 1)
+        others = stays.argsort(dim=1, stable=True)[:, : n - count + back]
+        every = others.shape[1] // back
+        return torch.cat([first, others[:, : every * back : every]], 1).sort(dim=1).values
+
+
+def places(grid: tuple[int, int] | None, n: int, device: torch.device | str | None = None) -> Tensor | None:
+    """``(n, 2)`` float32 rows and columns between 0 and 1 of images one after the other; None where they form no grid.
+
+    Args:
+        grid: rows and columns of an image; None: square.
+        n: tokens.
+        device: where they are wanted.
+    """
+    side = math.isqrt(n)
+    rows, columns = (side, side) if grid is None else grid
+    if rows * columns == 0 or n % (rows * columns):
+        return None
+    y = torch.linspace(0, 1, rows, device=device) if rows > 1 else torch.full((1,), 0.5, device=device)
+    x = torch.linspace(0, 1, columns, device=device) if columns > 1 else torch.full((1,), 0.5, device=device)
+    one = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flatten(0, 1)
+    return one.repeat(n // (rows * columns), 1)
+
+
+def _distance(a: Tensor, b: Tensor) -> Tensor:
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
