@@ -8,7 +8,8 @@ attention and MLP; everywhere else after the block. The host's own forward runs 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from tokred.adapters.capture import Capture
 from tokred.adapters.state import Shared, TokenState
 from tokred.errors import UnsupportedModelError
 from tokred.kernels.attention import size_bias
+from tokred.padding import reduce_each
 from tokred.reduction import Reduction
 from tokred.site import Site
 
@@ -54,9 +56,24 @@ class Recipe:
         """All arguments by name."""
         return {**dict(zip(self.argument_names, args, strict=False)), **kwargs}
 
+    # Whether the capture sees each head's answer and can leave heads out.
+    heads: ClassVar[bool] = True
+
+    @property
+    def supplies(self) -> frozenset[str]:
+        """What follows from how the blocks are run."""
+        if type(self).run is not Recipe.run:
+            return frozenset()
+        return frozenset({"carried", "heads"} if self.heads else {"carried"})
+
     def capture(self, block: nn.Module, bias: Tensor | None, state: TokenState) -> Capture:
         """What watches this block's attention."""
         return Capture(bias, state.length, state.representative)
+
+    def real(self, kwargs: dict[str, Any], x: Tensor) -> Tensor | None:
+        """``(B, N)`` bool, False on padding that the host's own mask hides, before anything has moved; None: all
+        are real."""
+        return None
 
     def run(self, block: Any, host_forward: Callable[..., Any], x: Tensor, args: Any, kwargs: Any) -> Any:
         """One forward of a patched block. Hosts whose blocks are no chain over one token sequence have their own."""
@@ -132,12 +149,17 @@ def run_block(block: Any, host_forward: Callable[..., Any], x: Tensor, args: Any
     place = {"layer": settings.layer, "depth": shared.depth, "prefix": shared.prefix, "suffix": shared.suffix}
     acts = settings.active and method.acts(n, **place)
     bias = attention_bias(state, method.proportional)
-    if not acts and bias is None and state.representative is None:
+    if not acts and bias is None and state.representative is None and state.heads is None:
         out = host_forward(x, *args, **kwargs)
         y, rest = _first(out)
         return _again(shared.leave(settings.layer, y, state, n), rest)
-    kwargs = recipe.gather(recipe.bind(args, kwargs), state, shared.prefix)
+    kwargs = recipe.bind(args, kwargs)
+    if acts and state.representative is None and state.mask is None:
+        real = recipe.real(kwargs, x)
+        state = state if real is None else replace(state, mask=real, lengths=real.sum(1))
+    kwargs = recipe.gather(kwargs, state, shared.prefix)
     capture = recipe.capture(block, bias, state)
+    capture.left, capture.watch_answers = state.heads, acts and "heads" in method.reads
     rest = None
     if acts and recipe.split and method.where != "end":
         state, x = _first_half(block, settings, capture, state, x, kwargs)
@@ -148,9 +170,10 @@ def run_block(block: Any, host_forward: Callable[..., Any], x: Tensor, args: Any
         y, rest = _first(out)
         check_capture(capture, settings)
         if acts:
-            step = decide(settings, capture, state, y)
+            step, state = decide(settings, capture, state, y)
             capture.release()
             state, y = follow(shared, step, state, y)
+    state = _unmoved(state)
     if settings.tap is not None:
         settings.tap.take()  # keys that nobody asked for are not kept alive
     return _again(shared.leave(settings.layer, y, state, n), rest)
@@ -167,16 +190,21 @@ def _first_half(
         with capture:
             x = x + branch(block, block.attn(normed, **kwargs), 1)
         check_capture(capture, settings)
-        step = decide(settings, capture, state, x)
+        step, state = decide(settings, capture, state, x)
         capture.release()
         return follow(shared, step, state, x)
-    before = x
-    capture.decide = lambda: decide(settings, capture, state, before)
+    before, known = x, [state]
+
+    def decision() -> Reduction:
+        step, known[0] = decide(settings, capture, state, before)
+        return step
+
+    capture.decide = decision
     capture.size = state.size
     with capture:
         y = block.attn(normed, **kwargs)
     check_capture(capture, settings)
-    taken = capture.step
+    taken, state = capture.step, known[0]
     capture.release()
     if taken is None or taken.trivial:
         return state, x + branch(block, y, 1)
@@ -193,8 +221,14 @@ def attention_bias(state: TokenState, proportional: bool) -> Tensor | None:
     return None
 
 
-def decide(settings: Settings, capture: Capture, state: TokenState, x: Tensor) -> Reduction:
-    """Ask the method."""
+def _unmoved(state: TokenState) -> TokenState:
+    """While nothing has moved, padding is the affair of the host's own mask."""
+    moved = state.representative is not None or state.mask is None
+    return state if moved else replace(state, mask=None, lengths=None)
+
+
+def decide(settings: Settings, capture: Capture, state: TokenState, x: Tensor) -> tuple[Reduction, TokenState]:
+    """Ask the method; also the state with what the method keeps."""
     shared = settings.shared
     tapped = settings.tap.take() if settings.tap is not None else None
     site = Site(
@@ -217,8 +251,18 @@ def decide(settings: Settings, capture: Capture, state: TokenState, x: Tensor) -
         class_token=shared.class_token,
         layer=settings.layer,
         depth=shared.depth,
+        totals=state.lengths,
+        answers=lambda: capture.answers,
+        alive=state.heads,
+        rows=None if state.rows is None else dict(state.rows),
+        notes=None if state.notes is None else dict(state.notes),
     )
-    return shared.method.reduce(site)
+    method = shared.method
+    alone = site.mask is not None and state.lengths is not None and not method.by_mask
+    step = reduce_each(method, site) if alone else method.reduce(site)
+    if site.rows or site.notes or site.alive is not None:
+        state = replace(state, heads=site.alive, rows=site.rows, notes=site.notes)
+    return step, state
 
 
 def follow(shared: Shared, step: Reduction, state: TokenState, x: Tensor) -> tuple[TokenState, Tensor]:

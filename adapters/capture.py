@@ -46,6 +46,9 @@ class Capture(TorchFunctionMode):
         self.decide: Callable[[], Reduction] | None = None
         self.size: Tensor | None = None
         self.step: Reduction | None = None
+        self.watch_answers = False
+        self.answers: Tensor | None = None
+        self.left: Tensor | None = None  # (B, H) bool, heads that have not been left out
 
     @property
     def q(self) -> Tensor | None:
@@ -64,7 +67,7 @@ class Capture(TorchFunctionMode):
 
     def release(self) -> None:
         """Let go of queries, keys and values, so that their memory serves the MLP that follows."""
-        self.heads = None
+        self.heads = self.answers = None
         self.transform = self.decide = self.size = None
 
     def part(self, i: int) -> Tensor | None:
@@ -92,7 +95,12 @@ class Capture(TorchFunctionMode):
             self.step = self.decide()
             if not self.step.trivial:
                 return self._fewer_queries(func, self.step, q, k, v, call)
-        return func(q, k, v, **call)
+        y: Tensor = func(q, k, v, **call)
+        if self.left is not None:
+            y = y * self.left[:, :, None, None].to(y.dtype)
+        if self.watch_answers and self.calls == 1:
+            self.answers = y
+        return y
 
     def _fewer_queries(
         self, func: Any, step: Reduction, q: Tensor, k: Tensor, v: Tensor, call: dict[str, Any]

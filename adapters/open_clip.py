@@ -22,6 +22,8 @@ REFUSED = {"ModifiedResNet": "it is a convolutional network without tokens"}
 class MhaRecipe(Recipe):
     """Blocks whose attention is ``nn.MultiheadAttention``."""
 
+    heads = False
+
     def capture(self, block: nn.Module, bias: Tensor | None, state: TokenState) -> Capture:
         """Watches the call around the fused attention, which is all that a mode can see."""
         return MhaCapture(bias, state.length, state.representative)

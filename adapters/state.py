@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +38,9 @@ class TokenState:
         dropped: for each step, the features before it where it dropped tokens and they may have to be restored.
         mask: ``(B, M)`` bool, False on padding; None: all real.
         exposed: whether the tensor that carries this state has been restored to full length.
+        lengths: ``(B,)`` int64, real tokens before the first block where the batch was padded; None: ``length`` each.
+        heads: ``(B, H)`` bool, False on heads of the attention that have been left out; None: all are there.
+        rows, notes: what the method keeps for each token ``(B, M)`` and for each sample; None: nothing.
     """
 
     length: int
@@ -47,6 +50,10 @@ class TokenState:
     dropped: tuple[Tensor | None, ...] = ()
     mask: Tensor | None = None
     exposed: bool = False
+    lengths: Tensor | None = None
+    heads: Tensor | None = None
+    rows: Mapping[str, Tensor] | None = None
+    notes: Mapping[str, Tensor] | None = None
 
     def advance(self, step: Reduction, x: Tensor, keep_dropped: bool) -> tuple[TokenState, Tensor]:
         """The state after ``step``, taken on tokens ``x``, and the tokens."""
@@ -54,11 +61,21 @@ class TokenState:
         before = x if keep_dropped else None
         y, size = step.step(x, self.size)
         state = TokenState(self.length, size, rep, (*self.steps, step), (*self.dropped, before), step.mask)
-        return state, y
+        return state._with(self, step), y
 
     def with_exposed(self, exposed: bool) -> TokenState:
         """The same state, for a tensor of full (or short) length."""
-        return TokenState(self.length, self.size, self.representative, self.steps, self.dropped, self.mask, exposed)
+        state = TokenState(self.length, self.size, self.representative, self.steps, self.dropped, self.mask, exposed)
+        return state._with(self)
+
+    def _with(self, before: TokenState, step: Reduction | None = None) -> TokenState:
+        """This state with what few methods and hosts need, as it was, or after ``step``."""
+        if before.lengths is None and before.heads is None and before.rows is None and before.notes is None:
+            return self
+        rows = before.rows
+        if step is not None and rows is not None:
+            rows = {name: values.gather(1, step.representative) for name, values in rows.items()}
+        return replace(self, lengths=before.lengths, heads=before.heads, rows=rows, notes=before.notes)
 
     def composed(self) -> Reduction | None:
         """All steps as one reduction, or None when there was none."""

@@ -1,9 +1,10 @@
-"""transformers: vision and audio encoders, alone or in the models around them that are known to take fewer tokens.
+"""transformers: encoders of images, sound and text, alone or in the models around them that are known to take fewer
+tokens.
 
 Every encoder is one row of ``ENCODERS``, every model around an encoder one row of ``HEADS`` (transformers_tables); a
-few that are composed in another way stand in transformers_maps. A model in none of them is refused, also when an
-encoder of the table is inside it: language models with vision, for instance, count and place their encoder's tokens,
-and would go wrong without an error.
+few that are composed in another way stand in transformers_maps, those of text in transformers_text. A model in none of
+them is refused, also when an encoder of the table is inside it: language models with vision, for instance, count and
+place their encoder's tokens, and would go wrong without an error.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tokred.adapters import transformers_maps
+from tokred.adapters import transformers_maps, transformers_text
 from tokred.adapters.block import Recipe, refuse_padding
 from tokred.adapters.host import Host, argument_names
 from tokred.adapters.state import TokenState
@@ -40,6 +41,7 @@ REFUSED = {
     "MobileViT": GRID,
     "ConvNext": "it is a convolutional network without tokens",
     "ResNet": "it is a convolutional network without tokens",
+    "Albert": "its layers are one module that runs several times, whose place in the depth a patch could not tell",
     "VJEPA2": "each layer turns token numbers into rotary angles itself, so missing tokens would shift positions",
 }
 NO_FAMILY = "it is not among the encoders, or the models around one, that are known to be right with fewer tokens"
@@ -60,7 +62,7 @@ def match(model: nn.Module) -> Host | None:
         return None  # a layer, or a wrapper around a timm model, which the timm adapter finds inside
     located = _locate(model)
     if located is None:
-        host = transformers_maps.match(model)
+        host = transformers_maps.match(model) or transformers_text.match(model)
         if host is not None:
             return host
         raise UnsupportedModelError(

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from tokred.methods.kv import KVPolicy
     from tokred.methods.kvzip import KVzip
     from tokred.methods.lagkv import LagKV
+    from tokred.methods.ltp import LTP
     from tokred.methods.limited import Limited
     from tokred.methods.observed_attention import ObservedAttention
     from tokred.methods.pitome import PiToMe
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from tokred.methods.saint import SAINT
     from tokred.methods.sdtm import SDTM
     from tokred.methods.snapkv import SnapKV
+    from tokred.methods.spatten import SpAtten
     from tokred.methods.squeezeattention import SqueezeAttention
     from tokred.methods.streaming_llm import StreamingLLM
     from tokred.methods.tinychart import TinyChart
@@ -91,6 +93,7 @@ __all__ = [
     "CAKE",
     "H2O",
     "IBTM",
+    "LTP",
     "PPT",
     "RPC",
     "SAINT",
@@ -131,6 +134,7 @@ __all__ = [
     "Report",
     "Site",
     "SnapKV",
+    "SpAtten",
     "SqueezeAttention",
     "StreamingLLM",
     "Support",

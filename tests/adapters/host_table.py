@@ -111,7 +111,8 @@ TRANSFORMERS_OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "Qwen2-VL": ("Qwen2VLForConditionalGeneration", "Qwen2VLConfig", {}),
     "PaliGemma": ("PaliGemmaForConditionalGeneration", "PaliGemmaConfig", {}),
     "wav2vec 2.0": ("Wav2Vec2Model", "Wav2Vec2Config", ONE),
-    "Text encoders": ("BertModel", "BertConfig", TEXT),
+    "ALBERT": ("AlbertModel", "AlbertConfig", TEXT),
+    "DeBERTa v2": ("DebertaV2Model", "DebertaV2Config", TEXT),
     "ConvNeXt": ("ConvNextModel", "ConvNextConfig", {}),
 }
 
@@ -300,11 +301,13 @@ NOTES = {
     "timm": "Any classifier around such a model works too: `tokred.apply` finds it inside.",
     "transformers": """\
 Attention must be `sdpa`, the default: `tokred.apply` refuses `eager` and others, and a model that is switched later
-raises at its forward (so do Whisper's word timestamps, which switch it). Text towers and decoders are never touched;
-Whisper's decoder reads the shorter memory. A batch with padded tokens (SigLIP 2 with images of unequal sizes) raises at
-the forward. A model around an encoder that is in neither list is refused even where the encoder inside is known, since
-it may count or place the tokens; what is built around a `Backbone` is the exception: that returns maps of full length.
-Gradient checkpointing, `generate`, `save_pretrained` (which writes the plain model) and pickling work as before.""",
+raises at its forward (so do Whisper's word timestamps, which switch it). Text towers beside an encoder of images, and
+decoders, are never touched; Whisper's decoder reads the shorter memory. Text encoders alone take batches with padding,
+which goes before any token; each sample is reduced as if it were alone. Elsewhere a batch with padded tokens (SigLIP 2
+with images of unequal sizes) raises at the forward. A model around an encoder that is in neither list is refused even
+where the encoder inside is known, since it may count or place the tokens; what is built around a `Backbone` is the
+exception: that returns maps of full length. Gradient checkpointing, `generate`, `save_pretrained` (which writes the
+plain model) and pickling work as before.""",
     "open_clip": "Only the vision tower is patched. Timm trunks are those of the timm table.",
     "diffusers": host_rows.NOTE,
 }

@@ -131,6 +131,11 @@ def speech(b: int) -> dict[str, Tensor]:
     return {**sounds(b), "decoder_input_ids": torch.arange(3, 8).repeat(b, 1)}
 
 
+def texts(b: int) -> dict[str, Tensor]:
+    """Token ids without padding."""
+    return {"input_ids": torch.randint(3, 60, (b, 26), generator=torch.Generator().manual_seed(1))}
+
+
 def spectra(b: int) -> dict[str, Tensor]:
     """Spectrograms for the audio spectrogram transformer: 24 patches."""
     return {"input_values": _noise(b, 32, 24)}
@@ -175,6 +180,10 @@ AST = {**COMMON, "patch_size": 8, "num_mel_bins": 24, "max_length": 32, "frequen
 YOLOS = {**COMMON, "image_size": [SIZE, SIZE], "patch_size": PATCH, "num_detection_tokens": 5}
 BEIT = {**IMAGE, "layer_scale_init_value": 0.5}
 PLAIN = {"classes": False, "prefix": 0}
+BERT = {**COMMON, "vocab_size": 60, "max_position_embeddings": 32, "pad_token_id": 0}
+DISTIL = {"dim": 48, "n_layers": 3, "n_heads": 3, "hidden_dim": 64, "vocab_size": 60, "max_position_embeddings": 32}
+MODERN = {**BERT, "global_attn_every_n_layers": 2, "local_attention": 16, "bos_token_id": 1, "eos_token_id": 2}
+MODERN |= {"cls_token_id": 1, "sep_token_id": 2}
 
 FAMILIES: dict[str, Family] = {
     "ViT": Family(_of("ViTModel", "ViTConfig", **IMAGE), images, "pooler_output"),
@@ -462,6 +471,25 @@ FAMILIES: dict[str, Family] = {
         tokens=30,
         shape=(1, 8, 60),
         **PLAIN,
+    ),
+    "BERT": Family(_of("BertModel", "BertConfig", **BERT), texts, "pooler_output last_hidden_state", shape=(1, 26)),
+    "BERT classifier": Family(
+        _of("BertForSequenceClassification", "BertConfig", **BERT), texts, "logits", shape=(1, 26)
+    ),
+    "RoBERTa tokens": Family(
+        _of("RobertaForTokenClassification", "RobertaConfig", **BERT), texts, "logits", shape=(1, 26)
+    ),
+    "DistilBERT classifier": Family(
+        _of("DistilBertForSequenceClassification", "DistilBertConfig", **DISTIL), texts, "logits", shape=(1, 26)
+    ),
+    "ELECTRA classifier": Family(
+        _of("ElectraForSequenceClassification", "ElectraConfig", **BERT, embedding_size=24),
+        texts,
+        "logits",
+        shape=(1, 26),
+    ),
+    "ModernBERT classifier": Family(
+        _of("ModernBertForSequenceClassification", "ModernBertConfig", **MODERN), texts, "logits", shape=(1, 26)
     ),
 }
 
