@@ -1,0 +1,128 @@
+"""Every method of the stages ``projector`` and ``layer`` on a tiny LLaVA: laws that hold for all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import tokred
+from tests.vlm import oracle, tiny
+
+ROWS: list[list[int | str]] = [[3, "image", 5], [2, "image", 1, "image", 4], [9]]
+STAGES = ("projector", "layer")
+
+# Settings for 16 visual tokens an image, three layers of the tower and four of the language model; a method without any
+# runs with its defaults.
+SOME: dict[str, dict[str, Any]] = {
+    "cat": {"selector": "fastervlm", "n_min": 2, "n_max": 9},
+    "cdpruner": {"budget": 5},
+    "divprune": {"budget": 5},
+    "fastervlm": {"budget": 5},
+    "fastkv": {"layer": 2, "ratio": 0.5},
+    "fastv": {"layer": 2},
+    "flash_vl": {},
+    "hired": {"budget": 0.4},
+    "nemotron": {},
+    "prumerge": {"k_c": 3},
+    "prumerge_plus": {"budget": 6, "k_c": 3},
+    "saint_layer": {"start": 0, "end": 1, "tau": 0.2, "K": 1},
+    "saint_visual": {"budget": 5, "layer": 1},
+    "sparsevlm": {"layers": (0, 1), "budget": (0.5, 0.25)},
+    "topv": {"layer": 0, "budget": 5},
+    "visionzip": {"budget": 6, "contextual": 2},
+    "vispruner": {"budget": 5},
+    "vscan": {"budget": 6, "window": 2, "shallow": 0},
+    "vscan_layer": {"budget": 5},
+}
+# Methods that move features from tokens that leave into those that stay, so that masking is another thing; with these
+# settings they do not.
+MERGING: dict[str, dict[str, Any] | None] = {
+    "cat": None,
+    "downsample_visual": None,
+    "flash_vl": None,
+    "nemotron": None,
+    "prumerge": None,
+    "prumerge_plus": None,
+    "sparsevlm": {"layers": (0, 1), "budget": (0.5, 0.25), "recycle": 0.0},
+    "visionzip": {"budget": 6, "contextual": 0},
+    "vscan": None,
+}
+MERGING["cat"] = SOME["cat"]
+# What keeps every token of an image of 16.
+ALL: dict[str, dict[str, Any]] = {
+    "cat": {"n_min": 16},
+    "fastkv": {},
+    "flash_vl": {"s": 1},
+    "nemotron": {"s": 1},
+    "saint_layer": {"start": 0, "end": 1, "tau": 2.0},
+    "sparsevlm": {},
+    "fastv": {"ratio": 0.0},
+    "pyramiddrop": {},
+}
+
+
+def methods() -> list[str]:
+    """The registered ones of these stages that act on visual tokens."""
+    found = [name for name in tokred.methods() if tokred.make(name).stage in STAGES]
+    return [name for name in found if getattr(tokred.make(name), "visual", True)]
+
+
+NAMES = methods()
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny.llava()
+
+
+@pytest.fixture(scope="module")
+def batch() -> dict[str, Any]:
+    return tiny.prompts(ROWS)
+
+
+def visual_tokens(model: Any) -> list[tuple[int, ...]]:
+    return [row.visual for row in tokred.report(model).layers]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NAMES)
+def test_runs_and_restores(name, model, batch):
+    y = model(**batch).logits
+    tokred.apply(model, name, **SOME.get(name, {}))
+    short = model(**batch).logits
+    assert short.isfinite().all()
+    left = visual_tokens(model)[-1]
+    assert left[2] == 0
+    assert left[0] < 16 or left[1] < 32, "nothing was removed"
+    assert left[0] > 0
+    assert left[1] > 0
+    again = model(**batch).logits
+    assert torch.equal(again, short), "deterministic"
+    alone = {"input_ids": batch["input_ids"][:1, -24:], "attention_mask": batch["attention_mask"][:1, -24:]}
+    one = model(**alone, pixel_values=batch["pixel_values"][:1]).logits
+    assert visual_tokens(model)[-1] == left[:1]
+    torch.testing.assert_close(one[0, -5:], short[0, -5:], rtol=1e-4, atol=1e-4)
+    tokred.remove(model)
+    assert torch.equal(model(**batch).logits, y)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [n for n in NAMES if n in ALL or "budget" in tokred.make(n).to_dict()["parameters"]])
+def test_nothing_to_remove_is_bit_equal(name, model, batch):
+    settings = ALL.get(name, {"budget": 1.0})
+    if not settings:
+        pytest.skip("always removes something")
+    y = model(**batch).logits
+    tokred.apply(model, name, **settings)
+    try:
+        assert torch.equal(model(**batch).logits, y)
+    finally:
+        tokred.remove(model)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if MERGING.get(n, {}) is not None])
+def test_dropping_equals_masking(name, model, batch):
+    method = tokred.make(name, **(MERGING.get(name) or SOME.get(name, {})))
+    oracle.agree(model, model.model.language_model.layers, method, batch, max_new_tokens=3)
