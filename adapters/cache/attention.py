@@ -117,7 +117,7 @@ def _attend_and_act(
         out = _stock(call.module, seat.implementation, query, key, value, spec.stock(seat.implementation), *rest)
     elif layer.flat is not None and one and not call.dropout:
         # Flat rows are real and lie behind the query; those that came since, its own among them, may be padding.
-        mask = None if spec.key_mask is None else spec.key_mask[:, layer.seen - key.shape[2] : layer.seen]
+        mask = spec.later(layer.seen - key.shape[2], layer.seen)
         heads = attend_to_both(query, layer.flat, key, value, mask, call.scaling, call.softcap)
         out = heads.transpose(1, 2).contiguous(), None
     else:
@@ -183,9 +183,11 @@ def _compressed(call: _Call, layer: TokLayer, query: Tensor, key: Tensor, value:
     dropout = call.dropout
     if count == 1 and spec.plain and layer.weights is None and not dropout:
         # One query over rows that all lie behind it: only padding and empty rows are hidden.
-        out = decode_attention(
-            query, key, value, positions=positions, key_mask=spec.key_mask, scale=call.scaling, softcap=call.softcap
-        ).output
+        mask = spec.key_mask
+        if layer.compressed and spec.later(layer.settled, layer.seen) is None:
+            mask = None
+        options = {"key_mask": mask, "scale": call.scaling, "softcap": call.softcap}
+        out = decode_attention(query, key, value, positions=positions, **options).output
         return out.transpose(1, 2).contiguous()
     mask = spec.visible(before, count, positions, layer.ragged)
     bias = None

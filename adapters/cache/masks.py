@@ -33,6 +33,7 @@ class MaskSpec:
         mask = arguments.get("attention_mask")
         self._padding = None if mask is None else Padding(mask)
         self._until: dict[int, Padding | None] = {}
+        self._all_real: dict[tuple[int, int], bool] = {}
 
     def to(self, device: Any, **options: Any) -> MaskSpec:
         """The same on another device, as libraries ask that spread a model over several."""
@@ -58,6 +59,20 @@ class MaskSpec:
         if seen not in self._until:
             self._until[seen] = self._padding.until(seen)
         return self._until[seen]
+
+    def later(self, first: int, last: int) -> Tensor | None:
+        """``[B, last - first]`` bool: which of some slots are real; None where all are known to be.
+
+        Kept rows are never padding, so this is all that has to be asked after an eviction at ``first``.
+        """
+        if self.key_mask is None:
+            return None
+        part = self.key_mask[:, first:last]
+        if part.device.type != "cpu":
+            return part  # looking at it would wait for the device
+        if (first, last) not in self._all_real:
+            self._all_real[first, last] = bool(part.all())
+        return None if self._all_real[first, last] else part
 
     def stock(self, implementation: str) -> Any:
         """The mask that transformers would have made for ``implementation``, made once for all layers."""

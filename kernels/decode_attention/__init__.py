@@ -20,7 +20,13 @@ from tokred.kernels.decode_attention.reference import (
     visible_positions,
 )
 from tokred.kernels.decode_attention.registration import refusals, seen_flat, seen_rectangular
-from tokred.kernels.decode_attention.torch_path import decode_flat, decode_fused, decode_rectangular, fused_fits
+from tokred.kernels.decode_attention.torch_path import (
+    decode_flat,
+    decode_flat_fused,
+    decode_fused,
+    decode_rectangular,
+    fused_fits,
+)
 from tokred.kernels.dispatch import use_kernel, why_not
 
 __all__ = [
@@ -249,8 +255,12 @@ def _flat(
     else:
         seen = seen_flat(k, offsets, positions, query_position, key_mask, q.shape[0])
         # Off the CPU, reading the offsets would wait for the device.
-        path = decode_flat_reference if _plain(q, k, v) or q.device.type != "cpu" else decode_flat
-        out, lse, p = path(row, k, v, offsets, seen, scale, cap)
+        if _plain(q, k, v) or q.device.type != "cpu":
+            out, lse, p = decode_flat_reference(row, k, v, offsets, seen, scale, cap)
+        elif not weights and seen is None and fused_fits(row, v, cap):
+            (out, lse), p = decode_flat_fused(row, k, v, offsets, scale), row
+        else:
+            out, lse, p = decode_flat(row, k, v, offsets, seen, scale, cap)
     return out.unsqueeze(2) if q.dim() == 4 else out, lse, p
 
 

@@ -99,3 +99,49 @@ def decode_flat(
         mask = None if seen is None else seen[None, start:stop]
         out[i], lse[i], weights[:, start:stop] = _attend(queries[i], k[start:stop], v[start:stop], mask, scale, softcap)
     return out.reshape(b, h, v.shape[1]), lse.reshape(b, h), weights
+
+
+# From so many rows on a pair's rows are shared out among the threads; the fused kernel keeps to one for each pair.
+_SHARED = 512
+
+
+@torch.no_grad()
+def decode_flat_fused(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """``decode_flat`` without weights, mask and softcap, by the CPU's fused kernel: a call or two for each pair."""
+    (b, h, d), pairs, bounds = q.shape, offsets.shape[0] - 1, offsets.tolist()
+    g, threads = b * h // pairs, torch.get_num_threads()
+    split = threads > 1 and bounds[-1] - bounds[0] >= _SHARED * pairs
+    # Parts of each pair's rows: what the threads share out evenly, and what does not divide.
+    heads = [threads, 1] if split else [1]
+    sizes = []
+    for start, stop in itertools.pairwise(bounds):
+        even = (stop - start) // threads * threads
+        sizes += [even, stop - start - even] if split else [stop - start]
+    rest = [bounds[0], *sizes, k.shape[0] - bounds[-1]]
+    keys, values = k[None, None].split(rest, 2), v[None, None].split(rest, 2)
+    queries = q.reshape(pairs, 1, 1, g, d).unbind()
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    found = []
+    for i, n in enumerate(sizes):
+        query, part, key, value = queries[i // len(heads)], heads[i % len(heads)], keys[i + 1], values[i + 1]
+        if part > 1:
+            query = query.expand(1, part, g, d)
+            key, value = key.reshape(1, part, n // part, d), value.reshape(1, part, n // part, d)
+        if n:
+            found.append(attend(query, key, value, scale=scale))
+        else:
+            nothing = torch.full((1, part, g), -torch.inf, dtype=accumulator_dtype(q.dtype))
+            found.append((torch.zeros_like(query), nothing))
+    out, lse = torch.cat([f[0] for f in found], 1), torch.cat([f[1] for f in found], 1)
+    if split:
+        out, lse = _together(out.view(pairs, threads + 1, g, d), lse.view(pairs, threads + 1, g))
+    return out.view(b, h, d), lse.view(b, h)
+
+
+def _together(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over all keys from that over parts of them, which are the second dimension."""
+    largest = lse.amax(1, keepdim=True).clamp(min=MASKED)
+    weight = (lse - largest).exp_()
+    total = weight.sum(1, keepdim=True)
+    share = weight / total.clamp(min=torch.finfo(total.dtype).tiny)
+    return (out * share[..., None].to(out.dtype)).sum(1), (total.log() + largest).squeeze(1)

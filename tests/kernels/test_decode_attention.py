@@ -20,7 +20,7 @@ from tokred.kernels.decode_attention import (
     visible_positions,
     why_not_kernel,
 )
-from tokred.kernels.decode_attention.reference import decode_reference
+from tokred.kernels.decode_attention.reference import decode_flat_reference, decode_reference
 
 VISIBILITIES = ("all", "positions", "query", "queries", "mask", "slot mask")
 
@@ -272,6 +272,25 @@ def test_errors_name_the_argument(name: str, change: dict[str, Any], error: type
     arguments: dict[str, Any] = {"q": torch.randn(2, 4, 8), "k": cache, "v": cache, **change}
     with pytest.raises(error, match=name):
         decode_attention(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("lengths", [(700, 1100, 1, 0), (3, 0, 1, 2), (513, 514, 515, 516)])
+def test_flat_rows_are_shared_out_among_threads(threads: int, lengths: tuple[int, ...]) -> None:
+    before = torch.get_num_threads()
+    torch.manual_seed(0)
+    total = sum(lengths)
+    q, k, v = torch.randn(2, 6, 8), torch.randn(total + 4, 8), torch.randn(total + 4, 8)
+    offsets = torch.tensor([0, *lengths]).cumsum(0) + 2  # rows outside belong to nobody
+    wanted = decode_flat_reference(q, k, v, offsets, None, 0.5, 0.0)
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            found = decode_attention_flat(q, k, v, offsets, scale=0.5)
+    finally:
+        torch.set_num_threads(before)
+    for a, b in zip(found, wanted, strict=False):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 def test_errors_of_the_flat_layout() -> None:
