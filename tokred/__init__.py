@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from tokred.methods.duoattention import DuoAttention
     from tokred.methods.evit import EViT
     from tokred.methods.expected_attention import ExpectedAttention
+    from tokred.methods.fastkv import FastKV
+    from tokred.methods.fastv import FastV
     from tokred.methods.h2o import H2O
     from tokred.methods.ibtm import IBTM
     from tokred.methods.keydiff import KeyDiff
@@ -53,11 +55,12 @@ if TYPE_CHECKING:
     from tokred.methods.kv import KVPolicy
     from tokred.methods.kvzip import KVzip
     from tokred.methods.lagkv import LagKV
-    from tokred.methods.ltp import LTP
     from tokred.methods.limited import Limited
+    from tokred.methods.ltp import LTP
     from tokred.methods.observed_attention import ObservedAttention
     from tokred.methods.pitome import PiToMe
     from tokred.methods.ppt import PPT
+    from tokred.methods.pyramiddrop import PyramidDrop
     from tokred.methods.pyramidkv import PyramidKV
     from tokred.methods.random import RandomMerge, RandomPrune
     from tokred.methods.random_evict import RandomEvict
@@ -78,14 +81,17 @@ if TYPE_CHECKING:
     from tokred.methods.tomesd import ToMeSD
     from tokred.methods.tova import TOVA
     from tokred.methods.vidtome import VidToMe
+    from tokred.methods.visual_baselines import DownsampleVisual, RandomVisual, UniformVisual
     from tokred.methods.vomix import VoMix
     from tokred.methods.vtm import VTM
     from tokred.methods.zero_tprune import ZeroTPrune
     from tokred.methods.zeromerge import ZeroMerge
+    from tokred.propagation import choose_tsp_layer
 
 __version__ = "0.1.0"
 
 _CLASSES = {target.partition(":")[2]: target for target in _methods.TARGETS.values()}
+_CLASSES["choose_tsp_layer"] = "tokred.propagation:choose_tsp_layer"
 
 __all__ = [
     "ALGM",
@@ -107,10 +113,13 @@ __all__ = [
     "CacheReport",
     "CriticalKV",
     "Downsample",
+    "DownsampleVisual",
     "DuoAttention",
     "EViT",
     "ExpectedAttention",
     "Explanation",
+    "FastKV",
+    "FastV",
     "Flops",
     "KNorm",
     "KVPolicy",
@@ -125,11 +134,13 @@ __all__ = [
     "NothingRecordedError",
     "ObservedAttention",
     "PiToMe",
+    "PyramidDrop",
     "PyramidKV",
     "RandomEvict",
     "RandomLatentPrune",
     "RandomMerge",
     "RandomPrune",
+    "RandomVisual",
     "Reduction",
     "Report",
     "Site",
@@ -147,6 +158,7 @@ __all__ = [
     "TokenStateError",
     "TokenTMPrune",
     "TokredError",
+    "UniformVisual",
     "UnknownMethodError",
     "UnknownModelError",
     "UnsupportedModelError",
@@ -157,6 +169,7 @@ __all__ = [
     "__version__",
     "applied",
     "apply",
+    "choose_tsp_layer",
     "explain",
     "flops",
     "from_dict",

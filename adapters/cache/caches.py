@@ -90,7 +90,7 @@ class TokCache(DynamicCache):  # type: ignore[misc]
             TokenStateError: the one before broke off between two layers.
         """
         layers = [layer for layer in self.layers if isinstance(layer, TokLayer)]
-        if len({layer.seen for layer in layers}) > 1:
+        if len({layer.seen + layer.clock.behind for layer in layers}) > 1:
             raise TokenStateError(
                 "the layers of the cache have seen different numbers of tokens: a forward broke off. Restore a "
                 "snapshot, or start from an empty cache"

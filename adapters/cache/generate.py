@@ -44,7 +44,7 @@ def _prepare(settings: CacheSettings, config: Any, model_kwargs: dict[str, Any],
         given_chunk = config.prefill_chunk_size
         config.prefill_chunk_size = chunk if given_chunk is None else min(given_chunk, chunk)
     cache = settings.cache() if given is None else settings.adopt(given)
-    length = _prompt_length(config, model_kwargs)
+    length = prompt_length(config, model_kwargs)
     if cache.get_seq_length() == 0:
         session = cache.session
         session.reset()
@@ -89,7 +89,8 @@ def _refuse(settings: CacheSettings, config: Any, assisted: bool, given: Any) ->
         )
 
 
-def _prompt_length(config: Any, model_kwargs: dict[str, Any]) -> int | None:
+def prompt_length(config: Any, model_kwargs: dict[str, Any]) -> int | None:
+    """Tokens of the prompt, padding and earlier turns counted, before anything is generated."""
     mask = model_kwargs.get("attention_mask")
     if mask is not None:
         return int(mask.shape[1])

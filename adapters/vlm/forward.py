@@ -124,6 +124,9 @@ class Forward:
             keep = keep & real
             counts = tuple(keep.sum(1).tolist())
         self.packed = packed = left_pack(keep, counts)
+        session = getattr(self.cache, "session", None)
+        if session is not None and session.prompt is not None:
+            session.prompt -= self.length - packed.columns.shape[1]
         self.embeds = new["inputs_embeds"] = gather_columns(left.embeds, packed.columns)
         self.visual = visual.gather(1, packed.columns) & packed.valid
         self._shorten(new, packed, visual)
@@ -141,6 +144,16 @@ class Forward:
                 if method.acts(n, layer=0, depth=1):
                     left = leave(left, group, where, site, method.reduce(site), getattr(method, "space", "llm"))
         return left
+
+    def images(self) -> Tensor:
+        """``(B, L)`` int64: which image of its sample each visual token belongs to."""
+        found = torch.zeros(self.batch, self.length, dtype=torch.long, device=self.device)
+        for modality in self.call.modalities:
+            rows, columns = modality.visual.nonzero().unbind(1)
+            for place in places(modality):
+                some = slice(place.first, place.first + place.part.count)
+                found[rows[some], columns[some]] = place.image
+        return found
 
     def _shorten(self, new: dict[str, Any], packed: Packed, visual: Tensor) -> None:
         """Positions, masks and whatever else has a column for every token."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokred.adapters.cache.generate import prompt_length
 from tokred.adapters.cache.hooks import argument_names
 from tokred.adapters.swap import Hook
 from tokred.adapters.vlm.facts import Facts
@@ -55,6 +56,11 @@ class VisualSettings:
     def methods(self) -> list[Method]:
         """Those that act here."""
         return [m for m in (self.outer, self.inner) if m is not None]
+
+    @property
+    def by_visual(self) -> bool:
+        """Whether the method of ``layer`` acts on visual tokens alone."""
+        return bool(getattr(self.inner, "visual", True))
 
     @property
     def repack(self) -> bool:
@@ -210,7 +216,8 @@ def _refuse(cache: Any) -> None:
 class EnterLoss(Hook):
     """Before the forward of the model with a head: labels wait until it is known which tokens are left."""
 
-    def __init__(self, names: tuple[str, ...]) -> None:
+    def __init__(self, settings: VisualSettings, names: tuple[str, ...]) -> None:
+        self.settings = settings
         self.names = names
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
@@ -219,6 +226,12 @@ class EnterLoss(Hook):
         local.done, local.labels = None, None
         if labels is None:
             return None
+        if not self.settings.by_visual:
+            name = self.settings.methods[-1].name
+            raise ValueError(
+                f"labels need the last layer's states of all tokens, and {name} leaves some of the prompt's out: call "
+                "tokred.remove(model) first"
+            )
         if not (isinstance(given.get("logits_to_keep", 0), int) and given.get("logits_to_keep", 0) == 0):
             raise ValueError("labels need the logits of all tokens: leave logits_to_keep out")
         local.labels = labels
@@ -270,9 +283,9 @@ class CachePreparer:
         _refuse(model_kwargs.get("past_key_values"))
         host = type(self.model)
         out = host._prepare_cache_for_generation(self.model, generation_config, model_kwargs, *args, **kwargs)  # type: ignore[attr-defined]
-        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
-        if cache is not None and mask is not None and mask.ndim == 2:
-            cache.__dict__[PROMPT] = int(mask.shape[1])
+        cache, length = model_kwargs.get("past_key_values"), prompt_length(generation_config, model_kwargs)
+        if cache is not None and length is not None:
+            cache.__dict__[PROMPT] = length
         return out
 
 

@@ -175,7 +175,7 @@ class VisualHost:
             model.__dict__["_prepare_cache_for_generation"] = hooks.CachePreparer(model, settings)
         names = hooks.argument_names(model)
         if "labels" in names:
-            model.register_forward_pre_hook(hooks.EnterLoss(names), with_kwargs=True)
+            model.register_forward_pre_hook(hooks.EnterLoss(settings, names), with_kwargs=True)
             model.register_forward_hook(hooks.LeaveLoss(), with_kwargs=True, always_call=True)
 
     def _tap(self, method: Method) -> None:
@@ -249,9 +249,11 @@ def _decoder_layers(model: nn.Module, attentions: list[tuple[str, nn.Module]]) -
 
 
 def _supplies_layer(layers: list[tuple[str, nn.Module]]) -> frozenset[str]:
-    from tokred.adapters.vlm.rows import supplies_rows
+    from tokred.adapters.vlm.rows import norm_behind_attention, supplies_rows
 
-    found = {"x"}
+    found = {"x", "prompt"}
+    if all(norm_behind_attention(layer) is not None for _, layer in layers):
+        found.add("stream")
     if all(supplies_rows(layer) for _, layer in layers):
         found |= {"rows", "rows_before", "v"}
     return frozenset(found)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -9,10 +11,10 @@ from torch import Tensor
 
 from tokred.adapters.vlm.masks import MaskMaker
 from tokred.adapters.vlm.pack import Packed, gather_columns, pack_slots
-from tokred.adapters.vlm.rows import Input, heads_of, values_of
+from tokred.adapters.vlm.rows import Input, heads_of, norm_behind_attention, values_of
 from tokred.adapters.vlm.track import Group, extended
 from tokred.reduction import Reduction
-from tokred.vlm.site import LayerSite
+from tokred.vlm.site import LayerSite, Prompt
 
 
 class LayerCount(NamedTuple):
@@ -71,6 +73,8 @@ class Inner:
         self._steps: dict[int, Step] = {}
         self._makers: dict[tuple[int, int], MaskMaker] = {}
         self._before: Input | None = None
+        self._entered: Tensor | None = None
+        self._normed: list[Tensor] = []
         self.start = self._start()
         self.entered = False
 
@@ -80,8 +84,10 @@ class Inner:
         if method is None or forward.embeds.shape[1] < 2:
             return None
         visual = forward.visual
+        if not self.settings.by_visual and forward.past > 0:
+            return None
         if visual is None:
-            if self.settings.visual or forward.past > 0:
+            if self.settings.by_visual:
                 return None
             visual = torch.zeros(forward.embeds.shape[:2], dtype=torch.bool, device=forward.device)
         elif self.settings.facts.outer_masks and forward.past > 0:
@@ -202,7 +208,7 @@ class Inner:
     def _reduce(self, layer: int, module: Any, x: Tensor, given: dict[str, Any]) -> Tensor:
         method, before = self.settings.inner, self._at(layer - 1)
         assert before is not None  # this forward is one to act on
-        n = max(before.counts) if self.settings.visual else max(before.real)
+        n = max(before.counts) if self.settings.by_visual else max(before.real)
         if layer == 0 or n == 0 or not self.settings.active(layer):
             return x
         if not method.acts(n, layer=layer, depth=self.settings.depth):
@@ -212,12 +218,19 @@ class Inner:
         if step.trivial:
             return x
         packed, order = pack_slots(step, before.valid if before.ragged else None, before.real)
+        self._lag(layer, x.shape[1] - packed.columns.shape[1])
         self._steps[layer] = self._left(packed, before)
         return _taken(step, x, order)
 
+    def _lag(self, layer: int, count: int) -> None:
+        """Layers with a policy count their slots from what comes to them."""
+        for held in getattr(self.forward.cache, "layers", [])[layer:]:
+            if hasattr(held, "clock"):
+                held.clock.behind += count
+
     def _left(self, packed: Packed, before: Step) -> Step:
         visual = before.visual.gather(1, packed.columns) & packed.valid
-        counts = tuple(visual.sum(1).tolist()) if self.settings.visual else before.counts
+        counts = tuple(visual.sum(1).tolist()) if self.forward.visual is not None else before.counts
         return Step(before.columns.gather(1, packed.columns), packed.valid, visual, packed.counts, counts)
 
     def _site(self, layer: int, module: Any, x: Tensor, given: dict[str, Any], before: Step) -> LayerSite:
@@ -240,14 +253,50 @@ class Inner:
             visual=before.visual,
             mask=before.valid if before.ragged else None,
             counts=before.counts,
-            initial=start.counts if self.settings.visual else start.real,
+            initial=start.counts,
+            real=before.real,
+            image=None if forward.visual is None else lambda: forward.images().gather(1, positions),
+            image_initial=None if forward.visual is None else self._image_counts,
             end=self._end(before),
+            prompt=lambda: self._prompt(before),
+            stream=None if self._entered is None else (self._entered, self._normed[-1]),
             own=lambda: heads_of(own, ran=False),
             before=None if self._before is None else self._ran(self._before),
             positions=positions,
             layer=layer,
             depth=self.settings.depth,
         )
+
+    def _image_counts(self, i: int) -> tuple[int, ...]:
+        """Visual tokens of image ``i`` of each sample at layer 0."""
+        forward, start = self.forward, self.start
+        assert start is not None  # asked for by a method that acts
+        image = forward.images() if forward.packed is None else forward.images().gather(1, forward.packed.columns)
+        return tuple((start.visual & (image == i)).sum(1).tolist())
+
+    def _prompt(self, before: Step) -> Prompt:
+        """Embeddings as they entered layer 0."""
+        start = self.start
+        assert start is not None  # asked for by a method that acts
+        columns = torch.arange(self.width, device=start.visual.device)
+        text = start.valid & ~start.visual & (columns < self._end(start))
+        return Prompt(self.forward.embeds.detach(), start.visual, text, before.columns)
+
+    @contextlib.contextmanager
+    def tapped(self, module: Any) -> Iterator[None]:
+        """While a layer runs, note what leaves the norm behind its attention, where the method reads that."""
+        if self._entered is None:
+            yield
+            return
+        self._normed = []
+        handle = norm_behind_attention(module).register_forward_hook(self._note)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _note(self, module: Any, args: Any, output: Tensor) -> None:
+        self._normed.append(output.detach())
 
     def _ran(self, given: Input) -> Any:
         return lambda: heads_of(given, ran=True)
@@ -260,15 +309,16 @@ class Inner:
         """Hold what the layer was given where the next one asks for its rows."""
         method, step = self.settings.inner, self._at(layer)
         assert step is not None  # this forward is one to act on
-        self._before = None
-        if "rows_before" not in method.reads or layer + 1 >= self.settings.depth:
+        self._before = self._entered = None
+        if not method.reads & {"rows_before", "stream"} or layer + 1 >= self.settings.depth:
             return
-        n = max(step.counts) if self.settings.visual else max(step.real)
+        n = max(step.counts) if self.settings.by_visual else max(step.real)
         if n and self.settings.active(layer + 1) and method.acts(n, layer=layer + 1, depth=self.settings.depth):
             forward = self.forward
             old = None if forward.track is None else forward.track.inner(layer)
             past = forward.past_columns - (0 if old is None else old.dropped)
             tables = given.get("position_embeddings")
+            self._entered = x.detach() if "stream" in method.reads else None
             self._before = Input(module, x.detach(), tables, forward.cache, past, self._valid(layer, step))
 
 

@@ -33,7 +33,8 @@ class Through:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = self._inner.enter(self._index, self._layer, args, kwargs)
-        return self._layer(*args, **kwargs)
+        with self._inner.tapped(self._layer):
+            return self._layer(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._layer, name)

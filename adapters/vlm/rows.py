@@ -38,6 +38,11 @@ def attention_of(layer: Any) -> Any:
     return getattr(layer, "self_attn", None)
 
 
+def norm_behind_attention(layer: Any) -> Any:
+    """The norm before a decoder layer's MLP; None where it has none of a known name."""
+    return getattr(layer, "pre_feedforward_layernorm", getattr(layer, "post_attention_layernorm", None))
+
+
 def supplies_rows(layer: Any) -> bool:
     """Whether queries and keys of this decoder layer can be made as the layer makes them: a norm before the attention,
     separate projections, and a rotary function of whole heads."""

@@ -31,12 +31,14 @@ class Clock:
         lengths: real tokens of each sample's prompt, once it is complete.
         base: tokens that shares are taken of, for each sample.
         rows: what the layer was given when the budget was last decided.
+        behind: slots that the first layer has seen and this one has not, since tokens left in between.
     """
 
     prompt: int = -1
     lengths: tuple[int, ...] = ()
     base: tuple[int, ...] = ()
     rows: tuple[int, ...] = ()
+    behind: int = 0
 
     def select(self, index: list[int]) -> Clock:
         """The clock of other samples: ``index`` of the old ones, or as many copies."""
@@ -44,7 +46,7 @@ class Clock:
         def pick(values: tuple[int, ...]) -> tuple[int, ...]:
             return tuple(values[i] for i in index) if values else ()
 
-        return Clock(self.prompt, pick(self.lengths), pick(self.base), pick(self.rows))
+        return Clock(self.prompt, pick(self.lengths), pick(self.base), pick(self.rows), self.behind)
 
     def copy(self) -> Clock:
         """One that is set apart from this."""
@@ -284,7 +286,7 @@ class Session:
     def _prompt(self, clock: Clock, after: int) -> int:
         if clock.prompt >= 0:
             return clock.prompt
-        return after if self.prompt is None else self.prompt
+        return after if self.prompt is None else self.prompt - clock.behind
 
     def _evict(self, layer: Layer, site: CacheSite, decide: bool) -> None:
         """Score and shrink, now or when the context has been repeated.

@@ -60,6 +60,8 @@ TARGETS = {
     "cdpruner": "tokred.methods.cdpruner:CDPruner",
     "fastervlm": "tokred.methods.fastervlm:FasterVLM",
     "vispruner": "tokred.methods.vispruner:VisPruner",
+    "pyramiddrop": "tokred.methods.pyramiddrop:PyramidDrop",
+    "fastkv": "tokred.methods.fastkv:FastKV",
     "fastv": "tokred.methods.fastv:FastV",
     "random_visual": "tokred.methods.visual_baselines:RandomVisual",
     "uniform_visual": "tokred.methods.visual_baselines:UniformVisual",
@@ -72,6 +74,11 @@ TARGETS = {
     "cat": "tokred.methods.cat:CAT",
     "flash_vl": "tokred.methods.flash_vl:FlashVL",
     "nemotron": "tokred.methods.flash_vl:Nemotron",
+    "vscan_layer": "tokred.methods.vscan:VScanLayer",
+    "saint_layer": "tokred.methods.saint_vlm:SAINTLayer",
+    "saint_visual": "tokred.methods.saint_vlm:SAINTVisual",
+    "sparsevlm": "tokred.methods.sparsevlm:SparseVLM",
+    "topv": "tokred.methods.topv:TopV",
 }
 
 for _name, _target in TARGETS.items():

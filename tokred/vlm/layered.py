@@ -17,11 +17,16 @@ class LayerMethod(Method):
     """Base of methods at the stage ``layer``: visual tokens leave before some decoder layers.
 
     ``n`` is always the number of visual tokens of a sample (of the one that has most).
+
+    Attributes:
+        visual: whether visual tokens leave, in forwards that bring some; otherwise any token of a prompt may, and ``n``
+            counts all of them.
     """
 
     stage: ClassVar[Stage] = "layer"
     drops: ClassVar[bool] = True
     uneven: ClassVar[bool] = True
+    visual: ClassVar[bool] = True
 
     @abstractmethod
     def choose(self, site: LayerSite) -> Reduction:
@@ -35,7 +40,7 @@ class LayerMethod(Method):
         """
         if not isinstance(site, LayerSite):
             raise TypeError(f"{self.name!r} acts on a LayerSite, got {type(site).__name__}")
-        n = max(site.counts, default=0)
+        n = max(site.counts if self.visual else site.real, default=0)
         if n == 0 or not self.acts(n, layer=site.layer, depth=site.depth):
             return Reduction.identity((site.shape[0],), site.shape[1], site.device)
         with torch.no_grad():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,7 +49,8 @@ class VisualSite(Site):
         text: ``(B, T, C)`` embeddings of the prompt's text in the language model's space.
         text_mask: ``(B, T)`` bool, False on padding; None: all real.
         tile: which part of the image this is; None: all of it.
-        sample, image: for each (attributes ``samples`` and ``image``) of the ``B`` which sample of the batch it belongs to, and which image of it.
+        sample, image: for each of the ``B`` which sample of the batch it belongs to, and which image of it; the
+            attributes are ``samples`` and ``image``.
         project: the projector, from ``(B, N, Ct)`` to ``(B, N, C)``, where it acts on tokens one by one.
         more: see :class:`tokred.Site`.
     """
@@ -146,6 +147,22 @@ class VisualSite(Site):
             )
 
 
+class Prompt(NamedTuple):
+    """The prompt as it enters the language model, whatever left since.
+
+    Attributes:
+        embeds: ``(B, W, C)`` embeddings, image features among them.
+        visual: ``(B, W)`` bool, visual tokens.
+        text: ``(B, W)`` bool, real tokens of the prompt that are not.
+        columns: ``(B, L)`` int64, which of the ``W`` each column of the site is.
+    """
+
+    embeds: Tensor
+    visual: Tensor
+    text: Tensor
+    columns: Tensor
+
+
 class LayerSite(Site):
     """All tokens at the input of one decoder layer.
 
@@ -159,8 +176,12 @@ class LayerSite(Site):
         mask: ``(B, L)`` bool, False on padding and filler.
         counts: visual tokens of each sample here.
         initial: and before the first layer.
+        real: tokens of each sample here, padding aside.
         image: ``(B, L)`` int64, which image of its sample a visual token belongs to; None: all the first.
+        image_initial: gives the visual tokens of each sample's image of that number, before the first layer.
         end: columns from here on are no part of the prompt (drafts that wait for verification); None: there are none.
+        prompt: embeddings of the prompt, see :class:`Prompt`.
+        stream: a pair ``(B, L, C)``: what entered the layer before, and what left the norm behind its attention.
         own, before: queries, keys and the like of this layer before it runs, and of the layer before; see
             :class:`Heads`.
         more: see :class:`tokred.Site`; ``v`` is this layer's.
@@ -173,8 +194,12 @@ class LayerSite(Site):
         visual: Tensor | None = None,
         counts: tuple[int, ...] | None = None,
         initial: tuple[int, ...] | None = None,
-        image: Tensor | None = None,
+        real: tuple[int, ...] | None = None,
+        image: Lazy = None,
+        image_initial: Callable[[int], tuple[int, ...]] | None = None,
         end: int | None = None,
+        prompt: Prompt | Callable[[], Prompt] | None = None,
+        stream: tuple[Tensor, Tensor] | Callable[[], tuple[Tensor, Tensor] | None] | None = None,
         own: Heads | Callable[[], Heads] | None = None,
         before: Heads | Callable[[], Heads] | None = None,
         **more: Any,
@@ -184,14 +209,56 @@ class LayerSite(Site):
         self.visual = torch.zeros(b, n, dtype=torch.bool, device=self.device) if visual is None else visual
         self.counts = tuple(self.visual.sum(1).tolist()) if counts is None else counts
         self.initial = self.counts if initial is None else initial
+        if real is None:
+            real = (n,) * b if self.mask is None else tuple(self.mask.sum(1).tolist())
+        self.real = real
         self._image = image
+        self._image_initial = image_initial
         self.end = n if end is None else end
         self._heads: dict[str, Any] = {"own": own, "before": before}
+        self._extras: dict[str, Any] = {"prompt": prompt, "stream": stream}
+
+    @property
+    def prompt(self) -> Prompt:
+        """Embeddings of the prompt.
+
+        Raises:
+            MissingInputError: the host does not supply them.
+        """
+        return self._extra("prompt")  # type: ignore[no-any-return]
+
+    @property
+    def stream(self) -> tuple[Tensor, Tensor]:
+        """What entered the layer before, and what left the norm behind its attention, ``(B, L, C)`` each.
+
+        Raises:
+            MissingInputError: the host does not supply them.
+        """
+        return self._extra("stream")  # type: ignore[no-any-return]
+
+    def _extra(self, name: str) -> Any:
+        found = self._extras[name]
+        if callable(found):
+            found = self._extras[name] = found()
+        if found is None:
+            raise MissingInputError(f"this site does not supply {name!r}")
+        return found
 
     @property
     def image(self) -> Tensor:
         """``(B, L)`` int64: which image of its sample each visual token belongs to."""
-        return torch.zeros_like(self.visual, dtype=torch.long) if self._image is None else self._image
+        if self._image is None:
+            return torch.zeros_like(self.visual, dtype=torch.long)
+        if not isinstance(self._image, Tensor):
+            self._image = self._image()
+        assert self._image is not None  # a function that makes it does
+        return self._image
+
+    def image_counts(self, i: int) -> tuple[int, ...]:
+        """Visual tokens of image ``i`` of each sample, before the first layer."""
+        if self._image_initial is not None:
+            return self._image_initial(i)
+        return tuple((self.visual & (self.image == i)).sum(1).tolist())
 
     @property
     def text_rows(self) -> Tensor:
@@ -282,11 +349,15 @@ class LayerSite(Site):
             scores: ``(B, L)`` float.
             counts: how many, one number or one a sample.
         """
-        number = (counts,) * len(self.counts) if isinstance(counts, int) else counts
-        order = ranked(scores.float().masked_fill(~self.visual, -torch.inf))
-        limit = torch.tensor([min(a, b) for a, b in zip(number, self.counts, strict=True)], device=order.device)
-        first = torch.arange(order.shape[1], device=order.device) < limit.unsqueeze(1)
-        return torch.zeros_like(self.visual).scatter(1, order, first) & self.visual
+        return self.best(scores, self.visual, (counts,) * len(self.counts) if isinstance(counts, int) else counts)
+
+    def best(self, scores: Tensor, among: Tensor, counts: tuple[int, ...]) -> Tensor:
+        """``(B, L)`` bool: the ``counts`` highest scores of each sample ``among`` some columns ``(B, L)``, ties to the
+        lower one."""
+        order = ranked(scores.float().masked_fill(~among, -torch.inf))
+        limit = torch.tensor(counts, device=order.device).unsqueeze(1)
+        first = torch.arange(order.shape[1], device=order.device) < limit
+        return torch.zeros_like(among).scatter(1, order, first) & among
 
     def keep_visual(self, chosen: Tensor, counts: tuple[int, ...] | None = None) -> Reduction:
         """The reduction that keeps the ``chosen`` visual tokens, and everything that is not visual.

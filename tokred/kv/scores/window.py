@@ -119,14 +119,19 @@ def pooled(site: CacheSite, values: Tensor, width: int, pooling: str) -> Tensor:
     """``[B, Hk, K]`` pooled along the rows, with stride one; zeros outside count."""
     if width == 1 or pooling == "none":
         return values
-
-    def pool(x: Tensor) -> Tensor:
-        if pooling == "avg":
-            return F.avg_pool1d(x, width, 1, width // 2)
-        return F.max_pool1d(x, width, 1, width // 2)
-
     # Padding stands before the real rows and holds zeros, as the outside does; empty rows may stand anywhere.
-    return site.alone(pool, values) if site.ragged else pool(values)
+    if site.ragged:
+        return site.alone(lambda x: pooled_columns(x, width, pooling), values)
+    return pooled_columns(values, width, pooling)
+
+
+def pooled_columns(x: Tensor, width: int, pooling: str) -> Tensor:
+    """``[B, H, N]`` pooled along the last dimension, with stride one; zeros outside count."""
+    if width == 1 or pooling == "none":
+        return x
+    if pooling == "avg":
+        return F.avg_pool1d(x, width, 1, width // 2)
+    return F.max_pool1d(x, width, 1, width // 2)
 
 
 def check_pool(width: int, pooling: str) -> None:
