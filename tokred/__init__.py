@@ -38,15 +38,21 @@ if TYPE_CHECKING:
     from tokred.methods.asymrnr import AsymRnR
     from tokred.methods.ats import ATS
     from tokred.methods.cake import CAKE
+    from tokred.methods.cat import CAT
     from tokred.methods.catome import CAToMe
+    from tokred.methods.cdpruner import CDPruner
     from tokred.methods.criticalkv import CriticalKV
+    from tokred.methods.divprune import DivPrune
     from tokred.methods.downsample import Downsample
     from tokred.methods.duoattention import DuoAttention
     from tokred.methods.evit import EViT
     from tokred.methods.expected_attention import ExpectedAttention
+    from tokred.methods.fastervlm import FasterVLM
     from tokred.methods.fastkv import FastKV
     from tokred.methods.fastv import FastV
+    from tokred.methods.flash_vl import FlashVL, Nemotron
     from tokred.methods.h2o import H2O
+    from tokred.methods.hired import HiRED
     from tokred.methods.ibtm import IBTM
     from tokred.methods.keydiff import KeyDiff
     from tokred.methods.keyformer import Keyformer
@@ -60,6 +66,7 @@ if TYPE_CHECKING:
     from tokred.methods.observed_attention import ObservedAttention
     from tokred.methods.pitome import PiToMe
     from tokred.methods.ppt import PPT
+    from tokred.methods.prumerge import PruMerge, PruMergePlus
     from tokred.methods.pyramiddrop import PyramidDrop
     from tokred.methods.pyramidkv import PyramidKV
     from tokred.methods.random import RandomMerge, RandomPrune
@@ -67,8 +74,10 @@ if TYPE_CHECKING:
     from tokred.methods.random_latent import RandomLatentPrune
     from tokred.methods.rpc import RPC
     from tokred.methods.saint import SAINT
+    from tokred.methods.saint_vlm import SAINTLayer, SAINTVisual
     from tokred.methods.sdtm import SDTM
     from tokred.methods.snapkv import SnapKV
+    from tokred.methods.sparsevlm import SparseVLM
     from tokred.methods.spatten import SpAtten
     from tokred.methods.squeezeattention import SqueezeAttention
     from tokred.methods.streaming_llm import StreamingLLM
@@ -79,10 +88,14 @@ if TYPE_CHECKING:
     from tokred.methods.toma import ToMA
     from tokred.methods.tome import ToMe
     from tokred.methods.tomesd import ToMeSD
+    from tokred.methods.topv import TopV
     from tokred.methods.tova import TOVA
     from tokred.methods.vidtome import VidToMe
+    from tokred.methods.visionzip import VisionZip
+    from tokred.methods.vispruner import VisPruner
     from tokred.methods.visual_baselines import DownsampleVisual, RandomVisual, UniformVisual
     from tokred.methods.vomix import VoMix
+    from tokred.methods.vscan import VScan, VScanLayer
     from tokred.methods.vtm import VTM
     from tokred.methods.zero_tprune import ZeroTPrune
     from tokred.methods.zeromerge import ZeroMerge
@@ -97,6 +110,7 @@ __all__ = [
     "ALGM",
     "ATS",
     "CAKE",
+    "CAT",
     "H2O",
     "IBTM",
     "LTP",
@@ -110,8 +124,10 @@ __all__ = [
     "AsymRnR",
     "AttentionSite",
     "CAToMe",
+    "CDPruner",
     "CacheReport",
     "CriticalKV",
+    "DivPrune",
     "Downsample",
     "DownsampleVisual",
     "DuoAttention",
@@ -120,7 +136,10 @@ __all__ = [
     "Explanation",
     "FastKV",
     "FastV",
+    "FasterVLM",
+    "FlashVL",
     "Flops",
+    "HiRED",
     "KNorm",
     "KVPolicy",
     "KVzip",
@@ -131,9 +150,12 @@ __all__ = [
     "Limited",
     "Method",
     "MissingInputError",
+    "Nemotron",
     "NothingRecordedError",
     "ObservedAttention",
     "PiToMe",
+    "PruMerge",
+    "PruMergePlus",
     "PyramidDrop",
     "PyramidKV",
     "RandomEvict",
@@ -143,9 +165,12 @@ __all__ = [
     "RandomVisual",
     "Reduction",
     "Report",
+    "SAINTLayer",
+    "SAINTVisual",
     "Site",
     "SnapKV",
     "SpAtten",
+    "SparseVLM",
     "SqueezeAttention",
     "StreamingLLM",
     "Support",
@@ -158,11 +183,16 @@ __all__ = [
     "TokenStateError",
     "TokenTMPrune",
     "TokredError",
+    "TopV",
     "UniformVisual",
     "UnknownMethodError",
     "UnknownModelError",
     "UnsupportedModelError",
+    "VScan",
+    "VScanLayer",
     "VidToMe",
+    "VisPruner",
+    "VisionZip",
     "VoMix",
     "ZeroMerge",
     "ZeroTPrune",
