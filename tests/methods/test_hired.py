@@ -17,7 +17,7 @@ FOUR = Tiles(2, 2)
 
 
 def tiled(tiles: Tiles, grid: tuple[int, int] = (4, 4), seed: int = 0):
-    site = visual(tiles.count, grid, seed=seed)
+    site = visual(tiles.total, grid, seed=seed)
     site.tiles = tiles
     return site
 
@@ -55,7 +55,7 @@ def test_the_budget_is_met(rows, columns, side, budget, alpha, cut, ignore, cont
     tiles = Tiles(rows, columns, (min(cut, (rows * side - 1) // 2), 0))
     early = torch.rand(side * side, generator=torch.Generator().manual_seed(seed))
     method = HiRED(budget=budget, alpha=alpha, ignore_padding=ignore, content=content)
-    room = tiles.real((side, side)).sum(1).tolist() if ignore else [side * side] * tiles.count
+    room = tiles.real((side, side)).sum(1).tolist() if ignore else [side * side] * tiles.total
     total = int(round(sum(room) * budget, 9))
     if total < 1:
         with pytest.raises(ValueError, match="leaves none"):

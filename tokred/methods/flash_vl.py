@@ -68,8 +68,8 @@ class FlashVL(ProjectorMethod):
         slot = cell[order]
         first = torch.ones_like(slot, dtype=torch.bool)
         first[1:] = slot[1:] != slot[:-1]
-        rows = (t.to(site.device).expand(b, -1) for t in (order[first], order[~first], slot[~first]))
-        return Reduction(*rows, n, mode="mean", by_size=False, complete=True)
+        rows, source, target = (t.to(site.device).expand(b, -1) for t in (order[first], order[~first], slot[~first]))
+        return Reduction(rows, source, target, n, mode="mean", by_size=False, complete=True)
 
 
 @register("nemotron")

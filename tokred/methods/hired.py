@@ -99,12 +99,12 @@ class HiRED(Budgeted):
         tiles: Tiles | None = getattr(site, "tiles", None)
         scores = site.class_attention_heads.sum(1)
         b, n = scores.shape
-        if tiles is None or tiles.count == 1:
+        if tiles is None or tiles.total == 1:
             budgets = [self.count(n)] * b
             real = torch.ones(b, n, dtype=torch.bool, device=scores.device)
         else:
-            if tiles.count != b:
-                raise ValueError(f"a site of tiles has all {tiles.count} of them in its batch, got {b}")
+            if tiles.total != b:
+                raise ValueError(f"a site of tiles has all {tiles.total} of them in its batch, got {b}")
             early = site.layer_class_attention(self.l_early)[0].sum(0)
             real = tiles.real(site.grid, scores.device)
             budgets = self.budgets(early, tiles, site.grid)
@@ -121,8 +121,8 @@ class HiRED(Budgeted):
             tiles: of the image.
             grid: rows and columns of the tokens of one tile.
         """
-        n, parts = len(early), tiles.count - 1
-        room = tiles.real(grid).sum(1).tolist() if self.ignore_padding else [n] * tiles.count
+        n, parts = len(early), tiles.total - 1
+        room = tiles.real(grid).sum(1).tolist() if self.ignore_padding else [n] * tiles.total
         total = self.count(sum(room))
         whole = min(kept(total, self.alpha), n)
         rest = min(total - whole, sum(room[1:]))

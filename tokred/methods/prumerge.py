@@ -221,7 +221,8 @@ def nearest(keys: Tensor, rows: Tensor, k: int) -> Tensor:
     keys = unit(keys)
     step = max(1, _BLOCK // (b * n))
     found = []
-    for part in rows.split(step, dim=1):
+    for i in range(0, rows.shape[1], step):
+        part = rows[:, i : i + step]
         near = (gather_rows(keys, part) @ keys.mT).scatter(2, part.unsqueeze(-1), -torch.inf)
         found.append(ranked(near)[:, :, : min(k, n - 1)])
     return torch.cat(found, 1)

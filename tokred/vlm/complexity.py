@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable
 
@@ -41,7 +42,8 @@ def effective_rank(x: Tensor) -> Tensor:
     s = torch.where(s > scale * 1e-10, s, 0)
     p = s / s.sum(1, keepdim=True).clamp_min(torch.finfo(s.dtype).tiny)
     entropy = -torch.special.xlogy(p, p).sum(1)
-    return ((entropy.exp() - 1) / most).clamp(0, 1)
+    share: Tensor = (entropy.exp() - 1) / most
+    return share.clamp(0, 1)
 
 
 def redundancy(x: Tensor) -> Tensor:
@@ -66,7 +68,8 @@ def spread(attention: Tensor) -> Tensor:
     if n < 2:
         return torch.zeros(attention.shape[0], device=attention.device)
     p = attention.float() / attention.float().sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    return (-torch.special.xlogy(p, p).sum(1) / torch.log(torch.tensor(float(n)))).clamp(0, 1)
+    entropy: Tensor = -torch.special.xlogy(p, p).sum(1)
+    return (entropy / math.log(n)).clamp(0, 1)
 
 
 def compressed(pixels: Tensor, level: int = 9) -> Tensor:

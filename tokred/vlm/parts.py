@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -89,7 +90,7 @@ def stacked(parts: Sequence[Reduction], order: Sequence[int] | None = None) -> R
         return whole
     back = torch.tensor(order, device=whole.representative.device).argsort()
     fields = {f.name: getattr(whole, f.name) for f in dataclasses.fields(whole)}
-    moved = {name: value[back] for name, value in fields.items() if isinstance(value, Tensor)}
+    moved: dict[str, Any] = {name: value[back] for name, value in fields.items() if isinstance(value, Tensor)}
     return dataclasses.replace(whole, **moved)
 
 

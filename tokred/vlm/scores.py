@@ -49,4 +49,5 @@ def outliers(attention: Tensor, whisker: float = 1.5) -> Tensor:
     """
     a = attention.float()
     low, high = torch.quantile(a, torch.tensor([0.25, 0.75], device=a.device), dim=1, keepdim=True)
-    return (a > high + whisker * (high - low)).sum(1)
+    above: Tensor = a > high + whisker * (high - low)
+    return above.sum(1)

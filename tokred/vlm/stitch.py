@@ -65,7 +65,8 @@ def weights(rows: int, columns: int, grid: tuple[int, int], overlap: int, blend:
         ValueError: tiles overlap by more than half, or ``blend`` is unknown.
     """
     check_choice("blend", blend, ("ramp", "mean", "nearest"))
-    (high, wide), kind = grid, "mean" if blend == "mean" else "ramp"
+    high, wide = grid
+    kind: Blend = "mean" if blend == "mean" else "ramp"
     # The distance to the nearest of four borders is the smaller of the two along rows and along columns.
     y, x = shares(rows, high, overlap, kind), shares(columns, wide, overlap, kind)
     both = torch.minimum(y[:, None, :, None], x[None, :, None, :]).flatten(0, 1)

@@ -22,7 +22,7 @@ class Tiles(NamedTuple):
     cut: tuple[int, int] = (0, 0)
 
     @property
-    def count(self) -> int:
+    def total(self) -> int:
         """Tiles, the whole image counted."""
         return 1 + self.rows * self.columns
 
