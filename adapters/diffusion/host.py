@@ -218,7 +218,7 @@ def part_of(pipe: Any) -> nn.Module | None:
         return None
     if all(isinstance(getattr(pipe, name, None), nn.Module) for name in ("transformer", "transformer_2")):
         raise UnsupportedModelError(
-            f"{type(pipe).__name__} has two denoisers: give pipe.transformer and pipe.transformer_2, one after the other"
+            f"{type(pipe).__name__} has two denoisers: give it pipe.transformer and pipe.transformer_2 one by one"
         )
     for name in ("unet", "transformer", "transformer_2"):
         found = getattr(pipe, name, None)
@@ -253,7 +253,7 @@ def match(model: nn.Module) -> DenoiserHost | None:
             f"fewer of them (looked for {', '.join(BLOCKS)} and plain self-attention)"
         )
     high, deep = _patches(getattr(model, "config", None), record)
-    supplies = {"x", "grid", "q", "k", "v"} | ({"frames"} if record.frames else {"guidance", "change"})
+    supplies = {"x", "grid", "q", "k", "v"} | ({"frames"} if record.frames else {"guidance"})
     return DenoiserHost(f"diffusers {cls.__name__}", model, parts, record, high, deep, frozenset(supplies))
 
 

@@ -82,11 +82,22 @@ class Inside(TorchFunctionMode):
 
     def _merged(self, x: Tensor, reduction: Reduction) -> Tensor:
         """``(B, H, N + T, D)`` to ``(B, H, M + T, D)``."""
+        if _same_rows(reduction):
+            return self._picked(x, reduction.representative[0])
         image = x[:, :, self.start : self.start + self.tokens]
         if len(reduction.batch) == 2:
             return self._around(x, reduction.merge(image), self.tokens)
         short = reduction.merge(image.transpose(1, 2).flatten(2))
         return self._around(x, short.unflatten(2, (x.shape[1], x.shape[3])).transpose(1, 2), self.tokens)
+
+    def _picked(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Rows that all samples and heads share, with the text's, in one copy; by whole tokens where they lie so."""
+        if self.text:
+            places = torch.arange(x.shape[2], device=rows.device)
+            rows = torch.cat([places[: self.start], rows + self.start, places[self.start + self.tokens :]])
+        if x.stride(2) > x.stride(1):
+            return x.transpose(1, 2).index_select(1, rows).transpose(1, 2)
+        return x.index_select(2, rows)
 
     def _restored(self, y: Tensor, reduction: Reduction) -> Tensor:
         """``(B, H, M + T, D)`` to ``(B, H, N + T, D)``."""
@@ -107,6 +118,13 @@ class Inside(TorchFunctionMode):
         if mask is None:
             return bias
         return bias.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else bias + mask
+
+
+def _same_rows(reduction: Reduction) -> bool:
+    """Whether tokens are kept or dropped, the same in every sample."""
+    rows = reduction.representative
+    kept = type(reduction) is Reduction and reduction.mode == "keep" and reduction.mask is None
+    return kept and rows.ndim == 2 and (rows.shape[0] == 1 or rows.stride(0) == 0)
 
 
 def masked_at(mask: Tensor, rows: Tensor, dim: int, tokens: int, start: int) -> Tensor:

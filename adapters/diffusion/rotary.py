@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokred.adapters.diffusion.session import EnterDenoiser, Session
+from tokred.adapters.diffusion.session import EnterDenoiser, Plan, Session
 from tokred.errors import UnsupportedModelError
 from tokred.reduction import Reduction
 
@@ -64,6 +64,14 @@ def at_rows(table: Any, reduction: Reduction) -> Any:
     if batched:
         return picked.unsqueeze(2)
     return picked[0] if shared else OwnRows(picked)
+
+
+def for_plan(table: Any, plan: Plan) -> Any:
+    """:func:`at_rows`, once for all blocks that share a plan and a table."""
+    seen = plan.__dict__.get("rotated")
+    if seen is None or seen[0] is not table:
+        seen = plan.__dict__["rotated"] = (table, at_rows(table, plan.reduction))
+    return seen[1]
 
 
 class EnterPacked(EnterDenoiser):
