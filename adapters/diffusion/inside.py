@@ -88,7 +88,7 @@ class Inside(TorchFunctionMode):
         if len(reduction.batch) == 2:
             return self._around(x, reduction.merge(image), self.tokens)
         short = reduction.merge(image.transpose(1, 2).flatten(2))
-        return self._around(x, short.unflatten(2, (x.shape[1], x.shape[3])).transpose(1, 2), self.tokens)
+        return self._around(x, _heads(short, x), self.tokens)
 
     def _picked(self, x: Tensor, rows: Tensor) -> Tensor:
         """Rows that all samples and heads share, with the text's, in one copy; by whole tokens where they lie so."""
@@ -105,7 +105,7 @@ class Inside(TorchFunctionMode):
         if len(reduction.batch) == 2:
             return self._around(y, reduction.unmerge(image), reduction.slots)
         full = reduction.unmerge(image.transpose(1, 2).flatten(2))
-        return self._around(y, full.unflatten(2, (y.shape[1], y.shape[3])).transpose(1, 2), reduction.slots)
+        return self._around(y, _heads(full, y), reduction.slots)
 
     def _at(self, mask: Tensor | None, rows: Tensor, dim: int) -> Tensor | None:
         return None if mask is None else masked_at(mask, rows, dim, self.tokens, self.start)
@@ -118,6 +118,11 @@ class Inside(TorchFunctionMode):
         if mask is None:
             return bias
         return bias.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else bias + mask
+
+
+def _heads(x: Tensor, like: Tensor) -> Tensor:
+    """``(B, N, H * D)`` to ``(B, H, N, D)``, with the heads of ``like``."""
+    return x.view(*x.shape[:2], like.shape[1], like.shape[3]).transpose(1, 2)
 
 
 def _same_rows(reduction: Reduction) -> bool:
@@ -143,7 +148,7 @@ def masked_at(mask: Tensor, rows: Tensor, dim: int, tokens: int, start: int) -> 
     sides = [torch.arange(n, device=rows.device).expand(*rows.shape[:2], -1) for n in (start, mask.shape[dim] - tokens)]
     after = sides[1][..., start:] + tokens
     index = torch.cat([sides[0], rows + start, after], -1).unsqueeze(-1 if dim == -2 else -2)
-    batch = torch.broadcast_shapes(mask.shape[:2], index.shape[:2])
+    batch = tuple(max(sides) for sides in zip(mask.shape[:2], index.shape[:2], strict=True))
     other = mask.shape[-2 if dim == -1 else -1]
     mask = mask.expand(*batch, *mask.shape[2:])
     index = index.expand(*batch, *((other, -1) if dim == -1 else (-1, other)))
