@@ -4,8 +4,8 @@
     python benchmarks/kv_limit.py --out benchmarks/results/kv_limit.csv --plot benchmarks/results/kv_limit.png
     python benchmarks/kv_limit.py --quick --out /tmp/limit.csv --plot /tmp/limit.png      # a minute, no weights
 
-SmolLM2-135M reads the Debian handbook with one policy (some 20 minutes of one CPU core), and a random model of four
-layers with its heads reads random tokens with every policy that can judge a chunk by itself (about a minute each). The
+SmolLM2-135M reads the Debian handbook with one policy (some 20 minutes of one CPU core), and a random model of two
+layers with its heads reads random tokens with every policy that can judge a chunk by itself (half a minute each). The
 positions are the true ones and go far beyond the 8,192 that SmolLM2 was trained for, so the text that it writes means
 nothing; bytes are what is measured. They are counted from the memory behind the tensors, each time after a layer has
 taken the rows of a chunk in, which is when most is held.
@@ -133,18 +133,19 @@ def policies(run: Run, names: list[str]) -> Iterator[tuple[str, Any, str]]:
             yield name, None, str(error).partition(". ")[0]
 
 
-def small_model(layers: int = 4) -> Any:
+def small_model(layers: int) -> Any:
     """Random weights, with the heads of SmolLM2-135M."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=1000,
-        hidden_size=576,
-        intermediate_size=256,
+        hidden_size=288,
+        intermediate_size=64,
         num_hidden_layers=layers,
         num_attention_heads=9,
         num_key_value_heads=3,
+        head_dim=64,
         max_position_embeddings=1 << 17,
     )
     model = LlamaForCausalLM(config).eval()
@@ -195,7 +196,8 @@ def main() -> None:
     parser.add_argument("--policy", default="snapkv", help="for SmolLM2")
     parser.add_argument("--tokens", type=int, default=1 << 16)
     parser.add_argument("--generated", type=int, default=1000)
-    parser.add_argument("--limit", default="64 MiB", help="for SmolLM2, of 3 GiB; the small model gets a sixteenth")
+    parser.add_argument("--limit", default="64 MiB", help="for SmolLM2, of 3 GiB; the small model gets 1/64 a layer")
+    parser.add_argument("--layers", type=int, default=2, help="of the small model")
     parser.add_argument("--chunk", type=int, default=512)
     parser.add_argument("--threads", type=int, help="threads of torch")
     arguments = parser.parse_args()
@@ -207,11 +209,11 @@ def main() -> None:
     jobs: list[tuple[Any, torch.Tensor, Run, list[str]]] = []
     wanted = ["small"] if arguments.quick else arguments.models.split(",")
     if "small" in wanted:
-        limit = f"{parse_bytes(arguments.limit) // 16} B"
+        limit = f"{parse_bytes(arguments.limit) * arguments.layers // 64} B"
         ids = torch.randint(3, 1000, (1, tokens), generator=torch.Generator().manual_seed(0))
-        run = Run("4 random layers", limit, arguments.chunk, tokens, generated)
+        run = Run(f"{arguments.layers} random layers", limit, arguments.chunk, tokens, generated)
         names = arguments.policies.split(",") if arguments.policies else known
-        jobs.append((small_model(), ids, run, names))
+        jobs.append((small_model(arguments.layers), ids, run, names))
     if "smollm2" in wanted:
         model, tokenizer = smollm2.load()
         ids = tokenizer(data.handbook()[: tokens * 8], return_tensors="pt").input_ids[:, :tokens]

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from tokred.reduction import Reduction
-from tokred.selection import ranked
 
 # Rows to keep: one number a sample, or ``[B, Hk]`` int64, one a head.
 Counts = tuple[int, ...] | Tensor
@@ -25,10 +24,23 @@ def kept_mask(score: Tensor, real: Tensor | None, guard: Tensor | None, counts: 
         score = score.masked_fill(guard, torch.inf)
     if real is not None:
         score = score.masked_fill(~real, -torch.inf)
-    order = ranked(score)
-    first = torch.arange(order.shape[-1], device=score.device) < _column(counts, score.device)
-    kept = torch.zeros_like(score, dtype=torch.bool).scatter(-1, order, first.expand_as(order))
+    kept = _best(score, counts)
     return kept if real is None else kept & real
+
+
+def _best(score: Tensor, counts: Counts) -> Tensor:
+    """The mask of the ``counts`` largest, without sorting those that are not."""
+    n = score.shape[-1]
+    most = min(largest(counts), n)
+    if most == 0:
+        return torch.zeros_like(score, dtype=torch.bool)
+    count = _column(counts, score.device).clamp(max=n).expand(*score.shape[:-1], 1)
+    top = score.topk(most, -1, sorted=not equal(counts)).values
+    last = top.amin(-1, keepdim=True) if equal(counts) else top.gather(-1, (count - 1).clamp(min=0))
+    above, level = score > last, score == last
+    left = count - above.sum(-1, keepdim=True)
+    kept = above | (level & (level.cumsum(-1) <= left))
+    return kept if equal(counts) else kept & (count > 0)
 
 
 def rows_of(kept: Tensor, slots: int) -> tuple[Tensor, Tensor]:

@@ -157,6 +157,7 @@ class CacheSite(Site):
         self.state_bytes = self.fixed_bytes = self.coming = 0
         self._projection = projection
         self._rope = rope
+        self._measured: dict[tuple[int | None, str], ColumnStatistics] = {}
 
     # ------------------------------------------------------------------ shapes
 
@@ -280,9 +281,12 @@ class CacheSite(Site):
 
     def statistics(self, last: int | None = None, *, group: str = "none") -> ColumnStatistics:
         """Sum, sum of squares, maximum and entropy of what every row received from the ``last`` queries."""
-        q = self.queries(last)
-        options = self._options(q, None)
-        return column_statistics(q, self.k, self._votes(q, None), causal=True, group=group, **options)
+        if (last, group) not in self._measured:  # a score and a budget may ask for the same
+            q = self.queries(last)
+            options = self._options(q, None)
+            found = column_statistics(q, self.k, self._votes(q, None), causal=True, group=group, **options)
+            self._measured[last, group] = found
+        return self._measured[last, group]
 
     def _votes(self, q: Tensor, weight: Tensor | None) -> Tensor | None:
         if self.padding is None:
@@ -369,6 +373,7 @@ class CacheSite(Site):
         other = copy.copy(self)
         for name in ("real", "token"):
             other.__dict__.pop(name, None)
+        other._measured = {}
         other._hold(k, v)
         other.slots, other.ragged, other.weights = positions, ragged, weights
         return other
