@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="CSV file; rows of other measures in it are kept")
     parser.add_argument("--plot", type=Path, help="folder for pictures of all rows of the file")
     parser.add_argument("--quick", action="store_true", help="short windows, few keys")
-    parser.add_argument("--only", choices=("quality", "speed", "plot"), help="a part of the work")
+    parser.add_argument("--only", choices=(*kv_quality.PARTS, "speed", "plot"), help="a part of the work")
     parser.add_argument("--policies", default=",".join(POLICIES), help="names, with commas")
     parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)), help="shares, with commas")
     parser.add_argument("--lengths", help="contexts of the keys, with commas")
@@ -191,10 +191,11 @@ def main() -> None:
         say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
         if arguments.only != "speed":
             found: list[kv_quality.Found] = []
-            for numbers in kv_quality.run(model, tokenizer, text, every, setting, say):
+            parts = (arguments.only,) if arguments.only else kv_quality.PARTS
+            for numbers in kv_quality.run(model, tokenizer, text, every, setting, say, parts):
                 found += numbers
                 write(arguments.out, quality(found, arguments.dtype))
-        if arguments.only != "quality":
+        if arguments.only in (None, "speed"):
             rows = []
             for row in timings(model, text, every, setting):
                 rows.append(row)

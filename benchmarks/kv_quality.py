@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from benchmarks.kv_arms import Arm, held_bytes
 
 DEPTHS = (0.1, 0.35, 0.6, 0.85)
 QUESTION = " What is the pass key? The pass key is"
+PARTS = ("perplexity", "retrieval", "padded")
 ANSWER = 8  # tokens that hold a key and a space
 
 
@@ -158,9 +159,15 @@ def _patched(model: Any, arm: Arm) -> Any:
 
 
 def run(
-    model: Any, tokenizer: Any, text: Tensor, arms: list[Arm], setting: Any, say: Callable[[str], None]
+    model: Any,
+    tokenizer: Any,
+    text: Tensor,
+    arms: list[Arm],
+    setting: Any,
+    say: Callable[[str], None],
+    parts: Sequence[str] = PARTS,
 ) -> Iterator[list[Found]]:
-    """Everything, a list of numbers for each prompt."""
+    """Some of :data:`PARTS`, a list of numbers for each prompt."""
     started = time.perf_counter()
 
     def told(what: str, found: Iterator[Found]) -> list[Found]:
@@ -168,14 +175,16 @@ def run(
         say(f"{time.perf_counter() - started:6.0f} s  {what}")
         return numbers
 
-    window = setting.window
-    windows = text[: setting.windows * window].view(setting.windows, window)
-    yield told("perplexity", perplexity(model, windows, arms, chunk=setting.chunk))
-    for length in setting.lengths:
+    windows = text[: setting.windows * setting.window].view(setting.windows, setting.window)
+    if "perplexity" in parts:
+        yield told("perplexity", perplexity(model, windows, arms, chunk=setting.chunk))
+    for length in setting.lengths if "retrieval" in parts else ():
         for depth, group in zip(DEPTHS, haystacks(tokenizer, text, length, setting.keys), strict=True):
             yield told(f"retrieval {length} at {depth}", retrieval(model, tokenizer, group, arms))
-    quarter = [a for a in arms if a.policy is None or a.budget == 0.25]
-    yield told("perplexity, padded batch", perplexity(model, windows, quarter, chunk=setting.chunk, padded=True))
-    length = setting.lengths[len(setting.lengths) // 2]
-    for depth, group in zip(DEPTHS, haystacks(tokenizer, text, length, 4, seed=1), strict=True):
-        yield told(f"retrieval {length} at {depth}, padded", retrieval(model, tokenizer, group, quarter, padded=True))
+    if "padded" in parts:
+        quarter = [a for a in arms if a.policy is None or a.budget == 0.25]
+        yield told("perplexity, padded batch", perplexity(model, windows, quarter, chunk=setting.chunk, padded=True))
+        length = setting.lengths[len(setting.lengths) // 2]
+        for depth, group in zip(DEPTHS, haystacks(tokenizer, text, length, 4, seed=1), strict=True):
+            found = retrieval(model, tokenizer, group, quarter, padded=True)
+            yield told(f"retrieval {length} at {depth}, padded", found)
