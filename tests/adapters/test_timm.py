@@ -37,12 +37,14 @@ METHODS = {
     "vtm": {"gamma": 2, "blocks": (1,)},
     "vtm-centre": {"variant": "centre", "R": 0.5, "blocks": (0, 1)},
     "tinychart": {"r": 4, "order": "raster"},
+    "spatten": {"keep": 0.5, "first": 0, "heads": 2},
+    "ltp": {"theta_final": 0.06},
 }
 NOTHING = {"tome": {"r": 0}, "pitome": {"ratio": 1.0}, "random": {"r": 0}, "random_prune": {"r": 0}, "kth": {"k": 1},
            "evit": {"kappa": 1.0}, "ats": {"blocks": ()}, "ppt": {"r": 0}, "tofu": {"r": 0}, "saint": {"tau": 1.5},
            "algm": {"T": 2, "theta": 2}, "vtm": {"R": 0}, "tinychart": {"r": 0},
            "zero_tprune": {"rho": 1.0, "r_s": 0}, "tokentm": {"keep": 1.0}, "vomix": {"r": 0},
-           "downsample": {"keep": 1.0}}  # fmt: skip
+           "downsample": {"keep": 1.0}, "spatten": {"keep": 1.0}, "ltp": {"theta_final": 0.0}}  # fmt: skip
 
 
 @pytest.mark.parametrize("family", FAMILIES)
