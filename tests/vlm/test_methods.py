@@ -126,3 +126,39 @@ def test_nothing_to_remove_is_bit_equal(name, model, batch):
 def test_dropping_equals_masking(name, model, batch):
     method = tokred.make(name, **(MERGING.get(name) or SOME.get(name, {})))
     oracle.agree(model, model.model.language_model.layers, method, batch, max_new_tokens=3)
+
+
+@pytest.mark.parametrize(
+    ("host", "name", "instead"),
+    [
+        ("onevision", "fastervlm", "'fastervlm' with attention='received' works"),
+        ("onevision", "prumerge", "here work .*divprune.*"),
+        ("qwen2_5_vl", "flash_vl", "'flash_vl' with space='x' works"),
+        ("qwen2_5_vl", "visionzip", "here work .*cdpruner, .*divprune.*"),
+    ],
+)
+def test_a_refusal_names_what_works_instead(host, name, instead):
+    from tests.vlm import hosts
+
+    model = hosts.build(host)
+    with pytest.raises(tokred.MissingInputError, match=instead):
+        tokred.apply(model, name)
+    assert not any("_tokred" in key for m in model.modules() for key in m.__dict__), "nothing is half patched"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ignore", [True, False])
+def test_hired_shares_its_budget_over_tiles(ignore):
+    from tests.vlm import hosts
+
+    model = hosts.build("llava_next")
+    batch = hosts.prompts("llava_next", [[3, "image", 5], [2, "image", 1, "image", 4]])
+    tokred.apply(model, "hired", budget=0.25, ignore_padding=ignore)
+    model(**batch)
+    left = visual_tokens(model)[0]
+    # 16 tokens of the whole image, 32 of its tiles in four rows, each with a newline while a token of it is left.
+    assert (12 <= left[0] <= 16) if ignore else (left[0] <= 24)
+    assert left[1] <= (32 if ignore else 48)
+    alone = {name: batch[name][:1, -60:] for name in ("input_ids", "attention_mask")}
+    model(**alone, **{name: batch[name][:1] for name in ("pixel_values", "image_sizes")})
+    assert visual_tokens(model)[0] == left[:1]

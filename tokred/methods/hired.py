@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from tokred.methods.tome import check_choice
-from tokred.ragged import pack
 from tokred.reduction import Reduction
 from tokred.registry import register
 from tokred.schedules import check_share, kept
-from tokred.selection import ranked
+from tokred.selection import highest, ranked
 from tokred.vlm.budget import Budget, is_number, largest_remainder
 from tokred.vlm.projector import Budgeted
 from tokred.vlm.site import VisualSite
@@ -41,16 +40,14 @@ class HiRED(Budgeted):
         rounding: ``"largest_remainder"`` meets the budget; what a tile cannot hold goes to the next one by content
             (ours). ``"floor"`` loses fractions, as the authors' code does.
         ignore_padding: tokens that the host cuts away, since they show padding, count for nothing and get no budget
-            (ours); False: they do, and are lost with their budget.
-        newline: which of the tokens that a host puts behind each row of the image stay: ``"keep"`` all, ``"nonempty"``
-            those of rows with at least one token (ours), ``"drop"`` none, as the authors run it. Outside the budget.
+            (ours); False: they do, and what a tile's other tokens cannot use is lost.
 
     Source: Arif et al., HiRED, AAAI 2025, section 3, and its released code.
     """
 
     summary: ClassVar[str] = "share a budget over the tiles of an image by content, keep what the class token sees"
     source: ClassVar[str] = "Arif et al., AAAI 2025 (arXiv 2408.10945)"
-    joint: ClassVar[bool] = True  # all tiles of an image make one site
+    joint: ClassVar[bool] = True
 
     budget: Budget = 0.2
     alpha: float = 0.5
@@ -58,7 +55,6 @@ class HiRED(Budgeted):
     content: Literal["count", "sum"] = "count"
     rounding: Literal["largest_remainder", "floor"] = "largest_remainder"
     ignore_padding: bool = True
-    newline: Literal["keep", "nonempty", "drop"] = "nonempty"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,7 +63,6 @@ class HiRED(Budgeted):
             raise ValueError(f"l_early must be an integer, got {self.l_early!r}")
         check_choice("content", self.content, ("count", "sum"))
         check_choice("rounding", self.rounding, ("largest_remainder", "floor"))
-        check_choice("newline", self.newline, ("keep", "nonempty", "drop"))
 
     @property
     def reads(self) -> frozenset[str]:
@@ -95,38 +90,31 @@ class HiRED(Budgeted):
         return n > 0 and (is_number(self.budget) or self.budget < 1)
 
     def choose(self, site: VisualSite) -> Reduction:
-        """Share the budget out, keep the highest scores of every tile."""
-        tiles: Tiles | None = getattr(site, "tiles", None)
-        scores = site.class_attention_heads.sum(1)
+        """Share the budget out, keep the highest scores of this tile."""
+        scores, tiles = site.class_attention_heads.sum(1), site.tiles
         b, n = scores.shape
         if tiles is None or tiles.total == 1:
-            budgets = [self.count(n)] * b
-            real = torch.ones(b, n, dtype=torch.bool, device=scores.device)
+            counts = [self.count(n)] * b
         else:
-            if tiles.total != b:
-                raise ValueError(f"a site of tiles has all {tiles.total} of them in its batch, got {b}")
-            early = site.layer_class_attention(self.l_early)[0].sum(0)
-            real = tiles.real(site.grid, scores.device)
-            budgets = self.budgets(early, tiles, site.grid)
-            real = real if self.ignore_padding else torch.ones_like(real)
-        if sum(budgets) == b * n:
+            early = site.whole_attention(self.l_early).sum(1)
+            counts = [self.budgets(one, tiles)[site.tile.index] for one in early]
+        if min(counts) >= n:
             return Reduction.identity((b,), n, site.device)
-        return chosen(scores, budgets, real)
+        return chosen(scores, counts)
 
-    def budgets(self, early: Tensor, tiles: Tiles, grid: tuple[int, int]) -> list[int]:
+    def budgets(self, early: Tensor, tiles: Tiles) -> list[int]:
         """How many tokens each tile keeps; waits for the device.
 
         Args:
             early: ``(N,)`` float32 attention to the tokens of the whole image in the early layer.
             tiles: of the image.
-            grid: rows and columns of the tokens of one tile.
         """
         n, parts = len(early), tiles.total - 1
-        room = tiles.real(grid).sum(1).tolist() if self.ignore_padding else [n] * tiles.total
+        room = tiles.real().sum(1).tolist() if self.ignore_padding else [n] * tiles.total
         total = self.count(sum(room))
         whole = min(kept(total, self.alpha), n)
         rest = min(total - whole, sum(room[1:]))
-        content = self.contents(early, tiles.cell(grid, early.device), parts) if rest else [0] * parts
+        content = self.contents(early, tiles.cell(early.device), parts) if rest else [0] * parts
         return [whole, *shared(content, rest, room[1:], self.rounding == "largest_remainder")]
 
     def contents(self, early: Tensor, cell: Tensor, parts: int) -> list[float]:
@@ -170,18 +158,13 @@ def shared(content: Sequence[float], total: int, room: Sequence[int], exact: boo
     return found
 
 
-def chosen(scores: Tensor, budgets: Sequence[int], real: Tensor) -> Reduction:
+def chosen(scores: Tensor, counts: Sequence[int]) -> Reduction:
     """The highest scores of every row, ties to the lower index, in ascending order.
 
     Args:
         scores: ``(B, N)``.
-        budgets: how many of each row.
-        real: ``(B, N)`` bool, the tokens that may stay.
+        counts: how many of each row.
     """
-    b, n = scores.shape
-    count = torch.tensor(budgets, device=scores.device).unsqueeze(1)
-    place = torch.arange(n, device=scores.device)
-    order = ranked(scores.masked_fill(~real, -torch.inf))
-    stays = torch.zeros_like(real).scatter(1, order, place < count) & real
-    rows, mask = pack(place.expand(b, -1), stays, (min(budgets), max(budgets)) if bool(real.all()) else None)
-    return Reduction.keep(rows, n, mask)
+    count = torch.tensor([min(c, scores.shape[1]) for c in counts], device=scores.device).unsqueeze(1)
+    rows, mask = highest(scores, int(max(min(c, scores.shape[1]) for c in counts)), count)
+    return Reduction.keep(rows, scores.shape[1], None if len(set(counts)) == 1 else mask)

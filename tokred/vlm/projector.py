@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 import torch
@@ -16,6 +18,9 @@ from tokred.vlm.site import VisualSite
 
 Space = Literal["x", "tower"]
 
+# Settings that let a method run where the tower has no class token, or does not hand its features over.
+_LESS = {"attention": "received", "space": "x", "relevance": "none"}
+
 
 class ProjectorMethod(Method):
     """Base of methods at the stage ``projector``.
@@ -26,7 +31,7 @@ class ProjectorMethod(Method):
         space: the features that are merged: ``"x"``, as they enter the language model, or ``"tower"``: before the
             projector, which then runs on the merged ones, where the host can do that.
         tower_layers: layers of the tower whose attention :meth:`choose` reads beside that of the features' layer.
-        joint: whether all tiles of an image make one site, where a host cuts images into tiles.
+        joint: whether one budget is shared by all tiles of an image, where a host cuts images into tiles.
     """
 
     stage: ClassVar[Stage] = "projector"
@@ -61,6 +66,15 @@ class ProjectorMethod(Method):
         if not any(f.name == "budget" for f in dataclasses.fields(self)):  # type: ignore[arg-type]
             raise ValueError(f"{self.name!r} has no budget that could be set for each image")
         return dataclasses.replace(self, budget=n)  # type: ignore[type-var]
+
+    def variants(self) -> Iterator[tuple[str, ProjectorMethod]]:
+        """The same method with settings that read less, for hosts that supply less: in words, and made."""
+        known = {f.name for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        less = {k: v for k, v in _LESS.items() if k in known and getattr(self, k) != v}
+        for count in range(1, len(less) + 1):
+            for names in itertools.combinations(less, count):
+                words = ", ".join(f"{k}={less[k]!r}" for k in names)
+                yield words, dataclasses.replace(self, **{k: less[k] for k in names})  # type: ignore[type-var]
 
     def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
         """Protected tokens and :meth:`count` of the others."""

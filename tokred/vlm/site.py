@@ -17,6 +17,7 @@ from tokred.kernels.column_scores import column_scores
 from tokred.reduction import Reduction
 from tokred.selection import ranked
 from tokred.site import Lazy, Site
+from tokred.vlm.tiles import Tiles
 
 Of = Literal["before", "own"]
 
@@ -51,6 +52,8 @@ class VisualSite(Site):
         tile: which part of the image this is; None: all of it.
         sample, image: for each of the ``B`` which sample of the batch it belongs to, and which image of it; the
             attributes are ``samples`` and ``image``.
+        tiles: how all tiles of the image lie, where it is cut into several; None: it is not.
+        whole: gives the class token's attention ``(B, H, N)`` to the tile that shows the whole image, by layer.
         project: the projector, from ``(B, N, Ct)`` to ``(B, N, C)``, where it acts on tokens one by one.
         more: see :class:`tokred.Site`.
     """
@@ -65,6 +68,8 @@ class VisualSite(Site):
         tile: Tile | None = None,
         sample: tuple[int, ...] | None = None,
         image: tuple[int, ...] | None = None,
+        tiles: Tiles | None = None,
+        whole: Callable[[int], Tensor] | None = None,
         project: Callable[[Tensor], Tensor] | None = None,
         **more: Any,
     ) -> None:
@@ -76,6 +81,8 @@ class VisualSite(Site):
         b = self.shape[0]
         self.samples = tuple(range(b)) if sample is None else sample
         self.image = (0,) * b if image is None else image
+        self.tiles = tiles
+        self._whole = whole
         self.project = project
 
     @property
@@ -125,6 +132,19 @@ class VisualSite(Site):
         if self._layer_heads is None:
             raise MissingInputError("this site does not supply 'tower_layers', the attention of other tower layers")
         return self._layer_heads(layer)
+
+    def whole_attention(self, layer: int) -> Tensor:
+        """``(B, H, N)`` float32: the class token's attention to the tile that shows the whole image.
+
+        Args:
+            layer: of the tower, as :meth:`layer_class_attention` has it.
+
+        Raises:
+            MissingInputError: the host does not supply it.
+        """
+        if self._whole is None:
+            raise MissingInputError("this site does not supply the attention to the whole image's tile")
+        return self._whole(layer)
 
     def column_scores(self, weight: Tensor | None = None, *, rows: slice | None = None) -> Tensor:
         """``(B, H, N)`` float32: how much of the tower's attention every patch receives, see

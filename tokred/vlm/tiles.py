@@ -13,12 +13,14 @@ class Tiles(NamedTuple):
 
     Attributes:
         rows, columns: of the parts.
+        grid: rows and columns of the tokens of one tile.
         cut: rows and columns of tokens that the host cuts away at each of two opposite sides of the parts laid side by
             side, since they show padding.
     """
 
     rows: int
     columns: int
+    grid: tuple[int, int]
     cut: tuple[int, int] = (0, 0)
 
     @property
@@ -26,29 +28,19 @@ class Tiles(NamedTuple):
         """Tiles, the whole image counted."""
         return 1 + self.rows * self.columns
 
-    def real(self, grid: tuple[int, int], device: torch.device | str | None = None) -> Tensor:
-        """``(P, N)`` bool: False on tokens that are cut away; those of the whole image are all real.
-
-        Args:
-            grid: rows and columns of the tokens of one tile.
-            device: where it is wanted.
-        """
-        (high, wide), (up, left) = grid, self.cut
+    def real(self, device: torch.device | str | None = None) -> Tensor:
+        """``(P, N)`` bool: False on tokens that are cut away; those of the whole image are all real."""
+        (high, wide), (up, left) = self.grid, self.cut
         y = torch.arange(self.rows * high, device=device)
         x = torch.arange(self.columns * wide, device=device)
         inside = ((y >= up) & (y < len(y) - up)).unsqueeze(1) & ((x >= left) & (x < len(x) - left))
         parts = inside.view(self.rows, high, self.columns, wide).transpose(1, 2).flatten(2).flatten(0, 1)
         return torch.cat([torch.ones_like(parts[:1]), parts])
 
-    def cell(self, grid: tuple[int, int], device: torch.device | str | None = None) -> Tensor:
-        """``(N,)`` int64: for each token of the whole image the part, counted from 0, that shows the same place.
-
-        Args:
-            grid: rows and columns of the tokens of one tile.
-            device: where it is wanted.
-        """
-        y = _parts(grid[0], self.rows, self.cut[0], device)
-        x = _parts(grid[1], self.columns, self.cut[1], device)
+    def cell(self, device: torch.device | str | None = None) -> Tensor:
+        """``(N,)`` int64: for each token of the whole image the part, counted from 0, that shows the same place."""
+        y = _parts(self.grid[0], self.rows, self.cut[0], device)
+        x = _parts(self.grid[1], self.columns, self.cut[1], device)
         return (y.unsqueeze(1) * self.columns + x).flatten()
 
 
