@@ -133,7 +133,7 @@ class Host:
         if missing:
             raise MissingInputError(
                 f"{method.name!r} reads {', '.join(sorted(missing))}, which {self.family} does not supply "
-                f"(it supplies {', '.join(sorted(self.supplies))})"
+                f"(it supplies {', '.join(sorted(self.supplies | self.recipe.supplies))})"
             )
         method.check(self.depth)
 
