@@ -28,7 +28,10 @@ class EnterClip(EnterDenoiser):
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         sample, side = given[self.sample], self.session.patch
         size = (sample.shape[-2] // side, sample.shape[-1] // side)
-        self.session.begin(size, given.get("timestep"), sample.shape[self.frames] // self.patch, sample)
+        time = given.get("timestep")
+        if isinstance(time, Tensor) and time.ndim == 2:
+            time = time.amax()  # one for each token, zero where an image is given
+        self.session.begin(size, time, sample.shape[self.frames] // self.patch, sample)
 
 
 def _cogvideox(config: Any, size: tuple[int, ...], empty: Callable[..., Tensor]) -> dict[str, Any]:

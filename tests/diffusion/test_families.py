@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import tokred
-from tests.diffusion.tiny import MODELS, inputs, run
+from tests.diffusion.tiny import FRAMES, MODELS, inputs, run
 
 
 def embeds(*shape: int, seed: int = 9) -> Tensor:
@@ -292,3 +292,57 @@ def test_a_controlnet_of_flux():
     assert torch.equal(run(model, {**given, **zeros}), plain)
     zeros["controlnet_block_samples"] = [torch.full((2, 64, 16), 0.1)]
     assert not torch.equal(run(model, {**given, **zeros}), plain)
+
+
+def test_a_timestep_for_each_token():
+    """As Wan 2.2 has it: tokens of a given first frame stand at time zero, and gates are those of the tokens."""
+    model, given = MODELS["wan"](), inputs("wan")
+    n = FRAMES * 64
+
+    def at(time: int) -> dict[str, Any]:
+        times = torch.full((2, n), time)
+        times[:, :64] = 0
+        return {**given, "timestep": times}
+
+    before = run(model, at(7))
+    with tokred.applied(model, "tomesd", ratio=0.0):
+        assert torch.equal(run(model, at(7)), before)
+    tokred.apply(model, "tomesd", max_downsample=2, merge_mlp=True)
+    rows = []
+    for time in (7, 7, 8):
+        after = run(model, at(time))
+        plan = next(iter(model.__dict__["_tokred"].plans.values()))
+        rows.append(plan.reduction.representative[0, -16:])
+    assert torch.nn.functional.cosine_similarity(after.flatten(), before.flatten(), 0) > 0.8
+    assert torch.equal(rows[0], rows[1])
+    assert not torch.equal(rows[0], rows[2]), "steps draw anew"
+
+
+def test_patches_over_frames():
+    """As CogVideoX 1.5 has them: a token stands for two frames."""
+    from diffusers import CogVideoXTransformer3DModel
+
+    torch.manual_seed(0)
+    model = CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8,
+        text_embed_dim=12, num_layers=1, sample_width=16, sample_height=16, patch_size_t=2, use_rotary_positional_embeddings=True,
+        max_text_seq_length=5,
+    ).eval()  # fmt: skip
+    given = inputs("cogvideox")
+    given["hidden_states"] = embeds(2, 4, 4, 16, 16)
+    given["image_rotary_emb"] = (torch.ones(128, 16), torch.zeros(128, 16))
+    before = run(model, given)
+    tokred.apply(model, "todo", factors=(1, 2))
+    after = run(model, given)
+    assert [(r.tokens, r.left) for r in tokred.report(model).sublayers if r.role == "self"] == [(128, 32)]
+    assert torch.nn.functional.cosine_similarity(after.flatten(), before.flatten(), 0) > 0.8
+
+
+def test_blocks_that_are_compiled_one_by_one():
+    """Regional compilation, as diffusers has it."""
+    model, given = tokred.apply(MODELS["wan"](), "tomesd", max_downsample=2), inputs("wan")
+    steps = [{**given, "timestep": torch.full((2,), time)} for time in (7, 6)]
+    plain = [run(model, step) for step in steps]
+    model.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+    for step, expected in zip(steps, plain, strict=True):
+        torch.testing.assert_close(run(model, step), expected, rtol=1e-4, atol=1e-5)
