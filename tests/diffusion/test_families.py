@@ -325,8 +325,8 @@ def test_patches_over_frames():
     torch.manual_seed(0)
     model = CogVideoXTransformer3DModel(
         num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8,
-        text_embed_dim=12, num_layers=1, sample_width=16, sample_height=16, patch_size_t=2, use_rotary_positional_embeddings=True,
-        max_text_seq_length=5,
+        text_embed_dim=12, num_layers=1, sample_width=16, sample_height=16, patch_size_t=2, max_text_seq_length=5,
+        use_rotary_positional_embeddings=True,
     ).eval()  # fmt: skip
     given = inputs("cogvideox")
     given["hidden_states"] = embeds(2, 4, 4, 16, 16)
