@@ -158,7 +158,10 @@ def pairs(budget: float) -> dict[str, Pair]:
     return {
         "snapkv": Pair(made("snapkv", budget=budget), p.SnapKVPress, _plain, _scores),
         "tova": Pair(made("tova", budget=budget), p.TOVAPress, _plain, _scores),
-        "knorm": Pair(made("knorm", budget=budget), p.KnormPress, _plain, _raw),
+        "knorm": Pair(
+            made("knorm", budget=budget), p.KnormPress, _plain, _raw,
+            note="of equal scores tokred keeps the older row, the press any",
+        ),
         "keydiff": Pair(made("keydiff", budget=budget), p.KeyDiffPress, _plain, _raw),
         "expected_attention": Pair(
             made("expected_attention", budget=budget), p.ExpectedAttentionPress, _plain, _scores

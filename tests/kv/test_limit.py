@@ -114,6 +114,16 @@ def test_never_above_the_limit(model, watched, name):
     assert cache.peak_bytes > 0.85 * 40 * 1024, "what there is is used"
 
 
+@pytest.mark.parametrize("budget", [kv.Global(), kv.Adaptive(layers=kv.Pyramid(window=2, beta=3)), kv.Squeeze()])
+def test_compositions(model, watched, budget):
+    tokred.apply(model, tokred.Limited(tokred.KVPolicy(score=kv.Window(4, 3), budget=budget), "60 KiB", 16))
+    cache = tokred.kv_cache(model)
+    options = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "past_key_values": cache}
+    model.generate(prompt(120), **options)
+    assert max(watched) <= cache.peak_bytes <= 60 * 1024
+    assert len({tuple(layer.positions[0].lt(200).sum(-1).tolist()) for layer in cache.layers}) > 1, "layers differ"
+
+
 @pytest.mark.parametrize("name", ["snapkv", "h2o", "adakv", "squeezeattention"])
 def test_padded_batches_and_beams(model, watched, name):
     tokred.apply(model, limited(name))
