@@ -171,3 +171,13 @@ def check_share(value: object, name: str, *, zero: bool = False) -> None:
     number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
     if not (number == 0 and zero) and not 0 < number <= 1:
         raise ValueError(f"{name} must lie in {'[' if zero else '('}0, 1], got {value!r}")
+
+
+def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Refuse a value that is not among the allowed ones.
+
+    Raises:
+        ValueError: naming the argument, what was given and what is allowed.
+    """
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")

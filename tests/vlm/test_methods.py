@@ -162,3 +162,23 @@ def test_hired_shares_its_budget_over_tiles(ignore):
     alone = {name: batch[name][:1, -60:] for name in ("input_ids", "attention_mask")}
     model(**alone, **{name: batch[name][:1] for name in ("pixel_values", "image_sizes")})
     assert visual_tokens(model)[0] == left[:1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [n for n in NAMES if tokred.make(n).stage == "projector"])
+def test_positions_can_be_counted_anew(name, model):
+    batch = tiny.prompts([[3, "image", 5]])
+    settings = SOME.get(name, {})
+    seen: list[list[int]] = []
+    handle = model.model.language_model.layers[0].register_forward_pre_hook(
+        lambda m, a, k: seen.append(k["position_ids"][0].tolist()), with_kwargs=True
+    )
+    for positions in ("keep", "repack"):
+        with tokred.applied(model, tokred.make(name, positions=positions, **settings)):
+            model(**batch)
+    handle.remove()
+    assert seen[1] == list(range(len(seen[1]))), "counted anew"
+    assert seen[0][-5:] == list(range(19, 24)), "kept"
+    assert len(seen[0]) == len(seen[1]) < 24
+    with pytest.raises(ValueError, match="positions is 'anew'"):
+        tokred.make(name, positions="anew")

@@ -61,6 +61,7 @@ class CAT(ProjectorMethod):
     round_to: int = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "selector", _method(self.selector))
         if not callable(self.score):
             check_choice("score", self.score, tuple(SCORES))

@@ -41,6 +41,7 @@ class FlashVL(ProjectorMethod):
     space: Space = "tower"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.s not in (1, 2, 4) or isinstance(self.s, bool):
             raise ValueError(f"s must be 1, 2 or 4, got {self.s!r}")
         check_choice("space", self.space, ("tower", "x"))

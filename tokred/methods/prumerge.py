@@ -71,6 +71,7 @@ class PruMerge(ProjectorMethod):
     space: Space = "tower"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.budget is not None:
             as_budget(self.budget)
             if self.budget == 1 and is_number(self.budget):

@@ -12,7 +12,7 @@ from tokred.matching import bipartite_soft_matching, mergeable
 from tokred.method import Method
 from tokred.reduction import Reduction
 from tokred.registry import register
-from tokred.schedules import ScheduleLike, schedule
+from tokred.schedules import ScheduleLike, check_choice, schedule
 from tokred.site import Site
 
 Metric = Literal["k", "q", "v", "x"]
@@ -34,12 +34,6 @@ def read_metric(site: Site, metric: Metric) -> Tensor:
     """The vectors that are compared, ``(B, N, D)``."""
     found: Tensor = getattr(site, metric)
     return head_mean(found)
-
-
-def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    """Refuse a value that is not among the allowed ones, naming the argument."""
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
 
 
 @register("tome")

@@ -6,12 +6,14 @@ import dataclasses
 import itertools
 from abc import abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
 
 from tokred.method import Method
 from tokred.reduction import Reduction
+from tokred.schedules import check_choice
 from tokred.site import Site, Stage
 from tokred.vlm.budget import Budget, as_budget, count_of
 from tokred.vlm.site import VisualSite
@@ -22,10 +24,15 @@ Space = Literal["x", "tower"]
 _LESS = {"attention": "received", "space": "x", "relevance": "none"}
 
 
+@dataclass(frozen=True)
 class ProjectorMethod(Method):
     """Base of methods at the stage ``projector``.
 
     A subclass says how many of ``n`` tokens stay (:meth:`count`) and which (:meth:`choose`).
+
+    Args:
+        positions: ``"keep"``: tokens keep the positions that they had in the whole prompt; ``"repack"``: those that are
+            left are counted anew, where a host's positions are plain numbers. A keyword of every method.
 
     Attributes:
         space: the features that are merged: ``"x"``, as they enter the language model, or ``"tower"``: before the
@@ -38,7 +45,12 @@ class ProjectorMethod(Method):
     drops: ClassVar[bool] = True
     uneven: ClassVar[bool] = True
     joint: ClassVar[bool] = False
-    space: Space = "x"
+    space = "x"
+
+    positions: Literal["keep", "repack"] = field(default="keep", kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_choice("positions", self.positions, ("keep", "repack"))
 
     @property
     def tower_layers(self) -> tuple[int, ...]:
@@ -99,12 +111,14 @@ class ProjectorMethod(Method):
             return self.choose(site)
 
 
+@dataclass(frozen=True)
 class Budgeted(ProjectorMethod):
     """Base of methods that keep a fixed number or share of each image's tokens, named ``budget``."""
 
-    budget: Budget
+    budget: Budget = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         as_budget(self.budget)
 
     def count(self, n: int) -> int:

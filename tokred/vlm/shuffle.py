@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokred.methods.tome import check_choice
+from tokred.schedules import check_choice
 
 Layout = Literal["v2", "v1"]
 

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tokred.methods.tome import check_choice
+from tokred.schedules import check_choice
 
 Blend = Literal["ramp", "mean", "nearest"]
 
