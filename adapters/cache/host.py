@@ -129,8 +129,12 @@ class CacheHost:
         self.config._attn_implementation_internal = register(implementation)
 
 
-def match(model: nn.Module) -> CacheHost | None:
+def match(model: nn.Module, *, decodes: bool = False) -> CacheHost | None:
     """The host record of a decoder-only language model of transformers; None when ``model`` is none.
+
+    Args:
+        model: to be looked at.
+        decodes: whether it is known to be one, so that its attention need not say so.
 
     Raises:
         UnsupportedModelError: it is one, but its cache cannot lose rows rightly; the message says why.
@@ -140,7 +144,7 @@ def match(model: nn.Module) -> CacheHost | None:
     if "PreTrainedModel" not in names:
         return None
     config: Any = getattr(model, "config", None)
-    if config is None or not _decodes(model, config):
+    if config is None or not (decodes or _decodes(model, config)):
         return None
     name = cls.__name__
     if getattr(config, "is_encoder_decoder", False):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from tokred.adapters.vlm.features import Part, Picture, Record, Tap
+from tokred.adapters.vlm.features import Picture, Record, Tap
+from tokred.adapters.vlm.pictures import by_grid, by_sample, plain, tiled, video
+
+Maker = Callable[[Any, dict[str, Any], Any, Tap], list[Picture]]
 
 
 class Facts(NamedTuple):
@@ -18,8 +21,10 @@ class Facts(NamedTuple):
         tower: dotted name of the vision tower.
         language: dotted name of the language model.
         getters: feature getters, with the modality that each is for.
-        pictures: makes the pictures of a getter's call, ``pictures(core, arguments, output, tap)``.
+        pictures: by modality what makes the pictures of a getter's call, ``make(core, arguments, output, tap)``;
+            None: images as they are.
         tokenwise: whether the projector acts on tokens one by one.
+        heads: whether a token is a patch of the tower, so that the tower's attention says something about it.
         outer_masks: masks for pairs of tokens are made outside the language model.
     """
 
@@ -27,46 +32,40 @@ class Facts(NamedTuple):
     tower: str = "vision_tower"
     language: str = "language_model"
     getters: tuple[tuple[str, str], ...] = (("get_image_features", "image"),)
-    pictures: Callable[[Any, dict[str, Any], Any, Tap], list[Picture]] | None = None
+    pictures: Mapping[str, Maker] | None = None
     tokenwise: bool = True
+    heads: bool = True
     outer_masks: bool = False
 
 
-def lengths(output: Any) -> list[int]:
-    """Tokens of each picture."""
-    return [len(one) for one in output.pooler_output]
-
-
-def plain(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Picture]:
-    """Pictures of one part each, on the grid of the tower's patches where the numbers agree."""
-    pixels = given.get("pixel_values")
-    patch = int(getattr(core.config.vision_config, "patch_size", 0) or 0)
-    counts, found = lengths(output), []
-    for i, n in enumerate(counts):
-        grid = None
-        if pixels is not None and patch and pixels.ndim >= 4:
-            rows, columns = pixels.shape[-2] // patch, pixels.shape[-1] // patch
-            grid = (rows, columns) if rows * columns == n else square(n)
-        fits = tap.inputs is not None and tap.inputs.shape[0] == len(counts) and tap.inputs.shape[1] == n
-        found.append(Picture(n, (Part(0, n, grid, tower=i if fits else -1),)))
-    return found
-
-
-def square(n: int) -> tuple[int, int] | None:
-    """The square grid of ``n`` tokens, if there is one."""
-    side = round(n**0.5)
-    return (side, side) if side * side == n else None
-
+_PLAIN: dict[str, Maker] = {"image": plain}
+_BOTH = (("get_image_features", "image"), ("get_video_features", "video"))
+_QWEN = Facts(projector="", tower="visual", getters=_BOTH, pictures={"image": by_grid, "video": by_grid}, heads=False)
+_IDEFICS = Facts("connector", "vision_model", "text_model", pictures={"image": by_sample}, tokenwise=False, heads=False)
+_TILES: dict[str, Any] = {"image": tiled, "video": video}
 
 FACTS: dict[str, Facts] = {
     "LlavaModel": Facts(),
+    "LlavaNextModel": Facts(pictures=_TILES),
+    "LlavaNextVideoModel": Facts(getters=_BOTH, pictures=_TILES),
+    "LlavaOnevisionModel": Facts(getters=_BOTH, pictures=_TILES),
+    "Qwen2VLModel": _QWEN,
+    "Qwen2_5_VLModel": _QWEN,
+    "Qwen3VLModel": _QWEN,
+    "InternVLModel": Facts(heads=False),
+    "Idefics3Model": _IDEFICS,
+    "SmolVLMModel": _IDEFICS,
+    "PaliGemmaModel": Facts(outer_masks=True),
+    "Gemma3Model": Facts(tokenwise=False, outer_masks=True, heads=False),
 }
 
 
-def describe(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> Record | None:
+def describe(core: Any, given: dict[str, Any], output: Any, tap: Tap, modality: str) -> Record | None:
     """The record of a getter's call."""
     facts = FACTS[core_name(core)]
-    make = facts.pictures or plain
+    make = (facts.pictures or _PLAIN)[modality]
+    if not facts.heads:
+        return Record(make(core, given, output, tap), tap.inputs)
     layers = tower_layers(core, facts)
     depth = len(layers)
     layer = feature_layer(core, depth, given.get("vision_feature_layer"))

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from tokred.adapters.block import split_heads
 from tokred.adapters.swap import Hook
 from tokred.vlm.site import Tile
+from tokred.vlm.tiles import Tiles
 
 RECORD = "tokred_record"
 # What this thread knows of the forward in flight: ``call``, ``forward``, ``tap``, ``labels``, ``done``.
@@ -24,29 +26,63 @@ class Part:
     """Visual tokens that are judged together: an image, a tile of it, or a video.
 
     Attributes:
-        start: first of them among the tokens of the picture.
-        count: how many.
+        where: which tokens of the picture, in order: their first and count, or rows of a larger grid.
         grid: rows and columns, of one frame; None where they form none.
         frames: of a video; None for an image.
-        tile: which tile.
+        tile: which tile; None: all of the image.
         tower: which row of the tower's batch; -1 where none fits.
-        skip: every so many tokens one that is no patch (the newline of a row), which stays; 0: none.
+        patches: which of the tower's patches they are; None: the first ones.
+        tiles: how all tiles of the image lie, where it has several that are judged apart.
+        whole: row of the tower's batch that shows the whole image; -1 where none fits.
     """
 
-    start: int
-    count: int
+    where: Span
     grid: tuple[int, int] | None = None
     frames: int | None = None
-    tile: Tile = Tile()
+    tile: Tile | None = None
     tower: int = -1
-    skip: int = 0
+    patches: Span | None = None
+    tiles: Tiles | None = None
+    whole: int = -1
+
+    @property
+    def count(self) -> int:
+        """How many tokens."""
+        return self.where.rows * self.where.columns
+
+
+@dataclass(frozen=True)
+class Span:
+    """Places of a rectangle in a sequence: ``rows`` of ``columns``, ``stride`` apart, from ``start``."""
+
+    start: int
+    rows: int
+    columns: int
+    stride: int
+
+    @classmethod
+    def line(cls, start: int, count: int) -> Span:
+        """Consecutive places."""
+        return cls(start, 1, count, count)
+
+    def offsets(self, device: torch.device) -> Tensor:
+        """``(rows * columns,)`` int64."""
+        rows = torch.arange(self.rows, device=device).unsqueeze(1) * self.stride
+        return (self.start + rows + torch.arange(self.columns, device=device)).flatten()
 
 
 class Picture(NamedTuple):
-    """One image or video, in the order of the placeholders: its tokens, and its parts."""
+    """One image or video, in the order of the placeholders.
+
+    Attributes:
+        tokens: how many.
+        parts: what is judged.
+        lines: rows of tokens that end in a newline, which leaves with the last token of its row; or None.
+    """
 
     tokens: int
     parts: tuple[Part, ...]
+    lines: Span | None = None
 
 
 @dataclass
@@ -115,7 +151,7 @@ class Getter:
         core: the model.
         name: of the method.
         modality: "image" or "video".
-        describe: makes the record: ``describe(core, arguments, output, tap)``.
+        describe: makes the record: ``describe(core, arguments, output, tap, modality)``.
     """
 
     def __init__(self, core: nn.Module, name: str, modality: str, describe: Callable[..., Record | None]) -> None:
@@ -138,7 +174,7 @@ class Getter:
             local.tap = before
         given = dict(zip(self.__signature__.parameters, args, strict=False)) | kwargs
         if hasattr(output, "pooler_output"):
-            setattr(output, RECORD, self.describe(self.core, given, output, tap))
+            setattr(output, RECORD, self.describe(self.core, given, output, tap, self.modality))
             call = getattr(local, "call", None)
             if call is not None and call[0] is self.core:
                 call[1].outputs[self.modality] = output

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from tokred.adapters.vlm.inner import Inner, LayerCount
+from tokred.adapters.vlm.masks import MaskMaker
 from tokred.adapters.vlm.pack import Packed, gather_any_mask, gather_columns, left_pack
-from tokred.adapters.vlm.sites import Context, Left, Modality, grouped, leave, places, site_of
+from tokred.adapters.vlm.sites import Context, Left, Modality, grouped, leave, places, shown, site_of, without_newlines
 from tokred.adapters.vlm.track import Group, Track, extended, physical_length, set_track, track_of
 from tokred.errors import TokenStateError
 from tokred.method import Method
@@ -25,12 +26,14 @@ class Call:
         modalities: placeholders and their features; empty for text alone.
         mask: ``(B, all)`` the caller's padding mask, or None.
         end: tokens of the prompt where drafts follow, counted from the cache's begin; None: all.
+        physical: that of the rows that layer 0 holds, where it was needed outside the language model.
         outputs: what feature getters gave inside the forward, by modality.
     """
 
     modalities: list[Modality] = field(default_factory=list)
     mask: Tensor | None = None
     end: int | None = None
+    physical: Tensor | None = None
     outputs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -137,12 +140,14 @@ class Forward:
             columns = modality.visual.nonzero()[:, 1]
             for group in grouped(places(modality)):
                 first = torch.tensor([p.first for p in group], device=self.device).unsqueeze(1)
-                offsets = self.settings.offsets(group[0].part, self.device)
+                offsets = group[0].part.where.offsets(self.device)
                 where = columns[first + offsets]
                 site = site_of(group, where, context)
                 n = site.shape[1]
                 if method.acts(n, layer=0, depth=1):
-                    left = leave(left, group, where, site, method.reduce(site), getattr(method, "space", "llm"))
+                    left = leave(left, group, where, site, method.reduce(site), getattr(method, "space", "x"))
+            if left.gone is not None:
+                left = without_newlines(left, shown(modality), columns)
         return left
 
     def images(self) -> Tensor:
@@ -150,9 +155,9 @@ class Forward:
         found = torch.zeros(self.batch, self.length, dtype=torch.long, device=self.device)
         for modality in self.call.modalities:
             rows, columns = modality.visual.nonzero().unbind(1)
-            for place in places(modality):
-                some = slice(place.first, place.first + place.part.count)
-                found[rows[some], columns[some]] = place.image
+            for one in shown(modality):
+                some = slice(one.first, one.first + one.picture.tokens)
+                found[rows[some], columns[some]] = one.image
         return found
 
     def _shorten(self, new: dict[str, Any], packed: Packed, visual: Tensor) -> None:
@@ -169,7 +174,7 @@ class Forward:
             new["position_ids"] = gather_columns(positions, packed.columns, -1)
         mask = new.get("attention_mask")
         if isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.ndim == 4):
-            new["attention_mask"] = gather_any_mask(mask, packed)
+            new["attention_mask"] = self._made(gather_any_mask(mask, packed), packed)
             self.mask = packed.valid if packed.ragged else None
         else:
             self._pad(new, packed.valid, packed.ragged)
@@ -178,6 +183,17 @@ class Forward:
             kept = torch.zeros_like(visual).scatter(1, packed.columns, packed.valid)
             new["deepstack_visual_embeds"] = [plane[kept[flat]] for plane in new["deepstack_visual_embeds"]]
             new["visual_pos_masks"] = flat.gather(1, packed.columns) & packed.valid
+
+    def _made(self, mask: Any, packed: Packed) -> Any:
+        """Masks that were left out since all was causal, where filler has to be hidden now."""
+        if not isinstance(mask, dict) or not packed.ragged:
+            return mask
+        everything = torch.arange(self.embeds.shape[1], device=self.device).expand(self.batch, -1)
+        maker = MaskMaker(self.settings.config, None, everything, packed.valid, -1)
+        return {
+            kind: maker(None, self.embeds, None, 0, "sliding" in kind) if one is None else one
+            for kind, one in mask.items()
+        }
 
     def _behind(self) -> Tensor | None:
         return None if self.track is None else self.track.behind
@@ -222,7 +238,7 @@ class Forward:
         track, mask = self.track, new.get("attention_mask")
         outer = None if track is None else track.outer
         if outer is None or self.settings.facts.outer_masks:
-            given = self.call.mask
+            given = self.call.mask if self.call.physical is None else self.call.physical
             if given is not None and given.ndim == 2:
                 self.mask = given.bool()
         elif mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):

@@ -9,17 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokred.adapters.cache.generate import prompt_length
-from tokred.adapters.cache.hooks import argument_names
 from tokred.adapters.swap import Hook
 from tokred.adapters.vlm.facts import Facts
-from tokred.adapters.vlm.features import RECORD, Part, Record, local
+from tokred.adapters.vlm.features import RECORD, Record, local
 from tokred.adapters.vlm.forward import Call, Forward
+from tokred.adapters.vlm.generating import PROMPT, refuse
 from tokred.adapters.vlm.inner import LayerCount
 from tokred.adapters.vlm.sites import Modality
+from tokred.adapters.vlm.track import track_of
 from tokred.method import Method
-
-PROMPT = "_tokred_prompt"
 
 
 class VisualSettings:
@@ -76,12 +74,6 @@ class VisualSettings:
         """Whether the user lets the method act before this layer."""
         return self.chosen is None or layer in self.chosen
 
-    @staticmethod
-    def offsets(part: Part, device: torch.device) -> Tensor:
-        """``(N,)`` where the tokens of a part stand, counted from its first."""
-        n = torch.arange(part.count, device=device)
-        return n if part.skip == 0 else n + n // (part.skip - 1)
-
 
 class EnterCore(Hook):
     """Before the forward of the model with vision: where visual tokens stand, and the features that go there."""
@@ -97,7 +89,15 @@ class EnterCore(Hook):
         if ids is None and embeds is None:
             return None
         local.call = (module, call, given, getattr(local, "call", None), self.settings)
-        return None
+        if not self.settings.facts.outer_masks:
+            return None
+        tokens: Tensor = embeds if ids is None else ids  # type: ignore[assignment]
+        shape = tokens.shape
+        call.physical = held_mask(given.get("past_key_values"), call.mask, shape)
+        new = held_types(given.get("past_key_values"), given, shape)
+        if call.physical is not None:
+            new["attention_mask"] = call.physical
+        return ((), {**given, **new}) if new else None
 
 
 class LeaveCore(Hook):
@@ -134,7 +134,7 @@ class EnterLanguage(Hook):
             from transformers.cache_utils import DynamicCache
 
             cache = given["past_key_values"] = DynamicCache(config=settings.config)
-        _refuse(cache)
+        refuse(cache)
         if call.end is None:
             call.end = getattr(cache, PROMPT, None)
         forward = Forward(settings, call, given)
@@ -192,111 +192,36 @@ def _modalities(settings: VisualSettings, core: Any, call: Call, given: dict[str
     return call
 
 
+def held_mask(cache: Any, mask: Tensor | None, shape: Any) -> Tensor | None:
+    """``(B, rows)``: the padding mask of the rows that layer 0 holds and those that come; None where nothing left
+    before, or nothing is hidden.
+
+    Args:
+        cache: of the forward.
+        mask: ``(B, all)`` the caller's, or None.
+        shape: ``(B, L, ...)`` of what comes.
+    """
+    track = track_of(cache)
+    outer = None if track is None else track.outer
+    if track is None or outer is None or (mask is None and not outer.ragged):
+        return None
+    if mask is None:
+        count = int(cache.get_seq_length()) + shape[1] - track.covered
+        later = torch.ones(shape[0], count, dtype=torch.bool, device=outer.valid.device)
+    else:
+        later = mask[:, track.covered :].bool()
+    return torch.cat([outer.valid, later], 1).to(torch.long if mask is None else mask.dtype)
+
+
+def held_types(cache: Any, given: dict[str, Any], shape: Any) -> dict[str, Any]:
+    """What tells visual tokens apart, for the rows that layer 0 holds, where it is given for the whole conversation."""
+    track = track_of(cache)
+    outer = None if track is None else track.outer
+    types = given.get("token_type_ids")
+    if track is None or outer is None or types is None or types.shape[1] < int(cache.get_seq_length()) + shape[1]:
+        return {}
+    return {"token_type_ids": torch.cat([types.gather(1, outer.columns), types[:, track.covered :]], 1)}
+
+
 def _padding(mask: Any) -> Tensor | None:
     return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-
-
-def _refuse(cache: Any) -> None:
-    """Refuse caches that cannot hold fewer rows.
-
-    Raises:
-        ValueError: with what would work.
-    """
-    if cache is None:
-        return
-    kinds = {type(layer).__name__ for layer in getattr(cache, "layers", [])}
-    static = sorted(k for k in kinds if k.startswith("Static"))
-    if static or not hasattr(cache, "layers"):
-        raise ValueError(
-            f"a {type(cache).__name__} has rows for every token of the prompt, and pruned prompts have fewer: leave "
-            "cache_implementation out (a DynamicCache), or call tokred.remove(model) first"
-        )
-
-
-class EnterLoss(Hook):
-    """Before the forward of the model with a head: labels wait until it is known which tokens are left."""
-
-    def __init__(self, settings: VisualSettings, names: tuple[str, ...]) -> None:
-        self.settings = settings
-        self.names = names
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        labels = given.get("labels")
-        local.done, local.labels = None, None
-        if labels is None:
-            return None
-        if not self.settings.by_visual:
-            name = self.settings.methods[-1].name
-            raise ValueError(
-                f"labels need the last layer's states of all tokens, and {name} leaves some of the prompt's out: call "
-                "tokred.remove(model) first"
-            )
-        if not (isinstance(given.get("logits_to_keep", 0), int) and given.get("logits_to_keep", 0) == 0):
-            raise ValueError("labels need the logits of all tokens: leave logits_to_keep out")
-        local.labels = labels
-        return (), {**given, "labels": None}
-
-
-class LeaveLoss(Hook):
-    """After it: the loss of the tokens that are left, with their labels."""
-
-    def __call__(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        labels, forward = getattr(local, "labels", None), getattr(local, "done", None)
-        local.labels = local.done = None
-        if labels is None or output is None:
-            return None
-        columns = None if forward is None else forward.loss_columns()
-        if forward is not None and columns is not None:
-            labels = labels.gather(1, columns).masked_fill(~forward.loss_valid(), -100)
-        logits = output["logits"] if isinstance(output, dict) else output[0]
-        size = module.config.get_text_config().vocab_size
-        loss = module.loss_function(logits=logits, labels=labels, vocab_size=size)
-        if not isinstance(output, dict):
-            return (loss, *output)
-        output["loss"] = loss
-        return output
-
-
-class CachePreparer:
-    """Stands in for a generating model's ``_prepare_cache_for_generation``: bad calls are refused before anything runs,
-    and the cache learns how long the prompt is, so that drafts are told apart from it."""
-
-    def __init__(self, model: nn.Module, settings: VisualSettings) -> None:
-        self.model = model
-        self.settings = settings
-
-    def __call__(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        name = self.settings.methods[0].name
-        chunk = getattr(generation_config, "prefill_chunk_size", None)
-        if chunk is not None:
-            raise ValueError(
-                f"prefill_chunk_size={chunk} hands over the prompt in pieces, of which {name} would see one at a "
-                "time: leave it out, or call tokred.remove(model) first"
-            )
-        kind = getattr(generation_config, "cache_implementation", None)
-        if kind not in (None, "dynamic", "dynamic_full", "offloaded"):
-            raise ValueError(
-                f"cache_implementation={kind!r} has rows for every token of the prompt, and {name} leaves fewer: leave "
-                "it out"
-            )
-        _refuse(model_kwargs.get("past_key_values"))
-        host = type(self.model)
-        out = host._prepare_cache_for_generation(self.model, generation_config, model_kwargs, *args, **kwargs)  # type: ignore[attr-defined]
-        cache, length = model_kwargs.get("past_key_values"), prompt_length(generation_config, model_kwargs)
-        if cache is not None and length is not None:
-            cache.__dict__[PROMPT] = length
-        return out
-
-
-__all__ = [
-    "CachePreparer",
-    "EnterCore",
-    "EnterLanguage",
-    "EnterLoss",
-    "LeaveCore",
-    "LeaveLanguage",
-    "LeaveLoss",
-    "VisualSettings",
-    "argument_names",
-]

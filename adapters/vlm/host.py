@@ -17,6 +17,7 @@ from tokred.adapters.vlm.layers import LayerList
 from tokred.adapters.vlm.undo import SETTINGS
 from tokred.errors import MissingInputError, UnsupportedModelError
 from tokred.method import Method
+from tokred.registry import methods as registered
 
 _CAPTURED = frozenset({"q", "k", "class_attention", "attention", "tower_layers"})
 
@@ -108,7 +109,7 @@ class VisualHost:
         if missing:
             raise MissingInputError(
                 f"{method.name!r} reads {', '.join(sorted(missing))}, which {self.family} does not supply "
-                f"(it supplies {', '.join(sorted(self.supplies))}){self._hint(missing)}"
+                f"(it supplies {', '.join(sorted(self.supplies))}){self._hint(method)}"
             )
         if getattr(method, "positions", "keep") == "repack" and "repack" not in self.supplies_positions:
             raise ValueError(
@@ -117,6 +118,19 @@ class VisualHost:
         method.check(self.depth)
         if self.stage == "layer":
             _ = self.layer_list
+            early = [i for i in range(1, self.deepstack) if method.acts(1 << 20, layer=i, depth=self.depth)]
+            if early:
+                raise ValueError(
+                    f"{self.family} adds features of its tower after each of the first {self.deepstack} layers, so "
+                    f"tokens can leave before layer {self.deepstack} at the earliest; {method.name!r} acts before "
+                    f"layer {early[0]}"
+                )
+
+    @property
+    def deepstack(self) -> int:
+        """First layers after which features of the tower are added to the visual tokens."""
+        vision = getattr(getattr(self.core, "config", None), "vision_config", None)
+        return len(getattr(vision, "deepstack_visual_indexes", None) or ())
 
     @property
     def supplies_positions(self) -> frozenset[str]:
@@ -126,10 +140,14 @@ class VisualHost:
         plain = "mrope_section" not in text and self.stage == "projector"
         return frozenset({"keep", "repack"} if plain else {"keep"})
 
-    def _hint(self, missing: frozenset[str]) -> str:
-        if "class_attention" in missing and "attention" in self.supplies:
-            return ": its tower has no class token; methods that read 'attention' work"
-        return ""
+    def _hint(self, method: Method) -> str:
+        """What works instead: the method with other settings, else other methods of the stage."""
+        for settings, other in getattr(method, "variants", tuple)():
+            if not self.missing(other):
+                return f"; {method.name!r} with {settings} works"
+        some = (registered.get(name) for name in registered)
+        found = [cls.name for cls in some if cls.stage == self.stage and not self.missing(cls)]
+        return f"; here work {', '.join(found)}" if found else ""
 
     def patch(self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str) -> None:
         """Hang hooks on the model. :meth:`check` has passed."""
@@ -154,29 +172,32 @@ class VisualHost:
             swap(layers, "layers", LayerList())
 
     def _hang(self, settings: Any) -> None:
+        from tokred.adapters.cache.hooks import argument_names
         from tokred.adapters.vlm import hooks
         from tokred.adapters.vlm.features import Getter
+        from tokred.adapters.vlm.generating import CachePreparer
+        from tokred.adapters.vlm.loss import EnterLoss, LeaveLoss
 
         if self.core is not None:
             core: Any = self.core
             if self.facts.projector:
                 settings.projector = core.get_submodule(self.facts.projector)
-            core.register_forward_pre_hook(hooks.EnterCore(settings, hooks.argument_names(core)), with_kwargs=True)
+            core.register_forward_pre_hook(hooks.EnterCore(settings, argument_names(core)), with_kwargs=True)
             core.register_forward_hook(hooks.LeaveCore(), with_kwargs=True, always_call=True)
             for name, modality in self.facts.getters:
                 if hasattr(core, name):
                     core.__dict__[name] = Getter(core, name, modality, describe)
         language = self.language
-        names = hooks.argument_names(language)
+        names = argument_names(language)
         language.register_forward_pre_hook(hooks.EnterLanguage(settings, names), with_kwargs=True)
         language.register_forward_hook(hooks.LeaveLanguage(settings), with_kwargs=True, always_call=True)
         model: Any = self.model
         if hasattr(type(model), "_prepare_cache_for_generation"):
-            model.__dict__["_prepare_cache_for_generation"] = hooks.CachePreparer(model, settings)
-        names = hooks.argument_names(model)
+            model.__dict__["_prepare_cache_for_generation"] = CachePreparer(model, settings)
+        names = argument_names(model)
         if "labels" in names:
-            model.register_forward_pre_hook(hooks.EnterLoss(settings, names), with_kwargs=True)
-            model.register_forward_hook(hooks.LeaveLoss(), with_kwargs=True, always_call=True)
+            model.register_forward_pre_hook(EnterLoss(settings, names), with_kwargs=True)
+            model.register_forward_hook(LeaveLoss(), with_kwargs=True, always_call=True)
 
     def _tap(self, method: Method) -> None:
         from tokred.adapters.vlm.features import HeadTap, ProjectorTap
@@ -184,7 +205,7 @@ class VisualHost:
         core: Any = self.core
         if self.facts.projector:
             core.get_submodule(self.facts.projector).register_forward_pre_hook(ProjectorTap())
-        if not method.reads & _CAPTURED:
+        if not self.facts.heads or not method.reads & _CAPTURED:
             return
         layers = tower_layers(core, self.facts)
         for i in _wanted(core, method, len(layers)):
@@ -218,7 +239,7 @@ def _match(model: nn.Module, stage: str) -> VisualHost | None:
     core = _core(model)
     if core is None and (stage == "projector" or _inside_vision(model)):
         return None
-    found = match_language(model)
+    found = match_language(model, decodes=core is not None)
     if found is None:
         return None
     facts = Facts() if core is None else FACTS[host_class(core).__name__]
@@ -263,7 +284,7 @@ def _supplies_projector(core: Any, facts: Facts) -> frozenset[str]:
     found = {"x", "grid", "frames", "text", "project"} if facts.tokenwise else {"x", "grid", "frames", "text"}
     if facts.projector:
         found.add("tower")
-    if tower_layers(core, facts):
+    if facts.heads and tower_layers(core, facts):
         found |= {"q", "k", "attention", "tower_layers"}
         if class_tokens(core, facts):
             found.add("class_attention")

@@ -200,7 +200,7 @@ class Inner:
             now = torch.arange(self.width, device=device).expand(b, -1) if rows is None else rows
             columns = torch.cat([before, now + past], 1)
             valid = self._valid(layer, step)
-            self._makers[name] = MaskMaker(self.settings.config, rows, columns, valid, before.shape[1])
+            self._makers[name] = MaskMaker(self.settings.config, rows, columns, valid, past + self.width)
         return self._makers[name]
 
     # ------------------------------------------------------------------ reducing

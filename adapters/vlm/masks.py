@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tokred.adapters.vlm.pack import gather_mask
+from tokred.adapters.vlm.track import own_sizes
 
 
 class MaskMaker:
@@ -18,15 +19,15 @@ class MaskMaker:
         rows: ``(B, q)`` which columns of this forward are left; None: all.
         columns: ``(B, k)`` which of layer 0's rows these layers hold; their newest ones are ``rows``.
         valid: ``(B, k)`` bool, False on filler and padding; None: all real.
-        past: rows that the layers' caches held before.
+        total: rows of layer 0 that ``columns`` are among.
     """
 
-    def __init__(self, config: Any, rows: Tensor | None, columns: Tensor, valid: Tensor | None, past: int) -> None:
+    def __init__(self, config: Any, rows: Tensor | None, columns: Tensor, valid: Tensor | None, total: int) -> None:
         self.config = config
         self.rows = rows
         self.columns = columns
         self.valid = valid
-        self.past = past
+        self.total = total
         self._made: dict[Any, Any] = {}
 
     def __call__(self, mask: Any, x: Tensor, cache: Any, layer: int, sliding: bool) -> Any:
@@ -42,7 +43,7 @@ class MaskMaker:
             return None
         if isinstance(mask, Tensor) and mask.ndim == 2:
             return self.valid  # flash attention reads padding alone
-        if isinstance(mask, Tensor) and mask.ndim == 4 and (self.past == 0 or not sliding):
+        if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[-1] == self.total:
             return self._gathered(mask, x)
         return self._built(x, cache, layer, sliding)
 
@@ -60,10 +61,11 @@ class MaskMaker:
         from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
         make = create_sliding_window_causal_mask if sliding else create_causal_mask
-        return make(
-            config=self.config,
-            inputs_embeds=x,
-            attention_mask=self.valid,
-            past_key_values=cache,
-            layer_idx=layer,
-        )
+        with own_sizes():
+            return make(
+                config=self.config,
+                inputs_embeds=x,
+                attention_mask=self.valid,
+                past_key_values=cache,
+                layer_idx=layer,
+            )

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tokred.adapters.vlm.features import Part, Record
+from tokred.adapters.vlm.features import Part, Picture, Record
 from tokred.errors import MissingInputError
+from tokred.kernels.column_scores import column_scores
 from tokred.reduction import Reduction
 from tokred.vlm.site import VisualSite
 
@@ -20,7 +21,7 @@ class Place(NamedTuple):
     Attributes:
         sample: row of the batch.
         image: which picture of the sample.
-        first: its first token among all visual tokens of its modality, in order.
+        first: the picture's first token among all visual tokens of its modality, in order.
         part: what it is.
         record: the call that it comes from.
     """
@@ -29,6 +30,16 @@ class Place(NamedTuple):
     image: int
     first: int
     part: Part
+    record: Record
+
+
+class Shown(NamedTuple):
+    """A picture in the batch; see :class:`Place`."""
+
+    sample: int
+    image: int
+    first: int
+    picture: Picture
     record: Record
 
 
@@ -55,8 +66,8 @@ class Context(NamedTuple):
     reads: frozenset[str]
 
 
-def places(modality: Modality) -> list[Place]:
-    """Every part of every picture, in the order of the placeholders.
+def shown(modality: Modality) -> list[Shown]:
+    """Every picture of every sample, in the order of the placeholders.
 
     Raises:
         MissingInputError: features and placeholders do not fit, as when only some of the prompt's features are given.
@@ -84,9 +95,14 @@ def places(modality: Modality) -> list[Place]:
             raise MissingInputError("the images of the batch do not fit the samples' placeholders")
         for copy in range(copies):
             for i, one in enumerate(mine):
-                found += [Place(sample + copy, i, first + part.start, part, record) for part in one.parts]
+                found.append(Shown(sample + copy, i, first, one, record))
                 first += one.tokens
     return found
+
+
+def places(modality: Modality) -> list[Place]:
+    """Every part of every picture; raises as :func:`shown`."""
+    return [Place(s.sample, s.image, s.first, part, s.record) for s in shown(modality) for part in s.picture.parts]
 
 
 def grouped(found: list[Place]) -> Iterator[list[Place]]:
@@ -94,7 +110,8 @@ def grouped(found: list[Place]) -> Iterator[list[Place]]:
     groups: dict[Any, list[Place]] = {}
     for place in found:
         part = place.part
-        key = (part.count, part.grid, part.frames, part.tile, part.tower >= 0, part.skip, id(place.record))
+        shape = (part.where, part.grid, part.frames, part.tile, part.patches, part.tiles)
+        key = (shape, part.tower >= 0, id(place.record))
         groups.setdefault(key, []).append(place)
     yield from groups.values()
 
@@ -114,10 +131,10 @@ def site_of(group: list[Place], columns: Tensor, context: Context) -> VisualSite
     tower = [p.part.tower for p in group]
     if part.tower >= 0:
         inputs = record.tower
-        if inputs is not None and inputs.shape[1] >= part.count:
-            extra = part.start if inputs.shape[1] > part.count else 0
-            more["tower"] = lambda: inputs[tower][:, extra : extra + part.count]
-        patches = part.count
+        patches = None if part.patches is None else part.patches.offsets(embeds.device)
+        if inputs is not None:
+            more["tower"] = lambda: inputs[tower] if patches is None else inputs[tower][:, patches]
+        least = part.count if part.patches is None else int(part.patches.offsets(torch.device("cpu"))[-1]) + 1
 
         def heads(layer: int) -> tuple[Tensor, Tensor]:
             index = layer if layer >= 0 else record.depth + layer
@@ -127,17 +144,23 @@ def site_of(group: list[Place], columns: Tensor, context: Context) -> VisualSite
                     "which the method names in tower_layers those that it reads"
                 )
             q, k = record.heads[index, "q"][tower], record.heads[index, "k"][tower]
-            if k.shape[2] != record.prefix + patches:
+            whole = k.shape[2] - record.prefix
+            if whole < least or (patches is None and whole != least):
                 raise MissingInputError(
-                    f"the tower's attention has {k.shape[2]} tokens for {patches} visual ones: this host pools or "
-                    "shuffles them, so that attention of single patches says nothing about them"
+                    f"the tower's attention has {whole} patches for {part.count} visual tokens, so that attention of "
+                    "single patches says nothing about them"
                 )
-            return q, k
+            if patches is None or whole == len(patches):
+                return q, k
+            some = torch.cat([torch.arange(record.prefix, device=k.device), patches + record.prefix])
+            return q[:, :, some], k[:, :, some]
 
         if (record.layer, "q") in record.heads:
             more["q"] = lambda: heads(record.layer)[0]
             more["k"] = lambda: heads(record.layer)[1]
             more["layer_heads"] = heads
+            if part.tiles is not None and part.whole >= 0:
+                more["tiles"], more["whole"] = part.tiles, _whole(record, [p.part.whole for p in group])
     if "text" in context.reads:
         more["text"] = lambda: embeds.detach()[samples]
         more["text_mask"] = context.text[samples]
@@ -155,6 +178,17 @@ def site_of(group: list[Place], columns: Tensor, context: Context) -> VisualSite
     )
 
 
+def _whole(record: Record, rows: list[int]) -> Callable[[int], Tensor]:
+    """The class token's attention to the tiles that show whole images, by layer of the tower."""
+
+    def attention(layer: int) -> Tensor:
+        index = layer if layer >= 0 else record.depth + layer
+        q, k = record.heads[index, "q"][rows], record.heads[index, "k"][rows]
+        return column_scores(q[:, :, :1], k, scale=record.scale)[..., record.prefix :]
+
+    return attention
+
+
 class Left(NamedTuple):
     """What is left of the visual tokens.
 
@@ -167,6 +201,22 @@ class Left(NamedTuple):
     gone: Tensor | None
     embeds: Tensor
     dropped: tuple[int, ...]
+
+
+def without_newlines(left: Left, pictures: list[Shown], columns: Tensor) -> Left:
+    """Newlines of rows that have lost all their tokens leave too."""
+    gone, dropped = left.gone, list(left.dropped)
+    if gone is None or all(one.picture.lines is None for one in pictures):
+        return left
+    gone = gone.clone()
+    for one in pictures:
+        lines = one.picture.lines
+        if lines is not None:
+            where = columns[one.first + lines.offsets(columns.device)].view(lines.rows, lines.columns)
+            empty = gone[one.sample, where[:, :-1]].all(1)
+            gone[one.sample, where[:, -1]] = empty
+            dropped[one.sample] += int(empty.sum())
+    return Left(gone, left.embeds, tuple(dropped))
 
 
 def leave(left: Left, group: list[Place], columns: Tensor, site: VisualSite, step: Reduction, space: str) -> Left:

@@ -6,7 +6,10 @@ are reordered, repeated, or tokens taken back.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +18,7 @@ from torch import Tensor
 
 _TRACK = "_tokred_track"
 _STATE = "tokred_track"
+_local = threading.local()
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,12 @@ def _subclass(host: Any) -> Any:
         return host.get_seq_length(self, layer_idx) + more
 
     def get_query_offset(self: Any, layer_idx: int = 0) -> Any:
-        return host.get_seq_length(self, layer_idx)
+        return host.get_seq_length(self, 0 if _seen_as_first(self, layer_idx, 0) else layer_idx)
+
+    def get_mask_sizes(self: Any, query_length: int, layer_idx: int) -> Any:
+        if _seen_as_first(self, layer_idx, query_length):
+            return host.get_seq_length(self, 0) + query_length, 0
+        return host.get_mask_sizes(self, query_length, layer_idx)
 
     def reset(self: Any) -> None:
         host.reset(self)
@@ -205,6 +214,7 @@ def _subclass(host: Any) -> Any:
         "tokred_stock": host,
         "get_seq_length": get_seq_length,
         "get_query_offset": get_query_offset,
+        "get_mask_sizes": get_mask_sizes,
         "reset": reset,
         "reorder_cache": reorder_cache,
         "batch_repeat_interleave": batch_repeat_interleave,
@@ -214,6 +224,26 @@ def _subclass(host: Any) -> Any:
     if hasattr(host, "snapshot"):
         body.update(_snapshots(host))
     return type(host.__name__, (host,), body)
+
+
+@contextlib.contextmanager
+def own_sizes() -> Iterator[None]:
+    """Inside, caches tell the sizes of each layer as they are; otherwise masks are made for the first layer's columns,
+    of which those of later layers are cut out."""
+    before = getattr(_local, "own", False)
+    _local.own = True
+    try:
+        yield
+    finally:
+        _local.own = before
+
+
+def _seen_as_first(cache: Any, layer: int, count: int) -> bool:
+    track = track_of(cache)
+    if track is None or getattr(_local, "own", False) or track.inner(layer) is None:
+        return False
+    window = getattr(cache.layers[layer], "sliding_window", None)
+    return window is None or physical_length(cache) + count <= window
 
 
 def _snapshots(host: Any) -> dict[str, Any]:

@@ -5,48 +5,17 @@ from __future__ import annotations
 import copy
 import pickle
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 
 import tokred
 from tests.vlm import oracle, tiny
+from tests.vlm.uneven import Uneven, UnevenLayer
 from tokred.adapters.vlm.track import track_of
-from tokred.reduction import Reduction
-from tokred.vlm.layered import LayerMethod
-from tokred.vlm.projector import Budgeted
 
 ROWS: list[list[int | str]] = [[3, "image", 5], [2, "image", 1, "image", 4], [9]]
-
-
-@dataclass(frozen=True)
-class Uneven(Budgeted):
-    """Other numbers for other images: the first tokens."""
-
-    name: ClassVar[str] = "uneven"
-    budget: int | float = 0.5
-
-    def choose(self, site: Any) -> Reduction:
-        counts = 3 + 5 * (site.x[:, :1, 0] > 0).long() + torch.tensor([[i] for i in site.image])
-        kept = torch.arange(12).expand(len(counts), -1)
-        real = kept < counts
-        return Reduction.keep(torch.where(real, kept, 0), site.shape[1], real)
-
-
-@dataclass(frozen=True)
-class UnevenLayer(LayerMethod):
-    """The same inside the language model, at two layers."""
-
-    name: ClassVar[str] = "uneven_layer"
-
-    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
-        return n // 2 if layer in (1, 3) else n
-
-    def choose(self, site: Any) -> Reduction:
-        more = (site.x[:, -1, 0] > 0).tolist()
-        counts = tuple(max(0, n // 2 + 2 * m - 1) for n, m in zip(site.counts, more, strict=True))
-        return site.keep_visual(site.best_visual(site.x.float().norm(dim=-1), counts))
 
 
 METHODS = {

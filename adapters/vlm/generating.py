@@ -1,0 +1,59 @@
+"""What a patched model does before it generates: bad calls are refused, and the cache learns how long the prompt is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from tokred.adapters.cache.generate import prompt_length
+
+PROMPT = "_tokred_prompt"
+
+
+class CachePreparer:
+    """Stands in for a generating model's ``_prepare_cache_for_generation``: bad calls are refused before anything runs,
+    and the cache learns how long the prompt is, so that drafts are told apart from it."""
+
+    def __init__(self, model: nn.Module, settings: Any) -> None:
+        self.model = model
+        self.settings = settings
+
+    def __call__(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        name = self.settings.methods[0].name
+        chunk = getattr(generation_config, "prefill_chunk_size", None)
+        if chunk is not None:
+            raise ValueError(
+                f"prefill_chunk_size={chunk} hands over the prompt in pieces, of which {name} would see one at a "
+                "time: leave it out, or call tokred.remove(model) first"
+            )
+        kind = getattr(generation_config, "cache_implementation", None)
+        if kind not in (None, "dynamic", "dynamic_full", "offloaded"):
+            raise ValueError(
+                f"cache_implementation={kind!r} has rows for every token of the prompt, and {name} leaves fewer: leave "
+                "it out"
+            )
+        refuse(model_kwargs.get("past_key_values"))
+        host = type(self.model)
+        out = host._prepare_cache_for_generation(self.model, generation_config, model_kwargs, *args, **kwargs)  # type: ignore[attr-defined]
+        cache, length = model_kwargs.get("past_key_values"), prompt_length(generation_config, model_kwargs)
+        if cache is not None and length is not None:
+            cache.__dict__[PROMPT] = length
+        return out
+
+
+def refuse(cache: Any) -> None:
+    """Refuse caches that cannot hold fewer rows.
+
+    Raises:
+        ValueError: with what would work.
+    """
+    if cache is None:
+        return
+    kinds = {type(layer).__name__ for layer in getattr(cache, "layers", [])}
+    static = sorted(k for k in kinds if k.startswith("Static"))
+    if static or not hasattr(cache, "layers"):
+        raise ValueError(
+            f"a {type(cache).__name__} has rows for every token of the prompt, and pruned prompts have fewer: leave "
+            "cache_implementation out (a DynamicCache), or call tokred.remove(model) first"
+        )

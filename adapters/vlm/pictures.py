@@ -1,0 +1,155 @@
+"""How the visual tokens of each family stand: images, their tiles, videos."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from tokred.adapters.vlm.features import Part, Picture, Span, Tap
+from tokred.vlm.site import Tile
+from tokred.vlm.tiles import Tiles
+
+
+def lengths(output: Any) -> list[int]:
+    """Tokens of each picture."""
+    return [len(one) for one in output.pooler_output]
+
+
+def square(n: int) -> tuple[int, int] | None:
+    """The square grid of ``n`` tokens, if there is one."""
+    side = round(n**0.5)
+    return (side, side) if side * side == n and n else None
+
+
+def plain(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Picture]:
+    """One part each, on the grid of the tower's patches where the numbers agree, else on a square one. Where class
+    tokens are among the features they are no part of anything, and stay."""
+    pixels = given.get("pixel_values")
+    counts, found = lengths(output), []
+    for i, n in enumerate(counts):
+        grid = _patches(core, pixels)
+        start = 0
+        if grid is None or grid[0] * grid[1] != n:
+            if grid is not None and grid[0] * grid[1] == n - 1:
+                start = 1
+            else:
+                grid = square(n)
+        fits = tap.inputs is not None and tap.inputs.ndim == 3 and tap.inputs.shape[:2] == (len(counts), n)
+        patches = Span.line(start, n - start) if start else None
+        found.append(Picture(n, (Part(Span.line(start, n - start), grid, tower=i if fits else -1, patches=patches),)))
+    return found
+
+
+def _patches(core: Any, pixels: Any) -> tuple[int, int] | None:
+    patch = getattr(core.config.vision_config, "patch_size", None)
+    if not isinstance(patch, int) or pixels is None or pixels.ndim < 4:
+        return None
+    return int(pixels.shape[-2] // patch), int(pixels.shape[-1] // patch)
+
+
+def tiled(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Picture]:
+    """LLaVA-NeXT and LLaVA-OneVision: the whole image, then its tiles side by side, row by row, without padding and
+    with a newline after each row."""
+    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
+
+    vision = core.config.vision_config
+    side = vision.image_size // vision.patch_size
+    base, rows, found = side * side, 0, []
+    fits = tap.inputs is not None and tap.inputs.ndim == 3 and tap.inputs.shape[1] == base
+    for n, size in zip(lengths(output), given["image_sizes"], strict=True):
+        if n <= base + 1:
+            whole = Part(Span.line(0, base), (side, side), tile=Tile(), tower=rows if fits else -1)
+            found.append(Picture(n, (whole,) if n >= base else ()))
+            rows += 1
+            continue
+        high, wide = get_anyres_image_grid_shape(size, core.config.image_grid_pinpoints, vision.image_size)
+        places = torch.arange(high * side * wide * side).view(1, high * side, wide * side)
+        left = unpad_image(places, size)[0]
+        tiles = 1 + high * wide
+        parts = [Part(Span.line(0, base), (side, side), tile=Tile(0, tiles, True), tower=rows if fits else -1)]
+        if left.numel() + left.shape[0] + base == n:
+            columns = left.shape[1]
+            top, start = divmod(int(left[0, 0]), wide * side)
+            parts += _tiles(left.shape, (top, start), (high, wide), side, rows if fits else -1, base)
+            layout = Tiles(high, wide, (side, side), (top, start))
+            parts = [replace(one, tiles=layout, whole=rows if fits else -1) for one in parts]
+        else:  # the tiles were scaled down together
+            columns = _columns(n - base, left.shape)
+            grid = ((n - base) // (columns + 1), columns)
+            where = Span(base, grid[0], columns, columns + 1)
+            parts.append(Part(where, grid, tile=Tile(1, 2, False)))
+        lines = Span(base, (n - base) // (columns + 1), columns + 1, columns + 1)
+        found.append(Picture(n, tuple(parts), lines))
+        rows += tiles
+    return found
+
+
+def _tiles(shape: Any, corner: tuple[int, int], count: tuple[int, int], side: int, first: int, base: int) -> list[Part]:
+    """A part for each tile: what padding has left of it.
+
+    Args:
+        shape: rows and columns of tokens that are left of all tiles together.
+        corner: row and column of the first of them.
+        count: rows and columns of tiles.
+        side: tokens of a tile's side.
+        first: row of the image in the tower's batch, or -1.
+        base: tokens before.
+    """
+    parts, columns = [], shape[1]
+    for i in range(count[0]):
+        for j in range(count[1]):
+            top, bottom = max(i * side, corner[0]), min((i + 1) * side, corner[0] + shape[0])
+            left, right = max(j * side, corner[1]), min((j + 1) * side, corner[1] + columns)
+            if top >= bottom or left >= right:
+                continue
+            grid = (bottom - top, right - left)
+            start = base + (top - corner[0]) * (columns + 1) + left - corner[1]
+            patches = Span((top - i * side) * side + left - j * side, *grid, side)
+            index = 1 + i * count[1] + j
+            tile = Tile(index, 1 + count[0] * count[1], False)
+            tower = -1 if first < 0 else first + index
+            parts.append(Part(Span(start, *grid, columns + 1), grid, tile=tile, tower=tower, patches=patches))
+    return parts
+
+
+def _columns(n: int, shape: Any) -> int:
+    """Columns of ``n`` tokens with newlines, of about the proportions of ``shape``."""
+    wanted = (n * shape[1] / shape[0]) ** 0.5
+    fitting = [c for c in range(1, n) if n % (c + 1) == 0]
+    return min(fitting, key=lambda c: abs(c - wanted))
+
+
+def video(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Picture]:
+    """LLaVA-NeXT-Video and LLaVA-OneVision: frames of pooled patches, in OneVision with a newline at the end."""
+    frames = int(given["pixel_values_videos"].shape[1])
+    found = []
+    for n in lengths(output):
+        count = n // frames * frames
+        grid = square(count // frames)
+        found.append(Picture(n, (Part(Span.line(0, count), grid, frames),)))
+    return found
+
+
+def by_grid(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Picture]:
+    """Qwen's: frames, rows and columns of patches are given, of which 2 x 2 make a token."""
+    grids = given.get("image_grid_thw")
+    kind = "image"
+    if grids is None or given.get("pixel_values_videos") is not None:
+        grids, kind = given["video_grid_thw"], "video"
+    side, found = core.visual.spatial_merge_size, []
+    for n, (t, h, w) in zip(lengths(output), grids.tolist(), strict=True):
+        found.append(Picture(n, (Part(Span.line(0, n), (h // side, w // side), t if kind == "video" else None),)))
+    return found
+
+
+def by_sample(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Picture]:
+    """Idefics3 and SmolVLM: all tiles of a sample together."""
+    vision = core.config.vision_config
+    size = (vision.image_size // vision.patch_size) ** 2 // core.config.scale_factor**2
+    found = []
+    for n in lengths(output):
+        parts = [Part(Span.line(i, size), square(size)) for i in range(0, n, size)]
+        found.append(Picture(n, tuple(parts)))
+    return found
