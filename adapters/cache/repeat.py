@@ -43,7 +43,7 @@ def repeat(module: nn.Module, given: dict[str, Any], cache: TokCache) -> None:
     seen = cache.get_seq_length()
     real = context.new_ones(context.shape[:2], dtype=torch.bool)
     if site.padding is not None:
-        real = site.padding.mask[:, -recorded:]
+        real = site.padding.mask[:, -recorded:].to(context.device)
     probe = session.probe = Probe(repeats, recorded)
     before = cache.snapshot()
     try:

@@ -257,6 +257,14 @@ def test_a_prompt_in_pieces_is_judged_as_one():
         assert torch.equal(ours.positions, theirs.positions)
 
 
+def test_what_is_evicted_is_freed():
+    model = tokred.apply(build("llama"), "kvzip", budget=0.25, chunk=40)
+    cache = tokred.kv_cache(model)
+    model(prompt(200), past_key_values=cache)
+    dense = sum(row.dense_bytes for row in cache.layer_rows())
+    assert cache.nbytes < 0.35 * dense, "rows, their positions, and nothing of the repetition"
+
+
 def test_embeddings_in_place_of_ids():
     model, ids = tokred.apply(build("llama"), "kvzip", budget=0.4, chunk=10), prompt(24)
     caches = [tokred.kv_cache(model) for _ in range(2)]

@@ -135,7 +135,7 @@ class Probe:
             if not n:
                 continue
             some = slice(None) if uniform else slice(i, i + 1)
-            chunk = piece.slots[i] + (rows - self.recorded)
+            chunk = piece.slots[i].to(site.device) + (rows - self.recorded)
             own = torch.arange(rows, rows + n, device=site.device)
             index = torch.cat([sinks[i], chunk, own])
             k = site.k[some].index_select(2, index)
