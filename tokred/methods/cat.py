@@ -10,13 +10,13 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from tokred.method import Method, from_dict
-from tokred.methods.tome import check_choice
 from tokred.reduction import Reduction
 from tokred.registry import methods, register
+from tokred.schedules import check_choice
 from tokred.vlm.budget import Budget, as_budget, check_number, count_of, is_number, shared_out
 from tokred.vlm.complexity import SCORES, calibrated
 from tokred.vlm.parts import part_of, stacked
-from tokred.vlm.projector import ProjectorMethod, Space
+from tokred.vlm.projector import ProjectorMethod
 from tokred.vlm.site import VisualSite
 
 
@@ -99,7 +99,7 @@ class CAT(ProjectorMethod):
         return self.inner.tower_layers
 
     @property
-    def space(self) -> Space:  # type: ignore[override]
+    def space(self) -> str:  # type: ignore[override]
         """That of the method."""
         return self.inner.space
 

@@ -8,9 +8,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tokred.methods.tome import check_choice
 from tokred.reduction import Reduction
 from tokred.registry import register
+from tokred.schedules import check_choice
 from tokred.vlm.budget import Budget
 from tokred.vlm.greedy import DENSE, determinant_points, directions
 from tokred.vlm.projector import Budgeted

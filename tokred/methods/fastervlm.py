@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tokred.methods.tome import check_choice
 from tokred.reduction import Reduction
 from tokred.registry import register
+from tokred.schedules import check_choice
 from tokred.selection import highest
 from tokred.vlm.budget import Budget
 from tokred.vlm.projector import Budgeted

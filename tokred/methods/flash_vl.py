@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from tokred.methods.tome import check_choice
 from tokred.reduction import Reduction
 from tokred.registry import register
+from tokred.schedules import check_choice
 from tokred.vlm.budget import check_number
 from tokred.vlm.projector import ProjectorMethod, Space
 from tokred.vlm.shuffle import cells

@@ -10,10 +10,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tokred.methods.tome import check_choice
 from tokred.reduction import Reduction
 from tokred.registry import register
-from tokred.schedules import check_share, kept
+from tokred.schedules import check_choice, check_share, kept
 from tokred.selection import highest, ranked
 from tokred.vlm.budget import Budget, is_number, largest_remainder
 from tokred.vlm.projector import Budgeted

@@ -12,10 +12,10 @@ from tokred.errors import MissingInputError
 from tokred.kernels.column_scores import column_scores
 from tokred.kernels.gather_rows import gather_rows
 from tokred.kernels.similarity_rows import unit
-from tokred.methods.tome import check_choice
 from tokred.ragged import pack
 from tokred.reduction import Reduction
 from tokred.registry import register
+from tokred.schedules import check_choice
 from tokred.selection import ranked
 from tokred.vlm.budget import Budget, as_budget, check_number, count_of, is_number
 from tokred.vlm.overlap import OverlapReduction

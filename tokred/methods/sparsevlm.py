@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokred.kernels.column_scores import column_scores
-from tokred.methods.tome import check_choice
 from tokred.reduction import Reduction
 from tokred.registry import register
-from tokred.schedules import check_blocks, check_share
+from tokred.schedules import check_blocks, check_choice, check_share
 from tokred.selection import ranked
 from tokred.vlm.budget import Budget, as_budget, check_number, count_of
 from tokred.vlm.cluster import density_peaks

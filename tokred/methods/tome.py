@@ -12,7 +12,8 @@ from tokred.matching import bipartite_soft_matching, mergeable
 from tokred.method import Method
 from tokred.reduction import Reduction
 from tokred.registry import register
-from tokred.schedules import ScheduleLike, check_choice, schedule
+from tokred.schedules import ScheduleLike, schedule
+from tokred.schedules import check_choice as check_choice
 from tokred.site import Site
 
 Metric = Literal["k", "q", "v", "x"]

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from tokred.kernels.gather_rows import gather_rows
 from tokred.kernels.similarity_rows import best_match
-from tokred.methods.tome import check_choice
 from tokred.reduction import Reduction
 from tokred.registry import register
-from tokred.schedules import check_share
+from tokred.schedules import check_choice, check_share
 from tokred.selection import ranked
 from tokred.vlm.budget import Budget, check_number
 from tokred.vlm.greedy import directions

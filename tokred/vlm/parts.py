@@ -36,8 +36,9 @@ def part_of(site: VisualSite, rows: Sequence[int]) -> VisualSite:
         "text": lambda: site.text, "class_attention": lambda: site.class_attention_heads,
     }  # fmt: skip
     known = {name for name, value in site._values.items() if value is not None}
+    values: dict[str, Any] = {name: of(how) for name, how in read.items() if name in known}
     return VisualSite(
-        **{name: of(how) for name, how in read.items() if name in known},
+        **values,
         layer_heads=None if site._layer_heads is None else layer_heads,
         text_mask=None if site.text_mask is None else site.text_mask[index],
         prefix=site.prefix,

@@ -7,7 +7,7 @@ import itertools
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -75,18 +75,20 @@ class ProjectorMethod(Method):
         Raises:
             ValueError: it has no budget to set.
         """
-        if not any(f.name == "budget" for f in dataclasses.fields(self)):  # type: ignore[arg-type]
+        if not any(f.name == "budget" for f in dataclasses.fields(self)):
             raise ValueError(f"{self.name!r} has no budget that could be set for each image")
-        return dataclasses.replace(self, budget=n)  # type: ignore[type-var]
+        changes: dict[str, Any] = {"budget": n}
+        return dataclasses.replace(self, **changes)
 
     def variants(self) -> Iterator[tuple[str, ProjectorMethod]]:
         """The same method with settings that read less, for hosts that supply less: in words, and made."""
-        known = {f.name for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        known = {f.name for f in dataclasses.fields(self)}
         less = {k: v for k, v in _LESS.items() if k in known and getattr(self, k) != v}
         for count in range(1, len(less) + 1):
             for names in itertools.combinations(less, count):
                 words = ", ".join(f"{k}={less[k]!r}" for k in names)
-                yield words, dataclasses.replace(self, **{k: less[k] for k in names})  # type: ignore[type-var]
+                changes: dict[str, Any] = {k: less[k] for k in names}
+                yield words, dataclasses.replace(self, **changes)
 
     def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
         """Protected tokens and :meth:`count` of the others."""
