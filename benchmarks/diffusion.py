@@ -1,9 +1,10 @@
 """Methods on a real denoiser: how far its images move from the unmerged ones of the same seeds, beside speed.
 
 The denoiser is the terrain UNet of ``benchmarks/zoo`` (one step, 28 self-attention layers on 1,024, 256 and 64 tokens;
-methods act on the 1,024). For every arm and every seed: PSNR, mean absolute error and the distance of the radial power
-spectra, against the unpatched model's image; in the same runs, interleaved in one process in an order shuffled anew in
-each round, images per second and the ratio to the unpatched model; peak memory afterwards.
+methods act on the 1,024, AsymRnR on all). What needs steps, guidance or frames has nothing to show here. For every arm
+and every seed: PSNR, mean absolute error and the distance of the radial power spectra, against the unpatched model's
+image; in the same runs, interleaved in one process in an order shuffled anew in each round, images per second and the
+ratio to the unpatched model; peak memory afterwards.
 
     python benchmarks/diffusion.py                  # 64 samples, all arms
     python benchmarks/diffusion.py --quick          # 8 samples, to see that it runs
@@ -61,6 +62,12 @@ def arms(quick: bool) -> list[Arm]:
             Arm("ToMeSD, shared plan", f"ratio={ratio}", tokred.ToMeSD(**at, share="resolution")),
             Arm("ToMeSD, fixed choice", f"ratio={ratio}", tokred.ToMeSD(**at, use_rand=False)),
             Arm("random pruning", f"ratio={ratio}", tokred.RandomLatentPrune(**at)),
+            Arm("KeyMerge", f"ratio={ratio}", tokred.KeyMerge(**at)),
+            Arm("KeyMerge, a plan a block", f"ratio={ratio}", tokred.KeyMerge(**at, share="block")),
+            Arm("KeyMerge, queries too", f"ratio={ratio}", tokred.KeyMerge(**at, queries=True)),
+            Arm("ToMA", f"ratio={ratio}", tokred.ToMA(**at, cover="attention")),
+            Arm("AsymRnR, queries", f"ratio={ratio}", tokred.AsymRnR(q=ratio, kv=0)),
+            Arm("AsymRnR, keys", f"ratio={ratio}", tokred.AsymRnR(q=0, kv=ratio)),
         ]
     for factor in (2,) if quick else (2, 3, 4):
         factors = (1, 1, factor)

@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from tokred.methods.ibtm import IBTM
     from tokred.methods.keydiff import KeyDiff
     from tokred.methods.keyformer import Keyformer
+    from tokred.methods.keymerge import KeyMerge
     from tokred.methods.knorm import KNorm
     from tokred.methods.kth import KthMerge
     from tokred.methods.kv import KVPolicy
@@ -144,6 +145,7 @@ __all__ = [
     "KVPolicy",
     "KVzip",
     "KeyDiff",
+    "KeyMerge",
     "Keyformer",
     "KthMerge",
     "LagKV",

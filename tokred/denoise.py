@@ -78,7 +78,6 @@ class AttentionSite(Site):
         count: steps of this image before this one.
         memory: what the method wants to find again at its next plan here; empty at the first step of an image.
         guidance: ``(B, N)`` float32, how much guidance changed each token in the step before, or None.
-        change: ``(B, N)`` float32, how much the prediction for each token strays from its mean, in the step before.
     """
 
     def __init__(
@@ -96,10 +95,9 @@ class AttentionSite(Site):
         count: int = 0,
         memory: dict[str, Any] | None = None,
         guidance: Lazy = None,
-        change: Lazy = None,
     ) -> None:
         super().__init__(x=x, q=q, k=k, v=v, grid=place.grid, frames=place.frames, layer=layer, depth=depth)
-        self._values |= {"guidance": guidance, "change": change}
+        self._values["guidance"] = guidance
         self.place = place
         self.key = step
         self.side = side
@@ -114,15 +112,6 @@ class AttentionSite(Site):
             MissingInputError: the denoiser ran without guidance.
         """
         return self._get("guidance")
-
-    @property
-    def change(self) -> Tensor:
-        """``(B, N)`` float32: how far the step before predicted each token from the mean of its neighbours.
-
-        Raises:
-            MissingInputError: there is no step before.
-        """
-        return self._get("change")
 
     def uniform(self, n: int, seed: int) -> Tensor:
         """``(n,)`` numbers in [0, 1), the same at every call with this seed, step and block."""

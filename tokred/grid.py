@@ -76,6 +76,29 @@ def check_cells(grid: tuple[int, int], cell: tuple[int, int]) -> tuple[int, int]
     return rows, columns
 
 
+def typical_tokens(metric: Tensor, grid: tuple[int, int], cell: tuple[int, int]) -> Tensor:
+    """The token of each whole cell that is most like the cell's mean, ``(B, K)`` positions in ascending order.
+
+    Args:
+        metric: ``(B, N, C)``, compared by cosine in float32, in steps of 1/4096, so that rounding does not choose.
+        grid: rows and columns.
+        cell: rows and columns of a cell.
+
+    Raises:
+        ValueError: a cell is larger than the grid.
+    """
+    rows, columns = check_cells(grid, cell)
+    places = torch.arange(grid[0] * grid[1], device=metric.device).view(grid)
+    places = places[: rows * cell[0], : columns * cell[1]].reshape(rows, cell[0], columns, cell[1])
+    members = places.transpose(1, 2).reshape(rows * columns, -1)
+    with torch.no_grad():
+        own = unit(metric.detach()).index_select(1, members.flatten())
+        own = own.view(len(metric), *members.shape, -1)
+        score = ((own * own.mean(2, keepdim=True)).sum(-1) * 4096).round()
+        chosen = score.argmax(-1, keepdim=True)
+        return members.expand(len(metric), -1, -1).gather(2, chosen).squeeze(-1).sort(dim=1).values
+
+
 def match_cells(
     metric: Tensor, sources: Tensor, destinations: Tensor, r: int, *, by: str = "cosine", mode: str = "mean"
 ) -> Reduction:

@@ -26,8 +26,10 @@ _SIDES: tuple[Side, Side] = ("queries", "keys")
 class Plan:
     """A reduction in use, with its inverse map."""
 
-    def __init__(self, reduction: Reduction, part: str) -> None:
+    def __init__(self, reduction: Reduction, part: str, proportional: bool = False) -> None:
         self.reduction, self.part = reduction, part
+        # What attention adds to the scores of each key, or a mask of those that are real.
+        self.weights = reduction.sizes().log() if proportional else reduction.mask
         plain = type(reduction) is Reduction  # the others know themselves how they are undone
         self.index = reduction.index if plain and part != "kv" else None
 
@@ -132,7 +134,7 @@ class Session:
 
     @property
     def _looks_back(self) -> bool:
-        return bool(self.method.reads & {"guidance", "change"})
+        return "guidance" in self.method.reads
 
     def end(self, predicted: Tensor | None = None) -> None:
         """The forward is over, and has predicted this."""
@@ -201,7 +203,7 @@ class Session:
                 reduction = join_frames(method.reduce(site), place.length // asked.length)
             if reduction.trivial:
                 return None
-            plan = self.plans[slot] = Plan(reduction, method.part)
+            plan = self.plans[slot] = Plan(reduction, method.part, method.proportional)
         return plan
 
     def halves(self, spot: Spot, image: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Halves:
@@ -243,7 +245,6 @@ class Session:
         if self._looks_back:
             steps, channels = self.steps, self.channels
             known["guidance"] = lambda: steps.guidance(place, batch, channels)
-            known["change"] = lambda: steps.change(place, channels)
         return known
 
     @property

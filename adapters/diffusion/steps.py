@@ -110,31 +110,16 @@ class Steps:
         found = on_grid((first.float() - second.float()).abs(), place, channels)
         return found.repeat(2, 1) if self.halves and batch == 2 * found.shape[0] else found
 
-    def change(self, place: Place, channels: int) -> Tensor | None:
-        """``(B, N)`` how far each token's part of the last prediction strays from its mean; None: no step before."""
-        if self.call >= len(self.before):
-            return None
-        seen = self.before[self.call].float()
-        if seen.ndim == 3:
-            return seen.var(-1, unbiased=False)
-        mean = on_grid(seen, place, channels, apart=True)
-        square = on_grid(seen.square(), place, channels, apart=True)
-        return (square - mean.square()).clamp_min(0).mean(1)
 
-
-def on_grid(values: Tensor, place: Place, channels: int, apart: bool = False) -> Tensor:
+def on_grid(values: Tensor, place: Place, channels: int) -> Tensor:
     """A map of the sample's size as one value for each token, ``(B, N)`` float32.
 
     Args:
         values: ``(B, C, H, W)``, or ``(B, N, C)`` where the sample is a sequence of tokens at one resolution.
         place: whose tokens.
         channels: of the sample; predictions may have more behind them, which are no noise.
-        apart: keep the channels, ``(B, C, N)``.
     """
     if values.ndim == 3:
-        return values.mT if apart else values.mean(-1)
-    values = values[:, :channels]
-    if not apart:
-        values = values.mean(1, keepdim=True)
-    pooled = torch.nn.functional.adaptive_avg_pool2d(values, place.grid).flatten(2)
-    return pooled if apart else pooled.squeeze(1)
+        return values.mean(-1)
+    mean = values[:, :channels].mean(1, keepdim=True)
+    return torch.nn.functional.adaptive_avg_pool2d(mean, place.grid).flatten(1)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from tokred.adapters.diffusion import rotary
 from tokred.adapters.diffusion.inside import Halves, Inside, masked_at
-from tokred.adapters.diffusion.padding import Padded
 from tokred.adapters.diffusion.session import Plan, Session
+from tokred.adapters.diffusion.weights import Weighed
 from tokred.errors import UnsupportedModelError
 
 Kind = Literal["attention", "joint", "single", "mlp", "parallel"]
@@ -143,12 +143,16 @@ class Spot:
         if role == "mlp":
             call.put("hidden_states", _joined(x, plan.merge(image), before))
             return _back(plan, call.run(forward, module), before)
+        if plan.part == "q" or role != "self":
+            return self._around(module, forward, plan, call, image, before, role)
+        with self._apart(module, plan, before if text is None else text.shape[1]):
+            return self._around(module, forward, plan, call, image, before, role)
+
+    def _around(self, module: Any, forward: Any, plan: Plan, call: Call, image: Tensor, before: int, role: str) -> Any:
+        """An attention on fewer tokens, or on fewer of one side."""
         if plan.part != "tokens":
             return self._half(module, forward, plan, call, image, role)
-        if role != "self":
-            return self._short(module, forward, plan, call, image, before, role)
-        with self._apart(module, plan, before if text is None else text.shape[1]):
-            return self._short(module, forward, plan, call, image, before, role)
+        return self._short(module, forward, plan, call, image, before, role)
 
     def _short(self, module: Any, forward: Any, plan: Plan, call: Call, image: Tensor, before: int, role: str) -> Any:
         """An attention on fewer tokens, and all of them again."""
@@ -161,15 +165,15 @@ class Spot:
 
     @contextlib.contextmanager
     def _apart(self, module: Any, plan: Plan, text: int) -> Iterator[None]:
-        """While this is entered, samples that keep fewer tokens than others do not attend to their padding."""
-        if plan.reduction.mask is None:
+        """While this is entered, keys count for what was merged into them, where that is wanted, and padding for none."""
+        if plan.weights is None:
             yield
             return
-        mode = Padded(plan.reduction.mask, text, self.first)
+        mode = Weighed(plan.weights, text, self.first)
         with mode:
             yield
         if not mode.seen:
-            raise self._other_kernel(module, "samples with different numbers of tokens cannot be told apart in it")
+            raise self._other_kernel(module, "merged keys cannot be weighed, nor padding be left out, in it")
 
     def _other_kernel(self, module: Any, what: str) -> UnsupportedModelError:
         owner = getattr(module, "attn", module)
@@ -242,7 +246,7 @@ class Spot:
         rows = plan.reduction.representative
         for name in rotary.TABLES:
             if call.get(name) is not None:
-                call.put(name, rotary.at_rows(call.get(name), plan.reduction))
+                call.put(name, rotary.for_plan(call.get(name), plan))
         mask = call.get("attention_mask")
         if mask is not None and role == "self":
             start = mask.shape[-1] - tokens if self.first else 0

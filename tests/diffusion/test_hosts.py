@@ -27,6 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "asymrnr": {"q": 0.4, "kv": 0.5},
     "sdtm": {"ratio": 0.5, "max_downsample": 8},
     "vidtome": {"ratio": 0.9, "max_downsample": 8},
+    "keymerge": {"ratio": 0.75, "cell": 2, "max_downsample": 8},
 }
 # Some read the frames of a clip, some what the step before predicted for an image.
 NOT_FOR = {"vidtome": [kind for kind in ALL if kind not in CLIPS], "ibtm": list(CLIPS)}

@@ -55,6 +55,7 @@ TARGETS = {
     "sdtm": "tokred.methods.sdtm:SDTM",
     "vidtome": "tokred.methods.vidtome:VidToMe",
     "catome": "tokred.methods.catome:CAToMe",
+    "keymerge": "tokred.methods.keymerge:KeyMerge",
     "random_latent_prune": "tokred.methods.random_latent:RandomLatentPrune",
     "divprune": "tokred.methods.divprune:DivPrune",
     "cdpruner": "tokred.methods.cdpruner:CDPruner",

@@ -1,9 +1,10 @@
-"""Samples that keep different numbers of tokens: attention must not see the padding of the shorter ones."""
+"""Keys that count for as many tokens as were merged into them, or for none, where a sample has fewer than others."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -11,11 +12,11 @@ from torch.overrides import TorchFunctionMode
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
-class Padded(TorchFunctionMode):
-    """While this is entered, the host's ``scaled_dot_product_attention`` leaves padded keys out.
+class Weighed(TorchFunctionMode):
+    """While this is entered, the host's ``scaled_dot_product_attention`` weighs its keys.
 
     Args:
-        mask: ``(B, M)`` bool, True where a token of the image is real.
+        mask: ``(B, M)`` bool, True where a token of the image is real; or float, added to the scores of each key.
         text: tokens of text in the same sequence.
         first: the text stands before the image, not after it.
 
@@ -26,7 +27,7 @@ class Padded(TorchFunctionMode):
     def __init__(self, mask: Tensor, text: int = 0, first: bool = False) -> None:
         super().__init__()
         sides = (text, 0) if first else (0, text)
-        self.mask = F.pad(mask, sides, value=True)[:, None, None]
+        self.mask = F.pad(mask, sides, value=mask.dtype == torch.bool)[:, None, None]
         self.seen = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -37,7 +38,17 @@ class Padded(TorchFunctionMode):
         if given["key"].shape[-2] != self.mask.shape[-1]:
             return func(*args, **kwargs)
         self.seen += 1
-        own, mask = given.get("attn_mask"), self.mask
-        if own is not None:
-            mask = own & mask if own.dtype == mask.dtype else own.masked_fill(~mask, float("-inf"))
-        return func(**{**given, "attn_mask": mask})
+        mask = self.mask if self.mask.dtype == torch.bool else self.mask.to(given["query"].dtype)
+        return func(**{**given, "attn_mask": _both(given.get("attn_mask"), mask)})
+
+
+def _both(a: Tensor | None, b: Tensor) -> Tensor:
+    """Two masks of attention as one; a mask of booleans forbids, one of numbers is added to the scores."""
+    if a is None:
+        return b
+    if a.dtype == b.dtype == torch.bool:
+        return a & b
+    if a.dtype != torch.bool and b.dtype != torch.bool:
+        return a + b
+    allowed, added = (a, b) if a.dtype == torch.bool else (b, a)
+    return added.masked_fill(~allowed, float("-inf"))
