@@ -346,3 +346,30 @@ def test_blocks_that_are_compiled_one_by_one():
     model.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
     for step, expected in zip(steps, plain, strict=True):
         torch.testing.assert_close(run(model, step), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [("flux", tokred.ToMeSD(max_downsample=2, merge_mlp=True)), ("wan", tokred.ToDo(factors=(1, 2)))],
+)
+def test_training_with_checkpoints(kind: str, method: tokred.Method):
+    model, given = tokred.apply(MODELS[kind]().train(), method), inputs(kind)
+    found = []
+    for checkpoints in (True, False):
+        model.zero_grad()
+        (model.enable_gradient_checkpointing if checkpoints else model.disable_gradient_checkpointing)()
+        model(**given).sample.square().mean().backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert len(found[0]) == len(found[1]) > 20
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_mlps_alone():
+    """Where an MLP shares a tensor with its attention, the attention would have to follow."""
+    model = tokred.apply(MODELS["flux"](), "tomesd", max_downsample=2, merge_attn=False, merge_mlp=True)
+    run(model, inputs("flux"))
+    left = {(row.name, row.role): row.left for row in tokred.report(model).sublayers}
+    assert left["transformer_blocks.0.ff", "mlp"] == 32
+    assert left["single_transformer_blocks.0.mlp", "mlp"] == 64
+    assert {tokens for (_, role), tokens in left.items() if role == "self"} == {64}
