@@ -224,9 +224,9 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
         count = -int(tokens_to_remove)
+        self.check_crop(count)
         if count == 0 or self._keys is None or self._values is None:
             return
-        self.check_crop(count)
         later, left = self._keys.shape[2] - count, self.width - count
         self._keys, self._values = _first(self._keys, later), _first(self._values, later)
         if self._positions is not None:

@@ -19,8 +19,7 @@ from tokred.schedules import check_share
 class Adaptive(Budget):
     """A layer's rows go to the highest scores of all its heads, but each head keeps a safe part for itself.
 
-    The cache is a rectangle of the largest head's rows; smaller heads leave empty rows, which cost memory and are
-    never attended to.
+    Heads of a layer hold different numbers of rows; the layout of the cache says whether smaller heads leave empty rows.
 
     Args:
         amount: a share in (0, 1], tokens, or bytes.

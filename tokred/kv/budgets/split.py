@@ -19,7 +19,7 @@ class Split(Budget):
     """A gate for every key/value head says whether it keeps everything.
 
     Heads whose gate is at or above the ``sparsity`` quantile of all gates do; the others keep sinks and newest tokens.
-    The cache of a layer is a rectangle, so a layer saves memory only where all its heads stream.
+    Where heads of both kinds meet in a layer, its rows lie flat, unless the layout of the cache is a rectangle.
 
     Args:
         gates: for each compressed layer a gate for each key/value head, in [0, 1]; None: all heads retrieve.
