@@ -225,3 +225,8 @@ HEADS: dict[str, tuple[str, Demand]] = {
         lambda m: "all" if m.config.use_weighted_layer_sum else "pooled",
     ),
 }
+
+# Models with vision count on every patch and read the states of single layers: every block gives full length back.
+_TOWERS = ("Llava", "LlavaNext", "LlavaNextVideo", "LlavaOnevision", "PaliGemma", "Gemma3")
+HEADS |= {f"{name}Model": ("vision_tower", "all") for name in _TOWERS}
+HEADS |= {f"{name}ForConditionalGeneration": ("model.vision_tower", "all") for name in _TOWERS}

@@ -17,6 +17,10 @@ from tokred.vlm.report import LayerTokens, VisualReport
 STAGES = ("block", "attention", "cache", "projector", "layer")
 
 
+# What methods of ``projector`` take from the tower's attention.
+_OF_TOWER = frozenset({"q", "k", "class_attention", "attention", "tower_layers"})
+
+
 def find(model: nn.Module, stage: str = "block") -> Any:
     """The part of ``model`` that methods of ``stage`` act on.
 
@@ -78,14 +82,23 @@ def compose(methods: Sequence[Method]) -> list[Method]:
     """Methods in the order of their stages, at most one a stage.
 
     Raises:
-        ValueError: the list is empty, or two methods act at one stage.
+        ValueError: the list is empty, two methods act at one stage, or one reads what another takes away.
     """
     if not methods:
         raise ValueError("the list of methods is empty")
     stages = [m.stage for m in methods]
     if len(set(stages)) < len(stages):
         raise ValueError(f"one method a stage: {', '.join(m.name for m in methods)} act at {', '.join(stages)}")
-    return sorted(methods, key=lambda m: (*STAGES, m.stage).index(m.stage))
+    found = sorted(methods, key=lambda m: (*STAGES, m.stage).index(m.stage))
+    inside = next((m for m in found if m.stage == "block"), None)
+    reads = next((m for m in found if m.stage == "projector" and m.reads & _OF_TOWER), None)
+    if inside is not None and reads is not None:
+        raise ValueError(
+            f"{inside.name!r} leaves fewer tokens in the vision tower, so that its attention says nothing about single "
+            f"patches, and {reads.name!r} reads {', '.join(sorted(reads.reads & _OF_TOWER))}: take a method that reads "
+            "the features alone beside it, such as 'divprune'"
+        )
+    return found
 
 
 def reasons(model: nn.Module) -> dict[str, tuple[Any, str]]:

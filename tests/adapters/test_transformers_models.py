@@ -13,7 +13,8 @@ pytest.importorskip("transformers")
 import transformers
 
 import tokred
-from tests.adapters.tiny_transformers import COMMON, FAMILIES, IMAGE, TEXT, build, read
+from tests.adapters.tiny_transformers import FAMILIES, TEXT, build, read
+from tests.vlm import hosts
 
 
 @pytest.mark.parametrize(
@@ -152,17 +153,9 @@ def test_layer_drop_is_refused():
         tokred.apply(model, "tome", r=4)
 
 
-def _llava():
-    text = transformers.LlamaConfig(**{**COMMON, "vocab_size": 60})
-    vision = transformers.CLIPVisionConfig(**IMAGE)
-    return transformers.LlavaForConditionalGeneration(
-        transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=5)
-    )
-
-
-def test_language_models_with_vision_are_refused_as_a_whole():
+def test_language_models_whose_tower_is_not_known_are_refused_as_a_whole():
     """The encoder inside would be patched happily, and the language model would count its tokens wrong."""
-    model = _llava()
+    model = hosts.build("qwen2_vl")
     before = copy.deepcopy([type(m) for m in model.modules()])
     for holder in (model, nn.Sequential(model)):
         with pytest.raises(tokred.UnsupportedModelError, match="counts and places the tokens"):

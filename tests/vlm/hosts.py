@@ -196,7 +196,12 @@ HOSTS: dict[str, Tiny] = {
 def build(name: str, seed: int = 0) -> Any:
     """The model, in evaluation mode."""
     torch.manual_seed(seed)
-    return livelier(HOSTS[name].build()).eval()
+    model = HOSTS[name].build()
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            if key.endswith("mm_input_projection_weight"):  # zeros, and so would be all visual tokens
+                p.normal_(std=0.1)
+    return livelier(model).eval()
 
 
 def layers(name: str, model: Any) -> Any:
