@@ -83,6 +83,9 @@ def chosen(name: str, wanted: Sequence[str] | None, quick: bool = False) -> list
         found.append((f"tomesd ratio={ratio} share=resolution refresh={REFRESH}", shared))
     for factor in (2,) if quick else (2, 3, 4):
         found.append((f"todo factor={factor}", tokred.ToDo(factors=(factor,) if d == 1 else (1, factor))))
+    if not quick:
+        found.append(("toma ratio=0.5", tokred.ToMA(ratio=0.5, max_downsample=d)))
+        found.append((f"keymerge refresh={REFRESH}", tokred.KeyMerge(max_downsample=d, refresh=REFRESH)))
     return found
 
 

@@ -1,4 +1,5 @@
-"""diffusers: UNets (SD 1.x, 2.x, SDXL, unconditional), DiT, PixArt, SD 3 and 3.5, Flux."""
+"""diffusers: UNets (SD 1.x, 2.x, SDXL, unconditional), DiT, PixArt, SD 3 and 3.5, Flux; of clips
+CogVideoX, Wan, HunyuanVideo."""
 
 from __future__ import annotations
 
