@@ -165,7 +165,7 @@ class Spot:
 
     @contextlib.contextmanager
     def _apart(self, module: Any, plan: Plan, text: int) -> Iterator[None]:
-        """While this is entered, keys count for what was merged into them, where that is wanted, and padding for none."""
+        """While this is entered, keys count for what was merged into them, where that is wanted, padding for none."""
         if plan.weights is None:
             yield
             return
