@@ -35,7 +35,7 @@ class CAT(ProjectorMethod):
             the site to ``(B,)`` numbers in [0, 1], which settings cannot be written down with.
         policy: ``"linear"``: from ``n_min`` to ``n_max`` in proportion to the score; ``"levels"``: a quarter of
             ``base`` below the first threshold, ``base`` below the second, else all; ``"pool"``: ``total`` tokens for
-            all images of a sample together, shared out in proportion to their scores.
+            all images of a sample that have one shape together, shared out in proportion to their scores.
         n_min, n_max: bounds on the tokens of an image; None: all of them.
         base: of ``"levels"``, an integer or a share of the image's tokens.
         thresholds: of ``"levels"``.

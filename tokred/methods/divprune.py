@@ -23,7 +23,7 @@ class DivPrune(Budgeted):
     nearest chosen token. Neither attention nor the question plays a part.
 
     Args:
-        budget: tokens kept of each image, an integer or a share in (0, 1].
+        budget: tokens kept of each image (of each crop, where the host has crops), an integer or a share in (0, 1].
         metric: ``"cos"``, one minus the cosine of projected features; ``"l1"`` or ``"l2"``.
         init: the first token: ``"isolated"`` as above, ``"medoid"``, the one with the least sum of distances, or the
             number of a token.
