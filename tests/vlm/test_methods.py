@@ -182,3 +182,39 @@ def test_positions_can_be_counted_anew(name, model):
     assert len(seen[0]) == len(seen[1]) < 24
     with pytest.raises(ValueError, match="positions is 'anew'"):
         tokred.make(name, positions="anew")
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        [("saint_visual", SOME["saint_visual"]), ("saint_layer", {"start": 1, "end": 2, "tau": 0.0, "K": 1})],
+        [("cat", SOME["cat"]), ("vscan_layer", {"budget": 2, "layer": 2})],
+        [("hired", SOME["hired"]), ("topv", {"layer": 1, "budget": 3})],
+    ],
+    ids=["saint, hybrid", "cat and vscan_layer", "hired and topv"],
+)
+def test_stages_stack(pair, model, batch):
+    methods = [tokred.make(name, **settings) for name, settings in pair]
+    oracle.agree(model, model.model.language_model.layers, methods, batch, max_new_tokens=3)
+    tokred.apply(model, methods)
+    with torch.no_grad():
+        model(**batch)
+    before, behind = visual_tokens(model)[0], visual_tokens(model)[-1]
+    tokred.remove(model)
+    assert before[0] < 16
+    assert all(a <= b for a, b in zip(behind, before, strict=True))
+    assert sum(behind) < sum(before)
+
+
+@pytest.mark.parametrize("name", ["vscan", "visionzip", "prumerge", "sparsevlm"])
+def test_merged_tokens_live_through_beams_and_decoding(name, model, batch):
+    tokred.apply(model, name, **SOME[name])
+    try:
+        beams = oracle.generate(model, batch, num_beams=3, max_new_tokens=3)
+        greedy = oracle.generate(model, batch, max_new_tokens=3)
+        again = oracle.generate(model, batch, max_new_tokens=3)
+    finally:
+        tokred.remove(model)
+    assert beams.sequences.shape[1] > batch["input_ids"].shape[1]
+    assert torch.equal(greedy.sequences, again.sequences)
+    assert all(step.isfinite().all() for step in greedy.logits)

@@ -28,8 +28,8 @@ class CDPruner(Budgeted):
     The set of tokens with the largest determinant of that kernel is searched for greedily, one token after the other.
 
     The authors measure relevance in the embedding space of CLIP, with its text tower, which vision-language models do
-    not carry. Here it is the mean cosine of a projected token with the input embeddings of the prompt's text (our reading),
-    so no published figure speaks for it.
+    not carry. Here it is the mean cosine of a projected token with the input embeddings of the prompt's text (our
+    reading), so no published figure speaks for it.
 
     Args:
         budget: tokens kept of each image (of each crop, where the host has crops), an integer or a share in (0, 1].
