@@ -186,8 +186,8 @@ def _compressed(call: _Call, layer: TokLayer, query: Tensor, key: Tensor, value:
         mask = spec.key_mask
         if layer.compressed and spec.later(layer.settled, layer.seen) is None:
             mask = None
-        options = {"key_mask": mask, "scale": call.scaling, "softcap": call.softcap}
-        out = decode_attention(query, key, value, positions=positions, **options).output
+        terms: dict[str, Any] = {"key_mask": mask, "scale": call.scaling, "softcap": call.softcap}
+        out = decode_attention(query, key, value, positions=positions, **terms).output
         return out.transpose(1, 2).contiguous()
     mask = spec.visible(before, count, positions, layer.ragged)
     bias = None

@@ -62,8 +62,8 @@ class Flat(NamedTuple):
         def take(x: Tensor) -> Tensor:
             return torch.cat([x[bounds[i * h] : bounds[(i + 1) * h]] for i in index])
 
-        parts = (take(x) for x in (self.keys, self.values, self.slots))
-        return Flat(*parts, *_offsets(counts, self.keys.device), h, self.width)
+        rows = take(self.keys), take(self.values), take(self.slots)
+        return Flat(*rows, *_offsets(counts, self.keys.device), h, self.width)
 
     def rectangle(self, rows: Tensor, later: Tensor | None) -> Tensor:
         """Keys, values or slots as ``[B, Hk, width + t, ...]``: what every operator takes, made for the moment.
@@ -107,8 +107,8 @@ def flatten(
     chosen = meant.reshape(-1).nonzero().view(-1)
     pair, row = chosen // k, index.reshape(-1).index_select(0, chosen)
     both = (
-        _taken(x, None if flat is None else old(flat), flat, pair, row)
-        for x, old in ((keys, lambda f: f.keys), (values, lambda f: f.values))
+        _taken(keys, None if flat is None else flat.keys, flat, pair, row),
+        _taken(values, None if flat is None else flat.values, flat, pair, row),
     )
     new = slots.reshape(-1).index_select(0, chosen)
     return Flat(*both, new, *_offsets(counts, index.device), heads, max(counts))

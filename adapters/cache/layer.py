@@ -6,6 +6,7 @@ hold different numbers; or flat, without empty rows, and the rows that came sinc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -372,10 +373,10 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
         self.__dict__.update(state)
         self.rows, self.notes, self.clock = dict(state["rows"]), dict(state["notes"]), state["clock"].copy()
 
-    def _samples(self, change: Any, index: Any) -> None:
+    def _samples(self, change: Callable[[Tensor], Tensor], index: Callable[[], list[int]]) -> None:
         b, uniform = self._batch, self.clock.uniform
         # Asking which samples they are waits for the device; needed only where samples differ.
-        which = None if uniform and self.flat is None else index()
+        which = [] if uniform and self.flat is None else index()
         if self.flat is not None:
             self.flat = self.flat.select(which)
         for name in ("_keys", "_values", "_positions", "weights"):

@@ -118,7 +118,7 @@ def decode_flat_fused(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, scale: f
         even = (stop - start) // threads * threads
         sizes += [even, stop - start - even] if split else [stop - start]
     rest = [bounds[0], *sizes, k.shape[0] - bounds[-1]]
-    keys, values = k[None, None].split(rest, 2), v[None, None].split(rest, 2)
+    keys, values = torch.split_with_sizes(k[None, None], rest, 2), torch.split_with_sizes(v[None, None], rest, 2)
     queries = q.reshape(pairs, 1, 1, g, d).unbind()
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     found = []
