@@ -116,7 +116,8 @@ def render(found: list[Cell]) -> str:
 
 MEANING = {
     "class_attention": "the attention of a class token",
-    "attention": "attention that follows from queries and keys (no bias of relative positions)",
+    "attention": "attention that follows from queries and keys (no bias of relative positions, no windows)",
+    "carried": "blocks that hand on what a method keeps, and fewer tokens",
     "queries": "an attention whose queries can be reduced alone (blocks that tokred can split)",
     "transform": "each token's own value and output projection (blocks that tokred can split)",
     "grid": "patches on a known grid of one image",

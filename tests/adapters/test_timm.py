@@ -37,8 +37,9 @@ METHODS = {
     "vtm": {"gamma": 2, "blocks": (1,)},
     "vtm-centre": {"variant": "centre", "R": 0.5, "blocks": (0, 1)},
     "tinychart": {"r": 4, "order": "raster"},
-    "spatten": {"keep": 0.5, "first": 0, "heads": 2},
-    "ltp": {"theta_final": 0.06},
+    "spatten": {"keep": 0.5, "first": 0},
+    "spatten-heads": {"keep": 0.5, "first": 0, "heads": 2},
+    "ltp": {"theta_final": 0.3},
 }
 NOTHING = {"tome": {"r": 0}, "pitome": {"ratio": 1.0}, "random": {"r": 0}, "random_prune": {"r": 0}, "kth": {"k": 1},
            "evit": {"kappa": 1.0}, "ats": {"blocks": ()}, "ppt": {"r": 0}, "tofu": {"r": 0}, "saint": {"tau": 1.5},
