@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tokred.kernels.dispatch import accumulator_dtype
 from tokred.kernels.gather_rows import gather_rows
+from tokred.kernels.greedy_rows import determinant_rows, determinant_steps, farthest_rows
 from tokred.kernels.similarity_rows import best_match
 from tokred.selection import highest
 
@@ -69,6 +70,8 @@ def farthest_points(
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         pairs = _Distances(x, metric, dense)
         pick = _first(pairs, start, b, length, x.device)
+        if pairs.full is not None:
+            return farthest_rows(pairs.full, pick, n)
         picks = [pick]
         nearest = pairs.of(pick)
         for _ in range(n - 1):
@@ -112,8 +115,6 @@ class _Distances:
     def of(self, picks: Tensor) -> Tensor:
         """``(B, N)`` distances from ``(B,)`` picks."""
         at = picks.unsqueeze(1)
-        if self.full is not None:
-            return gather_rows(self.full, at).squeeze(1)
         return self._block(gather_rows(self.x, at)).squeeze(1).scatter_(1, at, -torch.inf)
 
     def isolation(self) -> Tensor:
@@ -184,23 +185,10 @@ def determinant_points(x: Tensor, n: int, weight: Tensor | None = None, *, dense
         gains: Tensor = weight.square() * (rows != 0).any(-1)
         least = (gains * LEAST_SHARE).clamp_min(LEAST_GAIN)
         rows = rows * weight.unsqueeze(-1)
-        full = rows @ rows.mT if length <= dense else None
-        factor = rows.new_zeros(b, n, length)
-        order, gained = [], []
-        for t in range(n):
-            best, pick = gains.max(1, keepdim=True)
-            row = gather_rows(rows, pick) @ rows.mT if full is None else gather_rows(full, pick)
-            if t:
-                known = factor[:, :t]
-                row = torch.baddbmm(row, known.gather(2, pick.unsqueeze(1).expand(-1, t, 1)).mT, known, alpha=-1)
-            best = best.clamp_min(0)
-            step = row.squeeze(1) * torch.where(best > 0, best.rsqrt(), 0)
-            factor[:, t] = step
-            gains = torch.addcmul(gains, step, step, value=-1)
-            gains = torch.where(gains > least, gains, 0).scatter_(1, pick, -1)
-            order.append(pick)
-            gained.append(best)
-        picks, gain = torch.cat(order, 1), torch.cat(gained, 1)
+        if length <= dense:
+            picks, gain = determinant_rows(rows @ rows.mT, gains, least, n)
+        else:
+            picks, gain = determinant_steps(lambda pick: gather_rows(rows, pick) @ rows.mT, gains, least, n)
         return Picks(picks, gain, _filled(picks, gain > 0, weight))
 
 
