@@ -87,7 +87,7 @@ class EnterPacked(EnterDenoiser):
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         size = self.session.fixed or self._size(given["img_ids"], given[self.sample].shape[1])
-        self.session.begin(size, given.get("timestep"))
+        self.session.begin(size, given.get("timestep"), sample=given[self.sample])
 
     def _size(self, ids: Tensor, length: int) -> tuple[int, int]:
         """Waits for the device, once for each tensor of ids; pipelines make one for an image."""

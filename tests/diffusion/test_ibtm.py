@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import tokred
-from tests.diffusion.tiny import inputs, run, sd15
+from tests.diffusion.test_pipelines import image as pipeline_image
+from tests.diffusion.test_pipelines import stable_diffusion
+from tests.diffusion.tiny import MODELS, inputs, run, sd15
 from tokred.denoise import AttentionSite, Place, Step
 
 
@@ -102,6 +104,24 @@ def test_guidance_in_one_batch_and_in_two_calls():
     assert not torch.equal(plain[1], together[1])
 
 
+def test_guidance_of_flux():
+    """Its sample and its prediction are sequences of tokens."""
+    model, given = MODELS["flux"](), inputs("flux")
+    latent, out = given["hidden_states"][:1], []
+    tokred.apply(model, "ibtm", max_downsample=2)
+    for calls in (1, 2):
+        for t in (0.9, 0.8):
+            rows = [slice(0, 2)] if calls == 1 else [slice(0, 1), slice(1, 2)]
+            for part in rows:
+                count = part.stop - part.start
+                sub = {key: given[key][part] for key in ("encoder_hidden_states", "pooled_projections")}
+                sub |= {"hidden_states": latent.expand(count, -1, -1), "timestep": torch.full((count,), t)}
+                out.append(run(model, {**given, **sub}))
+    first, second, apart = out[0], out[1], out[2:]
+    torch.testing.assert_close(torch.cat(apart[:2]), first, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat(apart[2:]), second, rtol=1e-4, atol=1e-5)
+
+
 def test_a_timestep_that_runs_twice():
     """Some schedulers run their second timestep twice."""
     model, given = sd15(), inputs("sd15")
@@ -160,3 +180,29 @@ def test_without_guidance():
 def test_wrong_parameters(parameters: dict, message: str):
     with pytest.raises((ValueError, TypeError), match=message):
         tokred.IBTM(**parameters)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("scheduler", "settings"),
+    [
+        ("DDIMScheduler", {"clip_sample": False}),
+        ("PNDMScheduler", {"skip_prk_steps": True}),
+        ("EulerDiscreteScheduler", {}),
+    ],
+)
+def test_in_a_pipeline(scheduler: str, settings: dict[str, Any]):
+    import diffusers
+
+    pipe = stable_diffusion(scheduler=getattr(diffusers, scheduler)(steps_offset=1, **settings))
+    before = pipeline_image(pipe)
+    tokred.apply(pipe, "ibtm", ratio=0.6, max_downsample=2)
+    first, again = pipeline_image(pipe), pipeline_image(pipe)
+    assert torch.equal(first, again), "the same seed gives the same image at every call"
+    tokred.apply(pipe, "tomesd", ratio=0.6, max_downsample=2)
+    assert not torch.equal(pipeline_image(pipe), first)
+    tokred.apply(pipe, "ibtm")
+    with pytest.raises(tokred.MissingInputError, match="guidance_scale above 1"):
+        pipeline_image(pipe, guidance_scale=1.0)
+    tokred.remove(pipe)
+    assert torch.equal(pipeline_image(pipe), before)
