@@ -48,6 +48,12 @@ def sd15() -> nn.Module:
     return _sd()
 
 
+def sd_small() -> nn.Module:
+    """As SD 1.x with a single level: for what takes long."""
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    return _sd(block_out_channels=(16,), mid_block_type=None, **blocks)
+
+
 def sd21() -> nn.Module:
     """As SD 2.x: linear layers around the blocks, heads of one size."""
     return _sd(use_linear_projection=True, attention_head_dim=(2, 4))
