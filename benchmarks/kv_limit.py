@@ -98,8 +98,8 @@ class Scale:
 
 
 @torch.inference_mode()
-def measure(model: Any, ids: torch.Tensor, policy: Any, run: Run, every: int) -> Iterator[dict[str, Any]]:
-    """Rows of the CSV for one policy; of the generated tokens one row in ``every``."""
+def measure(model: Any, ids: torch.Tensor, policy: Any, run: Run, points: int = 40) -> Iterator[dict[str, Any]]:
+    """Rows of the CSV for one policy, about ``points`` while it reads and as many while it generates."""
     name = policy.inner.name
     tokred.apply(model, policy)
     cache = tokred.kv_cache(model, prompt=run.prompt, steps=run.generated)
@@ -113,13 +113,16 @@ def measure(model: Any, ids: torch.Tensor, policy: Any, run: Run, every: int) ->
         return {**base, "most": scale.reset(), "limit": limit, "dense": seen * row, "note": ""}
 
     with Scale(cache) as scale:
-        step = ids[:, :0]
-        for part in ids[:, : run.prompt].split(run.chunk, 1):
+        step, parts = ids[:, :0], ids[:, : run.prompt].split(run.chunk, 1)
+        rare = max(1, len(parts) // points)
+        for i, part in enumerate(parts, 1):
             step = model(part, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
-            yield record("prompt", scale)
+            if i % rare == 0 or i in (1, len(parts)):
+                yield record("prompt", scale)
+        rare = max(1, run.generated // points)
         for i in range(1, run.generated + 1):
             step = model(step, past_key_values=cache).logits.argmax(-1)
-            if i % every == 0 or i == run.generated:
+            if i % rare == 0 or i == run.generated:
                 yield record("generated", scale)
     tokred.remove(model)
 
@@ -157,7 +160,7 @@ def small_model(layers: int) -> Any:
 
 
 def plot(rows: list[dict[str, str]], path: Path) -> None:
-    """Bytes over tokens, one panel a model."""
+    """Bytes over tokens, one panel a model: MiB of one policy beside a full cache, several as shares of their limit."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -169,16 +172,22 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
     for axes, model in zip(panels[0], models, strict=True):
         mine = [r for r in rows if r["model"] == model]
         names = list(dict.fromkeys(r["policy"] for r in mine))
+        limit = int(mine[0]["limit"])
+        unit = 2**20 if len(names) == 1 else limit / 100
         for i, name in enumerate(names):
-            points = [(int(r["tokens"]), int(r["most"]) / 2**20) for r in mine if r["policy"] == name]
+            points = [(int(r["tokens"]), int(r["most"]) / unit) for r in mine if r["policy"] == name]
             style = ("-", "--", ":")[i // 10]
             axes.plot(*zip(*points, strict=True), linewidth=1.2, linestyle=style, label=name)
-        dense = sorted({(int(r["tokens"]), int(r["dense"]) / 2**20) for r in mine})
+        dense = sorted({(int(r["tokens"]), int(r["dense"]) / unit) for r in mine})
         axes.plot(*zip(*dense, strict=True), color="grey", linewidth=2, label="keeps everything")
-        axes.axhline(int(mine[0]["limit"]) / 2**20, color="black", linewidth=1, linestyle="-.", label="limit")
+        axes.axhline(limit / unit, color="black", linewidth=1, linestyle="-.", label="limit")
         axes.axvline(max(int(r["tokens"]) for r in mine if r["phase"] == "prompt"), color="lightgrey", linewidth=1)
-        axes.set(xlabel="tokens seen", ylabel="MiB held, at most", yscale="log", title=model)
-        axes.legend(fontsize=7, ncols=2)
+        if len(names) == 1:
+            axes.set(ylabel="MiB held, at most", yscale="log")
+        else:
+            axes.set(ylabel="% of the limit held, at most", ylim=(0, 110))
+        axes.set(xlabel="tokens seen; generated ones behind the grey line", title=f"{model}, {limit / 2**20:g} MiB")
+        axes.legend(fontsize=7, ncols=2, loc="lower right" if len(names) == 1 else "center")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
@@ -204,7 +213,6 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     tokens, generated = (2048, 40) if arguments.quick else (arguments.tokens, arguments.generated)
-    every = max(1, generated // 40)
     known = [n for n in tokred.methods() if tokred.make(n).stage == "cache" and n != "limited"]
     jobs: list[tuple[Any, torch.Tensor, Run, list[str]]] = []
     wanted = ["small"] if arguments.quick else arguments.models.split(",")
@@ -232,7 +240,7 @@ def main() -> None:
                     print(f"{run.model}, {why}", flush=True)
                     continue
                 began, rows = time.perf_counter(), []
-                for row in measure(model, ids, policy, run, every):
+                for row in measure(model, ids, policy, run):
                     rows.append(row)
                     writer.writerow(row)
                     f.flush()
