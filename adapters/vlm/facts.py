@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from tokred.adapters.vlm.features import Picture, Record, Tap
+from tokred.adapters.vlm.fused import received
 from tokred.adapters.vlm.pictures import by_grid, by_sample, plain, tiled, video
 
 Maker = Callable[[Any, dict[str, Any], Any, Tap], list[Picture]]
@@ -65,7 +66,11 @@ def describe(core: Any, given: dict[str, Any], output: Any, tap: Tap, modality: 
     facts = FACTS[core_name(core)]
     make = (facts.pictures or _PLAIN)[modality]
     if not facts.heads:
-        return Record(make(core, given, output, tap), tap.inputs)
+        record = Record(make(core, given, output, tap), tap.inputs)
+        fused, grids = tap.fused, given.get(f"{modality}_grid_thw")
+        if fused is not None and fused.projected is not None and grids is not None:
+            record.received = lambda i: received(fused, core.visual, grids, i)
+        return record
     layers = tower_layers(core, facts)
     depth = len(layers)
     layer = feature_layer(core, depth, given.get("vision_feature_layer"))

@@ -85,12 +85,21 @@ class Picture(NamedTuple):
     lines: Span | None = None
 
 
+class Fused(NamedTuple):
+    """An attention with one projection for queries, keys and values: its output and the rotary tables."""
+
+    attention: Any
+    projected: Tensor | None
+    tables: Any
+
+
 @dataclass
 class Tap:
     """What taps noted while one feature getter ran."""
 
     inputs: Tensor | None = None
     heads: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    fused: Fused | None = None
 
 
 @dataclass
@@ -104,6 +113,7 @@ class Record:
         layer: which layer's features are used, of ``depth``.
         prefix: class tokens in them.
         scale: of the tower's attention.
+        received: gives what the tokens of a picture receive, ``(H, N)``, by its number; None: see ``heads``.
     """
 
     pictures: list[Picture]
@@ -113,6 +123,7 @@ class Record:
     depth: int = 0
     prefix: int = 0
     scale: float | None = None
+    received: Callable[[int], Tensor] | None = None
 
 
 class ProjectorTap(Hook):

@@ -13,6 +13,7 @@ from tokred.adapters.cache.host import _refusal as cache_refusal
 from tokred.adapters.cache.host import match as match_language
 from tokred.adapters.swap import host_class, swap
 from tokred.adapters.vlm.facts import FACTS, Facts, class_tokens, describe, feature_layer, tower_attention, tower_layers
+from tokred.adapters.vlm.fused import last_attention
 from tokred.adapters.vlm.layers import LayerList
 from tokred.adapters.vlm.undo import SETTINGS
 from tokred.errors import MissingInputError, UnsupportedModelError
@@ -201,11 +202,18 @@ class VisualHost:
 
     def _tap(self, method: Method) -> None:
         from tokred.adapters.vlm.features import HeadTap, ProjectorTap
+        from tokred.adapters.vlm.fused import FusedTap, TablesTap
 
         core: Any = self.core
         if self.facts.projector:
             core.get_submodule(self.facts.projector).register_forward_pre_hook(ProjectorTap())
-        if not self.facts.heads or not method.reads & _CAPTURED:
+        if not method.reads & _CAPTURED:
+            return
+        fused = last_attention(core)
+        if fused is not None:
+            fused.register_forward_pre_hook(TablesTap(), with_kwargs=True)
+            fused.qkv.register_forward_hook(FusedTap())
+        if not self.facts.heads:
             return
         layers = tower_layers(core, self.facts)
         for i in _wanted(core, method, len(layers)):
@@ -284,6 +292,8 @@ def _supplies_projector(core: Any, facts: Facts) -> frozenset[str]:
     found = {"x", "grid", "frames", "text", "project"} if facts.tokenwise else {"x", "grid", "frames", "text"}
     if facts.projector:
         found.add("tower")
+    if last_attention(core) is not None:
+        found.add("attention")
     if facts.heads and tower_layers(core, facts):
         found |= {"q", "k", "attention", "tower_layers"}
         if class_tokens(core, facts):

@@ -139,8 +139,9 @@ def by_grid(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Pic
     if grids is None or given.get("pixel_values_videos") is not None:
         grids, kind = given["video_grid_thw"], "video"
     side, found = core.visual.spatial_merge_size, []
-    for n, (t, h, w) in zip(lengths(output), grids.tolist(), strict=True):
-        found.append(Picture(n, (Part(Span.line(0, n), (h // side, w // side), t if kind == "video" else None),)))
+    for i, (n, (t, h, w)) in enumerate(zip(lengths(output), grids.tolist(), strict=True)):
+        frames = t if kind == "video" else None
+        found.append(Picture(n, (Part(Span.line(0, n), (h // side, w // side), frames, tower=i),)))
     return found
 
 

@@ -134,6 +134,9 @@ def site_of(group: list[Place], columns: Tensor, context: Context) -> VisualSite
         patches = None if part.patches is None else part.patches.offsets(embeds.device)
         if inputs is not None:
             more["tower"] = lambda: inputs[tower] if patches is None else inputs[tower][:, patches]
+        give = record.received
+        if give is not None:
+            more["received"] = lambda: torch.stack([give(i) for i in tower])
         least = part.count if part.patches is None else int(part.patches.offsets(torch.device("cpu"))[-1]) + 1
 
         def heads(layer: int) -> tuple[Tensor, Tensor]:

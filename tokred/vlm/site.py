@@ -47,6 +47,8 @@ class VisualSite(Site):
             first.
         prefix: those class tokens; ``x`` has none.
         layer_heads: gives ``(q, k)`` of another layer of the tower, by its index.
+        received: ``(B, H, N)`` what every token receives in the tower's attention, where a token is several patches, so
+            that queries and keys are not those of tokens; None: made from ``q`` and ``k``.
         text: ``(B, T, C)`` embeddings of the prompt's text in the language model's space.
         text_mask: ``(B, T)`` bool, False on padding; None: all real.
         tile: which part of the image this is; None: all of it.
@@ -63,6 +65,7 @@ class VisualSite(Site):
         *,
         x: Lazy = None,
         tower: Lazy = None,
+        received: Lazy = None,
         layer_heads: Callable[[int], tuple[Tensor, Tensor]] | None = None,
         text_mask: Tensor | None = None,
         tile: Tile | None = None,
@@ -75,6 +78,7 @@ class VisualSite(Site):
     ) -> None:
         super().__init__(x=x, **more)
         self._values["tower"] = tower
+        self._values["received"] = received
         self._layer_heads = layer_heads
         self.text_mask = text_mask
         self.tile = Tile() if tile is None else tile
@@ -149,6 +153,10 @@ class VisualSite(Site):
     def column_scores(self, weight: Tensor | None = None, *, rows: slice | None = None) -> Tensor:
         """``(B, H, N)`` float32: how much of the tower's attention every patch receives, see
         :meth:`tokred.Site.column_scores`; all queries vote, class tokens included unless ``weight`` says otherwise."""
+        if weight is None and rows is None:
+            given = self._find("received")
+            if given is not None:
+                return given.float()
         scores: Tensor = super().column_scores(weight, rows=rows)
         return scores[..., self.prefix :]
 
