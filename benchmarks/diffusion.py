@@ -171,7 +171,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> Path:
                 [row[column] for row in mine],
                 yerr=[row[f"{column}_error"] for row in mine],
                 color=plots.COLOURS[i % 8],
-                marker=plots.MARKERS[i % 8],
+                marker=plots.MARKERS[(i + i // 8) % 8],
                 label=family,
                 lw=1.2,
                 ms=5,
@@ -240,7 +240,7 @@ def main() -> None:
     for row in rows:
         quality = "" if row["psnr"] is None else f"{row['psnr']:6.2f} dB {row['mae']:.4f} {row['spectrum_db']:6.3f} dB"
         speed = f"{row['images_per_second']:7.2f} images/s {row['speedup']:.3f}x"
-        print(f"{row['method']:<22} {row['setting']:<12} {row['left']:>5} {quality:<28} {speed}")
+        print(f"{row['method']:<24} {row['setting']:<12} {row['left']:>5} {quality:<28} {speed}")
 
 
 if __name__ == "__main__":
