@@ -3,38 +3,20 @@ later layers are given for it. State that outlives the forward goes to the cache
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokred.adapters.vlm.inner import Inner, LayerCount
+from tokred.adapters.vlm.call import Call
+from tokred.adapters.vlm.inner import Inner
 from tokred.adapters.vlm.masks import MaskMaker
 from tokred.adapters.vlm.pack import Packed, gather_any_mask, gather_columns, left_pack
-from tokred.adapters.vlm.sites import Context, Left, Modality, grouped, leave, places, shown, site_of, without_newlines
+from tokred.adapters.vlm.sites import Context, Left, grouped, leave, places, shown, site_of, without_newlines
+from tokred.adapters.vlm.step import LayerCount
 from tokred.adapters.vlm.track import Group, Track, extended, physical_length, set_track, track_of
 from tokred.errors import TokenStateError
 from tokred.method import Method
-
-
-@dataclass
-class Call:
-    """What is known before the language model runs.
-
-    Attributes:
-        modalities: placeholders and their features; empty for text alone.
-        mask: ``(B, all)`` the caller's padding mask, or None.
-        end: tokens of the prompt where drafts follow, counted from the cache's begin; None: all.
-        physical: that of the rows that layer 0 holds, where it was needed outside the language model.
-        outputs: what feature getters gave inside the forward, by modality.
-    """
-
-    modalities: list[Modality] = field(default_factory=list)
-    mask: Tensor | None = None
-    end: int | None = None
-    physical: Tensor | None = None
-    outputs: dict[str, Any] = field(default_factory=dict)
 
 
 class Forward:
@@ -285,7 +267,7 @@ class Forward:
 
     def tokens(self) -> tuple[LayerCount, ...]:
         """Tokens at the input of every layer (waits for the device)."""
-        depth, b = self.settings.depth, self.batch
+        b = self.batch
         if self.counts:
             return tuple(self.counts[i] for i in sorted(self.counts))
         columns, padding = self.embeds.shape[1], self.real()
@@ -293,7 +275,7 @@ class Forward:
         visual = (0,) * b if self.visual is None else tuple(self.visual.sum(1).tolist())
         if self.packed is not None:
             real = self.packed.counts
-        return (LayerCount(columns, real, visual),) * depth
+        return tuple(LayerCount(columns, real, visual) for _ in range(self.settings.depth))
 
     def loss_columns(self) -> Tensor | None:
         """``(B, M)`` which of this forward's tokens the last layer's rows are; None: all of them."""

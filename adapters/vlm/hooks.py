@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from tokred.adapters.swap import Hook
+from tokred.adapters.vlm.call import Call
 from tokred.adapters.vlm.facts import Facts
 from tokred.adapters.vlm.features import RECORD, Record, local
-from tokred.adapters.vlm.forward import Call, Forward
+from tokred.adapters.vlm.forward import Forward
 from tokred.adapters.vlm.generating import PROMPT, refuse
-from tokred.adapters.vlm.inner import LayerCount
 from tokred.adapters.vlm.sites import Modality
+from tokred.adapters.vlm.step import LayerCount
 from tokred.adapters.vlm.track import track_of
 from tokred.method import Method
 
