@@ -29,8 +29,8 @@ class Method(ABC):
             cannot be split reduce at their end); ``"end"``, after the block; ``"queries"``, inside the attention, whose
             queries are reduced while keys and values stay complete.
         uneven: whether samples of one batch may keep different numbers, told apart by the mask of the reduction.
-        by_mask: whether :meth:`reduce` decides on batches that are padded from the start, by the mask of the site; where
-            not, hosts of such batches ask it about each sample alone.
+        by_mask: whether :meth:`reduce` decides on batches that are padded from the start, by the mask of the site;
+            where not, hosts of such batches ask it about each sample alone.
         clips: whether a method that reads the grid goes on with it frame after frame where the tokens are a video's.
         version: raised when a parameter changes meaning, so that stored settings can be read.
     """

@@ -31,6 +31,7 @@ SMALL = {
 REFUSED = {
     "cake": "while those still hold a chunk's",
     "duoattention": "retrieval heads keep everything",
+    "fastkv": "between layers too",
     "kvzip": "reads again",
     "rpc": "generated rows alone",
     "limited": "has one already",

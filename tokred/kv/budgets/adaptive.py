@@ -19,7 +19,8 @@ from tokred.schedules import check_share
 class Adaptive(Budget):
     """A layer's rows go to the highest scores of all its heads, but each head keeps a safe part for itself.
 
-    Heads of a layer hold different numbers of rows; the layout of the cache says whether smaller heads leave empty rows.
+    Heads of a layer hold different numbers of rows; the layout of the cache says whether smaller heads leave empty
+    rows.
 
     Args:
         amount: a share in (0, 1], tokens, or bytes.
