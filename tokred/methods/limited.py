@@ -74,7 +74,7 @@ def refusal(policy: CachePolicy) -> str:
     """Why a policy cannot hold a limit while a prompt comes in chunks; empty where it can."""
     if isinstance(policy, Limited):
         return "it has one already"
-    if getattr(policy, "members", ()):
+    if len(policy.members) > 1:
         return "it acts between layers too, on the whole prompt"
     parts = policy.parts
     if getattr(parts.score, "repeats", None) is not None:
