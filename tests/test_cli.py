@@ -94,7 +94,7 @@ def test_flops_takes_literals():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("flops", "--method", "tom"), "did you mean 'tome'"),
+        (("flops", "--method", "tom"), "did you mean 'toma' or 'tome'"),
         (("flops", "--model", "deit_smal"), "did you mean 'deit_small"),
         (("flops", "--method", "tome", "--set", "r"), "key=value"),
         (("flops", "--method", "tome", "--set", "s=1"), "has no parameter 's'"),
@@ -109,7 +109,7 @@ def test_flops_takes_literals():
         (("bench", "--random-weights", "--images", "no/such/folder"), "no/such/folder"),
         (("bench", "--random-weights", "--methods", "none", "--setting", "tome 13"), "key=value"),
         (("bench", "--model", "swin_tiny_patch4_window7_224", "--random-weights"), "windows"),
-        (("viz", "--random-weights", "--method", "tom"), "did you mean 'tome'"),
+        (("viz", "--random-weights", "--method", "tom"), "did you mean 'toma' or 'tome'"),
         (("viz", "--random-weights", "--method", "tome s=1"), "has no parameter 's'"),
         (("viz", "--random-weights", "--image", "no/such.png"), "no/such.png is neither an image nor a folder"),
         (("viz", "--random-weights", "--layers", "0,12"), "the model has 12"),

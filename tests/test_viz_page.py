@@ -341,7 +341,7 @@ def test_images_that_do_not_fit_are_refused(shape, options, words):
 
 def test_methods_that_do_not_fit_are_refused(tmp_path):
     model, x = build("vit-mean"), images(1)
-    with pytest.raises(tokred.UnknownMethodError, match="did you mean 'tome'"):
+    with pytest.raises(tokred.UnknownMethodError, match="did you mean 'toma' or 'tome'"):
         viz.page(model, x, "tom r=2", tmp_path / "a.html")
     with pytest.raises(tokred.MissingInputError, match="class_attention"):
         viz.page(model, x, "evit", tmp_path / "a.html")

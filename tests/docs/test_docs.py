@@ -99,6 +99,10 @@ def test_every_fence_is_read(path: Path) -> None:
     assert infos <= {"python", "bash", "text", "toml", "yaml", "csv", "json"}, "an info string that no test knows"
 
 
+# They stand on the page of random_visual.
+BASELINES = {"uniform_visual", "downsample_visual"}
+
+
 def test_every_method_has_a_page() -> None:
     import tokred
 
@@ -106,11 +110,14 @@ def test_every_method_has_a_page() -> None:
     # Policies for caches are presets of the same few choices, and share a page.
     policies = {n for n in built_in if tokred.make(n).stage == "cache"}
     pages = {p.stem for p in (ROOT / "docs" / "methods").glob("*.md")} - {"index", "comparison", "hosts"}
-    assert pages == built_in - policies | {"kv"}
+    with_page = built_in - policies - BASELINES
+    assert pages - (policies - {"kv"}) == with_page | {"kv"}
     overview = (ROOT / "docs" / "methods" / "index.md").read_text("utf-8")
-    assert all(f"({name}.md)" in overview for name in built_in - policies)
+    assert all(f"({name}.md)" in overview for name in with_page)
+    baselines = (ROOT / "docs" / "methods" / "random_visual.md").read_text("utf-8")
+    assert all(f"`{name}`" in baselines for name in BASELINES)
     shared = (ROOT / "docs" / "methods" / "kv.md").read_text("utf-8")
-    assert all(f"\n### {name}\n" in shared for name in policies)
+    assert all(f"\n### {name}\n" in shared for name in policies - pages)
     assert "(kv.md)" in overview
 
 

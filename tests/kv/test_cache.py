@@ -275,7 +275,7 @@ def test_models_that_are_refused():
     with pytest.raises(tokred.UnsupportedModelError, match="its cache holds latents"):
         tokred.apply(latent, "snapkv")
     bert = t.BertModel(t.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
-    with pytest.raises(tokred.UnsupportedModelError, match="no family that tokred knows"):
+    with pytest.raises(tokred.MissingInputError, match="offers only stage 'block'"):
         tokred.apply(bert, "snapkv")
     for refused in (windowed, whisper, bert):
         assert not any(m._forward_pre_hooks for m in refused.modules())
