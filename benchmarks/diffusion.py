@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RATIOS = (0.25, 0.5, 0.6, 0.75)
 FINEST = 4  # how much coarser the finest attention of the terrain UNet is than its image
 DIFFICULTY = 50.0
+SHOWN = ("ratio=0.5", "factor=2")  # on the contact sheet
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,8 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     outputs.write_rows(given.out / "diffusion.csv", rows)
     plot(rows, given.out / "diffusion.png")
-    contact_sheet(chosen, images, given.out / "diffusion_samples.png")
+    shown = [i for i, arm in enumerate(chosen) if arm.setting in ("", *SHOWN)]
+    contact_sheet([chosen[i] for i in shown], [images[i] for i in shown], given.out / "diffusion_samples.png")
     for row in rows:
         quality = "" if row["psnr"] is None else f"{row['psnr']:6.2f} dB {row['mae']:.4f} {row['spectrum_db']:6.3f} dB"
         speed = f"{row['images_per_second']:7.2f} images/s {row['speedup']:.3f}x"
