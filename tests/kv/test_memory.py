@@ -39,8 +39,11 @@ def test_the_measure_sees_a_matrix():
     for n in (SHORT, 2 * SHORT):
         ids = torch.zeros(1, n, dtype=torch.long)
         policy = tokred.KVPolicy(score=Matrix(), budget=0.5)
-        profile = torch.autograd.profiler.profile(profile_memory=True)
-        with tokred.applied(model, policy), torch.inference_mode(), kv_memory.marked(), profile:
-            model(ids)
-        found.append(kv_memory.peak(profile.kineto_results.events()))
+        peaks = []
+        for _ in range(3):  # the profiler loses events now and then
+            profile = torch.autograd.profiler.profile(profile_memory=True)
+            with tokred.applied(model, policy), torch.inference_mode(), kv_memory.marked(), profile:
+                model(ids)
+            peaks.append(kv_memory.peak(profile.kineto_results.events()))
+        found.append(max(peaks))
     assert found[1] > 3 * found[0] > 3 * kv_memory.HEADS * SHORT**2 * 4
