@@ -13,6 +13,7 @@ from torch import nn
 
 from tokred.adapters.block import KeyTap, Recipe, Settings
 from tokred.adapters.state import LayerRecord, Shared
+from tokred.adapters.supplier import Supplier
 from tokred.adapters.swap import host_class, is_swapped, remove_hooks, restore, swap
 from tokred.errors import MissingInputError
 from tokred.method import Method
@@ -33,7 +34,7 @@ class BlockCost(NamedTuple):
 
 
 @dataclass
-class Host:
+class Host(Supplier):
     """A model that can be patched.
 
     Attributes:
@@ -98,24 +99,19 @@ class Host:
         """Whether the MLP of a block sees the reduced tokens already."""
         return self.recipe.split and (method is None or method.where != "end")
 
+    @property
+    def offered(self) -> frozenset[str]:
+        """What sites and the way of running blocks hand over."""
+        return self.supplies | self.recipe.supplies
+
     def missing(self, method: Method | type[Method]) -> frozenset[str]:
         """What the method reads and this host cannot supply."""
-        reads = method.reads if isinstance(method, Method) else method().reads
-        missing = reads - self.supplies - self.recipe.supplies
+        missing = super().missing(method)
         # Rows and columns alone do not place the tokens of a video.
+        reads = method.reads if isinstance(method, Method) else method().reads
         if self.frames is not None and "frames" not in reads and not method.clips:
             missing |= reads & {"grid"}
         return missing
-
-    def choose(self, windows: str) -> Host:
-        """This host with the blocks that ``windows`` names.
-
-        Raises:
-            ValueError: the model has no windows to choose from.
-        """
-        if windows != "auto":
-            raise ValueError(f"windows is {windows!r}, but the attention of {self.family} does not run in windows")
-        return self
 
     def check(self, method: Method, expose: str = "auto") -> None:
         """Everything that can be known before the model is touched.
@@ -129,12 +125,7 @@ class Host:
             raise MissingInputError(
                 f"{method.name!r} acts at stage {method.stage!r}, but {self.family} offers only stage 'block'"
             )
-        missing = self.missing(method)
-        if missing:
-            raise MissingInputError(
-                f"{method.name!r} reads {', '.join(sorted(missing))}, which {self.family} does not supply "
-                f"(it supplies {', '.join(sorted(self.supplies | self.recipe.supplies))})"
-            )
+        self.check_reads(method)
         method.check(self.depth)
 
     def cost(self, block: nn.Module) -> BlockCost:

@@ -39,7 +39,7 @@ class WindowHost(Host):
         """Full length comes out of every block."""
         return "inside"
 
-    def choose(self, windows: str) -> Host:
+    def choose(self, windows: str) -> WindowHost:
         """The blocks of global attention, those of attention in windows, or all."""
         whole = [(n, b) for n, b in self.every if not b.window_size]
         kinds = {"global": whole, "windowed": [(n, b) for n, b in self.every if b.window_size], "all": self.every}

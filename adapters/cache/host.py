@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
+from tokred.adapters.supplier import Supplier
 from tokred.adapters.swap import host_class, swap
 from tokred.errors import MissingInputError, UnsupportedModelError
 from tokred.method import Method
@@ -20,7 +21,7 @@ _KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 @dataclass
-class CacheHost:
+class CacheHost(Supplier):
     """A language model whose cache a policy can act on.
 
     Attributes:
@@ -45,6 +46,8 @@ class CacheHost:
     note: str = ""
     stage: str = "cache"
 
+    windowless: ClassVar[str] = "{family} has no windows to choose from"
+
     @property
     def blocks(self) -> list[tuple[str, nn.Module]]:
         """Name and attention module of each compressed layer."""
@@ -62,21 +65,6 @@ class CacheHost:
         more = f" ({sliding} sliding-window layers stay as they are)" if sliding else ""
         return f"{self.family}, cache of {self.depth} layers{more}"
 
-    def choose(self, windows: str) -> CacheHost:
-        """Itself.
-
-        Raises:
-            ValueError: ``windows`` is given, which is for models of images.
-        """
-        if windows != "auto":
-            raise ValueError(f"windows is {windows!r}, but {self.family} has no windows to choose from")
-        return self
-
-    def missing(self, method: Method | type[Method]) -> frozenset[str]:
-        """What the method reads and this host cannot supply."""
-        reads = method.reads if isinstance(method, Method) else method().reads
-        return reads - self.supplies
-
     def check(self, method: Method, expose: str = "auto") -> None:
         """Everything that can be known before the model is touched.
 
@@ -90,12 +78,7 @@ class CacheHost:
             )
         if expose not in ("auto", "none"):
             raise ValueError(f"expose is for methods of blocks; a cache policy takes 'auto' alone, got {expose!r}")
-        missing = self.missing(method)
-        if missing:
-            raise MissingInputError(
-                f"{method.name!r} reads {', '.join(sorted(missing))}, which {self.family} does not supply "
-                f"(it supplies {', '.join(sorted(self.supplies))})"
-            )
+        self.check_reads(method)
         method.check(self.depth)
 
     def patch(self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str) -> None:
@@ -148,15 +131,15 @@ def match(model: nn.Module, *, decodes: bool = False) -> CacheHost | None:
         return None
     name = cls.__name__
     if getattr(config, "is_encoder_decoder", False):
-        raise _refusal(name, "it is an encoder with a decoder, whose two caches are not supported yet")
+        raise refusal(name, "it is an encoder with a decoder, whose two caches are not supported yet")
     text = config.get_text_config(decoder=True)
     found = _attentions(model, text)
     if not getattr(model, "_supports_attention_backend", False) or not found:
-        raise _refusal(
+        raise refusal(
             name, "its attention cannot be exchanged (it has no attention back-end), so a policy would never be asked"
         )
     if getattr(text, "kv_lora_rank", None):
-        raise _refusal(name, "its cache holds latents that keys are made of anew, which scores of keys do not fit")
+        raise refusal(name, "its cache holds latents that keys are made of anew, which scores of keys do not fit")
     decoder = _decoder(model, found)
     _check_attentions(name, model, text, found)
     compressed = _full_layers(name, text)
@@ -172,7 +155,7 @@ def match(model: nn.Module, *, decodes: bool = False) -> CacheHost | None:
     )
 
 
-def _refusal(name: str, why: str) -> UnsupportedModelError:
+def refusal(name: str, why: str) -> UnsupportedModelError:
     return UnsupportedModelError(f"transformers' {name} cannot run with a cache that loses rows: {why}")
 
 
@@ -214,13 +197,13 @@ def _decoder(model: Any, found: list[tuple[str, nn.Module]]) -> nn.Module:
 
 def _check_attentions(name: str, model: Any, text: Any, found: list[tuple[str, nn.Module]]) -> None:
     if len(found) != text.num_hidden_layers:
-        raise _refusal(name, f"{len(found)} of its {text.num_hidden_layers} layers have an attention that is known")
+        raise refusal(name, f"{len(found)} of its {text.num_hidden_layers} layers have an attention that is known")
     for where, module in found:
         parameters = inspect.signature(host_class(module).forward).parameters
         if not CACHE_NAMES & parameters.keys() or not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            raise _refusal(name, f"{where} does not hand its arguments on to the attention function")
+            raise refusal(name, f"{where} does not hand its arguments on to the attention function")
         if getattr(module, "sinks", None) is not None:
-            raise _refusal(name, f"{where} has sinks of its own in the softmax, which scores would have to honour")
+            raise refusal(name, f"{where} has sinks of its own in the softmax, which scores would have to honour")
 
 
 def _full_layers(name: str, text: Any) -> tuple[int, ...]:
@@ -230,10 +213,10 @@ def _full_layers(name: str, text: Any) -> tuple[int, ...]:
     kinds, _ = get_layer_types_and_kwargs(text)
     odd = sorted(set(kinds) - _KINDS)
     if odd:
-        raise _refusal(name, f"it has layers of the kind {', '.join(odd)}, whose caches are no rows of tokens")
+        raise refusal(name, f"it has layers of the kind {', '.join(odd)}, whose caches are no rows of tokens")
     full = tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
     if not full:
-        raise _refusal(name, "all of its layers have a sliding window, so its cache is bounded already")
+        raise refusal(name, "all of its layers have a sliding window, so its cache is bounded already")
     return full
 
 

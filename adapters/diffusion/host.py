@@ -13,6 +13,7 @@ from tokred.adapters.diffusion.clips import EnterClip
 from tokred.adapters.diffusion.rotary import EnterPacked
 from tokred.adapters.diffusion.session import EnterBlock, EnterDenoiser, LeaveBlock, LeaveDenoiser, Session
 from tokred.adapters.diffusion.sublayers import Kind, Spot
+from tokred.adapters.supplier import Supplier
 from tokred.adapters.swap import host_class, swap
 from tokred.denoise import AttentionMethod
 from tokred.errors import MissingInputError, UnsupportedModelError
@@ -96,7 +97,7 @@ class Block:
 
 
 @dataclass
-class DenoiserHost:
+class DenoiserHost(Supplier):
     """A denoiser that can be patched.
 
     Attributes:
@@ -134,21 +135,6 @@ class DenoiserHost:
         """For the table of support."""
         return f"{self.family}, around the sub-layers of {self.depth} blocks"
 
-    def choose(self, windows: str) -> DenoiserHost:
-        """Itself.
-
-        Raises:
-            ValueError: windows are asked for.
-        """
-        if windows != "auto":
-            raise ValueError(f"windows is {windows!r}, but the attention of {self.family} does not run in windows")
-        return self
-
-    def missing(self, method: Method | type[Method]) -> frozenset[str]:
-        """What the method reads and this host cannot supply."""
-        reads = method.reads if isinstance(method, Method) else method().reads
-        return reads - self.supplies
-
     def check(self, method: Method, expose: str = "auto") -> None:
         """Everything that can be known before the model is touched.
 
@@ -163,12 +149,7 @@ class DenoiserHost:
             )
         if expose != "auto":
             raise ValueError(f"expose is for methods of blocks; a denoiser keeps its tokens, got {expose!r}")
-        missing = self.missing(method)
-        if missing:
-            raise MissingInputError(
-                f"{method.name!r} reads {', '.join(sorted(missing))}, which {self.family} does not supply "
-                f"(it supplies {', '.join(sorted(self.supplies))})"
-            )
+        self.check_reads(method)
         for part in self.parts:
             for name, module, _ in part.sublayers:
                 if "forward" in module.__dict__:

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
-from tokred.adapters.cache.host import _refusal as cache_refusal
 from tokred.adapters.cache.host import match as match_language
+from tokred.adapters.cache.host import refusal as cache_refusal
+from tokred.adapters.supplier import Supplier
 from tokred.adapters.swap import host_class, swap
 from tokred.adapters.vlm.facts import FACTS, Facts, class_tokens, describe, feature_layer, tower_attention, tower_layers
 from tokred.adapters.vlm.fused import last_attention
@@ -24,7 +25,7 @@ _CAPTURED = frozenset({"q", "k", "class_attention", "attention", "tower_layers"}
 
 
 @dataclass
-class VisualHost:
+class VisualHost(Supplier):
     """A model where tokens leave before the language model or inside it.
 
     Attributes:
@@ -46,6 +47,8 @@ class VisualHost:
     facts: Facts
     supplies: frozenset[str]
     stage: str
+
+    windowless: ClassVar[str] = "{family} has no windows to choose from"
 
     @property
     def blocks(self) -> list[tuple[str, nn.Module]]:
@@ -76,21 +79,6 @@ class VisualHost:
             return f"{self.family}, before its language model"
         return f"{self.family}, between its {len(self.layers)} decoder layers"
 
-    def choose(self, windows: str) -> VisualHost:
-        """Itself.
-
-        Raises:
-            ValueError: ``windows`` is given, which is for models of images.
-        """
-        if windows != "auto":
-            raise ValueError(f"windows is {windows!r}, but {self.family} has no windows to choose from")
-        return self
-
-    def missing(self, method: Method | type[Method]) -> frozenset[str]:
-        """What the method reads and this host cannot supply."""
-        reads = method.reads if isinstance(method, Method) else method().reads
-        return reads - self.supplies
-
     def check(self, method: Method, expose: str = "auto") -> None:
         """Everything that can be known before the model is touched.
 
@@ -106,12 +94,7 @@ class VisualHost:
             raise ValueError(
                 f"expose is for methods of blocks; one of stage {self.stage!r} takes 'auto' alone, got {expose!r}"
             )
-        missing = self.missing(method)
-        if missing:
-            raise MissingInputError(
-                f"{method.name!r} reads {', '.join(sorted(missing))}, which {self.family} does not supply "
-                f"(it supplies {', '.join(sorted(self.supplies))}){self._hint(method)}"
-            )
+        self.check_reads(method)
         if getattr(method, "positions", "keep") == "repack" and "repack" not in self.supplies_positions:
             raise ValueError(
                 f"{self.family} has positions in several axes, which cannot be counted anew: take positions='keep'"
@@ -141,7 +124,7 @@ class VisualHost:
         plain = "mrope_section" not in text and self.stage == "projector"
         return frozenset({"keep", "repack"} if plain else {"keep"})
 
-    def _hint(self, method: Method) -> str:
+    def hint(self, method: Method) -> str:
         """What works instead: the method with other settings, else other methods of the stage."""
         for settings, other in getattr(method, "variants", tuple)():
             if not self.missing(other):
