@@ -1,8 +1,8 @@
 """KV-cache policies on SmolLM2-135M: perplexity, pass-key retrieval, bytes really held, prefill and decoding speed.
 
     python -m benchmarks.zoo.fetch smollm2 handbook
-    python benchmarks/kv_cache.py --out benchmarks/results/kv_cache.csv --plot docs/figures     # hours on a CPU
-    python benchmarks/kv_cache.py --quick --out /tmp/kv.csv --plot /tmp/kv                      # minutes
+    python benchmarks/kv_cache.py --out benchmarks/results/kv_cache.csv --plot docs/img     # hours on a CPU
+    python benchmarks/kv_cache.py --quick --out /tmp/kv.csv --plot /tmp/kv                  # minutes
 
 What is measured, for every policy and budget:
 
