@@ -103,18 +103,27 @@ class Answers(NamedTuple):
 def answer(model: Any, tokenizer: Any, images: Tensor, arm: Arm, batch: int) -> Answers:
     """Greedy answers, and what the prompt's layers worked on."""
     said: list[str] = []
-    left, mean = 0.0, 0.0
-    with arm.enter(model)():
-        for part in images.split(batch):
-            said += vlm.answers(model, tokenizer, part)
-            if arm.method is None:
-                found = [(FULL, vlm.inputs(tokenizer, part)["input_ids"].shape[1])]
-            else:
-                model(**vlm.inputs(tokenizer, part), logits_to_keep=1)
-                layers = tokred.report(model).layers
-                found = [(sum(row.visual) / len(part), sum(row.tokens) / len(part)) for row in layers]
-            left += len(part) * found[-1][0]
-            mean += len(part) * sum(t for _, t in found) / len(found)
+    prompts: list[tuple[float, float]] = []
+
+    def note(_: Any, __: Any, given: dict[str, Any], ___: Any) -> None:
+        # The first forward of each answer is the prompt's.
+        if given["input_ids"].shape[1] == 1:
+            return
+        rows = len(given["input_ids"])
+        if arm.method is None:
+            prompts.append((rows * FULL, rows * given["input_ids"].shape[1]))
+        else:
+            layers = tokred.report(model).layers
+            prompts.append((sum(layers[-1].visual), sum(sum(row.tokens) for row in layers) / len(layers)))
+
+    hook = model.register_forward_hook(note, with_kwargs=True)
+    try:
+        with arm.enter(model)():
+            for part in images.split(batch):
+                said += vlm.answers(model, tokenizer, part)
+    finally:
+        hook.remove()
+    left, mean = (sum(column) for column in zip(*prompts, strict=True))
     return Answers(said, left / len(images), mean / len(images))
 
 
@@ -152,6 +161,8 @@ def main() -> None:
     parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)))
     parser.add_argument("--quick", action="store_true", help="8 images, one budget")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the model")
+    parser.add_argument("--speeds", action="store_true", help="only times and memory: answers come from the file")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -166,7 +177,7 @@ def main() -> None:
         right = [a == vlm.CLASSES[y] for a, y in zip(answers[-1].said, held.labels, strict=True)]
         print(f"{arm.name:18} {arm.budget:4} {answers[-1].left:6.1f} left {100 * sum(right) / count:5.1f} %",
               file=sys.stderr, flush=True)  # fmt: skip
-    given = vlm.inputs(tokenizer, held.images[: min(4, count)])
+    given = vlm.inputs(tokenizer, held.images[: min(4, count)], dtype=model.dtype)
 
     def forward(_: int) -> Tensor:
         return model(**given, logits_to_keep=1).logits

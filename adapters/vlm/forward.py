@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tokred.adapters.vlm.call import Call
 from tokred.adapters.vlm.inner import Inner
-from tokred.adapters.vlm.masks import MaskMaker
-from tokred.adapters.vlm.pack import Packed, gather_any_mask, gather_columns, left_pack
+from tokred.adapters.vlm.masks import MaskMaker, slid
+from tokred.adapters.vlm.pack import PAIRS, Packed, gather_any_mask, gather_columns, left_pack
 from tokred.adapters.vlm.sites import Context, Left, grouped, leave, places, shown, site_of, without_newlines
 from tokred.adapters.vlm.step import LayerCount
 from tokred.adapters.vlm.track import Group, Track, extended, physical_length, set_track, track_of
@@ -60,10 +60,12 @@ class Forward:
         settings, new = self.settings, dict(given)
         if self.call.modalities:
             self.visual = torch.stack([m.visual for m in self.call.modalities]).any(0)
-            if settings.outer is not None and self._may_prune():
+            if settings.outer is not None:
                 self._prune(settings.outer, new)
         if self.packed is None:
             self._pass(new)
+        if self.slides and not self.settings.repack and (self.packed is not None or self._outer() is not None):
+            new["attention_mask"] = slid(self, new)
         if settings.inner is not None or self._has_inner():
             self.inner = Inner(self)
         return new
@@ -71,9 +73,37 @@ class Forward:
     def _has_inner(self) -> bool:
         return any(g.first > 0 for g in self.track.groups) if self.track is not None else False
 
-    def _may_prune(self) -> bool:
-        # Masks for pairs that stand for an earlier turn too cannot be cut down here; the tokens stay.
-        return not (self.settings.facts.outer_masks and self.past > 0)
+    @property
+    def slides(self) -> bool:
+        """Whether a window of sliding layers is shorter than the conversation, so that it matters what it counts."""
+        window = self.settings.window
+        return window is not None and self.past + self.length > window
+
+    def _outer(self) -> Group | None:
+        return None if self.track is None else self.track.outer
+
+    def places(self) -> Tensor:
+        """``(B, past_columns + columns)`` int64: which token of the conversation each row of layer 0 is; where
+        positions are counted anew, that of what is left of it."""
+        outer, width = self._outer(), self.embeds.shape[1]
+        if self.settings.repack:
+            return torch.arange(self.past_columns + width, device=self.device).expand(self.batch, -1)
+        begin = 0 if outer is None else outer.width
+        parts = [torch.arange(begin, self.past, device=self.device).expand(self.batch, -1)]
+        if outer is not None:
+            parts.insert(0, outer.columns)
+        now = torch.arange(self.length, device=self.device).expand(self.batch, -1)
+        parts.append(self.past + (now if self.packed is None else self.packed.columns))
+        return torch.cat(parts, 1)
+
+    def _held(self) -> Tensor:
+        """``(B, past_columns)`` bool: real rows among those that layer 0 holds."""
+        given = self.call.physical
+        if given is None and self._outer() is None:
+            given = self.call.mask
+        if given is None:
+            return torch.ones(self.batch, self.past_columns, dtype=torch.bool, device=self.device)
+        return given[:, : self.past_columns].bool()
 
     def real(self) -> Tensor | None:
         """``(B, L)`` bool: the tokens of this forward that are no padding; None where all are."""
@@ -156,8 +186,10 @@ class Forward:
             new["position_ids"] = gather_columns(positions, packed.columns, -1)
         mask = new.get("attention_mask")
         if isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.ndim == 4):
-            new["attention_mask"] = self._made(gather_any_mask(mask, packed), packed)
-            self.mask = packed.valid if packed.ragged else None
+            before = self._held()
+            new["attention_mask"] = self._made(gather_any_mask(mask, packed, before, self.length), packed)
+            told = self.past > 0 and (self.call.physical is not None or self.call.mask is not None)
+            self.mask = torch.cat([before, packed.valid], 1) if packed.ragged or told else None
         else:
             self._pad(new, packed.valid, packed.ragged)
         flat = new.get("visual_pos_masks")
@@ -172,8 +204,9 @@ class Forward:
             return mask
         everything = torch.arange(self.embeds.shape[1], device=self.device).expand(self.batch, -1)
         maker = MaskMaker(self.settings.config, None, everything, packed.valid, -1)
+        window = self.settings.window
         return {
-            kind: maker(None, self.embeds, None, 0, "sliding" in kind) if one is None else one
+            kind: maker(None, self.embeds, None, 0, window if "sliding" in kind else None) if one is None else one
             for kind, one in mask.items()
         }
 
@@ -226,10 +259,7 @@ class Forward:
         elif mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
             self._pad(new, None, False)
         else:
-            raise ValueError(
-                "a mask for each pair of tokens does not fit a cache whose prompt was pruned: give attention_mask as "
-                "[B, L] with zeros on padding, or none"
-            )
+            raise ValueError(PAIRS)
         behind = self._behind()
         if behind is not None:
             positions = new.get("position_ids")

@@ -71,6 +71,18 @@ class VisualSettings:
         """The projector, where it acts on tokens one by one."""
         return self.projector if self.facts.tokenwise else None
 
+    @property
+    def window(self) -> int | None:
+        """How many tokens sliding layers look back, the own one included; None where all layers see all."""
+        return next((w for w in map(self.window_of, range(self.depth)) if w is not None), None)
+
+    def window_of(self, layer: int) -> int | None:
+        """The same of one layer."""
+        kinds = getattr(self.config, "layer_types", None)
+        if kinds is not None and kinds[layer] != "sliding_attention":
+            return None
+        return getattr(self.config, "sliding_window", None)
+
     def active(self, layer: int) -> bool:
         """Whether the user lets the method act before this layer."""
         return self.chosen is None or layer in self.chosen

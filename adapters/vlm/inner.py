@@ -49,8 +49,6 @@ class Inner:
             if self.settings.by_visual:
                 return None
             visual = torch.zeros(forward.embeds.shape[:2], dtype=torch.bool, device=forward.device)
-        elif self.settings.facts.outer_masks and forward.past > 0:
-            return None
         valid = torch.ones_like(visual) if forward.packed is None else forward.packed.valid
         real = (self.width,) * forward.batch if forward.packed is None else forward.packed.counts
         if forward.packed is None:
@@ -78,8 +76,8 @@ class Inner:
             if step is not None and step is not self.start:
                 given["position_embeddings"] = step.move(given.get("position_embeddings"), 1)
                 given["position_ids"] = step.move(given.get("position_ids"), -1)
-            sliding = bool(getattr(getattr(module, "self_attn", None), "sliding_window", None))
-            given["attention_mask"] = self._maker(layer)(stock, x, self.forward.cache, layer, sliding)
+            window = self.settings.window_of(layer)
+            given["attention_mask"] = self._maker(layer)(stock, x, self.forward.cache, layer, window)
         if self.start is not None:
             assert step is not None  # at least the start
             self.forward.counts[layer] = LayerCount(x.shape[1], step.real, step.counts)
@@ -159,7 +157,15 @@ class Inner:
             now = torch.arange(self.width, device=device).expand(b, -1) if rows is None else rows
             columns = torch.cat([before, now + past], 1)
             valid = self._valid(layer, step)
-            self._makers[name] = MaskMaker(self.settings.config, rows, columns, valid, past + self.width)
+            self._makers[name] = MaskMaker(
+                self.settings.config,
+                rows,
+                columns,
+                valid,
+                past + self.width,
+                forward.places if forward.slides else None,
+                self.settings.facts.outer_masks,
+            )
         return self._makers[name]
 
     # ------------------------------------------------------------------ reducing

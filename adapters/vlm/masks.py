@@ -1,13 +1,15 @@
-"""Masks of decoder layers that hold other columns than the first layer."""
+"""Masks of decoder layers that hold other columns than the first layer, and those of sliding layers, whose window
+counts the tokens of the whole conversation, dropped ones too."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokred.adapters.vlm.pack import gather_mask
+from tokred.adapters.vlm.pack import gather_mask, hide
 from tokred.adapters.vlm.track import own_sizes
 
 
@@ -20,42 +22,77 @@ class MaskMaker:
         columns: ``(B, k)`` which of layer 0's rows these layers hold; their newest ones are ``rows``.
         valid: ``(B, k)`` bool, False on filler and padding; None: all real.
         total: rows of layer 0 that ``columns`` are among.
+        places: gives ``(B, total)``, which token of the conversation each of them is; None where no window is shorter
+            than the conversation.
+        blocks: whether stock masks let some tokens see later ones (those of an image).
     """
 
-    def __init__(self, config: Any, rows: Tensor | None, columns: Tensor, valid: Tensor | None, total: int) -> None:
+    def __init__(
+        self,
+        config: Any,
+        rows: Tensor | None,
+        columns: Tensor,
+        valid: Tensor | None,
+        total: int,
+        places: Callable[[], Tensor] | None = None,
+        blocks: bool = False,
+    ) -> None:
         self.config = config
         self.rows = rows
         self.columns = columns
         self.valid = valid
         self.total = total
+        self.places = places
+        self.blocks = blocks
         self._made: dict[Any, Any] = {}
 
-    def __call__(self, mask: Any, x: Tensor, cache: Any, layer: int, sliding: bool) -> Any:
+    def __call__(self, mask: Any, x: Tensor, cache: Any, layer: int, window: int | None) -> Any:
         """The mask for ``layer``, whose stock mask is ``mask`` and whose input ``x`` has ``q`` tokens."""
-        key = (id(mask), sliding)
+        key = (id(mask), window)
         if key not in self._made:
             # The mask is held so that its id stays its own.
-            self._made[key] = (mask, self._make(mask, x, cache, layer, sliding))
+            self._made[key] = (mask, self._make(mask, x, cache, layer, window))
         return self._made[key][1]
 
-    def _make(self, mask: Any, x: Tensor, cache: Any, layer: int, sliding: bool) -> Any:
+    def _make(self, mask: Any, x: Tensor, cache: Any, layer: int, window: int | None) -> Any:
+        if window is not None and self.places is not None:
+            return self._slid(mask, x, cache, layer, window)
         if mask is None and self.valid is None:
             return None
         if isinstance(mask, Tensor) and mask.ndim == 2:
             return self.valid  # flash attention reads padding alone
         if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[-1] == self.total:
             return self._gathered(mask, x)
-        return self._built(x, cache, layer, sliding)
+        return self._built(x, cache, layer, window is not None)
+
+    def _slid(self, mask: Any, x: Tensor, cache: Any, layer: int, window: int) -> Tensor:
+        assert self.places is not None  # see _make
+        check_kernel(self.config, mask)
+        q = x.shape[1]
+        held = min(_held(cache, layer, q), self.columns.shape[1] - q)
+        columns = self.columns[:, self.columns.shape[1] - held - q :]
+        valid = None if self.valid is None else self.valid[:, self.valid.shape[1] - held - q :]
+        stock = None
+        if mask is not None:
+            before = _all_seen(mask, (len(columns), 1, q, held))
+            if self.blocks:
+                rows = self._rows(x)
+                own = mask[..., mask.shape[-1] - mask.shape[-2] :]  # columns of this forward
+                now = gather_mask(own, rows, rows, torch.ones_like(rows, dtype=torch.bool))
+            else:
+                now = _all_seen(mask, (len(columns), 1, q, q))
+            stock = torch.cat([before, now], -1)
+        return windowed(stock, self.places().gather(1, columns), q, valid, window, self.blocks)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        b, q = x.shape[:2]
+        return torch.arange(q, device=x.device).expand(b, -1) if self.rows is None else self.rows
 
     def _gathered(self, mask: Tensor, x: Tensor) -> Tensor:
-        b, q = x.shape[:2]
-        rows = self.rows
-        if rows is None:
-            rows = torch.arange(q, device=x.device).expand(b, -1)
         valid = self.valid
         if valid is None:
             valid = torch.ones_like(self.columns, dtype=torch.bool)
-        return gather_mask(mask, rows, self.columns, valid)
+        return gather_mask(mask, self._rows(x), self.columns, valid)
 
     def _built(self, x: Tensor, cache: Any, layer: int, sliding: bool) -> Any:
         from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
@@ -69,3 +106,84 @@ class MaskMaker:
                 past_key_values=cache,
                 layer_idx=layer,
             )
+
+
+def slid(forward: Any, new: dict[str, Any]) -> Any:
+    """The mask of a forward of which layer 0 holds less than the conversation, with windows that count all of it.
+
+    Args:
+        forward: see :class:`tokred.adapters.vlm.forward.Forward`.
+        new: the language model's arguments, with the masks that it would be given.
+    """
+    from transformers.masking_utils import create_masks_for_generate
+
+    config, window, mask = forward.settings.config, forward.settings.window, new.get("attention_mask")
+    check_kernel(config, mask)
+    given = isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.ndim == 4)
+    if not given:
+        mask = create_masks_for_generate(
+            config=config, inputs_embeds=forward.embeds, attention_mask=mask, past_key_values=forward.cache
+        )
+    places, q = forward.places(), forward.embeds.shape[1]
+
+    def one(stock: Any) -> Tensor:
+        check_kernel(config, stock)
+        count = places.shape[1] if stock is None else stock.shape[-1]
+        valid = None if forward.mask is None else forward.mask[:, places.shape[1] - count :]
+        return windowed(stock, places[:, places.shape[1] - count :], q, valid, window, given)
+
+    if isinstance(mask, dict):
+        return {kind: one(stock) if "sliding" in kind else stock for kind, stock in mask.items()}
+    return one(mask)
+
+
+def windowed(
+    stock: Tensor | None, places: Tensor, q: int, valid: Tensor | None, window: int, exact: bool
+) -> Tensor:
+    """A mask whose window counts places in the conversation.
+
+    Args:
+        stock: ``(B, H or 1, q, k)`` bool or additive; None: all is causal.
+        places: ``(B, k)`` int64 of the columns, the newest ``q`` of which are the rows.
+        q: rows.
+        valid: ``(B, k)`` bool, False columns are hidden; None: all are real, or ``stock`` hides the others.
+        window: tokens that are seen, the own one included.
+        exact: whether ``stock`` is right among the newest ``q`` columns, of which it may let some see later ones.
+    """
+    held = places.shape[1] - q
+    rows = places[:, held:, None]
+    seen = (rows >= places.unsqueeze(1)) & (rows - places.unsqueeze(1) < window)
+    if stock is None:
+        stock = torch.ones(len(places), 1, *seen.shape[1:], dtype=torch.bool, device=places.device)
+    elif exact:
+        seen[:, :, held:] = True
+    if valid is not None:
+        seen = seen & valid.unsqueeze(1)
+    return hide(stock.expand(len(places), -1, -1, -1), seen.unsqueeze(1))
+
+
+def check_kernel(config: Any, mask: Any) -> None:
+    """Refuse kernels that count windows themselves, in the rows that are left.
+
+    Raises:
+        ValueError: with what would work.
+    """
+    name = str(getattr(config, "_attn_implementation", ""))
+    if "flash" in name or not (mask is None or isinstance(mask, Tensor | dict)):
+        raise ValueError(
+            f"attention {name!r} counts the window of sliding layers ({config.sliding_window} tokens, less than the "
+            "prompt) in the tokens that are left, which would let it reach too far back: load the model with "
+            "attn_implementation='sdpa' or 'eager'"
+        )
+
+
+def _all_seen(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A mask of the kind of ``like`` that hides nothing."""
+    made = like.new_ones if like.dtype == torch.bool else like.new_zeros
+    return made(shape)
+
+
+def _held(cache: Any, layer: int, q: int) -> int:
+    """Rows that the layer's attention sees of earlier forwards."""
+    layers = getattr(cache, "layers", [])
+    return int(layers[layer].get_mask_sizes(q)[0]) - q if layer < len(layers) else 0

@@ -170,10 +170,10 @@ def _subclass(host: Any) -> Any:
         return host.get_seq_length(self, layer_idx) + more
 
     def get_query_offset(self: Any, layer_idx: int = 0) -> Any:
-        return host.get_seq_length(self, 0 if _seen_as_first(self, layer_idx, 0) else layer_idx)
+        return host.get_seq_length(self, 0 if _seen_as_first(self, layer_idx) else layer_idx)
 
     def get_mask_sizes(self: Any, query_length: int, layer_idx: int) -> Any:
-        if _seen_as_first(self, layer_idx, query_length):
+        if _seen_as_first(self, layer_idx):
             return host.get_seq_length(self, 0) + query_length, 0
         return host.get_mask_sizes(self, query_length, layer_idx)
 
@@ -238,12 +238,12 @@ def own_sizes() -> Iterator[None]:
         _local.own = before
 
 
-def _seen_as_first(cache: Any, layer: int, count: int) -> bool:
+def _seen_as_first(cache: Any, layer: int) -> bool:
     track = track_of(cache)
     if track is None or getattr(_local, "own", False) or track.inner(layer) is None:
         return False
     window = getattr(cache.layers[layer], "sliding_window", None)
-    return window is None or physical_length(cache) + count <= window
+    return window is None or physical_length(cache) < window
 
 
 def _snapshots(host: Any) -> dict[str, Any]:

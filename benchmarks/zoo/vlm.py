@@ -103,19 +103,22 @@ def build(projector: Path | None = PROJECTOR) -> tuple[LlavaForConditionalGenera
     return model.eval(), tokenizer
 
 
-def inputs(tokenizer: PreTrainedTokenizerBase, images: Tensor, prompt: str = PROMPT) -> dict[str, Tensor]:
+def inputs(
+    tokenizer: PreTrainedTokenizerBase, images: Tensor, prompt: str = PROMPT, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
     """What the model takes: pixels, and token ids with 256 places for each picture before the text."""
     text = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids.expand(len(images), -1)
     place = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     start = torch.full((len(images), 1), tokenizer.bos_token_id)
     ids = torch.cat([start, torch.full((len(images), GRID * GRID), place), text], 1)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": data.normalise(images)}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": data.normalise(images).to(dtype)}
 
 
 @torch.inference_mode()
 def answers(model: Any, tokenizer: PreTrainedTokenizerBase, images: Tensor, tokens: int = 6) -> list[str]:
     """The greedy answer to each picture, up to its full stop."""
-    given = inputs(tokenizer, images)
-    out = model.generate(**given, max_new_tokens=tokens, do_sample=False)
+    given = inputs(tokenizer, images, dtype=model.dtype)
+    stop = [tokenizer.convert_tokens_to_ids("."), tokenizer.eos_token_id]
+    out = model.generate(**given, max_new_tokens=tokens, do_sample=False, eos_token_id=stop, pad_token_id=stop[-1])
     said = tokenizer.batch_decode(out[:, given["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.split(".")[0].strip() for text in said]

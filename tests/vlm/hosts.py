@@ -127,9 +127,9 @@ def paligemma() -> Any:
     return t.PaliGemmaForConditionalGeneration(config)
 
 
-def gemma3() -> Any:
+def gemma3(window: int = 128) -> Any:
     kinds = ["sliding_attention", "full_attention"] * 2
-    text = {**TEXT, "layer_types": kinds, "sliding_window": 128, "query_pre_attn_scalar": 8}
+    text = {**TEXT, "layer_types": kinds, "sliding_window": window, "query_pre_attn_scalar": 8}
     config = t.Gemma3Config(
         vision_config={**SIGLIP, "image_size": 32, "model_type": "siglip_vision_model"}, text_config=text,
         mm_tokens_per_image=16, image_token_index=98, boi_token_index=95, eoi_token_index=96,

@@ -78,6 +78,8 @@ class _Mask:
         seen = seen & keep
         itself = torch.arange(k)[-seen.shape[-1] :] == torch.arange(past, k).unsqueeze(1)
         seen = seen | (itself & ~seen.any(-1, keepdim=True))
+        if isinstance(given, Tensor) and given.is_floating_point():  # of the kind that eager attention adds
+            seen = torch.zeros_like(seen, dtype=given.dtype).masked_fill(~seen, torch.finfo(given.dtype).min)
         return args, {**kwargs, "attention_mask": seen}
 
 
