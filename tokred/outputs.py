@@ -62,6 +62,23 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], *, append: bool = 
     return path
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows that :func:`write_rows` wrote, numbers as numbers, empty fields left out; none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf8") as f:
+        return [{k: _number(v) for k, v in row.items() if v != ""} for row in csv.DictReader(f)]
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
 def _plain(value: Any) -> Any:
     """Numbers to six significant digits; None as an empty field."""
     if value is None:
