@@ -5,14 +5,13 @@
 One choice at a time: every score with the plain budget, then every budget with the best scores, then fates and sinks
 with the best pairs. A composition is judged by two numbers, at a quarter and at an eighth of the cache: perplexity over
 that of the full cache, and keys found, the question asked after compressing. ``loss`` is the log of the first plus
-the share of keys that the full cache finds and this one does not. The winner is the arm ``composed`` of
-``benchmarks/kv_cache.py``, which measures it on other text.
+the share of keys that the full cache finds and this one does not. Trials in the file are not repeated. The winner is
+the arm ``composed`` of ``benchmarks/kv_cache.py``, which measures it on other text.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import sys
 import time
@@ -29,9 +28,10 @@ import tokred  # noqa: E402
 from benchmarks import kv_prompt, kv_quality  # noqa: E402
 from benchmarks.kv_arms import held_bytes  # noqa: E402
 from benchmarks.zoo import data, smollm2  # noqa: E402
-from tokred import kv  # noqa: E402
+from tokred import kv, outputs  # noqa: E402
 
 BUDGETS = (0.25, 0.125)
+PARTS = ("score", "budget", "fate", "guard")
 SCORES: dict[str, Any] = {
     "window 32": kv.Window(32),
     "window 32, max": kv.Window(32, pool=7, pooling="max"),
@@ -49,6 +49,7 @@ SCORES: dict[str, Any] = {
     "dispersion": kv.Dispersion(32),
     "recency": kv.Recency(),
     "reconstruction": kv.Reconstruction(),
+    "critical reconstruction": kv.Critical(kv.Reconstruction()),
 }
 LAYERS: dict[str, Any] = {
     "uniform": kv.Uniform,
@@ -121,7 +122,7 @@ def composition(score: str, budget: str, fate: str = "evict", guard: str = "") -
 def main() -> None:
     """Search, and write every trial."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="CSV file; trials in it are kept")
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--keys", type=int, default=3, help="for each of four depths")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
@@ -134,8 +135,8 @@ def main() -> None:
     text = tokenizer(data.handbook()[500_000:700_000], return_tensors="pt").input_ids[0]
     judge = Judge(model, tokenizer, text, arguments.length, arguments.keys)
     print(f"full cache: perplexity {judge.full[0]:.2f}, keys {judge.full[1]:.2f}", file=sys.stderr, flush=True)
-    trials: dict[tuple[str, ...], float] = {}
-    rows: list[dict[str, Any]] = []
+    rows = outputs.read_rows(arguments.out)
+    trials = {tuple(str(row.get(part, "")) for part in PARTS): float(row["loss"]) for row in rows}
     started = time.perf_counter()
 
     def attempt(*names: str) -> None:
@@ -148,15 +149,11 @@ def main() -> None:
             trials[names], found = math.inf, []
             print(names, error, file=sys.stderr, flush=True)
         for budget, ratio, keys, held in found:
-            kind = dict(zip(("score", "budget", "fate", "guard"), names, strict=True))
-            row = {"share": budget, "perplexity_ratio": f"{ratio:.4f}", "keys": f"{keys:.3f}", "bytes": held}
-            rows.append(kind | row | {"loss": f"{trials[names]:.4f}"})
+            row = {"share": budget, "perplexity_ratio": ratio, "keys": keys, "bytes": held, "loss": trials[names]}
+            rows.append(dict(zip(PARTS, names, strict=True)) | row)
         print(f"{time.perf_counter() - started:5.0f} s {trials[names]:.4f}", *names, file=sys.stderr, flush=True)
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.out.open("w", newline="", encoding="utf8") as f:
-            writer = csv.DictWriter(f, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        outputs.write_rows(arguments.out, rows)
 
     def best(count: int) -> list[tuple[str, ...]]:
         return sorted(trials, key=lambda names: trials[names])[:count]
