@@ -112,12 +112,13 @@ class CacheHost(Supplier):
         self.config._attn_implementation_internal = register(implementation)
 
 
-def match(model: nn.Module, *, decodes: bool = False) -> CacheHost | None:
+def match(model: nn.Module, *, decodes: bool = False, bounded: bool = False) -> CacheHost | None:
     """The host record of a decoder-only language model of transformers; None when ``model`` is none.
 
     Args:
         model: to be looked at.
         decodes: whether it is known to be one, so that its attention need not say so.
+        bounded: whether one is welcome of which all layers have a sliding window, so that none loses rows to a policy.
 
     Raises:
         UnsupportedModelError: it is one, but its cache cannot lose rows rightly; the message says why.
@@ -142,7 +143,7 @@ def match(model: nn.Module, *, decodes: bool = False) -> CacheHost | None:
         raise refusal(name, "its cache holds latents that keys are made of anew, which scores of keys do not fit")
     decoder = _decoder(model, found)
     _check_attentions(name, model, text, found)
-    compressed = _full_layers(name, text)
+    compressed = _full_layers(name, text, bounded)
     return CacheHost(
         family=f"transformers {name}",
         model=model,
@@ -206,7 +207,7 @@ def _check_attentions(name: str, model: Any, text: Any, found: list[tuple[str, n
             raise refusal(name, f"{where} has sinks of its own in the softmax, which scores would have to honour")
 
 
-def _full_layers(name: str, text: Any) -> tuple[int, ...]:
+def _full_layers(name: str, text: Any, bounded: bool) -> tuple[int, ...]:
     """Layers that attend to everything."""
     from transformers.cache_utils import get_layer_types_and_kwargs
 
@@ -215,7 +216,7 @@ def _full_layers(name: str, text: Any) -> tuple[int, ...]:
     if odd:
         raise refusal(name, f"it has layers of the kind {', '.join(odd)}, whose caches are no rows of tokens")
     full = tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
-    if not full:
+    if not full and not bounded:
         raise refusal(name, "all of its layers have a sliding window, so its cache is bounded already")
     return full
 
@@ -257,7 +258,7 @@ def _supplies(
     supplied = {"q", "k", "v"}
     if all(_projection(m) is not None for _, m in found):
         supplied.add("projection")
-    attention: Any = found[compressed[0]][1]
+    attention: Any = found[compressed[0] if compressed else 0][1]
     head_dim = getattr(attention, "head_dim", None)
     if head_dim is not None and supplies_rope(decoder, attention, int(head_dim)):
         supplied.add("rope")

@@ -230,7 +230,7 @@ def _match(model: nn.Module, stage: str) -> VisualHost | None:
     core = _core(model)
     if core is None and (stage == "projector" or _inside_vision(model)):
         return None
-    found = match_language(model, decodes=core is not None)
+    found = match_language(model, decodes=core is not None, bounded=True)
     if found is None:
         return None
     facts = Facts() if core is None else FACTS[host_class(core).__name__]

@@ -137,9 +137,7 @@ def slid(forward: Any, new: dict[str, Any]) -> Any:
     return one(mask)
 
 
-def windowed(
-    stock: Tensor | None, places: Tensor, q: int, valid: Tensor | None, window: int, exact: bool
-) -> Tensor:
+def windowed(stock: Tensor | None, places: Tensor, q: int, valid: Tensor | None, window: int, exact: bool) -> Tensor:
     """A mask whose window counts places in the conversation.
 
     Args:

@@ -49,6 +49,12 @@ def _qwen2(**more: Any) -> dict[str, Any]:
     return {k: v for k, v in {**TEXT, **more}.items() if k != "head_dim"}
 
 
+def llava(text: Any = None) -> Any:
+    text = _llama() if text is None else text
+    config = t.LlavaConfig(vision_config=t.CLIPVisionConfig(**VISION), text_config=text, image_token_id=98)
+    return t.LlavaForConditionalGeneration(config)
+
+
 def llava_next() -> Any:
     config = t.LlavaNextConfig(
         vision_config=t.CLIPVisionConfig(**VISION), text_config=_llama(), image_token_id=98,
@@ -169,6 +175,7 @@ def _padded_images(counts: list[int], g: torch.Generator) -> dict[str, Tensor]:
 _ANYRES = [98] * (16 + 4 * 9)
 _START = [95, *[98] * 16, 96]
 HOSTS: dict[str, Tiny] = {
+    "llava": Tiny(llava, lambda: [98] * 16, _images(3, 16, 16)),
     "llava_next": Tiny(llava_next, lambda: _ANYRES, _tiles),
     "llava_next_video": Tiny(llava_next_video, lambda: [97] * 12, _videos, video=True),
     "onevision": Tiny(onevision, lambda: _ANYRES, _tiles),
@@ -196,7 +203,11 @@ HOSTS: dict[str, Tiny] = {
 def build(name: str, seed: int = 0) -> Any:
     """The model, in evaluation mode."""
     torch.manual_seed(seed)
-    model = HOSTS[name].build()
+    return ready(HOSTS[name].build())
+
+
+def ready(model: Any) -> Any:
+    """A model with weights that tell tokens apart, in evaluation mode."""
     with torch.no_grad():
         for key, p in model.named_parameters():
             if key.endswith("mm_input_projection_weight"):  # zeros, and so would be all visual tokens
