@@ -2,6 +2,7 @@
 
     python benchmarks/gpu.py                       # everything, less than 10 minutes
     python benchmarks/gpu.py --diffusion           # denoising steps alone (benchmarks/diffusion_speed.py)
+    python benchmarks/gpu.py --vlm                 # choosing visual tokens alone (benchmarks/vlm_cost.py)
     python benchmarks/gpu.py --quick               # the rows that have a goal, with few repeats, 2 minutes
     python benchmarks/gpu.py --only merge decode   # rows whose name contains one of these
     python benchmarks/gpu.py --interpret           # no GPU: the checks alone, on tiny shapes in Triton's interpreter
@@ -37,6 +38,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="rows whose kernel's name contains one of these")
     parser.add_argument("--quick", action="store_true", help="few repeats, and timings only of rows that have a goal")
     parser.add_argument("--diffusion", action="store_true", help="only time denoisers; needs diffusers")
+    parser.add_argument("--vlm", action="store_true", help="only time VLMs' selectors; needs transformers")
     parser.add_argument("--interpret", action="store_true", help="only check, on tiny shapes, without a GPU")
     parser.add_argument("--autotune", action="store_true", help="let kernels try their launch configurations")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the JSON goes; default benchmarks/results")
@@ -49,19 +51,38 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def table(folder: Path, kind: str) -> Path:
+    """Where a CSV file goes."""
+    import torch
+
+    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{name}-{datetime.datetime.now(datetime.UTC):%Y-%m-%d}-{kind}.csv"
+
+
+def selectors(folder: Path) -> int:
+    """Time what chooses visual tokens; returns the exit status."""
+    if importlib.util.find_spec("transformers") is None:
+        print("gpu.py: transformers is not installed, so VLMs are not timed", file=sys.stderr)
+        return 1
+    from benchmarks import vlm_cost
+
+    out = table(folder, "vlm")
+    given = ["--device", "cuda", "--layers", "0", "--rounds", "9", "--out", str(out)]
+    vlm_cost.run(vlm_cost.parser().parse_args(given))
+    print(f"written to {out}")
+    return 0
+
+
 def denoisers(args: argparse.Namespace, folder: Path, seconds: float) -> int:
     """Time denoising steps, as many cases as there is time for; returns the exit status."""
     if importlib.util.find_spec("diffusers") is None:
         print("gpu.py: diffusers is not installed, so denoisers are not timed", file=sys.stderr)
         return 1 if args.diffusion else 0
-    import torch
-
     from benchmarks import diffusion_speed
 
-    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    out = folder / f"{name}-{datetime.datetime.now(datetime.UTC):%Y-%m-%d}-diffusion.csv"
+    out = table(folder, "diffusion")
     given = ["--device", "cuda", "--dtype", "float16", "--limit", str(seconds), "--out", str(out)]
-    folder.mkdir(parents=True, exist_ok=True)
     diffusion_speed.run(diffusion_speed.parser().parse_args(given))
     print(f"written to {out}")
     return 0
@@ -83,8 +104,8 @@ def main() -> int:
     if not args.interpret and not torch.cuda.is_available():
         print("gpu.py: no CUDA device was found; --interpret checks the kernels without one", file=sys.stderr)
         return 2
-    if args.interpret and args.diffusion:
-        print("gpu.py: denoisers are not timed in the interpreter", file=sys.stderr)
+    if args.interpret and (args.diffusion or args.vlm):
+        print("gpu.py: denoisers and VLMs are not timed in the interpreter", file=sys.stderr)
         return 2
     if args.interpret:
         torch.set_num_threads(1)
@@ -94,6 +115,9 @@ def main() -> int:
     device = torch.device("cpu" if args.interpret else "cuda")
     results = ROOT / "benchmarks" / "results"
     status = 0
+    if args.vlm:
+        os.environ["TOKRED_KERNELS"] = "auto"
+        return selectors(args.out or results)
     if not args.diffusion:
         status = run(args, results, device, None if args.interpret else Clock(device))
     if args.diffusion or not (args.interpret or args.quick or args.only):

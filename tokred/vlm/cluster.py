@@ -7,6 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Distances of so many pairs are held at once: those of 2,048 points.
+BLOCK = 1 << 22
+
 
 class Clusters(NamedTuple):
     """Groups of points.
@@ -20,7 +23,7 @@ class Clusters(NamedTuple):
     group: Tensor
 
 
-def density_peaks(x: Tensor, count: int, neighbours: int) -> Clusters:
+def density_peaks(x: Tensor, count: int, neighbours: int, *, block: int = BLOCK) -> Clusters:
     """Points of high density that are far from points of higher density are centres; the others go to the nearest.
 
     Density is the exponential of less the mean squared distance to the nearest points, the point itself included, with
@@ -30,23 +33,44 @@ def density_peaks(x: Tensor, count: int, neighbours: int) -> Clusters:
         x: ``(B, n, C)``.
         count: groups, 1 to ``n``.
         neighbours: points that density is measured with, at most ``n``.
+        block: where there are more pairs of points, distances are made block by block and never all stored.
 
     Source: Du et al., Study on density peaks clustering based on k-nearest neighbors, 2016. The authors of SparseVLM
     add noise to break ties, which nothing here depends on.
     """
-    b, n, c = x.shape
+    b, n, _ = x.shape
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         x = x.float()
-        d = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / c**0.5
-        near = d.topk(min(neighbours, n), largest=False).values
+        step = max(1, block // (b * n))
+        whole = _distances(x, x) if step >= n else None
+        parts = [slice(i, i + step) for i in range(0, n, step)]
+
+        def rows(part: slice) -> Tensor:
+            return _distances(x[:, part], x) if whole is None else whole
+
+        near = torch.cat([rows(p).topk(min(neighbours, n), largest=False).values for p in parts], 1)
         density = torch.exp(-near.square().mean(-1))
         place = torch.arange(n, device=x.device)
-        mine, other = density.unsqueeze(2), density.unsqueeze(1)
-        denser = (other > mine) | ((other == mine) & (place < place.unsqueeze(1)))
-        apart = d.masked_fill(~denser, torch.inf).amin(-1)
-        apart = torch.where(apart.isinf(), d.amax((1, 2)).unsqueeze(1), apart)
+        found, most = [], []
+        for p in parts:
+            d, mine, other = rows(p), density[:, p].unsqueeze(2), density.unsqueeze(1)
+            denser = (other > mine) | ((other == mine) & (place < place[p].unsqueeze(1)))
+            found.append(d.masked_fill(~denser, torch.inf).amin(-1))
+            most.append(d.amax((1, 2)))
+        apart = torch.cat(found, 1)
+        apart = torch.where(apart.isinf(), torch.stack(most).amax(0).unsqueeze(1), apart)
         order = (density * apart).argsort(dim=1, descending=True, stable=True)
         centre = order[:, :count].sort(dim=1).values
-        to_centre = d.gather(2, centre.unsqueeze(1).expand(-1, n, -1))
-        group = to_centre.argmin(-1).scatter(1, centre, torch.arange(count, device=x.device).expand(b, -1))
+        at = centre.unsqueeze(1)
+        group = torch.cat([_to(rows(p), at).argmin(-1) for p in parts], 1)
+        group = group.scatter(1, centre, torch.arange(count, device=x.device).expand(b, -1))
         return Clusters(centre, group)
+
+
+def _distances(a: Tensor, b: Tensor) -> Tensor:
+    found: Tensor = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist") / a.shape[-1] ** 0.5
+    return found
+
+
+def _to(d: Tensor, centre: Tensor) -> Tensor:
+    return d.gather(2, centre.expand(-1, d.shape[1], -1))
