@@ -282,6 +282,11 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
         if step.mask is not None:
             positions = positions.masked_fill(~step.mask, SENTINEL)
             rows = {name: state.masked_fill(~step.mask, 0.0) for name, state in rows.items()}
+        if self.flat is not None:
+            # Fewer rows may be real than were asked for, and then the rectangle of flat rows is narrower.
+            width = self.flat.width
+            rows = {name: state[..., :width].contiguous() for name, state in rows.items()}
+            self.weights = None if self.weights is None else self.weights[..., :width].contiguous()
         self.rows.clear()
         self.rows.update(rows)
         self._positions = positions.contiguous() if self.flat is None else None

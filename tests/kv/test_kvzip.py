@@ -291,8 +291,6 @@ BUDGETS = {
 @pytest.mark.parametrize("when", [When(every=3), When(turns=True), When(every=2, turns=True)])
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_it_meets_every_budget_and_time(budget, when):
-    if when.turns and budget in ("preference", "squeeze"):
-        pytest.skip("these budgets are decided at the end of a prompt")
     fate = tokred.kv.Merge(1) if budget in ("uniform", "pyramid") else "evict"
     score = Reconstruction(chunk=9, sinks=1)
     policy = tokred.make("kv", score=score, budget=BUDGETS[budget], when=when, sinks=1, recent=1, fate=fate)
