@@ -50,7 +50,8 @@ def make(method: str | Method, **parameters: Any) -> Method:
     known = [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
     unknown = [p for p in parameters if p not in known]
     if unknown:
-        raise TypeError(f"{method!r} has no parameter {', '.join(map(repr, unknown))}; it has {', '.join(known)}")
+        why = "".join(f"; {method!r} has {cls.lacks[p]}" for p in unknown if p in cls.lacks)
+        raise TypeError(f"{method!r} has no parameter {', '.join(map(repr, unknown))}; it has {', '.join(known)}{why}")
     return cls(**parameters)
 
 

@@ -17,6 +17,14 @@ from tokred.vlm.report import LayerTokens, VisualReport
 STAGES = ("block", "attention", "cache", "projector", "layer")
 
 
+_USUAL = {
+    "block": "tome",
+    "attention": "tomesd",
+    "cache": "snapkv",
+    "projector": "divprune",
+    "layer": "fastv",
+}
+
 # What methods of ``projector`` take from the tower's attention.
 _OF_TOWER = frozenset({"q", "k", "class_attention", "attention", "tower_layers"})
 
@@ -74,7 +82,8 @@ def find_for(model: Any, method: Method) -> Any:
         if other is None:
             raise
         raise MissingInputError(
-            f"{method.name!r} acts at stage {method.stage!r}, but {other.family} offers only stage {other.stage!r}"
+            f"{method.name!r} acts at stage {method.stage!r}, but {other.family} offers only stage {other.stage!r}: "
+            f"take a method of that stage, such as {_USUAL[other.stage]!r}"
         ) from None
 
 

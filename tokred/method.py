@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from tokred.reduction import Reduction
@@ -32,6 +33,7 @@ class Method(ABC):
         by_mask: whether :meth:`reduce` decides on batches that are padded from the start, by the mask of the site;
             where not, hosts of such batches ask it about each sample alone.
         clips: whether a method that reads the grid goes on with it frame after frame where the tokens are a video's.
+        lacks: parameters that other methods have and this one cannot have, with the reason.
         version: raised when a parameter changes meaning, so that stored settings can be read.
     """
 
@@ -44,6 +46,7 @@ class Method(ABC):
     uneven: ClassVar[bool] = False
     by_mask: ClassVar[bool] = False
     clips: ClassVar[bool] = False
+    lacks: ClassVar[Mapping[str, str]] = {}
     version: ClassVar[int] = 1
 
     @property

@@ -185,7 +185,7 @@ class Forward:
         else:
             new["position_ids"] = gather_columns(positions, packed.columns, -1)
         mask = new.get("attention_mask")
-        if isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.ndim == 4):
+        if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
             before = self._held()
             new["attention_mask"] = self._made(gather_any_mask(mask, packed, before, self.length), packed)
             told = self.past > 0 and (self.call.physical is not None or self.call.mask is not None)

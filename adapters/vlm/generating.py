@@ -29,9 +29,11 @@ class CachePreparer:
             )
         kind = getattr(generation_config, "cache_implementation", None)
         if kind not in (None, "dynamic", "dynamic_full", "offloaded"):
+            static = "has rows for every token of the prompt, and"
+            why = static if "static" in str(kind) else "is not known to hold prompts of which"
             raise ValueError(
-                f"cache_implementation={kind!r} has rows for every token of the prompt, and {name} leaves fewer: leave "
-                "it out"
+                f"cache_implementation={kind!r} {why} {name} leaves fewer: leave it out (a DynamicCache), or call "
+                "tokred.remove(model) first"
             )
         refuse(model_kwargs.get("past_key_values"))
         host = type(self.model)

@@ -20,6 +20,7 @@ from tokred.adapters.vlm.undo import SETTINGS
 from tokred.errors import MissingInputError, UnsupportedModelError
 from tokred.method import Method
 from tokred.registry import methods as registered
+from tokred.vlm.layered import LayerMethod
 
 _CAPTURED = frozenset({"q", "k", "class_attention", "attention", "tower_layers"})
 
@@ -79,6 +80,12 @@ class VisualHost(Supplier):
             return f"{self.family}, before its language model"
         return f"{self.family}, between its {len(self.layers)} decoder layers"
 
+    def missing(self, method: Method | type[Method]) -> frozenset[str]:
+        """What the method reads and this host cannot supply; images, where it acts on nothing else."""
+        if self.core is None and getattr(method, "visual", True):
+            return frozenset({"images"})
+        return super().missing(method)
+
     def check(self, method: Method, expose: str = "auto") -> None:
         """Everything that can be known before the model is touched.
 
@@ -95,6 +102,8 @@ class VisualHost(Supplier):
                 f"expose is for methods of blocks; one of stage {self.stage!r} takes 'auto' alone, got {expose!r}"
             )
         self.check_reads(method)
+        if getattr(method, "positions", "keep") == "repack" and self.stage == "layer":
+            raise ValueError(f"{method.name!r} has {LayerMethod.lacks['positions']}")
         if getattr(method, "positions", "keep") == "repack" and "repack" not in self.supplies_positions:
             raise ValueError(
                 f"{self.family} has positions in several axes, which cannot be counted anew: take positions='keep'"
@@ -126,6 +135,8 @@ class VisualHost(Supplier):
 
     def hint(self, method: Method) -> str:
         """What works instead: the method with other settings, else other methods of the stage."""
+        if self.core is None:
+            return "; take 'fastkv', which lets tokens of text leave, or a policy of its cache such as 'snapkv'"
         for settings, other in getattr(method, "variants", tuple)():
             if not self.missing(other):
                 return f"; {method.name!r} with {settings} works"

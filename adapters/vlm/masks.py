@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokred.adapters.vlm.pack import gather_mask, hide
+from tokred.adapters.vlm.pack import gather_mask, hide, uncut
 from tokred.adapters.vlm.track import own_sizes
 
 
@@ -57,6 +57,8 @@ class MaskMaker:
     def _make(self, mask: Any, x: Tensor, cache: Any, layer: int, window: int | None) -> Any:
         if window is not None and self.places is not None:
             return self._slid(mask, x, cache, layer, window)
+        if self.blocks and not (mask is None or isinstance(mask, Tensor)):
+            raise uncut(mask)
         if mask is None and self.valid is None:
             return None
         if isinstance(mask, Tensor) and mask.ndim == 2:

@@ -114,6 +114,14 @@ def hide(mask: Tensor, seen: Tensor) -> Tensor:
     return torch.where(itself & blind, torch.zeros_like(found), found)
 
 
+def uncut(mask: Any) -> ValueError:
+    """The refusal of a mask that is no tensor (flex attention's)."""
+    return ValueError(
+        f"a {type(mask).__name__} cannot be cut down to the tokens that are left: load the model with "
+        "attn_implementation='sdpa' or 'eager'"
+    )
+
+
 def gather_any_mask(mask: Any, packed: Packed, before: Tensor, length: int) -> Any:
     """A mask of whatever shape the model was given, at the columns that are left.
 
@@ -132,10 +140,7 @@ def gather_any_mask(mask: Any, packed: Packed, before: Tensor, length: int) -> A
     if mask is None:
         return None
     if not isinstance(mask, Tensor):
-        raise ValueError(
-            f"a {type(mask).__name__} cannot be cut down to the tokens that are left: load the model with "
-            "attn_implementation='sdpa' or 'eager'"
-        )
+        raise uncut(mask)
     if mask.ndim == 2:
         return torch.cat([before, packed.valid], 1)
     held = mask.shape[-1] - length

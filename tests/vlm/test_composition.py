@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import tokred
-from tests.kv.tiny import build, prompt
 from tests.vlm import hosts, oracle, tiny
 from tests.vlm.uneven import Uneven
 
@@ -133,15 +132,6 @@ def test_deepstack_layers_come_first():
     model.config.vision_config.deepstack_visual_indexes = [0, 1]
     with pytest.raises(ValueError, match="before layer 2 at the earliest"):
         tokred.apply(model, "fastv", layer=1)
-
-
-def test_text_alone():
-    model = build("llama")
-    with pytest.raises(tokred.MissingInputError, match="acts at stage 'projector'"):
-        tokred.apply(model, "random_visual")
-    stock = model(prompt()).logits
-    tokred.apply(model, "fastv", layer=1)  # nothing visual, nothing to remove
-    assert torch.equal(model(prompt()).logits, stock)
 
 
 def test_features_that_come_in_part_are_refused(model):

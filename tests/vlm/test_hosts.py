@@ -14,7 +14,12 @@ from tests.vlm import hosts, oracle
 from tests.vlm.uneven import Uneven
 
 ROWS: hosts.Rows = [[3, "image", 5], [2, "image", 1, "image", 4], [9]]
-OPTIONS = {"greedy": {}, "beams": {"num_beams": 2}, "returns": {"do_sample": True, "num_return_sequences": 2}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "temperature": 2.0},
+    "beams": {"num_beams": 2},
+    "returns": {"do_sample": True, "num_return_sequences": 2},
+}
 
 
 @functools.cache
@@ -36,19 +41,48 @@ def test_dropping_equals_masking(name, options):
 
 
 @pytest.mark.parametrize("name", hosts.HOSTS)
-def test_nothing_to_remove_removal_and_half_precision(name):
+def test_nothing_to_remove_and_removal_are_exact(name):
     model, batch = model_of(name), hosts.prompts(name, ROWS)
     stock = oracle.generate(model, batch)
     tokred.apply(model, [tokred.make("random_visual", budget=1.0), tokred.make("fastv", ratio=0.0)])
     kept = oracle.generate(model, batch)
     assert all(torch.equal(a, b) for a, b in zip(stock.logits, kept.logits, strict=True))
     tokred.apply(model, both())
-    half = copy.deepcopy(model).to(torch.bfloat16)
-    floats = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in batch.items()}
-    assert all(one.isfinite().all() for one in oracle.generate(half, floats).logits)
+    assert oracle.generate(model, batch).past_key_values.layers[-1].keys.shape[2] < batch["input_ids"].shape[1]
     tokred.remove(model)
     again = oracle.generate(model, batch)
     assert all(torch.equal(a, b) for a, b in zip(stock.logits, again.logits, strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float16, 0.02), (torch.bfloat16, 0.1)], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("name", hosts.HOSTS)
+def test_half_precision(name, dtype, close):
+    """Dropping is masking as far as the precision goes."""
+    model = copy.deepcopy(model_of(name)).to(dtype)
+    batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in hosts.prompts(name, ROWS).items()}
+    tokred.apply(model, both())
+    pruned = oracle.generate(model, batch)
+    assert all(one.isfinite().all() for one in pruned.logits)
+    assert pruned.past_key_values.layers[-1].keys.dtype == dtype
+    keeps = oracle.kept(pruned.past_key_values, batch["input_ids"].shape[1])
+    tokred.remove(model)
+    with oracle.masked(hosts.layers(name, model), keeps, batch["attention_mask"]):
+        expected = oracle.generate(model, batch, max_new_tokens=1).logits[0].float()
+    assert (pruned.logits[0].float() - expected).norm() < close * expected.norm()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", hosts.HOSTS)
+def test_compiled_layers_break_no_graph(name):
+    model, batch = copy.deepcopy(model_of(name)), hosts.prompts(name, ROWS)
+    tokred.apply(model, both())
+    expected = oracle.generate(model, batch, max_new_tokens=2)
+    torch._dynamo.reset()
+    hosts.layers(name, model)[1].compile(backend="eager", fullgraph=True)  # before which tokens leave
+    compiled = oracle.generate(model, batch, max_new_tokens=2)
+    torch._dynamo.reset()
+    for ours, theirs in zip(compiled.logits, expected.logits, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def second_turn(model: Any, name: str, method: Any, image: bool) -> oracle.Keeps:
@@ -110,10 +144,12 @@ def test_prompt_lookup_and_no_cache(name):
     tokred.apply(model, both())
     plain = oracle.generate(model, batch)
     drafted = oracle.generate(model, batch, prompt_lookup_num_tokens=3)
+    first = oracle.generate(model, batch, max_new_tokens=1, use_cache=False)
     tokred.apply(model, Uneven())
     cached, without = oracle.generate(model, batch), oracle.generate(model, batch, use_cache=False)
     tokred.remove(model)
     assert plain.sequences.tolist() == drafted.sequences.tolist()
+    torch.testing.assert_close(first.logits[0], plain.logits[0])
     assert cached.sequences.tolist() == without.sequences.tolist()
 
 
@@ -130,3 +166,32 @@ def test_loss_of_what_is_left(name):
     with oracle.masked(hosts.layers(name, model), keeps, batch["attention_mask"]):
         expected = model(**batch, labels=labels).loss
     torch.testing.assert_close(out.loss, expected)
+
+
+@pytest.mark.parametrize("name", hosts.HOSTS)
+def test_positions_counted_anew(name):
+    """Without gaps over two turns; refused where positions have several axes."""
+    model, host = model_of(name), hosts.HOSTS[name]
+    method = tokred.make("uniform_visual", budget=3, positions="repack")
+    if host.types == "mm_token_type_ids":
+        with pytest.raises(ValueError, match=r"several axes.*positions='keep'"):
+            tokred.apply(model, method)
+        return
+    seen: list[int] = []
+    handle = hosts.layers(name, model)[0].register_forward_pre_hook(
+        lambda m, a, k: seen.extend(k["position_ids"].expand(1, -1)[0].tolist()), with_kwargs=True
+    )
+    tokred.apply(model, method)
+    turn = hosts.prompts(name, [[3, "image", 5]])
+    out = oracle.generate(model, turn, max_new_tokens=3)
+    more = hosts.prompts(name, [[2, "image", 4]], seed=2)
+    later = {k: v for k, v in more.items() if k not in ("input_ids", "attention_mask", host.types)}
+    later["input_ids"] = torch.cat([out.sequences, more["input_ids"]], 1)
+    later["attention_mask"] = torch.ones_like(later["input_ids"])
+    if host.types:
+        later[host.types] = torch.cat([turn[host.types], torch.zeros(1, 3, dtype=torch.long), more[host.types]], 1)
+    oracle.generate(model, {**later, "past_key_values": out.past_key_values}, max_new_tokens=3)
+    tokred.remove(model)
+    handle.remove()
+    assert seen == list(range(len(seen)))
+    assert len(seen) < later["input_ids"].shape[1]

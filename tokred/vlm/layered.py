@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -27,6 +28,13 @@ class LayerMethod(Method):
     drops: ClassVar[bool] = True
     uneven: ClassVar[bool] = True
     visual: ClassVar[bool] = True
+    lacks: ClassVar[Mapping[str, str]] = {
+        "positions": (
+            "no positions to count anew: tokens that leave inside the language model have been seen at their places "
+            "by the layers before, and the others keep theirs; methods of the stage 'projector', such as 'divprune', "
+            "take positions='repack'"
+        )
+    }
 
     @abstractmethod
     def choose(self, site: LayerSite) -> Reduction:
