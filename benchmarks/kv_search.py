@@ -49,8 +49,10 @@ SCORES: dict[str, Any] = {
     "dispersion": kv.Dispersion(32),
     "recency": kv.Recency(),
     "reconstruction": kv.Reconstruction(),
+    "reconstruction, pieces of 512": kv.Reconstruction(chunk=512),
     "critical reconstruction": kv.Critical(kv.Reconstruction()),
 }
+INSTRUCTION = "\n\nRepeat the part of the previous context exactly, starting with "
 LAYERS: dict[str, Any] = {
     "uniform": kv.Uniform,
     "pyramid": lambda b: kv.Pyramid(b, window=32),
@@ -131,6 +133,8 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     model, tokenizer = smollm2.load(dtype=getattr(torch, arguments.dtype))
+    first, later = (tokenizer(x).input_ids for x in ("\n\nRepeat the previous context exactly.\n\n", INSTRUCTION))
+    SCORES["reconstruction, asked for"] = kv.Reconstruction(instruction=first, later=later)
     # The benchmark reads the first 400,000 characters.
     text = tokenizer(data.handbook()[500_000:700_000], return_tensors="pt").input_ids[0]
     judge = Judge(model, tokenizer, text, arguments.length, arguments.keys)

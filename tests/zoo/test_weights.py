@@ -171,3 +171,23 @@ def test_stamps_digits_and_texts():
     assert len(data.handbook()) > 1_000_000
     assert len(data.devils_dictionary()) > 300_000
     assert set(data.fortunes().topics) == set(data.TOPICS)
+
+
+def test_small_vlm_names_clothes_and_takes_fewer_tokens():
+    pytest.importorskip("transformers")
+    pytest.importorskip("gguf")
+    present("dinov2", "smollm2", "fashion")
+    import tokred
+    from benchmarks.zoo import vlm
+
+    model, tokenizer = vlm.build()
+    held = vlm.scenes("test", 6, seed=1)
+    names = [vlm.CLASSES[y] for y in held.labels]
+    whole = vlm.answers(model, tokenizer, held.images)
+    assert sum(a == b for a, b in zip(whole, names, strict=True)) >= 3
+    with tokred.applied(model, "divprune", budget=64):
+        fewer = vlm.answers(model, tokenizer, held.images)
+        model(**vlm.inputs(tokenizer, held.images[:1]))
+        assert tokred.report(model).layers[0].visual == (64,)
+    assert all(fewer)
+    assert vlm.answers(model, tokenizer, held.images) == whole
