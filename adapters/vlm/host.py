@@ -212,7 +212,7 @@ class VisualHost(Supplier):
         layers = tower_layers(core, self.facts)
         for i in _wanted(core, method, len(layers)):
             attention = tower_attention(layers[i])
-            heads = int(getattr(attention, "num_heads", 0))
+            heads = getattr(attention, "num_heads", None) or attention.num_attention_heads
             for which in ("q", "k"):
                 getattr(attention, f"{which}_proj").register_forward_hook(HeadTap(i, which, heads))
 

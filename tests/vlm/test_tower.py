@@ -68,9 +68,10 @@ def test_columns_of_towers_that_merge_patches(maps, name):
     assert "attention" in tokred.hosts.find(model, "projector").supplies
 
 
+@pytest.mark.parametrize("tower", ["clip", "dinov2"])
 @pytest.mark.parametrize("what", ["attention", "class_attention"])
-def test_columns_of_clip(maps, what):
-    model, batch = tiny.llava(), tiny.prompts([[3, "image", 5], [2, "image", 4]])
+def test_columns_of_towers_with_a_class_token(maps, what, tower):
+    model, batch = tiny.llava(tower=tower), tiny.prompts([[3, "image", 5], [2, "image", 4]])
     tokred.apply(model, Look(what=what))
     model.model.vision_tower.config._attn_implementation = "test_maps"
     model(**batch)

@@ -20,12 +20,12 @@ VISION = {
 IMAGE = 98
 
 
-def llava(dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """CLIP around a Llama; 16 visual tokens an image."""
+def llava(dtype: torch.dtype = torch.float32, seed: int = 0, tower: str = "clip") -> Any:
+    """CLIP, or "dinov2", and a Llama; 16 visual tokens an image."""
     torch.manual_seed(seed)
-    config = t.LlavaConfig(
-        vision_config=t.CLIPVisionConfig(**VISION), text_config=t.LlamaConfig(**TEXT), image_token_id=IMAGE
-    )
+    make = t.CLIPVisionConfig if tower == "clip" else t.Dinov2Config
+    vision = make(**VISION)
+    config = t.LlavaConfig(vision_config=vision, text_config=t.LlamaConfig(**TEXT), image_token_id=IMAGE)
     return livelier(t.LlavaForConditionalGeneration(config)).to(dtype).eval()
 
 
