@@ -15,7 +15,7 @@ from tokred.adapters.vlm.rows import Input, heads_of, norm_behind_attention, val
 from tokred.adapters.vlm.step import LayerCount, Step
 from tokred.adapters.vlm.track import Group, extended
 from tokred.reduction import Reduction
-from tokred.vlm.site import LayerSite, Prompt
+from tokred.vlm.layer_site import LayerSite, Prompt
 
 
 class Inner:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 import tokred
 from tokred.vlm import LayerSite
-from tokred.vlm.site import Heads, Prompt
+from tokred.vlm.layer_site import Heads, Prompt
 
 # Columns of the samples: padding, text, visual, text; right-aligned, visual counts 12, 12 and 7.
 LAYOUT = ["ttvvvvvvvvvvvvttt", "-tvvvvvvvvvvvvttt", "----tttvvvvvvvttt"]

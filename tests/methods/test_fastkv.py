@@ -13,7 +13,7 @@ from tests.vlm import oracle
 from tokred.kv.scores.window import pooled_columns
 from tokred.methods.fastkv import FastKV, FastKVPropagation, propagation_scores
 from tokred.propagation import choose_tsp_layer
-from tokred.vlm.site import Heads, LayerSite
+from tokred.vlm.layer_site import Heads, LayerSite
 
 RECEIVED = torch.tensor(
     [

@@ -8,7 +8,7 @@ import torch
 import tokred
 from tokred.methods.fastv import FastV
 from tokred.methods.pyramiddrop import PyramidDrop
-from tokred.vlm.site import Heads, LayerSite
+from tokred.vlm.layer_site import Heads, LayerSite
 
 
 def heads_of(rows):

@@ -13,7 +13,7 @@ from tests.methods.visual import kept, visual
 from tokred.methods.saint_vlm import SAINTLayer, SAINTVisual
 from tokred.methods.vscan import VScanLayer
 from tokred.vlm import LayerSite, VisualSite
-from tokred.vlm.site import Heads
+from tokred.vlm.layer_site import Heads
 
 # The worked example of SAINT's graph: patches 1 to 10, with text around them.
 ANGLES = [0, 5, 10, 20, 60, 30, 90, 100, 150, 200]

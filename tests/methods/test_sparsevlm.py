@@ -9,7 +9,7 @@ import tokred
 from tests.methods.layered import LAYOUT, check_laws, columns_kept, layer_site
 from tokred.methods.sparsevlm import SparseVLM, raters, recycled
 from tokred.vlm.cluster import density_peaks
-from tokred.vlm.site import LayerSite, Prompt
+from tokred.vlm.layer_site import LayerSite, Prompt
 
 ALL = LAYOUT[:1]
 

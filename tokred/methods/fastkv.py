@@ -18,8 +18,8 @@ from tokred.methods.tome import check_choice
 from tokred.reduction import Reduction
 from tokred.registry import register
 from tokred.schedules import check_share, kept
+from tokred.vlm.layer_site import LayerSite
 from tokred.vlm.layered import LayerMethod
-from tokred.vlm.site import LayerSite
 
 Mode = Literal["constant", "proportional"]
 Pooling = Literal["max", "avg"]

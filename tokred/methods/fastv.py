@@ -11,8 +11,8 @@ from tokred.methods.tome import check_choice
 from tokred.reduction import Reduction
 from tokred.registry import register
 from tokred.schedules import check_share
+from tokred.vlm.layer_site import LayerSite
 from tokred.vlm.layered import LayerMethod, check_depth, check_layer
-from tokred.vlm.site import LayerSite
 
 
 @register("fastv")

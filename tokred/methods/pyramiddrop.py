@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tokred.reduction import Reduction
 from tokred.registry import register
+from tokred.vlm.layer_site import LayerSite
 from tokred.vlm.layered import LayerMethod, check_depth, check_layer
-from tokred.vlm.site import LayerSite
 
 
 @register("pyramiddrop")

@@ -17,9 +17,10 @@ from tokred.registry import register
 from tokred.selection import ranked
 from tokred.site import Site
 from tokred.vlm.budget import Budget, check_number
+from tokred.vlm.layer_site import LayerSite
 from tokred.vlm.layered import LayerMethod, check_depth
 from tokred.vlm.projector import Budgeted
-from tokred.vlm.site import LayerSite, VisualSite
+from tokred.vlm.site import VisualSite
 
 
 @register("saint_layer")

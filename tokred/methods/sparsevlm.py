@@ -17,8 +17,8 @@ from tokred.schedules import check_blocks, check_choice, check_share
 from tokred.selection import ranked
 from tokred.vlm.budget import Budget, as_budget, check_number, count_of
 from tokred.vlm.cluster import density_peaks
+from tokred.vlm.layer_site import LayerSite, Prompt
 from tokred.vlm.layered import LayerMethod, check_depth
-from tokred.vlm.site import LayerSite, Prompt
 
 # Visual tokens kept behind layers 2, 6 and 15, of 576, by the average that the authors name each setting after.
 TABLES = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}

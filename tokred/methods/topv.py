@@ -16,8 +16,8 @@ from tokred.registry import register
 from tokred.schedules import check_share
 from tokred.selection import highest
 from tokred.vlm.budget import Budget, as_budget, check_number, count_of
+from tokred.vlm.layer_site import LayerSite
 from tokred.vlm.layered import LayerMethod, check_depth
-from tokred.vlm.site import LayerSite
 from tokred.vlm.transport import transport
 
 

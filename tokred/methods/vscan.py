@@ -14,9 +14,10 @@ from tokred.registry import register
 from tokred.schedules import check_share
 from tokred.selection import ranked
 from tokred.vlm.budget import Budget, as_budget, check_number, count_of
+from tokred.vlm.layer_site import LayerSite
 from tokred.vlm.layered import LayerMethod, check_depth, check_layer
 from tokred.vlm.projector import Budgeted
-from tokred.vlm.site import LayerSite, VisualSite
+from tokred.vlm.site import VisualSite
 
 
 @register("vscan")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from tokred.vlm.site import LayerSite, Tile, VisualSite
+from tokred.vlm.layer_site import LayerSite
+from tokred.vlm.site import Tile, VisualSite
 
 __all__ = ["LayerSite", "Tile", "VisualSite"]

@@ -11,7 +11,7 @@ import torch
 from tokred.method import Method
 from tokred.reduction import Reduction
 from tokred.site import Site, Stage
-from tokred.vlm.site import LayerSite
+from tokred.vlm.layer_site import LayerSite
 
 
 class LayerMethod(Method):
