@@ -22,7 +22,6 @@ of all heads that one keeps and the other does not; ``ms_*``, medians of calls t
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import statistics
 import time
@@ -38,7 +37,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import tokred  # noqa: E402
-from tokred import kv  # noqa: E402
+from tokred import kv, outputs  # noqa: E402
 from tokred.adapters.cache.layer import TokLayer  # noqa: E402
 from tokred.adapters.cache.rope import LayerRope  # noqa: E402
 from tokred.kv.repeat import Piece, Probe, Repeats  # noqa: E402
@@ -453,10 +452,7 @@ def main() -> None:
         print(*(f"{k}={v}" for k, v in row.items()), flush=True)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.out.open("w", newline="", encoding="utf8") as f:
-            writer = csv.DictWriter(f, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
+        outputs.write_rows(arguments.out, [{c: row.get(c) for c in COLUMNS} for row in rows])
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import random
 import statistics
 import time
@@ -33,7 +32,7 @@ import torch  # noqa: E402
 import tokred  # noqa: E402
 from benchmarks import kv_prompt  # noqa: E402
 from benchmarks.zoo import data, smollm2  # noqa: E402
-from tokred import environment  # noqa: E402
+from tokred import environment, outputs  # noqa: E402
 from tokred.adapters.cache.layer import TokLayer  # noqa: E402
 from tokred.kv.policy import CachePolicy  # noqa: E402
 from tokred.kv.session import Session  # noqa: E402
@@ -175,10 +174,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, transformers {environment.version('transformers')}")
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.out.open("w", newline="", encoding="utf8") as f:
-            writer = csv.DictWriter(f, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
+        outputs.write_rows(arguments.out, [{c: row.get(c) for c in COLUMNS} for row in rows])
 
 
 if __name__ == "__main__":
