@@ -163,12 +163,19 @@ def windowed(stock: Tensor | None, places: Tensor, q: int, valid: Tensor | None,
 
 
 def check_kernel(config: Any, mask: Any) -> None:
-    """Refuse kernels that count windows themselves, in the rows that are left.
+    """Refuse what counts windows itself, in the rows that are left: flash kernels, flex attention, and policies of the
+    cache.
 
     Raises:
         ValueError: with what would work.
     """
     name = str(getattr(config, "_attn_implementation", ""))
+    if name.startswith("tokred:"):
+        raise ValueError(
+            f"sliding layers have a window of {config.sliding_window} tokens, less than the prompt, whose masks a "
+            "policy of the cache makes itself, from rows that are left: take either the policy, or methods that let visual "
+            "tokens leave"
+        )
     if "flash" in name or not (mask is None or isinstance(mask, Tensor | dict)):
         raise ValueError(
             f"attention {name!r} counts the window of sliding layers ({config.sliding_window} tokens, less than the "

@@ -79,10 +79,10 @@ def onevision() -> Any:
     return t.LlavaOnevisionForConditionalGeneration(config)
 
 
-def qwen2_vl() -> Any:
+def qwen2_vl(**more: Any) -> Any:
     vision = {**QWEN_VISION, "embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2}
     config = t.Qwen2VLConfig(
-        vision_config=vision, text_config={**_qwen2(), **ROPE}, image_token_id=98, video_token_id=97,
+        vision_config=vision, text_config={**_qwen2(), **ROPE, **more}, image_token_id=98, video_token_id=97,
         vision_start_token_id=95, vision_end_token_id=96,
     )  # fmt: skip
     return t.Qwen2VLForConditionalGeneration(config)
@@ -124,8 +124,8 @@ def _idefics(config: Any, kind: Any, vision: Any) -> Any:
     return kind(made)
 
 
-def paligemma() -> Any:
-    text = {**TEXT, "model_type": "gemma"}
+def paligemma(**more: Any) -> Any:
+    text = {**TEXT, "model_type": "gemma", **more}
     config = t.PaliGemmaConfig(
         vision_config={**SIGLIP, "model_type": "siglip_vision_model", "projection_dim": 32}, text_config=text,
         image_token_index=98, projection_dim=32, hidden_size=32,

@@ -33,6 +33,10 @@ def model_of(kind: str, window: int) -> Any:
     torch.manual_seed(0)
     if kind == "gemma3":
         return hosts.ready(hosts.gemma3(window))
+    if kind == "paligemma":  # 2, around a Gemma 2: masks from outside, some layers slide, eager attention
+        return hosts.ready(hosts.paligemma(model_type="gemma2", sliding_window=window, query_pre_attn_scalar=8))
+    if kind == "qwen2_vl":
+        return hosts.ready(hosts.qwen2_vl(use_sliding_window=True, sliding_window=window, max_window_layers=2))
     if kind == "mistral":  # all layers slide
         return hosts.ready(hosts.llava(t.MistralConfig(**TEXT, sliding_window=window)))
     kinds = ["full_attention"] * 2 + ["sliding_attention"] * 2
@@ -40,12 +44,20 @@ def model_of(kind: str, window: int) -> Any:
     return hosts.ready(hosts.llava(text))
 
 
+def host_of(kind: str) -> str:
+    """Which prompts it takes."""
+    return kind if kind in hosts.HOSTS else "llava"
+
+
 def batch_of(kind: str, rows: hosts.Rows) -> dict[str, Any]:
-    return hosts.prompts("gemma3" if kind == "gemma3" else "llava", rows)
+    return hosts.prompts(host_of(kind), rows)
 
 
 # Images of Gemma 3 have 16 tokens that see each other, within a window of 6 as well.
-@pytest.mark.parametrize(("kind", "window"), [("gemma3", 6), ("gemma3", 24), ("mistral", 12), ("qwen2", 12)])
+@pytest.mark.parametrize(
+    ("kind", "window"),
+    [("gemma3", 6), ("gemma3", 24), ("mistral", 12), ("qwen2", 12), ("paligemma", 12), ("qwen2_vl", 12)],
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_dropping_equals_masking(kind, window, method):
     model = model_of(kind, window)
@@ -69,9 +81,9 @@ def test_eager_attention():
 
 
 @pytest.mark.parametrize("image", [False, True])
-@pytest.mark.parametrize("kind", ["gemma3", "mistral", "qwen2"])
+@pytest.mark.parametrize("kind", ["gemma3", "mistral", "qwen2", "paligemma", "qwen2_vl"])
 def test_second_turn(kind, image):
-    second_turn(model_of(kind, 12), "gemma3" if kind == "gemma3" else "llava", [Uneven(), UnevenLayer()], image)
+    second_turn(model_of(kind, 12), host_of(kind), [Uneven(), UnevenLayer()], image)
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "mistral", "qwen2"])
@@ -85,6 +97,20 @@ def test_prompt_lookup_and_no_cache(kind):
     tokred.remove(model)
     assert plain.sequences.tolist() == drafted.sequences.tolist()
     torch.testing.assert_close(first.logits[0], plain.logits[0], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", METHODS)
+def test_policies_beside_them_are_refused(method):
+    model, batch = model_of("qwen2", 12), batch_of("qwen2", ROWS)
+    stock = model(**batch).logits
+    pruning = METHODS[method]()
+    pruning = pruning if isinstance(pruning, list) else [pruning]
+    tokred.apply(model, [*pruning, tokred.make("snapkv", budget=1.0, window=2)])
+    with pytest.raises(ValueError, match=r"window of 12 tokens, .* take either the policy, or methods that let visual"):
+        oracle.generate(model, batch)
+    tokred.remove(model)
+    assert torch.equal(model(**batch).logits, stock)
 
 
 @torch.no_grad()
