@@ -173,8 +173,8 @@ def check_kernel(config: Any, mask: Any) -> None:
     if name.startswith("tokred:"):
         raise ValueError(
             f"sliding layers have a window of {config.sliding_window} tokens, less than the prompt, whose masks a "
-            "policy of the cache makes itself, from rows that are left: take either the policy, or methods that let visual "
-            "tokens leave"
+            "policy of the cache makes itself, from rows that are left: take either the policy, or methods that "
+            "let visual tokens leave"
         )
     if "flash" in name or not (mask is None or isinstance(mask, Tensor | dict)):
         raise ValueError(
