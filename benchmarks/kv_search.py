@@ -49,8 +49,6 @@ SCORES: dict[str, Any] = {
     "dispersion": kv.Dispersion(32),
     "recency": kv.Recency(),
     "reconstruction": kv.Reconstruction(),
-    "reconstruction, pieces of 512": kv.Reconstruction(chunk=512),
-    "critical reconstruction": kv.Critical(kv.Reconstruction()),
 }
 INSTRUCTION = "\n\nRepeat the part of the previous context exactly, starting with "
 LAYERS: dict[str, Any] = {
@@ -162,8 +160,9 @@ def main() -> None:
     def best(count: int) -> list[tuple[str, ...]]:
         return sorted(trials, key=lambda names: trials[names])[:count]
 
-    for score in SCORES:
-        attempt(score, "uniform")
+    for score, part in SCORES.items():
+        # A score that repeats the context is made for a budget that all heads share.
+        attempt(score, "uniform" if part.repeats is None else "all share")
     for score, *_ in best(4):
         for budget in LAYERS:
             attempt(score, budget)
