@@ -72,7 +72,7 @@ METHODS: dict[str, Callable[[int], dict[str, Any] | None]] = {
     "saint_visual": lambda n: {"budget": n, "q": 4, "layer": 8},
     "flash_vl": lambda n: {"s": {64: 2, 16: 4}[n]} if n in (64, 16) else None,
     "nemotron": lambda n: {"s": {64: 2, 16: 4}[n]} if n in (64, 16) else None,
-    "cat": lambda n: {"base": n / FULL, "total": n / FULL, "n_min": n // 4},
+    "cat": lambda n: {"n_min": n // 2, "n_max": n + n // 2},  # and a calibration
     "fastv": lambda n: {"layer": 2, "ratio": 1 - n / FULL},
     "topv": lambda n: {"layer": 2, "budget": n},
     "pyramiddrop": lambda n: {"ratios": _stages(n)},
@@ -80,13 +80,31 @@ METHODS: dict[str, Callable[[int], dict[str, Any] | None]] = {
 }
 
 
-def arms(names: Sequence[str], budgets: Sequence[int]) -> list[Arm]:
+@torch.inference_mode()
+def calibration(model: Any, tokenizer: Any, count: int = 40) -> tuple[float, ...]:
+    """CAT's scores of training scenes, in order."""
+    found: list[float] = []
+
+    def note(site: Any) -> Tensor:
+        scores = tokred.CAT().scores(site)
+        found.extend(scores.tolist())
+        return scores
+
+    with tokred.applied(model, "cat", score=note):
+        for part in vlm.scenes("train", count).images.split(10):
+            model(**vlm.inputs(tokenizer, part, dtype=model.dtype), logits_to_keep=1)
+    return tuple(sorted(found))
+
+
+def arms(model: Any, tokenizer: Any, names: Sequence[str], budgets: Sequence[int]) -> list[Arm]:
     """The unpatched model first."""
     found = [Arm("unpatched", FULL)]
     for name in names:
+        more = {"calibration": calibration(model, tokenizer)} if name == "cat" else {}
         for n in budgets:
             parameters = METHODS[name](n)
             if parameters is not None:
+                parameters |= more
                 found.append(Arm(name, n, tokred.make(name, **parameters)))
     return found
 
@@ -208,7 +226,7 @@ def main() -> None:
     model, tokenizer = vlm.build()
     model.to(getattr(torch, arguments.dtype))
     held = vlm.scenes("test", count, seed=1)
-    every = arms(arguments.methods.split(","), budgets)
+    every = arms(model, tokenizer, arguments.methods.split(","), budgets)
     table = {(row["method"], row["budget"]): row for row in outputs.read_rows(arguments.out)}
     for work, measure in (("answers", judge), ("speed", clock)):
         if arguments.only in (None, work):
