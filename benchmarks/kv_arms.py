@@ -29,7 +29,7 @@ POLICIES: dict[str, Callable[[float], Any]] = {
     "knorm": lambda b: tokred.make("knorm", budget=b),
     "keydiff": lambda b: tokred.make("keydiff", budget=b, turns=False),
     "lagkv": lambda b: tokred.make("lagkv", budget=b, lag=64),
-    # The winner of kv_search.py; merged rows carry weights, so fewer rows make up the bytes of the others.
+    # From kv_search.py. Merged rows carry weights, so fewer rows make up the bytes of the others.
     "composed": lambda b: tokred.KVPolicy(score=kv.Reconstruction(), budget=kv.Global(0.93 * b), fate=kv.Merge()),
     "random_evict": lambda b: tokred.make("random_evict", budget=b, sinks=4, recent=32),
 }
