@@ -5,9 +5,9 @@
 One choice at a time: every score with the plain budget, then every budget with the best scores, then fates and sinks
 with the best pairs. A composition is judged by two numbers, at a quarter and at an eighth of the cache: perplexity over
 that of the full cache, and keys found, the question asked after compressing. ``loss`` is the log of the first plus
-the share of keys that the full cache finds and this one does not: one key of twelve at one budget is 0.04 of it. Trials
-in the file are not repeated. The arm ``composed`` of ``benchmarks/kv_cache.py`` is the plainest composition within a key
-of the best; there it is measured on other text.
+the share of keys that the full cache finds and this one does not: one key of twelve at one budget is 0.04 of it.
+Trials in the file are not repeated. The arm ``composed`` of ``benchmarks/kv_cache.py`` is the plainest composition
+within a key of the best; there it is measured on other text.
 """
 
 from __future__ import annotations
