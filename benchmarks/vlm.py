@@ -156,12 +156,13 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> Path:
         base = rows[0]
         axis.axhline(100 * base["exact"], color="black", lw=0.8, label="unpatched")
         for i, name in enumerate(names):
-            mine = sorted((row for row in rows if row["method"] == name), key=lambda row: row[column])
+            mine = sorted((row for row in rows if row["method"] == name), key=lambda row: row["left"])
             style = {"color": plots.COLOURS[i % 8], "marker": plots.MARKERS[i // 8 % 8], "lw": 1, "ms": 4}
             axis.plot([r[column] for r in mine], [100 * r["exact"] for r in mine], label=name, **style)
         axis.set_xlabel(label)
         axis.spines[["top", "right"]].set_visible(False)
     axes[1].set_xscale("log", base=2)
+    axes[1].set_xticks(BUDGETS, [str(n) for n in BUDGETS])
     axes[0].set_ylabel("exact answers (%)")
     axes[1].legend(fontsize=7, frameon=False, ncols=2)
     return plots.save(figure, path)
@@ -209,7 +210,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="CSV file; rows in it are kept and filled up")
     parser.add_argument("--plot", type=Path)
-    parser.add_argument("--only", choices=("answers", "speed"), help="a part of the work")
+    parser.add_argument("--only", choices=("answers", "speed", "plot"), help="a part of the work")
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--batch", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=7)
@@ -223,18 +224,19 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     budgets = (64,) if arguments.quick else tuple(map(int, arguments.budgets.split(",")))
     count, rounds = (8, 2) if arguments.quick else (arguments.images, arguments.rounds)
-    model, tokenizer = vlm.build()
-    model.to(getattr(torch, arguments.dtype))
-    held = vlm.scenes("test", count, seed=1)
-    every = arms(model, tokenizer, arguments.methods.split(","), budgets)
     table = {(row["method"], row["budget"]): row for row in outputs.read_rows(arguments.out)}
-    for work, measure in (("answers", judge), ("speed", clock)):
-        if arguments.only in (None, work):
-            how = arguments.batch if work == "answers" else rounds
-            for arm, row in zip(every, measure(model, tokenizer, every, held, how), strict=True):
-                old = table.get((arm.name, arm.budget), {"method": arm.name, "budget": arm.budget})
-                table[arm.name, arm.budget] = old | row
-                outputs.write_rows(arguments.out, list(table.values()))
+    if arguments.only != "plot":
+        model, tokenizer = vlm.build()
+        model.to(getattr(torch, arguments.dtype))
+        held = vlm.scenes("test", count, seed=1)
+        every = arms(model, tokenizer, arguments.methods.split(","), budgets)
+        for work, measure in (("answers", judge), ("speed", clock)):
+            if arguments.only in (None, work):
+                how = arguments.batch if work == "answers" else rounds
+                for arm, row in zip(every, measure(model, tokenizer, every, held, how), strict=True):
+                    old = table.get((arm.name, arm.budget), {"method": arm.name, "budget": arm.budget})
+                    table[arm.name, arm.budget] = old | row
+                    outputs.write_rows(arguments.out, list(table.values()))
     if arguments.plot:
         print(plot(list(table.values()), arguments.plot))
 

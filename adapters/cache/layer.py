@@ -362,7 +362,10 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
         if self.flat is not None:
             one = (self.flat.keys, self.flat.values)
             return self.flat.samples * self.flat.heads * sum(t.shape[-1] * t.element_size() for t in one)
-        return 0 if self._keys is None else sum(t[:, :, :1].nbytes for t in self.newest)
+        if self._keys is None:
+            return 0
+        b, heads = self._keys.shape[:2]  # no slices: this is asked for at every layer of every step
+        return b * heads * sum(t.shape[3] * t.element_size() for t in self.newest)
 
     @property
     def _batch(self) -> int:

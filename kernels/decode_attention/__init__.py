@@ -235,7 +235,7 @@ def _rectangular(
         seen = seen_rectangular(k, positions, query_position, key_mask)
         if _plain(q, k, v):
             out, lse, p = decode_reference(row, k, v, seen, scale, cap)
-        elif not weights and fused_fits(row, v, cap):
+        elif not weights and fused_fits(row, v, cap, k.shape[2]):
             (out, lse), p = decode_fused(row, k, v, seen, scale), row
         else:
             out, lse, p = decode_rectangular(row, k, v, seen, scale, cap)
@@ -257,7 +257,7 @@ def _flat(
         # Off the CPU, reading the offsets would wait for the device.
         if _plain(q, k, v) or q.device.type != "cpu":
             out, lse, p = decode_flat_reference(row, k, v, offsets, seen, scale, cap)
-        elif not weights and seen is None and fused_fits(row, v, cap):
+        elif not weights and seen is None and fused_fits(row, v, cap, k.shape[0] // max(1, offsets.shape[0] - 1)):
             (out, lse), p = decode_flat_fused(row, k, v, offsets, scale), row
         else:
             out, lse, p = decode_flat(row, k, v, offsets, seen, scale, cap)

@@ -18,7 +18,7 @@ from tokred.selection import highest
 from tokred.vlm.budget import Budget, as_budget, check_number, count_of
 from tokred.vlm.layer_site import LayerSite
 from tokred.vlm.layered import LayerMethod, check_depth
-from tokred.vlm.transport import transport
+from tokred.vlm.transport import BLOCK, transport
 
 
 @register("topv")
@@ -108,8 +108,16 @@ class TopV(LayerMethod):
             place: ``(N, 2)`` float32 rows and columns in [0, 1]; None: places cost nothing.
         """
         n = source.shape[1]
-        most = torch.cat([_distance(source[:, i : i + 1024], target).amax((1, 2), keepdim=True)
-                          for i in range(0, n, 1024)], 1).amax(1, keepdim=True)  # fmt: skip
+        # Distances do not depend on the origin; from the middle of the targets, products lose little to cancellation.
+        origin = target.mean(1, keepdim=True)
+        source, target = source - origin, target - origin
+        step = max(1, BLOCK // n)
+        whole = _distance(source, target) if step >= n else None
+
+        def apart(first: int, end: int) -> Tensor:
+            return _distance(source[:, first:end], target) if whole is None else whole[:, first:end]
+
+        most = torch.stack([apart(i, i + step).amax((1, 2)) for i in range(0, n, step)]).amax(0)[:, None, None]
         most = most.clamp_min(torch.finfo(torch.float32).tiny)
         middle = None
         if place is not None:
@@ -117,7 +125,7 @@ class TopV(LayerMethod):
             middle = middle / middle.max().clamp_min(torch.finfo(torch.float32).tiny)
 
         def cost(first: int, end: int) -> Tensor:
-            found = self.alpha * _distance(source[:, first:end], target) / most
+            found = self.alpha * apart(first, end) / most
             if place is not None and middle is not None:
                 far = (place[first:end].unsqueeze(1) - place).square().sum(-1)
                 found = found + self.beta * (1 - torch.exp(-far / (2 * self.sigma**2))) + self.gamma * middle
@@ -162,4 +170,4 @@ def places(grid: tuple[int, int] | None, n: int, device: torch.device | str | No
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:
-    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+    return torch.cdist(a, b, compute_mode="use_mm_for_euclid_dist")
