@@ -41,7 +41,7 @@ import tokred  # noqa: E402
 from benchmarks import kv_quality  # noqa: E402
 from benchmarks.kv_arms import BUDGETS, POLICIES, Arm, arms, held_bytes  # noqa: E402
 from benchmarks.zoo import data, smollm2  # noqa: E402
-from tokred import environment  # noqa: E402
+from tokred import environment, plots  # noqa: E402
 
 COLUMNS = ("policy", "budget", "measure", "asked", "batch", "length", "dtype", "value", "count")
 
@@ -129,34 +129,39 @@ def speed(model: Any, ids: Tensor, arm: Arm, batch: int, setting: Setting) -> tu
 
 
 def plot(rows: list[dict[str, str]], folder: Path) -> list[Path]:
-    """One picture a measure: its value over the budget, a line a policy."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """One picture a measure: lines of policies over the budget, or bars where there is one budget."""
+    plt = plots.pyplot()
     folder.mkdir(parents=True, exist_ok=True)
     made = []
-    kinds = sorted({(r["measure"], r["asked"], r["batch"], r["length"]) for r in rows})
-    for kind in kinds:
-        measure_, asked, _, length = kind
+    names = list(dict.fromkeys(r["policy"] for r in rows if r["policy"] != "none"))
+    for kind in sorted({(r["measure"], r["asked"], r["batch"], r["length"]) for r in rows}):
+        measure_, asked, batch, length = kind
         mine = [r for r in rows if (r["measure"], r["asked"], r["batch"], r["length"]) == kind]
-        figure, axes = plt.subplots(figsize=(7, 4.5))
-        for name in sorted({r["policy"] for r in mine}):
-            points = sorted((float(r["budget"]), float(r["value"])) for r in mine if r["policy"] == name)
-            if name == "none":
-                axes.axhline(points[0][1], color="black", linewidth=1, label="unpatched")
-            else:
-                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=name)
-        axes.set(
-            xlabel="share of the cache kept", ylabel=measure_, xscale="log", title=f"{length} tokens {asked}".strip()
-        )
-        axes.legend(fontsize=6, ncols=2)
-        figure.tight_layout()
-        name = "_".join(str(part) for part in kind if part)
-        made.append(folder / f"{name}.png")
-        figure.savefig(made[-1], dpi=130)
-        plt.close(figure)
+        full = [float(r["value"]) for r in mine if r["policy"] == "none"]
+        points = {n: sorted((float(r["budget"]), float(r["value"])) for r in mine if r["policy"] == n) for n in names}
+        points = {n: p for n, p in points.items() if p}
+        budgets = sorted({b for p in points.values() for b, _ in p})
+        figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+        title = f"{length} tokens" + (f", asked {asked}" if asked else "") + (f", batch {batch}" * (batch != "1"))
+        if len(budgets) == 1:
+            order = sorted(points, key=lambda n: points[n][0][1])
+            axes.barh(order, [points[n][0][1] for n in order], color=plots.COLOURS[0])
+            axes.set(xlabel=measure_, title=f"{title}, {100 * budgets[0]:g} % of the cache")
+            for value in full:
+                axes.axvline(value, color="black", linewidth=1, label="unpatched")
+        else:
+            for name, p in points.items():
+                i = names.index(name)
+                style = {"color": plots.COLOURS[i % 8], "marker": plots.MARKERS[i // 8 % 8], "lw": 1, "ms": 4}
+                axes.plot(*zip(*p, strict=True), label=name, **style)
+            for value in full:
+                axes.axhline(value, color="black", linewidth=1, label="unpatched")
+            axes.set(xlabel="share of the cache kept", ylabel=measure_, xscale="log", title=title)
+            axes.set_xticks(budgets, [f"{100 * b:g} %" for b in budgets])
+            axes.minorticks_off()
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.legend(fontsize=7, frameon=False, loc="outside right center")
+        made.append(plots.save(figure, folder / ("_".join(part for part in kind if part) + ".png")))
     return made
 
 
