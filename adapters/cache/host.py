@@ -128,9 +128,17 @@ def match(model: nn.Module, *, decodes: bool = False, bounded: bool = False) -> 
     if "PreTrainedModel" not in names:
         return None
     config: Any = getattr(model, "config", None)
-    if config is None or not (decodes or _decodes(model, config)):
+    if config is None:
         return None
     name = cls.__name__
+    if not (decodes or _decodes(model, config)):
+        if _sees_ahead(model, config):
+            raise refusal(
+                name,
+                "the tokens of its prompt see one another in both directions, which the masks of evicted rows do not "
+                "know; methods for its visual tokens run, such as 'divprune'",
+            )
+        return None
     if getattr(config, "is_encoder_decoder", False):
         raise refusal(name, "it is an encoder with a decoder, whose two caches are not supported yet")
     text = config.get_text_config(decoder=True)
@@ -170,6 +178,16 @@ def _decodes(model: Any, config: Any) -> bool:
     kinds = [m.is_causal for m in model.modules() if hasattr(m, "is_causal") and hasattr(m, "layer_idx")]
     # Encoders that could be made decoders take a cache too; attention that does not say which is taken for causal.
     return any(kinds) if kinds else hasattr(model, "generate")
+
+
+def _sees_ahead(model: Any, config: Any) -> bool:
+    """Whether it generates, but is no causal model, because a prompt is read in both directions (PaliGemma)."""
+    ahead = getattr(config.get_text_config(decoder=True), "use_bidirectional_attention", None)
+    return (
+        bool(ahead)
+        and "past_key_values" in inspect.signature(host_class(model).forward).parameters
+        and (model.can_generate())
+    )
 
 
 def _attentions(model: Any, text: Any) -> list[tuple[str, nn.Module]]:

@@ -147,3 +147,9 @@ def test_block_masks_for_images_that_see_themselves():
     ):
         with pytest.raises(ValueError, match=r"BlockMask cannot be cut down.*'sdpa'"):
             run()
+
+
+def test_cache_policies_where_a_prompt_is_read_in_both_directions():
+    with pytest.raises(tokred.UnsupportedModelError, match="see one another in both directions"):
+        tokred.apply(model_of("paligemma"), "snapkv", budget=8, window=4)
+    tokred.remove(tokred.apply(hosts.build("gemma3"), "snapkv", budget=8, window=4))  # runs: only images see ahead
