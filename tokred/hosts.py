@@ -193,7 +193,7 @@ def visual_report(model: nn.Module) -> VisualReport:
 
 
 def cache_report(model: nn.Module) -> CacheReport:
-    """Slots, rows and bytes of every layer, of the last forward.
+    """Slots, rows and bytes of every layer, of the cache that ran last: as it is, or as it was when it was freed.
 
     Raises:
         NothingRecordedError: no forward with a cache has run since the model was patched.

@@ -29,14 +29,14 @@ class Seat(NamedTuple):
         layer: this module's layer of the cache; None without a cache, or where the layer is not compressed.
         implementation: the attention that the model had.
         depth: compressed layers.
-        projection: the module's output projection, or None.
+        projection: name of the module's output projection, or None.
         rope: the layer's rotary embedding in this forward, or None.
     """
 
     layer: TokLayer | None
     implementation: str
     depth: int
-    projection: nn.Module | None
+    projection: str | None
     rope: LayerRope | None
 
 
@@ -81,7 +81,7 @@ def attention(
         mask = attention_mask.stock(name) if isinstance(attention_mask, MaskSpec) else attention_mask
         return _stock(module, name, query, key, value, mask, scaling, dropout, options)
     layer.waiting = False
-    if key.shape[:3] != layer.newest[0].shape[:3]:
+    if key is not layer.newest[0] and key.shape[:3] != layer.newest[0].shape[:3]:
         raise UnsupportedModelError(f"{type(module).__name__} attends to other keys than its cache holds")
     if not isinstance(attention_mask, MaskSpec) or options.get("position_bias") is not None:
         raise UnsupportedModelError(
@@ -89,6 +89,8 @@ def attention(
         )
     call = _Call(module, attention_mask, seat, scaling, dropout, options)
     before = layer.seen - query.shape[2]
+    if not layer.session.watches(layer.clock, before):
+        return _attend(call, layer, query, key, value, before)  # nor will it watch what comes
     cut = layer.session.ends_prompt(layer.clock, before, layer.seen)
     if cut is None:
         return _attend_and_act(call, layer, query, key, value, before)
@@ -104,6 +106,16 @@ def attention(
 
 
 def _attend_and_act(
+    call: _Call, layer: TokLayer, query: Tensor, key: Tensor, value: Tensor, before: int
+) -> tuple[Tensor, Tensor | None]:
+    out = _attend(call, layer, query, key, value, before)
+    if layer.session.watches(layer.clock, layer.seen):
+        with torch.no_grad():
+            layer.session.observe(layer, _site(call, layer, query), before)
+    return out
+
+
+def _attend(
     call: _Call, layer: TokLayer, query: Tensor, key: Tensor, value: Tensor, before: int
 ) -> tuple[Tensor, Tensor | None]:
     spec, seat = call.spec, call.seat
@@ -124,14 +136,11 @@ def _attend_and_act(
         if layer.flat is not None:
             key, value = layer.keys, layer.values  # type: ignore[assignment]  # there are rows
         out = _compressed(call, layer, query, key, value, before), None
-    if layer.session.watches(layer.clock, layer.seen):
-        with torch.no_grad():
-            layer.session.observe(layer, _site(call, layer, query), before)
     return out
 
 
 def _site(call: _Call, layer: TokLayer, query: Tensor) -> CacheSite:
-    projection = call.seat.projection
+    name = call.seat.projection
     keys, values = layer.shown()
     return CacheSite(
         q=query.detach(),
@@ -147,7 +156,7 @@ def _site(call: _Call, layer: TokLayer, query: Tensor) -> CacheSite:
         softcap=call.softcap,
         rows=layer.rows,
         notes=layer.notes,
-        projection=None if projection is None else lambda: projection.weight,  # type: ignore[arg-type,return-value]
+        projection=None if name is None else lambda: getattr(call.module, name).weight,
         rope=call.seat.rope,
         layer=layer.index,
         depth=call.seat.depth,

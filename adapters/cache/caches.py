@@ -135,7 +135,7 @@ class TokCache(DynamicCache):  # type: ignore[misc]
 
     def layer_rows(self) -> tuple[LayerRows, ...]:
         """Slots, rows and bytes of every layer."""
-        return tuple(_rows(i, layer) for i, layer in enumerate(self.layers))
+        return rows_of(self.layers)
 
     @property
     def nbytes(self) -> int:
@@ -146,6 +146,11 @@ class TokCache(DynamicCache):  # type: ignore[misc]
     def peak_bytes(self) -> int | None:
         """Most bytes of one sample so far, at any layer of any forward; None without a hard limit."""
         return None if self.session.ledger is None else self.session.ledger.peak
+
+
+def rows_of(layers: list[Any]) -> tuple[LayerRows, ...]:
+    """Slots, rows and bytes of the layers of a cache."""
+    return tuple(_rows(i, layer) for i, layer in enumerate(layers))
 
 
 def _rows(index: int, layer: Any) -> LayerRows:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import weakref
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokred.adapters.cache.attention import SEAT, Seat, register
-from tokred.adapters.cache.caches import LayerRows, TokCache, adopt, make_cache
+from tokred.adapters.cache.caches import LayerRows, TokCache, adopt, make_cache, rows_of
 from tokred.adapters.cache.layer import TokLayer
 from tokred.adapters.cache.repeat import repeat
 from tokred.adapters.cache.rope import LayerRope
@@ -34,8 +35,6 @@ class CacheSettings:
         compressed: layers whose rows the policy acts on.
         implementation: the attention that the model had.
 
-    Attributes:
-        last: rows and bytes of each layer after the last forward.
     """
 
     def __init__(self, policy: CachePolicy, config: Any, compressed: tuple[int, ...], implementation: str) -> None:
@@ -43,12 +42,43 @@ class CacheSettings:
         self.config = config
         self.compressed = compressed
         self.implementation = implementation
-        self.last: tuple[LayerRows, ...] = ()
+        self._forget()
+
+    def _forget(self, left: tuple[LayerRows, ...] = ()) -> None:
+        self._left = left  # of the cache that ran last, when it went
+        self._latest: weakref.ref[TokCache] | None = None
+        self._numbers: weakref.WeakKeyDictionary[TokCache, int] = weakref.WeakKeyDictionary()
+        self._known = self._number = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Rows instead of a cache."""
+        named = ("policy", "config", "compressed", "implementation")
+        return {**{name: getattr(self, name) for name in named}, "left": self.last}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """In another process the attention function is not known yet."""
+        self._forget(state.pop("left"))
         self.__dict__.update(state)
         register(self.implementation)
+
+    @property
+    def last(self) -> tuple[LayerRows, ...]:
+        """Rows and bytes of each layer of the cache that ran last, now or when it went."""
+        cache = None if self._latest is None else self._latest()
+        return self._left if cache is None else cache.layer_rows()
+
+    def ran(self, cache: TokCache) -> None:
+        """Note which cache ran last. Counting its bytes after every token would take longer than a token should."""
+        if cache not in self._numbers:
+            self._known += 1
+            self._numbers[cache] = self._known
+            weakref.finalize(cache, self._gone, self._known, cache.layers).atexit = False
+        if self._latest is None or self._latest() is not cache:
+            self._latest, self._number = weakref.ref(cache), self._numbers[cache]
+
+    def _gone(self, number: int, layers: list[Any]) -> None:
+        if number == self._number:
+            self._left = rows_of(layers)
 
     def cache(self, layout: str = "auto") -> TokCache:
         """An empty cache that holds its rows as ``layout`` says."""
@@ -99,7 +129,7 @@ class LeaveDecoder(Hook):
             with torch.no_grad():
                 repeat(module, kwargs, cache)
                 cache.finish()
-            self.settings.last = cache.layer_rows()
+            self.settings.ran(cache)
 
 
 class EnterAttention(Hook):
@@ -134,12 +164,11 @@ class EnterAttention(Hook):
             seat = Seat(None, self.settings.implementation, 0, None, None)
             return args, {**kwargs, SEAT: seat}
         layer.armed = True
-        projection = None if self.projection is None else getattr(module, self.projection)
         rope, tables = None, kwargs.get("position_embeddings")
         if self.embedding is not None and tables is not None:
             rope = LayerRope(self.embedding, self.layer_type, tables)
         depth = len(self.settings.compressed)
-        return args, {**kwargs, SEAT: Seat(layer, self.settings.implementation, depth, projection, rope)}
+        return args, {**kwargs, SEAT: Seat(layer, self.settings.implementation, depth, self.projection, rope)}
 
 
 class EnterLayer(Hook):

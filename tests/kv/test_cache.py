@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
 
 import pytest
 import torch
@@ -418,6 +420,30 @@ def test_where_restricts_the_layers(model):
         tokred.apply(model, "snapkv", where=lambda name, module: False)
     with pytest.raises(ValueError, match="expose is for methods of blocks"):
         tokred.apply(model, "snapkv", expose="all")
+
+
+def test_report_of_the_cache_that_ran_last_even_when_it_is_gone(model):
+    tokred.apply(model, "snapkv", budget=9, window=4)
+    first, second = filled(model, 20), filled(model, 30)
+    model(prompt(1), past_key_values=first)
+    rows = first.layer_rows()
+    assert tokred.report(model).layers == rows
+    del second  # not the last one
+    gc.collect()
+    twin, thawed = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    del first
+    gc.collect()
+    for each in (model, twin, thawed):
+        assert tokred.report(each).layers == rows
+    model(prompt(12), use_cache=True)  # a cache of the model's own, which nobody holds on to
+    gc.collect()
+    assert [(r.seen, r.rows) for r in tokred.report(model).layers] == [(12, 9)] * 3
+    other = copy.deepcopy(filled(model, 15))  # a cache that no patched model made
+    model(prompt(1), past_key_values=other)
+    rows = other.layer_rows()
+    del other
+    gc.collect()
+    assert tokred.report(model).layers == rows
 
 
 def test_report_trace_and_flops(model):
