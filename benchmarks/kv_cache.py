@@ -9,7 +9,8 @@ What is measured, for every policy and budget:
 - ``perplexity`` of the last quarter of windows of the Debian handbook, the first three quarters being the prompt;
 - ``retrieval`` of a five-digit key hidden in the handbook, the question asked *after* the context was compressed (the
   fair order) or *before*, as part of the prompt, which flatters scores that look at the last queries;
-- ``bytes`` that the cache holds for a sample after the prompt, keys, values, positions and state, measured;
+- ``bytes`` that the cache holds for a sample after the prompt, keys, values, positions and state, measured; those of
+  the perplexity's prompts are ``bytes_window``, since these are three quarters as long as the window;
 - ``prefill_s`` and ``decode_tokens_per_s``, batch 1 and a left-padded batch of 4 (``--only speed``; an idle machine).
 
 One row of the CSV is one number. Budgets are shares of the prompt; the unpatched model is the policy ``none``. Batch 4
@@ -81,8 +82,8 @@ def quality(found: list[kv_quality.Found], dtype: str) -> list[dict[str, Any]]:
     rows = []
     for (name, budget, measure, asked, batch, length), (value, count) in sums.items():
         mean = math.exp(value / count) if measure == "nll" else value / count
-        called = {"nll": "perplexity", "bytes_window": "bytes"}.get(measure, measure)
-        shown = f"{mean:.6g}" if called != "bytes" else f"{mean:.0f}"
+        called = "perplexity" if measure == "nll" else measure
+        shown = f"{mean:.0f}" if called.startswith("bytes") else f"{mean:.6g}"
         kind = dict(zip(COLUMNS, (name, budget, called, asked, batch, length, dtype, shown, int(count)), strict=True))
         rows.append(kind)
     return rows

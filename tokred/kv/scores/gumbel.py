@@ -111,17 +111,18 @@ def noisy_columns(site: CacheSite, tau: float, draw: object) -> Tensor:
     columns = torch.arange(n, device=q.device)
     for i in range(0, m, step):
         part = slice(i, min(i + step, m))
-        x = q[:, :, part].float() @ keys.mT * scale
+        stop = n - m + part.stop  # of the rows that any of these queries sees
+        x = q[:, :, part].float() @ keys[:, :, :stop].mT * scale
         if site.softcap:
             x = torch.tanh(x / site.softcap) * site.softcap
         if bias is not None:
-            x = x + bias
-        noise = draw(query_token[:, :, part], key_token)  # type: ignore[operator]
+            x = x + bias[..., :stop]
+        noise = draw(query_token[:, :, part], key_token[..., :stop])  # type: ignore[operator]
         x = (x if noise is None else x + noise) / tau
-        seen = columns <= torch.arange(n - m + part.start, n - m + part.stop, device=q.device)[:, None]
-        seen = seen if real is None else seen & real
+        seen = columns[:stop] <= torch.arange(n - m + part.start, stop, device=q.device)[:, None]
+        seen = seen if real is None else seen & real[..., :stop]
         p = x.masked_fill(~seen, -1e30).softmax(-1).masked_fill(~seen, 0.0)
-        total += (p if votes is None else p * votes[:, :, part]).sum(2)
+        total[..., :stop] += (p if votes is None else p * votes[:, :, part]).sum(2)
     summed: Tensor = total.view(b, site.heads, group, n).sum(2)
     return summed
 
