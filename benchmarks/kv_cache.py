@@ -152,9 +152,7 @@ def plot(rows: list[dict[str, str]], folder: Path) -> list[Path]:
                 axes.axvline(value, color="black", linewidth=1, label="unpatched")
         else:
             for name, p in points.items():
-                i = names.index(name)
-                style = {"color": plots.COLOURS[i % 8], "marker": plots.MARKERS[i // 8 % 8], "lw": 1, "ms": 4}
-                axes.plot(*zip(*p, strict=True), label=name, **style)
+                axes.plot(*zip(*p, strict=True), label=name, **plots.thin(names.index(name)))
             for value in full:
                 axes.axhline(value, color="black", linewidth=1, label="unpatched")
             axes.set(xlabel="share of the cache kept", ylabel=measure_, xscale="log", title=title)

@@ -157,8 +157,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> Path:
         axis.axhline(100 * base["exact"], color="black", lw=0.8, label="unpatched")
         for i, name in enumerate(names):
             mine = sorted((row for row in rows if row["method"] == name), key=lambda row: row["left"])
-            style = {"color": plots.COLOURS[i % 8], "marker": plots.MARKERS[i // 8 % 8], "lw": 1, "ms": 4}
-            axis.plot([r[column] for r in mine], [100 * r["exact"] for r in mine], label=name, **style)
+            axis.plot([r[column] for r in mine], [100 * r["exact"] for r in mine], label=name, **plots.thin(i))
         axis.set_xlabel(label)
         axis.spines[["top", "right"]].set_visible(False)
     axes[1].set_xscale("log", base=2)

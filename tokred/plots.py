@@ -67,6 +67,12 @@ def save(figure: Any, path: Path, dpi: int = 160) -> Path:
     return path
 
 
+def thin(i: int) -> dict[str, Any]:
+    """How the ``i``-th of many lines is drawn: beyond eight, colours come again with other markers."""
+    turn, colour = divmod(i, len(COLOURS))
+    return {"color": COLOURS[colour], "marker": MARKERS[turn % len(MARKERS)], "lw": 1, "ms": 4}
+
+
 def pareto(
     frame: pd.DataFrame,
     measures: tuple[str, ...] = ("top1",),

@@ -34,7 +34,6 @@ class CacheSettings:
         config: of the decoder.
         compressed: layers whose rows the policy acts on.
         implementation: the attention that the model had.
-
     """
 
     def __init__(self, policy: CachePolicy, config: Any, compressed: tuple[int, ...], implementation: str) -> None:
@@ -47,8 +46,8 @@ class CacheSettings:
     def _forget(self, left: tuple[LayerRows, ...] = ()) -> None:
         self._left = left  # of the cache that ran last, when it went
         self._latest: weakref.ref[TokCache] | None = None
-        self._numbers: weakref.WeakKeyDictionary[TokCache, int] = weakref.WeakKeyDictionary()
-        self._known = self._number = 0
+        self._layers = 0  # identity of its list of layers, which is kept until the cache has gone
+        self._watched: weakref.WeakSet[TokCache] = weakref.WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
         """Rows instead of a cache."""
@@ -69,15 +68,15 @@ class CacheSettings:
 
     def ran(self, cache: TokCache) -> None:
         """Note which cache ran last. Counting its bytes after every token would take longer than a token should."""
-        if cache not in self._numbers:
-            self._known += 1
-            self._numbers[cache] = self._known
-            weakref.finalize(cache, self._gone, self._known, cache.layers).atexit = False
-        if self._latest is None or self._latest() is not cache:
-            self._latest, self._number = weakref.ref(cache), self._numbers[cache]
+        if self._latest is not None and self._latest() is cache:
+            return
+        if cache not in self._watched:
+            self._watched.add(cache)
+            weakref.finalize(cache, self._gone, cache.layers).atexit = False
+        self._latest, self._layers = weakref.ref(cache), id(cache.layers)
 
-    def _gone(self, number: int, layers: list[Any]) -> None:
-        if number == self._number:
+    def _gone(self, layers: list[Any]) -> None:
+        if id(layers) == self._layers:
             self._left = rows_of(layers)
 
     def cache(self, layout: str = "auto") -> TokCache:

@@ -170,8 +170,7 @@ def refusal(name: str, why: str) -> UnsupportedModelError:
 
 def _decodes(model: Any, config: Any) -> bool:
     """Whether the model's forward takes a cache, in itself or in the model inside that it hands it to."""
-    parameters = inspect.signature(host_class(model).forward).parameters
-    if "past_key_values" not in parameters:
+    if not _takes_cache(model):
         return False
     if getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False):
         return True
@@ -180,14 +179,14 @@ def _decodes(model: Any, config: Any) -> bool:
     return any(kinds) if kinds else hasattr(model, "generate")
 
 
+def _takes_cache(model: Any) -> bool:
+    return "past_key_values" in inspect.signature(host_class(model).forward).parameters
+
+
 def _sees_ahead(model: Any, config: Any) -> bool:
     """Whether it generates, but is no causal model, because a prompt is read in both directions (PaliGemma)."""
     ahead = getattr(config.get_text_config(decoder=True), "use_bidirectional_attention", None)
-    return (
-        bool(ahead)
-        and "past_key_values" in inspect.signature(host_class(model).forward).parameters
-        and (model.can_generate())
-    )
+    return bool(ahead) and _takes_cache(model) and model.can_generate()
 
 
 def _attentions(model: Any, text: Any) -> list[tuple[str, nn.Module]]:

@@ -364,7 +364,7 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
             return self.flat.samples * self.flat.heads * sum(t.shape[-1] * t.element_size() for t in one)
         if self._keys is None:
             return 0
-        b, heads = self._keys.shape[:2]  # no slices: this is asked for at every layer of every step
+        b, heads = self._keys.shape[:2]
         return b * heads * sum(t.shape[3] * t.element_size() for t in self.newest)
 
     @property
