@@ -276,7 +276,7 @@ def cache_settings(model: nn.Module) -> Any:
 
 
 def kv_cache(model: nn.Module, *, prompt: int | None = None, steps: int | None = None, layout: str = "auto") -> Any:
-    """An empty cache for a model that is patched with a policy, to be given as ``past_key_values``.
+    """An empty cache for a model that is patched with a policy, to be given to a forward or to ``generate``.
 
     ``generate`` makes one by itself; this is for loops of one's own, and for many questions on one context.
 

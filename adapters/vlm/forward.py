@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokred.adapters.contract import cache_of
 from tokred.adapters.vlm.call import Call
 from tokred.adapters.vlm.inner import Inner
 from tokred.adapters.vlm.masks import MaskMaker, slid
@@ -31,7 +32,7 @@ class Forward:
     def __init__(self, settings: Any, call: Call, given: dict[str, Any]) -> None:
         self.settings = settings
         self.call = call
-        self.cache = given.get("past_key_values")
+        self.cache = cache_of(given)
         self.track: Track | None = track_of(self.cache)
         self.past = 0 if self.cache is None else int(self.cache.get_seq_length())
         self.past_columns = 0 if self.cache is None else physical_length(self.cache)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokred.adapters.swap import Hook
+from tokred.adapters.contract import cache_name, cache_of, with_cache
+from tokred.adapters.swap import Hook, host_class
 from tokred.adapters.vlm.call import Call
 from tokred.adapters.vlm.facts import Facts
 from tokred.adapters.vlm.features import RECORD, Record, local
@@ -106,8 +107,8 @@ class EnterCore(Hook):
             return None
         tokens: Tensor = embeds if ids is None else ids  # type: ignore[assignment]
         shape = tokens.shape
-        call.physical = held_mask(given.get("past_key_values"), call.mask, shape)
-        new = held_types(given.get("past_key_values"), given, shape)
+        call.physical = held_mask(cache_of(given), call.mask, shape)
+        new = held_types(cache_of(given), given, shape)
         if call.physical is not None:
             new["attention_mask"] = call.physical
         return ((), {**given, **new}) if new else None
@@ -142,11 +143,12 @@ class EnterLanguage(Hook):
                 return None
             given["inputs_embeds"] = module.get_input_embeddings()(given.pop("input_ids"))
         given.pop("input_ids", None)
-        cache = given.get("past_key_values")
+        cache = cache_of(given)
         if cache is None and self._caches(module, given):
             from transformers.cache_utils import DynamicCache
 
-            cache = given["past_key_values"] = DynamicCache(config=settings.config)
+            cache = DynamicCache(config=settings.config)
+            given = with_cache(given, cache_name(host_class(module).forward), cache)
         refuse(cache)
         if call.end is None:
             call.end = getattr(cache, PROMPT, None)
