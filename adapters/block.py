@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from tokred.adapters.capture import Capture
 from tokred.adapters.state import Shared, TokenState
+from tokred.adapters.swap import SETTINGS as SETTINGS
 from tokred.errors import UnsupportedModelError
 from tokred.kernels.attention import size_bias
 from tokred.padding import reduce_each
 from tokred.reduction import Reduction
 from tokred.site import Site
 
-SETTINGS = "_tokred"
 Gather = Callable[[dict[str, Any], TokenState, int], dict[str, Any]]
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tokred.adapters.watch import Watch
 from tokred.errors import NothingRecordedError, TokenStateError
 from tokred.method import Method
 from tokred.reduction import Reduction
@@ -136,6 +137,7 @@ class Shared:
         self.class_token = False
         self.frames: int | None = None
         self.windows = "auto"
+        self.watch = Watch()
         self.slots: dict[int, Slot] = {}
         self.records: dict[int, LayerRecord] = {}
 
@@ -225,6 +227,8 @@ class Shared:
         if slot is not None and slot.shape == x.shape and (not _in_backward() or slot.pointer == _pointer(x)):
             setattr(x, ATTRIBUTE, slot.state)
             return slot.state
+        if not torch.compiler.is_compiling():
+            self.watch.check_ran(layer - 1)
         raise TokenStateError(
             f"the sizes and the source map of the tokens were lost before block {layer}: its input is not the tensor "
             "that the block before it returned. If something copies tensors between blocks, call tokred.remove(model) "

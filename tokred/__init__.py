@@ -13,9 +13,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from tokred import methods as _methods  # registers the built-in names
-from tokred.api import Flops, Report, Support, applied, apply, flops, make, methods, remove, report, supports, trace
+from tokred.api import (
+    Flops,
+    Report,
+    Support,
+    applied,
+    apply,
+    flops,
+    make,
+    methods,
+    patched,
+    remove,
+    report,
+    supports,
+    trace,
+)
 from tokred.denoise import AttentionSite
 from tokred.errors import (
+    BypassedError,
     MissingInputError,
     NothingRecordedError,
     TokenStateError,
@@ -124,6 +139,7 @@ __all__ = [
     "AdaKV",
     "AsymRnR",
     "AttentionSite",
+    "BypassedError",
     "CAToMe",
     "CDPruner",
     "CacheReport",
@@ -209,6 +225,7 @@ __all__ = [
     "kv_cache",
     "make",
     "methods",
+    "patched",
     "register",
     "remove",
     "report",

@@ -13,6 +13,7 @@ from tokred import hosts
 from tokred.errors import NothingRecordedError
 from tokred.hosts import CacheReport, DenoiserReport
 from tokred.method import Method
+from tokred.patch import ATTRIBUTE, Part, Patch
 from tokred.reduction import Reduction
 from tokred.registry import methods as registered
 from tokred.vlm.report import VisualReport
@@ -112,9 +113,13 @@ def apply(
         host.check(one, expose)
         if where is not None and not any(where(name, block) for name, block in host.blocks):
             raise ValueError(f"where selects none of the {host.depth} blocks ({host.blocks[0][0]}, ...)")
-    unpatch(hosts.module_of(model))
+    target = hosts.module_of(model)
+    unpatch(target)
+    patch = Patch()
+    target.__dict__[ATTRIBUTE] = patch
     for host, one in found:
-        host.patch(one, where, expose)
+        host.patch(one, where, expose, patch)
+        patch.parts.append(Part(one, host.family, host.model))
     return model
 
 
@@ -124,6 +129,15 @@ def remove(model: ModelT) -> ModelT:
 
     unpatch(hosts.module_of(model))
     return model
+
+
+def patched(model: Any) -> list[Method]:
+    """The methods that ``model`` or a part of it is patched with, in the order of their stages; empty without a patch.
+
+    Args:
+        model: a module, or a pipeline of diffusers.
+    """
+    return hosts.patched_with(model)
 
 
 @contextlib.contextmanager

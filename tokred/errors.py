@@ -29,3 +29,8 @@ class TokenStateError(TokredError, RuntimeError):
 
 class NothingRecordedError(TokredError, RuntimeError):
     """A report or a trace was asked for before any (uncompiled) forward had run."""
+
+
+class BypassedError(TokenStateError):
+    """A forward went past the patch: something has been put in front of the places where it acts, or they were
+    exchanged. The message names the place, what stands in the way, and what to do."""

@@ -27,7 +27,9 @@ def body(host: Any) -> dict[str, Any]:
         batch_size: int,
         max_cache_length: int,
     ) -> Any:
-        settings: CacheSettings = self.__dict__[SETTINGS]
+        settings: CacheSettings | None = self.__dict__.get(SETTINGS)
+        if settings is None:  # removed since
+            return original(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
         if generation_config.use_cache is not False or cache_of(model_kwargs) is not None:
             name = generation_cache_name(model_kwargs, self)
             _prepare(settings, generation_config, model_kwargs, name, generation_mode, max_cache_length)

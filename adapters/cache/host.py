@@ -14,6 +14,7 @@ from tokred.adapters.supplier import Supplier
 from tokred.adapters.swap import host_class, swap
 from tokred.errors import MissingInputError, UnsupportedModelError
 from tokred.method import Method
+from tokred.patch import Patch
 
 _PROJECTIONS = ("o_proj", "out_proj")
 _KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -80,7 +81,7 @@ class CacheHost(Supplier):
         self.check_reads(method)
         method.check(self.depth)
 
-    def patch(self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str) -> None:
+    def patch(self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str, patch: Patch) -> None:
         """Register the attention function, and hang the hooks on the decoder. :meth:`check` has passed."""
         from tokred.adapters.cache import hooks
         from tokred.adapters.cache.attention import PREFIX, register

@@ -14,10 +14,12 @@ from tokred.adapters.diffusion.rotary import EnterPacked
 from tokred.adapters.diffusion.session import EnterBlock, EnterDenoiser, LeaveBlock, LeaveDenoiser, Session
 from tokred.adapters.diffusion.sublayers import Kind, Spot
 from tokred.adapters.supplier import Supplier
-from tokred.adapters.swap import host_class, swap
+from tokred.adapters.swap import check_entrance, host_class, swap
+from tokred.adapters.watch import Watch, hang
 from tokred.denoise import AttentionMethod
 from tokred.errors import MissingInputError, UnsupportedModelError
 from tokred.method import Method
+from tokred.patch import Patch
 
 
 class Denoiser(NamedTuple):
@@ -152,17 +154,14 @@ class DenoiserHost(Supplier):
         self.check_reads(method)
         for part in self.parts:
             for name, module, _ in part.sublayers:
-                if "forward" in module.__dict__:
-                    raise UnsupportedModelError(
-                        f"the forward of {name} was replaced on the module itself, which would hide a patch: undo that "
-                        "first"
-                    )
+                check_entrance(module, name)
         method.check(self.depth)
 
-    def patch(self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str) -> None:
+    def patch(self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str, patch: Patch) -> None:
         """Hang hooks on the denoiser and its blocks, exchange classes of sub-layers. :meth:`check` has passed."""
         assert isinstance(method, AttentionMethod)
         session = Session(method, self.depth, self.family, self.patch_size)
+        sites = {}
         self.model.register_forward_pre_hook(self._entering(session), with_kwargs=True)
         self.model.register_forward_hook(LeaveDenoiser(session))
         for i, part in enumerate(self.parts):
@@ -172,8 +171,12 @@ class DenoiserHost(Supplier):
                 part.module.register_forward_pre_hook(EnterBlock(session, i), with_kwargs=True)
                 part.module.register_forward_hook(LeaveBlock(session, i))
             for name, module, kind in part.sublayers:
-                swap(module, "sublayer", Spot(session, i, kind, part.alone, name, _names(module), part.first))
+                sites[len(sites)] = name
+                spot = Spot(session, i, kind, part.alone, name, _names(module), part.first, len(sites) - 1)
+                swap(module, "sublayer", spot)
+        session.watch = Watch(self.family, sites)
         swap(self.model, "denoiser", session)
+        hang(self.model, session.watch)
 
     def _entering(self, session: Session) -> EnterDenoiser:
         names, sample = _names(self.model), self.record.sample

@@ -12,6 +12,7 @@ from tokred.adapters.diffusion.frames import join_frames, one_frame
 from tokred.adapters.diffusion.inside import Halves
 from tokred.adapters.diffusion.steps import Steps
 from tokred.adapters.swap import Hook
+from tokred.adapters.watch import Watch
 from tokred.denoise import AttentionMethod, AttentionSite, Place, Side, place_of, step_key
 from tokred.errors import UnsupportedModelError
 from tokred.kernels.merge_rows import unmerge_rows
@@ -81,6 +82,7 @@ class Session:
         self.warned = False
         self.free = False  # plans of the right size without a choice, for counting
         self.fixed: tuple[int, int] | None = None  # rows and columns of tokens, where no ids can be read
+        self.watch = Watch()
         self.steps = Steps(family)
         self._forget()
 

@@ -109,6 +109,7 @@ class Spot:
         name: in the denoiser, for reports.
         names: parameters of its forward.
         first: where text and image attend together, the text stands first.
+        site: its number among all sub-layers.
     """
 
     session: Session
@@ -118,9 +119,11 @@ class Spot:
     name: str
     names: tuple[str, ...] = ("hidden_states", "encoder_hidden_states")
     first: bool = False
+    site: int = -1
 
     def run(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The sub-layer: ``forward`` is the host class's own, still without its module."""
+        self.session.watch.ran(self.site)
         call = Call(self.names, list(args), dict(kwargs))
         if self.kind == "parallel":
             return self._parallel(module, forward, call)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tokred.adapters.block import split_heads
-from tokred.adapters.swap import Hook
+from tokred.adapters.swap import Hook, Standin
 from tokred.vlm.site import Tile
 from tokred.vlm.tiles import Tiles
 
@@ -155,7 +155,7 @@ class HeadTap(Hook):
             tap.heads[self.layer, self.which] = split_heads(output.detach(), self.heads)
 
 
-class Getter:
+class Getter(Standin):
     """Stands in for a feature getter of one model; an object on the instance, so that models copy and pickle.
 
     Args:

@@ -8,11 +8,12 @@ from torch import nn
 
 from tokred.adapters.cache.generate import prompt_length
 from tokred.adapters.contract import cache_of
+from tokred.adapters.swap import Standin
 
 PROMPT = "_tokred_prompt"
 
 
-class CachePreparer:
+class CachePreparer(Standin):
     """Stands in for a generating model's ``_prepare_cache_for_generation``: bad calls are refused before anything runs,
     and the cache learns how long the prompt is, so that drafts are told apart from it."""
 

@@ -16,12 +16,14 @@ from tokred.adapters.swap import host_class, swap
 from tokred.adapters.vlm.facts import FACTS, Facts, class_tokens, describe, feature_layer, tower_attention, tower_layers
 from tokred.adapters.vlm.fused import last_attention
 from tokred.adapters.vlm.layers import LayerList
-from tokred.adapters.vlm.undo import SETTINGS
 from tokred.errors import MissingInputError, UnsupportedModelError
 from tokred.method import Method
+from tokred.patch import Patch
 from tokred.registry import methods as registered
 from tokred.vlm.layered import LayerMethod
 
+# Key of what the hooks of both stages share.
+SETTINGS = "vlm"
 _CAPTURED = frozenset({"q", "k", "class_attention", "attention", "tower_layers"})
 
 
@@ -144,17 +146,16 @@ class VisualHost(Supplier):
         found = [cls.name for cls in some if cls.stage == self.stage and not self.missing(cls)]
         return f"; here work {', '.join(found)}" if found else ""
 
-    def patch(self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str) -> None:
+    def patch(self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str, patch: Patch) -> None:
         """Hang hooks on the model. :meth:`check` has passed."""
         from tokred.adapters.vlm import hooks
 
-        owner: Any = self.core or self.language
-        settings: hooks.VisualSettings | None = owner.__dict__.get(SETTINGS)
+        settings: hooks.VisualSettings | None = patch.settings.get(SETTINGS)
         if settings is None:
             settings = hooks.VisualSettings(
                 self.family, self.facts, self.language.config, len(self.layers), self.core is not None
             )
-            owner.__dict__[SETTINGS] = settings
+            patch.settings[SETTINGS] = settings
             self._hang(settings)
         if self.stage == "projector":
             settings.outer = method
