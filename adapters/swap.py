@@ -25,7 +25,8 @@ _HOST = "_tokred_host_class"
 
 def host_class(module: nn.Module) -> type[nn.Module]:
     """The module's class as its host library wrote it: without the patch, and without what wrappers made of it."""
-    return _plain(type(module))
+    cls: Any = type(module)
+    return _plain(cls)  # type: ignore[no-any-return]
 
 
 @functools.cache
@@ -52,7 +53,8 @@ def swap(module: nn.Module, kind: str, settings: Any) -> None:
     """Exchange the class of ``module`` in place; ``kind`` is a key of ``_BODIES``."""
     if is_swapped(module):
         raise RuntimeError(f"{type(module).__name__} is patched already")
-    _exchange(module, _subclass(type(module), kind))
+    host: Any = type(module)
+    _exchange(module, _subclass(host, kind))
     module.__dict__[SETTINGS] = settings
 
 
@@ -80,7 +82,8 @@ def check_entrance(module: nn.Module, name: str) -> None:
 
 def restore(module: nn.Module) -> None:
     """Undo :func:`swap`, and what the settings know besides."""
-    _exchange(module, _without(type(module)))
+    host: Any = type(module)
+    _exchange(module, _without(host))
     undo = getattr(module.__dict__.pop(SETTINGS, None), "undo", None)
     if undo is not None:
         undo()
@@ -96,8 +99,8 @@ class Standin:
 
 def remove_hooks(module: nn.Module) -> None:
     """Take tokred's hooks off one module, and what stands in front of its methods."""
-    for key in [k for k, value in module.__dict__.items() if isinstance(value, Standin)]:
-        del module.__dict__[key]
+    for name in [k for k, value in module.__dict__.items() if isinstance(value, Standin)]:
+        del module.__dict__[name]
     for hooks, others in (
         (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
         (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),

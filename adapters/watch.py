@@ -55,8 +55,8 @@ class Watch:
         if seen is not None and site in self.names and site not in seen:
             raise BypassedError(
                 f"{self.names[site]} did not run through the patch of {self.family}: its forward was replaced, or it "
-                "was replaced or left out since. Call tokred.apply again after such a change, or tokred.remove(model) to "
-                "run without the patch"
+                "was replaced or left out since. Call tokred.apply again after such a change, or tokred.remove(model) "
+                "to run without the patch"
             )
 
     def passed_by(self) -> list[int]:

@@ -161,7 +161,7 @@ class DenoiserHost(Supplier):
         """Hang hooks on the denoiser and its blocks, exchange classes of sub-layers. :meth:`check` has passed."""
         assert isinstance(method, AttentionMethod)
         session = Session(method, self.depth, self.family, self.patch_size)
-        sites = {}
+        sites: dict[int, str] = {}
         self.model.register_forward_pre_hook(self._entering(session), with_kwargs=True)
         self.model.register_forward_hook(LeaveDenoiser(session))
         for i, part in enumerate(self.parts):

@@ -14,6 +14,7 @@ from tokred.adapters.diffusion.host import DenoiserHost, match
 from tokred.adapters.diffusion.session import Session, SpotRecord
 from tokred.adapters.swap import host_class
 from tokred.denoise import AttentionMethod
+from tokred.patch import Patch
 
 TEXT = 77  # tokens of a prompt, as CLIP's
 TEXTS = 512  # and as T5's
@@ -54,7 +55,7 @@ def survey(host: DenoiserHost, method: AttentionMethod, size: tuple[int, ...]) -
     assert own is not None  # a copy of a host
     given = example(model, size)
     macs, before = _counted(model, own, given)
-    own.patch(method, None, "auto")
+    own.patch(method, None, "auto", Patch())
     session: Session = model.__dict__["_tokred"]
     session.free, session.fixed = True, (size[-2] // own.patch_size, size[-1] // own.patch_size)
     reduced, _ = _counted(model, own, given)
