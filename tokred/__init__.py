@@ -16,6 +16,7 @@ from tokred import methods as _methods  # registers the built-in names
 from tokred.api import Flops, Report, Support, applied, apply, flops, make, methods, remove, report, supports, trace
 from tokred.denoise import AttentionSite
 from tokred.errors import (
+    BypassedError,
     MissingInputError,
     NothingRecordedError,
     TokenStateError,
@@ -124,6 +125,7 @@ __all__ = [
     "AdaKV",
     "AsymRnR",
     "AttentionSite",
+    "BypassedError",
     "CAToMe",
     "CDPruner",
     "CacheReport",

@@ -27,5 +27,10 @@ class TokenStateError(TokredError, RuntimeError):
     """The sizes and the source map that belong to a token sequence were lost between two blocks."""
 
 
+class BypassedError(TokredError, RuntimeError):
+    """A forward of a patched model went past the patch; the message says which place, what stands in the way, what to
+    do."""
+
+
 class NothingRecordedError(TokredError, RuntimeError):
     """A report or a trace was asked for before any (uncompiled) forward had run."""

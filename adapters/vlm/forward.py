@@ -15,7 +15,7 @@ from tokred.adapters.vlm.pack import PAIRS, Packed, gather_any_mask, gather_colu
 from tokred.adapters.vlm.sites import Context, Left, grouped, leave, places, shown, site_of, without_newlines
 from tokred.adapters.vlm.step import LayerCount
 from tokred.adapters.vlm.track import Group, Track, extended, physical_length, set_track, track_of
-from tokred.errors import TokenStateError
+from tokred.errors import BypassedError
 from tokred.method import Method
 
 
@@ -126,8 +126,7 @@ class Forward:
             text = text & real
         if self.end < self.length:
             text = text & (torch.arange(self.length, device=self.device) < self.end)
-        with torch.no_grad():
-            left = self._left(method, Context(self.embeds, text, self.settings.project, method.reads))
+        left = self._left(method, Context(self.embeds, text, self.settings.project, method.reads))
         if left.gone is None:
             if left.embeds is not self.embeds:
                 new["inputs_embeds"] = self.embeds = left.embeds
@@ -157,7 +156,9 @@ class Forward:
                 site = site_of(group, where, context)
                 n = site.shape[1]
                 if method.acts(n, layer=0, depth=1):
-                    left = leave(left, group, where, site, method.reduce(site), getattr(method, "space", "x"))
+                    with torch.no_grad():
+                        step = method.reduce(site)
+                    left = leave(left, group, where, site, step, getattr(method, "space", "x"))
             if left.gone is not None:
                 left = without_newlines(left, shown(modality), columns)
         return left
@@ -273,7 +274,10 @@ class Forward:
         """Write down in the cache what left."""
         inner = None if self.inner is None else self.inner.steps()
         if self.inner is not None and not self.inner.entered:
-            raise TokenStateError("the decoder layers ran without the patch: call tokred.apply again")
+            raise BypassedError(
+                f"{self.settings.methods[-1].name!r} did not run: the decoder layers of {self.settings.family} ran "
+                "without the patch (their list was exchanged or wrapped): call tokred.apply again"
+            )
         if cache is None or (self.packed is None and not inner):
             return
         old = self.track

@@ -169,16 +169,19 @@ class VisualHost(Supplier):
     def _hang(self, settings: Any) -> None:
         from tokred.adapters.cache.hooks import argument_names
         from tokred.adapters.vlm import hooks
-        from tokred.adapters.vlm.features import Getter
+        from tokred.adapters.vlm.features import TowerTap
         from tokred.adapters.vlm.generating import CachePreparer
         from tokred.adapters.vlm.loss import EnterLoss, LeaveLoss
+        from tokred.adapters.vlm.records import Getter
 
         if self.core is not None:
             core: Any = self.core
+            settings.core = core
             if self.facts.projector:
                 settings.projector = core.get_submodule(self.facts.projector)
             core.register_forward_pre_hook(hooks.EnterCore(settings, argument_names(core)), with_kwargs=True)
             core.register_forward_hook(hooks.LeaveCore(), with_kwargs=True, always_call=True)
+            core.get_submodule(self.facts.tower).register_forward_hook(TowerTap())
             for name, modality in self.facts.getters:
                 if hasattr(core, name):
                     core.__dict__[name] = Getter(core, name, modality, describe)

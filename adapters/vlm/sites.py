@@ -130,10 +130,9 @@ def site_of(group: list[Place], columns: Tensor, context: Context) -> VisualSite
     more: dict[str, Any] = {}
     tower = [p.part.tower for p in group]
     if part.tower >= 0:
-        inputs = record.tower
         patches = None if part.patches is None else part.patches.offsets(embeds.device)
-        if inputs is not None:
-            more["tower"] = lambda: inputs[tower] if patches is None else inputs[tower][:, patches]
+        if record.tower is not None:
+            more["tower"] = lambda: tower_features(group).detach()
         give = record.received
         if give is not None:
             more["received"] = lambda: torch.stack([give(i) for i in tower])
@@ -181,6 +180,14 @@ def site_of(group: list[Place], columns: Tensor, context: Context) -> VisualSite
     )
 
 
+def tower_features(group: list[Place]) -> Tensor:
+    """``(G, N, Ct)`` the projector's inputs of a group's tokens, with their gradient."""
+    part, inputs = group[0].part, group[0].record.tower
+    assert inputs is not None  # asked for where the site has them
+    found = inputs[[p.part.tower for p in group]]
+    return found if part.patches is None else found[:, part.patches.offsets(found.device)]
+
+
 def _whole(record: Record, rows: list[int]) -> Callable[[int], Tensor]:
     """The class token's attention to the tiles that show whole images, by layer of the tower."""
 
@@ -223,7 +230,7 @@ def without_newlines(left: Left, pictures: list[Shown], columns: Tensor) -> Left
 
 
 def leave(left: Left, group: list[Place], columns: Tensor, site: VisualSite, step: Reduction, space: str) -> Left:
-    """Take one group's reduction into account."""
+    """Take one group's reduction into account; merging is differentiable."""
     if step.trivial:
         return left
     b, length = left.embeds.shape[:2]
@@ -238,8 +245,9 @@ def leave(left: Left, group: list[Place], columns: Tensor, site: VisualSite, ste
     gone[samples, kept] = False
     gone = gone[:, :length]
     if step.mode != "keep":
-        if space == "tower" and site.project is not None:
-            values = site.project(step.merge(site.tower))
+        known = group[0].part.tower >= 0 and group[0].record.tower is not None
+        if space == "tower" and site.project is not None and known:
+            values = site.project(step.merge(tower_features(group))).to(embeds.device)
         else:
             values = step.merge(embeds[samples, columns])
         values = values.to(embeds.dtype)
