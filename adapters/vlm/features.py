@@ -30,7 +30,8 @@ class Part:
         frames: of a video; None for an image.
         tile: which tile; None: all of the image.
         tower: which row of the tower's batch; -1 where none fits.
-        patches: which of the tower's patches they are; None: the first ones.
+        patches: which of the tower's patches they are; None: all, in order.
+        skip: class tokens before the patches among the tower's features.
         tiles: how all tiles of the image lie, where it has several that are judged apart.
         whole: row of the tower's batch that shows the whole image; -1 where none fits.
     """
@@ -41,6 +42,7 @@ class Part:
     tile: Tile | None = None
     tower: int = -1
     patches: Span | None = None
+    skip: int = 0
     tiles: Tiles | None = None
     whole: int = -1
 

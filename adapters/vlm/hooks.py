@@ -129,8 +129,8 @@ class LeaveCore(Hook):
             name, family = settings.methods[0].name, settings.family
             why = "its feature getters" if call.entered else "its language model"
             raise BypassedError(
-                f"{name!r} did not run: {family} saw images, but {why} ran without the patch (a wrapper or another class "
-                "has taken its place): wrap or change the model first, and call tokred.apply on it then"
+                f"{name!r} did not run: {family} saw images, but {why} ran without the patch (a wrapper or another "
+                "class has taken its place): wrap or change the model first, and call tokred.apply on it then"
             )
 
 

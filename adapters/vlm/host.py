@@ -109,6 +109,7 @@ class VisualHost(Supplier):
                 f"{self.family} has positions in several axes, which cannot be counted anew: take positions='keep'"
             )
         method.check(self.depth)
+        self._check_tower(method)
         if self.stage == "layer":
             _ = self.layer_list
             early = [i for i in range(1, self.deepstack) if method.acts(1 << 20, layer=i, depth=self.depth)]
@@ -118,6 +119,16 @@ class VisualHost(Supplier):
                     f"tokens can leave before layer {self.deepstack} at the earliest; {method.name!r} acts before "
                     f"layer {early[0]}"
                 )
+
+    def _check_tower(self, method: Method) -> None:
+        named = getattr(method, "tower_layers", ())
+        depth = len(tower_layers(self.core, self.facts)) if named and self.core is not None else 0
+        wrong = [i for i in named if not -depth <= i < depth]
+        if wrong:
+            raise ValueError(
+                f"{method.name!r} reads layer {wrong[0]} of the vision tower, but that of {self.family} has {depth} "
+                f"(0 to {depth - 1})"
+            )
 
     @property
     def deepstack(self) -> int:

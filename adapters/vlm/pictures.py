@@ -37,8 +37,7 @@ def plain(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Pictu
             else:
                 grid = square(n)
         fits = tap.inputs is not None and tap.inputs.ndim == 3 and tap.inputs.shape[:2] == (len(counts), n)
-        patches = Span.line(start, n - start) if start else None
-        found.append(Picture(n, (Part(Span.line(start, n - start), grid, tower=i if fits else -1, patches=patches),)))
+        found.append(Picture(n, (Part(Span.line(start, n - start), grid, tower=i if fits else -1, skip=start),)))
     return found
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from tokred.adapters.vlm.call import Call
 from tokred.adapters.vlm.features import Record
 from tokred.adapters.vlm.records import last_record, marks, record_of
-from tokred.adapters.vlm.sites import Modality
 from tokred.errors import BypassedError
 
 # Rows of the word embeddings that are looked at together.
@@ -42,8 +41,8 @@ def fill(settings: Any, core: Any, call: Call, given: dict[str, Any]) -> None:
         record = call.records.get(name) or record_of(core, name, output)
         if record is None and settings.outer is not None:
             raise BypassedError(
-                f"{settings.outer.name!r} did not run: the {name} features that came as mm_encoder_outputs were not made "
-                f"by the patched model, so that nothing is known of them: give pixel_values, or features of its "
+                f"{settings.outer.name!r} did not run: the {name} features that came as mm_encoder_outputs were not "
+                f"made by the patched model, so that nothing is known of them: give pixel_values, or features of its "
                 f"get_{name}_features after tokred.apply, {_remedy(settings)}"
             )
         visual = _words(core, embeds, token) if ids is None else ids == token

@@ -1,6 +1,6 @@
-"""Records of features: made by call-through wrappers of the feature getters, and found again for features that a forward
-is given. Those may have been made outside of it (``generate`` does so), and on the way wrappers of modules move them to
-other devices or rebuild the object that they came in."""
+"""Records of features: made by call-through wrappers of the feature getters, and found again for features that a
+forward is given. Those may have been made outside of it (``generate`` does so), and on the way wrappers of modules move
+them to other devices or rebuild the object that they came in."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def last_record(core: nn.Module, modality: str) -> Record | None:
 
 
 def marks(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """``(...,)`` int64: a number for each row of ``(..., C)``, by its bits in ``dtype``: alike rows have the same one."""
+    """``(...,)`` int64: a number for each row of ``(..., C)``, by its bits in ``dtype``: the same one for like rows."""
     rows = rows.detach()[..., :_CHANNELS].to(dtype).contiguous()
     bits = rows.view(_BITS[dtype.itemsize]).long()
     # Powers of an odd number, modulo 2^64.

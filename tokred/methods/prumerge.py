@@ -114,12 +114,12 @@ class PruMerge(ProjectorMethod):
         """Find the centres, and what each of them absorbs."""
         if site.prefix == 0:
             raise MissingInputError("PruMerge reads 'class_attention', and the vision tower has no class token")
-        q, k = site.layer_heads(-1)
+        q, k = site.tower_heads(-1)
         if self.heads == "single":
             q, k = (t.transpose(1, 2).flatten(2).unsqueeze(1) for t in (q, k))
         scale = q.shape[-1] ** -0.5
-        attention = column_scores(q[:, :, :1], k, scale=scale).mean(1)[:, site.prefix :]
-        keys = k.transpose(1, 2).flatten(2)[:, site.prefix :]
+        attention = site.of_tokens(column_scores(q[:, :, :1], k, scale=scale).mean(1))
+        keys = site.layer_heads(-1)[1].transpose(1, 2).flatten(2)[:, site.prefix :]
         return self.absorb(attention, keys)
 
     # ------------------------------------------------------------------ which
