@@ -32,6 +32,8 @@ class Part:
         tower: which row of the tower's batch; -1 where none fits.
         patches: which of the tower's patches they are; None: all, in order.
         skip: class tokens before the patches among the tower's features.
+        corner: row and column of its first token among all of the image's, and how many of these there are, where it
+            shows a part of the image; None: its grid is the image's.
         tiles: how all tiles of the image lie, where it has several that are judged apart.
         whole: row of the tower's batch that shows the whole image; -1 where none fits.
     """
@@ -43,6 +45,7 @@ class Part:
     tower: int = -1
     patches: Span | None = None
     skip: int = 0
+    corner: tuple[int, int, int, int] | None = None
     tiles: Tiles | None = None
     whole: int = -1
 

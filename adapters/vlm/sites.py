@@ -232,6 +232,19 @@ def without_newlines(left: Left, pictures: list[Shown], columns: Tensor) -> Left
     return Left(gone, left.embeds, tuple(dropped))
 
 
+def with_last(left: Left, last: Tensor) -> Left:
+    """The prompt's last token stays as it is, beside what its image keeps: what follows is told from it.
+
+    Args:
+        left: with something gone.
+        last: ``(B, 1)`` int64 where it stands.
+    """
+    assert left.gone is not None
+    lost = left.gone.gather(1, last)
+    dropped = tuple(n - back for n, back in zip(left.dropped, lost.squeeze(1).long().tolist(), strict=True))
+    return Left(left.gone.scatter(1, last, False), left.embeds, dropped)
+
+
 def leave(left: Left, group: list[Place], columns: Tensor, site: VisualSite, step: Reduction, space: str) -> Left:
     """Take one group's reduction into account; merging is differentiable."""
     if step.trivial:

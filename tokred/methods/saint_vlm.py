@@ -104,7 +104,7 @@ class SAINTLayer(LayerMethod):
         leaves = place[: sources.shape[1]] < r.unsqueeze(1)
         gone = torch.zeros(site.shape, dtype=torch.bool, device=site.device)
         gone = gone.scatter(1, columns.gather(1, sources), leaves)
-        return site.keep_columns(~gone)
+        return site.keep_columns(~gone | site.last)
 
 
 @register("saint_visual")
