@@ -215,7 +215,7 @@ class Inner:
         if before is not self.start:
             tables = before.move(tables, 1)
         mask = self._valid(layer, before)
-        own = Input(module, x.detach(), tables, forward.cache, past, mask)
+        own = Input(module, x.detach(), tables, forward.cache, past, mask, torch.is_autocast_enabled(x.device.type))
         start = self.start
         assert start is not None  # see _reduce
         positions = before.columns if forward.packed is None else forward.packed.columns.gather(1, before.columns)
@@ -298,7 +298,8 @@ class Inner:
             past = forward.past_columns - (0 if old is None else old.dropped)
             tables = given.get("position_embeddings")
             self._entered = x.detach() if "stream" in method.reads else None
-            self._before = Input(module, x.detach(), tables, forward.cache, past, self._valid(layer, step))
+            cast = torch.is_autocast_enabled(x.device.type)
+            self._before = Input(module, x.detach(), tables, forward.cache, past, self._valid(layer, step), cast)
 
 
 def _taken(step: Reduction, x: Tensor, order: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ class SAINTLayer(LayerMethod):
         real = None
         if min(site.counts) < most:
             real = place < torch.tensor(site.counts, device=site.device).unsqueeze(1)
-        keys = head_mean(site.attention_of("before").k[:, :, -site.shape[1] :])
+        keys = head_mean(site.attention_of("before").k[:, :, -site.shape[1] :].float())
         score, degree = self.graph.redundancy(gather_rows(keys, columns), self.tau, real)
         r = self.graph.number_dropped(degree, most, real)
         sources = ranked(score) * 2
@@ -151,7 +151,7 @@ class SAINTVisual(Budgeted):
     def choose(self, site: VisualSite) -> Reduction:
         """Thin the graph."""
         keys = site.layer_heads(self.layer)[1][:, :, site.prefix :]
-        return SAINT(form="full", M=self.count(site.shape[1]), q=self.q).reduce(Site(k=keys))
+        return SAINT(form="full", M=self.count(site.shape[1]), q=self.q).reduce(Site(k=keys.float()))
 
 
 def visual_columns(site: LayerSite, most: int) -> Tensor:

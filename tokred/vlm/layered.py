@@ -51,7 +51,7 @@ class LayerMethod(Method):
         n = max(site.counts if self.visual else site.real, default=0)
         if n == 0 or not self.acts(n, layer=site.layer, depth=site.depth):
             return Reduction.identity((site.shape[0],), site.shape[1], site.device)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(site.device.type, enabled=False):
             step = self.choose(site)
             return site.with_last(step) if any(site.ends) else step
 
