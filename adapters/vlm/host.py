@@ -111,6 +111,7 @@ class VisualHost(Supplier):
                 f"{self.family} has positions in several axes, which cannot be counted anew: take positions='keep'"
             )
         method.check(self.depth)
+        self._check_tower(method)
         if self.stage == "layer":
             _ = self.layer_list
             early = [i for i in range(1, self.deepstack) if method.acts(1 << 20, layer=i, depth=self.depth)]
@@ -120,6 +121,16 @@ class VisualHost(Supplier):
                     f"tokens can leave before layer {self.deepstack} at the earliest; {method.name!r} acts before "
                     f"layer {early[0]}"
                 )
+
+    def _check_tower(self, method: Method) -> None:
+        named = getattr(method, "tower_layers", ())
+        depth = len(tower_layers(self.core, self.facts)) if named and self.core is not None else 0
+        wrong = [i for i in named if not -depth <= i < depth]
+        if wrong:
+            raise ValueError(
+                f"{method.name!r} reads layer {wrong[0]} of the vision tower, but that of {self.family} has {depth} "
+                f"(0 to {depth - 1})"
+            )
 
     @property
     def deepstack(self) -> int:
@@ -170,16 +181,19 @@ class VisualHost(Supplier):
     def _hang(self, settings: Any) -> None:
         from tokred.adapters.cache.hooks import argument_names
         from tokred.adapters.vlm import hooks
-        from tokred.adapters.vlm.features import Getter
+        from tokred.adapters.vlm.features import TowerTap
         from tokred.adapters.vlm.generating import CachePreparer
         from tokred.adapters.vlm.loss import EnterLoss, LeaveLoss
+        from tokred.adapters.vlm.records import Getter
 
         if self.core is not None:
             core: Any = self.core
+            settings.core = core
             if self.facts.projector:
                 settings.projector = core.get_submodule(self.facts.projector)
             core.register_forward_pre_hook(hooks.EnterCore(settings, argument_names(core)), with_kwargs=True)
             core.register_forward_hook(hooks.LeaveCore(), with_kwargs=True, always_call=True)
+            core.get_submodule(self.facts.tower).register_forward_hook(TowerTap())
             for name, modality in self.facts.getters:
                 if hasattr(core, name):
                     core.__dict__[name] = Getter(core, name, modality, describe)
