@@ -150,9 +150,31 @@ class Budget(Part):
         """Rows that layer ``layer`` keeps of ``n`` tokens; the mean, unless a subclass distributes."""
         return self.mean(n, place, depth)
 
+    @property
+    def shares(self) -> bool:
+        """Whether it is a share of the tokens."""
+        return isinstance(self.amount, float)
+
+    def length(self, site: CacheSite) -> tuple[int, ...]:
+        """Tokens of each sample that its rows are counted from.
+
+        A share stays what it was when the prompt, or a turn, was complete. Tokens and bytes are as many whatever has
+        come, so that a prompt which was shorter than they allow goes on growing until they are reached.
+        """
+        return site.base if self.shares else site.lengths
+
     def rows(self, site: CacheSite) -> tuple[int, ...]:
         """Rows that this layer keeps of each sample, per head on average."""
-        return tuple(self.share(n, site.place, site.layer, site.depth) for n in site.base)
+        return tuple(self.share(n, site.place, site.layer, site.depth) for n in self.length(site))
+
+    def divided(self, site: CacheSite, measured: tuple[tuple[float, ...], ...]) -> tuple[int, ...]:
+        """The same for budgets that measure layers.
+
+        Args:
+            site: of a layer.
+            measured: for each sample what was measured of the layers so far.
+        """
+        raise NotImplementedError
 
     def heads(self, site: CacheSite, score: Tensor, guard: Tensor | None, counts: tuple[int, ...]) -> Counts:
         """Rows of each head, ``[B, Hk]``, or one number a sample where all heads keep the same."""

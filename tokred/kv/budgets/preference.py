@@ -60,6 +60,12 @@ class Preference(Budget):
         entropy, spread = both.tolist()
         return entropy, spread
 
+    def divided(self, site: CacheSite, measured: tuple[tuple[float, ...], ...]) -> tuple[int, ...]:
+        """Rows of a layer, from the preferences of those so far."""
+        means = [self.mean(n, site.place, site.depth) for n in self.length(site)]
+        every = zip(measured, self.length(site), means, strict=True)
+        return tuple(self.divide(list(found), n, mean, site.depth)[site.layer] for found, n, mean in every)
+
     def divide(self, preferences: list[float], n: int, mean: int, depth: int) -> tuple[int, ...]:
         """Rows of each layer seen so far, the window among them.
 
