@@ -31,9 +31,9 @@ def budgets(amount):
     }
 
 
-def held(budget, n: int = 23, steps: int = 8, when: When = When(every=1)):
+def held(budget, n: int = 23, steps: int = 8):
     """Rows of each layer, per head on average, after the prompt and each later token."""
-    policy = tokred.make("kv", score="key_norm", budget=budget, when=when, recent=1)
+    policy = tokred.make("kv", score="key_norm", budget=budget, when=When(every=1), recent=1)
     model = tokred.apply(build("llama"), policy)
     cache = tokred.kv_cache(model)
     model(prompt(n), past_key_values=cache)
