@@ -49,12 +49,14 @@ class Score(Part):
     Attributes:
         reads: what it takes from the site beyond keys and values, see :data:`tokred.site.READS`.
         accumulates: whether :meth:`observe` has to see every forward since the cache was empty.
+        numbers: float32 numbers that it keeps for every row.
         whole: why it cannot judge a chunk of a prompt before the rest has come; empty: it can.
     """
 
     kind = "score"
     reads: ClassVar[frozenset[str]] = frozenset({"k"})
     accumulates: ClassVar[bool] = False
+    numbers: ClassVar[int] = 0
     whole: ClassVar[str] = ""
 
     @property
@@ -76,6 +78,10 @@ class Score(Part):
     def needs(self) -> frozenset[str]:
         """:attr:`reads`, and what a wrapped score reads."""
         return self.reads
+
+    def note_bytes(self, heads: int, width: int) -> int:
+        """Bytes of one sample and layer that it keeps besides: ``heads`` query heads, keys of ``width`` numbers."""
+        return 0
 
     def observe(self, site: CacheSite) -> None:
         """Take note of a forward, in ``site.rows`` (per row) or ``site.notes``."""
@@ -149,6 +155,11 @@ class Budget(Part):
     def share(self, n: int, place: Place | None, layer: int, depth: int) -> int:
         """Rows that layer ``layer`` keeps of ``n`` tokens; the mean, unless a subclass distributes."""
         return self.mean(n, place, depth)
+
+    @property
+    def queries(self) -> int:
+        """Newest queries that it reads, which may be more than those of the last forward; 0: none."""
+        return 0
 
     @property
     def shares(self) -> bool:

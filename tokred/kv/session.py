@@ -14,7 +14,7 @@ from torch import Tensor
 from tokred.errors import TokredError
 from tokred.kv.limit import Ledger, ledger_of
 from tokred.kv.policy import CachePolicy
-from tokred.kv.repeat import Probe, Repeats
+from tokred.kv.repeat import CONTEXT, Probe, Repeats
 from tokred.kv.scores.reconstruction import REPEATED
 from tokred.kv.site import CacheSite, Made
 from tokred.reduction import Reduction
@@ -112,7 +112,7 @@ class Session:
         self.depth = depth
         self.when = self.parts.when.paced(depth)
         # Float32 numbers that stay with each row: accumulated scores, and weights and marks of merged rows.
-        state = self.parts.score.accumulates + 2 * (self.parts.fate.room > 0)
+        state = self.parts.score.numbers + 2 * (self.parts.fate.room > 0)
         if self.when.chunk:
             # Scores that wait for the end of the forward, of double precision at most.
             state += 2 * (self.parts.budget.spread != "layer")
@@ -233,7 +233,8 @@ class Session:
             layer.rows[REPEATED] = probe.scores(i, site, layer.rows.get(REPEATED))
             site.rows, site.notes = layer.rows, layer.notes
             self._shrink(layer, site, decide)
-            self._remember(layer, site)
+            if self.when.over(layer.clock.prompt, site.seen):
+                self._remember(layer, site)  # forgets: queries are not known any more, and have been kept before
 
     # ------------------------------------------------------------------ the end of a forward
 
@@ -354,11 +355,12 @@ class Session:
 
     def _remember(self, layer: Layer, site: CacheSite) -> None:
         """Keep the newest queries while a later eviction may ask for them."""
-        window, when = self.parts.score.window, self.when
-        over = when.over(layer.clock.prompt, site.seen)
-        if over:
-            layer.notes.pop("queries", None)
+        window, when = max(self.parts.score.window, self.parts.budget.queries), self.when
+        if when.over(layer.clock.prompt, site.seen):
+            for name in [n for n in layer.notes if n != CONTEXT]:
+                layer.notes.pop(name)
             for name in [n for n in layer.rows if n != _SCORE]:
                 layer.rows.pop(name)
-        elif window > 1 and (when.every or when.turns or site.seen < layer.clock.prompt):
+        elif (window > 1 or (window and site.loose)) and (when.every or when.turns or site.seen < layer.clock.prompt):
+            # One query is that of the newest token, unless its slot is padding.
             layer.notes["queries"] = site.queries(window).detach().clone(memory_format=torch.contiguous_format)

@@ -44,6 +44,11 @@ class Preference(Budget):
         if self.tau1 <= 0 or self.tau2 <= 0:
             raise ValueError(f"tau1 and tau2 must be positive, got {self.tau1} and {self.tau2}")
 
+    @property
+    def queries(self) -> int:
+        """The window's."""
+        return self.window
+
     def preference(self, site: CacheSite) -> list[float]:
         """Of this layer, for each sample."""
         entropy, variance = self.measure(site)

@@ -37,6 +37,7 @@ class Gumbel(Score):
     name: ClassVar[str] = "gumbel"
     reads: ClassVar[frozenset[str]] = frozenset({"q", "k"})
     accumulates: ClassVar[bool] = True
+    numbers: ClassVar[int] = 1
 
     start: float = 1.0
     end: float = 2.0
