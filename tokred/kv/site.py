@@ -214,6 +214,11 @@ class CacheSite(Site):
         return (self.seen,) * self.extent[0]
 
     @property
+    def since(self) -> tuple[int, ...]:
+        """Real tokens of each sample after its prompt."""
+        return tuple(max(0, n - p) for n, p in zip(self.lengths, self.prompt, strict=True))
+
+    @property
     def held(self) -> tuple[int, ...]:
         """Rows that each sample holds at most, padding aside where it is known."""
         b, _, n = self.extent
