@@ -24,10 +24,10 @@ class LayerRope:
         self.layer_type = layer_type
         self.tables = tables
 
-    def part(self, count: int) -> LayerRope:
-        """That of the first ``count`` tokens."""
-        cos, sin = self.tables
-        return LayerRope(self.embedding, self.layer_type, (cos[:, :count], sin[:, :count]))
+    def part(self, count: int, first: int = 0) -> LayerRope:
+        """That of ``count`` tokens, from the ``first`` on."""
+        cos, sin = (t[:, first : first + count] for t in self.tables)
+        return LayerRope(self.embedding, self.layer_type, (cos, sin))
 
     def unrotate(self, q: Tensor) -> Tensor:
         """Queries ``[B, H, M, D]`` before rotation, up to rounding."""

@@ -120,6 +120,11 @@ class Stored(Budget):
         return self.method.mode == "proportional" and self.method.retain == 1
 
     @property
+    def shares(self) -> bool:
+        """Whether it is a share of the tokens."""
+        return self.method.mode == "proportional"
+
+    @property
     def tokens(self) -> int | None:
         """The cap, where there is one."""
         return self.method.cap if self.method.mode == "constant" else None

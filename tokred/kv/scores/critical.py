@@ -54,6 +54,11 @@ class Critical(Score):
         return self.wrapped.accumulates
 
     @property
+    def numbers(self) -> int:  # type: ignore[override]
+        """As the inner score."""
+        return self.wrapped.numbers
+
+    @property
     def whole(self) -> str:  # type: ignore[override]
         """As the inner score."""
         return self.wrapped.whole
@@ -77,6 +82,10 @@ class Critical(Score):
     def needs(self) -> frozenset[str]:
         """The inner score's needs, values and the output projection."""
         return self.reads | self.wrapped.needs
+
+    def note_bytes(self, heads: int, width: int) -> int:
+        """As the inner score."""
+        return self.wrapped.note_bytes(heads, width)
 
     def observe(self, site: CacheSite) -> None:
         """As the inner score."""
