@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from torch import nn
 
 from tokred import hosts
-from tokred.errors import NothingRecordedError
+from tokred.errors import NothingRecordedError, NothingRemovedWarning
 from tokred.hosts import CacheReport, DenoiserReport
 from tokred.method import Method
 from tokred.reduction import Reduction
@@ -80,7 +81,8 @@ def apply(
 ) -> ModelT:
     """Patch ``model`` in place so that it runs with fewer tokens.
 
-    Everything is checked first; on an error the model is as it was. Applying again replaces the patch before.
+    Everything is checked first; on an error the model is as it was. Applying again replaces the patch before. Settings
+    that remove nothing get a :class:`tokred.NothingRemovedWarning` that names the parameter to give.
 
     Args:
         model: a supported model, a module that holds one (a classifier around a backbone), or a pipeline of
@@ -112,6 +114,10 @@ def apply(
         host.check(one, expose)
         if where is not None and not any(where(name, block) for name, block in host.blocks):
             raise ValueError(f"where selects none of the {host.depth} blocks ({host.blocks[0][0]}, ...)")
+        layers = None if where is None else [i for i, named in enumerate(host.blocks) if where(*named)]
+        idle = one.why_idle(host.depth, layers)
+        if idle:
+            warnings.warn(idle, NothingRemovedWarning, stacklevel=2)
     unpatch(hosts.module_of(model))
     for host, one in found:
         host.patch(one, where, expose)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -57,6 +58,7 @@ class ToMe(Method):
 
     summary: ClassVar[str] = "merge the r most similar token pairs in every block"
     source: ClassVar[str] = "Bolya et al., ICLR 2023 (arXiv 2210.09461)"
+    example: ClassVar[Mapping[str, Any]] = {"r": 8}
 
     r: ScheduleLike = 0
     prop_attn: bool = True
