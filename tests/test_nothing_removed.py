@@ -32,9 +32,19 @@ def test_by_name_alone(name):
 
 
 @pytest.mark.parametrize("name", NOTHING)
-def test_settings_that_remove_nothing(name):
-    with pytest.warns(tokred.NothingRemovedWarning, match=f"^{name} removes nothing (at|of) "):
-        tokred.apply(build("vit"), tokred.make(name, **NOTHING[name]))
+def test_settings_that_say_so_are_silent(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", tokred.TokredWarning)
+        if name != "spatten":  # whose first three layers never prune
+            tokred.apply(build("vit"), name, **NOTHING[name])
+    assert tokred.make(name, **NOTHING[name]).why_idle(24) is not None
+
+
+def test_an_object_with_its_defaults():
+    with pytest.warns(tokred.NothingRemovedWarning, match="tome removes nothing at r=0"):
+        tokred.apply(build("vit"), tokred.ToMe(prop_attn=False))
+    with pytest.warns(tokred.NothingRemovedWarning, match="tome removes nothing at r=0"):
+        tokred.apply(build("vit"), "tome", metric="x")
 
 
 @pytest.mark.parametrize("case", METHODS)
@@ -60,18 +70,21 @@ def test_by_default_only_those_whose_page_says_so_remove_nothing():
         ("fastv", {"ratio": 0.0}, "at ratio=0.0: give ratio=..., such as .*ratio=0.5"),
         ("duoattention", {}, "duoattention removes nothing at gates=None: give gates=...$"),
         ("ats", {"blocks": ()}, r"at blocks=\[\]: give blocks=..., such as .*blocks=None"),
-        ("pitome", {"ratio": 0.9, "start": 9, "stop": 5}, "at start=9: give start=..., such as .*start=0"),
+        ("pitome", {"ratio": 0.9, "start": 30}, "at start=30: give start=..., such as .*start=0"),
         ("tome", {"r": [0, 0]}, r"at r=\[0, 0\]: give r=..., such as .*r=8"),
     ],
 )
 def test_which_parameter_is_named(name, parameters, text):
-    assert re.search(text, tokred.make(name, **parameters).why_idle(24))
+    idle = tokred.make(name, **parameters).why_idle(24)
+    assert re.search(text, idle.text)
+    assert idle.meant == bool(parameters)
+    assert f"at {idle.parameter}=" in idle.text
 
 
 def test_depth_and_chosen_blocks_count():
-    assert "removes nothing of 1 layers" in tokred.EViT().why_idle(1)
-    assert "removes nothing of 3 layers" in tokred.SpAtten().why_idle(3), "its first three layers prune nothing"
-    assert tokred.SpAtten().why_idle(4) == ""
+    assert "removes nothing of 1 layers" in tokred.EViT().why_idle(1).text
+    assert "removes nothing of 3 layers" in tokred.SpAtten().why_idle(3).text, "its first three layers prune nothing"
+    assert tokred.SpAtten().why_idle(4) is None
     model = build("vit")  # three blocks; EViT acts in blocks 1 and 2
     with pytest.warns(tokred.NothingRemovedWarning, match="evit removes nothing in the 1 chosen of 3 layers"):
         tokred.apply(model, "evit", where=lambda name, block: name.endswith("0"))

@@ -81,8 +81,9 @@ def apply(
 ) -> ModelT:
     """Patch ``model`` in place so that it runs with fewer tokens.
 
-    Everything is checked first; on an error the model is as it was. Applying again replaces the patch before. Settings
-    that remove nothing get a :class:`tokred.NothingRemovedWarning` that names the parameter to give.
+    Everything is checked first; on an error the model is as it was. Applying again replaces the patch before. Where
+    nothing can be removed, and no parameter that was given says so (``r=0``), a :class:`tokred.NothingRemovedWarning`
+    names the parameter to give.
 
     Args:
         model: a supported model, a module that holds one (a classifier around a backbone), or a pipeline of
@@ -116,8 +117,8 @@ def apply(
             raise ValueError(f"where selects none of the {host.depth} blocks ({host.blocks[0][0]}, ...)")
         layers = None if where is None else [i for i, named in enumerate(host.blocks) if where(*named)]
         idle = one.why_idle(host.depth, layers)
-        if idle:
-            warnings.warn(idle, NothingRemovedWarning, stacklevel=2)
+        if idle is not None and not idle.meant and idle.parameter not in parameters:
+            warnings.warn(idle.text, NothingRemovedWarning, stacklevel=2)
     unpatch(hosts.module_of(model))
     for host, one in found:
         host.patch(one, where, expose)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from tokred.reduction import Reduction
 from tokred.schedules import Constant, Inflect, PerLayer
@@ -15,6 +15,20 @@ Where = Literal["mid", "end", "queries"]
 
 # As many tokens as no budget in numbers holds: whether settings remove anything must not depend on the input.
 _MANY = 1 << 20
+
+
+class Idle(NamedTuple):
+    """Why a method never removes anything.
+
+    Attributes:
+        parameter: that decides it; empty where no single one does.
+        text: in words.
+        meant: whether the parameter was set to something that removes nothing, rather than left as it is by default.
+    """
+
+    parameter: str
+    text: str
+    meant: bool
 
 
 class Method(ABC):
@@ -102,8 +116,8 @@ class Method(ABC):
         places = range(depth) if layers is None else layers
         return any(self.acts(_MANY, layer=layer, depth=depth) for layer in places)
 
-    def why_idle(self, depth: int, layers: Iterable[int] | None = None) -> str:
-        """What to give so that something is removed; empty where these settings remove something.
+    def why_idle(self, depth: int, layers: Iterable[int] | None = None) -> Idle | None:
+        """Why nothing is ever removed, and what to give; None where these settings remove something.
 
         Args:
             depth: of the model.
@@ -111,13 +125,14 @@ class Method(ABC):
         """
         places = tuple(range(depth) if layers is None else layers)
         if self.removes(depth, places):
-            return ""
+            return None
         for name, value in self._defaults().items():
             if value is ... or dataclasses.replace(self, **{name: value}).removes(depth, places):  # type: ignore[type-var]
                 such = "" if value is ... else f", such as tokred.apply(model, {self.name!r}, {name}={_shown(value)})"
-                return f"{self.name} removes nothing at {name}={_shown(getattr(self, name))}: give {name}=...{such}"
-        where = "" if layers is None or len(places) == depth else f" in the {len(places)} chosen"
-        return f"{self.name} removes nothing{where} of {depth} layers at these settings: {self}"
+                text = f"{self.name} removes nothing at {name}={_shown(getattr(self, name))}: give {name}=...{such}"
+                return Idle(name, text, getattr(self, name) != getattr(type(self)(), name))
+        where = "" if len(places) == depth else f" in the {len(places)} chosen"
+        return Idle("", f"{self.name} removes nothing{where} of {depth} layers at these settings: {self}", False)
 
     def _defaults(self) -> dict[str, Any]:
         """What may be given instead: the example, and defaults that the parameters differ from."""
