@@ -14,7 +14,7 @@ from tokred.adapters.diffusion.steps import Steps
 from tokred.adapters.swap import Hook
 from tokred.adapters.watch import Watch
 from tokred.denoise import AttentionMethod, AttentionSite, Place, Side, place_of, step_key
-from tokred.errors import UnsupportedModelError
+from tokred.errors import NothingRemovedWarning, UnsupportedModelError
 from tokred.kernels.merge_rows import unmerge_rows
 from tokred.reduction import Reduction
 
@@ -155,6 +155,7 @@ class Session:
             warnings.warn(
                 f"{self.method.name!r} reduced nothing on {self.family} at a sample of {high} x {wide}: its "
                 f"attention runs on {', '.join(map(str, counts))} tokens, and the method acts on none of them{advice}",
+                NothingRemovedWarning,
                 stacklevel=2,
             )
 

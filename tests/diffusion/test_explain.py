@@ -89,10 +89,12 @@ def test_a_clip_has_frames():
 
 
 def test_little_to_gain_warns():
-    with pytest.warns(UserWarning, match=r"nothing is reduced at this size \(ceiling 1.00x\); max_downsample is 1"):
+    with pytest.warns(
+        tokred.NothingRemovedWarning, match=r"nothing is reduced at this size \(ceiling 1.00x\); max_downsample is 1"
+    ):
         found = tokred.explain(build("sdxl"), "tomesd", 128)
     assert "warning: nothing is reduced" in str(found)
-    with pytest.warns(UserWarning, match="less than 5 %"):
+    with pytest.warns(tokred.TokredWarning, match="less than 5 %"):
         tokred.explain(sd15(), "tomesd", 16, ratio=0.1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -86,8 +86,10 @@ class SAINTLayer(LayerMethod):
         return n
 
     def acts(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> bool:
-        """Behind the layers from ``start`` to ``end``, where there are sources and destinations."""
-        return self.start < layer <= self.end + 1 and self.max_r != 0 and n > max(1, self.min_tokens)
+        """Behind the layers from ``start`` to ``end``, where there are sources and destinations, and a cosine can
+        reach the threshold."""
+        inside = self.start < layer <= self.end + 1 and self.tau <= 1
+        return inside and self.max_r != 0 and n > max(1, self.min_tokens)
 
     def choose(self, site: LayerSite) -> Reduction:
         """Drop the most redundant tokens."""
