@@ -244,8 +244,8 @@ def decide(settings: Settings, capture: Capture, state: TokenState, x: Tensor) -
         mask=state.mask,
         prefix=shared.prefix,
         suffix=shared.suffix,
-        grid=shared.grid_of(state.length),
-        frames=shared.frames_of(state.length),
+        grid=state.grid,
+        frames=state.frames,
         positions=state.representative,
         length=state.length,
         class_token=shared.class_token,
@@ -269,7 +269,7 @@ def follow(shared: Shared, step: Reduction, state: TokenState, x: Tensor) -> tup
     """Do what the method answered."""
     if step.trivial:
         return state, x
-    return state.advance(step, x, shared.keep_dropped)
+    return state.advance(step, x, shared.keeps_dropped(state))
 
 
 def transformed(attn: Any, normed: Tensor, capture: Capture) -> tuple[Tensor, Tensor]:

@@ -67,11 +67,18 @@ def _host(model: Any) -> Host:
         prefix=1,
         supplies=frozenset({"x", "q", "k", "v", "class_attention", "attention", "grid"}),
         # CoCa hands all tokens on to its text decoder, through an attentional pooler or as they are.
-        pooled=model.attn_pool is not None or model.pool_type != "tok" or bool(model.output_tokens),
+        pooled=_pools(model),
+        pools=_pools,
+        origin=model.conv1,
         tokens=lambda shape: _tokens(model, shape),
         outside_macs=lambda shape: _outside(model, shape),
         grid=tuple(model.grid_size),
     )
+
+
+def _pools(model: Any) -> bool:
+    """Whether all tokens are read behind the blocks."""
+    return model.attn_pool is not None or model.pool_type != "tok" or bool(model.output_tokens)
 
 
 def _fused(attention: Any) -> bool:

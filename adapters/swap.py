@@ -133,8 +133,7 @@ _BODIES: dict[str, Callable[[type[nn.Module]], dict[str, Any]]] = {
 def _exposed(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with getattr(self, SETTINGS).exposing():
-            return original(self, *args, **kwargs)
+        return getattr(self, SETTINGS).intermediates(original, (self, *args), kwargs)
 
     return method
 
