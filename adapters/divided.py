@@ -152,7 +152,7 @@ class DividedRecipe(Recipe):
         step = shared.method.reduce(site)
         if step.trivial:
             return state, x
-        state, rows = state.advance(step, rows, shared.keeps_dropped(state))
+        state, rows = state.advance(step, rows, shared.keep_dropped)
         return state, narrow(rows, t)
 
 

@@ -196,7 +196,8 @@ class Shared:
             return {**out, "image_features": short(out["image_features"])}
         return out
 
-    def keeps_dropped(self, state: TokenState) -> bool:
+    @property
+    def keep_dropped(self) -> bool:
         """Whether features have to be kept at every step, because tokens vanish and full length will be asked for."""
         return self.drops and (self.expose_all or self.restore != "none")
 
