@@ -84,6 +84,7 @@ class Recipe:
 
     def run(self, block: Any, host_forward: Callable[..., Any], x: Tensor, args: Any, kwargs: Any) -> Any:
         """One forward of a patched block. Hosts whose blocks are no chain over one token sequence have their own."""
+        refuse_symbols(x)
         return run_block(block, host_forward, x, args, kwargs)
 
 
@@ -103,6 +104,42 @@ def refuse_padding(mask: Tensor | None = None) -> None:
         torch._assert_async(mask.all(), PADDED)
     elif mask is None or not bool(mask.all()):
         raise UnsupportedModelError(PADDED)
+
+
+def refuse_script(module: nn.Module) -> nn.Module:
+    """What ``torch.jit.script`` asks of a module before it compiles it.
+
+    Raises:
+        UnsupportedModelError: always.
+    """
+    raise UnsupportedModelError(
+        f"torch.jit.script cannot compile a patched {type(module).__name__}: export the model with torch.export.export "
+        "(or torch.jit.trace), or call tokred.remove(model) first"
+    )
+
+
+def refuse_symbols(x: Any) -> None:
+    """Raise where a block is traced by torch.fx: how many tokens are left, and what is known of them, it cannot write
+    down.
+
+    Raises:
+        UnsupportedModelError: ``x`` is a symbol, not a tensor.
+    """
+    if isinstance(x, torch.fx.Proxy):
+        raise UnsupportedModelError(
+            "torch.fx cannot trace into a patched block: trace with timm.models.create_feature_extractor or "
+            "get_graph_node_names, which take it as a leaf (a tracer of your own does if its leaf_modules hold "
+            "tokred.adapters.block.Leaf), or export the model with torch.export.export"
+        )
+
+
+class _Leaves(type):
+    def __instancecheck__(cls, module: Any) -> bool:
+        return isinstance(getattr(module, "__dict__", {}).get(SETTINGS), Settings)
+
+
+class Leaf(metaclass=_Leaves):
+    """What patched blocks are instances of, for tracers that are told by class what not to trace into."""
 
 
 def split_heads(t: Tensor, heads: int) -> Tensor:

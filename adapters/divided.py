@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokred.adapters.block import SETTINGS, Recipe, Settings, attention_bias
+from tokred.adapters.block import SETTINGS, Recipe, Settings, attention_bias, refuse_symbols
 from tokred.adapters.host import Host, argument_names
 from tokred.adapters.sides import convolution
 from tokred.adapters.state import LayerRecord, TokenState
@@ -62,6 +62,7 @@ class DividedRecipe(Recipe):
 
     def run(self, block: Any, host_forward: Callable[..., Any], x: Tensor, args: Any, kwargs: Any) -> Any:
         """The host's own block while nothing has been reduced; else its parts."""
+        refuse_symbols(x)
         settings: Settings = getattr(block, SETTINGS)
         shared, layer, t = settings.shared, settings.layer, self.frames
         if layer == 0:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from tokred.adapters.block import SETTINGS
+from tokred.adapters.block import SETTINGS, refuse_script
 
 _HOST = "_tokred_host_class"
 
@@ -70,6 +70,7 @@ def _subclass(host: Any, kind: str) -> type[nn.Module]:
         "__qualname__": host.__qualname__,
         "__doc__": host.__doc__,
         "__reduce_ex__": _make_reduce(host, kind),
+        "__prepare_scriptable__": refuse_script,
         _HOST: host,
     }
     body.update(_BODIES[kind](host))

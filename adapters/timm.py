@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokred.adapters.block import Recipe, refuse_padding
+from tokred.adapters.block import Leaf, Recipe, refuse_padding
 from tokred.adapters.host import Host, argument_names, module_macs
 from tokred.adapters.sides import Sides, of_convolution
 from tokred.adapters.state import TokenState
@@ -80,6 +80,7 @@ def match(model: nn.Module) -> Host | None:
         return None  # a classifier around such an encoder, which is found inside
     if not any(n.startswith("timm.models.") for n in names) or not hasattr(model, "forward_features"):
         return None
+    _trace_no_blocks()
     if SAM in names:
         return _sam(model)
     reason = next((REFUSED[c.__name__] for c in cls.__mro__ if c.__name__ in REFUSED), None)
@@ -88,6 +89,13 @@ def match(model: nn.Module) -> Host | None:
     if reason is not None:
         raise UnsupportedModelError(f"timm's {cls.__name__} cannot run with fewer tokens here: {reason}")
     return _host(model)
+
+
+def _trace_no_blocks() -> None:
+    """Tell timm's tracers, as timm does for modules of its own, that patched blocks are leaves."""
+    from timm.models import register_notrace_module
+
+    register_notrace_module(Leaf)
 
 
 def _names(module: object) -> list[str]:
