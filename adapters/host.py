@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from tokred.adapters.block import KeyTap, Recipe, Settings
+from tokred.adapters.origin import watch
+from tokred.adapters.sides import Sides, of_convolution
 from tokred.adapters.state import LayerRecord, Shared
 from tokred.adapters.supplier import Supplier
 from tokred.adapters.swap import check_entrance, host_class, is_swapped, remove_hooks, restore, swap
@@ -57,6 +59,10 @@ class Host(Supplier):
         key_heads: heads that those outputs still have to be split into, or None.
         tokens: number of tokens for an input shape.
         outside_macs: multiply-adds outside the blocks for an input shape.
+        origin: module whose output the tokens are made of, by which the model's forwards are told apart; None: it is
+            outside the model.
+        layout: how the patches stand, given that module, its inputs and its output.
+        pools: whether the head of the model pools over all tokens as it is now; None: it cannot change.
         note: what a user should know about this family.
         padded: whether batches are padded from the start, so that tokens vanish with any method.
     """
@@ -74,6 +80,9 @@ class Host(Supplier):
     grid: tuple[int, int] | None = None
     frames: int | None = None
     full: str = "none"
+    origin: nn.Module | None = None
+    layout: Callable[[nn.Module, Any, Any], Sides | None] | None = of_convolution
+    pools: Callable[[Any], bool] | None = None
     key_norms: list[nn.Module | None] = field(default_factory=list)
     key_heads: int | None = None
     note: str = ""
@@ -185,7 +194,7 @@ class Host(Supplier):
         """Exchange the classes of the blocks. :meth:`check` has passed."""
         expose = self.exposure(method, expose)
         shared = Shared(method, self.depth, self.prefix, self.suffix, expose, drops=method.drops or self.padded)
-        shared.grid, shared.frames = self.grid, self.frames
+        watch(self, shared)
         shared.class_token = "class_attention" in self.supplies
         shared.watch = Watch(self.family, {i: name for i, (name, _) in enumerate(self.blocks)})
         norms = self.key_norms or [None] * self.depth

@@ -8,7 +8,6 @@ imported by name.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
 from types import MethodType
@@ -118,6 +117,7 @@ def _subclass(host: Any, kind: str) -> type[nn.Module]:
         "__qualname__": host.__qualname__,
         "__doc__": host.__doc__,
         "__reduce_ex__": _make_reduce(host, kind),
+        "__prepare_scriptable__": refuse_script,
         _HOST: host,
     }
     body.update(_BODIES[kind](host))
@@ -189,10 +189,23 @@ def _exposed(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         shared = self.__dict__.get(SETTINGS)
-        with contextlib.nullcontext() if shared is None else shared.exposing():
+        if shared is None:  # removed, but bound to this function before
             return original(self, *args, **kwargs)
+        return shared.intermediates(original, (self, *args), kwargs)
 
     return method
+
+
+def refuse_script(module: nn.Module) -> nn.Module:
+    """Stand before ``torch.jit.script``, which asks this of a module before it compiles it.
+
+    Raises:
+        UnsupportedModelError: always.
+    """
+    raise UnsupportedModelError(
+        f"torch.jit.script cannot compile a patched {type(module).__name__}: export the model with torch.export.export "
+        "(or torch.jit.trace), or call tokred.remove(model) first"
+    )
 
 
 def _make_reduce(host: type[nn.Module], kind: str) -> Callable[..., Any]:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokred.adapters.block import SETTINGS, Recipe, Settings, attention_bias
+from tokred.adapters.block import SETTINGS, Recipe, Settings, attention_bias, refuse_symbols
 from tokred.adapters.capture import add_bias
 from tokred.adapters.contract import check_at_hand, parameters_at_hand
 from tokred.adapters.state import TokenState
@@ -130,6 +130,7 @@ class WindowRecipe(Recipe):
 
     def run(self, block: Any, host_forward: Callable[..., Any], x: Tensor, args: Any, kwargs: Any) -> Any:
         """The host's own block where nothing is reduced; else its parts on fewer tokens."""
+        refuse_symbols(x)
         settings: Settings = getattr(block, SETTINGS)
         shared, layer = settings.shared, settings.layer
         maps = x.permute(0, 2, 3, 1) if self.parts.channels_first else x
