@@ -71,17 +71,19 @@ class Session:
         depth: number of blocks.
         family: for messages.
         patch: rows (and columns) of the sample that the finest tokens stand for.
+        kind: name under which the denoiser's class is known, where that is not what ``family`` ends in.
     """
 
-    def __init__(self, method: AttentionMethod, depth: int, family: str, patch: int = 1) -> None:
+    def __init__(self, method: AttentionMethod, depth: int, family: str, patch: int = 1, kind: str = "") -> None:
         self.method = method
         self.depth = depth
         self.family = family
         self.patch = patch
+        self.kind = kind or family
         self.warned = False
         self.free = False  # plans of the right size without a choice, for counting
         self.fixed: tuple[int, int] | None = None  # rows and columns of tokens, where no ids can be read
-        self.steps = Steps(family)
+        self.steps = Steps(self.kind)
         self._forget()
 
     def _forget(self) -> None:
@@ -101,7 +103,7 @@ class Session:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.steps = Steps(self.family)
+        self.steps = Steps(self.kind)
         self._forget()
 
     # ------------------------------------------------------------------ one forward

@@ -35,7 +35,7 @@ class Steps:
     the same, as guidance in several calls has it, and tiles.
 
     Args:
-        family: of the denoiser.
+        family: of the denoiser, in words that end in the name of its class.
     """
 
     def __init__(self, family: str) -> None:

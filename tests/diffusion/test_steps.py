@@ -123,14 +123,14 @@ def test_guidance_in_pairs():
     """Panoramas run several views in a batch, each beside its unprompted one."""
     g = torch.Generator().manual_seed(0)
     steps, method = Steps("diffusers UNet2DConditionModel"), tokred.IBTM()
+    predicted = torch.randn(6, 3, 8, 8, generator=g)
     for time in (90, 80):
-        latent, predicted = torch.randn(3, 3, 8, 8, generator=g), torch.randn(6, 3, 8, 8, generator=g)
-        steps.turn(method, time, latent.repeat_interleave(2, 0))
-        if time == 80:
-            found: Any = steps.guidance(PLACE, 6, 3)
-            torch.testing.assert_close(found, on_grid(expected, PLACE, 3).repeat_interleave(2, 0))
-        steps.remember(predicted)
-        expected = (predicted[::2] - predicted[1::2]).abs()
+        steps.turn(method, time, torch.randn(3, 3, 8, 8, generator=g).repeat_interleave(2, 0))
+        if time == 90:
+            steps.remember(predicted)
+    found: Any = steps.guidance(PLACE, 6, 3)
+    expected = on_grid((predicted[::2] - predicted[1::2]).abs(), PLACE, 3)
+    torch.testing.assert_close(found, expected.repeat_interleave(2, 0))
 
 
 def test_a_tile_that_comes_late_is_at_its_first_step():
