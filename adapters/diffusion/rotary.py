@@ -97,8 +97,8 @@ class EnterPacked(EnterDenoiser):
         size = grid_of(ids[0] if ids.ndim == 3 else ids)
         if size is None or size[0] * size[1] != length:
             raise UnsupportedModelError(
-                f"{length} tokens stand on {_places(ids)}: several images in one sequence (as Kontext has its reference "
-                "images) cannot be reduced; call tokred.remove(model) first"
+                f"{length} tokens stand on {_places(ids)}: several images in one sequence (as Kontext has "
+                "reference images) cannot be reduced; call tokred.remove(model) first"
             )
         self._seen = (weakref.ref(ids), version, size)
         return size
