@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tokred.adapters.diffusion.frames import join_frames, one_frame
+from tokred.adapters.diffusion.frames import join_frames, one_frame, samples_of
 from tokred.adapters.diffusion.inside import Halves
 from tokred.adapters.diffusion.steps import Steps
 from tokred.adapters.swap import Hook
@@ -27,7 +27,7 @@ class Plan:
     """A reduction in use, with its inverse map."""
 
     def __init__(self, reduction: Reduction, part: str, proportional: bool = False) -> None:
-        self.reduction, self.part = reduction, part
+        self.reduction, self.part, self.proportional = reduction, part, proportional
         # What attention adds to the scores of each key, or a mask of those that are real.
         self.weights = reduction.sizes().log() if proportional else reduction.mask
         plain = type(reduction) is Reduction  # the others know themselves how they are undone
@@ -37,6 +37,10 @@ class Plan:
         """Whether the plan is one for ``x`` ``(B, N, C)``."""
         rows = self.reduction.representative
         return self.reduction.batch == (x.shape[0],) and self.reduction.length == x.shape[1] and rows.device == x.device
+
+    def at(self, rows: Tensor) -> Plan:
+        """The plan of some samples."""
+        return Plan(samples_of(self.reduction, rows), self.part, self.proportional)
 
     def merge(self, x: Tensor) -> Tensor:
         """``(B, N, C)`` to ``(B, M, C)``."""
@@ -219,7 +223,7 @@ class Session:
         method = self.now
         if self.size is None or method is None:
             return Halves()
-        place, slot = self.place(image), ("heads", spot.name)
+        place, slot = self.place(image), ("heads", spot.name, len(q))
         found: Halves | None = self.plans.get(slot)
         if found is None or not _fits(found, q):
             known = self._known(place, slot, len(q)) | {"q": q.detach(), "k": k.detach(), "v": v.detach()}
