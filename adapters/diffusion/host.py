@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from tokred.adapters.diffusion import registries
 from tokred.adapters.diffusion.clips import EnterClip
 from tokred.adapters.diffusion.rotary import EnterPacked
 from tokred.adapters.diffusion.session import EnterBlock, EnterDenoiser, LeaveBlock, LeaveDenoiser, Session
@@ -180,6 +181,7 @@ class DenoiserHost(Supplier):
                 part.module.register_forward_hook(LeaveBlock(session, i))
             for name, module, kind in part.sublayers:
                 swap(module, "sublayer", Spot(session, i, kind, part.alone, name, _names(module), part.first))
+                registries.enter(module)
         swap(self.model, "denoiser", session)
 
     def _entering(self, session: Session) -> EnterDenoiser:
