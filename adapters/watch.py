@@ -1,8 +1,14 @@
-"""Sites that a patch promised against sites that ran: a patch that is passed by is an error, never silence."""
+"""Sites that a patch promised against sites that ran: a patch that is passed by is an error, never silence.
+
+A compiled graph runs no Python, so there the comparison happens while it is traced: the compiler calls functions whose
+result it may assume constant, with numbers for the watch and the site, and leaves no trace of them in the graph.
+"""
 
 from __future__ import annotations
 
+import itertools
 import threading
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,6 +18,9 @@ from torch import nn
 from tokred.adapters import contract
 from tokred.adapters.swap import Hook, host_class, is_swapped
 from tokred.errors import BypassedError
+
+_KEYS = itertools.count()
+_WATCHES: weakref.WeakValueDictionary[int, Watch] = weakref.WeakValueDictionary()
 
 
 class Watch:
@@ -25,7 +34,10 @@ class Watch:
     def __init__(self, family: str = "", names: dict[int, str] | None = None) -> None:
         self.family = family
         self.names = names or {}
+        self.key = next(_KEYS)
+        self.model: weakref.ref[nn.Module] | None = None
         self._local = threading.local()
+        _WATCHES[self.key] = self
 
     def __getstate__(self) -> dict[str, Any]:
         return {"family": self.family, "names": self.names}
@@ -40,7 +52,12 @@ class Watch:
     def ran(self, site: int) -> None:
         """A site took part. Outside of a forward of the part (a block that is run by itself) nobody asks."""
         if torch.compiler.is_compiling():
-            return
+            _ran(self.key, site)
+        else:
+            self.note(site)
+
+    def note(self, site: int) -> None:
+        """The same outside of a compiled graph."""
         seen = getattr(self._local, "seen", None)
         if seen is not None:
             seen.add(site)
@@ -72,7 +89,9 @@ class EnterWatched(Hook):
         self.watch = watch
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            _begin(self.watch.key)
+        else:
             self.watch.begin()
 
 
@@ -84,19 +103,45 @@ class LeaveWatched(Hook):
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
+            _end(self.watch.key)
             return
         missing = self.watch.passed_by()
         if missing:
             check_passed_by(module, self.watch, missing)
 
 
+def _begin(key: int) -> int:
+    _WATCHES[key].begin()
+    return 0
+
+
+def _ran(key: int, site: int) -> int:
+    _WATCHES[key].note(site)
+    return 0
+
+
+def _end(key: int) -> int:
+    watch = _WATCHES[key]
+    missing = watch.passed_by()
+    if missing:
+        model = None if watch.model is None else watch.model()
+        check_passed_by(model, watch, missing)
+    return 0
+
+
+for _function in (_begin, _ran, _end):
+    # What torch.compiler.assume_constant_result sets; that would import the compiler here.
+    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def hang(model: nn.Module, watch: Watch) -> None:
     """Watch the forwards of ``model``."""
+    watch.model = weakref.ref(model)  # for messages; a copy of the model gives none while it is compiled
     model.register_forward_pre_hook(EnterWatched(watch))
     model.register_forward_hook(LeaveWatched(watch))
 
 
-def check_passed_by(model: nn.Module, watch: Watch, missing: Iterable[int]) -> None:
+def check_passed_by(model: nn.Module | None, watch: Watch, missing: Iterable[int]) -> None:
     """Raise for sites that something stands in front of, or where not a single one ran.
 
     Hosts leave out blocks of their own accord (guidance by skipped layers, caches of features): a site that did not run
@@ -107,14 +152,14 @@ def check_passed_by(model: nn.Module, watch: Watch, missing: Iterable[int]) -> N
     """
     missing = list(missing)
     for site in missing:
-        why = obstacle(model, watch.names[site])
+        why = None if model is None else obstacle(model, watch.names[site])
         if why is not None:
             others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise BypassedError(
                 f"the patch of {watch.family} was passed by at {watch.names[site]}{others}: {why}. Call tokred.apply "
                 "again after such a change, or tokred.remove(model) to run without the patch"
             )
-    if len(missing) == len(watch.names) and not contract.skips_layers(model):
+    if len(missing) == len(watch.names) and not (model is not None and contract.skips_layers(model)):
         raise BypassedError(
             f"the patch of {watch.family} was passed by: none of its {len(missing)} sites ran in this forward, which "
             f"took another way than through {watch.names[missing[0]]}. Apply tokred to the model that really runs, or "

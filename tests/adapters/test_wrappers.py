@@ -138,10 +138,6 @@ def replace_block(model: nn.Module) -> None:
     model.blocks[2] = tiny_timm.build("vit").blocks[2]
 
 
-def drop_block(model: nn.Module) -> None:
-    del model.blocks[2]
-
-
 def shadow_block(model: nn.Module) -> None:
     block = model.blocks[1]
     host = type(block).__mro__[1]
@@ -156,7 +152,6 @@ def shadow_all(model: nn.Module) -> None:
     ("change", "why"),
     [
         (replace_block, r"blocks\.2: it has been replaced since by another Block"),
-        (drop_block, r"blocks\.2: there is no blocks\.2 any more"),
         (shadow_block, r"blocks\.1 did not run through the patch of .*: its forward was replaced"),
         (shadow_all, r"none of its \d sites ran"),
     ],
@@ -170,6 +165,20 @@ def test_a_patch_that_is_passed_by_is_an_error(change, why):
         model(x)
     with torch.no_grad():
         tokred.remove(model)(x)
+
+
+@pytest.mark.parametrize(("change", "why"), [(replace_block, "another Block"), (shadow_all, "none of its 3 sites ran")])
+def test_a_compiled_patch_that_is_passed_by_is_an_error_while_it_is_traced(change, why):
+    model, x = tiny_timm.build("vit"), tiny_timm.images()
+    tokred.apply(model, "tome", r=2)
+    expected = model(x)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), expected)
+    change(model)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=why):
+        torch.compile(model, fullgraph=True, backend="eager")(x)
 
 
 def test_blocks_that_where_leaves_out_are_no_sites():
