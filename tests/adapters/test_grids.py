@@ -15,6 +15,8 @@ pytest.importorskip("timm")
 
 import tokred
 from tests.adapters import tiny_open_clip, tiny_timm, tiny_transformers
+from tokred.adapters.tiny import open_clip as open_clip_tiny
+from tokred.adapters.tiny import timm as timm_tiny
 
 
 @dataclass(frozen=True)
@@ -54,17 +56,29 @@ def told(model: nn.Module, run: Callable[[], Any]) -> list[Any]:
 PATCHES_36 = [((48, 48), (6, 6)), ((32, 72), (4, 9)), ((72, 32), (9, 4)), ((16, 144), (2, 18)), ((8, 288), (1, 36))]
 
 
+def vit_of(**options: Any) -> nn.Module:
+    return timm_tiny.made(timm_tiny.FAMILIES["vit"], **options)
+
+
+def eva_of(**options: Any) -> nn.Module:
+    return timm_tiny.made(timm_tiny.FAMILIES["eva (EVA)"], **options)
+
+
+def clip_of(**options: Any) -> nn.Module:
+    return open_clip_tiny.made(open_clip_tiny.FAMILIES["CLIP"], **options)
+
+
 def vit(**options: Any) -> nn.Module:
-    return tiny_timm._vit(dynamic_img_size=True, **options).eval()
+    return vit_of(dynamic_img_size=True, **options).eval()
 
 
 DYNAMIC = {
     "vit": vit,
     "mean": lambda: vit(class_token=False, global_pool="avg"),
     "registers": lambda: vit(reg_tokens=4),
-    "eva": lambda: tiny_timm._eva(dynamic_img_size=True).eval(),
-    "eva02": lambda: tiny_timm._eva(dynamic_img_size=True, use_rot_pos_emb=True).eval(),
-    "mixed": lambda: tiny_timm._eva(
+    "eva": lambda: eva_of(dynamic_img_size=True).eval(),
+    "eva02": lambda: eva_of(dynamic_img_size=True, use_rot_pos_emb=True).eval(),
+    "mixed": lambda: eva_of(
         dynamic_img_size=True, use_rot_pos_emb=True, rope_type="mixed", attn_type="rope"
     ).eval(),
 }
@@ -98,7 +112,7 @@ def test_timm_of_a_size_that_is_set_later(family):
 
 @pytest.mark.parametrize("options", [{"img_size": (16, 64)}, {"img_size": (64, 16)}, {"img_size": (32, 32)}])
 def test_timm_built_for_other_sizes(options):
-    model = tiny_timm._vit(**options).eval()
+    model = vit_of(**options).eval()
     grid = tuple(side // 8 for side in options["img_size"])
     assert told(model, lambda: model(torch.randn(2, 3, *options["img_size"]))) == [(grid, None, 16)] * 3
 
@@ -127,7 +141,7 @@ def test_every_way_into_a_timm_model():
 
 def test_dropped_patches_form_no_grid():
     """25 of 36 patches are no 5 x 5 square."""
-    model = tiny_timm._vit(img_size=48, patch_drop_rate=11 / 36).train()
+    model = vit_of(img_size=48, patch_drop_rate=11 / 36).train()
     tokred.apply(model, Spy())
     with pytest.raises(tokred.MissingInputError, match="does not know the grid"):
         model(torch.randn(2, 3, 48, 48))
@@ -233,11 +247,11 @@ def test_a_method_of_the_grid_follows_it():
 
 
 def test_open_clip():
-    model = tiny_open_clip._clip(image_size=(16, 64)).eval()
+    model = clip_of(image_size=(16, 64)).eval()
     x, text = torch.randn(2, 3, 16, 64), torch.arange(3, 11).repeat(2, 1)
     assert told(model, lambda: model(x, text)) == [((2, 8), None, 16)] * 3
     assert told(model, lambda: model.visual.forward_intermediates(x)) == [((2, 8), None, 16)] * 3
-    dropping = tiny_open_clip._clip(image_size=48, patch_dropout=11 / 36).train()
+    dropping = clip_of(image_size=48, patch_dropout=11 / 36).train()
     tokred.apply(dropping, Spy())
     with pytest.raises(tokred.MissingInputError, match="does not know the grid"):
         dropping(torch.randn(2, 3, 48, 48), text)
