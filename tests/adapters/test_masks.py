@@ -106,8 +106,12 @@ def test_the_masked_model_in_pairs_of_equal_patches(family):
     torch.testing.assert_close(merged, y, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["vit", "eva02 (rope, swiglu)", "dinov3 (rope, registers)", "vit-registers (DINOv2)"])
-@pytest.mark.parametrize("case", [c for c in METHODS if "grid" not in tokred.make(c.partition("-")[0], **METHODS[c]).reads])
+@pytest.mark.parametrize(
+    "family", ["vit", "eva02 (rope, swiglu)", "dinov3 (rope, registers)", "vit-registers (DINOv2)"]
+)
+@pytest.mark.parametrize(
+    "case", [c for c in METHODS if "grid" not in tokred.make(c.partition("-")[0], **METHODS[c]).reads]
+)
 def test_as_if_the_hidden_were_not_there(family, case):
     """The class token's answer is the same with other pixels under the mask."""
     model, x, seen = ready(family)

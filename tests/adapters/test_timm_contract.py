@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-timm = pytest.importorskip("timm")
+pytest.importorskip("timm")
+
+import timm
 
 import tokred
 
@@ -37,6 +39,7 @@ MODELS: dict[str, tuple[dict[str, Any], int, tuple[int, int]]] = {
     "samvit_base_patch16": ({"img_size": 64, "global_attn_indexes": (1,)}, 64, (64, 128)),
 }
 FLAT = [name for name in MODELS if "sam" not in name]
+DYNAMIC = [n for n in FLAT if n.startswith(("vit_tiny", "vit_medium", "eva02", "vit_small_patch16_d"))]
 AMOUNTS = (0, 2)
 
 
@@ -85,7 +88,9 @@ def test_forward_of_other_sizes(name, r):
 
 
 @pytest.mark.parametrize("r", AMOUNTS)
-@pytest.mark.parametrize("name", [n for n in FLAT if n.startswith(("vit_tiny", "vit_medium", "eva02", "vit_small_patch16_d"))])
+@pytest.mark.parametrize(
+    "name", [n for n in FLAT if n.startswith(("vit_tiny", "vit_medium", "eva02", "vit_small_patch16_d"))]
+)
 def test_forward_of_dynamic_sizes(name, r):
     model = tokred.apply(create(name, dynamic_img_size=True), "tome", r=r)
     with torch.no_grad():
@@ -226,7 +231,7 @@ def test_a_head_that_begins_to_pool(pool):
             else:
                 changed.reset_classifier(7, global_pool=pool)
             for call in (changed, changed.forward_features, changed.forward_intermediates):
-                with pytest.raises(tokred.UnsupportedModelError, match="head pools over all tokens now.*again"):
+                with pytest.raises(tokred.UnsupportedModelError, match=r"head pools over all tokens now.*again"):
                     call(x)
             tokred.apply(changed, "tome", r=2)
             assert changed.forward_features(x).shape[1] == 26
@@ -248,7 +253,7 @@ def test_a_head_that_stops_pooling_and_methods_that_drop():
     model.reset_classifier(7, global_pool="avg")
     with torch.no_grad():
         y = model(x)
-        assert torch.equal(tokred.apply(model, "random_prune", r=2)(x), y), "over those that are left, as if applied now"
+        assert torch.equal(tokred.apply(model, "random_prune", r=2)(x), y), "over those that are left"
 
 
 @pytest.mark.parametrize("name", FLAT)
@@ -258,7 +263,7 @@ def test_blocks_that_are_taken_out(name):
     model.prune_intermediate_layers([0, 1], prune_norm=False, prune_head=False)
     with torch.no_grad():
         for call in (model, model.forward_features, model.forward_intermediates):
-            with pytest.raises(tokred.UnsupportedModelError, match="2 blocks instead of 3.*again"):
+            with pytest.raises(tokred.UnsupportedModelError, match=r"2 blocks instead of 3.*again"):
                 call(x)
         tokred.apply(model, "tome", r=2)
         assert model(x).shape == (2, 7)
