@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tokred.adapters.capture import Capture
+from tokred.adapters.linear import check_there, constant, linear
 from tokred.adapters.masks import seen, visible
 from tokred.adapters.state import Shared, TokenState
 from tokred.adapters.swap import SETTINGS as SETTINGS
@@ -318,11 +319,9 @@ def decide(settings: Settings, capture: Capture, state: TokenState, x: Tensor) -
         notes=None if state.notes is None else dict(state.notes),
     )
     method = shared.method
-    alone = site.mask is not None and state.lengths is not None and not method.by_mask
-    if hidden is not None or alone:
-        step = reduce_each(method, site, hidden)
-    else:
-        step = method.reduce(site)
+    padded = site.mask is not None and state.lengths is not None and not method.by_mask
+    alone = padded or hidden is not None
+    step = reduce_each(method, site, hidden) if alone else method.reduce(site)
     if site.rows or site.notes or site.alive is not None:
         state = replace(state, heads=site.alive, rows=site.rows, notes=site.notes)
     return step, state
@@ -332,7 +331,7 @@ def follow(shared: Shared, step: Reduction, state: TokenState, x: Tensor) -> tup
     """Do what the method answered."""
     if step.trivial:
         return state, x
-    return state.advance(step, x, shared.keep_dropped)
+    return state.advance(step, x, shared.keeps_dropped(state))
 
 
 def transformed(attn: Any, normed: Tensor, capture: Capture) -> tuple[Tensor, Tensor]:
@@ -340,41 +339,44 @@ def transformed(attn: Any, normed: Tensor, capture: Capture) -> tuple[Tensor, Te
     q, v = capture.q, capture.v
     assert q is not None  # asked for after the attention has run
     assert v is not None
-    return normed, value_transform(attn, v, q.shape[1])
+    return normed, value_transform(attn, normed, v, q.shape[1])
 
 
-def value_transform(attn: Any, v: Tensor, heads: int, *, per_head: bool = False) -> Tensor:
+def value_transform(attn: Any, normed: Tensor, v: Tensor, heads: int, *, per_head: bool = False) -> Tensor:
     """Value and output projections of each token alone, without their biases: ``(B, N, C)``, or ``(B, H, N, C)``.
 
     What stands between the two and acts on mixtures of tokens (a norm, a gate) is left out.
 
     Args:
         attn: an attention with an output projection ``proj``.
+        normed: ``(B, N, C)`` its input.
         v: ``(B, Hk, N, D)``, the values that it used.
         heads: query heads ``H``.
         per_head: keep the part of each head apart; their sum is the whole.
     """
-    bias = _value_bias(attn)
+    bias = _value_bias(attn, normed)
     if bias is not None:
         v = v - bias.to(v.dtype).view(v.shape[1], 1, -1)
     if v.shape[1] != heads:
         v = v.repeat_interleave(heads // v.shape[1], 1)
-    weight = attn.proj.weight
-    if per_head:
-        return torch.einsum("bhnd,chd->bhnc", v, weight.view(weight.shape[0], heads, -1))
-    return torch.nn.functional.linear(v.transpose(1, 2).flatten(2), weight)
+    if not per_head:
+        return linear(attn.proj, v.transpose(1, 2).flatten(2))
+    parts = []
+    for head in range(heads):
+        alone = torch.zeros_like(v)
+        alone[:, head] = v[:, head]
+        parts.append(linear(attn.proj, alone.transpose(1, 2).flatten(2)))
+    return torch.stack(parts, 1)
 
 
-def _value_bias(attn: Any) -> Tensor | None:
+def _value_bias(attn: Any, normed: Tensor) -> Tensor | None:
     """What the value projection adds to every token, wherever a host keeps it."""
     if getattr(attn, "v_proj", None) is not None:
-        found: Tensor | None = attn.v_proj.bias
-        return found
+        return constant(attn.v_proj, normed)
     if getattr(attn, "v_bias", None) is not None:
-        own: Tensor = attn.v_bias
-        return own
+        return check_there(attn.v_bias, "the attention's v_bias")
     fused = getattr(attn, "qkv", None)
-    return None if fused is None or fused.bias is None else fused.bias.chunk(3)[2]
+    return None if fused is None else constant(fused, normed).chunk(3)[2]
 
 
 def check_capture(capture: Capture, settings: Settings) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from tokred.adapters.block import KeyTap, Recipe, Settings
+from tokred.adapters.linear import matrices
 from tokred.adapters.origin import watch
 from tokred.adapters.sides import Sides, of_convolution
 from tokred.adapters.state import LayerRecord, Shared
@@ -142,17 +143,16 @@ class Host(Supplier):
         method.check(self.depth)
 
     def cost(self, block: nn.Module) -> BlockCost:
-        """Count the weights of a block."""
-        attention = mlp = 0
-        for name, p in block.named_parameters():
-            if p.ndim == 2 and name.endswith("weight"):
-                if any(part in _ATTENTION for part in name.split(".")):
-                    attention += p.numel()
-                else:
-                    mlp += p.numel()
+        """Count the matrices of a block."""
+        attention = mlp = width = 0
+        for name, wide, high in matrices(block):
+            if any(part in _ATTENTION for part in name.split(".")):
+                attention, width = attention + wide * high, width or wide
+            else:
+                mlp += wide * high
         vectors = ((name.lower(), p) for name, p in block.named_parameters() if p.ndim == 1)
         norms = (p for name, p in vectors if "norm" in name or "ln_" in name)
-        width = next((p.shape[0] for p in norms), 0)
+        width = next((p.shape[0] for p in norms), width)
         for module in block.modules():
             width = getattr(module, "attn_dim", width)
         return BlockCost(attention, mlp, int(width))

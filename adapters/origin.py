@@ -9,6 +9,7 @@ more or fewer than the note speaks of, have no grid.
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -42,6 +43,16 @@ class Origin(Hook):
         self.check()
         self.note.leave(None if self.layout is None else self.layout(module, inputs, output))
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        """In a copy of the whole model one of that; in a copy of a part, such as those that count operations, none."""
+        model = memo.get(id(self.model))
+        if model is None:
+            return _Silent()
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__ = {k: model if k == "model" else copy.deepcopy(v, memo) for k, v in self.__dict__.items()}
+        return copied
+
     def check(self) -> None:
         """Refuse a model that was changed in a way that its patch does not know of.
 
@@ -60,6 +71,11 @@ class Origin(Hook):
 
     def _blocks(self) -> int:
         return len(self.model.get_submodule(self.path))  # type: ignore[arg-type]
+
+
+class _Silent(Hook):
+    def __call__(self, *given: Any) -> None:
+        return None
 
 
 def watch(host: Host, shared: Shared) -> None:

@@ -48,7 +48,7 @@ class BlockRecord:
         assert self.normed is not None  # noted in every forward
         assert self.site is not None
         heads = self.site.q.shape[1]
-        return self.normed, value_transform(self.attn, self.site.v, heads, per_head=per_head)
+        return self.normed, value_transform(self.attn, self.normed, self.site.v, heads, per_head=per_head)
 
 
 class Recorded(NamedTuple):

@@ -198,10 +198,10 @@ class Shared:
             return {**out, "image_features": short(out["image_features"])}
         return out
 
-    @property
-    def keep_dropped(self) -> bool:
+    def keeps_dropped(self, state: TokenState) -> bool:
         """Whether features have to be kept at every step, because tokens vanish and full length will be asked for."""
-        return self.drops and (self.expose_all or self.restore != "none")
+        vanish = self.method.drops or (self.drops and state.lengths is not None)
+        return vanish and (self.expose_all or self.restore != "none")
 
     def enter(self, layer: int, x: Tensor) -> tuple[TokenState, Tensor]:
         """State and short tokens at the entry of block ``layer``."""

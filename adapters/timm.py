@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from tokred.adapters.block import Leaf, Recipe, refuse_padding
 from tokred.adapters.host import Host, argument_names, module_macs
-from tokred.adapters.sides import Sides, of_convolution
+from tokred.adapters.linear import features, macs
+from tokred.adapters.sides import Sides, convolution, of_convolution
 from tokred.adapters.state import TokenState
 from tokred.adapters.swap import host_class
 from tokred.adapters.window_host import window_host
@@ -146,7 +147,7 @@ def _host(model: Any) -> Host:
     splits = all(_splits(b) for _, b in blocks)
     if splits:
         supplies.add("queries")
-        if all(isinstance(getattr(b.attn, "proj", None), nn.Linear) for _, b in blocks):
+        if all(features(getattr(b.attn, "proj", None)) is not None for _, b in blocks):
             supplies.add("transform")
     grid, origin = getattr(model.patch_embed, "grid_size", None), _origin(model.patch_embed, gemma)
     if origin is not None:
@@ -181,8 +182,9 @@ def _origin(embed: Any, gemma: bool) -> nn.Module | None:
     """The module whose output or input tells how patches stand."""
     if gemma:
         return embed  # type: ignore[no-any-return]
-    last = getattr(embed, "proj", None)  # of a hybrid without projection, an identity on the map of its network
-    return last if isinstance(last, nn.Conv2d | nn.Identity) else None
+    last = getattr(embed, "proj", None)
+    # A convolution, or what wraps one; of a hybrid without projection, an identity on the map of its network.
+    return last if isinstance(last, nn.Identity) or convolution(last) is not None else None
 
 
 def _of_images(module: Any, inputs: Any, output: Any) -> Sides | None:
@@ -277,5 +279,5 @@ def _tokens(model: Any, shape: tuple[int, ...]) -> int:
 def _outside(model: Any, shape: tuple[int, ...]) -> int:
     """Patch embedding (counted on the meta device) and classifier."""
     heads = [getattr(model, n, None) for n in ("head", "head_dist")]
-    head = sum(p.numel() for m in heads if isinstance(m, nn.Module) for p in m.parameters() if p.ndim == 2)
+    head = sum(macs(m) for m in heads if isinstance(m, nn.Module))
     return module_macs(model.patch_embed, 1, *shape[-3:]) + head

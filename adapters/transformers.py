@@ -18,6 +18,7 @@ from torch import nn
 from tokred.adapters import transformers_maps, transformers_text
 from tokred.adapters.block import Recipe, refuse_padding
 from tokred.adapters.host import Host, argument_names
+from tokred.adapters.linear import macs
 from tokred.adapters.sides import convolution, of_convolution
 from tokred.adapters.state import TokenState
 from tokred.adapters.swap import host_class
@@ -225,4 +226,4 @@ def _head(model: Any) -> int:
         getattr(model, n, None)
         for n in ("classifier", "distillation_classifier", "cls_classifier", "visual_projection")
     ]
-    return sum(p.numel() for m in heads if isinstance(m, nn.Module) for p in m.parameters() if p.ndim == 2)
+    return sum(macs(m) for m in heads if isinstance(m, nn.Module))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tokred.adapters.block import Recipe
 from tokred.adapters.host import Host, argument_names
+from tokred.adapters.linear import matrices
 from tokred.adapters.masks import require, seen, visible
 from tokred.adapters.state import TokenState
 from tokred.adapters.swap import host_class
@@ -175,12 +176,11 @@ class TextRecipe(Recipe):
 
 def _outside(model: nn.Module, encoder: nn.Module, n: int) -> int:
     """Multiply-adds of the pooler and the head behind it; those of heads for tokens at full length."""
-    layers = {id(p) for m in encoder.modules() if isinstance(m, nn.ModuleList) for p in m.parameters()}
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    inside = {id(p) for p in encoder.parameters()}
+    inside = next(f"{name}." if name else "" for name, m in model.named_modules() if m is encoder)
+    lists = tuple(f"{inside}{n}." for n, m in encoder.named_modules() if isinstance(m, nn.ModuleList))
     total = 0
-    for p in model.parameters():
-        if p.ndim == 2 and id(p) not in layers and id(p) not in embeddings:
-            once = id(p) in inside or "Token" not in type(model).__name__
-            total += p.numel() * (1 if once else n)
+    for name, wide, high in matrices(model):
+        if not name.startswith(lists):
+            once = name.startswith(inside) or "Token" not in type(model).__name__
+            total += wide * high * (1 if once else n)
     return total

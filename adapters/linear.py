@@ -1,0 +1,101 @@
+"""Matrices of a host as it runs them: plain, quantised, packed, offloaded, sharded, or with adapters around them.
+
+What a module multiplies by is told by its features in and out, and by calling it; never by the weight that it holds,
+which may lie on another device, be packed to other shapes, or be only a part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokred.errors import UnsupportedModelError
+
+# What quantisers call them.
+_FEATURES = (("in_features", "out_features"), ("infeatures", "outfeatures"))
+
+
+def features(module: Any) -> tuple[int, int] | None:
+    """Features in and out of a module that multiplies by one matrix; None where it is no such module."""
+    for names in _FEATURES:
+        found = [getattr(module, name, None) for name in names]
+        if all(isinstance(n, int) for n in found):
+            return int(found[0]), int(found[1])  # type: ignore[arg-type]
+    return None
+
+
+def matrices(module: nn.Module, path: str = "") -> Iterator[tuple[str, int, int]]:
+    """Dotted name, features in and features out of every matrix inside, each once.
+
+    A wrapper of adapters (it has a ``base_layer``) runs the module that it wraps and the adapters beside it, as long as
+    these are not merged into it.
+    """
+    yield from _matrices(module, path, set())
+
+
+def _matrices(module: nn.Module, path: str, seen: set[int]) -> Iterator[tuple[str, int, int]]:
+    if id(module) in seen or isinstance(module, nn.Embedding):
+        return
+    seen.add(id(module))
+    base = getattr(module, "base_layer", None)
+    if isinstance(base, nn.Module):
+        yield from _matrices(base, f"{path}.base_layer" if path else "base_layer", seen)
+        if getattr(module, "merged", False):
+            return
+    elif (sizes := features(module)) is not None:
+        yield (path, *sizes)
+        return
+    for name, p in module.named_parameters(recurse=False):
+        if p.ndim == 2 and name.endswith("weight"):
+            yield (f"{path}.{name}" if path else name), p.shape[1], p.shape[0]
+    for name, child in module.named_children():
+        yield from _matrices(child, f"{path}.{name}" if path else name, seen)
+
+
+def macs(module: nn.Module) -> int:
+    """Multiply-adds of every matrix inside, once."""
+    return sum(wide * high for _, wide, high in matrices(module))
+
+
+def linear(module: Any, x: Tensor) -> Tensor:
+    """What a module of one matrix makes of ``x``, without its bias."""
+    if _plain(module):
+        return F.linear(x, module.weight)
+    y: Tensor = module(x)
+    return y - constant(module, x)
+
+
+def constant(module: Any, like: Tensor) -> Tensor:
+    """``(out,)``: what a module of one matrix adds to everything, its bias; zeros where it has none."""
+    if _plain(module) and module.bias is None:
+        return like.new_zeros(module.out_features)
+    if _plain(module):
+        bias: Tensor = module.bias
+        return bias
+    nothing: Tensor = module(like.new_zeros(1, 1, like.shape[-1]))
+    return nothing[0, 0]
+
+
+def _plain(module: Any) -> bool:
+    """Whether a call would do nothing but multiply by the weight that is there."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    own = type(module) is nn.Linear and type(module.weight) is nn.Parameter and "forward" not in vars(module)
+    return own and not module.weight.is_meta and not any(hooks)
+
+
+def check_there(tensor: Tensor | None, name: str) -> Tensor | None:
+    """``tensor``, unless it is not on any device: a parameter that no module adds by being called.
+
+    Raises:
+        UnsupportedModelError: it is offloaded.
+    """
+    if tensor is not None and tensor.is_meta and not torch.compiler.is_compiling():
+        raise UnsupportedModelError(
+            f"{name} is offloaded and not at hand between forwards: take a method that reads no 'transform', or keep "
+            "the attention on its device"
+        )
+    return tensor
