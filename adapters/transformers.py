@@ -50,6 +50,12 @@ REFUSED = {
 MASKED = "VideoMAEForPreTraining"
 # What embeddings call the module that makes patches.
 PATCHES = ("patch_embeddings", "patch_embedding", "projection")
+TOWER = (
+    "it is the vision tower of a model with vision, and not among the encoders that are known to be right with fewer "
+    "tokens: apply a method for visual tokens, such as 'divprune', to the whole model"
+)
+# Towers whose configuration does not say that they are one.
+TOWERS = ("PixtralVisionModel",)
 NO_FAMILY = "it is not among the encoders, or the models around one, that are known to be right with fewer tokens"
 LANGUAGE = (
     "it counts and places the tokens of its vision encoder in a text, which fewer tokens would break without an error; "
@@ -116,7 +122,18 @@ def _reason(model: Any, names: list[str]) -> str:
     config = model.config
     if hasattr(config, "text_config") and hasattr(model, "generate"):
         return LANGUAGE
+    if is_tower(model):
+        return TOWER
     return f"{NO_FAMILY} (if you know that it is, apply to the encoder inside it)"
+
+
+def is_tower(model: Any) -> bool:
+    """Whether it is a vision tower that is no encoder of its own, so that nothing can be done with it alone."""
+    names = _names(model)
+    inside = getattr(getattr(model, "config", None), "base_config_key", "") == "vision_config"
+    if "PreTrainedModel" not in names or not (inside or any(n in TOWERS for n in names)):
+        return False
+    return _locate(model) is None and transformers_maps.match(model) is None
 
 
 def _host(model: Any, name: str, encoder: Any, demand: str) -> Host:

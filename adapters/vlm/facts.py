@@ -9,7 +9,7 @@ from torch import nn
 
 from tokred.adapters.vlm.features import Picture, Record, Tap
 from tokred.adapters.vlm.fused import received
-from tokred.adapters.vlm.pictures import by_grid, by_sample, plain, tiled, video
+from tokred.adapters.vlm.pictures import by_grid, by_sample, by_size, plain, tiled, video
 
 Maker = Callable[[Any, dict[str, Any], Any, Tap], list[Picture]]
 
@@ -56,6 +56,7 @@ FACTS: dict[str, Facts] = {
     "InternVLModel": Facts(heads=False),
     "Idefics3Model": _IDEFICS,
     "SmolVLMModel": _IDEFICS,
+    "Mistral3Model": Facts(pictures={"image": by_size}, tokenwise=False, heads=False),
     "PaliGemmaModel": Facts(outer_masks=True),
     "Gemma3Model": Facts(tokenwise=False, outer_masks=True, heads=False),
 }

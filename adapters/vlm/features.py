@@ -15,8 +15,8 @@ from tokred.adapters.swap import Hook
 from tokred.vlm.site import Tile
 from tokred.vlm.tiles import Tiles
 
-# What this thread knows of the forward in flight: ``call``, ``forward``, ``tap``, ``labels``, ``done``; and ``last``, the
-# records of the features that it made last, by model.
+# What this thread knows of the forward in flight: ``call``, ``forward``, ``tap``, ``labels``, ``done``; and ``last``,
+# the records of the features that it made last, by model.
 local = threading.local()
 
 

@@ -14,7 +14,18 @@ from tokred.adapters.vlm.inner import Inner
 from tokred.adapters.vlm.masks import MaskMaker, slid
 from tokred.adapters.vlm.pack import PAIRS, Packed, gather_any_mask, gather_columns, last_real, left_pack
 from tokred.adapters.vlm.pictures import places_in
-from tokred.adapters.vlm.sites import Context, Left, grouped, leave, places, shown, site_of, with_last, without_newlines
+from tokred.adapters.vlm.sites import (
+    Context,
+    Left,
+    check_tower,
+    grouped,
+    leave,
+    places,
+    shown,
+    site_of,
+    with_last,
+    without_newlines,
+)
 from tokred.adapters.vlm.step import LayerCount
 from tokred.adapters.vlm.track import Group, Track, extended, physical_length, set_track, track_of
 from tokred.errors import BypassedError, MissingInputError
@@ -158,6 +169,7 @@ class Forward:
                 site = site_of(group, where, context)
                 n = site.shape[1]
                 if method.acts(n, layer=0, depth=1):
+                    check_tower(method, group[0].part)
                     with torch.no_grad():
                         step = method.reduce(site)
                     left = leave(left, group, where, site, step, getattr(method, "space", "x"))
@@ -183,7 +195,7 @@ class Forward:
                     return None
                 some = slice(one.first, one.first + one.picture.tokens)
                 found[rows[some], columns[some]] = place
-            if modality.record is None and sum(modality.counts):
+            if modality.record is None and any(modality.counts):
                 return None
         return found
 
@@ -195,10 +207,10 @@ class Forward:
         """
         found = torch.zeros(self.batch, self.length, dtype=torch.long, device=self.device)
         for modality in self.call.modalities:
-            if modality.record is None and sum(modality.counts):
+            if modality.record is None and any(modality.counts):
                 raise MissingInputError(
-                    "which image a visual token belongs to is not known, since the features were not made by the patched "
-                    "model: give pixel_values"
+                    "which image a visual token belongs to is not known, since the features were not made by the "
+                    "patched model: give pixel_values"
                 )
             rows, columns = modality.visual.nonzero().unbind(1)
             for one in shown(modality):

@@ -187,6 +187,14 @@ def by_grid(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Pic
     return found
 
 
+def by_size(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Picture]:
+    """Mistral 3's: images of any size, whose patches are joined to cells."""
+    side, found = core.config.vision_config.patch_size * core.config.spatial_merge_size, []
+    for n, (high, wide) in zip(lengths(output), torch.as_tensor(given["image_sizes"]).tolist(), strict=True):
+        found.append(Picture(n, (Part(Span.line(0, n), (high // side, wide // side)),)))
+    return found
+
+
 def by_sample(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Picture]:
     """Idefics3 and SmolVLM: all tiles of a sample together."""
     vision = core.config.vision_config

@@ -45,7 +45,11 @@ def fill(settings: Any, core: Any, call: Call, given: dict[str, Any]) -> None:
                 f"made by the patched model, so that nothing is known of them: give pixel_values, or features of its "
                 f"get_{name}_features after tokred.apply, {_remedy(settings)}"
             )
-        visual = _words(core, embeds, token) if ids is None else ids == token
+        if ids is None:
+            assert embeds is not None  # one of them is given
+            visual = _words(core, embeds, token)
+        else:
+            visual = ids == token
         call.add(visual, record)
     if embeds is not None and not call.modalities and embeds.shape[1] > 1:
         _fill_merged(settings, core, call, ids, embeds)
@@ -91,7 +95,8 @@ def _check_record(settings: Any, name: str, record: Record | None) -> None:
 def _words(core: Any, embeds: Tensor, token: int) -> Tensor:
     """``(B, L)`` bool: where the embeddings are those of one word."""
     mark = core.get_input_embeddings()(torch.full((), token, dtype=torch.long, device=embeds.device))
-    return (embeds == mark.to(embeds.device)).all(-1)
+    found: Tensor = (embeds == mark.to(embeds.device)).all(-1)
+    return found
 
 
 def _only_words(core: Any, embeds: Tensor, call: Call) -> bool:

@@ -11,8 +11,12 @@ from torch import Tensor
 from tokred.adapters.vlm.features import Part, Picture, Record
 from tokred.errors import MissingInputError
 from tokred.kernels.column_scores import column_scores
+from tokred.method import Method
 from tokred.reduction import Reduction
 from tokred.vlm.site import VisualSite
+
+# What methods take from the tower's attention.
+OF_TOWER = frozenset({"q", "k", "class_attention", "attention", "tower_layers"})
 
 
 class Place(NamedTuple):
@@ -157,6 +161,22 @@ def site_of(group: list[Place], columns: Tensor, context: Context) -> VisualSite
         project=context.project,
         **more,
     )
+
+
+def check_tower(method: Method, part: Part) -> None:
+    """Refuse a method that reads the tower's attention where a token is no patch.
+
+    Raises:
+        MissingInputError: with what reads features alone.
+    """
+    reads = sorted(method.reads & OF_TOWER)
+    if reads and part.tower < 0:
+        kind = "frames of a video" if part.frames is not None else "images"
+        raise MissingInputError(
+            f"{method.name!r} reads {', '.join(reads)}, but here tokens are made of {kind} that the model pools or "
+            "scales behind its tower, whose attention says nothing about them: take a method that reads features "
+            "alone, such as 'divprune'"
+        )
 
 
 def _heads(record: Record, part: Part, rows: list[int]) -> Callable[[int], tuple[Tensor, Tensor]]:

@@ -1,4 +1,4 @@
-"""Selection in float32 from its first operation: values in half precision give the choice of the same values in float32."""
+"""Selection in float32 from its first operation: values in half precision give the choice that they give in float32."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ PROJECTOR = [n for n in NAMES if tokred.make(n).stage == "projector"]
 LAYER = [n for n in tokred.methods() if any(m.stage == "layer" for m in tokred.make(n).members)]
 N, GRID = 144, (12, 12)
 MORE: dict[str, list[dict[str, Any]]] = {
-    "cat": [{"selector": "divprune", "score": s, "n_min": 2, "n_max": 90} for s in ("features", "redundancy", "attention", "received", "outliers")],
+    "cat": [
+        {"selector": "divprune", "score": s, "n_min": 2, "n_max": 90}
+        for s in ("features", "redundancy", "attention", "received", "outliers")
+    ],
     "cdpruner": [{"budget": 40}, {"budget": 40, "relevance": "class"}, {"budget": 40, "relevance": "received"}],
     "divprune": [{"budget": 50, "metric": m, "init": i} for m in ("cos", "l1", "l2") for i in ("isolated", "medoid")],
     "fastervlm": [{"budget": 50}, {"budget": 50, "attention": "received"}],
@@ -30,7 +33,8 @@ MORE: dict[str, list[dict[str, Any]]] = {
     "saint_layer": [{"start": 1, "end": 1, "tau": t, "K": 2} for t in (0.1, 0.3)],
     "saint_visual": [{"budget": 60, "layer": 1}],
     "sparsevlm": [
-        {"layers": (1,), "budget": (50,)}, {"layers": (1,), "budget": "rank"}, {"layers": (1,), "budget": (30,), "heads": "priority"},
+        {"layers": (1,), "budget": (50,)}, {"layers": (1,), "budget": "rank"},
+        {"layers": (1,), "budget": (30,), "heads": "priority"},
         {"layers": (1,), "budget": (30,), "recycle": 1.0, "cluster": 4},
     ],
     "topv": [{"layer": 1, "budget": 50}],
@@ -74,8 +78,8 @@ def layer_site(seed: int, dtype: torch.dtype, *, wide: bool) -> LayerSite:
     visual[:, 2 : 2 + N] = True
     some = {which: Heads(made(2, 4, length, 8), made(2, 2, length, 8)) for which in ("own", "before")}
     return LayerSite(
-        x=made(2, length, 32), visual=visual, **some, stream=(made(2, length, 32), made(2, length, 32)), layer=2, depth=6,
-        prompt=Prompt(made(2, length, 32), visual, ~visual, torch.arange(length).expand(2, -1)),
+        x=made(2, length, 32), visual=visual, **some, stream=(made(2, length, 32), made(2, length, 32)), layer=2,
+        depth=6, prompt=Prompt(made(2, length, 32), visual, ~visual, torch.arange(length).expand(2, -1)),
         image=torch.arange(length).expand(2, -1) // 80,
     )  # fmt: skip
 

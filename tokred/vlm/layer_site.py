@@ -53,8 +53,8 @@ class LayerSite(Site):
         real: tokens of each sample here, padding aside.
         image: ``(B, L)`` int64, which image of its sample a visual token belongs to; None: all the first.
         image_initial: gives the visual tokens of each sample's image of that number, before the first layer.
-        place: gives ``(B, L, 2)`` float32, row and column of every visual token in its own image, both in [0, 1]; it may
-            give None where they are not known. None: the site says nothing about places, see :attr:`placed`.
+        place: gives ``(B, L, 2)`` float32, row and column of every visual token in its own image, both in [0, 1], or
+            None where they are not known. None: the site says nothing about places, see :attr:`placed`.
         ends: for each sample whether the prompt's last token is visual; it stays whatever a method says, since what
             follows is told from it.
         aligned: whether there is no padding behind the prompt.
