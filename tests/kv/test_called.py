@@ -1,4 +1,4 @@
-"""Layers are called, their weights are not read: offloaded, packed, quantised and adapted ones choose what they mean."""
+"""Layers are called, their weights are not read: offloaded, packed and adapted ones choose what they mean."""
 
 from __future__ import annotations
 
