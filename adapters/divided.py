@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokred.adapters.block import SETTINGS, Recipe, Settings, attention_bias
+from tokred.adapters.block import SETTINGS, Recipe, Settings, attention_bias, refuse_symbols
 from tokred.adapters.host import Host, argument_names
+from tokred.adapters.sides import convolution
 from tokred.adapters.state import LayerRecord, TokenState
 from tokred.adapters.swap import host_class
 from tokred.adapters.windows import project
@@ -61,10 +62,11 @@ class DividedRecipe(Recipe):
 
     def run(self, block: Any, host_forward: Callable[..., Any], x: Tensor, args: Any, kwargs: Any) -> Any:
         """The host's own block while nothing has been reduced; else its parts."""
+        refuse_symbols(x)
         settings: Settings = getattr(block, SETTINGS)
         shared, layer, t = settings.shared, settings.layer, self.frames
         if layer == 0:
-            state = TokenState(1 + (x.shape[1] - 1) // t)
+            state = shared.begin(x, 1 + (x.shape[1] - 1) // t)
         else:
             state = shared.carried(layer, x)
             x = narrow(state.shorten(wide(x, t)), t) if state.exposed else x
@@ -141,7 +143,7 @@ class DividedRecipe(Recipe):
             sizes=state.size,
             mask=state.mask,
             prefix=1,
-            grid=shared.grid_of(state.length),
+            grid=state.grid,
             positions=state.representative,
             length=state.length,
             class_token=True,
@@ -227,6 +229,7 @@ def divided_host(model: Any, around: Callable[[tuple[int, ...]], tuple[int, int]
         supplies=frozenset({"x", "q", "k", "v", "class_attention", "attention", "grid"}),
         pooled=False,
         grid=(size // patch, size // patch),
+        origin=convolution(model.embeddings),
         tokens=lambda shape: around(shape)[0] + 1,
         outside_macs=lambda shape: around(shape)[1],
         clip=config.num_frames,

@@ -18,6 +18,7 @@ from torch import nn
 from tokred.adapters import transformers_maps, transformers_text
 from tokred.adapters.block import Recipe, refuse_padding
 from tokred.adapters.host import Host, argument_names
+from tokred.adapters.sides import convolution, of_convolution
 from tokred.adapters.state import TokenState
 from tokred.adapters.swap import host_class
 from tokred.adapters.transformers_tables import DEMANDS, ENCODERS, HEADS, Encoder
@@ -44,6 +45,10 @@ REFUSED = {
     "Albert": "its layers are one module that runs several times, whose place in the depth a patch could not tell",
     "VJEPA2": "each layer turns token numbers into rotary angles itself, so missing tokens would shift positions",
 }
+# Trained on a part of the patches of each clip, always.
+MASKED = "VideoMAEForPreTraining"
+# What embeddings call the module that makes patches.
+PATCHES = ("patch_embeddings", "patch_embedding", "projection")
 NO_FAMILY = "it is not among the encoders, or the models around one, that are known to be right with fewer tokens"
 LANGUAGE = (
     "it counts and places the tokens of its vision encoder in a text, which fewer tokens would break without an error; "
@@ -124,6 +129,7 @@ def _host(model: Any, name: str, encoder: Any, demand: str) -> Host:
         )
     prefix, suffix = _ask(row.prefix, encoder), _ask(row.suffix, encoder)
     clip = None if row.clip is None else row.clip(encoder)
+    masked = row.masked or MASKED in _names(model)
     return Host(
         family=f"transformers {name}",
         model=encoder,
@@ -133,7 +139,9 @@ def _host(model: Any, name: str, encoder: Any, demand: str) -> Host:
         ),
         prefix=prefix,
         suffix=suffix,
-        supplies=_supplies(row),
+        supplies=_supplies(row, masked),
+        origin=_origin(encoder),
+        layout=None if masked else of_convolution,
         pooled=demand == "pooled",
         grid=None if clip is None else clip[1:],
         frames=None if clip is None else clip[0],
@@ -145,18 +153,25 @@ def _host(model: Any, name: str, encoder: Any, demand: str) -> Host:
     )
 
 
-def _supplies(row: Encoder) -> frozenset[str]:
+def _supplies(row: Encoder, masked: bool) -> frozenset[str]:
     found = {"x", "q", "k", "v"}
     if row.class_token:
         found.add("class_attention")
     if not row.relative:
         found.add("attention")
-    # The map of a detector need not be square, and its layers do not know its sides.
-    if (row.rank == 4 and not row.outer and not row.masked) or row.clip is not None:
+    # Without some of its patches an image is no grid. The map of a detector need not be square, and its layers do not
+    # know its sides.
+    if not masked and ((row.rank == 4 and not row.outer) or row.clip is not None):
         found.add("grid")
-    if row.clip is not None:
+    if not masked and row.clip is not None:
         found.add("frames")
     return frozenset(found)
+
+
+def _origin(encoder: Any) -> nn.Module | None:
+    """The convolution that makes patches of images or clips."""
+    embeddings = getattr(encoder, "embeddings", None)
+    return next((c for name in PATCHES if (c := convolution(getattr(embeddings, name, None))) is not None), None)
 
 
 def _check_fused(encoder: Any, layers: list[tuple[str, nn.Module]]) -> None:

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tokred.adapters.block import Recipe
 from tokred.adapters.host import Host, argument_names
+from tokred.adapters.masks import require, seen, visible
 from tokred.adapters.state import TokenState
 from tokred.adapters.swap import host_class
 from tokred.errors import UnsupportedModelError
@@ -23,10 +23,6 @@ Demand = str | Callable[[Any], str]
 LEFT = (
     "the batch is padded on the left, so the class token is not its first: pad on the right "
     "(tokenizer.padding_side = 'right'), or call tokred.remove(model) first"
-)
-PAIRS = (
-    "attention_mask hides pairs of tokens, which dropping tokens would not keep apart: give it as [B, N] with zeros on "
-    "padding, or call tokred.remove(model) first"
 )
 
 
@@ -148,6 +144,7 @@ class TextRecipe(Recipe):
 
     def __init__(self, row: TextEncoder, argument_names: tuple[str, ...]) -> None:
         super().__init__(False, row.positions, argument_names)
+        self.drops_hidden = True
         self.windowed = row.windowed
 
     def real(self, kwargs: dict[str, Any], x: Tensor) -> Tensor | None:
@@ -160,15 +157,13 @@ class TextRecipe(Recipe):
         mask = kwargs.get("attention_mask")
         if mask is None:
             return None
-        seen: Tensor = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        real = seen
-        if seen.ndim > 2:
-            real = seen[:, 0].any(1)
-            if not self.windowed and seen.shape[-2] > 1 and seen.stride(-2) != 0:
-                # Queries on padding may see anything; all others have to see every real token.
-                _require((seen[:, 0] == real[:, None, :]) | ~real[:, :, None], PAIRS)
+        through = seen(mask)
+        real = through
+        if through.ndim > 2:
+            # Windows of positions hide more than padding.
+            real = through[:, 0].any(1) if self.windowed else visible(through, len(x), "attention_mask")
         real = real.expand(x.shape[0], -1)
-        _require(real[:, 0], LEFT)
+        require(real[:, 0], LEFT)
         return real
 
     def gather(self, kwargs: dict[str, Any], state: TokenState, prefix: int) -> dict[str, Any]:
@@ -176,13 +171,6 @@ class TextRecipe(Recipe):
         if state.representative is not None and not self.windowed:
             kwargs = {**kwargs, "attention_mask": None}
         return super().gather(kwargs, state, prefix)
-
-
-def _require(holds: Tensor, message: str) -> None:
-    if torch.compiler.is_compiling():
-        torch._assert_async(holds.all(), message)
-    elif not bool(holds.all()):
-        raise UnsupportedModelError(message)
 
 
 def _outside(model: nn.Module, encoder: nn.Module, n: int) -> int:

@@ -225,14 +225,11 @@ def test_pruned_tokens_that_another_stands_in_for_are_drawn_as_pruned():
 
 def test_detection_tokens_are_no_patches():
     pytest.importorskip("transformers")
-    from tests.adapters.tiny_transformers import FAMILIES
+    from tests.adapters.tiny_transformers import FAMILIES, build
 
     name = next(n for n in FAMILIES if "yolos" in n.lower())
     family = FAMILIES[name]
-    import transformers
-
-    torch.manual_seed(0)
-    model = family.build(transformers).eval()
+    model = build(name)
     (x,) = family.inputs(2).values()
     recording = stages.record(model, x, "tome r=4")
     assert recording.protected == family.prefix + family.suffix > 1

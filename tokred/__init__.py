@@ -13,13 +13,30 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from tokred import methods as _methods  # registers the built-in names
-from tokred.api import Flops, Report, Support, applied, apply, flops, make, methods, remove, report, supports, trace
+from tokred.api import (
+    Flops,
+    Report,
+    Support,
+    applied,
+    apply,
+    flops,
+    make,
+    methods,
+    patched,
+    remove,
+    report,
+    supports,
+    trace,
+)
 from tokred.denoise import AttentionSite
 from tokred.errors import (
+    BypassedError,
     MissingInputError,
     NothingRecordedError,
+    NothingRemovedWarning,
     TokenStateError,
     TokredError,
+    TokredWarning,
     UnknownMethodError,
     UnknownModelError,
     UnsupportedModelError,
@@ -124,6 +141,7 @@ __all__ = [
     "AdaKV",
     "AsymRnR",
     "AttentionSite",
+    "BypassedError",
     "CAToMe",
     "CDPruner",
     "CacheReport",
@@ -154,6 +172,7 @@ __all__ = [
     "MissingInputError",
     "Nemotron",
     "NothingRecordedError",
+    "NothingRemovedWarning",
     "ObservedAttention",
     "PiToMe",
     "PruMerge",
@@ -185,6 +204,7 @@ __all__ = [
     "TokenStateError",
     "TokenTMPrune",
     "TokredError",
+    "TokredWarning",
     "TopV",
     "UniformVisual",
     "UnknownMethodError",
@@ -209,6 +229,7 @@ __all__ = [
     "kv_cache",
     "make",
     "methods",
+    "patched",
     "register",
     "remove",
     "report",

@@ -17,6 +17,7 @@ from torch import Tensor
 from tokred.errors import MissingInputError
 from tokred.kernels.attention import attention
 from tokred.kernels.column_scores import column_power, column_scores
+from tokred.kernels.dispatch import without_autocast
 from tokred.kernels.gather_rows import gather_rows
 
 Stage = Literal["block", "attention", "projector", "layer", "cache"]
@@ -287,7 +288,8 @@ class Site:
             k = k.repeat_interleave(heads // k.shape[1], 1)
         v = (values.unsqueeze(1) if values.ndim == 3 else values).float()
         v = v.expand(-1, heads, -1, -1)
-        return attention(q, k, v, bias=self._find("bias"), scale=self.scale, key_mask=self.mask)
+        with without_autocast(q):
+            return attention(q, k, v, bias=self._find("bias"), scale=self.scale, key_mask=self.mask)
 
     def sample(self, i: int, rows: Tensor) -> Site:
         """Some tokens of one sample, as if nothing else were in the batch.

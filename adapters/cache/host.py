@@ -9,14 +9,14 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from tokred.adapters.contract import cache_argument
 from tokred.adapters.supplier import Supplier
 from tokred.adapters.swap import host_class, swap
 from tokred.errors import MissingInputError, UnsupportedModelError
 from tokred.method import Method
+from tokred.patch import Patch
 
 _PROJECTIONS = ("o_proj", "out_proj")
-# What attention modules call the cache.
-CACHE_NAMES = {"past_key_values", "layer_past"}
 _KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
@@ -27,7 +27,7 @@ class CacheHost(Supplier):
     Attributes:
         family: for messages, such as ``"transformers LlamaForCausalLM"``.
         model: the module that the user gave, or a part of it; generates, where it can.
-        decoder: the module whose forward takes ``past_key_values``.
+        decoder: the module whose forward takes the cache.
         config: of the decoder.
         attentions: attention module of each layer, in order.
         compressed: layers that attend to everything; the others have a sliding window, and bounded caches already.
@@ -81,7 +81,7 @@ class CacheHost(Supplier):
         self.check_reads(method)
         method.check(self.depth)
 
-    def patch(self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str) -> None:
+    def patch(self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str, patch: Patch) -> None:
         """Register the attention function, and hang the hooks on the decoder. :meth:`check` has passed."""
         from tokred.adapters.cache import hooks
         from tokred.adapters.cache.attention import PREFIX, register
@@ -180,7 +180,7 @@ def _decodes(model: Any, config: Any) -> bool:
 
 
 def _takes_cache(model: Any) -> bool:
-    return "past_key_values" in inspect.signature(host_class(model).forward).parameters
+    return cache_argument(host_class(model).forward) is not None
 
 
 def _sees_ahead(model: Any, config: Any) -> bool:
@@ -217,8 +217,9 @@ def _check_attentions(name: str, model: Any, text: Any, found: list[tuple[str, n
     if len(found) != text.num_hidden_layers:
         raise refusal(name, f"{len(found)} of its {text.num_hidden_layers} layers have an attention that is known")
     for where, module in found:
-        parameters = inspect.signature(host_class(module).forward).parameters
-        if not CACHE_NAMES & parameters.keys() or not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        forward = host_class(module).forward
+        parameters = inspect.signature(forward).parameters
+        if cache_argument(forward) is None or not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             raise refusal(name, f"{where} does not hand its arguments on to the attention function")
         if getattr(module, "sinks", None) is not None:
             raise refusal(name, f"{where} has sinks of its own in the softmax, which scores would have to honour")

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from tokred.adapters.cache.caches import TokCache
 from tokred.adapters.cache.layer import TokLayer
+from tokred.adapters.contract import cache_name
+from tokred.adapters.swap import host_class
 from tokred.kv.repeat import CONTEXT, Piece, Probe, pieces, tokens_of
 
 
@@ -84,7 +86,7 @@ def _feed(
     arguments: dict[str, Any] = {
         "input_ids" if tokens.ndim == 2 else "inputs_embeds": tokens,
         "attention_mask": mask,
-        "past_key_values": cache,
+        cache_name(host_class(module).forward): cache,
         "use_cache": True,
     }
     positions = given.get("position_ids")

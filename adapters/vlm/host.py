@@ -16,12 +16,14 @@ from tokred.adapters.swap import host_class, swap
 from tokred.adapters.vlm.facts import FACTS, Facts, class_tokens, describe, feature_layer, tower_attention, tower_layers
 from tokred.adapters.vlm.fused import last_attention
 from tokred.adapters.vlm.layers import LayerList
-from tokred.adapters.vlm.undo import SETTINGS
 from tokred.errors import MissingInputError, UnsupportedModelError
 from tokred.method import Method
+from tokred.patch import Patch
 from tokred.registry import methods as registered
 from tokred.vlm.layered import LayerMethod
 
+# Key of what the hooks of both stages share.
+SETTINGS = "vlm"
 _CAPTURED = frozenset({"q", "k", "class_attention", "attention", "tower_layers"})
 
 
@@ -109,6 +111,7 @@ class VisualHost(Supplier):
                 f"{self.family} has positions in several axes, which cannot be counted anew: take positions='keep'"
             )
         method.check(self.depth)
+        self._check_tower(method)
         if self.stage == "layer":
             _ = self.layer_list
             early = [i for i in range(1, self.deepstack) if method.acts(1 << 20, layer=i, depth=self.depth)]
@@ -118,6 +121,16 @@ class VisualHost(Supplier):
                     f"tokens can leave before layer {self.deepstack} at the earliest; {method.name!r} acts before "
                     f"layer {early[0]}"
                 )
+
+    def _check_tower(self, method: Method) -> None:
+        named = getattr(method, "tower_layers", ())
+        depth = len(tower_layers(self.core, self.facts)) if named and self.core is not None else 0
+        wrong = [i for i in named if not -depth <= i < depth]
+        if wrong:
+            raise ValueError(
+                f"{method.name!r} reads layer {wrong[0]} of the vision tower, but that of {self.family} has {depth} "
+                f"(0 to {depth - 1})"
+            )
 
     @property
     def deepstack(self) -> int:
@@ -144,17 +157,16 @@ class VisualHost(Supplier):
         found = [cls.name for cls in some if cls.stage == self.stage and not self.missing(cls)]
         return f"; here work {', '.join(found)}" if found else ""
 
-    def patch(self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str) -> None:
+    def patch(self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str, patch: Patch) -> None:
         """Hang hooks on the model. :meth:`check` has passed."""
         from tokred.adapters.vlm import hooks
 
-        owner: Any = self.core or self.language
-        settings: hooks.VisualSettings | None = owner.__dict__.get(SETTINGS)
+        settings: hooks.VisualSettings | None = patch.settings.get(SETTINGS)
         if settings is None:
             settings = hooks.VisualSettings(
                 self.family, self.facts, self.language.config, len(self.layers), self.core is not None
             )
-            owner.__dict__[SETTINGS] = settings
+            patch.settings[SETTINGS] = settings
             self._hang(settings)
         if self.stage == "projector":
             settings.outer = method
@@ -169,16 +181,19 @@ class VisualHost(Supplier):
     def _hang(self, settings: Any) -> None:
         from tokred.adapters.cache.hooks import argument_names
         from tokred.adapters.vlm import hooks
-        from tokred.adapters.vlm.features import Getter
+        from tokred.adapters.vlm.features import TowerTap
         from tokred.adapters.vlm.generating import CachePreparer
         from tokred.adapters.vlm.loss import EnterLoss, LeaveLoss
+        from tokred.adapters.vlm.records import Getter
 
         if self.core is not None:
             core: Any = self.core
+            settings.core = core
             if self.facts.projector:
                 settings.projector = core.get_submodule(self.facts.projector)
             core.register_forward_pre_hook(hooks.EnterCore(settings, argument_names(core)), with_kwargs=True)
             core.register_forward_hook(hooks.LeaveCore(), with_kwargs=True, always_call=True)
+            core.get_submodule(self.facts.tower).register_forward_hook(TowerTap())
             for name, modality in self.facts.getters:
                 if hasattr(core, name):
                     core.__dict__[name] = Getter(core, name, modality, describe)

@@ -347,9 +347,11 @@ def test_what_cannot_be_is_refused():
 
 
 def test_only_windows_or_only_global_attention():
-    from tests.adapters.tiny_windows import FAMILIES as made
+    from timm.models.vision_transformer_sam import VisionTransformerSAM
 
-    only = made["timm SAM"].func(use_rel_pos=True, global_attn_indexes=()).eval()
+    from tests.adapters.tiny_windows import TIMM
+
+    only = VisionTransformerSAM(**{**TIMM, "use_rel_pos": True, "global_attn_indexes": ()}).eval()
     tokred.apply(only, "tome", r=5)
     with torch.no_grad():
         only(images())

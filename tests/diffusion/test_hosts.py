@@ -242,7 +242,8 @@ def test_nothing_reduced_warns_once_and_the_report_shows_it():
     model, given = sdxl(), inputs("sdxl")
     before = run(model, given)
     tokred.apply(model, "tomesd")
-    with pytest.warns(UserWarning, match=r"'tomesd' reduced nothing on diffusers UNet2DConditionModel.*max_downsample"):
+    text = r"'tomesd' reduced nothing on diffusers UNet2DConditionModel.*max_downsample"
+    with pytest.warns(tokred.NothingRemovedWarning, match=text):
         assert torch.equal(run(model, given), before)
     assert tokred.report(model).reduced == 0
     assert "64 -> 64" in str(tokred.report(model))

@@ -126,7 +126,7 @@ def test_padded_rows_equal_the_same_prompt_alone(name):
         pytest.skip("one budget for the batch: a mean over its samples")
     tokred.apply(model, policy)
     ids, mask, alone = padded((31, 20, 7))
-    # A token that comes twice has keys of one length, and rounding decides between them.
+    # Keys of one token at two places have one norm but for rounding: no token comes twice, so that none are tied.
     options = {"max_new_tokens": 8, "do_sample": False, "no_repeat_ngram_size": 1}
     options |= {"return_dict_in_generate": True, "output_logits": True}
     made = model.generate(ids, attention_mask=mask, **options)

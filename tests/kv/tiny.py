@@ -1,4 +1,4 @@
-"""Tiny random language models, and policies that evict by chance: different rows in every layer, head and sample."""
+"""The tiny language models, and policies that evict by chance: different rows in every layer, head and sample."""
 
 from __future__ import annotations
 
@@ -10,49 +10,14 @@ import transformers
 from torch import Tensor
 
 import tokred
+from tokred.adapters.tiny.kv import SMALL, build, padded, prompt
+from tokred.adapters.tiny.weights import livelier
 from tokred.kv import Budget, CacheSite, Score, When
 from tokred.kv.policy import CachePolicy, Parts
 
-SMALL = {
-    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1,
-    "eos_token_id": 2,
-}  # fmt: skip
-GEMMA = {**SMALL, "num_hidden_layers": 4, "sliding_window": 8, "query_pre_attn_scalar": 16}
+__all__ = ["FAMILIES", "POLICIES", "SMALL", "Chance", "Scatter", "Uneven", "build", "llava", "padded", "prompt"]
+
 FAMILIES = ("llama", "qwen3", "mistral", "gemma3")
-
-
-def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **more: Any) -> Any:
-    """A model of a family, in evaluation mode."""
-    torch.manual_seed(seed)
-    t = transformers
-    if name == "llama":
-        model = t.LlamaForCausalLM(t.LlamaConfig(**{**SMALL, **more}))
-    elif name == "qwen3":
-        model = t.Qwen3ForCausalLM(t.Qwen3Config(**{**SMALL, **more}))
-    elif name == "mistral":
-        model = t.MistralForCausalLM(t.MistralConfig(**{**SMALL, "sliding_window": None, **more}))
-    elif name == "gemma3":
-        kinds = ["sliding_attention", "full_attention"] * 2
-        model = t.Gemma3ForCausalLM(t.Gemma3TextConfig(**{**GEMMA, "layer_types": kinds, **more}))
-    elif name == "gemma2":
-        kinds = ["sliding_attention", "full_attention"] * 2
-        config = t.Gemma2Config(**{**GEMMA, "layer_types": kinds, "attn_logit_softcapping": 2.0, **more})
-        model = t.Gemma2ForCausalLM._from_config(config, attn_implementation="eager")
-    elif name == "olmo2":
-        model = t.Olmo2ForCausalLM(t.Olmo2Config(**{**SMALL, **more}))
-    elif name == "gptj":
-        model = t.GPTJForCausalLM(
-            t.GPTJConfig(vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=4, rotary_dim=8)
-        )
-    else:
-        raise ValueError(name)
-    # Weights of the usual size make attention nearly even; larger ones make rows matter.
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.ndim == 2:
-                p.mul_(4)
-    return model.to(dtype).eval()
 
 
 def llava(seed: int = 0) -> Any:
@@ -64,26 +29,8 @@ def llava(seed: int = 0) -> Any:
     )
     config = t.LlavaConfig(vision_config=vision, text_config=t.LlamaConfig(**SMALL), image_token_index=96)
     model = t.LlavaForConditionalGeneration(config)
-    with torch.no_grad():
-        for p in model.model.language_model.parameters():
-            if p.ndim == 2:
-                p.mul_(4)
+    livelier(model.model.language_model)
     return model.eval()
-
-
-def prompt(n: int = 29, b: int = 1, seed: int = 1) -> Tensor:
-    """``[B, N]`` token ids, none of them special."""
-    return torch.randint(3, 95, (b, n), generator=torch.Generator().manual_seed(seed))
-
-
-def padded(lengths: tuple[int, ...], seed: int = 1) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Prompts of several lengths as one left-padded batch: ids, mask, and each alone."""
-    alone = [prompt(n, seed=seed + i) for i, n in enumerate(lengths)]
-    width = max(lengths)
-    ids, mask = torch.zeros(len(lengths), width, dtype=torch.long), torch.zeros(len(lengths), width, dtype=torch.long)
-    for i, row in enumerate(alone):
-        ids[i, width - row.shape[1] :], mask[i, width - row.shape[1] :] = row[0], 1
-    return ids, mask, alone
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -69,6 +70,10 @@ class CachePolicy(Method):
             return n
         rows = parts.budget.share(n, None, layer, depth)
         return min(n, max(rows, sum(self.guards(n, rows)) + parts.fate.room, 1))
+
+    def removes(self, depth: int, layers: Iterable[int] | None = None) -> bool:
+        """Unless the budget holds everything."""
+        return not self.parts.budget.full
 
     def guards(self, n: int, rows: int) -> tuple[int, int]:
         """First and newest tokens that are never evicted, of a sample of ``n`` tokens that keeps ``rows``."""

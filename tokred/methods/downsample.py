@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ class Downsample(Method):
 
     summary: ClassVar[str] = "average neighbouring patches of the grid in one block (the plain alternative)"
     source: ClassVar[str] = "baseline"
+    example: ClassVar[Mapping[str, Any]] = {"keep": 0.5}
 
     keep: float = 1.0
     block: int = 0

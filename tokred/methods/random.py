@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -35,6 +36,7 @@ class RandomMerge(Method):
 
     summary: ClassVar[str] = "r random tokens merge into their most similar one (ToMe's baseline)"
     source: ClassVar[str] = "Bolya et al., ICLR 2023, released code"
+    example: ClassVar[Mapping[str, Any]] = {"r": 8}
 
     r: ScheduleLike = 0
     seed: int = 0
@@ -87,6 +89,7 @@ class RandomPrune(Method):
 
     summary: ClassVar[str] = "drop r random tokens in every block (the floor)"
     source: ClassVar[str] = "baseline"
+    example: ClassVar[Mapping[str, Any]] = {"r": 8}
     drops: ClassVar[bool] = True
 
     r: ScheduleLike = 0

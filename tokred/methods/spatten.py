@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -98,6 +98,13 @@ class SpAtten(Method):
     def acts(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> bool:
         """In every layer, which all add to the importance, if anything is pruned at all."""
         return self.keep < 1 or self.heads not in (None, 1.0)
+
+    def removes(self, depth: int, layers: Iterable[int] | None = None) -> bool:
+        """Where a share falls below one: every layer adds to the importance, but not every layer prunes."""
+        if isinstance(self.heads, tuple):
+            return True
+        final = self.keep if self.heads in (None, 1.0) else LEAST
+        return any(keep_share(final, self.first, i, depth) < 1 for i in (range(depth) if layers is None else layers))
 
     def reduce(self, site: Site) -> Reduction:
         """Add this layer's attention to what was received before; keep the highest."""

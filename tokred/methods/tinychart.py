@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from tokred.matching import raster_order
 from tokred.methods.tome import ToMe, check_choice
@@ -34,6 +35,7 @@ class TinyChart(ToMe):
 
     summary: ClassVar[str] = "ToMe with a constant r for charts of high resolution, in merge or raster order"
     source: ClassVar[str] = "Zhang et al., EMNLP 2024 (arXiv 2404.16635)"
+    example: ClassVar[Mapping[str, Any]] = {}
 
     r: ScheduleLike = 84
     order: Literal["merge", "raster"] = "merge"

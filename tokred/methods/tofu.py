@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -48,6 +48,7 @@ class ToFu(Method):
 
     summary: ClassVar[str] = "prune early, merge late with the length of vectors kept, on ToMe's matching"
     source: ClassVar[str] = "Kim et al., WACV 2024 (arXiv 2312.01026)"
+    example: ClassVar[Mapping[str, Any]] = {"r": 8}
 
     r: ScheduleLike = 0
     switch: int | None = None

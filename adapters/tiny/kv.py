@@ -1,0 +1,83 @@
+"""Language models of transformers with three or four layers, two key heads, and prompts for them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tokred.adapters.tiny.weights import livelier
+
+
+class Family(NamedTuple):
+    """One way of building one class.
+
+    Attributes:
+        name: of the family in transformers: its model is ``<name>ForCausalLM``, its configuration ``<name>Config``.
+        options: of the configuration.
+        config: class of the configuration, where it is called otherwise.
+        attention: implementation, where it is not the usual one.
+    """
+
+    name: str
+    options: dict[str, Any]
+    config: str = ""
+    attention: str = ""
+
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+GEMMA: dict[str, Any] = {
+    **SMALL, "num_hidden_layers": 4, "sliding_window": 8, "query_pre_attn_scalar": 16,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}  # fmt: skip
+FAMILIES: dict[str, Family] = {
+    "llama": Family("Llama", SMALL),
+    "qwen3": Family("Qwen3", SMALL),
+    "mistral": Family("Mistral", {**SMALL, "sliding_window": None}),
+    "gemma3": Family("Gemma3", GEMMA, "Gemma3TextConfig"),
+    "gemma2": Family("Gemma2", {**GEMMA, "attn_logit_softcapping": 2.0}, attention="eager"),
+    "olmo2": Family("Olmo2", SMALL),
+    "gptj": Family("GPTJ", {
+        "vocab_size": 97, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8,
+    }),
+}  # fmt: skip
+
+
+def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **more: Any) -> Any:
+    """A model in evaluation mode, with weights that make rows matter.
+
+    Args:
+        name: a family.
+        dtype: of its weights.
+        seed: of its weights.
+        more: other options of its configuration.
+    """
+    import transformers as t
+
+    row = FAMILIES[name]
+    torch.manual_seed(seed)
+    config = getattr(t, row.config or f"{row.name}Config")(**{**copy.deepcopy(row.options), **more})
+    kind = getattr(t, f"{row.name}ForCausalLM")
+    model = kind._from_config(config, attn_implementation=row.attention) if row.attention else kind(config)
+    return livelier(model).to(dtype).eval()
+
+
+def prompt(n: int = 29, b: int = 1, seed: int = 1) -> Tensor:
+    """``[B, N]`` token ids, none of them special."""
+    return torch.randint(3, 95, (b, n), generator=torch.Generator().manual_seed(seed))
+
+
+def padded(lengths: tuple[int, ...], seed: int = 1) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Prompts of several lengths as one left-padded batch: ids, mask, and each alone."""
+    alone = [prompt(n, seed=seed + i) for i, n in enumerate(lengths)]
+    width = max(lengths)
+    ids, mask = torch.zeros(len(lengths), width, dtype=torch.long), torch.zeros(len(lengths), width, dtype=torch.long)
+    for i, row in enumerate(alone):
+        ids[i, width - row.shape[1] :], mask[i, width - row.shape[1] :] = row[0], 1
+    return ids, mask, alone
