@@ -6,6 +6,7 @@ which may lie on another device, be packed to other shapes, or be only a part.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,11 @@ from tokred.errors import UnsupportedModelError
 
 # What quantisers call them.
 _FEATURES = (("in_features", "out_features"), ("infeatures", "outfeatures"))
+
+# Rows of an identity that are fed at once.
+_ROWS = 4096
+# A power of two, so that in half precision the digits of small weights are not lost beside a bias.
+_SCALE = 64.0
 
 
 def features(module: Any) -> tuple[int, int] | None:
@@ -80,10 +86,30 @@ def constant(module: Any, like: Tensor) -> Tensor:
     return nothing[0, 0]
 
 
+@torch.no_grad()
+def weight_of(module: nn.Module, width: int, like: Tensor) -> Tensor:
+    """``[C, width]`` the matrix of a linear layer, without its bias.
+
+    Args:
+        module: anything linear.
+        width: numbers that it takes.
+        like: of the type and device of its inputs.
+    """
+    if _plain(module) and module.weight.device == like.device:  # type: ignore[union-attr]
+        return module.weight.detach()  # type: ignore[no-any-return, union-attr, operator]
+    # Under autocast the inputs are narrower than the weights, and a call takes them as wide as these.
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), like.dtype)
+    eye = torch.eye(width, dtype=dtype, device=like.device) * _SCALE
+    with _settled(module):
+        bias = module(eye.new_zeros(1, width)).float()
+        found = torch.cat([module(part).float() - bias for part in eye.split(_ROWS)])
+    return (found / _SCALE).to(like.device).T
+
+
 def _plain(module: Any) -> bool:
     """Whether a call would do nothing but multiply by the weight that is there."""
     hooks = (module._forward_hooks, module._forward_pre_hooks)
-    own = type(module) is nn.Linear and type(module.weight) is nn.Parameter and "forward" not in vars(module)
+    own = type(module) is nn.Linear and type(module.weight) in (Tensor, nn.Parameter) and "forward" not in vars(module)
     return own and not module.weight.is_meta and not any(hooks)
 
 
@@ -99,3 +125,16 @@ def check_there(tensor: Tensor | None, name: str) -> Tensor | None:
             "the attention on its device"
         )
     return tensor
+
+
+@contextlib.contextmanager
+def _settled(module: nn.Module) -> Iterator[None]:
+    """Without dropout, as adapters have it."""
+    training = [m for m in module.modules() if m.training]
+    for m in training:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True

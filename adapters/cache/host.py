@@ -240,7 +240,7 @@ def _full_layers(name: str, text: Any, bounded: bool) -> tuple[int, ...]:
 
 
 def _projection(attention: Any) -> str | None:
-    return next((n for n in _PROJECTIONS if isinstance(getattr(attention, n, None), nn.Linear)), None)
+    return next((n for n in _PROJECTIONS if isinstance(getattr(attention, n, None), nn.Module)), None)
 
 
 def _norms(decoder: nn.Module, found: list[tuple[str, nn.Module]]) -> list[tuple[nn.Module, nn.Module] | None]:

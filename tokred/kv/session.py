@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tokred.errors import TokredError
+from tokred.kernels.dispatch import without_autocast
 from tokred.kv.limit import Ledger, ledger_of
 from tokred.kv.policy import CachePolicy
 from tokred.kv.repeat import CONTEXT, Probe, Repeats
@@ -157,7 +158,8 @@ class Session:
     def observe(self, layer: Layer, site: CacheSite, before: int) -> None:
         """Everything that happens to a layer after its attention, in a forward that began at ``before`` slots."""
         if self.probe is not None:
-            self.probe.see(site)
+            with without_autocast(site.q):
+                self.probe.see(site)
             return
         clock, after, when = layer.clock, site.seen, self.when
         if clock.prompt < 0:
@@ -172,11 +174,12 @@ class Session:
         site.generated = max(0, after - clock.prompt)
         site.steps = self.steps
         self._claim(site)
-        self.parts.score.observe(site)
         due = when.due(clock.prompt, before, after) and not (self.drafting and before >= clock.prompt)
-        if due:
-            self._evict(layer, site, before < clock.prompt or (when.turns and several))
-        self._remember(layer, site)
+        with without_autocast(site.q):
+            self.parts.score.observe(site)
+            if due:
+                self._evict(layer, site, before < clock.prompt or (when.turns and several))
+            self._remember(layer, site)
         if self.ledger is not None:
             self.ledger.write(layer.index, -(-layer.nbytes // site.shape[0]))
 
@@ -344,12 +347,14 @@ class Session:
         if counts is None:
             return
         for p, score, each, count in zip(order, scores, rows, counts, strict=True):
-            step = self.policy.shrink(p.site, score, each, count)
+            with without_autocast(score):
+                step = self.policy.shrink(p.site, score, each, count)
             if not step.trivial:
                 p.layer.apply(step, self.parts.fate.merge_score)
 
     def _apply(self, layer: Layer, site: CacheSite, score: Tensor, rows: tuple[int, ...]) -> None:
-        step = self.policy.shrink(site, score, rows)
+        with without_autocast(score):
+            step = self.policy.shrink(site, score, rows)
         if not step.trivial:
             layer.apply(step, self.parts.fate.merge_score)
 

@@ -119,7 +119,7 @@ class CacheSite(Site):
         base: tokens that shares are taken of, for each sample; None: all so far.
         generated: slots after the prompt.
         steps: tokens that will be generated, where that is known.
-        projection: gives the weight ``[C, H * Dv]`` of the attention's output projection.
+        projection: gives the matrix ``[C, H * Dv]`` of the attention's output projection.
         rope: the rotary embedding.
         layer, depth: which of the layers that are compressed this is.
     """
@@ -363,7 +363,7 @@ class CacheSite(Site):
 
     @property
     def projection(self) -> Tensor:
-        """``[C, H * Dv]`` weight of the attention's output projection.
+        """``[C, H * Dv]`` matrix of the attention's output projection, without its bias.
 
         Raises:
             MissingInputError: the host does not supply it.

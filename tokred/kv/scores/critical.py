@@ -110,13 +110,13 @@ def value_norms(site: CacheSite) -> Tensor:
     """``[B, Hk, K]``: mean over the query heads of the L1 norm of each value after the output projection."""
     v = site.v
     _, heads, n, d = v.shape
-    weight = site.projection.detach().to(v.dtype)
+    weight = site.projection.detach().float()
     per_head = weight.view(weight.shape[0], heads, -1, d).permute(1, 2, 0, 3).contiguous()  # [Hk, G, C, D]
     out = torch.empty(v.shape[:3], device=v.device)
     for start in range(0, n, _BLOCK):
         # A head at a time: plain products with a weight are faster than batched ones.
         for h, weights in enumerate(per_head):
-            x = v[:, h, start : start + _BLOCK]
-            found = [F.linear(x, w).abs_().sum(-1, dtype=torch.float32) for w in weights]
+            x = v[:, h, start : start + _BLOCK].float()
+            found = [F.linear(x, w).abs_().sum(-1) for w in weights]
             out[:, h, start : start + _BLOCK] = torch.stack(found).mean(0)
     return out
