@@ -277,12 +277,27 @@ def test_refused_before_anything_is_patched():
 
 
 def test_strides_larger_than_the_grid():
-    model = tokred.apply(sd15(), "tomesd", sx=20)
-    with pytest.raises(ValueError, match="larger than the grid of 16 x 16"):
-        run(model, inputs("sd15"))
-    tokred.apply(model, "todo", factors=17)
-    with pytest.raises(ValueError, match="a factor of 17 is larger"):
-        run(model, inputs("sd15"))
+    """Nothing is reduced there, which is said once."""
+    model, given = sd15(), inputs("sd15")
+    before = run(model, given)
+    for name, parameters in (("tomesd", {"sx": 20}), ("todo", {"factors": 17})):
+        tokred.apply(model, name, **parameters)
+        with pytest.warns(UserWarning, match=f"'{name}' reduced nothing"):
+            assert torch.equal(run(model, given), before)
+
+
+@pytest.mark.filterwarnings("ignore:.*reduced nothing")
+@pytest.mark.parametrize("size", [(2, 16), (4, 4), (2, 2)])
+@pytest.mark.parametrize(("kind", "name"), [(k, n) for k, n in PAIRS if k in ("sd15", "flux", "wan")])
+def test_grids_smaller_than_a_cell(kind: str, name: str, size: tuple[int, int]):
+    """Levels of a line, or of one token: those run as they are, the others are reduced."""
+    given = inputs(kind, size)
+    sample = given["sample" if kind == "sd15" else "hidden_states"]
+    sample[1] = sample[0]  # both sides of guidance
+    model = tokred.apply(MODELS[kind](), name, **METHODS[name])
+    for time in (0.9, 0.8):
+        out = run(model, {**given, "timestep": torch.full((2,), time if kind == "flux" else 1000 * time)})
+        assert out.isfinite().all()
 
 
 def test_masks_over_the_image_are_refused():

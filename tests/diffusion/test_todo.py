@@ -118,8 +118,9 @@ def test_wrong_parameters(parameters: dict, message: str):
 
 
 def test_a_factor_larger_than_the_grid():
+    assert kept((4, 8), factors=5) == list(range(1, 33))
     with pytest.raises(ValueError, match="a factor of 5 is larger than the 4 rows"):
-        kept((4, 8), factors=5)
+        kept_lines(4, 5)
 
 
 def test_the_late_switch():

@@ -17,7 +17,7 @@ from tokred.denoise import (
     check_sharing,
     removed,
 )
-from tokred.grid import clip_destinations, match_cells
+from tokred.grid import clip_destinations, match_cells, whole_cells
 from tokred.reduction import Reduction
 from tokred.registry import register
 from tokred.selection import hash_uniform
@@ -103,19 +103,17 @@ class AsymRnR(AttentionMethod):
         return min(self.side("queries", place), self.side("keys", place))
 
     def side(self, side: Side, place: Place) -> int:
-        """``N - round(ratio * N)``, at least one a cell."""
-        r = removed(place.length, self.q if side == "queries" else self.kv)
-        return max(place.length - r, self._cells(place)) if r else place.length
+        """``N - round(ratio * N)``, at least one a cell; all where the grid is smaller than a cell."""
+        r, cells = removed(place.length, self.q if side == "queries" else self.kv), self._cells(place)
+        return max(place.length - r, cells) if r and cells else place.length
 
     def _cells(self, place: Place) -> int:
-        (t, y, x), (high, wide) = self.fitted(place), place.grid
-        return (place.frames // t) * (high // y) * (wide // x)
+        t, *cell = self.fitted(place)
+        return (place.frames // t) * whole_cells(place.grid, (cell[0], cell[1]))
 
     def fitted(self, place: Place) -> tuple[int, int, int]:
         """The cell, cut to the frames that there are."""
         t, y, x = self.cell
-        if y > place.grid[0] or x > place.grid[1]:
-            raise ValueError(f"cells of {y} x {x} tokens are larger than the grid of {place.grid[0]} x {place.grid[1]}")
         return min(t, place.frames), y, x
 
     def reduce(self, site: Site) -> Reduction:
