@@ -141,7 +141,7 @@ def test_queries_alone_and_keys_alone(kind: str):
     found = []
     for parameters in ({"q": 0.5, "kv": 0}, {"q": 0, "kv": 0.5}, {"q": 0.5, "kv": 0.5, "combine": "mean",
                        "size_bias": True}):  # fmt: skip
-        with tokred.applied(model, "asymrnr", **parameters):
+        with tokred.applied(model, "asymrnr", **parameters, first_full=0):
             out = run(model, given)
             assert torch.equal(run(model, given), out)
             report = tokred.report(model)
@@ -184,7 +184,7 @@ def test_plans_are_kept():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokred.AsymRnR, "reduce", counted)
-        tokred.apply(model, "asymrnr", q=0.5, kv=0.25, refresh=2)
+        tokred.apply(model, "asymrnr", q=0.5, kv=0.25, refresh=2, first_full=0)
         first = [run(model, {**given, "timestep": t}) for t in (90, 80, 70, 60)]
         assert len(made) == 2 * 2 * 7, "two plans for each of seven attentions, made twice"
         again = [run(model, {**given, "timestep": t}) for t in (90, 80, 70, 60)]

@@ -21,12 +21,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "tomesd": {"ratio": 0.5, "max_downsample": 8, "merge_crossattn": True, "merge_mlp": True},
     "todo": {"factors": (2, 2, 2)},
     "random_latent_prune": {"ratio": 0.5, "max_downsample": 8},
-    "toma": {"ratio": 0.5, "max_downsample": 8, "tile": 4},
+    "toma": {"ratio": 0.5, "max_downsample": 8, "tile": 4, "first_full": 0},
     "ibtm": {"ratio": 0.5, "max_downsample": 8, "merge_crossattn": True, "merge_mlp": True},
     "catome": {"threshold": -0.99, "max_downsample": 8, "merge_crossattn": True, "merge_mlp": True},
-    "asymrnr": {"q": 0.4, "kv": 0.5},
+    "asymrnr": {"q": 0.4, "kv": 0.5, "first_full": 0},
     "sdtm": {"ratio": 0.5, "max_downsample": 8},
-    "vidtome": {"ratio": 0.9, "max_downsample": 8},
+    "vidtome": {"ratio": 0.9, "max_downsample": 8, "first_full": 0},
     "keymerge": {"ratio": 0.75, "cell": 2, "max_downsample": 8},
 }
 # Some read the frames of a clip, some what the step before predicted for an image.

@@ -45,7 +45,7 @@ class AsymRnR(AttentionMethod):
         seed: of the destinations, which depend on it and the step alone: the same in all blocks and heads.
         refresh: plans are kept for so many denoising steps; the authors have 3 for HunyuanVideo and Mochi, 5 for
             CogVideoX, 1 for distilled models.
-        first_full: so many steps at the start of an image run as they are (ours).
+        first_full: so many steps at the start of an image run as they are; compiled forwards need 0 (ours).
 
     The authors' shares by layer and step come from measured tables, which are not here: choose blocks by ``where``.
 
@@ -65,7 +65,7 @@ class AsymRnR(AttentionMethod):
     size_bias: bool = False
     seed: int = 0
     refresh: int = 3
-    first_full: int = 0
+    first_full: int = 2
 
     def __post_init__(self) -> None:
         for name in ("q", "kv"):
