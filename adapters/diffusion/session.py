@@ -140,8 +140,8 @@ class Session:
         if 0 < self.steps.last <= self.method.first_full and not self.warned and not self.method.idle:
             self.warned = True
             warnings.warn(
-                f"{self.method.name!r} leaves the first {self.method.first_full} steps of an image as they are, and the "
-                f"last image had {self.steps.last}, so nothing was reduced: give a smaller first_full",
+                f"{self.method.name!r} leaves the first {self.method.first_full} steps of an image as they are, and "
+                f"the last image had {self.steps.last}, so nothing was reduced: give a smaller first_full",
                 stacklevel=2,
             )
 
