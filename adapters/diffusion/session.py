@@ -139,6 +139,13 @@ class Session:
         self.channels = 0 if sample is None or sample.ndim != 4 else sample.shape[1]
         self.now = self.steps.turn(self.method, timestep, sample if self._looks_back else None)
         self.plans = self.steps.plans
+        if 0 < self.steps.last <= self.method.first_full and not self.warned and not self.method.idle:
+            self.warned = True
+            warnings.warn(
+                f"{self.method.name!r} leaves the first {self.method.first_full} steps of an image as they are, and "
+                f"the last image had {self.steps.last}, so nothing was reduced: give a smaller first_full",
+                stacklevel=2,
+            )
 
     @property
     def _looks_back(self) -> bool:

@@ -45,6 +45,7 @@ class Steps:
     def forget(self) -> None:
         """Nothing has been run."""
         self.time: float | None = None
+        self.last = 0  # steps of the image before this one
         self.at = Turn()
         self.count = 0
         self.since = 0  # count of the step at which the method in force came into it
@@ -111,6 +112,7 @@ class Steps:
             self.count += 1
             self.before = self.predicted
         else:
+            self.last = 0 if self.time is None else self.count + 1
             self.count, self.since, self.force = 0, 0, None
             self.kept, self.memories, self.before, self.layouts = {}, {}, {}, {}
         self.predicted = {}

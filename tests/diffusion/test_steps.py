@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +60,25 @@ def test_first_steps_as_they_are():
     for _ in range(2):
         out = {t: run(model, {**given, "timestep": t}) for t in (90, 80, 70)}
         assert [torch.equal(out[t], before[t]) for t in (90, 80, 70)] == [True, True, False]
+
+
+def test_images_of_few_steps_warn():
+    model, given = sd15(), inputs("sd15")
+    tokred.apply(model, "toma")
+    run(model, {**given, "timestep": 900})
+    run(model, {**given, "timestep": 400})
+    with pytest.warns(
+        UserWarning, match="'toma' leaves the first 2 steps of an image as they are, and the last image had"
+    ):
+        run(model, {**given, "timestep": 900})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            run(model, {**given, "timestep": 900})
+            run(model, {**given, "timestep": 400})
+        tokred.apply(model, "toma", first_full=1)
+        for time in (900, 400, 900):
+            run(model, {**given, "timestep": time})
 
 
 @pytest.mark.parametrize("halves", [True, False])

@@ -120,7 +120,7 @@ def patch(name: str, **settings: Any) -> Callable[[Any], Any]:
 # What each runs on: caches are for transformers, and one of them does not run on some as they are.
 PAIRS = [(kind, name) for name in NEUTRAL for kind in KINDS if kind != "sd15" or "first" not in name]
 CACHED = [(kind, name) for name in CACHES for kind in ("cogvideox", "flux", "wan") if name != "faster"]
-CACHED += [("hunyuan", "first block"), ("hunyuan", "pyramid"), ("sd3", "pyramid"), ("cogvideox", "faster")]
+CACHED += [("hunyuan", "first block"), ("hunyuan", "pyramid"), ("cogvideox", "faster")]
 PAIRS += CACHED
 OTHERS = [("flux", name) for name in ("group offload of blocks", *CACHES) if name != "faster"]
 
