@@ -20,9 +20,11 @@ from tokred.errors import (
     NothingRecordedError,
     TokenStateError,
     TokredError,
+    TokredWarning,
     UnknownMethodError,
     UnknownModelError,
     UnsupportedModelError,
+    UntestedVersionWarning,
 )
 from tokred.explaining import Explanation, explain
 from tokred.hosts import CacheReport, kv_cache
@@ -185,11 +187,13 @@ __all__ = [
     "TokenStateError",
     "TokenTMPrune",
     "TokredError",
+    "TokredWarning",
     "TopV",
     "UniformVisual",
     "UnknownMethodError",
     "UnknownModelError",
     "UnsupportedModelError",
+    "UntestedVersionWarning",
     "VScan",
     "VScanLayer",
     "VidToMe",

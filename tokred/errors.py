@@ -1,4 +1,4 @@
-"""The errors that tokred raises beyond ``ValueError`` and ``TypeError``."""
+"""The errors that tokred raises beyond ``ValueError`` and ``TypeError``, and the warnings that it gives."""
 
 from __future__ import annotations
 
@@ -29,3 +29,11 @@ class TokenStateError(TokredError, RuntimeError):
 
 class NothingRecordedError(TokredError, RuntimeError):
     """A report or a trace was asked for before any (uncompiled) forward had run."""
+
+
+class TokredWarning(UserWarning):
+    """Base of tokred's own warnings."""
+
+
+class UntestedVersionWarning(TokredWarning):
+    """A host library is older or newer than the versions that tokred was tested with."""

@@ -64,8 +64,9 @@ def build(family: str, seed: int = 0) -> nn.Module:
     home, _, name = row.model.partition(".")
     towers = {"vision": dict(row.vision), "text": {**TEXT, **row.text}}
     torch.manual_seed(seed)
-    kind = getattr(importlib.import_module(f"open_clip.{home}"), name)
-    return scattered(kind(*row.leading, *(towers[tower] for tower in row.order.split())), "ln_", keep="logit")
+    kind: Any = getattr(importlib.import_module(f"open_clip.{home}"), name)
+    model: nn.Module = kind(*row.leading, *(towers[tower] for tower in row.order.split()))
+    return scattered(model, "ln_", keep="logit")
 
 
 def inputs(family: str, b: int = 3) -> tuple[Tensor, Tensor]:
