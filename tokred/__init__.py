@@ -40,6 +40,7 @@ from tokred.errors import (
     UnknownMethodError,
     UnknownModelError,
     UnsupportedModelError,
+    UntestedVersionWarning,
 )
 from tokred.explaining import Explanation, explain
 from tokred.hosts import CacheReport, kv_cache
@@ -210,6 +211,7 @@ __all__ = [
     "UnknownMethodError",
     "UnknownModelError",
     "UnsupportedModelError",
+    "UntestedVersionWarning",
     "VScan",
     "VScanLayer",
     "VidToMe",

@@ -1,4 +1,4 @@
-"""The command line: ``tokred demo``, ``bench``, ``viz``, ``list`` and ``flops``."""
+"""The command line: ``tokred demo``, ``bench``, ``viz``, ``list``, ``flops``, ``explain`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ try:
 except ImportError as error:  # a script's entry point has no better place to say this
     raise SystemExit(f"tokred's command line needs {error.name}: pip install 'tokred[cli]'") from error
 
-from tokred.cli_explain import explain_command  # needs typer
+from tokred.cli_doctor import doctor_command  # needs typer
+from tokred.cli_explain import explain_command
 from tokred.cli_viz import viz_command
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ def top(
       tokred bench --model dinov2                     quality, speed and memory, as CSV and plot
       tokred viz --method "tome r=13"                 what was merged into what, as a page and PNG
       tokred explain --model sdxl --size 1024         what a method could gain on a denoiser
+      tokred doctor                                   whether everything works with what is installed here
 
     "tokred COMMAND --help" has examples of each.
     """
@@ -352,5 +354,6 @@ def _options(device: str, dtype: str, **rest: Any) -> Any:
 
 
 # Files of their own: this one has grown long enough.
+app.command("doctor", short_help="Whether tokred works with what is installed here.")(doctor_command)
 app.command("explain", short_help="What a method could gain on a denoiser.")(explain_command)
 app.command("viz", short_help="What was merged into what, over the image, block by block.")(viz_command)

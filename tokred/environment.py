@@ -10,7 +10,16 @@ from pathlib import Path
 
 import torch
 
-LIBRARIES = ("timm", "transformers")
+# Libraries that change what tokred does or how fast, by the names that they are imported and installed under.
+LIBRARIES = {
+    "timm": "timm",
+    "transformers": "transformers",
+    "diffusers": "diffusers",
+    "open_clip": "open_clip_torch",
+    "triton": "triton",
+    "accelerate": "accelerate",
+    "peft": "peft",
+}
 
 
 def describe(device: torch.device | str = "cpu") -> dict[str, str | int]:
@@ -23,12 +32,17 @@ def describe(device: torch.device | str = "cpu") -> dict[str, str | int]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-    for name in LIBRARIES:
-        record[name] = version(name)
+    for name, package in LIBRARIES.items():
+        record[name] = version(package)
     record["tokred"] = version("tokred")
     record["commit"] = commit()
     record["date"] = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     return record
+
+
+def package(library: str) -> str:
+    """The name that a library is installed under, by the one that it is imported under."""
+    return LIBRARIES.get(library, library)
 
 
 def version(package: str) -> str:

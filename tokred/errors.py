@@ -42,3 +42,7 @@ class TokredWarning(UserWarning):
 
 class NothingRemovedWarning(TokredWarning):
     """A method is applied with settings, or ran in a place, that leave all tokens; the message says what to give."""
+
+
+class UntestedVersionWarning(TokredWarning):
+    """A host library is older or newer than the versions that tokred was tested with."""

@@ -38,11 +38,23 @@ GEMMA: dict[str, Any] = {
 }  # fmt: skip
 FAMILIES: dict[str, Family] = {
     "llama": Family("Llama", SMALL),
+    "qwen2": Family("Qwen2", SMALL),
     "qwen3": Family("Qwen3", SMALL),
     "mistral": Family("Mistral", {**SMALL, "sliding_window": None}),
+    "gemma": Family("Gemma", SMALL),
     "gemma3": Family("Gemma3", GEMMA, "Gemma3TextConfig"),
     "gemma2": Family("Gemma2", {**GEMMA, "attn_logit_softcapping": 2.0}, attention="eager"),
     "olmo2": Family("Olmo2", SMALL),
+    "phi3": Family("Phi3", SMALL),
+    "granite": Family("Granite", SMALL),
+    "cohere": Family("Cohere", SMALL),
+    "mixtral": Family("Mixtral", {**SMALL, "num_local_experts": 2}),
+    "gpt_neox": Family("GPTNeoX", SMALL),
+    "smollm3": Family("SmolLM3", SMALL),
+    "glm4": Family("Glm4", SMALL),
+}  # fmt: skip
+# Refused, with the reason.
+REFUSED: dict[str, Family] = {
     "gptj": Family("GPTJ", {
         "vocab_size": 97, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8,
     }),
@@ -53,14 +65,14 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **more: 
     """A model in evaluation mode, with weights that make rows matter.
 
     Args:
-        name: a family.
+        name: a family, refused ones included.
         dtype: of its weights.
         seed: of its weights.
         more: other options of its configuration.
     """
     import transformers as t
 
-    row = FAMILIES[name]
+    row = (FAMILIES | REFUSED)[name]
     torch.manual_seed(seed)
     config = getattr(t, row.config or f"{row.name}Config")(**{**copy.deepcopy(row.options), **more})
     kind = getattr(t, f"{row.name}ForCausalLM")

@@ -68,7 +68,7 @@ def made(row: Family, **options: Any) -> nn.Module:
     """A model as its class initialises it, with other options of the tower beside those of its row."""
     home, _, name = row.model.partition(".")
     towers = {"vision": {**row.vision, **options}, "text": {**TEXT, **row.text}}
-    kind = getattr(importlib.import_module(f"open_clip.{home}"), name)
+    kind: Any = getattr(importlib.import_module(f"open_clip.{home}"), name)
     model: nn.Module = kind(*row.leading, *(towers[tower] for tower in row.order.split()))
     return model
 

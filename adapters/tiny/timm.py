@@ -25,11 +25,13 @@ class Family(NamedTuple):
         model: module below ``timm.models`` and class.
         options: beside :data:`COMMON`.
         block: class of the blocks, in the same module; "": the usual one.
+        since: the first timm that can build it; "": all that tokred runs with.
     """
 
     model: str
     options: Mapping[str, Any] = NONE
     block: str = ""
+    since: str = ""
 
 
 VIT = "vision_transformer.VisionTransformer"
@@ -53,7 +55,7 @@ FAMILIES: dict[str, Family] = {
     "deit-distilled": Family("deit.VisionTransformerDistilled"),
     "eva (EVA)": Family(EVA, {"use_rot_pos_emb": False, "init_values": 0.1}),
     "eva02 (rope, swiglu)": Family(EVA, {**ROPE, "swiglu_mlp": True, "scale_mlp": True, "ref_feat_shape": (5, 5)}),
-    "eva-post-norm (rope)": Family(EVA, {**ROPE, "use_post_norm": True}),
+    "eva-post-norm (rope)": Family(EVA, {**ROPE, "use_post_norm": True}, since="1.0.21"),
     "dinov3 (rope, registers)": Family(EVA, {
         **ROPE, "rope_type": "dinov3", "num_reg_tokens": 4, "use_abs_pos_emb": False, "init_values": 0.1,
         "attn_type": "rope", "rope_rotate_half": True,
