@@ -17,7 +17,7 @@ class Sides(NamedTuple):
     columns: int
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         """How many patches that are."""
         return (self.frames or 1) * self.rows * self.columns
 

@@ -182,7 +182,7 @@ class Shared:
         try:
             with self.exposing():
                 out = original(*args, **kwargs)
-            state = self.final
+            state: TokenState | None = self.final  # set by the last block on the way
         finally:
             self.final = None
         if state is None or not state.steps or self.restore != "none" or original.__name__ != "forward_intermediates":
@@ -223,7 +223,7 @@ class Shared:
                 sides = found
             elif slot is not None and _in_backward() and slot.pointer == _pointer(x) and slot.shape == x.shape:
                 sides = slot.state.sides
-        if sides is not None and sides.count != length - self.prefix - self.suffix:
+        if sides is not None and sides.number != length - self.prefix - self.suffix:
             sides = None  # patches were taken out on the way, so that those that are left form no map
         state = TokenState(length, sides=sides)
         if not torch.compiler.is_compiling():

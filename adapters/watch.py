@@ -129,9 +129,10 @@ def _end(key: int) -> int:
     return 0
 
 
-for _function in (_begin, _ran, _end):
+_functions: tuple[Any, ...] = (_begin, _ran, _end)
+for _function in _functions:
     # What torch.compiler.assume_constant_result sets; that would import the compiler here.
-    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    _function._dynamo_marked_constant = True
 
 
 def hang(model: nn.Module, watch: Watch) -> None:

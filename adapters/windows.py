@@ -97,7 +97,7 @@ class WindowState(TokenState):
         grid: how the map is cut.
     """
 
-    grid: Grid = _NO_GRID
+    grid: Grid = _NO_GRID  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def samples_of(reduction: Reduction, rows: Tensor) -> Reduction:
     names = ("representative", "source", "target", "weight", "mask")
     parts: dict[str, Any] = {name: take(getattr(reduction, name)) for name in names}
     if isinstance(reduction, TileReduction):
-        parts["tiles"] = tuple(Tile(tile.rows, *(take(t) for t in tile[1:])) for tile in reduction.tiles)  # type: ignore[misc]
+        parts["tiles"] = tuple(Tile(tile.rows, *(take(t) for t in tile[1:])) for tile in reduction.tiles)  # type: ignore[arg-type]
     return replace(reduction, **parts)
 
 

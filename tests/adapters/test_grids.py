@@ -79,9 +79,7 @@ DYNAMIC = {
     "registers": lambda: vit(reg_tokens=4),
     "eva": lambda: eva_of(dynamic_img_size=True).eval(),
     "eva02": lambda: eva_of(dynamic_img_size=True, use_rot_pos_emb=True).eval(),
-    "mixed": lambda: eva_of(
-        dynamic_img_size=True, use_rot_pos_emb=True, rope_type="mixed", attn_type="rope"
-    ).eval(),
+    "mixed": lambda: eva_of(dynamic_img_size=True, use_rot_pos_emb=True, rope_type="mixed", attn_type="rope").eval(),
 }
 
 
