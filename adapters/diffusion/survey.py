@@ -70,7 +70,26 @@ def meta_copy(model: nn.Module) -> nn.Module:
         memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
     for b in model.buffers():
         memo[id(b)] = torch.empty_like(b, device="meta")
+    for m in model.modules():
+        if _packed(m):
+            memo[id(m)] = nn.Linear(m.in_features, m.out_features, device="meta", dtype=float_type(model))  # type: ignore[arg-type]
     return copy.deepcopy(model, memo).eval()
+
+
+def float_type(model: nn.Module) -> torch.dtype:
+    """The type in which a model computes: that of its first weights that are numbers with a point."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _packed(module: nn.Module) -> bool:
+    """Whether a linear layer keeps its weights in another form than a matrix of numbers, which only it can multiply."""
+    if not hasattr(module, "in_features") or not hasattr(module, "out_features"):
+        return False
+    if any(isinstance(inner, nn.Linear) for inner in module.modules() if inner is not module):
+        return False  # a wrapper, such as LoRA's
+    weight = getattr(module, "weight", None)
+    plain = isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_quantized
+    return not plain or tuple(weight.shape) != (module.out_features, module.in_features)  # type: ignore[union-attr]
 
 
 def _counted(model: nn.Module, host: DenoiserHost, given: dict[str, Any]) -> tuple[int, dict[str, int]]:
@@ -114,7 +133,7 @@ def example(model: Any, size: tuple[int, ...]) -> dict[str, Any]:
     if (len(size) == 3) != (kind in CLIPS):
         wanted = "rows and columns" if len(size) == 3 else "frames, rows and columns"
         raise ValueError(f"the sample of {host_class(model).__name__} has {wanted}, got a size of {size}")
-    config, dtype = model.config, next(model.parameters()).dtype
+    config, dtype = model.config, float_type(model)
 
     def empty(*shape: int, kind: torch.dtype = dtype) -> Tensor:
         return torch.empty(1, *shape, device="meta", dtype=kind)

@@ -72,7 +72,16 @@ class Batch:
         return self.short
 
 
-class Watched:
+class Wrapped:
+    """A layer that hosts and processors may ask for what it has, such as the type of its weights."""
+
+    module: Any
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["module"], name)
+
+
+class Watched(Wrapped):
     """A projection that says what it is given."""
 
     def __init__(self, module: Any, batch: Batch) -> None:
@@ -83,7 +92,7 @@ class Watched:
         return self.module(x, *args, **kwargs)
 
 
-class Merging:
+class Merging(Wrapped):
     """A projection that is given fewer tokens.
 
     Args:
@@ -105,7 +114,7 @@ class Merging:
         return self.module(self.batch.merge(x, self.plan), *args, **kwargs)
 
 
-class Restoring:
+class Restoring(Wrapped):
     """The last layer of an attention, whose output gets its full length back."""
 
     def __init__(self, module: Any, plan: Plan, batch: Batch) -> None:

@@ -76,6 +76,20 @@ def test_counts(frames: int, grid: tuple[int, int], cell: Any, ratio: float, cel
     assert method.side("keys", place) == place.length
 
 
+def test_offsets_count_frames_then_rows_then_columns():
+    """By hand: which token of each cell is its destination, in a clip that cells do not divide."""
+    frames, high, wide, cell = 5, 5, 7, (2, 2, 3)
+    offsets = torch.arange(8) * 5 % 12
+    expected = []
+    for number, offset in enumerate(offsets.tolist()):
+        t, y, x = number // 4, number // 2 % 2, number % 2
+        dt, dy, dx = offset // 6, offset // 3 % 2, offset % 3
+        expected.append(((2 * t + dt) * high + 2 * y + dy) * wide + 3 * x + dx)
+    sources, destinations = clip_destinations((frames, high, wide), cell, offsets)
+    assert destinations.tolist() == sorted(expected)
+    assert sorted([*sources.tolist(), *expected]) == list(range(frames * high * wide))
+
+
 def heads(frames: int = 3, grid: tuple[int, int] = (5, 7), b: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
     return {name: torch.randn(b, 3, frames * math.prod(grid), 4, generator=g) for name in "qkv"}
