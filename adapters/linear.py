@@ -138,3 +138,40 @@ def _settled(module: nn.Module) -> Iterator[None]:
     finally:
         for m in training:
             m.training = True
+
+
+def value_transform(attn: Any, normed: Tensor, v: Tensor, heads: int, *, per_head: bool = False) -> Tensor:
+    """Value and output projections of each token alone, without their biases: ``(B, N, C)``, or ``(B, H, N, C)``.
+
+    What stands between the two and acts on mixtures of tokens (a norm, a gate) is left out.
+
+    Args:
+        attn: an attention with an output projection ``proj``.
+        normed: ``(B, N, C)`` its input.
+        v: ``(B, Hk, N, D)``, the values that it used.
+        heads: query heads ``H``.
+        per_head: keep the part of each head apart; their sum is the whole.
+    """
+    bias = _value_bias(attn, normed)
+    if bias is not None:
+        v = v - bias.to(v.dtype).view(v.shape[1], 1, -1)
+    if v.shape[1] != heads:
+        v = v.repeat_interleave(heads // v.shape[1], 1)
+    if not per_head:
+        return linear(attn.proj, v.transpose(1, 2).flatten(2))
+    parts = []
+    for head in range(heads):
+        alone = torch.zeros_like(v)
+        alone[:, head] = v[:, head]
+        parts.append(linear(attn.proj, alone.transpose(1, 2).flatten(2)))
+    return torch.stack(parts, 1)
+
+
+def _value_bias(attn: Any, normed: Tensor) -> Tensor | None:
+    """What the value projection adds to every token, wherever a host keeps it."""
+    if getattr(attn, "v_proj", None) is not None:
+        return constant(attn.v_proj, normed)
+    if getattr(attn, "v_bias", None) is not None:
+        return check_there(attn.v_bias, "the attention's v_bias")
+    fused = getattr(attn, "qkv", None)
+    return None if fused is None else constant(fused, normed).chunk(3)[2]

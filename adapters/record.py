@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tokred import adapters
-from tokred.adapters.block import SETTINGS, value_transform
+from tokred.adapters.block import SETTINGS
 from tokred.adapters.host import Host
+from tokred.adapters.linear import value_transform
 from tokred.adapters.swap import is_swapped, restore
 from tokred.errors import MissingInputError, UnsupportedModelError
 from tokred.site import Site

@@ -50,9 +50,10 @@ REFUSED = {
 MASKED = "VideoMAEForPreTraining"
 # What embeddings call the module that makes patches.
 PATCHES = ("patch_embeddings", "patch_embedding", "projection")
+INSTEAD = "apply a method for visual tokens, such as 'divprune', to the whole model"
 TOWER = (
     "it is the vision tower of a model with vision, and not among the encoders that are known to be right with fewer "
-    "tokens: apply a method for visual tokens, such as 'divprune', to the whole model"
+    f"tokens: {INSTEAD}"
 )
 # Towers whose configuration does not say that they are one.
 TOWERS = ("PixtralVisionModel",)
@@ -60,6 +61,10 @@ NO_FAMILY = "it is not among the encoders, or the models around one, that are kn
 LANGUAGE = (
     "it counts and places the tokens of its vision encoder in a text, which fewer tokens would break without an error; "
     "language models with vision need methods of another stage"
+)
+CAUSAL = (
+    "each of its tokens attends to those before it, and the last ones speak for all: methods of the cache suit "
+    "language models"
 )
 
 
@@ -116,15 +121,26 @@ def _ask(value: Any, model: Any) -> Any:
 
 
 def _reason(model: Any, names: list[str]) -> str:
+    """Why it is refused: what it is known for, what it does with its tokens, or only that it is not known."""
     reason = next((r for n in names for start, r in REFUSED.items() if n.startswith(start)), None)
     if reason is not None:
         return reason
     config = model.config
-    if hasattr(config, "text_config") and hasattr(model, "generate"):
+    if hasattr(config, "text_config") and (hasattr(model, "generate") or hasattr(model, "language_model")):
         return LANGUAGE
+    side = getattr(config, "spatial_merge_size", None)
+    if side is not None and side > 1:
+        windows = ", and some of its blocks attend in windows" if getattr(config, "fullatt_block_indexes", None) else ""
+        joined = f"behind its blocks {side} x {side} patches that stand side by side are joined{windows}: no patch may leave"
+        return f"{joined}; {INSTEAD}" if is_tower(model) else joined
     if is_tower(model):
         return TOWER
-    return f"{NO_FAMILY} (if you know that it is, apply to the encoder inside it)"
+    known = ENCODERS.keys() | transformers_maps.MAPS.keys() | transformers_text.ENCODERS.keys()
+    inside = [name for name, m in model.named_modules() for n in _names(m)[:1] if name and n in known]
+    if inside:
+        return f"{NO_FAMILY} (if you know that it is, apply to the encoder inside it: model.{inside[0]})"
+    causal = [bool(m.is_causal) for m in model.modules() if hasattr(m, "is_causal")]
+    return CAUSAL if causal and all(causal) else NO_FAMILY
 
 
 def is_tower(model: Any) -> bool:

@@ -15,7 +15,7 @@ pytest.importorskip("timm")
 import tokred
 from tests.adapters import tiny_timm, tiny_transformers
 from tokred import adapters
-from tokred.adapters.linear import constant, features, linear, macs, matrices
+from tokred.adapters.linear import constant, features, linear, macs, matrices, value_transform
 
 
 class Packed(nn.Module):
@@ -122,8 +122,6 @@ def test_each_tokens_own_projections(kind, family):
     def alone() -> tuple[Tensor, Tensor]:
         x = torch.randn(2, 1, 48, generator=torch.Generator().manual_seed(2))
         v = attn.qkv(x).view(2, 1, 3, 3, 16)[:, :, 2].transpose(1, 2)
-        from tokred.adapters.block import value_transform
-
         seen.append(attn(x))
         nothing = attn(torch.zeros_like(x))
         whole = value_transform(attn, x, v, 3)
@@ -192,8 +190,6 @@ def test_the_constant_of_a_module():
 
 
 def test_a_bias_that_is_not_at_hand():
-    from tokred.adapters.block import value_transform
-
     attn: Any = offloaded(tiny_timm.build("beit (own bias)")).blocks[0].attn
     with torch.no_grad(), pytest.raises(tokred.UnsupportedModelError, match="v_bias is offloaded"):
         value_transform(attn, torch.randn(2, 5, 48), torch.randn(2, 3, 5, 16), 3)
