@@ -131,8 +131,10 @@ def _reason(model: Any, names: list[str]) -> str:
     side = getattr(config, "spatial_merge_size", None)
     if side is not None and side > 1:
         windows = ", and some of its blocks attend in windows" if getattr(config, "fullatt_block_indexes", None) else ""
-        joined = f"behind its blocks {side} x {side} patches that stand side by side are joined{windows}: no patch may leave"
-        return f"{joined}; {INSTEAD}" if is_tower(model) else joined
+        joined = (
+            f"behind its blocks {side} x {side} patches that stand side by side are joined{windows}: no patch may leave"
+        )
+        return f"it is the vision tower of a model with vision; {joined}; {INSTEAD}" if is_tower(model) else joined
     if is_tower(model):
         return TOWER
     known = ENCODERS.keys() | transformers_maps.MAPS.keys() | transformers_text.ENCODERS.keys()
