@@ -148,6 +148,27 @@ def test_keeping_all_visible_tokens_is_the_masked_model(family):
         torch.testing.assert_close(model(x, attn_mask=torch.ones_like(mask)), z, rtol=1e-4, atol=1e-5)
 
 
+def test_a_hidden_class_token_keeps_its_place():
+    model, x, seen = ready("vit")
+    seen[:, 0] = False
+    mask = seen[:, None, None, :]
+    with torch.no_grad():
+        first = model.blocks[0]
+        tokred.apply(model, "random_prune", r=[5, 0, 0])
+        y = model(x, attn_mask=mask)
+        kept = tokred.trace(model).representative
+        assert kept[:, 0].tolist() == [0, 0, 0]
+        tokred.remove(model)
+        z = model.norm_pre(model._pos_embed(model.patch_embed(x)))
+        z = z + first.attn(first.norm1(z), attn_mask=mask)
+        z = z.gather(1, kept.unsqueeze(-1).expand(-1, -1, 48))
+        z = z + first.mlp(first.norm2(z))
+        own = seen.gather(1, kept)[:, None, None, :]
+        for block in model.blocks[1:]:
+            z = block(z, attn_mask=own)
+    torch.testing.assert_close(model.forward_head(model.norm(z)), y, rtol=1e-4, atol=1e-5)
+
+
 def pairs(n: int) -> dict[str, Tensor]:
     """Masks that hide pairs."""
     halves = torch.arange(n) < n // 2
