@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import tokred
 from tokred.cli import app
 
-COMMANDS = ("demo", "bench", "viz", "list", "flops", "explain")
+COMMANDS = ("demo", "bench", "viz", "list", "flops", "explain", "doctor")
 
 
 def run(*arguments: str):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import runpy
 import shutil
 import subprocess
 import sys
 import tomllib
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,7 +34,16 @@ def packages() -> set[str]:
 
 
 def test_every_package_is_listed() -> None:
-    assert packages() == set(PROJECT["tool"]["setuptools"]["packages"])
+    setuptools = pytest.importorskip("setuptools")
+    assert "packages" not in PROJECT["tool"]["setuptools"], "setup.py finds them"
+    found: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setuptools, "setup", lambda **given: found.update(given))
+        patch.chdir(ROOT)
+        runpy.run_path(str(ROOT / "setup.py"))
+    assert packages() == set(found["packages"])
+    assert len(packages()) == len(found["packages"])
+    assert found["package_dir"] == {name: folder for folder, name in FOLDERS.items()}
 
 
 def test_folders_without_init_hold_no_code() -> None:
@@ -113,7 +124,7 @@ def test_wheel_holds_everything(tmp_path: Path) -> None:
     # setuptools builds in the source tree; a copy keeps the checkout clean.
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy2(ROOT / name, source)
     for name in FOLDERS:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -129,13 +140,14 @@ def test_wheel_holds_everything(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
     (wheel,) = tmp_path.glob("tokred-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
+    assert {str(Path(n).parent).replace("/", ".") for n in names if n.endswith("/__init__.py")} == packages()
     for top, package in FOLDERS.items():
         inside = package.replace(".", "/")
         for file in (ROOT / top).rglob("*.py"):
             assert f"{inside}/{file.relative_to(ROOT / top).as_posix()}" in names
     assert {"tokred/py.typed", "tokred/templates/viz.html"} <= names
     for file in (ROOT / "tokred" / "data").iterdir():
-        if file.suffix in {".safetensors", ".npz"} or file.name.startswith("LICENSE"):
+        if file.suffix in {".safetensors", ".npz", ".json"} or file.name.startswith("LICENSE"):
             assert f"tokred/data/{file.name}" in names
     assert any(n.endswith("/licenses/LICENSE") for n in names)
     assert not [n for n in names if n.startswith(("kernels/", "adapters/", "tests/", "benchmarks/"))]

@@ -62,7 +62,7 @@ def doctor_command(
             raise ValueError(f"--only names nothing; there are {', '.join(doctor.names())}")
         if not as_json:
             show_installed()
-        chosen = [] if versions else doctor.cases(wanted)
+        chosen = [] if versions else doctor.choose(wanted)
         started = time.monotonic()
     with steps(len(chosen)) as tick:
         rows = doctor.examine(chosen, tick)

@@ -19,7 +19,7 @@ from tokred.errors import UntestedVersionWarning
 Standing = Literal["tested", "older", "newer", "missing", "unknown"]
 
 
-class Tested(NamedTuple):
+class Bounds(NamedTuple):
     """The oldest and the newest version of a library that tests have run with."""
 
     floor: str
@@ -27,10 +27,10 @@ class Tested(NamedTuple):
 
 
 @functools.cache
-def tested() -> dict[str, Tested]:
+def tested() -> dict[str, Bounds]:
     """By the name that a library is imported under."""
     text = resources.files("tokred.data").joinpath("tested.json").read_text("utf8")
-    return {name: Tested(row["floor"], row["newest"]) for name, row in json.loads(text)["libraries"].items()}
+    return {name: Bounds(row["floor"], row["newest"]) for name, row in json.loads(text)["libraries"].items()}
 
 
 def release(version: str) -> tuple[int, int, int]:

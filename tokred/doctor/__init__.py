@@ -66,7 +66,7 @@ def present(library: str) -> bool:
     return library in sys.modules or importlib.util.find_spec(library) is not None
 
 
-def cases(only: Sequence[str] = ()) -> list[Case]:
+def choose(only: Sequence[str] = ()) -> list[Case]:
     """Models of the libraries that are installed.
 
     Args:
