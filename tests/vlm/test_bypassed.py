@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -68,6 +69,8 @@ def test_hooks_that_rebuild_arguments(method, first, wrap):
 def test_features_that_are_rebuilt_are_known_by_their_values(name):
     """As where they come from another device."""
     model, batch = model_of(name), hosts.prompts(name, ROWS)
+    if "mm_encoder_outputs" not in inspect.signature(type(model.model).forward).parameters:
+        pytest.skip("this version takes no features")
     tokred.apply(model, tokred.make("random_visual", budget=3))
     expected = model(**batch).logits
     modality = "video" if hosts.HOSTS[name].video else "image"
