@@ -163,7 +163,8 @@ def _columns(n: int, shape: Any) -> int:
 
 def video(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Picture]:
     """LLaVA-NeXT-Video and LLaVA-OneVision: frames of pooled patches, in OneVision with a newline at the end."""
-    frames = int(given["pixel_values_videos"].shape[1])
+    pixels = given.get("pixel_values_videos")  # which older versions call as they call images
+    frames = int((given["pixel_values"] if pixels is None else pixels).shape[1])
     found = []
     for n in lengths(output):
         # The grid of a frame is a square one; one token more is the newline.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -68,6 +69,8 @@ def test_hooks_that_rebuild_arguments(method, first, wrap):
 def test_features_that_are_rebuilt_are_known_by_their_values(name):
     """As where they come from another device."""
     model, batch = model_of(name), hosts.prompts(name, ROWS)
+    if "mm_encoder_outputs" not in inspect.signature(type(model.model).forward).parameters:
+        pytest.skip("this version takes no features")
     tokred.apply(model, tokred.make("random_visual", budget=3))
     expected = model(**batch).logits
     modality = "video" if hosts.HOSTS[name].video else "image"
@@ -208,3 +211,15 @@ def test_a_language_model_that_is_passed_by():
     model.model.language_model = other.model.language_model
     with pytest.raises(tokred.BypassedError, match=r"'divprune' did not run.*saw images"):
         model(**batch)
+
+
+def test_features_of_others_are_not_taken_for_the_last_ones():
+    model, batch = tiny.llava(), tiny.prompts([[3, "image", 5]])
+    pixels = batch.pop("pixel_values")
+    stock = model.model.get_image_features(pixels)
+    tokred.apply(model, "fastervlm", budget=4)
+    model.model.get_image_features(pixels + 1)
+    with pytest.raises(tokred.BypassedError, match="not made by the patched model"):
+        model(**batch, mm_encoder_outputs={"image": stock})
+    model.model.get_image_features(pixels)
+    assert model(**batch, mm_encoder_outputs={"image": stock}).logits.shape[1] == 12, "of the same values they are"
