@@ -66,16 +66,15 @@ def samples_of(reduction: Reduction, rows: Tensor) -> Reduction:
     if type(reduction) is not Reduction and not isinstance(reduction, TileReduction):
         raise UnsupportedModelError(f"a {type(reduction).__name__} cannot be cut to some samples of a batch")
 
-    def take(t: Tensor | None) -> Tensor | None:
-        if t is None:
-            return None
+    def take(t: Tensor) -> Tensor:
         # What all samples share stays shared: it is used faster.
         return t[:1].expand(len(rows), *t.shape[1:]) if t.stride(0) == 0 else t.index_select(0, rows)
 
     names = ("representative", "source", "target", "weight", "mask")
-    parts: dict[str, Any] = {name: take(getattr(reduction, name)) for name in names}
+    found = {name: getattr(reduction, name) for name in names}
+    parts: dict[str, Any] = {name: None if t is None else take(t) for name, t in found.items()}
     if isinstance(reduction, TileReduction):
-        parts["tiles"] = tuple(Tile(tile.rows, *(take(t) for t in tile[1:])) for tile in reduction.tiles)  # type: ignore[arg-type]
+        parts["tiles"] = tuple(Tile(tile.rows, take(tile.share), take(tile.weight)) for tile in reduction.tiles)
     return replace(reduction, **parts)
 
 

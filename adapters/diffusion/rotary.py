@@ -128,5 +128,5 @@ def _places(ids: Tensor) -> str:
     if not len(places):
         return "no places"
     rows, columns = (places[:, 1:3].amax(0) - places[:, 1:3].amin(0) + 1).to(torch.int64).tolist()
-    images = len(torch.unique(places[:, 0]))
+    images = len(set(places[:, 0].tolist()))
     return f"a grid of {rows} x {columns} places" + (f" of {images} images" if images > 1 else ", not row by row")

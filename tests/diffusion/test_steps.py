@@ -53,6 +53,19 @@ def test_what_is_in_force():
     assert type(flux.turn(Late(), torch.tensor(0.9), None)) is Late
 
 
+def test_plans_are_kept_from_the_step_on_that_a_method_came_in():
+    class Halved(Late):
+        def at(self, step: Step | None) -> AttentionMethod | None:
+            return tokred.ToMeSD(refresh=2) if step is not None and step.noise < 0.5 else self
+
+    steps, kept = Steps("diffusers UNet2DConditionModel"), []
+    for time in (900, 700, 600, 400, 300, 200, 100):
+        steps.turn(Halved(refresh=5), time, None)
+        kept.append(bool(steps.plans))
+        steps.plans["here"] = 1
+    assert kept == [False, True, True, False, True, False, True]
+
+
 def test_first_steps_as_they_are():
     model, given = sd15(), inputs("sd15")
     before = {t: run(model, {**given, "timestep": t}) for t in (90, 80, 70)}
