@@ -44,6 +44,10 @@ CACHE = (
 CACHE_NAMES = tuple(s.name for s in CACHE)
 
 
+# What forwards of language models without keys and values call their state.
+STATE_NAMES = ("cache_params", "state", "mems")
+
+
 @functools.cache
 def _cache_argument(function: Callable[..., Any]) -> str | None:
     parameters = inspect.signature(function).parameters

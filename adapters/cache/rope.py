@@ -63,7 +63,10 @@ def supplies_rope(decoder: Any, attention: Any, head_dim: int) -> bool:
     device = next((b.device for b in embedding.buffers()), torch.device("cpu"))
     extra = layer_type_of(embedding, attention)
     zeros = torch.zeros(1, 1, 1, device=device), torch.zeros(1, 1, dtype=torch.long, device=device)
-    cos, _ = embedding(*zeros, *([] if extra is None else [extra]))
+    try:
+        cos, _ = embedding(*zeros, *([] if extra is None else [extra]))
+    except KeyError:  # layers of this type do not turn
+        return False
     return bool(cos.shape[-1] == head_dim)
 
 
