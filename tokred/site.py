@@ -19,6 +19,7 @@ from tokred.kernels.attention import attention
 from tokred.kernels.column_scores import column_power, column_scores
 from tokred.kernels.dispatch import without_autocast
 from tokred.kernels.gather_rows import gather_rows
+from tokred.schedules import whole
 
 Stage = Literal["block", "attention", "projector", "layer", "cache"]
 Lazy = Tensor | Callable[[], Tensor | None] | None
@@ -200,7 +201,7 @@ class Site:
     @property
     def length(self) -> int:
         """Tokens of the original sequence, protected ones included."""
-        return self.shape[1] if self._length is None else self._length
+        return self.shape[1] if self._length is None else whole(self._length)
 
     @property
     def transform(self) -> tuple[Tensor, Tensor]:
@@ -359,9 +360,9 @@ class Site:
         for name in ("x", "k", "q", "v"):
             if self._values[name] is not None:
                 t = self._get(name)
-                return (t.shape[0], t.shape[-2])
+                return whole(t.shape[0]), whole(t.shape[-2])
         scores = self._get("class_attention")
-        return (scores.shape[0], scores.shape[-1])
+        return whole(scores.shape[0]), whole(scores.shape[-1])
 
     @property
     def device(self) -> torch.device:

@@ -142,7 +142,7 @@ def sample(scores: Tensor, levels: int | Tensor, most: int, real: Tensor | None 
     below = (above - 1).clamp(min=0)
     pick = torch.where(y - f.gather(1, below) <= f.gather(1, above) - y, below, above)
     pick = torch.searchsorted(f, f.gather(1, pick)).clamp(max=t - 1)  # the first among equals
-    chosen = torch.zeros_like(order, dtype=torch.bool).scatter(1, pick, True)
+    chosen = torch.zeros_like(order, dtype=torch.bool).scatter(1, pick, 1)
     return order, chosen if real is None else chosen & real
 
 

@@ -92,7 +92,7 @@ class Downsample(Method):
         head = torch.arange(site.prefix, device=site.device)
         tail = torch.arange(site.suffix, device=site.device) + site.prefix + rows * columns
         index = torch.cat([head, cell + site.prefix, tail]).expand(b, -1)
-        return Reduction.from_index(index, site.prefix + rows * columns + site.suffix)
+        return Reduction.from_index(index, site.prefix + rows * columns + site.suffix, sure=True)
 
 
 def cells(grid: tuple[int, int], coarse: tuple[int, int], device: torch.device | str | None = None) -> Tensor:

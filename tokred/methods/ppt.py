@@ -129,7 +129,8 @@ class PPT(Method):
             ``(B,)`` bool.
         """
         if real is None:
-            variance, count = scores.var(dim=1), torch.full_like(scores[:, 0], scores.shape[1])
+            count = torch.full_like(scores[:, 0], scores.shape[1])
+            variance = scores.var(dim=1) if scores.numel() else count
         else:
             count = real.sum(1).float()
             apart = (scores - 1 / count.clamp_min(1).unsqueeze(1)).masked_fill(~real, 0)
