@@ -11,7 +11,7 @@ from tokred.site import Site
 from tokred.soft import SoftReduction
 
 
-def reduce_each(method: Method, site: Site) -> Reduction:
+def reduce_each(method: Method, site: Site, *, always: bool = False) -> Reduction:
     """Ask ``method`` about the real tokens of every sample, as if it were alone; padding is dropped.
 
     Asking which tokens are real waits for the device.
@@ -19,22 +19,27 @@ def reduce_each(method: Method, site: Site) -> Reduction:
     Args:
         method: of the stage ``block``.
         site: with a mask, whose first ``prefix`` and last ``suffix`` real tokens of every sample are protected.
+        always: do not ask whether the method acts at this place: it is the method itself that hands a masked site on.
 
     Returns:
         One reduction for the batch, whose slots are masked behind shorter samples. It is trivial where nothing goes
         from any sample.
     """
     assert site.mask is not None  # else there is nothing to tell apart
+    if site.shape[0] == 0:
+        return Reduction.identity((0,), site.shape[1], site.device)
     rows = [row.nonzero().view(-1) for row in site.mask]
     sites = [site.sample(i, r) for i, r in enumerate(rows)]
-    steps = [_reduce(method, s) for s in sites]
+    steps = [method.reduce(s) if always else _reduce(method, s) for s in sites]
     _collect(site, sites, rows)
     n = site.shape[1]
     if all(step.trivial for step in steps):
         return Reduction.identity((len(rows),), n, site.device)
     first = next(step for step in steps if not step.trivial)
     slots, sources = max(s.slots for s in steps), max(s.source.shape[-1] for s in steps)
-    representative = torch.zeros(len(rows), slots, dtype=torch.int64, device=site.device)
+    # Padded slots stand for padding where a sample has any.
+    hidden = site.mask.to(torch.int8).argmin(1, keepdim=True)
+    representative = torch.where(site.mask.all(1, keepdim=True), 0, hidden).repeat(1, slots)
     mask = torch.zeros(len(rows), slots, dtype=torch.bool, device=site.device)
     source = torch.zeros(len(rows), sources, dtype=torch.int64, device=site.device)
     target = torch.full_like(source, -1)

@@ -52,7 +52,9 @@ class Site:
         transform: a pair ``(B, N, C)``, the normalised input of the attention and what its value and output
             projections make of each token alone.
         sizes: ``(B, N)`` float32, how many original tokens each stands for; None: one each.
-        mask: ``(B, N)`` bool, False on padding; None: every token is real.
+        mask: ``(B, N)`` bool, False on padding, which is never merged with a real token, votes for none and comes out
+            as padding; None: every token is real. Methods of uneven counts want it behind the real tokens of each
+            sample, as they leave it; wherever else it stands, :func:`tokred.padding.reduce_each` asks them.
         prefix, suffix: leading and trailing tokens that are never reduced (class, distillation, register, detection).
         grid: ``(Hg, Wg)`` of the original patches, or None.
         positions: ``(B, N)`` int64, where each token stood in the original sequence (protected tokens included); None:
@@ -187,7 +189,10 @@ class Site:
             MissingInputError: they form no known grid.
         """
         if self._grid is None:
-            raise MissingInputError("this site does not know the grid of its patches: give images of a regular grid")
+            raise MissingInputError(
+                "this site does not know the grid of its patches: give images of a regular grid, no patch of which is "
+                "hidden by a mask"
+            )
         return self._grid
 
     @property
@@ -305,6 +310,7 @@ class Site:
             return None if value is None else value[i : i + 1].index_select(1, rows)
 
         transform = None if self._transform is None else lambda: _pair(known, self.transform)
+        hidden = rows.shape[0] < self.shape[1]  # what is left of a grid is none
         return Site(
             **made,  # type: ignore[arg-type]
             scale=self.scale,
@@ -312,7 +318,9 @@ class Site:
             sizes=known(self.sizes),
             prefix=self.prefix,
             suffix=self.suffix,
-            positions=known(self.positions) if self.moved else None,
+            positions=known(self.positions) if self.moved or hidden else None,
+            grid=None if hidden else self._grid,
+            frames=None if hidden else self.frames,
             length=self._length if self.totals is None else int(self.totals[i]),
             class_token=self.class_token,
             layer=self.layer,

@@ -93,6 +93,8 @@ class ATS(Method):
             scores = class_value(site)
             most = _levels(site.length if cap is None else cap, n, protected)
             levels: int | Tensor = most
+            if cap is None and site.totals is not None:
+                levels = (site.totals - protected).clamp(min=1)
             if isinstance(cap, float) and real is not None:
                 # A share of the image's own tokens: its batch-mates must not matter.
                 own = (real.sum(1) + protected).double() * cap

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tokred.method import Method
+from tokred.padding import reduce_each
 from tokred.reduction import Reduction
 from tokred.registry import register
 from tokred.schedules import check_share
@@ -83,6 +84,8 @@ class Downsample(Method):
 
     def reduce(self, site: Site) -> Reduction:
         """Every patch goes to its cell of the coarser grid."""
+        if site.mask is not None:
+            return reduce_each(self, site, always=True)
         b, n = site.shape
         grid = site.grid
         rows, columns = self.coarse(grid)
