@@ -129,3 +129,9 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     if torch.is_autocast_enabled(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return contextlib.nullcontext()
+
+
+def traced() -> bool:
+    """Whether operations are being written down (torch.compile, torch.export, torch.jit.trace) to run on other values:
+    nothing may then be decided by looking at values, nor by whether gradients are recorded at the moment."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()

@@ -21,7 +21,7 @@ from tokred.kernels.column_scores.reference import (
     row_lse_reference,
 )
 from tokred.kernels.column_scores.registration import refusals
-from tokred.kernels.dispatch import accumulator_dtype, use_kernel, why_not, without_autocast
+from tokred.kernels.dispatch import accumulator_dtype, traced, use_kernel, why_not, without_autocast
 
 __all__ = ["ColumnStatistics", "column_power", "column_scores", "column_statistics", "row_lse", "why_not_kernel"]
 
@@ -221,6 +221,6 @@ def why_not_kernel(q: Tensor, k: Tensor) -> str | None:
 
 def _plain(*tensors: Tensor | None) -> bool:
     """Whether the compiler or autograd must see plain operations instead of work in a reused buffer."""
-    if torch.compiler.is_compiling():
+    if traced():
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -11,6 +11,7 @@ import torch
 from tokred.matching import match_to, mergeable
 from tokred.method import Method
 from tokred.methods.tome import Metric, check_choice, read_metric
+from tokred.padding import reduce_each
 from tokred.reduction import Reduction
 from tokred.registry import register
 from tokred.schedules import ScheduleLike, schedule
@@ -67,6 +68,8 @@ class RandomMerge(Method):
 
     def reduce(self, site: Site) -> Reduction:
         """Merge the first ``r`` tokens of a random order."""
+        if site.mask is not None:
+            return reduce_each(self, site, always=True)
         b, n = site.shape
         r = n - self.tokens(n, layer=site.layer, depth=site.depth, prefix=site.prefix, suffix=site.suffix)
         if r == 0:
@@ -108,6 +111,8 @@ class RandomPrune(Method):
 
     def reduce(self, site: Site) -> Reduction:
         """Keep the tokens of a random choice, in their order."""
+        if site.mask is not None:
+            return reduce_each(self, site, always=True)
         b, n = site.shape
         kept = self.tokens(n, layer=site.layer, depth=site.depth, prefix=site.prefix, suffix=site.suffix)
         free = n - site.prefix - site.suffix

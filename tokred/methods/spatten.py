@@ -13,7 +13,7 @@ from torch import Tensor
 from tokred.method import Method, Where
 from tokred.reduction import Reduction
 from tokred.registry import register
-from tokred.schedules import check_share, kept_ceil
+from tokred.schedules import check_share, kept_ceil, whole
 from tokred.selection import highest, protected_rows, ranked
 from tokred.site import Site
 
@@ -153,10 +153,11 @@ class SpAtten(Method):
         before, alive = site.notes.get(ANSWERED), site.alive
         given = given if before is None else before + given
         site.notes[ANSWERED] = given
-        left = self.heads_left(given.shape[1], site.layer, site.depth)
-        if left < given.shape[1]:
+        heads = whole(given.shape[1])
+        left = self.heads_left(heads, site.layer, site.depth)
+        if left < heads:
             score = given if alive is None else given.masked_fill(~alive, -torch.inf)
-            site.alive = torch.zeros_like(given, dtype=torch.bool).scatter(1, ranked(score)[:, :left], True)
+            site.alive = torch.zeros_like(given, dtype=torch.bool).scatter(1, ranked(score)[:, :left], 1)
 
 
 def keep_share(final: float, first: int | None, layer: int, depth: int) -> float:

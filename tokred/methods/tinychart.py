@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from tokred.matching import raster_order
 from tokred.methods.tome import ToMe, check_choice
+from tokred.padding import reduce_each
 from tokred.reduction import Reduction
 from tokred.registry import register
 from tokred.schedules import ScheduleLike
@@ -46,5 +47,7 @@ class TinyChart(ToMe):
 
     def reduce(self, site: Site) -> Reduction:
         """Match by parity, merge the most similar pairs, order."""
+        if site.mask is not None:
+            return reduce_each(self, site, always=True)
         step = super().reduce(site)
         return raster_order(step, site.suffix) if self.order == "raster" else step

@@ -9,9 +9,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tokred.matching import bipartite_soft_matching, mergeable, without_padding
+from tokred.matching import bipartite_soft_matching, mergeable
 from tokred.method import Method
 from tokred.methods.tome import Metric, check_choice, read_metric
+from tokred.padding import reduce_each
 from tokred.reduction import Reduction
 from tokred.registry import register
 from tokred.schedules import ScheduleLike, schedule
@@ -88,12 +89,13 @@ class ToFu(Method):
 
     def reduce(self, site: Site) -> Reduction:
         """ToMe's pairs; what becomes of the sources depends on the depth."""
+        if site.mask is not None:
+            return reduce_each(self, site, always=True)
         plan = bipartite_soft_matching(
             read_metric(site, self.metric),
             schedule(self.r).at(site.layer, site.depth),
             prefix=site.prefix,
             suffix=site.suffix,
-            mask=site.mask,
         )
         if plan.trivial:
             return plan
@@ -102,7 +104,7 @@ class ToFu(Method):
             plan = replace(plan, mode="keep", inherit=self.inherit)
         else:
             plan = replace(plan, mode=self.mode, by_size=self.by_size)
-        return without_padding(plan, site.mask)
+        return plan
 
 
 def linearity(function: Callable[[Tensor], Tensor], first: Tensor, second: Tensor, points: int = 16) -> Tensor:

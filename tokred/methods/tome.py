@@ -11,6 +11,7 @@ from torch import Tensor
 from tokred.kernels.dispatch import accumulator_dtype
 from tokred.matching import bipartite_soft_matching, mergeable
 from tokred.method import Method
+from tokred.padding import reduce_each
 from tokred.reduction import Reduction
 from tokred.registry import register
 from tokred.schedules import ScheduleLike, schedule
@@ -92,12 +93,13 @@ class ToMe(Method):
 
     def reduce(self, site: Site) -> Reduction:
         """Match by parity and merge the most similar pairs."""
+        if site.mask is not None:
+            return reduce_each(self, site, always=True)
         return bipartite_soft_matching(
             read_metric(site, self.metric),
             schedule(self.r).at(site.layer, site.depth),
             prefix=site.prefix,
             suffix=site.suffix,
             split=self.split,
-            mask=site.mask,
             mode=self.mode,
         )

@@ -93,7 +93,8 @@ class VoMix(Method):
             return Reduction.identity((b,), n, site.device)
         real = None if site.mask is None else site.mask[:, free]
         with torch.no_grad():
-            k = unit(head_mean(site.k)[:, free])
+            # Detached besides: torch.jit.trace does not write down where gradients are off.
+            k = unit(head_mean(site.k.detach())[:, free])
             selected, retained = self._split(ranked(self.votes(k, real)), count, real)
             share = self.shares(k, selected, retained, real)
             lead, tail = protected_rows(b, n, site.prefix, site.suffix, site.device)
