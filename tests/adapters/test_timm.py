@@ -197,6 +197,29 @@ def test_positions_are_those_of_all_steps_as_one(case):
             assert torch.equal(record.state.representative, record.state.composed().representative)
 
 
+def test_what_a_method_keeps_of_each_token_goes_on_with_it():
+    from tokred import Reduction
+    from tokred.adapters.state import TokenState
+
+    x, kept = torch.randn(2, 5, 4), torch.tensor([[0, 2, 4], [0, 1, 3]])
+    before = TokenState(5, rows={"score": torch.arange(10).view(2, 5)}, notes={"sum": torch.ones(2, 1)})
+    after, y = before.advance(Reduction.keep(kept, 5), x, False)
+    assert after.rows["score"].tolist() == [[0, 2, 4], [5, 6, 8]]
+    assert after.notes == before.notes
+    assert torch.equal(y[1], x[1, kept[1]])
+
+
+@pytest.mark.parametrize(("expose", "short"), [("none", [22, 18, 14]), ("last", [22, 18, 26]), ("all", [26, 26, 26])])
+def test_which_blocks_give_back_full_length(expose, short):
+    model, seen = build("vit"), []
+    tokred.apply(model, "tome", r=4, expose=expose)
+    for block in model.blocks:
+        block.register_forward_hook(lambda m, i, o: seen.append(o.shape[1]))
+    with torch.no_grad():
+        model(images())
+    assert seen == short
+
+
 def test_split_blocks_equal_their_hosts():
     """The composition that is used to split a block in the middle is the host's own."""
     from tokred.adapters.block import branch
