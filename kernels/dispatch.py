@@ -134,4 +134,4 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 def traced() -> bool:
     """Whether operations are being written down (torch.compile, torch.export, torch.jit.trace) to run on other values:
     nothing may then be decided by looking at values, nor by whether gradients are recorded at the moment."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or bool(torch._C._is_tracing())

@@ -113,9 +113,9 @@ def amounts(value: ScheduleLike, depth: int) -> list[int]:
     return [s.at(layer, depth) for layer in range(depth)]
 
 
-def whole(n: int) -> int:
+def whole(n: Any) -> int:
     """``n`` as a number: ``torch.jit.trace`` hands out lengths as tensors, which are fixed by then anyway."""
-    return int(n) if isinstance(n, Tensor) else n
+    return int(n)
 
 
 def kept(n: int, share: float) -> int:

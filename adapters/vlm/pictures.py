@@ -15,8 +15,8 @@ from tokred.vlm.tiles import Tiles
 
 
 def lengths(output: Any) -> list[int]:
-    """Tokens of each picture."""
-    return [len(one) for one in output.pooler_output]
+    """Tokens of each picture; a video's may come frame by frame."""
+    return [one.shape[:-1].numel() for one in output.pooler_output]
 
 
 def square(n: int) -> tuple[int, int] | None:
@@ -162,7 +162,7 @@ def _columns(n: int, shape: Any) -> int:
 
 
 def video(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Picture]:
-    """LLaVA-NeXT-Video and LLaVA-OneVision: frames of pooled patches, in OneVision with a newline at the end."""
+    """LLaVA-NeXT-Video: frames of pooled patches; in LLaVA-OneVision with a newline at the end."""
     pixels = given.get("pixel_values_videos")  # which older versions call as they call images
     frames = int((given["pixel_values"] if pixels is None else pixels).shape[1])
     found = []
@@ -173,6 +173,12 @@ def video(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Pictu
         )
         found.append(Picture(n, (Part(Span.line(0, count), grid, frames),)))
     return found
+
+
+def closed_video(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Picture]:
+    """LLaVA-OneVision's: the getters of older versions leave the newline to the forward, which puts it behind."""
+    found = video(core, given, output, tap)
+    return [p._replace(tokens=p.tokens + 1) if p.parts[0].count == p.tokens else p for p in found]
 
 
 def by_grid(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Picture]:
