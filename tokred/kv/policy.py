@@ -17,7 +17,7 @@ from tokred.kv.select import Counts
 from tokred.kv.site import CacheSite
 from tokred.method import Method
 from tokred.reduction import Reduction
-from tokred.schedules import check_share
+from tokred.schedules import check_share, kept
 from tokred.site import Site, Stage
 
 # What a budget is made of: a budget of tokred.kv, a share, tokens, or bytes.
@@ -78,7 +78,7 @@ class CachePolicy(Method):
     def guards(self, n: int, rows: int) -> tuple[int, int]:
         """First and newest tokens that are never evicted, of a sample of ``n`` tokens that keeps ``rows``."""
         parts = self.parts
-        recent = parts.recent if isinstance(parts.recent, int) else int(rows * parts.recent)
+        recent = parts.recent if isinstance(parts.recent, int) else kept(rows, parts.recent)
         return parts.sinks, max(recent, parts.score.recent)
 
     # ------------------------------------------------------------------ one layer

@@ -113,7 +113,7 @@ class Session:
         self.depth = depth
         self.when = self.parts.when.paced(depth)
         # Float32 numbers that stay with each row: accumulated scores, and weights and marks of merged rows.
-        state = self.parts.score.numbers + 2 * (self.parts.fate.room > 0)
+        state = self.parts.score.numbers + 3 * (self.parts.fate.room > 0)
         if self.when.chunk:
             # Scores that wait for the end of the forward, of double precision at most.
             state += 2 * (self.parts.budget.spread != "layer")

@@ -13,7 +13,7 @@ from tokred.kv.parts import Score, as_part
 from tokred.kv.repeat import Repeats
 from tokred.kv.select import Counts, kept_mask
 from tokred.kv.site import CacheSite
-from tokred.schedules import check_share
+from tokred.schedules import check_share, kept
 
 # Rows whose projected values are made at once: bounds the memory.
 _BLOCK = 1024
@@ -98,9 +98,9 @@ class Critical(Score):
     def refine(self, site: CacheSite, score: Tensor, guard: Tensor | None, counts: Counts) -> Tensor:
         """The best by the score first, the others by score times value."""
         if isinstance(counts, Tensor):
-            stage = (counts * self.first).long().clamp(min=1)
+            stage = (counts.double() * self.first).round(decimals=9).long().clamp(min=1)
         else:
-            stage = torch.tensor([max(1, int(c * self.first)) for c in counts], device=score.device)[:, None]
+            stage = torch.tensor([max(1, kept(c, self.first)) for c in counts], device=score.device)[:, None]
             stage = stage.expand(-1, site.heads)
         sure = kept_mask(score, site.real, guard, stage)
         return ((score + self.epsilon) * value_norms(site)).masked_fill(sure, torch.inf)
