@@ -12,6 +12,7 @@ from torch import nn
 
 from tokred.adapters.swap import host_class
 from tokred.errors import UnknownModelError, UnsupportedModelError
+from tokred.versions import check_tested
 
 if TYPE_CHECKING:
     from tokred.adapters.host import Host
@@ -98,6 +99,7 @@ def _match(module: nn.Module, adapters: dict[str, str]) -> Any:
     packages = {c.__module__.partition(".")[0] for c in host_class(module).__mro__}
     for package, adapter in adapters.items():
         if package in packages:
+            check_tested(package)
             host = importlib.import_module(adapter).match(module)
             if host is not None:
                 return host

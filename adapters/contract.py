@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
+import importlib.util
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from types import MethodType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from tokred.errors import UnsupportedModelError
@@ -193,3 +196,169 @@ def check_at_hand(tensor: Tensor, name: str) -> Tensor:
             "module is called, and this model needs it between calls: load that module on the device that runs it"
         )
     return tensor
+
+
+class Name(NamedTuple):
+    """What hosts call one thing: the first spelling that is there counts.
+
+    Attributes:
+        role: in our words.
+        spellings: ``module:attribute`` of things that are imported, else the bare name of an attribute.
+        owner: ``module:attribute`` of something that has the attribute, ``()`` behind it for what it makes, to look for
+            it there; "": it is imported.
+    """
+
+    role: str
+    spellings: tuple[Spelling, ...]
+    owner: str = ""
+
+
+def _transformers(name: str, since: str = "", until: str = "") -> Spelling:
+    return Spelling(name, "transformers", since, until)
+
+
+_CONFIG = "transformers.configuration_utils:PretrainedConfig()"
+_MODEL = "transformers.modeling_utils:PreTrainedModel"
+# Private attributes and functions of hosts, by role. Public names that hosts document stand where they are used.
+NAMES = (
+    Name("cache of rows that grow", (_transformers("transformers.cache_utils:DynamicCache"),)),
+    Name("any cache", (_transformers("transformers.cache_utils:Cache"),)),
+    Name("base of cache layers", (_transformers("transformers.cache_utils:CacheLayerMixin"),)),
+    Name("kinds of layers", (_transformers("transformers.cache_utils:get_layer_types_and_kwargs"),)),
+    Name("attention functions", (_transformers("transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS"),)),
+    Name("registry of attention", (_transformers("transformers:AttentionInterface"),)),
+    Name("registry of masks", (_transformers("transformers:AttentionMaskInterface"),)),
+    Name("mask functions", (_transformers("transformers.masking_utils:ALL_MASK_ATTENTION_FUNCTIONS"),)),
+    Name("causal rule", (_transformers("transformers.masking_utils:causal_mask_function"),)),
+    Name("causal mask", (_transformers("transformers.masking_utils:create_causal_mask"),)),
+    Name("sliding mask", (_transformers("transformers.masking_utils:create_sliding_window_causal_mask"),)),
+    Name("masks of generation", (_transformers("transformers.masking_utils:create_masks_for_generate"),)),
+    Name("attention of a configuration", (_transformers("_attn_implementation"),), _CONFIG),
+    Name("attention of a configuration, set", (_transformers("_attn_implementation_internal"),), _CONFIG),
+    Name("exchangeable attention", (_transformers("_supports_attention_backend"),), _MODEL),
+    Name("prepare a cache", (_transformers("_prepare_cache_for_generation"),), "transformers:GenerationMixin"),
+    Name("blocks that caches of features know", (
+        Spelling("diffusers.hooks._helpers:TransformerBlockRegistry", "diffusers", since="0.35"),
+    )),
+    Name("hooks that replace a forward", (Spelling("diffusers.hooks.hooks:HookRegistry", "diffusers", since="0.32"),)),
+    Name("modules that are not traced", (Spelling("timm.models:register_notrace_module", "timm"),)),
+    Name("layers of hooks", (Spelling("accelerate.hooks:add_hook_to_module", "accelerate"),)),
+    Name("sharded modules", (Spelling("torch.distributed.fsdp:FSDPModule", "torch", since="2.6"),)),
+)  # fmt: skip
+_BY_ROLE = {name.role: name for name in NAMES}
+
+
+@functools.cache
+def find_object(role: str) -> Any:
+    """The host's class, function or table of this role, imported when it is first asked for; None: it has none."""
+    return next((found for s in _BY_ROLE[role].spellings if (found := _look(s.name)) is not None), None)
+
+
+def host_object(role: str) -> Any:
+    """The same where tokred cannot do without.
+
+    Raises:
+        UnsupportedModelError: the installed host has it under no spelling that is known.
+    """
+    found = find_object(role)
+    if found is None:
+        raise UnsupportedModelError(_absent(_BY_ROLE[role]))
+    return found
+
+
+def _look(path: str) -> Any:
+    module, _, attribute = path.removesuffix("()").partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute, None)
+    except ImportError:
+        return None
+    return found() if found is not None and path.endswith("()") else found
+
+
+def _absent(name: Name) -> str:
+    library = name.spellings[0].library
+    return (
+        f"this {library} has no {' or '.join(s.name for s in name.spellings)} ({name.role}), which tokred counts on: "
+        "see `tokred doctor` for the versions that were tested"
+    )
+
+
+# ---------------------------------------------------------------------- attributes of transformers, by role
+
+PREPARE_CACHE = "_prepare_cache_for_generation"
+_ATTENTION, _ATTENTION_SET = "_attn_implementation", "_attn_implementation_internal"
+_BACKEND, _MASK_LENGTH = "_supports_attention_backend", "_mask_length"
+
+
+def attention_of(config: Any) -> str:
+    """Name of the attention function that a configuration asks for; empty where it says none."""
+    return str(getattr(config, _ATTENTION, "") or "")
+
+
+def set_attention(config: Any, name: str) -> None:
+    """Let a configuration ask for another attention function, and none of the configurations inside it: the public
+    setter would hand the name on to those of vision towers."""
+    setattr(config, _ATTENTION_SET, name)
+
+
+def exchanges_attention(model: Any) -> bool:
+    """Whether a model's attention can be exchanged by name."""
+    return bool(getattr(model, _BACKEND, False))
+
+
+def mask_length(generation_config: Any) -> int | None:
+    """Tokens of a prompt that is fed in several parts, where ``generate`` notes it."""
+    found = getattr(generation_config, _MASK_LENGTH, None)
+    return None if found is None else int(found)
+
+
+# ---------------------------------------------------------------------- attributes of diffusers and torch, by role
+
+_HOOKS, _STATEFUL = "_diffusers_hook", "_is_stateful"
+
+
+def repeats(module: nn.Module) -> bool:
+    """Whether a cache of diffusers may answer with what the module gave in another step."""
+    hooks = getattr(getattr(module, _HOOKS, None), "hooks", {})
+    return any(getattr(hook, _STATEFUL, False) for hook in hooks.values())
+
+
+def backward_pass() -> int:
+    """Number of the backward that autograd is running; -1 where it runs none."""
+    task = getattr(torch._C, "_current_graph_task_id", None)
+    return -1 if task is None else int(task())
+
+
+# ---------------------------------------------------------------------- whether the installed hosts keep it
+
+
+class Kept(NamedTuple):
+    """One name, looked for in what is installed.
+
+    Attributes:
+        library: whose it is.
+        role: in our words.
+        spelling: that was found, or all that were looked for.
+        found: whether it is there.
+    """
+
+    library: str
+    role: str
+    spelling: str
+    found: bool
+
+
+def kept() -> list[Kept]:
+    """Every name of :data:`NAMES` whose library is installed and old enough to have it, and whether it is there."""
+    rows = []
+    for name in NAMES:
+        library = name.spellings[0].library
+        if importlib.util.find_spec(library) is None:
+            continue
+        there = [s.name for s in name.spellings if _has(name, s.name)]
+        rows.append(Kept(library, name.role, " or ".join(there or [s.name for s in name.spellings]), bool(there)))
+    return rows
+
+
+def _has(name: Name, spelling: str) -> bool:
+    return hasattr(_look(name.owner), spelling) if name.owner else _look(spelling) is not None

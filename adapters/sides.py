@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tokred.adapters.contract import backward_pass
+
 
 class Sides(NamedTuple):
     """How patches stand: rows and columns, of each of several frames where they are a video's."""
@@ -48,12 +50,6 @@ def _thread() -> int:
 def _pass() -> int:
     """The backward that is running (a checkpoint's recomputation); -1 in a forward."""
     return -1 if torch.compiler.is_compiling() else backward_pass()
-
-
-def backward_pass() -> int:
-    """Number of the backward that autograd is running; -1 where it runs none."""
-    task = getattr(torch._C, "_current_graph_task_id", None)
-    return -1 if task is None else task()
 
 
 def of_convolution(module: nn.Module, inputs: Any, output: Any) -> Sides | None:

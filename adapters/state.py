@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tokred.adapters.sides import Note, Sides, backward_pass
+from tokred.adapters.contract import backward_pass
+from tokred.adapters.sides import Note, Sides
 from tokred.adapters.watch import Watch
 from tokred.errors import NothingRecordedError, TokenStateError, UnsupportedModelError
 from tokred.method import Method

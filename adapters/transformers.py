@@ -17,6 +17,7 @@ from torch import nn
 
 from tokred.adapters import transformers_maps, transformers_text
 from tokred.adapters.block import Recipe, refuse_padding
+from tokred.adapters.contract import attention_of
 from tokred.adapters.host import Host, argument_names
 from tokred.adapters.linear import macs
 from tokred.adapters.sides import convolution, of_convolution
@@ -214,7 +215,7 @@ def _check_fused(encoder: Any, layers: list[tuple[str, nn.Module]]) -> None:
     if not layers:
         raise UnsupportedModelError(f"transformers' {type(encoder).__name__} has no layers")
     configs: list[Any] = [m.config for _, layer in layers for m in layer.modules() if hasattr(m, "config")]
-    kinds = {str(c._attn_implementation) for c in (configs or [encoder.config])}
+    kinds = {attention_of(c) for c in (configs or [encoder.config])}
     if kinds != {"sdpa"}:
         raise UnsupportedModelError(
             f"{type(encoder).__name__} runs attn_implementation={', '.join(sorted(kinds))!r}, which takes no token "

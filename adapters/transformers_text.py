@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokred.adapters.block import Recipe
+from tokred.adapters.contract import attention_of
 from tokred.adapters.host import Host, argument_names
 from tokred.adapters.linear import matrices
 from tokred.adapters.masks import require, seen, visible
@@ -111,7 +112,7 @@ def match(model: Any) -> Host | None:
     layers = [(f"{row.layers}.{i}", layer) for i, layer in enumerate(encoder.get_submodule(row.layers))]
     if not layers:
         raise UnsupportedModelError(f"transformers' {name} has no layers")
-    kind = str(encoder.config._attn_implementation)
+    kind = attention_of(encoder.config)
     if kind != "sdpa":
         raise UnsupportedModelError(
             f"{name} runs attn_implementation={kind!r}, where padding cannot follow the tokens; call "

@@ -73,7 +73,7 @@ def doctor_command(
         show_laws(rows, doctor.missing(wanted))
         for line in summary(rows, seconds):
             say(line)
-    if any(not row.healthy for row in rows):
+    if any(not row.healthy for row in rows) or gone():
         raise typer.Exit(1)
 
 
@@ -146,6 +146,17 @@ def show_installed() -> None:
     for line in about["devices"]:
         say(line.replace(" ", ": ", 1))
     _show_operators()
+    lost = gone()
+    say(f"names of hosts that tokred counts on: {len(lost)} missing" if lost else "names of hosts: all there")
+    for line in lost:
+        say(f"  {line}")
+
+
+def gone() -> list[str]:
+    """Names of hosts that are not there any more, in words."""
+    from tokred.adapters import contract
+
+    return [f"{row.library}: {row.role} ({row.spelling})" for row in contract.kept() if not row.found]
 
 
 def _standing(row: Library) -> str:

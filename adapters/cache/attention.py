@@ -7,13 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tokred.adapters.cache.flat import attend_to_both
 from tokred.adapters.cache.layer import TokLayer
 from tokred.adapters.cache.masks import MaskSpec, mask_function
 from tokred.adapters.cache.rope import LayerRope
+from tokred.adapters.contract import attention_of, host_object
 from tokred.adapters.linear import weight_of
 from tokred.errors import UnsupportedModelError
 from tokred.kernels.decode_attention import decode_attention
@@ -78,7 +77,7 @@ def attention(
         raise UnsupportedModelError("continuous batching keeps a cache of its own: call tokred.remove(model) first")
     if seat is None or layer is None:
         # No cache, a layer that is not compressed, or another model that shares the configuration.
-        name = str(module.config._attn_implementation).removeprefix(PREFIX)  # type: ignore[union-attr]
+        name = attention_of(module.config).removeprefix(PREFIX)
         mask = attention_mask.stock(name) if isinstance(attention_mask, MaskSpec) else attention_mask
         return _stock(module, name, query, key, value, mask, scaling, dropout, options)
     layer.waiting = False
@@ -177,7 +176,7 @@ def _stock(
 ) -> tuple[Tensor, Tensor | None]:
     """The attention that the model had."""
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+    function = host_object("attention functions").get_interface(implementation, eager)
     if function is None:
         raise UnsupportedModelError(f"{type(module).__module__} has no attention function {implementation!r}")
     out, weights = function(module, query, key, value, mask, scaling=scaling, dropout=dropout, **options)
@@ -272,6 +271,6 @@ def register(implementation: str) -> str:
         The name that they are known by.
     """
     name = PREFIX + implementation.removeprefix(PREFIX)
-    AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, mask_function)
+    host_object("registry of attention").register(name, attention)
+    host_object("registry of masks").register(name, mask_function)
     return name

@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache
 
 from tokred.adapters.cache.flat import LAYOUTS
 from tokred.adapters.cache.layer import TokLayer
+from tokred.adapters.contract import host_object
 from tokred.errors import BypassedError, TokenStateError
 from tokred.kv.policy import CachePolicy
 from tokred.kv.session import Session
+
+Cache: Any = host_object("any cache")
+DynamicCache: Any = host_object("cache of rows that grow")
 
 
 class LayerRows(NamedTuple):

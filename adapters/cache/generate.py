@@ -8,14 +8,12 @@ from torch import nn
 
 from tokred.adapters.block import SETTINGS
 from tokred.adapters.cache.hooks import CacheSettings
-from tokred.adapters.contract import cache_of, generation_cache_name
-
-_NAME = "_prepare_cache_for_generation"
+from tokred.adapters.contract import PREPARE_CACHE, cache_of, generation_cache_name, mask_length
 
 
 def body(host: Any) -> dict[str, Any]:
     """Methods of the subclass that a generating model is given."""
-    original = getattr(host, _NAME, None)
+    original = getattr(host, PREPARE_CACHE, None)
     if original is None:
         return {}
 
@@ -35,8 +33,8 @@ def body(host: Any) -> dict[str, Any]:
             _prepare(settings, generation_config, model_kwargs, name, generation_mode, max_cache_length)
         return original(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
 
-    prepare.__name__ = _NAME
-    return {_NAME: prepare}
+    prepare.__name__ = PREPARE_CACHE
+    return {PREPARE_CACHE: prepare}
 
 
 def _prepare(
@@ -100,8 +98,8 @@ def prompt_length(config: Any, model_kwargs: dict[str, Any]) -> int | None:
     mask = model_kwargs.get("attention_mask")
     if mask is not None:
         return int(mask.shape[1])
-    known = getattr(config, "_mask_length", None)
+    known = mask_length(config)
     if known is not None:
-        return int(known)
+        return known
     positions = model_kwargs.get("position_ids")
     return None if positions is None else int(positions.shape[-1])

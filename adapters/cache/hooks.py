@@ -19,7 +19,7 @@ from tokred.adapters.cache.caches import LayerRows, TokCache, adopt, make_cache,
 from tokred.adapters.cache.layer import TokLayer
 from tokred.adapters.cache.repeat import repeat
 from tokred.adapters.cache.rope import LayerRope
-from tokred.adapters.contract import cache_name, cache_of, with_cache
+from tokred.adapters.contract import cache_name, cache_of, set_attention, with_cache
 from tokred.adapters.swap import Hook, host_class
 from tokred.kv.policy import CachePolicy
 
@@ -86,7 +86,7 @@ class CacheSettings:
 
     def undo(self) -> None:
         """Give the model its own attention back."""
-        self.config._attn_implementation_internal = self.implementation
+        set_attention(self.config, self.implementation)
 
     def adopt(self, cache: Any) -> TokCache:
         """The caller's cache, made ours; raises as :func:`tokred.adapters.cache.caches.adopt`."""

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from tokred.adapters.cache.reasons import layer_kinds, odd_layers, without_cache
-from tokred.adapters.contract import cache_argument
+from tokred.adapters.contract import attention_of, cache_argument, exchanges_attention, set_attention
 from tokred.adapters.supplier import Supplier
 from tokred.adapters.swap import host_class, swap
 from tokred.errors import MissingInputError, UnsupportedModelError
@@ -91,7 +91,7 @@ class CacheHost(Supplier):
         from tokred.kv.policy import CachePolicy
 
         assert isinstance(method, CachePolicy)  # the stage's only kind of method
-        implementation = str(self.config._attn_implementation).removeprefix(PREFIX)
+        implementation = attention_of(self.config).removeprefix(PREFIX)
         chosen = tuple(i for i in self.compressed if where is None or where(*self.attentions[i]))
         settings = hooks.CacheSettings(method, self.config, chosen, implementation)
         self.decoder.register_forward_pre_hook(
@@ -110,8 +110,7 @@ class CacheHost(Supplier):
                 both[0].register_forward_pre_hook(hooks.EnterLayer(i), with_kwargs=True)
                 both[1].register_forward_pre_hook(hooks.EnterNorm())
         swap(self.model, "cache", settings)
-        # On the internal attribute: the setter would hand the name to sub-configurations, those of vision towers too.
-        self.config._attn_implementation_internal = register(implementation)
+        set_attention(self.config, register(implementation))
 
 
 def match(model: nn.Module, *, decodes: bool = False, bounded: bool = False) -> CacheHost | None:
@@ -152,7 +151,7 @@ def match(model: nn.Module, *, decodes: bool = False, bounded: bool = False) -> 
     if odd:
         raise refusal(name, odd)
     found = _attentions(model, text)
-    if not getattr(model, "_supports_attention_backend", False) or not found:
+    if not exchanges_attention(model) or not found:
         raise refusal(
             name, "its attention cannot be exchanged (it has no attention back-end), so a policy would never be asked"
         )

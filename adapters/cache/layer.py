@@ -11,15 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
 from tokred.adapters.cache.flat import WASTE, Flat, flatten
+from tokred.adapters.contract import host_object
 from tokred.errors import TokenStateError
 from tokred.kernels.decode_attention import SENTINEL
 from tokred.kernels.gather_rows import gather_cache
 from tokred.kv.session import Clock, Session
 from tokred.kv.site import Made
 from tokred.reduction import Reduction
+
+CacheLayerMixin: Any = host_object("base of cache layers")
 
 
 class TokLayer(CacheLayerMixin):  # type: ignore[misc]

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
+from tokred.adapters.contract import host_object
 from tokred.kernels.decode_attention import SENTINEL, visible_positions
 from tokred.kv.site import Padding
 
@@ -77,7 +77,7 @@ class MaskSpec:
     def stock(self, implementation: str) -> Any:
         """The mask that transformers would have made for ``implementation``, made once for all layers."""
         if implementation not in self._stock:
-            mapping = ALL_MASK_ATTENTION_FUNCTIONS
+            mapping = host_object("mask functions")
             if implementation not in mapping:
                 return None
             arguments = dict(self.arguments)
@@ -104,7 +104,7 @@ class MaskSpec:
     @property
     def plain(self) -> bool:
         """Whether queries see exactly the real tokens up to their own."""
-        return self.arguments["mask_function"] is causal_mask_function
+        return self.arguments["mask_function"] is host_object("causal rule")
 
     def visible(self, first: int, count: int, positions: Tensor, ragged: bool) -> Tensor | None:
         """Which rows of a compressed layer each query sees.

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from tokred.adapters.contract import STATE_NAMES, cache_argument
+from tokred.adapters.contract import STATE_NAMES, cache_argument, host_object
 from tokred.adapters.swap import host_class
 
 # Layers whose rows are tokens; a policy acts on those of the first kind.
@@ -28,9 +28,7 @@ _SHOWN = 12
 
 def layer_kinds(text: Any) -> list[str]:
     """What each layer of a decoder keeps, in the words of transformers' caches."""
-    from transformers.cache_utils import get_layer_types_and_kwargs
-
-    kinds = list(get_layer_types_and_kwargs(text)[0])
+    kinds = list(host_object("kinds of layers")(text)[0])
     blocks = getattr(text, "layers_block_type", None)
     if getattr(text, "layer_types", None) is None and blocks:
         # Older configurations have words of their own, which caches do not ask for.

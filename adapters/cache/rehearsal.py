@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 from tokred.adapters.cache.rope import layer_type_of
-from tokred.adapters.contract import cache_argument
+from tokred.adapters.contract import cache_argument, host_object, set_attention
 from tokred.adapters.swap import host_class
 
 _NAME = "tokred:rehearsal"
@@ -84,7 +83,7 @@ class Rehearsal:
 
     def __init__(self, config: Any, rope: nn.Module | None) -> None:
         self.config = copy.copy(config)
-        self.config._attn_implementation_internal = _NAME
+        set_attention(self.config, _NAME)
         self.rope = rope
         self._known: dict[Any, _Heard | Exception | None] = {}
 
@@ -118,7 +117,7 @@ class Rehearsal:
         return self._known[key]
 
     def _try(self, cls: Any, attention: Any) -> _Heard | Exception | None:
-        AttentionInterface.register(_NAME, _attention)
+        host_object("registry of attention").register(_NAME, _attention)
         try:
             with torch.device("meta"), torch.random.fork_rng(devices=[]):
                 module = cls(self.config, attention.layer_idx)

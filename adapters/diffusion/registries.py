@@ -1,4 +1,4 @@
-"""diffusers' own hooks (caches, offloading): what they know of a class by a registry, and where they skip forwards."""
+"""Registries of diffusers: what its caches know of a class of blocks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from tokred.adapters.contract import find_object
 from tokred.adapters.swap import host_class
 
 
@@ -16,22 +17,12 @@ def enter(module: nn.Module) -> None:
     Its caches ask by class what a block takes and returns. What they find names the class whose forward has these
     parameters: that stays the host's.
     """
-    try:
-        from diffusers.hooks._helpers import TransformerBlockRegistry
-    except ImportError:
-        return  # no hooks, so none that ask
-    host, registry = host_class(module), TransformerBlockRegistry
-    if host is type(module):
-        return
+    host, registry = host_class(module), find_object("blocks that caches of features know")
+    if registry is None or host is type(module):
+        return  # no caches, so none that ask
     try:
         known: Any = copy.copy(registry.get(host))
     except ValueError:
         return
     registry.register(type(module), known)
     known._cls = host
-
-
-def repeats(module: nn.Module) -> bool:
-    """Whether a cache of diffusers may answer with what the module gave in another step."""
-    hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
-    return any(getattr(hook, "_is_stateful", False) for hook in hooks.values())

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tokred.adapters.diffusion import registries, rotary
+from tokred.adapters import contract
+from tokred.adapters.diffusion import rotary
 from tokred.adapters.diffusion.frames import samples_of
 from tokred.adapters.diffusion.inside import Halves, Inside, masked_at
 from tokred.adapters.diffusion.session import Plan, Session
@@ -229,7 +230,7 @@ class Spot:
         session, plan = self.session, None
         x: Tensor = call.get("hidden_states")
         # What a cache keeps of the attention inside has the length of one plan, and another may be in force then.
-        whole = not any(registries.repeats(inner) for inner in module.children())
+        whole = not any(contract.repeats(inner) for inner in module.children())
         if whole and session.acts("self") and session.acts("mlp") and session.part == "tokens":
             plan = session.plan(self, x)
         if not torch.compiler.is_compiling():

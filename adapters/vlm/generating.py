@@ -7,14 +7,14 @@ from typing import Any
 from torch import nn
 
 from tokred.adapters.cache.generate import prompt_length
-from tokred.adapters.contract import cache_of
+from tokred.adapters.contract import PREPARE_CACHE, cache_of
 from tokred.adapters.swap import Standin
 
 PROMPT = "_tokred_prompt"
 
 
 class CachePreparer(Standin):
-    """Stands in for a generating model's ``_prepare_cache_for_generation``: bad calls are refused before anything runs,
+    """Stands in for how a generating model prepares its cache: bad calls are refused before anything runs,
     and the cache learns how long the prompt is, so that drafts are told apart from it."""
 
     def __init__(self, model: nn.Module, settings: Any) -> None:
@@ -39,7 +39,7 @@ class CachePreparer(Standin):
             )
         refuse(cache_of(model_kwargs))
         host = type(self.model)
-        out = host._prepare_cache_for_generation(self.model, generation_config, model_kwargs, *args, **kwargs)  # type: ignore[attr-defined]
+        out = getattr(host, PREPARE_CACHE)(self.model, generation_config, model_kwargs, *args, **kwargs)
         cache, length = cache_of(model_kwargs), prompt_length(generation_config, model_kwargs)
         if cache is not None and length is not None:
             cache.__dict__[PROMPT] = length

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokred.adapters.contract import cache_name, cache_of, with_cache
+from tokred.adapters.contract import cache_name, cache_of, host_object, with_cache
 from tokred.adapters.swap import Hook, host_class
 from tokred.adapters.vlm.call import Call
 from tokred.adapters.vlm.facts import Facts
@@ -158,9 +158,7 @@ class EnterLanguage(Hook):
         given.pop("input_ids", None)
         cache = cache_of(given)
         if cache is None and self._caches(module, given):
-            from transformers.cache_utils import DynamicCache
-
-            cache = DynamicCache(config=settings.config)
+            cache = host_object("cache of rows that grow")(config=settings.config)
             given = with_cache(given, cache_name(host_class(module).forward), cache)
         refuse(cache)
         if call.end is None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from tokred.adapters.cache.host import match as match_language
 from tokred.adapters.cache.host import refusal as cache_refusal
+from tokred.adapters.contract import PREPARE_CACHE
 from tokred.adapters.supplier import Supplier
 from tokred.adapters.swap import host_class, swap
 from tokred.adapters.transformers import is_tower
@@ -207,8 +208,8 @@ class VisualHost(Supplier):
         language.register_forward_pre_hook(hooks.EnterLanguage(settings, names), with_kwargs=True)
         language.register_forward_hook(hooks.LeaveLanguage(settings), with_kwargs=True, always_call=True)
         model: Any = self.model
-        if hasattr(type(model), "_prepare_cache_for_generation"):
-            model.__dict__["_prepare_cache_for_generation"] = CachePreparer(model, settings)
+        if hasattr(type(model), PREPARE_CACHE):
+            model.__dict__[PREPARE_CACHE] = CachePreparer(model, settings)
         names = argument_names(model)
         if "labels" in names:
             model.register_forward_pre_hook(EnterLoss(settings, names), with_kwargs=True)

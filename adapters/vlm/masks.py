@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokred.adapters.contract import cache_name
+from tokred.adapters.contract import attention_of, cache_name, host_object
 from tokred.adapters.vlm.pack import gather_mask, hide, uncut
 from tokred.adapters.vlm.track import own_sizes
 
@@ -98,9 +98,7 @@ class MaskMaker:
         return gather_mask(mask, self._rows(x), self.columns, valid)
 
     def _built(self, x: Tensor, cache: Any, layer: int, sliding: bool) -> Any:
-        from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-
-        make = create_sliding_window_causal_mask if sliding else create_causal_mask
+        make = host_object("sliding mask" if sliding else "causal mask")
         with own_sizes():
             return make(
                 config=self.config,
@@ -118,17 +116,16 @@ def slid(forward: Any, new: dict[str, Any]) -> Any:
         forward: see :class:`tokred.adapters.vlm.forward.Forward`.
         new: the language model's arguments, with the masks that it would be given.
     """
-    from transformers.masking_utils import create_masks_for_generate
-
     config, window, mask = forward.settings.config, forward.settings.window, new.get("attention_mask")
     check_kernel(config, mask)
     given = isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.ndim == 4)
     if not given:
-        mask = create_masks_for_generate(
+        make = host_object("masks of generation")
+        mask = make(
             config=config,
             inputs_embeds=forward.embeds,
             attention_mask=mask,
-            **{cache_name(create_masks_for_generate): forward.cache},
+            **{cache_name(make): forward.cache},
         )
     places, q = forward.places(), forward.embeds.shape[1]
 
@@ -173,7 +170,7 @@ def check_kernel(config: Any, mask: Any) -> None:
     Raises:
         ValueError: with what would work.
     """
-    name = str(getattr(config, "_attn_implementation", ""))
+    name = attention_of(config)
     if name.startswith("tokred:"):
         raise ValueError(
             f"sliding layers have a window of {config.sliding_window} tokens, less than the prompt, whose masks a "

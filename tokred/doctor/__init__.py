@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tokred import environment, versions
+from tokred.adapters import contract
 from tokred.doctor import installed
 from tokred.doctor.laws import LAWS, Case, one_line, run_law
 
@@ -151,6 +152,7 @@ def document(rows: Sequence[Row], seconds: float) -> dict[str, Any]:
         "machine": installed.machine(),
         "libraries": [row._asdict() for row in installed.libraries()],
         "operators": [row._asdict() for row in installed.operators()],
+        "names": [row._asdict() for row in contract.kept()],
         "laws": dict(LAWS),
         "families": [{**row._asdict(), "healthy": row.healthy} for row in rows],
         "broken": sum(not row.healthy for row in rows),
