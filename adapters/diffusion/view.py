@@ -122,7 +122,7 @@ class Restoring(Wrapped):
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y: Tensor = self.module(x, *args, **kwargs)
-        if y.shape[1] == self.plan.reduction.length:
+        if y.shape[1] != self.plan.reduction.slots:
             return y  # no query was left out
         return self.batch.at(self.plan, y.shape[0]).restore(y)
 
