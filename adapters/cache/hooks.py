@@ -108,6 +108,7 @@ class EnterDecoder(Hook):
             use = getattr(self.settings.config, "use_cache", True) if use is None else use
             if not use or (module.training and getattr(module, "gradient_checkpointing", False)):
                 return args, kwargs
+        _check_samples(given)
         _check_mask(given.get("attention_mask"))
         cache = self.settings.cache() if cache is None else self.settings.adopt(cache)
         _check_length(given.get("attention_mask"), given, cache)
@@ -230,6 +231,11 @@ def _new(given: dict[str, Any]) -> tuple[int, int]:
     """Samples and tokens of a forward."""
     new = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
     return (1, 0) if new is None else (int(new.shape[0]), int(new.shape[1]))
+
+
+def _check_samples(given: dict[str, Any]) -> None:
+    if _new(given)[0] == 0:
+        raise ValueError("input_ids (or inputs_embeds) holds no samples: a cache takes batches of at least one")
 
 
 def _check_chunk(given: dict[str, Any], policy: CachePolicy) -> None:

@@ -1,4 +1,4 @@
-"""Scores, budgets and fates choose in float32 from the first operation: half precision, and the same as float32."""
+"""Scores, budgets and fates choose in float32 from the first operation: half precision chooses the same rows."""
 
 from __future__ import annotations
 

@@ -81,7 +81,8 @@ class Expected(Score):
         found = _noted(site) or _moments(self._voters(site), site.rope.unrotate(site.q).float())
         mean = found.mean.unsqueeze(2)
         cov = found.spread / found.number.clamp(min=1)[:, None, None, None]
-        turn = torch.stack([self._rotation(site, n, mean.shape[-1]) for n in site.lengths])[:, None]  # [B, 1, D, D]
+        each = [self._rotation(site, n, mean.shape[-1]) for n in site.lengths]
+        turn = torch.stack(each or [torch.eye(mean.shape[-1], device=site.device)])[:, None]  # [B, 1, D, D]
         return (mean @ turn.mT).squeeze(2), turn @ cov @ turn.mT
 
     def _voters(self, site: CacheSite) -> Tensor:
