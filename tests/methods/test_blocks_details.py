@@ -142,3 +142,13 @@ def test_windows_and_pairs_at_the_threshold_itself_merge():
     place = {"x": x, "grid": (2, 2), "depth": 2}
     assert tokred.ALGM(T=1.0, theta=2).reduce(tokred.Site(**place)).slots == 1
     assert tokred.ALGM(T=2, theta=1.0).reduce(tokred.Site(**place, layer=1)).slots == 2
+
+
+def test_ltp_keeps_what_reaches_the_threshold_itself_and_knows_no_smaller_one_than_its_floor():
+    x = torch.zeros(1, 4, 2)
+    even = {"x": x, "q": torch.zeros(1, 1, 4, 2), "k": torch.zeros(1, 1, 4, 2), "prefix": 1}  # a quarter each
+    assert tokred.LTP(thresholds=[0.25]).reduce(tokred.Site(**even)).slots == 4
+    assert tokred.LTP(thresholds=[0.2501]).reduce(tokred.Site(**even)).slots == 2, "the class token and one more"
+    # The last token receives some 1e-6: less than any threshold that takes effect.
+    bias = torch.tensor([[0.0, 0.0, 0.0, -13.0]])
+    assert tokred.LTP(thresholds=[1e-9]).reduce(tokred.Site(**even, bias=bias)).slots == 3
