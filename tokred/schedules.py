@@ -112,7 +112,7 @@ def amounts(value: ScheduleLike, depth: int) -> list[int]:
     return [s.at(layer, depth) for layer in range(depth)]
 
 
-def whole(n: Any) -> int:
+def whole(n: int | Tensor) -> int:
     """``n`` as a number: ``torch.jit.trace`` hands out lengths as tensors, which are fixed by then anyway."""
     return int(n)
 

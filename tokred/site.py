@@ -52,9 +52,8 @@ class Site:
         transform: a pair ``(B, N, C)``, the normalised input of the attention and what its value and output
             projections make of each token alone.
         sizes: ``(B, N)`` float32, how many original tokens each stands for; None: one each.
-        mask: ``(B, N)`` bool, False on padding, which is never merged with a real token, votes for none and comes out
-            as padding; None: every token is real. Methods of uneven counts want it behind the real tokens of each
-            sample, as they leave it; wherever else it stands, :func:`tokred.padding.reduce_each` asks them.
+        mask: ``(B, N)`` bool, False on padding; None: every token is real. Methods of uneven counts want padding behind
+            the real tokens, as they leave it; :func:`tokred.padding.reduce_each` asks about it wherever it stands.
         prefix, suffix: leading and trailing tokens that are never reduced (class, distillation, register, detection).
         grid: ``(Hg, Wg)`` of the original patches, or None.
         positions: ``(B, N)`` int64, where each token stood in the original sequence (protected tokens included); None:
@@ -189,10 +188,8 @@ class Site:
             MissingInputError: they form no known grid.
         """
         if self._grid is None:
-            raise MissingInputError(
-                "this site does not know the grid of its patches: give images of a regular grid, no patch of which is "
-                "hidden by a mask"
-            )
+            why = "give images of a regular grid, no patch of which is hidden by a mask"
+            raise MissingInputError(f"this site does not know the grid of its patches: {why}")
         return self._grid
 
     @property
@@ -310,7 +307,7 @@ class Site:
             return None if value is None else value[i : i + 1].index_select(1, rows)
 
         transform = None if self._transform is None else lambda: _pair(known, self.transform)
-        hidden = rows.shape[0] < self.shape[1]  # what is left of a grid is none
+        hidden = rows.shape[0] < self.shape[1]
         return Site(
             **made,  # type: ignore[arg-type]
             scale=self.scale,

@@ -88,10 +88,15 @@ class ALGM(Method):
         return self.prop_attn
 
     def check(self, depth: int) -> None:
-        """Both blocks must exist."""
+        """Both blocks must exist, the local one before the global one."""
         for name, block in (("local_block", self.local_block), ("global_block", self.global_block)):
             if block is not None and block >= depth:
                 raise ValueError(f"{name} is {block}, but the model has {depth} blocks (0 to {depth - 1})")
+        if self.local_block >= self._global(depth) and depth > 1:
+            raise ValueError(
+                f"local_block is {self.local_block}, but of {depth} blocks {self._global(depth)} is the global one: "
+                "give a smaller local_block, or global_block"
+            )
 
     def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
         """At most ``n``: how many merge depends on the image."""

@@ -13,6 +13,7 @@ from tokred.methods.tome import Metric, check_choice, read_metric
 from tokred.padding import reduce_each
 from tokred.reduction import Reduction
 from tokred.registry import register
+from tokred.schedules import check_blocks, check_blocks_exist
 from tokred.selection import protected_rows
 from tokred.site import Site
 
@@ -45,7 +46,7 @@ class KthMerge(Method):
         if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
             raise ValueError(f"k must be a positive integer, got {self.k!r}")
         check_choice("metric", self.metric, ("k", "q", "v", "x"))
-        object.__setattr__(self, "blocks", (0,) if self.blocks is None else tuple(self.blocks))
+        object.__setattr__(self, "blocks", (0,) if self.blocks is None else check_blocks(self.blocks))
 
     @property
     def reads(self) -> frozenset[str]:
@@ -56,6 +57,10 @@ class KthMerge(Method):
     def proportional(self) -> bool:
         """As ``prop_attn`` says."""
         return self.prop_attn
+
+    def check(self, depth: int) -> None:
+        """Every listed block must exist."""
+        check_blocks_exist(self.blocks, depth)
 
     def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
         """One token a whole group, and the protected ones."""

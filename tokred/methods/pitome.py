@@ -101,6 +101,8 @@ class PiToMe(Method):
                 isinstance(value, bool) or not isinstance(value, int) or value < 0
             ):
                 raise ValueError(f"{name} must be a non-negative integer, got {value!r}")
+        if self.stop is not None and self.start >= self.stop:
+            raise ValueError(f"start must lie before stop, got start={self.start} and stop={self.stop}")
         check_choice("form", self.form, FORMS)
         check_choice("energy", self.energy, ("elu", "gaussian"))
         check_choice("metric", self.metric, ("k", "q", "v", "x"))
@@ -130,6 +132,11 @@ class PiToMe(Method):
     def proportional(self) -> bool:
         """As ``prop_attn`` says."""
         return self.prop_attn
+
+    def check(self, depth: int) -> None:
+        """The first block must exist."""
+        if self.start >= depth:
+            raise ValueError(f"start is {self.start}, but the model has {depth} blocks (0 to {depth - 1})")
 
     def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
         """``n`` less ``floor(T - T * ratio)`` of the ``T`` unprotected ones."""
