@@ -135,6 +135,7 @@ def show_installed() -> None:
     say(f"tokred {__version__}{f' ({commit})' if commit else ''}")
     say(f"Python {about['python']}, {about['system']}")
     made = table("Libraries", "library", "installed", "tested", "")
+    made.columns[0].no_wrap = True
     for row in installed.libraries():
         made.add_row(row.name, row.installed or "no", f"{row.floor} to {row.newest}", _standing(row))
     show(made)
@@ -149,7 +150,7 @@ def show_installed() -> None:
 
 
 def _standing(row: Library) -> str:
-    return {"tested": "", "missing": "not installed"}.get(row.standing, f"{row.standing} than tested")
+    return f"{row.standing} than tested" if row.standing in ("older", "newer") else ""
 
 
 def _show_operators() -> None:
