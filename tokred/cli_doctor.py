@@ -60,10 +60,12 @@ def doctor_command(
     with refusing():
         if only is not None and not wanted:
             raise ValueError(f"--only names nothing; there are {', '.join(doctor.names())}")
-        if not as_json:
-            show_installed()
-        chosen = [] if versions else doctor.choose(wanted)
-        started = time.monotonic()
+        chosen = doctor.choose(wanted)
+    if versions:
+        chosen = []
+    if not as_json:
+        show_installed()
+    started = time.monotonic()
     with steps(len(chosen)) as tick:
         rows = doctor.examine(chosen, tick)
     seconds = time.monotonic() - started
