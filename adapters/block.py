@@ -15,14 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from tokred.adapters.capture import Capture
+from tokred.adapters.linear import value_transform
+from tokred.adapters.masks import seen, visible
 from tokred.adapters.state import Shared, TokenState
+from tokred.adapters.swap import SETTINGS as SETTINGS
 from tokred.errors import UnsupportedModelError
 from tokred.kernels.attention import size_bias
 from tokred.padding import reduce_each
 from tokred.reduction import Reduction
 from tokred.site import Site
 
-SETTINGS = "_tokred"
 Gather = Callable[[dict[str, Any], TokenState, int], dict[str, Any]]
 
 
@@ -40,6 +42,8 @@ class Recipe:
         self.split = split
         self.positions = positions
         self.argument_names = argument_names
+        # Whether tokens that a mask hides are padding, which leaves before any other.
+        self.drops_hidden = False
 
     def gather(self, kwargs: dict[str, Any], state: TokenState, prefix: int) -> dict[str, Any]:
         """The arguments with their position data at the rows that are left."""
@@ -71,12 +75,17 @@ class Recipe:
         return Capture(bias, state.length, state.representative)
 
     def real(self, kwargs: dict[str, Any], x: Tensor) -> Tensor | None:
-        """``(B, N)`` bool, False on padding that the host's own mask hides, before anything has moved; None: all
-        are real."""
-        return None
+        """``(B, N)`` bool over the original tokens, False on those that the host's own mask hides; None: it hides none.
+
+        Raises:
+            UnsupportedModelError: it hides pairs of tokens, not tokens.
+        """
+        mask = kwargs.get("attn_mask")
+        return None if mask is None else visible(seen(mask), len(x), "attn_mask")
 
     def run(self, block: Any, host_forward: Callable[..., Any], x: Tensor, args: Any, kwargs: Any) -> Any:
         """One forward of a patched block. Hosts whose blocks are no chain over one token sequence have their own."""
+        refuse_symbols(x)
         return run_block(block, host_forward, x, args, kwargs)
 
 
@@ -96,6 +105,30 @@ def refuse_padding(mask: Tensor | None = None) -> None:
         torch._assert_async(mask.all(), PADDED)
     elif mask is None or not bool(mask.all()):
         raise UnsupportedModelError(PADDED)
+
+
+def refuse_symbols(x: Any) -> None:
+    """Raise where a block is traced by torch.fx: how many tokens are left, and what is known of them, it cannot write
+    down.
+
+    Raises:
+        UnsupportedModelError: ``x`` is a symbol, not a tensor.
+    """
+    if isinstance(x, torch.fx.Proxy):
+        raise UnsupportedModelError(
+            "torch.fx cannot trace into a patched block: trace with timm.models.create_feature_extractor or "
+            "get_graph_node_names, which take it as a leaf (a tracer of your own does if its leaf_modules hold "
+            "tokred.adapters.block.Leaf), or export the model with torch.export.export"
+        )
+
+
+class _Leaves(type):
+    def __instancecheck__(cls, module: Any) -> bool:
+        return isinstance(getattr(module, "__dict__", {}).get(SETTINGS), Settings)
+
+
+class Leaf(metaclass=_Leaves):
+    """What patched blocks are instances of, for tracers that are told by class what not to trace into."""
 
 
 def split_heads(t: Tensor, heads: int) -> Tensor:
@@ -154,12 +187,10 @@ def run_block(block: Any, host_forward: Callable[..., Any], x: Tensor, args: Any
         y, rest = _first(out)
         return _again(shared.leave(settings.layer, y, state, n), rest)
     kwargs = recipe.bind(args, kwargs)
-    if acts and state.representative is None and state.mask is None:
-        real = recipe.real(kwargs, x)
-        state = state if real is None else replace(state, mask=real, lengths=real.sum(1))
+    state, hidden = look(recipe, kwargs, state, x, shared) if acts else (state, None)
     kwargs = recipe.gather(kwargs, state, shared.prefix)
     capture = recipe.capture(block, bias, state)
-    capture.left, capture.watch_answers = state.heads, acts and "heads" in method.reads
+    capture.left, capture.watch_answers, capture.hidden = state.heads, acts and "heads" in method.reads, hidden
     rest = None
     if acts and recipe.split and method.where != "end":
         state, x = _first_half(block, settings, capture, state, x, kwargs)
@@ -212,6 +243,30 @@ def _first_half(
     return after, x + branch(block, taken.gather(y), 1)
 
 
+def look(
+    recipe: Recipe, kwargs: dict[str, Any], state: TokenState, x: Tensor, shared: Shared
+) -> tuple[TokenState, Tensor | None]:
+    """The state with what the host's mask hides, or ``(B, M)`` bool: the rows that it hides, which stay as they are.
+
+    They go on asking like all others, and what they answer may be read; only nobody sees them, or merges with them.
+    """
+    moved = state.representative
+    if recipe.drops_hidden and (moved is not None or state.mask is not None):
+        return state, None
+    real = recipe.real(kwargs, x)
+    if real is None:
+        return state, None
+    if recipe.drops_hidden:
+        return replace(state, mask=real, lengths=real.sum(1)), None
+    if shared.suffix:
+        refuse_padding()
+    protected = torch.arange(real.shape[1], device=real.device) < shared.prefix
+    real = real | protected
+    state = state if state.lengths is not None else replace(state, lengths=real.sum(1))
+    hidden = ~real if moved is None else ~real.gather(1, moved)
+    return state, hidden
+
+
 def attention_bias(state: TokenState, proportional: bool) -> Tensor | None:
     """``(B, 1, 1, M)`` log of the sizes, and -inf on padding; None where every row counts the same."""
     if proportional and state.size is not None:
@@ -229,8 +284,14 @@ def _unmoved(state: TokenState) -> TokenState:
 
 def decide(settings: Settings, capture: Capture, state: TokenState, x: Tensor) -> tuple[Reduction, TokenState]:
     """Ask the method; also the state with what the method keeps."""
-    shared = settings.shared
+    shared, hidden = settings.shared, capture.hidden
+    if capture.causal:
+        raise UnsupportedModelError("causal attention cannot carry fewer tokens: their order is not kept")
     tapped = settings.tap.take() if settings.tap is not None else None
+    real = state.mask
+    if hidden is not None:
+        real = ~hidden if real is None else real & ~hidden
+        hidden = hidden if state.mask is None else hidden & state.mask
     site = Site(
         x=x,
         q=lambda: capture.q,
@@ -241,11 +302,11 @@ def decide(settings: Settings, capture: Capture, state: TokenState, x: Tensor) -
         scale=capture.scale,
         transform=capture.transform,
         sizes=state.size,
-        mask=state.mask,
+        mask=real,
         prefix=shared.prefix,
         suffix=shared.suffix,
-        grid=shared.grid_of(state.length),
-        frames=shared.frames_of(state.length),
+        grid=state.grid,
+        frames=state.frames,
         positions=state.representative,
         length=state.length,
         class_token=shared.class_token,
@@ -258,8 +319,9 @@ def decide(settings: Settings, capture: Capture, state: TokenState, x: Tensor) -
         notes=None if state.notes is None else dict(state.notes),
     )
     method = shared.method
-    alone = site.mask is not None and state.lengths is not None and not method.by_mask
-    step = reduce_each(method, site) if alone else method.reduce(site)
+    padded = site.mask is not None and state.lengths is not None and not method.by_mask
+    alone = padded or hidden is not None
+    step = reduce_each(method, site, hidden) if alone else method.reduce(site)
     if site.rows or site.notes or site.alive is not None:
         state = replace(state, heads=site.alive, rows=site.rows, notes=site.notes)
     return step, state
@@ -269,7 +331,7 @@ def follow(shared: Shared, step: Reduction, state: TokenState, x: Tensor) -> tup
     """Do what the method answered."""
     if step.trivial:
         return state, x
-    return state.advance(step, x, shared.keep_dropped)
+    return state.advance(step, x, shared.keeps_dropped(state))
 
 
 def transformed(attn: Any, normed: Tensor, capture: Capture) -> tuple[Tensor, Tensor]:
@@ -277,41 +339,7 @@ def transformed(attn: Any, normed: Tensor, capture: Capture) -> tuple[Tensor, Te
     q, v = capture.q, capture.v
     assert q is not None  # asked for after the attention has run
     assert v is not None
-    return normed, value_transform(attn, v, q.shape[1])
-
-
-def value_transform(attn: Any, v: Tensor, heads: int, *, per_head: bool = False) -> Tensor:
-    """Value and output projections of each token alone, without their biases: ``(B, N, C)``, or ``(B, H, N, C)``.
-
-    What stands between the two and acts on mixtures of tokens (a norm, a gate) is left out.
-
-    Args:
-        attn: an attention with an output projection ``proj``.
-        v: ``(B, Hk, N, D)``, the values that it used.
-        heads: query heads ``H``.
-        per_head: keep the part of each head apart; their sum is the whole.
-    """
-    bias = _value_bias(attn)
-    if bias is not None:
-        v = v - bias.to(v.dtype).view(v.shape[1], 1, -1)
-    if v.shape[1] != heads:
-        v = v.repeat_interleave(heads // v.shape[1], 1)
-    weight = attn.proj.weight
-    if per_head:
-        return torch.einsum("bhnd,chd->bhnc", v, weight.view(weight.shape[0], heads, -1))
-    return torch.nn.functional.linear(v.transpose(1, 2).flatten(2), weight)
-
-
-def _value_bias(attn: Any) -> Tensor | None:
-    """What the value projection adds to every token, wherever a host keeps it."""
-    if getattr(attn, "v_proj", None) is not None:
-        found: Tensor | None = attn.v_proj.bias
-        return found
-    if getattr(attn, "v_bias", None) is not None:
-        own: Tensor = attn.v_bias
-        return own
-    fused = getattr(attn, "qkv", None)
-    return None if fused is None or fused.bias is None else fused.bias.chunk(3)[2]
+    return normed, value_transform(attn, normed, v, q.shape[1])
 
 
 def check_capture(capture: Capture, settings: Settings) -> None:

@@ -38,7 +38,9 @@ class Capture(TorchFunctionMode):
         self.bias = bias
         self.length = length
         self.representative = representative
+        self.hidden: Tensor | None = None  # (B, M) bool, rows that the host's mask hides
         self.calls = 0
+        self.causal = False
         self.heads: tuple[Tensor, Tensor, Tensor] | None = None
         self.mask: Tensor | None = None
         self.scale: float | None = None
@@ -67,7 +69,7 @@ class Capture(TorchFunctionMode):
 
     def release(self) -> None:
         """Let go of queries, keys and values, so that their memory serves the MLP that follows."""
-        self.heads = self.answers = None
+        self.heads = self.answers = self.hidden = None
         self.transform = self.decide = self.size = None
 
     def part(self, i: int) -> Tensor | None:
@@ -88,7 +90,7 @@ class Capture(TorchFunctionMode):
             mask = add_bias(mask, self.bias, q.dtype)
         call["attn_mask"] = mask
         if self.calls == 0:
-            self.heads, self.mask = (q, k, v), mask
+            self.heads, self.mask, self.causal = (q, k, v), mask, bool(call.get("is_causal"))
             self.scale = call.get("scale")
         self.calls += 1
         if self.decide is not None and self.calls == 1:
@@ -118,7 +120,7 @@ class Capture(TorchFunctionMode):
             call["attn_mask"] = mask.gather(2, rows.expand(-1, mask.shape[1], -1, mask.shape[3]))
         y: Tensor = func(fewer, k, v, **call)
         answer = y.transpose(1, 2).reshape(b, step.slots, -1)
-        placed = Reduction.keep(step.representative, n).unmerge(answer)
+        placed = Reduction.keep(step.representative, n, step.mask).unmerge(answer)
         return placed.view(b, n, h, -1).transpose(1, 2)
 
     def key_bias(self) -> Tensor | None:
@@ -173,7 +175,7 @@ class MhaCapture(Capture):
             call["key_padding_mask"] = padding if before is None else before + padding
             mask = add_bias(mask, self.bias, query.dtype)
         if self.calls == 0:
-            self.call, self.mask = call, mask
+            self.call, self.mask, self.causal = call, mask, bool(call.get("is_causal"))
         self.calls += 1
         return func(**call)
 

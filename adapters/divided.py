@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from tokred.adapters.block import SETTINGS, Recipe, Settings, attention_bias
+from tokred.adapters.block import SETTINGS, Recipe, Settings, attention_bias, refuse_symbols
 from tokred.adapters.host import Host, argument_names
+from tokred.adapters.linear import macs as macs_of
+from tokred.adapters.sides import convolution
 from tokred.adapters.state import LayerRecord, TokenState
 from tokred.adapters.swap import host_class
 from tokred.adapters.windows import project
@@ -61,10 +63,11 @@ class DividedRecipe(Recipe):
 
     def run(self, block: Any, host_forward: Callable[..., Any], x: Tensor, args: Any, kwargs: Any) -> Any:
         """The host's own block while nothing has been reduced; else its parts."""
+        refuse_symbols(x)
         settings: Settings = getattr(block, SETTINGS)
         shared, layer, t = settings.shared, settings.layer, self.frames
         if layer == 0:
-            state = TokenState(1 + (x.shape[1] - 1) // t)
+            state = shared.begin(x, 1 + (x.shape[1] - 1) // t)
         else:
             state = shared.carried(layer, x)
             x = narrow(state.shorten(wide(x, t)), t) if state.exposed else x
@@ -141,7 +144,7 @@ class DividedRecipe(Recipe):
             sizes=state.size,
             mask=state.mask,
             prefix=1,
-            grid=shared.grid_of(state.length),
+            grid=state.grid,
             positions=state.representative,
             length=state.length,
             class_token=True,
@@ -151,7 +154,7 @@ class DividedRecipe(Recipe):
         step = shared.method.reduce(site)
         if step.trivial:
             return state, x
-        state, rows = state.advance(step, rows, shared.keep_dropped)
+        state, rows = state.advance(step, rows, shared.keeps_dropped(state))
         return state, narrow(rows, t)
 
 
@@ -183,15 +186,10 @@ class DividedHost(Host):
     def macs(self, block: Any, before: int, after: int, middle: bool) -> int:
         """Multiply-adds of one clip in a block: attention and a matrix over time, attention in space, MLP."""
         t, width = self.clip, int(block.temporal_dense.in_features)
-        time = t * (before - 1) * (matrices(block.temporal_attention) + width * width + 2 * t * width)
-        space = t * before * (matrices(block.attention) + 2 * before * width)
+        time = t * (before - 1) * (macs_of(block.temporal_attention) + width * width + 2 * t * width)
+        space = t * before * (macs_of(block.attention) + 2 * before * width)
         rows = 1 + t * ((after if middle else before) - 1)
-        return time + space + rows * (matrices(block.intermediate) + matrices(block.output))
-
-
-def matrices(module: nn.Module) -> int:
-    """Elements of all matrices of a module."""
-    return sum(p.numel() for p in module.parameters() if p.ndim == 2)
+        return time + space + rows * (macs_of(block.intermediate) + macs_of(block.output))
 
 
 def divided_host(model: Any, around: Callable[[tuple[int, ...]], tuple[int, int]]) -> Host:
@@ -227,6 +225,7 @@ def divided_host(model: Any, around: Callable[[tuple[int, ...]], tuple[int, int]
         supplies=frozenset({"x", "q", "k", "v", "class_attention", "attention", "grid"}),
         pooled=False,
         grid=(size // patch, size // patch),
+        origin=convolution(model.embeddings),
         tokens=lambda shape: around(shape)[0] + 1,
         outside_macs=lambda shape: around(shape)[1],
         clip=config.num_frames,

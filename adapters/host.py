@@ -12,11 +12,16 @@ import torch
 from torch import nn
 
 from tokred.adapters.block import KeyTap, Recipe, Settings
+from tokred.adapters.linear import matrices
+from tokred.adapters.origin import watch
+from tokred.adapters.sides import Sides, of_convolution
 from tokred.adapters.state import LayerRecord, Shared
 from tokred.adapters.supplier import Supplier
-from tokred.adapters.swap import host_class, is_swapped, remove_hooks, restore, swap
+from tokred.adapters.swap import check_entrance, host_class, is_swapped, remove_hooks, restore, swap
+from tokred.adapters.watch import Watch, hang
 from tokred.errors import MissingInputError
 from tokred.method import Method
+from tokred.patch import ATTRIBUTE, Patch, patches_of
 
 _ATTENTION = ("attn", "attention", "self_attn", "self_attention")
 
@@ -55,6 +60,10 @@ class Host(Supplier):
         key_heads: heads that those outputs still have to be split into, or None.
         tokens: number of tokens for an input shape.
         outside_macs: multiply-adds outside the blocks for an input shape.
+        origin: module whose output the tokens are made of, by which the model's forwards are told apart; None: it is
+            outside the model.
+        layout: how the patches stand, given that module, its inputs and its output.
+        pools: whether the head of the model pools over all tokens as it is now; None: it cannot change.
         note: what a user should know about this family.
         padded: whether batches are padded from the start, so that tokens vanish with any method.
     """
@@ -72,6 +81,9 @@ class Host(Supplier):
     grid: tuple[int, int] | None = None
     frames: int | None = None
     full: str = "none"
+    origin: nn.Module | None = None
+    layout: Callable[[nn.Module, Any, Any], Sides | None] | None = of_convolution
+    pools: Callable[[Any], bool] | None = None
     key_norms: list[nn.Module | None] = field(default_factory=list)
     key_heads: int | None = None
     note: str = ""
@@ -126,20 +138,21 @@ class Host(Supplier):
                 f"{method.name!r} acts at stage {method.stage!r}, but {self.family} offers only stage 'block'"
             )
         self.check_reads(method)
+        for name, block in self.blocks:
+            check_entrance(block, name)
         method.check(self.depth)
 
     def cost(self, block: nn.Module) -> BlockCost:
-        """Count the weights of a block."""
-        attention = mlp = 0
-        for name, p in block.named_parameters():
-            if p.ndim == 2 and name.endswith("weight"):
-                if any(part in _ATTENTION for part in name.split(".")):
-                    attention += p.numel()
-                else:
-                    mlp += p.numel()
+        """Count the matrices of a block."""
+        attention = mlp = width = 0
+        for name, wide, high in matrices(block):
+            if any(part in _ATTENTION for part in name.split(".")):
+                attention, width = attention + wide * high, width or wide
+            else:
+                mlp += wide * high
         vectors = ((name.lower(), p) for name, p in block.named_parameters() if p.ndim == 1)
         norms = (p for name, p in vectors if "norm" in name or "ln_" in name)
-        width = next((p.shape[0] for p in norms), 0)
+        width = next((p.shape[0] for p in norms), width)
         for module in block.modules():
             width = getattr(module, "attn_dim", width)
         return BlockCost(attention, mlp, int(width))
@@ -177,12 +190,13 @@ class Host(Supplier):
             )
         return expose
 
-    def patch(self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str) -> None:
+    def patch(self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str, patch: Patch) -> None:
         """Exchange the classes of the blocks. :meth:`check` has passed."""
         expose = self.exposure(method, expose)
         shared = Shared(method, self.depth, self.prefix, self.suffix, expose, drops=method.drops or self.padded)
-        shared.grid, shared.frames = self.grid, self.frames
+        watch(self, shared)
         shared.class_token = "class_attention" in self.supplies
+        shared.watch = Watch(self.family, {i: name for i, (name, _) in enumerate(self.blocks)})
         norms = self.key_norms or [None] * self.depth
         for layer, ((name, block), norm) in enumerate(zip(self.blocks, norms, strict=True)):
             tap = None
@@ -192,6 +206,7 @@ class Host(Supplier):
             active = where is None or bool(where(name, block))
             swap(block, "block", Settings(shared, layer, name, self.recipe, tap, active))
         swap(self.model, "model", shared)
+        hang(self.model, shared.watch)
 
 
 def module_macs(module: nn.Module, *shape: int) -> int:
@@ -212,15 +227,14 @@ def argument_names(block: nn.Module) -> tuple[str, ...]:
 
 def unpatch(model: nn.Module) -> int:
     """Undo every patch in ``model``; returns how many modules were restored."""
-    from tokred.adapters.vlm.undo import unpatch_visual
-
     count = 0
+    for module, _ in list(patches_of(model)):
+        del module.__dict__[ATTRIBUTE]
     for module in model.modules():
         if is_swapped(module):
             restore(module)
             count += 1
         remove_hooks(module)
-        unpatch_visual(module)
         for key in [k for k, hook in module._forward_hooks.items() if isinstance(hook, KeyTap)]:
             del module._forward_hooks[key]
     return count

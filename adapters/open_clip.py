@@ -19,10 +19,38 @@ TOWER = "open_clip.transformer.VisionTransformer"
 REFUSED = {"ModifiedResNet": "it is a convolutional network without tokens"}
 
 
+def by_head(mask: Tensor, batch: int) -> Tensor:
+    """A mask ``(B * H, N, N)`` as ``(B, H, N, N)``; others as they are."""
+    return mask.reshape(batch, -1, *mask.shape[1:]) if mask.ndim == 3 else mask
+
+
+class OwnRecipe(Recipe):
+    """Blocks of open_clip's own attention, whose boolean masks hide where they are True."""
+
+    def real(self, kwargs: dict[str, Any], x: Tensor) -> Tensor | None:
+        """Tokens that its mask leaves visible."""
+        mask = kwargs.get("attn_mask")
+        if mask is None:
+            return None
+        return super().real({"attn_mask": by_head(~mask if mask.dtype == torch.bool else mask, len(x))}, x)
+
+    def gather(self, kwargs: dict[str, Any], state: TokenState, prefix: int) -> dict[str, Any]:
+        """A mask of each head in the shape that the attention does not take apart by the number of its tokens."""
+        mask, rows = kwargs.get("attn_mask"), state.representative
+        if mask is not None and rows is not None:
+            kwargs = {**kwargs, "attn_mask": by_head(mask, len(rows))}
+        return super().gather(kwargs, state, prefix)
+
+
 class MhaRecipe(Recipe):
     """Blocks whose attention is ``nn.MultiheadAttention``."""
 
     heads = False
+
+    def real(self, kwargs: dict[str, Any], x: Tensor) -> Tensor | None:
+        """Tokens that its mask leaves visible; the blocks add a boolean mask to the logits, where it hides nothing."""
+        mask = kwargs.get("attn_mask")
+        return None if mask is None else super().real({"attn_mask": by_head(mask.to(x.dtype), len(x))}, x)
 
     def capture(self, block: nn.Module, bias: Tensor | None, state: TokenState) -> Capture:
         """Watches the call around the fused attention, which is all that a mode can see."""
@@ -53,8 +81,8 @@ def _host(model: Any) -> Host:
     if not getattr(model.transformer, "batch_first", True):
         raise UnsupportedModelError("open_clip's VisionTransformer runs with batch_first=False; build it with True")
     first = blocks[0][1]
-    recipe = MhaRecipe if isinstance(first.attn, nn.MultiheadAttention) else Recipe
-    if recipe is Recipe and not _fused(first.attn):
+    recipe = MhaRecipe if isinstance(first.attn, nn.MultiheadAttention) else OwnRecipe
+    if recipe is OwnRecipe and not _fused(first.attn):
         raise UnsupportedModelError(
             f"the attention of {blocks[0][0]} ({type(first.attn).__name__}) is not fused (scaled cosine), so sizes "
             "could not reach it"
@@ -67,11 +95,18 @@ def _host(model: Any) -> Host:
         prefix=1,
         supplies=frozenset({"x", "q", "k", "v", "class_attention", "attention", "grid"}),
         # CoCa hands all tokens on to its text decoder, through an attentional pooler or as they are.
-        pooled=model.attn_pool is not None or model.pool_type != "tok" or bool(model.output_tokens),
+        pooled=_pools(model),
+        pools=_pools,
+        origin=model.conv1,
         tokens=lambda shape: _tokens(model, shape),
         outside_macs=lambda shape: _outside(model, shape),
         grid=tuple(model.grid_size),
     )
+
+
+def _pools(model: Any) -> bool:
+    """Whether all tokens are read behind the blocks."""
+    return model.attn_pool is not None or model.pool_type != "tok" or bool(model.output_tokens)
 
 
 def _fused(attention: Any) -> bool:

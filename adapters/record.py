@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tokred import adapters
-from tokred.adapters.block import SETTINGS, value_transform
+from tokred.adapters.block import SETTINGS
 from tokred.adapters.host import Host
+from tokred.adapters.linear import value_transform
 from tokred.adapters.swap import is_swapped, restore
 from tokred.errors import MissingInputError, UnsupportedModelError
 from tokred.site import Site
@@ -48,7 +49,7 @@ class BlockRecord:
         assert self.normed is not None  # noted in every forward
         assert self.site is not None
         heads = self.site.q.shape[1]
-        return self.normed, value_transform(self.attn, self.site.v, heads, per_head=per_head)
+        return self.normed, value_transform(self.attn, self.normed, self.site.v, heads, per_head=per_head)
 
 
 class Recorded(NamedTuple):

@@ -9,20 +9,27 @@ guess.
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tokred.errors import NothingRecordedError, TokenStateError
+from tokred.adapters.sides import Note, Sides, backward_pass
+from tokred.adapters.watch import Watch
+from tokred.errors import NothingRecordedError, TokenStateError, UnsupportedModelError
 from tokred.method import Method
 from tokred.reduction import Reduction
 from tokred.soft import SoftReduction
 
 ATTRIBUTE = "_tokred_state"
+START = "_tokred_start"
+REENTRANT = (
+    "{method!r} drops tokens and this model reads them at full length, so gradients have to pass by the blocks, which "
+    "reentrant checkpointing cuts off: checkpoint with use_reentrant=False (transformers: "
+    'gradient_checkpointing_enable({{"use_reentrant": False}}); timm: timm.layers.set_reentrant_ckpt(False))'
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +48,7 @@ class TokenState:
         lengths: ``(B,)`` int64, real tokens before the first block where the batch was padded; None: ``length`` each.
         heads: ``(B, H)`` bool, False on heads of the attention that have been left out; None: all are there.
         rows, notes: what the method keeps for each token ``(B, M)`` and for each sample; None: nothing.
+        sides: how the original patches stand; None where that is not known.
     """
 
     length: int
@@ -54,6 +62,17 @@ class TokenState:
     heads: Tensor | None = None
     rows: Mapping[str, Tensor] | None = None
     notes: Mapping[str, Tensor] | None = None
+    sides: Sides | None = None
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """Rows and columns of the original patches (of one frame)."""
+        return None if self.sides is None else (self.sides.rows, self.sides.columns)
+
+    @property
+    def frames(self) -> int | None:
+        """Frames (or tubelets in time) that a video's tokens come from, frame after frame."""
+        return None if self.sides is None else self.sides.frames
 
     def advance(self, step: Reduction, x: Tensor, keep_dropped: bool) -> tuple[TokenState, Tensor]:
         """The state after ``step``, taken on tokens ``x``, and the tokens."""
@@ -69,13 +88,16 @@ class TokenState:
         return state._with(self)
 
     def _with(self, before: TokenState, step: Reduction | None = None) -> TokenState:
-        """This state with what few methods and hosts need, as it was, or after ``step``."""
-        if before.lengths is None and before.heads is None and before.rows is None and before.notes is None:
+        """This state with what does not change from block to block, and with what few methods need, as it was, or after
+        ``step``."""
+        kept = (before.lengths, before.heads, before.rows, before.notes, before.sides)
+        if all(value is None for value in kept):
             return self
         rows = before.rows
         if step is not None and rows is not None:
             rows = {name: values.gather(1, step.representative) for name, values in rows.items()}
-        return replace(self, lengths=before.lengths, heads=before.heads, rows=rows, notes=before.notes)
+        notes, sides = before.notes, before.sides
+        return replace(self, lengths=before.lengths, heads=before.heads, rows=rows, notes=notes, sides=sides)
 
     def composed(self) -> Reduction | None:
         """All steps as one reduction, or None when there was none."""
@@ -132,29 +154,16 @@ class Shared:
         self.restore = restore  # "none", "last" or "all": which blocks return full length
         self.drops = drops
         self.expose_all = False
-        self.grid: tuple[int, int] | None = None
+        self.note = Note()
         self.class_token = False
-        self.frames: int | None = None
         self.windows = "auto"
+        self.watch = Watch()
         self.slots: dict[int, Slot] = {}
         self.records: dict[int, LayerRecord] = {}
+        self.final: TokenState | None = None  # of the block that ran last, while intermediate features are asked for
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "slots": {}, "records": {}, "expose_all": False}
-
-    def grid_of(self, length: int) -> tuple[int, int] | None:
-        """Patches in rows and columns of a sequence of ``length`` tokens; None where that is not known."""
-        patches = length - self.prefix - self.suffix
-        if self.grid is not None and self.grid[0] * self.grid[1] * (self.frames or 1) == patches:
-            return self.grid
-        if self.frames is not None:
-            return None
-        side = math.isqrt(max(patches, 0))
-        return (side, side) if side * side == patches and side else None
-
-    def frames_of(self, length: int) -> int | None:
-        """Frames (or tubelets in time) that a video's tokens come from, frame after frame; None where not known."""
-        return None if self.grid_of(length) is None else self.frames
+        return {**self.__dict__, "slots": {}, "records": {}, "expose_all": False, "final": None}
 
     @contextlib.contextmanager
     def exposing(self) -> Iterator[None]:
@@ -166,22 +175,76 @@ class Shared:
         finally:
             self.expose_all = before
 
-    @property
-    def keep_dropped(self) -> bool:
+    def intermediates(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A host's function that returns what single blocks made, and at times the final tokens, too: the former come
+        at full length, since they are put on maps; the latter at the length that the model's forward gives them."""
+        self.final = None
+        try:
+            with self.exposing():
+                out = original(*args, **kwargs)
+            state: TokenState | None = self.final  # set by the last block on the way
+        finally:
+            self.final = None
+        if state is None or not state.steps or self.restore != "none" or original.__name__ != "forward_intermediates":
+            return out
+
+        def short(y: Any) -> Any:
+            full = isinstance(y, Tensor) and y.ndim == 3 and y.shape[1] == state.length
+            return state.shorten(y) if full else y
+
+        if isinstance(out, tuple):
+            return (short(out[0]), *out[1:])
+        if isinstance(out, dict) and "image_features" in out:
+            return {**out, "image_features": short(out["image_features"])}
+        return out
+
+    def keeps_dropped(self, state: TokenState) -> bool:
         """Whether features have to be kept at every step, because tokens vanish and full length will be asked for."""
-        return self.drops and (self.expose_all or self.restore != "none")
+        vanish = self.method.drops or (self.drops and state.lengths is not None)
+        return vanish and (self.expose_all or self.restore != "none")
 
     def enter(self, layer: int, x: Tensor) -> tuple[TokenState, Tensor]:
         """State and short tokens at the entry of block ``layer``."""
         if layer == 0:
-            return TokenState(x.shape[1]), x
+            return self.begin(x, x.shape[1]), x
         state = self.carried(layer, x)
         return (state, state.shorten(x)) if state.exposed else (state, x)
 
+    def begin(self, x: Tensor, length: int) -> TokenState:
+        """The state of tokens ``x`` that enter the first block.
+
+        Their sides go on with ``x``, for a checkpoint that runs the block once more.
+        """
+        sides = self.note.take()
+        if sides is None and not torch.compiler.is_compiling():
+            own, found = getattr(x, START, (None, None))
+            slot = self.slots.get(0)
+            if own is self:
+                sides = found
+            elif slot is not None and _in_backward() and slot.pointer == _pointer(x) and slot.shape == x.shape:
+                sides = slot.state.sides
+        if sides is not None and sides.number != length - self.prefix - self.suffix:
+            sides = None  # patches were taken out on the way, so that those that are left form no map
+        state = TokenState(length, sides=sides)
+        if not torch.compiler.is_compiling():
+            setattr(x, START, (self, sides))
+            self.slots[0] = Slot(_pointer(x), x.shape, state)
+        return state
+
     def carried(self, layer: int, x: Tensor) -> TokenState:
-        """The state that came with ``x``, the output of the block before ``layer``."""
+        """The state that came with ``x``, the output of the block before ``layer``.
+
+        Raises:
+            UnsupportedModelError: what was dropped before would have to be restored inside a reentrant checkpoint. It
+                rides on the state, not among the checkpoint's inputs, so that no gradient would reach it.
+            TokenStateError: no state came with it.
+        """
         state: TokenState | None = getattr(x, ATTRIBUTE, None)
-        return self._from_slot(layer, x) if state is None else state
+        state = self._from_slot(layer, x) if state is None else state
+        # Only a reentrant checkpoint runs without gradients what is to be differentiated.
+        if x.requires_grad and not torch.is_grad_enabled() and any(t is not None for t in state.dropped):
+            raise UnsupportedModelError(REENTRANT.format(method=self.method.name))
+        return state
 
     def exposes(self, layer: int) -> bool:
         """Whether the block returns full length."""
@@ -191,6 +254,8 @@ class Shared:
         """Attach ``state`` to a block's output, restored to full length where the model's head needs it."""
         full = self.exposes(layer)
         self.record(layer, tokens_in, y.shape[1], state)
+        if self.expose_all:
+            self.final = state
         if full and state.steps:
             y = state.restore(y)
         return self.attach(layer, y, state.with_exposed(len(state.steps) > 0) if full else state)
@@ -225,6 +290,8 @@ class Shared:
         if slot is not None and slot.shape == x.shape and (not _in_backward() or slot.pointer == _pointer(x)):
             setattr(x, ATTRIBUTE, slot.state)
             return slot.state
+        if not torch.compiler.is_compiling():
+            self.watch.check_ran(layer - 1)
         raise TokenStateError(
             f"the sizes and the source map of the tokens were lost before block {layer}: its input is not the tensor "
             "that the block before it returned. If something copies tensors between blocks, call tokred.remove(model) "
@@ -234,8 +301,7 @@ class Shared:
 
 def _in_backward() -> bool:
     """Whether autograd is running (a checkpoint's recomputation)."""
-    task = getattr(torch._C, "_current_graph_task_id", None)
-    return task is not None and task() != -1
+    return backward_pass() != -1
 
 
 def _pointer(x: Tensor) -> int:

@@ -10,24 +10,42 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 from torch import nn
 
-from tokred.adapters.block import SETTINGS
+from tokred.adapters import contract
+from tokred.errors import UnsupportedModelError
 
+SETTINGS = "_tokred"
 _HOST = "_tokred_host_class"
 
 
 def host_class(module: nn.Module) -> type[nn.Module]:
-    """The module's class without the patch."""
-    cls: type[nn.Module] = getattr(type(module), _HOST, None) or type(module)
-    return cls
+    """The module's class as its host library wrote it: without the patch, and without what wrappers made of it."""
+    cls: Any = type(module)
+    return _plain(cls)  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _plain(cls: Any) -> Any:
+    return next(c for c in cls.__mro__ if _HOST not in c.__dict__ and not contract.is_wrapper(c))
+
+
+@functools.cache
+def _without(cls: Any) -> Any:
+    """``cls`` as it would be had it not been patched, also where a wrapper was put around the patched class since."""
+    if _HOST in cls.__dict__:
+        return cls.__dict__[_HOST]
+    if not any(_HOST in c.__dict__ for c in cls.__mro__):
+        return cls
+    return contract.rewrapped(cls, tuple(_without(base) for base in cls.__bases__))
 
 
 def is_swapped(module: nn.Module) -> bool:
     """Whether this very module's class was exchanged."""
-    return _HOST in type(module).__dict__
+    return any(_HOST in c.__dict__ for c in type(module).__mro__)
 
 
 def swap(module: nn.Module, kind: str, settings: Any) -> None:
@@ -35,13 +53,36 @@ def swap(module: nn.Module, kind: str, settings: Any) -> None:
     if is_swapped(module):
         raise RuntimeError(f"{type(module).__name__} is patched already")
     host: Any = type(module)
-    module.__class__ = _subclass(host, kind)
+    _exchange(module, _subclass(host, kind))
     module.__dict__[SETTINGS] = settings
+
+
+def _exchange(module: nn.Module, cls: Any) -> None:
+    """Another class for ``module``, also for wrappers that hold on to the forward of the one before."""
+    places = contract.own_forwards(module)
+    module.__class__ = cls
+    for holder, name in places:
+        setattr(holder, name, MethodType(cls.forward, module))
+
+
+def check_entrance(module: nn.Module, name: str) -> None:
+    """Refuse a module whose forward someone has replaced in a way that would pass a patch by.
+
+    Raises:
+        UnsupportedModelError: with what stands there, and what to do.
+    """
+    found = contract.foreign_forward(module)
+    if found is not None:
+        raise UnsupportedModelError(
+            f"the forward of {name} was replaced on the module itself (by {found}), which would pass a patch by: call "
+            "tokred.apply before whatever replaces it, or undo that first"
+        )
 
 
 def restore(module: nn.Module) -> None:
     """Undo :func:`swap`, and what the settings know besides."""
-    module.__class__ = host_class(module)
+    host: Any = type(module)
+    _exchange(module, _without(host))
     undo = getattr(module.__dict__.pop(SETTINGS, None), "undo", None)
     if undo is not None:
         undo()
@@ -51,8 +92,14 @@ class Hook:
     """Base of hooks on modules, by which they are found again; objects, so that models copy and pickle."""
 
 
+class Standin:
+    """Base of what stands on an instance in front of a method of its class."""
+
+
 def remove_hooks(module: nn.Module) -> None:
-    """Take tokred's hooks off one module."""
+    """Take tokred's hooks off one module, and what stands in front of its methods."""
+    for name in [k for k, value in module.__dict__.items() if isinstance(value, Standin)]:
+        del module.__dict__[name]
     for hooks, others in (
         (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
         (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),
@@ -70,6 +117,7 @@ def _subclass(host: Any, kind: str) -> type[nn.Module]:
         "__qualname__": host.__qualname__,
         "__doc__": host.__doc__,
         "__reduce_ex__": _make_reduce(host, kind),
+        "__prepare_scriptable__": refuse_script,
         _HOST: host,
     }
     body.update(_BODIES[kind](host))
@@ -78,7 +126,11 @@ def _subclass(host: Any, kind: str) -> type[nn.Module]:
 
 def _block_body(host: type[nn.Module]) -> dict[str, Any]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        run = self.__dict__[SETTINGS].recipe.run
+        settings = self.__dict__.get(SETTINGS)
+        if settings is None:  # removed, but a wrapper that came later still calls this
+            return host.forward(self, *args, **kwargs)
+        settings.shared.watch.ran(settings.layer)
+        run = settings.recipe.run
         if args:
             return run(self, functools.partial(host.forward, self), args[0], args[1:], kwargs)
         x = kwargs.pop("hidden_states")
@@ -115,7 +167,10 @@ def _sublayer_body(host: type[nn.Module]) -> dict[str, Any]:
     original = host.forward  # the compiler follows a function, not the attribute of a class
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__[SETTINGS].run(self, original, args, kwargs)
+        spot = self.__dict__.get(SETTINGS)
+        if spot is None:  # removed, but a wrapper that came later still calls this
+            return original(self, *args, **kwargs)
+        return spot.run(self, original, args, kwargs)
 
     return {"forward": forward}
 
@@ -133,10 +188,24 @@ _BODIES: dict[str, Callable[[type[nn.Module]], dict[str, Any]]] = {
 def _exposed(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with getattr(self, SETTINGS).exposing():
+        shared = self.__dict__.get(SETTINGS)
+        if shared is None:  # removed, but bound to this function before
             return original(self, *args, **kwargs)
+        return shared.intermediates(original, (self, *args), kwargs)
 
     return method
+
+
+def refuse_script(module: nn.Module) -> nn.Module:
+    """Stand before ``torch.jit.script``, which asks this of a module before it compiles it.
+
+    Raises:
+        UnsupportedModelError: always.
+    """
+    raise UnsupportedModelError(
+        f"torch.jit.script cannot compile a patched {type(module).__name__}: export the model with torch.export.export "
+        "(or torch.jit.trace), or call tokred.remove(model) first"
+    )
 
 
 def _make_reduce(host: type[nn.Module], kind: str) -> Callable[..., Any]:

@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokred.adapters.block import Recipe, refuse_padding
+from tokred.adapters.block import Leaf, Recipe, refuse_padding
 from tokred.adapters.host import Host, argument_names, module_macs
+from tokred.adapters.linear import features, macs
+from tokred.adapters.sides import Sides, convolution, of_convolution
 from tokred.adapters.state import TokenState
 from tokred.adapters.swap import host_class
 from tokred.adapters.window_host import window_host
@@ -79,6 +81,7 @@ def match(model: nn.Module) -> Host | None:
         return None  # a classifier around such an encoder, which is found inside
     if not any(n.startswith("timm.models.") for n in names) or not hasattr(model, "forward_features"):
         return None
+    _trace_no_blocks()
     if SAM in names:
         return _sam(model)
     reason = next((REFUSED[c.__name__] for c in cls.__mro__ if c.__name__ in REFUSED), None)
@@ -87,6 +90,13 @@ def match(model: nn.Module) -> Host | None:
     if reason is not None:
         raise UnsupportedModelError(f"timm's {cls.__name__} cannot run with fewer tokens here: {reason}")
     return _host(model)
+
+
+def _trace_no_blocks() -> None:
+    """Tell timm's tracers, as timm does for modules of its own, that patched blocks are leaves."""
+    from timm.models import register_notrace_module
+
+    register_notrace_module(Leaf)
 
 
 def _names(module: object) -> list[str]:
@@ -137,10 +147,11 @@ def _host(model: Any) -> Host:
     splits = all(_splits(b) for _, b in blocks)
     if splits:
         supplies.add("queries")
-        if all(isinstance(getattr(b.attn, "proj", None), nn.Linear) for _, b in blocks):
+        if all(features(getattr(b.attn, "proj", None)) is not None for _, b in blocks):
             supplies.add("transform")
-    grid = getattr(model.patch_embed, "grid_size", None)
-    supplies.add("grid")
+    grid, origin = getattr(model.patch_embed, "grid_size", None), _origin(model.patch_embed, gemma)
+    if origin is not None:
+        supplies.add("grid")
     return Host(
         family=f"timm {host_class(model).__name__}",
         model=model,
@@ -148,15 +159,41 @@ def _host(model: Any) -> Host:
         recipe=(UnpaddedRecipe if gemma else Recipe)(splits, positions, argument_names(first)),
         prefix=prefix,
         supplies=frozenset(supplies),
-        pooled=getattr(model, "attn_pool", None) is not None or getattr(model, "global_pool", "token") != "token",
+        pooled=_pools(model),
+        pools=_pools,
         tokens=lambda shape: _tokens(model, shape),
         outside_macs=lambda shape: _outside(model, shape),
         grid=tuple(grid) if grid is not None else None,
+        origin=model.patch_embed if origin is None else origin,
+        layout=_of_images if gemma else of_convolution if origin is not None else None,
         # Keys before rotary embedding: similarity should not depend on where two equal patches are.
         key_norms=[_key_norm(b) for _, b in blocks] if rope else [],
         key_heads=int(first.attn.num_kv_heads) if gemma else None,
         full="last" if MAPPED & names else "none",
     )
+
+
+def _pools(model: Any) -> bool:
+    """Whether its head looks at all tokens, by an average, their maximum or attention."""
+    return getattr(model, "attn_pool", None) is not None or getattr(model, "global_pool", "token") != "token"
+
+
+def _origin(embed: Any, gemma: bool) -> nn.Module | None:
+    """The module whose output or input tells how patches stand."""
+    if gemma:
+        return embed  # type: ignore[no-any-return]
+    last = getattr(embed, "proj", None)
+    # A convolution, or what wraps one; of a hybrid without projection, an identity on the map of its network.
+    return last if isinstance(last, nn.Identity) or convolution(last) is not None else None
+
+
+def _of_images(module: Any, inputs: Any, output: Any) -> Sides | None:
+    """Sides of the patches of images; packed patches come in any order."""
+    x, *coordinates = inputs
+    if not isinstance(x, Tensor) or x.ndim != 4 or (coordinates and coordinates[0] is not None):
+        return None
+    high, wide = module.patch_size
+    return Sides(None, x.shape[-2] // high, x.shape[-1] // wide)
 
 
 class UnpaddedRecipe(Recipe):
@@ -242,5 +279,5 @@ def _tokens(model: Any, shape: tuple[int, ...]) -> int:
 def _outside(model: Any, shape: tuple[int, ...]) -> int:
     """Patch embedding (counted on the meta device) and classifier."""
     heads = [getattr(model, n, None) for n in ("head", "head_dist")]
-    head = sum(p.numel() for m in heads if isinstance(m, nn.Module) for p in m.parameters() if p.ndim == 2)
+    head = sum(macs(m) for m in heads if isinstance(m, nn.Module))
     return module_macs(model.patch_embed, 1, *shape[-3:]) + head

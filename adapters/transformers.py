@@ -18,6 +18,8 @@ from torch import nn
 from tokred.adapters import transformers_maps, transformers_text
 from tokred.adapters.block import Recipe, refuse_padding
 from tokred.adapters.host import Host, argument_names
+from tokred.adapters.linear import macs
+from tokred.adapters.sides import convolution, of_convolution
 from tokred.adapters.state import TokenState
 from tokred.adapters.swap import host_class
 from tokred.adapters.transformers_tables import DEMANDS, ENCODERS, HEADS, Encoder
@@ -44,10 +46,25 @@ REFUSED = {
     "Albert": "its layers are one module that runs several times, whose place in the depth a patch could not tell",
     "VJEPA2": "each layer turns token numbers into rotary angles itself, so missing tokens would shift positions",
 }
+# Trained on a part of the patches of each clip, always.
+MASKED = "VideoMAEForPreTraining"
+# What embeddings call the module that makes patches.
+PATCHES = ("patch_embeddings", "patch_embedding", "projection")
+INSTEAD = "apply a method for visual tokens, such as 'divprune', to the whole model"
+TOWER = (
+    "it is the vision tower of a model with vision, and not among the encoders that are known to be right with fewer "
+    f"tokens: {INSTEAD}"
+)
+# Towers whose configuration does not say that they are one.
+TOWERS = ("PixtralVisionModel",)
 NO_FAMILY = "it is not among the encoders, or the models around one, that are known to be right with fewer tokens"
 LANGUAGE = (
     "it counts and places the tokens of its vision encoder in a text, which fewer tokens would break without an error; "
     "language models with vision need methods of another stage"
+)
+CAUSAL = (
+    "each of its tokens attends to those before it, and the last ones speak for all: methods of the cache suit "
+    "language models"
 )
 
 
@@ -104,13 +121,37 @@ def _ask(value: Any, model: Any) -> Any:
 
 
 def _reason(model: Any, names: list[str]) -> str:
+    """Why it is refused: what it is known for, what it does with its tokens, or only that it is not known."""
     reason = next((r for n in names for start, r in REFUSED.items() if n.startswith(start)), None)
     if reason is not None:
         return reason
     config = model.config
-    if hasattr(config, "text_config") and hasattr(model, "generate"):
+    if hasattr(config, "text_config") and (hasattr(model, "generate") or hasattr(model, "language_model")):
         return LANGUAGE
-    return f"{NO_FAMILY} (if you know that it is, apply to the encoder inside it)"
+    side = getattr(config, "spatial_merge_size", None)
+    if side is not None and side > 1:
+        windows = ", and some of its blocks attend in windows" if getattr(config, "fullatt_block_indexes", None) else ""
+        joined = (
+            f"behind its blocks {side} x {side} patches that stand side by side are joined{windows}: no patch may leave"
+        )
+        return f"it is the vision tower of a model with vision; {joined}; {INSTEAD}" if is_tower(model) else joined
+    if is_tower(model):
+        return TOWER
+    known = ENCODERS.keys() | transformers_maps.MAPS.keys() | transformers_text.ENCODERS.keys()
+    inside = [name for name, m in model.named_modules() for n in _names(m)[:1] if name and n in known]
+    if inside:
+        return f"{NO_FAMILY} (if you know that it is, apply to the encoder inside it: model.{inside[0]})"
+    causal = [bool(m.is_causal) for m in model.modules() if hasattr(m, "is_causal")]
+    return CAUSAL if causal and all(causal) else NO_FAMILY
+
+
+def is_tower(model: Any) -> bool:
+    """Whether it is a vision tower that is no encoder of its own, so that nothing can be done with it alone."""
+    names = _names(model)
+    inside = getattr(getattr(model, "config", None), "base_config_key", "") == "vision_config"
+    if "PreTrainedModel" not in names or not (inside or any(n in TOWERS for n in names)):
+        return False
+    return _locate(model) is None and transformers_maps.match(model) is None
 
 
 def _host(model: Any, name: str, encoder: Any, demand: str) -> Host:
@@ -124,6 +165,7 @@ def _host(model: Any, name: str, encoder: Any, demand: str) -> Host:
         )
     prefix, suffix = _ask(row.prefix, encoder), _ask(row.suffix, encoder)
     clip = None if row.clip is None else row.clip(encoder)
+    masked = row.masked or MASKED in _names(model)
     return Host(
         family=f"transformers {name}",
         model=encoder,
@@ -133,7 +175,9 @@ def _host(model: Any, name: str, encoder: Any, demand: str) -> Host:
         ),
         prefix=prefix,
         suffix=suffix,
-        supplies=_supplies(row),
+        supplies=_supplies(row, masked),
+        origin=_origin(encoder),
+        layout=None if masked else of_convolution,
         pooled=demand == "pooled",
         grid=None if clip is None else clip[1:],
         frames=None if clip is None else clip[0],
@@ -145,18 +189,25 @@ def _host(model: Any, name: str, encoder: Any, demand: str) -> Host:
     )
 
 
-def _supplies(row: Encoder) -> frozenset[str]:
+def _supplies(row: Encoder, masked: bool) -> frozenset[str]:
     found = {"x", "q", "k", "v"}
     if row.class_token:
         found.add("class_attention")
     if not row.relative:
         found.add("attention")
-    # The map of a detector need not be square, and its layers do not know its sides.
-    if (row.rank == 4 and not row.outer and not row.masked) or row.clip is not None:
+    # Without some of its patches an image is no grid. The map of a detector need not be square, and its layers do not
+    # know its sides.
+    if not masked and ((row.rank == 4 and not row.outer) or row.clip is not None):
         found.add("grid")
-    if row.clip is not None:
+    if not masked and row.clip is not None:
         found.add("frames")
     return frozenset(found)
+
+
+def _origin(encoder: Any) -> nn.Module | None:
+    """The convolution that makes patches of images or clips."""
+    embeddings = getattr(encoder, "embeddings", None)
+    return next((c for name in PATCHES if (c := convolution(getattr(embeddings, name, None))) is not None), None)
 
 
 def _check_fused(encoder: Any, layers: list[tuple[str, nn.Module]]) -> None:
@@ -210,4 +261,4 @@ def _head(model: Any) -> int:
         getattr(model, n, None)
         for n in ("classifier", "distillation_classifier", "cls_classifier", "visual_projection")
     ]
-    return sum(p.numel() for m in heads if isinstance(m, nn.Module) for p in m.parameters() if p.ndim == 2)
+    return sum(macs(m) for m in heads if isinstance(m, nn.Module))

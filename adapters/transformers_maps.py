@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from tokred.adapters.divided import divided_host, matrices
+from tokred.adapters.divided import divided_host
 from tokred.adapters.host import Host, module_macs
+from tokred.adapters.linear import macs
 from tokred.adapters.swap import host_class
 from tokred.adapters.window_host import window_host
 from tokred.adapters.windows import Parts
@@ -105,4 +106,4 @@ def _clip(model: Any, encoder: Any, shape: tuple[int, ...]) -> tuple[int, int]:
     positions = (int(shape[-2]) // int(conv.stride[0])) * (int(shape[-1]) // int(conv.stride[1]))
     head = getattr(model, "classifier", None)
     outside = positions * int(shape[-4]) * int(conv.weight.numel())
-    return positions, outside + (matrices(head) if isinstance(head, nn.Module) else 0)
+    return positions, outside + (macs(head) if isinstance(head, nn.Module) else 0)

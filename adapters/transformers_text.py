@@ -10,11 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tokred.adapters.block import Recipe
 from tokred.adapters.host import Host, argument_names
+from tokred.adapters.linear import matrices
+from tokred.adapters.masks import require, seen, visible
 from tokred.adapters.state import TokenState
 from tokred.adapters.swap import host_class
 from tokred.errors import UnsupportedModelError
@@ -23,10 +24,6 @@ Demand = str | Callable[[Any], str]
 LEFT = (
     "the batch is padded on the left, so the class token is not its first: pad on the right "
     "(tokenizer.padding_side = 'right'), or call tokred.remove(model) first"
-)
-PAIRS = (
-    "attention_mask hides pairs of tokens, which dropping tokens would not keep apart: give it as [B, N] with zeros on "
-    "padding, or call tokred.remove(model) first"
 )
 
 
@@ -148,6 +145,7 @@ class TextRecipe(Recipe):
 
     def __init__(self, row: TextEncoder, argument_names: tuple[str, ...]) -> None:
         super().__init__(False, row.positions, argument_names)
+        self.drops_hidden = True
         self.windowed = row.windowed
 
     def real(self, kwargs: dict[str, Any], x: Tensor) -> Tensor | None:
@@ -160,15 +158,13 @@ class TextRecipe(Recipe):
         mask = kwargs.get("attention_mask")
         if mask is None:
             return None
-        seen: Tensor = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        real = seen
-        if seen.ndim > 2:
-            real = seen[:, 0].any(1)
-            if not self.windowed and seen.shape[-2] > 1 and seen.stride(-2) != 0:
-                # Queries on padding may see anything; all others have to see every real token.
-                _require((seen[:, 0] == real[:, None, :]) | ~real[:, :, None], PAIRS)
+        through = seen(mask)
+        real = through
+        if through.ndim > 2:
+            # Windows of positions hide more than padding.
+            real = through[:, 0].any(1) if self.windowed else visible(through, len(x), "attention_mask")
         real = real.expand(x.shape[0], -1)
-        _require(real[:, 0], LEFT)
+        require(real[:, 0], LEFT)
         return real
 
     def gather(self, kwargs: dict[str, Any], state: TokenState, prefix: int) -> dict[str, Any]:
@@ -178,21 +174,13 @@ class TextRecipe(Recipe):
         return super().gather(kwargs, state, prefix)
 
 
-def _require(holds: Tensor, message: str) -> None:
-    if torch.compiler.is_compiling():
-        torch._assert_async(holds.all(), message)
-    elif not bool(holds.all()):
-        raise UnsupportedModelError(message)
-
-
 def _outside(model: nn.Module, encoder: nn.Module, n: int) -> int:
     """Multiply-adds of the pooler and the head behind it; those of heads for tokens at full length."""
-    layers = {id(p) for m in encoder.modules() if isinstance(m, nn.ModuleList) for p in m.parameters()}
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    inside = {id(p) for p in encoder.parameters()}
+    inside = next(f"{name}." if name else "" for name, m in model.named_modules() if m is encoder)
+    lists = tuple(f"{inside}{n}." for n, m in encoder.named_modules() if isinstance(m, nn.ModuleList))
     total = 0
-    for p in model.parameters():
-        if p.ndim == 2 and id(p) not in layers and id(p) not in embeddings:
-            once = id(p) in inside or "Token" not in type(model).__name__
-            total += p.numel() * (1 if once else n)
+    for name, wide, high in matrices(model):
+        if not name.startswith(lists):
+            once = name.startswith(inside) or "Token" not in type(model).__name__
+            total += wide * high * (1 if once else n)
     return total

@@ -16,6 +16,7 @@ from tokred.adapters.swap import host_class
 from tokred.adapters.windows import Grid, Parts, WindowRecipe, WindowState
 from tokred.errors import UnsupportedModelError
 from tokred.method import Method
+from tokred.patch import Patch
 
 
 @dataclass(kw_only=True)
@@ -81,9 +82,9 @@ class WindowHost(Host):
         cost, grid = self.cost(self.blocks[layer][1]), record.state.grid
         return window_macs(cost, grid, record.tokens_out // grid.number), window_macs(cost, grid, grid.area)
 
-    def patch(self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str) -> None:
+    def patch(self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str, patch: Patch) -> None:
         """Remember which blocks were meant."""
-        super().patch(method, where, expose)
+        super().patch(method, where, expose, patch)
         self.model.__dict__[SETTINGS].windows = self.windows
 
 

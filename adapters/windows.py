@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokred.adapters.block import SETTINGS, Recipe, Settings, attention_bias
+from tokred.adapters.block import SETTINGS, Recipe, Settings, attention_bias, refuse_symbols
 from tokred.adapters.capture import add_bias
+from tokred.adapters.contract import check_at_hand, parameters_at_hand
 from tokred.adapters.state import TokenState
 from tokred.adapters.swap import host_class
 from tokred.errors import UnsupportedModelError
@@ -96,7 +97,7 @@ class WindowState(TokenState):
         grid: how the map is cut.
     """
 
-    grid: Grid = _NO_GRID
+    grid: Grid = _NO_GRID  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ class WindowRecipe(Recipe):
 
     def run(self, block: Any, host_forward: Callable[..., Any], x: Tensor, args: Any, kwargs: Any) -> Any:
         """The host's own block where nothing is reduced; else its parts on fewer tokens."""
+        refuse_symbols(x)
         settings: Settings = getattr(block, SETTINGS)
         shared, layer = settings.shared, settings.layer
         maps = x.permute(0, 2, 3, 1) if self.parts.channels_first else x
@@ -185,7 +187,8 @@ class WindowRecipe(Recipe):
         q, k, v = (merge_heads(step, t) for t in heads)
         mask = None
         if getattr(attention, "rel_pos_h", None) is not None:
-            mask = decomposed_bias(q, rows, state.grid.shape, attention)
+            with parameters_at_hand(attention):
+                mask = decomposed_bias(q, rows, state.grid.shape, attention)
         if rotate is not None:
             q, k = rotate(attention, q, rows).to(v.dtype), rotate(attention, k, rows).to(v.dtype)
         bias = attention_bias(state, proportional)
@@ -244,7 +247,7 @@ def decomposed_bias(q: Tensor, representative: Tensor, shape: tuple[int, int], a
     sides = zip((representative // width, representative % width), shape, ("rel_pos_h", "rel_pos_w"), strict=True)
     terms, places = [], []
     for at, size, name in sides:
-        table = relative_table(attention, size, getattr(attention, name))  # (size, size, D)
+        table = relative_table(attention, size, check_at_hand(getattr(attention, name), name))  # (size, size, D)
         terms.append(torch.einsum("bhmd,bmsd->bhms", q, table[at]))
         places.append(F.one_hot(at, size))
     chosen = torch.cat(places, -1).to(q.dtype).transpose(1, 2)  # (B, rows + columns, M)

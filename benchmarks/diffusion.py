@@ -66,9 +66,9 @@ def arms(quick: bool) -> list[Arm]:
             Arm("KeyMerge", f"ratio={ratio}", tokred.KeyMerge(**at)),
             Arm("KeyMerge, a plan a block", f"ratio={ratio}", tokred.KeyMerge(**at, share="block")),
             Arm("KeyMerge, queries too", f"ratio={ratio}", tokred.KeyMerge(**at, queries=True)),
-            Arm("ToMA", f"ratio={ratio}", tokred.ToMA(**at, cover="attention")),
-            Arm("AsymRnR, queries", f"ratio={ratio}", tokred.AsymRnR(q=ratio, kv=0)),
-            Arm("AsymRnR, keys", f"ratio={ratio}", tokred.AsymRnR(q=0, kv=ratio)),
+            Arm("ToMA", f"ratio={ratio}", tokred.ToMA(**at, cover="attention", first_full=0)),
+            Arm("AsymRnR, queries", f"ratio={ratio}", tokred.AsymRnR(q=ratio, kv=0, first_full=0)),
+            Arm("AsymRnR, keys", f"ratio={ratio}", tokred.AsymRnR(q=0, kv=ratio, first_full=0)),
         ]
     for factor in (2,) if quick else (2, 3, 4):
         factors = (1, 1, factor)

@@ -84,7 +84,7 @@ def chosen(name: str, wanted: Sequence[str] | None, quick: bool = False) -> list
     for factor in (2,) if quick else (2, 3, 4):
         found.append((f"todo factor={factor}", tokred.ToDo(factors=(factor,) if d == 1 else (1, factor))))
     if not quick:
-        found.append(("toma ratio=0.5", tokred.ToMA(ratio=0.5, max_downsample=d)))
+        found.append(("toma ratio=0.5", tokred.ToMA(ratio=0.5, max_downsample=d, first_full=0)))
         found.append((f"keymerge refresh={REFRESH}", tokred.KeyMerge(max_downsample=d, refresh=REFRESH)))
     return found
 

@@ -17,6 +17,7 @@ from torch import Tensor
 import tokred
 from tokred import kv
 from tokred.adapters.cache.repeat import repeat
+from tokred.kv.scores.expected import NOTES
 from tokred.kv.session import Session
 
 
@@ -64,8 +65,10 @@ class _Once:
         key = ("rows", score, site.layer)
         if key not in self._store:
             score.observe(site)
-            self._store[key] = dict(site.rows)
-        site.rows.update({name: state * factor for name, state in self._store[key].items()})
+            self._store[key] = dict(site.rows), {n: x for n, x in site.notes.items() if n in NOTES}
+        rows, notes = self._store[key]
+        site.rows.update({name: state * factor for name, state in rows.items()})
+        site.notes.update(notes)
 
     def __call__(self, site: kv.CacheSite) -> Tensor:
         key = ("score", self._score, site.layer)
@@ -166,7 +169,7 @@ class Prompt:
             rows=layer.rows,
             notes=layer.notes,
             projection=seen.projection,
-            rope=None if seen.rope is None or start else seen.rope.part(n),
+            rope=None if seen.rope is None else seen.rope.part(n - start, start),
             layer=index,
             depth=len(self.layers),
         )

@@ -49,7 +49,6 @@ import tokred
 from benchmarks import vlm_patch
 from benchmarks.vlm_shapes import CASES, Shape, build, prompt
 from tokred import environment, outputs, timing
-from tokred.adapters.vlm.features import RECORD
 
 SHARES = {4: 0.25, 8: 0.125, 16: 0.0625}  # one of so many visual tokens is left
 SHORT = ("random_visual", "divprune", "visionzip", "cdpruner")  # methods at all of them
@@ -216,8 +215,6 @@ class Bench:
     def _given(self, tokens: dict[str, Any], output: Any) -> dict[str, Any]:
         # Nothing of the tower is held but what the forward reads.
         features = SimpleNamespace(pooler_output=output.pooler_output)
-        if hasattr(output, RECORD):
-            setattr(features, RECORD, getattr(output, RECORD))
         return {**tokens, "mm_encoder_outputs": {"image": features}, "use_cache": True}
 
     def _patched(self, name: str, keeps: int, share: float, whole: Any, features: Any) -> Arm | None:

@@ -9,10 +9,11 @@ CPU, slowly, which is how they are tested without a GPU.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -121,3 +122,16 @@ def round_up_bucket(n: int) -> int:
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type sums are kept in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """A context in which autocast leaves float32 products alone."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def traced() -> bool:
+    """Whether operations are being written down (torch.compile, torch.export, torch.jit.trace) to run on other values:
+    nothing may then be decided by looking at values, nor by whether gradients are recorded at the moment."""
+    return torch.compiler.is_compiling() or bool(torch._C._is_tracing())

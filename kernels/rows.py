@@ -44,7 +44,7 @@ def rows_of(x: Tensor) -> Rows:
     channels = x.shape[-1]
     if not x.is_contiguous():
         plain = (
-            torch.compiler.is_compiling()
+            dispatch.traced()
             or (x.requires_grad and torch.is_grad_enabled())
             or type(x) not in (Tensor, torch.nn.Parameter)
         )
@@ -93,7 +93,7 @@ def offsets(batch: int, step: int, like: Tensor) -> Tensor:
 
     Remembered on a CPU, where making them anew costs as much as what is done with them.
     """
-    if like.device.type == "cpu" and type(like) is Tensor and not torch.compiler.is_compiling():
+    if like.device.type == "cpu" and type(like) is Tensor and not dispatch.traced():
         found = _offsets(batch, step)
         if type(found) is Tensor:
             return found
@@ -138,7 +138,7 @@ def check_range(name: str, index: Tensor, low: int, high: int) -> None:
     Raises:
         ValueError: an index is out of range.
     """
-    if torch.compiler.is_compiling() or not dispatch.debug() or index.numel() == 0:
+    if dispatch.traced() or not dispatch.debug() or index.numel() == 0:
         return
     smallest, largest = (int(value) for value in torch.aminmax(index))
     if smallest < low or largest >= high:

@@ -13,11 +13,27 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from tokred import methods as _methods  # registers the built-in names
-from tokred.api import Flops, Report, Support, applied, apply, flops, make, methods, remove, report, supports, trace
+from tokred.api import (
+    Flops,
+    Report,
+    Support,
+    applied,
+    apply,
+    flops,
+    make,
+    methods,
+    patched,
+    remove,
+    report,
+    supports,
+    trace,
+)
 from tokred.denoise import AttentionSite
 from tokred.errors import (
+    BypassedError,
     MissingInputError,
     NothingRecordedError,
+    NothingRemovedWarning,
     TokenStateError,
     TokredError,
     TokredWarning,
@@ -126,6 +142,7 @@ __all__ = [
     "AdaKV",
     "AsymRnR",
     "AttentionSite",
+    "BypassedError",
     "CAToMe",
     "CDPruner",
     "CacheReport",
@@ -156,6 +173,7 @@ __all__ = [
     "MissingInputError",
     "Nemotron",
     "NothingRecordedError",
+    "NothingRemovedWarning",
     "ObservedAttention",
     "PiToMe",
     "PruMerge",
@@ -213,6 +231,7 @@ __all__ = [
     "kv_cache",
     "make",
     "methods",
+    "patched",
     "register",
     "remove",
     "report",

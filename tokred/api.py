@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from torch import nn
 
 from tokred import hosts
-from tokred.errors import NothingRecordedError
+from tokred.errors import NothingRecordedError, NothingRemovedWarning
 from tokred.hosts import CacheReport, DenoiserReport
 from tokred.method import Method
+from tokred.patch import ATTRIBUTE, Part, Patch
 from tokred.reduction import Reduction
 from tokred.registry import methods as registered
 from tokred.vlm.report import VisualReport
@@ -80,7 +82,9 @@ def apply(
 ) -> ModelT:
     """Patch ``model`` in place so that it runs with fewer tokens.
 
-    Everything is checked first; on an error the model is as it was. Applying again replaces the patch before.
+    Everything is checked first; on an error the model is as it was. Applying again replaces the patch before. Where
+    nothing can be removed, and no parameter that was given says so (``r=0``), a :class:`tokred.NothingRemovedWarning`
+    names the parameter to give.
 
     Args:
         model: a supported model, a module that holds one (a classifier around a backbone), or a pipeline of
@@ -112,9 +116,17 @@ def apply(
         host.check(one, expose)
         if where is not None and not any(where(name, block) for name, block in host.blocks):
             raise ValueError(f"where selects none of the {host.depth} blocks ({host.blocks[0][0]}, ...)")
-    unpatch(hosts.module_of(model))
+        layers = None if where is None else [i for i, named in enumerate(host.blocks) if where(*named)]
+        idle = one.why_idle(host.depth, layers)
+        if idle is not None and not idle.meant and idle.parameter not in parameters:
+            warnings.warn(idle.text, NothingRemovedWarning, stacklevel=2)
+    target = hosts.module_of(model)
+    unpatch(target)
+    patch = Patch()
+    target.__dict__[ATTRIBUTE] = patch
     for host, one in found:
-        host.patch(one, where, expose)
+        host.patch(one, where, expose, patch)
+        patch.parts.append(Part(one, host.family, host.model))
     return model
 
 
@@ -124,6 +136,15 @@ def remove(model: ModelT) -> ModelT:
 
     unpatch(hosts.module_of(model))
     return model
+
+
+def patched(model: Any) -> list[Method]:
+    """The methods that ``model`` or a part of it is patched with, in the order of their stages; empty without a patch.
+
+    Args:
+        model: a module, or a pipeline of diffusers.
+    """
+    return hosts.patched_with(model)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Iterable
 from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
@@ -173,6 +174,10 @@ class AttentionMethod(Method):
     @abstractmethod
     def idle(self) -> bool:
         """Whether the parameters say that nothing is ever reduced."""
+
+    def removes(self, depth: int, layers: Iterable[int] | None = None) -> bool:
+        """Unless it is idle; what is left depends on the resolution, so forwards say where they reduce nothing."""
+        return not self.idle
 
     @abstractmethod
     def left(self, place: Place) -> int:

@@ -1,4 +1,4 @@
-"""The errors that tokred raises beyond ``ValueError`` and ``TypeError``, and the warnings that it gives."""
+"""The errors that tokred raises beyond ``ValueError`` and ``TypeError``, and the categories of its warnings."""
 
 from __future__ import annotations
 
@@ -31,8 +31,17 @@ class NothingRecordedError(TokredError, RuntimeError):
     """A report or a trace was asked for before any (uncompiled) forward had run."""
 
 
+class BypassedError(TokenStateError):
+    """A forward went past the patch: something has been put in front of the places where it acts, or they were
+    exchanged. The message names the place, what stands in the way, and what to do."""
+
+
 class TokredWarning(UserWarning):
-    """Base of tokred's own warnings."""
+    """Base of tokred's warnings, to be filtered by."""
+
+
+class NothingRemovedWarning(TokredWarning):
+    """A method is applied with settings, or ran in a place, that leave all tokens; the message says what to give."""
 
 
 class UntestedVersionWarning(TokredWarning):

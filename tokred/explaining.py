@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from tokred import hosts
 from tokred.denoise import AttentionMethod
+from tokred.errors import NothingRemovedWarning, TokredWarning
 from tokred.method import Method
 
 # Below this there is nothing that matching, gathers and scatters would not take back.
@@ -62,11 +63,16 @@ class Explanation(NamedTuple):
         return self.macs / self.reduced
 
     @property
+    def idle(self) -> bool:
+        """Whether nothing is reduced at this size."""
+        return all(level.left == level.tokens for level in self.levels)
+
+    @property
     def warning(self) -> str:
         """Why this is not worth it, or an empty text."""
         if self.ceiling >= LITTLE:
             return ""
-        nothing = all(level.left == level.tokens for level in self.levels)
+        nothing = self.idle
         reason = "nothing is reduced at this size" if nothing else "this can gain less than 5 %"
         advice = getattr(self.method, "advice", "")
         return f"{reason} (ceiling {self.ceiling:.2f}x)" + (f"; {advice}" if nothing and advice else "")
@@ -114,7 +120,7 @@ def explain(model: Any, method: str | Method, size: int | tuple[int, ...], **par
     host.check(chosen)
     found = _explained(host, chosen, _size(model, host, size))
     if found.warning:
-        warnings.warn(found.warning, stacklevel=2)
+        warnings.warn(found.warning, NothingRemovedWarning if found.idle else TokredWarning, stacklevel=2)
     return found
 
 

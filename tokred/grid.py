@@ -76,6 +76,11 @@ def check_cells(grid: tuple[int, int], cell: tuple[int, int]) -> tuple[int, int]
     return rows, columns
 
 
+def whole_cells(grid: tuple[int, int], cell: tuple[int, int]) -> int:
+    """How many whole cells there are in a grid: none where it is smaller than one, and nothing can be merged."""
+    return (grid[0] // cell[0]) * (grid[1] // cell[1])
+
+
 def typical_tokens(metric: Tensor, grid: tuple[int, int], cell: tuple[int, int]) -> Tensor:
     """The token of each whole cell that is most like the cell's mean, ``(B, K)`` positions in ascending order.
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from tokred.errors import MissingInputError, NothingRecordedError, UnknownModelError, UnsupportedModelError
 from tokred.method import Method
+from tokred.patch import patches_of
 from tokred.registry import methods as registered
 from tokred.vlm.report import LayerTokens, VisualReport
 
@@ -167,15 +168,16 @@ class CacheReport(NamedTuple):
 
 def patched_with(model: Any) -> list[Method]:
     """The methods that ``model`` is patched with."""
-    found = [m.__dict__.get("_tokred") for m in module_of(model).modules()]
-    methods = [getattr(s, "policy", None) or getattr(s, "method", None) for s in found]
-    visual = visual_settings(model)
-    return [m for m in [*methods, *(visual.methods if visual is not None else [])] if isinstance(m, Method)]
+    from tokred.adapters.swap import is_swapped
+
+    parts = [part for _, patch in patches_of(module_of(model)) for part in patch.parts]
+    # A part of the model may have been freed by itself since.
+    return [part.method for part in parts if is_swapped(part.module) or part.method.stage in ("projector", "layer")]
 
 
 def visual_settings(model: Any) -> Any:
     """What the hooks of a model share that is patched at the stages ``projector`` or ``layer``; None without."""
-    found = [m.__dict__.get("_tokred_vlm") for m in module_of(model).modules()]
+    found = (patch.settings.get("vlm") for _, patch in patches_of(module_of(model)))
     return next((s for s in found if s is not None), None)
 
 
@@ -276,7 +278,7 @@ def cache_settings(model: nn.Module) -> Any:
 
 
 def kv_cache(model: nn.Module, *, prompt: int | None = None, steps: int | None = None, layout: str = "auto") -> Any:
-    """An empty cache for a model that is patched with a policy, to be given as ``past_key_values``.
+    """An empty cache for a model that is patched with a policy, to be given to a forward or to ``generate``.
 
     ``generate`` makes one by itself; this is for loops of one's own, and for many questions on one context.
 

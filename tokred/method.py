@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from tokred.reduction import Reduction
 from tokred.schedules import Constant, Inflect, PerLayer
 from tokred.site import READS, Site, Stage
 
 Where = Literal["mid", "end", "queries"]
+
+# As many tokens as no budget in numbers holds: whether settings remove anything must not depend on the input.
+_MANY = 1 << 20
+
+
+class Idle(NamedTuple):
+    """Why a method never removes anything.
+
+    Attributes:
+        parameter: that decides it; empty where no single one does.
+        text: in words.
+        meant: whether the parameter was set to something that removes nothing, rather than left as it is by default.
+    """
+
+    parameter: str
+    text: str
+    meant: bool
 
 
 class Method(ABC):
@@ -34,6 +51,8 @@ class Method(ABC):
             where not, hosts of such batches ask it about each sample alone.
         clips: whether a method that reads the grid goes on with it frame after frame where the tokens are a video's.
         lacks: parameters that other methods have and this one cannot have, with the reason.
+        example: where the defaults remove nothing, the parameter that has to be given, at a usual value, or ``...``
+            where no value is usual.
         version: raised when a parameter changes meaning, so that stored settings can be read.
     """
 
@@ -47,6 +66,7 @@ class Method(ABC):
     by_mask: ClassVar[bool] = False
     clips: ClassVar[bool] = False
     lacks: ClassVar[Mapping[str, str]] = {}
+    example: ClassVar[Mapping[str, Any]] = {}
     version: ClassVar[int] = 1
 
     @property
@@ -86,6 +106,43 @@ class Method(ABC):
             ValueError: for example, a schedule is longer than the model is deep.
         """
 
+    def removes(self, depth: int, layers: Iterable[int] | None = None) -> bool:
+        """Whether these settings remove anything from any input of a model.
+
+        Args:
+            depth: of the model.
+            layers: where the method may act; None: everywhere.
+        """
+        places = range(depth) if layers is None else layers
+        return any(self.acts(_MANY, layer=layer, depth=depth) for layer in places)
+
+    def why_idle(self, depth: int, layers: Iterable[int] | None = None) -> Idle | None:
+        """Why nothing is ever removed, and what to give; None where these settings remove something.
+
+        Args:
+            depth: of the model.
+            layers: where the method may act; None: everywhere.
+        """
+        places = tuple(range(depth) if layers is None else layers)
+        if self.removes(depth, places):
+            return None
+        for name, value in self._defaults().items():
+            if value is ... or dataclasses.replace(self, **{name: value}).removes(depth, places):  # type: ignore[type-var]
+                such = "" if value is ... else f", such as tokred.apply(model, {self.name!r}, {name}={_shown(value)})"
+                text = f"{self.name} removes nothing at {name}={_shown(getattr(self, name))}: give {name}=...{such}"
+                return Idle(name, text, getattr(self, name) != getattr(type(self)(), name))
+        where = "" if len(places) == depth else f" in the {len(places)} chosen"
+        return Idle("", f"{self.name} removes nothing{where} of {depth} layers at these settings: {self}", False)
+
+    def _defaults(self) -> dict[str, Any]:
+        """What may be given instead: the example, and defaults that the parameters differ from."""
+        known = {f.name: f for f in dataclasses.fields(self) if f.init}  # type: ignore[arg-type]
+        if any(f.default is dataclasses.MISSING for f in known.values()):
+            return {}
+        usual = type(self)()
+        found = {name: getattr(usual, name) for name in known}
+        return {**{n: v for n, v in found.items() if v != getattr(self, n)}, **self.example}
+
     def to_dict(self) -> dict[str, Any]:
         """Settings as plain values: ``{"method": name, "version": 1, "parameters": {...}}``."""
         values = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.init}  # type: ignore[arg-type]
@@ -96,6 +153,12 @@ class Method(ABC):
         declared = cls.__dict__.get("reads")
         if isinstance(declared, frozenset) and not declared <= set(READS):
             raise TypeError(f"{cls.__name__}.reads names {sorted(declared - set(READS))}; known are {READS}")
+
+
+def _shown(value: Any) -> str:
+    """A parameter as users write it."""
+    plain = _plain(value)
+    return repr(plain.get("amount", plain) if isinstance(plain, dict) else plain)
 
 
 def _plain(value: Any) -> Any:

@@ -11,7 +11,7 @@ from tokred.site import Site
 from tokred.soft import SoftReduction
 
 
-def reduce_each(method: Method, site: Site) -> Reduction:
+def reduce_each(method: Method, site: Site, hidden: Tensor | None = None, *, always: bool = False) -> Reduction:
     """Ask ``method`` about the real tokens of every sample, as if it were alone; padding is dropped.
 
     Asking which tokens are real waits for the device.
@@ -19,30 +19,42 @@ def reduce_each(method: Method, site: Site) -> Reduction:
     Args:
         method: of the stage ``block``.
         site: with a mask, whose first ``prefix`` and last ``suffix`` real tokens of every sample are protected.
+        hidden: ``(B, N)`` bool, tokens that are not real and stay all the same, behind the others; None: none do.
+        always: do not ask whether the method acts at this place: it is the method itself that hands a masked site on.
 
     Returns:
         One reduction for the batch, whose slots are masked behind shorter samples. It is trivial where nothing goes
         from any sample.
     """
     assert site.mask is not None  # else there is nothing to tell apart
+    if site.shape[0] == 0:
+        return Reduction.identity((0,), site.shape[1], site.device)
     rows = [row.nonzero().view(-1) for row in site.mask]
     sites = [site.sample(i, r) for i, r in enumerate(rows)]
-    steps = [_reduce(method, s) for s in sites]
+    steps = [method.reduce(s) if always else _reduce(method, s) for s in sites]
     _collect(site, sites, rows)
     n = site.shape[1]
     if all(step.trivial for step in steps):
         return Reduction.identity((len(rows),), n, site.device)
     first = next(step for step in steps if not step.trivial)
-    slots, sources = max(s.slots for s in steps), max(s.source.shape[-1] for s in steps)
-    representative = torch.zeros(len(rows), slots, dtype=torch.int64, device=site.device)
+    staying = [own[:0] for own in rows] if hidden is None else [row.nonzero().view(-1) for row in hidden]
+    slots = max(step.slots + len(more) for step, more in zip(steps, staying, strict=True))
+    sources = max(step.source.shape[-1] for step in steps)
+    # Where no slot is, padding stands, or where there is none a token that is not protected: tables of positions have
+    # no rows for those that are.
+    free = min(site.prefix, n - 1)
+    padded = site.mask.to(torch.int8).argmin(1, keepdim=True).clamp_min(free)
+    representative = torch.where(site.mask.all(1, keepdim=True), free, padded).repeat(1, slots)
     mask = torch.zeros(len(rows), slots, dtype=torch.bool, device=site.device)
     source = torch.zeros(len(rows), sources, dtype=torch.int64, device=site.device)
     target = torch.full_like(source, -1)
     weight: Tensor | None = None
-    for i, (step, own) in enumerate(zip(steps, rows, strict=True)):
+    for i, (step, own, more) in enumerate(zip(steps, rows, staying, strict=True)):
         m, r = step.slots, step.source.shape[-1]
-        representative[i, :m] = own[step.representative[0]]
-        mask[i, :m] = True if step.mask is None else step.mask[0]
+        representative[i, : m + len(more)] = torch.cat([own[step.representative[0]], more])
+        mask[i, : m + len(more)] = True
+        if step.mask is not None:
+            mask[i, :m] = step.mask[0]
         source[i, :r], target[i, :r] = own[step.source[0]], step.target[0]
         if step.weight is not None:
             weight = step.weight.new_ones(len(rows), n) if weight is None else weight

@@ -1,7 +1,8 @@
 """Batches whose samples keep different numbers of tokens: rows packed to the longest sample, a mask for the rest.
 
 The length of the longest sample has to be known on the host, so each such step waits for the device once, unless the
-method knows the numbers beforehand. Compiled code cannot wait: there every sample is padded to the most it can have.
+method knows the numbers beforehand. Compiled and traced code cannot wait: there every sample is padded to the most
+that it can have.
 """
 
 from __future__ import annotations
@@ -9,16 +10,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokred.kernels.dispatch import traced
 from tokred.selection import protected_rows
 
 
 def bounds(count: Tensor, most: int) -> tuple[int, int]:
     """The smallest and the largest of ``(B,)`` numbers from 0 to ``most``, as integers; waits for the device.
 
-    In compiled code 0 and ``most``.
+    In compiled and traced code 0 and ``most``.
     """
-    if torch.compiler.is_compiling():
+    if traced():
         return 0, most
+    if count.shape[0] == 0:
+        return 0, 0
     low, high = torch.stack(torch.aminmax(count)).tolist()
     return low, high
 

@@ -83,7 +83,9 @@ class Reduction:
         return cls(kept, none, none, length, mask=mask, mode="keep")
 
     @classmethod
-    def from_index(cls, index: Tensor, slots: int, *, weight: Tensor | None = None, mode: str = "mean") -> Reduction:
+    def from_index(
+        cls, index: Tensor, slots: int, *, weight: Tensor | None = None, mode: str = "mean", sure: bool = False
+    ) -> Reduction:
         """From the dense map: slot of each input token. The first member of a slot represents it.
 
         Args:
@@ -91,6 +93,8 @@ class Reduction:
             slots: number of output slots ``M``. Slots that no token of a sample goes into are masked in that sample.
             weight: ``(..., N)`` weights, or None.
             mode: see the class.
+            sure: the index is known to be in range and to fill every slot: no value is looked at, which would wait for
+                a device and break a trace.
 
         Raises:
             ValueError: ``index`` has values outside ``[-1, slots)``, is not an integer tensor, or ``mode`` is unknown.
@@ -101,18 +105,18 @@ class Reduction:
             raise ValueError(f"mode is {mode!r}; allowed are {', '.join(MODES)}")
         index = index.long()
         n = index.shape[-1]
-        if index.numel() and (int(index.max()) >= slots or int(index.min()) < -1):
+        if not sure and index.numel() and (int(index.max()) >= slots or int(index.min()) < -1):
             raise ValueError(f"index must lie in [-1, {slots}), got [{int(index.min())}, {int(index.max())}]")
         positions = torch.arange(n, device=index.device).expand_as(index)
         slot = torch.where(index < 0, slots, index)
         first = torch.full((*index.shape[:-1], slots + 1), n, device=index.device)
         first = first.scatter_reduce(-1, slot, positions, "amin")[..., :slots]
         real = first < n
-        mask = None if bool(real.all()) else real
+        mask = None if sure or bool(real.all()) else real
         first = torch.where(real, first, 0)
         # A token that represents its own slot must not be counted again as a source.
         is_first = torch.zeros(*index.shape[:-1], n + 1, dtype=torch.bool, device=index.device)
-        is_first.scatter_(-1, torch.where(real, first, n), True)
+        is_first.scatter_(-1, torch.where(real, first, n), 1)
         target = torch.where(is_first[..., :n], -1, index)
         return cls(first, positions.contiguous(), target, n, weight=weight, mask=mask, mode=mode)
 
@@ -259,7 +263,7 @@ class Reduction:
         positions = torch.arange(self.length, device=index.device).expand_as(index)
         is_rep = torch.zeros(*self.batch, self.length + 1, dtype=torch.bool, device=index.device)
         real = rep if other.mask is None else torch.where(other.mask, rep, self.length)
-        target = torch.where(is_rep.scatter(-1, real, True)[..., :-1], -1, index)
+        target = torch.where(is_rep.scatter(-1, real, 1)[..., :-1], -1, index)
         weight = self.weight
         if other.weight is not None:
             carried = other.weight.gather(-1, first.clamp(min=0))

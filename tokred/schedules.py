@@ -9,6 +9,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class Constant:
@@ -111,14 +113,19 @@ def amounts(value: ScheduleLike, depth: int) -> list[int]:
     return [s.at(layer, depth) for layer in range(depth)]
 
 
+def whole(n: Any) -> int:
+    """``n`` as a number: ``torch.jit.trace`` hands out lengths as tensors, which are fixed by then anyway."""
+    return int(n)
+
+
 def kept(n: int, share: float) -> int:
     """``floor(n * share)`` without the surprise of floating error (0.07 * 100 is 7.000000000000001)."""
-    return math.floor(round(n * share, 9))
+    return math.floor(round(whole(n) * share, 9))
 
 
 def kept_ceil(n: int, share: float) -> int:
     """``ceil(n * share)``, likewise."""
-    return math.ceil(round(n * share, 9))
+    return math.ceil(round(whole(n) * share, 9))
 
 
 QUARTERS = (0.25, 0.5, 0.75)

@@ -17,7 +17,9 @@ from torch import Tensor
 from tokred.errors import MissingInputError
 from tokred.kernels.attention import attention
 from tokred.kernels.column_scores import column_power, column_scores
+from tokred.kernels.dispatch import without_autocast
 from tokred.kernels.gather_rows import gather_rows
+from tokred.schedules import whole
 
 Stage = Literal["block", "attention", "projector", "layer", "cache"]
 Lazy = Tensor | Callable[[], Tensor | None] | None
@@ -50,7 +52,9 @@ class Site:
         transform: a pair ``(B, N, C)``, the normalised input of the attention and what its value and output
             projections make of each token alone.
         sizes: ``(B, N)`` float32, how many original tokens each stands for; None: one each.
-        mask: ``(B, N)`` bool, False on padding; None: every token is real.
+        mask: ``(B, N)`` bool, False on padding, which is never merged with a real token, votes for none and comes out
+            as padding; None: every token is real. Methods of uneven counts want it behind the real tokens of each
+            sample, as they leave it; wherever else it stands, :func:`tokred.padding.reduce_each` asks them.
         prefix, suffix: leading and trailing tokens that are never reduced (class, distillation, register, detection).
         grid: ``(Hg, Wg)`` of the original patches, or None.
         positions: ``(B, N)`` int64, where each token stood in the original sequence (protected tokens included); None:
@@ -185,7 +189,10 @@ class Site:
             MissingInputError: they form no known grid.
         """
         if self._grid is None:
-            raise MissingInputError("this site does not know the grid of its patches: give images of a regular grid")
+            raise MissingInputError(
+                "this site does not know the grid of its patches: give images of a regular grid, no patch of which is "
+                "hidden by a mask"
+            )
         return self._grid
 
     @property
@@ -199,7 +206,7 @@ class Site:
     @property
     def length(self) -> int:
         """Tokens of the original sequence, protected ones included."""
-        return self.shape[1] if self._length is None else self._length
+        return self.shape[1] if self._length is None else whole(self._length)
 
     @property
     def transform(self) -> tuple[Tensor, Tensor]:
@@ -287,7 +294,8 @@ class Site:
             k = k.repeat_interleave(heads // k.shape[1], 1)
         v = (values.unsqueeze(1) if values.ndim == 3 else values).float()
         v = v.expand(-1, heads, -1, -1)
-        return attention(q, k, v, bias=self._find("bias"), scale=self.scale, key_mask=self.mask)
+        with without_autocast(q):
+            return attention(q, k, v, bias=self._find("bias"), scale=self.scale, key_mask=self.mask)
 
     def sample(self, i: int, rows: Tensor) -> Site:
         """Some tokens of one sample, as if nothing else were in the batch.
@@ -302,6 +310,7 @@ class Site:
             return None if value is None else value[i : i + 1].index_select(1, rows)
 
         transform = None if self._transform is None else lambda: _pair(known, self.transform)
+        hidden = rows.shape[0] < self.shape[1]  # what is left of a grid is none
         return Site(
             **made,  # type: ignore[arg-type]
             scale=self.scale,
@@ -309,7 +318,9 @@ class Site:
             sizes=known(self.sizes),
             prefix=self.prefix,
             suffix=self.suffix,
-            positions=known(self.positions) if self.moved else None,
+            positions=known(self.positions) if self.moved or hidden else None,
+            grid=None if hidden else self._grid,
+            frames=None if hidden else self.frames,
             length=self._length if self.totals is None else int(self.totals[i]),
             class_token=self.class_token,
             layer=self.layer,
@@ -357,9 +368,9 @@ class Site:
         for name in ("x", "k", "q", "v"):
             if self._values[name] is not None:
                 t = self._get(name)
-                return (t.shape[0], t.shape[-2])
+                return whole(t.shape[0]), whole(t.shape[-2])
         scores = self._get("class_attention")
-        return (scores.shape[0], scores.shape[-1])
+        return whole(scores.shape[0]), whole(scores.shape[-1])
 
     @property
     def device(self) -> torch.device:

@@ -131,9 +131,13 @@ class SoftReduction(Reduction):
             shared = (self._share().to(dtype).mT @ y.to(dtype)).to(y.dtype)
             rows = torch.cat([y, shared, y.new_zeros(b, 1, c)], 1)
         known = m + self.source.shape[1]
-        place = torch.full((b, self.length), known, dtype=torch.int64, device=y.device)
+        # One column more collects padding, which must not land on the token that it names.
+        place = torch.full((b, self.length + 1), known, dtype=torch.int64, device=y.device)
         where = torch.cat([self.representative, self.source], 1)
-        place = place.scatter(1, where, torch.arange(known, device=y.device).expand(b, -1))
+        if self.mask is not None:
+            real = torch.cat([self.mask, self.target >= 0], 1)
+            where = torch.where(real, where, self.length)
+        place = place.scatter(1, where, torch.arange(known, device=y.device).expand(b, -1))[:, :-1]
         out = gather_rows(rows, place)
         return out if fill is None else torch.where((place == known).unsqueeze(-1), fill.to(out.dtype), out)
 

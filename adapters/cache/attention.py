@@ -14,6 +14,7 @@ from tokred.adapters.cache.flat import attend_to_both
 from tokred.adapters.cache.layer import TokLayer
 from tokred.adapters.cache.masks import MaskSpec, mask_function
 from tokred.adapters.cache.rope import LayerRope
+from tokred.adapters.linear import weight_of
 from tokred.errors import UnsupportedModelError
 from tokred.kernels.decode_attention import decode_attention
 from tokred.kv.site import CacheSite
@@ -140,7 +141,7 @@ def _attend(
 
 
 def _site(call: _Call, layer: TokLayer, query: Tensor) -> CacheSite:
-    name = call.seat.projection
+    name, width = call.seat.projection, query.shape[1] * layer.newest[1].shape[3]
     keys, values = layer.shown()
     return CacheSite(
         q=query.detach(),
@@ -156,7 +157,7 @@ def _site(call: _Call, layer: TokLayer, query: Tensor) -> CacheSite:
         softcap=call.softcap,
         rows=layer.rows,
         notes=layer.notes,
-        projection=None if name is None else lambda: getattr(call.module, name).weight,
+        projection=None if name is None else lambda: weight_of(getattr(call.module, name), width, query),
         rope=call.seat.rope,
         layer=layer.index,
         depth=call.seat.depth,

@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from tokred.adapters.cache.flat import LAYOUTS
 from tokred.adapters.cache.layer import TokLayer
-from tokred.errors import TokenStateError
+from tokred.errors import BypassedError, TokenStateError
 from tokred.kv.policy import CachePolicy
 from tokred.kv.session import Session
 
@@ -118,11 +118,11 @@ class TokCache(DynamicCache):  # type: ignore[misc]
         """A forward ends: what could not be decided layer by layer is decided.
 
         Raises:
-            TokenStateError: an attention took no part, so that the policy was not asked.
+            BypassedError: an attention took no part, so that the policy was not asked.
         """
         for i, layer in enumerate(self.layers):
             if isinstance(layer, TokLayer) and (layer.armed or layer.waiting):
-                raise TokenStateError(
+                raise BypassedError(
                     f"the attention of layer {i} ran without the policy: if the model's attention implementation has "
                     "been switched since, call tokred.apply again"
                 )

@@ -8,6 +8,7 @@ from torch import nn
 
 from tokred.adapters.block import SETTINGS
 from tokred.adapters.cache.hooks import CacheSettings
+from tokred.adapters.contract import cache_of, generation_cache_name
 
 _NAME = "_prepare_cache_for_generation"
 
@@ -26,18 +27,23 @@ def body(host: Any) -> dict[str, Any]:
         batch_size: int,
         max_cache_length: int,
     ) -> Any:
-        settings: CacheSettings = self.__dict__[SETTINGS]
-        if generation_config.use_cache is not False or model_kwargs.get("past_key_values") is not None:
-            _prepare(settings, generation_config, model_kwargs, generation_mode, max_cache_length)
+        settings: CacheSettings | None = self.__dict__.get(SETTINGS)
+        if settings is None:  # removed since
+            return original(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+        if generation_config.use_cache is not False or cache_of(model_kwargs) is not None:
+            name = generation_cache_name(model_kwargs, self)
+            _prepare(settings, generation_config, model_kwargs, name, generation_mode, max_cache_length)
         return original(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
 
     prepare.__name__ = _NAME
     return {_NAME: prepare}
 
 
-def _prepare(settings: CacheSettings, config: Any, model_kwargs: dict[str, Any], mode: Any, longest: int) -> None:
+def _prepare(
+    settings: CacheSettings, config: Any, model_kwargs: dict[str, Any], name: str, mode: Any, longest: int
+) -> None:
     assisted = str(getattr(mode, "value", mode)) == "assisted_generation"
-    given = model_kwargs.get("past_key_values")
+    given = cache_of(model_kwargs)
     _refuse(settings, config, assisted, given)
     chunk = settings.policy.parts.when.chunk
     if chunk:
@@ -53,7 +59,7 @@ def _prepare(settings: CacheSettings, config: Any, model_kwargs: dict[str, Any],
         session.drafting = assisted
     else:
         cache.session.drafting = False
-    model_kwargs["past_key_values"] = cache
+    model_kwargs[name] = cache
 
 
 def _refuse(settings: CacheSettings, config: Any, assisted: bool, given: Any) -> None:

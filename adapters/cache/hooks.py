@@ -19,6 +19,7 @@ from tokred.adapters.cache.caches import LayerRows, TokCache, adopt, make_cache,
 from tokred.adapters.cache.layer import TokLayer
 from tokred.adapters.cache.repeat import repeat
 from tokred.adapters.cache.rope import LayerRope
+from tokred.adapters.contract import cache_name, cache_of, with_cache
 from tokred.adapters.swap import Hook, host_class
 from tokred.kv.policy import CachePolicy
 
@@ -101,7 +102,7 @@ class EnterDecoder(Hook):
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        cache = given.get("past_key_values")
+        cache = cache_of(given)
         if cache is None:
             use = given.get("use_cache")
             use = getattr(self.settings.config, "use_cache", True) if use is None else use
@@ -113,7 +114,7 @@ class EnterDecoder(Hook):
         _check_chunk(given, self.settings.policy)
         cache.begin()
         cache.account(_new(given)[0], self.settings.config)
-        return (), {**given, "past_key_values": cache}
+        return (), with_cache(given, cache_name(host_class(module).forward), cache)
 
 
 class LeaveDecoder(Hook):
@@ -123,7 +124,7 @@ class LeaveDecoder(Hook):
         self.settings = settings
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         if isinstance(cache, TokCache):
             with torch.no_grad():
                 repeat(module, kwargs, cache)
@@ -157,7 +158,7 @@ class EnterAttention(Hook):
         self.embedding = embedding
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
+        cache = cache_of(kwargs)
         layer = cache.layers[self.index] if isinstance(cache, TokCache) else None
         if not isinstance(layer, TokLayer):
             seat = Seat(None, self.settings.implementation, 0, None, None)
@@ -177,7 +178,7 @@ class EnterLayer(Hook):
         self.index = index
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
+        cache = cache_of(kwargs)
         layer = cache.layers[self.index] if isinstance(cache, TokCache) else None
         _local.stream = None
         if not isinstance(layer, TokLayer):

@@ -9,15 +9,17 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from tokred.adapters.cache.reasons import layer_kinds, odd_layers, without_cache
+from tokred.adapters.contract import cache_argument
 from tokred.adapters.supplier import Supplier
 from tokred.adapters.swap import host_class, swap
 from tokred.errors import MissingInputError, UnsupportedModelError
 from tokred.method import Method
+from tokred.patch import Patch
 
 _PROJECTIONS = ("o_proj", "out_proj")
-# What attention modules call the cache.
-CACHE_NAMES = {"past_key_values", "layer_past"}
-_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
+# Attentions that repeat heads in an order of their own, behind their cache, and cannot be tried beforehand.
+_OTHER_HEADS = ("JetMoeAttention",)
 
 
 @dataclass
@@ -27,7 +29,7 @@ class CacheHost(Supplier):
     Attributes:
         family: for messages, such as ``"transformers LlamaForCausalLM"``.
         model: the module that the user gave, or a part of it; generates, where it can.
-        decoder: the module whose forward takes ``past_key_values``.
+        decoder: the module whose forward takes the cache.
         config: of the decoder.
         attentions: attention module of each layer, in order.
         compressed: layers that attend to everything; the others have a sliding window, and bounded caches already.
@@ -81,7 +83,7 @@ class CacheHost(Supplier):
         self.check_reads(method)
         method.check(self.depth)
 
-    def patch(self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str) -> None:
+    def patch(self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str, patch: Patch) -> None:
         """Register the attention function, and hang the hooks on the decoder. :meth:`check` has passed."""
         from tokred.adapters.cache import hooks
         from tokred.adapters.cache.attention import PREFIX, register
@@ -138,10 +140,17 @@ def match(model: nn.Module, *, decodes: bool = False, bounded: bool = False) -> 
                 "the tokens of its prompt see one another in both directions, which the masks of evicted rows do not "
                 "know; methods for its visual tokens run, such as 'divprune'",
             )
+        why = without_cache(model)
+        if why:
+            raise refusal(name, why)
         return None
     if getattr(config, "is_encoder_decoder", False):
         raise refusal(name, "it is an encoder with a decoder, whose two caches are not supported yet")
     text = config.get_text_config(decoder=True)
+    kinds = layer_kinds(text)
+    odd = odd_layers(kinds)
+    if odd:
+        raise refusal(name, odd)
     found = _attentions(model, text)
     if not getattr(model, "_supports_attention_backend", False) or not found:
         raise refusal(
@@ -150,8 +159,11 @@ def match(model: nn.Module, *, decodes: bool = False, bounded: bool = False) -> 
     if getattr(text, "kv_lora_rank", None):
         raise refusal(name, "its cache holds latents that keys are made of anew, which scores of keys do not fit")
     decoder = _decoder(model, found)
-    _check_attentions(name, model, text, found)
-    compressed = _full_layers(name, text, bounded)
+    from tokred.adapters.cache.rehearsal import Rehearsal
+
+    rehearsal = Rehearsal(text, getattr(decoder, "rotary_emb", None))
+    _check_attentions(name, text, found, rehearsal)
+    compressed = _full_layers(name, kinds, bounded)
     return CacheHost(
         family=f"transformers {name}",
         model=model,
@@ -159,7 +171,7 @@ def match(model: nn.Module, *, decodes: bool = False, bounded: bool = False) -> 
         config=text,
         attentions=found,
         compressed=compressed,
-        supplies=_supplies(decoder, text, found, compressed),
+        supplies=_supplies(decoder, found, compressed, rehearsal),
         norms=_norms(decoder, found),
     )
 
@@ -180,7 +192,7 @@ def _decodes(model: Any, config: Any) -> bool:
 
 
 def _takes_cache(model: Any) -> bool:
-    return "past_key_values" in inspect.signature(host_class(model).forward).parameters
+    return cache_argument(host_class(model).forward) is not None
 
 
 def _sees_ahead(model: Any, config: Any) -> bool:
@@ -213,25 +225,27 @@ def _decoder(model: Any, found: list[tuple[str, nn.Module]]) -> nn.Module:
     return inner  # type: ignore[no-any-return]
 
 
-def _check_attentions(name: str, model: Any, text: Any, found: list[tuple[str, nn.Module]]) -> None:
+def _check_attentions(name: str, text: Any, found: list[tuple[str, nn.Module]], rehearsal: Any) -> None:
     if len(found) != text.num_hidden_layers:
-        raise refusal(name, f"{len(found)} of its {text.num_hidden_layers} layers have an attention that is known")
+        raise refusal(
+            name, f"{len(found)} attention modules are found for the {text.num_hidden_layers} layers of its cache"
+        )
     for where, module in found:
-        parameters = inspect.signature(host_class(module).forward).parameters
-        if not CACHE_NAMES & parameters.keys() or not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        forward = host_class(module).forward
+        parameters = inspect.signature(forward).parameters
+        if cache_argument(forward) is None or not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             raise refusal(name, f"{where} does not hand its arguments on to the attention function")
         if getattr(module, "sinks", None) is not None:
             raise refusal(name, f"{where} has sinks of its own in the softmax, which scores would have to honour")
+        why = rehearsal.objection(module)
+        if host_class(module).__name__ in _OTHER_HEADS:
+            why = "attends to other keys and values than its cache holds"
+        if why:
+            raise refusal(name, f"{where} {why}")
 
 
-def _full_layers(name: str, text: Any, bounded: bool) -> tuple[int, ...]:
+def _full_layers(name: str, kinds: list[str], bounded: bool) -> tuple[int, ...]:
     """Layers that attend to everything."""
-    from transformers.cache_utils import get_layer_types_and_kwargs
-
-    kinds, _ = get_layer_types_and_kwargs(text)
-    odd = sorted(set(kinds) - _KINDS)
-    if odd:
-        raise refusal(name, f"it has layers of the kind {', '.join(odd)}, whose caches are no rows of tokens")
     full = tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
     if not full and not bounded:
         raise refusal(name, "all of its layers have a sliding window, so its cache is bounded already")
@@ -239,7 +253,7 @@ def _full_layers(name: str, text: Any, bounded: bool) -> tuple[int, ...]:
 
 
 def _projection(attention: Any) -> str | None:
-    return next((n for n in _PROJECTIONS if isinstance(getattr(attention, n, None), nn.Linear)), None)
+    return next((n for n in _PROJECTIONS if isinstance(getattr(attention, n, None), nn.Module)), None)
 
 
 def _norms(decoder: nn.Module, found: list[tuple[str, nn.Module]]) -> list[tuple[nn.Module, nn.Module] | None]:
@@ -268,7 +282,7 @@ def _after_attention(layer: Any) -> nn.Module | None:
 
 
 def _supplies(
-    decoder: Any, text: Any, found: list[tuple[str, nn.Module]], compressed: tuple[int, ...]
+    decoder: Any, found: list[tuple[str, nn.Module]], compressed: tuple[int, ...], rehearsal: Any
 ) -> frozenset[str]:
     from tokred.adapters.cache.rope import supplies_rope
 
@@ -277,7 +291,8 @@ def _supplies(
         supplied.add("projection")
     attention: Any = found[compressed[0] if compressed else 0][1]
     head_dim = getattr(attention, "head_dim", None)
-    if head_dim is not None and supplies_rope(decoder, attention, int(head_dim)):
+    turns = all(rehearsal.turns(found[i][1]) for i in compressed)
+    if head_dim is not None and turns and supplies_rope(decoder, attention, int(head_dim)):
         supplied.add("rope")
     if all(pair is not None for pair in _norms(decoder, found)):
         supplied.add("stream")

@@ -120,7 +120,7 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take type and device."""
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.dtype, self.device = key_states.dtype, key_states.device  # transformers up to 5.23 asks for the type
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

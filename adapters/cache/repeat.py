@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from tokred.adapters.cache.caches import TokCache
 from tokred.adapters.cache.layer import TokLayer
-from tokred.kv.repeat import Piece, Probe, pieces, tokens_of
-
-_CONTEXT = "context"
+from tokred.adapters.contract import cache_name
+from tokred.adapters.swap import host_class
+from tokred.kv.repeat import CONTEXT, Piece, Probe, pieces, tokens_of
 
 
 def repeat(module: nn.Module, given: dict[str, Any], cache: TokCache) -> None:
@@ -34,10 +34,10 @@ def repeat(module: nn.Module, given: dict[str, Any], cache: TokCache) -> None:
     if holder is None or not session.records(holder.clock, holder.seen):
         return
     embed: Callable[[Tensor], Tensor] = module.get_input_embeddings()  # type: ignore[operator]
-    context = _joined(holder.notes.pop(_CONTEXT, None), given, embed)
+    context = _joined(holder.notes.pop(CONTEXT, None), given, embed)
     site = session.waiting
     if site is None:
-        holder.notes[_CONTEXT] = context
+        holder.notes[CONTEXT] = context
         return
     recorded, mask = context.shape[1], given.get("attention_mask")
     seen = cache.get_seq_length()
@@ -86,7 +86,7 @@ def _feed(
     arguments: dict[str, Any] = {
         "input_ids" if tokens.ndim == 2 else "inputs_embeds": tokens,
         "attention_mask": mask,
-        "past_key_values": cache,
+        cache_name(host_class(module).forward): cache,
         "use_cache": True,
     }
     positions = given.get("position_ids")

@@ -24,10 +24,10 @@ class LayerRope:
         self.layer_type = layer_type
         self.tables = tables
 
-    def part(self, count: int) -> LayerRope:
-        """That of the first ``count`` tokens."""
-        cos, sin = self.tables
-        return LayerRope(self.embedding, self.layer_type, (cos[:, :count], sin[:, :count]))
+    def part(self, count: int, first: int = 0) -> LayerRope:
+        """That of ``count`` tokens, from the ``first`` on."""
+        cos, sin = (t[:, first : first + count] for t in self.tables)
+        return LayerRope(self.embedding, self.layer_type, (cos, sin))
 
     def unrotate(self, q: Tensor) -> Tensor:
         """Queries ``[B, H, M, D]`` before rotation, up to rounding."""
@@ -63,7 +63,10 @@ def supplies_rope(decoder: Any, attention: Any, head_dim: int) -> bool:
     device = next((b.device for b in embedding.buffers()), torch.device("cpu"))
     extra = layer_type_of(embedding, attention)
     zeros = torch.zeros(1, 1, 1, device=device), torch.zeros(1, 1, dtype=torch.long, device=device)
-    cos, _ = embedding(*zeros, *([] if extra is None else [extra]))
+    try:
+        cos, _ = embedding(*zeros, *([] if extra is None else [extra]))
+    except KeyError:  # layers of this type do not turn
+        return False
     return bool(cos.shape[-1] == head_dim)
 
 

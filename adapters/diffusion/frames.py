@@ -1,8 +1,10 @@
-"""Clips: their frames one by one, and what was found for each frame as one reduction of the clip."""
+"""Samples of a batch: the frames of clips one by one, what was found for each as one reduction of the clip, and the
+reduction of some samples alone."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from torch import Tensor
 from tokred.denoise import Place
 from tokred.errors import UnsupportedModelError
 from tokred.reduction import Reduction
-from tokred.tiles import TileReduction
+from tokred.tiles import Tile, TileReduction
 
 
 def one_frame(place: Place) -> Place:
@@ -49,6 +51,31 @@ def join_frames(reduction: Reduction, frames: int) -> Reduction:
         weight=masks[0],
         mask=masks[1],
     )
+
+
+def samples_of(reduction: Reduction, rows: Tensor) -> Reduction:
+    """The reduction of some samples.
+
+    Args:
+        reduction: batch ``(B,)``.
+        rows: ``(B',)`` int64, which samples.
+
+    Raises:
+        UnsupportedModelError: the reduction is of another kind.
+    """
+    if type(reduction) is not Reduction and not isinstance(reduction, TileReduction):
+        raise UnsupportedModelError(f"a {type(reduction).__name__} cannot be cut to some samples of a batch")
+
+    def take(t: Tensor) -> Tensor:
+        # What all samples share stays shared: it is used faster.
+        return t[:1].expand(len(rows), *t.shape[1:]) if t.stride(0) == 0 else t.index_select(0, rows)
+
+    names = ("representative", "source", "target", "weight", "mask")
+    found = {name: getattr(reduction, name) for name in names}
+    parts: dict[str, Any] = {name: None if t is None else take(t) for name, t in found.items()}
+    if isinstance(reduction, TileReduction):
+        parts["tiles"] = tuple(Tile(tile.rows, take(tile.share), take(tile.weight)) for tile in reduction.tiles)
+    return replace(reduction, **parts)
 
 
 def _shifted(index: Tensor, batch: int, frames: int, step: int) -> Tensor:

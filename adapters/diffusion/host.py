@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from tokred.adapters.diffusion import registries
 from tokred.adapters.diffusion.clips import EnterClip
 from tokred.adapters.diffusion.rotary import EnterPacked
 from tokred.adapters.diffusion.session import EnterBlock, EnterDenoiser, LeaveBlock, LeaveDenoiser, Session
 from tokred.adapters.diffusion.sublayers import Kind, Spot
 from tokred.adapters.supplier import Supplier
-from tokred.adapters.swap import host_class, swap
+from tokred.adapters.swap import check_entrance, host_class, swap
+from tokred.adapters.watch import Watch, hang
 from tokred.denoise import AttentionMethod
 from tokred.errors import MissingInputError, UnsupportedModelError
 from tokred.method import Method
+from tokred.patch import Patch
 
 
 class Denoiser(NamedTuple):
@@ -76,6 +79,11 @@ BLOCKS: dict[str, Layout] = {
     "HunyuanVideoTokenReplaceSingleTransformerBlock": Layout((("attn", "joint"),)),
 }
 
+# Sub-layers whose forwards are known; modules of other libraries in their places are taken as they are.
+_SUBLAYERS = ("Attention", "FeedForward", "FluxAttention", "WanAttention")
+# What diffusers calls its lists of transformer blocks.
+_LISTS = ("transformer_blocks", "single_transformer_blocks", "blocks")
+
 
 @dataclass
 class Block:
@@ -105,6 +113,7 @@ class DenoiserHost(Supplier):
         model: the denoiser.
         parts: its blocks.
         record: of its class.
+        kind: name of the class in :data:`DENOISERS`, of which the model's may be a subclass.
         patch_size: rows of the sample that a token stands for at the finest resolution that there is.
         patch_frames: frames of the sample that a token stands for.
         supplies: what sites hand over.
@@ -114,6 +123,7 @@ class DenoiserHost(Supplier):
     model: nn.Module
     parts: list[Block]
     record: Denoiser
+    kind: str
     patch_size: int = 1
     patch_frames: int = 1
     supplies: frozenset[str] = frozenset({"x", "grid"})
@@ -152,17 +162,14 @@ class DenoiserHost(Supplier):
         self.check_reads(method)
         for part in self.parts:
             for name, module, _ in part.sublayers:
-                if "forward" in module.__dict__:
-                    raise UnsupportedModelError(
-                        f"the forward of {name} was replaced on the module itself, which would hide a patch: undo that "
-                        "first"
-                    )
+                check_entrance(module, name)
         method.check(self.depth)
 
-    def patch(self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str) -> None:
+    def patch(self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str, patch: Patch) -> None:
         """Hang hooks on the denoiser and its blocks, exchange classes of sub-layers. :meth:`check` has passed."""
         assert isinstance(method, AttentionMethod)
-        session = Session(method, self.depth, self.family, self.patch_size)
+        session = Session(method, self.depth, self.family, self.patch_size, self.kind)
+        sites: dict[int, str] = {}
         self.model.register_forward_pre_hook(self._entering(session), with_kwargs=True)
         self.model.register_forward_hook(LeaveDenoiser(session))
         for i, part in enumerate(self.parts):
@@ -172,8 +179,13 @@ class DenoiserHost(Supplier):
                 part.module.register_forward_pre_hook(EnterBlock(session, i), with_kwargs=True)
                 part.module.register_forward_hook(LeaveBlock(session, i))
             for name, module, kind in part.sublayers:
-                swap(module, "sublayer", Spot(session, i, kind, part.alone, name, _names(module), part.first))
+                sites[len(sites)] = name
+                spot = Spot(session, i, kind, part.alone, name, _names(module), part.first, len(sites) - 1)
+                swap(module, "sublayer", spot)
+                registries.enter(module)
+        session.watch = Watch(self.family, sites)
         swap(self.model, "denoiser", session)
+        hang(self.model, session.watch)
 
     def _entering(self, session: Session) -> EnterDenoiser:
         names, sample = _names(self.model), self.record.sample
@@ -219,15 +231,17 @@ def match(model: nn.Module) -> DenoiserHost | None:
     mine = [c.__name__ for c in cls.__mro__ if c.__module__.startswith("diffusers.")]
     if "ModelMixin" not in mine:
         return None
-    known = next((n for n in mine if n in DENOISERS), None)
+    known = known_as(cls, DENOISERS)
     if known is None:
         if mine[0] == "Transformer2DModel" or not any(word in mine[0] for word in ("UNet", "Transformer")):
             return None
         raise UnsupportedModelError(
             f"diffusers' {cls.__name__} is not among the denoisers that tokred knows ({', '.join(DENOISERS)})"
         )
+    _same_forward(cls, known, "the model")
     record = DENOISERS[known]
     parts = _parts(model, record.loose)
+    _check_blocks(model, parts)
     if not parts:
         raise UnsupportedModelError(
             f"diffusers' {cls.__name__} has no attention here over the tokens of the image alone, which could run on "
@@ -235,7 +249,49 @@ def match(model: nn.Module) -> DenoiserHost | None:
         )
     high, deep = _patches(getattr(model, "config", None), record)
     supplies = {"x", "grid", "q", "k", "v"} | ({"frames"} if record.frames else {"guidance"})
-    return DenoiserHost(f"diffusers {cls.__name__}", model, parts, record, high, deep, frozenset(supplies))
+    return DenoiserHost(f"diffusers {cls.__name__}", model, parts, record, known, high, deep, frozenset(supplies))
+
+
+def known_as(cls: type, names: Container[str]) -> str | None:
+    """The name under which a class of diffusers, or a subclass of one, is known."""
+    return next(
+        (c.__name__ for c in cls.__mro__ if c.__module__.startswith("diffusers.") and c.__name__ in names), None
+    )
+
+
+def _same_forward(cls: type[nn.Module], known: str, where: str) -> None:
+    """Refuse a subclass that does something else in its forward than the class that is known.
+
+    Raises:
+        UnsupportedModelError: it does.
+    """
+    base: Any = next(c for c in cls.__mro__ if c.__name__ == known and c.__module__.startswith("diffusers."))
+    if cls.forward is not base.forward:
+        raise UnsupportedModelError(
+            f"{where} is a {cls.__name__}, which changes the forward of diffusers' {known}: tokred knows that one alone"
+        )
+
+
+def _check_blocks(model: nn.Module, parts: list[Block]) -> None:
+    """Refuse blocks that would run as they are without a word, because their class is not known.
+
+    Raises:
+        UnsupportedModelError: naming one.
+    """
+    found = [f"{part.name}." for part in parts if not part.alone]
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or name.rpartition(".")[2] not in _LISTS:
+            continue
+        for child, block in module.named_children():
+            prefix = f"{name}.{child}."
+            # Wrappers of other libraries hold the block that is known.
+            if any(part.startswith(prefix) or prefix.startswith(part) for part in found):
+                continue
+            if any("Attention" in host_class(inner).__name__ for inner in block.modules()):
+                raise UnsupportedModelError(
+                    f"{prefix[:-1]} is a {host_class(block).__name__}, which is none of the blocks that tokred knows "
+                    f"({', '.join(BLOCKS)})"
+                )
 
 
 def _patches(config: Any, record: Denoiser) -> tuple[int, int]:
@@ -255,8 +311,10 @@ def _parts(model: nn.Module, loose: bool) -> list[Block]:
     for name, module in model.named_modules():
         if any(name.startswith(f"{outer}.") for outer in inside):
             continue
-        kind = host_class(module).__name__
-        if kind in BLOCKS:
+        cls = host_class(module)
+        kind = known_as(cls, BLOCKS)
+        if kind is not None:
+            _same_forward(cls, kind, name)
             inside.append(name)
             layout = BLOCKS[kind]
             subs: list[tuple[str, nn.Module, Kind]] = [
@@ -264,10 +322,15 @@ def _parts(model: nn.Module, loose: bool) -> list[Block]:
                 for sub, what in layout.sublayers
                 if isinstance(getattr(module, sub, None), nn.Module)
             ]
+            for sub, part, _ in subs:
+                base = known_as(host_class(part), _SUBLAYERS)
+                if base is not None:
+                    _same_forward(host_class(part), base, sub)
             if layout.parallel:
                 subs.append((name, module, "parallel"))
             found.append(Block(name, module, subs, False, layout.first))
-        elif loose and kind == "Attention" and _plain(module):
+        elif loose and known_as(cls, ("Attention",)) and _plain(module):
+            _same_forward(cls, "Attention", name)
             found.append(Block(name, module, [(name, module, "attention")], True))
     return found
 

@@ -37,15 +37,22 @@ class Inside(TorchFunctionMode):
         tokens: ``N`` of the image.
         text: tokens of text in the same sequence.
         first: the text stands before the image, not after it.
+        samples: of the batch, where a processor may be at some of them alone; 0: it is not known.
 
     Attributes:
         seen: attentions over the whole sequence that ran. None ran: the processor uses another kernel.
     """
 
     def __init__(
-        self, decide: Callable[[Tensor, Tensor, Tensor], Halves], tokens: int, text: int = 0, first: bool = False
+        self,
+        decide: Callable[[Tensor, Tensor, Tensor], Halves],
+        tokens: int,
+        text: int = 0,
+        first: bool = False,
+        samples: int = 0,
     ) -> None:
         super().__init__()
+        self.samples = samples
         self.decide, self.tokens, self.text = decide, tokens, text
         self.start = text if first else 0
         self.seen = 0
@@ -60,6 +67,8 @@ class Inside(TorchFunctionMode):
         if not q.shape[-2] == k.shape[-2] == self.tokens + self.text:
             return func(*args, **kwargs)
         self.seen += 1
+        if self.samples not in (0, len(q)) and given.get("attn_mask") is not None:
+            return func(*args, **kwargs)  # perturbed: every token looks at itself, which is no attention over others
         rows = slice(self.start, self.start + self.tokens)
         halves = self.decide(q[:, :, rows], k[:, :, rows], v[:, :, rows])
         mask = given.get("attn_mask")

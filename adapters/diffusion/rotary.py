@@ -79,7 +79,7 @@ class EnterPacked(EnterDenoiser):
 
     def __init__(self, session: Session, names: tuple[str, ...], sample: str) -> None:
         super().__init__(session, names, sample)
-        self._seen: tuple[Any, tuple[int, int]] | None = None
+        self._seen: tuple[Any, int, tuple[int, int]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_seen": None}
@@ -91,14 +91,42 @@ class EnterPacked(EnterDenoiser):
 
     def _size(self, ids: Tensor, length: int) -> tuple[int, int]:
         """Waits for the device, once for each tensor of ids; pipelines make one for an image."""
-        if self._seen is not None and self._seen[0]() is ids:
-            return self._seen[1]
-        places = ids[0] if ids.ndim == 3 else ids
-        rows, columns = (int(side) + 1 for side in places[:, 1:3].amax(0).tolist())
-        if rows * columns != length:
+        version = 0 if ids.is_inference() else ids._version
+        if self._seen is not None and self._seen[0]() is ids and self._seen[1] == version:
+            return self._seen[2]
+        size = grid_of(ids[0] if ids.ndim == 3 else ids)
+        if size is None or size[0] * size[1] != length:
             raise UnsupportedModelError(
-                f"{length} tokens stand on a grid of {rows} x {columns} places: several images in one sequence cannot "
-                "be reduced; call tokred.remove(model) first"
+                f"{length} tokens stand on {_places(ids)}: several images in one sequence (as Kontext has "
+                "reference images) cannot be reduced; call tokred.remove(model) first"
             )
-        self._seen = (weakref.ref(ids), (rows, columns))
-        return rows, columns
+        self._seen = (weakref.ref(ids), version, size)
+        return size
+
+
+def grid_of(ids: Tensor) -> tuple[int, int] | None:
+    """Rows and columns of the one image whose tokens have these ids, row by row, wherever it begins; None: no such one.
+
+    Args:
+        ids: ``(N, 3)``: number of the image, row and column of each token.
+    """
+    ids = ids.detach().to("cpu", torch.float64)
+    if not len(ids):
+        return None
+    places = ids - ids[0]
+    rows, columns = (int(side) + 1 for side in places[:, 1:3].amax(0).tolist())
+    if rows * columns != len(ids):
+        return None
+    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    expected = torch.stack([torch.zeros(rows * columns), y.flatten(), x.flatten()], 1)
+    return (rows, columns) if torch.equal(places, expected.to(places)) else None
+
+
+def _places(ids: Tensor) -> str:
+    """In words, where tokens stand."""
+    places = (ids[0] if ids.ndim == 3 else ids).detach().to("cpu", torch.float64)
+    if not len(places):
+        return "no places"
+    rows, columns = (places[:, 1:3].amax(0) - places[:, 1:3].amin(0) + 1).to(torch.int64).tolist()
+    images = len(set(places[:, 0].tolist()))
+    return f"a grid of {rows} x {columns} places" + (f" of {images} images" if images > 1 else ", not row by row")

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tokred.adapters.diffusion.frames import join_frames, one_frame
+from tokred.adapters.diffusion.frames import join_frames, one_frame, samples_of
 from tokred.adapters.diffusion.inside import Halves
 from tokred.adapters.diffusion.steps import Steps
 from tokred.adapters.swap import Hook
+from tokred.adapters.watch import Watch
 from tokred.denoise import AttentionMethod, AttentionSite, Place, Side, place_of, step_key
-from tokred.errors import UnsupportedModelError
+from tokred.errors import NothingRemovedWarning, UnsupportedModelError
 from tokred.kernels.merge_rows import unmerge_rows
 from tokred.reduction import Reduction
 
@@ -27,7 +28,7 @@ class Plan:
     """A reduction in use, with its inverse map."""
 
     def __init__(self, reduction: Reduction, part: str, proportional: bool = False) -> None:
-        self.reduction, self.part = reduction, part
+        self.reduction, self.part, self.proportional = reduction, part, proportional
         # What attention adds to the scores of each key, or a mask of those that are real.
         self.weights = reduction.sizes().log() if proportional else reduction.mask
         plain = type(reduction) is Reduction  # the others know themselves how they are undone
@@ -37,6 +38,10 @@ class Plan:
         """Whether the plan is one for ``x`` ``(B, N, C)``."""
         rows = self.reduction.representative
         return self.reduction.batch == (x.shape[0],) and self.reduction.length == x.shape[1] and rows.device == x.device
+
+    def at(self, rows: Tensor) -> Plan:
+        """The plan of some samples."""
+        return Plan(samples_of(self.reduction, rows), self.part, self.proportional)
 
     def merge(self, x: Tensor) -> Tensor:
         """``(B, N, C)`` to ``(B, M, C)``."""
@@ -71,17 +76,20 @@ class Session:
         depth: number of blocks.
         family: for messages.
         patch: rows (and columns) of the sample that the finest tokens stand for.
+        kind: name under which the denoiser's class is known, where that is not what ``family`` ends in.
     """
 
-    def __init__(self, method: AttentionMethod, depth: int, family: str, patch: int = 1) -> None:
+    def __init__(self, method: AttentionMethod, depth: int, family: str, patch: int = 1, kind: str = "") -> None:
         self.method = method
         self.depth = depth
         self.family = family
         self.patch = patch
+        self.kind = kind or family
         self.warned = False
         self.free = False  # plans of the right size without a choice, for counting
         self.fixed: tuple[int, int] | None = None  # rows and columns of tokens, where no ids can be read
-        self.steps = Steps(family)
+        self.watch = Watch()
+        self.steps = Steps(self.kind)
         self._forget()
 
     def _forget(self) -> None:
@@ -101,7 +109,7 @@ class Session:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.steps = Steps(self.family)
+        self.steps = Steps(self.kind)
         self._forget()
 
     # ------------------------------------------------------------------ one forward
@@ -131,6 +139,13 @@ class Session:
         self.channels = 0 if sample is None or sample.ndim != 4 else sample.shape[1]
         self.now = self.steps.turn(self.method, timestep, sample if self._looks_back else None)
         self.plans = self.steps.plans
+        if 0 < self.steps.last <= self.method.first_full and not self.warned and not self.method.idle:
+            self.warned = True
+            warnings.warn(
+                f"{self.method.name!r} leaves the first {self.method.first_full} steps of an image as they are, and "
+                f"the last image had {self.steps.last}, so nothing was reduced: give a smaller first_full",
+                stacklevel=2,
+            )
 
     @property
     def _looks_back(self) -> bool:
@@ -153,6 +168,7 @@ class Session:
             warnings.warn(
                 f"{self.method.name!r} reduced nothing on {self.family} at a sample of {high} x {wide}: its "
                 f"attention runs on {', '.join(map(str, counts))} tokens, and the method acts on none of them{advice}",
+                NothingRemovedWarning,
                 stacklevel=2,
             )
 
@@ -217,7 +233,7 @@ class Session:
         method = self.now
         if self.size is None or method is None:
             return Halves()
-        place, slot = self.place(image), ("heads", spot.name)
+        place, slot = self.place(image), ("heads", spot.name, len(q))
         found: Halves | None = self.plans.get(slot)
         if found is None or not _fits(found, q):
             known = self._known(place, slot, len(q)) | {"q": q.detach(), "k": k.detach(), "v": v.detach()}

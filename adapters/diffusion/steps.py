@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tokred.denoise import AttentionMethod, Place, Step
 
-# Calls of one step that guidance can make: prompted, unprompted, and those of editing pipelines.
-_CALLS = 4
+# Samples whose plans are kept from the first step of an image. A model of one step runs every image at one time, which
+# cannot be told from the tiles of a large first step; later steps keep what they have, however much it is.
+_FIRST = 256
 # Timesteps from no noise to all of it, where it is not a thousand.
 _SPANS = {"FluxTransformer2DModel": 1.0}
 
 
+class Turn(NamedTuple):
+    """Which forward of a step this is.
+
+    Attributes:
+        part: which sample of the step (a tile, a view of a panorama), where samples are looked at; else 0.
+        call: forwards of this step before it, or of this part: prompted, unprompted, those of editing pipelines.
+    """
+
+    part: int = 0
+    call: int = 0
+
+
 class Steps:
-    """Counts the steps of an image, and the calls of each step.
+    """Counts the steps of an image, and the calls of each step, of which there may be any number.
 
     Times fall within an image: a forward whose timestep is not below the one before starts another image, unless it is
-    the same, as guidance in several calls has it.
+    the same, as guidance in several calls has it, and tiles.
 
     Args:
-        family: of the denoiser.
+        family: of the denoiser, in words that end in the name of its class.
     """
 
     def __init__(self, family: str) -> None:
@@ -32,15 +45,22 @@ class Steps:
     def forget(self) -> None:
         """Nothing has been run."""
         self.time: float | None = None
-        self.call = self.count = 0
+        self.last = 0  # steps of the image before this one
+        self.at = Turn()
+        self.count = 0
         self.since = 0  # count of the step at which the method in force came into it
         self.force: AttentionMethod | None = None
-        self.kept: list[dict[Any, Any]] = []
-        self.memories: list[dict[Any, dict[str, Any]]] = []
+        self.kept: dict[Turn, dict[Any, Any]] = {}
+        self.memories: dict[Turn, dict[Any, dict[str, Any]]] = {}
         self.sample: Tensor | None = None
-        self.halves = False
-        self.predicted: list[Tensor] = []
-        self.before: list[Tensor] = []
+        self.layouts: dict[int, str] = {}  # where in a batch of each part the two sides of guidance stand
+        self.predicted: dict[int, list[Tensor]] = {}
+        self.before: dict[int, list[Tensor]] = {}
+
+    @property
+    def call(self) -> int:
+        """Forwards of this step before this one, on the same sample where samples are looked at."""
+        return self.at.call
 
     def turn(self, method: AttentionMethod, timestep: Any, sample: Tensor | None) -> AttentionMethod | None:
         """Another forward begins; what is in force in it. Waits for the device once.
@@ -48,67 +68,104 @@ class Steps:
         Args:
             method: of the session.
             timestep: a number, or a tensor of any shape, of which the first value counts.
-            sample: of the denoiser, which tells calls of one step from steps at one time; None: the time alone does.
+            sample: of the denoiser, which tells calls on one sample from those on another, and these from steps at one
+                time; None: the time alone does.
         """
         time = float(timestep.reshape(-1)[0]) if isinstance(timestep, Tensor) else float(timestep or 0)
-        if time == self.time and self.call + 1 < _CALLS and self._seen(sample):
-            self.call += 1
-        else:
-            falls = self.time is not None and time < self.time
-            # Some schedulers run their second timestep twice; models of one step run every image at one timestep.
-            stays = time == self.time and sample is not None and self.count > 0
-            self._next(follows=falls or stays, sample=sample)
+        if time != self.time or self._again(sample):
+            falls = self.time is not None and time <= self.time
+            self._next(follows=falls, sample=sample)
             self.time = time
-            force = method.at(Step(min(1.0, max(0.0, time / self.span)), self.count))
+            force = method.at(self._step(self.count))
             if force != self.force:
-                self.force, self.since, self.kept = force, self.count, []
+                self.force, self.since, self.kept = force, self.count, {}
             if force is not None and (self.count - self.since) % force.refresh == 0:
-                self.kept = []
-        while len(self.kept) <= self.call:
-            self.kept.append({})
-        while len(self.memories) <= self.call:
-            self.memories.append({})
-        return self.force
+                self.kept = {}
+        elif self._seen(sample):
+            self.at = self.at._replace(call=self.at.call + 1)
+        else:
+            self._look(self.at.part + 1, sample)
+        self.kept.setdefault(self.at, {})
+        self.memories.setdefault(self.at, {})
+        if self.count == 0:
+            for found in (self.kept, self.memories, self.predicted, self.layouts):
+                _shorten(found)
+        # A sample that no step has had before is at its first one.
+        fresh = sample is not None and self.count > 0 and self.at.part not in self.before
+        return method.at(self._step(0)) if fresh else self.force
+
+    def _step(self, number: int) -> Step:
+        return Step(min(1.0, max(0.0, (self.time or 0) / self.span)), number)
 
     def _seen(self, sample: Tensor | None) -> bool:
         if sample is None:
             return True
         return self.sample is not None and self.sample.shape == sample.shape and torch.equal(self.sample, sample)
 
+    def _again(self, sample: Tensor | None) -> bool:
+        """Whether all samples of this step were seen, and this is another one: some schedulers run their second
+        timestep twice."""
+        return self.count > 0 and self.at.part >= max(self.before, default=-1) and not self._seen(sample)
+
     def _next(self, follows: bool, sample: Tensor | None) -> None:
         if follows:
             self.count += 1
             self.before = self.predicted
         else:
+            self.last = 0 if self.time is None else self.count + 1
             self.count, self.since, self.force = 0, 0, None
-            self.kept, self.memories, self.before = [], [], []
-            b = 0 if sample is None else sample.shape[0]
-            self.halves = b > 0 and b % 2 == 0 and torch.equal(sample[: b // 2], sample[b // 2 :])  # type: ignore[index]
-        self.call, self.predicted, self.sample = 0, [], None if sample is None else sample.detach()
+            self.kept, self.memories, self.before, self.layouts = {}, {}, {}, {}
+        self.predicted = {}
+        self._look(0, sample)
+
+    def _look(self, part: int, sample: Tensor | None) -> None:
+        """Another sample of the step."""
+        self.at, self.sample = Turn(part), None if sample is None else sample.detach()
+        if sample is not None and part not in self.layouts:
+            self.layouts[part] = _layout(sample)
 
     @property
     def plans(self) -> dict[Any, Any]:
         """Of this call, those of earlier steps that still hold."""
-        return self.kept[self.call]
+        return self.kept[self.at]
 
     def memory(self, slot: Any) -> dict[str, Any]:
         """What a method keeps for one place."""
-        return self.memories[self.call].setdefault(slot, {})
+        return self.memories[self.at].setdefault(slot, {})
 
     def remember(self, predicted: Tensor) -> None:
         """A forward is over, and this is what it predicted."""
-        self.predicted.append(predicted.detach())
+        self.predicted.setdefault(self.at.part, []).append(predicted.detach())
 
     def guidance(self, place: Place, batch: int, channels: int) -> Tensor | None:
         """``(B, N)`` how much guidance changed each token in the step before; None: there was no guidance."""
-        if self.halves and len(self.before) == 1:
-            first, second = self.before[0].chunk(2)
-        elif not self.halves and len(self.before) > 1:
-            first, second = self.before[0], self.before[1]
+        before, layout = self.before.get(self.at.part, []), self.layouts.get(self.at.part, "")
+        if layout and len(before) == 1:
+            first, second = before[0].chunk(2) if layout == "halves" else (before[0][::2], before[0][1::2])
+        elif not layout and len(before) > 1:
+            first, second = before[0], before[1]
         else:
             return None
         found = on_grid((first.float() - second.float()).abs(), place, channels)
-        return found.repeat(2, 1) if self.halves and batch == 2 * found.shape[0] else found
+        if not layout or batch != 2 * found.shape[0]:
+            return found
+        return found.repeat(2, 1) if layout == "halves" else found.repeat_interleave(2, 0)
+
+
+def _shorten(found: dict[Any, Any]) -> None:
+    """Let go of the oldest."""
+    while len(found) > _FIRST:
+        del found[next(iter(found))]
+
+
+def _layout(sample: Tensor) -> str:
+    """Where in a batch both sides of guidance stand: ``"halves"``, ``"pairs"`` (as panoramas have them), or ``""``."""
+    b = sample.shape[0]
+    if b == 0 or b % 2:
+        return ""
+    if torch.equal(sample[: b // 2], sample[b // 2 :]):
+        return "halves"
+    return "pairs" if torch.equal(sample[::2], sample[1::2]) else ""
 
 
 def on_grid(values: Tensor, place: Place, channels: int) -> Tensor:

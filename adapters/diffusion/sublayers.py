@@ -11,57 +11,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tokred.adapters.diffusion import rotary
+from tokred.adapters.diffusion import registries, rotary
+from tokred.adapters.diffusion.frames import samples_of
 from tokred.adapters.diffusion.inside import Halves, Inside, masked_at
 from tokred.adapters.diffusion.session import Plan, Session
+from tokred.adapters.diffusion.view import Batch, View, perturbs, view, watched
 from tokred.adapters.diffusion.weights import Weighed
 from tokred.errors import UnsupportedModelError
 
 Kind = Literal["attention", "joint", "single", "mlp", "parallel"]
-
-
-class Merging:
-    """A projection that is given fewer tokens."""
-
-    def __init__(self, module: Any, plan: Plan, memo: list[Tensor]) -> None:
-        self.module, self.plan, self.memo = module, plan, memo
-
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        # Queries, keys and values come from one tensor, which is merged once.
-        if not self.memo or self.memo[0] is not x:
-            self.memo[:] = [x, self.plan.merge(x)]
-        return self.module(self.memo[1], *args, **kwargs)
-
-
-class Restoring:
-    """The last layer of an attention, whose output gets its full length back."""
-
-    def __init__(self, module: Any, plan: Plan) -> None:
-        self.module, self.plan = module, plan
-
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.plan.restore(self.module(x, *args, **kwargs))
-
-
-class View:
-    """An attention module as its processor sees it: itself, but for some projections."""
-
-    def __init__(self, module: nn.Module, replaced: dict[str, Any]) -> None:
-        self._module = module
-        self.__dict__.update(replaced)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_module"], name)
-
-
-def view(module: Any, plan: Plan, names: tuple[str, ...], restore: bool) -> View:
-    """``module`` with fewer tokens going into the projections ``names``."""
-    memo: list[Tensor] = []
-    found = {n: getattr(module, n, None) for n in names}
-    replaced: dict[str, Any] = {n: Merging(m, plan, memo) for n, m in found.items() if m is not None}
-    if restore:
-        replaced["to_out"] = (*module.to_out[:-1], Restoring(module.to_out[-1], plan))
-    return View(module, replaced)
 
 
 @dataclass
@@ -109,6 +67,7 @@ class Spot:
         name: in the denoiser, for reports.
         names: parameters of its forward.
         first: where text and image attend together, the text stands first.
+        site: its number among all sub-layers.
     """
 
     session: Session
@@ -118,9 +77,11 @@ class Spot:
     name: str
     names: tuple[str, ...] = ("hidden_states", "encoder_hidden_states")
     first: bool = False
+    site: int = -1
 
     def run(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The sub-layer: ``forward`` is the host class's own, still without its module."""
+        self.session.watch.ran(self.site)
         call = Call(self.names, list(args), dict(kwargs))
         if self.kind == "parallel":
             return self._parallel(module, forward, call)
@@ -143,33 +104,34 @@ class Spot:
         if role == "mlp":
             call.put("hidden_states", _joined(x, plan.merge(image), before))
             return _back(plan, call.run(forward, module), before)
+        batch = Batch(image if image.ndim == 3 else image.flatten(2).transpose(1, 2), self.name)
         if plan.part == "q" or role != "self":
-            return self._around(module, forward, plan, call, image, before, role)
-        with self._apart(module, plan, before if text is None else text.shape[1]):
-            return self._around(module, forward, plan, call, image, before, role)
+            return self._around(module, forward, plan, call, image, before, role, batch)
+        with self._apart(module, plan, before if text is None else text.shape[1], batch):
+            return self._around(module, forward, plan, call, image, before, role, batch)
 
-    def _around(self, module: Any, forward: Any, plan: Plan, call: Call, image: Tensor, before: int, role: str) -> Any:
+    def _around(
+        self, module: Any, forward: Any, plan: Plan, call: Call, image: Tensor, before: int, role: str, batch: Batch
+    ) -> Any:
         """An attention on fewer tokens, or on fewer of one side."""
         if plan.part != "tokens":
-            return self._half(module, forward, plan, call, image, role)
-        return self._short(module, forward, plan, call, image, before, role)
-
-    def _short(self, module: Any, forward: Any, plan: Plan, call: Call, image: Tensor, before: int, role: str) -> Any:
-        """An attention on fewer tokens, and all of them again."""
+            return self._half(module, forward, plan, call, image, role, batch)
         if rotary.table_of(call.get) is not None:
             return self._rotated(module, forward, plan, call, image, before)
         if self.kind == "joint":
-            call.put("hidden_states", plan.merge(image))
-            return _back(plan, self._masked(call, plan, image.shape[1], role).run(forward, module), 0)
-        return self._viewed(module, forward, view(module, plan, self._projections(role), True), call, role)
+            batch.given = plan.merge(image)
+            call.put("hidden_states", batch.given)
+            return _back(plan, self._masked(call, plan, image.shape[1], role).run(forward, watched(module, batch)), 0)
+        seen = view(module, plan, self._projections(role), True, batch)
+        return self._viewed(module, forward, seen, call, role)
 
     @contextlib.contextmanager
-    def _apart(self, module: Any, plan: Plan, text: int) -> Iterator[None]:
+    def _apart(self, module: Any, plan: Plan, text: int, batch: Batch | None = None) -> Iterator[None]:
         """While this is entered, keys count for what was merged into them, where that is wanted, padding for none."""
         if plan.weights is None:
             yield
             return
-        mode = Weighed(plan.weights, text, self.first)
+        mode = Weighed(plan.weights, text, self.first, batch)
         with mode:
             yield
         if not mode.seen:
@@ -207,28 +169,33 @@ class Spot:
             )
         return y
 
-    def _half(self, module: Any, forward: Any, plan: Plan, call: Call, image: Tensor, role: str) -> Any:
+    def _half(self, module: Any, forward: Any, plan: Plan, call: Call, image: Tensor, role: str, batch: Batch) -> Any:
         """Fewer queries, or fewer keys and values."""
         # Before their projections where nothing but those stands between, which saves the projections, too.
         plain = rotary.table_of(call.get) is None and not getattr(module, "fused_projections", False)
         if plain and self.kind == "attention":
-            seen = view(module, plan, ("to_k", "to_v") if plan.part == "kv" else ("to_q",), plan.part == "q")
+            names = ("to_k", "to_v") if plan.part == "kv" else ("to_q",)
+            seen = view(module, plan, names, plan.part == "q", batch)
             return self._viewed(module, forward, seen, call, role)
         apart = call.get("encoder_hidden_states") is None or getattr(module, "add_k_proj", None) is not None
-        if plain and plan.part == "kv" and self.kind == "joint" and apart:
-            return call.run(forward, view(module, plan, ("to_k", "to_v"), False))
+        if plain and plan.part == "kv" and self.kind == "joint" and apart and not perturbs(module):
+            return call.run(forward, view(module, plan, ("to_k", "to_v"), False, batch))
         reduction, now = plan.reduction, self.session.now
         if rotary.table_of(call.get) is not None and not (now is not None and now.near):
             reduction = replace(reduction, mode="keep")  # vectors rotated by far places are not averaged
-        halves = Halves(keys=reduction) if plan.part == "kv" else Halves(queries=reduction)
-        return self._inside(module, forward, lambda q, k, v: halves, call, image)
+
+        def decide(q: Tensor, k: Tensor, v: Tensor) -> Halves:
+            own = reduction if len(q) == reduction.batch[0] else samples_of(reduction, batch.last_rows(len(q)))
+            return Halves(keys=own) if plan.part == "kv" else Halves(queries=own)
+
+        return self._inside(watched(module, batch), forward, decide, call, image)
 
     def _inside(self, module: Any, forward: Any, decide: Callable[..., Halves], call: Call, image: Tensor) -> Any:
         """An attention on fewer queries or keys than it was given tokens."""
         x, n = call.get("hidden_states"), image.shape[1] if image.ndim == 3 else image.shape[2] * image.shape[3]
         text = call.get("encoder_hidden_states") if self.kind == "joint" else None
         beside = x.shape[1] - n if self.kind == "single" else 0 if text is None else text.shape[1]
-        mode = Inside(decide, n, beside, self.first)
+        mode = Inside(decide, n, beside, self.first, len(x))
         with mode:
             y = call.run(forward, module)
         if not mode.seen:
@@ -261,7 +228,9 @@ class Spot:
         """
         session, plan = self.session, None
         x: Tensor = call.get("hidden_states")
-        if session.acts("self") and session.acts("mlp") and session.part == "tokens":
+        # What a cache keeps of the attention inside has the length of one plan, and another may be in force then.
+        whole = not any(registries.repeats(inner) for inner in module.children())
+        if whole and session.acts("self") and session.acts("mlp") and session.part == "tokens":
             plan = session.plan(self, x)
         if not torch.compiler.is_compiling():
             session.note(replace(self, name=f"{self.name}.mlp"), "mlp", x, plan)

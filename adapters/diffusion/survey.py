@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokred.adapters.diffusion.clips import CLIPS, clip
-from tokred.adapters.diffusion.host import DenoiserHost, match
+from tokred.adapters.diffusion.host import DENOISERS, DenoiserHost, known_as, match
 from tokred.adapters.diffusion.session import Session, SpotRecord
 from tokred.adapters.swap import host_class
 from tokred.denoise import AttentionMethod
+from tokred.patch import Patch
 
 TEXT = 77  # tokens of a prompt, as CLIP's
 TEXTS = 512  # and as T5's
@@ -54,7 +55,7 @@ def survey(host: DenoiserHost, method: AttentionMethod, size: tuple[int, ...]) -
     assert own is not None  # a copy of a host
     given = example(model, size)
     macs, before = _counted(model, own, given)
-    own.patch(method, None, "auto")
+    own.patch(method, None, "auto", Patch())
     session: Session = model.__dict__["_tokred"]
     session.free, session.fixed = True, (size[-2] // own.patch_size, size[-1] // own.patch_size)
     reduced, _ = _counted(model, own, given)
@@ -69,7 +70,26 @@ def meta_copy(model: nn.Module) -> nn.Module:
         memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
     for b in model.buffers():
         memo[id(b)] = torch.empty_like(b, device="meta")
+    for m in model.modules():
+        if _packed(m):
+            memo[id(m)] = nn.Linear(m.in_features, m.out_features, device="meta", dtype=float_type(model))  # type: ignore[arg-type]
     return copy.deepcopy(model, memo).eval()
+
+
+def float_type(model: nn.Module) -> torch.dtype:
+    """The type in which a model computes: that of its first weights that are numbers with a point."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _packed(module: nn.Module) -> bool:
+    """Whether a linear layer keeps its weights in another form than a matrix of numbers, which only it can multiply."""
+    if not hasattr(module, "in_features") or not hasattr(module, "out_features"):
+        return False
+    if any(isinstance(inner, nn.Linear) for inner in module.modules() if inner is not module):
+        return False  # a wrapper, such as LoRA's
+    weight = getattr(module, "weight", None)
+    plain = isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_quantized
+    return not plain or tuple(weight.shape) != (module.out_features, module.in_features)  # type: ignore[union-attr]
 
 
 def _counted(model: nn.Module, host: DenoiserHost, given: dict[str, Any]) -> tuple[int, dict[str, int]]:
@@ -109,15 +129,16 @@ def example(model: Any, size: tuple[int, ...]) -> dict[str, Any]:
     Raises:
         ValueError: the model takes conditions that are not known here, or the size has frames where it should not.
     """
-    if (len(size) == 3) != (host_class(model).__name__ in CLIPS):
+    kind = known_as(host_class(model), DENOISERS) or ""
+    if (len(size) == 3) != (kind in CLIPS):
         wanted = "rows and columns" if len(size) == 3 else "frames, rows and columns"
         raise ValueError(f"the sample of {host_class(model).__name__} has {wanted}, got a size of {size}")
-    config, dtype = model.config, next(model.parameters()).dtype
+    config, dtype = model.config, float_type(model)
 
     def empty(*shape: int, kind: torch.dtype = dtype) -> Tensor:
         return torch.empty(1, *shape, device="meta", dtype=kind)
 
-    sample, kind = empty(int(config.in_channels), *size), host_class(model).__name__
+    sample = empty(int(config.in_channels), *size)
     time = empty(kind=torch.int64)
     if kind in CLIPS:
         return {"timestep": time, **clip(kind, config, size, empty)}

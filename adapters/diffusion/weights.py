@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from tokred.adapters.diffusion.view import Batch
+
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
@@ -19,13 +21,15 @@ class Weighed(TorchFunctionMode):
         mask: ``(B, M)`` bool, True where a token of the image is real; or float, added to the scores of each key.
         text: tokens of text in the same sequence.
         first: the text stands before the image, not after it.
+        batch: at which samples the processor is, where it may be at some alone.
 
     Attributes:
         seen: attentions over the whole sequence that ran. None ran: the processor uses another kernel.
     """
 
-    def __init__(self, mask: Tensor, text: int = 0, first: bool = False) -> None:
+    def __init__(self, mask: Tensor, text: int = 0, first: bool = False, batch: Batch | None = None) -> None:
         super().__init__()
+        self.batch = batch
         sides = (text, 0) if first else (0, text)
         self.mask = F.pad(mask, sides, value=mask.dtype == torch.bool)[:, None, None]
         self.seen = 0
@@ -38,7 +42,10 @@ class Weighed(TorchFunctionMode):
         if given["key"].shape[-2] != self.mask.shape[-1]:
             return func(*args, **kwargs)
         self.seen += 1
-        mask = self.mask if self.mask.dtype == torch.bool else self.mask.to(given["query"].dtype)
+        mask, samples = self.mask, len(given["query"])
+        if self.batch is not None and samples != len(mask):
+            mask = mask[self.batch.last_rows(samples)]
+        mask = mask if mask.dtype == torch.bool else mask.to(given["query"].dtype)
         return func(**{**given, "attn_mask": _both(given.get("attn_mask"), mask)})
 
 

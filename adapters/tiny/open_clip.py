@@ -60,13 +60,17 @@ FAMILIES: dict[str, Family] = {
 
 def build(family: str, seed: int = 0) -> nn.Module:
     """A model in evaluation mode whose every parameter is random, so that no branch is zero."""
-    row = FAMILIES[family]
-    home, _, name = row.model.partition(".")
-    towers = {"vision": dict(row.vision), "text": {**TEXT, **row.text}}
     torch.manual_seed(seed)
+    return scattered(made(FAMILIES[family]), "ln_", keep="logit")
+
+
+def made(row: Family, **options: Any) -> nn.Module:
+    """A model as its class initialises it, with other options of the tower beside those of its row."""
+    home, _, name = row.model.partition(".")
+    towers = {"vision": {**row.vision, **options}, "text": {**TEXT, **row.text}}
     kind: Any = getattr(importlib.import_module(f"open_clip.{home}"), name)
     model: nn.Module = kind(*row.leading, *(towers[tower] for tower in row.order.split()))
-    return scattered(model, "ln_", keep="logit")
+    return model
 
 
 def inputs(family: str, b: int = 3) -> tuple[Tensor, Tensor]:

@@ -74,13 +74,17 @@ FAMILIES: dict[str, Family] = {
 
 def build(family: str, seed: int = 0) -> nn.Module:
     """A model in evaluation mode whose every parameter is random, so that no branch is zero."""
-    row = FAMILIES[family]
+    torch.manual_seed(seed)
+    return scattered(made(FAMILIES[family]))
+
+
+def made(row: Family, **options: Any) -> nn.Module:
+    """A model as its class initialises it, with other options beside those of its row."""
     home, _, name = row.model.partition(".")
     module = importlib.import_module(f"timm.models.{home}")
     blocks = {"block_fn": getattr(module, row.block)} if row.block else {}
-    torch.manual_seed(seed)
-    model: nn.Module = getattr(module, name)(**{**COMMON, **row.options, **blocks})
-    return scattered(model)
+    model: nn.Module = getattr(module, name)(**{**COMMON, **row.options, **blocks, **options})
+    return model
 
 
 def images(b: int = 3, seed: int = 1) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,8 +15,8 @@ from tokred.adapters.swap import Hook
 from tokred.vlm.site import Tile
 from tokred.vlm.tiles import Tiles
 
-RECORD = "tokred_record"
-# What this thread knows of the forward in flight: ``call``, ``forward``, ``tap``, ``labels``, ``done``.
+# What this thread knows of the forward in flight: ``call``, ``forward``, ``tap``, ``labels``, ``done``; and ``last``,
+# the records of the features that it made last, by model.
 local = threading.local()
 
 
@@ -31,7 +30,10 @@ class Part:
         frames: of a video; None for an image.
         tile: which tile; None: all of the image.
         tower: which row of the tower's batch; -1 where none fits.
-        patches: which of the tower's patches they are; None: the first ones.
+        patches: which of the tower's patches they are; None: all, in order.
+        skip: class tokens before the patches among the tower's features.
+        corner: row and column of its first token among all of the image's, and how many of these there are, where it
+            shows a part of the image; None: its grid is the image's.
         tiles: how all tiles of the image lie, where it has several that are judged apart.
         whole: row of the tower's batch that shows the whole image; -1 where none fits.
     """
@@ -42,6 +44,8 @@ class Part:
     tile: Tile | None = None
     tower: int = -1
     patches: Span | None = None
+    skip: int = 0
+    corner: tuple[int, int, int, int] | None = None
     tiles: Tiles | None = None
     whole: int = -1
 
@@ -108,12 +112,13 @@ class Record:
 
     Attributes:
         pictures: in the order of the placeholders.
-        tower: ``(rows, N, Ct)`` input of the projector, or None.
+        tower: ``(rows, N, Ct)`` input of the projector, with its gradient, or None.
         heads: queries and keys ``(rows, H, P + N, D)`` of tower layers, by layer and "q" or "k".
         layer: which layer's features are used, of ``depth``.
         prefix: class tokens in them.
         scale: of the tower's attention.
         received: gives what the tokens of a picture receive, ``(H, N)``, by its number; None: see ``heads``.
+        marks: ``(T,)`` int64 one number for each feature, by which it is found again.
     """
 
     pictures: list[Picture]
@@ -124,6 +129,7 @@ class Record:
     prefix: int = 0
     scale: float | None = None
     received: Callable[[int], Tensor] | None = None
+    marks: Tensor | None = None
 
 
 class ProjectorTap(Hook):
@@ -132,7 +138,16 @@ class ProjectorTap(Hook):
     def __call__(self, module: nn.Module, args: Any) -> None:
         tap: Tap | None = getattr(local, "tap", None)
         if tap is not None and tap.inputs is None and args:
-            tap.inputs = args[0].detach()
+            tap.inputs = args[0]
+
+
+class TowerTap(Hook):
+    """After the vision tower: note that there are features."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        call = getattr(local, "call", None)
+        if call is not None:
+            call[1].towers = True
 
 
 class HeadTap(Hook):
@@ -153,40 +168,3 @@ class HeadTap(Hook):
         tap: Tap | None = getattr(local, "tap", None)
         if tap is not None and output.ndim == 3:
             tap.heads[self.layer, self.which] = split_heads(output.detach(), self.heads)
-
-
-class Getter:
-    """Stands in for a feature getter of one model; an object on the instance, so that models copy and pickle.
-
-    Args:
-        core: the model.
-        name: of the method.
-        modality: "image" or "video".
-        describe: makes the record: ``describe(core, arguments, output, tap, modality)``.
-    """
-
-    def __init__(self, core: nn.Module, name: str, modality: str, describe: Callable[..., Record | None]) -> None:
-        self.core = core
-        self.name = name
-        self.modality = modality
-        self.describe = describe
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        parameters = list(inspect.signature(getattr(type(self.core), self.name)).parameters.values())[1:]
-        return inspect.Signature(parameters)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        before = getattr(local, "tap", None)
-        tap = local.tap = Tap()
-        try:
-            output = getattr(type(self.core), self.name)(self.core, *args, **kwargs)
-        finally:
-            local.tap = before
-        given = dict(zip(self.__signature__.parameters, args, strict=False)) | kwargs
-        if hasattr(output, "pooler_output"):
-            setattr(output, RECORD, self.describe(self.core, given, output, tap, self.modality))
-            call = getattr(local, "call", None)
-            if call is not None and call[0] is self.core:
-                call[1].outputs[self.modality] = output
-        return output

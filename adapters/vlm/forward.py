@@ -8,14 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokred.adapters.contract import cache_of
 from tokred.adapters.vlm.call import Call
 from tokred.adapters.vlm.inner import Inner
 from tokred.adapters.vlm.masks import MaskMaker, slid
-from tokred.adapters.vlm.pack import PAIRS, Packed, gather_any_mask, gather_columns, left_pack
-from tokred.adapters.vlm.sites import Context, Left, grouped, leave, places, shown, site_of, without_newlines
+from tokred.adapters.vlm.pack import PAIRS, Packed, gather_any_mask, gather_columns, last_real, left_pack
+from tokred.adapters.vlm.pictures import places_in
+from tokred.adapters.vlm.sites import (
+    Context,
+    Left,
+    check_tower,
+    grouped,
+    leave,
+    places,
+    shown,
+    site_of,
+    with_last,
+    without_newlines,
+)
 from tokred.adapters.vlm.step import LayerCount
 from tokred.adapters.vlm.track import Group, Track, extended, physical_length, set_track, track_of
-from tokred.errors import TokenStateError
+from tokred.errors import BypassedError, MissingInputError
 from tokred.method import Method
 
 
@@ -31,7 +44,7 @@ class Forward:
     def __init__(self, settings: Any, call: Call, given: dict[str, Any]) -> None:
         self.settings = settings
         self.call = call
-        self.cache = given.get("past_key_values")
+        self.cache = cache_of(given)
         self.track: Track | None = track_of(self.cache)
         self.past = 0 if self.cache is None else int(self.cache.get_seq_length())
         self.past_columns = 0 if self.cache is None else physical_length(self.cache)
@@ -126,8 +139,7 @@ class Forward:
             text = text & real
         if self.end < self.length:
             text = text & (torch.arange(self.length, device=self.device) < self.end)
-        with torch.no_grad():
-            left = self._left(method, Context(self.embeds, text, self.settings.project, method.reads))
+        left = self._left(method, Context(self.embeds, text, self.settings.project, method.reads))
         if left.gone is None:
             if left.embeds is not self.embeds:
                 new["inputs_embeds"] = self.embeds = left.embeds
@@ -157,15 +169,49 @@ class Forward:
                 site = site_of(group, where, context)
                 n = site.shape[1]
                 if method.acts(n, layer=0, depth=1):
-                    left = leave(left, group, where, site, method.reduce(site), getattr(method, "space", "x"))
+                    check_tower(method, group[0].part)
+                    with torch.no_grad():
+                        step = method.reduce(site)
+                    left = leave(left, group, where, site, step, getattr(method, "space", "x"))
             if left.gone is not None:
                 left = without_newlines(left, shown(modality), columns)
-        return left
+        return left if left.gone is None else with_last(left, self._last(context.text))
+
+    def _last(self, text: Tensor) -> Tensor:
+        """``(B, 1)`` int64: the prompt's last token, visual or not."""
+        visual = self.visual
+        assert visual is not None  # there are placeholders
+        return last_real(visual | text, self.end)
+
+    def image_places(self) -> Tensor | None:
+        """``(B, L, 2)`` float32: row and column of each visual token in its image, in [0, 1]; None where a grid is not
+        known."""
+        found = torch.zeros(self.batch, self.length, 2, device=self.device)
+        for modality in self.call.modalities:
+            rows, columns = modality.visual.nonzero().unbind(1)
+            for one in shown(modality):
+                place = places_in(one.picture, self.device)
+                if place is None:
+                    return None
+                some = slice(one.first, one.first + one.picture.tokens)
+                found[rows[some], columns[some]] = place
+            if modality.record is None and any(modality.counts):
+                return None
+        return found
 
     def images(self) -> Tensor:
-        """``(B, L)`` int64: which image of its sample each visual token belongs to."""
+        """``(B, L)`` int64: which image of its sample each visual token belongs to.
+
+        Raises:
+            MissingInputError: that is not known, since the features were not made by the patched model.
+        """
         found = torch.zeros(self.batch, self.length, dtype=torch.long, device=self.device)
         for modality in self.call.modalities:
+            if modality.record is None and any(modality.counts):
+                raise MissingInputError(
+                    "which image a visual token belongs to is not known, since the features were not made by the "
+                    "patched model: give pixel_values"
+                )
             rows, columns = modality.visual.nonzero().unbind(1)
             for one in shown(modality):
                 some = slice(one.first, one.first + one.picture.tokens)
@@ -273,7 +319,10 @@ class Forward:
         """Write down in the cache what left."""
         inner = None if self.inner is None else self.inner.steps()
         if self.inner is not None and not self.inner.entered:
-            raise TokenStateError("the decoder layers ran without the patch: call tokred.apply again")
+            raise BypassedError(
+                f"{self.settings.methods[-1].name!r} did not run: the decoder layers of {self.settings.family} ran "
+                "without the patch (their list was exchanged or wrapped): call tokred.apply again"
+            )
         if cache is None or (self.packed is None and not inner):
             return
         old = self.track

@@ -7,11 +7,13 @@ from typing import Any
 from torch import nn
 
 from tokred.adapters.cache.generate import prompt_length
+from tokred.adapters.contract import cache_of
+from tokred.adapters.swap import Standin
 
 PROMPT = "_tokred_prompt"
 
 
-class CachePreparer:
+class CachePreparer(Standin):
     """Stands in for a generating model's ``_prepare_cache_for_generation``: bad calls are refused before anything runs,
     and the cache learns how long the prompt is, so that drafts are told apart from it."""
 
@@ -35,10 +37,10 @@ class CachePreparer:
                 f"cache_implementation={kind!r} {why} {name} leaves fewer: leave it out (a DynamicCache), or call "
                 "tokred.remove(model) first"
             )
-        refuse(model_kwargs.get("past_key_values"))
+        refuse(cache_of(model_kwargs))
         host = type(self.model)
         out = host._prepare_cache_for_generation(self.model, generation_config, model_kwargs, *args, **kwargs)  # type: ignore[attr-defined]
-        cache, length = model_kwargs.get("past_key_values"), prompt_length(generation_config, model_kwargs)
+        cache, length = cache_of(model_kwargs), prompt_length(generation_config, model_kwargs)
         if cache is not None and length is not None:
             cache.__dict__[PROMPT] = length
         return out

@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokred.adapters.swap import Hook
+from tokred.adapters.contract import cache_name, cache_of, with_cache
+from tokred.adapters.swap import Hook, host_class
 from tokred.adapters.vlm.call import Call
 from tokred.adapters.vlm.facts import Facts
-from tokred.adapters.vlm.features import RECORD, Record, local
+from tokred.adapters.vlm.features import local
 from tokred.adapters.vlm.forward import Forward
 from tokred.adapters.vlm.generating import PROMPT, refuse
-from tokred.adapters.vlm.sites import Modality
+from tokred.adapters.vlm.placeholders import fill
 from tokred.adapters.vlm.step import LayerCount
 from tokred.adapters.vlm.track import track_of
+from tokred.errors import BypassedError
 from tokred.method import Method
 
 
@@ -32,6 +34,7 @@ class VisualSettings:
 
     Attributes:
         outer, inner: the methods of ``projector`` and ``layer``.
+        core: the model with vision, if there is one.
         projector, layers: the projector, and the list of decoder layers.
         chosen: decoder layers before which the method of ``layer`` may act; None: all.
         last: tokens at every layer's input in the last prefill, of a prompt of ``before``.
@@ -46,6 +49,7 @@ class VisualSettings:
         self.outer: Method | None = None
         self.inner: Method | None = None
         self.chosen: frozenset[int] | None = None
+        self.core: nn.Module | None = None
         self.projector: nn.Module | None = None
         self.layers: nn.Module | None = None
         self.last: tuple[LayerCount, ...] = ()
@@ -106,20 +110,29 @@ class EnterCore(Hook):
             return None
         tokens: Tensor = embeds if ids is None else ids  # type: ignore[assignment]
         shape = tokens.shape
-        call.physical = held_mask(given.get("past_key_values"), call.mask, shape)
-        new = held_types(given.get("past_key_values"), given, shape)
+        call.physical = held_mask(cache_of(given), call.mask, shape)
+        new = held_types(cache_of(given), given, shape)
         if call.physical is not None:
             new["attention_mask"] = call.physical
         return ((), {**given, **new}) if new else None
 
 
 class LeaveCore(Hook):
-    """After it, whatever happened."""
+    """After it, whatever happened: images that the methods were not told of are no silent matter."""
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         found = getattr(local, "call", None)
-        if found is not None and found[0] is module:
-            local.call = found[3]
+        if found is None or found[0] is not module:
+            return
+        local.call = found[3]
+        call, settings = found[1], found[4]
+        if output is not None and (call.towers or call.records) and not call.modalities:
+            name, family = settings.methods[0].name, settings.family
+            why = "its feature getters" if call.entered else "its language model"
+            raise BypassedError(
+                f"{name!r} did not run: {family} saw images, but {why} ran without the patch (a wrapper or another "
+                "class has taken its place): wrap or change the model first, and call tokred.apply on it then"
+            )
 
 
 class EnterLanguage(Hook):
@@ -133,23 +146,31 @@ class EnterLanguage(Hook):
         settings = self.settings
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         found = getattr(local, "call", None)
+        source = dict(given)
         if found is None or found[4] is not settings:
             call = Call(mask=_padding(given.get("attention_mask")))
         else:
-            call = _modalities(settings, *found[:3])
+            call, source = found[1], found[2]
         if given.get("inputs_embeds") is None:
             if given.get("input_ids") is None:
                 return None
             given["inputs_embeds"] = module.get_input_embeddings()(given.pop("input_ids"))
         given.pop("input_ids", None)
-        cache = given.get("past_key_values")
+        cache = cache_of(given)
         if cache is None and self._caches(module, given):
             from transformers.cache_utils import DynamicCache
 
-            cache = given["past_key_values"] = DynamicCache(config=settings.config)
+            cache = DynamicCache(config=settings.config)
+            given = with_cache(given, cache_name(host_class(module).forward), cache)
         refuse(cache)
         if call.end is None:
             call.end = getattr(cache, PROMPT, None)
+        if settings.core is not None:
+            fill(settings, settings.core, call, source)
+        call.entered = True
+        device = given["inputs_embeds"].device
+        call.move(device)
+        given = {k: _moved(v, device) for k, v in given.items()}
         forward = Forward(settings, call, given)
         new = forward.prepare(given)
         local.forward = (module, forward, getattr(local, "forward", None), settings.layers)
@@ -183,28 +204,6 @@ class LeaveLanguage(Hook):
             self.settings.before = forward.length
 
 
-def _modalities(settings: VisualSettings, core: Any, call: Call, given: dict[str, Any]) -> Call:
-    """Placeholders of the prompt and the features that fill them."""
-    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-    outputs = given.get("mm_encoder_outputs") or {}
-    for _, name in settings.facts.getters:
-        output = outputs.get(name)
-        if output is None:
-            output = call.outputs.get(name)
-        token = getattr(core.config, f"{name}_token_id", None)
-        if output is None or token is None:
-            continue
-        if ids is None:
-            assert embeds is not None  # EnterCore has seen to it
-            mark = core.get_input_embeddings()(torch.full((), token, dtype=torch.long, device=embeds.device))
-            visual = (embeds == mark).all(-1)
-        else:
-            visual = ids == token
-        record: Record | None = getattr(output, RECORD, None)
-        call.modalities.append(Modality(visual, tuple(visual.sum(1).tolist()), record))
-    return call
-
-
 def held_mask(cache: Any, mask: Tensor | None, shape: Any) -> Tensor | None:
     """``(B, rows)``: the padding mask of the rows that layer 0 holds and those that come; None where nothing left
     before, or nothing is hidden.
@@ -234,6 +233,13 @@ def held_types(cache: Any, given: dict[str, Any], shape: Any) -> dict[str, Any]:
     if track is None or outer is None or types is None or types.shape[1] < int(cache.get_seq_length()) + shape[1]:
         return {}
     return {"token_type_ids": torch.cat([types.gather(1, outer.columns), types[:, track.covered :]], 1)}
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Masks and positions where the tokens are: wrappers that move arguments do so behind this hook."""
+    if isinstance(value, dict):
+        return {k: _moved(v, device) for k, v in value.items()}
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _padding(mask: Any) -> Tensor | None:

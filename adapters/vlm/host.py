@@ -13,16 +13,19 @@ from tokred.adapters.cache.host import match as match_language
 from tokred.adapters.cache.host import refusal as cache_refusal
 from tokred.adapters.supplier import Supplier
 from tokred.adapters.swap import host_class, swap
+from tokred.adapters.transformers import is_tower
 from tokred.adapters.vlm.facts import FACTS, Facts, class_tokens, describe, feature_layer, tower_attention, tower_layers
 from tokred.adapters.vlm.fused import last_attention
 from tokred.adapters.vlm.layers import LayerList
-from tokred.adapters.vlm.undo import SETTINGS
+from tokred.adapters.vlm.sites import OF_TOWER
 from tokred.errors import MissingInputError, UnsupportedModelError
 from tokred.method import Method
+from tokred.patch import Patch
 from tokred.registry import methods as registered
 from tokred.vlm.layered import LayerMethod
 
-_CAPTURED = frozenset({"q", "k", "class_attention", "attention", "tower_layers"})
+# Key of what the hooks of both stages share.
+SETTINGS = "vlm"
 
 
 @dataclass
@@ -77,7 +80,9 @@ class VisualHost(Supplier):
     def how(self) -> str:
         """For the table of support."""
         if self.stage == "projector":
-            return f"{self.family}, before its language model"
+            pooled = self.facts.heads and len(self.facts.getters) > 1
+            note = " (the tower's attention of images alone, since frames of videos are pooled)" if pooled else ""
+            return f"{self.family}, before its language model{note}"
         return f"{self.family}, between its {len(self.layers)} decoder layers"
 
     def missing(self, method: Method | type[Method]) -> frozenset[str]:
@@ -109,6 +114,7 @@ class VisualHost(Supplier):
                 f"{self.family} has positions in several axes, which cannot be counted anew: take positions='keep'"
             )
         method.check(self.depth)
+        self._check_tower(method)
         if self.stage == "layer":
             _ = self.layer_list
             early = [i for i in range(1, self.deepstack) if method.acts(1 << 20, layer=i, depth=self.depth)]
@@ -118,6 +124,16 @@ class VisualHost(Supplier):
                     f"tokens can leave before layer {self.deepstack} at the earliest; {method.name!r} acts before "
                     f"layer {early[0]}"
                 )
+
+    def _check_tower(self, method: Method) -> None:
+        named = getattr(method, "tower_layers", ())
+        depth = len(tower_layers(self.core, self.facts)) if named and self.core is not None else 0
+        wrong = [i for i in named if not -depth <= i < depth]
+        if wrong:
+            raise ValueError(
+                f"{method.name!r} reads layer {wrong[0]} of the vision tower, but that of {self.family} has {depth} "
+                f"(0 to {depth - 1})"
+            )
 
     @property
     def deepstack(self) -> int:
@@ -136,7 +152,9 @@ class VisualHost(Supplier):
     def hint(self, method: Method) -> str:
         """What works instead: the method with other settings, else other methods of the stage."""
         if self.core is None:
-            return "; take 'fastkv', which lets tokens of text leave, or a policy of its cache such as 'snapkv'"
+            unknown = _sees(getattr(self.model, "config", None))
+            why = ": it has vision, but of a family whose image features tokred does not know" if unknown else ""
+            return f"{why}; take 'fastkv', which lets tokens of text leave, or a policy of its cache such as 'snapkv'"
         for settings, other in getattr(method, "variants", tuple)():
             if not self.missing(other):
                 return f"; {method.name!r} with {settings} works"
@@ -144,17 +162,16 @@ class VisualHost(Supplier):
         found = [cls.name for cls in some if cls.stage == self.stage and not self.missing(cls)]
         return f"; here work {', '.join(found)}" if found else ""
 
-    def patch(self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str) -> None:
+    def patch(self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str, patch: Patch) -> None:
         """Hang hooks on the model. :meth:`check` has passed."""
         from tokred.adapters.vlm import hooks
 
-        owner: Any = self.core or self.language
-        settings: hooks.VisualSettings | None = owner.__dict__.get(SETTINGS)
+        settings: hooks.VisualSettings | None = patch.settings.get(SETTINGS)
         if settings is None:
             settings = hooks.VisualSettings(
                 self.family, self.facts, self.language.config, len(self.layers), self.core is not None
             )
-            owner.__dict__[SETTINGS] = settings
+            patch.settings[SETTINGS] = settings
             self._hang(settings)
         if self.stage == "projector":
             settings.outer = method
@@ -169,16 +186,19 @@ class VisualHost(Supplier):
     def _hang(self, settings: Any) -> None:
         from tokred.adapters.cache.hooks import argument_names
         from tokred.adapters.vlm import hooks
-        from tokred.adapters.vlm.features import Getter
+        from tokred.adapters.vlm.features import TowerTap
         from tokred.adapters.vlm.generating import CachePreparer
         from tokred.adapters.vlm.loss import EnterLoss, LeaveLoss
+        from tokred.adapters.vlm.records import Getter
 
         if self.core is not None:
             core: Any = self.core
+            settings.core = core
             if self.facts.projector:
                 settings.projector = core.get_submodule(self.facts.projector)
             core.register_forward_pre_hook(hooks.EnterCore(settings, argument_names(core)), with_kwargs=True)
             core.register_forward_hook(hooks.LeaveCore(), with_kwargs=True, always_call=True)
+            core.get_submodule(self.facts.tower).register_forward_hook(TowerTap())
             for name, modality in self.facts.getters:
                 if hasattr(core, name):
                     core.__dict__[name] = Getter(core, name, modality, describe)
@@ -201,7 +221,7 @@ class VisualHost(Supplier):
         core: Any = self.core
         if self.facts.projector:
             core.get_submodule(self.facts.projector).register_forward_pre_hook(ProjectorTap())
-        if not method.reads & _CAPTURED:
+        if not method.reads & OF_TOWER:
             return
         fused = last_attention(core)
         if fused is not None:
@@ -239,7 +259,8 @@ def _match(model: nn.Module, stage: str) -> VisualHost | None:
     if not cls.__module__.startswith("transformers."):
         return None
     core = _core(model)
-    if core is None and (stage == "projector" or _inside_vision(model)):
+    _check_whole(model, core, stage)
+    if core is None and stage == "projector":
         return None
     found = match_language(model, decodes=core is not None, bounded=True)
     if found is None:
@@ -260,9 +281,37 @@ def _core(model: Any) -> nn.Module | None:
     return None
 
 
-def _inside_vision(model: Any) -> bool:
-    """Whether the model has vision of a family that is not known."""
-    config = getattr(model, "config", None)
+def _check_whole(model: Any, core: nn.Module | None, stage: str) -> None:
+    """Refuse what is no whole model that can be patched here, for its own reason, whatever its cache is like.
+
+    Raises:
+        UnsupportedModelError: a model whose outputs are tied to every token of the prompt, one with vision of a family
+            that is not known, or a vision tower alone.
+    """
+    config, name = getattr(model, "config", None), host_class(model).__name__
+    if core is not None and core is not model and core in model.modules() and not _generates(model):
+        path = next(where for where, module in model.named_modules() if module is core)
+        raise UnsupportedModelError(
+            f"transformers' {name} ties its outputs to every token of the prompt, by the caller's mask or ids, which "
+            f"fewer tokens do not fit: apply to the model inside it (model.{path}) and take its outputs"
+        )
+    if core is None and stage == "projector" and _sees(config) and _generates(model):
+        raise UnsupportedModelError(
+            f"transformers' {name} is a model with vision of a family whose image features, and their places in the "
+            f"prompt, tokred does not know (it knows {', '.join(FACTS)})"
+        )
+    if core is None and is_tower(model):
+        raise UnsupportedModelError(
+            f"transformers' {name} is the vision tower of a model with vision, and methods of the stage {stage!r} act "
+            "behind it: apply to the whole model"
+        )
+
+
+def _generates(model: Any) -> bool:
+    return bool(getattr(model, "can_generate", lambda: False)())
+
+
+def _sees(config: Any) -> bool:
     return getattr(config, "vision_config", None) is not None
 
 

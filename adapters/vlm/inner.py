@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokred.adapters.vlm.masks import MaskMaker
-from tokred.adapters.vlm.pack import Packed, gather_columns, pack_slots
+from tokred.adapters.vlm.pack import Packed, gather_columns, last_real, pack_slots
 from tokred.adapters.vlm.rows import Input, heads_of, norm_behind_attention, values_of
 from tokred.adapters.vlm.step import LayerCount, Step
 from tokred.adapters.vlm.track import Group, extended
@@ -34,6 +34,8 @@ class Inner:
         self._before: Input | None = None
         self._entered: Tensor | None = None
         self._normed: list[Tensor] = []
+        self.ends: tuple[bool, ...] = ()
+        self.aligned = True
         self.start = self._start()
         self.entered = False
 
@@ -55,7 +57,12 @@ class Inner:
             padding = forward.real()
             if padding is not None:
                 valid, real = padding, tuple(padding.sum(1).tolist())
-        counts = tuple((visual & valid).sum(1).tolist())
+        end = self.width - (forward.length - forward.end)
+        last = last_real(valid, end)
+        found = torch.stack([(visual & valid).sum(1), (visual & valid).gather(1, last).squeeze(1), last.squeeze(1)])
+        *both, at = found.tolist()
+        counts, self.ends = tuple(both[0]), tuple(map(bool, both[1]))
+        self.aligned = all(i == end - 1 for i in at)
         columns = torch.arange(self.width, device=forward.device).expand(forward.batch, -1)
         return Step(columns, valid, visual & valid, real, counts)
 
@@ -208,7 +215,7 @@ class Inner:
         if before is not self.start:
             tables = before.move(tables, 1)
         mask = self._valid(layer, before)
-        own = Input(module, x.detach(), tables, forward.cache, past, mask)
+        own = Input(module, x.detach(), tables, forward.cache, past, mask, torch.is_autocast_enabled(x.device.type))
         start = self.start
         assert start is not None  # see _reduce
         positions = before.columns if forward.packed is None else forward.packed.columns.gather(1, before.columns)
@@ -222,6 +229,9 @@ class Inner:
             real=before.real,
             image=None if forward.visual is None else lambda: forward.images().gather(1, positions),
             image_initial=None if forward.visual is None else self._image_counts,
+            place=lambda: self._place(positions),
+            ends=self.ends,
+            aligned=self.aligned,
             end=self._end(before),
             prompt=lambda: self._prompt(before),
             stream=None if self._entered is None else (self._entered, self._normed[-1]),
@@ -231,6 +241,10 @@ class Inner:
             layer=layer,
             depth=self.settings.depth,
         )
+
+    def _place(self, positions: Tensor) -> Tensor | None:
+        place: Tensor | None = self.forward.image_places()
+        return None if place is None else place.gather(1, positions.unsqueeze(-1).expand(-1, -1, 2))
 
     def _image_counts(self, i: int) -> tuple[int, ...]:
         """Visual tokens of image ``i`` of each sample at layer 0."""
@@ -284,7 +298,8 @@ class Inner:
             past = forward.past_columns - (0 if old is None else old.dropped)
             tables = given.get("position_embeddings")
             self._entered = x.detach() if "stream" in method.reads else None
-            self._before = Input(module, x.detach(), tables, forward.cache, past, self._valid(layer, step))
+            cast = torch.is_autocast_enabled(x.device.type)
+            self._before = Input(module, x.detach(), tables, forward.cache, past, self._valid(layer, step), cast)
 
 
 def _taken(step: Reduction, x: Tensor, order: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokred.adapters.contract import cache_name
 from tokred.adapters.vlm.pack import gather_mask, hide, uncut
 from tokred.adapters.vlm.track import own_sizes
 
@@ -105,8 +106,8 @@ class MaskMaker:
                 config=self.config,
                 inputs_embeds=x,
                 attention_mask=self.valid,
-                past_key_values=cache,
                 layer_idx=layer,
+                **{cache_name(make): cache},
             )
 
 
@@ -124,7 +125,10 @@ def slid(forward: Any, new: dict[str, Any]) -> Any:
     given = isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.ndim == 4)
     if not given:
         mask = create_masks_for_generate(
-            config=config, inputs_embeds=forward.embeds, attention_mask=mask, past_key_values=forward.cache
+            config=config,
+            inputs_embeds=forward.embeds,
+            attention_mask=mask,
+            **{cache_name(create_masks_for_generate): forward.cache},
         )
     places, q = forward.places(), forward.embeds.shape[1]
 

@@ -46,6 +46,16 @@ def left_pack(keep: Tensor, counts: tuple[int, ...]) -> Packed:
     return Packed(columns, keep.gather(1, columns), counts)
 
 
+def last_real(real: Tensor, end: int) -> Tensor:
+    """``(B, 1)`` int64: the last real column of every sample before ``end``.
+
+    Args:
+        real: ``(B, L)`` bool.
+        end: columns of the prompt.
+    """
+    return real[:, :end].long().cumsum(1).argmax(1, keepdim=True)
+
+
 def pack_slots(step: Reduction, real: Tensor | None, counts: tuple[int, ...]) -> tuple[Packed, Tensor]:
     """The slots of a reduction in the order of their representatives, right-aligned, without padding.
 

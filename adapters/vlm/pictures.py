@@ -6,21 +6,60 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tokred.adapters.vlm.features import Part, Picture, Span, Tap
+from tokred.vlm.places import grid_places, sides
 from tokred.vlm.site import Tile
 from tokred.vlm.tiles import Tiles
 
 
 def lengths(output: Any) -> list[int]:
-    """Tokens of each picture."""
-    return [len(one) for one in output.pooler_output]
+    """Tokens of each picture; a video's may come frame by frame."""
+    return [one.shape[:-1].numel() for one in output.pooler_output]
 
 
 def square(n: int) -> tuple[int, int] | None:
     """The square grid of ``n`` tokens, if there is one."""
     side = round(n**0.5)
     return (side, side) if side * side == n and n else None
+
+
+def fewer(grid: tuple[int, int], n: int) -> tuple[int, int] | None:
+    """The grid of ``n`` tokens of the same proportions, each of them a square cell of ``grid``; None: there is none."""
+    side = round((grid[0] * grid[1] / n) ** 0.5) if n else 0
+    fits = side > 0 and grid[0] % side == grid[1] % side == 0 and grid[0] * grid[1] == n * side * side
+    return (grid[0] // side, grid[1] // side) if fits else None
+
+
+def places_in(picture: Picture, device: torch.device) -> Tensor | None:
+    """``(tokens, 2)`` float32: row and column of each token in the image, in [0, 1]; None where a grid is not known.
+
+    Tiles lie beside each other; newlines stand at the ends of their rows.
+    """
+    found = torch.zeros(picture.tokens, 2, device=device)
+    for part in picture.parts:
+        if part.grid is None:
+            return None
+        place = grid_places(*part.grid, device=device) if part.corner is None else _within(part, device)
+        where = part.where.offsets(device)
+        if len(where) % len(place):
+            return None
+        found[where] = place.repeat(len(where) // len(place), 1)
+    if picture.lines is not None:
+        ends = picture.lines.offsets(device).view(picture.lines.rows, picture.lines.columns)[:, -1]
+        found[ends] = torch.stack([found[ends - 1, 0], torch.ones_like(found[ends, 1])], 1)
+    return found
+
+
+def _within(part: Part, device: torch.device) -> Tensor:
+    """Places of a tile in the whole image, of which it shows the tokens from its corner on."""
+    assert part.corner is not None
+    assert part.grid is not None
+    row, column, rows, columns = part.corner
+    y = sides(rows, device)[row : row + part.grid[0]]
+    x = sides(columns, device)[column : column + part.grid[1]]
+    return torch.cartesian_prod(y, x).view(-1, 2)
 
 
 def plain(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Picture]:
@@ -31,22 +70,21 @@ def plain(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Pictu
     for i, n in enumerate(counts):
         grid = _patches(core, pixels)
         start = 0
-        if grid is None or grid[0] * grid[1] != n:
-            if grid is not None and grid[0] * grid[1] == n - 1:
-                start = 1
-            else:
-                grid = square(n)
+        if grid is not None and grid[0] * grid[1] == n - 1:
+            start = 1
+        else:
+            grid = square(n) if grid is None else fewer(grid, n)
         fits = tap.inputs is not None and tap.inputs.ndim == 3 and tap.inputs.shape[:2] == (len(counts), n)
-        patches = Span.line(start, n - start) if start else None
-        found.append(Picture(n, (Part(Span.line(start, n - start), grid, tower=i if fits else -1, patches=patches),)))
+        found.append(Picture(n, (Part(Span.line(start, n - start), grid, tower=i if fits else -1, skip=start),)))
     return found
 
 
 def _patches(core: Any, pixels: Any) -> tuple[int, int] | None:
     patch = getattr(core.config.vision_config, "patch_size", None)
-    if not isinstance(patch, int) or pixels is None or pixels.ndim < 4:
+    sides = (patch, patch) if isinstance(patch, int) else patch
+    if sides is None or pixels is None or pixels.ndim < 4:
         return None
-    return int(pixels.shape[-2] // patch), int(pixels.shape[-1] // patch)
+    return int(pixels.shape[-2] // sides[0]), int(pixels.shape[-1] // sides[1])
 
 
 def tiled(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Picture]:
@@ -110,7 +148,9 @@ def _tiles(shape: Any, corner: tuple[int, int], count: tuple[int, int], side: in
             index = 1 + i * count[1] + j
             tile = Tile(index, 1 + count[0] * count[1], False)
             tower = -1 if first < 0 else first + index
-            parts.append(Part(Span(start, *grid, columns + 1), grid, tile=tile, tower=tower, patches=patches))
+            at = (top - corner[0], left - corner[1], *shape)
+            where = Span(start, *grid, columns + 1)
+            parts.append(Part(where, grid, tile=tile, tower=tower, patches=patches, corner=at))
     return parts
 
 
@@ -122,14 +162,23 @@ def _columns(n: int, shape: Any) -> int:
 
 
 def video(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Picture]:
-    """LLaVA-NeXT-Video and LLaVA-OneVision: frames of pooled patches, in OneVision with a newline at the end."""
-    frames = int(given["pixel_values_videos"].shape[1])
+    """LLaVA-NeXT-Video: frames of pooled patches; in LLaVA-OneVision with a newline at the end."""
+    pixels = given.get("pixel_values_videos")  # which older versions call as they call images
+    frames = int((given["pixel_values"] if pixels is None else pixels).shape[1])
     found = []
     for n in lengths(output):
-        count = n // frames * frames
-        grid = square(count // frames)
+        # The grid of a frame is a square one; one token more is the newline.
+        count, grid = next(
+            ((m, square(m // frames)) for m in (n, n - 1) if m % frames == 0 and square(m // frames)), (n, None)
+        )
         found.append(Picture(n, (Part(Span.line(0, count), grid, frames),)))
     return found
+
+
+def closed_video(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Picture]:
+    """LLaVA-OneVision's: the getters of older versions leave the newline to the forward, which puts it behind."""
+    found = video(core, given, output, tap)
+    return [p._replace(tokens=p.tokens + 1) if p.parts[0].count == p.tokens else p for p in found]
 
 
 def by_grid(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Picture]:
@@ -142,6 +191,14 @@ def by_grid(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Pic
     for i, (n, (t, h, w)) in enumerate(zip(lengths(output), grids.tolist(), strict=True)):
         frames = t if kind == "video" else None
         found.append(Picture(n, (Part(Span.line(0, n), (h // side, w // side), frames, tower=i),)))
+    return found
+
+
+def by_size(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Picture]:
+    """Mistral 3's: images of any size, whose patches are joined to cells."""
+    side, found = core.config.vision_config.patch_size * core.config.spatial_merge_size, []
+    for n, (high, wide) in zip(lengths(output), torch.as_tensor(given["image_sizes"]).tolist(), strict=True):
+        found.append(Picture(n, (Part(Span.line(0, n), (high // side, wide // side)),)))
     return found
 
 

@@ -23,6 +23,7 @@ class Input(NamedTuple):
         cache: of the forward, or None.
         past: rows that the layer's cache held before.
         mask: ``(B, past + L)`` bool, or None.
+        autocast: whether the layer runs under autocast; methods decide outside of it.
     """
 
     layer: Any
@@ -31,6 +32,7 @@ class Input(NamedTuple):
     cache: Any
     past: int
     mask: Tensor | None
+    autocast: bool = False
 
 
 def attention_of(layer: Any) -> Any:
@@ -66,6 +68,12 @@ def _rotary(attention: Any) -> Any:
 
 def _project(given: Input, which: str, first: int = 0, end: int | None = None) -> Tensor:
     """``(B, H, M, D)`` rotated queries or keys, or the values, of some columns."""
+    kind = given.x.device.type
+    with torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), enabled=given.autocast):
+        return _projected(given, which, first, end)
+
+
+def _projected(given: Input, which: str, first: int, end: int | None) -> Tensor:
     attention = attention_of(given.layer)
     x = given.layer.input_layernorm(given.x[:, first:end])
     heads: Tensor = getattr(attention, f"{which}_proj")(x).view(*x.shape[:2], -1, attention.head_dim)

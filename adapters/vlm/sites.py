@@ -11,8 +11,12 @@ from torch import Tensor
 from tokred.adapters.vlm.features import Part, Picture, Record
 from tokred.errors import MissingInputError
 from tokred.kernels.column_scores import column_scores
+from tokred.method import Method
 from tokred.reduction import Reduction
 from tokred.vlm.site import VisualSite
+
+# What methods take from the tower's attention.
+OF_TOWER = frozenset({"q", "k", "class_attention", "attention", "tower_layers"})
 
 
 class Place(NamedTuple):
@@ -110,7 +114,7 @@ def grouped(found: list[Place]) -> Iterator[list[Place]]:
     groups: dict[Any, list[Place]] = {}
     for place in found:
         part = place.part
-        shape = (part.where, part.grid, part.frames, part.tile, part.patches, part.tiles)
+        shape = (part.where, part.grid, part.frames, part.tile, part.patches, part.skip, part.tiles)
         key = (shape, part.tower >= 0, id(place.record))
         groups.setdefault(key, []).append(place)
     yield from groups.values()
@@ -128,40 +132,18 @@ def site_of(group: list[Place], columns: Tensor, context: Context) -> VisualSite
     samples = torch.tensor([p.sample for p in group], device=columns.device)
     embeds = context.embeds
     more: dict[str, Any] = {}
-    tower = [p.part.tower for p in group]
+    tower, give = [p.part.tower for p in group], record.received
     if part.tower >= 0:
-        inputs = record.tower
-        patches = None if part.patches is None else part.patches.offsets(embeds.device)
-        if inputs is not None:
-            more["tower"] = lambda: inputs[tower] if patches is None else inputs[tower][:, patches]
-        give = record.received
+        if record.tower is not None:
+            more["tower"] = lambda: tower_features(group).detach()
         if give is not None:
             more["received"] = lambda: torch.stack([give(i) for i in tower])
-        least = part.count if part.patches is None else int(part.patches.offsets(torch.device("cpu"))[-1]) + 1
-
-        def heads(layer: int) -> tuple[Tensor, Tensor]:
-            index = layer if layer >= 0 else record.depth + layer
-            if (index, "q") not in record.heads:
-                raise MissingInputError(
-                    f"the attention of tower layer {layer} was not noted: the tower has {record.depth} layers, of "
-                    "which the method names in tower_layers those that it reads"
-                )
-            q, k = record.heads[index, "q"][tower], record.heads[index, "k"][tower]
-            whole = k.shape[2] - record.prefix
-            if whole < least or (patches is None and whole != least):
-                raise MissingInputError(
-                    f"the tower's attention has {whole} patches for {part.count} visual tokens, so that attention of "
-                    "single patches says nothing about them"
-                )
-            if patches is None or whole == len(patches):
-                return q, k
-            some = torch.cat([torch.arange(record.prefix, device=k.device), patches + record.prefix])
-            return q[:, :, some], k[:, :, some]
-
         if (record.layer, "q") in record.heads:
+            heads = _heads(record, part, tower)
             more["q"] = lambda: heads(record.layer)[0]
             more["k"] = lambda: heads(record.layer)[1]
             more["layer_heads"] = heads
+            more["patches"] = None if part.patches is None else part.patches.offsets(columns.device)
             if part.tiles is not None and part.whole >= 0:
                 more["tiles"], more["whole"] = part.tiles, _whole(record, [p.part.whole for p in group])
     if "text" in context.reads:
@@ -179,6 +161,54 @@ def site_of(group: list[Place], columns: Tensor, context: Context) -> VisualSite
         project=context.project,
         **more,
     )
+
+
+def check_tower(method: Method, part: Part) -> None:
+    """Refuse a method that reads the tower's attention where a token is no patch.
+
+    Raises:
+        MissingInputError: with what reads features alone.
+    """
+    reads = sorted(method.reads & OF_TOWER)
+    if reads and part.tower < 0:
+        kind = "frames of a video" if part.frames is not None else "images"
+        raise MissingInputError(
+            f"{method.name!r} reads {', '.join(reads)}, but here tokens are made of {kind} that the model pools or "
+            "scales behind its tower, whose attention says nothing about them: take a method that reads features "
+            "alone, such as 'divprune'"
+        )
+
+
+def _heads(record: Record, part: Part, rows: list[int]) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """Queries and keys of some rows of the tower's batch, all of its patches, by layer."""
+    patches = None if part.patches is None else part.patches.offsets(torch.device("cpu"))
+    least = part.count if patches is None else int(patches[-1]) + 1
+
+    def heads(layer: int) -> tuple[Tensor, Tensor]:
+        index = layer if layer >= 0 else record.depth + layer
+        if (index, "q") not in record.heads:
+            raise MissingInputError(
+                f"the attention of tower layer {layer} was not noted: the tower has {record.depth} layers, of "
+                "which the method names in tower_layers those that it reads"
+            )
+        q, k = record.heads[index, "q"][rows], record.heads[index, "k"][rows]
+        whole = k.shape[2] - record.prefix
+        if whole < least or (patches is None and whole != least):
+            raise MissingInputError(
+                f"the tower's attention has {whole} patches for {part.count} visual tokens, so that attention of "
+                "single patches says nothing about them"
+            )
+        return q, k
+
+    return heads
+
+
+def tower_features(group: list[Place]) -> Tensor:
+    """``(G, N, Ct)`` the projector's inputs of a group's tokens, with their gradient."""
+    part, inputs = group[0].part, group[0].record.tower
+    assert inputs is not None  # asked for where the site has them
+    found = inputs[[p.part.tower for p in group]]
+    return found[:, part.skip :] if part.patches is None else found[:, part.patches.offsets(found.device)]
 
 
 def _whole(record: Record, rows: list[int]) -> Callable[[int], Tensor]:
@@ -222,8 +252,21 @@ def without_newlines(left: Left, pictures: list[Shown], columns: Tensor) -> Left
     return Left(gone, left.embeds, tuple(dropped))
 
 
+def with_last(left: Left, last: Tensor) -> Left:
+    """The prompt's last token stays as it is, beside what its image keeps: what follows is told from it.
+
+    Args:
+        left: with something gone.
+        last: ``(B, 1)`` int64 where it stands.
+    """
+    assert left.gone is not None
+    lost = left.gone.gather(1, last)
+    dropped = tuple(n - back for n, back in zip(left.dropped, lost.squeeze(1).long().tolist(), strict=True))
+    return Left(left.gone.scatter(1, last, False), left.embeds, dropped)
+
+
 def leave(left: Left, group: list[Place], columns: Tensor, site: VisualSite, step: Reduction, space: str) -> Left:
-    """Take one group's reduction into account."""
+    """Take one group's reduction into account; merging is differentiable."""
     if step.trivial:
         return left
     b, length = left.embeds.shape[:2]
@@ -238,8 +281,9 @@ def leave(left: Left, group: list[Place], columns: Tensor, site: VisualSite, ste
     gone[samples, kept] = False
     gone = gone[:, :length]
     if step.mode != "keep":
-        if space == "tower" and site.project is not None:
-            values = site.project(step.merge(site.tower))
+        known = group[0].part.tower >= 0 and group[0].record.tower is not None
+        if space == "tower" and site.project is not None and known:
+            values = site.project(step.merge(tower_features(group))).to(embeds.device)
         else:
             values = step.merge(embeds[samples, columns])
         values = values.to(embeds.dtype)

@@ -16,7 +16,7 @@ from tokred.kernels.attention.registration import refusals
 from tokred.kernels.attention.torch_path import FORMS, fused_attention, fused_attention_with_lse
 from tokred.kernels.column_scores import column_scores
 from tokred.kernels.column_scores.checks import check_bias, check_key_mask, check_query_key
-from tokred.kernels.dispatch import use_kernel, why_not
+from tokred.kernels.dispatch import traced, use_kernel, why_not
 
 __all__ = [
     "AttentionResult",
@@ -177,7 +177,7 @@ def attention_with_scores(
     output, lse = _with_lse(q, k, v, per_key, key_mask, scale, causal)
     # The log-sum-exp has no gradient, so the scores need their own where they are to have the right one. On the CPU a
     # softmax of each block is faster than the exponential that a given log-sum-exp asks for.
-    own = q.device.type == "cpu" or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))
+    own = q.device.type == "cpu" or traced() or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))
     scores = column_scores(
         q,
         k,

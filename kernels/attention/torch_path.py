@@ -11,6 +11,7 @@ from tokred.kernels.attention.reference import attention_reference
 from tokred.kernels.column_scores import row_lse
 from tokred.kernels.column_scores.blocked import fast_bfloat16
 from tokred.kernels.column_scores.reference import MASKED
+from tokred.kernels.dispatch import traced
 
 FORMS = ("auto", "mask", "channel")
 # From this many keys on, copying q, k and v once costs less than leaving the flash kernel; an estimate by traffic.
@@ -122,7 +123,7 @@ def _channel_attention(
 
 def _plain_is_faster(q: Tensor, v: Tensor, mask: Tensor) -> bool:
     """On a CPU that multiplies bfloat16, hand-written attention takes two thirds of the fused kernel's time."""
-    if torch.compiler.is_compiling() or q.device.type != "cpu" or q.dtype != torch.bfloat16 or not fast_bfloat16():
+    if traced() or q.device.type != "cpu" or q.dtype != torch.bfloat16 or not fast_bfloat16():
         return False
     tracked = any(t.requires_grad for t in (q, v, mask)) and torch.is_grad_enabled()
     return not tracked and mask.shape[2] == 1 and q.shape[1] * q.shape[2] * mask.shape[3] <= _BLOCK_ELEMENTS

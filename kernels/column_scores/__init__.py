@@ -21,7 +21,7 @@ from tokred.kernels.column_scores.reference import (
     row_lse_reference,
 )
 from tokred.kernels.column_scores.registration import refusals
-from tokred.kernels.dispatch import accumulator_dtype, use_kernel, why_not
+from tokred.kernels.dispatch import accumulator_dtype, traced, use_kernel, why_not, without_autocast
 
 __all__ = ["ColumnStatistics", "column_power", "column_scores", "column_statistics", "row_lse", "why_not_kernel"]
 
@@ -75,9 +75,9 @@ def column_scores(
     options = check(q, k, weight, lse, bias, key_mask, scale, causal, window, softcap, group)
     if use_kernel("column_scores", q, lambda: refusals(q, k)):
         return _scores_op(q, k, weight, lse, bias, key_mask, *options)  # type: ignore[no-any-return]
-    if _plain(q, k, weight, lse, bias):
-        return column_scores_reference(q, k, weight, lse, bias, key_mask, options)
-    return column_scores_blocked(q, k, weight, lse, bias, key_mask, options)
+    run = column_scores_reference if _plain(q, k, weight, lse, bias) else column_scores_blocked
+    with without_autocast(q):
+        return run(q, k, weight, lse, bias, key_mask, options)
 
 
 def column_statistics(
@@ -121,9 +121,9 @@ def column_statistics(
     options = check(q, k, weight, lse, bias, key_mask, scale, causal, window, softcap, group)
     if use_kernel("column_statistics", q, lambda: refusals(q, k)):
         return ColumnStatistics(*_statistics_op(q, k, weight, lse, bias, key_mask, *options))
-    if _plain(q, k, weight, lse, bias):
-        return column_statistics_reference(q, k, weight, lse, bias, key_mask, options)
-    return column_statistics_blocked(q, k, weight, lse, bias, key_mask, options)
+    run = column_statistics_reference if _plain(q, k, weight, lse, bias) else column_statistics_blocked
+    with without_autocast(q):
+        return run(q, k, weight, lse, bias, key_mask, options)
 
 
 def column_power(
@@ -172,9 +172,9 @@ def column_power(
     if use_kernel("column_power", q, lambda: refusals(q, k)):
         lse = _row_lse_op(q, k, bias, key_mask, *options[:4])
         return iterate(lambda s: _scores_op(q, k, s, lse, bias, key_mask, *options), s, rounds, tolerance, look=False)
-    if _plain(q, k, start, bias):
-        return column_power_reference(q, k, s, rounds, tolerance, bias, key_mask, options)
-    return column_power_blocked(q, k, s, rounds, tolerance, bias, key_mask, options)
+    run = column_power_reference if _plain(q, k, start, bias) else column_power_blocked
+    with without_autocast(q):
+        return run(q, k, s, rounds, tolerance, bias, key_mask, options)
 
 
 def row_lse(
@@ -210,7 +210,8 @@ def row_lse(
     options: Options = check(q, k, None, None, bias, key_mask, scale, causal, window, softcap, "none")
     if use_kernel("row_lse", q, lambda: refusals(q, k)):
         return _row_lse_op(q, k, bias, key_mask, *options[:4])  # type: ignore[no-any-return]
-    return row_lse_reference(q, k, bias, key_mask, options)
+    with without_autocast(q):
+        return row_lse_reference(q, k, bias, key_mask, options)
 
 
 def why_not_kernel(q: Tensor, k: Tensor) -> str | None:
@@ -220,6 +221,6 @@ def why_not_kernel(q: Tensor, k: Tensor) -> str | None:
 
 def _plain(*tensors: Tensor | None) -> bool:
     """Whether the compiler or autograd must see plain operations instead of work in a reused buffer."""
-    if torch.compiler.is_compiling():
+    if traced():
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -56,13 +56,6 @@ def fast_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _matmul_dtype(x: Tensor) -> torch.dtype:
-    """The input's type where the device multiplies it fast; half precision is emulated on a CPU."""
-    if x.is_cuda or (x.dtype == torch.bfloat16 and fast_bfloat16()):
-        return x.dtype
-    return accumulator_dtype(x.dtype)
-
-
 def _ranges(total: int, step: int) -> list[slice]:
     """Cut ``total`` into near-equal parts of at most ``step``."""
     if total == 0:
@@ -96,19 +89,16 @@ def _plan(q: Tensor, k: Tensor, options: Options) -> Iterator[_Block]:
 
 
 def _products(q: Tensor, k: Tensor, scale: float, buffer: Tensor) -> Tensor:
-    """``scale * q k^T``, ``[b, hk, rows, n]`` in the accumulator's type, in ``buffer`` where that is possible."""
+    """``scale * q k^T``, ``[b, hk, rows, n]`` in the accumulator's type, in ``buffer``."""
     b, hk, rows, _ = q.shape
-    shape = (b, hk, rows, k.shape[2])
-    low = _matmul_dtype(q)
-    exact = low == buffer.dtype
-    out = buffer[: b * hk * rows * shape[3]].view(shape) if exact else q.new_empty(shape)
+    out = buffer[: b * hk * rows * k.shape[2]].view(b, hk, rows, k.shape[2])
     # Cut a [B, N, 3, H, D] projection at the batch: a product over both leading dimensions would copy all its keys.
     flat = b == 1 or (q.stride(0) == hk * q.stride(1) and k.stride(0) == hk * k.stride(1))
-    cuts = [slice(0, b)] if flat else [slice(i, i + 1) for i in range(b)]
-    for cut in cuts:
-        part, qs, ks = out[cut].flatten(0, 1), q[cut].flatten(0, 1).to(low), k[cut].flatten(0, 1).to(low)
+    for cut in [slice(0, b)] if flat else [slice(i, i + 1) for i in range(b)]:
+        # Products of half precision would be rounded to it, and with them the choices that they lead to.
+        part, qs, ks = out[cut].flatten(0, 1), q[cut].flatten(0, 1).to(out.dtype), k[cut].flatten(0, 1).to(out.dtype)
         torch.baddbmm(part, qs, ks.transpose(1, 2), beta=0, alpha=scale, out=part)
-    return out if exact else buffer[: out.numel()].view(shape).copy_(out)
+    return out
 
 
 def _one_query(

@@ -27,7 +27,7 @@ from tokred.kernels.decode_attention.torch_path import (
     decode_rectangular,
     fused_fits,
 )
-from tokred.kernels.dispatch import use_kernel, why_not
+from tokred.kernels.dispatch import traced, use_kernel, why_not
 
 __all__ = [
     "SENTINEL",
@@ -273,6 +273,6 @@ def _split(query_position: Tensor | int | None) -> tuple[Tensor | None, int]:
 
 def _plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the compiler or autograd must see plain operations, or there is nothing to attend to."""
-    if torch.compiler.is_compiling() or q.numel() == 0 or k.numel() == 0:
+    if traced() or q.numel() == 0 or k.numel() == 0:
         return True
     return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)

@@ -147,7 +147,7 @@ def _check_out(
 
 
 def _check_ascending(index: Tensor) -> None:
-    if torch.compiler.is_compiling() or not dispatch.debug() or index.shape[-1] < 2:
+    if dispatch.traced() or not dispatch.debug() or index.shape[-1] < 2:
         return
     if not bool((index[..., 1:] > index[..., :-1]).all()):
         raise ValueError("index must ascend strictly along its last dimension for gather_cache_")

@@ -34,7 +34,7 @@ def gather_rows_or_zero(x: Tensor, index: Tensor) -> Tensor:
     """Rows of ``x`` ``(B, M, C)`` by ``index`` ``(B, N)``; the index -1 gives a row of zeros."""
     missing = index < 0
     # On a CPU looking at the values costs nothing; a device would be waited for, and a trace would break.
-    if index.device.type == "cpu" and type(index) is Tensor and not torch.compiler.is_compiling():
+    if index.device.type == "cpu" and type(index) is Tensor and not dispatch.traced():
         holes = missing.reshape(-1).nonzero().view(-1)
         if holes.numel() == 0:
             return gather_rows(x, index)
@@ -101,7 +101,7 @@ def gather_cache_(keys: Tensor, values: Tensor, positions: Tensor, index: Tensor
 
 def _plain(x: Tensor) -> bool:
     """Whether the compiler or autograd must see plain operations instead of work in given memory."""
-    return torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled())
+    return dispatch.traced() or (x.requires_grad and torch.is_grad_enabled())
 
 
 def _compact(x: Tensor, index: Tensor) -> None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokred.kernels.dispatch import use_kernel, why_not
+from tokred.kernels.dispatch import traced, use_kernel, why_not
 from tokred.kernels.gather_rows import reference as gather_reference
 from tokred.kernels.gather_rows.registration import refusals as gather_refusals
 from tokred.kernels.merge_rows import reference
@@ -207,7 +207,7 @@ def _in_place(x: Tensor, size: Tensor | None) -> bool:
         and x.is_contiguous()
         and (size is None or size.dtype == torch.float32)
         and not recording
-        and not torch.compiler.is_compiling()
+        and not traced()
         and not use_kernel("merge_rows", x, lambda: refusals(x, size, None, "mean"))
     )
 

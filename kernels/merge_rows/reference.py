@@ -35,7 +35,7 @@ def _edges(representative: Tensor, source: Tensor, target: Tensor, n: int, steps
     alive = target >= 0
     slots = (representative.shape[1], 1)
     # On a CPU looking at the values costs nothing; a device would be waited for, and a trace would break.
-    if source.device.type == "cpu" and type(source) is Tensor and not torch.compiler.is_compiling():
+    if source.device.type == "cpu" and type(source) is Tensor and not dispatch.traced():
         member = flat_index(source, (n, 1))
         row = member if steps == (n, 1) else flat_index(source, steps)
         slot = flat_index(target, slots)
@@ -101,7 +101,8 @@ def merge_rows(
     slots = representative.shape[1]
     scaled = mode == "sum" and weight is not None
     touched = mode != "keep" and source.shape[1] > 0 and slots > 0
-    recording = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, size, weight))
+    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, size, weight))
+    recording = learns or dispatch.traced()
     if x.dtype in _HALVES and (scaled or (touched and recording)):
         return merge_rows(x.float(), representative, source, target, size, weight, mode, slot_size).to(x.dtype)
 
@@ -178,7 +179,7 @@ def _write(y: Tensor, base: Tensor, moved: Tensor, added: Tensor, edges: _Edges,
         added: ``(E, C)`` what each source adds, in the type of the sums.
         edges: the sources.
         mode: mean, sum or mlerp.
-        recording: whether autograd records.
+        recording: whether autograd or a trace records.
     """
     slot = edges.slot
     if mode != "mlerp" and y.dtype == added.dtype:

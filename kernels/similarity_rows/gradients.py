@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokred.kernels.dispatch import accumulator_dtype
+from tokred.kernels.dispatch import accumulator_dtype, without_autocast
 from tokred.kernels.similarity_rows import torch_path
 from tokred.kernels.similarity_rows.reference import NORM_FLOOR
 
@@ -35,7 +35,7 @@ def top_backward(
     """Gradients of the scores ``(B, Na, k)`` by ``a`` and ``b``; only the chosen pairs have any."""
     dtype = accumulator_dtype(a.dtype)
     batch, rows, k = index.shape
-    with torch_path.without_autocast(a):
+    with without_autocast(a):
         x, y = a.to(dtype), b.to(dtype)
         if y.shape[1] == 0 or index.numel() == 0:
             return torch.zeros_like(a), torch.zeros_like(b)
@@ -87,7 +87,7 @@ def total_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the sums ``(B, Na)`` by ``a`` and ``b``, over the same blocks as the forward pass."""
     dtype = accumulator_dtype(a.dtype)
-    with torch_path.without_autocast(a):
+    with without_autocast(a):
         x, y = a.to(dtype), b.to(dtype)
         grad = grad if a_mask is None else torch.where(a_mask, grad, 0)
         if metric == "cosine":

@@ -6,15 +6,13 @@ Everything here works on three-dimensional tensors ``(B, N, D)`` and in place, o
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokred.kernels.dispatch import accumulator_dtype
+from tokred.kernels.dispatch import accumulator_dtype, without_autocast
 from tokred.kernels.similarity_rows.reference import NORM_FLOOR
 
 # Blocks of the matrix stay in the second-level caches of a CPU, where the passes after the product are cheap.
@@ -24,13 +22,6 @@ GPU_BLOCK_BYTES = 256 << 20
 _EXACT_INTEGERS = 1 << 23
 # Below this size the fixed cost of five operations is more than what vectors save.
 _FEW = 1 << 17
-
-
-def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """A context in which autocast leaves float32 products alone."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return contextlib.nullcontext()
 
 
 def block_sizes(batch: int, rows: int, columns: int, x: Tensor) -> tuple[int, int]:

@@ -151,6 +151,75 @@ def test_rope_tables_follow_their_tokens(family):
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ROPE)
+def test_rope_tables_follow_through_two_reductions(family):
+    """The rows of the second are rows of the first: positions compose."""
+    model, x = build(family), images(2)
+    with torch.no_grad():
+        tokred.apply(model, "random_prune", r=[5, 4, 3])
+        y = model(x)
+        kept = [record.state.representative for record in _records(model)]
+        tokred.remove(model)
+        z, rope = model._pos_embed(model.patch_embed(x))
+        z = model.norm_pre(z)
+        tables = list(rope) if getattr(model, "rope_mixed", False) else [rope] * 3
+        prefix, here = model.num_prefix_tokens, torch.arange(z.shape[1])
+        for block, table, after in zip(model.blocks, tables, [k[0] for k in kept], strict=True):
+            table = table[..., here[prefix:] - prefix, :]
+            rows = torch.tensor([here.tolist().index(t) for t in after.tolist()])
+            if "post-norm" in family:
+                z = block(z, rope=table)[:, rows]
+            else:
+                from tokred.adapters.block import branch
+
+                z = z + branch(block, block.attn(block.norm1(z), rope=table), 1)
+                z = z[:, rows]
+                z = z + branch(block, block.mlp(block.norm2(z)), 2)
+            here = after
+        expected = model.forward_head(model.norm(z))
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+
+
+def _records(model):
+    from tokred.adapters.host import shared_of
+
+    return [record for _, record in sorted(shared_of(model)[0][2].records.items())]
+
+
+@pytest.mark.parametrize("case", METHODS)
+def test_positions_are_those_of_all_steps_as_one(case):
+    model = build("vit")
+    tokred.apply(model, case.partition("-")[0], **METHODS[case])
+    with torch.no_grad():
+        model(images())
+    for record in _records(model):
+        if record.state.steps:
+            assert torch.equal(record.state.representative, record.state.composed().representative)
+
+
+def test_what_a_method_keeps_of_each_token_goes_on_with_it():
+    from tokred import Reduction
+    from tokred.adapters.state import TokenState
+
+    x, kept = torch.randn(2, 5, 4), torch.tensor([[0, 2, 4], [0, 1, 3]])
+    before = TokenState(5, rows={"score": torch.arange(10).view(2, 5)}, notes={"sum": torch.ones(2, 1)})
+    after, y = before.advance(Reduction.keep(kept, 5), x, False)
+    assert after.rows["score"].tolist() == [[0, 2, 4], [5, 6, 8]]
+    assert after.notes == before.notes
+    assert torch.equal(y[1], x[1, kept[1]])
+
+
+@pytest.mark.parametrize(("expose", "short"), [("none", [22, 18, 14]), ("last", [22, 18, 26]), ("all", [26, 26, 26])])
+def test_which_blocks_give_back_full_length(expose, short):
+    model, seen = build("vit"), []
+    tokred.apply(model, "tome", r=4, expose=expose)
+    for block in model.blocks:
+        block.register_forward_hook(lambda m, i, o: seen.append(o.shape[1]))
+    with torch.no_grad():
+        model(images())
+    assert seen == short
+
+
 def test_split_blocks_equal_their_hosts():
     """The composition that is used to split a block in the middle is the host's own."""
     from tokred.adapters.block import branch

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from tokred.adapters.tiny.given import PATCH, SIZE
-from tokred.adapters.tiny.transformers import FAMILIES, TEXT, Family, build, read
+from typing import Any
 
-__all__ = ["FAMILIES", "PATCH", "SIZE", "TEXT", "Family", "build", "read"]
+from tokred.adapters.tiny.given import PATCH, SIZE, images, noisy, packed, texts, videos
+from tokred.adapters.tiny.transformers import BERT, COMMON, FAMILIES, IMAGE, TEXT, VIDEO, Family, build, read
+
+SIGLIP2: dict[str, Any] = {**COMMON, "patch_size": PATCH, "num_patches": 25}
+
+__all__ = [
+    "BERT", "COMMON", "FAMILIES", "IMAGE", "PATCH", "SIGLIP2", "SIZE", "TEXT", "VIDEO", "Family", "build", "images",
+    "noisy", "packed", "read", "texts", "videos",
+]  # fmt: skip

@@ -185,3 +185,13 @@ def test_errors_name_the_argument():
         SoftReduction.make(step.representative, step.source, step.share.mT, 9)
     with pytest.raises(ValueError, match="needs its shares"):
         SoftReduction(step.representative, step.source, step.target, 9).sizes()
+
+
+def test_padding_is_not_written_over_the_token_that_it_names():
+    representative = torch.tensor([[0, 1, 2], [0, 2, 0]])  # the last slot of the second sample is padding
+    source, share = torch.tensor([[3], [0]]), torch.zeros(2, 3, 1)  # and so is its source
+    share[0, 1] = 1
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    step = SoftReduction.make(representative, source, share, 4, mask=mask)
+    y = torch.arange(1.0, 7).view(2, 3, 1)
+    assert step.unmerge(y)[..., 0].tolist() == [[1, 2, 3, 2], [4, 0, 5, 0]]

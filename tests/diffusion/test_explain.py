@@ -54,6 +54,7 @@ def test_multiply_adds_of_attention_are_those_of_the_formula():
 @pytest.mark.parametrize("kind", ["sd15", "sd3", "flux", "cogvideox_rotary", "wan", "hunyuan"])
 def test_multiply_adds_are_those_of_a_forward(kind: str):
     """On real tensors, under a method that costs none of its own."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     model, given = MODELS[kind](), inputs(kind, batch=1)
@@ -69,7 +70,8 @@ def test_multiply_adds_are_those_of_a_forward(kind: str):
     for method in (None, tokred.ToDo(factors=(2, 2))):
         if method is not None:
             tokred.apply(model, method)
-        with FlopCounterMode(display=False) as counter:
+        # The fused attention of a CPU is an operator that the counter does not know; the one written out is counted.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             run(model, given)
         counts.append(counter.get_total_flops() // 2)
     assert (found.macs, found.reduced) == tuple(counts)
@@ -87,10 +89,12 @@ def test_a_clip_has_frames():
 
 
 def test_little_to_gain_warns():
-    with pytest.warns(UserWarning, match=r"nothing is reduced at this size \(ceiling 1.00x\); max_downsample is 1"):
+    with pytest.warns(
+        tokred.NothingRemovedWarning, match=r"nothing is reduced at this size \(ceiling 1.00x\); max_downsample is 1"
+    ):
         found = tokred.explain(build("sdxl"), "tomesd", 128)
     assert "warning: nothing is reduced" in str(found)
-    with pytest.warns(UserWarning, match="less than 5 %"):
+    with pytest.warns(tokred.TokredWarning, match="less than 5 %"):
         tokred.explain(sd15(), "tomesd", 16, ratio=0.1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -111,7 +115,7 @@ def test_pipelines_count_pixels():
 def test_refusals():
     with pytest.raises(tokred.MissingInputError, match="acts at stage 'block'"):
         tokred.explain(sd15(), "tome", 16)
-    with pytest.raises(ValueError, match="larger than the grid"):
+    with pytest.warns(UserWarning, match="nothing is reduced at this size"):
         tokred.explain(sd15(), "tomesd", 16, sx=30)
     with pytest.raises(ValueError, match="no denoiser is named 'sd9'"):
         build("sd9")

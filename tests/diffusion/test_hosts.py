@@ -21,12 +21,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "tomesd": {"ratio": 0.5, "max_downsample": 8, "merge_crossattn": True, "merge_mlp": True},
     "todo": {"factors": (2, 2, 2)},
     "random_latent_prune": {"ratio": 0.5, "max_downsample": 8},
-    "toma": {"ratio": 0.5, "max_downsample": 8, "tile": 4},
+    "toma": {"ratio": 0.5, "max_downsample": 8, "tile": 4, "first_full": 0},
     "ibtm": {"ratio": 0.5, "max_downsample": 8, "merge_crossattn": True, "merge_mlp": True},
     "catome": {"threshold": -0.99, "max_downsample": 8, "merge_crossattn": True, "merge_mlp": True},
-    "asymrnr": {"q": 0.4, "kv": 0.5},
+    "asymrnr": {"q": 0.4, "kv": 0.5, "first_full": 0},
     "sdtm": {"ratio": 0.5, "max_downsample": 8},
-    "vidtome": {"ratio": 0.9, "max_downsample": 8},
+    "vidtome": {"ratio": 0.9, "max_downsample": 8, "first_full": 0},
     "keymerge": {"ratio": 0.75, "cell": 2, "max_downsample": 8},
 }
 # Some read the frames of a clip, some what the step before predicted for an image.
@@ -242,7 +242,8 @@ def test_nothing_reduced_warns_once_and_the_report_shows_it():
     model, given = sdxl(), inputs("sdxl")
     before = run(model, given)
     tokred.apply(model, "tomesd")
-    with pytest.warns(UserWarning, match=r"'tomesd' reduced nothing on diffusers UNet2DConditionModel.*max_downsample"):
+    text = r"'tomesd' reduced nothing on diffusers UNet2DConditionModel.*max_downsample"
+    with pytest.warns(tokred.NothingRemovedWarning, match=text):
         assert torch.equal(run(model, given), before)
     assert tokred.report(model).reduced == 0
     assert "64 -> 64" in str(tokred.report(model))
@@ -277,12 +278,27 @@ def test_refused_before_anything_is_patched():
 
 
 def test_strides_larger_than_the_grid():
-    model = tokred.apply(sd15(), "tomesd", sx=20)
-    with pytest.raises(ValueError, match="larger than the grid of 16 x 16"):
-        run(model, inputs("sd15"))
-    tokred.apply(model, "todo", factors=17)
-    with pytest.raises(ValueError, match="a factor of 17 is larger"):
-        run(model, inputs("sd15"))
+    """Nothing is reduced there, which is said once."""
+    model, given = sd15(), inputs("sd15")
+    before = run(model, given)
+    for name, parameters in (("tomesd", {"sx": 20}), ("todo", {"factors": 17})):
+        tokred.apply(model, name, **parameters)
+        with pytest.warns(UserWarning, match=f"'{name}' reduced nothing"):
+            assert torch.equal(run(model, given), before)
+
+
+@pytest.mark.filterwarnings("ignore:.*reduced nothing")
+@pytest.mark.parametrize("size", [(2, 16), (4, 4), (2, 2)])
+@pytest.mark.parametrize(("kind", "name"), [(k, n) for k, n in PAIRS if k in ("sd15", "flux", "wan")])
+def test_grids_smaller_than_a_cell(kind: str, name: str, size: tuple[int, int]):
+    """Levels of a line, or of one token: those run as they are, the others are reduced."""
+    given = inputs(kind, size)
+    sample = given["sample" if kind == "sd15" else "hidden_states"]
+    sample[1] = sample[0]  # both sides of guidance
+    model = tokred.apply(MODELS[kind](), name, **METHODS[name])
+    for time in (0.9, 0.8):
+        out = run(model, {**given, "timestep": torch.full((2,), time if kind == "flux" else 1000 * time)})
+        assert out.isfinite().all()
 
 
 def test_masks_over_the_image_are_refused():

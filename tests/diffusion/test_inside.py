@@ -15,6 +15,7 @@ import tokred
 from tests.diffusion.tiny import MODELS, inputs, run
 from tokred.adapters.diffusion.frames import join_frames
 from tokred.adapters.diffusion.inside import Halves, Inside, masked_at
+from tokred.adapters.diffusion.weights import Weighed
 from tokred.denoise import Part
 
 # Sub-layers that see what they would in an unpatched denoiser, because no other is reduced.
@@ -224,6 +225,22 @@ def test_worked_example_of_queries_and_keys():
     # Equal sizes cancel, text has size one, and a mask stays.
     even = tokred.Reduction.from_index(torch.tensor([[0, 0, 1, 1]]), 2)
     assert attend(keys=even, proportional=True) == pytest.approx(attend(keys=even), abs=1e-6)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_keys_of_the_image_are_weighed_beside_those_of_text(first: bool):
+    """Text counts once wherever it stands; keys that are padding count for none."""
+    q, k, v = (torch.randn(2, 3, 7, 4) for _ in range(3))
+    sizes, real = torch.randint(1, 5, (2, 5)).float(), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 1, 0]]).bool()
+    for given in (sizes.log(), real):
+        with Weighed(given, 2, first) as mode:
+            y = F.scaled_dot_product_attention(q, k, v)
+        assert mode.seen == 1
+        count = sizes if given.dtype != torch.bool else real.float()
+        text = torch.ones(2, 2)
+        count = torch.cat([text, count] if first else [count, text], 1)[:, None, None]
+        scores = (q @ k.mT / 2).exp() * count
+        torch.testing.assert_close(y, (scores / scores.sum(-1, keepdim=True)) @ v)
 
 
 def test_masks_follow():

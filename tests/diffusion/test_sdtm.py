@@ -71,6 +71,39 @@ def test_ages():
     assert late.slots == 32
 
 
+def test_windows_weigh_age_by_its_mean():
+    """By hand: similarity of the window's tokens plus the age of its four tokens over the mean age."""
+    g = torch.Generator().manual_seed(3)
+    x, since = torch.randn(2, 64, 4, generator=g), torch.randint(0, 9, (2, 64), generator=g).float()
+    corners = [8 * y + c for y in range(0, 8, 2) for c in range(0, 8, 2)]
+    windows = [(t, t + 1, t + 8, t + 9) for t in corners]
+    found = []
+    for age in (0.0, 0.3, 50.0):
+        plan = SDTMStage(0.3, False, age=age).reduce(site(x, (8, 8), memory={"since": since.clone()}))
+        found.append([{tuple(g) for g in groups if len(g) > 1} for groups in plan.groups()])
+        for b in range(2):
+            scores = []
+            for rows in windows:
+                u = unit(x[b, list(rows)])
+                scores.append(float((u @ u.T).mean()) + age * float((since[b] / since[b].mean())[list(rows)].mean()))
+            best = sorted(range(16), key=lambda i: -scores[i])[: (64 - plan.slots) // 3]
+            assert found[-1][b] == {windows[i] for i in best}
+    assert found[0] != found[1] != found[2]
+
+
+def test_ages_count_steps_since_a_token_stood_alone():
+    memory: dict[str, Any] = {}
+    g, expected = torch.Generator().manual_seed(5), torch.zeros(2, 64)
+    for step in range(4):
+        x = torch.randn(2, 64, 4, generator=g)
+        plan = SDTMStage(0.4, step > 1, age=0.2).reduce(site(x, (8, 8), memory=memory, step=step))
+        for b, groups in enumerate(plan.groups()):
+            for members in groups:
+                for token in members:
+                    expected[b, token] = 0 if len(members) == 1 else expected[b, token] + 1
+        assert torch.equal(memory["since"], expected)
+
+
 def test_stages_in_a_denoiser():
     model, given = sd15(), inputs("sd15")
     tokred.apply(model, "sdtm", switch=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,19 @@ def test_what_is_in_force():
     assert type(flux.turn(Late(), torch.tensor(0.9), None)) is Late
 
 
+def test_plans_are_kept_from_the_step_on_that_a_method_came_in():
+    class Halved(Late):
+        def at(self, step: Step | None) -> AttentionMethod | None:
+            return tokred.ToMeSD(refresh=2) if step is not None and step.noise < 0.5 else self
+
+    steps, kept = Steps("diffusers UNet2DConditionModel"), []
+    for time in (900, 700, 600, 400, 300, 200, 100):
+        steps.turn(Halved(refresh=5), time, None)
+        kept.append(bool(steps.plans))
+        steps.plans["here"] = 1
+    assert kept == [False, True, True, False, True, False, True]
+
+
 def test_first_steps_as_they_are():
     model, given = sd15(), inputs("sd15")
     before = {t: run(model, {**given, "timestep": t}) for t in (90, 80, 70)}
@@ -59,6 +73,25 @@ def test_first_steps_as_they_are():
     for _ in range(2):
         out = {t: run(model, {**given, "timestep": t}) for t in (90, 80, 70)}
         assert [torch.equal(out[t], before[t]) for t in (90, 80, 70)] == [True, True, False]
+
+
+def test_images_of_few_steps_warn():
+    model, given = sd15(), inputs("sd15")
+    tokred.apply(model, "toma")
+    run(model, {**given, "timestep": 900})
+    run(model, {**given, "timestep": 400})
+    with pytest.warns(
+        UserWarning, match="'toma' leaves the first 2 steps of an image as they are, and the last image had"
+    ):
+        run(model, {**given, "timestep": 900})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            run(model, {**given, "timestep": 900})
+            run(model, {**given, "timestep": 400})
+        tokred.apply(model, "toma", first_full=1)
+        for time in (900, 400, 900):
+            run(model, {**given, "timestep": time})
 
 
 @pytest.mark.parametrize("halves", [True, False])
@@ -79,6 +112,100 @@ def test_guidance(halves: bool):
     expected = (parts[0] - parts[1])[:, :3].abs().mean(1)
     expected = torch.nn.functional.avg_pool2d(expected.unsqueeze(1), 2).flatten(1)
     torch.testing.assert_close(found, torch.cat([expected, expected]) if halves else expected)
+
+
+@pytest.mark.parametrize("looks", [False, True])
+@pytest.mark.parametrize("calls", [5, 13])
+def test_tiles(calls: int, looks: bool):
+    """Any number of forwards at one timestep: counts go by steps, plans stay those of their tile."""
+    steps, method = Steps("diffusers UNet2DConditionModel"), tokred.ToMeSD(refresh=3)
+    samples = torch.randn(5, calls, 1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    for number, time in enumerate((900, 800, 700, 600, 950)):
+        for tile in range(calls):
+            steps.turn(method, time, samples[number, tile] if looks else None)
+            assert steps.count == (0 if time == 950 else number)
+            assert steps.plans == ({} if number in (0, 3, 4) else {"tile": tile})
+            steps.plans["tile"] = tile
+            assert steps.memory("here") == ({} if time in (900, 950) else {"tile": tile})
+            steps.memory("here")["tile"] = tile
+            steps.remember(samples[number, tile])
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_guidance_of_tiles(calls: int):
+    """Each tile is compared with itself in the step before, whether guidance runs in one call or in two; a schedule
+    that runs a timestep twice goes on."""
+    g = torch.Generator().manual_seed(0)
+    steps, method = Steps("diffusers UNet2DConditionModel"), tokred.IBTM()
+    last: dict[int, torch.Tensor] = {}
+    for number, time in enumerate((90, 80, 80, 70)):
+        for tile in range(6):
+            latent, parts = torch.randn(1, 3, 8, 8, generator=g), torch.randn(2, 1, 3, 8, 8, generator=g)
+            for call in range(calls):
+                force = steps.turn(method, time, latent.repeat(2 // calls, 1, 1, 1))
+                assert (steps.count, steps.call) == (number, call)
+                assert type(force) is (tokred.ToMeSD if number == 0 else tokred.IBTM)
+                if number:
+                    found: Any = steps.guidance(PLACE, 2 // calls, 3)
+                    torch.testing.assert_close(found[:1], last[tile])
+                steps.remember(parts.flatten(0, 1) if calls == 1 else parts[call])
+            last[tile] = on_grid((parts[0] - parts[1]).abs(), PLACE, 3)
+
+
+def test_guidance_in_pairs():
+    """Panoramas run several views in a batch, each beside its unprompted one."""
+    g = torch.Generator().manual_seed(0)
+    steps, method = Steps("diffusers UNet2DConditionModel"), tokred.IBTM()
+    predicted = torch.randn(6, 3, 8, 8, generator=g)
+    for time in (90, 80):
+        steps.turn(method, time, torch.randn(3, 3, 8, 8, generator=g).repeat_interleave(2, 0))
+        if time == 90:
+            steps.remember(predicted)
+    found: Any = steps.guidance(PLACE, 6, 3)
+    expected = on_grid((predicted[::2] - predicted[1::2]).abs(), PLACE, 3)
+    torch.testing.assert_close(found, expected.repeat_interleave(2, 0))
+
+
+def test_a_tile_that_comes_late_is_at_its_first_step():
+    steps, method = Steps("diffusers UNet2DConditionModel"), tokred.IBTM(ratio=0.3)
+    found = []
+    for time, tiles in ((90, 1), (80, 1), (70, 2)):
+        for _ in range(tiles):
+            latent = torch.randn(1, 3, 8, 8).repeat(2, 1, 1, 1)
+            found.append(type(steps.turn(method, time, latent)).__name__)
+            steps.remember(torch.randn(2, 3, 8, 8))
+    assert found[:3] == ["ToMeSD", "IBTM", "IBTM"]
+
+
+def test_images_of_one_step_do_not_pile_up():
+    """They run at one time for ever, as tiles do."""
+    for method, sample in ((tokred.ToMeSD(refresh=3), None), (tokred.IBTM(), torch.zeros(1, 1, 2, 2))):
+        steps = Steps("diffusers UNet2DModel")
+        for number in range(700):
+            steps.turn(method, 7, None if sample is None else sample + number)
+            assert steps.plans == {}
+            steps.plans["here"] = number
+            steps.memory("here")["there"] = number
+            steps.remember(torch.zeros(1))
+        assert max(map(len, (steps.kept, steps.memories, steps.predicted, steps.layouts))) <= 257
+
+
+def test_first_steps_and_kept_plans_of_tiles():
+    """In a denoiser: the first steps run as they are, then every tile is reduced, and its plan is kept."""
+    model, tiles, made = sd15(), [inputs("sd15", seed=i, batch=1) for i in range(7)], []
+    before = {t: [run(model, {**given, "timestep": t}) for given in tiles] for t in (90, 80, 70, 60, 50)}
+    original = tokred.KeyMerge.reduce
+    settings = {"max_downsample": 8, "cell": 2, "first_full": 2, "refresh": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokred.KeyMerge, "reduce", lambda self, site: (made.append(1), original(self, site))[1])
+        tokred.apply(model, "keymerge", **settings)
+        for _ in range(2):
+            for t, expected in before.items():
+                out = [run(model, {**given, "timestep": t}) for given in tiles]
+                same = [torch.equal(a, b) for a, b in zip(out, expected, strict=True)]
+                assert same == [t > 70] * 7, t
+                assert len(made) == (0 if t > 70 else 14 if t > 50 else 28)
+            made.clear()
 
 
 def test_no_guidance():

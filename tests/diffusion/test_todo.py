@@ -50,6 +50,27 @@ def test_modes_on_a_grid():
     assert kept((5, 7), mode="average") == [5, 7, 9, 19, 21, 23]
 
 
+def test_a_phase_counts_row_by_row():
+    """1 is the column to the right, 2 at factor 2 the row below, on grids of two shapes."""
+    assert kept((4, 6), phase=1) == [2, 4, 6, 14, 16, 18]
+    assert kept((4, 6), phase=2) == [7, 9, 11, 19, 21, 23]
+    assert kept((6, 3), factors=3, phase=5) == [6, 15]
+    assert kept((6, 3), factors=3, phase=7) == [8, 17]
+
+
+@pytest.mark.parametrize("grid", [(8, 12), (12, 8)])
+def test_cycling_moves_rows_and_columns_by_one_draw(grid: tuple[int, int]):
+    n, found = grid[0] * grid[1], set()
+    method = tokred.ToDo(factors=4, phase="cycle")
+    for step in range(200):
+        rows = method.reduce(AttentionSite(torch.zeros(1, n, 1), Place(n, grid, 1), step=step)).representative[0]
+        y, x = int(rows[0]) // grid[1], int(rows[0]) % grid[1]
+        expected = [(a + y) * grid[1] + b + x for a in range(0, grid[0], 4) for b in range(0, grid[1], 4)]
+        assert rows.tolist() == expected
+        found.add((y, x))
+    assert found == {(y, x) for y in range(4) for x in range(4)}
+
+
 def test_attention_of_the_card():
     k = torch.full((1, 8, 2), 5.0)
     k[0, 0], k[0, 2] = torch.tensor([1.0, 0]), torch.tensor([0, 1.0])
@@ -118,8 +139,9 @@ def test_wrong_parameters(parameters: dict, message: str):
 
 
 def test_a_factor_larger_than_the_grid():
+    assert kept((4, 8), factors=5) == list(range(1, 33))
     with pytest.raises(ValueError, match="a factor of 5 is larger than the 4 rows"):
-        kept((4, 8), factors=5)
+        kept_lines(4, 5)
 
 
 def test_the_late_switch():

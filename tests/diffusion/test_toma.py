@@ -9,7 +9,7 @@ import torch
 
 import tokred
 from tokred.denoise import AttentionSite, Place
-from tokred.tiles import TileReduction, facility_location, tile_rows, tile_sizes
+from tokred.tiles import TileReduction, facility_location, soft_shares, tile_rows, tile_sizes
 
 VALUES = torch.arange(1.0, 7, dtype=torch.float64).view(1, 6, 1)
 
@@ -43,6 +43,32 @@ def test_the_card_s_example():
     torch.testing.assert_close(merged.flatten(), torch.tensor([4.947970, 1.982285]).double(), rtol=0, atol=5e-6)
     restored = torch.tensor([1.987070, 2.002134, 2.189594, 4.928122, 4.945454, 4.947627], dtype=torch.float64)
     torch.testing.assert_close(soft.unmerge(merged).flatten(), restored, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_choices_among_tokens_that_point_apart(seed: int):
+    """By hand, with similarities below zero, which count as they are: the nearest choice may still be far."""
+    turned = torch.rand(9, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2 * math.pi
+    x = torch.stack([turned.cos(), turned.sin()], 1)
+    similarity = x @ x.T
+    covered, expected = torch.full((9,), -1.0, dtype=torch.float64), []
+    for _ in range(4):
+        gains = [-math.inf if j in expected else float(torch.maximum(similarity[:, j], covered).sum() - covered.sum())
+                 for j in range(9)]  # fmt: skip
+        expected.append(gains.index(max(gains)))
+        covered = torch.maximum(covered, similarity[:, expected[-1]])
+    assert facility_location(similarity, 4).tolist() == expected
+    shares = soft_shares(similarity, torch.tensor(expected), 0.5)
+    torch.testing.assert_close(shares, (similarity[expected] / 0.5).softmax(0))
+    found = tokred.ToMA(ratio=5 / 9, tile=9).reduce(site(x.unsqueeze(0), (1, 9)))
+    assert found.representative[0].tolist() == expected
+
+
+def test_one_token_that_is_unlike_the_others_is_not_the_first():
+    """Were what is below zero cut off, token 0 would cover as much as token 1, and come first."""
+    x = torch.tensor([[1.0, 0], [-0.5, 0.8660254], [-0.5, -0.8660254], [-0.6, 0.8]]).unsqueeze(0)
+    found = tokred.ToMA(ratio=0.75, tile=4).reduce(site(x, (1, 4)))
+    assert found.representative.tolist() == [[int((x[0] @ x[0].T).sum(0).argmax())]]
 
 
 @pytest.mark.parametrize("tau", [0.001, 0])

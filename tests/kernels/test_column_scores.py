@@ -10,7 +10,14 @@ import torch
 from score_cases import key_terms, queries_keys, relative_rms, score_options
 from torch import Tensor
 
-from tokred.kernels.column_scores import blocked, column_scores, column_statistics, row_lse, why_not_kernel
+from tokred.kernels.column_scores import (
+    blocked,
+    column_power,
+    column_scores,
+    column_statistics,
+    row_lse,
+    why_not_kernel,
+)
 from tokred.kernels.column_scores.reference import column_statistics_reference, row_lse_reference
 
 GROUPS = ("none", "sum", "mean", "max")
@@ -271,3 +278,26 @@ def test_kernel_more_queries_than_keys_and_expanded(nan_memory: None) -> None:
     check_against_truth(q, k, window=5)
     wanted = row_lse_reference(q.double(), k.double(), None, None, score_options(d=16, causal=True))
     torch.testing.assert_close(row_lse(q, k, causal=True).double(), wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_and_autocast_give_what_the_same_values_give_in_float32(dtype: torch.dtype, grad: bool) -> None:
+    """Products that are rounded to half precision lead to other choices."""
+    g = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, h, 19, 8, generator=g).to(dtype) for h in (4, 2))
+    w = torch.rand(2, 4, 19, generator=g)
+    runs = {
+        "all": lambda q, k: column_scores(q, k, w),
+        "row": lambda q, k: column_scores(q[:, :, :1], k),
+        "statistics": lambda q, k: column_statistics(q, k, w).sum_squares,
+        "power": lambda q, k: column_power(q, k, w, 3),
+        "lse": row_lse,
+    }
+    for name, run in runs.items():
+        wide, low = q.float().requires_grad_(grad), q.clone().requires_grad_(grad)
+        expected = run(wide, k.float())
+        assert torch.equal(run(low, k), expected), name
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(run(low, k), expected), name
+            assert torch.equal(run(wide, k.float()), expected), name

@@ -119,7 +119,7 @@ def test_calibration_makes_scores_uniform():
     ],
 )  # fmt: skip
 def test_every_image_gets_its_own_budget(inner):
-    site = visual(4)
+    site = visual(4, c=24)  # more channels than tokens are asked for: past its rank a kernel has no best next token
     method = CAT(inner, score=lambda s: torch.tensor([1.0, 0.1, 0.3, 0.1]), n_min=3, n_max=36)
     assert method.budgets(method.scores(site), 36) == [36, 6, 13, 6]
     found = method.reduce(site)

@@ -142,3 +142,13 @@ def test_sign_turns_the_choice_and_attention_can_say_what_is_relevant():
 def test_bad_parameters(parameters, match):
     with pytest.raises(ValueError, match=match):
         tokred.make("cdpruner", **parameters)
+
+
+def test_relevance_is_scaled_image_by_image():
+    """An image's smallest and largest value are its own, whoever is in the batch."""
+    value = torch.tensor([[0.1, 0.2, 0.3], [10.0, 30.0, 20.0], [5.0, 5.0, 5.0]])
+    both = scaled(value)
+    torch.testing.assert_close(both[:2, :], torch.tensor([[0.0, 0.5, 1.0], [0.0, 1.0, 0.5]]), atol=1e-4, rtol=0)
+    assert both[2].tolist() == [1.0, 1.0, 1.0]
+    for i in range(3):
+        assert torch.equal(scaled(value[i : i + 1])[0], both[i])

@@ -162,3 +162,23 @@ def test_gradients_and_towers_without_a_class_token():
 def test_bad_parameters(parameters, match):
     with pytest.raises(ValueError, match=match):
         tokred.make("prumerge_plus", **parameters)
+
+
+@pytest.mark.parametrize("budget", [None, 9])
+def test_the_grid_follows_the_centres(budget):
+    """In the authors' order: centres by falling attention, then the grid's own tokens as they stand, then the rest."""
+    g = torch.Generator().manual_seed(3)
+    attention = torch.rand(2, 24, generator=g) * 0.01
+    attention[0, [20, 3, 11]] = torch.tensor([0.9, 0.5, 0.7])
+    attention[1, [1, 22]] = torch.tensor([0.4, 0.8])
+    method = PruMerge(plus=True, order="attention", k_c=3, budget=budget)
+    found = method.absorb(attention, torch.randn(2, 24, 4, generator=g))
+    chosen, first = method.centres(attention), method.by_attention(attention)
+    for i in range(2):
+        rows = found.representative[i] if found.mask is None else found.representative[i, found.mask[i]]
+        centres = sorted(first[i].nonzero().flatten().tolist(), key=lambda j: -float(attention[i, j]))
+        grid = (chosen[i] & ~first[i]).nonzero().flatten().tolist()
+        assert centres[:2] == [[20, 11], [22, 1]][i]
+        assert grid == sorted(grid)
+        assert len(grid) > 2
+        assert rows[:-1].tolist() == centres + grid

@@ -88,6 +88,28 @@ def test_rank_budgets():
     assert Ranked(budget=(0.25, 7, 3)).kept(ones, ones.visual) == (144,)
 
 
+def test_the_default_is_the_table_where_images_are_those_of_llava_1_5():
+    class Ranked(SparseVLM):
+        def ranks(self, site, rows):
+            return [14] * len(site.counts)
+
+    def kept(n, first=None, **parameters):
+        site = LayerSite(
+            x=torch.zeros(len(n), max(n), 2), visual=torch.arange(max(n)) < torch.tensor(n).unsqueeze(1), initial=first,
+            mask=torch.arange(max(n)) < torch.tensor(n).unsqueeze(1), layer=3,
+        )  # fmt: skip
+        return Ranked(**parameters).kept(site, site.visual)
+
+    assert kept([576]) == (300,)
+    assert kept([309], (576,)) == (300,), "what there was first says which"
+    assert kept([1152]) == (600,), "two images"
+    assert kept([100, 576, 0]) == (100 - 43, 300, 0)
+    assert kept([100], budget="table") == (52,)
+    assert kept([576], budget="rank") == (576 - 281,)
+    assert kept([576], layers=(2, 6)) == (576 - 281,), "the table has three layers"
+    assert SparseVLM().budget == "auto"
+
+
 def test_rank_of_the_attention():
     site = layer_site()
     rows = raters(site.prompt)
@@ -162,7 +184,7 @@ def test_density_peaks():
     [
         ({"layers": ()}, "layers must be increasing"),
         ({"layers": (6, 2)}, "layers must be increasing"),
-        ({"layers": (2, 6)}, "the table has numbers for three layers"),
+        ({"layers": (2, 6), "budget": "table"}, "the table has numbers for three layers"),
         ({"average": 100}, "average is 100; allowed are 192, 128, 96, 64"),
         ({"budget": "scale", "average": 96}, "average is 96"),
         ({"budget": "half"}, "budget is 'half'"),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import tokred
+from tokred.adapters.contract import cache_of
 from tokred.adapters.vlm.track import track_of
 
 Keeps = dict[int, Tensor]
@@ -61,7 +62,7 @@ class _Mask:
 
     def __call__(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         x = args[0] if args else kwargs["hidden_states"]
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         given = kwargs.get("attention_mask")
         past = 0
         if cache is not None and len(cache.layers) > self.index:

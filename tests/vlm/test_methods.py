@@ -57,9 +57,11 @@ ALL: dict[str, dict[str, Any]] = {
     "flash_vl": {"s": 1},
     "nemotron": {"s": 1},
     "saint_layer": {"start": 0, "end": 1, "tau": 2.0},
+    "saint_visual": {"budget": 1.0, "layer": 1},
     "sparsevlm": {},
     "fastv": {"ratio": 0.0},
     "pyramiddrop": {},
+    "vscan": {"budget": 1.0, "shallow": 0},
 }
 
 

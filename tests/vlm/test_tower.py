@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import transformers as t
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tokred
@@ -92,3 +93,22 @@ def test_tiles_of_anyres():
     with torch.no_grad():
         for site, _ in SEEN:  # each token is the projected feature of its own patch
             torch.testing.assert_close(site.project(site.tower), site.x, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("layer", "index"), [(-1, 2), (-3, 0), (1, 0), (2, 1), ([-3, -2], 1), ([1, 3], 2)])
+def test_the_layer_whose_features_are_used(maps, layer, index):
+    """By its number from the end or from the embeddings on, and the last of several."""
+    model, batch = tiny.llava(), tiny.prompts([[3, "image", 5]])
+    if isinstance(layer, list):
+        torch.manual_seed(0)
+        config = t.LlavaConfig(
+            vision_config=t.CLIPVisionConfig(**tiny.VISION), text_config=t.LlamaConfig(**tiny.TEXT),
+            image_token_id=tiny.IMAGE, vision_feature_layer=layer,
+        )  # fmt: skip
+        model = tiny.livelier(t.LlavaForConditionalGeneration(config)).eval()
+    model.config.vision_feature_layer = layer
+    tokred.apply(model, Look(what="class_attention"))
+    model.model.vision_tower.config._attn_implementation = "test_maps"
+    model(**batch)
+    ((_, found),) = SEEN
+    torch.testing.assert_close(found, MAPS[index][:, :, 0, 1:], rtol=1e-4, atol=1e-5)

@@ -14,6 +14,9 @@ from tokred.kv.site import CacheSite
 from tokred.reduction import Reduction
 
 RESIDUAL = "residual"
+# Where a row stands in the layout of the paper, from 1 on; 0: among the newest, which have no slot yet.
+SLOT = "slot"
+Choice = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class Merge(Fate):
     """They are averaged into a few residual rows, whose logits are raised by the log of their weight.
 
     The first time, what is not kept is cut into ``dense`` runs, each of which becomes one row: the plain mean of its
-    keys and values. Later, each row that goes is averaged into the residual row nearest to it, by weight.
+    keys and values. Later, each row that goes is averaged into the residual row nearest to it, by weight. Of equal rows
+    the one in the lowest slot goes, and its slot is taken by the row that leaves the newest ones.
 
     Args:
         dense: residual rows of each head, within its budget.
@@ -81,17 +85,17 @@ class Merge(Fate):
         """
         marks = site.rows.get(RESIDUAL)
         if marks is None or site.real is not None:
-            kept, into, residual = self._first(site, score, guard, counts)
+            kept, into, residual, slots = self._first(site, score, guard, counts)
         if marks is not None:
             later = self._later(site, score, guard, counts, marks > 0)
             # A short sample of a batch begins to merge later than the others.
             begun = None if site.real is None else (marks > 0).any(-1, keepdim=True)
-            kept, into, residual = (
+            kept, into, residual, slots = (
                 later
                 if begun is None
-                else tuple(map(lambda x, y: torch.where(begun, x, y), later, (kept, into, residual)))
+                else tuple(map(lambda x, y: torch.where(begun, x, y), later, (kept, into, residual, slots)))
             )
-        site.rows[RESIDUAL] = residual.float()
+        site.rows[RESIDUAL], site.rows[SLOT] = residual.float(), slots
         index, meant = rows_of(kept, largest(counts))
         slot = kept.long().cumsum(-1) - 1
         target = torch.where(into < 0, -1, slot.gather(-1, into.clamp(min=0)))
@@ -99,13 +103,11 @@ class Merge(Fate):
         mask = None if site.real is None and equal(counts) else meant
         return Reduction(index, source, target, kept.shape[-1], mask=mask, mode="mean")
 
-    def _first(
-        self, site: CacheSite, score: Tensor, guard: Tensor | None, counts: Counts
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _first(self, site: CacheSite, score: Tensor, guard: Tensor | None, counts: Counts) -> Choice:
         """Cut what is not among the best into runs; the last member of a run stands for it.
 
         Returns:
-            Rows that stay, the row that each of the others goes into (or -1), and the residual rows.
+            Rows that stay, the row that each of the others goes into (or -1), the residual rows, and slots.
         """
         dense, n = self.dense, score.shape[-1]
         best = counts - dense if isinstance(counts, Tensor) else tuple(c - dense for c in counts)
@@ -124,15 +126,23 @@ class Merge(Fate):
         into = last.gather(-1, run.clamp(max=dense - 1))
         # Where every row of the rest is a run of its own, nothing has been merged yet.
         merged = total > dense
-        return top | ends, torch.where(rest & ~ends & merged, into, -1), ends & merged
+        slots = _first_slots(site, guard, top | ends)
+        return top | ends, torch.where(rest & ~ends & merged, into, -1), ends & merged, slots
 
-    def _later(
-        self, site: CacheSite, score: Tensor, guard: Tensor | None, counts: Counts, residual: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _later(self, site: CacheSite, score: Tensor, guard: Tensor | None, counts: Counts, residual: Tensor) -> Choice:
         """What is not among the best goes into the nearest residual row."""
-        kept = kept_mask(score, site.real, residual if guard is None else residual | guard, counts)
+        sure = residual if guard is None else residual | guard
+        slots = site.rows.get(SLOT)
+        if slots is None:
+            slots = torch.arange(1, score.shape[-1] + 1, device=score.device).expand_as(score).float()
+        # Of equals the first in an order are kept: those in the highest slots.
+        order = slots.masked_fill(slots == 0, torch.inf).sort(dim=-1, descending=True, stable=True).indices
+        real = None if site.real is None else site.real.expand_as(score).gather(-1, order)
+        chosen = kept_mask(score.gather(-1, order), real, sure.expand_as(score).gather(-1, order), counts)
+        kept = torch.empty_like(chosen).scatter_(-1, order, chosen)
         gone = ~kept if site.real is None else ~kept & site.real
-        return kept, torch.where(gone, self._nearest(site.k, residual), -1), residual
+        slots = _later_slots(slots, gone, kept & ~residual)
+        return kept, torch.where(gone, self._nearest(site.k, residual), -1), residual, slots
 
     def _nearest(self, k: Tensor, residual: Tensor) -> Tensor:
         """``[B, Hk, K]``: the residual row nearest to each row; ties to the older one."""
@@ -147,3 +157,21 @@ class Merge(Fate):
         found = residual.gather(-1, index)
         near = near.masked_fill(~found.unsqueeze(2), -torch.inf)
         return index.gather(-1, near.argmax(-1))
+
+
+def _first_slots(site: CacheSite, guard: Tensor | None, kept: Tensor) -> Tensor:
+    """Slots in the order of the rows, for all but the newest that are never evicted; of those the oldest has one."""
+    slots = kept.cumsum(-1).float() * kept
+    if guard is None:
+        return slots
+    free = ~guard.expand_as(kept) if site.real is None else ~guard & site.real
+    newest = guard & ~(free.flip(-1).cumsum(-1).flip(-1) > 0)
+    return slots.masked_fill(newest & (newest.cumsum(-1) > 1), 0.0)
+
+
+def _later_slots(slots: Tensor, gone: Tensor, kept: Tensor) -> Tensor:
+    """The slots of rows that go are taken by the oldest rows that have none yet."""
+    freed = torch.where(gone & (slots > 0), slots, torch.inf).sort(dim=-1).values
+    waiting = kept & (slots == 0)
+    given = freed.gather(-1, (waiting.cumsum(-1) - 1).clamp(min=0))
+    return torch.where(waiting & given.isfinite(), given, slots)

@@ -44,6 +44,7 @@ class Ledger:
         window = parts.score.window
         # Queries are kept in the type of the keys, for as long as a later eviction may ask for them.
         kept = heads * (place.row_bytes - 4 - site.state_bytes) // 2 * window if window > 1 else 0
+        kept += parts.score.note_bytes(heads, site.width)
         rows = sum(self.windows) + len(self.windows) * self.when.chunk
         site.fixed_bytes = self.depth * kept + rows * place.heads * place.row_bytes
         if parts.budget.headwise:

@@ -49,12 +49,14 @@ class Score(Part):
     Attributes:
         reads: what it takes from the site beyond keys and values, see :data:`tokred.site.READS`.
         accumulates: whether :meth:`observe` has to see every forward since the cache was empty.
+        numbers: float32 numbers that it keeps for every row.
         whole: why it cannot judge a chunk of a prompt before the rest has come; empty: it can.
     """
 
     kind = "score"
     reads: ClassVar[frozenset[str]] = frozenset({"k"})
     accumulates: ClassVar[bool] = False
+    numbers: ClassVar[int] = 0
     whole: ClassVar[str] = ""
 
     @property
@@ -76,6 +78,10 @@ class Score(Part):
     def needs(self) -> frozenset[str]:
         """:attr:`reads`, and what a wrapped score reads."""
         return self.reads
+
+    def note_bytes(self, heads: int, width: int) -> int:
+        """Bytes of one sample and layer that it keeps besides: ``heads`` query heads, keys of ``width`` numbers."""
+        return 0
 
     def observe(self, site: CacheSite) -> None:
         """Take note of a forward, in ``site.rows`` (per row) or ``site.notes``."""
@@ -150,9 +156,36 @@ class Budget(Part):
         """Rows that layer ``layer`` keeps of ``n`` tokens; the mean, unless a subclass distributes."""
         return self.mean(n, place, depth)
 
+    @property
+    def queries(self) -> int:
+        """Newest queries that it reads, which may be more than those of the last forward; 0: none."""
+        return 0
+
+    @property
+    def shares(self) -> bool:
+        """Whether it is a share of the tokens."""
+        return isinstance(self.amount, float)
+
+    def length(self, site: CacheSite) -> tuple[int, ...]:
+        """Tokens of each sample that its rows are counted from.
+
+        A share stays what it was when the prompt, or a turn, was complete. Tokens and bytes are as many whatever has
+        come, so that a prompt which was shorter than they allow goes on growing until they are reached.
+        """
+        return site.base if self.shares else site.lengths
+
     def rows(self, site: CacheSite) -> tuple[int, ...]:
         """Rows that this layer keeps of each sample, per head on average."""
-        return tuple(self.share(n, site.place, site.layer, site.depth) for n in site.base)
+        return tuple(self.share(n, site.place, site.layer, site.depth) for n in self.length(site))
+
+    def divided(self, site: CacheSite, measured: tuple[tuple[float, ...], ...]) -> tuple[int, ...]:
+        """The same for budgets that measure layers.
+
+        Args:
+            site: of a layer.
+            measured: for each sample what was measured of the layers so far.
+        """
+        raise NotImplementedError
 
     def heads(self, site: CacheSite, score: Tensor, guard: Tensor | None, counts: tuple[int, ...]) -> Counts:
         """Rows of each head, ``[B, Hk]``, or one number a sample where all heads keep the same."""

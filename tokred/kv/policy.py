@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -16,7 +17,7 @@ from tokred.kv.select import Counts
 from tokred.kv.site import CacheSite
 from tokred.method import Method
 from tokred.reduction import Reduction
-from tokred.schedules import check_share
+from tokred.schedules import check_share, kept
 from tokred.site import Site, Stage
 
 # What a budget is made of: a budget of tokred.kv, a share, tokens, or bytes.
@@ -70,10 +71,14 @@ class CachePolicy(Method):
         rows = parts.budget.share(n, None, layer, depth)
         return min(n, max(rows, sum(self.guards(n, rows)) + parts.fate.room, 1))
 
+    def removes(self, depth: int, layers: Iterable[int] | None = None) -> bool:
+        """Unless the budget holds everything."""
+        return not self.parts.budget.full
+
     def guards(self, n: int, rows: int) -> tuple[int, int]:
         """First and newest tokens that are never evicted, of a sample of ``n`` tokens that keeps ``rows``."""
         parts = self.parts
-        recent = parts.recent if isinstance(parts.recent, int) else int(rows * parts.recent)
+        recent = parts.recent if isinstance(parts.recent, int) else kept(rows, parts.recent)
         return parts.sinks, max(recent, parts.score.recent)
 
     # ------------------------------------------------------------------ one layer

@@ -6,20 +6,22 @@ Knows no host: a layer is anything that has keys, values and positions and can a
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from tokred.errors import TokredError
+from tokred.kernels.dispatch import without_autocast
 from tokred.kv.limit import Ledger, ledger_of
 from tokred.kv.policy import CachePolicy
-from tokred.kv.repeat import Probe, Repeats
+from tokred.kv.repeat import CONTEXT, Probe, Repeats
 from tokred.kv.scores.reconstruction import REPEATED
 from tokred.kv.site import CacheSite, Made
 from tokred.reduction import Reduction
 
 _SCORE = "score"
+T = TypeVar("T")
 
 
 @dataclass
@@ -30,23 +32,23 @@ class Clock:
         prompt: slots of the prompt; -1 until a forward has begun.
         lengths: real tokens of each sample's prompt, once it is complete.
         base: tokens that shares are taken of, for each sample.
-        rows: what the layer was given when the budget was last decided.
+        measured: for each sample what the budget measured of the layers when it was last decided.
         behind: slots that the first layer has seen and this one has not, since tokens left in between.
     """
 
     prompt: int = -1
     lengths: tuple[int, ...] = ()
     base: tuple[int, ...] = ()
-    rows: tuple[int, ...] = ()
+    measured: tuple[tuple[float, ...], ...] = ()
     behind: int = 0
 
     def select(self, index: list[int]) -> Clock:
         """The clock of other samples: ``index`` of the old ones, or as many copies."""
 
-        def pick(values: tuple[int, ...]) -> tuple[int, ...]:
+        def pick(values: tuple[T, ...]) -> tuple[T, ...]:
             return tuple(values[i] for i in index) if values else ()
 
-        return Clock(self.prompt, pick(self.lengths), pick(self.base), pick(self.rows), self.behind)
+        return Clock(self.prompt, pick(self.lengths), pick(self.base), pick(self.measured), self.behind)
 
     def copy(self) -> Clock:
         """One that is set apart from this."""
@@ -55,7 +57,8 @@ class Clock:
     @property
     def uniform(self) -> bool:
         """Whether all samples have the same numbers."""
-        return all(len(set(v)) <= 1 for v in (self.lengths, self.base, self.rows))
+        values: tuple[tuple[Any, ...], ...] = (self.lengths, self.base, self.measured)
+        return all(len(set(v)) <= 1 for v in values)
 
 
 class Layer(Protocol):
@@ -110,7 +113,7 @@ class Session:
         self.depth = depth
         self.when = self.parts.when.paced(depth)
         # Float32 numbers that stay with each row: accumulated scores, and weights and marks of merged rows.
-        state = self.parts.score.accumulates + 2 * (self.parts.fate.room > 0)
+        state = self.parts.score.numbers + 3 * (self.parts.fate.room > 0)
         if self.when.chunk:
             # Scores that wait for the end of the forward, of double precision at most.
             state += 2 * (self.parts.budget.spread != "layer")
@@ -155,7 +158,8 @@ class Session:
     def observe(self, layer: Layer, site: CacheSite, before: int) -> None:
         """Everything that happens to a layer after its attention, in a forward that began at ``before`` slots."""
         if self.probe is not None:
-            self.probe.see(site)
+            with without_autocast(site.q):
+                self.probe.see(site)
             return
         clock, after, when = layer.clock, site.seen, self.when
         if clock.prompt < 0:
@@ -170,11 +174,12 @@ class Session:
         site.generated = max(0, after - clock.prompt)
         site.steps = self.steps
         self._claim(site)
-        self.parts.score.observe(site)
         due = when.due(clock.prompt, before, after) and not (self.drafting and before >= clock.prompt)
-        if due:
-            self._evict(layer, site, before < clock.prompt or (when.turns and several))
-        self._remember(layer, site)
+        with without_autocast(site.q):
+            self.parts.score.observe(site)
+            if due:
+                self._evict(layer, site, before < clock.prompt or (when.turns and several))
+            self._remember(layer, site)
         if self.ledger is not None:
             self.ledger.write(layer.index, -(-layer.nbytes // site.shape[0]))
 
@@ -231,7 +236,8 @@ class Session:
             layer.rows[REPEATED] = probe.scores(i, site, layer.rows.get(REPEATED))
             site.rows, site.notes = layer.rows, layer.notes
             self._shrink(layer, site, decide)
-            self._remember(layer, site)
+            if self.when.over(layer.clock.prompt, site.seen):
+                self._remember(layer, site)  # forgets: queries are not known any more, and have been kept before
 
     # ------------------------------------------------------------------ the end of a forward
 
@@ -254,14 +260,10 @@ class Session:
         # One budget for the batch, from the mean over samples.
         cosines = [float((s / n).mean()) for _, (s, n) in sorted(self.streams.items())]
         self.streams = {}
-        place = next(iter(pending.values())).site.place
-        budget: Any = self.parts.budget
-        bases = next(iter(pending.values())).site.base
-        shares = [budget.divide(cosines, n, budget.total(n, place, self.depth)) for n in bases]
-        for i, (layer, site) in pending.items():
-            rows = tuple(share[i] for share in shares)
-            layer.clock.rows = rows
+        for layer, site in pending.values():
+            layer.clock.measured = (tuple(cosines),) * site.shape[0]
             now = site.at(*layer.shown(), layer.positions, layer.ragged, layer.weights)
+            rows = self.parts.budget.divided(now, layer.clock.measured)
             self._apply(layer, now, layer.rows.pop(_SCORE), rows)
             if self.ledger is not None:
                 self.ledger.write(layer.index, -(-layer.nbytes // site.shape[0]))
@@ -313,8 +315,8 @@ class Session:
             layer.rows[_SCORE] = score
             self._pending[site.layer] = _Pending(layer, site.without_queries())
             return
-        if not decide and layer.clock.rows:
-            self._apply(layer, site, score, layer.clock.rows)
+        if not decide and layer.clock.measured:
+            self._apply(layer, site, score, budget.divided(site, layer.clock.measured))
             return
         layer.rows[_SCORE] = score
         self._pending[site.layer] = _Pending(layer, site)
@@ -324,20 +326,13 @@ class Session:
             self._cascade(site)
 
     def _cascade(self, site: CacheSite) -> None:
-        budget: Any = self.parts.budget
         known = sorted(i for i in self._preferences if i <= site.layer)
-        shares = [
-            budget.divide(
-                [self._preferences[i][b] for i in known], n, budget.mean(n, site.place, self.depth), self.depth
-            )
-            for b, n in enumerate(site.base)
-        ]
-        for place, i in enumerate(known):
+        measured = tuple(zip(*(self._preferences[i] for i in known), strict=True))
+        for i in known:
             layer, old = self._pending[i]
-            rows = tuple(share[place] for share in shares)
-            layer.clock.rows = rows
+            layer.clock.measured = measured
             now = old if i == site.layer else old.at(*layer.shown(), layer.positions, layer.ragged, layer.weights)
-            self._apply(layer, now, layer.rows[_SCORE], rows)
+            self._apply(layer, now, layer.rows[_SCORE], self.parts.budget.divided(now, measured))
 
     def _together(self, pending: dict[int, _Pending]) -> None:
         if not pending:
@@ -345,29 +340,32 @@ class Session:
         budget: Any = self.parts.budget
         order = [pending[i] for i in sorted(pending)]
         scores = [p.layer.rows.pop(_SCORE) for p in order]
-        rows = [tuple(budget.mean(n, p.site.place, self.depth) for n in p.site.base) for p in order]
+        rows = [tuple(budget.mean(n, p.site.place, self.depth) for n in budget.length(p.site)) for p in order]
         rows = [self.policy.at_least(p.site, r) for p, r in zip(order, rows, strict=True)]
         guards = [self.policy.guarded(p.site, r) for p, r in zip(order, rows, strict=True)]
         counts = budget.together([p.site for p in order], scores, guards)
         if counts is None:
             return
         for p, score, each, count in zip(order, scores, rows, counts, strict=True):
-            step = self.policy.shrink(p.site, score, each, count)
+            with without_autocast(score):
+                step = self.policy.shrink(p.site, score, each, count)
             if not step.trivial:
                 p.layer.apply(step, self.parts.fate.merge_score)
 
     def _apply(self, layer: Layer, site: CacheSite, score: Tensor, rows: tuple[int, ...]) -> None:
-        step = self.policy.shrink(site, score, rows)
+        with without_autocast(score):
+            step = self.policy.shrink(site, score, rows)
         if not step.trivial:
             layer.apply(step, self.parts.fate.merge_score)
 
     def _remember(self, layer: Layer, site: CacheSite) -> None:
         """Keep the newest queries while a later eviction may ask for them."""
-        window, when = self.parts.score.window, self.when
-        over = when.over(layer.clock.prompt, site.seen)
-        if over:
-            layer.notes.pop("queries", None)
+        window, when = max(self.parts.score.window, self.parts.budget.queries), self.when
+        if when.over(layer.clock.prompt, site.seen):
+            for name in [n for n in layer.notes if n != CONTEXT]:
+                layer.notes.pop(name)
             for name in [n for n in layer.rows if n != _SCORE]:
                 layer.rows.pop(name)
-        elif window > 1 and (when.every or when.turns or site.seen < layer.clock.prompt):
+        elif (window > 1 or (window and site.loose)) and (when.every or when.turns or site.seen < layer.clock.prompt):
+            # One query is that of the newest token, unless its slot is padding.
             layer.notes["queries"] = site.queries(window).detach().clone(memory_format=torch.contiguous_format)

@@ -19,6 +19,7 @@ from torch import Tensor
 from tokred.errors import MissingInputError
 from tokred.kernels.column_scores import ColumnStatistics, column_scores, column_statistics
 from tokred.kernels.decode_attention import SENTINEL, visible_positions
+from tokred.kv import newest
 from tokred.site import Site
 
 
@@ -33,9 +34,21 @@ class Padding:
         self.mask = mask
 
     @functools.cached_property
+    def _ends(self) -> tuple[list[int], list[int]]:
+        """Real tokens of each sample, and where its first one stands."""
+        counts, first = torch.stack([self.mask.sum(1), self.mask.int().argmax(1)]).tolist()
+        return counts, first
+
+    @property
     def lengths(self) -> tuple[int, ...]:
         """Real tokens of each sample; asking waits for the device."""
-        return tuple(int(n) for n in self.mask.sum(1).tolist())
+        return tuple(self._ends[0])
+
+    @property
+    def aligned(self) -> bool:
+        """Whether all padding stands before a sample's first token, none between turns or behind; waits likewise."""
+        width = self.mask.shape[1]
+        return all(n in (0, width - first) for n, first in zip(*self._ends, strict=True))
 
     @functools.cached_property
     def token(self) -> Tensor:
@@ -106,7 +119,7 @@ class CacheSite(Site):
         base: tokens that shares are taken of, for each sample; None: all so far.
         generated: slots after the prompt.
         steps: tokens that will be generated, where that is known.
-        projection: gives the weight ``[C, H * Dv]`` of the attention's output projection.
+        projection: gives the matrix ``[C, H * Dv]`` of the attention's output projection.
         rope: the rotary embedding.
         layer, depth: which of the layers that are compressed this is.
     """
@@ -189,11 +202,21 @@ class CacheSite(Site):
         return self.extent[1]
 
     @property
+    def width(self) -> int:
+        """Numbers of a key."""
+        return self._like[0].shape[3]
+
+    @property
     def lengths(self) -> tuple[int, ...]:
         """Real tokens that each sample has seen, evicted ones included."""
         if self.padding is not None:
             return self.padding.lengths
         return (self.seen,) * self.extent[0]
+
+    @property
+    def since(self) -> tuple[int, ...]:
+        """Real tokens of each sample after its prompt."""
+        return tuple(max(0, n - p) for n, p in zip(self.lengths, self.prompt, strict=True))
 
     @property
     def held(self) -> tuple[int, ...]:
@@ -244,15 +267,39 @@ class CacheSite(Site):
 
     # ------------------------------------------------------------------ attention
 
+    @property
+    def loose(self) -> bool:
+        """Whether padding stands between tokens or behind them, so that the newest slots are not the newest tokens."""
+        return self.padding is not None and not self.padding.aligned
+
+    @functools.cached_property
+    def order(self) -> Tensor | None:
+        """``[B, 1 or Hk, K]`` int64: rows in an order in which all real ones stand together at the end.
+
+        They do already where it is None.
+        """
+        real = self.real
+        if real is None or not (self.ragged or self.loose):
+            return None
+        return real.byte().sort(dim=-1, stable=True).indices
+
     def queries(self, last: int | None = None) -> Tensor:
-        """``[B, H, M, D]`` the newest queries: those of this forward, or the ``last``, earlier ones before them."""
-        q = self.q
-        if last is None:
-            return q
-        earlier = self.notes.get("queries")
-        if earlier is not None and q.shape[2] < last:
-            q = torch.cat([earlier, q], 2)
-        return q[:, :, -last:]
+        """``[B, H, M, D]`` queries: those of this forward, or of the ``last`` tokens of each sample, in order.
+
+        Where a sample has fewer, rows that mean nothing stand before them.
+        """
+        return self.q if last is None else newest.queries(self, last)[0]
+
+    def behind(self, count: int) -> Tensor:
+        """``[B or 1, count]`` int64: how many tokens are newer than that of each of the newest ``count`` slots."""
+        if self.padding is None:
+            return torch.arange(count - 1, -1, -1, device=self.device)[None]
+        total = self.padding.mask.sum(1, keepdim=True)
+        return (total - 1 - self.padding.token[:, -count:]).clamp(min=0)
+
+    def arrived(self, count: int) -> Tensor | int:
+        """Tokens among the newest ``count`` slots: one number, or for each sample ``[B, 1, 1]``."""
+        return count if self.padding is None else self.padding.mask[:, -count:].sum(1).view(-1, 1, 1)
 
     def columns(
         self,
@@ -266,8 +313,8 @@ class CacheSite(Site):
         """How much attention every row received: a sum over queries, see :func:`tokred.kernels.column_scores`.
 
         Args:
-            last: newest queries that vote; None: those of this forward.
-            weight: ``[M]`` of each query.
+            last: newest tokens of each sample whose queries vote; None: those of this forward.
+            weight: ``[M]`` or ``[B, M]`` of each query.
             candidates: ``[B, 1 or Hk, K]`` bool, the rows among which the attention is shared out; None: all.
             causal: whether the newest ``M`` rows are the queries' own, in order.
             group: over the query heads of a key/value head: "mean", "sum", "max" or "none".
@@ -275,35 +322,36 @@ class CacheSite(Site):
         Returns:
             ``[B, Hk, K]`` float32 (``[B, H, K]`` for "none"); zero on padding and empty rows.
         """
-        q = self.queries(last)
-        options = self._options(q, candidates)
-        return column_scores(q, self.k, self._votes(q, weight), causal=causal, group=group, **options)
+        q, voting = newest.voters(self, last)
+        if weight is not None:
+            voting = weight if voting is None else voting * weight
+        order = newest.row_order(self, q, last) if causal else None
+        options = self._options(q, candidates, order)
+        found = column_scores(q, newest.ordered(self.k, order), voting, causal=causal, group=group, **options)
+        return newest.as_they_stand(found, order)
 
     def statistics(self, last: int | None = None, *, group: str = "none") -> ColumnStatistics:
         """Sum, sum of squares, maximum and entropy of what every row received from the ``last`` queries."""
         if (last, group) not in self._measured:  # a score and a budget may ask for the same
-            q = self.queries(last)
-            options = self._options(q, None)
-            found = column_statistics(q, self.k, self._votes(q, None), causal=True, group=group, **options)
-            self._measured[last, group] = found
+            q, weight = newest.voters(self, last)
+            order = newest.row_order(self, q, last)
+            options = self._options(q, None, order)
+            found = column_statistics(q, newest.ordered(self.k, order), weight, causal=True, group=group, **options)
+            self._measured[last, group] = ColumnStatistics(*(newest.as_they_stand(x, order) for x in found))
         return self._measured[last, group]
 
-    def _votes(self, q: Tensor, weight: Tensor | None) -> Tensor | None:
-        if self.padding is None:
-            return weight
-        real = self.padding.mask[:, -q.shape[2] :].float()
-        return real if weight is None else real * weight
-
-    def _options(self, q: Tensor, candidates: Tensor | None) -> dict[str, Any]:
+    def _options(self, q: Tensor, candidates: Tensor | None, order: Tensor | None) -> dict[str, Any]:
         options: dict[str, Any] = {"scale": self.scale, "softcap": self.softcap}
-        real = self.real
+        real, weights = self.real, self.weights
         if candidates is not None:
             real = candidates if real is None else real & candidates
+        real = real if real is None else newest.ordered(real, order)
+        weights = weights if weights is None else newest.ordered(weights, order)
         group = q.shape[1] // self.heads
-        if real is not None and real.shape[1] == 1 and self.weights is None:
+        if real is not None and real.shape[1] == 1 and weights is None:
             options["key_mask"] = real[:, 0].expand(q.shape[0], -1)
             return options
-        bias = None if self.weights is None else self.alpha * self.weights.log()
+        bias = None if weights is None else self.alpha * weights.log()
         if real is not None:
             bias = torch.zeros(self.extent, device=self.device) if bias is None else bias
             bias = bias.masked_fill(~real, -torch.inf)
@@ -315,7 +363,7 @@ class CacheSite(Site):
 
     @property
     def projection(self) -> Tensor:
-        """``[C, H * Dv]`` weight of the attention's output projection.
+        """``[C, H * Dv]`` matrix of the attention's output projection, without its bias.
 
         Raises:
             MissingInputError: the host does not supply it.
@@ -371,7 +419,7 @@ class CacheSite(Site):
     ) -> CacheSite:
         """The same layer after its rows have changed; for choices that need no queries any more."""
         other = copy.copy(self)
-        for name in ("real", "token"):
+        for name in ("real", "token", "order"):
             other.__dict__.pop(name, None)
         other._measured = {}
         other._hold(k, v)

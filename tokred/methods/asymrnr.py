@@ -17,7 +17,7 @@ from tokred.denoise import (
     check_sharing,
     removed,
 )
-from tokred.grid import clip_destinations, match_cells
+from tokred.grid import clip_destinations, match_cells, whole_cells
 from tokred.reduction import Reduction
 from tokred.registry import register
 from tokred.selection import hash_uniform
@@ -45,7 +45,7 @@ class AsymRnR(AttentionMethod):
         seed: of the destinations, which depend on it and the step alone: the same in all blocks and heads.
         refresh: plans are kept for so many denoising steps; the authors have 3 for HunyuanVideo and Mochi, 5 for
             CogVideoX, 1 for distilled models.
-        first_full: so many steps at the start of an image run as they are (ours).
+        first_full: so many steps at the start of an image run as they are; compiled forwards need 0 (ours).
 
     The authors' shares by layer and step come from measured tables, which are not here: choose blocks by ``where``.
 
@@ -65,7 +65,7 @@ class AsymRnR(AttentionMethod):
     size_bias: bool = False
     seed: int = 0
     refresh: int = 3
-    first_full: int = 0
+    first_full: int = 2
 
     def __post_init__(self) -> None:
         for name in ("q", "kv"):
@@ -103,19 +103,17 @@ class AsymRnR(AttentionMethod):
         return min(self.side("queries", place), self.side("keys", place))
 
     def side(self, side: Side, place: Place) -> int:
-        """``N - round(ratio * N)``, at least one a cell."""
-        r = removed(place.length, self.q if side == "queries" else self.kv)
-        return max(place.length - r, self._cells(place)) if r else place.length
+        """``N - round(ratio * N)``, at least one a cell; all where the grid is smaller than a cell."""
+        r, cells = removed(place.length, self.q if side == "queries" else self.kv), self._cells(place)
+        return max(place.length - r, cells) if r and cells else place.length
 
     def _cells(self, place: Place) -> int:
-        (t, y, x), (high, wide) = self.fitted(place), place.grid
-        return (place.frames // t) * (high // y) * (wide // x)
+        t, *cell = self.fitted(place)
+        return (place.frames // t) * whole_cells(place.grid, (cell[0], cell[1]))
 
     def fitted(self, place: Place) -> tuple[int, int, int]:
         """The cell, cut to the frames that there are."""
         t, y, x = self.cell
-        if y > place.grid[0] or x > place.grid[1]:
-            raise ValueError(f"cells of {y} x {x} tokens are larger than the grid of {place.grid[0]} x {place.grid[1]}")
         return min(t, place.frames), y, x
 
     def reduce(self, site: Site) -> Reduction:

@@ -93,6 +93,8 @@ class ATS(Method):
             scores = class_value(site)
             most = _levels(site.length if cap is None else cap, n, protected)
             levels: int | Tensor = most
+            if cap is None and site.totals is not None:
+                levels = (site.totals - protected).clamp(min=1)
             if isinstance(cap, float) and real is not None:
                 # A share of the image's own tokens: its batch-mates must not matter.
                 own = (real.sum(1) + protected).double() * cap
@@ -142,7 +144,7 @@ def sample(scores: Tensor, levels: int | Tensor, most: int, real: Tensor | None 
     below = (above - 1).clamp(min=0)
     pick = torch.where(y - f.gather(1, below) <= f.gather(1, above) - y, below, above)
     pick = torch.searchsorted(f, f.gather(1, pick)).clamp(max=t - 1)  # the first among equals
-    chosen = torch.zeros_like(order, dtype=torch.bool).scatter(1, pick, True)
+    chosen = torch.zeros_like(order, dtype=torch.bool).scatter(1, pick, 1)
     return order, chosen if real is None else chosen & real
 
 

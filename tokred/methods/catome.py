@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tokred.denoise import AttentionMethod, Place, Share, Sublayer, check_sharing
-from tokred.grid import cell_destinations, check_cells, match_above
+from tokred.grid import cell_destinations, match_above, whole_cells
 from tokred.methods.tomesd import ToMeSD
 from tokred.reduction import Reduction
 from tokred.registry import register
@@ -86,11 +86,10 @@ class CAToMe(AttentionMethod):
         return f"max_downsample is {self.max_downsample} and threshold {self.threshold}: give a larger, a lower one"
 
     def left(self, place: Place) -> int:
-        """At least one token a cell: how many remain depends on the image."""
+        """At least one token a cell: how many remain depends on the image. All where the grid is smaller than one."""
         if self.idle or place.factor > self.max_downsample:
             return place.length
-        rows, columns = check_cells(place.grid, (self.sy, self.sx))
-        return rows * columns
+        return whole_cells(place.grid, (self.sy, self.sx)) or place.length
 
     def reduce(self, site: Site) -> Reduction:
         """Merge every source that has a similar destination."""

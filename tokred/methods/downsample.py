@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from tokred.method import Method
+from tokred.padding import reduce_each
 from tokred.reduction import Reduction
 from tokred.registry import register
 from tokred.schedules import check_share
@@ -34,6 +36,7 @@ class Downsample(Method):
 
     summary: ClassVar[str] = "average neighbouring patches of the grid in one block (the plain alternative)"
     source: ClassVar[str] = "baseline"
+    example: ClassVar[Mapping[str, Any]] = {"keep": 0.5}
 
     keep: float = 1.0
     block: int = 0
@@ -81,6 +84,8 @@ class Downsample(Method):
 
     def reduce(self, site: Site) -> Reduction:
         """Every patch goes to its cell of the coarser grid."""
+        if site.mask is not None:
+            return reduce_each(self, site, always=True)
         b, n = site.shape
         grid = site.grid
         rows, columns = self.coarse(grid)
@@ -90,7 +95,7 @@ class Downsample(Method):
         head = torch.arange(site.prefix, device=site.device)
         tail = torch.arange(site.suffix, device=site.device) + site.prefix + rows * columns
         index = torch.cat([head, cell + site.prefix, tail]).expand(b, -1)
-        return Reduction.from_index(index, site.prefix + rows * columns + site.suffix)
+        return Reduction.from_index(index, site.prefix + rows * columns + site.suffix, sure=True)
 
 
 def cells(grid: tuple[int, int], coarse: tuple[int, int], device: torch.device | str | None = None) -> Tensor:

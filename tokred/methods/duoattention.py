@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from tokred.kv.budgets import Split
 from tokred.kv.parts import When
@@ -28,6 +29,7 @@ class DuoAttention(CachePolicy):
 
     summary: ClassVar[str] = "streaming heads keep the first and the newest tokens"
     source: ClassVar[str] = "Xiao et al., ICLR 2025 (arXiv 2410.10819)"
+    example: ClassVar[Mapping[str, Any]] = {"gates": ...}
 
     gates: tuple[tuple[float, ...], ...] | None = None
     sparsity: float = 0.5

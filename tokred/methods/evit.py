@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 
 from tokred.method import Method
+from tokred.padding import reduce_each
 from tokred.reduction import Reduction
 from tokred.registry import register
 from tokred.schedules import check_blocks, check_blocks_exist, check_share, is_listed, kept_ceil
@@ -62,6 +63,8 @@ class EViT(Method):
 
     def reduce(self, site: Site) -> Reduction:
         """Rank the patches by class attention, keep the first, fuse or drop the others."""
+        if site.mask is not None:
+            return reduce_each(self, site, always=True)
         b, n = site.shape
         free = n - site.prefix - site.suffix
         k = kept_ceil(free, self.kappa)

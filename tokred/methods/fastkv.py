@@ -120,6 +120,11 @@ class Stored(Budget):
         return self.method.mode == "proportional" and self.method.retain == 1
 
     @property
+    def shares(self) -> bool:
+        """Whether it is a share of the tokens."""
+        return self.method.mode == "proportional"
+
+    @property
     def tokens(self) -> int | None:
         """The cap, where there is one."""
         return self.method.cap if self.method.mode == "constant" else None
@@ -181,14 +186,15 @@ class FastKVPropagation(LayerMethod):
         """One list for all heads: the best by pooled attention of the window, and the window."""
         method = self.method
         count = site.end
-        newest = torch.arange(site.shape[1], device=site.device) >= count - method.window
+        drafts = torch.arange(site.shape[1], device=site.device) >= count
+        newest = (site.newest < method.window) | drafts
         scores = site.row_scores(min(method.window, count), of="before", heads="none")
-        real = torch.ones_like(newest).expand(site.shape[0], -1) if site.mask is None else site.mask
-        totals = propagation_scores(scores.masked_fill(newest | ~real.unsqueeze(1), 0.0), method.pool, method.pooling)
-        drafts = site.shape[1] - count
-        most = tuple(max(0, method.propagated(n - drafts) - method.window) for n in site.real)
+        real = torch.ones_like(newest) if site.mask is None else site.mask
+        totals = propagation_scores(scores.masked_fill((newest | ~real).unsqueeze(1), 0.0), method.pool, method.pooling)
+        later = site.shape[1] - count
+        most = tuple(max(0, method.propagated(n - later) - method.window) for n in site.real)
         chosen = site.best(totals, real & ~newest, most)
-        lost = tuple(site.shape[1] - min(n, m + method.window + drafts) for n, m in zip(site.real, most, strict=True))
+        lost = tuple(site.shape[1] - min(n, m + method.window + later) for n, m in zip(site.real, most, strict=True))
         return site.keep_columns(chosen | (newest & real), lost)
 
 

@@ -73,13 +73,7 @@ class FastV(LayerMethod):
         rows: int | torch.Tensor = 1
         if self.query == "mean":
             after = site.visual.flip(1).cummax(1).values.flip(1).logical_not() & site.text_rows
-            rows = after | _last(site)
+            rows = after | (site.newest == 0)  # which votes even where an image ends the prompt
         scores = site.row_scores(rows, of="before", heads=self.heads)
         counts = tuple(self.left(n) for n in site.counts)
         return site.keep_visual(site.best_visual(scores, counts), counts)
-
-
-def _last(site: LayerSite) -> torch.Tensor:
-    """``(B, L)`` bool: the prompt's last token, which votes even where an image ends the prompt."""
-    columns = torch.arange(site.shape[1], device=site.device)
-    return (columns == site.end - 1).expand(site.shape[0], -1)

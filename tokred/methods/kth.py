@@ -10,6 +10,7 @@ import torch
 from tokred.matching import match_to
 from tokred.method import Method
 from tokred.methods.tome import Metric, check_choice, read_metric
+from tokred.padding import reduce_each
 from tokred.reduction import Reduction
 from tokred.registry import register
 from tokred.selection import protected_rows
@@ -65,6 +66,8 @@ class KthMerge(Method):
 
     def reduce(self, site: Site) -> Reduction:
         """Merge all but every k-th token."""
+        if site.mask is not None:
+            return reduce_each(self, site, always=True)
         b, n = site.shape
         free = n - site.prefix - site.suffix
         if self.k == 1 or free < self.k:

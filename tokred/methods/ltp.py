@@ -107,7 +107,7 @@ class LTP(Method):
             if least > 0:
                 own = score[:, free] if real is None else score[:, free].masked_fill(~real, -torch.inf)
                 first = ranked(own)[:, :least]
-                keep = keep.scatter(1, first, True)
+                keep = keep.scatter(1, first, 1)
             keep = keep if real is None else keep & real
             rows = torch.arange(site.prefix, n - site.suffix, device=score.device).expand(b, -1)
             rows, mask = pack(rows, keep)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -68,6 +69,7 @@ class PiToMe(Method):
 
     summary: ClassVar[str] = "merge tokens of crowded neighbourhoods (high energy), protect isolated ones"
     source: ClassVar[str] = "Tran et al., NeurIPS 2024 (arXiv 2405.16148)"
+    example: ClassVar[Mapping[str, Any]] = {"ratio": 0.9}
 
     ratio: float = 1.0
     margin: float = 0.9

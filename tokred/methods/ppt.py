@@ -12,6 +12,7 @@ from tokred.importance import class_value
 from tokred.matching import bipartite_soft_matching, mergeable, without_padding
 from tokred.method import Method
 from tokred.methods.tome import Metric, check_choice, read_metric
+from tokred.padding import reduce_each
 from tokred.reduction import Reduction
 from tokred.registry import register
 from tokred.schedules import ScheduleLike, check_blocks, check_blocks_exist, is_listed, schedule
@@ -96,6 +97,8 @@ class PPT(Method):
 
     def reduce(self, site: Site) -> Reduction:
         """Score the patches, make both plans, choose one for each image."""
+        if site.mask is not None and self.route == "image":
+            return reduce_each(self, site, always=True)
         b, n = site.shape
         r = min(schedule(self.r).at(site.layer, site.depth), mergeable(n, site.prefix, site.suffix))
         if r == 0:
@@ -129,7 +132,8 @@ class PPT(Method):
             ``(B,)`` bool.
         """
         if real is None:
-            variance, count = scores.var(dim=1), torch.full_like(scores[:, 0], scores.shape[1])
+            count = torch.full_like(scores[:, 0], scores.shape[1])
+            variance = scores.var(dim=1) if scores.numel() else count
         else:
             count = real.sum(1).float()
             apart = (scores - 1 / count.clamp_min(1).unsqueeze(1)).masked_fill(~real, 0)

@@ -46,7 +46,8 @@ class PruMerge(ProjectorMethod):
             ``"mean"``: the mean over its heads.
         normalise: divide each sum by the sum of its weights, the centre's own attention included (ours).
         order: ``"raster"``: slots in the order of the image (ours, for hosts that keep positions); ``"attention"``:
-            centres by falling attention, as the authors have it. The left-over token is the last.
+            centres by falling attention, then those of the uniform grid as they stand, as the authors have it. The
+            left-over token is the last.
         min_tokens, max_tokens: bounds on the number of centres that ``budget=None`` finds; None: no upper one (ours).
         plus: a uniform grid of tokens joins the centres, with a stride of a third of the mean distance of centres. With
             a ``budget`` a quarter are centres by attention, the others evenly spaced (ours).
@@ -114,28 +115,34 @@ class PruMerge(ProjectorMethod):
         """Find the centres, and what each of them absorbs."""
         if site.prefix == 0:
             raise MissingInputError("PruMerge reads 'class_attention', and the vision tower has no class token")
-        q, k = site.layer_heads(-1)
+        q, k = site.tower_heads(-1)
         if self.heads == "single":
             q, k = (t.transpose(1, 2).flatten(2).unsqueeze(1) for t in (q, k))
         scale = q.shape[-1] ** -0.5
-        attention = column_scores(q[:, :, :1], k, scale=scale).mean(1)[:, site.prefix :]
-        keys = k.transpose(1, 2).flatten(2)[:, site.prefix :]
+        attention = site.of_tokens(column_scores(q[:, :, :1], k, scale=scale).mean(1))
+        keys = site.layer_heads(-1)[1].transpose(1, 2).flatten(2)[:, site.prefix :]
         return self.absorb(attention, keys)
 
     # ------------------------------------------------------------------ which
 
     def centres(self, attention: Tensor) -> Tensor:
         """``(B, N)`` bool, the tokens that become slots, the left-over one aside."""
+        chosen = self.by_attention(attention)
+        return self._with_grid(chosen) if self.plus else chosen
+
+    def by_attention(self, attention: Tensor) -> Tensor:
+        """``(B, N)`` bool, the centres that attention chooses."""
         b, n = attention.shape
         place = torch.arange(n, device=attention.device)
         if self.budget is None:
             count = outliers(attention, self.whisker).clamp(self.min_tokens, self.max_tokens).clamp_max(n - 1)
         else:
             count = torch.full((b,), self._by_attention(n), device=attention.device)
-        order = ranked(attention)
-        chosen = torch.zeros_like(attention, dtype=torch.bool).scatter(1, order, place < count.unsqueeze(1))
-        if not self.plus:
-            return chosen
+        return torch.zeros_like(attention, dtype=torch.bool).scatter(1, ranked(attention), place < count.unsqueeze(1))
+
+    def _with_grid(self, chosen: Tensor) -> Tensor:
+        n, count = chosen.shape[1], chosen.sum(1)
+        place = torch.arange(n, device=chosen.device)
         if self.budget is None:
             stride = (n // count // 3).clamp_min(1).unsqueeze(1)
             return chosen | ((place % stride == 0) & (place < n - 1))
@@ -160,7 +167,9 @@ class PruMerge(ProjectorMethod):
         b, n = attention.shape
         chosen = self.centres(attention)
         place = torch.arange(n, device=keys.device).expand(b, -1)
-        order = ranked(attention.masked_fill(~chosen, -torch.inf)) if self.order == "attention" else place
+        order = place
+        if self.order == "attention":  # tokens of the uniform grid follow the centres, in their own order
+            order = ranked(attention.masked_fill(~self.by_attention(attention), -torch.inf))
         rest = attention.masked_fill(chosen, 0)
         # Of the left-over tokens the last one stands for all, so that it comes late in the order of the image, too.
         last = place.masked_fill(chosen, -1).amax(1, keepdim=True).clamp_min(0)

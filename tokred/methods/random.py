@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from tokred.matching import match_to, mergeable
 from tokred.method import Method
 from tokred.methods.tome import Metric, check_choice, read_metric
+from tokred.padding import reduce_each
 from tokred.reduction import Reduction
 from tokred.registry import register
 from tokred.schedules import ScheduleLike, schedule
@@ -35,6 +37,7 @@ class RandomMerge(Method):
 
     summary: ClassVar[str] = "r random tokens merge into their most similar one (ToMe's baseline)"
     source: ClassVar[str] = "Bolya et al., ICLR 2023, released code"
+    example: ClassVar[Mapping[str, Any]] = {"r": 8}
 
     r: ScheduleLike = 0
     seed: int = 0
@@ -65,6 +68,8 @@ class RandomMerge(Method):
 
     def reduce(self, site: Site) -> Reduction:
         """Merge the first ``r`` tokens of a random order."""
+        if site.mask is not None:
+            return reduce_each(self, site, always=True)
         b, n = site.shape
         r = n - self.tokens(n, layer=site.layer, depth=site.depth, prefix=site.prefix, suffix=site.suffix)
         if r == 0:
@@ -87,6 +92,7 @@ class RandomPrune(Method):
 
     summary: ClassVar[str] = "drop r random tokens in every block (the floor)"
     source: ClassVar[str] = "baseline"
+    example: ClassVar[Mapping[str, Any]] = {"r": 8}
     drops: ClassVar[bool] = True
 
     r: ScheduleLike = 0
@@ -105,6 +111,8 @@ class RandomPrune(Method):
 
     def reduce(self, site: Site) -> Reduction:
         """Keep the tokens of a random choice, in their order."""
+        if site.mask is not None:
+            return reduce_each(self, site, always=True)
         b, n = site.shape
         kept = self.tokens(n, layer=site.layer, depth=site.depth, prefix=site.prefix, suffix=site.suffix)
         free = n - site.prefix - site.suffix

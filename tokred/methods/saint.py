@@ -119,10 +119,11 @@ class SAINT(Method):
         return n - (n - prefix - suffix) + min(n - prefix - suffix, self._target(prefix, suffix))
 
     def acts(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> bool:
-        """In the listed blocks, where there are sources and destinations."""
+        """In the listed blocks, where there are sources and destinations, and a cosine can reach the threshold."""
         if self.form == "full":
             return super().acts(n, layer=layer, depth=depth, prefix=prefix, suffix=suffix)
-        return self._listed(layer, depth) and self.max_r != 0 and n - prefix - suffix > max(1, self.min_tokens)
+        tau = self._tau(layer) if self._listed(layer, depth) else None
+        return tau is not None and tau <= 1 and self.max_r != 0 and n - prefix - suffix > max(1, self.min_tokens)
 
     def reduce(self, site: Site) -> Reduction:
         """Drop the most redundant tokens."""

@@ -86,8 +86,10 @@ class SAINTLayer(LayerMethod):
         return n
 
     def acts(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> bool:
-        """Behind the layers from ``start`` to ``end``, where there are sources and destinations."""
-        return self.start < layer <= self.end + 1 and self.max_r != 0 and n > max(1, self.min_tokens)
+        """Behind the layers from ``start`` to ``end``, where there are sources and destinations, and a cosine can
+        reach the threshold."""
+        inside = self.start < layer <= self.end + 1 and self.tau <= 1
+        return inside and self.max_r != 0 and n > max(1, self.min_tokens)
 
     def choose(self, site: LayerSite) -> Reduction:
         """Drop the most redundant tokens."""
@@ -97,14 +99,14 @@ class SAINTLayer(LayerMethod):
         real = None
         if min(site.counts) < most:
             real = place < torch.tensor(site.counts, device=site.device).unsqueeze(1)
-        keys = head_mean(site.attention_of("before").k[:, :, -site.shape[1] :])
+        keys = head_mean(site.attention_of("before").k[:, :, -site.shape[1] :].float())
         score, degree = self.graph.redundancy(gather_rows(keys, columns), self.tau, real)
         r = self.graph.number_dropped(degree, most, real)
         sources = ranked(score) * 2
         leaves = place[: sources.shape[1]] < r.unsqueeze(1)
         gone = torch.zeros(site.shape, dtype=torch.bool, device=site.device)
         gone = gone.scatter(1, columns.gather(1, sources), leaves)
-        return site.keep_columns(~gone)
+        return site.keep_columns(~gone | site.last)
 
 
 @register("saint_visual")
@@ -151,7 +153,7 @@ class SAINTVisual(Budgeted):
     def choose(self, site: VisualSite) -> Reduction:
         """Thin the graph."""
         keys = site.layer_heads(self.layer)[1][:, :, site.prefix :]
-        return SAINT(form="full", M=self.count(site.shape[1]), q=self.q).reduce(Site(k=keys))
+        return SAINT(form="full", M=self.count(site.shape[1]), q=self.q).reduce(Site(k=keys.float()))
 
 
 def visual_columns(site: LayerSite, most: int) -> Tensor:

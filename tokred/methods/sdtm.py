@@ -21,7 +21,7 @@ from tokred.denoise import (
     check_sharing,
     removed,
 )
-from tokred.grid import check_cells, match_around
+from tokred.grid import check_cells, match_around, whole_cells
 from tokred.kernels.similarity_rows import unit
 from tokred.reduction import Reduction
 from tokred.registry import register
@@ -157,8 +157,7 @@ class SDTMStage(AttentionMethod):
         r = removed(n, self.ratio)
         if r == 0 or place.factor > self.max_downsample:
             return n
-        rows, columns = check_cells(place.grid, (2, 2))
-        return max(n - r, 1) if self.detail else n - 3 * min(rows * columns, removed(r, 1 / 3))
+        return max(n - r, 1) if self.detail else n - 3 * min(whole_cells(place.grid, (2, 2)), removed(r, 1 / 3))
 
     def reduce(self, site: Site) -> Reduction:
         """Collapse windows, or merge around the tokens that were longest without a slot."""

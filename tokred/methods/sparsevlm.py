@@ -38,7 +38,9 @@ class SparseVLM(LayerMethod):
 
     Args:
         layers: decoder layers whose attention decides, 0-based and increasing; tokens leave behind them.
-        budget: how many visual tokens stay, recycled ones aside. ``"table"``: as the released code has it for
+        budget: how many visual tokens stay, recycled ones aside. ``"auto"``: the table for samples whose images have
+            576 tokens each, as those of LLaVA-1.5, where there are three layers; the rank for others (ours).
+            ``"table"``: as the released code has it for
             ``average``, in proportion where an image does not have 576; ``"rank"``: the share ``strength`` of what
             exceeds the rank of the raters' attention leaves, as the paper says; ``"scale"``: a multiple of that rank
             stays, as the first released version has it; or a tuple with a number, or a share of the tokens before the
@@ -57,7 +59,7 @@ class SparseVLM(LayerMethod):
     source: ClassVar[str] = "Zhang et al., ICML 2025 (arXiv 2410.04417)"
 
     layers: tuple[int, ...] = (2, 6, 15)
-    budget: Literal["table", "rank", "scale"] | tuple[Budget, ...] = "table"
+    budget: Literal["auto", "table", "rank", "scale"] | tuple[Budget, ...] = "auto"
     average: int = 192
     strength: float = 0.5
     recycle: float = 0.3
@@ -70,7 +72,7 @@ class SparseVLM(LayerMethod):
             raise ValueError(f"layers must be increasing, at least one, got {self.layers!r}")
         object.__setattr__(self, "layers", layers)
         if isinstance(self.budget, str):
-            check_choice("budget", self.budget, ("table", "rank", "scale"))
+            check_choice("budget", self.budget, ("auto", "table", "rank", "scale"))
             allowed = SCALES if self.budget == "scale" else TABLES
             if self.average not in allowed:
                 raise ValueError(f"average is {self.average!r}; allowed are {', '.join(map(str, allowed))}")
@@ -127,20 +129,30 @@ class SparseVLM(LayerMethod):
     def kept(self, site: LayerSite, rows: Tensor) -> tuple[int, ...]:
         """How many visual tokens of each sample stay, at least one and at most all but one."""
         stage = self.layers.index(site.layer - 1)
-        if isinstance(self.budget, tuple):
-            wanted = [count_of(self.budget[stage], n) if n else 0 for n in site.initial]
-        elif self.budget == "table":
-            share = TABLES[self.average][stage] / WHOLE
-            wanted = [round(round(n * share, 9)) for n in site.initial]
-        else:
-            wanted = [self._by_rank(n, rank) for n, rank in zip(site.counts, self.ranks(site, rows), strict=True)]
-        pairs = zip(wanted, site.counts, strict=True)
-        if self.budget == "rank":
-            return tuple(min(max(w, min(n, 1)), n) for w, n in pairs)
-        return tuple(min(max(w, min(n, 1)), max(n - 1, min(n, 1))) for w, n in pairs)
+        rules = [self._rule(n) for n in site.initial]
+        ranks = self.ranks(site, rows) if {"rank", "scale"} & set(rules) else [0] * len(rules)
+        found = []
+        for rule, first, n, rank in zip(rules, site.initial, site.counts, ranks, strict=True):
+            most = n
+            if isinstance(self.budget, tuple):
+                wanted = count_of(self.budget[stage], first) if first else 0
+            elif rule == "table":
+                wanted = round(round(first * TABLES[self.average][stage] / WHOLE, 9))
+            else:
+                wanted = self._by_rank(n, rank, rule)
+            if rule != "rank":
+                most = max(n - 1, min(n, 1))
+            found.append(min(max(wanted, min(n, 1)), most))
+        return tuple(found)
 
-    def _by_rank(self, n: int, rank: int) -> int:
-        if self.budget == "rank":
+    def _rule(self, n: int) -> str:
+        """How the tokens of a sample are counted that had ``n`` visual ones."""
+        if self.budget != "auto":
+            return self.budget if isinstance(self.budget, str) else "given"
+        return "table" if n % WHOLE == 0 and len(self.layers) == 3 else "rank"
+
+    def _by_rank(self, n: int, rank: int, rule: str) -> int:
+        if rule == "rank":
             return n - int(round(self.strength * (n - rank), 9))
         scale, bias = SCALES[self.average]
         return int(round(rank * scale + bias, 9))

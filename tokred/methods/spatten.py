@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from tokred.method import Method, Where
 from tokred.reduction import Reduction
 from tokred.registry import register
-from tokred.schedules import check_share, kept_ceil
+from tokred.schedules import check_share, kept_ceil, whole
 from tokred.selection import highest, protected_rows, ranked
 from tokred.site import Site
 
@@ -99,6 +99,13 @@ class SpAtten(Method):
         """In every layer, which all add to the importance, if anything is pruned at all."""
         return self.keep < 1 or self.heads not in (None, 1.0)
 
+    def removes(self, depth: int, layers: Iterable[int] | None = None) -> bool:
+        """Where a share falls below one: every layer adds to the importance, but not every layer prunes."""
+        if isinstance(self.heads, tuple):
+            return True
+        final = self.keep if self.heads in (None, 1.0) else LEAST
+        return any(keep_share(final, self.first, i, depth) < 1 for i in (range(depth) if layers is None else layers))
+
     def reduce(self, site: Site) -> Reduction:
         """Add this layer's attention to what was received before; keep the highest."""
         b, n = site.shape
@@ -146,10 +153,11 @@ class SpAtten(Method):
         before, alive = site.notes.get(ANSWERED), site.alive
         given = given if before is None else before + given
         site.notes[ANSWERED] = given
-        left = self.heads_left(given.shape[1], site.layer, site.depth)
-        if left < given.shape[1]:
+        heads = whole(given.shape[1])
+        left = self.heads_left(heads, site.layer, site.depth)
+        if left < heads:
             score = given if alive is None else given.masked_fill(~alive, -torch.inf)
-            site.alive = torch.zeros_like(given, dtype=torch.bool).scatter(1, ranked(score)[:, :left], True)
+            site.alive = torch.zeros_like(given, dtype=torch.bool).scatter(1, ranked(score)[:, :left], 1)
 
 
 def keep_share(final: float, first: int | None, layer: int, depth: int) -> float:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from tokred.matching import raster_order
 from tokred.methods.tome import ToMe, check_choice
+from tokred.padding import reduce_each
 from tokred.reduction import Reduction
 from tokred.registry import register
 from tokred.schedules import ScheduleLike
@@ -34,6 +36,7 @@ class TinyChart(ToMe):
 
     summary: ClassVar[str] = "ToMe with a constant r for charts of high resolution, in merge or raster order"
     source: ClassVar[str] = "Zhang et al., EMNLP 2024 (arXiv 2404.16635)"
+    example: ClassVar[Mapping[str, Any]] = {}
 
     r: ScheduleLike = 84
     order: Literal["merge", "raster"] = "merge"
@@ -44,5 +47,7 @@ class TinyChart(ToMe):
 
     def reduce(self, site: Site) -> Reduction:
         """Match by parity, merge the most similar pairs, order."""
+        if site.mask is not None:
+            return reduce_each(self, site, always=True)
         step = super().reduce(site)
         return raster_order(step, site.suffix) if self.order == "raster" else step

@@ -129,8 +129,10 @@ class ToDo(AttentionMethod):
         return self.factors[depth] if depth < len(self.factors) else 1
 
     def left(self, place: Place) -> int:
-        """``(h // f) * (w // f)``."""
+        """``(h // f) * (w // f)``; all where the grid is smaller than the factor."""
         f = self.factor(place)
+        if f > min(place.grid):
+            return place.length
         return len(kept_lines(place.grid[0], f)) * len(kept_lines(place.grid[1], f))
 
     def reduce(self, site: Site) -> Reduction:
@@ -187,9 +189,9 @@ class SimilarKeys(AttentionMethod):
         """Match all keys with those that were drawn."""
         site = self.site(site)
         b, n = site.shape
-        f = ToDo(self.factors).factor(site.place)
-        if f == 1:
+        f, left = ToDo(self.factors).factor(site.place), self.left(site.place)
+        if left == n:
             return Reduction.identity((b,), n, site.device)
-        offsets = (site.uniform(self.left(site.place), self.seed) * f * f).to(torch.int64)
+        offsets = (site.uniform(left, self.seed) * f * f).to(torch.int64)
         sources, destinations = cell_destinations(site.grid, (f, f), offsets, site.device)
         return match_cells(site.x, sources, destinations, len(sources))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from tokred.matching import bipartite_soft_matching, mergeable, without_padding
+from tokred.matching import bipartite_soft_matching, mergeable
 from tokred.method import Method
 from tokred.methods.tome import Metric, check_choice, read_metric
+from tokred.padding import reduce_each
 from tokred.reduction import Reduction
 from tokred.registry import register
 from tokred.schedules import ScheduleLike, schedule
@@ -48,6 +49,7 @@ class ToFu(Method):
 
     summary: ClassVar[str] = "prune early, merge late with the length of vectors kept, on ToMe's matching"
     source: ClassVar[str] = "Kim et al., WACV 2024 (arXiv 2312.01026)"
+    example: ClassVar[Mapping[str, Any]] = {"r": 8}
 
     r: ScheduleLike = 0
     switch: int | None = None
@@ -87,12 +89,13 @@ class ToFu(Method):
 
     def reduce(self, site: Site) -> Reduction:
         """ToMe's pairs; what becomes of the sources depends on the depth."""
+        if site.mask is not None:
+            return reduce_each(self, site, always=True)
         plan = bipartite_soft_matching(
             read_metric(site, self.metric),
             schedule(self.r).at(site.layer, site.depth),
             prefix=site.prefix,
             suffix=site.suffix,
-            mask=site.mask,
         )
         if plan.trivial:
             return plan
@@ -101,7 +104,7 @@ class ToFu(Method):
             plan = replace(plan, mode="keep", inherit=self.inherit)
         else:
             plan = replace(plan, mode=self.mode, by_size=self.by_size)
-        return without_padding(plan, site.mask)
+        return plan
 
 
 def linearity(function: Callable[[Tensor], Tensor], first: Tensor, second: Tensor, points: int = 16) -> Tensor:

@@ -53,7 +53,7 @@ class ToMA(AttentionMethod):
         steps_plan: shares are kept for so many steps (ours). Above 1 it is read once a step what step it is.
         cover: around which sub-layers: ``"attention"``, ``"attention+mlp"`` or ``"block"``, cross-attention as well.
         share: ``"resolution"``: blocks of one resolution share a plan, ``"block"``: each has its own.
-        first_full: so many steps at the start of an image run as they are (ours).
+        first_full: so many steps at the start of an image run as they are; compiled forwards need 0 (ours).
 
     Source: ToMA: Token Merge with Attention for Diffusion Models, ICML 2025 (arXiv 2509.10918). The exact normalisation
     of the shares and what is marked above are ours.
@@ -72,7 +72,7 @@ class ToMA(AttentionMethod):
     steps_plan: int = 5
     cover: Cover = "block"
     share: Share = "resolution"
-    first_full: int = 0
+    first_full: int = 2
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
@@ -112,13 +112,13 @@ class ToMA(AttentionMethod):
         return f"max_downsample is {self.max_downsample}: give a larger one"
 
     def left(self, place: Place) -> int:
-        """``n - round(ratio * n)`` of each tile's ``n`` tokens, at least one."""
+        """``round((1 - ratio) * n)`` of each tile's ``n`` tokens, at least one."""
         if self.idle or place.factor > self.max_downsample:
             return place.length
         return sum(tiles * self._slots(n) for tiles, n in tile_sizes(place.grid, self.tile))
 
     def _slots(self, n: int) -> int:
-        return max(1, n - removed(n, self.ratio))
+        return max(1, removed(n, 1 - self.ratio))
 
     def reduce(self, site: Site) -> Reduction:
         """Choose destinations, unless those of an earlier step still hold, and hand every token out to them."""

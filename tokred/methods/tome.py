@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
+from tokred.kernels.dispatch import accumulator_dtype
 from tokred.matching import bipartite_soft_matching, mergeable
 from tokred.method import Method
+from tokred.padding import reduce_each
 from tokred.reduction import Reduction
 from tokred.registry import register
 from tokred.schedules import ScheduleLike, schedule
@@ -20,14 +22,15 @@ Metric = Literal["k", "q", "v", "x"]
 
 
 def head_mean(t: Tensor) -> Tensor:
-    """``(B, H, N, D)`` to the mean over heads ``(B, N, D)``; ``(B, N, C)`` as it is."""
+    """``(B, H, N, D)`` to the mean over heads ``(B, N, D)`` in the type of the sums, which half precision would round
+    to other choices; ``(B, N, C)`` as it is."""
     if t.ndim != 4:
         return t
-    heads = t.shape[1]
-    if heads % 2 or t.dtype not in (torch.float32, torch.float64):
-        return t.mean(1)
+    dtype, heads = accumulator_dtype(t.dtype), t.shape[1]
+    if heads % 2:
+        return t.to(dtype).mean(1)
     # A sum over a strided dimension is not vectorised on a CPU, an addition is: half of the work goes there.
-    half = t[:, : heads // 2] + t[:, heads // 2 :]
+    half = t[:, : heads // 2].to(dtype) + t[:, heads // 2 :]
     return half.sum(1) / heads
 
 
@@ -56,6 +59,7 @@ class ToMe(Method):
 
     summary: ClassVar[str] = "merge the r most similar token pairs in every block"
     source: ClassVar[str] = "Bolya et al., ICLR 2023 (arXiv 2210.09461)"
+    example: ClassVar[Mapping[str, Any]] = {"r": 8}
 
     r: ScheduleLike = 0
     prop_attn: bool = True
@@ -89,12 +93,13 @@ class ToMe(Method):
 
     def reduce(self, site: Site) -> Reduction:
         """Match by parity and merge the most similar pairs."""
+        if site.mask is not None:
+            return reduce_each(self, site, always=True)
         return bipartite_soft_matching(
             read_metric(site, self.metric),
             schedule(self.r).at(site.layer, site.depth),
             prefix=site.prefix,
             suffix=site.suffix,
             split=self.split,
-            mask=site.mask,
             mode=self.mode,
         )

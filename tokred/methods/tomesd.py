@@ -18,7 +18,7 @@ from tokred.denoise import (
     check_ratio,
     check_sharing,
 )
-from tokred.grid import cell_destinations, check_cells, match_cells
+from tokred.grid import cell_destinations, match_cells, whole_cells
 from tokred.reduction import Reduction
 from tokred.registry import register
 from tokred.site import Site
@@ -97,19 +97,19 @@ class ToMeSD(AttentionMethod):
         return f"max_downsample is {self.max_downsample}: give a larger one"
 
     def left(self, place: Place) -> int:
-        """``N`` less ``int(N * ratio)``, at least one token a cell."""
+        """``N`` less ``int(N * ratio)``, at least one token a cell; all where the grid is smaller than a cell."""
         r = int(place.length * self.ratio)
         if r == 0 or self.idle or place.factor > self.max_downsample:
             return place.length
-        rows, columns = check_cells(place.grid, (self.sy, self.sx))
-        return max(place.length - r, rows * columns)
+        cells = whole_cells(place.grid, (self.sy, self.sx))
+        return max(place.length - r, cells) if cells else place.length
 
     def offsets(self, site: AttentionSite) -> Tensor | None:
         """Which token of each cell is its destination, ``(cells,)`` int64; None: the top left ones."""
         if not self.use_rand:
             return None
-        rows, columns = check_cells(site.grid, (self.sy, self.sx))
-        return (site.uniform(rows * columns, self.seed) * (self.sx * self.sy)).to(torch.int64)
+        cells = whole_cells(site.grid, (self.sy, self.sx))
+        return (site.uniform(cells, self.seed) * (self.sx * self.sy)).to(torch.int64)
 
     def reduce(self, site: Site) -> Reduction:
         """Match every source with its most similar destination, and merge the most similar ones."""

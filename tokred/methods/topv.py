@@ -18,6 +18,7 @@ from tokred.selection import highest
 from tokred.vlm.budget import Budget, as_budget, check_number, count_of
 from tokred.vlm.layer_site import LayerSite
 from tokred.vlm.layered import LayerMethod, check_depth
+from tokred.vlm.places import grid_places
 from tokred.vlm.transport import BLOCK, transport
 
 
@@ -38,9 +39,11 @@ class TopV(LayerMethod):
         budget: visual tokens kept of each sample, an integer or a share in (0, 1].
         layer: decoder layer whose input and norm are read, 0-based; tokens leave behind it.
         alpha: weight of the distance of features, divided by the largest.
-        beta: weight of the distance of places: one less a Gaussian of width ``sigma``, in sides of the image.
+        beta: weight of the distance of places: one less a Gaussian of width ``sigma``, in sides of the image. Every
+            image of a sample has places of its own.
         gamma: weight of the distance from the middle, divided by the largest. It and ``beta`` count only where the
-            visual tokens are whole images of a known or square grid.
+            grid of every image is known; in sites made by hand, where the visual tokens are whole images of the site's
+            grid, or of a square one.
         sigma: see above.
         eps: weight of entropy.
         iterations: of Sinkhorn.
@@ -90,13 +93,14 @@ class TopV(LayerMethod):
         """Send, rank, take some back; sample by sample."""
         counts = tuple(count_of(self.budget, n) for n in site.counts)
         before, after = site.stream
-        columns = visual_columns(site, max(site.counts))
+        columns, last = visual_columns(site, max(site.counts)), site.last
         chosen = torch.zeros(site.shape, dtype=torch.bool, device=site.device)
         for i, (n, count) in enumerate(zip(site.counts, counts, strict=True)):
             if n:
                 mine = columns[i : i + 1, :n]
                 source, target = (gather_rows(t[i : i + 1], mine).float() for t in (before, after))
-                kept = self.select(self.importance(source, target, places(site._grid, n, site.device)), count)
+                value = self.importance(source, target, _places(site, i, mine[0]))
+                kept = self.select(value.masked_fill(last.gather(1, columns)[i : i + 1, :n], torch.inf), count)
                 chosen[i, mine[0, kept[0]]] = True
         return site.keep_visual(chosen, counts)
 
@@ -151,6 +155,20 @@ class TopV(LayerMethod):
         return torch.cat([first, others[:, : every * back : every]], 1).sort(dim=1).values
 
 
+def _places(site: LayerSite, i: int, columns: Tensor) -> Tensor | None:
+    """``(n, 2)`` places of some columns of one sample, each in its own image; None where they are not known."""
+    if site.placed:
+        place = site.place
+        return None if place is None else place[i, columns]
+    number = site.image[i, columns]
+    count = torch.bincount(number).tolist()
+    found = [places(site._grid, n, site.device) for n in count if n]
+    if not found or any(one is None for one in found):
+        return None
+    whole = torch.cat([one for one in found if one is not None])
+    return torch.empty_like(whole).index_copy(0, number.argsort(stable=True), whole)
+
+
 def places(grid: tuple[int, int] | None, n: int, device: torch.device | str | None = None) -> Tensor | None:
     """``(n, 2)`` float32 rows and columns between 0 and 1 of images one after the other; None where they form no grid.
 
@@ -163,10 +181,7 @@ def places(grid: tuple[int, int] | None, n: int, device: torch.device | str | No
     rows, columns = (side, side) if grid is None else grid
     if rows * columns == 0 or n % (rows * columns):
         return None
-    y = torch.linspace(0, 1, rows, device=device) if rows > 1 else torch.full((1,), 0.5, device=device)
-    x = torch.linspace(0, 1, columns, device=device) if columns > 1 else torch.full((1,), 0.5, device=device)
-    one = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flatten(0, 1)
-    return one.repeat(n // (rows * columns), 1)
+    return grid_places(rows, columns, device).repeat(n // (rows * columns), 1)
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class VidToMe(AttentionMethod):
         seed: of the draw of frames, which depends on it, the step and the block alone (ours).
         share: ``"resolution"``: blocks of one resolution share a plan (ours).
         refresh: a plan is kept for so many denoising steps (ours).
-        first_full: so many steps at the start of an image run as they are (ours).
+        first_full: so many steps at the start of an image run as they are; compiled forwards need 0 (ours).
 
     For denoisers that see a clip as one sequence. Merging with earlier chunks of a longer video, and one plan for all
     samples, are not here. Frames behind the last whole stride are never taken (ours), so the count is always the same.
@@ -48,7 +48,7 @@ class VidToMe(AttentionMethod):
     seed: int = 0
     share: Share = "block"
     refresh: int = 1
-    first_full: int = 0
+    first_full: int = 2
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)

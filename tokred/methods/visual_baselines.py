@@ -105,7 +105,7 @@ class DownsampleVisual(Budgeted):
         rows, columns = coarser(grid, max(1, self.count(n) // frames))
         cell = cells(grid, (rows, columns), site.device)
         index = torch.arange(frames, device=site.device).unsqueeze(1) * (rows * columns) + cell
-        return Reduction.from_index(index.flatten().expand(b, -1), frames * rows * columns)
+        return Reduction.from_index(index.flatten().expand(b, -1), frames * rows * columns, sure=True)
 
 
 def coarser(grid: tuple[int, int], count: int) -> tuple[int, int]:

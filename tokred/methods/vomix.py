@@ -9,7 +9,6 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tokred.kernels.dispatch import accumulator_dtype
 from tokred.kernels.gather_rows import gather_rows
 from tokred.kernels.similarity_rows import best_match, unit
 from tokred.method import Method, Where
@@ -94,8 +93,8 @@ class VoMix(Method):
             return Reduction.identity((b,), n, site.device)
         real = None if site.mask is None else site.mask[:, free]
         with torch.no_grad():
-            metric = site.k.to(accumulator_dtype(site.k.dtype))
-            k = unit(head_mean(metric)[:, free])
+            # Detached besides: torch.jit.trace does not write down where gradients are off.
+            k = unit(head_mean(site.k.detach())[:, free])
             selected, retained = self._split(ranked(self.votes(k, real)), count, real)
             share = self.shares(k, selected, retained, real)
             lead, tail = protected_rows(b, n, site.prefix, site.suffix, site.device)

@@ -182,7 +182,7 @@ class ZeroTPrune(Method):
         if count is None:
             upper, lower = order[:, : t - t // 2], order[:, t - t // 2 :].sort(dim=1).values
             score = best_match(gather_rows(keys, lower), gather_rows(keys, upper)).score
-            return torch.ones_like(order, dtype=torch.bool).scatter(1, lower.gather(1, ranked(score)[:, :r]), False)
+            return torch.ones_like(order, dtype=torch.bool).scatter(1, lower.gather(1, ranked(score)[:, :r]), 0)
         column = torch.arange(t, device=order.device).expand_as(order)
         place = torch.empty_like(order).scatter(1, order, column)
         middle = count - count // 2

@@ -9,6 +9,7 @@ from tokred.kv.fates import Merge
 from tokred.kv.parts import When
 from tokred.kv.policy import BudgetLike, CachePolicy, Parts, as_budget, check_room
 from tokred.kv.scores import ColumnSum
+from tokred.kv.site import CacheSite
 from tokred.registry import register
 
 
@@ -43,12 +44,25 @@ class ZeroMerge(CachePolicy):
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", as_budget(self.budget))
         check_room(self)
+        tokens = self.parts.budget.tokens
+        least = sum(self.guards(0, tokens or 0)) + self.dense + 1
+        if tokens is not None and tokens < least:
+            raise ValueError(
+                f"a budget of {tokens} tokens has no room for a best row besides {self.dense} residual rows and the "
+                f"newest ones: it must be at least {least}"
+            )
 
     @property
     def parts(self) -> Parts:
         """Decaying accumulated attention, merged at every step."""
         fate = Merge(self.dense, self.alpha, self.metric, self.update)
         return Parts(ColumnSum(self.gamma), as_budget(self.budget), fate, When(every=1), recent=self.tail)
+
+    def at_least(self, site: CacheSite, rows: tuple[int, ...]) -> tuple[int, ...]:
+        """Residual rows, the tail, and one of the best."""
+        found = super().at_least(site, rows)
+        least = [sum(self.guards(n, r)) + self.dense + 1 for n, r in zip(site.lengths, rows, strict=True)]
+        return tuple(min(n, max(r, few)) for n, r, few in zip(site.lengths, found, least, strict=True))
 
     def guards(self, n: int, rows: int) -> tuple[int, int]:
         """The tail, of at least two rows."""

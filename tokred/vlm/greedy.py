@@ -28,7 +28,7 @@ _BLOCK = DENSE * DENSE
 # A gain that is no larger, or no larger than this share of what the token alone would gain, is none: it is what
 # rounding leaves of a token that the picks span already.
 LEAST_GAIN = 1e-10
-LEAST_SHARE = 1e-6
+LEAST_SHARE = 1e-5
 
 
 def directions(x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ It can be built by hand, which is how methods are tested; every value may be a t
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -40,7 +41,7 @@ class LayerSite(Site):
     """All tokens at the input of one decoder layer.
 
     A method answers with a reduction of the ``L`` columns; what is not visual has to stay (:meth:`keep_visual` sees to
-    it). Columns of every sample stand right-aligned, so that the newest token is the last column.
+    it).
 
     Args:
         x: ``(B, L, C)`` hidden states that enter the layer.
@@ -52,6 +53,11 @@ class LayerSite(Site):
         real: tokens of each sample here, padding aside.
         image: ``(B, L)`` int64, which image of its sample a visual token belongs to; None: all the first.
         image_initial: gives the visual tokens of each sample's image of that number, before the first layer.
+        place: gives ``(B, L, 2)`` float32, row and column of every visual token in its own image, both in [0, 1], or
+            None where they are not known. None: the site says nothing about places, see :attr:`placed`.
+        ends: for each sample whether the prompt's last token is visual; it stays whatever a method says, since what
+            follows is told from it.
+        aligned: whether there is no padding behind the prompt.
         end: columns from here on are no part of the prompt (drafts that wait for verification); None: there are none.
         prompt: embeddings of the prompt, see :class:`Prompt`.
         stream: a pair ``(B, L, C)``: what entered the layer before, and what left the norm behind its attention.
@@ -70,6 +76,9 @@ class LayerSite(Site):
         real: tuple[int, ...] | None = None,
         image: Lazy = None,
         image_initial: Callable[[int], tuple[int, ...]] | None = None,
+        place: Callable[[], Tensor | None] | None = None,
+        ends: tuple[bool, ...] | None = None,
+        aligned: bool | None = None,
         end: int | None = None,
         prompt: Prompt | Callable[[], Prompt] | None = None,
         stream: tuple[Tensor, Tensor] | Callable[[], tuple[Tensor, Tensor] | None] | None = None,
@@ -87,6 +96,9 @@ class LayerSite(Site):
         self.real = real
         self._image = image
         self._image_initial = image_initial
+        self._place = place
+        self._ends = ends
+        self._aligned = aligned
         self.end = n if end is None else end
         self._heads: dict[str, Any] = {"own": own, "before": before}
         self._extras: dict[str, Any] = {"prompt": prompt, "stream": stream}
@@ -132,6 +144,45 @@ class LayerSite(Site):
         if self._image_initial is not None:
             return self._image_initial(i)
         return tuple((self.visual & (self.image == i)).sum(1).tolist())
+
+    @property
+    def placed(self) -> bool:
+        """Whether the site knows whether it knows the places of visual tokens; one made by hand need not."""
+        return self._place is not None
+
+    @property
+    def place(self) -> Tensor | None:
+        """``(B, L, 2)`` float32: row and column of every visual token in its image, in [0, 1]; None: not known."""
+        return None if self._place is None else self._place()
+
+    @property
+    def newest(self) -> Tensor:
+        """``(B, L)`` int64: how many real tokens of the prompt come after each column; ``L`` on others than those."""
+        n = self.shape[1]
+        real = (torch.arange(n, device=self.device) < self.end).expand(self.shape)
+        if self.mask is not None:
+            real = real & self.mask
+        after = real.long().flip(1).cumsum(1).flip(1) - 1
+        return torch.where(real, after, n)
+
+    @property
+    def aligned(self) -> bool:
+        """Whether every sample's last token of the prompt stands in the last column of it (no padding behind)."""
+        if self._aligned is None:
+            self._aligned = self.mask is None or bool(self.mask[:, self.end - 1].all())
+        return self._aligned
+
+    @property
+    def last(self) -> Tensor:
+        """``(B, L)`` bool: the prompt's last token, where it is visual."""
+        return self.visual & (self.newest == 0)
+
+    @property
+    def ends(self) -> tuple[bool, ...]:
+        """For each sample whether the prompt's last token is visual."""
+        if self._ends is None:
+            self._ends = tuple(self.last.any(1).tolist())
+        return self._ends
 
     @property
     def text_rows(self) -> Tensor:
@@ -198,10 +249,9 @@ class LayerSite(Site):
         if isinstance(rows, int):
             if not 1 <= rows <= self.end:
                 raise ValueError(f"rows must name 1 to {self.end} of the last tokens, got {rows}")
-            if rows == 1 or self.mask is None:
+            if self.mask is None or (rows == 1 and self.aligned):
                 return self.end - rows, torch.full((rows,), 1 / rows, device=self.device)
-            given = torch.zeros_like(self.mask, dtype=torch.float32)
-            given[:, self.end - rows : self.end] = 1
+            given = (self.newest < rows).float()
         else:
             given = rows.float()
         if self.mask is not None:
@@ -226,8 +276,11 @@ class LayerSite(Site):
 
     def best(self, scores: Tensor, among: Tensor, counts: tuple[int, ...]) -> Tensor:
         """``(B, L)`` bool: the ``counts`` highest scores of each sample ``among`` some columns ``(B, L)``, ties to the
-        lower one."""
-        order = ranked(scores.float().masked_fill(~among, -torch.inf))
+        lower one; the prompt's last token comes first."""
+        scores = scores.float().masked_fill(~among, -torch.inf)
+        if any(self.ends):
+            scores = scores.masked_fill(self.last & among, torch.inf)
+        order = ranked(scores)
         limit = torch.tensor(counts, device=order.device).unsqueeze(1)
         first = torch.arange(order.shape[1], device=order.device) < limit
         return torch.zeros_like(among).scatter(1, order, first) & among
@@ -255,6 +308,21 @@ class LayerSite(Site):
             return Reduction.identity((b,), n, kept.device)
         order = kept.to(torch.uint8).argsort(dim=1, stable=True)[:, least:]
         return Reduction.keep(order, n, None if max(lost) == least else kept.gather(1, order))
+
+    def with_last(self, step: Reduction) -> Reduction:
+        """``step``, with the prompt's last token where it is visual and would have left."""
+        stands = torch.zeros_like(self.visual, dtype=torch.long)
+        real = torch.ones_like(step.representative) if step.mask is None else step.mask.long()
+        stands = stands.scatter_reduce(1, step.representative, real, "amax") > 0
+        lost = self.last & ~stands
+        gone = lost.any(1, keepdim=True)
+        if step.trivial or not bool(gone.any()):
+            return step
+        column = lost.long().argmax(1, keepdim=True)
+        mask = torch.cat([torch.ones_like(real) if step.mask is None else real, gone.long()], 1).bool()
+        target = step.target.masked_fill((step.source == column) & gone, -1)
+        rows = torch.cat([step.representative, column], 1)
+        return dataclasses.replace(step, representative=rows, target=target, mask=mask, complete=False)
 
     def _dropped(self, counts: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(max(0, have - left) for have, left in zip(self.counts, counts, strict=True))

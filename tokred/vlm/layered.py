@@ -41,7 +41,7 @@ class LayerMethod(Method):
         """Decide; called where the method acts, and no gradient is recorded."""
 
     def reduce(self, site: Site) -> Reduction:
-        """Keep some of the visual tokens, and all others.
+        """Keep some of the visual tokens, and all others; the prompt's last token stays, visual or not.
 
         Raises:
             TypeError: the site is of another stage.
@@ -51,8 +51,9 @@ class LayerMethod(Method):
         n = max(site.counts if self.visual else site.real, default=0)
         if n == 0 or not self.acts(n, layer=site.layer, depth=site.depth):
             return Reduction.identity((site.shape[0],), site.shape[1], site.device)
-        with torch.no_grad():
-            return self.choose(site)
+        with torch.no_grad(), torch.autocast(site.device.type, enabled=False):
+            step = self.choose(site)
+            return site.with_last(step) if any(site.ends) else step
 
 
 def check_layer(value: object, name: str = "layer") -> None:

@@ -28,12 +28,16 @@ def part_of(site: VisualSite, rows: Sequence[int]) -> VisualSite:
         return lambda: read()[index]
 
     def layer_heads(layer: int) -> tuple[Tensor, Tensor]:
-        q, k = site.layer_heads(layer)
+        q, k = site.tower_heads(layer)
         return q[index], k[index]
 
+    def whole(layer: int) -> Tensor:
+        return site.whole_attention(layer)[index]
+
     read = {
-        "x": lambda: site.x, "tower": lambda: site.tower, "q": lambda: site.q, "k": lambda: site.k,
+        "x": lambda: site.x, "tower": lambda: site.tower, "q": lambda: site._get("q"), "k": lambda: site._get("k"),
         "text": lambda: site.text, "class_attention": lambda: site.class_attention_heads,
+        "received": lambda: site._get("received"),
     }  # fmt: skip
     known = {name for name, value in site._values.items() if value is not None}
     values: dict[str, Any] = {name: of(how) for name, how in read.items() if name in known}
@@ -41,6 +45,9 @@ def part_of(site: VisualSite, rows: Sequence[int]) -> VisualSite:
         **values,
         layer_heads=None if site._layer_heads is None else layer_heads,
         text_mask=None if site.text_mask is None else site.text_mask[index],
+        patches=site.patches,
+        tiles=site.tiles,
+        whole=None if site._whole is None else whole,
         prefix=site.prefix,
         scale=site.scale,
         grid=site.known_grid,

@@ -109,7 +109,7 @@ class ProjectorMethod(Method):
             raise TypeError(f"{self.name!r} acts on a VisualSite, got {type(site).__name__}")
         if n == 0 or not self.acts(n, **place):
             return Reduction.identity((b,), n, site.device)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(site.device.type, enabled=False):
             return self.choose(site)
 
 

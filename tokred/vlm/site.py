@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tokred.errors import MissingInputError
@@ -40,8 +41,10 @@ class VisualSite(Site):
     Args:
         x: ``(B, N, C)`` features as they would enter the language model.
         tower: ``(B, N, Ct)`` the tower's patch features before the projector, in the order of ``x``.
-        q, k: ``(B, H, P + N, D)`` queries and keys of the tower's layer whose features are used, ``P`` class tokens
-            first.
+        q, k: ``(B, H, P + T, D)`` queries and keys of the tower's layer whose features are used, ``P`` class tokens
+            first, then its ``T`` patches; the attributes are those of the class tokens and of the ``N`` tokens alone.
+        patches: ``(N,)`` int64 which of the tower's patches the tokens are, where the host cuts some away: attention is
+            shared out over all of them, as in the tower; None: all, in order.
         prefix: those class tokens; ``x`` has none.
         layer_heads: gives ``(q, k)`` of another layer of the tower, by its index.
         received: ``(B, H, N)`` what every token receives in the tower's attention, where a token is several patches, so
@@ -63,6 +66,7 @@ class VisualSite(Site):
         x: Lazy = None,
         tower: Lazy = None,
         received: Lazy = None,
+        patches: Tensor | None = None,
         layer_heads: Callable[[int], tuple[Tensor, Tensor]] | None = None,
         text_mask: Tensor | None = None,
         tile: Tile | None = None,
@@ -76,6 +80,7 @@ class VisualSite(Site):
         super().__init__(x=x, **more)
         self._values["tower"] = tower
         self._values["received"] = received
+        self.patches = patches
         self._layer_heads = layer_heads
         self.text_mask = text_mask
         self.tile = Tile() if tile is None else tile
@@ -97,6 +102,16 @@ class VisualSite(Site):
         return self._get("tower")
 
     @property
+    def q(self) -> Tensor:
+        """``(B, H, P + N, D)`` queries of the tower, of class tokens and tokens."""
+        return self._own(self._get("q"))
+
+    @property
+    def k(self) -> Tensor:
+        """``(B, H, P + N, D)`` keys of the tower, of class tokens and tokens."""
+        return self._own(self._get("k"))
+
+    @property
     def class_attention(self) -> Tensor:
         """``(B, N)`` float32: the class token's attention to every patch, mean over heads; shares of the whole row."""
         return self.class_attention_heads.mean(1)
@@ -111,7 +126,7 @@ class VisualSite(Site):
         found = self._find("class_attention")
         if found is None:
             self._need_class()
-            found = self._columns(self.q, self.k, slice(0, 1))
+            found = self._columns(self._get("q"), self._get("k"), slice(0, 1))
             self._values["class_attention"] = found
         return (found if found.ndim == 3 else found.unsqueeze(1)).float()
 
@@ -125,11 +140,16 @@ class VisualSite(Site):
             MissingInputError: as :attr:`class_attention_heads`.
         """
         self._need_class()
-        q, k = self.layer_heads(layer)
+        q, k = self.tower_heads(layer)
         return self._columns(q, k, slice(0, 1))
 
     def layer_heads(self, layer: int) -> tuple[Tensor, Tensor]:
         """``(B, H, P + N, D)`` queries and keys of another layer of the tower; see :meth:`layer_class_attention`."""
+        q, k = self.tower_heads(layer)
+        return self._own(q), self._own(k)
+
+    def tower_heads(self, layer: int) -> tuple[Tensor, Tensor]:
+        """``(B, H, P + T, D)`` the same of all of the tower's patches; :meth:`of_tokens` takes out the tokens'."""
         if self._layer_heads is None:
             raise MissingInputError("this site does not supply 'tower_layers', the attention of other tower layers")
         return self._layer_heads(layer)
@@ -154,15 +174,25 @@ class VisualSite(Site):
             given = self._find("received")
             if given is not None:
                 return given.float()
-        scores: Tensor = super().column_scores(weight, rows=rows)
-        return scores[..., self.prefix :]
+        q = self._get("q")
+        return self._columns(q, self._get("k"), slice(0, q.shape[2]) if rows is None else rows, weight)
+
+    def of_tokens(self, scores: Tensor) -> Tensor:
+        """``(..., P + T)`` of class tokens and the tower's patches, to ``(..., N)`` of the tokens."""
+        scores = scores[..., self.prefix :]
+        return scores if self.patches is None else scores[..., self.patches]
 
     def keep(self, chosen: Tensor, mask: Tensor | None = None) -> Reduction:
         """The reduction that keeps ``chosen``, ``(B, M)`` ascending indices of ``x``; ``mask`` False on padding."""
         return Reduction.keep(chosen, self.shape[1], mask)
 
-    def _columns(self, q: Tensor, k: Tensor, rows: slice) -> Tensor:
-        return column_scores(q[:, :, rows], k, scale=self.scale)[..., self.prefix :]
+    def _own(self, heads: Tensor) -> Tensor:
+        if self.patches is None:
+            return heads
+        return torch.cat([heads[:, :, : self.prefix], heads[:, :, self.prefix :][:, :, self.patches]], 2)
+
+    def _columns(self, q: Tensor, k: Tensor, rows: slice, weight: Tensor | None = None) -> Tensor:
+        return self.of_tokens(column_scores(q[:, :, rows], k, weight, scale=self.scale))
 
     def _need_class(self) -> None:
         if self.prefix == 0 or not self.class_token:

@@ -12,7 +12,7 @@ from tokred.kv.budgets.uniform import Uniform
 from tokred.kv.parts import Budget, as_part
 from tokred.kv.select import Counts, kept_mask
 from tokred.kv.site import CacheSite, Place
-from tokred.schedules import check_share
+from tokred.schedules import check_share, kept
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Adaptive(Budget):
         b, hk, n = score.shape
         if all(c >= h for c, h in zip(counts, site.held, strict=True)):
             return counts
-        least = [int(c * self.safe) for c in counts]
+        least = [kept(c, self.safe) for c in counts]
         if self.safe > 0:
             least = [max(1, c) for c in least]
         real = site.real

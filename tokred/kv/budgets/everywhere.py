@@ -53,7 +53,7 @@ class Global(Budget):
             sites, scores, guards: of each layer: scores ``[B, Hk, K]``, and bool that broadcasts to them.
         """
         place, depth = sites[0].place, len(sites)
-        totals = [self.total(n, place, depth) for n in sites[0].base]
+        totals = [self.total(n, place, depth) for n in self.length(sites[0])]
         flat, sure = [], []
         for site, score, guard in zip(sites, scores, guards, strict=True):
             real = site.real

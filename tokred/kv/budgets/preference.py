@@ -44,6 +44,11 @@ class Preference(Budget):
         if self.tau1 <= 0 or self.tau2 <= 0:
             raise ValueError(f"tau1 and tau2 must be positive, got {self.tau1} and {self.tau2}")
 
+    @property
+    def queries(self) -> int:
+        """The window's."""
+        return self.window
+
     def preference(self, site: CacheSite) -> list[float]:
         """Of this layer, for each sample."""
         entropy, variance = self.measure(site)
@@ -59,6 +64,12 @@ class Preference(Budget):
         both = torch.stack([found.entropy, variance]).masked_fill(~seen, 0.0).double().sum((2, 3))
         entropy, spread = both.tolist()
         return entropy, spread
+
+    def divided(self, site: CacheSite, measured: tuple[tuple[float, ...], ...]) -> tuple[int, ...]:
+        """Rows of a layer, from the preferences of those so far."""
+        means = [self.mean(n, site.place, site.depth) for n in self.length(site)]
+        every = zip(measured, self.length(site), means, strict=True)
+        return tuple(self.divide(list(found), n, mean, site.depth)[site.layer] for found, n, mean in every)
 
     def divide(self, preferences: list[float], n: int, mean: int, depth: int) -> tuple[int, ...]:
         """Rows of each layer seen so far, the window among them.

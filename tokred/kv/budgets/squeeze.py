@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
 from tokred.kv.parts import Budget, check_amount, check_count
+from tokred.kv.site import CacheSite
 from tokred.schedules import check_share
 
 
@@ -39,6 +41,13 @@ class Squeeze(Budget):
         check_count(self.groups, "groups", 2)
         check_count(self.least, "least", 1)
 
+    def divided(self, site: CacheSite, measured: tuple[tuple[float, ...], ...]) -> tuple[int, ...]:
+        """Rows of a layer, from the cosines of all."""
+        place, depth = site.place, site.depth
+        totals = [self.total(n, place, depth) for n in self.length(site)]
+        every = zip(measured, self.length(site), totals, strict=True)
+        return tuple(self.divide(list(cosines), n, total)[site.layer] for cosines, n, total in every)
+
     def divide(self, cosines: list[float], n: int, total: int) -> tuple[int, ...]:
         """Rows of every layer for a sample of ``n`` tokens, which add up to ``total`` (all tokens, if that is less)."""
         depth = len(cosines)
@@ -46,12 +55,18 @@ class Squeeze(Budget):
         mean = total / depth
         if len(set(cosines)) < self.groups:
             return spread_exactly([mean] * depth, total, min(self.least, n), n)
-        labels = cluster(cosines, self.groups)
+        labels = _labels(tuple(cosines), self.groups)
         top = [label == self.groups - 1 for label in labels]
         few = sum(top)
         low = self.factor * mean
         high = (total - few * low) / (depth - few)
         return spread_exactly([low if t else high for t in top], total, min(self.least, n), n)
+
+
+@functools.lru_cache(maxsize=64)
+def _labels(values: tuple[float, ...], groups: int) -> list[int]:
+    """As :func:`cluster`; all layers ask for the same, at every step."""
+    return cluster(list(values), groups)
 
 
 def cluster(values: list[float], groups: int) -> list[int]:

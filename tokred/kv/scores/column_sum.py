@@ -31,6 +31,7 @@ class ColumnSum(Score):
     name: ClassVar[str] = "column_sum"
     reads: ClassVar[frozenset[str]] = frozenset({"q", "k"})
     accumulates: ClassVar[bool] = True
+    numbers: ClassVar[int] = 1
 
     decay: float = 1.0
     group: str = "sum"
@@ -47,11 +48,12 @@ class ColumnSum(Score):
         last, weight = None, None
         if self.decay != 1 and m > 1:
             # What older queries say is lost in the rounding of the sum.
-            last = min(m, math.ceil(math.log(_NOTHING) / math.log(self.decay)))
-            weight = self.decay ** torch.arange(last - 1, -1, -1, device=site.device, dtype=torch.float32)
+            count = m if site.loose else min(m, math.ceil(math.log(_NOTHING) / math.log(self.decay)))
+            last = count if count < m else None
+            weight = self.decay ** site.behind(count).float()
         received = site.columns(last, weight=weight, group=self.group).float()
         before = site.rows.get(MASS)
-        site.rows[MASS] = received if before is None else before * self.decay**m + received
+        site.rows[MASS] = received if before is None else before * self.decay ** site.arrived(m) + received
 
     def __call__(self, site: CacheSite) -> Tensor:
         """What :meth:`observe` has added up."""

@@ -13,7 +13,7 @@ from tokred.kv.parts import Score, as_part
 from tokred.kv.repeat import Repeats
 from tokred.kv.select import Counts, kept_mask
 from tokred.kv.site import CacheSite
-from tokred.schedules import check_share
+from tokred.schedules import check_share, kept
 
 # Rows whose projected values are made at once: bounds the memory.
 _BLOCK = 1024
@@ -54,6 +54,11 @@ class Critical(Score):
         return self.wrapped.accumulates
 
     @property
+    def numbers(self) -> int:  # type: ignore[override]
+        """As the inner score."""
+        return self.wrapped.numbers
+
+    @property
     def whole(self) -> str:  # type: ignore[override]
         """As the inner score."""
         return self.wrapped.whole
@@ -78,6 +83,10 @@ class Critical(Score):
         """The inner score's needs, values and the output projection."""
         return self.reads | self.wrapped.needs
 
+    def note_bytes(self, heads: int, width: int) -> int:
+        """As the inner score."""
+        return self.wrapped.note_bytes(heads, width)
+
     def observe(self, site: CacheSite) -> None:
         """As the inner score."""
         self.wrapped.observe(site)
@@ -89,9 +98,9 @@ class Critical(Score):
     def refine(self, site: CacheSite, score: Tensor, guard: Tensor | None, counts: Counts) -> Tensor:
         """The best by the score first, the others by score times value."""
         if isinstance(counts, Tensor):
-            stage = (counts * self.first).long().clamp(min=1)
+            stage = (counts.double() * self.first).round(decimals=9).long().clamp(min=1)
         else:
-            stage = torch.tensor([max(1, int(c * self.first)) for c in counts], device=score.device)[:, None]
+            stage = torch.tensor([max(1, kept(c, self.first)) for c in counts], device=score.device)[:, None]
             stage = stage.expand(-1, site.heads)
         sure = kept_mask(score, site.real, guard, stage)
         return ((score + self.epsilon) * value_norms(site)).masked_fill(sure, torch.inf)
@@ -101,13 +110,13 @@ def value_norms(site: CacheSite) -> Tensor:
     """``[B, Hk, K]``: mean over the query heads of the L1 norm of each value after the output projection."""
     v = site.v
     _, heads, n, d = v.shape
-    weight = site.projection.detach().to(v.dtype)
+    weight = site.projection.detach().float()
     per_head = weight.view(weight.shape[0], heads, -1, d).permute(1, 2, 0, 3).contiguous()  # [Hk, G, C, D]
     out = torch.empty(v.shape[:3], device=v.device)
     for start in range(0, n, _BLOCK):
         # A head at a time: plain products with a weight are faster than batched ones.
         for h, weights in enumerate(per_head):
-            x = v[:, h, start : start + _BLOCK]
-            found = [F.linear(x, w).abs_().sum(-1, dtype=torch.float32) for w in weights]
+            x = v[:, h, start : start + _BLOCK].float()
+            found = [F.linear(x, w).abs_().sum(-1) for w in weights]
             out[:, h, start : start + _BLOCK] = torch.stack(found).mean(0)
     return out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,10 +11,22 @@ from torch import Tensor
 from tokred.kv.parts import Score, check_count
 from tokred.kv.site import CacheSite
 
+NOTES = ("query_count", "query_mean", "query_spread")
+
+
+class Moments(NamedTuple):
+    """Statistics of queries: how many ``[B]``, their mean ``[B, H, D]``, and the sum of outer products around it."""
+
+    number: Tensor
+    mean: Tensor
+    spread: Tensor
+
 
 @dataclass(frozen=True)
 class Expected(Score):
     """Queries are taken to be Gaussian, and rotated to the positions that come next; no question has to be at hand.
+
+    The statistics are those of all queries so far, whatever forwards they came in.
 
     Args:
         future: positions ahead, over which the rotation is averaged.
@@ -26,6 +38,7 @@ class Expected(Score):
 
     name: ClassVar[str] = "expected_attention"
     reads: ClassVar[frozenset[str]] = frozenset({"q", "k", "v", "rope"})
+    accumulates: ClassVar[bool] = True
 
     future: int = 512
     sinks: int = 4
@@ -34,6 +47,15 @@ class Expected(Score):
     def __post_init__(self) -> None:
         check_count(self.future, "future", 1)
         check_count(self.sinks, "sinks")
+
+    def note_bytes(self, heads: int, width: int) -> int:
+        """The statistics."""
+        return 4 * (1 + heads * width * (1 + width))
+
+    def observe(self, site: CacheSite) -> None:
+        """Add this forward's queries to the statistics."""
+        new, old = _moments(self._voters(site), site.rope.unrotate(site.q).float()), _noted(site)
+        site.notes.update(zip(NOTES, new if old is None else _joined(old, new), strict=True))
 
     def __call__(self, site: CacheSite) -> Tensor:
         """Expected attention times the length of the value."""
@@ -56,19 +78,18 @@ class Expected(Score):
 
     def _future_queries(self, site: CacheSite) -> tuple[Tensor, Tensor]:
         """Mean ``[B, H, D]`` and covariance ``[B, H, D, D]`` of queries at the positions that come next."""
-        q = site.rope.unrotate(site.q).float()
-        m = q.shape[2]
-        token = torch.arange(site.seen - m, site.seen, device=q.device)[None]
-        vote = token >= self.sinks
-        if site.padding is not None:
-            vote = site.padding.mask[:, -m:] & (site.padding.token[:, -m:] >= self.sinks)
-        w = vote.expand(q.shape[0], -1).float()[:, None, :, None]
-        total = w.sum(2, keepdim=True).clamp(min=1)
-        mean = (q * w).sum(2, keepdim=True) / total
-        spread = (q - mean) * w
-        cov = spread.mT @ (q - mean) / total
-        turn = torch.stack([self._rotation(site, n, q.shape[-1]) for n in site.lengths])[:, None]  # [B, 1, D, D]
+        found = _noted(site) or _moments(self._voters(site), site.rope.unrotate(site.q).float())
+        mean = found.mean.unsqueeze(2)
+        cov = found.spread / found.number.clamp(min=1)[:, None, None, None]
+        turn = torch.stack([self._rotation(site, n, mean.shape[-1]) for n in site.lengths])[:, None]  # [B, 1, D, D]
         return (mean @ turn.mT).squeeze(2), turn @ cov @ turn.mT
+
+    def _voters(self, site: CacheSite) -> Tensor:
+        """``[B or 1, M]`` bool: queries of this forward that count."""
+        m = site.q.shape[2]
+        if site.padding is None:
+            return (torch.arange(site.seen - m, site.seen, device=site.device) >= self.sinks)[None]
+        return site.padding.mask[:, -m:] & (site.padding.token[:, -m:] >= self.sinks)
 
     def _rotation(self, site: CacheSite, start: int, d: int) -> Tensor:
         """``[D, D]`` the mean rotation of the positions from ``start`` on."""
@@ -76,3 +97,26 @@ class Expected(Score):
         eye = torch.eye(d, device=site.device)
         half = torch.cat([-eye[d // 2 :], eye[: d // 2]])
         return cos.float()[:, None] * eye + sin.float()[:, None] * half
+
+
+def _noted(site: CacheSite) -> Moments | None:
+    return Moments(*(site.notes[n] for n in NOTES)) if NOTES[0] in site.notes else None
+
+
+def _moments(vote: Tensor, q: Tensor) -> Moments:
+    """Of the queries ``[B, H, M, D]`` that ``vote`` ``[B or 1, M]`` marks."""
+    w = vote.expand(q.shape[0], -1).float()
+    count = w.sum(1)
+    w = w[:, None, :, None]
+    mean = (q * w).sum(2) / count.clamp(min=1)[:, None, None]
+    apart = (q - mean.unsqueeze(2)) * w
+    return Moments(count, mean, apart.mT @ apart)
+
+
+def _joined(a: Moments, b: Moments) -> Moments:
+    """Of both together, without sums of squares, which would take the digits."""
+    count = a.number + b.number
+    share = (b.number / count.clamp(min=1))[:, None, None]
+    apart = b.mean - a.mean
+    between = apart.unsqueeze(-1) * apart.unsqueeze(-2) * (share * a.number[:, None, None]).unsqueeze(-1)
+    return Moments(count, a.mean + apart * share, a.spread + b.spread + between)

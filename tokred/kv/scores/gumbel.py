@@ -37,6 +37,7 @@ class Gumbel(Score):
     name: ClassVar[str] = "gumbel"
     reads: ClassVar[frozenset[str]] = frozenset({"q", "k"})
     accumulates: ClassVar[bool] = True
+    numbers: ClassVar[int] = 1
 
     start: float = 1.0
     end: float = 2.0
@@ -59,12 +60,19 @@ class Gumbel(Score):
             return self.start
         return self.start + (self.end - self.start) * min(step, total) / total
 
+    def _temperatures(self, site: CacheSite) -> Tensor | float:
+        """Of every sample ``[B, 1, 1, 1]``; one number where all have had as many tokens since the prompt."""
+        found = [self.temperature(g, site.steps) for g in site.since]
+        if len(set(found)) == 1:
+            return found[0]
+        return torch.tensor(found, device=site.device).view(-1, 1, 1, 1)
+
     def observe(self, site: CacheSite) -> None:
         """Add the noisy attention of this forward's queries."""
         if self.noise == "none":
             received = site.columns(group="sum")
         else:
-            tau = self.temperature(site.generated, site.steps)
+            tau = self._temperatures(site)
             received = noisy_columns(site, tau, lambda q, k: self.draw(site, q, k))
         before = site.rows.get(MASS)
         site.rows[MASS] = received if before is None else before + received
@@ -90,7 +98,7 @@ def gumbel(u: Tensor) -> Tensor:
     return -torch.log(-torch.log(u.clamp(1e-10, 1 - 1e-7)))
 
 
-def noisy_columns(site: CacheSite, tau: float, draw: object) -> Tensor:
+def noisy_columns(site: CacheSite, tau: Tensor | float, draw: object) -> Tensor:
     """``[B, Hk, K]`` sum over queries and heads of ``softmax((logits + noise) / tau)``, block by block of queries.
 
     The operator ``column_scores`` takes no noise per logit; this is its sum with one.

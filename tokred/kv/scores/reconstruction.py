@@ -37,6 +37,7 @@ class Reconstruction(Score):
     name: ClassVar[str] = "reconstruction"
     reads: ClassVar[frozenset[str]] = frozenset({"q", "k"})
     accumulates: ClassVar[bool] = True
+    numbers: ClassVar[int] = 1
 
     chunk: int = 2048
     sinks: int = 4

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokred.kv.newest import as_they_stand, ordered
 from tokred.kv.parts import Score, check_count
 from tokred.kv.site import CacheSite
 
@@ -119,10 +120,12 @@ def pooled(site: CacheSite, values: Tensor, width: int, pooling: str) -> Tensor:
     """``[B, Hk, K]`` pooled along the rows, with stride one; zeros outside count."""
     if width == 1 or pooling == "none":
         return values
-    # Padding stands before the real rows and holds zeros, as the outside does; empty rows may stand anywhere.
-    if site.ragged:
-        return site.alone(lambda x: pooled_columns(x, width, pooling), values)
-    return pooled_columns(values, width, pooling)
+    if site.order is None:
+        # Padding, if any, stands before the real rows and holds zeros, as the outside does.
+        return pooled_columns(values, width, pooling)
+    assert site.real is not None  # or there would be no order
+    found = ordered(values.masked_fill(~site.real, 0.0), site.order)
+    return as_they_stand(pooled_columns(found, width, pooling), site.order)
 
 
 def pooled_columns(x: Tensor, width: int, pooling: str) -> Tensor:

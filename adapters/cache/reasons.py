@@ -1,0 +1,91 @@
+"""Why the cache of a language model cannot lose rows: what its layers keep instead of keys and values."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from tokred.adapters.contract import STATE_NAMES, cache_argument
+from tokred.adapters.swap import host_class
+
+# Layers whose rows are tokens; a policy acts on those of the first kind.
+ROWS = ("full_attention", "sliding_attention", "chunked_attention")
+_KEPT = {
+    "conv": "keep a convolution state instead of keys and values",
+    "linear_attention": "keep a recurrent state instead of keys and values",
+    "hybrid": "keep a recurrent state beside keys and values",
+    "hybrid_sliding": "keep a recurrent state beside keys and values",
+    "indexed_attention": "keep an index beside keys and values, which chooses what they attend to",
+    "heavily_compressed_attention": "keep one key for many tokens",
+    "compressed_sparse_attention": "keep one key for several tokens, and an index of them",
+    "shared": "attend to the keys and values of an earlier layer",
+    "bare": "have no attention",
+}
+_SHOWN = 12
+
+
+def layer_kinds(text: Any) -> list[str]:
+    """What each layer of a decoder keeps, in the words of transformers' caches."""
+    from transformers.cache_utils import get_layer_types_and_kwargs
+
+    kinds = list(get_layer_types_and_kwargs(text)[0])
+    blocks = getattr(text, "layers_block_type", None)
+    if getattr(text, "layer_types", None) is None and blocks:
+        # Older configurations have words of their own, which caches do not ask for.
+        kinds = ["linear_attention" if b in _RECURRENT else k for b, k in zip(blocks, kinds, strict=False)]
+    modes = getattr(text, "kv_sharing_modes", None)
+    kinds = [_bare_or_shared(k, i, modes) for i, k in enumerate(kinds)]
+    # Older releases leave layers that share off the end.
+    return kinds + ["shared"] * (text.num_hidden_layers - len(kinds))
+
+
+_RECURRENT = ("recurrent", "mamba", "mamba2", "linear_attention")
+
+
+def _bare_or_shared(kind: str, layer: int, modes: Any) -> str:
+    if kind != "dummy":
+        return kind
+    return "shared" if modes is not None and modes[layer] == "reuse" else "bare"
+
+
+def odd_layers(kinds: list[str]) -> str:
+    """What layers keep whose caches are no rows of tokens; empty where there are none."""
+    listed: dict[str, list[int]] = {}
+    for i, kind in enumerate(kinds):
+        if kind not in ROWS:
+            does = _KEPT.get(kind, f"are of the kind {kind!r}, whose cache is no rows of tokens")
+            listed.setdefault(does, []).append(i)
+    return ", and ".join(_sentence(layers, does) for does, layers in listed.items())
+
+
+_ONE = {"keep": "keeps", "attend": "attends", "have": "has", "are": "is"}
+
+
+def _sentence(layers: list[int], does: str) -> str:
+    verb, _, rest = does.partition(" ")
+    return f"{_named(layers)} {_ONE[verb] if len(layers) == 1 else verb} {rest}"
+
+
+def _named(layers: list[int]) -> str:
+    shown = ",".join(map(str, layers[:_SHOWN]))
+    more = f",... ({len(layers)} in all)" if len(layers) > _SHOWN else ""
+    return f"layers {shown}{more}" if len(layers) > 1 else f"layer {shown}"
+
+
+def without_cache(model: nn.Module) -> str:
+    """Why a language model has no cache of keys and values at all; empty where it has one, or is none."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as names
+
+    cls = host_class(model)
+    known = {name for value in names.values() for name in (value if isinstance(value, tuple | list) else (value,))}
+    if cls.__name__ not in known or cache_argument(cls.forward) is not None:
+        return ""
+    arguments = inspect.signature(cls.forward).parameters
+    state = next((name for name in STATE_NAMES if name in arguments), None)
+    if state is None:
+        return "its forward takes no cache, and reads all tokens anew at every step"
+    if state == "mems":
+        return f"it keeps hidden states ({state!r}) instead of keys and values"
+    return f"its layers keep a recurrent state ({state!r}) instead of keys and values"

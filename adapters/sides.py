@@ -1,0 +1,71 @@
+"""How the patches of one forward stand, from where they are made to the first block: ``Sides`` and the ``Note``."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Sides(NamedTuple):
+    """How patches stand: rows and columns, of each of several frames where they are a video's."""
+
+    frames: int | None
+    rows: int
+    columns: int
+
+    @property
+    def number(self) -> int:
+        """How many patches that are."""
+        return (self.frames or 1) * self.rows * self.columns
+
+
+class Note:
+    """Sides that the first block has not taken yet. Copies and pickles start empty."""
+
+    def __init__(self) -> None:
+        self.left: dict[int, tuple[int, Sides | None]] = {}
+
+    def leave(self, sides: Sides | None) -> None:
+        """Write down how the patches of this pass stand."""
+        self.left[_thread()] = (_pass(), sides)
+
+    def take(self) -> Sides | None:
+        """The sides of this pass, once."""
+        here, sides = self.left.pop(_thread(), (None, None))
+        return sides if here == _pass() else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"left": {}}
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
+def _pass() -> int:
+    """The backward that is running (a checkpoint's recomputation); -1 in a forward."""
+    return -1 if torch.compiler.is_compiling() else backward_pass()
+
+
+def backward_pass() -> int:
+    """Number of the backward that autograd is running; -1 where it runs none."""
+    task = getattr(torch._C, "_current_graph_task_id", None)
+    return -1 if task is None else task()
+
+
+def of_convolution(module: nn.Module, inputs: Any, output: Any) -> Sides | None:
+    """Sides of the map that a convolution made, ``(B, C, H, W)`` or ``(B, C, T, H, W)``."""
+    if not isinstance(output, Tensor) or output.ndim not in (4, 5):
+        return None
+    *frames, rows, columns = output.shape[2:]
+    return Sides(frames[0] if frames else None, rows, columns)
+
+
+def convolution(module: Any) -> nn.Module | None:
+    """The convolution that makes patches: ``module`` itself, or the one inside; None where there is none."""
+    if not isinstance(module, nn.Module):
+        return None
+    return next((m for m in module.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)), None)
