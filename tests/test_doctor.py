@@ -205,7 +205,7 @@ def test_a_missing_library_is_a_row_and_no_failure(monkeypatch):
     done = run("--only", "open_clip")
     assert done.exit_code == 0
     lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
-    assert any(line.startswith("open_clip no ") and line.endswith("not installed") for line in lines)
+    assert any(line.startswith("open_clip no 3.0 to ") for line in lines)
     assert "open_clip is not installed: pip install 'tokred[open_clip]'" in lines
     assert "open_clip: not installed: pip install 'tokred[open_clip]'" in lines
     assert lines[-1].startswith("no family was examined")
@@ -257,6 +257,14 @@ def test_a_wing_alone():
     found = doctor.choose(["kv"])
     assert {(case.library, case.wing) for case in found} == {("transformers", "kv")}
     assert {case.wing for case in doctor.choose(["transformers", "vlm"])} == {"vlm"}
+    assert doctor.choose(["timm", "vlm"]) == []
+
+
+def test_missing_libraries_of_other_wings_are_no_matter(monkeypatch):
+    monkeypatch.setattr(doctor, "present", lambda library: False)
+    assert doctor.missing(["kv"]) == ["transformers"]
+    assert doctor.missing(["timm", "diffusers"]) == ["timm", "diffusers"]
+    assert doctor.missing() == ["timm", "open_clip", "transformers", "diffusers"]
 
 
 def test_piped_into_sixty_columns():

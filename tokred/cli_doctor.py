@@ -60,10 +60,12 @@ def doctor_command(
     with refusing():
         if only is not None and not wanted:
             raise ValueError(f"--only names nothing; there are {', '.join(doctor.names())}")
-        if not as_json:
-            show_installed()
-        chosen = [] if versions else doctor.choose(wanted)
-        started = time.monotonic()
+        chosen = doctor.choose(wanted)
+    if versions:
+        chosen = []
+    if not as_json:
+        show_installed()
+    started = time.monotonic()
     with steps(len(chosen)) as tick:
         rows = doctor.examine(chosen, tick)
     seconds = time.monotonic() - started
@@ -135,6 +137,7 @@ def show_installed() -> None:
     say(f"tokred {__version__}{f' ({commit})' if commit else ''}")
     say(f"Python {about['python']}, {about['system']}")
     made = table("Libraries", "library", "installed", "tested", "")
+    made.columns[0].no_wrap = True
     for row in installed.libraries():
         made.add_row(row.name, row.installed or "no", f"{row.floor} to {row.newest}", _standing(row))
     show(made)
@@ -160,7 +163,7 @@ def gone() -> list[str]:
 
 
 def _standing(row: Library) -> str:
-    return {"tested": "", "missing": "not installed"}.get(row.standing, f"{row.standing} than tested")
+    return f"{row.standing} than tested" if row.standing in ("older", "newer") else ""
 
 
 def _show_operators() -> None:

@@ -59,7 +59,7 @@ def names() -> tuple[str, ...]:
     """Libraries and wings that can be examined alone."""
     from tokred.doctor.cases import CASES, WINGS
 
-    return (*CASES, *WINGS)
+    return (*CASES, *dict.fromkeys(wing for wings in WINGS.values() for wing in wings))
 
 
 def present(library: str) -> bool:
@@ -76,25 +76,31 @@ def choose(only: Sequence[str] = ()) -> list[Case]:
     Raises:
         ValueError: there is no such library or wing.
     """
-    from tokred.doctor.cases import CASES, WINGS
+    from tokred.doctor.cases import CASES
 
-    unknown = [name for name in only if name not in (*CASES, *WINGS)]
+    unknown = [name for name in only if name not in names()]
     if unknown:
         raise ValueError(f"there is nothing called {', '.join(unknown)} to examine; there are {', '.join(names())}")
-    libraries, wings = [name for name in CASES if name in only], [name for name in WINGS if name in only]
     found = []
-    for library in libraries or CASES:
+    for library, wings in _wanted(only).items():
         if present(library):
-            found += [case for case in CASES[library]() if not wings or case.wing in wings]
+            found += [case for case in CASES[library]() if case.wing in wings]
     return found
 
 
 def missing(only: Sequence[str] = ()) -> list[str]:
     """Libraries that would be examined, were they installed."""
-    from tokred.doctor.cases import CASES
+    return [library for library in _wanted(only) if not present(library)]
+
+
+def _wanted(only: Sequence[str]) -> dict[str, set[str]]:
+    """Libraries to be examined, and the wings of each."""
+    from tokred.doctor.cases import CASES, WINGS
 
     libraries = [name for name in CASES if name in only] or list(CASES)
-    return [library for library in libraries if not present(library)]
+    asked = [name for name in only if name not in CASES]
+    found = {library: {wing for wing in WINGS[library] if not asked or wing in asked} for library in libraries}
+    return {library: wings for library, wings in found.items() if wings}
 
 
 @contextlib.contextmanager

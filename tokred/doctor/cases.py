@@ -135,4 +135,10 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "transformers": transformers_cases,
     "diffusers": diffusers_cases,
 }
-WINGS = ("encoder", "kv", "vlm", "diffusion")
+# What each library has models of.
+WINGS = {
+    "timm": ("encoder",),
+    "open_clip": ("encoder",),
+    "transformers": ("encoder", "kv", "vlm"),
+    "diffusers": ("diffusion",),
+}
