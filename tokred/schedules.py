@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def amounts(value: ScheduleLike, depth: int) -> list[int]:
     return [s.at(layer, depth) for layer in range(depth)]
 
 
-def whole(n: int | Tensor) -> int:
+def whole(n: Any) -> int:
     """``n`` as a number: ``torch.jit.trace`` hands out lengths as tensors, which are fixed by then anyway."""
     return int(n)
 
