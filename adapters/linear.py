@@ -28,13 +28,14 @@ def weight_of(module: nn.Module, width: int, like: Tensor) -> Tensor:
         like: of the type and device of its inputs.
     """
     if _plain(module, like):
-        return module.weight.detach()  # type: ignore[no-any-return, union-attr, operator]
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        return weight.detach()
     # Under autocast the inputs are narrower than the weights, and a call takes them as wide as these.
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), like.dtype)
     eye = torch.eye(width, dtype=dtype, device=like.device) * _SCALE
     with _settled(module):
         bias = module(eye.new_zeros(1, width)).float()
-        found = torch.cat([module(part).float() - bias for part in eye.split(_ROWS)])
+        found = torch.cat([module(part).float() - bias for part in torch.split(eye, _ROWS)])
     return (found / _SCALE).to(like.device).T
 
 
