@@ -54,9 +54,13 @@ def model():
     return build("llama", torch.float64, num_hidden_layers=2)
 
 
-def turns(side: str = "left"):
+# One sample has fewer tokens than a window in its first turns.
+FEW = ((20, 3), (9, 2), (2, 4), (1, 1), (6, 9))
+
+
+def turns(side: str = "left", schedule=TURNS):
     """For each turn ids ``[2, N]`` and its mask, padded on one side."""
-    for t, counts in enumerate(TURNS):
+    for t, counts in enumerate(schedule):
         width = max(counts)
         ids, mask = torch.zeros(2, width, dtype=torch.long), torch.zeros(2, width, dtype=torch.long)
         for i, n in enumerate(counts):
@@ -65,10 +69,10 @@ def turns(side: str = "left"):
         yield ids, mask
 
 
-def talk(model, side, sample=None):
+def talk(model, side, sample=None, schedule=TURNS):
     """Tokens that each layer and head holds after each turn, for each sample; alone, or both together."""
     cache, seen, found = tokred.kv_cache(model, layout="auto"), None, []
-    for ids, mask in turns(side):
+    for ids, mask in turns(side, schedule):
         if sample is not None:
             ids = ids[sample : sample + 1, mask[sample].bool()]
             mask = torch.ones_like(ids)
@@ -119,3 +123,14 @@ def test_methods_too(model, name):
     for i in range(2):
         alone = talk(model, "left", i)
         assert [[layer[i] for layer in turn] for turn in both] == [[layer[0] for layer in turn] for turn in alone]
+
+
+@pytest.mark.parametrize("name", ["window_wide", "window_max", "dispersion", "critical", "expected", "last_query"])
+def test_a_sample_with_fewer_tokens_than_a_window(model, name):
+    policy = tokred.make("kv", score=SCORES[name], budget=0.6, when=When(turns=True), sinks=1)
+    tokred.apply(model, policy)
+    for side in ("left", "right"):
+        both = talk(model, side, schedule=FEW)
+        for i in range(2):
+            alone = talk(model, side, i, FEW)
+            assert [[layer[i] for layer in turn] for turn in both] == [[layer[0] for layer in turn] for turn in alone]

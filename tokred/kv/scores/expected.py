@@ -17,7 +17,7 @@ NOTES = ("query_count", "query_mean", "query_spread")
 class Moments(NamedTuple):
     """Statistics of queries: how many ``[B]``, their mean ``[B, H, D]``, and the sum of outer products around it."""
 
-    number: Tensor
+    total: Tensor
     mean: Tensor
     spread: Tensor
 
@@ -80,7 +80,7 @@ class Expected(Score):
         """Mean ``[B, H, D]`` and covariance ``[B, H, D, D]`` of queries at the positions that come next."""
         found = _noted(site) or _moments(self._voters(site), site.rope.unrotate(site.q).float())
         mean = found.mean.unsqueeze(2)
-        cov = found.spread / found.number.clamp(min=1)[:, None, None, None]
+        cov = found.spread / found.total.clamp(min=1)[:, None, None, None]
         each = [self._rotation(site, n, mean.shape[-1]) for n in site.lengths]
         turn = torch.stack(each or [torch.eye(mean.shape[-1], device=site.device)])[:, None]  # [B, 1, D, D]
         return (mean @ turn.mT).squeeze(2), turn @ cov @ turn.mT
@@ -116,8 +116,8 @@ def _moments(vote: Tensor, q: Tensor) -> Moments:
 
 def _joined(a: Moments, b: Moments) -> Moments:
     """Of both together, without sums of squares, which would take the digits."""
-    count = a.number + b.number
-    share = (b.number / count.clamp(min=1))[:, None, None]
+    count = a.total + b.total
+    share = (b.total / count.clamp(min=1))[:, None, None]
     apart = b.mean - a.mean
-    between = apart.unsqueeze(-1) * apart.unsqueeze(-2) * (share * a.number[:, None, None]).unsqueeze(-1)
+    between = apart.unsqueeze(-1) * apart.unsqueeze(-2) * (share * a.total[:, None, None]).unsqueeze(-1)
     return Moments(count, a.mean + apart * share, a.spread + b.spread + between)

@@ -1,0 +1,86 @@
+"""What a site of a cache is described by: which slots are real, what a row costs, values that are made on demand."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Padding:
+    """Which slots of a batch are real tokens; made once a forward and shared by all layers.
+
+    Args:
+        mask: ``[B, L]`` bool, False on padding.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+
+    @functools.cached_property
+    def _ends(self) -> tuple[list[int], list[int]]:
+        """Real tokens of each sample, and where its first one stands."""
+        counts, first = torch.stack([self.mask.sum(1), self.mask.int().argmax(1)]).tolist()
+        return counts, first
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Real tokens of each sample; asking waits for the device."""
+        return tuple(self._ends[0])
+
+    @property
+    def aligned(self) -> bool:
+        """Whether all padding stands before a sample's first token, none between turns or behind; waits likewise."""
+        width = self.mask.shape[1]
+        return all(n in (0, width - first) for n, first in zip(*self._ends, strict=True))
+
+    @functools.cached_property
+    def token(self) -> Tensor:
+        """``[B, L]`` int64: how many real tokens stand before each slot."""
+        return self.mask.long().cumsum(1) - self.mask.long()
+
+    def until(self, seen: int) -> Padding | None:
+        """The first ``seen`` slots; None where they hold no padding."""
+        cut = self if self.mask.shape[1] == seen else Padding(self.mask[:, :seen])
+        return None if all(n == seen for n in cut.lengths) else cut
+
+
+class Rope(Protocol):
+    """The rotary embedding of one layer."""
+
+    def unrotate(self, q: Tensor) -> Tensor:
+        """The queries ``[B, H, M, D]`` of this forward before rotation."""
+
+    def mean(self, start: int, count: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``[D]`` of ``count`` positions from ``start`` on, averaged."""
+
+
+class Made(NamedTuple):
+    """Keys or values that are put together only when someone reads them.
+
+    Attributes:
+        like: of their shape, type and device, but without memory of that size.
+        make: gives them.
+    """
+
+    like: Tensor
+    make: Callable[[], Tensor]
+
+
+class Place(NamedTuple):
+    """What a budget in bytes has to know: what a row costs, and under a hard limit what else needs room.
+
+    Attributes:
+        heads: that each have a row of their own.
+        row_bytes: of one row of one head.
+        fixed: bytes of all layers together that are no rows to choose from.
+        coming: rows per head, of all layers together, that are left free for tokens to come.
+    """
+
+    heads: int
+    row_bytes: int
+    fixed: int = 0
+    coming: int = 0
