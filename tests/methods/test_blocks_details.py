@@ -152,3 +152,16 @@ def test_ltp_keeps_what_reaches_the_threshold_itself_and_knows_no_smaller_one_th
     # The last token receives some 1e-6: less than any threshold that takes effect.
     bias = torch.tensor([[0.0, 0.0, 0.0, -13.0]])
     assert tokred.LTP(thresholds=[1e-9]).reduce(tokred.Site(**even, bias=bias)).slots == 3
+
+
+@pytest.mark.parametrize("method", [tokred.RandomMerge(r=4), tokred.RandomPrune(r=4), tokred.RandomMerge(r=4, seed=1)])
+def test_random_choices_differ_by_block_and_step(method):
+    given = tensors(0)
+    found = set()
+    for layer, step in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        place = tokred.Site(x=given["x"], k=given["k"], prefix=1, layer=layer, depth=2, step=step)
+        made = method.reduce(place)
+        gone = sorted(set(range(18)) - set(made.representative[0].tolist()))
+        found.add(tuple(gone))
+        assert torch.equal(made.representative, method.reduce(place).representative)
+    assert len(found) == 4
