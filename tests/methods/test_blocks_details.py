@@ -11,6 +11,7 @@ import tokred
 from tests.adapters.tiny_timm import build
 from tests.methods.blocks import site, tensors
 from tokred.adapters.state import TokenState
+from tokred.importance import class_value
 from tokred.kernels.similarity_rows import unit
 from tokred.methods.saint import degree_sums
 
@@ -165,3 +166,16 @@ def test_random_choices_differ_by_block_and_step(method):
         found.add(tuple(gone))
         assert torch.equal(made.representative, method.reduce(place).representative)
     assert len(found) == 4
+
+
+def test_a_coarser_grid_is_rounded_to_the_nearest():
+    assert tokred.Downsample(keep=0.5).coarse((4, 7)) == (3, 5)  # 2.83 and 4.95
+    assert tokred.Downsample(keep=0.4).coarse((4, 7)) == (3, 4)  # 2.53 and 4.43
+    assert tokred.Downsample(keep=0.01).coarse((4, 7)) == (1, 1)
+
+
+def test_padding_scores_nothing_whatever_the_host_says_it_receives():
+    v, mask = torch.ones(1, 1, 5, 2), torch.tensor([[True, True, True, False, False]])
+    given = torch.tensor([[0.0, 0.2, 0.2, 0.3, 0.3]])
+    found = class_value(tokred.Site(class_attention=given, v=v, prefix=1, mask=mask))
+    assert found.tolist() == [[0.5, 0.5, 0, 0]]
