@@ -11,6 +11,7 @@ import tokred
 from tests.adapters.tiny_timm import build
 from tests.methods.blocks import site, tensors
 from tokred.adapters.state import TokenState
+from tokred.importance import class_value
 from tokred.kernels.similarity_rows import unit
 from tokred.methods.saint import degree_sums
 
@@ -152,3 +153,29 @@ def test_ltp_keeps_what_reaches_the_threshold_itself_and_knows_no_smaller_one_th
     # The last token receives some 1e-6: less than any threshold that takes effect.
     bias = torch.tensor([[0.0, 0.0, 0.0, -13.0]])
     assert tokred.LTP(thresholds=[1e-9]).reduce(tokred.Site(**even, bias=bias)).slots == 3
+
+
+@pytest.mark.parametrize("method", [tokred.RandomMerge(r=4), tokred.RandomPrune(r=4), tokred.RandomMerge(r=4, seed=1)])
+def test_random_choices_differ_by_block_and_step(method):
+    given = tensors(0)
+    found = set()
+    for layer, step in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        place = tokred.Site(x=given["x"], k=given["k"], prefix=1, layer=layer, depth=2, step=step)
+        made = method.reduce(place)
+        gone = sorted(set(range(18)) - set(made.representative[0].tolist()))
+        found.add(tuple(gone))
+        assert torch.equal(made.representative, method.reduce(place).representative)
+    assert len(found) == 4
+
+
+def test_a_coarser_grid_is_rounded_to_the_nearest():
+    assert tokred.Downsample(keep=0.5).coarse((4, 7)) == (3, 5)  # 2.83 and 4.95
+    assert tokred.Downsample(keep=0.4).coarse((4, 7)) == (3, 4)  # 2.53 and 4.43
+    assert tokred.Downsample(keep=0.01).coarse((4, 7)) == (1, 1)
+
+
+def test_padding_scores_nothing_whatever_the_host_says_it_receives():
+    v, mask = torch.ones(1, 1, 5, 2), torch.tensor([[True, True, True, False, False]])
+    given = torch.tensor([[0.0, 0.2, 0.2, 0.3, 0.3]])
+    found = class_value(tokred.Site(class_attention=given, v=v, prefix=1, mask=mask))
+    assert found.tolist() == [[0.5, 0.5, 0, 0]]
