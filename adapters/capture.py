@@ -119,9 +119,9 @@ class Capture(TorchFunctionMode):
             mask = mask.expand(b, -1, -1, -1)
             call["attn_mask"] = mask.gather(2, rows.expand(-1, mask.shape[1], -1, mask.shape[3]))
         y: Tensor = func(fewer, k, v, **call)
-        answer = y.transpose(1, 2).reshape(b, step.slots, -1)
+        answer = y.transpose(1, 2).flatten(2)
         placed = Reduction.keep(step.representative, n, step.mask).unmerge(answer)
-        return placed.view(b, n, h, -1).transpose(1, 2)
+        return placed.unflatten(-1, (h, y.shape[-1])).transpose(1, 2)
 
     def key_bias(self) -> Tensor | None:
         """``(B, H, N)`` or ``(B, N)``: what the first query's logits had added per key."""

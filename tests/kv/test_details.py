@@ -148,6 +148,43 @@ def test_the_rotary_embedding_is_the_models_own(family):
         assert torch.equal(tables[0], rope.tables[0][:, 5:9])
 
 
+def test_a_temperature_rises_with_a_samples_own_tokens():
+    mask = torch.ones(2, 20, dtype=torch.bool)
+    mask[1, 12:16] = False
+    score = kv.Gumbel(1.0, 5.0, steps=8)
+    both = random_site(padding=Padding(mask), prompt=(12, 12), generated=8)
+    score.observe(both)
+    for i in range(2):
+        rows = mask[i]
+        one = CacheSite(
+            q=both.q[i : i + 1, :, rows], k=both.k[i : i + 1, :, rows], v=both.v[i : i + 1, :, rows], prompt=(12,)
+        )
+        one.generated = int(rows.sum()) - 12
+        score.observe(one)
+        assert torch.allclose(score(both)[i][:, rows], score(one)[0], atol=1e-5)
+
+
+def test_noise_differs_between_heads_and_layers():
+    site, other = random_site(layer=0), random_site(layer=1)
+    pair = torch.arange(20).view(1, 1, 20, 1), torch.arange(20).view(1, 1, 1, 20)
+    drawn, deeper = kv.Gumbel().draw(site, *pair), kv.Gumbel().draw(other, *pair)
+    assert len({tuple(head.flatten().tolist()) for head in (*drawn[0], *deeper[0])}) == 8
+
+
+def test_a_gate_at_the_border_retrieves():
+    split = kv.Split(((0.2, 0.5, 0.9),), 0.5)
+    assert split.retrieves(0) == (False, True, True)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_shares_of_later_turns_count_all_tokens_so_far():
+    model = tokred.apply(build("llama"), "snapkv", budget=0.5, window=4, turns=True)
+    cache = tokred.kv_cache(model)
+    for n, rows in ((20, 10), (12, 16), (8, 20)):
+        model(prompt(n), past_key_values=cache)
+        assert [layer.held for layer in cache.layers] == [rows] * 3
+
+
 # ---------------------------------------------------------------- samples and layers
 
 
