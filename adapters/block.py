@@ -167,6 +167,7 @@ class Settings:
     def __init__(self, shared: Shared, layer: int, name: str, recipe: Recipe, tap: KeyTap | None, active: bool) -> None:
         self.shared = shared
         self.layer = layer
+        self.site = str(layer)
         self.name = name
         self.recipe = recipe
         self.tap = tap

@@ -121,7 +121,7 @@ class Capture(TorchFunctionMode):
         y: Tensor = func(fewer, k, v, **call)
         answer = y.transpose(1, 2).flatten(2)
         placed = Reduction.keep(step.representative, n, step.mask).unmerge(answer)
-        return placed.unflatten(-1, (h, y.shape[-1])).transpose(1, 2)
+        return placed.view(b, n, h, y.shape[-1]).transpose(1, 2)
 
     def key_bias(self) -> Tensor | None:
         """``(B, H, N)`` or ``(B, N)``: what the first query's logits had added per key."""

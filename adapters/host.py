@@ -196,7 +196,7 @@ class Host(Supplier):
         shared = Shared(method, self.depth, self.prefix, self.suffix, expose, drops=method.drops or self.padded)
         watch(self, shared)
         shared.class_token = "class_attention" in self.supplies
-        shared.watch = Watch(self.family, {i: name for i, (name, _) in enumerate(self.blocks)})
+        shared.watch = Watch(self.family, {str(i): name for i, (name, _) in enumerate(self.blocks)})
         norms = self.key_norms or [None] * self.depth
         for layer, ((name, block), norm) in enumerate(zip(self.blocks, norms, strict=True)):
             tap = None

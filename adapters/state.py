@@ -292,7 +292,7 @@ class Shared:
             setattr(x, ATTRIBUTE, slot.state)
             return slot.state
         if not torch.compiler.is_compiling():
-            self.watch.check_ran(layer - 1)
+            self.watch.check_ran(str(layer - 1))
         raise TokenStateError(
             f"the sizes and the source map of the tokens were lost before block {layer}: its input is not the tensor "
             "that the block before it returned. If something copies tensors between blocks, call tokred.remove(model) "

@@ -129,7 +129,7 @@ def _block_body(host: type[nn.Module]) -> dict[str, Any]:
         settings = self.__dict__.get(SETTINGS)
         if settings is None:  # removed, but a wrapper that came later still calls this
             return host.forward(self, *args, **kwargs)
-        settings.shared.watch.ran(settings.layer)
+        settings.shared.watch.ran(settings.site)
         run = settings.recipe.run
         if args:
             return run(self, functools.partial(host.forward, self), args[0], args[1:], kwargs)

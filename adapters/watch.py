@@ -1,7 +1,7 @@
 """Sites that a patch promised against sites that ran: a patch that is passed by is an error, never silence.
 
 A compiled graph runs no Python, so there the comparison happens while it is traced: the compiler calls functions whose
-result it may assume constant, with numbers for the watch and the site, and leaves no trace of them in the graph.
+result it may assume constant, with names for the watch and the site, and leaves no trace of them in the graph.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tokred.adapters.swap import Hook, host_class, is_swapped
 from tokred.errors import BypassedError
 
 _KEYS = itertools.count()
-_WATCHES: weakref.WeakValueDictionary[int, Watch] = weakref.WeakValueDictionary()
+_WATCHES: weakref.WeakValueDictionary[str, Watch] = weakref.WeakValueDictionary()
 
 
 class Watch:
@@ -29,12 +29,15 @@ class Watch:
     Args:
         family: for messages.
         names: of the modules that are sites, within the patched part, by site.
+
+    Sites and keys are strings: the compiler takes numbers that differ from model to model for variables.
     """
 
-    def __init__(self, family: str = "", names: dict[int, str] | None = None) -> None:
+    def __init__(self, family: str = "", names: dict[str, str] | None = None) -> None:
         self.family = family
         self.names = names or {}
-        self.key = next(_KEYS)
+        self.key = str(next(_KEYS))
+        self.traced: set[str] = set()  # sites that run in a graph of their own, where nobody notes them any more
         self.model: weakref.ref[nn.Module] | None = None
         self._local = threading.local()
         _WATCHES[self.key] = self
@@ -49,34 +52,34 @@ class Watch:
         """A forward of the patched part starts."""
         self._local.seen = set()
 
-    def ran(self, site: int) -> None:
+    def ran(self, site: str) -> None:
         """A site took part. Outside of a forward of the part (a block that is run by itself) nobody asks."""
         if torch.compiler.is_compiling():
             _ran(self.key, site)
         else:
             self.note(site)
 
-    def note(self, site: int) -> None:
+    def note(self, site: str) -> None:
         """The same outside of a compiled graph."""
         seen = getattr(self._local, "seen", None)
         if seen is not None:
             seen.add(site)
 
-    def check_ran(self, site: int) -> None:
+    def check_ran(self, site: str) -> None:
         """Complain where a later site runs, and this one, which leads to it, has not.
 
         Raises:
             BypassedError: with its name.
         """
         seen = getattr(self._local, "seen", None)
-        if seen is not None and site in self.names and site not in seen:
+        if seen is not None and site in self.names and site not in seen | self.traced:
             raise BypassedError(
                 f"{self.names[site]} did not run through the patch of {self.family}: its forward was replaced, or it "
                 "was replaced or left out since. Call tokred.apply again after such a change, or tokred.remove(model) "
                 "to run without the patch"
             )
 
-    def passed_by(self) -> list[int]:
+    def passed_by(self) -> list[str]:
         """The forward is over: sites that did not run in it."""
         seen = self._local.__dict__.pop("seen", None)
         return [] if seen is None else [site for site in self.names if site not in seen]
@@ -89,6 +92,8 @@ class EnterWatched(Hook):
         self.watch = watch
 
     def __call__(self, module: nn.Module, args: Any) -> None:
+        if not is_swapped(module):
+            return  # the patch is off for the moment
         if torch.compiler.is_compiling():
             _begin(self.watch.key)
         else:
@@ -102,6 +107,8 @@ class LeaveWatched(Hook):
         self.watch = watch
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not is_swapped(module):
+            return
         if torch.compiler.is_compiling():
             _end(self.watch.key)
             return
@@ -110,17 +117,18 @@ class LeaveWatched(Hook):
             check_passed_by(module, self.watch, missing)
 
 
-def _begin(key: int) -> int:
+def _begin(key: str) -> int:
     _WATCHES[key].begin()
     return 0
 
 
-def _ran(key: int, site: int) -> int:
+def _ran(key: str, site: str) -> int:
     _WATCHES[key].note(site)
+    _WATCHES[key].traced.add(site)
     return 0
 
 
-def _end(key: int) -> int:
+def _end(key: str) -> int:
     watch = _WATCHES[key]
     missing = watch.passed_by()
     if missing:
@@ -142,7 +150,7 @@ def hang(model: nn.Module, watch: Watch) -> None:
     model.register_forward_hook(LeaveWatched(watch))
 
 
-def check_passed_by(model: nn.Module | None, watch: Watch, missing: Iterable[int]) -> None:
+def check_passed_by(model: nn.Module | None, watch: Watch, missing: Iterable[str]) -> None:
     """Raise for sites that something stands in front of, or where not a single one ran.
 
     Hosts leave out blocks of their own accord (guidance by skipped layers, caches of features): a site that did not run
@@ -160,7 +168,8 @@ def check_passed_by(model: nn.Module | None, watch: Watch, missing: Iterable[int
                 f"the patch of {watch.family} was passed by at {watch.names[site]}{others}: {why}. Call tokred.apply "
                 "again after such a change, or tokred.remove(model) to run without the patch"
             )
-    if len(missing) == len(watch.names) and not (model is not None and contract.skips_layers(model)):
+    own_graphs = not watch.traced.isdisjoint(missing)  # where nobody notes that they run
+    if len(missing) == len(watch.names) and not own_graphs and not (model is not None and contract.skips_layers(model)):
         raise BypassedError(
             f"the patch of {watch.family} was passed by: none of its {len(missing)} sites ran in this forward, which "
             f"took another way than through {watch.names[missing[0]]}. Apply tokred to the model that really runs, or "

@@ -218,8 +218,8 @@ def test_the_document(monkeypatch):
     assert done.exit_code == 1
     found = json.loads(done.stdout)
     assert list(found) == [
-        "schema", "tokred", "commit", "date", "machine", "libraries", "operators", "laws", "families", "broken",
-        "seconds",
+        "schema", "tokred", "commit", "date", "machine", "libraries", "operators", "names", "laws", "families",
+        "broken", "seconds",
     ]  # fmt: skip
     assert found["schema"] == 1
     assert set(found["machine"]) == {"python", "system", "cpu", "threads", "cuda", "devices"}

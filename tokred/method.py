@@ -127,12 +127,19 @@ class Method(ABC):
         if self.removes(depth, places):
             return None
         for name, value in self._defaults().items():
-            if value is ... or dataclasses.replace(self, **{name: value}).removes(depth, places):  # type: ignore[type-var]
+            if value is ... or self._would_remove(name, value, depth, places):
                 such = "" if value is ... else f", such as tokred.apply(model, {self.name!r}, {name}={_shown(value)})"
                 text = f"{self.name} removes nothing at {name}={_shown(getattr(self, name))}: give {name}=...{such}"
                 return Idle(name, text, getattr(self, name) != getattr(type(self)(), name))
         where = "" if len(places) == depth else f" in the {len(places)} chosen"
         return Idle("", f"{self.name} removes nothing{where} of {depth} layers at these settings: {self}", False)
+
+    def _would_remove(self, name: str, value: Any, depth: int, places: tuple[int, ...]) -> bool:
+        try:
+            other = dataclasses.replace(self, **{name: value})  # type: ignore[type-var]
+        except (TypeError, ValueError):
+            return False  # does not go with the other parameters
+        return other.removes(depth, places)
 
     def _defaults(self) -> dict[str, Any]:
         """What may be given instead: the example, and defaults that the parameters differ from."""

@@ -169,7 +169,7 @@ class DenoiserHost(Supplier):
         """Hang hooks on the denoiser and its blocks, exchange classes of sub-layers. :meth:`check` has passed."""
         assert isinstance(method, AttentionMethod)
         session = Session(method, self.depth, self.family, self.patch_size, self.kind)
-        sites: dict[int, str] = {}
+        sites: dict[str, str] = {}
         self.model.register_forward_pre_hook(self._entering(session), with_kwargs=True)
         self.model.register_forward_hook(LeaveDenoiser(session))
         for i, part in enumerate(self.parts):
@@ -179,8 +179,8 @@ class DenoiserHost(Supplier):
                 part.module.register_forward_pre_hook(EnterBlock(session, i), with_kwargs=True)
                 part.module.register_forward_hook(LeaveBlock(session, i))
             for name, module, kind in part.sublayers:
-                sites[len(sites)] = name
-                spot = Spot(session, i, kind, part.alone, name, _names(module), part.first, len(sites) - 1)
+                spot = Spot(session, i, kind, part.alone, name, _names(module), part.first, str(len(sites)))
+                sites[spot.site] = name
                 swap(module, "sublayer", spot)
                 registries.enter(module)
         session.watch = Watch(self.family, sites)

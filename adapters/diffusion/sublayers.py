@@ -68,7 +68,7 @@ class Spot:
         name: in the denoiser, for reports.
         names: parameters of its forward.
         first: where text and image attend together, the text stands first.
-        site: its number among all sub-layers.
+        site: its number among all sub-layers, as text.
     """
 
     session: Session
@@ -78,7 +78,7 @@ class Spot:
     name: str
     names: tuple[str, ...] = ("hidden_states", "encoder_hidden_states")
     first: bool = False
-    site: int = -1
+    site: str = ""
 
     def run(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The sub-layer: ``forward`` is the host class's own, still without its module."""

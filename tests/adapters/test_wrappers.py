@@ -173,7 +173,7 @@ def test_a_compiled_patch_that_is_passed_by_is_an_error_while_it_is_traced(chang
     tokred.apply(model, "tome", r=2)
     expected = model(x)
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x), expected)
     change(model)
     torch._dynamo.reset()
@@ -241,3 +241,17 @@ def test_sharding_goes_with_a_patch_in_both_orders(tmp_path: Path):
     for order in ("sharded first", "applied first"):
         assert torch.equal(found[f"{order}, removed"], found["plain, sharded"])
         assert found[f"{order}, class"] == "FSDPBlock"
+
+
+def test_blocks_that_are_compiled_one_by_one_are_not_taken_for_passed_by():
+    model, x = tiny_timm.build("vit"), tiny_timm.images()
+    tokred.apply(model, "tome", r=2)
+    expected = model(x)
+    torch._dynamo.reset()
+    for block in model.blocks:
+        block.compile(backend="eager")
+    for _ in range(3):
+        torch.testing.assert_close(model(x), expected)
+    replace_block(model)
+    with pytest.raises(tokred.BypassedError, match=r"blocks\.2"):
+        model(x)

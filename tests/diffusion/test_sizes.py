@@ -82,7 +82,7 @@ def test_refused_before_anything_is_patched(kind: str):
         tokred.apply(model, "tomesd", factors=2)
     block = next(m for m in model.modules() if "TransformerBlock" in type(m).__name__)
     attention = next(m for name, m in block.named_modules() if name.startswith("attn"))
-    attention.forward = attention.forward
+    attention.forward = lambda *args, **kwargs: None
     with pytest.raises(tokred.UnsupportedModelError, match="was replaced on the module itself"):
         tokred.apply(model, "tomesd")
     assert [type(m) for m in model.modules()] == classes

@@ -290,6 +290,12 @@ FAMILIES = ["vit", "vit-mean", "vit-registers (DINOv2)", "vit-parallel-scaling",
             "dinov3 (rope, registers)"]  # fmt: skip
 
 
+def vit_of(**options):
+    from tokred.adapters.tiny import timm as tables
+
+    return tables.made(tables.FAMILIES["vit"], **options)
+
+
 @pytest.fixture
 def tiny():
     pytest.importorskip("timm")
@@ -338,7 +344,7 @@ def test_the_class_token_is_known_from_the_host(tiny, monkeypatch):
     monkeypatch.setattr(
         tokred.ZeroTPrune, "start", lambda self, site: found.append(site.class_token) or plain(self, site)
     )
-    only_registers = tiny._vit(class_token=False, reg_tokens=2, global_pool="avg").eval()
+    only_registers = vit_of(class_token=False, reg_tokens=2, global_pool="avg").eval()
     models = {"vit": True, "vit-mean": False, "vit-registers (DINOv2)": True, only_registers: False}
     for model, known in models.items():
         model = tiny.build(model) if isinstance(model, str) else model

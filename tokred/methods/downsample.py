@@ -14,7 +14,7 @@ from tokred.method import Method
 from tokred.padding import reduce_each
 from tokred.reduction import Reduction
 from tokred.registry import register
-from tokred.schedules import check_share
+from tokred.schedules import check_share, whole
 from tokred.site import Site
 
 
@@ -80,7 +80,8 @@ class Downsample(Method):
     def coarse(self, grid: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns that are left of a grid."""
         factor = math.sqrt(self.keep)
-        return max(1, round(grid[0] * factor)), max(1, round(grid[1] * factor))
+        rows, columns = (whole(side) for side in grid)  # traced sides are tensors
+        return max(1, round(rows * factor)), max(1, round(columns * factor))
 
     def reduce(self, site: Site) -> Reduction:
         """Every patch goes to its cell of the coarser grid."""
