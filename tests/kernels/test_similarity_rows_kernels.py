@@ -64,6 +64,7 @@ def test_totals(dtype: torch.dtype, d: int, metric: str) -> None:
 
 
 def test_odd_lengths_self_and_layouts() -> None:
+    torch.manual_seed(0)  # of values that are drawn anew some are nearer to each other than float32 can tell
     x = torch.randn(1, 197, 16)
     check_top(x, x, 1, "cosine", exclude_self=True)
     check_top(x, x, 16, "dot", exclude_self=True)
