@@ -1,7 +1,7 @@
 """Versions: the floors that pyproject.toml declares, the pins of constraints.txt, and what tests have run with.
 
     python3 .ci/versions.py floors             the floors of the hosts as pins, for `pip install`
-    .venv/bin/python .ci/versions.py pin       write constraints.txt and tokred/data/tested.json from this environment
+    .venv/bin/python .ci/versions.py pin       write constraints.txt and tokred/core/tested.json from this environment
     python3 .ci/versions.py outcome A.xml ...  a table of test results by folder, with the versions of this environment
 
 pyproject.toml is the only place where floors are typed; the environment is the only place where pins come from.
@@ -20,7 +20,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
-CONSTRAINTS, TESTED = ROOT / "constraints.txt", ROOT / "tokred" / "data" / "tested.json"
+CONSTRAINTS, TESTED = ROOT / "constraints.txt", ROOT / "tokred" / "core" / "tested.json"
 # By the names that libraries are imported under; the others are installed under that name.
 PACKAGES = {"open_clip": "open_clip_torch"}
 LIBRARIES = ("torch", "triton", "timm", "transformers", "diffusers", "open_clip", "accelerate", "peft")

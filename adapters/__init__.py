@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from torch import nn
 
 from tokred.adapters.swap import host_class
+from tokred.core.versions import check_tested
 from tokred.errors import UnknownModelError, UnsupportedModelError
-from tokred.versions import check_tested
 
 if TYPE_CHECKING:
-    from tokred.adapters.host import Host
+    from tokred.adapters.encoder.host import Host
 
 # First package of a class's module -> the adapter that knows it.
 ADAPTERS = {
-    "timm": "tokred.adapters.timm",
-    "transformers": "tokred.adapters.transformers",
-    "open_clip": "tokred.adapters.open_clip",
+    "timm": "tokred.adapters.encoder.timm",
+    "transformers": "tokred.adapters.encoder.transformers",
+    "open_clip": "tokred.adapters.encoder.open_clip",
 }
 # The same for language models, whose caches may lose rows.
-CACHES = {"transformers": "tokred.adapters.cache.host"}
+CACHES = {"transformers": "tokred.adapters.kv.host"}
 # The same for denoisers, whose attention may run on fewer tokens.
 DENOISERS = {"diffusers": "tokred.adapters.diffusion"}
 # Models with vision whose visual tokens may leave, and language models whose later layers run on fewer tokens.
@@ -53,7 +53,7 @@ def find(model: nn.Module, stage: str = "block") -> Any:
 
     Args:
         model: a model, or something that holds one.
-        stage: ``"block"`` for a :class:`~tokred.adapters.host.Host`, ``"cache"`` for a ``CacheHost``,
+        stage: ``"block"`` for a :class:`~tokred.adapters.encoder.host.Host`, ``"cache"`` for a ``CacheHost``,
             ``"attention"`` for a ``DenoiserHost``, ``"projector"`` and ``"layer"`` for a ``VisualHost``.
 
     Raises:

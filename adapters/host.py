@@ -1,250 +1,59 @@
-"""``Host``: what an adapter says about a model: its blocks, what is protected, what can be read, how its head pools."""
+"""``Supplier``: what the host records of all stages share: telling what a method reads and they cannot hand over."""
 
 from __future__ import annotations
 
-import copy
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import ClassVar, Self
 
-import torch
-from torch import nn
-
-from tokred.adapters.block import KeyTap, Recipe, Settings
-from tokred.adapters.linear import matrices
-from tokred.adapters.origin import watch
-from tokred.adapters.sides import Sides, of_convolution
-from tokred.adapters.state import LayerRecord, Shared
-from tokred.adapters.supplier import Supplier
-from tokred.adapters.swap import check_entrance, host_class, is_swapped, remove_hooks, restore, swap
-from tokred.adapters.watch import Watch, hang
+from tokred.core.method import Method
 from tokred.errors import MissingInputError
-from tokred.method import Method
-from tokred.patch import ATTRIBUTE, Patch, patches_of
-
-_ATTENTION = ("attn", "attention", "self_attn", "self_attention")
 
 
-class BlockCost(NamedTuple):
-    """Weights of one block: parameters of the attention's and the MLP's matrices, and the width of the attention."""
-
-    attention: int
-    mlp: int
-    width: int
-
-    def macs(self, before: int, after: int, middle: bool) -> int:
-        """Multiply-adds at ``before`` tokens entering and ``after`` leaving, reduced in the middle or at the end."""
-        return before * self.attention + 2 * before * before * self.width + (after if middle else before) * self.mlp
-
-
-@dataclass
-class Host(Supplier):
-    """A model that can be patched.
+class Supplier:
+    """Base of host records.
 
     Attributes:
-        family: for messages and tables, such as ``"timm VisionTransformer"``.
-        model: the module that holds the blocks; the model that the user gave, or a part of it.
-        blocks: dotted name within ``model`` and block, in order.
-        recipe: how the blocks are run.
-        prefix, suffix: tokens that are never reduced.
+        family: for messages.
         supplies: what sites hand over.
-        pooled: whether the model's head looks at all tokens (mean, attention pooling), so that the last block gives
-            them back at full length unless the user says otherwise.
-        full: ``"last"`` or ``"all"`` where something outside the blocks counts on the original positions (a dense head,
-            a decoder of masked patches, position embeddings added between blocks), so that the last or every block has
-            to give full length back, whatever the method and the user say; else ``"none"``.
-        grid: patches in rows and columns (of one frame), where the model knows.
-        frames: of a video, whose tokens stand frame after frame; None: it is none, or tokens stand otherwise.
-        key_norms: for each block the sub-module whose output is the keys before rotary embedding, or None.
-        key_heads: heads that those outputs still have to be split into, or None.
-        tokens: number of tokens for an input shape.
-        outside_macs: multiply-adds outside the blocks for an input shape.
-        origin: module whose output the tokens are made of, by which the model's forwards are told apart; None: it is
-            outside the model.
-        layout: how the patches stand, given that module, its inputs and its output.
-        pools: whether the head of the model pools over all tokens as it is now; None: it cannot change.
-        note: what a user should know about this family.
-        padded: whether batches are padded from the start, so that tokens vanish with any method.
+        windowless: why there are no windows to choose from.
     """
 
     family: str
-    model: nn.Module
-    blocks: list[tuple[str, nn.Module]]
-    recipe: Recipe
-    prefix: int
     supplies: frozenset[str]
-    pooled: bool
-    tokens: Callable[[tuple[int, ...]], int]
-    outside_macs: Callable[[tuple[int, ...]], int]
-    suffix: int = 0
-    grid: tuple[int, int] | None = None
-    frames: int | None = None
-    full: str = "none"
-    origin: nn.Module | None = None
-    layout: Callable[[nn.Module, Any, Any], Sides | None] | None = of_convolution
-    pools: Callable[[Any], bool] | None = None
-    key_norms: list[nn.Module | None] = field(default_factory=list)
-    key_heads: int | None = None
-    note: str = ""
-    padded: bool = False
-    stage: str = "block"
-
-    @property
-    def how(self) -> str:
-        """How methods run here, for the table of support."""
-        inside = self.where == "inside"
-        return f"{self.family}, reduced {'inside each block' if inside else f'at the {self.where} of each block'}"
-
-    @property
-    def depth(self) -> int:
-        """Number of blocks."""
-        return len(self.blocks)
-
-    @property
-    def where(self) -> str:
-        """``"mid"``: tokens are reduced between attention and MLP; ``"end"``: after the block; ``"inside"``: within a
-        block, which gives full length back."""
-        return "mid" if self.recipe.split else "end"
-
-    def middle(self, method: Method | None) -> bool:
-        """Whether the MLP of a block sees the reduced tokens already."""
-        return self.recipe.split and (method is None or method.where != "end")
+    windowless: ClassVar[str] = "the attention of {family} does not run in windows"
 
     @property
     def offered(self) -> frozenset[str]:
-        """What sites and the way of running blocks hand over."""
-        return self.supplies | self.recipe.supplies
+        """What a method may read."""
+        return self.supplies
 
     def missing(self, method: Method | type[Method]) -> frozenset[str]:
         """What the method reads and this host cannot supply."""
-        missing = super().missing(method)
-        # Rows and columns alone do not place the tokens of a video.
         reads = method.reads if isinstance(method, Method) else method().reads
-        if self.frames is not None and "frames" not in reads and not method.clips:
-            missing |= reads & {"grid"}
-        return missing
+        return reads - self.offered
 
-    def check(self, method: Method, expose: str = "auto") -> None:
-        """Everything that can be known before the model is touched.
+    def check_reads(self, method: Method) -> None:
+        """Refuse a method that reads what is not there.
 
         Raises:
-            MissingInputError: the host cannot supply what the method reads, or has no sites of its stage.
-            ValueError: the method's parameters do not fit the depth, or ``expose`` does not fit the model.
+            MissingInputError: with what is missing, and what works instead where that is known.
         """
-        self.exposure(method, expose)
-        if method.stage != "block":
+        missing = self.missing(method)
+        if missing:
             raise MissingInputError(
-                f"{method.name!r} acts at stage {method.stage!r}, but {self.family} offers only stage 'block'"
+                f"{method.name!r} reads {', '.join(sorted(missing))}, which {self.family} does not supply "
+                f"(it supplies {', '.join(sorted(self.offered))}){self.hint(method)}"
             )
-        self.check_reads(method)
-        for name, block in self.blocks:
-            check_entrance(block, name)
-        method.check(self.depth)
 
-    def cost(self, block: nn.Module) -> BlockCost:
-        """Count the matrices of a block."""
-        attention = mlp = width = 0
-        for name, wide, high in matrices(block):
-            if any(part in _ATTENTION for part in name.split(".")):
-                attention, width = attention + wide * high, width or wide
-            else:
-                mlp += wide * high
-        vectors = ((name.lower(), p) for name, p in block.named_parameters() if p.ndim == 1)
-        norms = (p for name, p in vectors if "norm" in name or "ln_" in name)
-        width = next((p.shape[0] for p in norms), width)
-        for module in block.modules():
-            width = getattr(module, "attn_dim", width)
-        return BlockCost(attention, mlp, int(width))
+    def hint(self, method: Method) -> str:
+        """What works instead of a method that is refused, as the end of a message."""
+        return ""
 
-    def plan(self, method: Method | None, shape: tuple[int, ...]) -> list[tuple[int, int, int]]:
-        """For each block: tokens that enter, tokens that leave, and multiply-adds of one sample."""
-        n, rows = self.tokens(shape), []
-        for layer, (_, block) in enumerate(self.blocks):
-            place = {"layer": layer, "depth": self.depth, "prefix": self.prefix, "suffix": self.suffix}
-            after = n if method is None else method.tokens(n, **place)
-            rows.append((n, after, self.cost(block).macs(n, after, self.middle(method))))
-            n = after
-        return rows
-
-    def counted(self, layer: int, record: LayerRecord, method: Method) -> tuple[int, int]:
-        """Multiply-adds of one sample in a block of the last forward: as it ran, and unpatched."""
-        cost, n = self.cost(self.blocks[layer][1]), record.state.length
-        return cost.macs(record.tokens_in, record.tokens_out, self.middle(method)), cost.macs(n, n, True)
-
-    def exposure(self, method: Method, expose: str) -> str:
-        """Which blocks return full length: ``"none"``, ``"last"`` or ``"all"``.
+    def choose(self, windows: str) -> Self:
+        """This host with the blocks that ``windows`` names.
 
         Raises:
-            ValueError: ``expose`` would let something count on positions that are not there.
+            ValueError: the model has no windows to choose from.
         """
-        order = ("none", "last", "all")
-        if expose == "auto":
-            # A head that pools over everything wants merged tokens back at full length, which also weights them by
-            # size; where tokens were dropped it pools over those that are left, unless padding stands among them.
-            expose = "last" if self.pooled and (method.uneven or not method.drops) else "none"
-            return max(expose, self.full, key=order.index)
-        if order.index(expose) < order.index(self.full):
-            raise ValueError(
-                f"{self.family} reads tokens by their position: expose must be {self.full!r}, got {expose!r}"
-            )
-        return expose
-
-    def patch(self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str, patch: Patch) -> None:
-        """Exchange the classes of the blocks. :meth:`check` has passed."""
-        expose = self.exposure(method, expose)
-        shared = Shared(method, self.depth, self.prefix, self.suffix, expose, drops=method.drops or self.padded)
-        watch(self, shared)
-        shared.class_token = "class_attention" in self.supplies
-        shared.watch = Watch(self.family, {str(i): name for i, (name, _) in enumerate(self.blocks)})
-        norms = self.key_norms or [None] * self.depth
-        for layer, ((name, block), norm) in enumerate(zip(self.blocks, norms, strict=True)):
-            tap = None
-            if norm is not None:
-                tap = KeyTap(self.key_heads)
-                norm.register_forward_hook(tap)
-            active = where is None or bool(where(name, block))
-            swap(block, "block", Settings(shared, layer, name, self.recipe, tap, active))
-        swap(self.model, "model", shared)
-        hang(self.model, shared.watch)
-
-
-def module_macs(module: nn.Module, *shape: int) -> int:
-    """Multiply-adds of a copy of ``module`` on the meta device, for an input of this shape."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    dtype = next((p.dtype for p in module.parameters()), None)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        copy.deepcopy(module).to("meta")(torch.empty(*shape, device="meta", dtype=dtype))
-    return int(counter.get_total_flops()) // 2
-
-
-def argument_names(block: nn.Module) -> tuple[str, ...]:
-    """Names of what the block's forward takes after the tokens."""
-    parameters = list(inspect.signature(host_class(block).forward).parameters.values())[2:]
-    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
-
-
-def unpatch(model: nn.Module) -> int:
-    """Undo every patch in ``model``; returns how many modules were restored."""
-    count = 0
-    for module, _ in list(patches_of(model)):
-        del module.__dict__[ATTRIBUTE]
-    for module in model.modules():
-        if is_swapped(module):
-            restore(module)
-            count += 1
-        remove_hooks(module)
-        for key in [k for k, hook in module._forward_hooks.items() if isinstance(hook, KeyTap)]:
-            del module._forward_hooks[key]
-    return count
-
-
-def shared_of(model: nn.Module) -> list[tuple[str, nn.Module, Shared]]:
-    """The patched parts of ``model``: name, module, and what its blocks share."""
-    found = []
-    for name, module in model.named_modules():
-        settings: Any = module.__dict__.get("_tokred")
-        if isinstance(settings, Shared):
-            found.append((name, module, settings))
-    return found
+        if windows != "auto":
+            raise ValueError(f"windows is {windows!r}, but {self.windowless.format(family=self.family)}")
+        return self

@@ -151,7 +151,7 @@ def _model_body(host: type[nn.Module]) -> dict[str, Any]:
 
 def _cache_body(host: type[nn.Module]) -> dict[str, Any]:
     """What a model with a policy for its cache does before it generates."""
-    from tokred.adapters.cache import generate
+    from tokred.adapters.kv import generate
 
     return generate.body(host)
 

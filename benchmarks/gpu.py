@@ -1,8 +1,8 @@
 """Check the operators in ``kernels/`` against float64 on a GPU, time them, and compare with their floors.
 
     python benchmarks/gpu.py                       # everything, less than 10 minutes
-    python benchmarks/gpu.py --diffusion           # denoising steps alone (benchmarks/diffusion_speed.py)
-    python benchmarks/gpu.py --vlm                 # choosing visual tokens alone (benchmarks/vlm_cost.py)
+    python benchmarks/gpu.py --diffusion           # denoising steps alone (benchmarks/diffusion/speed.py)
+    python benchmarks/gpu.py --vlm                 # choosing visual tokens alone (benchmarks/vlm/cost.py)
     python benchmarks/gpu.py --quick               # the rows that have a goal, with few repeats, 2 minutes
     python benchmarks/gpu.py --only merge decode   # rows whose name contains one of these
     python benchmarks/gpu.py --interpret           # no GPU: the checks alone, on tiny shapes in Triton's interpreter
@@ -65,7 +65,7 @@ def selectors(folder: Path) -> int:
     if importlib.util.find_spec("transformers") is None:
         print("gpu.py: transformers is not installed, so VLMs are not timed", file=sys.stderr)
         return 1
-    from benchmarks import vlm_cost
+    from benchmarks.vlm import cost as vlm_cost
 
     out = table(folder, "vlm")
     given = ["--device", "cuda", "--layers", "0", "--rounds", "9", "--out", str(out)]
@@ -79,7 +79,7 @@ def denoisers(args: argparse.Namespace, folder: Path, seconds: float) -> int:
     if importlib.util.find_spec("diffusers") is None:
         print("gpu.py: diffusers is not installed, so denoisers are not timed", file=sys.stderr)
         return 1 if args.diffusion else 0
-    from benchmarks import diffusion_speed
+    from benchmarks.diffusion import speed as diffusion_speed
 
     out = table(folder, "diffusion")
     given = ["--device", "cuda", "--dtype", "float16", "--limit", str(seconds), "--out", str(out)]
@@ -109,8 +109,8 @@ def main() -> int:
         return 2
     if args.interpret:
         torch.set_num_threads(1)
-    from benchmarks.kernel_bench.cuda_clock import Clock
-    from benchmarks.kernel_bench.gpu_run import run
+    from benchmarks.kernels.cuda_clock import Clock
+    from benchmarks.kernels.gpu_run import run
 
     device = torch.device("cpu" if args.interpret else "cuda")
     results = ROOT / "benchmarks" / "results"

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("timm")
 
 import tokred
-from tests.adapters.tiny_timm import build, images, without_weights
+from tests.encoder.tiny_timm import build, images, without_weights
 
 
 def classes(model):

@@ -15,7 +15,7 @@ pytest.importorskip("timm")
 from typer.testing import CliRunner
 
 import tokred
-from tokred.cli import app
+from tokred.cli.main import app
 
 COMMANDS = ("demo", "bench", "viz", "list", "flops", "explain", "doctor")
 
@@ -60,7 +60,7 @@ def test_list_has_every_method_and_library_on_one_line_each():
     done = run("list")
     assert done.exit_code == 0
     lines = done.output.splitlines()
-    for name in (*tokred.methods(), "timm", "transformers", "open_clip"):
+    for name in (*tokred.list_methods(), "timm", "transformers", "open_clip"):
         assert sum(line.split()[:1] == [name] for line in lines) == 1, name
 
 
@@ -77,7 +77,7 @@ def test_list_of_a_model_that_cannot_run():
 
 
 def test_flops_are_those_of_the_function():
-    from tokred.data.model import build
+    from tokred.bench.data.model import build
 
     expected = tokred.flops(build(), "tome", (1, 1, 28, 28), r=13)
     text = run("flops", "--method", "tome", "--set", "r=13").output
@@ -173,7 +173,7 @@ def test_viz_writes_a_page_and_a_picture(tmp_path):
 
 
 def test_viz_of_the_embedded_model(tmp_path):
-    from tokred import embedded
+    from tokred.bench import embedded
 
     if not (embedded.FOLDER / embedded.WEIGHTS).exists():
         pytest.skip("the weights are not in this copy")
@@ -185,7 +185,7 @@ def test_viz_of_the_embedded_model(tmp_path):
 
 
 def test_outside_a_checkout_the_zoo_is_explained(monkeypatch):
-    from tokred import environment
+    from tokred.core import environment
 
     monkeypatch.setattr(environment, "checkout", lambda: None)
     assert "checkout" in refused("bench", "--model", "dinov2")

@@ -21,12 +21,12 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from tokred import environment
+from tokred.core import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf8"))
 EXTRAS = PROJECT["project"]["optional-dependencies"]
-TESTED = json.loads((ROOT / "tokred" / "data" / "tested.json").read_text("utf8"))["libraries"]
+TESTED = json.loads((ROOT / "tokred" / "core" / "tested.json").read_text("utf8"))["libraries"]
 LINES = [s for s in (ROOT / "constraints.txt").read_text("utf8").splitlines() if s and not s.startswith("#")]
 PINS = {canonicalize_name(r.name): r for r in map(Requirement, LINES)}
 SYSTEMS = [

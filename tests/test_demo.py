@@ -19,7 +19,11 @@ pytest.importorskip("typer")
 from typer.testing import CliRunner
 
 import tokred
-from tokred import arms, bench, demo, embedded, outputs, photos, probe, subjects, tasks, timing
+from tokred.bench import arms, demo, embedded, probe, tasks, timing
+from tokred.bench import images as photos
+from tokred.bench import models as subjects
+from tokred.bench import results as outputs
+from tokred.bench import run as bench
 
 COLUMNS = {
     "demo": ("method", "setting", "tokens_out", "gmacs", "top1", "top1_difference", "images_per_second", "speedup"),
@@ -30,7 +34,7 @@ COLUMNS = {
 
 @pytest.fixture(scope="module")
 def model():
-    from tokred.data.model import build
+    from tokred.bench.data.model import build
 
     torch.manual_seed(0)
     return build().eval()
@@ -109,7 +113,7 @@ def test_the_embedded_model_knows_its_sample():
 
 
 def test_bench_from_the_command_line(tmp_path):
-    from tokred.cli import app
+    from tokred.cli.main import app
 
     command = [
         "bench",

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 import tokred
 from tokred import doctor
-from tokred.cli import app
+from tokred.cli.main import app
 from tokred.doctor import caches, denoisers, encoders, installed, visual
 from tokred.doctor.laws import LAWS, Case
 
@@ -118,7 +118,7 @@ def test_a_host_whose_blocks_have_changed_is_noticed(monkeypatch):
 
 
 def test_sizes_that_do_not_reach_attention_are_noticed(monkeypatch):
-    monkeypatch.setattr("tokred.adapters.block.attention_bias", lambda state, proportional: None)
+    monkeypatch.setattr("tokred.adapters.encoder.block.attention_bias", lambda state, proportional: None)
     assert set(broken(case_of("timm", "encoder", "vit"))) == {"merged"}
 
 
@@ -162,7 +162,7 @@ def break_host(monkeypatch: pytest.MonkeyPatch, error: Callable[[], Exception]) 
     def fail(module):
         raise error()
 
-    monkeypatch.setattr("tokred.adapters.open_clip.match", fail)
+    monkeypatch.setattr("tokred.adapters.encoder.open_clip.match", fail)
 
 
 def test_a_broken_family_is_named_and_the_exit_status_is_one(monkeypatch):
@@ -272,7 +272,7 @@ def test_piped_into_sixty_columns():
     pytest.importorskip("open_clip")
     surroundings = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "FORCE_COLOR")}
     done = subprocess.run(
-        [sys.executable, "-c", "from tokred.cli import main; main()", "doctor", "--only", "open_clip"],
+        [sys.executable, "-c", "from tokred.cli.main import main; main()", "doctor", "--only", "open_clip"],
         cwd=ROOT / "tests", env=surroundings, capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

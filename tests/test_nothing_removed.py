@@ -8,9 +8,9 @@ import warnings
 import pytest
 
 import tokred
-from tests.adapters.test_timm import METHODS, NOTHING
-from tests.adapters.tiny_timm import build
-from tokred.registry import methods
+from tests.encoder.test_timm import METHODS, NOTHING
+from tests.encoder.tiny_timm import build
+from tokred.core.registry import methods
 
 NAMED = {
     "tome": ("r=0", "r=8"), "tofu": ("r=0", "r=8"), "random": ("r=0", "r=8"), "random_prune": ("r=0", "r=8"),
@@ -55,9 +55,9 @@ def test_settings_that_remove_something_are_silent(case):
 
 
 def test_by_default_only_those_whose_page_says_so_remove_nothing():
-    idle = {name for name in tokred.methods() if any(m.why_idle(24) for m in tokred.make(name).members)}
+    idle = {name for name in tokred.list_methods() if any(m.why_idle(24) for m in tokred.make(name).members)}
     assert idle == {*NAMED, "duoattention"}
-    assert {name for name in tokred.methods() if methods.get(name).example} == idle
+    assert {name for name in tokred.list_methods() if methods.get(name).example} == idle
 
 
 @pytest.mark.parametrize(

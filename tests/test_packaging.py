@@ -53,15 +53,15 @@ def test_folders_without_init_hold_no_code() -> None:
 
 
 def test_data_files_are_listed() -> None:
-    patterns = PROJECT["tool"]["setuptools"]["package-data"]["tokred.data"]
-    for file in (ROOT / "tokred" / "data").iterdir():
+    patterns = PROJECT["tool"]["setuptools"]["package-data"]["tokred.bench.data"]
+    for file in (ROOT / "tokred" / "bench" / "data").iterdir():
         if file.is_file() and file.suffix not in {".py", ".md"}:
             assert any(file.match(p) for p in patterns), f"{file.name} would not be installed"
 
 
 def test_templates_are_listed() -> None:
-    patterns = PROJECT["tool"]["setuptools"]["package-data"]["tokred"]
-    files = [p for p in (ROOT / "tokred" / "templates").iterdir() if p.is_file()]
+    patterns = PROJECT["tool"]["setuptools"]["package-data"]["tokred.analysis.viz"]
+    files = [p for p in (ROOT / "tokred" / "analysis" / "viz" / "templates").iterdir() if p.is_file()]
     assert files
     for file in files:
         assert any(file.match(p) for p in patterns), f"{file.name} would not be installed"
@@ -145,9 +145,9 @@ def test_wheel_holds_everything(tmp_path: Path) -> None:
         inside = package.replace(".", "/")
         for file in (ROOT / top).rglob("*.py"):
             assert f"{inside}/{file.relative_to(ROOT / top).as_posix()}" in names
-    assert {"tokred/py.typed", "tokred/templates/viz.html"} <= names
-    for file in (ROOT / "tokred" / "data").iterdir():
+    assert {"tokred/py.typed", "tokred/analysis/viz/templates/viz.html"} <= names
+    for file in (ROOT / "tokred" / "bench" / "data").iterdir():
         if file.suffix in {".safetensors", ".npz", ".json"} or file.name.startswith("LICENSE"):
-            assert f"tokred/data/{file.name}" in names
+            assert f"tokred/bench/data/{file.name}" in names
     assert any(n.endswith("/licenses/LICENSE") for n in names)
     assert not [n for n in names if n.startswith(("kernels/", "adapters/", "tests/", "benchmarks/"))]

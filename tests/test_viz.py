@@ -10,7 +10,7 @@ pytest.importorskip("numpy")
 import numpy as np
 
 import tokred
-from tokred import viz
+from tokred.analysis.viz import draw as viz
 
 P = viz.PATCH_PIXELS
 
@@ -103,7 +103,7 @@ def test_what_does_not_fit_is_refused(image, grid, sample, words):
 
 def test_after_a_block_and_at_the_end():
     pytest.importorskip("timm")
-    from tokred.data.model import build
+    from tokred.bench.data.model import build
 
     model = build().eval()
     with pytest.raises(tokred.NothingRecordedError):

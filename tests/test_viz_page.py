@@ -21,10 +21,13 @@ pytest.importorskip("timm")
 pytest.importorskip("numpy")
 
 import tokred
-from tests.adapters.tiny_timm import build, images
-from tokred import arms, pages, stages, viz
-from tokred.method import Method
-from tokred.soft import SoftReduction
+from tests.encoder.tiny_timm import build, images
+from tokred.analysis.viz import draw as viz
+from tokred.analysis.viz import pages
+from tokred.analysis.viz import recording as stages
+from tokred.bench import arms
+from tokred.core.method import Method
+from tokred.core.soft import SoftReduction
 
 VOID = {"meta", "link", "input", "br", "img"}
 NASTY = "</script><img src=x onerror=\"alert('1')\">&amp;{{data}}\u2028.png"
@@ -225,7 +228,7 @@ def test_pruned_tokens_that_another_stands_in_for_are_drawn_as_pruned():
 
 def test_detection_tokens_are_no_patches():
     pytest.importorskip("transformers")
-    from tests.adapters.tiny_transformers import FAMILIES, build
+    from tests.encoder.tiny_transformers import FAMILIES, build
 
     name = next(n for n in FAMILIES if "yolos" in n.lower())
     family = FAMILIES[name]
@@ -366,7 +369,7 @@ def test_labels_of_methods():
 
 
 def test_the_figure_has_an_axis_for_each_image_method_and_block():
-    plots = pytest.importorskip("tokred.plots")
+    plots = pytest.importorskip("tokred.bench.plots")
     pytest.importorskip("matplotlib")
     recording = stages.record(build("vit"), images(2), ["tome r=5", "random_prune r=4"], names=["a", "$b_c$$"])
     figure = viz.figure(recording, [0, 2])

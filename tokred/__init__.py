@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from tokred import methods as _methods  # registers the built-in names
+from tokred.analysis.explain import Explanation, explain
 from tokred.api import (
     Flops,
     Report,
@@ -20,18 +21,24 @@ from tokred.api import (
     applied,
     apply,
     flops,
+    list_methods,
     make,
-    methods,
     patched,
     remove,
     report,
     supports,
     trace,
 )
-from tokred.denoise import AttentionSite
+from tokred.core import moved as _moved
+from tokred.core.method import Method, from_dict
+from tokred.core.reduction import Reduction
+from tokred.core.registry import register
+from tokred.core.site import Site
+from tokred.diffusion.site import AttentionSite
 from tokred.errors import (
     BypassedError,
     MissingInputError,
+    MovedWarning,
     NothingRecordedError,
     NothingRemovedWarning,
     TokenStateError,
@@ -42,88 +49,85 @@ from tokred.errors import (
     UnsupportedModelError,
     UntestedVersionWarning,
 )
-from tokred.explaining import Explanation, explain
 from tokred.hosts import CacheReport, kv_cache
-from tokred.method import Method, from_dict
-from tokred.reduction import Reduction
-from tokred.registry import register
-from tokred.site import Site
 
 if TYPE_CHECKING:
-    from tokred import kv
-    from tokred.methods.adakv import AdaKV
-    from tokred.methods.algm import ALGM
-    from tokred.methods.asymrnr import AsymRnR
-    from tokred.methods.ats import ATS
-    from tokred.methods.cake import CAKE
-    from tokred.methods.cat import CAT
-    from tokred.methods.catome import CAToMe
-    from tokred.methods.cdpruner import CDPruner
-    from tokred.methods.criticalkv import CriticalKV
-    from tokred.methods.divprune import DivPrune
-    from tokred.methods.downsample import Downsample
-    from tokred.methods.duoattention import DuoAttention
-    from tokred.methods.evit import EViT
-    from tokred.methods.expected_attention import ExpectedAttention
-    from tokred.methods.fastervlm import FasterVLM
-    from tokred.methods.fastkv import FastKV
-    from tokred.methods.fastv import FastV
-    from tokred.methods.flash_vl import FlashVL, Nemotron
-    from tokred.methods.h2o import H2O
-    from tokred.methods.hired import HiRED
-    from tokred.methods.ibtm import IBTM
-    from tokred.methods.keydiff import KeyDiff
-    from tokred.methods.keyformer import Keyformer
-    from tokred.methods.keymerge import KeyMerge
-    from tokred.methods.knorm import KNorm
-    from tokred.methods.kth import KthMerge
-    from tokred.methods.kv import KVPolicy
-    from tokred.methods.kvzip import KVzip
-    from tokred.methods.lagkv import LagKV
-    from tokred.methods.limited import Limited
-    from tokred.methods.ltp import LTP
-    from tokred.methods.observed_attention import ObservedAttention
-    from tokred.methods.pitome import PiToMe
-    from tokred.methods.ppt import PPT
-    from tokred.methods.prumerge import PruMerge, PruMergePlus
-    from tokred.methods.pyramiddrop import PyramidDrop
-    from tokred.methods.pyramidkv import PyramidKV
-    from tokred.methods.random import RandomMerge, RandomPrune
-    from tokred.methods.random_evict import RandomEvict
-    from tokred.methods.random_latent import RandomLatentPrune
-    from tokred.methods.rpc import RPC
-    from tokred.methods.saint import SAINT
-    from tokred.methods.saint_vlm import SAINTLayer, SAINTVisual
-    from tokred.methods.sdtm import SDTM
-    from tokred.methods.snapkv import SnapKV
-    from tokred.methods.sparsevlm import SparseVLM
-    from tokred.methods.spatten import SpAtten
-    from tokred.methods.squeezeattention import SqueezeAttention
-    from tokred.methods.streaming_llm import StreamingLLM
-    from tokred.methods.tinychart import TinyChart
-    from tokred.methods.todo import ToDo
-    from tokred.methods.tofu import ToFu
-    from tokred.methods.tokentm import TokenTMPrune
-    from tokred.methods.toma import ToMA
-    from tokred.methods.tome import ToMe
-    from tokred.methods.tomesd import ToMeSD
-    from tokred.methods.topv import TopV
-    from tokred.methods.tova import TOVA
-    from tokred.methods.vidtome import VidToMe
-    from tokred.methods.visionzip import VisionZip
-    from tokred.methods.vispruner import VisPruner
-    from tokred.methods.visual_baselines import DownsampleVisual, RandomVisual, UniformVisual
-    from tokred.methods.vomix import VoMix
-    from tokred.methods.vscan import VScan, VScanLayer
-    from tokred.methods.vtm import VTM
-    from tokred.methods.zero_tprune import ZeroTPrune
-    from tokred.methods.zeromerge import ZeroMerge
-    from tokred.propagation import choose_tsp_layer
+    from tokred import bench, kv
+    from tokred.analysis import viz
+    from tokred.analysis.tsp_layer import choose_tsp_layer
+    from tokred.methods.diffusion.asymrnr import AsymRnR
+    from tokred.methods.diffusion.catome import CAToMe
+    from tokred.methods.diffusion.ibtm import IBTM
+    from tokred.methods.diffusion.keymerge import KeyMerge
+    from tokred.methods.diffusion.random_latent import RandomLatentPrune
+    from tokred.methods.diffusion.sdtm import SDTM
+    from tokred.methods.diffusion.todo import ToDo
+    from tokred.methods.diffusion.toma import ToMA
+    from tokred.methods.diffusion.tomesd import ToMeSD
+    from tokred.methods.diffusion.vidtome import VidToMe
+    from tokred.methods.encoder.algm import ALGM
+    from tokred.methods.encoder.ats import ATS
+    from tokred.methods.encoder.downsample import Downsample
+    from tokred.methods.encoder.evit import EViT
+    from tokred.methods.encoder.kth import KthMerge
+    from tokred.methods.encoder.ltp import LTP
+    from tokred.methods.encoder.pitome import PiToMe
+    from tokred.methods.encoder.ppt import PPT
+    from tokred.methods.encoder.random import RandomMerge, RandomPrune
+    from tokred.methods.encoder.saint import SAINT
+    from tokred.methods.encoder.spatten import SpAtten
+    from tokred.methods.encoder.tinychart import TinyChart
+    from tokred.methods.encoder.tofu import ToFu
+    from tokred.methods.encoder.tokentm import TokenTMPrune
+    from tokred.methods.encoder.tome import ToMe
+    from tokred.methods.encoder.vomix import VoMix
+    from tokred.methods.encoder.vtm import VTM
+    from tokred.methods.encoder.zero_tprune import ZeroTPrune
+    from tokred.methods.kv.adakv import AdaKV
+    from tokred.methods.kv.cake import CAKE
+    from tokred.methods.kv.criticalkv import CriticalKV
+    from tokred.methods.kv.duoattention import DuoAttention
+    from tokred.methods.kv.expected_attention import ExpectedAttention
+    from tokred.methods.kv.h2o import H2O
+    from tokred.methods.kv.keydiff import KeyDiff
+    from tokred.methods.kv.keyformer import Keyformer
+    from tokred.methods.kv.knorm import KNorm
+    from tokred.methods.kv.kv import KVPolicy
+    from tokred.methods.kv.kvzip import KVzip
+    from tokred.methods.kv.lagkv import LagKV
+    from tokred.methods.kv.limited import Limited
+    from tokred.methods.kv.observed_attention import ObservedAttention
+    from tokred.methods.kv.pyramidkv import PyramidKV
+    from tokred.methods.kv.random_evict import RandomEvict
+    from tokred.methods.kv.rpc import RPC
+    from tokred.methods.kv.snapkv import SnapKV
+    from tokred.methods.kv.squeezeattention import SqueezeAttention
+    from tokred.methods.kv.streaming_llm import StreamingLLM
+    from tokred.methods.kv.tova import TOVA
+    from tokred.methods.kv.zeromerge import ZeroMerge
+    from tokred.methods.vlm.cat import CAT
+    from tokred.methods.vlm.cdpruner import CDPruner
+    from tokred.methods.vlm.divprune import DivPrune
+    from tokred.methods.vlm.fastervlm import FasterVLM
+    from tokred.methods.vlm.fastkv import FastKV
+    from tokred.methods.vlm.fastv import FastV
+    from tokred.methods.vlm.flash_vl import FlashVL, Nemotron
+    from tokred.methods.vlm.hired import HiRED
+    from tokred.methods.vlm.prumerge import PruMerge, PruMergePlus
+    from tokred.methods.vlm.pyramiddrop import PyramidDrop
+    from tokred.methods.vlm.saint_vlm import SAINTLayer, SAINTVisual
+    from tokred.methods.vlm.sparsevlm import SparseVLM
+    from tokred.methods.vlm.topv import TopV
+    from tokred.methods.vlm.visionzip import VisionZip
+    from tokred.methods.vlm.vispruner import VisPruner
+    from tokred.methods.vlm.visual_baselines import DownsampleVisual, RandomVisual, UniformVisual
+    from tokred.methods.vlm.vscan import VScan, VScanLayer
 
 __version__ = "0.1.0"
 
 _CLASSES = {target.partition(":")[2]: target for target in _methods.TARGETS.values()}
-_CLASSES["choose_tsp_layer"] = "tokred.propagation:choose_tsp_layer"
+_PACKAGES = {"bench": "tokred.bench", "kv": "tokred.kv", "viz": "tokred.analysis.viz"}
+_CLASSES["choose_tsp_layer"] = "tokred.analysis.tsp_layer:choose_tsp_layer"
 
 __all__ = [
     "ALGM",
@@ -171,6 +175,7 @@ __all__ = [
     "Limited",
     "Method",
     "MissingInputError",
+    "MovedWarning",
     "Nemotron",
     "NothingRecordedError",
     "NothingRemovedWarning",
@@ -223,12 +228,14 @@ __all__ = [
     "__version__",
     "applied",
     "apply",
+    "bench",
     "choose_tsp_layer",
     "explain",
     "flops",
     "from_dict",
     "kv",
     "kv_cache",
+    "list_methods",
     "make",
     "methods",
     "patched",
@@ -237,13 +244,17 @@ __all__ = [
     "report",
     "supports",
     "trace",
+    "viz",
 ]
+
+
+_moved.install()
 
 
 def __getattr__(name: str) -> Any:
     """Method classes by their own names (``tokred.ToMe``), imported when first used."""
-    if name == "kv":
-        return importlib.import_module("tokred.kv")
+    if name in _PACKAGES:
+        return importlib.import_module(_PACKAGES[name])
     target = _CLASSES.get(name)
     if target is None:
         raise AttributeError(f"module 'tokred' has no attribute {name!r}")

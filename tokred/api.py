@@ -1,9 +1,10 @@
-"""What a user calls: apply, remove, applied, supports, report, trace, flops, methods."""
+"""What a user calls: apply, remove, applied, supports, report, trace, flops, list_methods."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fnmatch
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
@@ -11,16 +12,17 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 from torch import nn
 
 from tokred import hosts
+from tokred.core.method import Method
+from tokred.core.reduction import Reduction
+from tokred.core.registry import methods as registered
+from tokred.core.site import Stage
 from tokred.errors import NothingRecordedError, NothingRemovedWarning
 from tokred.hosts import CacheReport, DenoiserReport
-from tokred.method import Method
 from tokred.patch import ATTRIBUTE, Part, Patch
-from tokred.reduction import Reduction
-from tokred.registry import methods as registered
 from tokred.vlm.report import VisualReport
 
 if TYPE_CHECKING:
-    from tokred.adapters.host import Host
+    from tokred.adapters.encoder.host import Host
 
 ModelT = TypeVar("ModelT")  # a module, or a pipeline that holds one
 MethodLike = str | Method | Sequence[str | Method]
@@ -28,9 +30,28 @@ Expose = Literal["auto", "none", "last", "all"]
 Windows = Literal["auto", "global", "windowed", "all"]
 
 
-def methods() -> list[str]:
-    """Names of all methods."""
-    return list(registered)
+def list_methods(pattern: str = "*", *, stage: Stage | None = None, model: nn.Module | None = None) -> list[str]:
+    """The names of the methods, in the order of the alphabet.
+
+    Args:
+        pattern: shell-style, such as ``"*merge*"``; without a wildcard, the names that contain it.
+        stage: only methods that act there: ``"block"``, ``"attention"``, ``"projector"``, ``"layer"``, ``"cache"``.
+        model: only methods that run on this model, as :func:`supports` says.
+
+    Raises:
+        ValueError: there is no such stage.
+    """
+    if stage is not None and stage not in hosts.STAGES:
+        raise ValueError(f"stage is {stage!r}; allowed are {', '.join(map(repr, hosts.STAGES))}")
+    if not any(c in pattern for c in "*?["):
+        pattern = f"*{pattern}*"
+    names = [name for name in registered if fnmatch.fnmatchcase(name, pattern.lower())]
+    if stage is not None:
+        names = [name for name in names if any(m.stage == stage for m in registered.get(name)().members)]
+    if model is not None:
+        runs = {row.method for row in supports(model) if row.works}
+        names = [name for name in names if name in runs]
+    return names
 
 
 def make(method: str | Method, **parameters: Any) -> Method:
@@ -106,7 +127,7 @@ def apply(
         MissingInputError: the method reads what this model does not supply.
         UnknownMethodError, TypeError, ValueError: the method or a parameter is wrong.
     """
-    from tokred.adapters.host import unpatch
+    from tokred.adapters.encoder.host import unpatch
 
     chosen = _several(method, parameters)
     if expose not in ("auto", "none", "last", "all"):
@@ -132,7 +153,7 @@ def apply(
 
 def remove(model: ModelT) -> ModelT:
     """Take every patch off ``model``: classes, forwards and hooks are those it had. Harmless without one."""
-    from tokred.adapters.host import unpatch
+    from tokred.adapters.encoder.host import unpatch
 
     unpatch(hosts.module_of(model))
     return model
@@ -228,7 +249,7 @@ def report(model: nn.Module) -> Report | CacheReport | DenoiserReport | VisualRe
     Raises:
         NothingRecordedError: the model is not patched, or no uncompiled forward has run since.
     """
-    from tokred.adapters.host import shared_of
+    from tokred.adapters.encoder.host import shared_of
 
     blocks = bool(shared_of(hosts.module_of(model)))
     if hosts.visual_settings(model) is not None:
@@ -267,7 +288,7 @@ def trace(model: nn.Module) -> Reduction:
 
 
 def _shared(model: nn.Module) -> Any:
-    from tokred.adapters.host import shared_of
+    from tokred.adapters.encoder.host import shared_of
 
     found = shared_of(model)
     if not found:

@@ -44,5 +44,9 @@ class NothingRemovedWarning(TokredWarning):
     """A method is applied with settings, or ran in a place, that leave all tokens; the message says what to give."""
 
 
+class MovedWarning(TokredWarning):
+    """A name of tokred is used by the path that it had in an older version; the message has the new one."""
+
+
 class UntestedVersionWarning(TokredWarning):
     """A host library is older or newer than the versions that tokred was tested with."""

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from tokred.core.method import Method
+from tokred.core.registry import methods as registered
 from tokred.errors import MissingInputError, NothingRecordedError, UnknownModelError, UnsupportedModelError
-from tokred.method import Method
 from tokred.patch import patches_of
-from tokred.registry import methods as registered
 from tokred.vlm.report import LayerTokens, VisualReport
 
 # Stages that some adapter offers, the usual one first.

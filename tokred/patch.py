@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from tokred.method import Method
+from tokred.core.method import Method
 
 ATTRIBUTE = "_tokred_patch"
 

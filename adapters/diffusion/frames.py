@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokred.denoise import Place
+from tokred.core.reduction import Reduction
+from tokred.core.tiles import Tile, TileReduction
+from tokred.diffusion.site import Place
 from tokred.errors import UnsupportedModelError
-from tokred.reduction import Reduction
-from tokred.tiles import Tile, TileReduction
 
 
 def one_frame(place: Place) -> Place:

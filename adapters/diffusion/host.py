@@ -14,12 +14,12 @@ from tokred.adapters.diffusion.clips import EnterClip
 from tokred.adapters.diffusion.rotary import EnterPacked
 from tokred.adapters.diffusion.session import EnterBlock, EnterDenoiser, LeaveBlock, LeaveDenoiser, Session
 from tokred.adapters.diffusion.sublayers import Kind, Spot
-from tokred.adapters.supplier import Supplier
+from tokred.adapters.host import Supplier
 from tokred.adapters.swap import check_entrance, host_class, swap
 from tokred.adapters.watch import Watch, hang
-from tokred.denoise import AttentionMethod
+from tokred.core.method import Method
+from tokred.diffusion.method import AttentionMethod
 from tokred.errors import MissingInputError, UnsupportedModelError
-from tokred.method import Method
 from tokred.patch import Patch
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from tokred.reduction import Reduction
+from tokred.core.reduction import Reduction
 
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tokred.adapters.diffusion.session import EnterDenoiser, Plan, Session
+from tokred.core.reduction import Reduction
 from tokred.errors import UnsupportedModelError
-from tokred.reduction import Reduction
 
 # What hosts call the tables of their rotary embedding.
 TABLES = ("image_rotary_emb", "rotary_emb")

@@ -13,10 +13,11 @@ from tokred.adapters.diffusion.inside import Halves
 from tokred.adapters.diffusion.steps import Steps
 from tokred.adapters.swap import Hook
 from tokred.adapters.watch import Watch
-from tokred.denoise import AttentionMethod, AttentionSite, Place, Side, place_of, step_key
+from tokred.core.reduction import Reduction
+from tokred.diffusion.method import AttentionMethod
+from tokred.diffusion.site import AttentionSite, Place, Side, place_of, step_key
 from tokred.errors import NothingRemovedWarning, UnsupportedModelError
 from tokred.kernels.merge_rows import unmerge_rows
-from tokred.reduction import Reduction
 
 if TYPE_CHECKING:
     from tokred.adapters.diffusion.sublayers import Spot

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tokred.denoise import AttentionMethod, Place, Step
+from tokred.diffusion.method import AttentionMethod
+from tokred.diffusion.site import Place, Step
 
 # Samples whose plans are kept from the first step of an image. A model of one step runs every image at one time, which
 # cannot be told from the tiles of a large first step; later steps keep what they have, however much it is.

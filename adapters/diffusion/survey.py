@@ -13,7 +13,7 @@ from tokred.adapters.diffusion.clips import CLIPS, clip
 from tokred.adapters.diffusion.host import DENOISERS, DenoiserHost, known_as, match
 from tokred.adapters.diffusion.session import Session, SpotRecord
 from tokred.adapters.swap import host_class
-from tokred.denoise import AttentionMethod
+from tokred.diffusion.method import AttentionMethod
 from tokred.patch import Patch
 
 TEXT = 77  # tokens of a prompt, as CLIP's
@@ -47,7 +47,7 @@ def survey(host: DenoiserHost, method: AttentionMethod, size: tuple[int, ...]) -
     Raises:
         ValueError: the method's parameters do not fit the grids there, or the size has frames where it should not.
     """
-    from tokred.adapters.host import unpatch
+    from tokred.adapters.encoder.host import unpatch
 
     model = meta_copy(host.model)
     unpatch(model)

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokred.adapters.block import split_heads
+from tokred.adapters.encoder.block import split_heads
 from tokred.adapters.swap import Hook
-from tokred.vlm.site import Tile
-from tokred.vlm.tiles import Tiles
+from tokred.vlm.before_llm import Tile
+from tokred.vlm.tools.tiles import Tiles
 
 # What this thread knows of the forward in flight: ``call``, ``forward``, ``tap``, ``labels``, ``done``; and ``last``,
 # the records of the features that it made last, by model.

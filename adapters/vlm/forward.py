@@ -28,8 +28,8 @@ from tokred.adapters.vlm.sites import (
 )
 from tokred.adapters.vlm.step import LayerCount
 from tokred.adapters.vlm.track import Group, Track, extended, physical_length, set_track, track_of
+from tokred.core.method import Method
 from tokred.errors import BypassedError, MissingInputError
-from tokred.method import Method
 
 
 class Forward:

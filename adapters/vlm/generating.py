@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from tokred.adapters.cache.generate import prompt_length
 from tokred.adapters.contract import PREPARE_CACHE, cache_of
+from tokred.adapters.kv.generate import prompt_length
 from tokred.adapters.swap import Standin
 
 PROMPT = "_tokred_prompt"

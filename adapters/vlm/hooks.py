@@ -19,8 +19,8 @@ from tokred.adapters.vlm.generating import PROMPT, refuse
 from tokred.adapters.vlm.placeholders import fill
 from tokred.adapters.vlm.step import LayerCount
 from tokred.adapters.vlm.track import track_of
+from tokred.core.method import Method
 from tokred.errors import BypassedError
-from tokred.method import Method
 
 
 class VisualSettings:

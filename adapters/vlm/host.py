@@ -9,20 +9,20 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from tokred.adapters.cache.host import match as match_language
-from tokred.adapters.cache.host import refusal as cache_refusal
 from tokred.adapters.contract import PREPARE_CACHE
-from tokred.adapters.supplier import Supplier
+from tokred.adapters.encoder.transformers import is_tower
+from tokred.adapters.host import Supplier
+from tokred.adapters.kv.host import match as match_language
+from tokred.adapters.kv.host import refusal as cache_refusal
 from tokred.adapters.swap import host_class, swap
-from tokred.adapters.transformers import is_tower
 from tokred.adapters.vlm.facts import FACTS, Facts, class_tokens, describe, feature_layer, tower_attention, tower_layers
 from tokred.adapters.vlm.fused import last_attention
 from tokred.adapters.vlm.layers import LayerList
 from tokred.adapters.vlm.sites import OF_TOWER
+from tokred.core.method import Method
+from tokred.core.registry import methods as registered
 from tokred.errors import MissingInputError, UnsupportedModelError
-from tokred.method import Method
 from tokred.patch import Patch
-from tokred.registry import methods as registered
 from tokred.vlm.layered import LayerMethod
 
 # Key of what the hooks of both stages share.
@@ -185,7 +185,7 @@ class VisualHost(Supplier):
             swap(layers, "layers", LayerList())
 
     def _hang(self, settings: Any) -> None:
-        from tokred.adapters.cache.hooks import argument_names
+        from tokred.adapters.kv.hooks import argument_names
         from tokred.adapters.vlm import hooks
         from tokred.adapters.vlm.features import TowerTap
         from tokred.adapters.vlm.generating import CachePreparer

@@ -14,8 +14,8 @@ from tokred.adapters.vlm.pack import Packed, gather_columns, last_real, pack_slo
 from tokred.adapters.vlm.rows import Input, heads_of, norm_behind_attention, values_of
 from tokred.adapters.vlm.step import LayerCount, Step
 from tokred.adapters.vlm.track import Group, extended
-from tokred.reduction import Reduction
-from tokred.vlm.layer_site import LayerSite, Prompt
+from tokred.core.reduction import Reduction
+from tokred.vlm.in_llm import LayerSite, Prompt
 
 
 class Inner:

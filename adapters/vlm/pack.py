@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tokred.reduction import Reduction
+from tokred.core.reduction import Reduction
 
 PAIRS = (
     "a mask for each pair of tokens does not fit a cache whose prompt was pruned: give attention_mask as [B, L] with "

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from tokred.adapters.vlm.features import Part, Picture, Span, Tap
-from tokred.vlm.places import grid_places, sides
-from tokred.vlm.site import Tile
-from tokred.vlm.tiles import Tiles
+from tokred.vlm.before_llm import Tile
+from tokred.vlm.tools.places import grid_places, sides
+from tokred.vlm.tools.tiles import Tiles
 
 
 def lengths(output: Any) -> list[int]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tokred.adapters.swap import host_class
-from tokred.vlm.layer_site import Heads
+from tokred.vlm.in_llm import Heads
 
 
 class Input(NamedTuple):

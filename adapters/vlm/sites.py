@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from tokred.adapters.vlm.features import Part, Picture, Record
+from tokred.core.method import Method
+from tokred.core.reduction import Reduction
 from tokred.errors import MissingInputError
 from tokred.kernels.column_scores import column_scores
-from tokred.method import Method
-from tokred.reduction import Reduction
-from tokred.vlm.site import VisualSite
+from tokred.vlm.before_llm import VisualSite
 
 # What methods take from the tower's attention.
 OF_TOWER = frozenset({"q", "k", "class_attention", "attention", "tower_layers"})

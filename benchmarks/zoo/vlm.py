@@ -1,7 +1,7 @@
 """A small real VLM as transformers' LLaVA: DINOv2 ViT-S/14 at 224 px (256 tokens), two-layer projector, SmolLM2-135M.
 
 Both ends are frozen and come from the carriers of :mod:`benchmarks.zoo.dinov2` and :mod:`benchmarks.zoo.smollm2`; the
-projector was trained by ``benchmarks/train_vlm.py`` and lies beside this file. The model names the piece of clothing
+projector was trained by ``benchmarks/vlm/train.py`` and lies beside this file. The model names the piece of clothing
 in a scene: an item of Fashion-MNIST, 84 to 224 pixels large, anywhere on a cloudy background.
 """
 

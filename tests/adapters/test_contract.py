@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import tokred
-from tokred import versions
 from tokred.adapters import contract
+from tokred.core import versions
 
 ADAPTERS = Path(__file__).resolve().parents[2] / "adapters"
 SOURCES = [p for p in ADAPTERS.rglob("*.py") if p.name != "contract.py" and "tiny" not in p.parts]
@@ -85,7 +85,7 @@ def test_imported_names_of_the_contract_are_imported_there_alone():
 
 def test_an_untested_host_warns_once_and_names_both_versions(monkeypatch):
     torch_nn = pytest.importorskip("timm") and __import__("torch").nn
-    from tests.adapters import tiny_timm
+    from tests.encoder import tiny_timm
 
     model = tiny_timm.build("vit")
     monkeypatch.setattr(versions, "tested", lambda: {"timm": versions.Bounds("0.1", "0.2")})

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 pytest.importorskip("timm")
 
 import tokred
-from tests.adapters import tiny_timm, tiny_transformers
+from tests.encoder import tiny_timm, tiny_transformers
 from tokred import adapters
 from tokred.adapters.linear import constant, features, linear, macs, matrices, value_transform
 

@@ -17,7 +17,7 @@ from torch import nn
 pytest.importorskip("timm")
 
 import tokred
-from tests.adapters import tiny_open_clip, tiny_timm, tiny_transformers, tiny_windows
+from tests.encoder import tiny_open_clip, tiny_timm, tiny_transformers, tiny_windows
 
 CPU = torch.device("cpu")
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from benchmarks import comparison
+from benchmarks.encoder import comparison
 
 
 def test_the_committed_page_is_the_generated_one():
-    assert comparison.page() == comparison.PAGE.read_text(), "run benchmarks/comparison.py and commit the page"
+    assert comparison.page() == comparison.PAGE.read_text(), "python -m benchmarks encoder/comparison"
 
 
 def test_nothing_is_extrapolated():

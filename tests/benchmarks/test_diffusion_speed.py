@@ -1,4 +1,4 @@
-"""``benchmarks/diffusion_speed.py``: what it builds, and that its rows can be read."""
+"""``benchmarks/diffusion/speed.py``: what it builds, and that its rows can be read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("diffusers")
 
 import tokred
-from benchmarks import diffusion_speed as speed
+from benchmarks.diffusion import speed
 
 
 def test_rows(tmp_path: Path) -> None:

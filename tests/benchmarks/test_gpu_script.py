@@ -17,19 +17,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.kernel_bench import cpu_run, cuda_clock, gpu_run, matching, rows
-from benchmarks.kernel_bench.case import Draw, Run
-from benchmarks.kernel_bench.check import check, errors, poisoned
-from benchmarks.kernel_bench.table import CHECKS, GOALS, OTHERS, Goal, floor_of
+from benchmarks.kernels import cpu_run, cuda_clock, gpu_run, matching, rows
+from benchmarks.kernels.case import Draw, Run
+from benchmarks.kernels.check import check, errors, poisoned
+from benchmarks.kernels.table import CHECKS, GOALS, OTHERS, Goal, floor_of
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 
 
 def start(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
+    run = [str(ROOT / "benchmarks" / script)] if script.endswith(".py") else ["-m", "benchmarks", script]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=250)
+    # Scripts run from any folder; `-m benchmarks` from the top of the checkout.
+    cwd = None if script.endswith(".py") else ROOT
+    command = [sys.executable, *run, *arguments]
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=250, cwd=cwd)
 
 
 @pytest.mark.slow
@@ -51,7 +54,7 @@ def test_interpreted(tmp_path: Path) -> None:
 def test_cpu_script(tmp_path: Path) -> None:
     path = tmp_path / "kernels.csv"
     settings = ("--tiny", "--rounds", "2", "--region", "0.1", "--threads", "1", "--out", str(path))
-    done = start("kernels_cpu.py", "--only", "match", "merge", "two passes", "decode", *settings)
+    done = start("kernels/cpu", "--only", "match", "merge", "two passes", "decode", *settings)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     with path.open(encoding="utf8") as file:
         records = list(csv.DictReader(file))
@@ -84,14 +87,14 @@ def test_uses_the_checkout() -> None:
         f"sys.path[:] = [p for p in sys.path if p not in ('', {str(ROOT)!r})]\n"
         f"sys.path.insert(0, {str(ROOT / 'benchmarks')!r})\n"
         "from checkout import use_checkout; use_checkout(); use_checkout()\n"
-        "import tokred, tokred.adapters, tokred.kernels.dispatch as d, benchmarks.kernel_bench as b\n"
+        "import tokred, tokred.adapters, tokred.kernels.dispatch as d, benchmarks.kernels as b\n"
         "print(*(m.__file__ for m in (tokred, tokred.adapters, d, b)), sep='\\n')"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     found = [Path(line).relative_to(ROOT).as_posix() for line in done.stdout.splitlines()]
     assert found == [
-        "tokred/__init__.py", "adapters/__init__.py", "kernels/dispatch.py", "benchmarks/kernel_bench/__init__.py",
+        "tokred/__init__.py", "adapters/__init__.py", "kernels/dispatch.py", "benchmarks/kernels/__init__.py",
     ]  # fmt: skip
 
 

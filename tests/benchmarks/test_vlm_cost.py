@@ -1,4 +1,4 @@
-"""``benchmarks/vlm_cost.py``: its rows can be read, times are taken where the work is, and nothing stays patched."""
+"""``benchmarks/vlm/cost.py``: its rows can be read, times are taken where the work is, and nothing stays patched."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch
 pytest.importorskip("transformers")
 
 import tokred
-from benchmarks import vlm_cost as cost
-from benchmarks import vlm_patch
-from benchmarks.vlm_shapes import CASES, build, prompt
+from benchmarks.vlm import cost
+from benchmarks.vlm import patch as vlm_patch
+from benchmarks.vlm.shapes import CASES, build, prompt
 from tokred.adapters.vlm.hooks import EnterLanguage
 
 METHODS = "random_visual,fastervlm,visionzip,fastv,saint_layer"

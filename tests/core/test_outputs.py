@@ -1,4 +1,4 @@
-from tokred import outputs
+from tokred.bench import results as outputs
 
 
 def test_rows_come_back_with_their_numbers(tmp_path):

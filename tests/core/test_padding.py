@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import tokred
-from tokred.method import Method
-from tokred.padding import reduce_each
-from tokred.soft import SoftReduction
+from tokred.core.method import Method
+from tokred.core.padding import reduce_each
+from tokred.core.soft import SoftReduction
 
 LENGTHS = (7, 4, 2)
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import tokred
-from tokred.registry import Registry
+from tokred.core.registry import Registry
 
 
 def test_every_registered_method_is_complete():
-    for name in tokred.methods():
+    for name in tokred.list_methods():
         method = tokred.make(name)
         assert method.name == name
         assert method.summary
@@ -46,6 +46,6 @@ def test_a_method_in_one_class_runs():
 
     r = tokred.make("every_second").reduce(tokred.Site(x=torch.zeros(2, 5, 1)))
     assert r.representative.tolist() == [[0, 2, 4]] * 2
-    from tokred.registry import methods
+    from tokred.core.registry import methods
 
     del methods._targets["every_second"]

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokred import Reduction
-from tokred.adapters.state import TokenState
-from tokred.soft import SoftReduction
+from tokred.adapters.encoder.state import TokenState
+from tokred.core.soft import SoftReduction
 
 
 def make(b=2, n=9, r=3, seed=0, prefix=1, **options) -> SoftReduction:

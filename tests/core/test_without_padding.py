@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tokred.matching import bipartite_soft_matching, without_padding
+from tokred.core.matching import bipartite_soft_matching, without_padding
 
 
 def test_padding_stays_padding():

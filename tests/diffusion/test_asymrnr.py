@@ -12,8 +12,8 @@ import torch.nn.functional as F
 import tokred
 from tests.diffusion.tiny import MODELS, inputs, run
 from tokred.adapters.diffusion.inside import Halves, Inside
-from tokred.denoise import AttentionSite, Place
-from tokred.grid import clip_destinations
+from tokred.diffusion.grid import clip_destinations
+from tokred.diffusion.site import AttentionSite, Place
 
 Q = torch.tensor([[1, 0], [0.9, 0.1], [0, 1], [0.1, 0.8]]).view(1, 1, 4, 2)
 K = torch.tensor([[1, 0], [0, 1], [0.8, 0.2], [0.1, 0.9]]).view(1, 1, 4, 2)

@@ -9,7 +9,7 @@ import torch
 
 import tokred
 from tests.diffusion.tiny import inputs, run, sd15
-from tokred.denoise import AttentionSite, Place
+from tokred.diffusion.site import AttentionSite, Place
 from tokred.kernels.similarity_rows import unit
 
 

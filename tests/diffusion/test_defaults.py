@@ -9,7 +9,7 @@ import torch
 
 import tokred
 from tests.diffusion.tiny import inputs, run, sd15
-from tokred.denoise import AttentionSite, Place
+from tokred.diffusion.site import AttentionSite, Place
 
 MERGING = {"max_downsample": 1, "sx": 2, "sy": 2, "use_rand": True, "merge_attn": True, "merge_crossattn": False,
            "merge_mlp": False}  # fmt: skip

@@ -123,7 +123,7 @@ def test_refusals():
 
 def test_command_line(tmp_path: Path):
     typer_testing = pytest.importorskip("typer.testing")
-    from tokred.cli import app
+    from tokred.cli.main import app
 
     def ask(*arguments: str) -> tuple[int, str]:
         done = typer_testing.CliRunner().invoke(app, ["explain", *arguments])

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import tokred
-from tokred.denoise import AttentionMethod, AttentionSite, Place
-from tokred.methods.sdtm import SDTMStage
-from tokred.methods.todo import SimilarKeys
-from tokred.tiles import TileReduction
+from tokred.core.tiles import TileReduction
+from tokred.diffusion.method import AttentionMethod
+from tokred.diffusion.site import AttentionSite, Place
+from tokred.methods.diffusion.sdtm import SDTMStage
+from tokred.methods.diffusion.todo import SimilarKeys
 
 FRAMES, GRID = 4, (9, 14)
 METHODS: dict[str, AttentionMethod] = {
@@ -38,7 +39,7 @@ METHODS: dict[str, AttentionMethod] = {
 
 
 def test_every_method_is_here():
-    names = [name for name in tokred.methods() if tokred.make(name).stage == "attention"]
+    names = [name for name in tokred.list_methods() if tokred.make(name).stage == "attention"]
     assert {name.partition(",")[0] for name in METHODS} | {"random_latent_prune"} == {*names, "random"}
 
 

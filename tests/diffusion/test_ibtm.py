@@ -12,7 +12,7 @@ import tokred
 from tests.diffusion.test_pipelines import image as pipeline_image
 from tests.diffusion.test_pipelines import stable_diffusion
 from tests.diffusion.tiny import MODELS, inputs, run, sd15
-from tokred.denoise import AttentionSite, Place, Step
+from tokred.diffusion.site import AttentionSite, Place, Step
 
 
 def site(x: torch.Tensor, grid: tuple[int, int], guidance: torch.Tensor | None, **more: Any) -> AttentionSite:

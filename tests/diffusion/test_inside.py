@@ -16,7 +16,7 @@ from tests.diffusion.tiny import MODELS, inputs, run
 from tokred.adapters.diffusion.frames import join_frames
 from tokred.adapters.diffusion.inside import Halves, Inside, masked_at
 from tokred.adapters.diffusion.weights import Weighed
-from tokred.denoise import Part
+from tokred.diffusion.site import Part
 
 # Sub-layers that see what they would in an unpatched denoiser, because no other is reduced.
 SPOTS = {

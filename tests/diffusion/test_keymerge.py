@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 import tokred
 from tests.diffusion.tiny import MODELS, inputs, run, sd15
-from tokred.denoise import AttentionSite, Place
-from tokred.grid import typical_tokens
+from tokred.diffusion.grid import typical_tokens
+from tokred.diffusion.site import AttentionSite, Place
 
 
 def site(x: torch.Tensor, grid: tuple[int, int], **more: Any) -> AttentionSite:

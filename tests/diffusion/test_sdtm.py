@@ -9,9 +9,9 @@ import torch
 
 import tokred
 from tests.diffusion.tiny import inputs, run, sd15
-from tokred.denoise import AttentionSite, Place, Step
+from tokred.diffusion.site import AttentionSite, Place, Step
 from tokred.kernels.similarity_rows import unit
-from tokred.methods.sdtm import SDTMStage
+from tokred.methods.diffusion.sdtm import SDTMStage
 
 
 def site(x: torch.Tensor, grid: tuple[int, int], **more: Any) -> AttentionSite:

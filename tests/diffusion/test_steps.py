@@ -12,7 +12,8 @@ import torch
 import tokred
 from tests.diffusion.tiny import inputs, run, sd15
 from tokred.adapters.diffusion.steps import Steps, on_grid
-from tokred.denoise import AttentionMethod, Place, Step
+from tokred.diffusion.method import AttentionMethod
+from tokred.diffusion.site import Place, Step
 
 PLACE = Place(16, (4, 4), 1)
 

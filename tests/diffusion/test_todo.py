@@ -8,9 +8,9 @@ import torch.nn.functional as F
 
 import tokred
 from tests.diffusion.tiny import inputs, run, sd15
-from tokred.denoise import AttentionSite, Place, Step
-from tokred.grid import kept_lines
-from tokred.methods.todo import SimilarKeys
+from tokred.diffusion.grid import kept_lines
+from tokred.diffusion.site import AttentionSite, Place, Step
+from tokred.methods.diffusion.todo import SimilarKeys
 
 
 def kept(grid: tuple[int, int], values: torch.Tensor | None = None, **parameters) -> list[float]:

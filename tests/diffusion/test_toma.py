@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import tokred
-from tokred.denoise import AttentionSite, Place
-from tokred.tiles import TileReduction, facility_location, soft_shares, tile_rows, tile_sizes
+from tokred.core.tiles import TileReduction, facility_location, soft_shares, tile_rows, tile_sizes
+from tokred.diffusion.site import AttentionSite, Place
 
 VALUES = torch.arange(1.0, 7, dtype=torch.float64).view(1, 6, 1)
 

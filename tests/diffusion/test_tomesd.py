@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokred
-from tokred.denoise import AttentionSite, Place, place_of, step_key
-from tokred.grid import cell_destinations, match_cells
+from tokred.diffusion.grid import cell_destinations, match_cells
+from tokred.diffusion.site import AttentionSite, Place, place_of, step_key
 
 ANGLES = [0, 3, 90, 94, 7, 12, 99, 105, 180, 181, 270, 272, 184, 190, 275, 281]
 VALUES = torch.arange(1.0, 17, dtype=torch.float64).view(1, 16, 1)

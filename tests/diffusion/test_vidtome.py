@@ -10,7 +10,7 @@ import torch
 
 import tokred
 from tests.diffusion.tiny import CLIPS, MODELS, inputs, run
-from tokred.denoise import AttentionSite, Place
+from tokred.diffusion.site import AttentionSite, Place
 
 
 def site(x: torch.Tensor, frames: int, grid: tuple[int, int], **more: Any) -> AttentionSite:

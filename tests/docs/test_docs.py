@@ -49,7 +49,7 @@ def blocks(page: str) -> Iterator[Block]:
 @pytest.fixture(autouse=True)
 def apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """A folder to write into, no switches from outside, and registered methods as they were before."""
-    from tokred.registry import methods
+    from tokred.core.registry import methods
 
     names = dict(methods._targets)
     torch.manual_seed(0)
@@ -106,19 +106,21 @@ BASELINES = {"uniform_visual", "downsample_visual"}
 def test_every_method_has_a_page() -> None:
     import tokred
 
-    built_in = {n for n in tokred.methods() if tokred.make(n).__class__.__module__.startswith("tokred.methods.")}
+    built_in = {n for n in tokred.list_methods() if tokred.make(n).__class__.__module__.startswith("tokred.methods.")}
     # Policies for caches are presets of the same few choices, and share a page.
     policies = {n for n in built_in if tokred.make(n).stage == "cache"}
-    pages = {p.stem for p in (ROOT / "docs" / "methods").glob("*.md")} - {"index", "comparison", "hosts"}
+    pages = {p.stem for p in (ROOT / "docs" / "methods").rglob("*.md")} - {"index", "comparison", "hosts"}
     with_page = built_in - policies - BASELINES
     assert pages - (policies - {"kv"}) == with_page | {"kv"}
-    overview = (ROOT / "docs" / "methods" / "index.md").read_text("utf-8")
-    assert all(f"({name}.md)" in overview for name in with_page)
-    baselines = (ROOT / "docs" / "methods" / "random_visual.md").read_text("utf-8")
+    folder = ROOT / "docs" / "methods"
+    overview = (folder / "index.md").read_text("utf-8")
+    wings = {name: tokred.make(name).__class__.__module__.split(".")[2] for name in with_page}
+    assert all(f"({wing}/{name}.md)" in overview for name, wing in wings.items())
+    baselines = (folder / "vlm" / "random_visual.md").read_text("utf-8")
     assert all(f"`{name}`" in baselines for name in BASELINES)
-    shared = (ROOT / "docs" / "methods" / "kv.md").read_text("utf-8")
+    shared = (folder / "kv" / "kv.md").read_text("utf-8")
     assert all(f"\n### {name}\n" in shared for name in policies - pages)
-    assert "(kv.md)" in overview
+    assert "(kv/kv.md)" in overview
 
 
 def test_readme_has_two_commands() -> None:

@@ -294,7 +294,7 @@ def test_merge_examples():
     ],
 )
 def test_merged_rows_in_the_attention(alpha, weights, output):
-    from tokred.adapters.cache.attention import attend
+    from tokred.adapters.kv.attention import attend
 
     k = torch.tensor([[[[1, 2 / 3], [1, 0], [0, 2], [1, -1], [0.5, 0.5]]]])
     v = torch.tensor([[[[4.0, 5], [0, 1], [8, 9], [10, 11], [9, 9]]]])
@@ -356,7 +356,7 @@ def test_merging_conserves_totals(n, dense, pads, seed):
 
 def test_a_residual_row_of_equal_members_is_exact():
     pytest.importorskip("transformers")
-    from tokred.adapters.cache.attention import attend
+    from tokred.adapters.kv.attention import attend
 
     torch.manual_seed(0)
     k, v, q = torch.randn(1, 1, 5, 4), torch.randn(1, 1, 5, 4), torch.randn(1, 1, 1, 4)
@@ -385,7 +385,7 @@ def test_parts_are_checked():
 def test_every_policy_is_written_down_and_read_back():
     import json
 
-    for name in tokred.methods():
+    for name in tokred.list_methods():
         method = tokred.make(name)
         if method.stage == "cache":
             text = json.loads(json.dumps(method.to_dict()))

@@ -15,8 +15,8 @@ import transformers
 
 import tokred
 from tests.kv.tiny import POLICIES, SMALL, Scatter, build, padded, prompt
-from tokred.adapters.cache.caches import TokCache
-from tokred.adapters.cache.masks import MaskSpec
+from tokred.adapters.kv.cache import TokCache
+from tokred.adapters.kv.masks import MaskSpec
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
 

@@ -11,9 +11,9 @@ import tokred
 from tests.kv.test_turns import TURNS, turns
 from tests.kv.tiny import POLICIES, build, padded, prompt
 from tokred import kv
-from tokred.adapters.cache.rope import LayerRope
+from tokred.adapters.kv.rope import LayerRope
 from tokred.kv import CacheSite, Padding, When
-from tokred.kv.session import Session
+from tokred.kv.engine import Session
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -250,7 +250,7 @@ def test_padding_is_hidden_from_queries_over_flat_rows():
 # ---------------------------------------------------------------- edges
 
 
-NAMES = [n for n in tokred.methods() if tokred.make(n).stage == "cache" and n not in ("limited", "duoattention")]
+NAMES = [n for n in tokred.list_methods() if tokred.make(n).stage == "cache" and n not in ("limited", "duoattention")]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import tokred
 from tests.kv.masked import evicted_rows, masked_reference
 from tests.kv.tiny import Scatter, build, padded, prompt
-from tokred.adapters.cache.flat import Flat, attend_to_both, flatten
+from tokred.adapters.kv.flat import Flat, attend_to_both, flatten
 from tokred.kernels.decode_attention import SENTINEL
 from tokred.kv import Adaptive, KeyNorm, Merge, When, Window
 

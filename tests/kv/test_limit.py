@@ -14,7 +14,7 @@ import tokred
 from tests.kv.masked import evicted_rows, masked_reference
 from tests.kv.tiny import build, padded, prompt
 from tokred import kv
-from tokred.adapters.cache.layer import TokLayer
+from tokred.adapters.kv.layer import TokLayer
 from tokred.kv.limit import Ledger, size_text
 
 SMALL = {
@@ -36,7 +36,7 @@ REFUSED = {
     "rpc": "generated rows alone",
     "limited": "has one already",
 }
-ABLE = [n for n in tokred.methods() if tokred.make(n).stage == "cache" and n not in REFUSED]
+ABLE = [n for n in tokred.list_methods() if tokred.make(n).stage == "cache" and n not in REFUSED]
 # Two heads of 16 numbers twice, in float32, and a position each.
 ROW = 2 * (2 * 16 * 4 + 4)
 
@@ -278,7 +278,7 @@ def test_parameters():
     with pytest.raises(ValueError, match="chunk must be a whole number"):
         kv.When(chunk=-1)
     policy = limited("adakv")
-    from tokred.method import from_dict
+    from tokred.core.method import from_dict
 
     assert from_dict(policy.to_dict()) == policy
     assert policy.parts.budget.layers.amount == "40 KiB"

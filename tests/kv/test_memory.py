@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from benchmarks import kv_memory
+from benchmarks.kv import memory as kv_memory
 
 SHORT = 768
 # Pieces that a prompt of this length has several of.

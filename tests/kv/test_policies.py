@@ -9,7 +9,7 @@ pytest.importorskip("transformers")
 
 import tokred
 from tests.kv.tiny import POLICIES, build, padded, prompt
-from tokred.adapters.cache.layer import TokLayer
+from tokred.adapters.kv.layer import TokLayer
 from tokred.kernels.decode_attention import SENTINEL
 from tokred.kv import CacheSite, Merge, When
 from tokred.kv.scores.column_sum import MASS

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tokred.core.selection import ranked
 from tokred.kv.select import kept_mask
-from tokred.selection import ranked
 
 
 @settings(max_examples=200, deadline=None)

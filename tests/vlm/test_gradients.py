@@ -12,7 +12,7 @@ from torch import Tensor
 import tokred
 from tests.vlm import hosts, tiny
 from tests.vlm.test_methods import SOME
-from tokred.vlm.projector import ProjectorMethod
+from tokred.vlm.before_llm import ProjectorMethod
 
 MERGING = ["prumerge", "prumerge_plus", "visionzip", "downsample_visual", "flash_vl", "nemotron", "vscan", "cat"]
 KEEPING = ["divprune", "random_visual", "fastervlm"]

@@ -10,12 +10,12 @@ import transformers as t
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tokred
-from tests.methods.layered import layer_site
 from tests.vlm import hosts, oracle, tiny
+from tests.vlm.layered import layer_site
 from tests.vlm.test_methods import SOME
 from tests.vlm.test_tower import MAPS, SEEN, Look, _map
 from tokred.adapters.vlm.pictures import fewer
-from tokred.methods.topv import TopV, places
+from tokred.methods.vlm.topv import TopV, places
 from tokred.vlm import LayerSite
 
 GRIDDED = [

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import tokred
-from tests.methods.layered import columns_kept, layer_site
 from tests.vlm import hosts, oracle, tiny
+from tests.vlm.layered import columns_kept, layer_site
 from tests.vlm.test_methods import MERGING, NAMES, SOME
 from tests.vlm.uneven import Uneven, UnevenLayer
-from tokred.reduction import Reduction
+from tokred.core.reduction import Reduction
 from tokred.vlm.layered import LayerMethod
 
 ROWS: list[list[int | str]] = [[3, "image"], [2, "image", 1, "image"], [4, "image", 2], [9]]

@@ -67,7 +67,7 @@ ALL: dict[str, dict[str, Any]] = {
 
 def methods() -> list[str]:
     """The registered ones of these stages that act on visual tokens."""
-    found = [name for name in tokred.methods() if tokred.make(name).stage in STAGES]
+    found = [name for name in tokred.list_methods() if tokred.make(name).stage in STAGES]
     return [name for name in found if getattr(tokred.make(name), "visual", True)]
 
 

@@ -15,9 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import tokred
-from benchmarks import vlm_cost, vlm_patch
+from benchmarks.vlm import cost as vlm_cost
+from benchmarks.vlm import patch as vlm_patch
 from tests.vlm import hosts, tiny
-from tokred.vlm.cluster import density_peaks
+from tokred.vlm.tools.cluster import density_peaks
 
 N = 4096  # visual tokens
 
@@ -84,7 +85,9 @@ def most_of(model: Any, prompt: dict[str, Any], method: tokred.Method) -> int:
 
 
 def test_every_method_is_here():
-    stages = {name: tokred.make(name) for name in tokred.methods() if tokred.make(name).stage in ("projector", "layer")}
+    stages = {
+        name: tokred.make(name) for name in tokred.list_methods() if tokred.make(name).stage in ("projector", "layer")
+    }
     assert {name for name, method in stages.items() if getattr(method, "visual", True)} == {*vlm_cost.METHODS}
 
 
@@ -95,7 +98,7 @@ def test_no_matrix_of_all_pairs(name, model, prompt):
 
 
 def test_the_check_can_fail(model, prompt, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("tokred.methods.cdpruner"), "DENSE", N)
+    monkeypatch.setattr(importlib.import_module("tokred.methods.vlm.cdpruner"), "DENSE", N)
     assert most_of(model, prompt, made("cdpruner")) >= N * N
 
 

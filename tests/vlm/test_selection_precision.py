@@ -11,10 +11,10 @@ import tokred
 from tests.vlm import tiny
 from tests.vlm.test_methods import NAMES, SOME
 from tokred.vlm import LayerSite, VisualSite
-from tokred.vlm.layer_site import Heads, Prompt
+from tokred.vlm.in_llm import Heads, Prompt
 
 PROJECTOR = [n for n in NAMES if tokred.make(n).stage == "projector"]
-LAYER = [n for n in tokred.methods() if any(m.stage == "layer" for m in tokred.make(n).members)]
+LAYER = [n for n in tokred.list_methods() if any(m.stage == "layer" for m in tokred.make(n).members)]
 N, GRID = 144, (12, 12)
 MORE: dict[str, list[dict[str, Any]]] = {
     "cat": [

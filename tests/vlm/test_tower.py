@@ -12,8 +12,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tokred
 from tests.vlm import hosts, tiny
-from tokred.reduction import Reduction
-from tokred.vlm.projector import Budgeted
+from tokred.core.reduction import Reduction
+from tokred.vlm.before_llm import Budgeted
 
 SEEN: list[Any] = []
 MAPS: list[torch.Tensor] = []

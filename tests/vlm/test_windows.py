@@ -18,7 +18,7 @@ from tests.vlm.test_hosts import ROWS, both, second_turn
 from tests.vlm.tiny import TEXT
 from tests.vlm.uneven import Uneven, UnevenLayer
 from tokred.adapters.vlm.masks import check_kernel, windowed
-from tokred.methods.fastkv import FastKVPropagation
+from tokred.methods.vlm.fastkv import FastKVPropagation
 
 QWEN = {k: v for k, v in TEXT.items() if k != "head_dim"}
 METHODS = {

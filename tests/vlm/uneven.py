@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from tokred.reduction import Reduction
+from tokred.core.reduction import Reduction
+from tokred.vlm.before_llm import Budgeted
 from tokred.vlm.layered import LayerMethod
-from tokred.vlm.projector import Budgeted
 
 
 @dataclass(frozen=True)

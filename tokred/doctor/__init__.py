@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tokred import environment, versions
 from tokred.adapters import contract
+from tokred.core import environment, versions
 from tokred.doctor import installed
 from tokred.doctor.laws import LAWS, Case, one_line, run_law
 

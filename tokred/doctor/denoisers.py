@@ -10,9 +10,9 @@ from torch import Tensor
 
 import tokred
 from tokred import hosts
+from tokred.diffusion.grid import kept_lines
 from tokred.doctor.attention import LEFT, weighed
 from tokred.doctor.laws import BrokenLawError, Case, check_close
-from tokred.grid import kept_lines
 
 FACTOR = 2
 

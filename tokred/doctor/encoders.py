@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import tokred
 from tokred import hosts
+from tokred.core.reduction import Reduction
 from tokred.doctor.attention import LEFT, weighed
 from tokred.doctor.laws import BrokenLawError, Case, check_close
-from tokred.reduction import Reduction
 
 REMOVED = 5
 Check = Callable[[Case], None]

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tokred import environment, kernels, versions
+from tokred import kernels
+from tokred.core import environment, versions
 from tokred.kernels import dispatch
 
 # Libraries that an extra of tokred installs.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import tokred
-from tokred.method import Method
+from tokred.core.method import Method
 
 CLOSE = 1e-4  # of the largest value: sums in another order
 

@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tokred.core.reduction import Reduction
 from tokred.kv.parts import Fate, check_count
 from tokred.kv.select import Counts, equal, keep, kept_mask, largest, rows_of
 from tokred.kv.site import CacheSite
-from tokred.reduction import Reduction
 
 RESIDUAL = "residual"
 # Where a row stands in the layout of the paper, from 1 on; 0: among the newest, which have no slot yet.

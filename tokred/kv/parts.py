@@ -14,11 +14,11 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
+from tokred.core.reduction import Reduction
+from tokred.core.schedules import kept
 from tokred.kv.repeat import Repeats
 from tokred.kv.select import Counts
 from tokred.kv.site import CacheSite, Place
-from tokred.reduction import Reduction
-from tokred.schedules import kept
 
 P = TypeVar("P", bound="Part")
 _PARTS: dict[str, type[Part]] = {}
@@ -47,7 +47,7 @@ class Score(Part):
     """How much each row of a cache matters.
 
     Attributes:
-        reads: what it takes from the site beyond keys and values, see :data:`tokred.site.READS`.
+        reads: what it takes from the site beyond keys and values, see :data:`tokred.core.site.READS`.
         accumulates: whether :meth:`observe` has to see every forward since the cache was empty.
         numbers: float32 numbers that it keeps for every row.
         whole: why it cannot judge a chunk of a prompt before the rest has come; empty: it can.

@@ -10,15 +10,15 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from tokred.core.method import Method
+from tokred.core.reduction import Reduction
+from tokred.core.schedules import check_share, kept
+from tokred.core.site import Site, Stage
 from tokred.kv.budgets import Uniform
 from tokred.kv.fates import Evict
 from tokred.kv.parts import Budget, Fate, Score, When, as_part, check_amount, check_count
 from tokred.kv.select import Counts
 from tokred.kv.site import CacheSite
-from tokred.method import Method
-from tokred.reduction import Reduction
-from tokred.schedules import check_share, kept
-from tokred.site import Site, Stage
 
 # What a budget is made of: a budget of tokred.kv, a share, tokens, or bytes.
 BudgetLike = Budget | float | int | str | None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokred.reduction import Reduction
+from tokred.core.reduction import Reduction
 
 # Rows to keep: one number a sample, or ``[B, Hk]`` int64, one a head.
 Counts = tuple[int, ...] | Tensor

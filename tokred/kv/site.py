@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokred.core.site import Site
 from tokred.errors import MissingInputError
 from tokred.kernels.column_scores import ColumnStatistics, column_scores, column_statistics
 from tokred.kernels.decode_attention import SENTINEL, visible_positions
@@ -24,7 +25,6 @@ from tokred.kv.described import Made as Made
 from tokred.kv.described import Padding as Padding
 from tokred.kv.described import Place as Place
 from tokred.kv.described import Rope as Rope
-from tokred.site import Site
 
 
 class CacheSite(Site):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokred.vlm.layer_site import LayerSite
-from tokred.vlm.site import Tile, VisualSite
+from tokred.vlm.before_llm import Tile, VisualSite
+from tokred.vlm.in_llm import LayerSite
 
 __all__ = ["LayerSite", "Tile", "VisualSite"]

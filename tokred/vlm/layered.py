@@ -8,10 +8,10 @@ from typing import ClassVar
 
 import torch
 
-from tokred.method import Method
-from tokred.reduction import Reduction
-from tokred.site import Site, Stage
-from tokred.vlm.layer_site import LayerSite
+from tokred.core.method import Method
+from tokred.core.reduction import Reduction
+from tokred.core.site import Site, Stage
+from tokred.vlm.in_llm import LayerSite
 
 
 class LayerMethod(Method):

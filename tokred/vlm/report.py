@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from tokred.method import Method
+from tokred.core.method import Method
 
 
 class LayerTokens(NamedTuple):

@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tokred.core.schedules import check_share, kept
 from tokred.kv.budgets.uniform import Uniform
 from tokred.kv.parts import Budget, as_part
 from tokred.kv.select import Counts, kept_mask
 from tokred.kv.site import CacheSite, Place
-from tokred.schedules import check_share, kept
 
 
 @dataclass(frozen=True)

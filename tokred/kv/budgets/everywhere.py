@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tokred.core.schedules import kept
 from tokred.kv.parts import Budget, check_amount
 from tokred.kv.select import kept_mask
 from tokred.kv.site import CacheSite, Place
-from tokred.schedules import kept
 
 
 @dataclass(frozen=True)

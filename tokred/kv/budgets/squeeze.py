@@ -6,9 +6,9 @@ import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tokred.core.schedules import check_share
 from tokred.kv.parts import Budget, check_amount, check_count
 from tokred.kv.site import CacheSite
-from tokred.schedules import check_share
 
 
 @dataclass(frozen=True)

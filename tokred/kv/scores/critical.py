@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokred.core.schedules import check_share, kept
 from tokred.kv.parts import Score, as_part
 from tokred.kv.repeat import Repeats
 from tokred.kv.select import Counts, kept_mask
 from tokred.kv.site import CacheSite
-from tokred.schedules import check_share, kept
 
 # Rows whose projected values are made at once: bounds the memory.
 _BLOCK = 1024

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from tokred.core.selection import hash_uniform
 from tokred.kv.parts import Score
 from tokred.kv.site import CacheSite
-from tokred.selection import hash_uniform
 
 
 @dataclass(frozen=True)

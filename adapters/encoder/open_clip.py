@@ -1,0 +1,129 @@
+"""open_clip: its own vision transformer. Text towers are never touched; timm trunks are the timm adapter's."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokred.adapters.encoder.block import Recipe
+from tokred.adapters.encoder.capture import Capture, MhaCapture
+from tokred.adapters.encoder.host import Host, argument_names
+from tokred.adapters.encoder.state import TokenState
+from tokred.adapters.swap import host_class
+from tokred.errors import UnsupportedModelError
+
+TOWER = "open_clip.transformer.VisionTransformer"
+REFUSED = {"ModifiedResNet": "it is a convolutional network without tokens"}
+
+
+def by_head(mask: Tensor, batch: int) -> Tensor:
+    """A mask ``(B * H, N, N)`` as ``(B, H, N, N)``; others as they are."""
+    return mask.reshape(batch, -1, *mask.shape[1:]) if mask.ndim == 3 else mask
+
+
+class OwnRecipe(Recipe):
+    """Blocks of open_clip's own attention, whose boolean masks hide where they are True."""
+
+    def real(self, kwargs: dict[str, Any], x: Tensor) -> Tensor | None:
+        """Tokens that its mask leaves visible."""
+        mask = kwargs.get("attn_mask")
+        if mask is None:
+            return None
+        return super().real({"attn_mask": by_head(~mask if mask.dtype == torch.bool else mask, len(x))}, x)
+
+    def gather(self, kwargs: dict[str, Any], state: TokenState, prefix: int) -> dict[str, Any]:
+        """A mask of each head in the shape that the attention does not take apart by the number of its tokens."""
+        mask, rows = kwargs.get("attn_mask"), state.representative
+        if mask is not None and rows is not None:
+            kwargs = {**kwargs, "attn_mask": by_head(mask, len(rows))}
+        return super().gather(kwargs, state, prefix)
+
+
+class MhaRecipe(Recipe):
+    """Blocks whose attention is ``nn.MultiheadAttention``."""
+
+    heads = False
+
+    def real(self, kwargs: dict[str, Any], x: Tensor) -> Tensor | None:
+        """Tokens that its mask leaves visible; the blocks add a boolean mask to the logits, where it hides nothing."""
+        mask = kwargs.get("attn_mask")
+        return None if mask is None else super().real({"attn_mask": by_head(mask.to(x.dtype), len(x))}, x)
+
+    def capture(self, block: nn.Module, bias: Tensor | None, state: TokenState) -> Capture:
+        """Watches the call around the fused attention, which is all that a mode can see."""
+        return MhaCapture(bias, state.length, state.representative)
+
+
+def match(model: nn.Module) -> Host | None:
+    """The host record of open_clip's vision transformer; None for everything else, whole CLIP models included.
+
+    Raises:
+        UnsupportedModelError: ``model`` is a vision tower that cannot be reduced rightly; the message says why.
+    """
+    cls = host_class(model)
+    for base in cls.__mro__:
+        if base.__module__.startswith("open_clip.") and base.__name__ in REFUSED:
+            raise UnsupportedModelError(
+                f"open_clip's {cls.__name__} cannot run with fewer tokens here: {REFUSED[base.__name__]}"
+            )
+    if TOWER not in {f"{c.__module__}.{c.__qualname__}" for c in cls.__mro__}:
+        return None
+    return _host(model)
+
+
+def _host(model: Any) -> Host:
+    blocks = [(f"transformer.resblocks.{i}", block) for i, block in enumerate(model.transformer.resblocks)]
+    if not blocks:
+        raise UnsupportedModelError("open_clip's VisionTransformer has no blocks")
+    if not getattr(model.transformer, "batch_first", True):
+        raise UnsupportedModelError("open_clip's VisionTransformer runs with batch_first=False; build it with True")
+    first = blocks[0][1]
+    recipe = MhaRecipe if isinstance(first.attn, nn.MultiheadAttention) else OwnRecipe
+    if recipe is OwnRecipe and not _fused(first.attn):
+        raise UnsupportedModelError(
+            f"the attention of {blocks[0][0]} ({type(first.attn).__name__}) is not fused (scaled cosine), so sizes "
+            "could not reach it"
+        )
+    return Host(
+        family="open_clip VisionTransformer",
+        model=model,
+        blocks=blocks,
+        recipe=recipe(False, {}, argument_names(first)),
+        prefix=1,
+        supplies=frozenset({"x", "q", "k", "v", "class_attention", "attention", "grid"}),
+        # CoCa hands all tokens on to its text decoder, through an attentional pooler or as they are.
+        pooled=_pools(model),
+        pools=_pools,
+        origin=model.conv1,
+        tokens=lambda shape: _tokens(model, shape),
+        outside_macs=lambda shape: _outside(model, shape),
+        grid=tuple(model.grid_size),
+    )
+
+
+def _pools(model: Any) -> bool:
+    """Whether all tokens are read behind the blocks."""
+    return model.attn_pool is not None or model.pool_type != "tok" or bool(model.output_tokens)
+
+
+def _fused(attention: Any) -> bool:
+    return getattr(attention, "logit_scale", None) is None and bool(getattr(attention, "use_fsdpa", False))
+
+
+def _patches(model: Any, shape: tuple[int, ...]) -> int:
+    conv = copy.deepcopy(model.conv1).to("meta")
+    with torch.no_grad():
+        return int(conv(torch.empty(1, *shape[-3:], device="meta")).flatten(2).shape[-1])
+
+
+def _tokens(model: Any, shape: tuple[int, ...]) -> int:
+    return _patches(model, shape) + 1
+
+
+def _outside(model: Any, shape: tuple[int, ...]) -> int:
+    """Patch embedding and projection; an attentional pooler is left out."""
+    projection = 0 if model.proj is None else model.proj.numel()
+    return _patches(model, shape) * int(model.conv1.weight.numel()) + int(projection)

@@ -1,0 +1,312 @@
+"""What belongs to a token sequence on its way through the blocks: sizes, the source map, and how they travel.
+
+The state rides on the block's output tensor as an attribute, so it follows the data through checkpointing, compilation,
+export and several forwards in flight. Where the attribute is lost (wrappers that rebuild tensors, such as FSDP2), a
+slot per block, checked by shape and address, gives it back; where neither is certain, an error is raised instead of a
+guess.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tokred.adapters.contract import backward_pass
+from tokred.adapters.encoder.sides import Note, Sides
+from tokred.adapters.watch import Watch
+from tokred.core.method import Method
+from tokred.core.reduction import Reduction
+from tokred.core.soft import SoftReduction
+from tokred.errors import NothingRecordedError, TokenStateError, UnsupportedModelError
+
+ATTRIBUTE = "_tokred_state"
+START = "_tokred_start"
+REENTRANT = (
+    "{method!r} drops tokens and this model reads them at full length, so gradients have to pass by the blocks, which "
+    "reentrant checkpointing cuts off: checkpoint with use_reentrant=False (transformers: "
+    'gradient_checkpointing_enable({{"use_reentrant": False}}); timm: timm.layers.set_reentrant_ckpt(False))'
+)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenState:
+    """State of one token sequence between two blocks.
+
+    Attributes:
+        length: ``N``, tokens before the first block.
+        size: ``(B, M)`` float32, original tokens per row; None while every row is one. Never half precision, which
+            cannot count past 256.
+        representative: ``(B, M)`` original position that each row stands at; None while nothing has moved.
+        steps: the reductions so far, first to last.
+        dropped: for each step, the features before it where it dropped tokens and they may have to be restored.
+        mask: ``(B, M)`` bool, False on padding; None: all real.
+        exposed: whether the tensor that carries this state has been restored to full length.
+        lengths: ``(B,)`` int64, real tokens before the first block where the batch was padded; None: ``length`` each.
+        heads: ``(B, H)`` bool, False on heads of the attention that have been left out; None: all are there.
+        rows, notes: what the method keeps for each token ``(B, M)`` and for each sample; None: nothing.
+        sides: how the original patches stand; None where that is not known.
+    """
+
+    length: int
+    size: Tensor | None = None
+    representative: Tensor | None = None
+    steps: tuple[Reduction, ...] = ()
+    dropped: tuple[Tensor | None, ...] = ()
+    mask: Tensor | None = None
+    exposed: bool = False
+    lengths: Tensor | None = None
+    heads: Tensor | None = None
+    rows: Mapping[str, Tensor] | None = None
+    notes: Mapping[str, Tensor] | None = None
+    sides: Sides | None = None
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """Rows and columns of the original patches (of one frame)."""
+        return None if self.sides is None else (self.sides.rows, self.sides.columns)
+
+    @property
+    def frames(self) -> int | None:
+        """Frames (or tubelets in time) that a video's tokens come from, frame after frame."""
+        return None if self.sides is None else self.sides.frames
+
+    def advance(self, step: Reduction, x: Tensor, keep_dropped: bool) -> tuple[TokenState, Tensor]:
+        """The state after ``step``, taken on tokens ``x``, and the tokens."""
+        rep = step.representative if self.representative is None else self.representative.gather(1, step.representative)
+        before = x if keep_dropped else None
+        y, size = step.step(x, self.size)
+        state = TokenState(self.length, size, rep, (*self.steps, step), (*self.dropped, before), step.mask)
+        return state._with(self, step), y
+
+    def with_exposed(self, exposed: bool) -> TokenState:
+        """The same state, for a tensor of full (or short) length."""
+        state = TokenState(self.length, self.size, self.representative, self.steps, self.dropped, self.mask, exposed)
+        return state._with(self)
+
+    def _with(self, before: TokenState, step: Reduction | None = None) -> TokenState:
+        """This state with what does not change from block to block, and with what few methods need, as it was, or after
+        ``step``."""
+        kept = (before.lengths, before.heads, before.rows, before.notes, before.sides)
+        if all(value is None for value in kept):
+            return self
+        rows = before.rows
+        if step is not None and rows is not None:
+            rows = {name: values.gather(1, step.representative) for name, values in rows.items()}
+        notes, sides = before.notes, before.sides
+        return replace(self, lengths=before.lengths, heads=before.heads, rows=rows, notes=notes, sides=sides)
+
+    def composed(self) -> Reduction | None:
+        """All steps as one reduction, or None when there was none."""
+        if not self.steps:
+            return None
+        total = self.steps[0]
+        for step in self.steps[1:]:
+            total = total.then(step)
+        return total
+
+    def restore(self, y: Tensor) -> Tensor:
+        """``(B, M, C)`` back to ``(B, N, C)``. A dropped token takes its last features before it was dropped."""
+        soft = any(isinstance(step, SoftReduction) for step in self.steps)  # shares do not compose
+        if not soft and all(x is None for x in self.dropped):
+            total = self.composed()
+            return y if total is None else total.unmerge(y)
+        for step, before in zip(reversed(self.steps), reversed(self.dropped), strict=True):
+            y = step.unmerge(y, fill=before)
+        return y
+
+    def shorten(self, x: Tensor) -> Tensor:
+        """``(B, N, C)`` to the rows of this state: the inverse of :meth:`restore`."""
+        if self.representative is None:
+            return x
+        rows = self.representative + torch.arange(x.shape[0], device=x.device).unsqueeze(1) * x.shape[1]
+        return x.reshape(-1, x.shape[-1]).index_select(0, rows.reshape(-1)).view(*rows.shape, x.shape[-1])
+
+
+class LayerRecord(NamedTuple):
+    """What one block did in the last forward."""
+
+    tokens_in: int
+    tokens_out: int
+    state: TokenState
+
+
+class Slot(NamedTuple):
+    pointer: int
+    shape: torch.Size
+    state: TokenState
+
+
+class Shared:
+    """What the blocks of one patched model share: the method, the slots and the record of the last forward.
+
+    Holds no module, so copying a block does not copy the model. Copies and pickles start with empty slots.
+    """
+
+    def __init__(self, method: Method, depth: int, prefix: int, suffix: int, restore: str, drops: bool) -> None:
+        self.method = method
+        self.depth = depth
+        self.prefix = prefix
+        self.suffix = suffix
+        self.restore = restore  # "none", "last" or "all": which blocks return full length
+        self.drops = drops
+        self.expose_all = False
+        self.note = Note()
+        self.class_token = False
+        self.windows = "auto"
+        self.watch = Watch()
+        self.slots: dict[int, Slot] = {}
+        self.records: dict[int, LayerRecord] = {}
+        self.final: TokenState | None = None  # of the block that ran last, while intermediate features are asked for
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "slots": {}, "records": {}, "expose_all": False, "final": None}
+
+    @contextlib.contextmanager
+    def exposing(self) -> Iterator[None]:
+        """While open, every block returns full length."""
+        before = self.expose_all
+        self.expose_all = True
+        try:
+            yield
+        finally:
+            self.expose_all = before
+
+    def intermediates(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A host's function that returns what single blocks made, and at times the final tokens, too: the former come
+        at full length, since they are put on maps; the latter at the length that the model's forward gives them."""
+        self.final = None
+        try:
+            with self.exposing():
+                out = original(*args, **kwargs)
+            state: TokenState | None = self.final  # set by the last block on the way
+        finally:
+            self.final = None
+        if state is None or not state.steps or self.restore != "none" or original.__name__ != "forward_intermediates":
+            return out
+
+        def short(y: Any) -> Any:
+            full = isinstance(y, Tensor) and y.ndim == 3 and y.shape[1] == state.length
+            return state.shorten(y) if full else y
+
+        if isinstance(out, tuple):
+            return (short(out[0]), *out[1:])
+        if isinstance(out, dict) and "image_features" in out:
+            return {**out, "image_features": short(out["image_features"])}
+        return out
+
+    def keeps_dropped(self, state: TokenState) -> bool:
+        """Whether features have to be kept at every step, because tokens vanish and full length will be asked for."""
+        vanish = self.method.drops or (self.drops and state.lengths is not None)
+        return vanish and (self.expose_all or self.restore != "none")
+
+    def enter(self, layer: int, x: Tensor) -> tuple[TokenState, Tensor]:
+        """State and short tokens at the entry of block ``layer``."""
+        if layer == 0:
+            return self.begin(x, x.shape[1]), x
+        state = self.carried(layer, x)
+        return (state, state.shorten(x)) if state.exposed else (state, x)
+
+    def begin(self, x: Tensor, length: int) -> TokenState:
+        """The state of tokens ``x`` that enter the first block.
+
+        Their sides go on with ``x``, for a checkpoint that runs the block once more.
+        """
+        sides = self.note.take()
+        if sides is None and not torch.compiler.is_compiling():
+            own, found = getattr(x, START, (None, None))
+            slot = self.slots.get(0)
+            if own is self:
+                sides = found
+            elif slot is not None and _in_backward() and slot.pointer == _pointer(x) and slot.shape == x.shape:
+                sides = slot.state.sides
+        if sides is not None and sides.number != length - self.prefix - self.suffix:
+            sides = None  # patches were taken out on the way, so that those that are left form no map
+        state = TokenState(length, sides=sides)
+        if not torch.compiler.is_compiling():
+            setattr(x, START, (self, sides))
+            self.slots[0] = Slot(_pointer(x), x.shape, state)
+        return state
+
+    def carried(self, layer: int, x: Tensor) -> TokenState:
+        """The state that came with ``x``, the output of the block before ``layer``.
+
+        Raises:
+            UnsupportedModelError: what was dropped before would have to be restored inside a reentrant checkpoint. It
+                rides on the state, not among the checkpoint's inputs, so that no gradient would reach it.
+            TokenStateError: no state came with it.
+        """
+        state: TokenState | None = getattr(x, ATTRIBUTE, None)
+        state = self._from_slot(layer, x) if state is None else state
+        # Only a reentrant checkpoint runs without gradients what is to be differentiated.
+        if x.requires_grad and not torch.is_grad_enabled() and any(t is not None for t in state.dropped):
+            raise UnsupportedModelError(REENTRANT.format(method=self.method.name))
+        return state
+
+    def exposes(self, layer: int) -> bool:
+        """Whether the block returns full length."""
+        return self.expose_all or self.restore == "all" or (layer == self.depth - 1 and self.restore == "last")
+
+    def leave(self, layer: int, y: Tensor, state: TokenState, tokens_in: int) -> Tensor:
+        """Attach ``state`` to a block's output, restored to full length where the model's head needs it."""
+        full = self.exposes(layer)
+        self.record(layer, tokens_in, y.shape[1], state)
+        if self.expose_all:
+            self.final = state
+        if full and state.steps:
+            y = state.restore(y)
+        return self.attach(layer, y, state.with_exposed(len(state.steps) > 0) if full else state)
+
+    def record(self, layer: int, tokens_in: int, tokens_out: int, state: TokenState) -> None:
+        """Note what a block did, for reports."""
+        if not torch.compiler.is_compiling():
+            self.records[layer] = LayerRecord(tokens_in, tokens_out, state)
+
+    def attach(self, layer: int, y: Tensor, state: TokenState) -> Tensor:
+        """Send ``state`` along with the output of block ``layer``."""
+        setattr(y, ATTRIBUTE, state)
+        if not torch.compiler.is_compiling():
+            self.slots[layer + 1] = Slot(_pointer(y), y.shape, state)
+        return y
+
+    def last(self) -> TokenState:
+        """State after the last block of the last forward.
+
+        Raises:
+            NothingRecordedError: no forward has run since the model was patched, or only compiled ones.
+        """
+        record = self.records.get(self.depth - 1)
+        if record is None:
+            raise NothingRecordedError(
+                "nothing is recorded: run one forward of the patched model first (compiled forwards keep no record)"
+            )
+        return record.state
+
+    def _from_slot(self, layer: int, x: Tensor) -> TokenState:
+        slot = None if torch.compiler.is_compiling() else self.slots.get(layer)
+        if slot is not None and slot.shape == x.shape and (not _in_backward() or slot.pointer == _pointer(x)):
+            setattr(x, ATTRIBUTE, slot.state)
+            return slot.state
+        if not torch.compiler.is_compiling():
+            self.watch.check_ran(str(layer - 1))
+        raise TokenStateError(
+            f"the sizes and the source map of the tokens were lost before block {layer}: its input is not the tensor "
+            "that the block before it returned. If something copies tensors between blocks, call tokred.remove(model) "
+            "first, or run one forward before each backward when checkpointing reentrantly"
+        )
+
+
+def _in_backward() -> bool:
+    """Whether autograd is running (a checkpoint's recomputation)."""
+    return backward_pass() != -1
+
+
+def _pointer(x: Tensor) -> int:
+    try:
+        return x.data_ptr()
+    except RuntimeError:  # fake and functional tensors have no storage
+        return 0

@@ -1,0 +1,283 @@
+"""timm: VisionTransformer in all its forms, EVA and the RoPE families, BEiT, relative-position ViTs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from tokred.adapters.encoder.block import Leaf, Recipe, refuse_padding
+from tokred.adapters.encoder.host import Host, argument_names, module_macs
+from tokred.adapters.encoder.sides import Sides, convolution, of_convolution
+from tokred.adapters.encoder.state import TokenState
+from tokred.adapters.encoder.window_host import window_host
+from tokred.adapters.encoder.windows import Parts
+from tokred.adapters.linear import features, macs
+from tokred.adapters.swap import host_class
+from tokred.errors import UnsupportedModelError
+from tokred.kernels.gather_rows import gather_rows
+
+# Block classes that are x + f(attn(norm1(x))), then x + g(mlp(norm2(x))): they may be split in the middle. The names
+# are all that their forward may use: a later version that does more is run whole and reduced at its end.
+SPLIT = {
+    "timm.models.vision_transformer.Block",
+    "timm.models.eva.EvaBlock",
+    "timm.models.beit.Block",
+    "timm.models.vision_transformer_relpos.RelPosBlock",
+    "timm.models.deepseek_vit.DeepseekVitBlock",
+}
+SPLIT_NAMES = {
+    "norm1", "attn", "ls1", "drop_path1", "gamma_1", "norm2", "mlp", "ls2", "drop_path2", "gamma_2",
+}  # fmt: skip
+
+FAMILIES = {
+    "timm.models.vision_transformer.VisionTransformer",
+    "timm.models.deit.VisionTransformerDistilled",
+    "timm.models.eva.Eva",
+    "timm.models.beit.Beit",
+    "timm.models.vision_transformer_relpos.VisionTransformerRelPos",
+}
+
+# Encoders of language models: what comes out is reshaped to a map or pooled by place, so it has to be of full length.
+GEMMA = "timm.models.gemma4_vit.Gemma4VitEncoder"
+MAPPED = {"timm.models.deepseek_vit.DeepseekVitEncoder", "timm.models.qwen3_vit.Qwen3VitEncoder", GEMMA}
+
+# Their attention adds a bias to each pair of tokens, so its columns do not follow from queries, keys and sizes.
+RELATIVE = {"Beit", "VisionTransformerRelPos"}
+
+# SAM's blocks, on a map: names that they and their attention use.
+SAM = "timm.models.vision_transformer_sam.VisionTransformerSAM"
+SAM_NAMES = {
+    "norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2", "window_size", "window_partition",
+    "window_unpartition", "shape", "reshape", "qkv", "view", "num_heads", "permute", "unbind", "q_norm", "k_norm",
+    "use_rel_pos", "get_decomposed_rel_pos_bias", "rel_pos_h", "rel_pos_w", "rope", "get_embed", "apply_rot_embed_cat",
+    "type_as", "fused_attn", "torch", "nn", "functional", "scaled_dot_product_attention", "attn_drop", "p", "training",
+    "scale", "transpose", "softmax", "proj", "proj_drop",
+}  # fmt: skip
+
+WINDOWED = "its attention runs in windows on a grid, which dropping tokens would break"
+REFUSED = {
+    "SwinTransformer": WINDOWED,
+    "SwinTransformerV2": WINDOWED,
+    "SwinTransformerV2Cr": WINDOWED,
+    "Hiera": "it pools mask units of a fixed grid between its stages",
+    "NaFlexVit": "its pooling uses the padding mask of the original length",
+    "Cait": "its talking-heads attention is not fused, so sizes could not reach it",
+    "Xcit": "it attends between channels, not between tokens",
+    "MultiScaleVit": "its attention pools keys and values on a grid",
+}
+
+
+def match(model: nn.Module) -> Host | None:
+    """The host record of a timm vision transformer; None when ``model`` is not one.
+
+    Raises:
+        UnsupportedModelError: ``model`` is a timm model that cannot be reduced rightly; the message says why.
+    """
+    cls = host_class(model)
+    names = _names(model)
+    if MAPPED & set(_names(getattr(model, "encoder", None))):
+        return None  # a classifier around such an encoder, which is found inside
+    if not any(n.startswith("timm.models.") for n in names) or not hasattr(model, "forward_features"):
+        return None
+    _trace_no_blocks()
+    if SAM in names:
+        return _sam(model)
+    reason = next((REFUSED[c.__name__] for c in cls.__mro__ if c.__name__ in REFUSED), None)
+    if reason is None and not (FAMILIES | MAPPED) & set(names):
+        reason = "it has no flat list of attention blocks over one token sequence"
+    if reason is not None:
+        raise UnsupportedModelError(f"timm's {cls.__name__} cannot run with fewer tokens here: {reason}")
+    return _host(model)
+
+
+def _trace_no_blocks() -> None:
+    """Tell timm's tracers, as timm does for modules of its own, that patched blocks are leaves."""
+    from timm.models import register_notrace_module
+
+    register_notrace_module(Leaf)
+
+
+def _names(module: object) -> list[str]:
+    """Full names of a module's class and of those it derives from."""
+    cls = host_class(module) if isinstance(module, nn.Module) else type(module)
+    return [f"{c.__module__}.{c.__qualname__}" for c in cls.__mro__]
+
+
+def _sam(model: Any) -> Host:
+    turned = getattr(model, "rope_global", None) is not None
+    parts = Parts("norm1", "attn", "norm2", "num_heads", rotate=rotate if turned else None)
+    return window_host(
+        model,
+        [(f"blocks.{i}", block) for i, block in enumerate(model.blocks)],
+        parts,
+        frozenset(SAM_NAMES),
+        family=f"timm {host_class(model).__name__}",
+        map_of=lambda shape: _grid(model, shape),
+        around=lambda shape: _outside(model, shape) + module_macs(model.neck, 1, model.embed_dim, *_grid(model, shape)),
+    )
+
+
+def rotate(attention: Any, rows: Tensor, representative: Tensor) -> Tensor:
+    """Rotary embedding of queries or keys ``(B, H, M, D)`` at the places where they stand."""
+    from timm.layers import apply_rot_embed_cat
+
+    turned: Tensor = apply_rot_embed_cat(rows, gather_rope(attention.rope.get_embed(), representative, 0))
+    return turned
+
+
+def _host(model: Any) -> Host:
+    blocks = [(f"blocks.{i}", block) for i, block in enumerate(model.blocks)]
+    if not blocks:
+        raise UnsupportedModelError(f"timm's {type(model).__name__} has no blocks")
+    _check_fused(blocks)
+    first, names = blocks[0][1], set(_names(model))
+    gemma = GEMMA in names
+    rope = getattr(model, "rope", None) is not None or gemma
+    positions: dict[str, Callable[..., Any]] = {"rope": gather_rope} if rope else {}
+    if gemma:
+        positions = {"rope_cos": gather_embeddings, "rope_sin": gather_embeddings}
+    prefix = int(getattr(model, "num_prefix_tokens", 1))
+    supplies = {"x", "q", "k", "v"}
+    if getattr(model, "cls_token", None) is not None:
+        supplies.add("class_attention")
+    if not any(c.__name__ in RELATIVE for c in host_class(model).__mro__):
+        supplies.add("attention")
+    splits = all(_splits(b) for _, b in blocks)
+    if splits:
+        supplies.add("queries")
+        if all(features(getattr(b.attn, "proj", None)) is not None for _, b in blocks):
+            supplies.add("transform")
+    grid, origin = getattr(model.patch_embed, "grid_size", None), _origin(model.patch_embed, gemma)
+    if origin is not None:
+        supplies.add("grid")
+    return Host(
+        family=f"timm {host_class(model).__name__}",
+        model=model,
+        blocks=blocks,
+        recipe=(UnpaddedRecipe if gemma else Recipe)(splits, positions, argument_names(first)),
+        prefix=prefix,
+        supplies=frozenset(supplies),
+        pooled=_pools(model),
+        pools=_pools,
+        tokens=lambda shape: _tokens(model, shape),
+        outside_macs=lambda shape: _outside(model, shape),
+        grid=tuple(grid) if grid is not None else None,
+        origin=model.patch_embed if origin is None else origin,
+        layout=_of_images if gemma else of_convolution if origin is not None else None,
+        # Keys before rotary embedding: similarity should not depend on where two equal patches are.
+        key_norms=[_key_norm(b) for _, b in blocks] if rope else [],
+        key_heads=int(first.attn.num_kv_heads) if gemma else None,
+        full="last" if MAPPED & names else "none",
+    )
+
+
+def _pools(model: Any) -> bool:
+    """Whether its head looks at all tokens, by an average, their maximum or attention."""
+    return getattr(model, "attn_pool", None) is not None or getattr(model, "global_pool", "token") != "token"
+
+
+def _origin(embed: Any, gemma: bool) -> nn.Module | None:
+    """The module whose output or input tells how patches stand."""
+    if gemma:
+        return embed  # type: ignore[no-any-return]
+    last = getattr(embed, "proj", None)
+    # A convolution, or what wraps one; of a hybrid without projection, an identity on the map of its network.
+    return last if isinstance(last, nn.Identity) or convolution(last) is not None else None
+
+
+def _of_images(module: Any, inputs: Any, output: Any) -> Sides | None:
+    """Sides of the patches of images; packed patches come in any order."""
+    x, *coordinates = inputs
+    if not isinstance(x, Tensor) or x.ndim != 4 or (coordinates and coordinates[0] is not None):
+        return None
+    high, wide = module.patch_size
+    return Sides(None, x.shape[-2] // high, x.shape[-1] // wide)
+
+
+class UnpaddedRecipe(Recipe):
+    """Blocks that get a mask where images of several sizes are packed together."""
+
+    def gather(self, kwargs: dict[str, Any], state: TokenState, prefix: int) -> dict[str, Any]:
+        """Positions at the rows that are left; padding is refused."""
+        if kwargs.get("attn_mask") is not None:
+            refuse_padding()
+        return super().gather(kwargs, state, prefix)
+
+
+def _check_fused(blocks: list[tuple[str, nn.Module]]) -> None:
+    for name, block in blocks:
+        attentions = [m for m in block.modules() if hasattr(m, "fused_attn")]
+        if not attentions:
+            raise UnsupportedModelError(
+                f"the attention of {name} ({type(block).__name__}) has no fused form, so sizes could not reach it"
+            )
+        if not all(a.fused_attn for a in attentions):
+            raise UnsupportedModelError(
+                f"the attention of {name} is not fused; set fused_attn = True on it "
+                "(timm.layers.set_fused_attn) and apply again"
+            )
+
+
+def _splits(block: nn.Module) -> bool:
+    cls = host_class(block)
+    return f"{cls.__module__}.{cls.__qualname__}" in SPLIT and set(cls.forward.__code__.co_names) <= SPLIT_NAMES
+
+
+def _key_norm(block: Any) -> nn.Module:
+    attn = block.attn
+    if not isinstance(getattr(attn, "k_norm", None), nn.Module):
+        raise UnsupportedModelError(f"{type(attn).__name__} hides its keys before rotary embedding")
+    norm: nn.Module = attn.k_norm
+    return norm
+
+
+def gather_rope(rope: Tensor, representative: Tensor, prefix: int) -> Tensor:
+    """Rotary tables at the rows that are left; prefix tokens have none.
+
+    Args:
+        rope: ``(N, D)``, per head ``(H, N, D)`` (mixed), per sample ``(B, 1, N, D)`` or both ``(B, H, N, D)``, over
+            ``N`` patches.
+        representative: ``(B, M)`` original positions, prefix included.
+        prefix: number of prefix tokens, which stand first.
+
+    Returns:
+        ``(B, 1 or H, M - prefix, D)``.
+    """
+    rows = representative[:, prefix:] - prefix
+    b, m = rows.shape
+    if rope.ndim == 2:
+        return rope.index_select(0, rows.reshape(-1)).view(b, 1, m, -1)
+    if rope.ndim == 3:
+        return rope.index_select(1, rows.reshape(-1)).view(rope.shape[0], b, m, -1).transpose(0, 1)
+    columns = rows[:, None, :, None].expand(b, rope.shape[1], m, rope.shape[3])
+    return rope.expand(b, -1, -1, -1).gather(2, columns)
+
+
+def gather_embeddings(table: Tensor, representative: Tensor, prefix: int) -> Tensor:
+    """A table ``(B, N, C)`` of what belongs to each position, at the rows that are left."""
+    return gather_rows(table.expand(len(representative), -1, -1), representative)
+
+
+def _grid(model: Any, shape: tuple[int, ...]) -> tuple[int, int]:
+    embed = model.patch_embed
+    if GEMMA in _names(model):
+        return int(shape[-2]) // int(embed.patch_size[0]), int(shape[-1]) // int(embed.patch_size[1])
+    if hasattr(embed, "dynamic_feat_size"):
+        h, w = embed.dynamic_feat_size(tuple(shape[-2:]))
+        return int(h), int(w)
+    h, w = embed.grid_size
+    return int(h), int(w)
+
+
+def _tokens(model: Any, shape: tuple[int, ...]) -> int:
+    h, w = _grid(model, shape)
+    return h * w + int(model.num_prefix_tokens)
+
+
+def _outside(model: Any, shape: tuple[int, ...]) -> int:
+    """Patch embedding (counted on the meta device) and classifier."""
+    heads = [getattr(model, n, None) for n in ("head", "head_dist")]
+    head = sum(macs(m) for m in heads if isinstance(m, nn.Module))
+    return module_macs(model.patch_embed, 1, *shape[-3:]) + head

@@ -1,0 +1,187 @@
+"""transformers: text encoders of the BERT family, whose batches are padded.
+
+Padding is dropped before any real token, the first token is protected, and what reads tokens by their position (a
+bare model's last hidden states, heads for tokens) gets full length back, a dropped token with its last features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from tokred.adapters.contract import attention_of
+from tokred.adapters.encoder.block import Recipe
+from tokred.adapters.encoder.host import Host, argument_names
+from tokred.adapters.encoder.masks import require, seen, visible
+from tokred.adapters.encoder.state import TokenState
+from tokred.adapters.linear import matrices
+from tokred.adapters.swap import host_class
+from tokred.errors import UnsupportedModelError
+
+Demand = str | Callable[[Any], str]
+LEFT = (
+    "the batch is padded on the left, so the class token is not its first: pad on the right "
+    "(tokenizer.padding_side = 'right'), or call tokred.remove(model) first"
+)
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """One encoder class.
+
+    Attributes:
+        layers: where its list of layers is.
+        windowed: some layers attend within windows of positions, so their masks say more than what is padding.
+        positions: keyword arguments of a layer that follow the tokens, and how.
+        keys: sub-module of a layer that makes the keys before rotary embedding, fused with queries and values.
+    """
+
+    layers: str
+    windowed: bool = False
+    positions: dict[str, Callable[..., Any]] = field(default_factory=dict)
+
+
+def gather_tables(tables: tuple[Tensor, ...], representative: Tensor, prefix: int) -> tuple[Tensor, ...]:
+    """Cosine and sine tables ``(1 or B, N, D)`` at the rows that are left, ``(B, M, D)``."""
+    b = representative.shape[0]
+    index = representative.unsqueeze(-1)
+    return tuple(t.expand(b, -1, -1).gather(1, index.expand(-1, -1, t.shape[-1])) for t in tables)
+
+
+_BERT = TextEncoder("encoder.layer")
+ENCODERS = {
+    "BertModel": _BERT,
+    "RobertaModel": _BERT,
+    "XLMRobertaModel": _BERT,
+    "CamembertModel": _BERT,
+    "ElectraModel": _BERT,
+    "ErnieModel": _BERT,
+    "DistilBertModel": TextEncoder("transformer.layer"),
+    "ModernBertModel": TextEncoder("layers", windowed=True, positions={"position_embeddings": gather_tables}),
+}
+
+
+def _modern(model: Any) -> str:
+    return "short" if model.config.classifier_pooling == "cls" else "last"
+
+
+# Start of the class names, where the encoder is, what the model does with the tokens by the rest of the name.
+_FAMILIES = {
+    "Bert": "bert",
+    "Roberta": "roberta",
+    "XLMRoberta": "roberta",
+    "Camembert": "roberta",
+    "Electra": "electra",
+    "Ernie": "ernie",
+    "DistilBert": "distilbert",
+    "ModernBert": "model",
+}
+_HEADS: dict[str, Demand] = {
+    "ForSequenceClassification": "short",
+    "ForMultipleChoice": "short",
+    "ForNextSentencePrediction": "short",
+    "ForTokenClassification": "last",
+    "ForQuestionAnswering": "last",
+    "ForMaskedLM": "last",
+    "ForPreTraining": "last",
+}
+HEADS: dict[str, tuple[str, Demand]] = {
+    family + head: (path, _modern if family == "ModernBert" and demand == "short" else demand)
+    for family, path in _FAMILIES.items()
+    for head, demand in _HEADS.items()
+}
+
+
+def match(model: Any) -> Host | None:
+    """The host record of a text encoder, alone or under a head; None when ``model`` is none.
+
+    Raises:
+        UnsupportedModelError: it cannot run with fewer tokens as it is; the message says why.
+    """
+    names = [c.__name__ for c in host_class(model).__mro__]
+    head = next((n for n in names if n in HEADS), None)
+    path, demand = HEADS[head] if head is not None else ("", "last")
+    encoder = getattr(model, path) if path else model
+    name = next((c.__name__ for c in host_class(encoder).__mro__ if c.__name__ in ENCODERS), None)
+    if name is None or getattr(encoder.config, "is_decoder", False):
+        return None
+    row = ENCODERS[name]
+    layers = [(f"{row.layers}.{i}", layer) for i, layer in enumerate(encoder.get_submodule(row.layers))]
+    if not layers:
+        raise UnsupportedModelError(f"transformers' {name} has no layers")
+    kind = attention_of(encoder.config)
+    if kind != "sdpa":
+        raise UnsupportedModelError(
+            f"{name} runs attn_implementation={kind!r}, where padding cannot follow the tokens; call "
+            "model.set_attn_implementation('sdpa') (or load it so) and apply again"
+        )
+    supplies = {"x", "q", "k", "v", "class_attention"}
+    if not row.windowed:
+        supplies.add("attention")
+    return Host(
+        family=f"transformers {name}",
+        model=encoder,
+        blocks=layers,
+        recipe=TextRecipe(row, argument_names(layers[0][1])),
+        prefix=1,
+        supplies=frozenset(supplies),
+        pooled=False,
+        full="last" if (demand(model) if callable(demand) else demand) == "last" else "none",
+        tokens=lambda shape: int(shape[-1]),
+        outside_macs=lambda shape: _outside(model, encoder, int(shape[-1])),
+        padded=True,
+    )
+
+
+class TextRecipe(Recipe):
+    """Layers of text encoders; shapes are ``(B, N)`` of token ids.
+
+    Args:
+        row: of the table.
+        argument_names: of a layer's forward.
+    """
+
+    def __init__(self, row: TextEncoder, argument_names: tuple[str, ...]) -> None:
+        super().__init__(False, row.positions, argument_names)
+        self.drops_hidden = True
+        self.windowed = row.windowed
+
+    def real(self, kwargs: dict[str, Any], x: Tensor) -> Tensor | None:
+        """Tokens that some query sees.
+
+        Raises:
+            UnsupportedModelError: the mask hides more than padding, or the first token of a sample (in a compiled
+                graph, a RuntimeError with the same text).
+        """
+        mask = kwargs.get("attention_mask")
+        if mask is None:
+            return None
+        through = seen(mask)
+        real = through
+        if through.ndim > 2:
+            # Windows of positions hide more than padding.
+            real = through[:, 0].any(1) if self.windowed else visible(through, len(x), "attention_mask")
+        real = real.expand(x.shape[0], -1)
+        require(real[:, 0], LEFT)
+        return real
+
+    def gather(self, kwargs: dict[str, Any], state: TokenState, prefix: int) -> dict[str, Any]:
+        """Rotary tables at the rows that are left; what is padding among them, the state knows."""
+        if state.representative is not None and not self.windowed:
+            kwargs = {**kwargs, "attention_mask": None}
+        return super().gather(kwargs, state, prefix)
+
+
+def _outside(model: nn.Module, encoder: nn.Module, n: int) -> int:
+    """Multiply-adds of the pooler and the head behind it; those of heads for tokens at full length."""
+    inside = next(f"{name}." if name else "" for name, m in model.named_modules() if m is encoder)
+    lists = tuple(f"{inside}{n}." for n, m in encoder.named_modules() if isinstance(m, nn.ModuleList))
+    total = 0
+    for name, wide, high in matrices(model):
+        if not name.startswith(lists):
+            once = name.startswith(inside) or "Token" not in type(model).__name__
+            total += wide * high * (1 if once else n)
+    return total

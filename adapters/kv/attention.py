@@ -1,0 +1,276 @@
+"""The attention function: attend over all rows, then let the policy act."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tokred.adapters.contract import attention_of, host_object
+from tokred.adapters.kv.flat import attend_to_both
+from tokred.adapters.kv.layer import TokLayer
+from tokred.adapters.kv.masks import MaskSpec, mask_function
+from tokred.adapters.kv.rope import LayerRope
+from tokred.adapters.linear import weight_of
+from tokred.errors import UnsupportedModelError
+from tokred.kernels.decode_attention import decode_attention
+from tokred.kv.site import CacheSite
+
+PREFIX = "tokred:"
+SEAT = "tokred_seat"
+
+
+class Seat(NamedTuple):
+    """What the hook on an attention module tells the attention function.
+
+    Attributes:
+        layer: this module's layer of the cache; None without a cache, or where the layer is not compressed.
+        implementation: the attention that the model had.
+        depth: compressed layers.
+        projection: name of the module's output projection, or None.
+        rope: the layer's rotary embedding in this forward, or None.
+    """
+
+    layer: TokLayer | None
+    implementation: str
+    depth: int
+    projection: str | None
+    rope: LayerRope | None
+
+
+class _Call(NamedTuple):
+    """One call of the attention function, queries and keys aside."""
+
+    module: nn.Module
+    spec: MaskSpec
+    seat: Seat
+    scaling: float | None
+    dropout: float
+    options: dict[str, Any]
+
+    @property
+    def softcap(self) -> float | None:
+        """Cap of the logits."""
+        return self.options.get("softcap") or None
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """What is registered with transformers; arguments and result as it defines them.
+
+    Raises:
+        UnsupportedModelError: the module does not hand its arguments on, or is used in a way that is not known.
+    """
+    seat: Seat | None = options.pop(SEAT, None)
+    layer = None if seat is None else seat.layer
+    if options.get("cache") is not None:
+        raise UnsupportedModelError("continuous batching keeps a cache of its own: call tokred.remove(model) first")
+    if seat is None or layer is None:
+        # No cache, a layer that is not compressed, or another model that shares the configuration.
+        name = attention_of(module.config).removeprefix(PREFIX)
+        mask = attention_mask.stock(name) if isinstance(attention_mask, MaskSpec) else attention_mask
+        return _stock(module, name, query, key, value, mask, scaling, dropout, options)
+    layer.waiting = False
+    if key is not layer.newest[0] and key.shape[:3] != layer.newest[0].shape[:3]:
+        raise UnsupportedModelError(f"{type(module).__name__} attends to other keys than its cache holds")
+    if not isinstance(attention_mask, MaskSpec) or options.get("position_bias") is not None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} gave the attention a mask of its own, which evicted rows do not fit"
+        )
+    call = _Call(module, attention_mask, seat, scaling, dropout, options)
+    before = layer.seen - query.shape[2]
+    if not layer.session.watches(layer.clock, before):
+        return _attend(call, layer, query, key, value, before)  # nor will it watch what comes
+    cut = layer.session.ends_prompt(layer.clock, before, layer.seen)
+    if cut is None:
+        return _attend_and_act(call, layer, query, key, value, before)
+    # The prompt's last forward also holds drafts: the prompt attends, votes and is compressed as if it were alone.
+    drafts = layer.detach_newest(layer.seen - cut)
+    count = cut - before
+    rope = None if seat.rope is None else seat.rope.part(count)
+    first = call._replace(spec=call.spec.part(count, cut), seat=seat._replace(rope=rope))
+    prompt, _ = _attend_and_act(first, layer, query[:, :, :count], *layer.newest, before)
+    layer.append(*drafts)
+    rest, _ = _attend_and_act(call, layer, query[:, :, count:], *layer.newest, cut)
+    return torch.cat([prompt, rest], 1), None
+
+
+def _attend_and_act(
+    call: _Call, layer: TokLayer, query: Tensor, key: Tensor, value: Tensor, before: int
+) -> tuple[Tensor, Tensor | None]:
+    out = _attend(call, layer, query, key, value, before)
+    if layer.session.watches(layer.clock, layer.seen):
+        with torch.no_grad():
+            layer.session.observe(layer, _site(call, layer, query), before)
+    return out
+
+
+def _attend(
+    call: _Call, layer: TokLayer, query: Tensor, key: Tensor, value: Tensor, before: int
+) -> tuple[Tensor, Tensor | None]:
+    spec, seat = call.spec, call.seat
+    one = query.shape[2] == 1 and spec.plain and layer.weights is None
+    if layer.compressed and one and spec.key_mask is None and not layer.ragged:
+        # One query that sees every row needs no mask, as with a dense cache of that length.
+        rest = call.scaling, call.dropout, call.options
+        out = _stock(call.module, seat.implementation, query, key, value, None, *rest)
+    elif not layer.compressed and spec.arguments["q_length"] == query.shape[2]:
+        rest = call.scaling, call.dropout, call.options
+        out = _stock(call.module, seat.implementation, query, key, value, spec.stock(seat.implementation), *rest)
+    elif layer.flat is not None and one and not call.dropout:
+        # Flat rows are real and lie behind the query; those that came since, its own among them, may be padding.
+        mask = spec.later(layer.seen - key.shape[2], layer.seen)
+        heads = attend_to_both(query, layer.flat, key, value, mask, call.scaling, call.softcap)
+        out = heads.transpose(1, 2).contiguous(), None
+    else:
+        if layer.flat is not None:
+            key, value = layer.keys, layer.values  # type: ignore[assignment]  # there are rows
+        out = _compressed(call, layer, query, key, value, before), None
+    return out
+
+
+def _site(call: _Call, layer: TokLayer, query: Tensor) -> CacheSite:
+    name, width = call.seat.projection, query.shape[1] * layer.newest[1].shape[3]
+    keys, values = layer.shown()
+    return CacheSite(
+        q=query.detach(),
+        k=keys,
+        v=values,
+        positions=layer.positions,
+        seen=layer.seen,
+        padding=call.spec.padding(layer.seen),
+        ragged=layer.ragged,
+        weights=layer.weights,
+        alpha=layer.session.parts.fate.alpha,
+        scale=call.scaling,
+        softcap=call.softcap,
+        rows=layer.rows,
+        notes=layer.notes,
+        projection=None if name is None else lambda: weight_of(getattr(call.module, name), width, query),
+        rope=call.seat.rope,
+        layer=layer.index,
+        depth=call.seat.depth,
+    )
+
+
+def _stock(
+    module: nn.Module,
+    implementation: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    scaling: float | None,
+    dropout: float,
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """The attention that the model had."""
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    function = host_object("attention functions").get_interface(implementation, eager)
+    if function is None:
+        raise UnsupportedModelError(f"{type(module).__module__} has no attention function {implementation!r}")
+    out, weights = function(module, query, key, value, mask, scaling=scaling, dropout=dropout, **options)
+    return out, weights
+
+
+def _compressed(call: _Call, layer: TokLayer, query: Tensor, key: Tensor, value: Tensor, before: int) -> Tensor:
+    """``[B, Q, H, D]``: attention over rows that hold the slots ``layer.positions``."""
+    spec, positions, count = call.spec, layer.positions, query.shape[2]
+    if positions is None:
+        b, heads, n = key.shape[:3]
+        positions = torch.arange(n, dtype=torch.int32, device=key.device).expand(b, heads, n)
+    dropout = call.dropout
+    if count == 1 and spec.plain and layer.weights is None and not dropout:
+        # One query over rows that all lie behind it: only padding and empty rows are hidden.
+        mask = spec.key_mask
+        if layer.compressed and spec.later(layer.settled, layer.seen) is None:
+            mask = None
+        terms: dict[str, Any] = {"key_mask": mask, "scale": call.scaling, "softcap": call.softcap}
+        out = decode_attention(query, key, value, positions=positions, **terms).output
+        return out.transpose(1, 2).contiguous()
+    mask = spec.visible(before, count, positions, layer.ragged)
+    bias = None
+    if layer.weights is not None:
+        bias = (layer.session.parts.fate.alpha * layer.weights.log())[:, :, None]
+    return attend(query, key, value, mask, bias, call.scaling, call.softcap, dropout)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention with a mask and a bias for each key/value head.
+
+    Args:
+        query: ``[B, H, Q, D]``.
+        key, value: ``[B, Hk, K, D]``; heads that share one are folded or repeated.
+        mask: bool ``[B or 1, Hk or 1, Q, K]``, or None.
+        bias: ``[B, Hk, 1, K]`` added to the logits, or None.
+        scaling: factor of the logits; None: ``D ** -0.5``.
+        softcap: cap of the logits before the bias.
+        dropout: of the weights.
+
+    Returns:
+        ``[B, Q, H, D]``.
+    """
+    b, h, count, d = query.shape
+    heads = key.shape[1]
+    group = h // heads
+    both: Tensor | None = mask
+    if bias is not None:
+        both = bias.to(query.dtype)
+        if mask is not None:
+            both = both.expand(b, heads, count, -1).masked_fill(~mask, -torch.inf)
+    if count == 1:
+        query = query.reshape(b, heads, group, d)
+    elif group > 1:
+        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+        if both is not None and both.shape[1] > 1:
+            both = both.repeat_interleave(group, 1)
+    if softcap is None:
+        out = nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=both, dropout_p=dropout, scale=scaling
+        )
+    else:
+        out = _eager(query, key, value, both, d**-0.5 if scaling is None else scaling, softcap, dropout)
+    return out.reshape(b, h, count, value.shape[-1]).transpose(1, 2).contiguous()
+
+
+def _eager(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float, dropout: float
+) -> Tensor:
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    logits = query.to(dtype) @ key.to(dtype).mT * scaling
+    logits = torch.tanh(logits / softcap) * softcap
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+    weights = nn.functional.dropout(logits.softmax(-1), dropout, training=dropout > 0)
+    return (weights @ value.to(dtype)).to(query.dtype)
+
+
+def register(implementation: str) -> str:
+    """Make both functions known to transformers, in front of an attention that a model has; harmless when repeated.
+
+    Returns:
+        The name that they are known by.
+    """
+    name = PREFIX + implementation.removeprefix(PREFIX)
+    host_object("registry of attention").register(name, attention)
+    host_object("registry of masks").register(name, mask_function)
+    return name

@@ -1,0 +1,225 @@
+"""``TokCache``: a cache of transformers whose full-attention layers belong to a policy."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from tokred.adapters.contract import host_object
+from tokred.adapters.kv.flat import LAYOUTS
+from tokred.adapters.kv.layer import TokLayer
+from tokred.errors import BypassedError, TokenStateError
+from tokred.kv.engine import Session
+from tokred.kv.policy import CachePolicy
+
+Cache: Any = host_object("any cache")
+DynamicCache: Any = host_object("cache of rows that grow")
+
+
+class LayerRows(NamedTuple):
+    """One layer of a cache: slots seen, rows held, and bytes; ``dense_bytes`` is what all slots would take.
+
+    Rows are those of the longest head, or where rows lie flat the mean over heads and samples, rounded up.
+    """
+
+    layer: int
+    seen: int
+    rows: int
+    bytes: int
+    dense_bytes: int
+
+
+class Snapshot(NamedTuple):
+    """What :meth:`TokCache.snapshot` gave."""
+
+    layers: tuple[dict[str, Any], ...]
+    session: dict[str, Any]
+
+
+class TokCache(DynamicCache):  # type: ignore[misc]
+    """A dynamic cache with a policy; sliding-window layers are transformers' own.
+
+    Made by ``tokred.kv_cache(model)`` or by the patched model itself. It can be cropped, reordered and repeated like
+    any other; in addition it can be set back to an earlier state without a copy.
+    """
+
+    session: Session
+
+    def snapshot(self) -> Snapshot:
+        """The present state. Costs no memory until the cache moves on: tensors are shared."""
+        layers = tuple(
+            layer.snapshot() if isinstance(layer, TokLayer) else dict(layer.__dict__) for layer in self.layers
+        )
+        return Snapshot(layers, self.session.state())
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Set the cache back to an earlier state of itself; the snapshot can be used again.
+
+        Raises:
+            ValueError: the snapshot is of a cache with another number of layers.
+        """
+        if len(snapshot.layers) != len(self.layers):
+            raise ValueError(f"the snapshot has {len(snapshot.layers)} layers, the cache has {len(self.layers)}")
+        self.restore_layers(snapshot)
+        self.session.load(snapshot.session)
+
+    def restore_layers(self, snapshot: Snapshot) -> None:
+        """The same for what the layers hold; the session goes on."""
+        for layer, state in zip(self.layers, snapshot.layers, strict=True):
+            if isinstance(layer, TokLayer):
+                layer.restore(state)
+            else:
+                layer.__dict__.clear()
+                layer.__dict__.update(state)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the newest ``-tokens_to_remove`` tokens, of all layers or of none.
+
+        Raises:
+            ValueError: they, or what they pushed out, cannot be taken back.
+        """
+        count = int(tokens_to_remove)  # older transformers hand over a tensor
+        if count < 0:
+            for layer in self.layers:
+                if isinstance(layer, TokLayer):
+                    layer.check_crop(-count)
+        super().crop(count)
+
+    def begin(self) -> None:
+        """A forward begins.
+
+        Raises:
+            TokenStateError: the one before broke off between two layers.
+        """
+        layers = [layer for layer in self.layers if isinstance(layer, TokLayer)]
+        if len({layer.seen + layer.clock.behind for layer in layers}) > 1:
+            raise TokenStateError(
+                "the layers of the cache have seen different numbers of tokens: a forward broke off. Restore a "
+                "snapshot, or start from an empty cache"
+            )
+        for layer in layers:
+            layer.armed = layer.waiting = False
+        self.session.begin()
+
+    def account(self, samples: int, config: Any) -> None:
+        """Under a hard limit, before a forward of ``samples`` samples: write down what is held."""
+        ledger = self.session.ledger
+        if ledger is None:
+            return
+        for layer in self.layers:
+            if isinstance(layer, TokLayer) and self.session.parts.budget.headwise:
+                layer.layout = "flat"  # a rectangle holds empty rows, which nobody counts on
+        ours = {layer.index: -(-layer.nbytes // samples) for layer in self.layers if isinstance(layer, TokLayer)}
+        others = [layer for layer in self.layers if not isinstance(layer, TokLayer)]
+        ledger.open(ours, sum(_rows(0, layer).bytes for layer in others) // samples)
+        ledger.queries = int(config.num_attention_heads)
+        # Windows keep one row less than their size, as a view of rows that they came with.
+        ledger.windows = tuple(int(getattr(layer, "sliding_window", 1)) - 1 for layer in others)
+
+    def finish(self) -> None:
+        """A forward ends: what could not be decided layer by layer is decided.
+
+        Raises:
+            BypassedError: an attention took no part, so that the policy was not asked.
+        """
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, TokLayer) and (layer.armed or layer.waiting):
+                raise BypassedError(
+                    f"the attention of layer {i} ran without the policy: if the model's attention implementation has "
+                    "been switched since, call tokred.apply again"
+                )
+        self.session.finish()
+
+    def reset(self) -> None:
+        """Empty, and ready for another prompt."""
+        super().reset()
+        self.session.reset()
+
+    def layer_rows(self) -> tuple[LayerRows, ...]:
+        """Slots, rows and bytes of every layer."""
+        return rows_of(self.layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all layers hold."""
+        return sum(row.bytes for row in self.layer_rows())
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Most bytes of one sample so far, at any layer of any forward; None without a hard limit."""
+        return None if self.session.ledger is None else self.session.ledger.peak
+
+
+def rows_of(layers: list[Any]) -> tuple[LayerRows, ...]:
+    """Slots, rows and bytes of the layers of a cache."""
+    return tuple(_rows(i, layer) for i, layer in enumerate(layers))
+
+
+def _rows(index: int, layer: Any) -> LayerRows:
+    if isinstance(layer, TokLayer):
+        return LayerRows(index, layer.seen, layer.held, layer.nbytes, layer.row_bytes * layer.seen)
+    keys: Tensor | None = getattr(layer, "keys", None)
+    values: Tensor | None = getattr(layer, "values", None)
+    if keys is None or values is None or keys.numel() == 0:
+        return LayerRows(index, 0, 0, 0, 0)
+    held = keys.nbytes + values.nbytes
+    return LayerRows(index, int(layer.get_seq_length()), keys.shape[2], held, held)
+
+
+def make_cache(config: Any, policy: CachePolicy, compressed: tuple[int, ...], layout: str = "auto") -> TokCache:
+    """An empty cache for a model.
+
+    Args:
+        config: of the decoder.
+        policy: what happens to its rows.
+        compressed: the layers that the policy acts on.
+        layout: how they hold rows, see :class:`TokLayer`.
+
+    Raises:
+        ValueError: there is no such layout.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout is {layout!r}; allowed are {', '.join(map(repr, LAYOUTS))}")
+    cache = TokCache(config=config)
+    _take_over(cache, policy, compressed, layout)
+    return cache
+
+
+def adopt(cache: Any, config: Any, policy: CachePolicy, compressed: tuple[int, ...]) -> TokCache:
+    """Make the caller's cache one of ours, in place.
+
+    Raises:
+        TypeError: it is of a kind whose rows cannot be evicted.
+        ValueError: it belongs to another policy, or holds tokens that the policy has not seen.
+    """
+    if isinstance(cache, TokCache):
+        if cache.session.policy != policy:
+            raise ValueError(
+                f"the cache belongs to {cache.session.policy!r}, the model is patched with {policy!r}; "
+                "give it an empty one"
+            )
+        return cache
+    if type(cache) is not DynamicCache or cache.offloading:
+        kind = type(cache).__name__ if isinstance(cache, Cache) else repr(type(cache).__name__)
+        more = " that offloads its layers" if getattr(cache, "offloading", False) else ""
+        raise TypeError(
+            f"rows cannot be evicted from a {kind}{more}: a policy works on a DynamicCache, or on none at all "
+            "(then the model makes its own)"
+        )
+    if cache.get_seq_length() > 0:
+        raise ValueError(
+            f"the cache holds {cache.get_seq_length()} tokens that {policy.name or 'the policy'} has not seen: start "
+            "from an empty one"
+        )
+    cache.layers = DynamicCache(config=config).layers
+    cache.layer_class_to_replicate = None
+    cache.__class__ = TokCache
+    _take_over(cache, policy, compressed)
+    return cache  # type: ignore[no-any-return]
+
+
+def _take_over(cache: Any, policy: CachePolicy, compressed: tuple[int, ...], layout: str = "auto") -> None:
+    cache.session = Session(policy, len(compressed))
+    for index, layer in enumerate(compressed):
+        cache.layers[layer] = TokLayer(cache.session, index, layout)

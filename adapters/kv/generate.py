@@ -1,0 +1,105 @@
+"""What a patched model does before it generates: it gets a cache that knows the plan, or refuses what would fail."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from tokred.adapters.contract import PREPARE_CACHE, cache_of, generation_cache_name, mask_length
+from tokred.adapters.encoder.block import SETTINGS
+from tokred.adapters.kv.hooks import CacheSettings
+
+
+def body(host: Any) -> dict[str, Any]:
+    """Methods of the subclass that a generating model is given."""
+    original = getattr(host, PREPARE_CACHE, None)
+    if original is None:
+        return {}
+
+    def prepare(
+        self: nn.Module,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> Any:
+        settings: CacheSettings | None = self.__dict__.get(SETTINGS)
+        if settings is None:  # removed since
+            return original(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+        if generation_config.use_cache is not False or cache_of(model_kwargs) is not None:
+            name = generation_cache_name(model_kwargs, self)
+            _prepare(settings, generation_config, model_kwargs, name, generation_mode, max_cache_length)
+        return original(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+
+    prepare.__name__ = PREPARE_CACHE
+    return {PREPARE_CACHE: prepare}
+
+
+def _prepare(
+    settings: CacheSettings, config: Any, model_kwargs: dict[str, Any], name: str, mode: Any, longest: int
+) -> None:
+    assisted = str(getattr(mode, "value", mode)) == "assisted_generation"
+    given = cache_of(model_kwargs)
+    _refuse(settings, config, assisted, given)
+    chunk = settings.policy.parts.when.chunk
+    if chunk:
+        given_chunk = config.prefill_chunk_size
+        config.prefill_chunk_size = chunk if given_chunk is None else min(given_chunk, chunk)
+    cache = settings.cache() if given is None else settings.adopt(given)
+    length = prompt_length(config, model_kwargs)
+    if cache.get_seq_length() == 0:
+        session = cache.session
+        session.reset()
+        session.prompt = length
+        session.steps = None if length is None else max(longest + 1 - length, 1)
+        session.drafting = assisted
+    else:
+        cache.session.drafting = False
+    model_kwargs[name] = cache
+
+
+def _refuse(settings: CacheSettings, config: Any, assisted: bool, given: Any) -> None:
+    """Everything that would go wrong, before anything has changed.
+
+    Raises:
+        ValueError: with what cannot go together and what to do.
+    """
+    name = settings.policy.name or "the policy"
+    if config.cache_implementation not in (None, "dynamic"):
+        raise ValueError(
+            f"cache_implementation={config.cache_implementation!r} keeps rows that {name} cannot evict: leave it "
+            "out, or call tokred.remove(model) first"
+        )
+    if getattr(config, "is_assistant", False):
+        raise ValueError(
+            f"an assistant takes back tokens, which {name} may have evicted others for: apply it to the model that is "
+            "assisted, and leave the assistant as it is"
+        )
+    if not assisted:
+        return
+    if given is not None and given.get_seq_length() > 0:
+        raise ValueError(
+            "assisted decoding and prompt lookup feed the whole prompt again, whatever the cache holds: start from an "
+            "empty cache, or generate without them"
+        )
+    parts = settings.policy.parts
+    later = parts.budget.spread != "layer" or parts.score.repeats is not None
+    if (parts.when.every or parts.when.turns or later) and not parts.budget.full:
+        raise ValueError(
+            f"assisted decoding and prompt lookup take back tokens, for which {name} has evicted others by then; they "
+            "work with policies that evict once, at the end of the prompt, layer by layer"
+        )
+
+
+def prompt_length(config: Any, model_kwargs: dict[str, Any]) -> int | None:
+    """Tokens of the prompt, padding and earlier turns counted, before anything is generated."""
+    mask = model_kwargs.get("attention_mask")
+    if mask is not None:
+        return int(mask.shape[1])
+    known = mask_length(config)
+    if known is not None:
+        return known
+    positions = model_kwargs.get("position_ids")
+    return None if positions is None else int(positions.shape[-1])

@@ -1,0 +1,259 @@
+"""Hooks on the decoder, its attention modules and, for budgets that read it, the residual stream.
+
+All are objects, so that a patched model copies and pickles.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import weakref
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokred.adapters.contract import cache_name, cache_of, set_attention, with_cache
+from tokred.adapters.kv.attention import SEAT, Seat, register
+from tokred.adapters.kv.cache import LayerRows, TokCache, adopt, make_cache, rows_of
+from tokred.adapters.kv.layer import TokLayer
+from tokred.adapters.kv.repeat import repeat
+from tokred.adapters.kv.rope import LayerRope
+from tokred.adapters.swap import Hook, host_class
+from tokred.kv.policy import CachePolicy
+
+# The residual stream at the entry of the decoder layer that is running, by thread.
+_local = threading.local()
+
+
+class CacheSettings:
+    """What the hooks of one patched model share.
+
+    Args:
+        policy: what happens to the rows of a cache.
+        config: of the decoder.
+        compressed: layers whose rows the policy acts on.
+        implementation: the attention that the model had.
+    """
+
+    def __init__(self, policy: CachePolicy, config: Any, compressed: tuple[int, ...], implementation: str) -> None:
+        self.policy = policy
+        self.config = config
+        self.compressed = compressed
+        self.implementation = implementation
+        self._forget()
+
+    def _forget(self, left: tuple[LayerRows, ...] = ()) -> None:
+        self._left = left  # of the cache that ran last, when it went
+        self._latest: weakref.ref[TokCache] | None = None
+        self._layers = 0  # identity of its list of layers, which is kept until the cache has gone
+        self._watched: weakref.WeakSet[TokCache] = weakref.WeakSet()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Rows instead of a cache."""
+        named = ("policy", "config", "compressed", "implementation")
+        return {**{name: getattr(self, name) for name in named}, "left": self.last}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In another process the attention function is not known yet."""
+        self._forget(state.pop("left"))
+        self.__dict__.update(state)
+        register(self.implementation)
+
+    @property
+    def last(self) -> tuple[LayerRows, ...]:
+        """Rows and bytes of each layer of the cache that ran last, now or when it went."""
+        cache = None if self._latest is None else self._latest()
+        return self._left if cache is None else cache.layer_rows()
+
+    def ran(self, cache: TokCache) -> None:
+        """Note which cache ran last. Counting its bytes after every token would take longer than a token should."""
+        if self._latest is not None and self._latest() is cache:
+            return
+        if cache not in self._watched:
+            self._watched.add(cache)
+            weakref.finalize(cache, self._gone, cache.layers).atexit = False
+        self._latest, self._layers = weakref.ref(cache), id(cache.layers)
+
+    def _gone(self, layers: list[Any]) -> None:
+        if id(layers) == self._layers:
+            self._left = rows_of(layers)
+
+    def cache(self, layout: str = "auto") -> TokCache:
+        """An empty cache that holds its rows as ``layout`` says."""
+        return make_cache(self.config, self.policy, self.compressed, layout)
+
+    def undo(self) -> None:
+        """Give the model its own attention back."""
+        set_attention(self.config, self.implementation)
+
+    def adopt(self, cache: Any) -> TokCache:
+        """The caller's cache, made ours; raises as :func:`tokred.adapters.kv.cache.adopt`."""
+        return adopt(cache, self.config, self.policy, self.compressed)
+
+
+class EnterDecoder(Hook):
+    """Before the decoder's forward: it gets a cache where it would have made one, and bad calls are refused."""
+
+    def __init__(self, settings: CacheSettings, names: tuple[str, ...]) -> None:
+        self.settings = settings
+        self.names = names  # of the forward's arguments
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        cache = cache_of(given)
+        if cache is None:
+            use = given.get("use_cache")
+            use = getattr(self.settings.config, "use_cache", True) if use is None else use
+            if not use or (module.training and getattr(module, "gradient_checkpointing", False)):
+                return args, kwargs
+        _check_samples(given)
+        _check_mask(given.get("attention_mask"))
+        cache = self.settings.cache() if cache is None else self.settings.adopt(cache)
+        _check_length(given.get("attention_mask"), given, cache)
+        _check_chunk(given, self.settings.policy)
+        cache.begin()
+        cache.account(_new(given)[0], self.settings.config)
+        return (), with_cache(given, cache_name(host_class(module).forward), cache)
+
+
+class LeaveDecoder(Hook):
+    """After the decoder's forward: what could not be decided layer by layer, and the record for ``report``."""
+
+    def __init__(self, settings: CacheSettings) -> None:
+        self.settings = settings
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        cache = cache_of(kwargs)
+        if isinstance(cache, TokCache):
+            with torch.no_grad():
+                repeat(module, kwargs, cache)
+                cache.finish()
+            self.settings.ran(cache)
+
+
+class EnterAttention(Hook):
+    """Before an attention's forward: the attention function is told which layer of the cache is this module's.
+
+    Args:
+        settings: of the model.
+        index: the module's layer.
+        projection: name of the output projection, or None.
+        embedding: the decoder's rotary embedding, where it can be handed over.
+        layer_type: what the embedding takes besides positions, or None.
+    """
+
+    def __init__(
+        self,
+        settings: CacheSettings,
+        index: int,
+        projection: str | None,
+        embedding: nn.Module | None,
+        layer_type: str | None,
+    ) -> None:
+        self.settings = settings
+        self.layer_type = layer_type
+        self.index = index
+        self.projection = projection
+        self.embedding = embedding
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        cache = cache_of(kwargs)
+        layer = cache.layers[self.index] if isinstance(cache, TokCache) else None
+        if not isinstance(layer, TokLayer):
+            seat = Seat(None, self.settings.implementation, 0, None, None)
+            return args, {**kwargs, SEAT: seat}
+        layer.armed = True
+        rope, tables = None, kwargs.get("position_embeddings")
+        if self.embedding is not None and tables is not None:
+            rope = LayerRope(self.embedding, self.layer_type, tables)
+        depth = len(self.settings.compressed)
+        return args, {**kwargs, SEAT: Seat(layer, self.settings.implementation, depth, self.projection, rope)}
+
+
+class EnterLayer(Hook):
+    """Before a decoder layer: hold its input, for the norm before the MLP to compare with."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        cache = cache_of(kwargs)
+        layer = cache.layers[self.index] if isinstance(cache, TokCache) else None
+        _local.stream = None
+        if not isinstance(layer, TokLayer):
+            return
+        x = args[0] if args else kwargs["hidden_states"]
+        if layer.session.wants_stream(layer.clock, x.shape[1] > 1):
+            _local.stream = (layer, x, kwargs.get("attention_mask"))
+
+
+class EnterNorm(Hook):
+    """Before the norm that follows the attention's residual: how far the stream has turned.
+
+    Source: Wang et al., SqueezeAttention, ICLR 2025, section 3: cosine of each token before and after.
+    """
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        found = getattr(_local, "stream", None)
+        _local.stream = None
+        if found is None:
+            return
+        layer, before, spec = found
+        with torch.no_grad():
+            session, key = layer.session, layer.index
+            turned = F.cosine_similarity(before.float(), args[0].float(), dim=-1, eps=1e-8)  # [B, N]
+            padding = spec.padding(layer.seen)
+            real = torch.ones_like(turned) if padding is None else padding.mask[:, -turned.shape[1] :].float()
+            total, count = (turned * real).sum(1), real.sum(1)
+            if key in session.streams:
+                total, count = total + session.streams[key][0], count + session.streams[key][1]
+            session.streams[key] = (total, count)
+
+
+def argument_names(module: nn.Module) -> tuple[str, ...]:
+    """Names of a forward's arguments, in order."""
+    parameters = list(inspect.signature(host_class(module).forward).parameters.values())[1:]
+    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+
+
+def _check_mask(mask: Any) -> None:
+    masks = list(mask.values()) if isinstance(mask, dict) else [mask]
+    if any(isinstance(m, Tensor) and m.ndim != 2 for m in masks) or isinstance(mask, dict):
+        raise ValueError(
+            "a cache with a policy makes its own masks from the rows it holds: give attention_mask as [B, L] with "
+            "zeros on padding, or none, instead of a mask for each pair of tokens (or use_cache=False)"
+        )
+
+
+def _new(given: dict[str, Any]) -> tuple[int, int]:
+    """Samples and tokens of a forward."""
+    new = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+    return (1, 0) if new is None else (int(new.shape[0]), int(new.shape[1]))
+
+
+def _check_samples(given: dict[str, Any]) -> None:
+    if _new(given)[0] == 0:
+        raise ValueError("input_ids (or inputs_embeds) holds no samples: a cache takes batches of at least one")
+
+
+def _check_chunk(given: dict[str, Any], policy: CachePolicy) -> None:
+    new, chunk = _new(given)[1], policy.parts.when.chunk
+    if chunk and new > chunk:
+        raise ValueError(
+            f"a forward of {new} tokens does not fit the limit, which has room for chunk={chunk}: give the prompt in "
+            "chunks, or let generate do so"
+        )
+
+
+def _check_length(mask: Any, given: dict[str, Any], cache: TokCache) -> None:
+    new = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+    if mask is None or new is None:
+        return
+    wanted = cache.get_seq_length() + new.shape[1]
+    if mask.shape[1] < wanted:
+        raise ValueError(
+            f"attention_mask covers {mask.shape[1]} tokens, but the cache has seen {cache.get_seq_length()} and "
+            f"{new.shape[1]} come: give the mask of all {wanted}, evicted ones included"
+        )

@@ -1,0 +1,298 @@
+"""transformers: decoder-only language models, alone or inside a model with vision, whose caches may lose rows."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import nn
+
+from tokred.adapters.contract import attention_of, cache_argument, exchanges_attention, set_attention
+from tokred.adapters.host import Supplier
+from tokred.adapters.kv.reasons import layer_kinds, odd_layers, without_cache
+from tokred.adapters.swap import host_class, swap
+from tokred.core.method import Method
+from tokred.errors import MissingInputError, UnsupportedModelError
+from tokred.patch import Patch
+
+_PROJECTIONS = ("o_proj", "out_proj")
+# Attentions that repeat heads in an order of their own, behind their cache, and cannot be tried beforehand.
+_OTHER_HEADS = ("JetMoeAttention",)
+
+
+@dataclass
+class CacheHost(Supplier):
+    """A language model whose cache a policy can act on.
+
+    Attributes:
+        family: for messages, such as ``"transformers LlamaForCausalLM"``.
+        model: the module that the user gave, or a part of it; generates, where it can.
+        decoder: the module whose forward takes the cache.
+        config: of the decoder.
+        attentions: attention module of each layer, in order.
+        compressed: layers that attend to everything; the others have a sliding window, and bounded caches already.
+        supplies: what sites hand over.
+        note: what a user should know.
+    """
+
+    family: str
+    model: nn.Module
+    decoder: nn.Module
+    config: Any
+    attentions: list[tuple[str, nn.Module]]
+    compressed: tuple[int, ...]
+    supplies: frozenset[str]
+    norms: list[tuple[nn.Module, nn.Module] | None] = field(default_factory=list)
+    note: str = ""
+    stage: str = "cache"
+
+    windowless: ClassVar[str] = "{family} has no windows to choose from"
+
+    @property
+    def blocks(self) -> list[tuple[str, nn.Module]]:
+        """Name and attention module of each compressed layer."""
+        return [self.attentions[i] for i in self.compressed]
+
+    @property
+    def depth(self) -> int:
+        """Number of compressed layers."""
+        return len(self.compressed)
+
+    @property
+    def how(self) -> str:
+        """For the table of support."""
+        sliding = len(self.attentions) - self.depth
+        more = f" ({sliding} sliding-window layers stay as they are)" if sliding else ""
+        return f"{self.family}, cache of {self.depth} layers{more}"
+
+    def check(self, method: Method, expose: str = "auto") -> None:
+        """Everything that can be known before the model is touched.
+
+        Raises:
+            MissingInputError: the method acts at another stage, or reads what the host cannot supply.
+            ValueError: its parameters do not fit the model, or ``expose`` is given.
+        """
+        if method.stage != "cache":
+            raise MissingInputError(
+                f"{method.name!r} acts at stage {method.stage!r}, but {self.family} offers only stage 'cache'"
+            )
+        if expose not in ("auto", "none"):
+            raise ValueError(f"expose is for methods of blocks; a cache policy takes 'auto' alone, got {expose!r}")
+        self.check_reads(method)
+        method.check(self.depth)
+
+    def patch(self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str, patch: Patch) -> None:
+        """Register the attention function, and hang the hooks on the decoder. :meth:`check` has passed."""
+        from tokred.adapters.kv import hooks
+        from tokred.adapters.kv.attention import PREFIX, register
+        from tokred.adapters.kv.rope import layer_type_of
+        from tokred.kv.policy import CachePolicy
+
+        assert isinstance(method, CachePolicy)  # the stage's only kind of method
+        implementation = attention_of(self.config).removeprefix(PREFIX)
+        chosen = tuple(i for i in self.compressed if where is None or where(*self.attentions[i]))
+        settings = hooks.CacheSettings(method, self.config, chosen, implementation)
+        self.decoder.register_forward_pre_hook(
+            hooks.EnterDecoder(settings, hooks.argument_names(self.decoder)), with_kwargs=True
+        )
+        self.decoder.register_forward_hook(hooks.LeaveDecoder(settings), with_kwargs=True)
+        embedding = getattr(self.decoder, "rotary_emb", None) if "rope" in self.supplies else None
+        for i, (_, attention) in enumerate(self.attentions):
+            layer_type = None if embedding is None else layer_type_of(embedding, attention)
+            hook = hooks.EnterAttention(settings, i, _projection(attention), embedding, layer_type)
+            attention.register_forward_pre_hook(hook, with_kwargs=True)
+        if "stream" in method.reads:
+            for i in chosen:
+                both = self.norms[i]
+                assert both is not None  # supplied for all or for none
+                both[0].register_forward_pre_hook(hooks.EnterLayer(i), with_kwargs=True)
+                both[1].register_forward_pre_hook(hooks.EnterNorm())
+        swap(self.model, "cache", settings)
+        set_attention(self.config, register(implementation))
+
+
+def match(model: nn.Module, *, decodes: bool = False, bounded: bool = False) -> CacheHost | None:
+    """The host record of a decoder-only language model of transformers; None when ``model`` is none.
+
+    Args:
+        model: to be looked at.
+        decodes: whether it is known to be one, so that its attention need not say so.
+        bounded: whether one is welcome of which all layers have a sliding window, so that none loses rows to a policy.
+
+    Raises:
+        UnsupportedModelError: it is one, but its cache cannot lose rows rightly; the message says why.
+    """
+    cls: Any = host_class(model)
+    names = [c.__name__ for c in cls.__mro__] if cls.__module__.startswith("transformers.") else []
+    if "PreTrainedModel" not in names:
+        return None
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        return None
+    name = cls.__name__
+    if not (decodes or _decodes(model, config)):
+        if _sees_ahead(model, config):
+            raise refusal(
+                name,
+                "the tokens of its prompt see one another in both directions, which the masks of evicted rows do not "
+                "know; methods for its visual tokens run, such as 'divprune'",
+            )
+        why = without_cache(model)
+        if why:
+            raise refusal(name, why)
+        return None
+    if getattr(config, "is_encoder_decoder", False):
+        raise refusal(name, "it is an encoder with a decoder, whose two caches are not supported yet")
+    text = config.get_text_config(decoder=True)
+    kinds = layer_kinds(text)
+    odd = odd_layers(kinds)
+    if odd:
+        raise refusal(name, odd)
+    found = _attentions(model, text)
+    if not exchanges_attention(model) or not found:
+        raise refusal(
+            name, "its attention cannot be exchanged (it has no attention back-end), so a policy would never be asked"
+        )
+    if getattr(text, "kv_lora_rank", None):
+        raise refusal(name, "its cache holds latents that keys are made of anew, which scores of keys do not fit")
+    decoder = _decoder(model, found)
+    from tokred.adapters.kv.rehearsal import Rehearsal
+
+    rehearsal = Rehearsal(text, getattr(decoder, "rotary_emb", None))
+    _check_attentions(name, text, found, rehearsal)
+    compressed = _full_layers(name, kinds, bounded)
+    return CacheHost(
+        family=f"transformers {name}",
+        model=model,
+        decoder=decoder,
+        config=text,
+        attentions=found,
+        compressed=compressed,
+        supplies=_supplies(decoder, found, compressed, rehearsal),
+        norms=_norms(decoder, found),
+    )
+
+
+def refusal(name: str, why: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"transformers' {name} cannot run with a cache that loses rows: {why}")
+
+
+def _decodes(model: Any, config: Any) -> bool:
+    """Whether the model's forward takes a cache, in itself or in the model inside that it hands it to."""
+    if not _takes_cache(model):
+        return False
+    if getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False):
+        return True
+    kinds = [m.is_causal for m in model.modules() if hasattr(m, "is_causal") and hasattr(m, "layer_idx")]
+    # Encoders that could be made decoders take a cache too; attention that does not say which is taken for causal.
+    return any(kinds) if kinds else hasattr(model, "generate")
+
+
+def _takes_cache(model: Any) -> bool:
+    return cache_argument(host_class(model).forward) is not None
+
+
+def _sees_ahead(model: Any, config: Any) -> bool:
+    """Whether it generates, but is no causal model, because a prompt is read in both directions (PaliGemma)."""
+    ahead = getattr(config.get_text_config(decoder=True), "use_bidirectional_attention", None)
+    return bool(ahead) and _takes_cache(model) and model.can_generate()
+
+
+def _attentions(model: Any, text: Any) -> list[tuple[str, nn.Module]]:
+    """Attention modules of the decoder, by layer."""
+    found: dict[int, tuple[str, nn.Module]] = {}
+    for name, module in model.named_modules():
+        index = getattr(module, "layer_idx", None)
+        if (
+            "Attention" in host_class(module).__name__
+            and isinstance(index, int)
+            and getattr(module, "config", None) is text
+        ):
+            found[index] = (name, module)
+    return [found[i] for i in sorted(found)]
+
+
+def _decoder(model: Any, found: list[tuple[str, nn.Module]]) -> nn.Module:
+    """The innermost pretrained model around the attention modules."""
+    names = {c.__name__: c for c in host_class(model).__mro__}
+    base, inner = names["PreTrainedModel"], model
+    for name, module in model.named_modules():
+        if isinstance(module, base) and found[0][0].startswith(f"{name}." if name else ""):
+            inner = module
+    return inner  # type: ignore[no-any-return]
+
+
+def _check_attentions(name: str, text: Any, found: list[tuple[str, nn.Module]], rehearsal: Any) -> None:
+    if len(found) != text.num_hidden_layers:
+        raise refusal(
+            name, f"{len(found)} attention modules are found for the {text.num_hidden_layers} layers of its cache"
+        )
+    for where, module in found:
+        forward = host_class(module).forward
+        parameters = inspect.signature(forward).parameters
+        if cache_argument(forward) is None or not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            raise refusal(name, f"{where} does not hand its arguments on to the attention function")
+        if getattr(module, "sinks", None) is not None:
+            raise refusal(name, f"{where} has sinks of its own in the softmax, which scores would have to honour")
+        why = rehearsal.objection(module)
+        if host_class(module).__name__ in _OTHER_HEADS:
+            why = "attends to other keys and values than its cache holds"
+        if why:
+            raise refusal(name, f"{where} {why}")
+
+
+def _full_layers(name: str, kinds: list[str], bounded: bool) -> tuple[int, ...]:
+    """Layers that attend to everything."""
+    full = tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
+    if not full and not bounded:
+        raise refusal(name, "all of its layers have a sliding window, so its cache is bounded already")
+    return full
+
+
+def _projection(attention: Any) -> str | None:
+    return next((n for n in _PROJECTIONS if isinstance(getattr(attention, n, None), nn.Module)), None)
+
+
+def _norms(decoder: nn.Module, found: list[tuple[str, nn.Module]]) -> list[tuple[nn.Module, nn.Module] | None]:
+    """For each layer the decoder layer, and the module that reads the stream after the attention."""
+    if getattr(decoder.config, "use_parallel_residual", False):
+        return [None] * len(found)  # the norm reads the stream before the attention
+    around = {id(child): m for m in decoder.modules() for child in m.children()}
+    pairs: list[tuple[nn.Module, nn.Module] | None] = []
+    for _, attention in found:
+        layer = around.get(id(attention))
+        reader = None if layer is None else _after_attention(layer)
+        pairs.append(None if layer is None or reader is None else (layer, reader))
+    return pairs
+
+
+def _after_attention(layer: Any) -> nn.Module | None:
+    """The module whose input is the stream with the attention added."""
+    if hasattr(layer, "pre_feedforward_layernorm"):
+        name = "pre_feedforward_layernorm"
+    elif hasattr(layer, "post_feedforward_layernorm"):
+        name = "mlp"  # norms stand behind attention and MLP, which reads the stream itself
+    else:
+        name = "post_attention_layernorm"
+    found = getattr(layer, name, None)
+    return found if isinstance(found, nn.Module) else None
+
+
+def _supplies(
+    decoder: Any, found: list[tuple[str, nn.Module]], compressed: tuple[int, ...], rehearsal: Any
+) -> frozenset[str]:
+    from tokred.adapters.kv.rope import supplies_rope
+
+    supplied = {"q", "k", "v"}
+    if all(_projection(m) is not None for _, m in found):
+        supplied.add("projection")
+    attention: Any = found[compressed[0] if compressed else 0][1]
+    head_dim = getattr(attention, "head_dim", None)
+    turns = all(rehearsal.turns(found[i][1]) for i in compressed)
+    if head_dim is not None and turns and supplies_rope(decoder, attention, int(head_dim)):
+        supplied.add("rope")
+    if all(pair is not None for pair in _norms(decoder, found)):
+        supplied.add("stream")
+    return frozenset(supplied)

@@ -1,0 +1,164 @@
+"""An attention module, tried without weights and numbers: whether it hands its cache's rows to the attention function.
+
+A module of the same class is made on the device ``meta`` and called once. What cannot be tried is taken to be right:
+the attention function itself refuses what does not fit, in the first forward.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokred.adapters.contract import cache_argument, host_object, set_attention
+from tokred.adapters.kv.rope import layer_type_of
+from tokred.adapters.swap import host_class
+
+_NAME = "tokred:rehearsal"
+_WATCH = "tokred_rehearsal"
+_TOKENS = 3
+
+
+class _LookedError(Exception):
+    """Somebody looked into a mask."""
+
+
+class _Mask:
+    """Stands where a mask would; whoever looks into it makes one of its own."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise _LookedError(name)
+
+    def __getitem__(self, index: Any) -> Any:
+        raise _LookedError(index)
+
+
+class _Heard:
+    """What a module did with its cache, and the attention function with what it got."""
+
+    def __init__(self) -> None:
+        self.rows: tuple[Tensor, Tensor] | None = None
+        self.calls: list[tuple[Tensor, Tensor]] = []
+        self.turned = False
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As a cache does."""
+        self.rows = keys, values
+        return keys, values
+
+
+class _Turn(Tensor):
+    """A cosine that notices when somebody turns by it."""
+
+    heard: _Heard
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for x in args:
+            if isinstance(x, _Turn):
+                x.heard.turned = True
+        plain = [x.as_subclass(Tensor) if isinstance(x, _Turn) else x for x in args]
+        return func(*plain, **(kwargs or {}))
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+) -> tuple[Tensor, None]:
+    heard: _Heard = options[_WATCH]
+    heard.calls.append((key, value))
+    b, h, n, _ = query.shape
+    return query.new_zeros(b, n, h, value.shape[-1]), None
+
+
+class Rehearsal:
+    """Tries attention modules, each kind once.
+
+    Args:
+        config: of the decoder.
+        rope: its rotary embedding, or None.
+    """
+
+    def __init__(self, config: Any, rope: nn.Module | None) -> None:
+        self.config = copy.copy(config)
+        set_attention(self.config, _NAME)
+        self.rope = rope
+        self._known: dict[Any, _Heard | Exception | None] = {}
+
+    def objection(self, attention: nn.Module) -> str:
+        """Why evicted rows would not fit the module; empty where nothing speaks against it."""
+        heard = self._heard(attention)
+        if isinstance(heard, Exception):
+            return "makes a mask of its own, which evicted rows do not fit"
+        if heard is None or heard.rows is None:
+            return ""
+        if not heard.calls:
+            return "does not use the attention function that a policy acts in"
+        same = all(
+            x.shape[:3] == row.shape[:3] for call in heard.calls for x, row in zip(call, heard.rows, strict=True)
+        )
+        if len(heard.calls) > 1 or not same:
+            return "attends to other keys and values than its cache holds"
+        return ""
+
+    def turns(self, attention: nn.Module) -> bool:
+        """Whether the module is not known to leave queries and keys without rotation."""
+        heard = self._heard(attention)
+        return not isinstance(heard, _Heard) or not heard.calls or heard.turned
+
+    def _heard(self, attention: nn.Module) -> _Heard | Exception | None:
+        cls = host_class(attention)
+        plain = {k: v for k, v in vars(attention).items() if isinstance(v, bool | int | float | str | None)}
+        key = cls, tuple(sorted((k, repr(v)) for k, v in plain.items() if k not in ("layer_idx", "training")))
+        if key not in self._known:
+            self._known[key] = self._try(cls, attention)
+        return self._known[key]
+
+    def _try(self, cls: Any, attention: Any) -> _Heard | Exception | None:
+        host_object("registry of attention").register(_NAME, _attention)
+        try:
+            with torch.device("meta"), torch.random.fork_rng(devices=[]):
+                module = cls(self.config, attention.layer_idx)
+        except Exception:  # it is made in another way
+            return None
+        try:
+            return self._call(module, attention)
+        except _LookedError as error:
+            return error
+        except Exception:  # it takes something else, or has to see numbers
+            return None
+
+    def _call(self, module: Any, attention: nn.Module) -> _Heard | None:
+        forward, heard = type(module).forward, _Heard()
+        cache = cache_argument(forward)
+        names = list(inspect.signature(forward).parameters)[1:]
+        if cache is None:
+            return None
+        x = torch.empty(1, _TOKENS, self.config.hidden_size, device="meta")
+        given = {
+            cache: heard,
+            "attention_mask": _Mask(),
+            "position_embeddings": self._tables(attention, heard),
+            "position_ids": torch.empty(1, _TOKENS, dtype=torch.long, device="meta"),
+        }
+        with torch.no_grad():
+            module.eval()(x, **{k: v for k, v in given.items() if k in names}, **{_WATCH: heard})
+        return heard
+
+    def _tables(self, attention: nn.Module, heard: _Heard) -> Tensor | tuple[Tensor, ...] | None:
+        """Cosines and sines that notice whether they are used."""
+        if self.rope is None:
+            return None
+        extra = layer_type_of(self.rope, attention)
+        zeros = torch.zeros(1, _TOKENS, 1), torch.zeros(1, _TOKENS, dtype=torch.long)
+        try:
+            tables = self.rope(*zeros, *([] if extra is None else [extra]))
+        except KeyError:  # these layers do not turn
+            return None
+        several = not isinstance(tables, Tensor)
+        turns = tuple(t.to("meta").as_subclass(_Turn) for t in (tables if several else (tables,)))
+        for turn in turns:
+            turn.heard = heard
+        return turns if several else turns[0]

@@ -1,0 +1,238 @@
+"""Every vision method beside every other: at equal multiply-adds, at equal measured time, and what choosing costs.
+
+Three tables, each a CSV file in ``--out``:
+
+- ``methods_embedded.csv`` and ``methods_dinov2.csv``: quality, speed and memory, every method at a few shares of the
+  model's multiply-adds. Where the number of tokens depends on the image, the multiply-adds are those of the images
+  that were tried, not an estimate. Plots go to ``docs/img/``.
+- ``methods_overhead.csv``: ViT-S/16 at 224, batch 8, random weights, near 60 % of the multiply-adds: the share of the
+  forward that each method's own work takes, deciding and merging, timed inside the forward.
+
+The page ``docs/methods/comparison.md`` is made from these files by ``benchmarks/encoder/comparison.py``.
+
+    python -m benchmarks encoder/all_methods --threads 2                      # everything
+    python -m benchmarks encoder/all_methods --only embedded --methods tome,saint --count 400
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import tokred
+from benchmarks.checkout import ROOT
+from benchmarks.encoder.vit_speed import quartiles
+from tokred.bench import arms as arms_of
+from tokred.bench import images as photos
+from tokred.bench import models as subjects
+from tokred.bench import results as outputs
+from tokred.bench import run as bench
+from tokred.bench import tasks
+from tokred.bench.arms import Arm
+from tokred.core import environment
+
+SHARES = {"embedded": (0.6, 0.45, 0.3), "dinov2": (0.75, 0.6, 0.45)}
+NEAR = 0.06  # a setting counts for a share if its multiply-adds lie this near, as a share of the model's
+
+# What is tried for each method to come near the shares: settings from mild to strong.
+CANDIDATES: dict[str, list[str]] = {
+    "tome": [f"tome r={r}" for r in (*range(2, 34), 36, 40, 48)],
+    "pitome": [f"pitome ratio={s / 200}" for s in range(120, 200, 2)],
+    "random": [f"random r={r}" for r in (*range(2, 34), 36, 40, 48)],
+    "random_prune": [f"random_prune r={r}" for r in range(2, 17)],
+    "evit": [f"evit kappa={s / 100}" for s in range(10, 96, 3)],
+    "downsample": [f"downsample keep={s / 100}" for s in range(15, 96, 3)],
+    "ppt": [f"ppt r={r}" for r in range(8, 98, 4)],
+    "ats": [f"ats n={s / 100}" for s in range(20, 100, 4)],
+    "tofu": [f"tofu r={r}" for r in (*range(2, 34), 36, 40, 48)],
+    "zero_tprune": [
+        f"zero_tprune r_s={r_s} rho=[{', '.join(str(v) for v in rho)}]"
+        for r_s in (4, 10, 16, 24, 32)
+        for rho in ([1, 0.9, 0.8, 0.7, 1], [1, 0.8, 0.6, 0.5, 1], [0.8, 0.6, 0.5, 0.4, 1])
+    ],
+    "vomix": [f"vomix r={s / 100}" for s in (2, 3, 4, 5, 6, 8, 10, 12, 14, 17, 20, 25, 30)],
+    "tokentm": [f"tokentm keep={s / 100}" for s in range(10, 96, 3)],
+    "saint": [f"saint tau={t / 100} K={k}" for t in (30, 40, 50, 60, 65, 70, 75, 80, 85, 90) for k in (1, 3, 5)],
+    "vtm": [f"vtm gamma={g} R={r}" for g in (2, 3, 4, 6) for r in (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)],
+    "tinychart": [f"tinychart r={r}" for r in (*range(2, 34), 36, 40, 48)],
+    "algm": [f"algm T={t / 100}" for t in (-100, 10, 30, 40, 50, 60, 70, 75, 80, 85, 88, 90, 92, 94, 96)],
+}
+
+
+# Near 60 % of ViT-S/16's multiply-adds.
+OVERHEAD = {
+    "tome": "tome r=13", "pitome": "pitome ratio=0.91", "random": "random r=13", "random_prune": "random_prune r=13",
+    "evit": "evit kappa=0.64", "downsample": "downsample keep=0.57", "ppt": "ppt r=60", "ats": "ats n=0.84",
+    "tofu": "tofu r=13", "zero_tprune": "zero_tprune r_s=4 rho=[1, 0.8, 0.6, 0.5, 1]", "vomix": "vomix r=0.08",
+    "tokentm": "tokentm keep=0.64", "saint": "saint tau=0.3 K=3", "vtm": "vtm gamma=4 R=0.5",
+    "tinychart": "tinychart r=13", "algm": "algm T=-1 theta=0.2",
+}  # fmt: skip
+
+
+@torch.inference_mode()
+def tried(model: nn.Module, text: str, images: torch.Tensor) -> Arm | None:
+    """An arm with the multiply-adds and tokens that it really took on some images; None where it does not fit."""
+    name, parameters = arms_of.parse_setting(text)
+    try:
+        method = tokred.make(name, **parameters)
+        cost = tokred.flops(model, None, images.shape)
+        with tokred.applied(model, method):
+            model(images)
+            report = tokred.report(model)
+    except (ValueError, TypeError, tokred.TokredError) as error:
+        print(f"left out: {text}: {error}", file=sys.stderr)
+        return None
+    setting = text.partition(" ")[2]
+    macs = report.macs + cost.outside
+    return Arm(name, setting, method, report.layers[0].tokens_in, report.layers[-1].tokens_out, macs)
+
+
+def near_shares(model: nn.Module, names: Sequence[str], images: torch.Tensor, shares: Sequence[float]) -> list[Arm]:
+    """The unpatched model, and for each method the settings nearest to the shares of its multiply-adds."""
+    base = arms_of.unpatched(model, images.shape)
+    chosen = [base]
+    for name in names:
+        found = [arm for text in CANDIDATES[name] if (arm := tried(model, text, images)) is not None]
+        for share in shares:
+            best = min(found, key=lambda a: abs(a.macs / base.macs - share), default=None)
+            if best is not None and abs(best.macs / base.macs - share) <= NEAR and best not in chosen:
+                chosen.append(best)
+    return chosen
+
+
+def run_bench(model: str, names: Sequence[str], args: argparse.Namespace) -> None:
+    """Quality, speed and memory of one model; writes the CSV file and the plot."""
+    size = None if model == "embedded" else args.size
+    subject = subjects.load(model, size=size)
+    runs, left = bench.supported(subject, names)
+    for line in left:
+        print(f"left out: {line}", file=sys.stderr)
+    task = tasks.choose(subject, None, count=args.count if model == "embedded" else args.probe)
+    seen = task.test if task.test is not None else task.photos
+    sample = photos.normalise(seen.images[:8], subject.mean, subject.std, torch.float32)
+    arms = near_shares(subject.model, runs, sample, SHARES[model])
+    options = bench.Options(batch=args.batch, rounds=args.rounds)
+    total, done = bench.ticks(task, arms, options), 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        if done % 50 == 0 or done == total:
+            print(f"{model}: {done} of {total}", file=sys.stderr)
+
+    rows = bench.run(subject, task, arms, options, tick)
+    outputs.write_rows(args.out / f"methods_{model}.csv", rows)
+    bench.plot(rows, args.pictures / f"methods_{model}.png")
+
+
+class Clock:
+    """Adds up the seconds spent in some functions."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def watch(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, its time counted."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds += time.perf_counter() - start
+
+        return run
+
+
+@torch.inference_mode()
+def run_overhead(names: Sequence[str], args: argparse.Namespace) -> None:
+    """What each method's own work (deciding and merging) takes of a forward of ViT-S/16, timed inside the forward."""
+    import timm
+
+    from tokred.adapters.encoder import block as adapter_block
+
+    torch.manual_seed(0)
+    model: Any = timm.create_model("vit_small_patch16_224").eval()
+    x = torch.randn(8, 3, 224, 224)
+    full = arms_of.unpatched(model, x.shape)
+    found = {name: arm for name in names if (arm := tried(model, OVERHEAD[name], x)) is not None}
+    own, whole = Clock(), Clock()
+    originals = {name: getattr(adapter_block, name) for name in ("decide", "follow")}
+    shares: dict[str, list[float]] = {name: [] for name in found}
+    seconds: dict[str, list[float]] = {name: [] for name in ("unpatched", *found)}
+    order = random.Random(0)
+    try:
+        for name, function in originals.items():
+            setattr(adapter_block, name, own.watch(function))
+        for _ in range(args.rounds):
+            names_now = list(seconds)
+            order.shuffle(names_now)
+            for name in names_now:
+                with nullcontext() if name == "unpatched" else tokred.applied(model, found[name].method):
+                    own.seconds = whole.seconds = 0.0
+                    whole.watch(model)(x)
+                seconds[name].append(whole.seconds)
+                if name != "unpatched":
+                    shares[name].append(own.seconds / whole.seconds)
+    finally:
+        for name, function in originals.items():
+            setattr(adapter_block, name, function)
+    rows = []
+    for name, arm in found.items():
+        speed = quartiles([u / m for u, m in zip(seconds["unpatched"], seconds[name], strict=True)])
+        low, middle, high = quartiles(shares[name])
+        rows.append(
+            {
+                "model": "vit_small_patch16_224 (random weights)", "method": name, "setting": arm.setting,
+                "tokens_out": arm.tokens_out, "gmacs_share": arm.macs / full.macs,
+                "own_work": middle, "own_work_q25": low, "own_work_q75": high,
+                "milliseconds": 1e3 * statistics.median(seconds[name]),
+                "speedup": speed[1], "speedup_q25": speed[0], "speedup_q75": speed[2],
+                "batch": 8, "rounds": args.rounds, "dtype": "float32", **environment.describe("cpu"),
+            }
+        )  # fmt: skip
+    outputs.write_rows(args.out / "methods_overhead.csv", rows)
+
+
+def main() -> int:
+    """Run what is asked for; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=["embedded", "dinov2", "overhead"], help="default: all three")
+    parser.add_argument("--methods", help="with commas; default: all")
+    parser.add_argument("--count", type=int, default=1000, help="images of the embedded sample")
+    parser.add_argument("--probe", type=int, default=200, help="labelled images to test DINOv2's probe on")
+    parser.add_argument("--size", type=int, default=168, help="height and width of DINOv2's images")
+    parser.add_argument("--batch", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--pictures", type=Path, default=ROOT / "docs" / "img")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    names = args.methods.split(",") if args.methods else list(CANDIDATES)
+    unknown = [n for n in names if n not in CANDIDATES]
+    if unknown:
+        parser.error(f"--methods names {', '.join(unknown)}; known are {', '.join(CANDIDATES)}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    args.pictures.mkdir(parents=True, exist_ok=True)
+    for part in args.only or ["overhead", "embedded", "dinov2"]:
+        if part == "overhead":
+            run_overhead(names, args)
+        else:
+            run_bench(part, names, args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

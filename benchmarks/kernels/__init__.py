@@ -1,0 +1,1 @@
+"""What ``benchmarks/gpu.py`` and ``benchmarks/kernels/cpu.py`` share: cases, checks, clocks and tables."""

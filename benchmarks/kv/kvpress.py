@@ -1,0 +1,456 @@
+"""tokred's cache scores against NVIDIA/kvpress, on the same tensors in the same process.
+
+kvpress 0.5.5 needs transformers below 5.3, which tokred's adapter for caches does not run on. Its scores do: they need
+torch alone. So this script has an environment of its own:
+
+    python -m venv kvpress-env
+    kvpress-env/bin/pip install kvpress==0.5.5
+    python -m benchmarks.zoo.fetch smollm2 handbook          # in the usual environment, which converts the weights
+    kvpress-env/bin/python -m benchmarks kv/kvpress --out benchmarks/results/kv_kvpress.csv --threads 1
+
+A press is called as its own hook calls it after the attention of a layer: it gets hidden states, keys and values, and
+makes queries anew from the hidden states. tokred gets what the attention has had: queries, keys, values. Both act on
+the tensors of SmolLM2-135M reading the Debian handbook (of a random model with its heads, where the weights are
+missing).
+
+Columns: ``max_abs_difference`` of the scores, in float32, and ``largest``, the largest of them; ``rows_differ``, rows
+of all heads that one keeps and the other does not; ``ms_*``, medians of calls that score one layer, alternating;
+``bytes_*``, what the caches of all layers really hold after the prompt, positions (4 bytes a row) among tokred's.
+``note`` says where the two differ by design.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import tokred
+from tokred import kv
+from tokred.adapters.kv.layer import TokLayer
+from tokred.adapters.kv.rope import LayerRope
+from tokred.bench import results as outputs
+from tokred.kv.engine import Session
+from tokred.kv.repeat import Piece, Probe, Repeats
+
+COLUMNS = (
+    "policy", "tokens", "budget", "max_abs_difference", "largest", "rows_differ", "ms_kvpress", "ms_tokred",
+    "bytes_kvpress", "bytes_tokred", "note",
+)  # fmt: skip
+SINKS = 4
+
+
+class _Row(TokLayer):
+    """tokred's layer, under the older transformers."""
+
+    def get_max_cache_shape(self) -> int:
+        """What newer ones call ``get_max_length``."""
+        return self.get_max_length()
+
+
+class Layer(NamedTuple):
+    """What one layer's attention had.
+
+    Attributes:
+        module: the attention.
+        hidden: ``[1, N, C]`` its input.
+        q, k, v: ``[1, H or Hk, N, D]`` after rotation.
+        tables: cosines and sines ``[1, N, D]``.
+        index, depth: which layer, of how many.
+    """
+
+    module: Any
+    hidden: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    tables: tuple[Tensor, Tensor]
+    index: int
+    depth: int
+
+    def site(self) -> kv.CacheSite:
+        """As tokred sees it."""
+        projection = self.module.o_proj
+        rope = LayerRope(self.module.rotary_emb, None, self.tables)
+        return kv.CacheSite(
+            q=self.q, k=self.k, v=self.v, scale=self.module.scaling, projection=lambda: projection.weight, rope=rope,
+            layer=self.index, depth=self.depth,
+        )  # fmt: skip
+
+    def attention(self) -> Tensor:
+        """``[1, H, N, N]``, which the eager kernel would have left behind."""
+        k = self.k.repeat_interleave(self.q.shape[1] // self.k.shape[1], 1)
+        logits = self.q @ k.mT * self.module.scaling
+        n = logits.shape[-1]
+        return logits.masked_fill_(torch.ones(n, n, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
+
+    def press(self, press: Any, attention: Tensor | None = None) -> Tensor:
+        """A press's scores."""
+        return press.score(  # type: ignore[no-any-return]
+            self.module, self.hidden, self.k, self.v, attention, {"position_embeddings": self.tables}
+        )
+
+
+class Pair(NamedTuple):
+    """A press and the policy that it is compared with.
+
+    Attributes:
+        policy: of tokred.
+        press: makes the press.
+        theirs, ours: scores of a layer.
+        compare: entries that mean the same in both, given both scores; None: all.
+        note: where they differ by design.
+    """
+
+    policy: Any
+    press: Callable[[float], Any]
+    theirs: Callable[[Layer, Any], Tensor]
+    ours: Callable[[Layer, Any], Tensor]
+    compare: Callable[[Tensor, Tensor], Tensor] | None = None
+    note: str = ""
+
+
+def _plain(layer: Layer, press: Any) -> Tensor:
+    return layer.press(press)
+
+
+def _scores(layer: Layer, policy: Any) -> Tensor:
+    """With those of guarded rows above all others, as presses do it."""
+    return policy.scores(layer.site())  # type: ignore[no-any-return]
+
+
+def _raw(layer: Layer, policy: Any) -> Tensor:
+    """The score alone."""
+    return policy.parts.score(layer.site())  # type: ignore[no-any-return]
+
+
+def _refined(layer: Layer, policy: Any) -> Tensor:
+    """The score once it is known how many rows are kept; the sure ones are infinite."""
+    site = layer.site()
+    rows = policy.at_least(site, policy.parts.budget.rows(site))
+    score, guard = policy.parts.score(site), policy.guarded(site, rows)
+    return policy.parts.score.refine(site, score, guard, rows)  # type: ignore[no-any-return]
+
+
+def _observed(layer: Layer, policy: Any) -> Tensor:
+    site = layer.site()
+    policy.parts.score.observe(site)
+    return policy.parts.score(site)  # type: ignore[no-any-return]
+
+
+def pairs(budget: float) -> dict[str, Pair]:
+    """By tokred's name."""
+    import kvpress as p
+
+    made = tokred.make
+    both_finite = lambda a, b: (a < 1e30) & b.isfinite()  # noqa: E731
+    return {
+        "snapkv": Pair(made("snapkv", budget=budget), p.SnapKVPress, _plain, _scores),
+        "tova": Pair(made("tova", budget=budget), p.TOVAPress, _plain, _scores),
+        "knorm": Pair(
+            made("knorm", budget=budget), p.KnormPress, _plain, _raw,
+            note="of equal scores tokred keeps the older row, the press any",
+        ),
+        "keydiff": Pair(made("keydiff", budget=budget), p.KeyDiffPress, _plain, _raw),
+        "expected_attention": Pair(
+            made("expected_attention", budget=budget), p.ExpectedAttentionPress, _plain, _scores
+        ),
+        "lagkv": Pair(
+            made("lagkv", budget=budget, cross_scoring=True), lambda r: p.LagKVPress(r, cross_scoring=True), _plain,
+            _raw, note="raw scores, which cross_scoring keeps; ranks follow from them",
+        ),
+        "lagkv (ranks)": Pair(
+            made("lagkv", budget=budget), p.LagKVPress, _plain, _raw,
+            note="ranks / lag: where raw scores agree to the last digits but one, neighbours in rank may change places",
+        ),
+        "observed_attention": Pair(
+            made("observed_attention", budget=budget), p.ObservedAttentionPress,
+            lambda layer, press: layer.press(press, layer.attention()), _observed,
+            note="the press needs the N x N attention, which is made in its time; tokred sums without making it",
+        ),
+        "criticalkv": Pair(
+            made("criticalkv", budget=budget), lambda r: p.CriticalKVPress(p.SnapKVPress(r)), _plain, _refined,
+            compare=both_finite, note="rows of the second stage; those of the first are infinite in both",
+        ),
+        "pyramidkv": Pair(
+            made("pyramidkv", budget=budget), p.PyramidKVPress, _plain, _scores,
+            note="the same scores as snapkv; rows by layer are compared in rows_differ",
+        ),
+        "adakv": Pair(
+            made("adakv", budget=budget), lambda r: p.AdaKVPress(p.SnapKVPress(r)),
+            lambda layer, press: layer.press(press.press), _scores,
+            note="the press masks what it evicts, so its cache stays dense",
+        ),
+        "streaming_llm": Pair(
+            made("streaming_llm", budget=budget), lambda r: p.StreamingLLMPress(r, n_sink=SINKS), _plain, _scores,
+            compare=lambda a, b: torch.zeros_like(a, dtype=torch.bool),
+            note="one or zero against the number of the token: only the rows that are kept can be compared",
+        ),
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- what they are given
+
+
+def load(which: str) -> tuple[Any, Any, str]:
+    """Model and ids of a text, or a random model and random ids."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from benchmarks.zoo import data, smollm2
+
+    if which != "random":
+        try:
+            model, tokenizer = smollm2.load()
+            ids = tokenizer(data.handbook()[:60_000], return_tensors="pt").input_ids
+            return model, ids, "SmolLM2-135M, Debian handbook"
+        except Exception as error:  # weights or text are missing; another transformers may also name it otherwise
+            if which == "smollm2":
+                raise
+            print(f"no SmolLM2 ({type(error).__name__}: {error}); a random model instead")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1000, hidden_size=576, intermediate_size=256, num_hidden_layers=6, num_attention_heads=9,
+        num_key_value_heads=3, max_position_embeddings=8192,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval(), torch.randint(3, 1000, (1, 8192)), "random model, random tokens"
+
+
+def record(model: Any, ids: Tensor, chosen: list[int]) -> list[Layer]:
+    """What the attention of the chosen layers has in a forward over ``ids``."""
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    found: list[Layer] = []
+    depth = model.config.num_hidden_layers
+
+    def hook(module: Any, args: Any, kwargs: Any) -> None:
+        x, tables = kwargs["hidden_states"], kwargs["position_embeddings"]
+        b, n, _ = x.shape
+        q, k, v = (f(x).view(b, n, -1, module.head_dim).transpose(1, 2) for f in
+                   (module.q_proj, module.k_proj, module.v_proj))  # fmt: skip
+        q, k = apply_rotary_pos_emb(q, k, *tables)
+        module.rotary_emb = model.model.rotary_emb
+        found.append(Layer(module, x, q, k, v.contiguous(), tables, module.layer_idx, depth))
+
+    attentions = [model.model.layers[i].self_attn for i in chosen]
+    handles = [a.register_forward_pre_hook(hook, with_kwargs=True) for a in attentions]
+    model.model(ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- what is compared
+
+
+def kept_by_press(name: str, press: Any, layer: Layer, score: Tensor) -> Tensor:
+    """``[1, Hk, N]`` bool: rows that survive."""
+    kept = torch.zeros(layer.k.shape[:3], dtype=torch.bool)
+    n = layer.k.shape[2]
+    if name == "adakv":
+        press.compress(layer.module, layer.hidden, layer.k, layer.v, None, {"position_embeddings": layer.tables})
+        _, heads, rows = layer.module.masked_key_indices
+        layer.module.masked_key_indices = None
+        kept[:] = True
+        kept[0, heads, rows] = False
+        return kept
+    count = max(1, int(n * (1 - press.compression_ratio)))
+    count = press.get_layer_budget(layer.module, n) if name == "pyramidkv" else count
+    return kept.scatter(-1, score.topk(count, dim=-1).indices, True)
+
+
+def kept_by_policy(policy: Any, layer: Layer) -> Tensor:
+    """The same of tokred."""
+    step = policy.reduce(layer.site())
+    kept = torch.zeros(layer.k.shape[:3], dtype=torch.bool)
+    if step.mask is None:
+        return kept.scatter(-1, step.representative, True)
+    return kept.scatter_reduce(-1, step.representative, step.mask, "amax", include_self=True)
+
+
+def time_both(first: Callable[[], Any], second: Callable[[], Any], rounds: int) -> tuple[float, float]:
+    """Median milliseconds of each, called in turn."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for i in range(rounds + 1):
+        for which in (0, 1) if i % 2 else (1, 0):
+            start = time.perf_counter()
+            (first, second)[which]()
+            if i:
+                times[which].append((time.perf_counter() - start) * 1000)
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+def bytes_of_press(press: Any, model: Any, ids: Tensor, eager: bool) -> int:
+    """Keys and values of all layers after a prompt under a press."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager" if eager else "sdpa")
+    with press(model):
+        model.model(ids, past_key_values=cache)
+    model.set_attn_implementation(before)
+    for layer in model.model.layers:
+        layer.self_attn.masked_key_indices = None
+    return sum(t.untyped_storage().nbytes() for x in cache.layers for t in (x.keys, x.values))
+
+
+def bytes_of_policy(policy: Any, layers: list[Layer]) -> int:
+    """Everything that tokred's layers hold after the same prompt.
+
+    The context is not repeated for kvzip, whose number of rows does not depend on the scores: a window's stand in.
+    """
+    session, held = Session(policy, len(layers)), []
+    session.begin()
+    for layer in layers:
+        row = _Row(session, layer.index)
+        row.append(layer.k, layer.v)
+        site = layer.site()
+        site.rows, site.notes = row.rows, row.notes
+        session.observe(row, site, 0)
+        held.append(row)
+    if session.repeats is not None:
+        probe = Probe(session.repeats, layers[0].k.shape[2])
+        probe.best = {layer.index: kv.Window()(layer.site()) for layer in layers}
+        session.judged(probe)
+    session.finish()
+    return sum(row.nbytes for row in held)
+
+
+def compare(name: str, pair: Pair, layers: list[Layer], budget: float, rounds: int) -> dict[str, Any]:
+    """Scores, kept rows and times, of the chosen layers."""
+    press = pair.press(1 - budget)
+    worst = largest = 0.0
+    differ = total = 0
+    for layer in layers:
+        theirs, ours = pair.theirs(layer, press).float(), pair.ours(layer, pair.policy).float()
+        same = torch.ones_like(theirs, dtype=torch.bool) if pair.compare is None else pair.compare(theirs, ours)
+        if same.any():
+            worst = max(worst, float((theirs - ours)[same].abs().max()))
+            largest = max(largest, float(theirs[same].abs().max()))
+        a, b = kept_by_press(name, press, layer, theirs), kept_by_policy(pair.policy, layer)
+        differ, total = differ + int((a != b).sum()), total + int(a.sum())
+    middle = layers[len(layers) // 2]
+    times = time_both(lambda: pair.theirs(middle, press), lambda: pair.ours(middle, pair.policy), rounds)
+    return {
+        "policy": name, "tokens": layers[0].k.shape[2], "budget": budget, "max_abs_difference": f"{worst:.3g}",
+        "largest": f"{largest:.4g}", "rows_differ": f"{differ} of {total}", "ms_kvpress": f"{times[0]:.2f}",
+        "ms_tokred": f"{times[1]:.2f}", "note": pair.note,
+    }  # fmt: skip
+
+
+def compare_kvzip(model: Any, ids: Tensor, n: int, chosen: list[int], rounds: int) -> dict[str, Any]:
+    """The context's first piece is fed again: the maximum of its attention on that piece."""
+    import kvpress as p
+
+    chunk = n // 2
+    press = p.KVzipPress(0.5, n_sink=SINKS)
+    press.context_length, press.start_idx, press.end_idx = n, SINKS, SINKS + chunk
+    layers = record(model, torch.cat([ids[:, :n], ids[:, SINKS : SINKS + chunk]], 1), chosen)
+    config = model.config
+    press.score_val = torch.zeros(config.num_hidden_layers, 1, config.num_key_value_heads, n)
+    piece = Piece((torch.arange(SINKS, SINKS + chunk),), (torch.arange(0),), ())
+
+    def theirs(layer: Layer) -> Tensor:
+        cos, sin = layer.tables
+        tables = {"position_embeddings": (cos[:, n:], sin[:, n:])}
+        press.score_kvzip(layer.module, layer.hidden[:, n:], layer.k, layer.v, None, tables)
+        return press.score_val[layer.index][..., SINKS : SINKS + chunk]  # type: ignore[no-any-return]
+
+    def ours(layer: Layer) -> Tensor:
+        probe = Probe(Repeats(chunk, SINKS), n)
+        probe.piece = piece
+        probe.see(layer._replace(q=layer.q[:, :, n:]).site())
+        return probe.best[layer.index][..., SINKS : SINKS + chunk]
+
+    worst = max(float((theirs(x) - ours(x)).abs().max()) for x in layers)
+    largest = max(float(ours(x).max()) for x in layers)
+    middle = layers[len(layers) // 2]
+    times = time_both(lambda: theirs(middle), lambda: ours(middle), rounds)
+    return {
+        "policy": "kvzip", "tokens": n, "max_abs_difference": f"{worst:.3g}",
+        "largest": f"{largest:.4g}", "rows_differ": "", "ms_kvpress": f"{times[0]:.2f}",
+        "ms_tokred": f"{times[1]:.2f}",
+        "note": f"one piece of {chunk} repeated tokens; the press masks what it evicts, so its cache stays dense",
+    }  # fmt: skip
+
+
+def compare_pyramids(depth: int) -> tuple[int, int]:
+    """Rows by layer that differ, and how many were compared."""
+    import kvpress as p
+    from transformers import LlamaConfig
+
+    differ = total = 0
+    module = torch.nn.Module()
+    module.config = LlamaConfig(num_hidden_layers=depth)
+    for n, budget in itertools.product((96, 500, 2048, 4096), (0.5, 0.25, 0.125, 0.05)):
+        for window, beta in ((8, 20), (64, 20), (32, 4)):
+            press = p.PyramidKVPress(1 - budget, window_size=window, beta=beta)
+            for layer in range(depth):
+                module.layer_idx = layer
+                rows = kv.Pyramid(budget, beta, window).share(n, None, layer, depth)
+                differ += rows != press.get_layer_budget(module, n)
+                total += 1
+    return differ, total
+
+
+@torch.inference_mode()
+def measure(which: str, n: int, budget: float, rounds: int, wanted: list[str] | None) -> Iterator[dict[str, Any]]:
+    """Rows of the CSV."""
+    model, ids, what = load(which)
+    ids = ids[:, :n]
+    depth = model.config.num_hidden_layers
+    chosen = sorted({0, depth // 3, 2 * depth // 3, depth - 1})
+    every = record(model, ids, list(range(depth)))
+    layers = [every[i] for i in chosen]
+    print(f"{what}, {ids.shape[1]} tokens, layers {chosen} of {depth}", flush=True)
+    for name, pair in pairs(budget).items():
+        if wanted is not None and name.partition(" ")[0] not in wanted:
+            continue
+        row = compare(name, pair, layers, budget, rounds)
+        row["bytes_kvpress"] = bytes_of_press(pair.press(1 - budget), model, ids, eager=name == "observed_attention")
+        row["bytes_tokred"] = bytes_of_policy(pair.policy, every)
+        yield row
+    if wanted is None or "kvzip" in wanted:
+        row = compare_kvzip(model, ids, ids.shape[1], chosen, rounds)
+        dense = sum(t.nbytes for layer in every for t in (layer.k, layer.v))
+        yield {
+            **row, "budget": budget, "bytes_kvpress": dense,
+            "bytes_tokred": bytes_of_policy(tokred.make("kvzip", budget=budget), every),
+        }  # fmt: skip
+    for depth in (1, 4, 30):
+        print("pyramid of {} layers: {} of {} budgets differ".format(depth, *compare_pyramids(depth)))
+    print("(a model of one layer: the press gives it the top of the slope, nearly twice the budget; tokred the budget)")
+
+
+def main() -> None:
+    """Compare, print, and write the CSV."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="CSV file, written anew")
+    parser.add_argument("--model", choices=("auto", "smollm2", "random"), default="auto")
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--budget", type=float, default=0.25)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--policies", help="names, with commas")
+    parser.add_argument("--threads", type=int, help="threads of torch")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    wanted = arguments.policies.split(",") if arguments.policies else None
+    rows = []
+    for row in measure(arguments.model, arguments.tokens, arguments.budget, arguments.rounds, wanted):
+        rows.append(row)
+        print(*(f"{k}={v}" for k, v in row.items()), flush=True)
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        outputs.write_rows(arguments.out, [{c: row.get(c) for c in COLUMNS} for row in rows])
+
+
+if __name__ == "__main__":
+    main()

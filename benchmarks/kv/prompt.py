@@ -1,0 +1,199 @@
+"""A prompt that is read once and given to the caches of many policies.
+
+Policies decide after a layer's attention, from its queries, keys and values, and never change what the prompt's own
+forward computes. So the model reads the prompt densely once, and every policy then gets exactly the tensors that it
+would have got: a benchmark of twenty policies at four budgets pays for one prefill instead of eighty. ``tests/kv``
+compares with prompts that were really read under the policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import tokred
+from tokred import kv
+from tokred.adapters.kv.repeat import repeat
+from tokred.kv.engine import Session
+from tokred.kv.scores.expected import NOTES
+
+
+class Layer(NamedTuple):
+    """What a layer had: ``q`` ``[B, H, N, D]``, ``k`` and ``v`` ``[B, Hk, N, D]``; and more of its site."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float | None
+    projection: Callable[[], Tensor] | None
+    rope: Any
+
+
+class _Recorder(Session):
+    """Writes down instead of deciding."""
+
+    def __init__(self, policy: Any, depth: int) -> None:
+        super().__init__(policy, depth)
+        self.layers: list[Layer] = []
+        self.padding: kv.Padding | None = None
+
+    def observe(self, layer: Any, site: kv.CacheSite, before: int) -> None:
+        self.padding = site.padding
+        self.layers.append(Layer(site.q, site.k, site.v, site.scale, site._projection, site._rope))
+
+
+class _Once:
+    """A score that is computed once for all budgets; for everything else it is the score itself."""
+
+    def __init__(self, score: kv.Score, store: dict[Any, Any]) -> None:
+        self._score, self._store = score, store
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._score, name)
+
+    def observe(self, site: kv.CacheSite) -> None:
+        if site.q.shape[2] != site.k.shape[2]:  # the end of a prompt in two parts
+            self._score.observe(site)
+            return
+        score, factor = self._score, 1.0
+        if isinstance(score, kv.ColumnSum) and score.decay == 1 and score.group == "mean":
+            # The same sum for all; the mean over a group of heads is a share of it.
+            score, factor = kv.ColumnSum(), site.heads / site.q.shape[1]
+        key = ("rows", score, site.layer)
+        if key not in self._store:
+            score.observe(site)
+            self._store[key] = dict(site.rows), {n: x for n, x in site.notes.items() if n in NOTES}
+        rows, notes = self._store[key]
+        site.rows.update({name: state * factor for name, state in rows.items()})
+        site.notes.update(notes)
+
+    def __call__(self, site: kv.CacheSite) -> Tensor:
+        key = ("score", self._score, site.layer)
+        if key not in self._store:
+            self._store[key] = self._score(site)
+        return self._store[key]
+
+
+class Prompt:
+    """A prompt, read.
+
+    Args:
+        decoder: the module inside the model whose forward takes the cache.
+        given: its arguments, ids and mask.
+        layers: of the model.
+        padding: of the batch.
+        streams: how far each layer's attention turned the residual stream, over the whole text.
+
+    Attributes:
+        length: slots.
+    """
+
+    def __init__(
+        self,
+        decoder: Any,
+        given: dict[str, Any],
+        layers: list[Layer],
+        padding: kv.Padding | None,
+        streams: dict[int, Any],
+    ) -> None:
+        self.decoder, self.given = decoder, given
+        self.layers, self.padding, self.streams = layers, padding, streams
+        self.length = layers[0].k.shape[2]
+        self._stores: dict[int, dict[Any, Any]] = {}
+
+    def fill(self, cache: Any, count: int | None = None, rest: int = 0) -> Any:
+        """Let an empty cache of a patched model be as if it had read the first ``count`` tokens; returns it.
+
+        Args:
+            cache: of ``tokred.kv_cache(model)``.
+            count: tokens; None: all.
+            rest: so many more follow and belong to the prompt. What scores have added up over the first ``count`` is
+                computed once, whatever follows.
+        """
+        n = self.length if count is None else count
+        session = cache.session
+        session.streams = dict(self.streams) if "stream" in session.parts.budget.reads else {}
+        cache.begin()
+        session.prompt = n + rest
+        parts = [(0, n + rest)]
+        if rest and session.parts.score.accumulates:
+            parts = [(0, n), (n, n + rest)]
+        for start, end in parts:
+            store = self._stores.setdefault(end, {})
+            session.parts = session.policy.parts._replace(score=_Once(session.policy.parts.score, store))
+            padding = None if self.padding is None else self.padding.until(end)
+            for i, (layer, seen) in enumerate(zip(cache.layers, self.layers, strict=True)):
+                layer.append(seen.k[:, :, start:end], seen.v[:, :, start:end])
+                if session.watches(layer.clock, end):
+                    session.observe(layer, self._site(i, start, end, seen, padding, layer, session), start)
+            if session.waiting is not None:
+                self._repeat(cache, session, end, store)
+        cache.finish()
+        session.parts = session.policy.parts
+        return cache
+
+    def _repeat(self, cache: Any, session: Session, n: int, store: dict[Any, Any]) -> None:
+        """Feed the context once more, for scores that need it; once for all budgets."""
+        key = ("probe", session.policy.parts.score)
+        if key in store:
+            session.judged(store[key])
+            return
+        judged = session.judged
+
+        def keep(probe: Any) -> None:
+            store[key] = probe
+            judged(probe)
+
+        session.judged = keep  # type: ignore[method-assign]
+        repeat(self.decoder, {name: x[:, :n] for name, x in self.given.items()}, cache)
+        del session.judged
+
+    def forget(self) -> None:
+        """Free the scores that were kept for other budgets."""
+        self._stores.clear()
+
+    def _site(
+        self, index: int, start: int, n: int, seen: Layer, padding: Any, layer: Any, session: Session
+    ) -> kv.CacheSite:
+        return kv.CacheSite(
+            q=seen.q[:, :, start:n],
+            k=layer.keys,
+            v=layer.values,
+            seen=n,
+            padding=padding,
+            alpha=session.policy.parts.fate.alpha,
+            scale=seen.scale,
+            rows=layer.rows,
+            notes=layer.notes,
+            projection=seen.projection,
+            rope=None if seen.rope is None else seen.rope.part(n - start, start),
+            layer=index,
+            depth=len(self.layers),
+        )
+
+
+@torch.inference_mode()
+def read(model: Any, ids: Tensor, mask: Tensor | None = None, *, logits: int = 1) -> tuple[Prompt, Tensor]:
+    """Read ``ids`` ``[B, N]`` densely.
+
+    Args:
+        model: a decoder of transformers whose layers all attend to everything; unpatched before and after.
+        mask: ``[B, N]``, zeros on padding, which stands on the left.
+        logits: of how many last tokens.
+
+    Returns:
+        The prompt, and the logits ``[B, logits, V]``.
+    """
+    policy = tokred.make("squeezeattention", budget=0.5)  # it makes the adapter measure the stream
+    with tokred.applied(model, policy):
+        cache = tokred.kv_cache(model)
+        session = _Recorder(policy, len(cache.layers))
+        cache.session = session
+        for layer in cache.layers:
+            layer.session = session
+        given = {} if mask is None else {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+        out = model(ids, past_key_values=cache, logits_to_keep=logits, **given).logits
+    return Prompt(model.model, {"input_ids": ids, **given}, session.layers, session.padding, session.streams), out

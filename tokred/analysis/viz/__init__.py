@@ -1,0 +1,32 @@
+"""Pictures of what became of tokens: drawn over images, as figures, sheets and pages that need no server."""
+
+from __future__ import annotations
+
+from tokred.analysis.viz.draw import (
+    after,
+    edges,
+    enlarge,
+    figure,
+    page,
+    paint,
+    paint_groups,
+    palette,
+    sheet,
+    spaced,
+)
+from tokred.analysis.viz.recording import Recording, record
+
+__all__ = [
+    "Recording",
+    "after",
+    "edges",
+    "enlarge",
+    "figure",
+    "page",
+    "paint",
+    "paint_groups",
+    "palette",
+    "record",
+    "sheet",
+    "spaced",
+]

@@ -1,0 +1,1 @@
+"""Measuring: models, data, arms, times, results and plots; the demo."""

@@ -1,0 +1,163 @@
+"""Arms of a comparison: methods with settings, parsed from text or chosen so that they cost the same."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from tokred import api
+from tokred.core.method import Method
+from tokred.core.registry import methods as registered
+
+# Parameters that decide how much a method removes, by order of preference.
+KNOBS = ("r", "ratio", "kappa", "keep", "budget", "k")
+STEPS = 200  # a share is set in steps of 1 / STEPS
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One variant of a comparison.
+
+    Attributes:
+        name: of the method; ``"unpatched"`` for the model as it is.
+        setting: what was chosen, as text.
+        method: None for the model as it is.
+        tokens_in: tokens that enter the first block.
+        tokens_out: tokens that leave the last one.
+        macs: multiply-adds of one image, counted beforehand.
+    """
+
+    name: str
+    setting: str
+    method: Method | None
+    tokens_in: int
+    tokens_out: int
+    macs: int
+
+    @property
+    def label(self) -> str:
+        """Name and setting."""
+        return f"{self.name} {self.setting}".strip()
+
+    def applied(self, model: nn.Module, expose: api.Expose = "auto") -> AbstractContextManager[object]:
+        """The model in the state of this arm."""
+        return nullcontext(model) if self.method is None else api.applied(model, self.method, expose=expose)
+
+
+def unpatched(model: nn.Module, shape: Sequence[int]) -> Arm:
+    """The model as it is: the base of every comparison."""
+    cost = api.flops(model, None, shape)
+    return Arm("unpatched", "", None, cost.tokens[0], cost.tokens[-1], cost.macs)
+
+
+def arm(model: nn.Module, shape: Sequence[int], name: str, **parameters: Any) -> Arm:
+    """A method with parameters on a model.
+
+    Raises:
+        UnknownMethodError, TypeError, ValueError, MissingInputError: as :func:`tokred.apply`.
+    """
+    method = api.make(name, **parameters)
+    cost = api.flops(model, method, shape)
+    setting = " ".join(f"{k}={_text(v)}" for k, v in parameters.items())
+    return Arm(name, setting, method, cost.layers[0].tokens_in, cost.tokens[-1], cost.macs)
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value).replace(" ", "")
+
+
+def parse_value(text: str) -> Any:
+    """A Python literal (``13``, ``0.7``, ``(16,-1)``, ``[8,4]``, ``True``), or else the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def parse_pairs(texts: Iterable[str]) -> dict[str, Any]:
+    """``["r=13", "metric=k"]`` as parameters.
+
+    Raises:
+        ValueError: a text is not ``key=value``, or a key comes twice.
+    """
+    found: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip().isidentifier() or not value.strip():
+            raise ValueError(f"a setting is key=value, such as r=13 or kappa=0.7, got {text!r}")
+        if key.strip() in found:
+            raise ValueError(f"{key.strip()} is set twice")
+        found[key.strip()] = parse_value(value.strip())
+    return found
+
+
+def parse_setting(text: str) -> tuple[str, dict[str, Any]]:
+    """``"evit kappa=0.7 blocks=(3, 6)"`` as a method's name and parameters.
+
+    Raises:
+        ValueError: something in it is not ``key=value``.
+    """
+    name, _, rest = text.strip().partition(" ")
+    if not name or "=" in name:
+        raise ValueError(f"a setting is a method and key=value pairs, such as 'tome r=13', got {text!r}")
+    pairs = [p for p in re.split(r"\s+(?=[A-Za-z_]\w*=)", rest.strip()) if p]
+    return name, parse_pairs(pairs)
+
+
+def knob(name: str) -> tuple[str, bool]:
+    """The parameter that decides how much a method removes, and whether it is a share (rather than a count).
+
+    Raises:
+        UnknownMethodError: there is no such method.
+        ValueError: the method has no such parameter.
+    """
+    cls = registered.get(name)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    found = next((k for k in KNOBS if k in fields), None)
+    if found is None:
+        raise ValueError(f"{name!r} has none of {', '.join(KNOBS)} to vary; give its settings one by one")
+    return found, isinstance(fields[found].default, float)
+
+
+def at_cost(model: nn.Module, shape: Sequence[int], name: str, macs: int) -> Arm:
+    """The setting of a method whose multiply-adds come nearest to ``macs``."""
+    parameter, share = knob(name)
+    full = api.flops(model, None, shape)
+
+    def build(step: int) -> Arm:
+        return arm(model, shape, name, **{parameter: step / STEPS if share else step})
+
+    low, high = 1, STEPS if share else max(2, full.tokens[0] // 2)
+    return _nearest(build, low, high, macs)
+
+
+def _nearest(build: Callable[[int], Arm], low: int, high: int, macs: int) -> Arm:
+    """Bisection of a cost that only rises or only falls with the step."""
+    first, last = build(low), build(high)
+    rising = last.macs >= first.macs
+    while high - low > 1:
+        middle = (low + high) // 2
+        found = build(middle)
+        if (found.macs <= macs) == rising:
+            low, first = middle, found
+        else:
+            high, last = middle, found
+    return min(first, last, key=lambda a: abs(a.macs - macs))
+
+
+def ladder(model: nn.Module, shape: Sequence[int], names: Sequence[str], targets: Sequence[int]) -> list[Arm]:
+    """For every method, one setting near each target of multiply-adds; settings that coincide are kept once."""
+    out: list[Arm] = []
+    for name in names:
+        for macs in targets:
+            found = at_cost(model, shape, name, macs)
+            if found not in out:
+                out.append(found)
+    return out

@@ -1,0 +1,293 @@
+"""``tokred bench``: quality, speed and memory of methods on one model, every arm against the unpatched model.
+
+Quality and speed of a row are of the same model at the same input size. Times are paired (:mod:`tokred.bench.timing`);
+quality is measured apart from them, on all images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokred.bench import arms as arms_of
+from tokred.bench import images as photos
+from tokred.bench import plots, probe, timing
+from tokred.bench import results as outputs
+from tokred.bench.arms import Arm
+from tokred.bench.images import Images
+from tokred.bench.models import Answer, Subject, zoo
+from tokred.bench.tasks import Task
+from tokred.core import environment
+
+SHARES = (0.85, 0.7, 0.55, 0.4)
+METHODS = ("tome", "pitome", "evit", "random")
+MEASURES = ("top1", "cosine", "saliency_mae")
+QUALITY = (
+    *("top1", "top1_difference", "top1_error", "top1_by", "top1_data", "top1_images", "chance"),
+    *("cosine", "cosine_lowest", "cosine_data", "cosine_images"),
+    *("saliency_mae", "saliency_correlation", "saliency_iou"),
+)
+Tick = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a benchmark is run.
+
+    Attributes:
+        batch: images of a forward.
+        rounds: timed forwards of each arm.
+        warmup: untimed forwards of each arm before.
+        device, dtype: of the model.
+        seed: of the arms' order.
+    """
+
+    batch: int = 16
+    rounds: int = 20
+    warmup: int = 2
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+
+
+def supported(subject: Subject, names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Which of the methods run on the model, and for the others why not."""
+    from tokred import supports
+
+    rows = {row.method: row for row in supports(subject.model)}
+    good = [n for n in names if rows[n].works]
+    return good, [f"{n}: {rows[n].reason}" for n in names if not rows[n].works]
+
+
+def choose(
+    subject: Subject, names: Sequence[str], settings: Sequence[str] = (), shares: Sequence[float] = SHARES
+) -> list[Arm]:
+    """The unpatched model; each named method at equal shares of its multiply-adds; and settings given one by one.
+
+    Raises:
+        UnknownMethodError, TypeError, ValueError, MissingInputError: a method or a setting does not fit.
+    """
+    base = arms_of.unpatched(subject.model, subject.shape)
+    chosen = [base, *arms_of.ladder(subject.model, subject.shape, names, [int(base.macs * s) for s in shares])]
+    for text in settings:
+        name, parameters = arms_of.parse_setting(text)
+        chosen.append(arms_of.arm(subject.model, subject.shape, name, **parameters))
+    return chosen
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Answers for many images, on the CPU."""
+
+    logits: Tensor | None
+    features: Tensor
+    patches: Tensor | None
+
+
+@torch.inference_mode()
+def _read(subject: Subject, arm: Arm, images: Images, options: Options, patches: bool, tick: Tick) -> _Read:
+    found: list[Answer] = []
+    with arm.applied(subject.model, subject.expose if arm.method is not None else "auto"):
+        for part in torch.split(images.images, options.batch):
+            x = photos.normalise(part.to(options.device), subject.mean, subject.std, options.dtype)
+            answer = subject.read(x)
+            kept = answer.patches.float().cpu() if patches and answer.patches is not None else None
+            logits = None if answer.logits is None else answer.logits.float().cpu()
+            found.append(Answer(logits, answer.features.float().cpu(), kept))
+            tick()
+
+    def join(parts: list[Tensor | None]) -> Tensor | None:
+        there = [p for p in parts if p is not None]
+        return torch.cat(there) if there else None
+
+    logits, maps = join([a.logits for a in found]), join([a.patches for a in found])
+    return _Read(logits, torch.cat([a.features for a in found]), maps)
+
+
+def _batches(count: int, batch: int) -> int:
+    return -(-count // batch)
+
+
+def quality_ticks(task: Task, arms: Sequence[Arm], options: Options) -> int:
+    """How often :func:`quality` calls ``tick``."""
+    every = _batches(len(task.photos.images), options.batch)
+    if task.test is not None and task.test is not task.photos:
+        every += _batches(len(task.test.images), options.batch)
+    train = 0 if task.train is None else _batches(len(task.train.images), options.batch)
+    return every * len(arms) + train
+
+
+def quality(
+    subject: Subject, task: Task, arms: Sequence[Arm], options: Options, tick: Tick | None = None
+) -> list[dict[str, Any]]:
+    """Top-1, features' cosine and the saliency map's error, one record an arm; the first arm is the reference."""
+    tick = tick or (lambda: None)
+    fitted = None
+    if task.train is not None and task.train.labels is not None:
+        seen = _read(subject, arms[0], task.train, options, False, tick)
+        fitted = probe.fit(seen.features, task.train.labels)
+    out: list[dict[str, Any]] = []
+    base: _Read | None = None
+    hits: list[Tensor] = []
+    base_map: Tensor | None = None
+    for arm in arms:
+        wants = task.saliency is not None
+        seen = _read(subject, arm, task.photos, options, wants, tick)
+        base = base or seen
+        record: dict[str, Any] = {}
+        if task.test is not None and task.test.labels is not None:
+            same = task.test is task.photos
+            tested = seen if same else _read(subject, arm, task.test, options, False, tick)
+            hits.append(_hits(task, tested, fitted))
+            record |= _top1(task, hits[-1], hits[0])
+        cosine = F.cosine_similarity(base.features, seen.features, dim=1)
+        record |= {"cosine": cosine.mean().item(), "cosine_lowest": cosine.min().item()}
+        record |= {"cosine_images": len(cosine), "cosine_data": task.photos.name}
+        if task.saliency is not None and seen.patches is not None:
+            drawn = _maps(task.saliency, seen.patches, subject.size[0])
+            base_map = drawn if base_map is None else base_map
+            error = zoo("evaluate").map_error(base_map, drawn)
+            record |= {f"saliency_{k}": v for k, v in error._asdict().items()}
+        out.append(record)
+    return out
+
+
+def _hits(task: Task, seen: _Read, fitted: probe.Probe | None) -> Tensor:
+    """Which test images are answered right, by the probe or else by the model's head."""
+    assert task.test is not None  # asked for by the caller
+    assert task.test.labels is not None
+    if fitted is not None:
+        return fitted.logits(seen.features).argmax(1) == task.test.labels
+    assert seen.logits is not None  # a task without a probe has a head
+    labels = task.test.labels if task.outputs is None else torch.tensor(task.outputs)[task.test.labels]
+    return seen.logits.argmax(1) == labels
+
+
+def _top1(task: Task, hits: Tensor, base: Tensor) -> dict[str, Any]:
+    test, n = task.test, len(hits)
+    assert test is not None  # there are hits
+    assert test.labels is not None
+    return {
+        "top1": hits.double().mean().item(),
+        "top1_difference": (hits.double() - base.double()).mean().item(),
+        "top1_error": int((hits != base).sum()) ** 0.5 / n,
+        "top1_by": task.kind,
+        "top1_data": test.name,
+        "top1_images": n,
+        "chance": test.labels.bincount().max().item() / n,
+    }
+
+
+@torch.inference_mode()
+def _maps(head: Callable[[Tensor, int], Tensor], patches: Tensor, size: int) -> Tensor:
+    return torch.cat([head(part, size) for part in torch.split(patches, 8)])
+
+
+def speed(
+    subject: Subject, task: Task, arms: Sequence[Arm], options: Options, tick: Tick | None = None
+) -> list[dict[str, Any]]:
+    """Paired rates and peak memory of the whole model's forward, one record an arm."""
+    images = task.photos.images
+    part = images[torch.arange(options.batch) % len(images)].to(options.device)
+    x = photos.normalise(part, subject.mean, subject.std, options.dtype)
+    model = subject.model
+
+    def forward() -> object:
+        return model(pixel_values=x) if subject.name.startswith("hf:") else model(x)
+
+    entries = [lambda a=a: a.applied(model) for a in arms]
+    seconds = timing.paired(
+        entries,
+        lambda _: forward(),
+        options.rounds,
+        device=options.device,
+        warmup=options.warmup,
+        seed=options.seed,
+        tick=tick,
+    )
+    out = []
+    for arm, timed in zip(arms, timing.summarise(seconds, [options.batch] * options.rounds), strict=True):
+        with arm.applied(model):
+            memory = timing.peak_memory(forward, options.device)
+        rate, ratio = timed
+        record: dict[str, Any] = {}
+        for name, value in (("images_per_second", rate), ("speedup", ratio)):
+            record |= {name: value.median, f"{name}_q25": value.low, f"{name}_q75": value.high}
+        record |= {"peak_mib": memory.peak, "forward_mib": memory.forward, "memory_by": memory.kind}
+        out.append(record)
+    return out
+
+
+def ticks(task: Task, arms: Sequence[Arm], options: Options) -> int:
+    """How often :func:`run` calls ``tick``."""
+    return quality_ticks(task, arms, options) + len(arms) * (options.rounds + 1)
+
+
+def run(
+    subject: Subject, task: Task, arms: Sequence[Arm], options: Options, tick: Tick | None = None
+) -> list[dict[str, Any]]:
+    """Measure everything; one flat record an arm, ready for a CSV file. The model is moved to the options' device."""
+    subject.model.to(options.device, options.dtype)
+    fast = speed(subject, task, arms, options, tick)
+    good = quality(subject, task, arms, options, tick)
+    where = environment.describe(options.device)
+    rows = []
+    for arm, q, s in zip(arms, good, fast, strict=True):
+        head = {
+            "scenario": "bench",
+            "model": subject.name,
+            "weights": subject.weights,
+            "input": f"{subject.size[0]}x{subject.size[1]}",
+            "method": arm.name,
+            "setting": arm.setting,
+            "tokens_in": arm.tokens_in,
+            "tokens_out": arm.tokens_out,
+            "gmacs": arm.macs / 1e9,
+            "gmacs_share": arm.macs / arms[0].macs,
+        }
+        tail = {"batch": options.batch, "rounds": options.rounds, "dtype": str(options.dtype).removeprefix("torch.")}
+        rows.append({**head, **_measures(q), **s, **tail, **where})
+    return rows
+
+
+def _measures(found: dict[str, Any]) -> dict[str, Any]:
+    """The same columns for every model, so that files can be put together."""
+    return {name: found.get(name) for name in QUALITY}
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> Path:
+    """Pareto plot of the measures that the rows have."""
+    import pandas as pd
+
+    frame = pd.DataFrame(rows)
+    shown = tuple(m for m in MEASURES if frame[m].notna().any())
+    first = rows[0]
+    version = first["commit"] or "package"
+    note = (
+        f"{first['model']}, {first['input']} px, {first['tokens_in']} tokens, batch {first['batch']}, "
+        f"{first['dtype']}, {first['device']}, {first['threads']} threads, tokred {first['tokred']} ({version})"
+    )
+    if first["top1"] is not None:
+        note += f". Top-1: {first['top1_by']}, {first['top1_images']} images of {first['top1_data']}"
+    title = f"{first['model']}: quality against speed, each point paired with the unpatched model"
+    return plots.save(plots.pareto(frame, shown, title=title, note=note), path)
+
+
+def write(rows: Sequence[dict[str, Any]], folder: Path, stem: str, *, force: bool, append: bool) -> list[Path]:
+    """Write CSV and plot; returns their paths.
+
+    With ``append`` the rows go behind those of an existing CSV file of the same name, if it has the same columns; if
+    not, they go into a new one, so that nothing is lost.
+    """
+    table, picture = f"{stem}.csv", f"{stem}.png"
+    if append and outputs.same_columns(folder / table, rows):
+        written = outputs.write_rows(folder / table, rows, append=True)
+        return [written, plot(rows, outputs.free(folder, [picture], force=force)[picture])]
+    paths = outputs.free(folder, [table, picture], force=force)
+    return [outputs.write_rows(paths[table], rows), plot(rows, paths[picture])]

@@ -1,0 +1,203 @@
+"""``tokred viz``: pictures of what was merged into what, and a page with a slider over the blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tokred.adapters.encoder.host import Host
+    from tokred.bench.arms import Arm
+    from tokred.bench.models import Subject
+
+FILES = ("viz.html", "viz.png")
+DEFAULT = ("tome",)
+SHARE = 0.6  # of the multiply-adds: what a method that is named alone, and would remove nothing, is set to
+
+
+def viz_command(
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="embedded, dinov2, timm's name, or hf:NAME.")
+    ] = "embedded",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--method", help="Such as 'tome r=13', as often as needed: side by side. [default: tome]"),
+    ] = None,
+    images: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--image",
+            "-i",
+            help="An image or a folder of images, as often as needed. [default: some that the model brings along]",
+        ),
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Images of a folder, at most.")] = 4,
+    layers: Annotated[
+        str | None, typer.Option(help="Blocks in the PNG: 0,5,11 or all; the page has all. [default: four]")
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Height and width of the images. [default: the model's]")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch. [default: torch's]")] = None,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="No trained weights: what merges then has little meaning.")
+    ] = False,
+    folder: Annotated[Path, typer.Option("--out", help="Folder for the results.")] = Path("tokred-viz"),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the files of an earlier run.")] = False,
+) -> None:
+    """Draw what was merged into what, block by block, and what was pruned: as a page with a slider, and as a PNG.
+
+    Several methods stand side by side. A method that is named without a setting and would remove nothing is set to
+    about 60 % of the model's multiply-adds. Blocks are numbered from 0.
+
+    \b
+    Examples:
+      tokred viz                                                     the embedded model and its images, offline
+      tokred viz --method "tome r=13" --method "evit kappa=0.7"      side by side
+      tokred viz --method "random_prune r=8" --layers 0,5,11         chosen blocks in the PNG
+      tokred viz --model vit_base_patch16_224 --image cat.jpg --image my_photos --count 8
+      tokred viz --model hf:facebook/dinov2-small --image cat.jpg --method "pitome ratio=0.9" --out cat
+      tokred viz --model dinov2 --method tome --layers all           photos of the zoo, in a checkout
+
+    \b
+    Leaves in the folder, without overwriting an earlier run's:
+      viz.html   one file that needs nothing else: slider, groups under the pointer, tokens left, multiply-adds
+      viz.png    the image, and what is left of it after some blocks
+    """
+    from tokred.analysis.viz import draw as viz
+    from tokred.analysis.viz import pages
+    from tokred.analysis.viz import recording as stages
+    from tokred.bench import images as photos
+    from tokred.bench import models as subjects
+    from tokred.bench import plots
+    from tokred.bench import results as outputs
+    from tokred.cli.main import _written, progress, refusing, set_threads
+
+    set_threads(threads)
+    with refusing():
+        subject = subjects.load(model, size=size, random_weights=random_weights)
+        chosen = choose(subject, settings or DEFAULT)
+        blocks = choose_blocks(layers, stages.check(subject.model, stages.choose(chosen)).depth)
+        inputs, pixels, names = pictures(subject, images or [], count)
+        outputs.free(folder, ())
+    with progress(stages.ticks(len(chosen), len(names)), "running") as tick:
+        recording = stages.record(
+            subject.model,
+            photos.normalise(inputs, subject.mean, subject.std, next(subject.model.parameters()).dtype),
+            chosen,
+            pixels=pixels,
+            names=names,
+            forward=subject.read,
+            tick=tick,
+        )
+    drawn = viz.figure(recording, blocks)
+    with refusing():
+        paths = outputs.free(folder, FILES, force=force)
+        pages.write(recording, paths["viz.html"], title=f"{model}: what became of every patch")
+        plots.save(drawn, paths["viz.png"])
+    _written(list(paths.values()))
+
+
+def choose(subject: Subject, settings: Sequence[str]) -> list[str]:
+    """Settings that fit the model; a bare name that would remove nothing gets one.
+
+    Raises:
+        UnknownMethodError, TypeError, ValueError, MissingInputError, UnsupportedModelError: a setting does not fit.
+    """
+    from tokred.analysis.viz import recording as stages
+    from tokred.bench import arms
+
+    host = stages.check(subject.model, ())
+    base = arms.unpatched(subject.model, subject.shape)
+    found = []
+    for text in settings:
+        name, parameters = arms.parse_setting(text)
+        arm = arms.arm(subject.model, subject.shape, name, **parameters)
+        if not parameters and not _acts(arm, host):
+            arm = arms.at_cost(subject.model, subject.shape, name, int(SHARE * base.macs))
+        found.append(arm.label)
+    return list(dict.fromkeys(found))
+
+
+def _acts(arm: Arm, host: Host) -> bool:
+    """Whether the method is called in any block."""
+    place = {"depth": host.depth, "prefix": host.prefix, "suffix": host.suffix}
+    method = arm.method
+    return method is not None and any(method.acts(arm.tokens_in, layer=i, **place) for i in range(host.depth))
+
+
+def choose_blocks(text: str | None, depth: int) -> list[int] | None:
+    """``"0,5,11"`` or ``"all"`` as numbers of blocks; None stays None.
+
+    Raises:
+        ValueError: a block is no number, or not there.
+    """
+    if text is None:
+        return None
+    if text.strip() == "all":
+        return list(range(depth))
+    try:
+        found = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise ValueError(f"--layers is a list of blocks such as 0,5,11, or all, got {text!r}") from error
+    if not found or min(found) < 0 or max(found) >= depth:
+        raise ValueError(f"--layers must name blocks in 0..{depth - 1} (the model has {depth}), got {text!r}")
+    return list(dict.fromkeys(found))
+
+
+def pictures(subject: Subject, paths: Sequence[Path], count: int) -> tuple[Tensor, Tensor, list[str]]:
+    """Images for the model (uint8, or normalised already), what to draw, and names.
+
+    Raises:
+        FileNotFoundError, ValueError: a path is no image and no folder of images.
+        NoModelError: no path is given, and there are no images for this model.
+    """
+    import torch
+
+    from tokred.bench import images as photos
+
+    if paths:
+        files = photos.gather(paths, count)
+        found = torch.stack([photos.read(f, subject.size, subject.channels, subject.crop) for f, _ in files])
+        return found, found, [name for _, name in files]
+    if subject.name == "embedded":
+        return _packaged(count)
+    return _zoo(subject, count)
+
+
+def _packaged(count: int) -> tuple[Tensor, Tensor, list[str]]:
+    """The first image each of some classes, then the rest."""
+    from tokred.bench import demo, embedded
+    from tokred.bench.models import NoModelError
+
+    try:
+        images, labels = embedded.sample()
+    except (FileNotFoundError, ImportError) as error:
+        raise NoModelError(f"{error}; or give --image FILE_OR_FOLDER") from error
+    kinds = labels.tolist()
+    first = [kinds.index(kind) for kind in demo.PICTURE_CLASSES if kind in kinds]
+    order = list(dict.fromkeys([*first, *range(len(kinds))]))[:count]
+    images = images[order]
+    return images, embedded.pixels(images), [embedded.CLASSES[kinds[i]] for i in order]
+
+
+def _zoo(subject: Subject, count: int) -> tuple[Tensor, Tensor, list[str]]:
+    from tokred.bench.models import NoModelError, zoo
+
+    high, wide = subject.size
+    if subject.channels != 3 or high != wide:
+        raise NoModelError(f"{subject.name} brings no images along: give --image FILE_OR_FOLDER")
+    try:
+        carriers, source = zoo("carriers"), zoo("data")
+    except (NoModelError, ImportError) as error:
+        raise NoModelError(f"{subject.name} brings no images along: give --image FILE_OR_FOLDER ({error})") from error
+    try:
+        found = source.photos(high, ("sklearn", "skimage"))
+    except (carriers.MissingWeights, ImportError) as error:
+        raise NoModelError(f"{error}; or give --image FILE_OR_FOLDER") from error
+    return found.images[:count], found.images[:count], list(found.names[:count])

@@ -1,0 +1,1 @@
+"""What every wing is made of: reductions, sites, methods and their registry, schedules, matching and selection."""

@@ -1,0 +1,202 @@
+"""``Method``: what every token-reduction method is: validated parameters, a declaration, and ``reduce(site)``."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from tokred.core.reduction import Reduction
+from tokred.core.schedules import Constant, Inflect, PerLayer
+from tokred.core.site import READS, Site, Stage
+
+Where = Literal["mid", "end", "queries"]
+
+# As many tokens as no budget in numbers holds: whether settings remove anything must not depend on the input.
+_MANY = 1 << 20
+
+
+class Idle(NamedTuple):
+    """Why a method never removes anything.
+
+    Attributes:
+        parameter: that decides it; empty where no single one does.
+        text: in words.
+        meant: whether the parameter was set to something that removes nothing, rather than left as it is by default.
+    """
+
+    parameter: str
+    text: str
+    meant: bool
+
+
+class Method(ABC):
+    """Base of all methods: subclasses are frozen dataclasses of their parameters.
+
+    A subclass is registered on its own line by ``@tokred.register("name")`` and states in class attributes what a host
+    has to do for it; it never asks which host it runs on.
+
+    Attributes:
+        name: the registered name.
+        stage: where it acts, one of the five stages.
+        summary: one line for ``tokred list``.
+        source: paper and section.
+        drops: whether tokens can vanish (rather than live on in another), which decides how outputs are restored.
+        where: the place in a block that suits the method: ``"mid"``, between attention and MLP (hosts whose blocks
+            cannot be split reduce at their end); ``"end"``, after the block; ``"queries"``, inside the attention, whose
+            queries are reduced while keys and values stay complete.
+        uneven: whether samples of one batch may keep different numbers, told apart by the mask of the reduction.
+        by_mask: whether :meth:`reduce` decides on batches that are padded from the start, by the mask of the site;
+            where not, hosts of such batches ask it about each sample alone.
+        clips: whether a method that reads the grid goes on with it frame after frame where the tokens are a video's.
+        lacks: parameters that other methods have and this one cannot have, with the reason.
+        example: where the defaults remove nothing, the parameter that has to be given, at a usual value, or ``...``
+            where no value is usual.
+        version: raised when a parameter changes meaning, so that stored settings can be read.
+    """
+
+    name: ClassVar[str] = ""
+    stage: ClassVar[Stage] = "block"
+    summary: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    drops: ClassVar[bool] = False
+    where: ClassVar[Where] = "mid"
+    uneven: ClassVar[bool] = False
+    by_mask: ClassVar[bool] = False
+    clips: ClassVar[bool] = False
+    lacks: ClassVar[Mapping[str, str]] = {}
+    example: ClassVar[Mapping[str, Any]] = {}
+    version: ClassVar[int] = 1
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """What :meth:`reduce` takes from the site; may depend on the parameters."""
+        return frozenset({"x"})
+
+    @property
+    def members(self) -> tuple[Method, ...]:
+        """The methods of single stages that this one is made of; itself, unless it acts at several stages."""
+        return (self,)
+
+    @property
+    def proportional(self) -> bool:
+        """Whether attention adds the log of each token's size (proportional attention)."""
+        return False
+
+    @abstractmethod
+    def reduce(self, site: Site) -> Reduction:
+        """Decide, at one site, what becomes of its tokens."""
+
+    @abstractmethod
+    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
+        """How many of ``n`` tokens remain after this layer; where the count depends on the image, at most so many."""
+
+    def acts(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> bool:
+        """Whether :meth:`reduce` is called at this layer at all. An adapter that hears no runs the host's own block,
+        which makes "nothing to remove" the identity bit for bit; so does a method that answers with
+        :meth:`tokred.Reduction.identity`. By default :meth:`tokens` decides; methods whose count depends on the image
+        say so here."""
+        return self.tokens(n, layer=layer, depth=depth, prefix=prefix, suffix=suffix) != n
+
+    def check(self, depth: int) -> None:  # noqa: B027 - most methods fit every depth
+        """Refuse a model of ``depth`` layers that the parameters do not fit.
+
+        Raises:
+            ValueError: for example, a schedule is longer than the model is deep.
+        """
+
+    def removes(self, depth: int, layers: Iterable[int] | None = None) -> bool:
+        """Whether these settings remove anything from any input of a model.
+
+        Args:
+            depth: of the model.
+            layers: where the method may act; None: everywhere.
+        """
+        places = range(depth) if layers is None else layers
+        return any(self.acts(_MANY, layer=layer, depth=depth) for layer in places)
+
+    def why_idle(self, depth: int, layers: Iterable[int] | None = None) -> Idle | None:
+        """Why nothing is ever removed, and what to give; None where these settings remove something.
+
+        Args:
+            depth: of the model.
+            layers: where the method may act; None: everywhere.
+        """
+        places = tuple(range(depth) if layers is None else layers)
+        if self.removes(depth, places):
+            return None
+        for name, value in self._defaults().items():
+            if value is ... or self._would_remove(name, value, depth, places):
+                such = "" if value is ... else f", such as tokred.apply(model, {self.name!r}, {name}={_shown(value)})"
+                text = f"{self.name} removes nothing at {name}={_shown(getattr(self, name))}: give {name}=...{such}"
+                return Idle(name, text, getattr(self, name) != getattr(type(self)(), name))
+        where = "" if len(places) == depth else f" in the {len(places)} chosen"
+        return Idle("", f"{self.name} removes nothing{where} of {depth} layers at these settings: {self}", False)
+
+    def _would_remove(self, name: str, value: Any, depth: int, places: tuple[int, ...]) -> bool:
+        try:
+            other = dataclasses.replace(self, **{name: value})  # type: ignore[type-var]
+        except (TypeError, ValueError):
+            return False  # does not go with the other parameters
+        return other.removes(depth, places)
+
+    def _defaults(self) -> dict[str, Any]:
+        """What may be given instead: the example, and defaults that the parameters differ from."""
+        known = {f.name: f for f in dataclasses.fields(self) if f.init}  # type: ignore[arg-type]
+        if any(f.default is dataclasses.MISSING for f in known.values()):
+            return {}
+        usual = type(self)()
+        found = {name: getattr(usual, name) for name in known}
+        return {**{n: v for n, v in found.items() if v != getattr(self, n)}, **self.example}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Settings as plain values: ``{"method": name, "version": 1, "parameters": {...}}``."""
+        values = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.init}  # type: ignore[arg-type]
+        return {"method": self.name, "version": self.version, "parameters": values}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        declared = cls.__dict__.get("reads")
+        if isinstance(declared, frozenset) and not declared <= set(READS):
+            raise TypeError(f"{cls.__name__}.reads names {sorted(declared - set(READS))}; known are {READS}")
+
+
+def _shown(value: Any) -> str:
+    """A parameter as users write it."""
+    plain = _plain(value)
+    return repr(plain.get("amount", plain) if isinstance(plain, dict) else plain)
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    if isinstance(value, Constant):
+        return value.value
+    if isinstance(value, Inflect):
+        return {"inflect": [value.value, value.inflect]}
+    if isinstance(value, PerLayer):
+        return list(value.values)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def from_dict(settings: dict[str, Any]) -> Method:
+    """The method that :meth:`Method.to_dict` wrote down.
+
+    Raises:
+        UnknownMethodError: no such method is registered.
+        ValueError: the settings were written by a newer version of the method.
+    """
+    from tokred.core.registry import methods
+
+    cls = methods.get(settings["method"])
+    if settings.get("version", 1) > cls.version:
+        raise ValueError(
+            f"settings of {settings['method']!r} have version {settings['version']}, "
+            f"this tokred reads up to {cls.version}"
+        )
+    values = dict(settings["parameters"])
+    for key, value in values.items():
+        if isinstance(value, dict) and set(value) == {"inflect"}:
+            values[key] = tuple(value["inflect"])
+    return cls(**values)

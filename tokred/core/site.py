@@ -1,0 +1,399 @@
+"""``Site``: one place in a host where tokens may be reduced, and what a method can read there.
+
+An adapter fills a site lazily: a value may be a tensor or a function that makes it, called at most once and only if the
+method asks. Without any host a site is simply built by hand, which is how methods are tested::
+
+    tokred.ToMe(r=2).reduce(tokred.Site(x=x, k=k, prefix=1))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tokred.core.schedules import whole
+from tokred.errors import MissingInputError
+from tokred.kernels.attention import attention
+from tokred.kernels.column_scores import column_power, column_scores
+from tokred.kernels.dispatch import without_autocast
+from tokred.kernels.gather_rows import gather_rows
+
+Stage = Literal["block", "attention", "projector", "layer", "cache"]
+Lazy = Tensor | Callable[[], Tensor | None] | None
+
+# What a method may declare in ``reads``; the shapes are those of the properties below. ``attention`` is
+# ``column_scores``; ``queries`` means that the host lets the attention's queries be reduced alone, ``heads`` that it
+# shows what each head answers and can leave heads out, ``carried`` that ``rows`` and ``notes`` go on from layer to
+# layer. Three are for caches, see tokred.kv.site: the output projection, the rotary embedding, and the stream around
+# the attention. ``guidance`` is for denoisers, see tokred.diffusion.site: what it did to each token in the step
+# before. The last ones are for vision-language models, see tokred.vlm.before_llm: the tower's features and the
+# attention of its other layers, the projector, and rows of the attention of the decoder layer that comes and of the one
+# that has run.
+READS = (
+    "x", "q", "k", "v", "class_attention", "attention", "queries", "heads", "carried", "transform", "grid", "frames",
+    "motion", "text", "projection", "rope", "stream", "guidance", "tower", "tower_layers", "project", "rows",
+    "rows_before",
+)  # fmt: skip
+
+
+class Site:
+    """What is known at one place of a host.
+
+    Args:
+        x: ``(B, N, C)`` tokens of the residual stream.
+        q, k, v: ``(B, H, N, D)`` queries, keys (``(B, Hk, N, D)``) and values of this layer's attention.
+        class_attention: ``(B, H, N)`` or ``(B, N)``, the class token's attention after softmax. Made from ``q`` and
+            ``k`` (and ``bias``) when it is not given.
+        attention_k: ``(B, Hk, N, D)`` keys as the attention uses them, where ``k`` is given before rotary embedding.
+        bias: ``(B, N)`` or ``(B, H, N)``, what attention adds to the logits of each key (log of the sizes, padding).
+        scale: factor of the attention's logits; None: ``D ** -0.5``.
+        transform: a pair ``(B, N, C)``, the normalised input of the attention and what its value and output
+            projections make of each token alone.
+        sizes: ``(B, N)`` float32, how many original tokens each stands for; None: one each.
+        mask: ``(B, N)`` bool, False on padding; None: every token is real. Methods of uneven counts want padding behind
+            the real tokens, as they leave it; :func:`tokred.core.padding.reduce_each` asks about it wherever it stands.
+        prefix, suffix: leading and trailing tokens that are never reduced (class, distillation, register, detection).
+        grid: ``(Hg, Wg)`` of the original patches, or None.
+        positions: ``(B, N)`` int64, where each token stood in the original sequence (protected tokens included); None:
+            nothing has moved yet.
+        length: tokens before the first block, protected ones included; None: those of this site.
+        frames: frames of a video, or None. Its tokens are flattened time first, then rows, then columns.
+        motion: ``(B, N)`` how much each token moves, see :func:`tokred.encoder.motion.frame_motion`; values of
+            protected tokens are not looked at.
+        text: text tokens that guide a reduction, or None.
+        class_token: whether the first token is a class token; None: where there is a prefix, it is.
+        layer, depth: which layer this is, of how many.
+        step: which call of the same layer this is (denoising step, decoding step).
+        totals: ``(B,)`` int64, real tokens of each sample before the first block; None: ``length`` each.
+        answers: ``(B, H, N, D)`` what each head of the attention gives, before the output projection.
+        alive: ``(B, H)`` bool, False on heads that have been left out; None: all are there. A method may set it; heads
+            that it leaves out add nothing in the layers that follow.
+        rows: state of a method for every token, ``(B, N)`` each, from the layers before; a method may change it, and
+            what it leaves travels with the tokens (a slot goes on with that of its representative).
+        notes: state of a method for every sample, ``(B, ...)`` each, likewise.
+    """
+
+    def __init__(
+        self,
+        *,
+        x: Lazy = None,
+        q: Lazy = None,
+        k: Lazy = None,
+        v: Lazy = None,
+        class_attention: Lazy = None,
+        attention_k: Lazy = None,
+        bias: Lazy = None,
+        scale: float | None = None,
+        transform: tuple[Tensor, Tensor] | Callable[[], tuple[Tensor, Tensor]] | None = None,
+        sizes: Tensor | None = None,
+        mask: Tensor | None = None,
+        prefix: int = 0,
+        suffix: int = 0,
+        grid: tuple[int, int] | None = None,
+        positions: Tensor | None = None,
+        length: int | None = None,
+        frames: int | None = None,
+        motion: Lazy = None,
+        text: Lazy = None,
+        class_token: bool | None = None,
+        layer: int = 0,
+        depth: int = 1,
+        step: int = 0,
+        totals: Tensor | None = None,
+        answers: Lazy = None,
+        alive: Tensor | None = None,
+        rows: dict[str, Tensor] | None = None,
+        notes: dict[str, Tensor] | None = None,
+    ) -> None:
+        self._values: dict[str, Lazy] = {
+            "x": x, "q": q, "k": k, "v": v, "class_attention": class_attention, "bias": bias, "text": text,
+            "attention_k": attention_k, "motion": motion, "answers": answers,
+        }  # fmt: skip
+        self._transform = transform
+        self.scale = scale
+        self.sizes = sizes
+        self.mask = mask
+        self.prefix = prefix
+        self.suffix = suffix
+        self._grid = grid
+        self._positions = positions
+        self.moved = positions is not None
+        self._length = length
+        self.frames = frames
+        self.class_token = prefix > 0 if class_token is None else class_token
+        self.layer = layer
+        self.depth = depth
+        self.step = step
+        self.totals = totals
+        self.alive = alive
+        self.rows: dict[str, Tensor] = {} if rows is None else rows
+        self.notes: dict[str, Tensor] = {} if notes is None else notes
+
+    def _find(self, name: str) -> Tensor | None:
+        value = self._values[name]
+        if callable(value) and not isinstance(value, Tensor):
+            value = value()
+            self._values[name] = value
+        return value
+
+    def _get(self, name: str) -> Tensor:
+        value = self._find(name)
+        if value is None:
+            have = ", ".join(k for k, v in self._values.items() if v is not None) or "nothing"
+            raise MissingInputError(f"this site does not supply {name!r}; it supplies {have}")
+        return value
+
+    @property
+    def x(self) -> Tensor:
+        """``(B, N, C)`` tokens."""
+        return self._get("x")
+
+    @property
+    def q(self) -> Tensor:
+        """``(B, H, N, D)`` queries."""
+        return self._get("q")
+
+    @property
+    def k(self) -> Tensor:
+        """``(B, Hk, N, D)`` keys."""
+        return self._get("k")
+
+    @property
+    def v(self) -> Tensor:
+        """``(B, Hk, N, D)`` values."""
+        return self._get("v")
+
+    @property
+    def answers(self) -> Tensor:
+        """``(B, H, N, D)`` what each head of the attention gives, before the output projection."""
+        return self._get("answers")
+
+    @property
+    def motion(self) -> Tensor:
+        """``(B, N)`` how much each token moves."""
+        return self._get("motion")
+
+    @property
+    def text(self) -> Tensor:
+        """Text tokens that guide the reduction."""
+        return self._get("text")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """``(Hg, Wg)`` of the original patches.
+
+        Raises:
+            MissingInputError: they form no known grid.
+        """
+        if self._grid is None:
+            why = "give images of a regular grid, no patch of which is hidden by a mask"
+            raise MissingInputError(f"this site does not know the grid of its patches: {why}")
+        return self._grid
+
+    @property
+    def positions(self) -> Tensor:
+        """``(B, N)`` int64: where each token stood in the original sequence, protected tokens included."""
+        if self._positions is None:
+            b, n = self.shape
+            self._positions = torch.arange(n, device=self.device).expand(b, -1)
+        return self._positions
+
+    @property
+    def length(self) -> int:
+        """Tokens of the original sequence, protected ones included."""
+        return self.shape[1] if self._length is None else whole(self._length)
+
+    @property
+    def transform(self) -> tuple[Tensor, Tensor]:
+        """Two tensors ``(B, N, C)``: the attention's normalised input, and its value and output projections of it.
+
+        Raises:
+            MissingInputError: the host does not supply them.
+        """
+        found = self._transform() if callable(self._transform) else self._transform
+        if found is None:
+            raise MissingInputError("this site does not supply 'transform'")
+        self._transform = found
+        return found
+
+    @property
+    def class_attention(self) -> Tensor:
+        """``(B, N)`` float32: the class token's attention to every token, mean over heads.
+
+        Raises:
+            MissingInputError: neither it nor queries and keys are at hand.
+        """
+        if self._values["class_attention"] is None:
+            self._values["class_attention"] = self.column_scores(rows=slice(0, 1))
+        scores = self._get("class_attention")
+        return scores.float().mean(1) if scores.ndim == 3 else scores.float()
+
+    def column_scores(self, weight: Tensor | None = None, *, rows: slice | None = None) -> Tensor:
+        """How much of this layer's attention every token receives: ``s[n] = sum_m w[m] A[m, n]``, without ``A``.
+
+        Args:
+            weight: of every query, ``(M,)``, ``(B, M)`` or ``(B, H, M)``; None: one each. Padding never votes.
+            rows: which queries; None: all.
+
+        Returns:
+            ``(B, H, N)`` float32.
+
+        Raises:
+            MissingInputError: queries or keys are not at hand.
+        """
+        q, k, mask = self.q, self._attention_k(), self.mask
+        if mask is not None and rows is None:
+            real = mask.float().unsqueeze(1)
+            weight = real if weight is None else weight * (real if weight.ndim == 3 else real.squeeze(1))
+        q = q if rows is None else q[:, :, rows]
+        return column_scores(q, k, weight, bias=self._find("bias"), scale=self.scale, key_mask=mask)
+
+    def column_power(self, start: Tensor, rounds: int, *, tolerance: float = 0.0) -> Tensor:
+        """Column scores weighted by the scores before, again and again: page rank on this layer's attention.
+
+        Args:
+            start: what the tokens begin with, ``(N,)``, ``(B, N)`` or ``(B, H, N)``. Padding has no say.
+            rounds: how often.
+            tolerance: a head is settled once a round changes it by less, summed over the tokens; 0: never.
+
+        Returns:
+            ``(B, H, N)`` float32.
+
+        Raises:
+            MissingInputError: queries or keys are not at hand.
+        """
+        if self.mask is not None:
+            start = start * (self.mask.unsqueeze(1) if start.ndim == 3 else self.mask)
+        terms = {"bias": self._find("bias"), "key_mask": self.mask}
+        return column_power(self.q, self._attention_k(), start, rounds, tolerance=tolerance, scale=self.scale, **terms)
+
+    def _attention_k(self) -> Tensor:
+        rotated = self._find("attention_k")
+        return self.k if rotated is None else rotated
+
+    def attend(self, values: Tensor) -> Tensor:
+        """This layer's attention, weights after softmax, over other values than its own.
+
+        Args:
+            values: ``(B, N, E)``, or ``(B, H, N, E)`` per head.
+
+        Returns:
+            ``(B, H, N, E)`` float32.
+
+        Raises:
+            MissingInputError: queries or keys are not at hand.
+        """
+        q, k = self.q.float(), self._attention_k().float()
+        heads = q.shape[1]
+        if k.shape[1] != heads:
+            k = k.repeat_interleave(heads // k.shape[1], 1)
+        v = (values.unsqueeze(1) if values.ndim == 3 else values).float()
+        v = v.expand(-1, heads, -1, -1)
+        with without_autocast(q):
+            return attention(q, k, v, bias=self._find("bias"), scale=self.scale, key_mask=self.mask)
+
+    def sample(self, i: int, rows: Tensor) -> Site:
+        """Some tokens of one sample, as if nothing else were in the batch.
+
+        Args:
+            i: which sample.
+            rows: ``(M,)`` int64, its tokens, protected ones included.
+        """
+        made = {name: _lazily(self, name, i, rows) for name, value in self._values.items() if value is not None}
+
+        def known(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value[i : i + 1].index_select(1, rows)
+
+        transform = None if self._transform is None else lambda: _pair(known, self.transform)
+        hidden = rows.shape[0] < self.shape[1]
+        return Site(
+            **made,  # type: ignore[arg-type]
+            scale=self.scale,
+            transform=transform,
+            sizes=known(self.sizes),
+            prefix=self.prefix,
+            suffix=self.suffix,
+            positions=known(self.positions) if self.moved or hidden else None,
+            grid=None if hidden else self._grid,
+            frames=None if hidden else self.frames,
+            length=self._length if self.totals is None else int(self.totals[i]),
+            class_token=self.class_token,
+            layer=self.layer,
+            depth=self.depth,
+            step=self.step,
+            alive=None if self.alive is None else self.alive[i : i + 1],
+            rows={name: state[i : i + 1].index_select(1, rows) for name, state in self.rows.items()},
+            notes={name: state[i : i + 1] for name, state in self.notes.items()},
+        )
+
+    def among(self, rows: Tensor, mask: Tensor | None = None) -> Site:
+        """The attention among some of the tokens alone: each of its rows is renormalised over them.
+
+        Args:
+            rows: ``(B, M)`` int64, the tokens, protected ones included.
+            mask: ``(B, M)`` bool, False on padding; None: all are real.
+
+        Returns:
+            A site with queries and keys of these tokens.
+
+        Raises:
+            MissingInputError: queries or keys are not at hand.
+        """
+        bias = self._find("bias")
+        if bias is not None:
+            at = rows if bias.ndim == 2 else rows.unsqueeze(1).expand(-1, bias.shape[1], -1)
+            bias = bias.gather(-1, at)
+        return Site(
+            q=gather_rows(self.q, rows),
+            k=gather_rows(self._attention_k(), rows),
+            bias=bias,
+            scale=self.scale,
+            mask=mask,
+            prefix=self.prefix,
+            suffix=self.suffix,
+            class_token=self.class_token,
+            layer=self.layer,
+            depth=self.depth,
+            step=self.step,
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(B, N)``, from the first tensor that the site has at hand."""
+        for name in ("x", "k", "q", "v"):
+            if self._values[name] is not None:
+                t = self._get(name)
+                return whole(t.shape[0]), whole(t.shape[-2])
+        scores = self._get("class_attention")
+        return whole(scores.shape[0]), whole(scores.shape[-1])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the site's tensors live."""
+        for name in ("x", "k", "q", "v", "class_attention"):
+            if self._values[name] is not None:
+                return self._get(name).device
+        raise MissingInputError("this site supplies no tensor")
+
+
+def _lazily(site: Site, name: str, i: int, rows: Tensor) -> Callable[[], Tensor | None]:
+    """What ``site`` has, of some tokens of one sample."""
+
+    def value() -> Tensor | None:
+        found = site._find(name)
+        if found is None or name == "text":
+            return found
+        dim = -1 if name in ("class_attention", "bias", "motion") else -2
+        return found[i : i + 1].index_select(dim, rows)
+
+    return value
+
+
+def _pair(known: Callable[[Tensor | None], Tensor | None], both: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    first, second = known(both[0]), known(both[1])
+    assert first is not None  # both were given
+    assert second is not None
+    return first, second

@@ -1,0 +1,1 @@
+"""Denoisers: what methods that reduce tokens around sub-layers are made of."""

@@ -1,0 +1,141 @@
+"""The base of methods around the sub-layers of denoisers, and the checks of their parameters."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+from tokred.core.method import Method
+from tokred.core.site import Site, Stage
+from tokred.diffusion.site import AttentionSite, Part, Place, Share, Side, Step, Sublayer
+
+
+class AttentionMethod(Method):
+    """Base of all methods of the stage ``attention``; subclasses are frozen dataclasses.
+
+    What :meth:`reduce` answers is merged right before a sub-layer and undone right after it, so the residual stream
+    keeps its length. It may read ``site.x``, ``site.grid``, ``site.place`` and :meth:`AttentionSite.uniform`. The
+    frames of a clip are handed to it as samples of a batch, unless it reads ``"frames"``: then it gets the whole clip.
+
+    Attributes:
+        part: ``"tokens"``: the sub-layer runs on fewer tokens; ``"kv"``: queries stay, keys and values are reduced;
+            ``"q"``: keys and values stay, queries are reduced, and what comes out is restored; ``"heads"``: queries,
+            and keys with values, each by a plan of its own for every head (see :attr:`AttentionSite.side`), as the
+            attention uses them, after norms and rotary embedding.
+        share: ``"block"``: every block has a plan of its own; ``"resolution"``: blocks of one resolution share that of
+            the first.
+        refresh: a plan is kept for so many denoising steps.
+        first_full: so many steps at the start of an image run as they are.
+        near: it merges neighbours alone, so that keys may be averaged even where they are rotated by their places.
+        remembers: it keeps something in :attr:`AttentionSite.memory`; compiled forwards forget it.
+    """
+
+    stage: ClassVar[Stage] = "attention"
+    part: ClassVar[Part] = "tokens"
+    near: ClassVar[bool] = False
+    remembers: ClassVar[bool] = False
+    share: Share = "block"
+    refresh: int = 1
+    first_full: int = 0
+
+    @property
+    def stepwise(self) -> bool:
+        """Whether what it does depends on which step it is: known at the price of waiting for a device once a step, and
+        not in compiled forwards."""
+        return self.first_full > 0
+
+    def at(self, step: Step | None) -> AttentionMethod | None:
+        """What is in force at a step: the method, or another one; None: all sub-layers run as they are.
+
+        Args:
+            step: which one; None where steps are not counted: what is in force in most of them.
+        """
+        return None if step is not None and step.number < self.first_full else self
+
+    def side(self, side: Side, place: Place) -> int:
+        """Tokens of one side that remain, of ``place.length``; :meth:`left` unless part is ``"heads"``."""
+        return self.left(place)
+
+    @property
+    def sublayers(self) -> tuple[Sublayer, ...]:
+        """Around which sub-layers of a block the plan is used."""
+        return ("self",)
+
+    @property
+    @abstractmethod
+    def idle(self) -> bool:
+        """Whether the parameters say that nothing is ever reduced."""
+
+    def removes(self, depth: int, layers: Iterable[int] | None = None) -> bool:
+        """Unless it is idle; what is left depends on the resolution, so forwards say where they reduce nothing."""
+        return not self.idle
+
+    @abstractmethod
+    def left(self, place: Place) -> int:
+        """Tokens (or keys) that remain of ``place.length``; as many: the host's own sub-layer runs.
+
+        Raises:
+            ValueError: the parameters do not fit the grid.
+        """
+
+    @property
+    def advice(self) -> str:
+        """What to change where a denoiser has no place at which anything is reduced."""
+        return ""
+
+    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
+        """All: what is merged before a sub-layer is undone right after it."""
+        return n
+
+    def site(self, site: Site) -> AttentionSite:
+        """``site`` as one of a denoiser.
+
+        Raises:
+            TypeError: it is another stage's.
+        """
+        if not isinstance(site, AttentionSite):
+            raise TypeError(f"{self.name!r} needs a tokred.AttentionSite, got {type(site).__name__}")
+        return site
+
+
+def check_sharing(share: Any, refresh: Any, first_full: Any = 0) -> None:
+    """Refuse values of ``share``, ``refresh`` and ``first_full`` that mean nothing.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    if share not in ("block", "resolution"):
+        raise ValueError(f"share is {share!r}; allowed are 'block', 'resolution'")
+    check_count("refresh", refresh)
+    check_count("first_full", first_full, least=0)
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Refuse what is no integer of at least ``least``.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_ratio(ratio: Any, name: str = "ratio") -> None:
+    """Refuse what is no share of tokens in ``[0, 1)``.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    if not isinstance(ratio, int | float) or isinstance(ratio, bool):
+        raise TypeError(f"{name} must be a number, got {ratio!r}")
+    if not 0 <= ratio < 1:
+        raise ValueError(f"{name} must lie in [0, 1), got {ratio}")
+
+
+def removed(n: int, ratio: float) -> int:
+    """``ratio * n`` tokens as a whole number; a half is rounded up."""
+    return math.floor(round(n * ratio, 9) + 0.5)

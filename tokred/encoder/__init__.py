@@ -1,0 +1,1 @@
+"""Encoders: what methods that reduce tokens inside transformer blocks are made of."""

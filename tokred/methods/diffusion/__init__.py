@@ -1,0 +1,1 @@
+"""Methods that act around the sub-layers of denoisers, one file each."""

@@ -1,0 +1,144 @@
+"""LTP: one threshold per layer on the attention that a token receives decides which tokens go on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tokred.core.method import Method
+from tokred.core.ragged import pack, with_protected
+from tokred.core.reduction import Reduction
+from tokred.core.registry import register
+from tokred.core.selection import ranked
+from tokred.core.site import Site
+
+FLOOR = 1e-5  # the smallest threshold that takes effect
+
+
+@register("ltp")
+@dataclass(frozen=True)
+class LTP(Method):
+    """Learned token pruning at inference: a token stays while its mean attention reaches the layer's threshold.
+
+    A token's score is the attention that it receives, averaged over heads and over the queries that are still there, so
+    the scores of a sample add up to one and a threshold of ``1 / n`` is the mean. How many tokens stay follows from the
+    text or image. Thresholds are learned with the weights in the paper; here they are given.
+
+    Scores are averaged over the real tokens of each sample (ours). The released code divides by the padded length, so
+    that its thresholds hold for that length alone; ``padded`` says which.
+
+    Args:
+        thresholds: one for each block, 0 where a block prunes nothing. None: rising to ``theta_final``, as before any
+            learning.
+        theta_final: block ``l`` of ``L`` gets ``theta_final * l / L``; without ``thresholds`` only.
+        padded: thresholds come from code that divides by this padded length; None: from scores as they are here.
+        min_keep: tokens that every sample keeps at least, protected ones included; None: one besides those.
+
+    Source: Kim et al., Learned Token Pruning for Transformers, KDD 2022, section 3.
+    """
+
+    summary: ClassVar[str] = "keep what is attended to above a learned threshold, as many as the text needs"
+    source: ClassVar[str] = "Kim et al., KDD 2022 (arXiv 2107.00910)"
+    drops: ClassVar[bool] = True
+    uneven: ClassVar[bool] = True
+    by_mask: ClassVar[bool] = True
+
+    thresholds: Sequence[float] | None = None
+    theta_final: float = 0.01
+    padded: int | None = None
+    min_keep: int | None = None
+
+    def __post_init__(self) -> None:
+        given = [self.theta_final] if self.thresholds is None else list(self.thresholds)
+        for i, theta in enumerate(given):
+            name = "theta_final" if self.thresholds is None else f"thresholds[{i}]"
+            if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 <= theta <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {theta!r}")
+        if self.thresholds is not None:
+            object.__setattr__(self, "thresholds", tuple(float(t) for t in given))
+        for name, least in (("padded", 1), ("min_keep", 1)):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """The tokens and the attention that each receives."""
+        return frozenset({"x", "attention"})
+
+    def check(self, depth: int) -> None:
+        """One threshold a block."""
+        if self.thresholds is not None and len(self.thresholds) != depth:
+            raise ValueError(f"thresholds has {len(self.thresholds)} entries, but the model has {depth} blocks")
+
+    def theta(self, layer: int, depth: int) -> float:
+        """The threshold of a block."""
+        if self.thresholds is not None:
+            return self.thresholds[layer]
+        return base_threshold(self.theta_final, layer, depth)
+
+    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
+        """At most all of them: the count depends on the sample."""
+        return n
+
+    def acts(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> bool:
+        """Where there is a threshold, and more tokens than stay in any case."""
+        return self.theta(layer, depth) > 0 and n > self._least(prefix + suffix)
+
+    def _least(self, protected: int) -> int:
+        """Tokens that stay in any case."""
+        return max(protected, protected + 1 if self.min_keep is None else self.min_keep)
+
+    def reduce(self, site: Site) -> Reduction:
+        """Score, compare, keep in order."""
+        b, n = site.shape
+        free = slice(site.prefix, n - site.suffix)
+        with torch.no_grad():
+            score = mean_attention(site)
+            real = None if site.mask is None else site.mask[:, free]
+            count = torch.full((b, 1), n, device=score.device) if site.mask is None else site.mask.sum(1, keepdim=True)
+            scaled = score if self.padded is None else score * (count / self.padded)
+            keep = scaled[:, free] >= max(FLOOR, self.theta(site.layer, site.depth))
+            least = self._least(site.prefix + site.suffix) - site.prefix - site.suffix
+            if least > 0:
+                own = score[:, free] if real is None else score[:, free].masked_fill(~real, -torch.inf)
+                first = ranked(own)[:, :least]
+                keep = keep.scatter(1, first, 1)
+            keep = keep if real is None else keep & real
+            rows = torch.arange(site.prefix, n - site.suffix, device=score.device).expand(b, -1)
+            rows, mask = pack(rows, keep)
+            if rows.shape[1] == n - site.prefix - site.suffix and mask is None:
+                return Reduction.identity((b,), n, site.device)
+            kept, mask = with_protected(rows, mask, n, site.prefix, site.suffix)
+        return Reduction.keep(kept, n, mask=mask)
+
+
+def mean_attention(site: Site) -> Tensor:
+    """``(B, N)`` float32: the attention that each token receives, averaged over heads and real queries.
+
+    Source: Kim et al., KDD 2022, equation 3; the released code divides by the padded length instead.
+    """
+    received = site.column_scores().mean(1)
+    if site.mask is None:
+        return received / site.shape[1]
+    return received / site.mask.sum(1, keepdim=True).clamp(min=1)
+
+
+def base_threshold(theta_final: float, layer: int, depth: int) -> float:
+    """The threshold of block ``layer`` of ``depth`` before anything is learned; 0 in the first.
+
+    Source: released code of LTP.
+    """
+    return theta_final * layer / depth
+
+
+def soft_mask(score: Tensor, theta: float, temperature: float) -> Tensor:
+    """What tokens are multiplied by while thresholds are learned: ``sigmoid((score - theta) / temperature)``, float32.
+
+    Source: Kim et al., KDD 2022, section 3.3.
+    """
+    return torch.sigmoid((score.float() - theta) / temperature)

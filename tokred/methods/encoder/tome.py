@@ -1,0 +1,105 @@
+"""ToMe: in every block, merge the r most similar token pairs and keep track of what each token stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from tokred.core.matching import bipartite_soft_matching, mergeable
+from tokred.core.method import Method
+from tokred.core.padding import reduce_each
+from tokred.core.reduction import Reduction
+from tokred.core.registry import register
+from tokred.core.schedules import ScheduleLike, schedule
+from tokred.core.schedules import check_choice as check_choice
+from tokred.core.site import Site
+from tokred.kernels.dispatch import accumulator_dtype
+
+Metric = Literal["k", "q", "v", "x"]
+
+
+def head_mean(t: Tensor) -> Tensor:
+    """``(B, H, N, D)`` to the mean over heads ``(B, N, D)`` in the type of the sums, which half precision would round
+    to other choices; ``(B, N, C)`` as it is."""
+    if t.ndim != 4:
+        return t
+    dtype, heads = accumulator_dtype(t.dtype), t.shape[1]
+    if heads % 2:
+        return t.to(dtype).mean(1)
+    # A sum over a strided dimension is not vectorised on a CPU, an addition is: half of the work goes there.
+    half = t[:, : heads // 2].to(dtype) + t[:, heads // 2 :]
+    return half.sum(1) / heads
+
+
+def read_metric(site: Site, metric: Metric) -> Tensor:
+    """The vectors that are compared, ``(B, N, D)``."""
+    found: Tensor = getattr(site, metric)
+    return head_mean(found)
+
+
+@register("tome")
+@dataclass(frozen=True)
+class ToMe(Method):
+    """Token Merging.
+
+    Args:
+        r: tokens removed per block: an integer, a pair ``(r, inflect)``, or a list with one entry a block. Capped at
+            half of the unprotected tokens of a block.
+        prop_attn: proportional attention, the log of a token's size added to attention's logits. On for supervised
+            weights (AugReg, SWAG, DeiT, CLIP); switch it off for off-the-shelf MAE weights.
+        metric: what is compared: keys, queries or values (mean over heads), or the tokens themselves.
+        split: ``"alternate"`` (by parity), or ``"sequential"`` (a baseline: about three points worse).
+        mode: how merged tokens are combined: size-weighted ``"mean"``, ``"max"``, ``"mlerp"`` or ``"keep"``.
+
+    Source: Bolya et al., Token Merging: Your ViT But Faster, ICLR 2023, section 3.
+    """
+
+    summary: ClassVar[str] = "merge the r most similar token pairs in every block"
+    source: ClassVar[str] = "Bolya et al., ICLR 2023 (arXiv 2210.09461)"
+    example: ClassVar[Mapping[str, Any]] = {"r": 8}
+
+    r: ScheduleLike = 0
+    prop_attn: bool = True
+    metric: Metric = "k"
+    split: Literal["alternate", "sequential"] = "alternate"
+    mode: Literal["mean", "max", "mlerp", "keep"] = "mean"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "r", schedule(self.r))
+        check_choice("metric", self.metric, ("k", "q", "v", "x"))
+        check_choice("split", self.split, ("alternate", "sequential"))
+        check_choice("mode", self.mode, ("mean", "max", "mlerp", "keep"))
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """The tokens, and what is compared."""
+        return frozenset({"x", self.metric})
+
+    @property
+    def proportional(self) -> bool:
+        """As ``prop_attn`` says."""
+        return self.prop_attn
+
+    def check(self, depth: int) -> None:
+        """A list may not be longer than the model is deep."""
+        schedule(self.r).check(depth)
+
+    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
+        """``n`` less this layer's ``r``, capped."""
+        return n - min(schedule(self.r).at(layer, depth), mergeable(n, prefix, suffix))
+
+    def reduce(self, site: Site) -> Reduction:
+        """Match by parity and merge the most similar pairs."""
+        if site.mask is not None:
+            return reduce_each(self, site, always=True)
+        return bipartite_soft_matching(
+            read_metric(site, self.metric),
+            schedule(self.r).at(site.layer, site.depth),
+            prefix=site.prefix,
+            suffix=site.suffix,
+            split=self.split,
+            mode=self.mode,
+        )

@@ -1,0 +1,229 @@
+"""VTM: choose targets uniformly, by region or by motion, and merge the other tokens of a clip into them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from tokred.core.method import Method
+from tokred.core.ragged import pack, with_protected
+from tokred.core.reduction import Reduction
+from tokred.core.registry import register
+from tokred.core.schedules import check_blocks, check_blocks_exist, is_listed, kept
+from tokred.core.selection import hash_uniform, ranked
+from tokred.core.site import Site
+from tokred.errors import MissingInputError
+from tokred.kernels.similarity_rows import best_match
+from tokred.methods.encoder.tome import Metric, check_choice, read_metric
+
+Variant = Literal["naive", "centre", "boundary", "motion"]
+
+
+@register("vtm")
+@dataclass(frozen=True)
+class VTM(Method):
+    """Video token merging, the variants that are not learned.
+
+    A share of the tokens are targets. Of the others, those that are most similar to a target merge into it; tokens stay
+    in the order of the sequence, so that time does too. An image is a clip of one frame.
+
+    Args:
+        variant: who is a target. ``"naive"``: every ``gamma``-th token of the clip, the first one included.
+            ``"centre"``: every ``gamma / 2``-th token of the middle half (in height and width) of each frame, and every
+            ``3 gamma / 2``-th of the rest, which puts half of all targets in the middle. ``"boundary"``: the two
+            factors exchanged, so that the rest is sampled more densely; there are then 5 / 3 as many targets (our
+            reading). ``"motion"``: the tokens that move most, one for each ``gamma``.
+        gamma: one target for so many tokens.
+        R: how many of the others merge: a share of them as a float, a number as an integer, or None for all.
+        size_weighted: weigh the mean by the sizes of the tokens; the plain mean was better.
+        sampling: draw the targets of ``"motion"`` with probabilities that are the softmax of the magnitudes, without
+            replacement, instead of taking the largest (the paper draws). Draws depend on ``seed``, the block and the
+            step alone and are the same for every sample.
+        seed: of the draws.
+        metric: what is compared.
+        blocks: blocks that reduce, 0-based. None: at a quarter, half and three quarters of the depth (3, 6, 9 of 12;
+            ours: the paper's head has three blocks, all of which merge).
+
+    Source: Lee et al., Video Token Merging for Long-form Video Understanding, NeurIPS 2024, section 3. No code was
+    released: counting from 0, rounding the factors, the order of the output and deterministic targets are our reading.
+    """
+
+    summary: ClassVar[str] = "merge a clip's tokens into targets spread evenly, by region or by motion"
+    source: ClassVar[str] = "Lee et al., NeurIPS 2024 (arXiv 2410.23782)"
+    # By region, once tokens have moved: how many of those that are left lie in the middle differs between samples.
+    uneven: ClassVar[bool] = True
+    clips: ClassVar[bool] = True
+
+    variant: Variant = "naive"
+    gamma: int = 4
+    R: float | int | None = 0.8
+    size_weighted: bool = False
+    sampling: bool = False
+    seed: int = 0
+    metric: Metric = "k"
+    blocks: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("variant", self.variant, ("naive", "centre", "boundary", "motion"))
+        check_choice("metric", self.metric, ("k", "q", "v", "x"))
+        if isinstance(self.gamma, bool) or not isinstance(self.gamma, int) or self.gamma < 2:
+            raise ValueError(f"gamma must be an integer of at least 2, got {self.gamma!r}")
+        number = isinstance(self.R, int | float) and not isinstance(self.R, bool)
+        if self.R is not None and not (number and (self.R >= 0 if isinstance(self.R, int) else 0 <= self.R <= 1)):
+            raise ValueError(f"R must be a share in [0, 1], an integer of at least 0, or None for all, got {self.R!r}")
+        if self.sampling and self.variant != "motion":
+            raise ValueError(f"sampling goes with variant='motion'; {self.variant!r} draws nothing")
+        object.__setattr__(self, "blocks", check_blocks(self.blocks))
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """The tokens, what is compared, and what the variant asks for."""
+        more = {"centre": {"grid"}, "boundary": {"grid"}, "motion": {"motion"}}
+        return frozenset({"x", self.metric} | more.get(self.variant, set()))
+
+    def check(self, depth: int) -> None:
+        """Every listed block must exist."""
+        check_blocks_exist(self.blocks, depth)
+
+    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
+        """Targets and sources that stay; by region at most so many, as the frame's shape decides."""
+        free = n - prefix - suffix
+        if free < 2 or not is_listed(self.blocks, layer, depth):
+            return n
+        targets = -(-free // self.gamma)
+        if self.variant in ("centre", "boundary"):
+            targets = min(free, -(-free // min(self.factors)) + 1)
+        return n - self._merged(free - targets)
+
+    def acts(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> bool:
+        """In the listed blocks, where something can merge."""
+        if self.variant not in ("centre", "boundary"):
+            return super().acts(n, layer=layer, depth=depth, prefix=prefix, suffix=suffix)
+        return is_listed(self.blocks, layer, depth) and self._merged(max(0, n - prefix - suffix - 1)) > 0
+
+    @property
+    def factors(self) -> tuple[int, int]:
+        """One target for so many tokens in the middle of a frame, and in the rest of it."""
+        dense, sparse = (self.gamma + 1) // 2, (3 * self.gamma + 1) // 2
+        return (sparse, dense) if self.variant == "boundary" else (dense, sparse)
+
+    def reduce(self, site: Site) -> Reduction:
+        """Split into targets and sources, match, merge the best."""
+        b, n = site.shape
+        free = n - site.prefix - site.suffix
+        same = Reduction.identity((b,), n, site.device)
+        if free < 2 or self._merged(free) == 0:
+            return same
+        inner = slice(site.prefix, n - site.suffix)
+        real = None if site.mask is None else site.mask[:, inner]
+        metric = read_metric(site, self.metric)[:, inner].detach()
+        with torch.no_grad():
+            chosen, count = self._targets(site, free, real)
+            chosen = chosen.expand(b, -1)
+            others = ~chosen if real is None else ~chosen & real
+            left = None if count is None else free - count
+            r = None if left is None else self._merged(left)
+            if r == 0:
+                return same
+            place = torch.arange(free, device=chosen.device).expand(b, -1)
+            targets, target_mask = pack(place, chosen, _twice(count))
+            sources, source_mask = pack(place, others, _twice(left))
+            if sources.shape[1] == 0:
+                return same
+            found = best_match(_rows(metric, sources), _rows(metric, targets), a_mask=source_mask, b_mask=target_mask)
+            order = ranked(found.score)[:, :r]
+            merged = sources.gather(1, order)
+            goes = torch.ones_like(merged, dtype=torch.bool)
+            if r is None:
+                goes = place[:, : goes.shape[1]] < self._merged_each(others)
+            stays = ~torch.zeros_like(chosen).scatter(1, merged, goes)
+            stays = stays if real is None else stays & real
+            slot = stays.cumsum(1) - 1 + site.prefix
+            into = slot.gather(1, targets.gather(1, found.index.gather(1, order)))
+            rows, mask = pack(place + site.prefix, stays, None if r is None else _twice(free - r))
+        representative, mask = with_protected(rows, mask, n, site.prefix, site.suffix)
+        into, merged, even = torch.where(goes, into, -1), merged + site.prefix, r is not None
+        return Reduction(representative, merged, into, n, mask=mask, by_size=self.size_weighted, complete=even)
+
+    def _targets(self, site: Site, free: int, real: Tensor | None) -> tuple[Tensor, int | None]:
+        """``(B or 1, T)`` bool: which unprotected tokens are targets; how many, where that is the same for all."""
+        place = torch.arange(free, device=site.device).unsqueeze(0)
+        count = -(-free // self.gamma)
+        if self.variant == "naive":
+            chosen = place % self.gamma == 0
+            return (chosen, count) if real is None else (chosen & real, None)
+        if self.variant == "motion":
+            weight = site.motion[:, site.prefix : site.prefix + free].detach().float()
+            if self.sampling:
+                weight = weight + gumbel(free, self.seed, site.layer, site.step, weight.device)
+            if real is None:
+                return largest(weight, count), count
+            each = (real.sum(1, keepdim=True) + self.gamma - 1) // self.gamma
+            return largest(weight.masked_fill(~real, -torch.inf), each), None
+        middle, in_middle = _middle(site, free)
+        inside = middle if real is None else middle & real
+        outside = ~middle if real is None else ~middle & real
+        number = torch.where(middle, inside.cumsum(1), outside.cumsum(1)) - 1
+        near, far = self.factors
+        chosen = (number % torch.where(middle, near, far) == 0) & (inside | outside)
+        if in_middle is None or real is not None:
+            return chosen, None
+        return chosen, -(-in_middle // near) - (-(free - in_middle) // far)
+
+    def _merged(self, sources: int) -> int:
+        """How many of so many sources merge."""
+        if self.R is None:
+            return sources
+        return kept(sources, self.R) if isinstance(self.R, float) else min(self.R, sources)
+
+    def _merged_each(self, others: Tensor) -> Tensor:
+        """The same for every sample, ``(B, 1)``, from ``(B, T)`` which tokens are sources."""
+        count = others.sum(1, keepdim=True)
+        if self.R is None:
+            return count
+        if isinstance(self.R, float):
+            return (count.double() * self.R + 5e-10).floor().long()  # as ``kept`` rounds
+        return count.clamp_max(self.R)
+
+
+def gumbel(n: int, seed: int, layer: int, step: int = 0, device: torch.device | str | None = None) -> Tensor:
+    """``(n,)`` float64 Gumbel noise that depends only on the arguments and the position.
+
+    The ``k`` largest of log probabilities plus this noise are ``k`` draws without replacement.
+    """
+    uniform = hash_uniform(n, seed, layer, step, device) + 2.0**-33  # never 0 or 1
+    return -torch.log(-torch.log(uniform))
+
+
+def largest(weight: Tensor, count: int | Tensor) -> Tensor:
+    """``(B, N)`` bool: the ``count`` (a number, or ``(B, 1)``) largest weights of each row, ties to the lower index."""
+    place = torch.arange(weight.shape[1], device=weight.device)
+    taken = (place < count).expand_as(weight)
+    return torch.zeros_like(taken).scatter(1, ranked(weight), taken)
+
+
+def _middle(site: Site, free: int) -> tuple[Tensor, int | None]:
+    """``(B or 1, T)`` bool: which tokens stood in the middle half of their frame; how many, before any has moved."""
+    h, w = site.grid
+    if not site.moved and (free % (h * w) or (site.frames or free // (h * w)) * h * w != free):
+        clip = "frames" if site.frames is None else f"{site.frames} frames"
+        raise MissingInputError(f"{free} tokens are not {clip} of a {h} x {w} grid")
+    if site.moved:
+        place = site.positions[:, site.prefix : site.prefix + free] - site.prefix
+    else:
+        place = torch.arange(free, device=site.device).unsqueeze(0)
+    row, column = place % (h * w) // w, place % w
+    top, left = (h - h // 2) // 2, (w - w // 2) // 2
+    middle = (row >= top) & (row < top + h // 2) & (column >= left) & (column < left + w // 2)
+    return middle, None if site.moved else free // (h * w) * (h // 2) * (w // 2)
+
+
+def _rows(metric: Tensor, rows: Tensor) -> Tensor:
+    return metric.gather(1, rows.unsqueeze(-1).expand(-1, -1, metric.shape[-1]))
+
+
+def _twice(count: int | None) -> tuple[int, int] | None:
+    return None if count is None else (count, count)

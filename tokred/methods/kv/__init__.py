@@ -1,0 +1,1 @@
+"""Policies for the KV caches of language models, one file each."""

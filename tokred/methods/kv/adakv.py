@@ -1,0 +1,43 @@
+"""Ada-KV: the heads of a layer share its rows by their scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from tokred.core.registry import register
+from tokred.kv.budgets import Adaptive
+from tokred.kv.parts import Score, as_part
+from tokred.kv.policy import BudgetLike, CachePolicy, Parts, as_budget, check_room
+
+
+@register("adakv")
+@dataclass(frozen=True)
+class AdaKV(CachePolicy):
+    """Any score, but the layer's rows go to the best of all its heads; each head keeps a safe share of its own.
+
+    Args:
+        budget: the mean over heads: a share in (0, 1], tokens, bytes, or a budget of :mod:`tokred.kv` for the layers.
+        safe: share of its rows that each head keeps whatever the others score.
+        score: the score, an object of :mod:`tokred.kv` or its name.
+
+    Source: Feng et al., Ada-KV, arXiv 2407.11550, section 4.
+    """
+
+    summary: ClassVar[str] = "heads share their layer's rows by their scores"
+    source: ClassVar[str] = "Feng et al., NeurIPS 2025 (arXiv 2407.11550)"
+
+    budget: BudgetLike = 0.5
+    safe: float = 0.2
+    score: Score | str = "window"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "score", as_part(self.score, Score, "score"))  # type: ignore[type-abstract]
+        object.__setattr__(self, "budget", as_budget(self.budget))
+        check_room(self)
+
+    @property
+    def parts(self) -> Parts:
+        """The score, with heads of different lengths."""
+        score = as_part(self.score, Score, "score")  # type: ignore[type-abstract]
+        return Parts(score, Adaptive(safe=self.safe, layers=as_budget(self.budget)))

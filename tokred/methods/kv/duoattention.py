@@ -1,0 +1,47 @@
+"""DuoAttention: retrieval heads keep everything, streaming heads the first and the newest tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from tokred.core.registry import register
+from tokred.kv.budgets import Split
+from tokred.kv.parts import When
+from tokred.kv.policy import CachePolicy, Parts
+from tokred.kv.scores import Recency
+
+
+@register("duoattention")
+@dataclass(frozen=True)
+class DuoAttention(CachePolicy):
+    """A gate for each key/value head says which it is. Gates are trained once per model and given here.
+
+    Args:
+        gates: for each compressed layer a gate for each key/value head; None: nothing is evicted.
+        sparsity: share of the heads that stream.
+        sinks, recent: what a streaming head keeps.
+        every: generated tokens between evictions.
+
+    Source: Xiao et al., DuoAttention, ICLR 2025, section 2.
+    """
+
+    summary: ClassVar[str] = "streaming heads keep the first and the newest tokens"
+    source: ClassVar[str] = "Xiao et al., ICLR 2025 (arXiv 2410.10819)"
+    example: ClassVar[Mapping[str, Any]] = {"gates": ...}
+
+    gates: tuple[tuple[float, ...], ...] | None = None
+    sparsity: float = 0.5
+    sinks: int = 64
+    recent: int = 256
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "gates", Split(self.gates, self.sparsity, self.sinks, self.recent).gates)
+
+    @property
+    def parts(self) -> Parts:
+        """The newest rows, in streaming heads."""
+        budget = Split(self.gates, self.sparsity, self.sinks, self.recent)
+        return Parts(Recency(), budget, when=When(every=self.every), sinks=self.sinks, recent=self.recent)

@@ -1,0 +1,63 @@
+"""kv: any score with any budget, fate and time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from tokred.core.registry import register
+from tokred.core.schedules import check_share
+from tokred.kv.parts import Fate, Score, When, as_part, check_count
+from tokred.kv.policy import BudgetLike, CachePolicy, Parts, as_budget, check_room
+
+
+@register("kv")
+@dataclass(frozen=True)
+class KVPolicy(CachePolicy):
+    """A policy put together from its parts; the named presets are such policies.
+
+    Args:
+        score: an object of :mod:`tokred.kv`, or its name.
+        budget: a budget of :mod:`tokred.kv`, its name, a share in (0, 1], tokens, or bytes such as "64 MiB".
+        fate: "evict" or "merge", or an object.
+        when: a :class:`tokred.kv.When`; None: at the end of the prompt.
+        sinks: first tokens that are never evicted.
+        recent: newest tokens that are never evicted; a float is a share of the kept rows.
+
+    Source: ours.
+    """
+
+    summary: ClassVar[str] = "any score with any budget, fate and time"
+    source: ClassVar[str] = "tokred"
+
+    score: Score | str = "window"
+    budget: BudgetLike = 0.5
+    fate: Fate | str = "evict"
+    when: When | None = None
+    sinks: int = 0
+    recent: int | float = 0
+
+    def __post_init__(self) -> None:
+        when = When() if self.when is None else as_part(self.when, When, "when")
+        check_count(self.sinks, "sinks")
+        if isinstance(self.recent, float):
+            check_share(self.recent, "recent", zero=True)
+        else:
+            check_count(self.recent, "recent")
+        made = {
+            "score": as_part(self.score, Score, "score"),  # type: ignore[type-abstract]
+            "budget": as_budget(self.budget),
+            "fate": as_part(self.fate, Fate, "fate"),  # type: ignore[type-abstract]
+            "when": when,
+        }
+        for name, part in made.items():
+            object.__setattr__(self, name, part)
+        check_room(self)
+
+    @property
+    def parts(self) -> Parts:
+        """As given."""
+        score, fate = self.score, self.fate
+        assert isinstance(score, Score)  # made so above
+        assert isinstance(fate, Fate)
+        return Parts(score, as_budget(self.budget), fate, self.when or When(), self.sinks, self.recent)

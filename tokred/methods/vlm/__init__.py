@@ -1,0 +1,1 @@
+"""Methods that choose visual tokens before or inside a language model, one file each."""

@@ -1,0 +1,79 @@
+"""FastV: after a few layers of the language model, keep the visual tokens that the last prompt token attends to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from tokred.core.reduction import Reduction
+from tokred.core.registry import register
+from tokred.core.schedules import check_share
+from tokred.methods.encoder.tome import check_choice
+from tokred.vlm.in_llm import LayerSite
+from tokred.vlm.layered import LayerMethod, check_depth, check_layer
+
+
+@register("fastv")
+@dataclass(frozen=True)
+class FastV(LayerMethod):
+    """Visual tokens that get little attention in the layer before ``layer`` leave there, once, in the prompt.
+
+    Decode steps go on with what is left: the first ``layer`` layers hold all tokens in their caches, the others fewer,
+    and positions stay what they were.
+
+    Args:
+        layer: first layer on the reduced set (the paper's K), at least 1.
+        ratio: share of the visual tokens that leave (the paper's R), in [0, 1); ``round(n * (1 - ratio))`` stay, half
+            to even.
+        query: whose attention counts: ``"last"``, that of the prompt's last token (the released code), or ``"mean"``,
+            the mean over all tokens of the prompt that come after the sample's last visual token (the paper says: over
+            all tokens that attend to it).
+        heads: ``"mean"`` or ``"max"`` over the heads.
+
+    Source: Chen et al., An Image is Worth 1/2 Tokens After Layer 2, ECCV 2024, section 4, and its released code.
+    """
+
+    summary: ClassVar[str] = "after layer K keep the visual tokens that the last prompt token attends to"
+    source: ClassVar[str] = "Chen et al., ECCV 2024 (arXiv 2403.06764)"
+
+    layer: int = 2
+    ratio: float = 0.5
+    query: Literal["last", "mean"] = "last"
+    heads: Literal["mean", "max"] = "mean"
+
+    def __post_init__(self) -> None:
+        check_layer(self.layer)
+        check_share(self.ratio, "ratio", zero=True)
+        if self.ratio == 1:
+            raise ValueError("ratio is 1, which leaves no visual token; it must lie in [0, 1)")
+        check_choice("query", self.query, ("last", "mean"))
+        check_choice("heads", self.heads, ("mean", "max"))
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """Hidden states, and rows of the attention of the layer before."""
+        return frozenset({"x", "rows_before"})
+
+    def check(self, depth: int) -> None:
+        """The layer must exist."""
+        check_depth(self.layer, depth)
+
+    def left(self, n: int) -> int:
+        """How many of ``n`` visual tokens stay, at least one."""
+        return max(1, round(round(n * (1 - self.ratio), 9))) if n else 0
+
+    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
+        """:meth:`left` at its layer."""
+        return self.left(n) if layer == self.layer else n
+
+    def choose(self, site: LayerSite) -> Reduction:
+        """Keep the highest scores."""
+        rows: int | torch.Tensor = 1
+        if self.query == "mean":
+            after = site.visual.flip(1).cummax(1).values.flip(1).logical_not() & site.text_rows
+            rows = after | (site.newest == 0)  # which votes even where an image ends the prompt
+        scores = site.row_scores(rows, of="before", heads=self.heads)
+        counts = tuple(self.left(n) for n in site.counts)
+        return site.keep_visual(site.best_visual(scores, counts), counts)

@@ -1,0 +1,392 @@
+"""The site inside the language model: all tokens at the input of one decoder layer, and that layer's attention.
+
+It can be built by hand, which is how methods are tested; every value may be a tensor or a function that makes it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tokred.core.reduction import Reduction
+from tokred.core.selection import ranked
+from tokred.core.site import Lazy, Site
+from tokred.errors import MissingInputError
+from tokred.kernels.column_scores import column_scores
+
+Of = Literal["before", "own"]
+
+
+class Prompt(NamedTuple):
+    """The prompt as it enters the language model, whatever left since.
+
+    Attributes:
+        embeds: ``(B, W, C)`` embeddings, image features among them.
+        visual: ``(B, W)`` bool, visual tokens.
+        text: ``(B, W)`` bool, real tokens of the prompt that are not.
+        columns: ``(B, L)`` int64, which of the ``W`` each column of the site is.
+    """
+
+    embeds: Tensor
+    visual: Tensor
+    text: Tensor
+    columns: Tensor
+
+
+class LayerSite(Site):
+    """All tokens at the input of one decoder layer.
+
+    A method answers with a reduction of the ``L`` columns; what is not visual has to stay (:meth:`keep_visual` sees to
+    it).
+
+    Args:
+        x: ``(B, L, C)`` hidden states that enter the layer.
+        visual: ``(B, L)`` bool, the visual tokens that are still there; None (a language model alone): none is
+            protected, see :attr:`free`.
+        mask: ``(B, L)`` bool, False on padding and filler.
+        counts: visual tokens of each sample here.
+        initial: and before the first layer.
+        real: tokens of each sample here, padding aside.
+        image: ``(B, L)`` int64, which image of its sample a visual token belongs to; None: all the first.
+        image_initial: gives the visual tokens of each sample's image of that number, before the first layer.
+        place: gives ``(B, L, 2)`` float32, row and column of every visual token in its own image, both in [0, 1], or
+            None where they are not known. None: the site says nothing about places, see :attr:`placed`.
+        ends: for each sample whether the prompt's last token is visual; it stays whatever a method says, since what
+            follows is told from it.
+        aligned: whether there is no padding behind the prompt.
+        end: columns from here on are no part of the prompt (drafts that wait for verification); None: there are none.
+        prompt: embeddings of the prompt, see :class:`Prompt`.
+        stream: a pair ``(B, L, C)``: what entered the layer before, and what left the norm behind its attention.
+        own, before: queries, keys and the like of this layer before it runs, and of the layer before; see
+            :class:`Heads`.
+        more: see :class:`tokred.Site`; ``v`` is this layer's.
+    """
+
+    def __init__(
+        self,
+        *,
+        x: Lazy = None,
+        visual: Tensor | None = None,
+        counts: tuple[int, ...] | None = None,
+        initial: tuple[int, ...] | None = None,
+        real: tuple[int, ...] | None = None,
+        image: Lazy = None,
+        image_initial: Callable[[int], tuple[int, ...]] | None = None,
+        place: Callable[[], Tensor | None] | None = None,
+        ends: tuple[bool, ...] | None = None,
+        aligned: bool | None = None,
+        end: int | None = None,
+        prompt: Prompt | Callable[[], Prompt] | None = None,
+        stream: tuple[Tensor, Tensor] | Callable[[], tuple[Tensor, Tensor] | None] | None = None,
+        own: Heads | Callable[[], Heads] | None = None,
+        before: Heads | Callable[[], Heads] | None = None,
+        **more: Any,
+    ) -> None:
+        super().__init__(x=x, **more)
+        b, n = self.shape
+        self.visual = torch.zeros(b, n, dtype=torch.bool, device=self.device) if visual is None else visual
+        self.counts = tuple(self.visual.sum(1).tolist()) if counts is None else counts
+        self.initial = self.counts if initial is None else initial
+        if real is None:
+            real = (n,) * b if self.mask is None else tuple(self.mask.sum(1).tolist())
+        self.real = real
+        self._image = image
+        self._image_initial = image_initial
+        self._place = place
+        self._ends = ends
+        self._aligned = aligned
+        self.end = n if end is None else end
+        self._heads: dict[str, Any] = {"own": own, "before": before}
+        self._extras: dict[str, Any] = {"prompt": prompt, "stream": stream}
+
+    @property
+    def prompt(self) -> Prompt:
+        """Embeddings of the prompt.
+
+        Raises:
+            MissingInputError: the host does not supply them.
+        """
+        return self._extra("prompt")  # type: ignore[no-any-return]
+
+    @property
+    def stream(self) -> tuple[Tensor, Tensor]:
+        """What entered the layer before, and what left the norm behind its attention, ``(B, L, C)`` each.
+
+        Raises:
+            MissingInputError: the host does not supply them.
+        """
+        return self._extra("stream")  # type: ignore[no-any-return]
+
+    def _extra(self, name: str) -> Any:
+        found = self._extras[name]
+        if callable(found):
+            found = self._extras[name] = found()
+        if found is None:
+            raise MissingInputError(f"this site does not supply {name!r}")
+        return found
+
+    @property
+    def image(self) -> Tensor:
+        """``(B, L)`` int64: which image of its sample each visual token belongs to."""
+        if self._image is None:
+            return torch.zeros_like(self.visual, dtype=torch.long)
+        if not isinstance(self._image, Tensor):
+            self._image = self._image()
+        assert self._image is not None  # a function that makes it does
+        return self._image
+
+    def image_counts(self, i: int) -> tuple[int, ...]:
+        """Visual tokens of image ``i`` of each sample, before the first layer."""
+        if self._image_initial is not None:
+            return self._image_initial(i)
+        return tuple((self.visual & (self.image == i)).sum(1).tolist())
+
+    @property
+    def placed(self) -> bool:
+        """Whether the site knows whether it knows the places of visual tokens; one made by hand need not."""
+        return self._place is not None
+
+    @property
+    def place(self) -> Tensor | None:
+        """``(B, L, 2)`` float32: row and column of every visual token in its image, in [0, 1]; None: not known."""
+        return None if self._place is None else self._place()
+
+    @property
+    def newest(self) -> Tensor:
+        """``(B, L)`` int64: how many real tokens of the prompt come after each column; ``L`` on others than those."""
+        n = self.shape[1]
+        real = (torch.arange(n, device=self.device) < self.end).expand(self.shape)
+        if self.mask is not None:
+            real = real & self.mask
+        after = real.long().flip(1).cumsum(1).flip(1) - 1
+        return torch.where(real, after, n)
+
+    @property
+    def aligned(self) -> bool:
+        """Whether every sample's last token of the prompt stands in the last column of it (no padding behind)."""
+        if self._aligned is None:
+            self._aligned = self.mask is None or bool(self.mask[:, self.end - 1].all())
+        return self._aligned
+
+    @property
+    def last(self) -> Tensor:
+        """``(B, L)`` bool: the prompt's last token, where it is visual."""
+        return self.visual & (self.newest == 0)
+
+    @property
+    def ends(self) -> tuple[bool, ...]:
+        """For each sample whether the prompt's last token is visual."""
+        if self._ends is None:
+            self._ends = tuple(self.last.any(1).tolist())
+        return self._ends
+
+    @property
+    def text_rows(self) -> Tensor:
+        """``(B, L)`` bool: real tokens of the prompt that are not visual."""
+        rows = ~self.visual
+        if self.mask is not None:
+            rows = rows & self.mask
+        if self.end < rows.shape[1]:
+            rows = rows & (torch.arange(rows.shape[1], device=rows.device) < self.end)
+        return rows
+
+    def attention_of(self, of: Of = "own") -> Heads:
+        """Queries and keys of this layer before it runs (``"own"``), or of the layer that has just run
+        (``"before"``).
+
+        Raises:
+            MissingInputError: the host does not supply them, or there is no layer before.
+        """
+        found = self._heads[of]
+        if found is None:
+            raise MissingInputError(f"this site does not supply the attention rows of {of!r}")
+        if callable(found):
+            found = self._heads[of] = found()
+        return found  # type: ignore[no-any-return]
+
+    def row_scores(
+        self,
+        rows: int | Tensor = 1,
+        *,
+        of: Of = "own",
+        heads: Literal["mean", "none", "max", "sum"] = "mean",
+        group: str = "none",
+    ) -> Tensor:
+        """What some query rows attend to, mean over these rows; softmax over all earlier tokens, text included.
+
+        Args:
+            rows: so many of the prompt's last tokens (1: the last), or ``(B, L)`` bool or float weights of the rows;
+                rows of padding do not vote. Weighted rows give their weighted mean.
+            of: ``"before"``: the layer that has just run (FastV); ``"own"``: this layer, before it runs (PyramidDrop).
+            heads: reduction over the heads.
+            group: reduction over the query heads of one key head that comes first ("sum", "mean", "max"), see
+                :func:`tokred.kernels.column_scores`.
+
+        Returns:
+            ``(B, L)`` float32, or ``(B, H, L)`` for ``heads="none"``; zero on padding.
+
+        Raises:
+            MissingInputError: see :meth:`attention_of`.
+            ValueError: ``rows`` names none or more than there are.
+        """
+        source = self.attention_of(of)
+        first, weight = self._rows(rows)
+        scores = source.columns(first, self.end, weight, group)[..., : self.end]
+        if self.end < self.shape[1]:
+            scores = torch.nn.functional.pad(scores, (0, self.shape[1] - self.end))
+        if heads == "mean":
+            return scores.mean(1)
+        if heads == "sum":
+            return scores.sum(1)
+        return scores.amax(1) if heads == "max" else scores
+
+    def _rows(self, rows: int | Tensor) -> tuple[int, Tensor | None]:
+        """The first query row that is needed, and the weights ``(B, M)`` of the rows from there on."""
+        if isinstance(rows, int):
+            if not 1 <= rows <= self.end:
+                raise ValueError(f"rows must name 1 to {self.end} of the last tokens, got {rows}")
+            if self.mask is None or (rows == 1 and self.aligned):
+                return self.end - rows, torch.full((rows,), 1 / rows, device=self.device)
+            given = (self.newest < rows).float()
+        else:
+            given = rows.float()
+        if self.mask is not None:
+            given = given * self.mask
+        total = given.sum(1, keepdim=True)
+        used = (given != 0).any(0).nonzero()
+        if not len(used):
+            raise ValueError("rows names no token")
+        first = int(used[0])
+        return first, (given / total.clamp_min(torch.finfo(torch.float32).tiny))[:, first : self.end]
+
+    # ------------------------------------------------------------------ answers
+
+    def best_visual(self, scores: Tensor, counts: tuple[int, ...] | int) -> Tensor:
+        """``(B, L)`` bool: the visual tokens of each sample with the highest scores, ties to the lower column.
+
+        Args:
+            scores: ``(B, L)`` float.
+            counts: how many, one number or one a sample.
+        """
+        return self.best(scores, self.visual, (counts,) * len(self.counts) if isinstance(counts, int) else counts)
+
+    def best(self, scores: Tensor, among: Tensor, counts: tuple[int, ...]) -> Tensor:
+        """``(B, L)`` bool: the ``counts`` highest scores of each sample ``among`` some columns ``(B, L)``, ties to the
+        lower one; the prompt's last token comes first."""
+        scores = scores.float().masked_fill(~among, -torch.inf)
+        if any(self.ends):
+            scores = scores.masked_fill(self.last & among, torch.inf)
+        order = ranked(scores)
+        limit = torch.tensor(counts, device=order.device).unsqueeze(1)
+        first = torch.arange(order.shape[1], device=order.device) < limit
+        return torch.zeros_like(among).scatter(1, order, first) & among
+
+    def keep_visual(self, chosen: Tensor, counts: tuple[int, ...] | None = None) -> Reduction:
+        """The reduction that keeps the ``chosen`` visual tokens, and everything that is not visual.
+
+        Args:
+            chosen: ``(B, L)`` bool.
+            counts: how many are chosen in each sample, where that is known; spares a wait for the device.
+        """
+        return self.keep_columns(chosen | ~self.visual, None if counts is None else self._dropped(counts))
+
+    def keep_columns(self, kept: Tensor, dropped: tuple[int, ...] | None = None) -> Reduction:
+        """The reduction that keeps the ``kept`` columns ``(B, L)`` in their order, right-aligned.
+
+        Args:
+            kept: bool.
+            dropped: how many columns are dropped in each sample, where that is known.
+        """
+        b, n = kept.shape
+        lost = tuple((n - kept.sum(1)).tolist()) if dropped is None else dropped
+        least = min(lost) if lost else 0
+        if least == 0 and max(lost, default=0) == 0:
+            return Reduction.identity((b,), n, kept.device)
+        order = kept.to(torch.uint8).argsort(dim=1, stable=True)[:, least:]
+        return Reduction.keep(order, n, None if max(lost) == least else kept.gather(1, order))
+
+    def with_last(self, step: Reduction) -> Reduction:
+        """``step``, with the prompt's last token where it is visual and would have left."""
+        stands = torch.zeros_like(self.visual, dtype=torch.long)
+        real = torch.ones_like(step.representative) if step.mask is None else step.mask.long()
+        stands = stands.scatter_reduce(1, step.representative, real, "amax") > 0
+        lost = self.last & ~stands
+        gone = lost.any(1, keepdim=True)
+        if step.trivial or not bool(gone.any()):
+            return step
+        column = lost.long().argmax(1, keepdim=True)
+        mask = torch.cat([torch.ones_like(real) if step.mask is None else real, gone.long()], 1).bool()
+        target = step.target.masked_fill((step.source == column) & gone, -1)
+        rows = torch.cat([step.representative, column], 1)
+        return dataclasses.replace(step, representative=rows, target=target, mask=mask, complete=False)
+
+    def _dropped(self, counts: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(max(0, have - left) for have, left in zip(self.counts, counts, strict=True))
+
+
+class Heads:
+    """Attention of one decoder layer, as far as rows are asked for.
+
+    Args:
+        q: gives the queries ``(B, H, M, D)`` of the columns from ``first`` to ``end``, rotated.
+        k: ``(B, Hk, P + L, D)`` keys, those of ``P`` earlier turns first; or what gives them.
+        scale, softcap, window: of the attention.
+        mask: ``(B, P + L)`` bool, False on hidden keys; None: all are seen.
+        length: ``L``.
+    """
+
+    def __init__(
+        self,
+        q: Callable[[int, int], Tensor] | Tensor,
+        k: Callable[[], Tensor] | Tensor,
+        *,
+        scale: float | None = None,
+        softcap: float | None = None,
+        window: int | None = None,
+        mask: Tensor | None = None,
+        length: int | None = None,
+    ) -> None:
+        self._q = q
+        self._k = k
+        self.scale = scale
+        self.softcap = softcap
+        self.window = window
+        self.mask = mask
+        self.length = length
+
+    def q(self, first: int, end: int) -> Tensor:
+        """``(B, H, end - first, D)`` queries of some columns."""
+        return self._q[:, :, first:end] if isinstance(self._q, Tensor) else self._q(first, end)
+
+    @property
+    def k(self) -> Tensor:
+        """``(B, Hk, P + L, D)`` keys."""
+        if not isinstance(self._k, Tensor):
+            self._k = self._k()
+        return self._k
+
+    def columns(self, first: int, end: int, weight: Tensor | None, group: str = "none") -> Tensor:
+        """``(B, H, L)`` float32: the weighted sum of the attention rows ``first`` to ``end``, causal; columns of
+        earlier turns take part in the softmax and are cut off."""
+        k = self.k
+        length = k.shape[2] if self.length is None else self.length
+        past = k.shape[2] - length
+        k = k[:, :, : past + end]
+        mask = None if self.mask is None else self.mask[:, : past + end]
+        scores = column_scores(
+            self.q(first, end),
+            k,
+            weight,
+            scale=self.scale,
+            key_mask=mask,
+            causal=True,
+            window=self.window,
+            softcap=self.softcap,
+            group=group,
+        )
+        scores = scores[..., past:]
+        return torch.nn.functional.pad(scores, (0, length - end)) if end < length else scores
