@@ -226,8 +226,8 @@ def held_mask(cache: Any, mask: Tensor | None, shape: Any) -> Tensor | None:
 def held_types(cache: Any, given: dict[str, Any], shape: Any, causal: int) -> dict[str, Any]:
     """Token types ``(B, rows)``, of the dtype given, for the rows that layer 0 holds and those that come.
 
-    Hosts count them from the first token of the conversation on, also where there are fewer (``generate`` hands on those
-    of the new tokens alone), and take what is behind the last of them for causal: so does this.
+    Hosts count them from the first token of the conversation on, also where there are fewer (``generate`` hands on
+    those of the new tokens), and take what is behind the last of them for causal: so does this.
 
     Args:
         cache: of the forward.
