@@ -131,7 +131,8 @@ def tower_attention(layer: Any) -> Any:
 def projections(attention: Any) -> dict[str, nn.Module]:
     """The projections of a tower's attention to queries, "q", and keys, "k"; empty where it has none apart."""
     for names in _PROJECTIONS:
-        found = [getattr(attention, n, None) for n in names]
-        if all(isinstance(one, nn.Module) for one in found):
-            return dict(zip("qk", found, strict=True))
+        found = {which: getattr(attention, n, None) for which, n in zip("qk", names, strict=True)}
+        modules = {which: one for which, one in found.items() if isinstance(one, nn.Module)}
+        if len(modules) == len(found):
+            return modules
     return {}
