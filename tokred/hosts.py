@@ -298,7 +298,7 @@ def kv_cache(model: nn.Module, *, prompt: int | None = None, steps: int | None =
         ValueError: there is no such layout.
     """
     cache = cache_settings(model).cache(layout)
-    cache.session.prompt, cache.session.steps = prompt, steps
+    cache.engine.prompt, cache.engine.steps = prompt, steps
     return cache
 
 

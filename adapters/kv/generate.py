@@ -50,13 +50,13 @@ def _prepare(
     cache = settings.cache() if given is None else settings.adopt(given)
     length = prompt_length(config, model_kwargs)
     if cache.get_seq_length() == 0:
-        session = cache.session
-        session.reset()
-        session.prompt = length
-        session.steps = None if length is None else max(longest + 1 - length, 1)
-        session.drafting = assisted
+        engine = cache.engine
+        engine.reset()
+        engine.prompt = length
+        engine.steps = None if length is None else max(longest + 1 - length, 1)
+        engine.drafting = assisted
     else:
-        cache.session.drafting = False
+        cache.engine.drafting = False
     model_kwargs[name] = cache
 
 
@@ -85,7 +85,7 @@ def _refuse(settings: CacheSettings, config: Any, assisted: bool, given: Any) ->
             "empty cache, or generate without them"
         )
     parts = settings.policy.parts
-    later = parts.budget.spread != "layer" or parts.score.repeats is not None
+    later = parts.budget.deferred or parts.score.repeats is not None
     if (parts.when.every or parts.when.turns or later) and not parts.budget.full:
         raise ValueError(
             f"assisted decoding and prompt lookup take back tokens, for which {name} has evicted others by then; they "

@@ -151,9 +151,9 @@ class Forward:
             keep = keep & real
             counts = tuple(keep.sum(1).tolist())
         self.packed = packed = left_pack(keep, counts)
-        session = getattr(self.cache, "session", None)
-        if session is not None and session.prompt is not None:
-            session.prompt -= self.length - packed.columns.shape[1]
+        engine = getattr(self.cache, "engine", None)
+        if engine is not None and engine.prompt is not None:
+            engine.prompt -= self.length - packed.columns.shape[1]
         self.embeds = new["inputs_embeds"] = gather_columns(left.embeds, packed.columns)
         self.visual = visual.gather(1, packed.columns) & packed.valid
         self._shorten(new, packed, visual)

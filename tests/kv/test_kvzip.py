@@ -340,7 +340,7 @@ def test_a_pass_that_breaks_leaves_the_cache_as_it_was():
     with pytest.raises(RuntimeError, match="out of memory"):
         model(prompt(24), past_key_values=cache)
     handle.remove()
-    assert cache.session.probe is None
+    assert cache.engine.probe is None
     assert [layer.keys.shape[2] for layer in cache.layers] == [24] * 3
     assert cache.get_seq_length() == 24
 

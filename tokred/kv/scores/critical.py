@@ -59,9 +59,8 @@ class Critical(Score):
         return self.wrapped.numbers
 
     @property
-    def whole(self) -> str:  # type: ignore[override]
-        """As the inner score."""
-        return self.wrapped.whole
+    def why_no_chunks(self) -> str | None:  # type: ignore[override]
+        return self.wrapped.why_no_chunks
 
     @property
     def window(self) -> int:

@@ -9,10 +9,8 @@ from torch import Tensor
 
 from tokred.errors import MissingInputError
 from tokred.kv.parts import Score, check_count
-from tokred.kv.repeat import Repeats
+from tokred.kv.repeat import REPEATED, Repeats
 from tokred.kv.site import CacheSite
-
-REPEATED = "repeated"
 
 
 @dataclass(frozen=True)

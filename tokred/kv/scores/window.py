@@ -83,7 +83,7 @@ class Judges(Score):
 
     name: ClassVar[str] = "judges"
     reads: ClassVar[frozenset[str]] = frozenset({"q", "k"})
-    whole: ClassVar[str] = "its score judges generated rows alone"
+    why_no_chunks: ClassVar[str | None] = "its score judges generated rows alone"
 
     size: int = 32
     pool: int = 7

@@ -13,9 +13,9 @@ from torch import Tensor
 from tokred.core.reduction import Reduction
 from tokred.core.schedules import check_share
 from tokred.kernels.decode_attention import SENTINEL, decode_attention, decode_attention_flat
-from tokred.kv.described import Made
-from tokred.kv.stores.rectangle import RectangleShelf, merged_slots, newest_slots
-from tokred.kv.stores.store import Query, Store, like
+from tokred.kv.described import Made, like
+from tokred.kv.stores.rectangle import RectangleShelf, newest_slots
+from tokred.kv.stores.store import Query, Store
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Flat(Store):
     Rows that come later stand beside the flat ones as a rectangle of their own, until rows are evicted again.
 
     Args:
-        waste: share of empty rows, below 1, that a rectangle may hold.
+        waste: share of empty rows that a rectangle may hold; 0: none.
     """
 
     name: ClassVar[str] = "flat"
@@ -130,8 +130,8 @@ class FlatShelf(RectangleShelf):
         super().merge(step, slots, weights)
         self.flat = None
         counts = self._lengths(step.mask)
-        if counts is not None and step.mask is not None:
-            merged = merged_slots(step, slots)
+        merged = self._slots
+        if counts is not None and step.mask is not None and merged is not None:
             index = torch.arange(step.slots, device=merged.device).expand(merged.shape)
             self._lie(flatten(None, self._keys, self._values, merged, index, counts, step.mask))
 

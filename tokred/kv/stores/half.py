@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from tokred.core.reduction import Reduction
-from tokred.kv.described import Made
+from tokred.kv.described import POSITION, Made, like, plain_bytes
 from tokred.kv.site import CacheSite
 from tokred.kv.stores.rectangle import RectangleShelf
-from tokred.kv.stores.store import POSITION, Store, like, plain_bytes
+from tokred.kv.stores.store import Store
 
 TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -98,7 +98,7 @@ class RectangleShelf(Shelf):
     def crop(self, count: int) -> None:
         if count == 0 or self._keys is None or self._values is None:
             return
-        left = self.width - count
+        left = self._keys.shape[2] - count
         self._keys, self._values = first_rows(self._keys, left), first_rows(self._values, left)
         self._slots = None if self._slots is None else self._slots[:, :, :left]
 

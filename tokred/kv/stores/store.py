@@ -11,16 +11,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor
 
 from tokred.core.reduction import Reduction
-from tokred.kv.described import Made
+from tokred.kv.described import POSITION, Made, plain_bytes
 from tokred.kv.parts import Part
 from tokred.kv.site import CacheSite
 
-# Bytes of a row's position, an int32.
-POSITION = 4
 # What a store may be able to do, as it is said where a policy needs what it cannot.
 ABILITIES = {
     "take": "free the rows that are evicted",
@@ -226,11 +223,6 @@ class Shelf(ABC):
         self.__dict__.update(state)
 
 
-def plain_bytes(rows: Tensor) -> int:
-    """Bytes of one row of one head of ``[B, Hk, n, D]``, as it comes from the model."""
-    return rows.shape[-1] * rows.element_size()
-
-
 def missing(store: Store, needs: dict[str, str]) -> str:
     """What a store cannot do of what is needed, as a sentence; empty where it can do all.
 
@@ -252,8 +244,3 @@ def _tensors(values: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
         elif dataclasses.is_dataclass(value) and not isinstance(value, type):
             yield from _tensors(vars(value).values())
-
-
-def like(rows: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor of a shape and type, on the device of ``rows``, without memory of that size."""
-    return rows.new_empty((), dtype=dtype).expand(shape)
