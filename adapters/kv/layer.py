@@ -12,8 +12,8 @@ from torch import Tensor
 from tokred.adapters.contract import host_object
 from tokred.core.reduction import Reduction
 from tokred.errors import TokenStateError
-from tokred.kv.engine import Clock, Engine
 from tokred.kv.described import Made, plain_bytes
+from tokred.kv.engine import Clock, Engine
 from tokred.kv.site import CacheSite
 from tokred.kv.stores.store import Store, missing
 

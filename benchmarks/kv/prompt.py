@@ -18,7 +18,7 @@ import tokred
 from tokred import kv
 from tokred.adapters.kv.repeat import repeat
 from tokred.kv.engine import Engine
-from tokred.kv.scores.expected import NOTES
+from tokred.methods.kv.expected_attention import NOTES
 
 
 class Layer(NamedTuple):

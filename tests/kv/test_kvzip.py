@@ -10,8 +10,7 @@ import torch
 import tokred
 from tests.kv.test_scores import close, site
 from tokred.kv import CacheSite, Global, Padding, Reconstruction, When
-from tokred.kv.repeat import Piece, Probe, Repeats, pieces, tokens_of
-from tokred.kv.scores.reconstruction import REPEATED
+from tokred.kv.repeat import REPEATED, Piece, Probe, Repeats, pieces, tokens_of
 
 transformers = pytest.importorskip("transformers")
 

@@ -12,7 +12,7 @@ from tests.kv.tiny import POLICIES, build, padded, prompt
 from tokred.adapters.kv.layer import TokLayer
 from tokred.kernels.decode_attention import SENTINEL
 from tokred.kv import CacheSite, Merge, When
-from tokred.kv.scores.column_sum import MASS
+from tokred.methods.kv.h2o import MASS
 
 
 @pytest.fixture(scope="module", autouse=True)

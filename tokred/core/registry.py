@@ -58,6 +58,11 @@ class Registry:
             self._targets[name] = target
         return target
 
+    def names_by_class(self) -> dict[str, str]:
+        """The registered name of every class, by the class's own; nothing is imported."""
+        self._discover()
+        return {_path(target).rpartition(":")[2]: name for name, target in self._targets.items()}
+
     def __iter__(self) -> Iterator[str]:
         self._discover()
         return iter(sorted(self._targets))
@@ -87,6 +92,8 @@ def _path(target: str | type[Method]) -> str:
 
 
 methods = Registry("tokred.methods")
+# What cache policies are made of: scores, budgets, fates, times, stores.
+parts = Registry("tokred.parts")
 
 
 def register(name: str) -> Callable[[M], M]:

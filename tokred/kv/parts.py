@@ -1,7 +1,7 @@
-"""The four independent choices of a cache policy: score, budget, fate, when. Each is a frozen dataclass.
+"""The independent choices of a cache policy: score, budget, fate, when; and store, in :mod:`tokred.kv.stores`.
 
-A part is written down as ``{"part": name, ...}`` and read back from that, so that policies made of parts can be stored
-like every other method.
+Each is a frozen dataclass. A part is written down as ``{"part": name, ...}`` and read back from that, so that policies
+made of parts can be stored like every other method.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor
 
 from tokred.core.reduction import Reduction
+from tokred.core.registry import parts
 from tokred.core.schedules import kept
 from tokred.kv.allocators import Allocator, AtOnce
 from tokred.kv.repeat import Repeats
@@ -22,12 +23,11 @@ from tokred.kv.select import Counts
 from tokred.kv.site import CacheSite, Place
 
 P = TypeVar("P", bound="Part")
-_PARTS: dict[str, type[Part]] = {}
 _UNITS = {"": 1, "b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 
 
 class Part(ABC):  # noqa: B024 - its kinds have abstract methods
-    """Base of all choices. A subclass with a ``name`` can be given by it."""
+    """Base of all choices. A subclass with a ``name`` can be given by it, see :data:`tokred.core.registry.parts`."""
 
     name: ClassVar[str] = ""
     kind: ClassVar[str] = "part"
@@ -35,7 +35,7 @@ class Part(ABC):  # noqa: B024 - its kinds have abstract methods
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if cls.__dict__.get("name"):
-            _PARTS[cls.name] = cls
+            parts.add(cls.name, cls)  # type: ignore[arg-type]  # the registry is typed for methods
 
     def to_dict(self) -> dict[str, Any]:
         """The part as plain values."""
@@ -298,12 +298,10 @@ def as_part(value: object, base: type[P], argument: str) -> P:
 
 
 def _class(name: str, argument: str) -> type[Part]:
-    import tokred.kv  # noqa: F401 - makes all parts known
-
-    if name not in _PARTS:
-        near = difflib.get_close_matches(name, _PARTS, n=3, cutoff=0.4)
-        raise ValueError(f"{argument} is {name!r}; did you mean {' or '.join(map(repr, near or sorted(_PARTS)))}?")
-    return _PARTS[name]
+    if name not in parts:
+        near = difflib.get_close_matches(name, parts, n=3, cutoff=0.4)
+        raise ValueError(f"{argument} is {name!r}; did you mean {' or '.join(map(repr, near or parts))}?")
+    return parts.get(name)  # type: ignore[return-value]
 
 
 def check_amount(value: object, argument: str = "budget") -> float | int | str:

@@ -21,13 +21,12 @@ from tokred.errors import MissingInputError
 from tokred.kernels.column_scores import ColumnStatistics, column_scores, column_statistics
 from tokred.kernels.decode_attention import visible_positions
 from tokred.kv import newest
-from tokred.kv.described import POSITION
+from tokred.kv.described import POSITION, like, plain_bytes
 from tokred.kv.described import Made as Made
 from tokred.kv.described import Padding as Padding
 from tokred.kv.described import Place as Place
 from tokred.kv.described import Priced as Priced
 from tokred.kv.described import Rope as Rope
-from tokred.kv.described import like, plain_bytes
 
 
 class CacheSite(Site):

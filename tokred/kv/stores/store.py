@@ -63,7 +63,7 @@ class Store(Part):
     def open(self) -> Shelf:
         """An empty shelf, for one layer."""
 
-    def check(self, keys: Tensor, values: Tensor) -> None:  # noqa: B027 - most stores take any rows
+    def check(self, keys: Tensor, values: Tensor) -> None:
         """Refuse rows ``[B, Hk, n, D]`` that cannot be held, before the first are.
 
         Raises:
@@ -83,7 +83,10 @@ class Store(Part):
         return self.row_bytes(keys, values)
 
     def note_bytes(self, heads: int, width: int, *, uneven: bool) -> int:
-        """Bytes of one sample and layer besides its rows: ``heads`` heads of ``width`` numbers, ``uneven`` in length."""
+        """Bytes of one sample and layer besides its rows, which are ``heads`` times ``width`` numbers wide.
+
+        ``uneven``: heads hold different numbers of rows.
+        """
         return 0
 
     def tight(self) -> Store:
