@@ -34,22 +34,6 @@ MOVED: dict[str, tuple[str, ...]] = {
         "tokred.analysis.contributions",
     ),
     "tokred.kv.scores": ("tokred.kv",),
-        "tokred.methods.kv.h2o",
-        "tokred.methods.kv.observed_attention",
-        "tokred.methods.kv.criticalkv",
-        "tokred.methods.kv.expected_attention",
-        "tokred.methods.kv.keyformer",
-        "tokred.methods.kv.keydiff",
-        "tokred.methods.kv.knorm",
-        "tokred.methods.kv.lagkv",
-        "tokred.methods.kv.tova",
-        "tokred.methods.kv.random_evict",
-        "tokred.methods.kv.streaming_llm",
-        "tokred.methods.kv.kvzip",
-        "tokred.methods.kv.cake",
-        "tokred.methods.kv.snapkv",
-        "tokred.methods.kv.rpc",
-    ),
     "tokred.kv.scores.column_sum": (
         "tokred.methods.kv.h2o",
         "tokred.methods.kv.observed_attention",
@@ -134,7 +118,10 @@ class Finder:
         cls, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """The specification of a module that has moved; None for any other."""
-        return ModuleSpec(name, cls()) if name in MOVED else None  # type: ignore[arg-type]
+        if name not in MOVED:
+            return None
+        inside = any(other.startswith(f"{name}.") for other in MOVED)  # only a package's modules are looked for
+        return ModuleSpec(name, cls(), is_package=inside)  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         """An old module."""
