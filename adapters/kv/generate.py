@@ -9,6 +9,7 @@ from torch import nn
 from tokred.adapters.contract import PREPARE_CACHE, cache_of, generation_cache_name, mask_length
 from tokred.adapters.encoder.block import SETTINGS
 from tokred.adapters.kv.hooks import CacheSettings
+from tokred.kv.stores.store import missing
 
 
 def body(host: Any) -> dict[str, Any]:
@@ -85,6 +86,9 @@ def _refuse(settings: CacheSettings, config: Any, assisted: bool, given: Any) ->
             "empty cache, or generate without them"
         )
     parts = settings.policy.parts
+    why = missing(parts.store, {"crop": "assisted decoding or prompt lookup"})
+    if why:
+        raise ValueError(f"{why}, and {parts.store.name!r} cannot")
     later = parts.budget.deferred or parts.score.repeats is not None
     if (parts.when.every or parts.when.turns or later) and not parts.budget.full:
         raise ValueError(

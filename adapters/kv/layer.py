@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokred.adapters.contract import host_object
 from tokred.core.reduction import Reduction
-from tokred.errors import TokenStateError
+from tokred.errors import TokenStateError, TokredError
 from tokred.kv.described import Made, plain_bytes
 from tokred.kv.engine import Clock, Engine
 from tokred.kv.site import CacheSite
@@ -222,7 +222,14 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
     # ------------------------------------------------------------------ what the engine calls
 
     def apply(self, step: Reduction, merge_score: str) -> None:
-        """Replace the rows by what ``step`` makes of them, and free the others."""
+        """Replace the rows by what ``step`` makes of them, and free the others.
+
+        Raises:
+            TokredError: heads or samples would hold different numbers of rows, which the store cannot.
+        """
+        if step.mask is not None and "ragged" not in self.store.can:
+            why = missing(self.store, {"ragged": "this batch (its samples or heads keep different numbers of rows)"})
+            raise TokredError(f"{why}, and {self.store.name!r} cannot: give samples of one length, or choose another")
         positions = self.positions
         if positions is None:
             b, heads = step.batch

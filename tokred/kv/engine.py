@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokred.core.reduction import Reduction
 from tokred.kernels.dispatch import without_autocast
-from tokred.kv.allocators import Grant, Judged, Measured
+from tokred.kv.allocators import Grant
 from tokred.kv.limit import Ledger, ledger_of
 from tokred.kv.policy import CachePolicy
 from tokred.kv.repeat import CONTEXT, REPEATED, Probe, Repeats
@@ -271,7 +271,7 @@ class Engine:
         # Rows that were cut already have scores of their own length, and grants that stand.
         open_ones = [i for i in sorted(pending) if not pending[i].granted]
         if open_ones:
-            judged = {i: self._judged(pending[i].now, scores[i]) for i in open_ones}
+            judged = {i: self.policy.judged(pending[i].now, scores[i]) for i in open_ones}
             grants = self.allocator.after_forward(tuple(judged.values()), self.streams)
             self.streams = {}
             for i in open_ones:
@@ -320,7 +320,7 @@ class Engine:
     def _shrink(self, layer: Layer, site: CacheSite, decide: bool) -> None:
         """Score a layer, and cut those that the allocator grants rows."""
         score = self.parts.score(site)
-        grants = self.allocator.after_layer(self._judged(site, score, () if decide else layer.clock.measured))
+        grants = self.allocator.after_layer(self.policy.judged(site, score, () if decide else layer.clock.measured))
         own = grants.get(site.layer)
         if own is None or not own.final:
             # Scores travel with the rows, so that the layer can be cut (again) when more is known.
@@ -332,9 +332,6 @@ class Engine:
             else:
                 other = self._pending[i]
                 self._apply(other.layer, other.now, other.layer.rows[_SCORE], grant)
-
-    def _judged(self, site: CacheSite, score: Tensor, measured: Measured = ()) -> Judged:
-        return Judged(site, score, lambda rows: self.policy.guarded(site, self.policy.at_least(site, rows)), measured)
 
     def _apply(self, layer: Layer, site: CacheSite, score: Tensor, grant: Grant) -> None:
         if grant.measured:

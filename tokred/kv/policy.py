@@ -14,6 +14,7 @@ from tokred.core.method import Method
 from tokred.core.reduction import Reduction
 from tokred.core.schedules import check_share, kept
 from tokred.core.site import Site, Stage
+from tokred.kv.allocators import Judged, Measured
 from tokred.kv.budgets import Uniform
 from tokred.kv.fates import Evict
 from tokred.kv.parts import Budget, Fate, Score, When, as_part, check_amount, check_count
@@ -113,8 +114,17 @@ class CachePolicy(Method):
         """Decide for one layer alone, as at the end of a prompt whose only forward this is."""
         assert isinstance(site, CacheSite)  # the stage's only kind of site
         site.price(self.parts.store)
-        self.parts.score.observe(site)
-        return self.shrink(site, self.parts.score(site), self.parts.budget.rows(site))
+        parts = self.parts
+        parts.score.observe(site)
+        score = parts.score(site)
+        if parts.budget.deferred:  # what other layers would get is not known
+            return self.shrink(site, score, parts.budget.rows(site))
+        grant = parts.budget.start(site.depth).after_layer(self.judged(site, score))[site.layer]
+        return self.shrink(site, score, grant.rows, grant.counts)
+
+    def judged(self, site: CacheSite, score: Tensor, measured: Measured = ()) -> Judged:
+        """A layer with its scores, for an allocator."""
+        return Judged(site, score, lambda rows: self.guarded(site, self.at_least(site, rows)), measured)
 
     def scores(self, site: CacheSite) -> Tensor:
         """``[B, Hk, K]`` float32: the scores with guarded rows above all others, and -inf where nothing is.

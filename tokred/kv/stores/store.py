@@ -23,7 +23,7 @@ ABILITIES = {
     "take": "free the rows that are evicted",
     "merge": "average rows into others",
     "ragged": "hold different numbers of rows in heads or samples",
-    "tight": "do so without empty rows",
+    "tight": "hold uneven heads without empty rows",
     "crop": "take the newest rows back",
     "attend": "answer a query without unpacking",
 }
@@ -95,7 +95,7 @@ class Store(Part):
         Raises:
             ValueError: it always may.
         """
-        raise ValueError(f"the store {self.name or self!r} cannot {ABILITIES['ragged']} without empty rows")
+        raise ValueError(f"the store {self.name or self!r} cannot {ABILITIES['tight']}")
 
 
 class Shelf(ABC):
