@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokred import environment
+from tokred.core import environment
+from tokred.core.versions import release
 from tokred.errors import UnsupportedModelError
-from tokred.versions import release
 
 
 class Spelling(NamedTuple):

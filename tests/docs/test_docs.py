@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from tokred import environment
-from tokred.versions import release
+from tokred.core.versions import release
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(p for p in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")] if "```python" in p.read_text("utf-8"))

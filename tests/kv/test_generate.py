@@ -326,7 +326,7 @@ def test_a_second_turn_of_one_chunk_is_read_in_one_piece_where_the_host_reads_ch
     cache, ids = second_turn(model)
     other = copy.deepcopy(cache)
     expected = model(ids[:, 47:], past_key_values=other).logits[:, -1]
-    monkeypatch.setattr("tokred.adapters.cache.generate.goes_on_in_chunks", lambda: False)
+    monkeypatch.setattr("tokred.adapters.kv.generate.goes_on_in_chunks", lambda: False)
     with pytest.raises(ValueError, match="at most 17 in a forward"):
         model.generate(ids, past_key_values=cache, prefill_chunk_size=17, **GREEDY)
     assert cache.get_seq_length() == 47
