@@ -88,7 +88,7 @@ class CacheSettings(State, Undo):
         return make_cache(self.config, self.policy, self.compressed, layout)
 
     @property
-    def method(self) -> CachePolicy:  # type: ignore[override]
+    def method(self) -> CachePolicy:
         """The policy."""
         return self.policy
 

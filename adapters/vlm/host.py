@@ -16,7 +16,16 @@ from tokred.adapters.host import Host, State
 from tokred.adapters.kv.host import match as match_language
 from tokred.adapters.kv.host import refusal as cache_refusal
 from tokred.adapters.swap import host_class
-from tokred.adapters.vlm.facts import FACTS, Facts, class_tokens, describe, feature_layer, tower_attention, tower_layers
+from tokred.adapters.vlm.facts import (
+    FACTS,
+    Facts,
+    class_tokens,
+    describe,
+    feature_layer,
+    projections,
+    tower_attention,
+    tower_layers,
+)
 from tokred.adapters.vlm.fused import last_attention
 from tokred.adapters.vlm.layers import LayerList
 from tokred.adapters.vlm.layers import body as list_body
@@ -243,8 +252,8 @@ class VisualHost(Host):
         for i in _wanted(core, method, len(layers)):
             attention = tower_attention(layers[i])
             heads = getattr(attention, "num_heads", None) or attention.num_attention_heads
-            for which in ("q", "k"):
-                changes.after(getattr(attention, f"{which}_proj"), HeadTap(i, which, heads))
+            for which, projection in projections(attention).items():
+                changes.after(projection, HeadTap(i, which, heads))
 
 
 def _wanted(core: Any, method: Method, depth: int) -> list[int]:
