@@ -96,4 +96,4 @@ def test_as_an_error_it_leaves_the_model_as_it_was():
         warnings.simplefilter("error", tokred.NothingRemovedWarning)
         with pytest.raises(tokred.NothingRemovedWarning):
             tokred.apply(model, "tofu")
-    assert tokred.hosts.patched_with(model)[0] == tokred.ToMe(r=2)
+    assert tokred.patched(model)[0] == tokred.ToMe(r=2)

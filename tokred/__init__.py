@@ -16,11 +16,11 @@ from tokred import methods as _methods  # registers the built-in names
 from tokred.analysis.explain import Explanation, explain
 from tokred.api import (
     Flops,
-    Report,
     Support,
     applied,
     apply,
     flops,
+    kv_cache,
     list_methods,
     make,
     patched,
@@ -33,6 +33,7 @@ from tokred.core import moved as _moved
 from tokred.core.method import Method, from_dict
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
+from tokred.core.report import Report
 from tokred.core.site import Site
 from tokred.diffusion.site import AttentionSite
 from tokred.errors import (
@@ -49,12 +50,12 @@ from tokred.errors import (
     UnsupportedModelError,
     UntestedVersionWarning,
 )
-from tokred.hosts import CacheReport, kv_cache
 
 if TYPE_CHECKING:
     from tokred import bench, kv
     from tokred.analysis import viz
     from tokred.analysis.tsp_layer import choose_tsp_layer
+    from tokred.kv.report import CacheReport
     from tokred.methods.diffusion.asymrnr import AsymRnR
     from tokred.methods.diffusion.catome import CAToMe
     from tokred.methods.diffusion.ibtm import IBTM
@@ -127,6 +128,7 @@ __version__ = "0.1.0"
 
 _CLASSES = {target.partition(":")[2]: target for target in _methods.TARGETS.values()}
 _PACKAGES = {"bench": "tokred.bench", "kv": "tokred.kv", "viz": "tokred.analysis.viz"}
+_CLASSES["CacheReport"] = "tokred.kv.report:CacheReport"
 _CLASSES["choose_tsp_layer"] = "tokred.analysis.tsp_layer:choose_tsp_layer"
 
 __all__ = [

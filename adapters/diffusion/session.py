@@ -11,6 +11,7 @@ from torch import Tensor
 from tokred.adapters.diffusion.frames import join_frames, one_frame, samples_of
 from tokred.adapters.diffusion.inside import Halves
 from tokred.adapters.diffusion.steps import Steps
+from tokred.adapters.host import State
 from tokred.adapters.swap import Hook
 from tokred.adapters.watch import Watch
 from tokred.core.reduction import Reduction
@@ -69,7 +70,7 @@ class SpotRecord(NamedTuple):
     left: int
 
 
-class Session:
+class Session(State):
     """State of one denoiser. Copies and pickles start without plans.
 
     Args:
@@ -79,6 +80,8 @@ class Session:
         patch: rows (and columns) of the sample that the finest tokens stand for.
         kind: name under which the denoiser's class is known, where that is not what ``family`` ends in.
     """
+
+    stage = "attention"
 
     def __init__(self, method: AttentionMethod, depth: int, family: str, patch: int = 1, kind: str = "") -> None:
         self.method = method

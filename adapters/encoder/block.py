@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +20,7 @@ from tokred.adapters.encoder.masks import seen, visible
 from tokred.adapters.encoder.state import Shared, TokenState
 from tokred.adapters.linear import value_transform
 from tokred.adapters.swap import SETTINGS as SETTINGS
+from tokred.adapters.swap import Hook
 from tokred.core.padding import reduce_each
 from tokred.core.reduction import Reduction
 from tokred.core.site import Site
@@ -136,7 +138,7 @@ def split_heads(t: Tensor, heads: int) -> Tensor:
     return t.reshape(*t.shape[:2], heads, -1).transpose(1, 2)
 
 
-class KeyTap:
+class KeyTap(Hook):
     """Forward hook that notes a sub-module's output: keys after their norm, before rotary embedding.
 
     A plain object rather than a closure, so that patched models pickle and copy; the noted tensor never travels along.
@@ -172,6 +174,23 @@ class Settings:
         self.recipe = recipe
         self.tap = tap
         self.active = active
+
+
+def body(host: Any) -> dict[str, Any]:
+    """Methods of a patched block's class."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        settings = self.__dict__.get(SETTINGS)
+        if settings is None:  # removed, but a wrapper that came later still calls this
+            return host.forward(self, *args, **kwargs)
+        settings.shared.watch.ran(settings.site)
+        run = settings.recipe.run
+        if args:
+            return run(self, partial(host.forward, self), args[0], args[1:], kwargs)
+        x = kwargs.pop("hidden_states")
+        return run(self, partial(host.forward, self), x, (), kwargs)
+
+    return {"forward": forward}
 
 
 def run_block(block: Any, host_forward: Callable[..., Any], x: Tensor, args: Any, kwargs: Any) -> Any:

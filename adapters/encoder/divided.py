@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokred.adapters.encoder.block import SETTINGS, Recipe, Settings, attention_bias, refuse_symbols
-from tokred.adapters.encoder.host import Host, argument_names
+from tokred.adapters.encoder.host import EncoderHost, argument_names
 from tokred.adapters.encoder.sides import convolution
 from tokred.adapters.encoder.state import LayerRecord, TokenState
 from tokred.adapters.encoder.windows import project
@@ -159,7 +159,7 @@ class DividedRecipe(Recipe):
 
 
 @dataclass(kw_only=True)
-class DividedHost(Host):
+class DividedHost(EncoderHost):
     """TimeSformer. Tokens are counted as positions: those of one frame, and the class token.
 
     Attributes:
@@ -192,7 +192,7 @@ class DividedHost(Host):
         return time + space + rows * (macs_of(block.intermediate) + macs_of(block.output))
 
 
-def divided_host(model: Any, around: Callable[[tuple[int, ...]], tuple[int, int]]) -> Host:
+def divided_host(model: Any, around: Callable[[tuple[int, ...]], tuple[int, int]]) -> EncoderHost:
     """The host record of a ``TimesformerModel``.
 
     Args:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tokred.adapters.contract import cache_name, cache_of, host_object, with_cache
+from tokred.adapters.host import State
 from tokred.adapters.swap import Hook, host_class
 from tokred.adapters.vlm.call import Call
 from tokred.adapters.vlm.facts import Facts
@@ -23,7 +24,7 @@ from tokred.core.method import Method
 from tokred.errors import BypassedError
 
 
-class VisualSettings:
+class VisualSettings(State):
     """What the hooks of one patched model share.
 
     Args:

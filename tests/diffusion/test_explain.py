@@ -10,9 +10,9 @@ import torch
 
 import tokred
 from tests.diffusion.tiny import CLIPS, FRAMES, MODELS, inputs, run, sd15, unet
+from tokred.adapters import find
 from tokred.adapters.diffusion.geometry import build
 from tokred.adapters.diffusion.survey import survey
-from tokred.hosts import find
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -107,7 +107,7 @@ def test_what_fits_no_block_is_refused_when_applied(name, parameters, text):
     model = build("vit")
     with pytest.raises(ValueError, match=text):
         tokred.apply(model, name, **parameters)
-    assert not tokred.hosts.patched_with(model)
+    assert not tokred.patched(model)
 
 
 def test_parameters_that_exclude_each_other():

@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tokred.adapters.encoder.host import Host
+    from tokred.adapters.encoder.host import EncoderHost
     from tokred.bench.arms import Arm
     from tokred.bench.models import Subject
 
@@ -125,7 +125,7 @@ def choose(subject: Subject, settings: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _acts(arm: Arm, host: Host) -> bool:
+def _acts(arm: Arm, host: EncoderHost) -> bool:
     """Whether the method is called in any block."""
     place = {"depth": host.depth, "prefix": host.prefix, "suffix": host.suffix}
     method = arm.method

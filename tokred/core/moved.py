@@ -29,6 +29,13 @@ MOVED: dict[str, tuple[str, ...]] = {
     "tokred.environment": ("tokred.core.environment",),
     "tokred.explaining": ("tokred.analysis.explain",),
     "tokred.grid": ("tokred.diffusion.grid",),
+    "tokred.hosts": (
+        "tokred.adapters",
+        "tokred.patch",
+        "tokred.api",
+        "tokred.kv.report",
+        "tokred.diffusion.report",
+    ),
     "tokred.importance": (
         "tokred.encoder.importance",
         "tokred.analysis.contributions",

@@ -9,7 +9,7 @@ method asks. Without any host a site is simply built by hand, which is how metho
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ from tokred.kernels.column_scores import column_power, column_scores
 from tokred.kernels.dispatch import without_autocast
 from tokred.kernels.gather_rows import gather_rows
 
-Stage = Literal["block", "attention", "projector", "layer", "cache"]
+Stage = Literal["block", "attention", "cache", "projector", "layer"]
+STAGES: tuple[Stage, ...] = get_args(Stage)  # models are patched, and reports are read, in this order
 Lazy = Tensor | Callable[[], Tensor | None] | None
 
 # What a method may declare in ``reads``; the shapes are those of the properties below. ``attention`` is

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import tokred
-from tokred import hosts
+from tokred import adapters
 from tokred.doctor.attention import LEFT, Weighed
 from tokred.doctor.laws import BrokenLawError, Case, check_close
 from tokred.kernels.decode_attention import SENTINEL
@@ -58,7 +58,7 @@ def check_dropped(case: Case, batch: dict[str, Tensor]) -> None:
     biases = [_bias(getattr(layer, "positions", None), n) for layer in cache.layers]
     tokred.remove(model)
     mode, handles = Weighed(), []
-    for (_, attention), bias in zip(hosts.find(model, "cache").attentions, biases, strict=True):
+    for (_, attention), bias in zip(adapters.find(model, "cache").attentions, biases, strict=True):
         if bias is not None:
             hook = _Steps(mode, bias)
             handles += [attention.register_forward_pre_hook(hook), attention.register_forward_hook(hook.end)]
