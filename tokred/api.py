@@ -47,7 +47,8 @@ def list_methods(pattern: str = "*", *, stage: Stage | None = None, model: nn.Mo
         pattern = f"*{pattern}*"
     names = [name for name in registered if fnmatch.fnmatchcase(name, pattern.lower())]
     if stage is not None:
-        names = [name for name in names if any(m.stage == stage for m in registered.get(name)().members)]
+        there = registered.of(stage)
+        names = [name for name in names if name in there]
     if model is not None:
         runs = {row.method for row in supports(model) if row.works}
         names = [name for name in names if name in runs]

@@ -11,6 +11,7 @@ from tokred.core.reduction import Reduction
 from tokred.core.schedules import Constant, Inflect, PerLayer
 from tokred.core.site import READS, Site, Stage
 
+Settings = Mapping[str, Any]  # parameters by their names
 Where = Literal["mid", "end", "queries"]
 
 # As many tokens as no budget in numbers holds: whether settings remove anything must not depend on the input.
@@ -51,8 +52,11 @@ class Method(ABC):
             where not, hosts of such batches ask it about each sample alone.
         clips: whether a method that reads the grid goes on with it frame after frame where the tokens are a video's.
         lacks: parameters that other methods have and this one cannot have, with the reason.
-        example: where the defaults remove nothing, the parameter that has to be given, at a usual value, or ``...``
+        usual: where the defaults remove nothing, the parameter that has to be given, at a usual value, or ``...``
             where no value is usual.
+        example: settings that remove something on a small model (some 26 tokens, three or four layers). With the next
+            ones they are how tests, ``tokred doctor`` and benchmarks find a method.
+        nothing: settings that never remove anything; None where there are none.
         version: raised when a parameter changes meaning, so that stored settings can be read.
     """
 
@@ -66,7 +70,9 @@ class Method(ABC):
     by_mask: ClassVar[bool] = False
     clips: ClassVar[bool] = False
     lacks: ClassVar[Mapping[str, str]] = {}
-    example: ClassVar[Mapping[str, Any]] = {}
+    usual: ClassVar[Settings] = {}
+    example: ClassVar[Settings] = {}
+    nothing: ClassVar[Settings | None] = None
     version: ClassVar[int] = 1
 
     @property
@@ -142,13 +148,13 @@ class Method(ABC):
         return other.removes(depth, places)
 
     def _defaults(self) -> dict[str, Any]:
-        """What may be given instead: the example, and defaults that the parameters differ from."""
+        """What may be given instead: the usual, and defaults that the parameters differ from."""
         known = {f.name: f for f in dataclasses.fields(self) if f.init}  # type: ignore[arg-type]
         if any(f.default is dataclasses.MISSING for f in known.values()):
             return {}
         usual = type(self)()
         found = {name: getattr(usual, name) for name in known}
-        return {**{n: v for n, v in found.items() if v != getattr(self, n)}, **self.example}
+        return {**{n: v for n, v in found.items() if v != getattr(self, n)}, **self.usual}
 
     def to_dict(self) -> dict[str, Any]:
         """Settings as plain values: ``{"method": name, "version": 1, "parameters": {...}}``."""

@@ -14,6 +14,7 @@ from tokred.errors import PluginWarning, UnknownMethodError
 
 if TYPE_CHECKING:
     from tokred.core.method import Method
+    from tokred.core.site import Stage
 
 M = TypeVar("M", bound="type[Method]")
 
@@ -76,6 +77,11 @@ class Registry:
         if isinstance(name, str):
             self._import_plugin(name)
         return name in self._targets
+
+    def of(self, stage: Stage) -> dict[str, type[Method]]:
+        """The methods that act at a stage, with those of several stages that act there too, by name."""
+        found = {name: self.get(name) for name in self}
+        return {name: cls for name, cls in found.items() if any(m.stage == stage for m in cls().members)}
 
     def _discover(self) -> None:
         """Read the entry points once, at the first look-up rather than at import."""

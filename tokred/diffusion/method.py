@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
-from tokred.core.method import Method
+from tokred.core.method import Method, Settings
 from tokred.core.site import Site, Stage
 from tokred.diffusion.site import AttentionSite, Part, Place, Share, Side, Step, Sublayer
 
@@ -36,6 +36,7 @@ class AttentionMethod(Method):
     part: ClassVar[Part] = "tokens"
     near: ClassVar[bool] = False
     remembers: ClassVar[bool] = False
+    nothing: ClassVar[Settings | None] = {"ratio": 0.0}
     share: Share = "block"
     refresh: int = 1
     first_full: int = 0

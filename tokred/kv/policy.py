@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from tokred.core.method import Method
+from tokred.core.method import Method, Settings
 from tokred.core.reduction import Reduction
 from tokred.core.schedules import check_share, kept
 from tokred.core.site import Site, Stage
@@ -47,6 +47,8 @@ class CachePolicy(Method):
 
     stage: ClassVar[Stage] = "cache"
     drops: ClassVar[bool] = True
+    example: ClassVar[Settings] = {"budget": 9}
+    nothing: ClassVar[Settings | None] = {"budget": 1.0}
 
     @property
     @abstractmethod

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tokred.core.method import Method
+from tokred.core.method import Method, Settings
 from tokred.core.reduction import Reduction
 from tokred.core.schedules import check_choice
 from tokred.core.site import Lazy, Site, Stage
@@ -306,6 +306,9 @@ class ProjectorMethod(Method):
 @dataclass(frozen=True)
 class Budgeted(ProjectorMethod):
     """Base of methods that keep a fixed number or share of each image's tokens, named ``budget``."""
+
+    example: ClassVar[Settings] = {"budget": 5}
+    nothing: ClassVar[Settings | None] = {"budget": 1.0}
 
     budget: Budget = 1.0
 

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from tokred.core.method import Settings
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.selection import hash_uniform
@@ -47,6 +48,8 @@ class AsymRnR(AttentionMethod):
 
     summary: ClassVar[str] = "fewer queries, and fewer keys and values, by plans of their own in every head"
     source: ClassVar[str] = "AsymRnR, ICML 2025 (arXiv 2412.11706)"
+    example: ClassVar[Settings] = {"q": 0.4, "kv": 0.5, "first_full": 0}
+    nothing: ClassVar[Settings | None] = {"q": 0, "kv": 0}
     part: ClassVar[Part] = "heads"
 
     q: float = 0.3

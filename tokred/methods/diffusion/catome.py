@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tokred.core.method import Settings
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.site import Site
@@ -39,6 +40,8 @@ class CAToMe(AttentionMethod):
 
     summary: ClassVar[str] = "merge a denoiser's tokens above a similarity, with pairs kept over steps"
     source: ClassVar[str] = "CA-ToMe, 2025 (arXiv 2501.00946)"
+    example: ClassVar[Settings] = {"threshold": -0.99, "max_downsample": 8, "merge_crossattn": True, "merge_mlp": True}
+    nothing: ClassVar[Settings | None] = {"threshold": 1}
     uneven: ClassVar[bool] = True
 
     threshold: float = 0.9

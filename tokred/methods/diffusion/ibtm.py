@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tokred.core.method import Settings
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.schedules import check_share
@@ -49,6 +50,7 @@ class IBTM(AttentionMethod):
 
     summary: ClassVar[str] = "merge a denoiser's tokens but for those that guidance changed most"
     source: ClassVar[str] = "IBTM, ICCV 2025 (arXiv 2411.16720)"
+    example: ClassVar[Settings] = {"ratio": 0.5, "max_downsample": 8, "merge_crossattn": True, "merge_mlp": True}
 
     ratio: float = 0.5
     pool: float = 0.5

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from tokred.core.method import Settings
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.site import Site
@@ -46,6 +47,7 @@ class KeyMerge(AttentionMethod):
 
     summary: ClassVar[str] = "merge keys and values by similarity, weighed by their sizes; queries stay"
     source: ClassVar[str] = "tokred"
+    example: ClassVar[Settings] = {"ratio": 0.75, "cell": 2, "max_downsample": 8}
 
     ratio: float = 0.75
     cell: int = 4

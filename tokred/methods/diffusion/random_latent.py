@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tokred.core.method import Settings
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.selection import ranked
@@ -30,6 +31,7 @@ class RandomLatentPrune(AttentionMethod):
 
     summary: ClassVar[str] = "baseline: random tokens take no part in a denoiser's self-attention"
     source: ClassVar[str] = "baseline"
+    example: ClassVar[Settings] = {"ratio": 0.5, "max_downsample": 8}
     drops: ClassVar[bool] = True
 
     ratio: float = 0.5

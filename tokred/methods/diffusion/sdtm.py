@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tokred.core.method import Settings
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.selection import ranked
@@ -44,6 +45,7 @@ class SDTM(AttentionMethod):
 
     summary: ClassVar[str] = "collapse windows in early steps, merge around the MLP in late ones"
     source: ClassVar[str] = "SDTM, CVPR 2025 (arXiv 2505.11707)"
+    example: ClassVar[Settings] = {"ratio": 0.5, "max_downsample": 8}
     remembers: ClassVar[bool] = True
 
     ratio: float = 0.5

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from tokred.core.method import Settings
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.schedules import check_share
@@ -49,6 +50,8 @@ class ToDo(AttentionMethod):
 
     summary: ClassVar[str] = "down-sample keys and values of a denoiser's self-attention on the image's grid"
     source: ClassVar[str] = "Smith et al., 2024 (arXiv 2402.13573)"
+    example: ClassVar[Settings] = {"factors": (2, 2, 2)}
+    nothing: ClassVar[Settings | None] = {"factors": 1}
     part: ClassVar[Part] = "kv"
     near: ClassVar[bool] = True
 

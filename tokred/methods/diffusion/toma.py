@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from tokred.core.method import Settings
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.site import Site
@@ -45,6 +46,7 @@ class ToMA(AttentionMethod):
 
     summary: ClassVar[str] = "soft merging inside tiles of the image, by two matrix products"
     source: ClassVar[str] = "ToMA, ICML 2025 (arXiv 2509.10918)"
+    example: ClassVar[Settings] = {"ratio": 0.5, "max_downsample": 8, "tile": 4, "first_full": 0}
 
     remembers: ClassVar[bool] = True
 

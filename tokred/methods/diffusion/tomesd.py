@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tokred.core.method import Settings
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.site import Site
@@ -40,6 +41,7 @@ class ToMeSD(AttentionMethod):
 
     summary: ClassVar[str] = "merge a denoiser's tokens around attention, a destination per cell of the image"
     source: ClassVar[str] = "Bolya and Hoffman, CVPR 2023 workshops (arXiv 2303.17604)"
+    example: ClassVar[Settings] = {"ratio": 0.5, "max_downsample": 8, "merge_crossattn": True, "merge_mlp": True}
 
     ratio: float = 0.5
     max_downsample: int = 1

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 
+from tokred.core.method import Settings
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.site import Site
@@ -42,6 +43,7 @@ class VidToMe(AttentionMethod):
 
     summary: ClassVar[str] = "merge the tokens of a clip into those of a few of its frames"
     source: ClassVar[str] = "Li et al., VidToMe, CVPR 2024 (arXiv 2312.10656)"
+    example: ClassVar[Settings] = {"ratio": 0.9, "max_downsample": 8, "first_full": 0}
 
     ratio: float = 0.9
     stride: int = 4

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokred.core.matching import bipartite_uneven_matching
-from tokred.core.method import Method
+from tokred.core.method import Method, Settings
 from tokred.core.ragged import bounds, pack, with_protected
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
@@ -52,6 +52,8 @@ class ALGM(Method):
 
     summary: ClassVar[str] = "merge uniform windows early, then similar pairs anywhere, above thresholds"
     source: ClassVar[str] = "Norouzi et al., CVPR 2024 (arXiv 2406.09936)"
+    example: ClassVar[Settings] = {"T": 0.0, "theta": 0.3}
+    nothing: ClassVar[Settings | None] = {"T": 2, "theta": 2}
     uneven: ClassVar[bool] = True
 
     T: float = 0.88

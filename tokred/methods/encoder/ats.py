@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokred.core.method import Method
+from tokred.core.method import Method, Settings
 from tokred.core.ragged import pack, with_protected
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
@@ -45,6 +45,7 @@ class ATS(Method):
 
     summary: ClassVar[str] = "sample tokens by the distribution of their scores, as many as the image needs"
     source: ClassVar[str] = "Fayyaz et al., ECCV 2022 (arXiv 2111.15667)"
+    nothing: ClassVar[Settings | None] = {"blocks": ()}
     drops: ClassVar[bool] = True
     uneven: ClassVar[bool] = True
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from tokred.core.method import Method
+from tokred.core.method import Method, Settings
 from tokred.core.padding import reduce_each
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
@@ -36,7 +35,9 @@ class Downsample(Method):
 
     summary: ClassVar[str] = "average neighbouring patches of the grid in one block (the plain alternative)"
     source: ClassVar[str] = "baseline"
-    example: ClassVar[Mapping[str, Any]] = {"keep": 0.5}
+    example: ClassVar[Settings] = {"keep": 0.5}
+    nothing: ClassVar[Settings | None] = {"keep": 1.0}
+    usual: ClassVar[Settings] = {"keep": 0.5}
 
     keep: float = 1.0
     block: int = 0

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from tokred.core.method import Method
+from tokred.core.method import Method, Settings
 from tokred.core.padding import reduce_each
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
@@ -33,6 +33,8 @@ class EViT(Method):
 
     summary: ClassVar[str] = "keep the patches the class token attends to, fuse the rest into one"
     source: ClassVar[str] = "Liang et al., ICLR 2022 (arXiv 2202.07800)"
+    example: ClassVar[Settings] = {"kappa": 0.6, "blocks": (1,)}
+    nothing: ClassVar[Settings | None] = {"kappa": 1.0}
     drops: ClassVar[bool] = True
 
     kappa: float = 0.7

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from tokred.core.matching import match_to
-from tokred.core.method import Method
+from tokred.core.method import Method, Settings
 from tokred.core.padding import reduce_each
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
@@ -36,6 +36,8 @@ class KthMerge(Method):
 
     summary: ClassVar[str] = "every k-th token receives, the others merge (ToMe's baseline)"
     source: ClassVar[str] = "Bolya et al., ICLR 2023, released code"
+    example: ClassVar[Settings] = {"k": 2}
+    nothing: ClassVar[Settings | None] = {"k": 1}
 
     k: int = 2
     prop_attn: bool = True

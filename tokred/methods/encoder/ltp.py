@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokred.core.method import Method
+from tokred.core.method import Method, Settings
 from tokred.core.ragged import pack, with_protected
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
@@ -43,6 +43,8 @@ class LTP(Method):
 
     summary: ClassVar[str] = "keep what is attended to above a learned threshold, as many as the text needs"
     source: ClassVar[str] = "Kim et al., KDD 2022 (arXiv 2107.00910)"
+    example: ClassVar[Settings] = {"theta_final": 0.3}
+    nothing: ClassVar[Settings | None] = {"theta_final": 0.0}
     drops: ClassVar[bool] = True
     uneven: ClassVar[bool] = True
     by_mask: ClassVar[bool] = True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokred.core.matching import bipartite_soft_matching, bipartite_uneven_matching, match_to
-from tokred.core.method import Method
+from tokred.core.method import Method, Settings
 from tokred.core.ragged import pack, with_protected
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
@@ -69,7 +68,9 @@ class PiToMe(Method):
 
     summary: ClassVar[str] = "merge tokens of crowded neighbourhoods (high energy), protect isolated ones"
     source: ClassVar[str] = "Tran et al., NeurIPS 2024 (arXiv 2405.16148)"
-    example: ClassVar[Mapping[str, Any]] = {"ratio": 0.9}
+    example: ClassVar[Settings] = {"ratio": 0.8}
+    nothing: ClassVar[Settings | None] = {"ratio": 1.0}
+    usual: ClassVar[Settings] = {"ratio": 0.9}
 
     ratio: float = 1.0
     margin: float = 0.9

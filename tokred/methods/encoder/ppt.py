@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokred.core.matching import bipartite_soft_matching, mergeable, without_padding
-from tokred.core.method import Method
+from tokred.core.method import Method, Settings
 from tokred.core.padding import reduce_each
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
@@ -54,6 +54,8 @@ class PPT(Method):
 
     summary: ClassVar[str] = "per image, prune unimportant tokens or merge similar ones"
     source: ClassVar[str] = "Wu et al., 2023 (arXiv 2310.01812)"
+    example: ClassVar[Settings] = {"r": 4}
+    nothing: ClassVar[Settings | None] = {"r": 0}
     drops: ClassVar[bool] = True
 
     r: ScheduleLike = 50

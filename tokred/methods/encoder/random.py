@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from tokred.core.matching import match_to, mergeable
-from tokred.core.method import Method
+from tokred.core.method import Method, Settings
 from tokred.core.padding import reduce_each
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
@@ -37,7 +36,9 @@ class RandomMerge(Method):
 
     summary: ClassVar[str] = "r random tokens merge into their most similar one (ToMe's baseline)"
     source: ClassVar[str] = "Bolya et al., ICLR 2023, released code"
-    example: ClassVar[Mapping[str, Any]] = {"r": 8}
+    example: ClassVar[Settings] = {"r": 3}
+    nothing: ClassVar[Settings | None] = {"r": 0}
+    usual: ClassVar[Settings] = {"r": 8}
 
     r: ScheduleLike = 0
     seed: int = 0
@@ -92,7 +93,9 @@ class RandomPrune(Method):
 
     summary: ClassVar[str] = "drop r random tokens in every block (the floor)"
     source: ClassVar[str] = "baseline"
-    example: ClassVar[Mapping[str, Any]] = {"r": 8}
+    example: ClassVar[Settings] = {"r": 3}
+    nothing: ClassVar[Settings | None] = {"r": 0}
+    usual: ClassVar[Settings] = {"r": 8}
     drops: ClassVar[bool] = True
 
     r: ScheduleLike = 0

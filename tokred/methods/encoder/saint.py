@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from tokred.core.method import Method
+from tokred.core.method import Method, Settings
 from tokred.core.ragged import bounds, pack, with_protected
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
@@ -68,6 +68,8 @@ class SAINT(Method):
 
     summary: ClassVar[str] = "drop tokens with many near-copies, as many as each image has"
     source: ClassVar[str] = "Jeddi et al., 2025 (arXiv 2503.11549)"
+    example: ClassVar[Settings] = {"tau": 0.35, "K": 3}
+    nothing: ClassVar[Settings | None] = {"tau": 1.5}
     drops: ClassVar[bool] = True
     uneven: ClassVar[bool] = True
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokred.core.method import Method, Where
+from tokred.core.method import Method, Settings, Where
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.schedules import check_share, kept_ceil, whole
@@ -45,6 +45,8 @@ class SpAtten(Method):
 
     summary: ClassVar[str] = "keep what has been attended to most over all layers so far, tokens and heads"
     source: ClassVar[str] = "Wang et al., HPCA 2021 (arXiv 2012.09852)"
+    example: ClassVar[Settings] = {"keep": 0.5, "first": 0}
+    nothing: ClassVar[Settings | None] = {"keep": 1.0}
     drops: ClassVar[bool] = True
     where: ClassVar[Where] = "end"
     uneven: ClassVar[bool] = True

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from tokred.core.matching import raster_order
+from tokred.core.method import Settings
 from tokred.core.padding import reduce_each
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
@@ -36,7 +36,8 @@ class TinyChart(ToMe):
 
     summary: ClassVar[str] = "ToMe with a constant r for charts of high resolution, in merge or raster order"
     source: ClassVar[str] = "Zhang et al., EMNLP 2024 (arXiv 2404.16635)"
-    example: ClassVar[Mapping[str, Any]] = {}
+    example: ClassVar[Settings] = {"r": 4, "order": "raster"}
+    usual: ClassVar[Settings] = {}
 
     r: ScheduleLike = 84
     order: Literal["merge", "raster"] = "merge"

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from tokred.core.matching import bipartite_soft_matching, mergeable
-from tokred.core.method import Method
+from tokred.core.method import Method, Settings
 from tokred.core.padding import reduce_each
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
@@ -49,7 +49,9 @@ class ToFu(Method):
 
     summary: ClassVar[str] = "prune early, merge late with the length of vectors kept, on ToMe's matching"
     source: ClassVar[str] = "Kim et al., WACV 2024 (arXiv 2312.01026)"
-    example: ClassVar[Mapping[str, Any]] = {"r": 8}
+    example: ClassVar[Settings] = {"r": 4}
+    nothing: ClassVar[Settings | None] = {"r": 0}
+    usual: ClassVar[Settings] = {"r": 8}
 
     r: ScheduleLike = 0
     switch: int | None = None

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from tokred.core.method import Method
+from tokred.core.method import Method, Settings
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.schedules import check_blocks, check_blocks_exist, check_share, is_listed, kept_ceil
@@ -35,6 +35,8 @@ class TokenTMPrune(Method):
 
     summary: ClassVar[str] = "keep the patches with the highest class attention times token transformation"
     source: ClassVar[str] = "Wu et al., CVPR 2024 (arXiv 2403.14552); its use for pruning is ours"
+    example: ClassVar[Settings] = {"keep": 0.6, "blocks": (1,)}
+    nothing: ClassVar[Settings | None] = {"keep": 1.0}
     drops: ClassVar[bool] = True
 
     keep: float = 0.7

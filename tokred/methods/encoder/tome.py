@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from tokred.core.matching import bipartite_soft_matching, mergeable
-from tokred.core.method import Method
+from tokred.core.method import Method, Settings
 from tokred.core.padding import reduce_each
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
@@ -59,7 +58,9 @@ class ToMe(Method):
 
     summary: ClassVar[str] = "merge the r most similar token pairs in every block"
     source: ClassVar[str] = "Bolya et al., ICLR 2023 (arXiv 2210.09461)"
-    example: ClassVar[Mapping[str, Any]] = {"r": 8}
+    example: ClassVar[Settings] = {"r": 4}
+    nothing: ClassVar[Settings | None] = {"r": 0}
+    usual: ClassVar[Settings] = {"r": 8}
 
     r: ScheduleLike = 0
     prop_attn: bool = True

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tokred.core.method import Method, Where
+from tokred.core.method import Method, Settings, Where
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.schedules import kept
@@ -51,6 +51,8 @@ class VoMix(Method):
 
     summary: ClassVar[str] = "mix the tokens that most others resemble into the rest; only the rest asks (our reading)"
     source: ClassVar[str] = "Peng et al., 2024 (arXiv 2408.17062)"
+    example: ClassVar[Settings] = {"r": 0.2}
+    nothing: ClassVar[Settings | None] = {"r": 0}
     where: ClassVar[Where] = "queries"
 
     r: float = 0.1

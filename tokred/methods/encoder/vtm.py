@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tokred.core.method import Method
+from tokred.core.method import Method, Settings
 from tokred.core.ragged import pack, with_protected
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
@@ -53,6 +53,8 @@ class VTM(Method):
 
     summary: ClassVar[str] = "merge a clip's tokens into targets spread evenly, by region or by motion"
     source: ClassVar[str] = "Lee et al., NeurIPS 2024 (arXiv 2410.23782)"
+    example: ClassVar[Settings] = {"gamma": 2, "blocks": (1,)}
+    nothing: ClassVar[Settings | None] = {"R": 0}
     # By region, once tokens have moved: how many of those that are left lie in the middle differs between samples.
     uneven: ClassVar[bool] = True
     clips: ClassVar[bool] = True

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tokred.core.method import Method, Where
+from tokred.core.method import Method, Settings, Where
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.schedules import check_blocks, check_blocks_exist, check_share, kept_ceil
@@ -54,6 +54,8 @@ class ZeroTPrune(Method):
 
     summary: ClassVar[str] = "drop near-copies among the unimportant, then what page rank on attention finds least"
     source: ClassVar[str] = "Wang et al., CVPR 2024 (arXiv 2305.17328)"
+    example: ClassVar[Settings] = {"blocks": (1,), "rho": 0.6, "r_s": 2}
+    nothing: ClassVar[Settings | None] = {"rho": 1.0, "r_s": 0}
     drops: ClassVar[bool] = True
     where: ClassVar[Where] = "end"
 

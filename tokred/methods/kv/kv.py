@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tokred.core.method import Settings
 from tokred.core.registry import register
 from tokred.core.schedules import check_share
 from tokred.kv.parts import Fate, Score, When, as_part, check_count
@@ -29,6 +30,13 @@ class KVPolicy(CachePolicy):
 
     summary: ClassVar[str] = "any score with any budget, fate and time"
     source: ClassVar[str] = "tokred"
+    example: ClassVar[Settings] = {
+        "score": "key_norm",
+        "budget": {"part": "adaptive", "amount": 9},
+        "when": {"part": "when", "every": 2},
+        "sinks": 1,
+        "recent": 2,
+    }
 
     score: Score | str = "window"
     budget: BudgetLike = 0.5

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from tokred.core.method import Method, from_dict
+from tokred.core.method import Method, Settings, from_dict
 from tokred.core.reduction import Reduction
 from tokred.core.registry import methods, register
 from tokred.core.schedules import check_choice
@@ -47,6 +47,8 @@ class CAT(ProjectorMethod):
 
     summary: ClassVar[str] = "a budget for each image by what there is to see in it, for other methods"
     source: ClassVar[str] = "after Shen et al., NeurIPS 2025 (arXiv 2501.03120); policies are ours"
+    example: ClassVar[Settings] = {"selector": "fastervlm", "n_min": 2, "n_max": 9}
+    nothing: ClassVar[Settings | None] = {"n_min": 1 << 20}
 
     selector: ProjectorMethod | str = "divprune"
     score: str | Callable[[VisualSite], Tensor] = "redundancy"

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from tokred.core.method import Settings
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.schedules import check_share
@@ -37,6 +38,8 @@ class FastV(LayerMethod):
 
     summary: ClassVar[str] = "after layer K keep the visual tokens that the last prompt token attends to"
     source: ClassVar[str] = "Chen et al., ECCV 2024 (arXiv 2403.06764)"
+    example: ClassVar[Settings] = {"layer": 2}
+    nothing: ClassVar[Settings | None] = {"ratio": 0.0}
 
     layer: int = 2
     ratio: float = 0.5

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from tokred.core.method import Settings
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.schedules import check_choice
@@ -35,6 +36,7 @@ class FlashVL(ProjectorMethod):
 
     summary: ClassVar[str] = "cells of neighbouring visual tokens become their mean (pixel shuffle, untrained)"
     source: ClassVar[str] = "after Zhang et al., 2025 (arXiv 2505.09498)"
+    nothing: ClassVar[Settings | None] = {"s": 1}
 
     s: int = 2
     space: Space = "tower"

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from tokred.core.method import Settings
 from tokred.core.overlap import OverlapReduction
 from tokred.core.ragged import pack
 from tokred.core.reduction import Reduction
@@ -58,6 +59,8 @@ class PruMerge(ProjectorMethod):
 
     summary: ClassVar[str] = "as many image tokens as attention has outliers, each absorbing its nearest neighbours"
     source: ClassVar[str] = "Shang et al., ICCV 2025 (arXiv 2403.15388)"
+    example: ClassVar[Settings] = {"k_c": 3}
+    nothing: ClassVar[Settings | None] = {"budget": 1.0}
 
     budget: Budget | None = None
     k_c: int = 32
@@ -211,6 +214,7 @@ class PruMergePlus(PruMerge):
     """
 
     summary: ClassVar[str] = "PruMerge with a uniform grid of tokens beside the outliers"
+    example: ClassVar[Settings] = {"budget": 6, "k_c": 3}
 
     plus: bool = True
 

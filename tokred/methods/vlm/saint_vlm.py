@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from tokred.core.method import Settings
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.selection import ranked
@@ -47,6 +48,8 @@ class SAINTLayer(LayerMethod):
 
     summary: ClassVar[str] = "inside the LLM drop visual tokens with many near-copies, as many as each image has"
     source: ClassVar[str] = "Jeddi et al., 2025 (arXiv 2503.11549)"
+    example: ClassVar[Settings] = {"start": 0, "end": 1, "tau": 0.2, "K": 1}
+    nothing: ClassVar[Settings | None] = {"start": 0, "end": 1, "tau": 2.0}
 
     start: int = 7
     end: int = 16
@@ -128,6 +131,8 @@ class SAINTVisual(Budgeted):
 
     summary: ClassVar[str] = "drop the patches most similar to all others, by keys of a layer of the tower"
     source: ClassVar[str] = "Jeddi et al., 2025 (arXiv 2503.11549)"
+    example: ClassVar[Settings] = {"budget": 5, "layer": 1}
+    nothing: ClassVar[Settings | None] = {"budget": 1.0, "layer": 1}
 
     budget: Budget = 375
     q: int = 16

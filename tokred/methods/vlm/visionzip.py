@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from tokred.core.method import Settings
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.schedules import check_choice
@@ -45,6 +46,7 @@ class VisionZip(Budgeted):
 
     summary: ClassVar[str] = "dominant image tokens by attention, the others folded into a few contextual ones"
     source: ClassVar[str] = "Yang et al., CVPR 2025 (arXiv 2412.04467)"
+    example: ClassVar[Settings] = {"budget": 6, "contextual": 2}
 
     budget: Budget = 64
     contextual: Budget = 0.15625

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokred.core.matching import match_to
+from tokred.core.method import Settings
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.schedules import check_share
@@ -44,6 +45,8 @@ class VScan(Budgeted):
 
     summary: ClassVar[str] = "image tokens by windows and by the whole image; the others merge into them"
     source: ClassVar[str] = "Zhang et al., TMLR 2026 (arXiv 2505.22654)"
+    example: ClassVar[Settings] = {"budget": 6, "window": 2, "shallow": 0}
+    nothing: ClassVar[Settings | None] = {"budget": 1.0, "shallow": 0}
 
     budget: Budget = 96
     local_ratio: float = 0.5
@@ -120,6 +123,8 @@ class VScanLayer(LayerMethod):
 
     summary: ClassVar[str] = "at half of the depth keep the visual tokens that the last prompt token attends to"
     source: ClassVar[str] = "Zhang et al., TMLR 2026 (arXiv 2505.22654)"
+    example: ClassVar[Settings] = {"budget": 5}
+    nothing: ClassVar[Settings | None] = {"budget": 1.0}
 
     budget: Budget = 32
     layer: int | None = None
