@@ -211,11 +211,11 @@ def test_plans_are_kept():
         ({"q": 1.0}, r"q must lie in \[0, 1\)"),
         ({"kv": "half"}, "kv must be a number"),
         ({"cell": (2, 2)}, "cell must name frames, rows and columns"),
-        ({"cell": (0, 2, 2)}, "cell must be at least 1"),
+        ({"cell": (0, 2, 2)}, "cell must be an integer of at least 1"),
         ({"metric": "l1"}, "metric is 'l1'"),
         ({"combine": "max"}, "combine is 'max'"),
         ({"size_bias": True}, "size_bias is for combine='mean'"),
-        ({"refresh": 0}, "refresh must be at least 1"),
+        ({"refresh": 0}, "refresh must be an integer of at least 1"),
     ],
 )
 def test_wrong_parameters(parameters: dict, message: str):

@@ -103,9 +103,9 @@ def test_processors_without_the_fused_attention_are_refused():
     [
         ({"threshold": 1.1}, r"threshold must lie in \(-1, 1\]"),
         ({"threshold": "high"}, "threshold must lie in"),
-        ({"sy": 0}, "sy must be at least 1"),
+        ({"sy": 0}, "sy must be an integer of at least 1"),
         ({"merge_attn": False}, "one of merge_attn"),
-        ({"refresh": 0}, "refresh must be at least 1"),
+        ({"refresh": 0}, "refresh must be an integer of at least 1"),
     ],
 )
 def test_wrong_parameters(parameters: dict, message: str):

@@ -171,10 +171,10 @@ def test_without_guidance():
     [
         ({"ratio": 1.0}, r"ratio must lie in \[0, 1\)"),
         ({"pool": 0}, r"pool must lie in \(0, 1\]"),
-        ({"sx": 0}, "sx must be at least 1"),
+        ({"sx": 0}, "sx must be an integer of at least 1"),
         ({"merge_attn": False}, "one of merge_attn"),
         ({"max_downsample": 3}, "max_downsample is 3"),
-        ({"refresh": 0}, "refresh must be at least 1"),
+        ({"refresh": 0}, "refresh must be an integer of at least 1"),
     ],
 )
 def test_wrong_parameters(parameters: dict, message: str):

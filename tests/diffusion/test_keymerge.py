@@ -147,10 +147,10 @@ def test_nothing_to_do():
     [
         ({"ratio": 1.0}, r"ratio must lie in \[0, 1\)"),
         ({"choice": "best"}, "choice is 'best'"),
-        ({"cell": 0}, "cell must be at least 1"),
+        ({"cell": 0}, "cell must be an integer of at least 1"),
         ({"max_downsample": 1.5}, "max_downsample must be an integer"),
         ({"share": "all"}, "share is 'all'"),
-        ({"first_full": -1}, "first_full must be at least 0"),
+        ({"first_full": -1}, "first_full must be an integer of at least 0"),
     ],
 )
 def test_wrong_parameters(parameters: dict, message: str):

@@ -130,7 +130,7 @@ def test_stages_in_a_denoiser():
         ({"ratio": 0.9}, "their curve must lie in"),
         ({"ratio": 0.1}, "their curve must lie in"),
         ({"spread": -1}, "spread must lie in"),
-        ({"switch": -1}, "switch must be at least 0"),
+        ({"switch": -1}, "switch must be an integer of at least 0"),
         ({"age": -1}, "age must be a number of at least 0"),
         ({"share": "all"}, "share is 'all'"),
     ],

@@ -121,7 +121,7 @@ def test_cycling_moves_with_the_step_alone():
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"factors": 0}, "factors must be at least 1"),
+        ({"factors": 0}, "factors must be an integer of at least 1"),
         ({"factors": (2, 1.5)}, "factors must be an integer"),
         ({"factors": ()}, "at least one factor"),
         ({"mode": "pool"}, "mode is 'pool'"),

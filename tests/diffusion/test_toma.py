@@ -168,12 +168,12 @@ def test_nothing_to_do_and_coarse_grids():
     ("parameters", "message"),
     [
         ({"ratio": 1.0}, r"ratio must lie in \[0, 1\)"),
-        ({"tile": 0}, "tile must be at least 1"),
+        ({"tile": 0}, "tile must be an integer of at least 1"),
         ({"tile": 33}, "tile must be at most 32"),
         ({"tau": -1}, "tau must be a number of at least 0"),
         ({"cover": "all"}, "cover is 'all'"),
-        ({"steps_plan": 0}, "steps_plan must be at least 1"),
-        ({"first_full": -1}, "first_full must be at least 0"),
+        ({"steps_plan": 0}, "steps_plan must be an integer of at least 1"),
+        ({"first_full": -1}, "first_full must be an integer of at least 0"),
     ],
 )
 def test_wrong_parameters(parameters: dict, message: str):

@@ -157,12 +157,12 @@ def test_half_precision_decides_in_float32():
         ({"ratio": 1.0}, r"ratio must lie in \[0, 1\), got 1.0"),
         ({"ratio": -0.1}, "ratio must lie in"),
         ({"ratio": "half"}, "ratio must be a number"),
-        ({"sx": 0}, "sx must be at least 1"),
+        ({"sx": 0}, "sx must be an integer of at least 1"),
         ({"sy": 1.5}, "sy must be an integer"),
         ({"max_downsample": 3}, "max_downsample is 3; allowed are 1, 2, 4, 8"),
         ({"merge_attn": False}, "one of merge_attn"),
         ({"share": "all"}, "share is 'all'"),
-        ({"refresh": 0}, "refresh must be at least 1"),
+        ({"refresh": 0}, "refresh must be an integer of at least 1"),
     ],
 )
 def test_wrong_parameters(parameters: dict, message: str):

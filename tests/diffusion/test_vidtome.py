@@ -96,8 +96,8 @@ def test_images_have_no_frames():
     ("parameters", "message"),
     [
         ({"ratio": 1.0}, r"ratio must lie in \[0, 1\)"),
-        ({"stride": 0}, "stride must be at least 1"),
-        ({"max_downsample": 0}, "max_downsample must be at least 1"),
+        ({"stride": 0}, "stride must be an integer of at least 1"),
+        ({"max_downsample": 0}, "max_downsample must be an integer of at least 1"),
         ({"share": "all"}, "share is 'all'"),
     ],
 )

@@ -109,7 +109,7 @@ def test_refusals():
         tokred.LTP(theta_final=1.5)
     with pytest.raises(ValueError, match=r"thresholds\[1\] must lie in"):
         tokred.LTP(thresholds=[0.1, -0.1])
-    with pytest.raises(ValueError, match="min_keep must be a whole number of at least 1, got 0"):
+    with pytest.raises(ValueError, match="min_keep must be an integer of at least 1, got 0"):
         tokred.LTP(min_keep=0)
     with pytest.raises(ValueError, match="thresholds has 2 entries, but the model has 12"):
         tokred.LTP(thresholds=[0.0, 0.1]).check(12)

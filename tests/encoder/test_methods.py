@@ -292,7 +292,7 @@ def test_random_baselines_are_repeatable_and_alike_for_every_sample():
         ("pitome", {"margin": 2}, ValueError, r"margin must lie in \[-1, 1\]"),
         ("evit", {"kappa": 1.2}, ValueError, "kappa .the kept share. must lie"),
         ("evit", {"blocks": (-1,)}, ValueError, "blocks must be non-negative"),
-        ("kth", {"k": 0}, ValueError, "k must be a positive integer"),
+        ("kth", {"k": 0}, ValueError, "k must be an integer of at least 1"),
         ("tomee", {}, tokred.UnknownMethodError, "did you mean 'tome'"),
     ],
 )

@@ -123,9 +123,9 @@ def test_padding_takes_no_part(form, free, prefix, suffix, ratio, seed):
     ("parameters", "match"),
     [
         ({"fall": -0.1}, r"fall must lie in \[0, 2\], got -0.1"),
-        ({"start": -1}, "start must be a non-negative integer, got -1"),
-        ({"stop": 1.5}, "stop must be a non-negative integer, got 1.5"),
-        ({"turn": True}, "turn must be a non-negative integer, got True"),
+        ({"start": -1}, "start must be an integer of at least 0, got -1"),
+        ({"stop": 1.5}, "stop must be an integer of at least 0, got 1.5"),
+        ({"turn": True}, "turn must be an integer of at least 0, got True"),
         ({"form": "text"}, "form is 'text'; allowed are 'plain'"),
     ],
 )

@@ -51,7 +51,10 @@ MOVED: dict[str, tuple[str, ...]] = {
         "tokred.analysis.contributions",
         "tokred.encoder.importance",
     ),
-    "tokred.schedules": ("tokred.core.schedules",),
+    "tokred.schedules": (
+        "tokred.core.schedules",
+        "tokred.core.checks",
+    ),
     "tokred.selection": ("tokred.core.selection",),
     "tokred.site": ("tokred.core.site",),
     "tokred.soft": ("tokred.core.soft",),

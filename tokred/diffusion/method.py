@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
+from tokred.core.checks import check_choice, check_count
 from tokred.core.method import Method, Settings
 from tokred.core.site import Site, Stage
 from tokred.diffusion.site import AttentionSite, Part, Place, Share, Side, Step, Sublayer
@@ -105,36 +106,11 @@ def check_sharing(share: Any, refresh: Any, first_full: Any = 0) -> None:
     """Refuse values of ``share``, ``refresh`` and ``first_full`` that mean nothing.
 
     Raises:
-        TypeError, ValueError: naming the argument.
+        ValueError: naming the argument.
     """
-    if share not in ("block", "resolution"):
-        raise ValueError(f"share is {share!r}; allowed are 'block', 'resolution'")
-    check_count("refresh", refresh)
-    check_count("first_full", first_full, least=0)
-
-
-def check_count(name: str, value: Any, least: int = 1) -> None:
-    """Refuse what is no integer of at least ``least``.
-
-    Raises:
-        TypeError, ValueError: naming the argument.
-    """
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-
-
-def check_ratio(ratio: Any, name: str = "ratio") -> None:
-    """Refuse what is no share of tokens in ``[0, 1)``.
-
-    Raises:
-        TypeError, ValueError: naming the argument.
-    """
-    if not isinstance(ratio, int | float) or isinstance(ratio, bool):
-        raise TypeError(f"{name} must be a number, got {ratio!r}")
-    if not 0 <= ratio < 1:
-        raise ValueError(f"{name} must lie in [0, 1), got {ratio}")
+    check_choice(share, "share", ("block", "resolution"))
+    check_count(refresh, "refresh", 1)
+    check_count(first_full, "first_full", 0)
 
 
 def removed(n: int, ratio: float) -> int:

@@ -16,9 +16,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from tokred.core.checks import check_choice
 from tokred.core.method import Method, Settings
 from tokred.core.reduction import Reduction
-from tokred.core.schedules import check_choice
 from tokred.core.site import Lazy, Site, Stage
 from tokred.errors import MissingInputError
 from tokred.kernels.column_scores import column_scores
@@ -240,7 +240,7 @@ class ProjectorMethod(Method):
     positions: Literal["keep", "repack"] = field(default="keep", kw_only=True)
 
     def __post_init__(self) -> None:
-        check_choice("positions", self.positions, ("keep", "repack"))
+        check_choice(self.positions, "positions", ("keep", "repack"))
 
     @property
     def tower_layers(self) -> tuple[int, ...]:

@@ -7,13 +7,14 @@ from typing import ClassVar, Literal
 
 import torch
 
+from tokred.core.checks import check_count, check_ratio
 from tokred.core.method import Settings
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.selection import hash_uniform
 from tokred.core.site import Site
 from tokred.diffusion.grid import clip_destinations, match_cells, whole_cells
-from tokred.diffusion.method import AttentionMethod, check_count, check_ratio, check_sharing, removed
+from tokred.diffusion.method import AttentionMethod, check_sharing, removed
 from tokred.diffusion.site import Part, Place, Side
 
 METRICS = ("distance", "cosine", "dot")
@@ -69,7 +70,7 @@ class AsymRnR(AttentionMethod):
         if len(self.cell) != 3:
             raise ValueError(f"cell must name frames, rows and columns, got {self.cell!r}")
         for side in self.cell:
-            check_count("cell", side)
+            check_count(side, "cell", 1)
         if self.metric not in METRICS:
             raise ValueError(f"metric is {self.metric!r}; allowed are {', '.join(map(repr, METRICS))}")
         if self.combine not in ("replace", "mean"):

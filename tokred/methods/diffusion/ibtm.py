@@ -8,14 +8,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tokred.core.checks import check_count, check_ratio, check_share
 from tokred.core.method import Settings
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.schedules import check_share
 from tokred.core.selection import ranked
 from tokred.core.site import Site
 from tokred.diffusion.grid import match_around
-from tokred.diffusion.method import AttentionMethod, check_count, check_ratio, check_sharing, removed
+from tokred.diffusion.method import AttentionMethod, check_sharing, removed
 from tokred.diffusion.site import AttentionSite, Place, Share, Step, Sublayer
 from tokred.errors import MissingInputError
 from tokred.methods.diffusion.tomesd import ToMeSD
@@ -69,7 +69,7 @@ class IBTM(AttentionMethod):
         check_ratio(self.ratio)
         check_share(self.pool, "pool")
         for name in ("sx", "sy"):
-            check_count(name, getattr(self, name))
+            check_count(getattr(self, name), name, 1)
         check_sharing(self.share, self.refresh)
         self.beginning  # noqa: B018 - the rest is checked there
 

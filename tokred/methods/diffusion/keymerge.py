@@ -7,12 +7,13 @@ from typing import ClassVar, Literal
 
 import torch
 
+from tokred.core.checks import check_count, check_ratio
 from tokred.core.method import Settings
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.site import Site
 from tokred.diffusion.grid import cell_destinations, check_cells, match_around, match_cells, typical_tokens
-from tokred.diffusion.method import AttentionMethod, check_count, check_ratio, check_sharing
+from tokred.diffusion.method import AttentionMethod, check_sharing
 from tokred.diffusion.site import Part, Place, Share
 
 CHOICES = ("typical", "first", "random")
@@ -62,7 +63,7 @@ class KeyMerge(AttentionMethod):
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
         for name in ("cell", "max_downsample"):
-            check_count(name, getattr(self, name))
+            check_count(getattr(self, name), name, 1)
         if self.choice not in CHOICES:
             raise ValueError(f"choice is {self.choice!r}; allowed are {', '.join(map(repr, CHOICES))}")
         check_sharing(self.share, self.refresh, self.first_full)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tokred.core.checks import check_count, check_ratio
 from tokred.core.method import Settings
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.selection import ranked
 from tokred.core.site import Site
-from tokred.diffusion.method import AttentionMethod, check_count, check_ratio, check_sharing
+from tokred.diffusion.method import AttentionMethod, check_sharing
 from tokred.diffusion.site import Place, Share
 
 
@@ -42,7 +43,7 @@ class RandomLatentPrune(AttentionMethod):
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
-        check_count("max_downsample", self.max_downsample)
+        check_count(self.max_downsample, "max_downsample", 1)
         check_sharing(self.share, self.refresh)
 
     @property

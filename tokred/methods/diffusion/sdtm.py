@@ -9,13 +9,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tokred.core.checks import check_count, check_ratio
 from tokred.core.method import Settings
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.selection import ranked
 from tokred.core.site import Site
 from tokred.diffusion.grid import check_cells, match_around, whole_cells
-from tokred.diffusion.method import AttentionMethod, check_count, check_ratio, check_sharing, removed
+from tokred.diffusion.method import AttentionMethod, check_sharing, removed
 from tokred.diffusion.site import AttentionSite, Place, Share, Step, Sublayer
 from tokred.kernels.similarity_rows import unit
 
@@ -61,8 +62,8 @@ class SDTM(AttentionMethod):
         check_ratio(self.spread, "spread")
         if self.ratio + self.spread >= 1 or (self.spread > self.ratio and self.ratio > 0):
             raise ValueError(f"ratio and spread are {self.ratio} and {self.spread}; their curve must lie in [0, 1)")
-        check_count("switch", self.switch, least=0)
-        check_count("max_downsample", self.max_downsample)
+        check_count(self.switch, "switch", 0)
+        check_count(self.max_downsample, "max_downsample", 1)
         if isinstance(self.age, bool) or not isinstance(self.age, int | float) or not self.age >= 0:
             raise ValueError(f"age must be a number of at least 0, got {self.age!r}")
         check_sharing(self.share, 1)

@@ -8,13 +8,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from tokred.core.checks import check_count, check_share
 from tokred.core.method import Settings
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.schedules import check_share
 from tokred.core.site import Site
 from tokred.diffusion.grid import cell_destinations, kept_lines, match_cells, pool_cells
-from tokred.diffusion.method import AttentionMethod, check_count, check_sharing
+from tokred.diffusion.method import AttentionMethod, check_sharing
 from tokred.diffusion.site import AttentionSite, Part, Place, Share, Step
 
 MODES = ("nearest", "nearest-exact", "average", "max")
@@ -75,7 +75,7 @@ class ToDo(AttentionMethod):
         if not given:
             raise ValueError("factors must name at least one factor")
         for factor in given:
-            check_count("factors", factor)
+            check_count(factor, "factors", 1)
         object.__setattr__(self, "factors", given)
         if self.mode not in MODES:
             raise ValueError(f"mode is {self.mode!r}; allowed are {', '.join(map(repr, MODES))}")

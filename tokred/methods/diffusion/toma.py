@@ -8,12 +8,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from tokred.core.checks import check_count, check_ratio
 from tokred.core.method import Settings
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.site import Site
 from tokred.core.tiles import TileReduction, facility_location, soft_shares, tile_rows, tile_similarity, tile_sizes
-from tokred.diffusion.method import AttentionMethod, check_count, check_ratio, check_sharing, removed
+from tokred.diffusion.method import AttentionMethod, check_sharing, removed
 from tokred.diffusion.site import AttentionSite, Place, Share, Sublayer
 
 Cover = Literal["attention", "attention+mlp", "block"]
@@ -63,7 +64,7 @@ class ToMA(AttentionMethod):
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
         for name in ("max_downsample", "tile", "steps_destination", "steps_plan"):
-            check_count(name, getattr(self, name))
+            check_count(getattr(self, name), name, 1)
         if self.tile > 32:
             raise ValueError(f"tile must be at most 32, got {self.tile}: every pair of a tile's tokens is compared")
         if isinstance(self.tau, bool) or not isinstance(self.tau, int | float) or not self.tau >= 0:

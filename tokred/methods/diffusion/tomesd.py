@@ -8,12 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tokred.core.checks import check_count, check_ratio
 from tokred.core.method import Settings
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.site import Site
 from tokred.diffusion.grid import cell_destinations, match_cells, whole_cells
-from tokred.diffusion.method import AttentionMethod, check_count, check_ratio, check_sharing
+from tokred.diffusion.method import AttentionMethod, check_sharing
 from tokred.diffusion.site import AttentionSite, Place, Share, Sublayer
 
 
@@ -58,7 +59,7 @@ class ToMeSD(AttentionMethod):
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
         for name in ("sx", "sy"):
-            check_count(name, getattr(self, name))
+            check_count(getattr(self, name), name, 1)
         if self.max_downsample not in (1, 2, 4, 8):
             raise ValueError(f"max_downsample is {self.max_downsample!r}; allowed are 1, 2, 4, 8")
         if not self.sublayers:

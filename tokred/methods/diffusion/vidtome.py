@@ -8,12 +8,13 @@ from typing import ClassVar
 
 import torch
 
+from tokred.core.checks import check_count, check_ratio
 from tokred.core.method import Settings
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.site import Site
 from tokred.diffusion.grid import match_cells
-from tokred.diffusion.method import AttentionMethod, check_count, check_ratio, check_sharing
+from tokred.diffusion.method import AttentionMethod, check_sharing
 from tokred.diffusion.site import Place, Share
 
 
@@ -56,7 +57,7 @@ class VidToMe(AttentionMethod):
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
         for name in ("stride", "max_downsample"):
-            check_count(name, getattr(self, name))
+            check_count(getattr(self, name), name, 1)
         check_sharing(self.share, self.refresh, self.first_full)
 
     @property

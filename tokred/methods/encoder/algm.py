@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from tokred.core.checks import check_choice, check_count
 from tokred.core.matching import bipartite_uneven_matching
 from tokred.core.method import Method, Settings
 from tokred.core.ragged import bounds, pack, with_protected
@@ -18,7 +19,6 @@ from tokred.core.selection import ranked
 from tokred.core.site import Site
 from tokred.errors import MissingInputError
 from tokred.kernels.similarity_rows import Windows, grid_regions, similarity_sum, unit
-from tokred.methods.encoder.tome import check_choice
 
 
 @register("algm")
@@ -72,12 +72,11 @@ class ALGM(Method):
                 raise ValueError(f"{name} must be a number, got {value!r}")
         for name, low in (("k", 2), ("local_block", 0), ("global_block", 1)):
             value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if not (whole and value >= low) and not (name == "global_block" and value is None):
-                raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
+            if not (name == "global_block" and value is None):
+                check_count(value, name, low)
         if self.global_block is not None and self.global_block <= self.local_block:
             raise ValueError(f"global_block must lie behind local_block {self.local_block}, got {self.global_block}")
-        check_choice("count", self.count, ("image", "batch"))
+        check_choice(self.count, "count", ("image", "batch"))
 
     @property
     def reads(self) -> frozenset[str]:

@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tokred.core.checks import check_blocks, check_blocks_exist
 from tokred.core.method import Method, Settings
 from tokred.core.ragged import pack, with_protected
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.schedules import check_blocks, check_blocks_exist
 from tokred.core.site import Site
 from tokred.encoder.importance import class_value
 

@@ -9,11 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tokred.core.checks import check_count, check_share
 from tokred.core.method import Method, Settings
 from tokred.core.padding import reduce_each
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.schedules import check_share, whole
+from tokred.core.schedules import whole
 from tokred.core.site import Site
 
 
@@ -45,8 +46,7 @@ class Downsample(Method):
 
     def __post_init__(self) -> None:
         check_share(self.keep, "keep")
-        if isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 0:
-            raise ValueError(f"block must be a non-negative integer, got {self.block!r}")
+        check_count(self.block, "block")
 
     @property
     def reads(self) -> frozenset[str]:

@@ -8,11 +8,12 @@ from typing import ClassVar
 
 import torch
 
+from tokred.core.checks import check_blocks, check_blocks_exist, check_share
 from tokred.core.method import Method, Settings
 from tokred.core.padding import reduce_each
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.schedules import check_blocks, check_blocks_exist, check_share, is_listed, kept_ceil
+from tokred.core.schedules import is_listed, kept_ceil
 from tokred.core.selection import protected_rows, ranked
 from tokred.core.site import Site
 

@@ -7,15 +7,15 @@ from typing import ClassVar
 
 import torch
 
+from tokred.core.checks import check_blocks, check_blocks_exist, check_choice, check_count
 from tokred.core.matching import match_to
 from tokred.core.method import Method, Settings
 from tokred.core.padding import reduce_each
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.schedules import check_blocks, check_blocks_exist
 from tokred.core.selection import protected_rows
 from tokred.core.site import Site
-from tokred.methods.encoder.tome import Metric, check_choice, read_metric
+from tokred.encoder.metric import METRICS, Metric, read_metric
 
 
 @register("kth")
@@ -45,9 +45,8 @@ class KthMerge(Method):
     blocks: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
-            raise ValueError(f"k must be a positive integer, got {self.k!r}")
-        check_choice("metric", self.metric, ("k", "q", "v", "x"))
+        check_count(self.k, "k", 1)
+        check_choice(self.metric, "metric", METRICS)
         object.__setattr__(self, "blocks", (0,) if self.blocks is None else check_blocks(self.blocks))
 
     @property

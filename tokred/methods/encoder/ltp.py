@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tokred.core.checks import check_count
 from tokred.core.method import Method, Settings
 from tokred.core.ragged import pack, with_protected
 from tokred.core.reduction import Reduction
@@ -64,8 +65,8 @@ class LTP(Method):
             object.__setattr__(self, "thresholds", tuple(float(t) for t in given))
         for name, least in (("padded", 1), ("min_keep", 1)):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+            if value is not None:
+                check_count(value, name, least)
 
     @property
     def reads(self) -> frozenset[str]:

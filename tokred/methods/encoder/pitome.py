@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from tokred.core.checks import check_choice, check_count
 from tokred.core.matching import bipartite_soft_matching, bipartite_uneven_matching, match_to
 from tokred.core.method import Method, Settings
 from tokred.core.ragged import pack, with_protected
@@ -17,8 +18,8 @@ from tokred.core.registry import register
 from tokred.core.schedules import kept
 from tokred.core.selection import protected_rows, ranked
 from tokred.core.site import Site
+from tokred.encoder.metric import METRICS, Metric, read_metric
 from tokred.kernels.similarity_rows import best_match, similarity_sum
-from tokred.methods.encoder.tome import Metric, check_choice, read_metric
 
 Form = Literal["plain", "bsm", "bsm-plain", "plain-bsm", "tome-plain", "halves"]
 FORMS = ("plain", "bsm", "bsm-plain", "plain-bsm", "tome-plain", "halves")
@@ -98,15 +99,13 @@ class PiToMe(Method):
             raise ValueError("margin must be below 1 with the gaussian energy, whose width is 1 - margin")
         for name in ("start", "stop", "turn"):
             value = getattr(self, name)
-            if not (value is None and name != "start") and (
-                isinstance(value, bool) or not isinstance(value, int) or value < 0
-            ):
-                raise ValueError(f"{name} must be a non-negative integer, got {value!r}")
+            if not (value is None and name != "start"):
+                check_count(value, name)
         if self.stop is not None and self.start >= self.stop:
             raise ValueError(f"start must lie before stop, got start={self.start} and stop={self.stop}")
-        check_choice("form", self.form, FORMS)
-        check_choice("energy", self.energy, ("elu", "gaussian"))
-        check_choice("metric", self.metric, ("k", "q", "v", "x"))
+        check_choice(self.form, "form", FORMS)
+        check_choice(self.energy, "energy", ("elu", "gaussian"))
+        check_choice(self.metric, "metric", METRICS)
 
     @classmethod
     def preset(cls, host: str, ratio: float, **changes: Any) -> PiToMe:
@@ -121,7 +120,7 @@ class PiToMe(Method):
         Raises:
             ValueError: no such host, or a parameter does not fit.
         """
-        check_choice("host", host, tuple(PRESETS))
+        check_choice(host, "host", tuple(PRESETS))
         return cls(**{**PRESETS[host], "ratio": ratio, **changes})
 
     @property

@@ -8,16 +8,17 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from tokred.core.checks import check_blocks, check_blocks_exist, check_choice
 from tokred.core.matching import bipartite_soft_matching, mergeable, without_padding
 from tokred.core.method import Method, Settings
 from tokred.core.padding import reduce_each
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.schedules import ScheduleLike, check_blocks, check_blocks_exist, is_listed, schedule
+from tokred.core.schedules import ScheduleLike, is_listed, schedule
 from tokred.core.selection import protected_rows, ranked
 from tokred.core.site import Site
 from tokred.encoder.importance import class_value
-from tokred.methods.encoder.tome import Metric, check_choice, read_metric
+from tokred.encoder.metric import METRICS, Metric, read_metric
 
 THRESHOLD = 7e-5
 # The same switch for any number of tokens: the published one was set at 196 patches.
@@ -73,8 +74,8 @@ class PPT(Method):
         number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)
         if self.threshold is not None and not (number and self.threshold >= 0):
             raise ValueError(f"threshold must be a number of at least 0, or None, got {self.threshold!r}")
-        check_choice("route", self.route, ("image", "batch"))
-        check_choice("metric", self.metric, ("k", "q", "v", "x"))
+        check_choice(self.route, "route", ("image", "batch"))
+        check_choice(self.metric, "metric", METRICS)
 
     @property
     def reads(self) -> frozenset[str]:

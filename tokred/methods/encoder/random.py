@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from tokred.core.checks import check_choice
 from tokred.core.matching import match_to, mergeable
 from tokred.core.method import Method, Settings
 from tokred.core.padding import reduce_each
@@ -15,7 +16,7 @@ from tokred.core.registry import register
 from tokred.core.schedules import ScheduleLike, schedule
 from tokred.core.selection import protected_rows, random_order
 from tokred.core.site import Site
-from tokred.methods.encoder.tome import Metric, check_choice, read_metric
+from tokred.encoder.metric import METRICS, Metric, read_metric
 
 
 @register("random")
@@ -47,7 +48,7 @@ class RandomMerge(Method):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "r", schedule(self.r))
-        check_choice("metric", self.metric, ("k", "q", "v", "x"))
+        check_choice(self.metric, "metric", METRICS)
 
     @property
     def reads(self) -> frozenset[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
@@ -10,15 +9,15 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from tokred.core.checks import check_blocks, check_blocks_exist, check_choice, check_count, check_number
 from tokred.core.method import Method, Settings
 from tokred.core.ragged import bounds, pack, with_protected
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.schedules import check_blocks, check_blocks_exist
 from tokred.core.selection import ranked
 from tokred.core.site import Site
+from tokred.encoder.metric import head_mean
 from tokred.kernels.similarity_rows import best_match, similarity_count, similarity_sum, unit
-from tokred.methods.encoder.tome import check_choice, head_mean
 
 
 class Redundancy(NamedTuple):
@@ -87,20 +86,20 @@ class SAINT(Method):
 
     def __post_init__(self) -> None:
         if isinstance(self.tau, list | tuple):
-            listed = tuple(None if t is None else _number(t, f"tau[{i}]") for i, t in enumerate(self.tau))
+            listed = tuple(None if t is None else check_number(t, f"tau[{i}]") for i, t in enumerate(self.tau))
             object.__setattr__(self, "tau", listed)
             if self.blocks is not None:
                 raise ValueError("blocks goes with a single tau; a list of tau says which blocks prune")
         else:
-            _number(self.tau, "tau")
-        if not _number(self.gamma, "gamma") > 0:
+            check_number(self.tau, "tau")
+        if not check_number(self.gamma, "gamma") > 0:
             raise ValueError(f"gamma must be positive, got {self.gamma!r}")
         for name, low in (("K", 1), ("M", 1), ("q", 1), ("min_tokens", 0), ("max_r", 0)):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
-                raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
-        check_choice("form", self.form, ("graph", "full"))
-        check_choice("count", self.count, ("image", "batch"))
+            if not (name == "max_r" and value is None):
+                check_count(value, name, low)
+        check_choice(self.form, "form", ("graph", "full"))
+        check_choice(self.count, "count", ("image", "batch"))
         object.__setattr__(self, "blocks", check_blocks(self.blocks))
 
     @property
@@ -256,9 +255,3 @@ def degree_sums(a: Tensor, b: Tensor, real: Tensor | None = None) -> Tensor:
     rows = unit(b) if real is None else unit(b) * real.unsqueeze(-1)
     total = rows.sum(1, keepdim=True)
     return similarity_sum(unit(a), total, function="identity", metric="dot").float()
-
-
-def _number(value: object, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
-    return float(value)

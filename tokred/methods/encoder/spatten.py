@@ -10,10 +10,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tokred.core.checks import check_count, check_share, is_count
 from tokred.core.method import Method, Settings, Where
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.schedules import check_share, kept_ceil, whole
+from tokred.core.schedules import kept_ceil, whole
 from tokred.core.selection import highest, protected_rows, ranked
 from tokred.core.site import Site
 
@@ -58,10 +59,8 @@ class SpAtten(Method):
 
     def __post_init__(self) -> None:
         check_share(self.keep, "keep (the share of tokens that stays)")
-        if self.first is not None and (
-            isinstance(self.first, bool) or not isinstance(self.first, int) or self.first < 0
-        ):
-            raise ValueError(f"first must be a whole number of layers, got {self.first!r}")
+        if self.first is not None:
+            check_count(self.first, "first")
         if isinstance(self.heads, list | tuple):
             object.__setattr__(self, "heads", tuple(self.heads))
         _check_heads(self.heads)
@@ -190,7 +189,7 @@ def _check_heads(heads: object) -> None:
         check_share(heads, "heads (as a share)")
         return
     listed = heads if isinstance(heads, tuple) else (heads,)
-    if not listed or any(isinstance(h, bool) or not isinstance(h, int) or h < 1 for h in listed):
+    if not listed or not all(is_count(h, 1) for h in listed):
         raise ValueError(f"heads must be None, a share (a float) in (0, 1], or numbers of at least 1, got {heads!r}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from tokred.core.checks import check_choice
 from tokred.core.matching import raster_order
 from tokred.core.method import Settings
 from tokred.core.padding import reduce_each
@@ -12,7 +13,7 @@ from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.schedules import ScheduleLike
 from tokred.core.site import Site
-from tokred.methods.encoder.tome import ToMe, check_choice
+from tokred.methods.encoder.tome import ToMe
 
 
 @register("tinychart")
@@ -44,7 +45,7 @@ class TinyChart(ToMe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("order", self.order, ("merge", "raster"))
+        check_choice(self.order, "order", ("merge", "raster"))
 
     def reduce(self, site: Site) -> Reduction:
         """Match by parity, merge the most similar pairs, order."""

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from tokred.core.checks import check_choice
 from tokred.core.matching import bipartite_soft_matching, mergeable
 from tokred.core.method import Method, Settings
 from tokred.core.padding import reduce_each
@@ -16,7 +17,7 @@ from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.schedules import ScheduleLike, schedule
 from tokred.core.site import Site
-from tokred.methods.encoder.tome import Metric, check_choice, read_metric
+from tokred.encoder.metric import METRICS, Metric, read_metric
 
 
 @register("tofu")
@@ -66,8 +67,8 @@ class ToFu(Method):
         whole = isinstance(self.switch, int) and not isinstance(self.switch, bool)
         if self.switch is not None and not (whole and self.switch >= 0):
             raise ValueError(f"switch must be a non-negative integer or None, got {self.switch!r}")
-        check_choice("mode", self.mode, ("mlerp", "mean"))
-        check_choice("metric", self.metric, ("k", "q", "v", "x"))
+        check_choice(self.mode, "mode", ("mlerp", "mean"))
+        check_choice(self.metric, "metric", METRICS)
 
     @property
     def reads(self) -> frozenset[str]:

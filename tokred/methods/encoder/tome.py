@@ -5,38 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import Tensor
-
+from tokred.core.checks import check_choice
 from tokred.core.matching import bipartite_soft_matching, mergeable
 from tokred.core.method import Method, Settings
 from tokred.core.padding import reduce_each
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.schedules import ScheduleLike, schedule
-from tokred.core.schedules import check_choice as check_choice
 from tokred.core.site import Site
-from tokred.kernels.dispatch import accumulator_dtype
-
-Metric = Literal["k", "q", "v", "x"]
-
-
-def head_mean(t: Tensor) -> Tensor:
-    """``(B, H, N, D)`` to the mean over heads ``(B, N, D)`` in the type of the sums, which half precision would round
-    to other choices; ``(B, N, C)`` as it is."""
-    if t.ndim != 4:
-        return t
-    dtype, heads = accumulator_dtype(t.dtype), t.shape[1]
-    if heads % 2:
-        return t.to(dtype).mean(1)
-    # A sum over a strided dimension is not vectorised on a CPU, an addition is: half of the work goes there.
-    half = t[:, : heads // 2].to(dtype) + t[:, heads // 2 :]
-    return half.sum(1) / heads
-
-
-def read_metric(site: Site, metric: Metric) -> Tensor:
-    """The vectors that are compared, ``(B, N, D)``."""
-    found: Tensor = getattr(site, metric)
-    return head_mean(found)
+from tokred.encoder.metric import METRICS, Metric, read_metric
 
 
 @register("tome")
@@ -70,9 +47,9 @@ class ToMe(Method):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "r", schedule(self.r))
-        check_choice("metric", self.metric, ("k", "q", "v", "x"))
-        check_choice("split", self.split, ("alternate", "sequential"))
-        check_choice("mode", self.mode, ("mean", "max", "mlerp", "keep"))
+        check_choice(self.metric, "metric", METRICS)
+        check_choice(self.split, "split", ("alternate", "sequential"))
+        check_choice(self.mode, "mode", ("mean", "max", "mlerp", "keep"))
 
     @property
     def reads(self) -> frozenset[str]:

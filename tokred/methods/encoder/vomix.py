@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from tokred.core.checks import check_choice
 from tokred.core.method import Method, Settings, Where
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
@@ -16,9 +17,9 @@ from tokred.core.schedules import kept
 from tokred.core.selection import protected_rows, ranked
 from tokred.core.site import Site
 from tokred.core.soft import SoftReduction
+from tokred.encoder.metric import head_mean
 from tokred.kernels.gather_rows import gather_rows
 from tokred.kernels.similarity_rows import best_match, unit
-from tokred.methods.encoder.tome import check_choice, head_mean
 
 # Votes are summed as integers, whose sum does not depend on the order, and compared to a millionth: similarities of a
 # pair, computed from either side, can differ in their last bit.
@@ -68,7 +69,7 @@ class VoMix(Method):
         number = isinstance(self.tau, int | float) and not isinstance(self.tau, bool)
         if not number or not 0 < self.tau < math.inf:
             raise ValueError(f"tau must be a positive number, got {self.tau!r}")
-        check_choice("vote", self.vote, ("weighted", "count"))
+        check_choice(self.vote, "vote", ("weighted", "count"))
         if self.prop_attn and not self.track_size:
             raise ValueError("prop_attn needs track_size=True: without it sizes are not part of the mix")
 

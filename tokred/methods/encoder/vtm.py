@@ -8,16 +8,17 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from tokred.core.checks import check_blocks, check_blocks_exist, check_choice, check_count
 from tokred.core.method import Method, Settings
 from tokred.core.ragged import pack, with_protected
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.schedules import check_blocks, check_blocks_exist, is_listed, kept
+from tokred.core.schedules import is_listed, kept
 from tokred.core.selection import hash_uniform, ranked
 from tokred.core.site import Site
+from tokred.encoder.metric import METRICS, Metric, read_metric
 from tokred.errors import MissingInputError
 from tokred.kernels.similarity_rows import best_match
-from tokred.methods.encoder.tome import Metric, check_choice, read_metric
 
 Variant = Literal["naive", "centre", "boundary", "motion"]
 
@@ -69,10 +70,9 @@ class VTM(Method):
     blocks: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        check_choice("variant", self.variant, ("naive", "centre", "boundary", "motion"))
-        check_choice("metric", self.metric, ("k", "q", "v", "x"))
-        if isinstance(self.gamma, bool) or not isinstance(self.gamma, int) or self.gamma < 2:
-            raise ValueError(f"gamma must be an integer of at least 2, got {self.gamma!r}")
+        check_choice(self.variant, "variant", ("naive", "centre", "boundary", "motion"))
+        check_choice(self.metric, "metric", METRICS)
+        check_count(self.gamma, "gamma", 2)
         number = isinstance(self.R, int | float) and not isinstance(self.R, bool)
         if self.R is not None and not (number and (self.R >= 0 if isinstance(self.R, int) else 0 <= self.R <= 1)):
             raise ValueError(f"R must be a share in [0, 1], an integer of at least 0, or None for all, got {self.R!r}")

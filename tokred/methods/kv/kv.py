@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tokred.core.checks import check_share
 from tokred.core.method import Settings
 from tokred.core.registry import register
-from tokred.core.schedules import check_share
 from tokred.kv.parts import Fate, Score, When, as_part, check_count
 from tokred.kv.policy import BudgetLike, CachePolicy, Parts, as_budget, check_room
 

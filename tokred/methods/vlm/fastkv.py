@@ -9,16 +9,16 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from tokred.core.checks import check_choice, check_share
 from tokred.core.method import Settings
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.schedules import check_share, kept
+from tokred.core.schedules import kept
 from tokred.kv.parts import Budget, check_count
 from tokred.kv.policy import CachePolicy, Parts
 from tokred.kv.scores import Window
 from tokred.kv.scores.window import check_pool, pooled_columns
 from tokred.kv.site import Place
-from tokred.methods.encoder.tome import check_choice
 from tokred.vlm.in_llm import LayerSite
 from tokred.vlm.layered import LayerMethod
 
@@ -68,8 +68,8 @@ class FastKV(CachePolicy):
     def __post_init__(self) -> None:
         check_count(self.window, "window", 1)
         check_pool(self.pool, self.pooling)
-        check_choice("pooling", self.pooling, ("max", "avg"))
-        check_choice("mode", self.mode, ("constant", "proportional"))
+        check_choice(self.pooling, "pooling", ("max", "avg"))
+        check_choice(self.mode, "mode", ("constant", "proportional"))
         for name in ("retain", "tsp_rate"):
             check_share(getattr(self, name), name)
         for name in ("cap", "tsp_len"):

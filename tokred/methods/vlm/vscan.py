@@ -8,16 +8,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tokred.core.checks import check_count, check_share
 from tokred.core.matching import match_to
 from tokred.core.method import Settings
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.schedules import check_share
 from tokred.core.selection import ranked
 from tokred.vlm.before_llm import Budgeted, VisualSite
 from tokred.vlm.in_llm import LayerSite
 from tokred.vlm.layered import LayerMethod, check_depth, check_layer
-from tokred.vlm.tools.budget import Budget, as_budget, check_number, count_of
+from tokred.vlm.tools.budget import Budget, as_budget, count_of
 
 
 @register("vscan")
@@ -57,7 +57,7 @@ class VScan(Budgeted):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_share(self.local_ratio, "local_ratio", zero=True)
-        check_number(self.window, "window", 1)
+        check_count(self.window, "window", 1)
         if isinstance(self.shallow, bool) or not isinstance(self.shallow, int):
             raise ValueError(f"shallow must be an integer, got {self.shallow!r}")
 
