@@ -57,6 +57,8 @@ __version__ = "0.1.0"
 # Of the package's own names, those that are imported when they are first used. The types of all names stand in
 # ``__init__.pyi``, which .ci/stub.py writes from this file and the table of methods.
 _LAZY = {
+    "BlockMethod": "tokred.encoder.method:BlockMethod",
+    "Place": "tokred.encoder.method:Place",
     "bench": "tokred.bench",
     "choose_tsp_layer": "tokred.analysis.tsp_layer:choose_tsp_layer",
     "kv": "tokred.kv",

@@ -24,6 +24,7 @@ from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.site import Site
 from tokred.diffusion.site import AttentionSite
+from tokred.encoder.method import BlockMethod, Place
 from tokred.errors import (
     BypassedError,
     MissingInputError,
@@ -127,6 +128,7 @@ __all__ = [
     "AdaKV",
     "AsymRnR",
     "AttentionSite",
+    "BlockMethod",
     "BypassedError",
     "CAToMe",
     "CDPruner",
@@ -162,6 +164,7 @@ __all__ = [
     "NothingRemovedWarning",
     "ObservedAttention",
     "PiToMe",
+    "Place",
     "PluginWarning",
     "PruMerge",
     "PruMergePlus",

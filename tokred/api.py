@@ -352,6 +352,8 @@ def flops(
     Raises:
         MissingInputError, UnsupportedModelError, ValueError: as :func:`apply`.
     """
+    from tokred.encoder.method import BlockMethod
+
     chosen = None if method is None else make(method, **parameters)
     if chosen is not None and chosen.stage != "block":
         raise ValueError(
@@ -361,6 +363,7 @@ def flops(
     host = _find(model).choose(windows)
     if chosen is not None:
         host.check(chosen)
+    assert chosen is None or isinstance(chosen, BlockMethod)  # check() saw to it
     rows = [LayerFlops(layer, *row) for layer, row in enumerate(host.plan(chosen, tuple(shape)))]
     outside = host.outside_macs(tuple(shape))
     return Flops(sum(row.macs for row in rows) + outside, tuple(rows), outside)

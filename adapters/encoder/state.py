@@ -19,9 +19,9 @@ from torch import Tensor
 from tokred.adapters.contract import backward_pass
 from tokred.adapters.encoder.sides import Note, Sides
 from tokred.adapters.watch import Watch
-from tokred.core.method import Method
 from tokred.core.reduction import Reduction
 from tokred.core.soft import SoftReduction
+from tokred.encoder.method import BlockMethod
 from tokred.errors import NothingRecordedError, TokenStateError, UnsupportedModelError
 
 ATTRIBUTE = "_tokred_state"
@@ -147,7 +147,7 @@ class Shared:
     Holds no module, so copying a block does not copy the model. Copies and pickles start with empty slots.
     """
 
-    def __init__(self, method: Method, depth: int, prefix: int, suffix: int, restore: str, drops: bool) -> None:
+    def __init__(self, method: BlockMethod, depth: int, prefix: int, suffix: int, restore: str, drops: bool) -> None:
         self.method = method
         self.depth = depth
         self.prefix = prefix

@@ -36,10 +36,10 @@ def test_double_and_odd_names_are_refused():
 def test_a_method_in_one_class_runs():
     @tokred.register("every_second")
     @dataclass(frozen=True)
-    class EverySecond(tokred.Method):
+    class EverySecond(tokred.BlockMethod):
         """Keep every second token."""
 
-        def tokens(self, n, *, layer, depth, prefix=0, suffix=0):
+        def tokens(self, n, place):
             return (n + 1) // 2
 
         def reduce(self, site):

@@ -136,8 +136,9 @@ def _check_plugin(cls: Any) -> None:
     """
     from tokred.core.method import Method
 
-    if not (isinstance(cls, type) and issubclass(cls, Method) and dataclasses.is_dataclass(cls)):
-        raise TypeError(f"a method is a dataclass derived from tokred.Method, got {cls!r}")
+    is_method = isinstance(cls, type) and issubclass(cls, Method) and dataclasses.is_dataclass(cls)
+    if not is_method:
+        raise TypeError(f"a method is a dataclass derived from a base of tokred, got {cls!r}")
     cls()
 
 

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from tokred.core.checks import check_choice, check_count
-from tokred.core.method import Method, Settings
+from tokred.core.method import Method, Parameters
 from tokred.core.site import Site, Stage
-from tokred.diffusion.site import AttentionSite, Part, Place, Share, Side, Step, Sublayer
+from tokred.diffusion.site import AttentionSite, Part, Share, Side, Step, Sublayer, SublayerPlace
 
 
 class AttentionMethod(Method):
@@ -37,10 +37,15 @@ class AttentionMethod(Method):
     part: ClassVar[Part] = "tokens"
     near: ClassVar[bool] = False
     remembers: ClassVar[bool] = False
-    nothing: ClassVar[Settings | None] = {"ratio": 0.0}
+    nothing: ClassVar[Parameters | None] = {"ratio": 0.0}
     share: Share = "block"
     refresh: int = 1
     first_full: int = 0
+
+    @property
+    def proportional(self) -> bool:
+        """Whether attention adds the log of each token's size (proportional attention)."""
+        return False
 
     @property
     def stepwise(self) -> bool:
@@ -56,7 +61,7 @@ class AttentionMethod(Method):
         """
         return None if step is not None and step.number < self.first_full else self
 
-    def side(self, side: Side, place: Place) -> int:
+    def side(self, side: Side, place: SublayerPlace) -> int:
         """Tokens of one side that remain, of ``place.length``; :meth:`left` unless part is ``"heads"``."""
         return self.left(place)
 
@@ -75,7 +80,7 @@ class AttentionMethod(Method):
         return not self.idle
 
     @abstractmethod
-    def left(self, place: Place) -> int:
+    def left(self, place: SublayerPlace) -> int:
         """Tokens (or keys) that remain of ``place.length``; as many: the host's own sub-layer runs.
 
         Raises:
@@ -86,10 +91,6 @@ class AttentionMethod(Method):
     def advice(self) -> str:
         """What to change where a denoiser has no place at which anything is reduced."""
         return ""
-
-    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
-        """All: what is merged before a sub-layer is undone right after it."""
-        return n
 
     def site(self, site: Site) -> AttentionSite:
         """``site`` as one of a denoiser.

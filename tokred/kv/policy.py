@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tokred.core.checks import check_share
-from tokred.core.method import Method, Settings
+from tokred.core.method import Method, Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.schedules import kept
 from tokred.core.site import Site, Stage
@@ -48,8 +48,8 @@ class CachePolicy(Method):
 
     stage: ClassVar[Stage] = "cache"
     drops: ClassVar[bool] = True
-    example: ClassVar[Settings] = {"budget": 9}
-    nothing: ClassVar[Settings | None] = {"budget": 1.0}
+    example: ClassVar[Parameters] = {"budget": 9}
+    nothing: ClassVar[Parameters | None] = {"budget": 1.0}
 
     @property
     @abstractmethod

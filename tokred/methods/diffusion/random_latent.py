@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tokred.core.checks import check_count, check_ratio
-from tokred.core.method import Settings
+from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.selection import ranked
 from tokred.core.site import Site
 from tokred.diffusion.method import AttentionMethod, check_sharing
-from tokred.diffusion.site import Place, Share
+from tokred.diffusion.site import Share, SublayerPlace
 
 
 @register("random_latent_prune")
@@ -32,8 +32,7 @@ class RandomLatentPrune(AttentionMethod):
 
     summary: ClassVar[str] = "baseline: random tokens take no part in a denoiser's self-attention"
     source: ClassVar[str] = "baseline"
-    example: ClassVar[Settings] = {"ratio": 0.5, "max_downsample": 8}
-    drops: ClassVar[bool] = True
+    example: ClassVar[Parameters] = {"ratio": 0.5, "max_downsample": 8}
 
     ratio: float = 0.5
     max_downsample: int = 1
@@ -61,7 +60,7 @@ class RandomLatentPrune(AttentionMethod):
         """How far ``max_downsample`` reaches."""
         return f"max_downsample is {self.max_downsample}: give a larger one"
 
-    def left(self, place: Place) -> int:
+    def left(self, place: SublayerPlace) -> int:
         """``N`` less ``int(N * ratio)``."""
         if place.factor > self.max_downsample:
             return place.length

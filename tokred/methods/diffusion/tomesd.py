@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from tokred.core.checks import check_count, check_ratio
-from tokred.core.method import Settings
+from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.site import Site
 from tokred.diffusion.grid import cell_destinations, match_cells, whole_cells
 from tokred.diffusion.method import AttentionMethod, check_sharing
-from tokred.diffusion.site import AttentionSite, Place, Share, Sublayer
+from tokred.diffusion.site import AttentionSite, Share, Sublayer, SublayerPlace
 
 
 @register("tomesd")
@@ -42,7 +42,7 @@ class ToMeSD(AttentionMethod):
 
     summary: ClassVar[str] = "merge a denoiser's tokens around attention, a destination per cell of the image"
     source: ClassVar[str] = "Bolya and Hoffman, CVPR 2023 workshops (arXiv 2303.17604)"
-    example: ClassVar[Settings] = {"ratio": 0.5, "max_downsample": 8, "merge_crossattn": True, "merge_mlp": True}
+    example: ClassVar[Parameters] = {"ratio": 0.5, "max_downsample": 8, "merge_crossattn": True, "merge_mlp": True}
 
     ratio: float = 0.5
     max_downsample: int = 1
@@ -91,7 +91,7 @@ class ToMeSD(AttentionMethod):
         """How far ``max_downsample`` reaches."""
         return f"max_downsample is {self.max_downsample}: give a larger one"
 
-    def left(self, place: Place) -> int:
+    def left(self, place: SublayerPlace) -> int:
         """``N`` less ``int(N * ratio)``, at least one token a cell; all where the grid is smaller than a cell."""
         r = int(place.length * self.ratio)
         if r == 0 or self.idle or place.factor > self.max_downsample:

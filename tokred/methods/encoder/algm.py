@@ -11,19 +11,20 @@ from torch import Tensor
 
 from tokred.core.checks import check_choice, check_count
 from tokred.core.matching import bipartite_uneven_matching
-from tokred.core.method import Method, Settings
+from tokred.core.method import Parameters
 from tokred.core.ragged import bounds, pack, with_protected
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.selection import ranked
 from tokred.core.site import Site
+from tokred.encoder.method import BlockMethod, Place
 from tokred.errors import MissingInputError
 from tokred.kernels.similarity_rows import Windows, grid_regions, similarity_sum, unit
 
 
 @register("algm")
 @dataclass(frozen=True)
-class ALGM(Method):
+class ALGM(BlockMethod):
     """Adaptive local-then-global merging.
 
     In ``local_block`` the grid of patches is cut into windows of ``k x k``; a window whose tokens have a mean cosine to
@@ -52,8 +53,8 @@ class ALGM(Method):
 
     summary: ClassVar[str] = "merge uniform windows early, then similar pairs anywhere, above thresholds"
     source: ClassVar[str] = "Norouzi et al., CVPR 2024 (arXiv 2406.09936)"
-    example: ClassVar[Settings] = {"T": 0.0, "theta": 0.3}
-    nothing: ClassVar[Settings | None] = {"T": 2, "theta": 2}
+    example: ClassVar[Parameters] = {"T": 0.0, "theta": 0.3}
+    nothing: ClassVar[Parameters | None] = {"T": 2, "theta": 2}
     uneven: ClassVar[bool] = True
 
     T: float = 0.88
@@ -99,15 +100,15 @@ class ALGM(Method):
                 "give a smaller local_block, or global_block"
             )
 
-    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
+    def tokens(self, n: int, place: Place) -> int:
         """At most ``n``: how many merge depends on the image."""
         return n
 
-    def acts(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> bool:
+    def acts(self, n: int, place: Place) -> bool:
         """In its two blocks, where a threshold can be reached."""
-        if layer == self.local_block:
+        if place.layer == self.local_block:
             return self.T <= 1
-        return layer == self._global(depth) and (self.theta is None or self.theta <= 1)
+        return place.layer == self._global(place.depth) and (self.theta is None or self.theta <= 1)
 
     def reduce(self, site: Site) -> Reduction:
         """Windows in the first of the two blocks, pairs in the second."""

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from tokred.core.checks import check_blocks, check_blocks_exist, check_choice, check_count, check_number
-from tokred.core.method import Method, Settings
+from tokred.core.method import Parameters
 from tokred.core.ragged import bounds, pack, with_protected
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.selection import ranked
 from tokred.core.site import Site
+from tokred.encoder.method import BlockMethod, Place
 from tokred.encoder.metric import head_mean
 from tokred.kernels.similarity_rows import best_match, similarity_count, similarity_sum, unit
 
@@ -34,7 +35,7 @@ class Redundancy(NamedTuple):
 
 @register("saint")
 @dataclass(frozen=True)
-class SAINT(Method):
+class SAINT(BlockMethod):
     """Similarity-aware token pruning, for vision transformers.
 
     ``form="graph"``: unprotected tokens at even places are sources, those at odd places destinations; a source and a
@@ -67,8 +68,8 @@ class SAINT(Method):
 
     summary: ClassVar[str] = "drop tokens with many near-copies, as many as each image has"
     source: ClassVar[str] = "Jeddi et al., 2025 (arXiv 2503.11549)"
-    example: ClassVar[Settings] = {"tau": 0.35, "K": 3}
-    nothing: ClassVar[Settings | None] = {"tau": 1.5}
+    example: ClassVar[Parameters] = {"tau": 0.35, "K": 3}
+    nothing: ClassVar[Parameters | None] = {"tau": 1.5}
     drops: ClassVar[bool] = True
     uneven: ClassVar[bool] = True
 
@@ -113,18 +114,18 @@ class SAINT(Method):
         if isinstance(self.tau, tuple) and len(self.tau) > depth:
             raise ValueError(f"tau has {len(self.tau)} entries, but the model has {depth} blocks")
 
-    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
+    def tokens(self, n: int, place: Place) -> int:
         """``M`` in the full form; else at most ``n``: how many go depends on the image."""
-        if self.form == "graph" or not self._listed(layer, depth):
+        if self.form == "graph" or not self._listed(place.layer, place.depth):
             return n
-        return n - (n - prefix - suffix) + min(n - prefix - suffix, self._target(prefix, suffix))
+        return place.protected + min(place.free(n), self._target(place.prefix, place.suffix))
 
-    def acts(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> bool:
+    def acts(self, n: int, place: Place) -> bool:
         """In the listed blocks, where there are sources and destinations, and a cosine can reach the threshold."""
         if self.form == "full":
-            return super().acts(n, layer=layer, depth=depth, prefix=prefix, suffix=suffix)
-        tau = self._tau(layer) if self._listed(layer, depth) else None
-        return tau is not None and tau <= 1 and self.max_r != 0 and n - prefix - suffix > max(1, self.min_tokens)
+            return super().acts(n, place)
+        tau = self._tau(place.layer) if self._listed(place.layer, place.depth) else None
+        return tau is not None and tau <= 1 and self.max_r != 0 and place.free(n) > max(1, self.min_tokens)
 
     def reduce(self, site: Site) -> Reduction:
         """Drop the most redundant tokens."""

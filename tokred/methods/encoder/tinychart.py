@@ -7,12 +7,12 @@ from typing import ClassVar, Literal
 
 from tokred.core.checks import check_choice
 from tokred.core.matching import raster_order
-from tokred.core.method import Settings
-from tokred.core.padding import reduce_each
+from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.schedules import ScheduleLike
 from tokred.core.site import Site
+from tokred.encoder.padding import reduce_each
 from tokred.methods.encoder.tome import ToMe
 
 
@@ -37,8 +37,8 @@ class TinyChart(ToMe):
 
     summary: ClassVar[str] = "ToMe with a constant r for charts of high resolution, in merge or raster order"
     source: ClassVar[str] = "Zhang et al., EMNLP 2024 (arXiv 2404.16635)"
-    example: ClassVar[Settings] = {"r": 4, "order": "raster"}
-    usual: ClassVar[Settings] = {}
+    example: ClassVar[Parameters] = {"r": 4, "order": "raster"}
+    usual: ClassVar[Parameters] = {}
 
     r: ScheduleLike = 84
     order: Literal["merge", "raster"] = "merge"

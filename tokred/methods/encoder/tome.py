@@ -6,19 +6,19 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from tokred.core.checks import check_choice
-from tokred.core.matching import bipartite_soft_matching, mergeable
-from tokred.core.method import Method, Settings
-from tokred.core.padding import reduce_each
+from tokred.core.matching import bipartite_soft_matching
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.schedules import ScheduleLike, schedule
+from tokred.core.schedules import schedule
 from tokred.core.site import Site
-from tokred.encoder.metric import METRICS, Metric, read_metric
+from tokred.encoder.method import Compared, Scheduled
+from tokred.encoder.metric import Metric, read_metric
+from tokred.encoder.padding import reduce_each
 
 
 @register("tome")
 @dataclass(frozen=True)
-class ToMe(Method):
+class ToMe(Compared, Scheduled):
     """Token Merging.
 
     Args:
@@ -35,39 +35,16 @@ class ToMe(Method):
 
     summary: ClassVar[str] = "merge the r most similar token pairs in every block"
     source: ClassVar[str] = "Bolya et al., ICLR 2023 (arXiv 2210.09461)"
-    example: ClassVar[Settings] = {"r": 4}
-    nothing: ClassVar[Settings | None] = {"r": 0}
-    usual: ClassVar[Settings] = {"r": 8}
 
-    r: ScheduleLike = 0
     prop_attn: bool = True
     metric: Metric = "k"
     split: Literal["alternate", "sequential"] = "alternate"
     mode: Literal["mean", "max", "mlerp", "keep"] = "mean"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "r", schedule(self.r))
-        check_choice(self.metric, "metric", METRICS)
+        super().__post_init__()
         check_choice(self.split, "split", ("alternate", "sequential"))
         check_choice(self.mode, "mode", ("mean", "max", "mlerp", "keep"))
-
-    @property
-    def reads(self) -> frozenset[str]:
-        """The tokens, and what is compared."""
-        return frozenset({"x", self.metric})
-
-    @property
-    def proportional(self) -> bool:
-        """As ``prop_attn`` says."""
-        return self.prop_attn
-
-    def check(self, depth: int) -> None:
-        """A list may not be longer than the model is deep."""
-        schedule(self.r).check(depth)
-
-    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
-        """``n`` less this layer's ``r``, capped."""
-        return n - min(schedule(self.r).at(layer, depth), mergeable(n, prefix, suffix))
 
     def reduce(self, site: Site) -> Reduction:
         """Match by parity and merge the most similar pairs."""

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from tokred.core.checks import check_choice
-from tokred.core.method import Method, Settings, Where
+from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.schedules import kept
 from tokred.core.selection import protected_rows, ranked
 from tokred.core.site import Site
 from tokred.core.soft import SoftReduction
+from tokred.encoder.method import BlockMethod, Place, Where
 from tokred.encoder.metric import head_mean
 from tokred.kernels.gather_rows import gather_rows
 from tokred.kernels.similarity_rows import best_match, unit
@@ -31,7 +32,7 @@ _NEVER = -1e30
 
 @register("vomix")
 @dataclass(frozen=True)
-class VoMix(Method):
+class VoMix(BlockMethod):
     """Vote and mix.
 
     Our reading of public summaries of the paper, whose text and code were not at hand: that tokens vote by similarity,
@@ -52,8 +53,8 @@ class VoMix(Method):
 
     summary: ClassVar[str] = "mix the tokens that most others resemble into the rest; only the rest asks (our reading)"
     source: ClassVar[str] = "Peng et al., 2024 (arXiv 2408.17062)"
-    example: ClassVar[Settings] = {"r": 0.2}
-    nothing: ClassVar[Settings | None] = {"r": 0}
+    example: ClassVar[Parameters] = {"r": 0.2}
+    nothing: ClassVar[Parameters | None] = {"r": 0}
     where: ClassVar[Where] = "queries"
 
     r: float = 0.1
@@ -83,9 +84,9 @@ class VoMix(Method):
         """As ``prop_attn`` says."""
         return self.prop_attn
 
-    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
+    def tokens(self, n: int, place: Place) -> int:
         """``n`` less ``floor(T * r)`` of the ``T`` unprotected ones."""
-        return n - kept(n - prefix - suffix, self.r)
+        return n - kept(place.free(n), self.r)
 
     def reduce(self, site: Site) -> Reduction:
         """Vote, select the most voted, hand them out to the others by similarity."""

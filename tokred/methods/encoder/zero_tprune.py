@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from tokred.core.checks import check_blocks, check_blocks_exist, check_choice, check_count, check_share
-from tokred.core.method import Method, Settings, Where
+from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.schedules import kept_ceil
 from tokred.core.selection import highest, protected_rows, ranked
 from tokred.core.site import Site
+from tokred.encoder.method import BlockMethod, Place, Where
 from tokred.encoder.metric import head_mean
 from tokred.kernels.gather_rows import gather_rows
 from tokred.kernels.similarity_rows import best_match
@@ -27,7 +28,7 @@ PLACES = (0.0, 2 / 12, 5 / 12, 8 / 12, 10 / 12)
 
 @register("zero_tprune")
 @dataclass(frozen=True)
-class ZeroTPrune(Method):
+class ZeroTPrune(BlockMethod):
     """Zero-shot pruning by the attention graph.
 
     After each listed block: rank the patches by one round of votes (I'), drop the ``r_s`` of the less important half
@@ -55,8 +56,8 @@ class ZeroTPrune(Method):
 
     summary: ClassVar[str] = "drop near-copies among the unimportant, then what page rank on attention finds least"
     source: ClassVar[str] = "Wang et al., CVPR 2024 (arXiv 2305.17328)"
-    example: ClassVar[Settings] = {"blocks": (1,), "rho": 0.6, "r_s": 2}
-    nothing: ClassVar[Settings | None] = {"rho": 1.0, "r_s": 0}
+    example: ClassVar[Parameters] = {"blocks": (1,), "rho": 0.6, "r_s": 2}
+    nothing: ClassVar[Parameters | None] = {"rho": 1.0, "r_s": 0}
     drops: ClassVar[bool] = True
     where: ClassVar[Where] = "end"
 
@@ -115,10 +116,10 @@ class ZeroTPrune(Method):
         rho = min(self.rho[i] for i in at) if isinstance(self.rho, tuple) else self.rho
         return rho, max(self.r_s[i] for i in at) if isinstance(self.r_s, tuple) else self.r_s
 
-    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
+    def tokens(self, n: int, place: Place) -> int:
         """Protected tokens, and ``ceil(rho * (patches - r_s))``."""
-        rho, r = self.stages(layer, depth)
-        free = n - prefix - suffix
+        rho, r = self.stages(place.layer, place.depth)
+        free = place.free(n)
         return n - free + kept_ceil(free - min(r, free // 2), rho)
 
     def reduce(self, site: Site) -> Reduction:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tokred.core.checks import check_share
-from tokred.core.method import Settings
+from tokred.core.method import Parameters
 from tokred.core.registry import register
 from tokred.kv.parts import Fate, Score, When, as_part, check_count
 from tokred.kv.policy import BudgetLike, CachePolicy, Parts, as_budget, check_room
@@ -30,7 +30,7 @@ class KVPolicy(CachePolicy):
 
     summary: ClassVar[str] = "any score with any budget, fate and time"
     source: ClassVar[str] = "tokred"
-    example: ClassVar[Settings] = {
+    example: ClassVar[Parameters] = {
         "score": "key_norm",
         "budget": {"part": "adaptive", "amount": 9},
         "when": {"part": "when", "every": 2},

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from tokred.core.checks import check_choice, check_count, is_count
-from tokred.core.method import Method, Settings, from_dict
+from tokred.core.method import Method, Parameters, from_dict
 from tokred.core.reduction import Reduction
 from tokred.core.registry import methods, register
 from tokred.vlm.before_llm import ProjectorMethod, VisualSite
@@ -47,8 +47,8 @@ class CAT(ProjectorMethod):
 
     summary: ClassVar[str] = "a budget for each image by what there is to see in it, for other methods"
     source: ClassVar[str] = "after Shen et al., NeurIPS 2025 (arXiv 2501.03120); policies are ours"
-    example: ClassVar[Settings] = {"selector": "fastervlm", "n_min": 2, "n_max": 9}
-    nothing: ClassVar[Settings | None] = {"n_min": 1 << 20}
+    example: ClassVar[Parameters] = {"selector": "fastervlm", "n_min": 2, "n_max": 9}
+    nothing: ClassVar[Parameters | None] = {"n_min": 1 << 20}
 
     selector: ProjectorMethod | str = "divprune"
     score: str | Callable[[VisualSite], Tensor] = "redundancy"

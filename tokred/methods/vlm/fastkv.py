@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokred.core.checks import check_choice, check_share
-from tokred.core.method import Settings
+from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.schedules import kept
@@ -52,8 +52,8 @@ class FastKV(CachePolicy):
 
     summary: ClassVar[str] = "later layers run on the prompt's critical tokens; every layer's cache compressed besides"
     source: ClassVar[str] = "Jo et al., 2025 (arXiv 2502.01068)"
-    example: ClassVar[Settings] = {"window": 4, "cap": 12, "tsp_len": 20, "tsp_layer": 1}
-    nothing: ClassVar[Settings | None] = None
+    example: ClassVar[Parameters] = {"window": 4, "cap": 12, "tsp_len": 20, "tsp_layer": 1}
+    nothing: ClassVar[Parameters | None] = None
 
     window: int = 8
     pool: int = 7

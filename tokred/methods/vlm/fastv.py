@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 
 from tokred.core.checks import check_choice, check_share
-from tokred.core.method import Settings
+from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.vlm.in_llm import LayerSite
@@ -37,8 +37,8 @@ class FastV(LayerMethod):
 
     summary: ClassVar[str] = "after layer K keep the visual tokens that the last prompt token attends to"
     source: ClassVar[str] = "Chen et al., ECCV 2024 (arXiv 2403.06764)"
-    example: ClassVar[Settings] = {"layer": 2}
-    nothing: ClassVar[Settings | None] = {"ratio": 0.0}
+    example: ClassVar[Parameters] = {"layer": 2}
+    nothing: ClassVar[Parameters | None] = {"ratio": 0.0}
 
     layer: int = 2
     ratio: float = 0.5

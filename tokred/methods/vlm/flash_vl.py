@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from tokred.core.checks import check_choice, check_count
-from tokred.core.method import Settings
+from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.vlm.before_llm import ProjectorMethod, Space, VisualSite
@@ -35,7 +35,7 @@ class FlashVL(ProjectorMethod):
 
     summary: ClassVar[str] = "cells of neighbouring visual tokens become their mean (pixel shuffle, untrained)"
     source: ClassVar[str] = "after Zhang et al., 2025 (arXiv 2505.09498)"
-    nothing: ClassVar[Settings | None] = {"s": 1}
+    nothing: ClassVar[Parameters | None] = {"s": 1}
 
     s: int = 2
     space: Space = "tower"

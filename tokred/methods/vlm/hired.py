@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tokred.core.checks import check_choice, check_share, is_count
-from tokred.core.method import Settings
+from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.schedules import kept
@@ -47,7 +47,7 @@ class HiRED(Budgeted):
 
     summary: ClassVar[str] = "share a budget over the tiles of an image by content, keep what the class token sees"
     source: ClassVar[str] = "Arif et al., AAAI 2025 (arXiv 2408.10945)"
-    example: ClassVar[Settings] = {"budget": 0.4}
+    example: ClassVar[Parameters] = {"budget": 0.4}
     joint: ClassVar[bool] = True
 
     budget: Budget = 0.2

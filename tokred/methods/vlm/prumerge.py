@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokred.core.checks import check_choice, check_count, is_count
-from tokred.core.method import Settings
+from tokred.core.method import Parameters
 from tokred.core.overlap import OverlapReduction
 from tokred.core.ragged import pack
 from tokred.core.reduction import Reduction
@@ -59,8 +59,8 @@ class PruMerge(ProjectorMethod):
 
     summary: ClassVar[str] = "as many image tokens as attention has outliers, each absorbing its nearest neighbours"
     source: ClassVar[str] = "Shang et al., ICCV 2025 (arXiv 2403.15388)"
-    example: ClassVar[Settings] = {"k_c": 3}
-    nothing: ClassVar[Settings | None] = {"budget": 1.0}
+    example: ClassVar[Parameters] = {"k_c": 3}
+    nothing: ClassVar[Parameters | None] = {"budget": 1.0}
 
     budget: Budget | None = None
     k_c: int = 32
@@ -214,7 +214,7 @@ class PruMergePlus(PruMerge):
     """
 
     summary: ClassVar[str] = "PruMerge with a uniform grid of tokens beside the outliers"
-    example: ClassVar[Settings] = {"budget": 6, "k_c": 3}
+    example: ClassVar[Parameters] = {"budget": 6, "k_c": 3}
 
     plus: bool = True
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokred.core.checks import check_count
-from tokred.core.method import Settings
+from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.selection import ranked
@@ -49,8 +49,8 @@ class SAINTLayer(LayerMethod):
 
     summary: ClassVar[str] = "inside the LLM drop visual tokens with many near-copies, as many as each image has"
     source: ClassVar[str] = "Jeddi et al., 2025 (arXiv 2503.11549)"
-    example: ClassVar[Settings] = {"start": 0, "end": 1, "tau": 0.2, "K": 1}
-    nothing: ClassVar[Settings | None] = {"start": 0, "end": 1, "tau": 2.0}
+    example: ClassVar[Parameters] = {"start": 0, "end": 1, "tau": 0.2, "K": 1}
+    nothing: ClassVar[Parameters | None] = {"start": 0, "end": 1, "tau": 2.0}
 
     start: int = 7
     end: int = 16
@@ -132,8 +132,8 @@ class SAINTVisual(Budgeted):
 
     summary: ClassVar[str] = "drop the patches most similar to all others, by keys of a layer of the tower"
     source: ClassVar[str] = "Jeddi et al., 2025 (arXiv 2503.11549)"
-    example: ClassVar[Settings] = {"budget": 5, "layer": 1}
-    nothing: ClassVar[Settings | None] = {"budget": 1.0, "layer": 1}
+    example: ClassVar[Parameters] = {"budget": 5, "layer": 1}
+    nothing: ClassVar[Parameters | None] = {"budget": 1.0, "layer": 1}
 
     budget: Budget = 375
     q: int = 16

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokred.core.checks import check_blocks, check_choice, check_count, check_share
-from tokred.core.method import Settings
+from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.selection import ranked
@@ -58,7 +58,7 @@ class SparseVLM(LayerMethod):
 
     summary: ClassVar[str] = "raters of the question choose visual tokens, layer by layer; the best losers are recycled"
     source: ClassVar[str] = "Zhang et al., ICML 2025 (arXiv 2410.04417)"
-    example: ClassVar[Settings] = {"layers": (0, 1), "budget": (0.5, 0.25)}
+    example: ClassVar[Parameters] = {"layers": (0, 1), "budget": (0.5, 0.25)}
 
     layers: tuple[int, ...] = (2, 6, 15)
     budget: Literal["auto", "table", "rank", "scale"] | tuple[Budget, ...] = "auto"

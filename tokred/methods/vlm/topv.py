@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokred.core.checks import check_count, check_share
-from tokred.core.method import Settings
+from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.selection import highest
@@ -55,8 +55,8 @@ class TopV(LayerMethod):
 
     summary: ClassVar[str] = "visual tokens by optimal transport through an early layer, without attention maps"
     source: ClassVar[str] = "after Yang et al., CVPR 2025 (arXiv 2503.18278)"
-    example: ClassVar[Settings] = {"layer": 0, "budget": 5}
-    nothing: ClassVar[Settings | None] = {"budget": 1.0}
+    example: ClassVar[Parameters] = {"layer": 0, "budget": 5}
+    nothing: ClassVar[Parameters | None] = {"budget": 1.0}
 
     budget: Budget = 0.5
     layer: int = 2

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokred.core.checks import check_choice, is_count
-from tokred.core.method import Settings
+from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.selection import highest
@@ -46,7 +46,7 @@ class VisionZip(Budgeted):
 
     summary: ClassVar[str] = "dominant image tokens by attention, the others folded into a few contextual ones"
     source: ClassVar[str] = "Yang et al., CVPR 2025 (arXiv 2412.04467)"
-    example: ClassVar[Settings] = {"budget": 6, "contextual": 2}
+    example: ClassVar[Parameters] = {"budget": 6, "contextual": 2}
 
     budget: Budget = 64
     contextual: Budget = 0.15625

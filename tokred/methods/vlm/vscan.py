@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokred.core.checks import check_count, check_share
 from tokred.core.matching import match_to
-from tokred.core.method import Settings
+from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.selection import ranked
@@ -45,8 +45,8 @@ class VScan(Budgeted):
 
     summary: ClassVar[str] = "image tokens by windows and by the whole image; the others merge into them"
     source: ClassVar[str] = "Zhang et al., TMLR 2026 (arXiv 2505.22654)"
-    example: ClassVar[Settings] = {"budget": 6, "window": 2, "shallow": 0}
-    nothing: ClassVar[Settings | None] = {"budget": 1.0, "shallow": 0}
+    example: ClassVar[Parameters] = {"budget": 6, "window": 2, "shallow": 0}
+    nothing: ClassVar[Parameters | None] = {"budget": 1.0, "shallow": 0}
 
     budget: Budget = 96
     local_ratio: float = 0.5
@@ -123,8 +123,8 @@ class VScanLayer(LayerMethod):
 
     summary: ClassVar[str] = "at half of the depth keep the visual tokens that the last prompt token attends to"
     source: ClassVar[str] = "Zhang et al., TMLR 2026 (arXiv 2505.22654)"
-    example: ClassVar[Settings] = {"budget": 5}
-    nothing: ClassVar[Settings | None] = {"budget": 1.0}
+    example: ClassVar[Parameters] = {"budget": 5}
+    nothing: ClassVar[Parameters | None] = {"budget": 1.0}
 
     budget: Budget = 32
     layer: int | None = None
