@@ -30,6 +30,7 @@ from tokred.adapters.vlm.step import LayerCount
 from tokred.adapters.vlm.track import Group, Track, extended, physical_length, set_track, track_of
 from tokred.core.method import Method
 from tokred.errors import BypassedError, MissingInputError
+from tokred.vlm.method import VisualMethod
 
 
 class Forward:
@@ -158,7 +159,7 @@ class Forward:
         self.visual = visual.gather(1, packed.columns) & packed.valid
         self._shorten(new, packed, visual)
 
-    def _left(self, method: Method, context: Context) -> Left:
+    def _left(self, method: VisualMethod, context: Context) -> Left:
         left = Left(None, self.embeds, (0,) * self.batch)
         for modality in self.call.modalities:
             columns = modality.visual.nonzero()[:, 1]

@@ -34,6 +34,7 @@ from tokred.core.method import Method
 from tokred.core.registry import methods as registered
 from tokred.errors import MissingInputError, NothingRecordedError, UnsupportedModelError
 from tokred.vlm.layered import LayerMethod
+from tokred.vlm.method import VisualMethod
 from tokred.vlm.report import LayerTokens, VisualReport
 
 
@@ -126,6 +127,7 @@ class VisualHost(Host):
         self._check_tower(method)
         if self.stage == "layer":
             _ = self.layer_list
+            assert isinstance(method, VisualMethod)  # of its stage
             early = [i for i in range(1, self.deepstack) if method.acts(1 << 20, layer=i, depth=self.depth)]
             if early:
                 raise ValueError(
