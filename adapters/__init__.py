@@ -17,7 +17,7 @@ from tokred.errors import UnknownModelError, UnsupportedModelError
 if TYPE_CHECKING:
     from tokred.adapters.encoder.host import Host
 
-# First package of a class's module -> the adapter that knows it.
+# First package of a class's module -> the adapter that knows it, with its function where that is not ``match``.
 ADAPTERS = {
     "timm": "tokred.adapters.encoder.timm",
     "transformers": "tokred.adapters.encoder.transformers",
@@ -28,8 +28,8 @@ CACHES = {"transformers": "tokred.adapters.kv.host"}
 # The same for denoisers, whose attention may run on fewer tokens.
 DENOISERS = {"diffusers": "tokred.adapters.diffusion"}
 # Models with vision whose visual tokens may leave, and language models whose later layers run on fewer tokens.
-VISUAL = {"transformers": "tokred.adapters.vlm.projector"}
-LAYERED = {"transformers": "tokred.adapters.vlm.layer"}
+VISUAL = {"transformers": "tokred.adapters.vlm.host:match_projector"}
+LAYERED = {"transformers": "tokred.adapters.vlm.host:match_layer"}
 BY_STAGE = {"block": ADAPTERS, "cache": CACHES, "attention": DENOISERS, "projector": VISUAL, "layer": LAYERED}
 KINDS = {
     "block": "encoders",
@@ -100,7 +100,8 @@ def _match(module: nn.Module, adapters: dict[str, str]) -> Any:
     for package, adapter in adapters.items():
         if package in packages:
             check_tested(package)
-            host = importlib.import_module(adapter).match(module)
+            where, _, match = adapter.partition(":")
+            host = getattr(importlib.import_module(where), match or "match")(module)
             if host is not None:
                 return host
     return None

@@ -158,9 +158,9 @@ def _cache_body(host: type[nn.Module]) -> dict[str, Any]:
 
 def _layers_body(host: type[nn.Module]) -> dict[str, Any]:
     """A list of decoder layers that hands them out with what is to be done before each."""
-    from tokred.adapters.vlm import layers
+    from tokred.adapters.vlm import decoder_layers
 
-    return layers.body(host)
+    return decoder_layers.body(host)
 
 
 def _sublayer_body(host: type[nn.Module]) -> dict[str, Any]:

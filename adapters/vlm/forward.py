@@ -9,11 +9,22 @@ import torch
 from torch import Tensor
 
 from tokred.adapters.contract import cache_of
-from tokred.adapters.vlm.call import Call
-from tokred.adapters.vlm.inner import Inner
-from tokred.adapters.vlm.masks import MaskMaker, slid
-from tokred.adapters.vlm.pack import PAIRS, Packed, gather_any_mask, gather_columns, last_real, left_pack
-from tokred.adapters.vlm.pictures import places_in
+from tokred.adapters.vlm.columns import (
+    Group,
+    Packed,
+    Track,
+    extended,
+    gather_columns,
+    last_real,
+    left_pack,
+    physical_length,
+    set_track,
+    track_of,
+)
+from tokred.adapters.vlm.decoder_attention import LayerCount
+from tokred.adapters.vlm.decoder_layers import Inner
+from tokred.adapters.vlm.layout import places_in
+from tokred.adapters.vlm.masks import PAIRS, MaskMaker, gather_any_mask, slid
 from tokred.adapters.vlm.sites import (
     Context,
     Left,
@@ -26,8 +37,7 @@ from tokred.adapters.vlm.sites import (
     with_last,
     without_newlines,
 )
-from tokred.adapters.vlm.step import LayerCount
-from tokred.adapters.vlm.track import Group, Track, extended, physical_length, set_track, track_of
+from tokred.adapters.vlm.taps import Call
 from tokred.core.method import Method
 from tokred.errors import BypassedError, MissingInputError
 

@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 from tokred.adapters.contract import cache_name, cache_of, host_object, with_cache
 from tokred.adapters.swap import Hook, host_class
-from tokred.adapters.vlm.call import Call
-from tokred.adapters.vlm.facts import Facts
-from tokred.adapters.vlm.features import local
+from tokred.adapters.vlm.columns import track_of
+from tokred.adapters.vlm.decoder_attention import LayerCount
+from tokred.adapters.vlm.families import Facts
 from tokred.adapters.vlm.forward import Forward
-from tokred.adapters.vlm.generating import PROMPT, refuse
-from tokred.adapters.vlm.placeholders import fill
-from tokred.adapters.vlm.step import LayerCount
-from tokred.adapters.vlm.track import track_of
+from tokred.adapters.vlm.generate import PROMPT, refuse
+from tokred.adapters.vlm.records import fill
+from tokred.adapters.vlm.taps import Call, local
 from tokred.core.method import Method
 from tokred.errors import BypassedError
 

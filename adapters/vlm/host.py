@@ -15,10 +15,18 @@ from tokred.adapters.host import Supplier
 from tokred.adapters.kv.host import match as match_language
 from tokred.adapters.kv.host import refusal as cache_refusal
 from tokred.adapters.swap import host_class, swap
-from tokred.adapters.vlm.facts import FACTS, Facts, class_tokens, describe, feature_layer, tower_attention, tower_layers
-from tokred.adapters.vlm.fused import last_attention
-from tokred.adapters.vlm.layers import LayerList
+from tokred.adapters.vlm.decoder_layers import LayerList
+from tokred.adapters.vlm.families import (
+    FACTS,
+    Facts,
+    class_tokens,
+    describe,
+    feature_layer,
+    tower_attention,
+    tower_layers,
+)
 from tokred.adapters.vlm.sites import OF_TOWER
+from tokred.adapters.vlm.taps import last_attention
 from tokred.core.method import Method
 from tokred.core.registry import methods as registered
 from tokred.errors import MissingInputError, UnsupportedModelError
@@ -187,10 +195,9 @@ class VisualHost(Supplier):
     def _hang(self, settings: Any) -> None:
         from tokred.adapters.kv.hooks import argument_names
         from tokred.adapters.vlm import hooks
-        from tokred.adapters.vlm.features import TowerTap
-        from tokred.adapters.vlm.generating import CachePreparer
-        from tokred.adapters.vlm.loss import EnterLoss, LeaveLoss
+        from tokred.adapters.vlm.generate import CachePreparer, EnterLoss, LeaveLoss
         from tokred.adapters.vlm.records import Getter
+        from tokred.adapters.vlm.taps import TowerTap
 
         if self.core is not None:
             core: Any = self.core
@@ -216,8 +223,7 @@ class VisualHost(Supplier):
             model.register_forward_hook(LeaveLoss(), with_kwargs=True, always_call=True)
 
     def _tap(self, method: Method) -> None:
-        from tokred.adapters.vlm.features import HeadTap, ProjectorTap
-        from tokred.adapters.vlm.fused import FusedTap, TablesTap
+        from tokred.adapters.vlm.taps import FusedTap, HeadTap, ProjectorTap, TablesTap
 
         core: Any = self.core
         if self.facts.projector:
@@ -322,7 +328,7 @@ def _decoder_layers(model: nn.Module, attentions: list[tuple[str, nn.Module]]) -
 
 
 def _supplies_layer(layers: list[tuple[str, nn.Module]]) -> frozenset[str]:
-    from tokred.adapters.vlm.rows import norm_behind_attention, supplies_rows
+    from tokred.adapters.vlm.decoder_attention import norm_behind_attention, supplies_rows
 
     found = {"x", "prompt"}
     if all(norm_behind_attention(layer) is not None for _, layer in layers):

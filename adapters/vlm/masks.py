@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from tokred.adapters.contract import attention_of, cache_name, host_object
-from tokred.adapters.vlm.pack import gather_mask, hide, uncut
-from tokred.adapters.vlm.track import own_sizes
+from tokred.adapters.vlm.columns import Packed, own_sizes
 
 
 class MaskMaker:
@@ -195,3 +194,75 @@ def _held(cache: Any, layer: int, q: int) -> int:
     """Rows that the layer's attention sees of earlier forwards."""
     layers = getattr(cache, "layers", [])
     return int(layers[layer].get_mask_sizes(q)[0]) - q if layer < len(layers) else 0
+
+
+PAIRS = (
+    "a mask for each pair of tokens does not fit a cache whose prompt was pruned: give attention_mask as [B, L] with "
+    "zeros on padding, or none"
+)
+
+
+def gather_mask(mask: Tensor, rows: Tensor, columns: Tensor, valid: Tensor) -> Tensor:
+    """A mask for every pair of tokens, at the rows and columns that are left.
+
+    Args:
+        mask: ``(B or 1, H or 1, Q, K)`` bool or additive.
+        rows: ``(B, q)``, columns: ``(B, k)`` int64.
+        valid: ``(B, k)`` bool, False columns are hidden; a row that would see nothing sees itself.
+    """
+    b, q = rows.shape
+    mask = mask.expand(b, -1, -1, -1)
+    mask = mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+    mask = mask.gather(3, columns[:, None, None, :].expand(-1, mask.shape[1], q, -1))
+    return hide(mask, valid[:, None, None, :])
+
+
+def hide(mask: Tensor, seen: Tensor) -> Tensor:
+    """``mask`` (``(B, H or 1, q, k)``, bool or additive) without what is not ``seen`` (bool, broadcast); a row that
+    would see nothing sees itself."""
+    q, k = mask.shape[-2:]
+    itself = torch.arange(k, device=mask.device) == torch.arange(k - q, k, device=mask.device).unsqueeze(1)
+    if mask.dtype == torch.bool:
+        found = mask & seen
+        return found | (itself & ~found.any(-1, keepdim=True))
+    least = torch.finfo(mask.dtype).min
+    found = torch.where(seen, mask, least)
+    blind = (found <= least).all(-1, keepdim=True)
+    return torch.where(itself & blind, torch.zeros_like(found), found)
+
+
+def uncut(mask: Any) -> ValueError:
+    """The refusal of a mask that is no tensor (flex attention's)."""
+    return ValueError(
+        f"a {type(mask).__name__} cannot be cut down to the tokens that are left: load the model with "
+        "attn_implementation='sdpa' or 'eager'"
+    )
+
+
+def gather_any_mask(mask: Any, packed: Packed, before: Tensor, length: int) -> Any:
+    """A mask of whatever shape the model was given, at the columns that are left.
+
+    Args:
+        mask: for the rows that layers hold (sliding ones hold the newest alone), then the ``length`` columns of this
+            forward.
+        packed: of these.
+        before: ``(B, P)`` bool, which of the rows that layer 0 holds are real.
+        length: columns of this forward.
+
+    Raises:
+        ValueError: the mask does not fit these rows.
+    """
+    if isinstance(mask, dict):
+        return {name: gather_any_mask(one, packed, before, length) for name, one in mask.items()}
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise uncut(mask)
+    if mask.ndim == 2:
+        return torch.cat([before, packed.valid], 1)
+    held = mask.shape[-1] - length
+    if held < 0 or held > before.shape[1]:
+        raise ValueError(PAIRS)
+    rows = torch.arange(held, device=mask.device).expand(len(before), -1)
+    valid = torch.cat([before[:, before.shape[1] - held :], packed.valid], 1)
+    return gather_mask(mask, packed.columns, torch.cat([rows, packed.columns + held], 1), valid)

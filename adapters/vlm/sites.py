@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tokred.adapters.vlm.features import Part, Picture, Record
+from tokred.adapters.vlm.layout import Part, Picture
+from tokred.adapters.vlm.taps import Modality, Record
 from tokred.core.method import Method
 from tokred.core.reduction import Reduction
 from tokred.errors import MissingInputError
@@ -45,20 +46,6 @@ class Shown(NamedTuple):
     first: int
     picture: Picture
     record: Record
-
-
-class Modality(NamedTuple):
-    """Placeholders of one modality and the features that fill them.
-
-    Attributes:
-        visual: ``(B, L)`` bool.
-        counts: placeholders of each sample.
-        record: of the features; None where they were not made by the patched model.
-    """
-
-    visual: Tensor
-    counts: tuple[int, ...]
-    record: Record | None
 
 
 class Context(NamedTuple):

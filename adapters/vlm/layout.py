@@ -2,16 +2,87 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tokred.adapters.vlm.features import Part, Picture, Span, Tap
 from tokred.vlm.before_llm import Tile
 from tokred.vlm.tools.places import grid_places, sides
 from tokred.vlm.tools.tiles import Tiles
+
+if TYPE_CHECKING:
+    from tokred.adapters.vlm.taps import Tap
+
+
+@dataclass(frozen=True)
+class Part:
+    """Visual tokens that are judged together: an image, a tile of it, or a video.
+
+    Attributes:
+        where: which tokens of the picture, in order: their first and count, or rows of a larger grid.
+        grid: rows and columns, of one frame; None where they form none.
+        frames: of a video; None for an image.
+        tile: which tile; None: all of the image.
+        tower: which row of the tower's batch; -1 where none fits.
+        patches: which of the tower's patches they are; None: all, in order.
+        skip: class tokens before the patches among the tower's features.
+        corner: row and column of its first token among all of the image's, and how many of these there are, where it
+            shows a part of the image; None: its grid is the image's.
+        tiles: how all tiles of the image lie, where it has several that are judged apart.
+        whole: row of the tower's batch that shows the whole image; -1 where none fits.
+    """
+
+    where: Span
+    grid: tuple[int, int] | None = None
+    frames: int | None = None
+    tile: Tile | None = None
+    tower: int = -1
+    patches: Span | None = None
+    skip: int = 0
+    corner: tuple[int, int, int, int] | None = None
+    tiles: Tiles | None = None
+    whole: int = -1
+
+    @property
+    def count(self) -> int:
+        """How many tokens."""
+        return self.where.rows * self.where.columns
+
+
+@dataclass(frozen=True)
+class Span:
+    """Places of a rectangle in a sequence: ``rows`` of ``columns``, ``stride`` apart, from ``start``."""
+
+    start: int
+    rows: int
+    columns: int
+    stride: int
+
+    @classmethod
+    def line(cls, start: int, count: int) -> Span:
+        """Consecutive places."""
+        return cls(start, 1, count, count)
+
+    def offsets(self, device: torch.device) -> Tensor:
+        """``(rows * columns,)`` int64."""
+        rows = torch.arange(self.rows, device=device).unsqueeze(1) * self.stride
+        return (self.start + rows + torch.arange(self.columns, device=device)).flatten()
+
+
+class Picture(NamedTuple):
+    """One image or video, in the order of the placeholders.
+
+    Attributes:
+        tokens: how many.
+        parts: what is judged.
+        lines: rows of tokens that end in a newline, which leaves with the last token of its row; or None.
+    """
+
+    tokens: int
+    parts: tuple[Part, ...]
+    lines: Span | None = None
 
 
 def lengths(output: Any) -> list[int]:

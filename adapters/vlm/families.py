@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from tokred.adapters.vlm.features import Picture, Record, Tap
-from tokred.adapters.vlm.fused import received
-from tokred.adapters.vlm.pictures import by_grid, by_sample, by_size, closed_video, plain, tiled, video
+from tokred.adapters.vlm.layout import Picture, by_grid, by_sample, by_size, closed_video, plain, tiled, video
+from tokred.adapters.vlm.taps import Record, Tap, received
 
 Maker = Callable[[Any, dict[str, Any], Any, Tap], list[Picture]]
 
@@ -40,10 +39,19 @@ class Facts(NamedTuple):
 
 
 _PLAIN: dict[str, Maker] = {"image": plain}
+
+
 _BOTH = (("get_image_features", "image"), ("get_video_features", "video"))
+
+
 _QWEN = Facts(projector="", tower="visual", getters=_BOTH, pictures={"image": by_grid, "video": by_grid}, heads=False)
+
+
 _IDEFICS = Facts("connector", "vision_model", "text_model", pictures={"image": by_sample}, tokenwise=False, heads=False)
+
+
 _TILES: dict[str, Any] = {"image": tiled, "video": video}
+
 
 FACTS: dict[str, Facts] = {
     "LlavaModel": Facts(),

@@ -1,4 +1,5 @@
-"""What a cache knows of the tokens that never reached its layers: kept on the cache itself, for decode and later turns.
+"""Columns that are left: how shorter sequences are packed, and what a cache knows of tokens that never reached its
+layers, kept on the cache itself for decode and later turns.
 
 The cache's class is exchanged for a subclass that reports the logical length, and keeps the record in step when samples
 are reordered, repeated, or tokens taken back.
@@ -11,13 +12,100 @@ import functools
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tokred.core.reduction import Reduction
+
+
+class Packed(NamedTuple):
+    """Columns that are left, right-aligned.
+
+    Attributes:
+        columns: ``(B, M)`` int64, which column each was; filler on the left repeats columns that are gone.
+        valid: ``(B, M)`` bool, False on filler.
+        counts: real columns of each sample.
+    """
+
+    columns: Tensor
+    valid: Tensor
+    counts: tuple[int, ...]
+
+    @property
+    def ragged(self) -> bool:
+        """Whether there is filler."""
+        return min(self.counts) < self.columns.shape[1]
+
+
+def left_pack(keep: Tensor, counts: tuple[int, ...]) -> Packed:
+    """Right-align the kept columns of every sample.
+
+    Args:
+        keep: ``(B, L)`` bool.
+        counts: how many each sample keeps.
+    """
+    most = max(counts)
+    columns = keep.to(torch.uint8).argsort(dim=1, stable=True)[:, keep.shape[1] - most :]
+    return Packed(columns, keep.gather(1, columns), counts)
+
+
+def last_real(real: Tensor, end: int) -> Tensor:
+    """``(B, 1)`` int64: the last real column of every sample before ``end``.
+
+    Args:
+        real: ``(B, L)`` bool.
+        end: columns of the prompt.
+    """
+    return real[:, :end].long().cumsum(1).argmax(1, keepdim=True)
+
+
+def pack_slots(step: Reduction, real: Tensor | None, counts: tuple[int, ...]) -> tuple[Packed, Tensor]:
+    """The slots of a reduction in the order of their representatives, right-aligned, without padding.
+
+    Args:
+        step: of ``L`` columns.
+        real: ``(B, L)`` bool, the columns that are no padding; None: all.
+        counts: real columns before.
+
+    Returns:
+        Where each kept slot's representative stood, and which slot it is, ``(B, M)``.
+    """
+    rep, slot_real = step.representative, step.mask
+    if real is not None:
+        alive = real.gather(1, rep)
+        slot_real = alive if slot_real is None else slot_real & alive
+    if slot_real is None:
+        order = rep.argsort(dim=1, stable=True)
+        left = (step.slots,) * rep.shape[0]
+        columns = rep.gather(1, order)
+        return Packed(columns, torch.ones_like(columns, dtype=torch.bool), left), order
+    if step.mask is None and all(c == step.length for c in counts):
+        left = (step.slots,) * rep.shape[0]
+    else:
+        left = tuple(slot_real.sum(1).tolist())
+    order = torch.where(slot_real, rep, -1).argsort(dim=1, stable=True)[:, step.slots - max(left) :]
+    return Packed(rep.gather(1, order), slot_real.gather(1, order), left), order
+
+
+def gather_columns(t: Tensor, columns: Tensor, dim: int = 1) -> Tensor:
+    """``t`` at the columns of each sample: ``(B or 1, L, ...)`` for ``dim=1``, ``(..., B or 1, L)`` for ``dim=-1``."""
+    b, m = columns.shape
+    if dim == 1:
+        t = t.expand(b, *t.shape[1:])
+        index = columns.reshape(b, m, *(1,) * (t.ndim - 2)).expand(b, m, *t.shape[2:])
+        return t.gather(1, index)
+    t = t.expand(*t.shape[:-2], b, t.shape[-1])
+    return t.gather(-1, columns.expand(*t.shape[:-2], b, m))
+
+
 _TRACK = "_tokred_track"
+
+
 _STATE = "tokred_track"
+
+
 _local = threading.local()
 
 

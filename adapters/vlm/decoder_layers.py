@@ -1,4 +1,8 @@
-"""Inside the language model: layers from which on fewer tokens are left."""
+"""The decoder layers of a model whose tokens leave: what is done before each, and the list that hands them out so.
+
+Hooks on the layers themselves would run inside a compiled layer, and again when a checkpoint runs a layer again; a list
+runs outside of both.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,63 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from tokred.adapters.vlm.columns import Group, Packed, extended, gather_columns, last_real, pack_slots
+from tokred.adapters.vlm.decoder_attention import Input, LayerCount, Step, heads_of, norm_behind_attention, values_of
 from tokred.adapters.vlm.masks import MaskMaker
-from tokred.adapters.vlm.pack import Packed, gather_columns, last_real, pack_slots
-from tokred.adapters.vlm.rows import Input, heads_of, norm_behind_attention, values_of
-from tokred.adapters.vlm.step import LayerCount, Step
-from tokred.adapters.vlm.track import Group, extended
+from tokred.adapters.vlm.taps import local
 from tokred.core.reduction import Reduction
 from tokred.vlm.in_llm import LayerSite, Prompt
+
+
+class LayerList:
+    """Settings of a list of decoder layers; marks it as exchanged."""
+
+
+class Through:
+    """A decoder layer, called with fewer tokens.
+
+    Args:
+        inner: what is to be done in this forward.
+        index: of the layer.
+        layer: itself.
+    """
+
+    def __init__(self, inner: Any, index: int, layer: nn.Module) -> None:
+        self._inner = inner
+        self._index = index
+        self._layer = layer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = self._inner.enter(self._index, self._layer, args, kwargs)
+        with self._inner.tapped(self._layer):
+            return self._layer(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+
+def body(host: Any) -> dict[str, Any]:
+    """Methods of the list's subclass."""
+
+    def handed(self: Any) -> list[Any]:
+        layers = list(self._modules.values())
+        forward = getattr(local, "forward", None)
+        if forward is None or forward[1].inner is None or forward[3] is not self:
+            return layers
+        return [Through(forward[1].inner, i, layer) for i, layer in enumerate(layers)]
+
+    def __iter__(self: Any) -> Any:
+        return iter(handed(self))
+
+    def __getitem__(self: Any, index: Any) -> Any:
+        if not isinstance(index, slice):
+            return host.__getitem__(self, index)
+        found = handed(self)[index]
+        return found if any(isinstance(one, Through) for one in found) else nn.ModuleList(found)
+
+    return {"__iter__": __iter__, "__getitem__": __getitem__}
 
 
 class Inner:
