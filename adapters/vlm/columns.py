@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tokred.adapters.vlm.taps import in_flight
 from tokred.core.reduction import Reduction
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import Cache
 
 
 class Packed(NamedTuple):
@@ -104,9 +109,6 @@ _TRACK = "_tokred_track"
 
 
 _STATE = "tokred_track"
-
-
-_local = threading.local()
 
 
 @dataclass(frozen=True)
@@ -231,12 +233,12 @@ class Track:
         self.covered -= count
 
 
-def track_of(cache: Any) -> Track | None:
+def track_of(cache: Cache | None) -> Track | None:
     """The record of a cache."""
     return None if cache is None else cache.__dict__.get(_TRACK)
 
 
-def set_track(cache: Any, track: Track) -> None:
+def set_track(cache: Cache, track: Track) -> None:
     """Hang ``track`` on a cache, and make the cache heed it."""
     if not hasattr(type(cache), "tokred_stock"):
         kind: Any = type(cache)
@@ -244,46 +246,47 @@ def set_track(cache: Any, track: Track) -> None:
     cache.__dict__[_TRACK] = track
 
 
-def physical_length(cache: Any) -> int:
+def physical_length(cache: Cache) -> int:
     """Columns that came to layer 0."""
     stock = getattr(type(cache), "tokred_stock", None)
     return int(cache.get_seq_length() if stock is None else stock.get_seq_length(cache))
 
 
 @functools.cache
-def _subclass(host: Any) -> Any:
-    def get_seq_length(self: Any, layer_idx: int = 0) -> Any:
+def _subclass(host: type[Cache]) -> type[Cache]:
+    def get_seq_length(self: Cache, layer_idx: int = 0) -> int | Tensor:
         track = track_of(self)
         more = track.dropped if track is not None and layer_idx == 0 else 0
-        return host.get_seq_length(self, layer_idx) + more
+        return host.get_seq_length(self, layer_idx) + more  # type: ignore[no-any-return]
 
-    def get_query_offset(self: Any, layer_idx: int = 0) -> Any:
-        return host.get_seq_length(self, 0 if _seen_as_first(self, layer_idx) else layer_idx)
+    def get_query_offset(self: Cache, layer_idx: int = 0) -> int | Tensor:
+        layer = 0 if _seen_as_first(self, layer_idx) else layer_idx
+        return host.get_seq_length(self, layer)  # type: ignore[no-any-return]
 
-    def get_mask_sizes(self: Any, query_length: int, layer_idx: int) -> Any:
+    def get_mask_sizes(self: Cache, query_length: int, layer_idx: int) -> tuple[int, int]:
         if _seen_as_first(self, layer_idx):
             return host.get_seq_length(self, 0) + query_length, 0
-        return host.get_mask_sizes(self, query_length, layer_idx)
+        return host.get_mask_sizes(self, query_length, layer_idx)  # type: ignore[no-any-return]
 
-    def reset(self: Any) -> None:
+    def reset(self: Cache) -> None:
         host.reset(self)
         self.__dict__.pop(_TRACK, None)
 
-    def reorder_cache(self: Any, beam_idx: Tensor) -> None:
+    def reorder_cache(self: Cache, beam_idx: Tensor) -> None:
         host.reorder_cache(self, beam_idx)
         _pick(self, beam_idx)
 
-    def batch_repeat_interleave(self: Any, repeats: int) -> None:
+    def batch_repeat_interleave(self: Cache, repeats: int) -> None:
         before = _batch(self)
         host.batch_repeat_interleave(self, repeats)
         if before:
             _pick(self, torch.arange(before).repeat_interleave(repeats))
 
-    def batch_select_indices(self: Any, indices: Tensor) -> None:
+    def batch_select_indices(self: Cache, indices: Tensor) -> None:
         host.batch_select_indices(self, indices)
         _pick(self, indices)
 
-    def crop(self: Any, tokens_to_remove: int) -> None:
+    def crop(self: Cache, tokens_to_remove: int) -> None:
         track, count = track_of(self), -int(tokens_to_remove)
         if track is None or count <= 0:
             host.crop(self, tokens_to_remove)
@@ -295,7 +298,7 @@ def _subclass(host: Any) -> Any:
         host.crop(self, tokens_to_remove)
         self.__dict__[_TRACK] = trial
 
-    body: dict[str, Any] = {
+    body: dict[str, Callable[..., Any] | str | type | None] = {
         "__module__": host.__module__,
         "__qualname__": host.__qualname__,
         "__doc__": host.__doc__,
@@ -318,28 +321,28 @@ def _subclass(host: Any) -> Any:
 def own_sizes() -> Iterator[None]:
     """Inside, caches tell the sizes of each layer as they are; otherwise masks are made for the first layer's columns,
     of which those of later layers are cut out."""
-    before = getattr(_local, "own", False)
-    _local.own = True
+    before = in_flight.own_sizes
+    in_flight.own_sizes = True
     try:
         yield
     finally:
-        _local.own = before
+        in_flight.own_sizes = before
 
 
-def _seen_as_first(cache: Any, layer: int) -> bool:
+def _seen_as_first(cache: Cache, layer: int) -> bool:
     track = track_of(cache)
-    if track is None or getattr(_local, "own", False) or track.inner(layer) is None:
+    if track is None or in_flight.own_sizes or track.inner(layer) is None:
         return False
     window = getattr(cache.layers[layer], "sliding_window", None)
     return window is None or physical_length(cache) < window
 
 
 def _snapshots(host: Any) -> dict[str, Any]:
-    def snapshot(self: Any) -> Any:
+    def snapshot(self: Cache) -> Any:
         found, track = host.snapshot(self), track_of(self)
         return found._replace(session={**found.session, _STATE: None if track is None else track.copy()})
 
-    def restore(self: Any, snapshot: Any) -> None:
+    def restore(self: Cache, snapshot: Any) -> None:
         session = dict(snapshot.session)
         track = session.pop(_STATE, None)
         host.restore(self, snapshot._replace(session=session))
@@ -350,7 +353,7 @@ def _snapshots(host: Any) -> dict[str, Any]:
     return {"snapshot": snapshot, "restore": restore}
 
 
-def _pick(cache: Any, index: Tensor) -> None:
+def _pick(cache: Cache, index: Tensor) -> None:
     track = track_of(cache)
     if track is not None:
         # A copy: snapshots share the record.
@@ -359,6 +362,6 @@ def _pick(cache: Any, index: Tensor) -> None:
         cache.__dict__[_TRACK] = track
 
 
-def _batch(cache: Any) -> int:
+def _batch(cache: Cache) -> int:
     track = track_of(cache)
     return track.groups[0].columns.shape[0] if track is not None and track.groups else 0

@@ -4,7 +4,7 @@ rotary function, so that any attention kernel can run."""
 from __future__ import annotations
 
 import sys
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from tokred.adapters.swap import host_class
 from tokred.adapters.vlm.columns import gather_columns
 from tokred.vlm.in_llm import Heads
 
+if TYPE_CHECKING:
+    from transformers import Cache
+
 
 class Input(NamedTuple):
     """What a decoder layer was given.
@@ -20,7 +23,7 @@ class Input(NamedTuple):
     Attributes:
         layer: the layer.
         x: ``(B, L, C)``.
-        tables: cosines and sines ``(B or 1, L, D)``.
+        tables: cosines and sines ``(B or 1, L, D)``; None where the host handed the layer none.
         cache: of the forward, or None.
         past: rows that the layer's cache held before.
         mask: ``(B, past + L)`` bool, or None.
@@ -29,8 +32,8 @@ class Input(NamedTuple):
 
     layer: Any
     x: Tensor
-    tables: Any
-    cache: Any
+    tables: tuple[Tensor, Tensor] | None
+    cache: Cache | None
     past: int
     mask: Tensor | None
     autocast: bool = False
@@ -84,6 +87,7 @@ def _projected(given: Input, which: str, first: int, end: int | None) -> Tensor:
     heads = heads.transpose(1, 2)
     if which == "v":
         return heads
+    assert given.tables is not None  # hosts with a rotary function hand its tables to every layer
     cos, sin = (t[:, first:end] for t in given.tables)
     turned: Tensor = _rotary(attention)(heads, heads, cos, sin)[0]
     return turned
@@ -173,7 +177,7 @@ class Step:
         self.real = real
         self.counts = counts
         self.ragged = min(real) < columns.shape[1]
-        self._moved: dict[Any, Any] = {}
+        self._moved: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def move(self, value: Any, dim: int) -> Any:
         """``value`` (a tensor, or a tuple of them) at the columns that are left, made once for all layers."""

@@ -7,8 +7,8 @@ runs outside of both.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from tokred.adapters.vlm.columns import Group, Packed, extended, gather_columns, last_real, pack_slots
 from tokred.adapters.vlm.decoder_attention import Input, LayerCount, Step, heads_of, norm_behind_attention, values_of
 from tokred.adapters.vlm.masks import MaskMaker
-from tokred.adapters.vlm.taps import local
+from tokred.adapters.vlm.taps import in_flight
 from tokred.core.reduction import Reduction
-from tokred.vlm.in_llm import LayerSite, Prompt
+from tokred.vlm.in_llm import Heads, LayerSite, Prompt
+
+if TYPE_CHECKING:
+    from tokred.adapters.vlm.forward import Forward
 
 
 class LayerList:
@@ -34,7 +37,7 @@ class Through:
         layer: itself.
     """
 
-    def __init__(self, inner: Any, index: int, layer: nn.Module) -> None:
+    def __init__(self, inner: Inner, index: int, layer: nn.Module) -> None:
         self._inner = inner
         self._index = index
         self._layer = layer
@@ -48,24 +51,26 @@ class Through:
         return getattr(self._layer, name)
 
 
-def body(host: Any) -> dict[str, Any]:
+def body(host: type[nn.Module]) -> dict[str, Callable[..., Any]]:
     """Methods of the list's subclass."""
 
-    def handed(self: Any) -> list[Any]:
-        layers = list(self._modules.values())
-        forward = getattr(local, "forward", None)
-        if forward is None or forward[1].inner is None or forward[3] is not self:
-            return layers
-        return [Through(forward[1].inner, i, layer) for i, layer in enumerate(layers)]
+    def handed(self: nn.ModuleList) -> list[Through | nn.Module]:
+        layers: list[nn.Module] = list(self._modules.values())
+        run = in_flight.language
+        # The list may be walked while another model's forward is under way, or by whoever looks at the layers.
+        if run is None or run.forward.inner is None or run.layers is not self:
+            return [*layers]
+        return [Through(run.forward.inner, i, layer) for i, layer in enumerate(layers)]
 
-    def __iter__(self: Any) -> Any:
+    def __iter__(self: nn.ModuleList) -> Iterator[Through | nn.Module]:
         return iter(handed(self))
 
-    def __getitem__(self: Any, index: Any) -> Any:
+    def __getitem__(self: nn.ModuleList, index: int | slice) -> Any:
         if not isinstance(index, slice):
-            return host.__getitem__(self, index)
+            return host.__getitem__(self, index)  # type: ignore[index]
         found = handed(self)[index]
-        return found if any(isinstance(one, Through) for one in found) else nn.ModuleList(found)
+        # torch hands out a new list for a slice; that of layers in flight is a plain one, since they are no modules.
+        return found if any(isinstance(one, Through) for one in found) else nn.ModuleList(found)  # type: ignore[arg-type]
 
     return {"__iter__": __iter__, "__getitem__": __getitem__}
 
@@ -77,7 +82,7 @@ class Inner:
         forward: of the model.
     """
 
-    def __init__(self, forward: Any) -> None:
+    def __init__(self, forward: Forward) -> None:
         self.forward = forward
         self.settings = forward.settings
         self.width = forward.embeds.shape[1]
@@ -120,7 +125,9 @@ class Inner:
 
     # ------------------------------------------------------------------ what layers call
 
-    def enter(self, layer: int, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def enter(
+        self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a decoder layer, with the tokens that are left."""
         self.entered = True
         given = dict(kwargs)
@@ -229,9 +236,10 @@ class Inner:
 
     # ------------------------------------------------------------------ reducing
 
-    def _reduce(self, layer: int, module: Any, x: Tensor, given: dict[str, Any]) -> Tensor:
+    def _reduce(self, layer: int, module: nn.Module, x: Tensor, given: dict[str, Any]) -> Tensor:
         method, before = self.settings.inner, self._at(layer - 1)
         assert before is not None  # this forward is one to act on
+        assert method is not None  # as above
         n = max(before.counts) if self.settings.by_visual else max(before.real)
         if layer == 0 or n == 0 or not self.settings.active(layer):
             return x
@@ -257,7 +265,7 @@ class Inner:
         counts = tuple(visual.sum(1).tolist()) if self.forward.visual is not None else before.counts
         return Step(before.columns.gather(1, packed.columns), packed.valid, visual, packed.counts, counts)
 
-    def _site(self, layer: int, module: Any, x: Tensor, given: dict[str, Any], before: Step) -> LayerSite:
+    def _site(self, layer: int, module: nn.Module, x: Tensor, given: dict[str, Any], before: Step) -> LayerSite:
         forward = self.forward
         past = 0
         if forward.cache is not None:
@@ -314,7 +322,7 @@ class Inner:
         return Prompt(self.forward.embeds.detach(), start.visual, text, before.columns)
 
     @contextlib.contextmanager
-    def tapped(self, module: Any) -> Iterator[None]:
+    def tapped(self, module: nn.Module) -> Iterator[None]:
         """While a layer runs, note what leaves the norm behind its attention, where the method reads that."""
         if self._entered is None:
             yield
@@ -326,21 +334,22 @@ class Inner:
         finally:
             handle.remove()
 
-    def _note(self, module: Any, args: Any, output: Tensor) -> None:
+    def _note(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         self._normed.append(output.detach())
 
-    def _ran(self, given: Input) -> Any:
+    def _ran(self, given: Input) -> Callable[[], Heads]:
         return lambda: heads_of(given, ran=True)
 
     def _end(self, before: Step) -> int:
         """Drafts are the newest columns, all there."""
         return int(before.columns.shape[1] - (self.forward.length - self.forward.end))
 
-    def _watch(self, layer: int, module: Any, x: Tensor, given: dict[str, Any]) -> None:
+    def _watch(self, layer: int, module: nn.Module, x: Tensor, given: dict[str, Any]) -> None:
         """Hold what the layer was given where the next one asks for its rows."""
         method, step = self.settings.inner, self._at(layer)
         assert step is not None  # this forward is one to act on
         self._before = self._entered = None
+        assert method is not None  # as above
         if not method.reads & {"rows_before", "stream"} or layer + 1 >= self.settings.depth:
             return
         n = max(step.counts) if self.settings.by_visual else max(step.real)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
 from tokred.adapters.vlm.layout import Picture, by_grid, by_sample, by_size, closed_video, plain, tiled, video
 from tokred.adapters.vlm.taps import Record, Tap, received
 
-Maker = Callable[[Any, dict[str, Any], Any, Tap], list[Picture]]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.modeling_outputs import BaseModelOutputWithPooling as Output
+
+# ``make(core, arguments, output, tap)``: the model with vision, the arguments of its getter, its output, and the taps'.
+Maker = Callable[["PreTrainedModel", dict[str, Any], "Output", Tap], list[Picture]]
 
 
 class Facts(NamedTuple):
@@ -50,7 +55,7 @@ _QWEN = Facts(projector="", tower="visual", getters=_BOTH, pictures={"image": by
 _IDEFICS = Facts("connector", "vision_model", "text_model", pictures={"image": by_sample}, tokenwise=False, heads=False)
 
 
-_TILES: dict[str, Any] = {"image": tiled, "video": video}
+_TILES: dict[str, Maker] = {"image": tiled, "video": video}
 
 
 FACTS: dict[str, Facts] = {
@@ -70,7 +75,7 @@ FACTS: dict[str, Facts] = {
 }
 
 
-def describe(core: Any, given: dict[str, Any], output: Any, tap: Tap, modality: str) -> Record | None:
+def describe(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: Tap, modality: str) -> Record | None:
     """The record of a getter's call."""
     facts = FACTS[core_name(core)]
     make = (facts.pictures or _PLAIN)[modality]
@@ -88,7 +93,7 @@ def describe(core: Any, given: dict[str, Any], output: Any, tap: Tap, modality: 
     return Record(make(core, given, output, tap), tap.inputs, tap.heads, layer, depth, class_tokens(core, facts), scale)
 
 
-def feature_layer(core: Any, depth: int, given: Any = None) -> int:
+def feature_layer(core: PreTrainedModel, depth: int, given: int | list[int] | None = None) -> int:
     """The tower's layer whose output is used, 0-based; the last of them where several are."""
     which = getattr(core.config, "vision_feature_layer", -1) if given is None else given
     which = which[-1] if isinstance(which, list | tuple) else which
@@ -101,18 +106,18 @@ def core_name(core: nn.Module) -> str:
     return type(core).__name__
 
 
-def class_tokens(core: Any, facts: Facts) -> int:
+def class_tokens(core: PreTrainedModel, facts: Facts) -> int:
     """Class tokens before the tower's patches."""
     tower = part(core, facts.tower)
     return 1 if any("class_embedding" in n or "cls_token" in n for n, _ in tower.named_parameters()) else 0
 
 
-def part(core: Any, name: str) -> Any:
+def part(core: PreTrainedModel, name: str) -> Any:
     """A module inside by its dotted name."""
     return core.get_submodule(name)
 
 
-def tower_layers(core: Any, facts: Facts) -> list[nn.Module]:
+def tower_layers(core: PreTrainedModel, facts: Facts) -> list[nn.Module]:
     """Layers of the vision tower, in order."""
     lists = [m for m in part(core, facts.tower).modules() if isinstance(m, nn.ModuleList) and len(m)]
     found = [m for m in lists if tower_attention(m[0]) is not None]

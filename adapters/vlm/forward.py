@@ -3,7 +3,7 @@ later layers are given for it. State that outlives the forward goes to the cache
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -41,6 +41,12 @@ from tokred.adapters.vlm.taps import Call
 from tokred.core.method import Method
 from tokred.errors import BypassedError, MissingInputError
 
+if TYPE_CHECKING:
+    from transformers import Cache
+
+    from tokred.adapters.vlm.hooks import VisualSettings
+    from tokred.adapters.vlm.masks import Masks
+
 
 class Forward:
     """See the module.
@@ -51,7 +57,7 @@ class Forward:
         given: arguments of the language model, by name.
     """
 
-    def __init__(self, settings: Any, call: Call, given: dict[str, Any]) -> None:
+    def __init__(self, settings: VisualSettings, call: Call, given: dict[str, Any]) -> None:
         self.settings = settings
         self.call = call
         self.cache = cache_of(given)
@@ -254,7 +260,7 @@ class Forward:
             new["deepstack_visual_embeds"] = [plane[kept[flat]] for plane in new["deepstack_visual_embeds"]]
             new["visual_pos_masks"] = flat.gather(1, packed.columns) & packed.valid
 
-    def _made(self, mask: Any, packed: Packed) -> Any:
+    def _made(self, mask: Masks, packed: Packed) -> Masks:
         """Masks that were left out since all was causal, where filler has to be hidden now."""
         if not isinstance(mask, dict) or not packed.ragged:
             return mask
@@ -325,7 +331,7 @@ class Forward:
 
     # ------------------------------------------------------------------ after the language model
 
-    def finish(self, cache: Any) -> None:
+    def finish(self, cache: Cache | None) -> None:
         """Write down in the cache what left."""
         inner = None if self.inner is None else self.inner.steps()
         if self.inner is not None and not self.inner.entered:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from tokred.adapters.contract import PREPARE_CACHE, cache_of
 from tokred.adapters.kv.generate import prompt_length
 from tokred.adapters.swap import Hook, Standin
-from tokred.adapters.vlm.taps import local
+from tokred.adapters.vlm.taps import in_flight
+
+if TYPE_CHECKING:
+    from transformers import Cache, GenerationConfig
+
+    from tokred.adapters.vlm.hooks import VisualSettings
 
 PROMPT = "_tokred_prompt"
 
@@ -18,11 +23,13 @@ class CachePreparer(Standin):
     """Stands in for how a generating model prepares its cache: bad calls are refused before anything runs,
     and the cache learns how long the prompt is, so that drafts are told apart from it."""
 
-    def __init__(self, model: nn.Module, settings: Any) -> None:
+    def __init__(self, model: nn.Module, settings: VisualSettings) -> None:
         self.model = model
         self.settings = settings
 
-    def __call__(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def __call__(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
         name = self.settings.methods[0].name
         chunk = getattr(generation_config, "prefill_chunk_size", None)
         if chunk is not None:
@@ -47,7 +54,7 @@ class CachePreparer(Standin):
         return out
 
 
-def refuse(cache: Any) -> None:
+def refuse(cache: Cache | None) -> None:
     """Refuse caches that cannot hold fewer rows.
 
     Raises:
@@ -67,14 +74,16 @@ def refuse(cache: Any) -> None:
 class EnterLoss(Hook):
     """Before the forward of the model with a head: labels wait until it is known which tokens are left."""
 
-    def __init__(self, settings: Any, names: tuple[str, ...]) -> None:
+    def __init__(self, settings: VisualSettings, names: tuple[str, ...]) -> None:
         self.settings = settings
         self.names = names
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[()], dict[str, Any]] | None:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         labels = given.get("labels")
-        local.done, local.labels = None, None
+        in_flight.done = in_flight.labels = None
         if labels is None:
             return None
         if not self.settings.by_visual:
@@ -85,21 +94,21 @@ class EnterLoss(Hook):
             )
         if not (isinstance(given.get("logits_to_keep", 0), int) and given.get("logits_to_keep", 0) == 0):
             raise ValueError("labels need the logits of all tokens: leave logits_to_keep out")
-        local.labels = labels
+        in_flight.labels = labels
         return (), {**given, "labels": None}
 
 
 class LeaveLoss(Hook):
     """After it: the loss of the tokens that are left, with their labels."""
 
-    def __call__(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        labels, forward = getattr(local, "labels", None), getattr(local, "done", None)
-        local.labels = local.done = None
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        labels, forward = in_flight.labels, in_flight.done
+        in_flight.labels = in_flight.done = None
         if labels is None or output is None:
             return None
-        columns = None if forward is None else forward.loss_columns()
-        if forward is not None and columns is not None:
-            labels = labels.gather(1, columns).masked_fill(~forward.loss_valid(), -100)
+        columns, valid = (None, None) if forward is None else (forward.loss_columns(), forward.loss_valid())
+        if columns is not None and valid is not None:
+            labels = labels.gather(1, columns).masked_fill(~valid, -100)
         logits = output["logits"] if isinstance(output, dict) else output[0]
         size = module.config.get_text_config().vocab_size
         loss = module.loss_function(logits=logits, labels=labels, vocab_size=size)

@@ -4,7 +4,7 @@ and pickle; what they note about a forward in flight is kept by thread."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,12 @@ from tokred.adapters.vlm.families import Facts
 from tokred.adapters.vlm.forward import Forward
 from tokred.adapters.vlm.generate import PROMPT, refuse
 from tokred.adapters.vlm.records import fill
-from tokred.adapters.vlm.taps import Call, local
+from tokred.adapters.vlm.taps import Call, CoreRun, LanguageRun, in_flight
 from tokred.core.method import Method
 from tokred.errors import BypassedError
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedConfig
 
 
 class VisualSettings:
@@ -39,7 +42,7 @@ class VisualSettings:
         last: tokens at every layer's input in the last prefill, of a prompt of ``before``.
     """
 
-    def __init__(self, family: str, facts: Facts, config: Any, depth: int, visual: bool) -> None:
+    def __init__(self, family: str, facts: Facts, config: PreTrainedConfig, depth: int, visual: bool) -> None:
         self.family = family
         self.facts = facts
         self.config = config
@@ -98,13 +101,15 @@ class EnterCore(Hook):
         self.settings = settings
         self.names = names
 
-    def __call__(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    def __call__(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[()], dict[str, Any]] | None:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         call = Call(mask=_padding(given.get("attention_mask")))
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         if ids is None and embeds is None:
             return None
-        local.call = (module, call, given, getattr(local, "call", None), self.settings)
+        in_flight.core = CoreRun(module, call, given, self.settings, in_flight.core)
         if not self.settings.facts.outer_masks:
             return None
         tokens: Tensor = embeds if ids is None else ids  # type: ignore[assignment]
@@ -119,12 +124,12 @@ class EnterCore(Hook):
 class LeaveCore(Hook):
     """After it, whatever happened: images that the methods were not told of are no silent matter."""
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        found = getattr(local, "call", None)
-        if found is None or found[0] is not module:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        run = in_flight.core
+        if run is None or run.module is not module:
             return
-        local.call = found[3]
-        call, settings = found[1], found[4]
+        in_flight.core = run.before
+        call, settings = run.call, run.settings
         if output is not None and (call.towers or call.records) and not call.modalities:
             name, family = settings.methods[0].name, settings.family
             why = "its feature getters" if call.entered else "its language model"
@@ -141,15 +146,18 @@ class EnterLanguage(Hook):
         self.settings = settings
         self.names = names
 
-    def __call__(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    def __call__(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[()], dict[str, Any]] | None:
         settings = self.settings
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        found = getattr(local, "call", None)
+        run = in_flight.core
         source = dict(given)
-        if found is None or found[4] is not settings:
+        # The language model may be called alone, or inside a model with vision that another patch holds.
+        if run is None or run.settings is not settings:
             call = Call(mask=_padding(given.get("attention_mask")))
         else:
-            call, source = found[1], found[2]
+            call, source = run.call, run.given
         if given.get("inputs_embeds") is None:
             if given.get("input_ids") is None:
                 return None
@@ -170,7 +178,7 @@ class EnterLanguage(Hook):
         given = {k: _moved(v, device) for k, v in given.items()}
         forward = Forward(settings, call, given)
         new = forward.prepare(given)
-        local.forward = (module, forward, getattr(local, "forward", None), settings.layers)
+        in_flight.language = LanguageRun(module, forward, settings.layers, in_flight.language)
         return (), new
 
     def _caches(self, module: nn.Module, given: dict[str, Any]) -> bool:
@@ -185,23 +193,23 @@ class LeaveLanguage(Hook):
     def __init__(self, settings: VisualSettings) -> None:
         self.settings = settings
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        found = getattr(local, "forward", None)
-        if found is None or found[0] is not module:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        run = in_flight.language
+        if run is None or run.module is not module:
             return
-        _, forward, before, _ = found
-        local.forward = before
+        forward = run.forward
+        in_flight.language = run.before
         if output is None:
             return  # it broke off
         forward.finish(forward.cache)
-        if getattr(local, "labels", None) is not None:
-            local.done = forward
+        if in_flight.labels is not None:
+            in_flight.done = forward
         if forward.length > 1 and not torch.compiler.is_compiling():
             self.settings.last = forward.tokens()
             self.settings.before = forward.length
 
 
-def held_mask(cache: Any, mask: Tensor | None, shape: Any) -> Tensor | None:
+def held_mask(cache: Cache | None, mask: Tensor | None, shape: torch.Size) -> Tensor | None:
     """``(B, rows)``: the padding mask of the rows that layer 0 holds and those that come; None where nothing left
     before, or nothing is hidden.
 
@@ -212,7 +220,7 @@ def held_mask(cache: Any, mask: Tensor | None, shape: Any) -> Tensor | None:
     """
     track = track_of(cache)
     outer = None if track is None else track.outer
-    if track is None or outer is None or (mask is None and not outer.ragged):
+    if cache is None or track is None or outer is None or (mask is None and not outer.ragged):
         return None
     if mask is None:
         count = int(cache.get_seq_length()) + shape[1] - track.covered
@@ -222,12 +230,14 @@ def held_mask(cache: Any, mask: Tensor | None, shape: Any) -> Tensor | None:
     return torch.cat([outer.valid, later], 1).to(torch.long if mask is None else mask.dtype)
 
 
-def held_types(cache: Any, given: dict[str, Any], shape: Any) -> dict[str, Any]:
+def held_types(cache: Cache | None, given: dict[str, Any], shape: torch.Size) -> dict[str, Any]:
     """What tells visual tokens apart, for the rows that layer 0 holds, where it is given for the whole conversation."""
     track = track_of(cache)
     outer = None if track is None else track.outer
     types = given.get("token_type_ids")
-    if track is None or outer is None or types is None or types.shape[1] < int(cache.get_seq_length()) + shape[1]:
+    if cache is None or track is None or outer is None or types is None:
+        return {}
+    if types.shape[1] < int(cache.get_seq_length()) + shape[1]:
         return {}
     return {"token_type_ids": torch.cat([types.gather(1, outer.columns), types[:, track.covered :]], 1)}
 
@@ -239,5 +249,5 @@ def _moved(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-def _padding(mask: Any) -> Tensor | None:
+def _padding(mask: object) -> Tensor | None:
     return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None

@@ -13,6 +13,9 @@ from tokred.vlm.tools.places import grid_places, sides
 from tokred.vlm.tools.tiles import Tiles
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.modeling_outputs import BaseModelOutputWithPooling as Output
+
     from tokred.adapters.vlm.taps import Tap
 
 
@@ -85,7 +88,7 @@ class Picture(NamedTuple):
     lines: Span | None = None
 
 
-def lengths(output: Any) -> list[int]:
+def lengths(output: Output) -> list[int]:
     """Tokens of each picture; a video's may come frame by frame."""
     return [one.shape[:-1].numel() for one in output.pooler_output]
 
@@ -133,7 +136,7 @@ def _within(part: Part, device: torch.device) -> Tensor:
     return torch.cartesian_prod(y, x).view(-1, 2)
 
 
-def plain(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Picture]:
+def plain(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: Tap) -> list[Picture]:
     """One part each, on the grid of the tower's patches where the numbers agree, else on a square one. Where class
     tokens are among the features they are no part of anything, and stay."""
     pixels = given.get("pixel_values")
@@ -150,7 +153,7 @@ def plain(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Pictu
     return found
 
 
-def _patches(core: Any, pixels: Any) -> tuple[int, int] | None:
+def _patches(core: PreTrainedModel, pixels: Tensor | None) -> tuple[int, int] | None:
     patch = getattr(core.config.vision_config, "patch_size", None)
     sides = (patch, patch) if isinstance(patch, int) else patch
     if sides is None or pixels is None or pixels.ndim < 4:
@@ -158,7 +161,7 @@ def _patches(core: Any, pixels: Any) -> tuple[int, int] | None:
     return int(pixels.shape[-2] // sides[0]), int(pixels.shape[-1] // sides[1])
 
 
-def tiled(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Picture]:
+def tiled(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: Tap) -> list[Picture]:
     """LLaVA-NeXT and LLaVA-OneVision: the whole image, then its tiles side by side, row by row, without padding and
     with a newline after each row."""
     from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
@@ -195,7 +198,9 @@ def tiled(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Pictu
     return found
 
 
-def _tiles(shape: Any, corner: tuple[int, int], count: tuple[int, int], side: int, first: int, base: int) -> list[Part]:
+def _tiles(
+    shape: torch.Size, corner: tuple[int, int], count: tuple[int, int], side: int, first: int, base: int
+) -> list[Part]:
     """A part for each tile: what padding has left of it.
 
     Args:
@@ -225,14 +230,14 @@ def _tiles(shape: Any, corner: tuple[int, int], count: tuple[int, int], side: in
     return parts
 
 
-def _columns(n: int, shape: Any) -> int:
+def _columns(n: int, shape: torch.Size) -> int:
     """Columns of ``n`` tokens with newlines, of about the proportions of ``shape``."""
     wanted = (n * shape[1] / shape[0]) ** 0.5
     fitting = [c for c in range(1, n) if n % (c + 1) == 0]
     return min(fitting, key=lambda c: abs(c - wanted))
 
 
-def video(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Picture]:
+def video(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: Tap) -> list[Picture]:
     """LLaVA-NeXT-Video: frames of pooled patches; in LLaVA-OneVision with a newline at the end."""
     pixels = given.get("pixel_values_videos")  # which older versions call as they call images
     frames = int((given["pixel_values"] if pixels is None else pixels).shape[1])
@@ -246,13 +251,13 @@ def video(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Pictu
     return found
 
 
-def closed_video(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Picture]:
+def closed_video(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: Tap) -> list[Picture]:
     """LLaVA-OneVision's: the getters of older versions leave the newline to the forward, which puts it behind."""
     found = video(core, given, output, tap)
     return [p._replace(tokens=p.tokens + 1) if p.parts[0].count == p.tokens else p for p in found]
 
 
-def by_grid(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Picture]:
+def by_grid(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: Tap) -> list[Picture]:
     """Qwen's: frames, rows and columns of patches are given, of which 2 x 2 make a token."""
     grids = given.get("image_grid_thw")
     kind = "image"
@@ -265,7 +270,7 @@ def by_grid(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Pic
     return found
 
 
-def by_size(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Picture]:
+def by_size(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: Tap) -> list[Picture]:
     """Mistral 3's: images of any size, whose patches are joined to cells."""
     side, found = core.config.vision_config.patch_size * core.config.spatial_merge_size, []
     for n, (high, wide) in zip(lengths(output), torch.as_tensor(given["image_sizes"]).tolist(), strict=True):
@@ -273,7 +278,7 @@ def by_size(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Pic
     return found
 
 
-def by_sample(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Picture]:
+def by_sample(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: Tap) -> list[Picture]:
     """Idefics3 and SmolVLM: all tiles of a sample together."""
     vision = core.config.vision_config
     size = (vision.image_size // vision.patch_size) ** 2 // core.config.scale_factor**2

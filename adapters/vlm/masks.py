@@ -4,13 +4,23 @@ counts the tokens of the whole conversation, dropped ones too."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from tokred.adapters.contract import attention_of, cache_name, host_object
 from tokred.adapters.vlm.columns import Packed, own_sizes
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+    from transformers import Cache, PreTrainedConfig
+
+    from tokred.adapters.vlm.forward import Forward
+
+    # A mask of one kind of layers (None: all is causal, nothing is hidden), and those of a model, by kind if several.
+    Mask = Tensor | BlockMask | None
+    Masks = Mask | dict[str, Mask]
 
 
 class MaskMaker:
@@ -29,7 +39,7 @@ class MaskMaker:
 
     def __init__(
         self,
-        config: Any,
+        config: PreTrainedConfig,
         rows: Tensor | None,
         columns: Tensor,
         valid: Tensor | None,
@@ -44,9 +54,9 @@ class MaskMaker:
         self.total = total
         self.places = places
         self.blocks = blocks
-        self._made: dict[Any, Any] = {}
+        self._made: dict[tuple[int, int | None], tuple[Mask, Mask]] = {}
 
-    def __call__(self, mask: Any, x: Tensor, cache: Any, layer: int, window: int | None) -> Any:
+    def __call__(self, mask: Mask, x: Tensor, cache: Cache | None, layer: int, window: int | None) -> Mask:
         """The mask for ``layer``, whose stock mask is ``mask`` and whose input ``x`` has ``q`` tokens."""
         key = (id(mask), window)
         if key not in self._made:
@@ -54,7 +64,7 @@ class MaskMaker:
             self._made[key] = (mask, self._make(mask, x, cache, layer, window))
         return self._made[key][1]
 
-    def _make(self, mask: Any, x: Tensor, cache: Any, layer: int, window: int | None) -> Any:
+    def _make(self, mask: Mask, x: Tensor, cache: Cache | None, layer: int, window: int | None) -> Mask:
         if window is not None and self.places is not None:
             return self._slid(mask, x, cache, layer, window)
         if self.blocks and not (mask is None or isinstance(mask, Tensor)):
@@ -67,9 +77,10 @@ class MaskMaker:
             return self._gathered(mask, x)
         return self._built(x, cache, layer, window is not None)
 
-    def _slid(self, mask: Any, x: Tensor, cache: Any, layer: int, window: int) -> Tensor:
+    def _slid(self, mask: Mask, x: Tensor, cache: Cache | None, layer: int, window: int) -> Tensor:
         assert self.places is not None  # see _make
         check_kernel(self.config, mask)
+        assert mask is None or isinstance(mask, Tensor)  # see there
         q = x.shape[1]
         held = min(_held(cache, layer, q), self.columns.shape[1] - q)
         columns = self.columns[:, self.columns.shape[1] - held - q :]
@@ -96,10 +107,10 @@ class MaskMaker:
             valid = torch.ones_like(self.columns, dtype=torch.bool)
         return gather_mask(mask, self._rows(x), self.columns, valid)
 
-    def _built(self, x: Tensor, cache: Any, layer: int, sliding: bool) -> Any:
+    def _built(self, x: Tensor, cache: Cache | None, layer: int, sliding: bool) -> Mask:
         make = host_object("sliding mask" if sliding else "causal mask")
         with own_sizes():
-            return make(
+            return make(  # type: ignore[no-any-return]
                 config=self.config,
                 inputs_embeds=x,
                 attention_mask=self.valid,
@@ -108,7 +119,7 @@ class MaskMaker:
             )
 
 
-def slid(forward: Any, new: dict[str, Any]) -> Any:
+def slid(forward: Forward, new: dict[str, Any]) -> Masks:
     """The mask of a forward of which layer 0 holds less than the conversation, with windows that count all of it.
 
     Args:
@@ -117,6 +128,7 @@ def slid(forward: Any, new: dict[str, Any]) -> Any:
     """
     config, window, mask = forward.settings.config, forward.settings.window, new.get("attention_mask")
     check_kernel(config, mask)
+    assert window is not None  # there are sliding layers, see Forward.slides
     given = isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.ndim == 4)
     if not given:
         make = host_object("masks of generation")
@@ -128,8 +140,9 @@ def slid(forward: Any, new: dict[str, Any]) -> Any:
         )
     places, q = forward.places(), forward.embeds.shape[1]
 
-    def one(stock: Any) -> Tensor:
+    def one(stock: Mask) -> Tensor:
         check_kernel(config, stock)
+        assert stock is None or isinstance(stock, Tensor)  # see there
         count = places.shape[1] if stock is None else stock.shape[-1]
         valid = None if forward.mask is None else forward.mask[:, places.shape[1] - count :]
         return windowed(stock, places[:, places.shape[1] - count :], q, valid, window, given)
@@ -162,7 +175,7 @@ def windowed(stock: Tensor | None, places: Tensor, q: int, valid: Tensor | None,
     return hide(stock.expand(len(places), -1, -1, -1), seen.unsqueeze(1))
 
 
-def check_kernel(config: Any, mask: Any) -> None:
+def check_kernel(config: PreTrainedConfig, mask: Masks) -> None:
     """Refuse what counts windows itself, in the rows that are left: flash kernels, flex attention, and policies of the
     cache.
 
@@ -190,7 +203,7 @@ def _all_seen(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     return made(shape)
 
 
-def _held(cache: Any, layer: int, q: int) -> int:
+def _held(cache: Cache | None, layer: int, q: int) -> int:
     """Rows that the layer's attention sees of earlier forwards."""
     layers = getattr(cache, "layers", [])
     return int(layers[layer].get_mask_sizes(q)[0]) - q if layer < len(layers) else 0
@@ -231,7 +244,7 @@ def hide(mask: Tensor, seen: Tensor) -> Tensor:
     return torch.where(itself & blind, torch.zeros_like(found), found)
 
 
-def uncut(mask: Any) -> ValueError:
+def uncut(mask: object) -> ValueError:
     """The refusal of a mask that is no tensor (flex attention's)."""
     return ValueError(
         f"a {type(mask).__name__} cannot be cut down to the tokens that are left: load the model with "
@@ -239,7 +252,7 @@ def uncut(mask: Any) -> ValueError:
     )
 
 
-def gather_any_mask(mask: Any, packed: Packed, before: Tensor, length: int) -> Any:
+def gather_any_mask(mask: Masks, packed: Packed, before: Tensor, length: int) -> Any:
     """A mask of whatever shape the model was given, at the columns that are left.
 
     Args:

@@ -6,19 +6,25 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, MutableMapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from tokred.adapters.swap import Standin
-from tokred.adapters.vlm.taps import Call, Record, Tap, local
+from tokred.adapters.vlm.taps import Call, Record, Tap, in_flight
 from tokred.errors import BypassedError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    from tokred.adapters.vlm.hooks import VisualSettings
+
 # Outputs of feature getters, and the tensors in them, to their records.
-_KNOWN: Any = WeakIdKeyDictionary()
+_KNOWN: MutableMapping[object, Record] = WeakIdKeyDictionary()
 
 
 # Channels that tell tokens apart.
@@ -50,24 +56,24 @@ class Getter(Standin):
         return inspect.Signature(parameters)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        before = getattr(local, "tap", None)
-        tap = local.tap = Tap()
+        before = in_flight.tap
+        tap = in_flight.tap = Tap()
         try:
             output = getattr(type(self.core), self.name)(self.core, *args, **kwargs)
         finally:
-            local.tap = before
+            in_flight.tap = before
         given = dict(zip(self.__signature__.parameters, args, strict=False)) | kwargs
         if hasattr(output, "pooler_output"):
             record = self.describe(self.core, given, output, tap, self.modality)
-            call = getattr(local, "call", None)
-            if call is not None and call[0] is self.core:
-                call[1].records[self.modality] = record
+            run = in_flight.core
+            if run is not None and run.module is self.core:
+                run.call.records[self.modality] = record
             else:
                 remember(self.core, self.modality, output, record)
         return output
 
 
-def remember(core: nn.Module, modality: str, output: Any, record: Record | None) -> None:
+def remember(core: nn.Module, modality: str, output: BaseModelOutputWithPooling, record: Record | None) -> None:
     """Note what a feature getter gave; the last one of each thread is known by its values too."""
     if record is None:
         return
@@ -76,13 +82,12 @@ def remember(core: nn.Module, modality: str, output: Any, record: Record | None)
         if isinstance(key, Tensor) or key is output:
             _KNOWN[key] = record
     record.marks = marks(torch.cat([one.flatten(0, -2) for one in features]), _dtype(core)) if features else None
-    last = getattr(local, "last", None)
-    if last is None:
-        last = local.last = weakref.WeakKeyDictionary()
-    last.setdefault(core, {})[modality] = record
+    if in_flight.last is None:
+        in_flight.last = weakref.WeakKeyDictionary()
+    in_flight.last.setdefault(core, {})[modality] = record
 
 
-def record_of(core: nn.Module, modality: str, output: Any) -> Record | None:
+def record_of(core: nn.Module, modality: str, output: BaseModelOutputWithPooling) -> Record | None:
     """The record of features that a forward was given; None where the patched model did not make them.
 
     Args:
@@ -105,8 +110,7 @@ def record_of(core: nn.Module, modality: str, output: Any) -> Record | None:
 
 def last_record(core: nn.Module, modality: str) -> Record | None:
     """The record of the features that this thread made last."""
-    found: Any = getattr(local, "last", None)
-    return None if found is None else found.get(core, {}).get(modality)
+    return None if in_flight.last is None else in_flight.last.get(core, {}).get(modality)
 
 
 def marks(rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -118,7 +122,7 @@ def marks(rows: Tensor, dtype: torch.dtype) -> Tensor:
     return (bits * weights).sum(-1)
 
 
-def _dtype(core: Any) -> torch.dtype:
+def _dtype(core: PreTrainedModel) -> torch.dtype:
     """The type in which features stand among the embeddings."""
     found: torch.dtype = core.get_input_embeddings().weight.dtype
     return found
@@ -128,7 +132,7 @@ def _dtype(core: Any) -> torch.dtype:
 _BLOCK = 4096
 
 
-def fill(settings: Any, core: Any, call: Call, given: dict[str, Any]) -> None:
+def fill(settings: VisualSettings, core: PreTrainedModel, call: Call, given: dict[str, Any]) -> None:
     """Note the modalities of a forward.
 
     Args:
@@ -166,7 +170,9 @@ def fill(settings: Any, core: Any, call: Call, given: dict[str, Any]) -> None:
         _fill_merged(settings, core, call, ids, embeds)
 
 
-def _fill_merged(settings: Any, core: Any, call: Call, ids: Tensor | None, embeds: Tensor) -> None:
+def _fill_merged(
+    settings: VisualSettings, core: PreTrainedModel, call: Call, ids: Tensor | None, embeds: Tensor
+) -> None:
     """The caller has merged the features into the embeddings, if there are any."""
     rows = None
     for _, name in settings.facts.getters:
@@ -194,7 +200,7 @@ def _fill_merged(settings: Any, core: Any, call: Call, ids: Tensor | None, embed
         )
 
 
-def _check_record(settings: Any, name: str, record: Record | None) -> None:
+def _check_record(settings: VisualSettings, name: str, record: Record | None) -> None:
     if record is None and settings.outer is not None:
         raise BypassedError(
             f"{settings.outer.name!r} did not run: the {name} features among the inputs_embeds are not those that "
@@ -203,14 +209,14 @@ def _check_record(settings: Any, name: str, record: Record | None) -> None:
         )
 
 
-def _words(core: Any, embeds: Tensor, token: int) -> Tensor:
+def _words(core: PreTrainedModel, embeds: Tensor, token: int) -> Tensor:
     """``(B, L)`` bool: where the embeddings are those of one word."""
     mark = core.get_input_embeddings()(torch.full((), token, dtype=torch.long, device=embeds.device))
     found: Tensor = (embeds == mark.to(embeds.device)).all(-1)
     return found
 
 
-def _only_words(core: Any, embeds: Tensor, call: Call) -> bool:
+def _only_words(core: PreTrainedModel, embeds: Tensor, call: Call) -> bool:
     """Whether everything but the visual tokens that are known, and padding, is a word."""
     table = core.get_input_embeddings()
     rows, dtype = marks(embeds, table.weight.dtype), table.weight.dtype
@@ -228,5 +234,5 @@ def _only_words(core: Any, embeds: Tensor, call: Call) -> bool:
     return not bool(left.any())
 
 
-def _remedy(settings: Any) -> str:
+def _remedy(settings: VisualSettings) -> str:
     return f"or call tokred.remove(model) to run {settings.family} as it is"

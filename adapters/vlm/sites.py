@@ -98,7 +98,7 @@ def places(modality: Modality) -> list[Place]:
 
 def grouped(found: list[Place]) -> Iterator[list[Place]]:
     """Places that make one site: the same shape, tile and kind."""
-    groups: dict[Any, list[Place]] = {}
+    groups: dict[object, list[Place]] = {}
     for place in found:
         part = place.part
         shape = (part.where, part.grid, part.frames, part.tile, part.patches, part.skip, part.tiles)

@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,22 +16,38 @@ from tokred.adapters.swap import Hook, host_class
 from tokred.adapters.vlm.layout import Picture
 from tokred.kernels.column_scores import column_scores
 
-# What this thread knows of the forward in flight: ``call``, ``forward``, ``tap``, ``labels``, ``done``; and ``last``,
-# the records of the features that it made last, by model.
-local = threading.local()
+if TYPE_CHECKING:
+    from weakref import WeakKeyDictionary
+
+    from transformers import PreTrainedModel
+
+    from tokred.adapters.vlm.forward import Forward
+    from tokred.adapters.vlm.hooks import VisualSettings
 
 
 class Fused(NamedTuple):
-    """An attention with one projection for queries, keys and values: its output and the rotary tables."""
+    """Noted parts of an attention with one projection for queries, keys and values (Qwen's towers).
+
+    Attributes:
+        attention: the module.
+        projected: ``(T, 3 * H * D)`` its projection's output; None until that has run.
+        tables: cosines and sines ``(T, D)``.
+    """
 
     attention: Any
     projected: Tensor | None
-    tables: Any
+    tables: tuple[Tensor, Tensor]
 
 
 @dataclass
 class Tap:
-    """What taps noted while one feature getter ran."""
+    """Notes of the taps while one feature getter runs.
+
+    Attributes:
+        inputs: ``(rows, N, Ct)`` of the projector; None before it ran, and where the tower has it inside.
+        heads: queries and keys of tower layers, by layer and "q" or "k"; see :class:`Record`.
+        fused: of the tower's last attention, where that projects all at once.
+    """
 
     inputs: Tensor | None = None
     heads: dict[tuple[int, str], Tensor] = field(default_factory=dict)
@@ -40,7 +56,7 @@ class Tap:
 
 @dataclass
 class Record:
-    """What one call of a feature getter gave.
+    """Features that one call of a getter gave, and how they came about.
 
     Attributes:
         pictures: in the order of the placeholders.
@@ -64,44 +80,6 @@ class Record:
     marks: Tensor | None = None
 
 
-class ProjectorTap(Hook):
-    """Before the projector: note its input."""
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        tap: Tap | None = getattr(local, "tap", None)
-        if tap is not None and tap.inputs is None and args:
-            tap.inputs = args[0]
-
-
-class TowerTap(Hook):
-    """After the vision tower: note that there are features."""
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        call = getattr(local, "call", None)
-        if call is not None:
-            call[1].towers = True
-
-
-class HeadTap(Hook):
-    """After a projection of the tower's attention: note queries or keys.
-
-    Args:
-        layer: of the tower.
-        which: "q" or "k".
-        heads: to split the output into.
-    """
-
-    def __init__(self, layer: int, which: str, heads: int) -> None:
-        self.layer = layer
-        self.which = which
-        self.heads = heads
-
-    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        tap: Tap | None = getattr(local, "tap", None)
-        if tap is not None and output.ndim == 3:
-            tap.heads[self.layer, self.which] = split_heads(output.detach(), self.heads)
-
-
 class Modality(NamedTuple):
     """Placeholders of one modality and the features that fill them.
 
@@ -118,13 +96,14 @@ class Modality(NamedTuple):
 
 @dataclass
 class Call:
-    """What is known before the language model runs.
+    """Facts of one forward that are known before its language model runs.
 
     Attributes:
         modalities: placeholders and their features; empty for text alone.
         mask: ``(B, all)`` the caller's padding mask, or None.
         end: tokens of the prompt where drafts follow, counted from the cache's begin; None: all.
-        physical: that of the rows that layer 0 holds, where it was needed outside the language model.
+        physical: ``(B, rows)`` the padding mask of the rows that layer 0 holds and of those that come, where masks for
+            pairs of tokens are made outside the language model; None: elsewhere, or nothing is hidden.
         records: of the features that getters gave inside the forward, by modality.
         towers: whether the vision tower ran inside the forward, by a getter or without.
         entered: whether the hook before the language model has run.
@@ -149,26 +128,130 @@ class Call:
         self.physical = None if self.physical is None else self.physical.to(device)
 
 
-class TablesTap(Hook):
-    """Before the attention: note its rotary tables."""
+@dataclass(eq=False)
+class CoreRun:
+    """A forward of a model with vision that is under way.
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        tap: Tap | None = getattr(local, "tap", None)
+    Attributes:
+        module: the model with vision.
+        call: what is known of the forward; the getters and the hook of the language model fill it.
+        given: the arguments of ``module``, by name.
+        settings: of the patch whose hook made this; another patch of the same language model is told apart by it.
+        before: the forward around this one, which is under way again when this one ends.
+    """
+
+    module: nn.Module
+    call: Call
+    given: dict[str, Any]
+    settings: VisualSettings
+    before: CoreRun | None
+
+
+@dataclass(eq=False)
+class LanguageRun:
+    """A forward of a language model that is under way.
+
+    Attributes:
+        module: the language model.
+        forward: what leaves in it, and where.
+        layers: the list of decoder layers that hands them out for ``forward``; None: no list is exchanged.
+        before: the forward around this one, which is under way again when this one ends.
+    """
+
+    module: nn.Module
+    forward: Forward
+    layers: nn.Module | None
+    before: LanguageRun | None
+
+
+@dataclass(eq=False)
+class InFlight(threading.local):
+    """Everything that one thread knows of the forwards under way in it, and of the last one.
+
+    Hooks see one module each, and nothing that a host hands from one to the next survives all of its versions and
+    wrappers; what one hook tells another therefore goes through here. Each thread has its own fields, so that two
+    threads can run two models, or the same one.
+
+    Attributes:
+        core: the innermost forward of a model with vision; None outside of all.
+        language: the innermost forward of a language model; None outside of all.
+        tap: notes of the feature getter that runs; None outside of all.
+        labels: ``(B, L)`` int64, taken from the arguments of the model with a head until it is known which tokens are
+            left; None: it was given none.
+        done: the language model's forward that has ended, where labels wait for it.
+        last: records of the features that this thread made last, by model and modality; None: it has made none.
+        own_sizes: whether caches tell each layer's own sizes to those who make masks, see :func:`.columns.own_sizes`.
+    """
+
+    core: CoreRun | None = None
+    language: LanguageRun | None = None
+    tap: Tap | None = None
+    labels: Tensor | None = None
+    done: Forward | None = None
+    last: WeakKeyDictionary[nn.Module, dict[str, Record | None]] | None = None
+    own_sizes: bool = False
+
+
+in_flight = InFlight()
+
+
+class ProjectorTap(Hook):
+    """Hook before the projector: its input is noted."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        tap = in_flight.tap
+        if tap is not None and tap.inputs is None and args:
+            tap.inputs = args[0]
+
+
+class TowerTap(Hook):
+    """Hook after the vision tower: there are features in this forward."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        if in_flight.core is not None:
+            in_flight.core.call.towers = True
+
+
+class HeadTap(Hook):
+    """Hook after a projection of the tower's attention: queries or keys are noted.
+
+    Args:
+        layer: of the tower.
+        which: "q" or "k".
+        heads: to split the output into.
+    """
+
+    def __init__(self, layer: int, which: str, heads: int) -> None:
+        self.layer = layer
+        self.which = which
+        self.heads = heads
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        tap = in_flight.tap
+        if tap is not None and output.ndim == 3:
+            tap.heads[self.layer, self.which] = split_heads(output.detach(), self.heads)
+
+
+class TablesTap(Hook):
+    """Hook before the tower's last attention: its rotary tables are noted."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tap = in_flight.tap
         tables = kwargs.get("position_embeddings")
         if tap is not None and tables is not None:
             tap.fused = Fused(module, None, tables)
 
 
 class FusedTap(Hook):
-    """After its projection: note queries and keys."""
+    """Hook after that attention's one projection: its output is noted."""
 
-    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        tap: Tap | None = getattr(local, "tap", None)
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        tap = in_flight.tap
         if tap is not None and tap.fused is not None:
             tap.fused = tap.fused._replace(projected=output.detach())
 
 
-def last_attention(core: Any) -> Any:
+def last_attention(core: PreTrainedModel) -> Any:
     """The attention of the tower's last block, where it is of this kind and attends to whole frames; else None."""
     tower = getattr(core, "visual", None)
     blocks = getattr(tower, "blocks", None)
