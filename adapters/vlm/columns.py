@@ -40,7 +40,7 @@ class Packed(NamedTuple):
 
     @property
     def ragged(self) -> bool:
-        """Whether there is filler."""
+        """True where some sample has filler."""
         return min(self.counts) < self.columns.shape[1]
 
 
@@ -77,6 +77,8 @@ def pack_slots(step: Reduction, real: Tensor | None, counts: tuple[int, ...]) ->
     Returns:
         Where each kept slot's representative stood, and which slot it is, ``(B, M)``.
     """
+    # Slots come in the order of the method's groups. Decoders need tokens in the order of the prompt, and the newest
+    # one of every sample in the last column, from which the next token is told; filler therefore stands left.
     rep, slot_real = step.representative, step.mask
     if real is not None:
         alive = real.gather(1, rep)
@@ -86,6 +88,7 @@ def pack_slots(step: Reduction, real: Tensor | None, counts: tuple[int, ...]) ->
         left = (step.slots,) * rep.shape[0]
         columns = rep.gather(1, order)
         return Packed(columns, torch.ones_like(columns, dtype=torch.bool), left), order
+    # Counts are known without waiting for the device where neither side has padding.
     if step.mask is None and all(c == step.length for c in counts):
         left = (step.slots,) * rep.shape[0]
     else:
@@ -131,7 +134,7 @@ class Group:
 
     @property
     def dropped(self) -> int:
-        """Rows fewer than there would be."""
+        """Columns that these layers lack."""
         return self.width - self.columns.shape[1]
 
     def pick(self, index: Tensor) -> Group:
@@ -146,7 +149,7 @@ class Group:
         return Group(self.first, self.columns[:, :-count], self.valid[:, :-count], self.ragged, self.width - count)
 
     def ends_with(self, count: int) -> bool:
-        """Whether the newest ``count`` columns of every sample are there (waits for the device)."""
+        """True where the newest ``count`` columns of every sample are there (waits for the device)."""
         if count > self.columns.shape[1]:
             return False
         wanted = torch.arange(self.width - count, self.width, device=self.columns.device)
@@ -176,10 +179,11 @@ def extended(
 
 @dataclass
 class Track:
-    """The past of one cache.
+    """The tokens of the conversation that rows of one cache stand for.
 
     Attributes:
-        covered: tokens of the model that the groups tell about; later ones are all there.
+        covered: tokens of the conversation, counted from its begin, that the groups tell about; later ones are in all
+            layers.
         groups: by first layer; none of layer 0 where nothing left before the language model.
         behind: ``(B,)`` int64, how many positions each sample lags behind where positions are counted anew.
     """
@@ -190,12 +194,12 @@ class Track:
 
     @property
     def outer(self) -> Group | None:
-        """What left before the language model."""
+        """The group of layer 0, where something left before the language model; else None."""
         return self.groups[0] if self.groups and self.groups[0].first == 0 else None
 
     @property
     def dropped(self) -> int:
-        """Tokens of the model that layer 0 lacks."""
+        """Tokens of the conversation that layer 0 lacks."""
         return 0 if self.outer is None else self.outer.dropped
 
     @property
@@ -234,7 +238,7 @@ class Track:
 
 
 def track_of(cache: Cache | None) -> Track | None:
-    """The record of a cache."""
+    """The record that hangs on a cache; None where nothing has left, or there is no cache."""
     return None if cache is None else cache.__dict__.get(_TRACK)
 
 
@@ -247,7 +251,7 @@ def set_track(cache: Cache, track: Track) -> None:
 
 
 def physical_length(cache: Cache) -> int:
-    """Columns that came to layer 0."""
+    """Columns that came to layer 0: the length that the cache's own class tells."""
     stock = getattr(type(cache), "tokred_stock", None)
     return int(cache.get_seq_length() if stock is None else stock.get_seq_length(cache))
 
@@ -255,6 +259,8 @@ def physical_length(cache: Cache) -> int:
 @functools.cache
 def _subclass(host: type[Cache]) -> type[Cache]:
     def get_seq_length(self: Cache, layer_idx: int = 0) -> int | Tensor:
+        # transformers places new tokens, and cuts the caller's mask, by the length of layer 0: that has to be the
+        # conversation's, or the first decoded token would stand where a dropped one stood.
         track = track_of(self)
         more = track.dropped if track is not None and layer_idx == 0 else 0
         return host.get_seq_length(self, layer_idx) + more  # type: ignore[no-any-return]
@@ -264,6 +270,8 @@ def _subclass(host: type[Cache]) -> type[Cache]:
         return host.get_seq_length(self, layer)  # type: ignore[no-any-return]
 
     def get_mask_sizes(self: Cache, query_length: int, layer_idx: int) -> tuple[int, int]:
+        # Masks are made once for all layers of a kind, sized by the first of that kind, which may be one that holds
+        # fewer columns; the full mask is needed, of which MaskMaker cuts each layer's part out.
         if _seen_as_first(self, layer_idx):
             return host.get_seq_length(self, 0) + query_length, 0
         return host.get_mask_sizes(self, query_length, layer_idx)  # type: ignore[no-any-return]
@@ -292,6 +300,7 @@ def _subclass(host: type[Cache]) -> type[Cache]:
             host.crop(self, tokens_to_remove)
             return
         inside = count - (self.get_seq_length() - track.covered)
+        # The copy is cut first, which may refuse: the cache is as it was then.
         trial = track.copy()
         if inside > 0:
             trial.cut(inside)
@@ -312,6 +321,7 @@ def _subclass(host: type[Cache]) -> type[Cache]:
         "batch_select_indices": batch_select_indices,
         "crop": crop,
     }
+    # Caches under a policy can be set back; what left before the layers is set back with them.
     if hasattr(host, "snapshot"):
         body.update(_snapshots(host))
     return type(host.__name__, (host,), body)
@@ -333,6 +343,7 @@ def _seen_as_first(cache: Cache, layer: int) -> bool:
     track = track_of(cache)
     if track is None or in_flight.own_sizes or track.inner(layer) is None:
         return False
+    # A sliding layer that is full holds its window's rows alone, whatever came to layer 0.
     window = getattr(cache.layers[layer], "sliding_window", None)
     return window is None or physical_length(cache) < window
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Input(NamedTuple):
-    """What a decoder layer was given.
+    """Input of a decoder layer, and whatever its queries, keys and values are made with.
 
     Attributes:
         layer: the layer.
@@ -50,8 +50,8 @@ def norm_behind_attention(layer: Any) -> Any:
 
 
 def supplies_rows(layer: Any) -> bool:
-    """Whether queries and keys of this decoder layer can be made as the layer makes them: a norm before the attention,
-    separate projections, and a rotary function of whole heads."""
+    """True where queries and keys of this decoder layer can be made as the layer makes them: by a norm before the
+    attention, separate projections, and a rotary function of whole heads."""
     attention = attention_of(layer)
     norm = getattr(layer, "input_layernorm", None)
     if attention is None or not isinstance(norm, nn.Module):
@@ -60,6 +60,7 @@ def supplies_rows(layer: Any) -> bool:
         return False
     head_dim = getattr(attention, "head_dim", None)
     for name in ("q_norm", "k_norm"):
+        # OLMo 2 norms all heads together before it splits them: what its layer does there is not repeated here.
         weight = getattr(getattr(attention, name, None), "weight", None)
         if weight is not None and weight.shape[-1] != head_dim:
             return False
@@ -67,11 +68,13 @@ def supplies_rows(layer: Any) -> bool:
 
 
 def _rotary(attention: Any) -> Any:
+    # Each family's module has its own function of this name (Cohere interleaves, others rotate halves).
     return getattr(sys.modules[host_class(attention).__module__], "apply_rotary_pos_emb", None)
 
 
 def _project(given: Input, which: str, first: int = 0, end: int | None = None) -> Tensor:
     """``(B, H, M, D)`` rotated queries or keys, or the values, of some columns."""
+    # A method decides outside of autocast, but these have to be what the layer itself computes under it.
     kind = given.x.device.type
     with torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), enabled=given.autocast):
         return _projected(given, which, first, end)
@@ -108,6 +111,8 @@ def heads_of(given: Input, *, ran: bool) -> Heads:
     attention = attention_of(given.layer)
 
     def keys() -> Tensor:
+        # After the layer has run its cache holds the new keys; before, at most those of earlier turns. A cache of which
+        # a policy has evicted rows holds other columns than the layer is given: then only the new ones are judged.
         held = _held(given, attention.layer_idx)
         if ran and held is not None and held.shape[2] == given.past + given.x.shape[1]:
             return held
@@ -121,6 +126,7 @@ def heads_of(given: Input, *, ran: bool) -> Heads:
 
     found = keys()
     past = found.shape[2] - given.x.shape[1]
+    # The mask is of all rows that the layer should hold; a sliding layer holds the newest of them alone.
     mask = given.mask
     if mask is not None:
         mask = mask[:, mask.shape[1] - found.shape[2] :]
@@ -143,6 +149,7 @@ def _held(given: Input, index: int) -> Tensor | None:
     if layers is None or index >= len(layers):
         return None
     layer = layers[index]
+    # Keys of a compressed or quantised cache cannot be read as they are.
     if getattr(layer, "compressed", False) or hasattr(layer, "dequantize") or hasattr(layer, "_dequantize"):
         return None
     keys = getattr(layer, "keys", None)
@@ -158,7 +165,7 @@ class LayerCount(NamedTuple):
 
 
 class Step:
-    """What is left from one layer on.
+    """Tokens that are left from one layer on.
 
     Attributes:
         columns: ``(B, M)`` which of layer 0's columns of this forward.
@@ -185,6 +192,7 @@ class Step:
             return None
         if isinstance(value, tuple):
             return tuple(self.move(one, dim) for one in value)
+        # Hosts hand the same tables and positions to every layer. The value is held, so that its id stays its own.
         key = (id(value), dim)
         if key not in self._moved:
             self._moved[key] = (value, gather_columns(value, self.columns, dim))

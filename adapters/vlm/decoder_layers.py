@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class LayerList:
-    """Settings of a list of decoder layers; marks it as exchanged."""
+    """Settings of an exchanged list of decoder layers; there are none, but the list is known by them."""
 
 
 class Through:
@@ -97,11 +97,13 @@ class Inner:
         self.entered = False
 
     def _start(self) -> Step | None:
-        """Layer 0, where this forward is one that a method of ``layer`` acts on; None otherwise."""
+        """The tokens at layer 0, where this forward is one that a method of ``layer`` acts on; None otherwise."""
         forward, method = self.forward, self.settings.inner
+        # A decode step has nothing to lose: its one token is the prompt's last.
         if method is None or forward.embeds.shape[1] < 2:
             return None
         visual = forward.visual
+        # Methods of text judge by the whole prompt, of which a later turn is only a piece.
         if not self.settings.by_visual and forward.past > 0:
             return None
         if visual is None:
@@ -114,6 +116,7 @@ class Inner:
             padding = forward.real()
             if padding is not None:
                 valid, real = padding, tuple(padding.sum(1).tolist())
+        # Three facts in one tensor: each would wait for the device.
         end = self.width - (forward.length - forward.end)
         last = last_real(valid, end)
         found = torch.stack([(visual & valid).sum(1), (visual & valid).gather(1, last).squeeze(1), last.squeeze(1)])
@@ -155,7 +158,7 @@ class Inner:
         return sorted(self._steps)
 
     def last(self) -> Step | None:
-        """What the last layer ran on, where that is less than layer 0."""
+        """The tokens that the last layer ran on, where they are fewer than those of layer 0."""
         return self._steps[max(self._steps)] if self._steps else None
 
     def group(self, first: int) -> Group:
@@ -180,6 +183,8 @@ class Inner:
 
     def _valid(self, layer: int, step: Step | None) -> Tensor | None:
         """``(B, P + M)`` bool: real rows of this layer where it runs on ``step``; None: all."""
+        # Rows of earlier forwards (``before``): those the cache tells of, then all that came since. Columns of this
+        # one (``now``): those of the step, else all of layer 0's. None: all real, for which no mask is made.
         forward = self.forward
         old = None if forward.track is None else forward.track.inner(layer)
         mask: Tensor | None = forward.mask
@@ -209,6 +214,7 @@ class Inner:
 
     def _maker(self, layer: int) -> MaskMaker:
         forward, step = self.forward, self._at(layer)
+        # Layers since the same step, with the same columns of earlier forwards, share their masks.
         key = max((f for f in self._steps if f <= layer), default=0)
         old = None if forward.track is None else forward.track.inner(layer)
         name = (key, -1 if old is None else old.first)
@@ -255,7 +261,10 @@ class Inner:
         return _taken(step, x, order)
 
     def _lag(self, layer: int, count: int) -> None:
-        """Layers with a policy count their slots from what comes to them."""
+        """Tell layers under a policy of the cache that ``count`` tokens before their rows have left in between.
+
+        Such a layer numbers rows by what comes to it, and would take the next token for an earlier one.
+        """
         for held in getattr(self.forward.cache, "layers", [])[layer:]:
             if hasattr(held, "clock"):
                 held.clock.behind += count
@@ -341,11 +350,11 @@ class Inner:
         return lambda: heads_of(given, ran=True)
 
     def _end(self, before: Step) -> int:
-        """Drafts are the newest columns, all there."""
+        """Columns before the drafts of assisted decoding, which are the newest ones, and of which none has left."""
         return int(before.columns.shape[1] - (self.forward.length - self.forward.end))
 
     def _watch(self, layer: int, module: nn.Module, x: Tensor, given: dict[str, Any]) -> None:
-        """Hold what the layer was given where the next one asks for its rows."""
+        """Keep the input of this layer, where the method that acts before the next one reads its queries and keys."""
         method, step = self.settings.inner, self._at(layer)
         assert step is not None  # this forward is one to act on
         self._before = self._entered = None

@@ -1,4 +1,4 @@
-"""What differs between the models with vision, as data: where tower and projector are, and how tokens stand."""
+"""Families of models with vision, as data: where tower and projector are, and how visual tokens stand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Maker = Callable[["PreTrainedModel", dict[str, Any], "Output", Tap], list[Pictur
 
 
 class Facts(NamedTuple):
-    """One family.
+    """One family of models with vision.
 
     Attributes:
         projector: dotted name of the projector, whose input is the tower's features; "" where it is part of the tower.
@@ -85,6 +85,8 @@ def describe(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: 
         if fused is not None and fused.projected is not None and grids is not None:
             record.received = lambda i: received(fused, core.visual, grids, i)
         return record
+    # The attention of the layer whose output is used: LLaVA takes the last but one of CLIP's, so that the last has no
+    # say in the features.
     layers = tower_layers(core, facts)
     depth = len(layers)
     layer = feature_layer(core, depth, given.get("vision_feature_layer"))
@@ -95,6 +97,7 @@ def describe(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: 
 
 def feature_layer(core: PreTrainedModel, depth: int, given: int | list[int] | None = None) -> int:
     """The tower's layer whose output is used, 0-based; the last of them where several are."""
+    # Counted as hidden states are: 0 is the embeddings, 1 the output of the first layer, -1 that of the last.
     which = getattr(core.config, "vision_feature_layer", -1) if given is None else given
     which = which[-1] if isinstance(which, list | tuple) else which
     which = -1 if which is None else which

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 
 class Forward:
-    """See the module.
+    """A forward of the language model: its tokens, those that are left, and what the cache knew before it.
 
     Args:
         settings: of the patched model.
@@ -104,7 +104,7 @@ class Forward:
 
     @property
     def slides(self) -> bool:
-        """Whether a window of sliding layers is shorter than the conversation, so that it matters what it counts."""
+        """True where a window of sliding layers is shorter than the conversation, so that it matters what it counts."""
         window = self.settings.window
         return window is not None and self.past + self.length > window
 
@@ -167,6 +167,7 @@ class Forward:
             keep = keep & real
             counts = tuple(keep.sum(1).tolist())
         self.packed = packed = left_pack(keep, counts)
+        # A policy of the cache counts the prompt in rows that come to it.
         session = getattr(self.cache, "session", None)
         if session is not None and session.prompt is not None:
             session.prompt -= self.length - packed.columns.shape[1]
@@ -247,6 +248,8 @@ class Forward:
         else:
             new["position_ids"] = gather_columns(positions, packed.columns, -1)
         mask = new.get("attention_mask")
+        # PaliGemma and Gemma 3 make masks for pairs of tokens outside the language model, since images see all of
+        # themselves; generation makes them by kind of layer. Elsewhere the language model makes its own, from padding.
         if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
             before = self._held()
             new["attention_mask"] = self._made(gather_any_mask(mask, packed, before, self.length), packed)
@@ -254,6 +257,7 @@ class Forward:
             self.mask = torch.cat([before, packed.valid], 1) if packed.ragged or told else None
         else:
             self._pad(new, packed.valid, packed.ragged)
+        # Qwen 3 VL adds features of its tower after early layers, a row for each visual token that is there.
         flat = new.get("visual_pos_masks")
         if flat is not None:
             kept = torch.zeros_like(visual).scatter(1, packed.columns, packed.valid)
@@ -291,6 +295,8 @@ class Forward:
                 # Without a cache, gaps in the positions would be read as several packed sequences.
                 new["attention_mask"] = valid
             return
+        # Three stretches: rows that earlier turns have left, of which the caller's mask says nothing; those that came
+        # since; and this forward's.
         parts = []
         covered = 0
         if outer is not None and track is not None:

@@ -1,4 +1,4 @@
-"""What a patched model does before it generates, and the loss of the tokens that are left."""
+"""Hooks around a model with a head: what it does before it generates, and the loss of the tokens that are left."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def refuse(cache: Cache | None) -> None:
 
 
 class EnterLoss(Hook):
-    """Before the forward of the model with a head: labels wait until it is known which tokens are left."""
+    """Hook before the forward of the model with a head: labels wait until it is known which tokens are left."""
 
     def __init__(self, settings: VisualSettings, names: tuple[str, ...]) -> None:
         self.settings = settings
@@ -94,12 +94,13 @@ class EnterLoss(Hook):
             )
         if not (isinstance(given.get("logits_to_keep", 0), int) and given.get("logits_to_keep", 0) == 0):
             raise ValueError("labels need the logits of all tokens: leave logits_to_keep out")
+        # The host would compare its few logits with all labels, and refuse.
         in_flight.labels = labels
         return (), {**given, "labels": None}
 
 
 class LeaveLoss(Hook):
-    """After it: the loss of the tokens that are left, with their labels."""
+    """Hook after that forward: the loss of the tokens that are left, with their labels."""
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         labels, forward = in_flight.labels, in_flight.done

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class VisualSettings:
-    """What the hooks of one patched model share.
+    """Settings that the hooks of one patched model share, and what they report.
 
     Args:
         facts: of the family.
@@ -59,17 +59,17 @@ class VisualSettings:
 
     @property
     def methods(self) -> list[Method]:
-        """Those that act here."""
+        """Methods that act before or inside the language model, in this order."""
         return [m for m in (self.outer, self.inner) if m is not None]
 
     @property
     def by_visual(self) -> bool:
-        """Whether the method of ``layer`` acts on visual tokens alone."""
+        """True where the method of ``layer`` acts on visual tokens alone."""
         return bool(getattr(self.inner, "visual", True))
 
     @property
     def repack(self) -> bool:
-        """Whether positions are counted anew after a method of ``projector``."""
+        """True where positions are counted anew after a method of ``projector``."""
         return getattr(self.outer, "positions", "keep") == "repack"
 
     @property
@@ -83,19 +83,19 @@ class VisualSettings:
         return next((w for w in map(self.window_of, range(self.depth)) if w is not None), None)
 
     def window_of(self, layer: int) -> int | None:
-        """The same of one layer."""
+        """Window of one layer: how many tokens it looks back, the own one included; None where it sees all."""
         kinds = getattr(self.config, "layer_types", None)
         if kinds is not None and kinds[layer] != "sliding_attention":
             return None
         return getattr(self.config, "sliding_window", None)
 
     def active(self, layer: int) -> bool:
-        """Whether the user lets the method act before this layer."""
+        """True where the user lets the method act before this layer."""
         return self.chosen is None or layer in self.chosen
 
 
 class EnterCore(Hook):
-    """Before the forward of the model with vision: where visual tokens stand, and the features that go there."""
+    """Hook before the forward of the model with vision: its arguments wait for the hook of the language model."""
 
     def __init__(self, settings: VisualSettings, names: tuple[str, ...]) -> None:
         self.settings = settings
@@ -114,6 +114,8 @@ class EnterCore(Hook):
             return None
         tokens: Tensor = embeds if ids is None else ids  # type: ignore[assignment]
         shape = tokens.shape
+        # These hosts make their masks here, before the language model, for as many rows as the cache tells: the rows
+        # that layer 0 really holds.
         call.physical = held_mask(cache_of(given), call.mask, shape)
         new = held_types(cache_of(given), given, shape)
         if call.physical is not None:
@@ -122,7 +124,7 @@ class EnterCore(Hook):
 
 
 class LeaveCore(Hook):
-    """After it, whatever happened: images that the methods were not told of are no silent matter."""
+    """Hook after that forward, whatever happened: images that the methods were not told of are no silent matter."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         run = in_flight.core
@@ -140,7 +142,7 @@ class LeaveCore(Hook):
 
 
 class EnterLanguage(Hook):
-    """Before the language model's forward: tokens leave, with their positions and masks."""
+    """Hook before the language model's forward: tokens leave, with their positions and masks."""
 
     def __init__(self, settings: VisualSettings, names: tuple[str, ...]) -> None:
         self.settings = settings
@@ -163,6 +165,7 @@ class EnterLanguage(Hook):
                 return None
             given["inputs_embeds"] = module.get_input_embeddings()(given.pop("input_ids"))
         given.pop("input_ids", None)
+        # The language model would make its cache inside, behind this hook, which has to hang the record on it.
         cache = cache_of(given)
         if cache is None and self._caches(module, given):
             cache = host_object("cache of rows that grow")(config=settings.config)
@@ -173,6 +176,7 @@ class EnterLanguage(Hook):
         if settings.core is not None:
             fill(settings, settings.core, call, source)
         call.entered = True
+        # Wrappers that spread a model over devices move arguments behind this hook.
         device = given["inputs_embeds"].device
         call.move(device)
         given = {k: _moved(v, device) for k, v in given.items()}
@@ -188,7 +192,7 @@ class EnterLanguage(Hook):
 
 
 class LeaveLanguage(Hook):
-    """After the language model's forward: the cache is told what left."""
+    """Hook after the language model's forward: the cache is told what left."""
 
     def __init__(self, settings: VisualSettings) -> None:
         self.settings = settings
@@ -231,7 +235,7 @@ def held_mask(cache: Cache | None, mask: Tensor | None, shape: torch.Size) -> Te
 
 
 def held_types(cache: Cache | None, given: dict[str, Any], shape: torch.Size) -> dict[str, Any]:
-    """What tells visual tokens apart, for the rows that layer 0 holds, where it is given for the whole conversation."""
+    """Token types (PaliGemma's, Gemma 3's) of the rows that layer 0 holds, where those of the conversation are given."""
     track = track_of(cache)
     outer = None if track is None else track.outer
     types = given.get("token_type_ids")
@@ -243,7 +247,7 @@ def held_types(cache: Cache | None, given: dict[str, Any], shape: torch.Size) ->
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    """Masks and positions where the tokens are: wrappers that move arguments do so behind this hook."""
+    """Masks and positions, moved to where the tokens are."""
     if isinstance(value, dict):
         return {k: _moved(v, device) for k, v in value.items()}
     return value.to(device) if isinstance(value, Tensor) else value

@@ -65,7 +65,7 @@ class VisualHost(Supplier):
 
     @property
     def blocks(self) -> list[tuple[str, nn.Module]]:
-        """What ``where`` chooses from: decoder layers, or the projector alone."""
+        """Modules that ``where`` chooses from: decoder layers, or the projector alone."""
         if self.stage == "layer":
             return self.layers
         assert self.core is not None  # the stage of models with vision
@@ -95,7 +95,7 @@ class VisualHost(Supplier):
         return f"{self.family}, between its {len(self.layers)} decoder layers"
 
     def missing(self, method: Method | type[Method]) -> frozenset[str]:
-        """What the method reads and this host cannot supply; images, where it acts on nothing else."""
+        """Values that the method reads and this host cannot supply; images, where it acts on nothing else."""
         if self.core is None and getattr(method, "visual", True):
             return frozenset({"images"})
         return super().missing(method)
@@ -125,7 +125,9 @@ class VisualHost(Supplier):
         method.check(self.depth)
         self._check_tower(method)
         if self.stage == "layer":
-            _ = self.layer_list
+            _ = self.layer_list  # raises where there is none
+            # Qwen 3 VL adds features by the places of all visual tokens, which must be there then. No prompt is longer
+            # than this: a method that acts before that layer at all acts here.
             early = [i for i in range(1, self.deepstack) if method.acts(1 << 20, layer=i, depth=self.depth)]
             if early:
                 raise ValueError(
@@ -159,7 +161,7 @@ class VisualHost(Supplier):
         return frozenset({"keep", "repack"} if plain else {"keep"})
 
     def hint(self, method: Method) -> str:
-        """What works instead: the method with other settings, else other methods of the stage."""
+        """Settings of the method that work instead, else other methods of the stage; the end of a message."""
         if self.core is None:
             unknown = _sees(getattr(self.model, "config", None))
             why = ": it has vision, but of a family whose image features tokred does not know" if unknown else ""
@@ -199,6 +201,7 @@ class VisualHost(Supplier):
         from tokred.adapters.vlm.records import Getter
         from tokred.adapters.vlm.taps import TowerTap
 
+        # Hooks that end something are called even when the forward raises: what is in flight would stay so.
         if self.core is not None:
             core: Any = self.core
             settings.core = core

@@ -211,6 +211,8 @@ def _tiles(
         first: row of the image in the tower's batch, or -1.
         base: tokens before.
     """
+    # A tile that lies in the padding altogether is not there; one at its border has lost rows or columns, so that its
+    # patches are a rectangle inside the tower's row.
     parts, columns = [], shape[1]
     for i in range(count[0]):
         for j in range(count[1]):
@@ -239,7 +241,8 @@ def _columns(n: int, shape: torch.Size) -> int:
 
 def video(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: Tap) -> list[Picture]:
     """LLaVA-NeXT-Video: frames of pooled patches; in LLaVA-OneVision with a newline at the end."""
-    pixels = given.get("pixel_values_videos")  # which older versions call as they call images
+    # Older versions give videos to the getter under the name that images have.
+    pixels = given.get("pixel_values_videos")
     frames = int((given["pixel_values"] if pixels is None else pixels).shape[1])
     found = []
     for n in lengths(output):
@@ -259,6 +262,7 @@ def closed_video(core: PreTrainedModel, given: dict[str, Any], output: Output, t
 
 def by_grid(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: Tap) -> list[Picture]:
     """Qwen's: frames, rows and columns of patches are given, of which 2 x 2 make a token."""
+    # Qwen 3 VL's getter of videos calls that of images, with the videos' grids.
     grids = given.get("image_grid_thw")
     kind = "image"
     if grids is None or given.get("pixel_values_videos") is not None:

@@ -65,6 +65,7 @@ class MaskMaker:
         return self._made[key][1]
 
     def _make(self, mask: Mask, x: Tensor, cache: Cache | None, layer: int, window: int | None) -> Mask:
+        # Order matters: a window that counts places makes its mask whatever the host's is; flex masks come after it.
         if window is not None and self.places is not None:
             return self._slid(mask, x, cache, layer, window)
         if self.blocks and not (mask is None or isinstance(mask, Tensor)):
@@ -265,6 +266,7 @@ def gather_any_mask(mask: Masks, packed: Packed, before: Tensor, length: int) ->
     Raises:
         ValueError: the mask does not fit these rows.
     """
+    # Generation hands over masks by kind of layer.
     if isinstance(mask, dict):
         return {name: gather_any_mask(one, packed, before, length) for name, one in mask.items()}
     if mask is None:
@@ -273,6 +275,7 @@ def gather_any_mask(mask: Masks, packed: Packed, before: Tensor, length: int) ->
         raise uncut(mask)
     if mask.ndim == 2:
         return torch.cat([before, packed.valid], 1)
+    # A mask of a sliding layer has its window's rows alone, the newest ones.
     held = mask.shape[-1] - length
     if held < 0 or held > before.shape[1]:
         raise ValueError(PAIRS)

@@ -56,6 +56,7 @@ class Getter(Standin):
         return inspect.Signature(parameters)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Getters call each other (videos by way of images): the outer one's notes wait.
         before = in_flight.tap
         tap = in_flight.tap = Tap()
         try:
@@ -166,6 +167,7 @@ def fill(settings: VisualSettings, core: PreTrainedModel, call: Call, given: dic
         else:
             visual = ids == token
         call.add(visual, record)
+    # A single embedding is a decoded token.
     if embeds is not None and not call.modalities and embeds.shape[1] > 1:
         _fill_merged(settings, core, call, ids, embeds)
 
@@ -174,6 +176,8 @@ def _fill_merged(
     settings: VisualSettings, core: PreTrainedModel, call: Call, ids: Tensor | None, embeds: Tensor
 ) -> None:
     """The caller has merged the features into the embeddings, if there are any."""
+    # Where ids come beside, they tell the places, unless the caller left the placeholders' own embeddings there. Else
+    # the features are looked for among the rows by their values, as the getters made them last.
     rows = None
     for _, name in settings.facts.getters:
         token, record = getattr(core.config, f"{name}_token_id", None), last_record(core, name)
@@ -217,7 +221,7 @@ def _words(core: PreTrainedModel, embeds: Tensor, token: int) -> Tensor:
 
 
 def _only_words(core: PreTrainedModel, embeds: Tensor, call: Call) -> bool:
-    """Whether everything but the visual tokens that are known, and padding, is a word."""
+    """True where everything but the visual tokens that are known, and padding, is a word."""
     table = core.get_input_embeddings()
     rows, dtype = marks(embeds, table.weight.dtype), table.weight.dtype
     left = torch.ones_like(rows, dtype=torch.bool)

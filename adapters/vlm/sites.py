@@ -49,7 +49,7 @@ class Shown(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What all sites of a batch share: embeddings, the text's mask, the projector, and what the method reads."""
+    """Values that all sites of a batch share: embeddings, the text's mask, the projector, and what the method reads."""
 
     embeds: Tensor
     text: Tensor
@@ -115,6 +115,7 @@ def site_of(group: list[Place], columns: Tensor, context: Context) -> VisualSite
         columns: ``(G, N)`` where their tokens stand in their samples.
         context: of the batch.
     """
+    # Whatever costs something is a function, which runs for methods that read it.
     part, record = group[0].part, group[0].record
     samples = torch.tensor([p.sample for p in group], device=columns.device)
     embeds = context.embeds
@@ -210,7 +211,7 @@ def _whole(record: Record, rows: list[int]) -> Callable[[int], Tensor]:
 
 
 class Left(NamedTuple):
-    """What is left of the visual tokens.
+    """The visual tokens that are left so far, while one group after another is reduced.
 
     Attributes:
         gone: ``(B, L)`` bool, the columns that leave; None where none does.
@@ -256,6 +257,7 @@ def leave(left: Left, group: list[Place], columns: Tensor, site: VisualSite, ste
     """Take one group's reduction into account; merging is differentiable."""
     if step.trivial:
         return left
+    # One column more than there are: slots that are padding point there, and it is cut off again.
     b, length = left.embeds.shape[:2]
     embeds = left.embeds
     samples = torch.tensor([p.sample for p in group], device=columns.device).unsqueeze(1)

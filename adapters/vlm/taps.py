@@ -1,4 +1,4 @@
-"""What is noted while a forward is in flight: records of features, and the taps on tower and projector."""
+"""Notes on forwards in flight: what hooks tell each other, records of features, and the taps that make them."""
 
 from __future__ import annotations
 
@@ -253,6 +253,7 @@ class FusedTap(Hook):
 
 def last_attention(core: PreTrainedModel) -> Any:
     """The attention of the tower's last block, where it is of this kind and attends to whole frames; else None."""
+    # Qwen 2.5's blocks attend within windows, all but some; windowed columns say nothing about the whole frame.
     tower = getattr(core, "visual", None)
     blocks = getattr(tower, "blocks", None)
     if not isinstance(blocks, nn.ModuleList) or not len(blocks):
