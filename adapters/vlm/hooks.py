@@ -235,7 +235,7 @@ def held_mask(cache: Cache | None, mask: Tensor | None, shape: torch.Size) -> Te
 
 
 def held_types(cache: Cache | None, given: dict[str, Any], shape: torch.Size) -> dict[str, Any]:
-    """Token types (PaliGemma's, Gemma 3's) of the rows that layer 0 holds, where those of the conversation are given."""
+    """Token types (PaliGemma, Gemma 3) of the rows that layer 0 holds, where those of the conversation are given."""
     track = track_of(cache)
     outer = None if track is None else track.outer
     types = given.get("token_type_ids")
