@@ -24,6 +24,7 @@ from tokred.bench import images as photos
 from tokred.bench import models as subjects
 from tokred.bench import results as outputs
 from tokred.bench import run as bench
+from tokred.core.settings import parse_pairs, parse_setting
 
 COLUMNS = {
     "demo": ("method", "setting", "tokens_out", "gmacs", "top1", "top1_difference", "images_per_second", "speedup"),
@@ -195,14 +196,14 @@ def test_the_probe_separates_what_can_be_separated():
 
 
 def test_settings_are_parsed():
-    assert arms.parse_setting("tome r=(16, -1) metric=k") == ("tome", {"r": (16, -1), "metric": "k"})
-    assert arms.parse_setting("evit kappa=0.7 blocks=(3, 6) fuse=False")[1] == {
+    assert parse_setting("tome r=(16, -1) metric=k") == ("tome", {"r": (16, -1), "metric": "k"})
+    assert parse_setting("evit kappa=0.7 blocks=(3, 6) fuse=False")[1] == {
         "kappa": 0.7,
         "blocks": (3, 6),
         "fuse": False,
     }
     with pytest.raises(ValueError, match="twice"):
-        arms.parse_pairs(["r=1", "r=2"])
+        parse_pairs(["r=1", "r=2"])
 
 
 def test_a_ladder_meets_its_targets(model):

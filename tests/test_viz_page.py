@@ -25,8 +25,8 @@ from tests.encoder.tiny_timm import build, images
 from tokred.analysis.viz import draw as viz
 from tokred.analysis.viz import pages
 from tokred.analysis.viz import recording as stages
-from tokred.bench import arms
 from tokred.core.method import Method
+from tokred.core.settings import parse_setting
 from tokred.core.soft import SoftReduction
 
 VOID = {"meta", "link", "input", "br", "img"}
@@ -160,7 +160,7 @@ def test_the_json_holds_the_groups_of_every_block(family, methods, tmp_path):
     with torch.inference_mode():
         full = model(x)
     for m, method in enumerate(methods):
-        name, parameters = arms.parse_setting(method) if isinstance(method, str) else (method, {})
+        name, parameters = parse_setting(method) if isinstance(method, str) else (method, {})
         with torch.inference_mode(), tokred.applied(model, name, **parameters):
             model(x)
             after = [viz.after(model, layer) for layer in range(3)]

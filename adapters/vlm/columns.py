@@ -109,8 +109,6 @@ def gather_columns(t: Tensor, columns: Tensor, dim: int = 1) -> Tensor:
 
 
 _TRACK = "_tokred_track"
-
-
 _STATE = "tokred_track"
 
 

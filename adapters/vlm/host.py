@@ -22,6 +22,7 @@ from tokred.adapters.vlm.families import (
     class_tokens,
     describe,
     feature_layer,
+    projections,
     tower_attention,
     tower_layers,
 )
@@ -243,8 +244,8 @@ class VisualHost(Supplier):
         for i in _wanted(core, method, len(layers)):
             attention = tower_attention(layers[i])
             heads = getattr(attention, "num_heads", None) or attention.num_attention_heads
-            for which in ("q", "k"):
-                getattr(attention, f"{which}_proj").register_forward_hook(HeadTap(i, which, heads))
+            for which, projection in projections(attention).items():
+                projection.register_forward_hook(HeadTap(i, which, heads))
 
 
 def _wanted(core: Any, method: Method, depth: int) -> list[int]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from tokred.adapters.contract import parameters_at_hand
 from tokred.adapters.swap import Standin
 from tokred.adapters.vlm.taps import Call, Record, Tap, in_flight
 from tokred.errors import BypassedError
@@ -25,12 +26,8 @@ if TYPE_CHECKING:
 
 # Outputs of feature getters, and the tensors in them, to their records.
 _KNOWN: MutableMapping[object, Record] = WeakIdKeyDictionary()
-
-
 # Channels that tell tokens apart.
 _CHANNELS = 64
-
-
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -82,10 +79,21 @@ def remember(core: nn.Module, modality: str, output: BaseModelOutputWithPooling,
     for key in (output, output.pooler_output, *features[:1]):
         if isinstance(key, Tensor) or key is output:
             _KNOWN[key] = record
-    record.marks = marks(torch.cat([one.flatten(0, -2) for one in features]), _dtype(core)) if features else None
+    record.marks = marks(_entering(core, record, features), _dtype(core)) if features else None
     if in_flight.last is None:
         in_flight.last = weakref.WeakKeyDictionary()
     in_flight.last.setdefault(core, {})[modality] = record
+
+
+def _entering(core: PreTrainedModel, record: Record, features: list[Tensor]) -> Tensor:
+    """``(T, C)`` the features as they enter the prompt, and the newline where the forward puts it behind them."""
+    rows = torch.cat([one.flatten(0, -2) for one in features])
+    if sum(p.tokens for p in record.pictures) == len(rows):
+        return rows
+    with parameters_at_hand(core):
+        newline: Tensor = core.image_newline
+        # Without it, embeddings that hold it are refused as unknown.
+        return rows if newline.is_meta else torch.cat([rows, newline.detach()[None].to(rows)])
 
 
 def record_of(core: nn.Module, modality: str, output: BaseModelOutputWithPooling) -> Record | None:

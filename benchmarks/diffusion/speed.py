@@ -31,9 +31,10 @@ from torch import Tensor, nn
 import tokred
 from tokred.adapters.diffusion.geometry import GEOMETRIES, build
 from tokred.adapters.diffusion.survey import example
-from tokred.bench import arms, timing
 from tokred.bench import results as outputs
+from tokred.bench import timing
 from tokred.core import environment
+from tokred.core.settings import parse_setting
 
 CASES = (  # what matters most first, for machines that are lent for minutes
     *(f"{name}:{side}" for side in (1024, 2048) for name in ("sd15", "sdxl", "flux")),
@@ -74,7 +75,7 @@ def chosen(name: str, wanted: Sequence[str] | None, quick: bool = False) -> list
     found: list[tuple[str, tokred.Method | None]] = [("unpatched", None)]
     if wanted is not None:
         for text in wanted:
-            method, parameters = arms.parse_setting(text)
+            method, parameters = parse_setting(text)
             found.append((text, tokred.make(method, **parameters)))
         return found
     d = FINEST.get(name, 2)

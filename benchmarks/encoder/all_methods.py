@@ -40,6 +40,7 @@ from tokred.bench import run as bench
 from tokred.bench import tasks
 from tokred.bench.arms import Arm
 from tokred.core import environment
+from tokred.core.settings import parse_setting
 
 SHARES = {"embedded": (0.6, 0.45, 0.3), "dinov2": (0.75, 0.6, 0.45)}
 NEAR = 0.06  # a setting counts for a share if its multiply-adds lie this near, as a share of the model's
@@ -82,7 +83,7 @@ OVERHEAD = {
 @torch.inference_mode()
 def tried(model: nn.Module, text: str, images: torch.Tensor) -> Arm | None:
     """An arm with the multiply-adds and tokens that it really took on some images; None where it does not fit."""
-    name, parameters = arms_of.parse_setting(text)
+    name, parameters = parse_setting(text)
     try:
         method = tokred.make(name, **parameters)
         cost = tokred.flops(model, None, images.shape)

@@ -22,9 +22,9 @@ import torch
 
 import tokred
 from benchmarks.zoo import data, whisper
-from tokred.bench import arms
 from tokred.bench import results as outputs
 from tokred.core import environment
+from tokred.core.settings import parse_setting
 
 # Prompts of at least a sentence.
 PROMPTS = (
@@ -56,7 +56,7 @@ def word_errors(reference: Sequence[str], answer: Sequence[str]) -> int:
 
 def read_setting(text: str) -> tuple[str, dict[str, Any], str]:
     """Method, its parameters, and what is exposed."""
-    name, parameters = arms.parse_setting(text)
+    name, parameters = parse_setting(text)
     return name, parameters, parameters.pop("expose", "auto")
 
 

@@ -22,9 +22,9 @@ import tokred
 from benchmarks.zoo import data, minilm
 from tokred.adapters import find
 from tokred.adapters.encoder.host import shared_of
-from tokred.bench import arms
 from tokred.bench import results as outputs
 from tokred.core import environment
+from tokred.core.settings import parse_setting
 
 SETTINGS = (
     "spatten keep=0.5 first=1", "spatten keep=0.25 first=1", "spatten keep=0.1 first=1",
@@ -77,7 +77,7 @@ def accuracy(weight: Tensor, x: Tensor, y: Tensor) -> float:
 
 def measure(settings: Sequence[str], train: int, test: int) -> list[dict[str, Any]]:
     """One row a setting, the unpatched model first."""
-    methods = {text: tokred.make(arms.parse_setting(text)[0], **arms.parse_setting(text)[1]) for text in settings}
+    methods = {text: tokred.make(parse_setting(text)[0], **parse_setting(text)[1]) for text in settings}
     model, tokenizer = minilm.load()
     found = data.fortunes()
     topics = sorted(set(found.topics))

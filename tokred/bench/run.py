@@ -24,6 +24,7 @@ from tokred.bench.images import Images
 from tokred.bench.models import Answer, Subject, zoo
 from tokred.bench.tasks import Task
 from tokred.core import environment
+from tokred.core.settings import parse_setting
 
 SHARES = (0.85, 0.7, 0.55, 0.4)
 METHODS = ("tome", "pitome", "evit", "random")
@@ -76,7 +77,7 @@ def choose(
     base = arms_of.unpatched(subject.model, subject.shape)
     chosen = [base, *arms_of.ladder(subject.model, subject.shape, names, [int(base.macs * s) for s in shares])]
     for text in settings:
-        name, parameters = arms_of.parse_setting(text)
+        name, parameters = parse_setting(text)
         chosen.append(arms_of.arm(subject.model, subject.shape, name, **parameters))
     return chosen
 

@@ -54,7 +54,7 @@ def doctor_command(
       tokred doctor --json > doctor.json
     """
     from tokred import doctor
-    from tokred.cli.main import refusing
+    from tokred.cli.console import refusing
 
     wanted = [name.strip() for name in (only or "").split(",") if name.strip()]
     with refusing():
@@ -82,7 +82,7 @@ def doctor_command(
 @contextlib.contextmanager
 def steps(total: int) -> Iterator[Callable[[str], None]]:
     """A bar on a terminal; where there is none, a line now and then."""
-    from tokred.cli.main import err, progress
+    from tokred.cli.console import err, progress
 
     if err.is_terminal and total:
         with progress(total, "examining") as move:
@@ -110,14 +110,14 @@ def table(title: str, *columns: str) -> Table:
 
 def width() -> int:
     """Columns of a terminal; elsewhere 60, or as many as the environment says."""
-    from tokred.cli.main import out
+    from tokred.cli.console import out
 
     return out.width if out.is_terminal or "COLUMNS" in os.environ else WIDE
 
 
 def show(made: Table) -> None:
     """A table, on as many columns as there are."""
-    from tokred.cli.main import out
+    from tokred.cli.console import out
 
     out.print(made, width=width())
 

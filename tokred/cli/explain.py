@@ -36,7 +36,7 @@ def explain_command(
       tokred explain --model path/to/a/pipeline --size 1024x768
       tokred explain --model cogvideox-5b --method todo --set factors=(1,2) --size 49x480x720
     """
-    from tokred.cli.main import refusing
+    from tokred.cli.console import refusing
 
     with refusing():
         text = explained(model, method, settings or [], size)
@@ -53,9 +53,9 @@ def explained(model: str, method: str, settings: list[str], size: str) -> str:
     from tokred import api
     from tokred.adapters.diffusion.geometry import read, sample_size
     from tokred.analysis.explain import explain
-    from tokred.bench import arms
+    from tokred.core.settings import parse_pairs
 
-    chosen = api.make(method, **arms.parse_pairs(settings))
+    chosen = api.make(method, **parse_pairs(settings))
     denoiser, pixels, frames = read(model)
     try:
         sample = sample_size(parse_size(size), pixels, frames)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from tokred import __version__
-from tokred.errors import TokredError
 
 try:
     import typer
-    from rich.console import Console
 except ImportError as error:  # a script's entry point has no better place to say this
     raise SystemExit(f"tokred's command line needs {error.name}: pip install 'tokred[cli]'") from error
 
+from tokred.cli.console import out, progress, refusing, set_threads, written
 from tokred.cli.doctor import doctor_command  # needs typer
 from tokred.cli.explain import explain_command
 from tokred.cli.viz import viz_command
@@ -33,53 +29,11 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-# A pipe has no width of its own: wide enough for every table.
-out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)
-err = Console(stderr=True)
 
 
 def main() -> None:
     """Entry point of the ``tokred`` script."""
     app(prog_name="tokred")
-
-
-@contextlib.contextmanager
-def refusing() -> Iterator[None]:
-    """Say what is wrong with the input in one line, and leave with code 2; for checks only, never around the work."""
-    from tokred.bench.models import NoModelError
-
-    try:
-        yield
-    except (TokredError, NoModelError, ValueError, TypeError, OSError, ImportError) as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        print(f"tokred: {text}", file=sys.stderr)
-        raise typer.Exit(2) from error
-
-
-@contextlib.contextmanager
-def progress(total: int, text: str) -> Iterator[Callable[[], None]]:
-    """A bar on the terminal; the function that it hands out moves it on by one."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=err, transient=True) as bar:
-        task = bar.add_task(text, total=total)
-        yield lambda: bar.advance(task)
-
-
-def set_threads(threads: int | None) -> None:
-    """Threads of torch on the CPU."""
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
 
 
 def print_version(wanted: bool) -> None:
@@ -162,7 +116,7 @@ def demo_command(
     print(tables.within_chance(rows, count))
     with refusing():
         paths = demo.write(rows, model, sample.images, sample.labels, folder, batch=batch, force=force)
-    _written(paths)
+    written(paths)
 
 
 def _names(text: str) -> list[str]:
@@ -190,10 +144,6 @@ def _counts(text: str) -> list[int]:
     if not found or min(found) < 1:
         raise ValueError(f"--r is a list of positive numbers, got {text!r}")
     return list(dict.fromkeys(found))
-
-
-def _written(paths: Sequence[Path]) -> None:
-    print(f"Written to {paths[0].parent.resolve()}: {', '.join(p.name for p in paths)}")
 
 
 @app.command("list", short_help="Methods and families of models, one line each.")
@@ -329,7 +279,7 @@ def bench_command(
     stem = "bench-" + "".join(c if c.isalnum() or c in "._-" else "_" for c in model).strip("_")
     with refusing():
         paths = bench.write(rows, folder, stem, force=force, append=append)
-    _written(paths)
+    written(paths)
 
 
 def _shares(text: str) -> list[float]:

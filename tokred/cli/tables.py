@@ -11,10 +11,10 @@ from rich.table import Table
 from torch import nn
 
 from tokred import api
-from tokred.bench import arms
 from tokred.bench import models as subjects
 from tokred.core import environment
 from tokred.core.registry import methods as registered
+from tokred.core.settings import parse_pairs
 
 if TYPE_CHECKING:
     from tokred.bench.demo import Row
@@ -74,7 +74,7 @@ def flops_table(model: str, method: str | None, settings: Sequence[str], size: i
         NoModelError: there is no such model.
         UnknownMethodError, TypeError, ValueError, MissingInputError: method or settings do not fit.
     """
-    parameters = arms.parse_pairs(settings)
+    parameters = parse_pairs(settings)
     if method is None and parameters:
         raise ValueError(f"--set {settings[0]} needs a --method")
     found, shape = subjects.skeleton(model) if size is None else _resized(model, size)

@@ -76,7 +76,7 @@ def viz_command(
     from tokred.bench import models as subjects
     from tokred.bench import plots
     from tokred.bench import results as outputs
-    from tokred.cli.main import _written, progress, refusing, set_threads
+    from tokred.cli.console import progress, refusing, set_threads, written
 
     set_threads(threads)
     with refusing():
@@ -100,7 +100,7 @@ def viz_command(
         paths = outputs.free(folder, FILES, force=force)
         pages.write(recording, paths["viz.html"], title=f"{model}: what became of every patch")
         plots.save(drawn, paths["viz.png"])
-    _written(list(paths.values()))
+    written(list(paths.values()))
 
 
 def choose(subject: Subject, settings: Sequence[str]) -> list[str]:
@@ -111,12 +111,13 @@ def choose(subject: Subject, settings: Sequence[str]) -> list[str]:
     """
     from tokred.analysis.viz import recording as stages
     from tokred.bench import arms
+    from tokred.core.settings import parse_setting
 
     host = stages.check(subject.model, ())
     base = arms.unpatched(subject.model, subject.shape)
     found = []
     for text in settings:
-        name, parameters = arms.parse_setting(text)
+        name, parameters = parse_setting(text)
         arm = arms.arm(subject.model, subject.shape, name, **parameters)
         if not parameters and not _acts(arm, host):
             arm = arms.at_cost(subject.model, subject.shape, name, int(SHARE * base.macs))

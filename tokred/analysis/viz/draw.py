@@ -237,9 +237,9 @@ def sheet(
         names: of the rows.
         notes: ``[row][column]``, small, below each picture.
     """
-    from tokred.bench import plots
+    from tokred.analysis.viz import canvas
 
-    figure, axes = plots.grid(len(pictures), len(titles))
+    figure, axes = canvas.grid(len(pictures), len(titles))
     for i, row in enumerate(pictures):
         for j, picture in enumerate(row):
             axis = axes[i][j]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from tokred import adapters, api
-from tokred.bench.arms import parse_setting
 from tokred.core.method import Method
 from tokred.core.reduction import Reduction
+from tokred.core.settings import parse_setting
 from tokred.core.soft import SoftReduction
 from tokred.errors import UnsupportedModelError
 

@@ -1,0 +1,67 @@
+"""The console: what the commands share to print, to refuse bad input and to show progress."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from tokred.errors import TokredError
+
+try:
+    import typer
+    from rich.console import Console
+except ImportError as error:  # a script's entry point has no better place to say this
+    raise SystemExit(f"tokred's command line needs {error.name}: pip install 'tokred[cli]'") from error
+
+
+# A pipe has no width of its own: wide enough for every table.
+out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)
+
+
+err = Console(stderr=True)
+
+
+@contextlib.contextmanager
+def refusing() -> Iterator[None]:
+    """Say what is wrong with the input in one line, and leave with code 2; for checks only, never around the work."""
+    from tokred.bench.models import NoModelError
+
+    try:
+        yield
+    except (TokredError, NoModelError, ValueError, TypeError, OSError, ImportError) as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        print(f"tokred: {text}", file=sys.stderr)
+        raise typer.Exit(2) from error
+
+
+@contextlib.contextmanager
+def progress(total: int, text: str) -> Iterator[Callable[[], None]]:
+    """A bar on the terminal; the function that it hands out moves it on by one."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=err, transient=True) as bar:
+        task = bar.add_task(text, total=total)
+        yield lambda: bar.advance(task)
+
+
+def set_threads(threads: int | None) -> None:
+    """Threads of torch on the CPU."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def written(paths: Sequence[Path]) -> None:
+    print(f"Written to {paths[0].parent.resolve()}: {', '.join(p.name for p in paths)}")

@@ -1,0 +1,46 @@
+"""Settings as text: ``"tome r=13"``, as they are typed on the command line and written into tables."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterable
+from typing import Any
+
+
+def parse_value(text: str) -> Any:
+    """A Python literal (``13``, ``0.7``, ``(16,-1)``, ``[8,4]``, ``True``), or else the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def parse_pairs(texts: Iterable[str]) -> dict[str, Any]:
+    """``["r=13", "metric=k"]`` as parameters.
+
+    Raises:
+        ValueError: a text is not ``key=value``, or a key comes twice.
+    """
+    found: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip().isidentifier() or not value.strip():
+            raise ValueError(f"a setting is key=value, such as r=13 or kappa=0.7, got {text!r}")
+        if key.strip() in found:
+            raise ValueError(f"{key.strip()} is set twice")
+        found[key.strip()] = parse_value(value.strip())
+    return found
+
+
+def parse_setting(text: str) -> tuple[str, dict[str, Any]]:
+    """``"evit kappa=0.7 blocks=(3, 6)"`` as a method's name and parameters.
+
+    Raises:
+        ValueError: something in it is not ``key=value``.
+    """
+    name, _, rest = text.strip().partition(" ")
+    if not name or "=" in name:
+        raise ValueError(f"a setting is a method and key=value pairs, such as 'tome r=13', got {text!r}")
+    pairs = [p for p in re.split(r"\s+(?=[A-Za-z_]\w*=)", rest.strip()) if p]
+    return name, parse_pairs(pairs)
