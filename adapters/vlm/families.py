@@ -31,6 +31,7 @@ class Facts(NamedTuple):
         tokenwise: whether the projector acts on tokens one by one.
         heads: whether a token is a patch of the tower, so that the tower's attention says something about it.
         outer_masks: masks for pairs of tokens are made outside the language model.
+        clips: whether a video comes as images, a frame each, so that :func:`tokred.vlm.clips` tells which they are.
         causal_type: the token type of tokens that see only what came before them.
     """
 
@@ -42,29 +43,32 @@ class Facts(NamedTuple):
     tokenwise: bool = True
     heads: bool = True
     outer_masks: bool = False
+    clips: bool = False
     causal_type: int = 0
 
 
 _PLAIN: dict[str, Maker] = {"image": plain}
 _BOTH = (("get_image_features", "image"), ("get_video_features", "video"))
 _QWEN = Facts(projector="", tower="visual", getters=_BOTH, pictures={"image": by_grid, "video": by_grid}, heads=False)
-_IDEFICS = Facts("connector", "vision_model", "text_model", pictures={"image": by_sample}, tokenwise=False, heads=False)
+_IDEFICS = Facts(
+    "connector", "vision_model", "text_model", pictures={"image": by_sample}, tokenwise=False, heads=False, clips=True
+)
 _TILES: dict[str, Maker] = {"image": tiled, "video": video}
 
 FACTS: dict[str, Facts] = {
-    "LlavaModel": Facts(),
+    "LlavaModel": Facts(clips=True),
     "LlavaNextModel": Facts(pictures=_TILES),
     "LlavaNextVideoModel": Facts(getters=_BOTH, pictures=_TILES),
     "LlavaOnevisionModel": Facts(getters=_BOTH, pictures={"image": tiled, "video": closed_video}),
     "Qwen2VLModel": _QWEN,
     "Qwen2_5_VLModel": _QWEN,
     "Qwen3VLModel": _QWEN,
-    "InternVLModel": Facts(heads=False),
+    "InternVLModel": Facts(heads=False, clips=True),
     "Idefics3Model": _IDEFICS,
     "SmolVLMModel": _IDEFICS,
-    "Mistral3Model": Facts(pictures={"image": by_size}, tokenwise=False, heads=False),
-    "PaliGemmaModel": Facts(outer_masks=True, causal_type=1),
-    "Gemma3Model": Facts(tokenwise=False, outer_masks=True, heads=False),
+    "Mistral3Model": Facts(pictures={"image": by_size}, tokenwise=False, heads=False, clips=True),
+    "PaliGemmaModel": Facts(outer_masks=True, clips=True, causal_type=1),
+    "Gemma3Model": Facts(tokenwise=False, outer_masks=True, heads=False, clips=True),
 }
 
 

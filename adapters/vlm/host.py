@@ -343,7 +343,7 @@ def _supplies_layer(layers: list[tuple[str, nn.Module]]) -> frozenset[str]:
 
 
 def _supplies_projector(core: Any, facts: Facts) -> frozenset[str]:
-    found = {"x", "grid", "frames", "text", "project"} if facts.tokenwise else {"x", "grid", "frames", "text"}
+    found = {"x", "grid", "frames", "motion", "text"} | ({"project"} if facts.tokenwise else set())
     if facts.projector:
         found.add("tower")
     if last_attention(core) is not None:

@@ -27,6 +27,7 @@ class Part:
         where: which tokens of the picture, in order: their first and count, or rows of a larger grid.
         grid: rows and columns, of one frame; None where they form none.
         frames: of a video; None for an image.
+        clip: rows of the tower's batch, one for each frame, where the frames came as images; empty elsewhere.
         tile: which tile; None: all of the image.
         tower: which row of the tower's batch; -1 where none fits.
         patches: which of the tower's patches they are; None: all, in order.
@@ -40,6 +41,7 @@ class Part:
     where: Span
     grid: tuple[int, int] | None = None
     frames: int | None = None
+    clip: tuple[int, ...] = ()
     tile: Tile | None = None
     tower: int = -1
     patches: Span | None = None
@@ -86,6 +88,42 @@ class Picture(NamedTuple):
     tokens: int
     parts: tuple[Part, ...]
     lines: Span | None = None
+
+
+def pictures_of(picture: Picture) -> list[Picture]:
+    """A picture for each part, where the tokens of all parts stand one after another (SmolVLM's samples); else it."""
+    found, start = [], 0
+    for part in picture.parts:
+        if part.where != Span.line(start, part.count):
+            return [picture]
+        found.append(Picture(part.count, (replace(part, where=Span.line(0, part.count)),)))
+        start += part.count
+    return found if start == picture.tokens else [picture]
+
+
+def clip_of(frames: list[Picture]) -> Picture:
+    """The picture of successive images that are the frames of one clip.
+
+    Raises:
+        ValueError: they differ in size, or are cut into tiles.
+    """
+    if any(len(one.parts) != 1 or one.lines is not None for one in frames):
+        raise ValueError("runs joins images that are cut into tiles, which is no clip: give frames as single images")
+    part = frames[0].parts[0]
+    for i, one in enumerate(frames):
+        other = one.parts[0]
+        if (one.tokens, other.where, other.grid) != (frames[0].tokens, part.where, part.grid):
+            raise ValueError(
+                f"runs joins images of different sizes, {part.count} and {other.count} visual tokens on grids "
+                f"{part.grid} and {other.grid} (frames 0 and {i}): the frames of a clip have one size"
+            )
+    rows = tuple(one.parts[0].tower for one in frames)
+    # Between the frames of a clip there may be tokens that belong to none (class tokens of the tower): a frame's tokens
+    # are a row of a rectangle as wide as the image.
+    where = Span(part.where.start, len(frames), part.count, frames[0].tokens)
+    known = min(rows) >= 0
+    joint = replace(part, where=where, frames=len(frames), tower=rows[0] if known else -1, clip=rows if known else ())
+    return Picture(frames[0].tokens * len(frames), (joint,))
 
 
 def lengths(output: Output) -> list[int]:

@@ -17,6 +17,7 @@ from tokred.adapters.contract import parameters_at_hand
 from tokred.adapters.swap import Standin
 from tokred.adapters.vlm.taps import Call, Record, Tap, in_flight
 from tokred.errors import BypassedError
+from tokred.vlm.clips import Runs, said
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -174,7 +175,7 @@ def fill(settings: VisualSettings, core: PreTrainedModel, call: Call, given: dic
             visual = _words(core, embeds, token)
         else:
             visual = ids == token
-        call.add(visual, record)
+        call.add(visual, record, _runs(settings, name))
     # A single embedding is a decoded token.
     if embeds is not None and not call.modalities and embeds.shape[1] > 1:
         _fill_merged(settings, core, call, ids, embeds)
@@ -202,7 +203,7 @@ def _fill_merged(
             record = record if found is not None and bool((found == visual).all()) else None
         if visual is not None and bool(visual.any()):
             _check_record(settings, name, record)
-            call.add(visual, record)
+            call.add(visual, record, _runs(settings, name))
     if ids is None and not _only_words(core, embeds, call):
         some = "some of them are no features that its getters made last" if call.modalities else "no features are known"
         raise BypassedError(
@@ -210,6 +211,23 @@ def _fill_merged(
             f"{some}, so that visual tokens cannot be told from others: give pixel_values, which the model merges "
             f"itself, or merge what get_image_features of the patched model gave, as it is, {_remedy(settings)}"
         )
+
+
+def _runs(settings: VisualSettings, modality: str) -> Runs | None:
+    """Runs of pictures that are clips, as the caller says.
+
+    Raises:
+        ValueError: the family takes videos as what they are, or cuts images into tiles with newlines.
+    """
+    runs = said()
+    if runs is not None and not settings.facts.clips:
+        videos = any(name == "video" for _, name in settings.facts.getters)
+        why = "takes videos as pixel_values_videos" if videos else "cuts images into tiles"
+        raise ValueError(
+            f"tokred.vlm.clips was given {[list(one) for one in runs]}, but {settings.family} {why}, so that its "
+            "images are no frames: leave it out"
+        )
+    return runs if modality == "image" else None
 
 
 def _check_record(settings: VisualSettings, name: str, record: Record | None) -> None:

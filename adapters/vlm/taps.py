@@ -15,6 +15,7 @@ from tokred.adapters.encoder.block import split_heads
 from tokred.adapters.swap import Hook, host_class
 from tokred.adapters.vlm.layout import Picture
 from tokred.kernels.column_scores import column_scores
+from tokred.vlm.clips import Runs
 
 if TYPE_CHECKING:
     from weakref import WeakKeyDictionary
@@ -87,11 +88,13 @@ class Modality(NamedTuple):
         visual: ``(B, L)`` bool.
         counts: placeholders of each sample.
         record: of the features; None where they were not made by the patched model.
+        runs: of pictures that belong together, of each sample; None: every picture by itself.
     """
 
     visual: Tensor
     counts: tuple[int, ...]
     record: Record | None
+    runs: Runs | None = None
 
 
 @dataclass
@@ -117,9 +120,9 @@ class Call:
     towers: bool = False
     entered: bool = False
 
-    def add(self, visual: Tensor, record: Record | None) -> None:
-        """Note the placeholders ``(B, L)`` of one modality."""
-        self.modalities.append(Modality(visual, tuple(visual.sum(1).tolist()), record))
+    def add(self, visual: Tensor, record: Record | None, runs: Runs | None) -> None:
+        """Note the placeholders ``(B, L)`` of one modality, and its runs of pictures."""
+        self.modalities.append(Modality(visual, tuple(visual.sum(1).tolist()), record, runs))
 
     def move(self, device: torch.device) -> None:
         """Everything to where the tokens are."""
