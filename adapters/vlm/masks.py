@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from tokred.adapters.contract import attention_of, cache_name, host_object
+from tokred.adapters.kv.attention import PREFIX
+from tokred.adapters.kv.masks import MaskSpec
 from tokred.adapters.vlm.columns import Packed, own_sizes
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from tokred.adapters.vlm.forward import Forward
 
     # A mask of one kind of layers (None: all is causal, nothing is hidden), and those of a model, by kind if several.
-    Mask = Tensor | BlockMask | None
+    Mask = Tensor | BlockMask | MaskSpec | None
     Masks = Mask | dict[str, Mask]
 
 
@@ -80,8 +82,7 @@ class MaskMaker:
 
     def _slid(self, mask: Mask, x: Tensor, cache: Cache | None, layer: int, window: int) -> Tensor:
         assert self.places is not None  # see _make
-        check_kernel(self.config, mask)
-        assert mask is None or isinstance(mask, Tensor)  # see there
+        mask = tensor_of(self.config, mask)
         q = x.shape[1]
         held = min(_held(cache, layer, q), self.columns.shape[1] - q)
         columns = self.columns[:, self.columns.shape[1] - held - q :]
@@ -128,7 +129,6 @@ def slid(forward: Forward, new: dict[str, Any]) -> Masks:
         new: the language model's arguments, with the masks that it would be given.
     """
     config, window, mask = forward.settings.config, forward.settings.window, new.get("attention_mask")
-    check_kernel(config, mask)
     assert window is not None  # there are sliding layers, see Forward.slides
     given = isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.ndim == 4)
     if not given:
@@ -142,8 +142,7 @@ def slid(forward: Forward, new: dict[str, Any]) -> Masks:
     places, q = forward.places(), forward.embeds.shape[1]
 
     def one(stock: Mask) -> Tensor:
-        check_kernel(config, stock)
-        assert stock is None or isinstance(stock, Tensor)  # see there
+        stock = tensor_of(config, stock)
         count = places.shape[1] if stock is None else stock.shape[-1]
         valid = None if forward.mask is None else forward.mask[:, places.shape[1] - count :]
         return windowed(stock, places[:, places.shape[1] - count :], q, valid, window, given)
@@ -176,20 +175,29 @@ def windowed(stock: Tensor | None, places: Tensor, q: int, valid: Tensor | None,
     return hide(stock.expand(len(places), -1, -1, -1), seen.unsqueeze(1))
 
 
+def tensor_of(config: PreTrainedConfig, mask: Mask) -> Tensor | None:
+    """The mask of sliding layers as a tensor, also where a policy of the cache hands one through; None: all is causal.
+
+    A policy makes the masks of its own layers from their rows, when these are known. Sliding layers are never its own:
+    theirs is the mask that the model's attention would have been given without it.
+
+    Raises:
+        ValueError: as :func:`check_kernel`.
+    """
+    if isinstance(mask, MaskSpec):
+        mask = mask.stock(attention_of(config).removeprefix(PREFIX))
+    check_kernel(config, mask)
+    assert mask is None or isinstance(mask, Tensor)  # see there
+    return mask
+
+
 def check_kernel(config: PreTrainedConfig, mask: Masks) -> None:
-    """Refuse what counts windows itself, in the rows that are left: flash kernels, flex attention, and policies of the
-    cache.
+    """Refuse what counts windows itself, in the rows that are left: flash kernels and flex attention.
 
     Raises:
         ValueError: with what would work.
     """
-    name = attention_of(config)
-    if name.startswith("tokred:"):
-        raise ValueError(
-            f"sliding layers have a window of {config.sliding_window} tokens, less than the prompt, whose masks a "
-            "policy of the cache makes itself, from rows that are left: take either the policy, or methods that "
-            "let visual tokens leave"
-        )
+    name = attention_of(config).removeprefix(PREFIX)
     if "flash" in name or not (mask is None or isinstance(mask, Tensor | dict)):
         raise ValueError(
             f"attention {name!r} counts the window of sliding layers ({config.sliding_window} tokens, less than the "
