@@ -46,11 +46,6 @@ class TokCache(DynamicCache):  # type: ignore[misc]
 
     engine: Engine
 
-    @property
-    def session(self) -> Engine:
-        """The engine, by the name that it had."""
-        return self.engine
-
     def snapshot(self) -> Snapshot:
         """The present state. Costs no memory until the cache moves on: tensors are shared."""
         layers = tuple(

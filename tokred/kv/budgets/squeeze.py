@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tokred.core.schedules import check_share
+from tokred.core.checks import check_share
 from tokred.errors import TokredError
 from tokred.kv.allocators import Allocator, Grant, Judged, Measured, Streams
 from tokred.kv.parts import Budget, check_amount, check_count

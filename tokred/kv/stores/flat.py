@@ -10,8 +10,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from tokred.core.checks import check_share
 from tokred.core.reduction import Reduction
-from tokred.core.schedules import check_share
 from tokred.kernels.decode_attention import SENTINEL, decode_attention, decode_attention_flat
 from tokred.kv.described import Made, like
 from tokred.kv.stores.rectangle import RectangleShelf, newest_slots

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from tokred.core.method import Parameters
 from tokred.core.registry import register
 from tokred.kv.budgets import Preference
 from tokred.kv.parts import Budget, Score, check_count
@@ -76,6 +77,7 @@ class CAKE(Preset):
 
     summary: ClassVar[str] = "mean and variance of attention; layers share by preference"
     source: ClassVar[str] = "CAKE, ICLR 2025"
+    example: ClassVar[Parameters] = {"budget": 9, "window": 4, "pool": 3}
 
     budget: float | int | str = 0.5
     tau1: float = 1.6

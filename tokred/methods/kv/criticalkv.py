@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokred.core.checks import check_share
+from tokred.core.method import Parameters
 from tokred.core.registry import register
-from tokred.core.schedules import check_share, kept
+from tokred.core.schedules import kept
 from tokred.kv.parts import Score, as_part
 from tokred.kv.preset import KVPreset
 from tokred.kv.repeat import Repeats
@@ -132,6 +134,7 @@ class CriticalKV(KVPreset):
 
     summary: ClassVar[str] = "a score, weighted by the value's share of the output"
     source: ClassVar[str] = "Feng et al., 2025 (arXiv 2502.03805)"
+    example: ClassVar[Parameters] = {"budget": 9, "score": {"part": "window", "size": 4, "pool": 3}}
 
     score: Score | str = "window"
     first: float = 0.5

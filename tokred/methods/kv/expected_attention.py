@@ -8,6 +8,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from tokred.core.method import Parameters
 from tokred.core.registry import register
 from tokred.kv.parts import Score, check_count
 from tokred.kv.preset import KVPreset
@@ -141,6 +142,7 @@ class ExpectedAttention(KVPreset):
 
     summary: ClassVar[str] = "the attention that queries to come are expected to give"
     source: ClassVar[str] = "Devoto et al., 2025 (arXiv 2510.00636)"
+    example: ClassVar[Parameters] = {"budget": 9, "sinks": 2, "future": 16}
 
     future: int = 512
     sinks: int = 4

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokred.core.method import Parameters
 from tokred.core.registry import register
 from tokred.kv.parts import Score
 from tokred.kv.preset import KVPreset
@@ -49,6 +50,7 @@ class KeyDiff(KVPreset):
 
     summary: ClassVar[str] = "rows whose keys differ most from the mean key"
     source: ClassVar[str] = "Park et al., 2025 (arXiv 2504.15364)"
+    example: ClassVar[Parameters] = {"budget": 9, "turns": False}
 
     turns: bool = True
 

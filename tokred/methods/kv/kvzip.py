@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from tokred.core.method import Parameters
 from tokred.core.registry import register
 from tokred.errors import MissingInputError
 from tokred.kv.budgets import Global
@@ -119,6 +120,7 @@ class KVzip(KVPreset):
 
     summary: ClassVar[str] = "what the model attends to while it repeats the context"
     source: ClassVar[str] = "Kim et al., NeurIPS 2025 (arXiv 2505.23416)"
+    example: ClassVar[Parameters] = {"budget": 0.4, "chunk": 9, "sinks": 2}
 
     chunk: int = 2048
     sinks: int = 4

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tokred.core.method import Parameters
 from tokred.core.registry import register
 from tokred.kv.parts import Score, check_count
 from tokred.kv.preset import KVPreset
@@ -86,6 +87,7 @@ class LagKV(KVPreset):
 
     summary: ClassVar[str] = "rows that stand out against the next partition"
     source: ClassVar[str] = "LagKV, 2025 (arXiv 2504.04704)"
+    example: ClassVar[Parameters] = {"budget": 9, "lag": 4, "sinks": 2}
 
     lag: int = 128
     sinks: int = 4

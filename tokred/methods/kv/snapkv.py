@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tokred.core.method import Parameters
 from tokred.core.registry import register
 from tokred.kv.parts import Score, check_count
 from tokred.kv.pooling import check_pool, pooled
@@ -84,6 +85,7 @@ class SnapKV(KVPreset):
 
     summary: ClassVar[str] = "the last queries of the prompt choose, pooled"
     source: ClassVar[str] = "Li et al., NeurIPS 2024 (arXiv 2404.14469)"
+    example: ClassVar[Parameters] = {"budget": 9, "window": 4, "pool": 3}
 
     window: int = 64
     pool: int = 5

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from tokred.core.method import Parameters
 from tokred.core.registry import register
 from tokred.kv.parts import Score
 from tokred.kv.preset import KVPreset
@@ -42,6 +43,7 @@ class StreamingLLM(KVPreset):
 
     summary: ClassVar[str] = "the first tokens and the newest ones"
     source: ClassVar[str] = "Xiao et al., ICLR 2024 (arXiv 2309.17453)"
+    example: ClassVar[Parameters] = {"budget": 9, "sinks": 2}
 
     sinks: int = 4
     every: int = 1
