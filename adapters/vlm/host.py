@@ -33,7 +33,7 @@ from tokred.adapters.vlm.taps import last_attention
 from tokred.core.method import Method
 from tokred.core.registry import methods as registered
 from tokred.errors import MissingInputError, NothingRecordedError, UnsupportedModelError
-from tokred.vlm.layered import LayerMethod
+from tokred.vlm.in_llm import LayerMethod
 from tokred.vlm.method import VisualMethod
 from tokred.vlm.report import LayerTokens, VisualReport
 

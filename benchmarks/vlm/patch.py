@@ -9,7 +9,7 @@ from typing import Any
 
 from tokred.adapters.vlm import decoder_layers, hooks, host, taps
 from tokred.vlm.before_llm import ProjectorMethod
-from tokred.vlm.layered import LayerMethod
+from tokred.vlm.in_llm import LayerMethod
 
 # Where it stands and what it is called; the parts of "decide" are inside the others.
 PARTS: tuple[tuple[Any, str, str], ...] = (

@@ -7,9 +7,9 @@ import torch
 
 import tokred
 from tests.vlm.layered import LAYOUT, check_laws, columns_kept, layer_site, layout
+from tokred.core.attention import Attention
 from tokred.methods.vlm.fastv import FastV
 from tokred.vlm import LayerSite
-from tokred.vlm.in_llm import Heads
 
 
 def maps(site: LayerSite) -> torch.Tensor:
@@ -87,11 +87,15 @@ def test_drafts_do_not_vote():
     """Tokens that wait for verification are no part of the prompt."""
     site = layer_site(["ttvvvvvvvvvvtttt"])
     heads = site.attention_of("before")
-    fields = {"visual": site.visual, "before": Heads(heads.q(0, 16), heads.k), "layer": 3, "depth": 8}
+    fields = {"visual": site.visual, "before": Attention(heads.q, heads.k, causal=True), "layer": 3, "depth": 8}
     for query in ("last", "mean"):
         method = FastV(layer=3, query=query)
         found = method.reduce(LayerSite(x=site.x, end=14, **fields))
-        short = {**fields, "visual": site.visual[:, :14], "before": Heads(heads.q(0, 14), heads.k[:, :, :14])}
+        short = {
+            **fields,
+            "visual": site.visual[:, :14],
+            "before": Attention(heads.queries(0, 14), heads.k[:, :, :14], causal=True),
+        }
         alone = method.reduce(LayerSite(x=site.x[:, :14], **short))
         assert found.representative[0].tolist() == [*alone.representative[0].tolist(), 14, 15]
 

@@ -9,7 +9,7 @@ import torch
 
 from tokred.core.reduction import Reduction
 from tokred.vlm.before_llm import Budgeted
-from tokred.vlm.layered import LayerMethod
+from tokred.vlm.in_llm import LayerMethod
 
 
 @dataclass(frozen=True)
