@@ -316,9 +316,12 @@ def decide(settings: Settings, capture: Capture, state: TokenState, x: Tensor) -
         hidden = hidden if state.mask is None else hidden & state.mask
     scale = capture.scale
 
-    def attention() -> Attention:
+    def attention() -> Attention | None:
         # Methods may be shown keys as they are before rotary embedding; these are the ones that the layer uses.
-        return Attention(capture.q, capture.k, bias=capture.key_bias(), scale=scale, mask=real, votes=real)
+        q, k = capture.q, capture.k
+        if q is None or k is None:
+            return None
+        return Attention(q, k, bias=capture.key_bias(), scale=scale, mask=real, votes=real)
 
     site = Site(
         x=x,

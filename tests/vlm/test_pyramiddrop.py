@@ -58,10 +58,8 @@ def test_grouped_heads_average_like_repeated_ones():
     g = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 4, 7, 8, generator=g), torch.randn(2, 2, 7, 8, generator=g)
     visual = torch.ones(2, 7, dtype=torch.bool)
-    one = LayerSite(x=torch.zeros(2, 7, 2), visual=visual, own=Attention(q, k, causal=True)).row_scores(1)
-    two = LayerSite(
-        x=torch.zeros(2, 7, 2), visual=visual, own=Attention(q, k.repeat_interleave(2, 1), causal=True)
-    ).row_scores(1)
+    one, two = (Attention(q, x, causal=True) for x in (k, k.repeat_interleave(2, 1)))
+    one, two = (LayerSite(x=torch.zeros(2, 7, 2), visual=visual, own=own).row_scores(1) for own in (one, two))
     torch.testing.assert_close(one, two)
     logits = q[:, :, -1:] @ k.repeat_interleave(2, 1).mT / 8**0.5
     torch.testing.assert_close(one, logits.softmax(-1).mean(1)[:, 0])

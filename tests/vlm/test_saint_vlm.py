@@ -27,8 +27,8 @@ def site(rows: list[list[float]], text: tuple[int, int] = (2, 1), layer: int = 8
     mask = torch.tensor([[j >= longest - len(r) for j in range(n)] for r in rows])
     k = keys(*full)
     return LayerSite(
-        x=torch.arange(float(n)).view(1, n, 1).expand(len(rows), -1, -1), visual=seen, before=Attention(k, k, causal=True),
-        mask=None if bool(mask.all()) else mask, layer=layer, depth=32,
+        x=torch.arange(float(n)).view(1, n, 1).expand(len(rows), -1, -1), visual=seen,
+        before=Attention(k, k, causal=True), mask=None if bool(mask.all()) else mask, layer=layer, depth=32,
     )  # fmt: skip
 
 

@@ -23,9 +23,9 @@ from tokred.kernels.gather_rows import gather_rows
 class Attention:
     """The attention of one layer: its queries, its keys, and what else shapes its weights.
 
-    The weights ``A`` are ``softmax(softcap(q . k * scale) + bias)`` over the keys that a query sees, computed in float32
-    from the first operation (float64 for float64) whatever the type of queries and keys. Nothing is computed, and no
-    tensor copied, before it is asked for.
+    The weights ``A`` are ``softmax(softcap(q . k * scale) + bias)`` over the keys that a query sees, in float32 from
+    the first operation (float64 for float64) whatever the type of queries and keys. Nothing is computed, and no tensor
+    copied, before it is asked for.
 
     Args:
         q: ``(B, H, M, D)`` queries, or a function that makes those from ``first`` to ``end``: there are then as many as
@@ -95,8 +95,8 @@ class Attention:
         """How much attention every key receives: ``s[n] = sum_m w[m] A[m, n]``.
 
         Args:
-            weight: of every query, ``(M,)``, ``(B, M)`` or ``(B, H, M)`` float, ``M`` those of ``rows``; None: one each.
-            rows: which queries, a slice without a step; they vote whatever :attr:`votes` says. None: all, by their votes.
+            weight: of every query (of those of ``rows``), ``(M,)``, ``(B, M)`` or ``(B, H, M)`` float; None: one each.
+            rows: which queries, a slice without a step; they vote whatever ``votes`` says. None: all, by their votes.
             group: over the query heads of a key head: "none", "sum", "mean" or "max".
 
         Returns:

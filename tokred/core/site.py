@@ -84,7 +84,7 @@ class Site:
         k: Lazy = None,
         v: Lazy = None,
         class_attention: Lazy = None,
-        attention: Attention | Callable[[], Attention] | None = None,
+        attention: Attention | Callable[[], Attention | None] | None = None,
         bias: Lazy = None,
         scale: float | None = None,
         transform: tuple[Tensor, Tensor] | Callable[[], tuple[Tensor, Tensor]] | None = None,
@@ -239,12 +239,12 @@ class Site:
         Raises:
             MissingInputError: queries or keys are not at hand.
         """
-        if self._attention is None:
-            terms = {"bias": self._find("bias"), "mask": self.mask, "votes": self.mask}
-            return Attention(self._get("q"), self._get("k"), scale=self.scale, **terms)
-        if callable(self._attention):
-            self._attention = self._attention()
-        return self._attention
+        made = self._attention() if callable(self._attention) else self._attention
+        if made is None:
+            q, k, bias = self._get("q"), self._get("k"), self._find("bias")
+            return Attention(q, k, bias=bias, scale=self.scale, mask=self.mask, votes=self.mask)
+        self._attention = made
+        return made
 
     def column_scores(self, weight: Tensor | None = None, *, rows: slice | None = None) -> Tensor:
         """``(B, H, N)`` float32: how much of :attr:`attention` every token receives, see :meth:`Attention.columns`."""

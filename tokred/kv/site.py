@@ -289,8 +289,9 @@ class CacheSite(Site):
             real = candidates if real is None else real & candidates
         real, weights = (None if x is None else newest.ordered(x, order) for x in (real, weights))
         bias = None if weights is None else self.alpha * weights.log()
-        terms = {"bias": bias, "mask": real, "votes": votes, "scale": self.scale, "softcap": self.softcap}
-        return Attention(q, newest.ordered(self.k, order), causal=causal, **terms), order
+        k, cap = newest.ordered(self.k, order), self.softcap
+        made = Attention(q, k, bias=bias, scale=self.scale, mask=real, votes=votes, softcap=cap, causal=causal)
+        return made, order
 
     # ------------------------------------------------------------------ the rest
 
