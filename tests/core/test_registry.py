@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint
 
 import pytest
 import torch
 
 import tokred
+from tests.plugins import plugins as plugins
 from tokred.core.registry import Registry
 
 
@@ -67,7 +67,6 @@ BROKEN = {
 GOOD = """
 import warnings
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint
 import tokred
 
 
@@ -77,39 +76,10 @@ class Plugin(tokred.ToMe):
 """
 
 
-class Entries:
-    """Entry points as installed packages declare them."""
-
-    def __init__(self, folder, monkeypatch):
-        self.found, self.folder = [], folder
-        monkeypatch.syspath_prepend(str(folder))
-        monkeypatch.setattr("importlib.metadata.entry_points", lambda group: self.found)
-
-    def add(self, name, module, source):
-        (self.folder / f"{module}.py").write_text(source)
-        self.found.append(EntryPoint(name, f"{module}:Plugin", "tokred.methods"))
-
-
-@pytest.fixture
-def registry(monkeypatch):
-    """The methods of tokred in a registry that has not looked for plug-ins yet, in place of the usual one."""
-    fresh = Registry("tokred.methods")
-    for name, target in tokred.methods.TARGETS.items():
-        fresh.add(name, target)
-    for module in ("tokred.api", "tokred.hosts"):
-        monkeypatch.setattr(f"{module}.registered", fresh)
-    return fresh
-
-
-@pytest.fixture
-def entries(tmp_path, monkeypatch):
-    return Entries(tmp_path, monkeypatch)
-
-
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_broken_plugin_names_itself_and_breaks_nothing(kind, registry, entries):
-    entries.add("broken", f"broken_{kind}", BROKEN[kind])
-    entries.add("sound", f"sound_beside_{kind}", GOOD)
+def test_a_broken_plugin_names_itself_and_breaks_nothing(kind, plugins):
+    plugins.add("broken", f"broken_{kind}", BROKEN[kind])
+    plugins.add("sound", f"sound_beside_{kind}", GOOD)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert tokred.make("tome", r=2) == tokred.ToMe(r=2), "a plug-in that nobody asks for is not imported"
@@ -127,17 +97,17 @@ def test_a_broken_plugin_names_itself_and_breaks_nothing(kind, registry, entries
     assert made.to_dict()["method"] == "sound"
 
 
-def test_a_plugin_that_takes_a_name_is_refused_at_its_own_cost(registry, entries):
-    entries.add("tome", "thief", GOOD)
-    entries.add("sound", "sound_beside_thief", GOOD)
+def test_a_plugin_that_takes_a_name_is_refused_at_its_own_cost(plugins):
+    plugins.add("tome", "thief", GOOD)
+    plugins.add("sound", "sound_beside_thief", GOOD)
     with pytest.warns(tokred.PluginWarning, match=r"plug-in 'tome' .thief:Plugin. is left out: .* taken by tokred\."):
         assert type(tokred.make("tome", r=2)) is tokred.ToMe
     assert tokred.list_methods().count("tome") == 1
     assert type(tokred.make("sound")).__name__ == "Plugin"
 
 
-def test_a_plugin_whose_module_takes_a_name_is_refused_at_its_own_cost(registry, entries):
-    entries.add("other", "thief_inside", f"import tokred\n{GOOD}\ntokred.register('tome')(Plugin)")
+def test_a_plugin_whose_module_takes_a_name_is_refused_at_its_own_cost(plugins):
+    plugins.add("other", "thief_inside", f"import tokred\n{GOOD}\ntokred.register('tome')(Plugin)")
     with pytest.warns(tokred.PluginWarning, match=r"plug-in 'other' .* is left out: ValueError: the name 'tome'"):
         assert "other" not in tokred.list_methods()
     assert type(tokred.make("tome", r=2)) is tokred.ToMe
