@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import warnings
 from dataclasses import dataclass
 
@@ -10,7 +12,7 @@ import torch
 
 import tokred
 from tests.plugins import plugins as plugins
-from tokred.core.registry import Registry
+from tokred.core.registry import Registry, methods
 
 
 def test_every_registered_method_is_complete():
@@ -21,6 +23,70 @@ def test_every_registered_method_is_complete():
         assert method.source
         assert method.__doc__
         assert method.reads
+
+
+# Settings in forms that examples do not have: pairs, lists, methods in methods.
+FORMS = [
+    tokred.ToMe(r=(8, -1)),
+    tokred.ToMe(r=[3, 2]),
+    tokred.EViT(blocks=(1, 2)),
+    tokred.ATS(n=[None, 20, 0.5], blocks=(1,)),
+    tokred.PPT(r=[0, 3], threshold=float("inf"), blocks=(1,), relative=True, sort=True),
+    tokred.SAINT(tau=[0.8, None]),
+    tokred.SAINT(form="full", M=50),
+    tokred.ZeroTPrune(blocks=(1, 2), rho=(0.5, 0.4), r_s=3, cls_boost=1.0),
+    tokred.ToFu(r=(8, -1), switch=2, mode="mean", by_size=True, inherit=True),
+    tokred.ToMeSD(ratio=0.3, seed=4),
+    tokred.ToDo(factors=(1, 3)),
+    tokred.CAT(tokred.VisionZip(contextual=4), policy="levels", calibration=(0.1, 0.4)),
+]
+
+
+@pytest.mark.parametrize("name", tokred.list_methods())
+def test_settings_are_written_down_and_read_back(name):
+    cls = methods.get(name)
+    forms = [form for form in FORMS if form.name == name]
+    for method in (cls(), cls(**cls.example), cls(**(cls.nothing or {})), *forms):
+        again = tokred.from_dict(json.loads(json.dumps(method.to_dict())))
+        assert again == method
+        assert hash(again) == hash(method)
+        assert repr(again) == repr(method)
+        assert repr(method).startswith(f"{cls.__name__}(")
+
+
+@pytest.mark.parametrize("name", tokred.list_methods())
+def test_an_example_removes_something_and_nothing_nothing(name):
+    cls = methods.get(name)
+    assert not any(one.why_idle(3) for one in cls(**cls.example).members)
+    if cls.nothing is None:
+        return
+    (idle,) = cls(**cls.nothing).members
+    assert all(idle.why_idle(depth) for depth in (1, 3, 24))
+    if cls.stage == "block":
+        places = [
+            tokred.Place(layer, 3, prefix, suffix) for layer in range(3) for prefix in (0, 1) for suffix in (0, 2)
+        ]
+        assert not any(idle.acts(n, place) for place in places for n in (4, 17, 26, 197))
+        assert all(idle.tokens(n, place) == n for place in places for n in (4, 17, 26, 197) if cls.stage == "block")
+
+
+# Numbers that any object passes for; flags of other stages than blocks are likewise.
+UNCHECKED = ("seed", "epsilon", "gamma", "every")
+
+
+class Wrong:
+    """What no parameter can be."""
+
+
+@pytest.mark.parametrize("name", tokred.list_methods())
+def test_wrong_types_are_refused(name):
+    cls = methods.get(name)
+    for field in (f for f in dataclasses.fields(cls) if f.init):
+        if cls.stage == "block" or not (isinstance(field.default, bool) or field.name in UNCHECKED):
+            with pytest.raises((TypeError, ValueError)) as found:
+                tokred.make(name, **{**cls.example, field.name: Wrong()})
+            if cls.stage == "block":
+                assert field.name.partition("_")[0] in str(found.value), "the message names the argument"
 
 
 def test_double_and_odd_names_are_refused():
@@ -48,8 +114,6 @@ def test_a_method_in_one_class_runs():
 
     r = tokred.make("every_second").reduce(tokred.Site(x=torch.zeros(2, 5, 1)))
     assert r.representative.tolist() == [[0, 2, 4]] * 2
-    from tokred.core.registry import methods
-
     del methods._targets["every_second"]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
-from tokred.core.checks import check_choice
+from tokred.core.checks import check_choice, check_flags
 from tokred.core.matching import mergeable
 from tokred.core.method import MANY, Method, Parameters
 from tokred.core.schedules import ScheduleLike, schedule
@@ -132,6 +132,7 @@ class Compared(BlockMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice(self.metric, "metric", METRICS)
+        check_flags(prop_attn=self.prop_attn)
 
     @property
     def reads(self) -> frozenset[str]:

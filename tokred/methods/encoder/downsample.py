@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokred.core.checks import check_count, check_share
+from tokred.core.checks import check_count, check_flags, check_share
 from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
@@ -46,6 +46,7 @@ class Downsample(BlockMethod):
     prop_attn: bool = True
 
     def __post_init__(self) -> None:
+        check_flags(prop_attn=self.prop_attn)
         check_share(self.keep, "keep")
         check_count(self.block, "block")
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from tokred.core.checks import check_blocks, check_blocks_exist, check_share
+from tokred.core.checks import check_blocks, check_blocks_exist, check_flags, check_share
 from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
@@ -45,6 +45,7 @@ class EViT(BlockMethod):
     normalise: bool = False
 
     def __post_init__(self) -> None:
+        check_flags(fuse=self.fuse, normalise=self.normalise)
         check_share(self.kappa, "kappa (the kept share)")
         object.__setattr__(self, "blocks", check_blocks(self.blocks))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -57,6 +57,8 @@ class LTP(BlockMethod):
     min_keep: int | None = None
 
     def __post_init__(self) -> None:
+        if self.thresholds is not None and not isinstance(self.thresholds, Iterable):
+            raise TypeError(f"thresholds must be a list of numbers, got {self.thresholds!r}")
         given = [self.theta_final] if self.thresholds is None else list(self.thresholds)
         for i, theta in enumerate(given):
             name = "theta_final" if self.thresholds is None else f"thresholds[{i}]"

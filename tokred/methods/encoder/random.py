@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from tokred.core.checks import check_integer
 from tokred.core.matching import match_to
 from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
@@ -42,6 +43,10 @@ class RandomMerge(Compared, Scheduled):
     prop_attn: bool = True
     metric: Metric = "k"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer(self.seed, "seed")
+
     def reduce(self, site: Site) -> Reduction:
         """Merge the first ``r`` tokens of a random order."""
         if site.mask is not None:
@@ -72,6 +77,10 @@ class RandomPrune(Scheduled):
     drops: ClassVar[bool] = True
 
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer(self.seed, "seed")
 
     def most(self, n: int, place: Place) -> int:
         """All but one of the unprotected tokens."""

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tokred.core.checks import check_blocks, check_blocks_exist, check_choice, check_count
+from tokred.core.checks import check_blocks, check_blocks_exist, check_choice, check_count, check_flags, check_integer
 from tokred.core.method import Parameters
 from tokred.core.ragged import pack, with_protected
 from tokred.core.reduction import Reduction
@@ -71,6 +71,8 @@ class VTM(BlockMethod):
     blocks: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        check_flags(size_weighted=self.size_weighted)
+        check_integer(self.seed, "seed")
         check_choice(self.variant, "variant", ("naive", "centre", "boundary", "motion"))
         check_choice(self.metric, "metric", METRICS)
         check_count(self.gamma, "gamma", 2)
