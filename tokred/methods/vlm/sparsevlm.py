@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokred.core.checks import check_blocks, check_choice, check_count, check_flags, check_share
+from tokred.core.checks import check_blocks, check_choice, check_count, check_share
 from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
@@ -90,8 +90,7 @@ class SparseVLM(LayerMethod):
         check_share(self.recycle, "recycle", zero=True)
         check_count(self.cluster, "cluster", 1)
         check_choice(self.heads, "heads", ("mean", "priority"))
-        if self.average is not None:
-            check_flags(average=self.average)
+        check_count(self.average, "average", 1)
 
     @property
     def reads(self) -> frozenset[str]:
