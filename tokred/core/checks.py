@@ -95,7 +95,8 @@ def check_blocks(blocks: Sequence[int] | None, name: str = "blocks") -> tuple[in
     """
     if blocks is None:
         return None
-    if not isinstance(blocks, Iterable) or isinstance(blocks, str):
+    given: object = blocks  # whatever its type says
+    if not isinstance(given, Iterable) or isinstance(given, str):
         raise TypeError(f"{name} must be a list of non-negative integers, got {blocks!r}")
     listed = tuple(blocks)
     if not all(is_count(b) for b in listed):
