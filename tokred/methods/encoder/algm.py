@@ -12,12 +12,13 @@ from torch import Tensor
 from tokred.core.checks import check_choice, check_count, check_flags
 from tokred.core.matching import bipartite_uneven_matching
 from tokred.core.method import Parameters
+from tokred.core.place import Place
 from tokred.core.ragged import bounds, pack, with_protected
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.selection import ranked
 from tokred.core.site import Site
-from tokred.encoder.method import BlockMethod, Place
+from tokred.encoder.method import BlockMethod
 from tokred.errors import MissingInputError
 from tokred.kernels.similarity_rows import Windows, grid_regions, similarity_sum, unit
 

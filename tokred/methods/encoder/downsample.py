@@ -11,11 +11,12 @@ from torch import Tensor
 
 from tokred.core.checks import check_count, check_flags, check_share
 from tokred.core.method import Parameters
+from tokred.core.place import Place
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.schedules import whole
 from tokred.core.site import Site
-from tokred.encoder.method import BlockMethod, Place
+from tokred.encoder.method import BlockMethod
 from tokred.encoder.padding import reduce_each
 
 

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from tokred.core.checks import check_count
 from tokred.core.method import Parameters
+from tokred.core.place import Place
 from tokred.core.ragged import pack, with_protected
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.selection import ranked
 from tokred.core.site import Site
-from tokred.encoder.method import BlockMethod, Place
+from tokred.encoder.method import BlockMethod
 
 FLOOR = 1e-5  # the smallest threshold that takes effect
 

@@ -12,13 +12,14 @@ from torch import Tensor
 from tokred.core.checks import check_choice, check_count, check_flags, check_number
 from tokred.core.matching import bipartite_soft_matching, bipartite_uneven_matching, match_to
 from tokred.core.method import Parameters
+from tokred.core.place import Place
 from tokred.core.ragged import pack, with_protected
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.schedules import kept
 from tokred.core.selection import protected_rows, ranked
 from tokred.core.site import Site
-from tokred.encoder.method import Compared, Place
+from tokred.encoder.method import Compared
 from tokred.encoder.metric import Metric, read_metric
 from tokred.kernels.similarity_rows import best_match, similarity_sum
 

@@ -11,13 +11,14 @@ from torch import Tensor
 from tokred.core.checks import check_blocks, check_blocks_exist, check_choice, check_flags
 from tokred.core.matching import bipartite_soft_matching, mergeable, without_padding
 from tokred.core.method import Parameters
+from tokred.core.place import Place
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.schedules import ScheduleLike, is_listed, schedule
 from tokred.core.selection import protected_rows, ranked
 from tokred.core.site import Site
 from tokred.encoder.importance import class_value
-from tokred.encoder.method import BlockMethod, Place
+from tokred.encoder.method import BlockMethod
 from tokred.encoder.metric import METRICS, Metric, read_metric
 from tokred.encoder.padding import reduce_each
 

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from tokred.core.checks import check_blocks, check_blocks_exist, check_choice, check_count, check_flags, check_number
 from tokred.core.method import Parameters
+from tokred.core.place import Place
 from tokred.core.ragged import bounds, pack, with_protected
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.selection import ranked
 from tokred.core.site import Site
-from tokred.encoder.method import BlockMethod, Place
+from tokred.encoder.method import BlockMethod
 from tokred.encoder.metric import head_mean
 from tokred.kernels.similarity_rows import best_match, similarity_count, similarity_sum, unit
 

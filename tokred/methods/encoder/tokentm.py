@@ -9,13 +9,14 @@ import torch
 
 from tokred.core.checks import check_blocks, check_blocks_exist, check_flags, check_share
 from tokred.core.method import Parameters
+from tokred.core.place import Place
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.schedules import is_listed, kept_ceil
 from tokred.core.selection import highest, protected_rows
 from tokred.core.site import Site
 from tokred.encoder.importance import tokentm_score
-from tokred.encoder.method import BlockMethod, Place
+from tokred.encoder.method import BlockMethod
 
 
 @register("tokentm")

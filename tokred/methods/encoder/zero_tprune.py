@@ -12,12 +12,13 @@ from torch import Tensor
 
 from tokred.core.checks import check_blocks, check_blocks_exist, check_choice, check_count, check_number, check_share
 from tokred.core.method import Parameters
+from tokred.core.place import Place
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.schedules import kept_ceil
 from tokred.core.selection import highest, protected_rows, ranked
 from tokred.core.site import Site
-from tokred.encoder.method import BlockMethod, Place, Where
+from tokred.encoder.method import BlockMethod, Where
 from tokred.encoder.metric import head_mean
 from tokred.kernels.gather_rows import gather_rows
 from tokred.kernels.similarity_rows import best_match
