@@ -22,7 +22,7 @@ from tokred.errors import MissingInputError, UnknownModelError, UnsupportedModel
 if TYPE_CHECKING:
     from tokred.adapters.encoder.host import EncoderHost
 
-# First package of a class's module -> the adapter that knows it.
+# First package of a class's module -> the adapter that knows it, with its function where that is not ``match``.
 ADAPTERS = {
     "timm": "tokred.adapters.encoder.timm",
     "transformers": "tokred.adapters.encoder.transformers",
@@ -33,8 +33,8 @@ CACHES = {"transformers": "tokred.adapters.kv.host"}
 # The same for denoisers, whose attention may run on fewer tokens.
 DENOISERS = {"diffusers": "tokred.adapters.diffusion"}
 # Models with vision whose visual tokens may leave, and language models whose later layers run on fewer tokens.
-VISUAL = {"transformers": "tokred.adapters.vlm.projector"}
-LAYERED = {"transformers": "tokred.adapters.vlm.layer"}
+VISUAL = {"transformers": "tokred.adapters.vlm.host:match_projector"}
+LAYERED = {"transformers": "tokred.adapters.vlm.host:match_layer"}
 
 
 class Served(NamedTuple):
@@ -132,7 +132,8 @@ def _match(module: nn.Module, adapters: dict[str, str]) -> Any:
     for package, adapter in adapters.items():
         if package in packages:
             check_tested(package)
-            host = importlib.import_module(adapter).match(module)
+            where, _, match = adapter.partition(":")
+            host = getattr(importlib.import_module(where), match or "match")(module)
             if host is not None:
                 return host
     return None

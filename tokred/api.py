@@ -42,7 +42,8 @@ def list_methods(pattern: str = "*", *, stage: Stage | None = None, model: nn.Mo
         pattern = f"*{pattern}*"
     names = [name for name in registered if fnmatch.fnmatchcase(name, pattern.lower())]
     if stage is not None:
-        names = [name for name in names if any(m.stage == stage for m in registered.get(name)().members)]
+        there = registered.of(stage)
+        names = [name for name in names if name in there]
     if model is not None:
         runs = {row.method for row in supports(model) if row.works}
         names = [name for name in names if name in runs]
@@ -312,6 +313,7 @@ def flops(
         MissingInputError, UnsupportedModelError, ValueError: as :func:`apply`.
     """
     from tokred import adapters
+    from tokred.encoder.method import BlockMethod
 
     chosen = None if method is None else make(method, **parameters)
     if chosen is not None and chosen.stage != "block":
@@ -322,6 +324,7 @@ def flops(
     host = adapters.find(model).choose(windows)
     if chosen is not None:
         host.check(chosen)
+    assert chosen is None or isinstance(chosen, BlockMethod)  # check() saw to it
     rows = [LayerFlops(layer, *row) for layer, row in enumerate(host.plan(chosen, tuple(shape)))]
     outside = host.outside_macs(tuple(shape))
     return Flops(sum(row.macs for row in rows) + outside, tuple(rows), outside)

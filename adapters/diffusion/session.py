@@ -16,7 +16,7 @@ from tokred.adapters.swap import Hook
 from tokred.adapters.watch import Watch
 from tokred.core.reduction import Reduction
 from tokred.diffusion.method import AttentionMethod
-from tokred.diffusion.site import AttentionSite, Place, Side, place_of, step_key
+from tokred.diffusion.site import AttentionSite, Side, SublayerPlace, place_of, step_key
 from tokred.errors import NothingRemovedWarning, UnsupportedModelError
 from tokred.kernels.merge_rows import unmerge_rows
 
@@ -178,7 +178,7 @@ class Session(State):
 
     # ------------------------------------------------------------------ one sub-layer
 
-    def place(self, x: Tensor) -> Place:
+    def place(self, x: Tensor) -> SublayerPlace:
         """Where a sub-layer stands, from the shape of its input."""
         assert self.size is not None  # forwards of the denoiser begin by saying so
         n = x.shape[1] if x.ndim == 3 else x.shape[2] * x.shape[3]
@@ -258,7 +258,7 @@ class Session(State):
         self._record(spot, "self", image, min((side.slots for side in found[:2] if side), default=place.length))
         return found
 
-    def _known(self, place: Place, slot: Any, batch: int) -> dict[str, Any]:
+    def _known(self, place: SublayerPlace, slot: Any, batch: int) -> dict[str, Any]:
         """What every site of this step is told."""
         known: dict[str, Any] = {"depth": self.depth, "step": self.key, "count": self.steps.count}
         if self.method.remembers and not torch.compiler.is_compiling():

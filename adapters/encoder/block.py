@@ -21,9 +21,10 @@ from tokred.adapters.encoder.state import Shared, TokenState
 from tokred.adapters.linear import value_transform
 from tokred.adapters.swap import SETTINGS as SETTINGS
 from tokred.adapters.swap import Hook
-from tokred.core.padding import reduce_each
 from tokred.core.reduction import Reduction
 from tokred.core.site import Site
+from tokred.encoder.method import Place
+from tokred.encoder.padding import reduce_each
 from tokred.errors import UnsupportedModelError
 from tokred.kernels.attention import size_bias
 
@@ -199,8 +200,8 @@ def run_block(block: Any, host_forward: Callable[..., Any], x: Tensor, args: Any
     shared, recipe = settings.shared, settings.recipe
     state, x = shared.enter(settings.layer, x)
     n, method = x.shape[1], shared.method
-    place = {"layer": settings.layer, "depth": shared.depth, "prefix": shared.prefix, "suffix": shared.suffix}
-    acts = settings.active and method.acts(n, **place)
+    place = Place(settings.layer, shared.depth, shared.prefix, shared.suffix)
+    acts = settings.active and method.acts(n, place)
     bias = attention_bias(state, method.proportional)
     if not acts and bias is None and state.representative is None and state.heads is None:
         out = host_forward(x, *args, **kwargs)

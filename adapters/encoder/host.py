@@ -23,6 +23,7 @@ from tokred.adapters.linear import matrices
 from tokred.adapters.swap import check_entrance, host_class
 from tokred.adapters.watch import Watch, hang
 from tokred.core.method import Method
+from tokred.encoder.method import BlockMethod, Place
 from tokred.encoder.report import BlockReport, LayerReport
 from tokred.errors import MissingInputError
 
@@ -110,7 +111,7 @@ class EncoderHost(Host):
         block, which gives full length back."""
         return "mid" if self.recipe.split else "end"
 
-    def middle(self, method: Method | None) -> bool:
+    def middle(self, method: BlockMethod | None) -> bool:
         """Whether the MLP of a block sees the reduced tokens already."""
         return self.recipe.split and (method is None or method.where != "end")
 
@@ -123,9 +124,9 @@ class EncoderHost(Host):
         """What the method reads and this host cannot supply."""
         missing = super().missing(method)
         # Rows and columns alone do not place the tokens of a video.
-        reads = method.reads if isinstance(method, Method) else method().reads
-        if self.frames is not None and "frames" not in reads and not method.clips:
-            missing |= reads & {"grid"}
+        one = method if isinstance(method, Method) else method()
+        if self.frames is not None and "frames" not in one.reads and not (isinstance(one, BlockMethod) and one.clips):
+            missing |= one.reads & {"grid"}
         return missing
 
     def check(self, method: Method, expose: str = "auto") -> None:
@@ -133,13 +134,16 @@ class EncoderHost(Host):
 
         Raises:
             MissingInputError: the host cannot supply what the method reads, or has no sites of its stage.
+            TypeError: the method does not say what methods of this stage have to.
             ValueError: the method's parameters do not fit the depth, or ``expose`` does not fit the model.
         """
-        self.exposure(method, expose)
         if method.stage != "block":
             raise MissingInputError(
                 f"{method.name!r} acts at stage {method.stage!r}, but {self.family} offers only stage 'block'"
             )
+        if not isinstance(method, BlockMethod):
+            raise TypeError(f"{method.name!r} acts in blocks and has to derive from tokred.BlockMethod")
+        self.exposure(method, expose)
         self.check_reads(method)
         for name, block in self.blocks:
             check_entrance(block, name)
@@ -160,22 +164,22 @@ class EncoderHost(Host):
             width = getattr(module, "attn_dim", width)
         return BlockCost(attention, mlp, int(width))
 
-    def plan(self, method: Method | None, shape: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    def plan(self, method: BlockMethod | None, shape: tuple[int, ...]) -> list[tuple[int, int, int]]:
         """For each block: tokens that enter, tokens that leave, and multiply-adds of one sample."""
         n, rows = self.tokens(shape), []
         for layer, (_, block) in enumerate(self.blocks):
-            place = {"layer": layer, "depth": self.depth, "prefix": self.prefix, "suffix": self.suffix}
-            after = n if method is None else method.tokens(n, **place)
+            place = Place(layer, self.depth, self.prefix, self.suffix)
+            after = n if method is None else method.tokens(n, place)
             rows.append((n, after, self.cost(block).macs(n, after, self.middle(method))))
             n = after
         return rows
 
-    def counted(self, layer: int, record: LayerRecord, method: Method) -> tuple[int, int]:
+    def counted(self, layer: int, record: LayerRecord, method: BlockMethod) -> tuple[int, int]:
         """Multiply-adds of one sample in a block of the last forward: as it ran, and unpatched."""
         cost, n = self.cost(self.blocks[layer][1]), record.state.length
         return cost.macs(record.tokens_in, record.tokens_out, self.middle(method)), cost.macs(n, n, True)
 
-    def exposure(self, method: Method, expose: str) -> str:
+    def exposure(self, method: BlockMethod, expose: str) -> str:
         """Which blocks return full length: ``"none"``, ``"last"`` or ``"all"``.
 
         Raises:
@@ -197,6 +201,7 @@ class EncoderHost(Host):
         self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str, changes: Changes
     ) -> Shared:
         """Exchange the classes of the blocks. :meth:`check` has passed."""
+        assert isinstance(method, BlockMethod)  # check() saw to it
         expose = self.exposure(method, expose)
         shared = Shared(method, self.depth, self.prefix, self.suffix, expose, drops=method.drops or self.padded)
         watch(self, shared, changes)

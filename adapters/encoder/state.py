@@ -22,9 +22,9 @@ from tokred.adapters.encoder.sides import Note, Sides
 from tokred.adapters.host import State
 from tokred.adapters.swap import SETTINGS
 from tokred.adapters.watch import Watch
-from tokred.core.method import Method
 from tokred.core.reduction import Reduction
 from tokred.core.soft import SoftReduction
+from tokred.encoder.method import BlockMethod
 from tokred.errors import NothingRecordedError, TokenStateError, UnsupportedModelError
 
 ATTRIBUTE = "_tokred_state"
@@ -152,7 +152,7 @@ class Shared(State):
 
     stage = "block"
 
-    def __init__(self, method: Method, depth: int, prefix: int, suffix: int, restore: str, drops: bool) -> None:
+    def __init__(self, method: BlockMethod, depth: int, prefix: int, suffix: int, restore: str, drops: bool) -> None:
         self.method = method
         self.depth = depth
         self.prefix = prefix

@@ -15,6 +15,7 @@ from tokred.adapters.encoder.state import LayerRecord, Shared
 from tokred.adapters.encoder.windows import Grid, Parts, WindowRecipe, WindowState
 from tokred.adapters.swap import host_class
 from tokred.core.method import Method
+from tokred.encoder.method import BlockMethod, Place
 from tokred.errors import UnsupportedModelError
 
 
@@ -64,18 +65,18 @@ class WindowHost(EncoderHost):
     def _grid(self, block: Any, shape: tuple[int, ...]) -> Grid:
         return Grid(*self.map_of(shape), int(block.window_size))
 
-    def plan(self, method: Method | None, shape: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    def plan(self, method: BlockMethod | None, shape: tuple[int, ...]) -> list[tuple[int, int, int]]:
         """Every block starts from the whole map."""
         rows = []
         for layer, (_, block) in enumerate(self.blocks):
             grid = self._grid(block, shape)
-            place = {"layer": layer, "depth": self.depth, "prefix": 0, "suffix": 0}
-            after = grid.area if method is None else method.tokens(grid.area, **place)
+            place = Place(layer, self.depth)
+            after = grid.area if method is None else method.tokens(grid.area, place)
             macs = window_macs(self.cost(block), grid, after)
             rows.append((grid.number * grid.area, grid.number * after, macs))
         return rows
 
-    def counted(self, layer: int, record: LayerRecord, method: Method) -> tuple[int, int]:
+    def counted(self, layer: int, record: LayerRecord, method: BlockMethod) -> tuple[int, int]:
         """As it ran, and with all tokens."""
         assert isinstance(record.state, WindowState)
         cost, grid = self.cost(self.blocks[layer][1]), record.state.grid

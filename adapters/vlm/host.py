@@ -16,7 +16,9 @@ from tokred.adapters.host import Host, State
 from tokred.adapters.kv.host import match as match_language
 from tokred.adapters.kv.host import refusal as cache_refusal
 from tokred.adapters.swap import host_class
-from tokred.adapters.vlm.facts import (
+from tokred.adapters.vlm.decoder_layers import LayerList
+from tokred.adapters.vlm.decoder_layers import body as list_body
+from tokred.adapters.vlm.families import (
     FACTS,
     Facts,
     class_tokens,
@@ -26,14 +28,13 @@ from tokred.adapters.vlm.facts import (
     tower_attention,
     tower_layers,
 )
-from tokred.adapters.vlm.fused import last_attention
-from tokred.adapters.vlm.layers import LayerList
-from tokred.adapters.vlm.layers import body as list_body
 from tokred.adapters.vlm.sites import OF_TOWER
+from tokred.adapters.vlm.taps import last_attention
 from tokred.core.method import Method
 from tokred.core.registry import methods as registered
 from tokred.errors import MissingInputError, NothingRecordedError, UnsupportedModelError
 from tokred.vlm.layered import LayerMethod
+from tokred.vlm.method import VisualMethod
 from tokred.vlm.report import LayerTokens, VisualReport
 
 
@@ -65,7 +66,7 @@ class VisualHost(Host):
 
     @property
     def blocks(self) -> list[tuple[str, nn.Module]]:
-        """What ``where`` chooses from: decoder layers, or the projector alone."""
+        """Modules that ``where`` chooses from: decoder layers, or the projector alone."""
         if self.stage == "layer":
             return self.layers
         assert self.core is not None  # the stage of models with vision
@@ -95,7 +96,7 @@ class VisualHost(Host):
         return f"{self.family}, between its {len(self.layers)} decoder layers"
 
     def missing(self, method: Method | type[Method]) -> frozenset[str]:
-        """What the method reads and this host cannot supply; images, where it acts on nothing else."""
+        """Values that the method reads and this host cannot supply; images, where it acts on nothing else."""
         if self.core is None and getattr(method, "visual", True):
             return frozenset({"images"})
         return super().missing(method)
@@ -125,7 +126,10 @@ class VisualHost(Host):
         method.check(self.depth)
         self._check_tower(method)
         if self.stage == "layer":
-            _ = self.layer_list
+            _ = self.layer_list  # raises where there is none
+            assert isinstance(method, VisualMethod)  # of its stage
+            # Qwen 3 VL adds features by the places of all visual tokens, which must be there then. No prompt is longer
+            # than this: a method that acts before that layer at all acts here.
             early = [i for i in range(1, self.deepstack) if method.acts(1 << 20, layer=i, depth=self.depth)]
             if early:
                 raise ValueError(
@@ -159,7 +163,7 @@ class VisualHost(Host):
         return frozenset({"keep", "repack"} if plain else {"keep"})
 
     def hint(self, method: Method) -> str:
-        """What works instead: the method with other settings, else other methods of the stage."""
+        """Settings of the method that work instead, else other methods of the stage; the end of a message."""
         if self.core is None:
             unknown = _sees(getattr(self.model, "config", None))
             why = ": it has vision, but of a family whose image features tokred does not know" if unknown else ""
@@ -184,6 +188,7 @@ class VisualHost(Host):
                 self.family, self.facts, self.language.config, len(self.layers), self.core is not None
             )
             self._hang(settings, changes)
+        assert isinstance(method, VisualMethod)  # of its stage
         if self.stage == "projector":
             settings.outer = method
             self._tap(method, changes)
@@ -205,11 +210,11 @@ class VisualHost(Host):
     def _hang(self, settings: Any, changes: Changes) -> None:
         from tokred.adapters.kv.hooks import argument_names
         from tokred.adapters.vlm import hooks
-        from tokred.adapters.vlm.features import TowerTap
-        from tokred.adapters.vlm.generating import CachePreparer
-        from tokred.adapters.vlm.loss import EnterLoss, LeaveLoss
+        from tokred.adapters.vlm.generate import CachePreparer, EnterLoss, LeaveLoss
         from tokred.adapters.vlm.records import Getter
+        from tokred.adapters.vlm.taps import TowerTap
 
+        # Hooks that end something are called even when the forward raises: what is in flight would stay so.
         if self.core is not None:
             core: Any = self.core
             settings.core = core
@@ -234,8 +239,7 @@ class VisualHost(Host):
             changes.after(model, LeaveLoss(), with_kwargs=True, always_call=True)
 
     def _tap(self, method: Method, changes: Changes) -> None:
-        from tokred.adapters.vlm.features import HeadTap, ProjectorTap
-        from tokred.adapters.vlm.fused import FusedTap, TablesTap
+        from tokred.adapters.vlm.taps import FusedTap, HeadTap, ProjectorTap, TablesTap
 
         core: Any = self.core
         if self.facts.projector:
@@ -340,7 +344,7 @@ def _decoder_layers(model: nn.Module, attentions: list[tuple[str, nn.Module]]) -
 
 
 def _supplies_layer(layers: list[tuple[str, nn.Module]]) -> frozenset[str]:
-    from tokred.adapters.vlm.rows import norm_behind_attention, supplies_rows
+    from tokred.adapters.vlm.decoder_attention import norm_behind_attention, supplies_rows
 
     found = {"x", "prompt"}
     if all(norm_behind_attention(layer) is not None for _, layer in layers):
@@ -351,7 +355,7 @@ def _supplies_layer(layers: list[tuple[str, nn.Module]]) -> frozenset[str]:
 
 
 def _supplies_projector(core: Any, facts: Facts) -> frozenset[str]:
-    found = {"x", "grid", "frames", "text", "project"} if facts.tokenwise else {"x", "grid", "frames", "text"}
+    found = {"x", "grid", "frames", "motion", "text"} | ({"project"} if facts.tokenwise else set())
     if facts.projector:
         found.add("tower")
     if last_attention(core) is not None:

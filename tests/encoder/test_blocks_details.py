@@ -118,7 +118,7 @@ def test_parameters_that_exclude_each_other():
 
 
 def test_pitome_removes_half_at_most():
-    assert tokred.PiToMe(ratio=0.1).tokens(18, layer=0, depth=2, prefix=1, suffix=1) == 10
+    assert tokred.PiToMe(ratio=0.1).tokens(18, tokred.Place(layer=0, depth=2, prefix=1, suffix=1)) == 10
     assert tokred.PiToMe(ratio=0.1).reduce(site("pitome-plain-k", tensors(0))).slots == 10
 
 

@@ -272,7 +272,7 @@ def test_scores_that_cannot():
 def test_parameters():
     for wrong, match in [
         ({"limit": "64 parsecs"}, "limit must be bytes"),
-        ({"chunk": 0}, "chunk must be a whole number"),
+        ({"chunk": 0}, "chunk must be an integer"),
     ]:
         with pytest.raises(ValueError, match=match):
             tokred.make("limited", **wrong)
@@ -280,7 +280,7 @@ def test_parameters():
         tokred.make("limited", limit=0.5)
     with pytest.raises(TypeError, match="must be a policy for caches"):
         tokred.make("limited", policy="tome")
-    with pytest.raises(ValueError, match="chunk must be a whole number"):
+    with pytest.raises(ValueError, match="chunk must be an integer"):
         kv.When(chunk=-1)
     policy = limited("adakv")
     from tokred.core.method import from_dict

@@ -127,9 +127,11 @@ def choose(subject: Subject, settings: Sequence[str]) -> list[str]:
 
 def _acts(arm: Arm, host: EncoderHost) -> bool:
     """Whether the method is called in any block."""
-    place = {"depth": host.depth, "prefix": host.prefix, "suffix": host.suffix}
+    from tokred.encoder.method import BlockMethod, Place
+
+    places = (Place(i, host.depth, host.prefix, host.suffix) for i in range(host.depth))
     method = arm.method
-    return method is not None and any(method.acts(arm.tokens_in, layer=i, **place) for i in range(host.depth))
+    return isinstance(method, BlockMethod) and any(method.acts(arm.tokens_in, place) for place in places)
 
 
 def choose_blocks(text: str | None, depth: int) -> list[int] | None:

@@ -55,7 +55,7 @@ class Site:
             projections make of each token alone.
         sizes: ``(B, N)`` float32, how many original tokens each stands for; None: one each.
         mask: ``(B, N)`` bool, False on padding; None: every token is real. Methods of uneven counts want padding behind
-            the real tokens, as they leave it; :func:`tokred.core.padding.reduce_each` asks about it wherever it stands.
+            the real tokens, as they leave it; :func:`tokred.encoder.padding.reduce_each` asks about it wherever it is.
         prefix, suffix: leading and trailing tokens that are never reduced (class, distillation, register, detection).
         grid: ``(Hg, Wg)`` of the original patches, or None.
         positions: ``(B, N)`` int64, where each token stood in the original sequence (protected tokens included); None:

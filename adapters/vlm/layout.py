@@ -2,19 +2,131 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tokred.adapters.vlm.features import Part, Picture, Span, Tap
 from tokred.vlm.before_llm import Tile
 from tokred.vlm.tools.places import grid_places, sides
 from tokred.vlm.tools.tiles import Tiles
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.modeling_outputs import BaseModelOutputWithPooling as Output
 
-def lengths(output: Any) -> list[int]:
+    from tokred.adapters.vlm.taps import Tap
+
+
+@dataclass(frozen=True)
+class Part:
+    """Visual tokens that are judged together: an image, a tile of it, or a video.
+
+    Attributes:
+        where: which tokens of the picture, in order: their first and count, or rows of a larger grid.
+        grid: rows and columns, of one frame; None where they form none.
+        frames: of a video; None for an image.
+        clip: rows of the tower's batch, one for each frame, where the frames came as images; empty elsewhere.
+        tile: which tile; None: all of the image.
+        tower: which row of the tower's batch; -1 where none fits.
+        patches: which of the tower's patches they are; None: all, in order.
+        skip: class tokens before the patches among the tower's features.
+        corner: row and column of its first token among all of the image's, and how many of these there are, where it
+            shows a part of the image; None: its grid is the image's.
+        tiles: how all tiles of the image lie, where it has several that are judged apart.
+        whole: row of the tower's batch that shows the whole image; -1 where none fits.
+    """
+
+    where: Span
+    grid: tuple[int, int] | None = None
+    frames: int | None = None
+    clip: tuple[int, ...] = ()
+    tile: Tile | None = None
+    tower: int = -1
+    patches: Span | None = None
+    skip: int = 0
+    corner: tuple[int, int, int, int] | None = None
+    tiles: Tiles | None = None
+    whole: int = -1
+
+    @property
+    def count(self) -> int:
+        """How many tokens."""
+        return self.where.rows * self.where.columns
+
+
+@dataclass(frozen=True)
+class Span:
+    """Places of a rectangle in a sequence: ``rows`` of ``columns``, ``stride`` apart, from ``start``."""
+
+    start: int
+    rows: int
+    columns: int
+    stride: int
+
+    @classmethod
+    def line(cls, start: int, count: int) -> Span:
+        """Consecutive places."""
+        return cls(start, 1, count, count)
+
+    def offsets(self, device: torch.device) -> Tensor:
+        """``(rows * columns,)`` int64."""
+        rows = torch.arange(self.rows, device=device).unsqueeze(1) * self.stride
+        return (self.start + rows + torch.arange(self.columns, device=device)).flatten()
+
+
+class Picture(NamedTuple):
+    """One image or video, in the order of the placeholders.
+
+    Attributes:
+        tokens: how many.
+        parts: what is judged.
+        lines: rows of tokens that end in a newline, which leaves with the last token of its row; or None.
+    """
+
+    tokens: int
+    parts: tuple[Part, ...]
+    lines: Span | None = None
+
+
+def pictures_of(picture: Picture) -> list[Picture]:
+    """A picture for each part, where the tokens of all parts stand one after another (SmolVLM's samples); else it."""
+    found, start = [], 0
+    for part in picture.parts:
+        if part.where != Span.line(start, part.count):
+            return [picture]
+        found.append(Picture(part.count, (replace(part, where=Span.line(0, part.count)),)))
+        start += part.count
+    return found if start == picture.tokens else [picture]
+
+
+def clip_of(frames: list[Picture]) -> Picture:
+    """The picture of successive images that are the frames of one clip.
+
+    Raises:
+        ValueError: they differ in size, or are cut into tiles.
+    """
+    if any(len(one.parts) != 1 or one.lines is not None for one in frames):
+        raise ValueError("runs joins images that are cut into tiles, which is no clip: give frames as single images")
+    part = frames[0].parts[0]
+    for i, one in enumerate(frames):
+        other = one.parts[0]
+        if (one.tokens, other.where, other.grid) != (frames[0].tokens, part.where, part.grid):
+            raise ValueError(
+                f"runs joins images of different sizes, {part.count} and {other.count} visual tokens on grids "
+                f"{part.grid} and {other.grid} (frames 0 and {i}): the frames of a clip have one size"
+            )
+    rows = tuple(one.parts[0].tower for one in frames)
+    # Between the frames of a clip there may be tokens that belong to none (class tokens of the tower): a frame's tokens
+    # are a row of a rectangle as wide as the image.
+    where = Span(part.where.start, len(frames), part.count, frames[0].tokens)
+    known = min(rows) >= 0
+    joint = replace(part, where=where, frames=len(frames), tower=rows[0] if known else -1, clip=rows if known else ())
+    return Picture(frames[0].tokens * len(frames), (joint,))
+
+
+def lengths(output: Output) -> list[int]:
     """Tokens of each picture; a video's may come frame by frame."""
     return [one.shape[:-1].numel() for one in output.pooler_output]
 
@@ -62,7 +174,7 @@ def _within(part: Part, device: torch.device) -> Tensor:
     return torch.cartesian_prod(y, x).view(-1, 2)
 
 
-def plain(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Picture]:
+def plain(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: Tap) -> list[Picture]:
     """One part each, on the grid of the tower's patches where the numbers agree, else on a square one. Where class
     tokens are among the features they are no part of anything, and stay."""
     pixels = given.get("pixel_values")
@@ -79,7 +191,7 @@ def plain(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Pictu
     return found
 
 
-def _patches(core: Any, pixels: Any) -> tuple[int, int] | None:
+def _patches(core: PreTrainedModel, pixels: Tensor | None) -> tuple[int, int] | None:
     patch = getattr(core.config.vision_config, "patch_size", None)
     sides = (patch, patch) if isinstance(patch, int) else patch
     if sides is None or pixels is None or pixels.ndim < 4:
@@ -87,7 +199,7 @@ def _patches(core: Any, pixels: Any) -> tuple[int, int] | None:
     return int(pixels.shape[-2] // sides[0]), int(pixels.shape[-1] // sides[1])
 
 
-def tiled(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Picture]:
+def tiled(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: Tap) -> list[Picture]:
     """LLaVA-NeXT and LLaVA-OneVision: the whole image, then its tiles side by side, row by row, without padding and
     with a newline after each row."""
     from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
@@ -124,7 +236,9 @@ def tiled(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Pictu
     return found
 
 
-def _tiles(shape: Any, corner: tuple[int, int], count: tuple[int, int], side: int, first: int, base: int) -> list[Part]:
+def _tiles(
+    shape: torch.Size, corner: tuple[int, int], count: tuple[int, int], side: int, first: int, base: int
+) -> list[Part]:
     """A part for each tile: what padding has left of it.
 
     Args:
@@ -135,6 +249,8 @@ def _tiles(shape: Any, corner: tuple[int, int], count: tuple[int, int], side: in
         first: row of the image in the tower's batch, or -1.
         base: tokens before.
     """
+    # A tile that lies in the padding altogether is not there; one at its border has lost rows or columns, so that its
+    # patches are a rectangle inside the tower's row.
     parts, columns = [], shape[1]
     for i in range(count[0]):
         for j in range(count[1]):
@@ -154,16 +270,17 @@ def _tiles(shape: Any, corner: tuple[int, int], count: tuple[int, int], side: in
     return parts
 
 
-def _columns(n: int, shape: Any) -> int:
+def _columns(n: int, shape: torch.Size) -> int:
     """Columns of ``n`` tokens with newlines, of about the proportions of ``shape``."""
     wanted = (n * shape[1] / shape[0]) ** 0.5
     fitting = [c for c in range(1, n) if n % (c + 1) == 0]
     return min(fitting, key=lambda c: abs(c - wanted))
 
 
-def video(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Picture]:
+def video(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: Tap) -> list[Picture]:
     """LLaVA-NeXT-Video: frames of pooled patches; in LLaVA-OneVision with a newline at the end."""
-    pixels = given.get("pixel_values_videos")  # which older versions call as they call images
+    # Older versions give videos to the getter under the name that images have.
+    pixels = given.get("pixel_values_videos")
     frames = int((given["pixel_values"] if pixels is None else pixels).shape[1])
     found = []
     for n in lengths(output):
@@ -175,14 +292,15 @@ def video(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Pictu
     return found
 
 
-def closed_video(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Picture]:
+def closed_video(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: Tap) -> list[Picture]:
     """LLaVA-OneVision's: the getters of older versions leave the newline to the forward, which puts it behind."""
     found = video(core, given, output, tap)
     return [p._replace(tokens=p.tokens + 1) if p.parts[0].count == p.tokens else p for p in found]
 
 
-def by_grid(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Picture]:
+def by_grid(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: Tap) -> list[Picture]:
     """Qwen's: frames, rows and columns of patches are given, of which 2 x 2 make a token."""
+    # Qwen 3 VL's getter of videos calls that of images, with the videos' grids.
     grids = given.get("image_grid_thw")
     kind = "image"
     if grids is None or given.get("pixel_values_videos") is not None:
@@ -194,7 +312,7 @@ def by_grid(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Pic
     return found
 
 
-def by_size(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Picture]:
+def by_size(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: Tap) -> list[Picture]:
     """Mistral 3's: images of any size, whose patches are joined to cells."""
     side, found = core.config.vision_config.patch_size * core.config.spatial_merge_size, []
     for n, (high, wide) in zip(lengths(output), torch.as_tensor(given["image_sizes"]).tolist(), strict=True):
@@ -202,7 +320,7 @@ def by_size(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Pic
     return found
 
 
-def by_sample(core: Any, given: dict[str, Any], output: Any, tap: Tap) -> list[Picture]:
+def by_sample(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: Tap) -> list[Picture]:
     """Idefics3 and SmolVLM: all tiles of a sample together."""
     vision = core.config.vision_config
     size = (vision.image_size // vision.patch_size) ** 2 // core.config.scale_factor**2

@@ -1,4 +1,5 @@
-"""What a cache knows of the tokens that never reached its layers: kept on the cache itself, for decode and later turns.
+"""Columns that are left: how shorter sequences are packed, and what a cache knows of tokens that never reached its
+layers, kept on the cache itself for decode and later turns.
 
 The cache's class is exchanged for a subclass that reports the logical length, and keeps the record in step when samples
 are reordered, repeated, or tokens taken back.
@@ -8,17 +9,107 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tokred.adapters.vlm.taps import in_flight
+from tokred.core.reduction import Reduction
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import Cache
+
+
+class Packed(NamedTuple):
+    """Columns that are left, right-aligned.
+
+    Attributes:
+        columns: ``(B, M)`` int64, which column each was; filler on the left repeats columns that are gone.
+        valid: ``(B, M)`` bool, False on filler.
+        counts: real columns of each sample.
+    """
+
+    columns: Tensor
+    valid: Tensor
+    counts: tuple[int, ...]
+
+    @property
+    def ragged(self) -> bool:
+        """True where some sample has filler."""
+        return min(self.counts) < self.columns.shape[1]
+
+
+def left_pack(keep: Tensor, counts: tuple[int, ...]) -> Packed:
+    """Right-align the kept columns of every sample.
+
+    Args:
+        keep: ``(B, L)`` bool.
+        counts: how many each sample keeps.
+    """
+    most = max(counts)
+    columns = keep.to(torch.uint8).argsort(dim=1, stable=True)[:, keep.shape[1] - most :]
+    return Packed(columns, keep.gather(1, columns), counts)
+
+
+def last_real(real: Tensor, end: int) -> Tensor:
+    """``(B, 1)`` int64: the last real column of every sample before ``end``.
+
+    Args:
+        real: ``(B, L)`` bool.
+        end: columns of the prompt.
+    """
+    return real[:, :end].long().cumsum(1).argmax(1, keepdim=True)
+
+
+def pack_slots(step: Reduction, real: Tensor | None, counts: tuple[int, ...]) -> tuple[Packed, Tensor]:
+    """The slots of a reduction in the order of their representatives, right-aligned, without padding.
+
+    Args:
+        step: of ``L`` columns.
+        real: ``(B, L)`` bool, the columns that are no padding; None: all.
+        counts: real columns before.
+
+    Returns:
+        Where each kept slot's representative stood, and which slot it is, ``(B, M)``.
+    """
+    # Slots come in the order of the method's groups. Decoders need tokens in the order of the prompt, and the newest
+    # one of every sample in the last column, from which the next token is told; filler therefore stands left.
+    rep, slot_real = step.representative, step.mask
+    if real is not None:
+        alive = real.gather(1, rep)
+        slot_real = alive if slot_real is None else slot_real & alive
+    if slot_real is None:
+        order = rep.argsort(dim=1, stable=True)
+        left = (step.slots,) * rep.shape[0]
+        columns = rep.gather(1, order)
+        return Packed(columns, torch.ones_like(columns, dtype=torch.bool), left), order
+    # Counts are known without waiting for the device where neither side has padding.
+    if step.mask is None and all(c == step.length for c in counts):
+        left = (step.slots,) * rep.shape[0]
+    else:
+        left = tuple(slot_real.sum(1).tolist())
+    order = torch.where(slot_real, rep, -1).argsort(dim=1, stable=True)[:, step.slots - max(left) :]
+    return Packed(rep.gather(1, order), slot_real.gather(1, order), left), order
+
+
+def gather_columns(t: Tensor, columns: Tensor, dim: int = 1) -> Tensor:
+    """``t`` at the columns of each sample: ``(B or 1, L, ...)`` for ``dim=1``, ``(..., B or 1, L)`` for ``dim=-1``."""
+    b, m = columns.shape
+    if dim == 1:
+        t = t.expand(b, *t.shape[1:])
+        index = columns.reshape(b, m, *(1,) * (t.ndim - 2)).expand(b, m, *t.shape[2:])
+        return t.gather(1, index)
+    t = t.expand(*t.shape[:-2], b, t.shape[-1])
+    return t.gather(-1, columns.expand(*t.shape[:-2], b, m))
+
+
 _TRACK = "_tokred_track"
 _STATE = "tokred_track"
-_local = threading.local()
 
 
 @dataclass(frozen=True)
@@ -41,7 +132,7 @@ class Group:
 
     @property
     def dropped(self) -> int:
-        """Rows fewer than there would be."""
+        """Columns that these layers lack."""
         return self.width - self.columns.shape[1]
 
     def pick(self, index: Tensor) -> Group:
@@ -56,7 +147,7 @@ class Group:
         return Group(self.first, self.columns[:, :-count], self.valid[:, :-count], self.ragged, self.width - count)
 
     def ends_with(self, count: int) -> bool:
-        """Whether the newest ``count`` columns of every sample are there (waits for the device)."""
+        """True where the newest ``count`` columns of every sample are there (waits for the device)."""
         if count > self.columns.shape[1]:
             return False
         wanted = torch.arange(self.width - count, self.width, device=self.columns.device)
@@ -86,10 +177,11 @@ def extended(
 
 @dataclass
 class Track:
-    """The past of one cache.
+    """The tokens of the conversation that rows of one cache stand for.
 
     Attributes:
-        covered: tokens of the model that the groups tell about; later ones are all there.
+        covered: tokens of the conversation, counted from its begin, that the groups tell about; later ones are in all
+            layers.
         groups: by first layer; none of layer 0 where nothing left before the language model.
         behind: ``(B,)`` int64, how many positions each sample lags behind where positions are counted anew.
     """
@@ -100,12 +192,12 @@ class Track:
 
     @property
     def outer(self) -> Group | None:
-        """What left before the language model."""
+        """The group of layer 0, where something left before the language model; else None."""
         return self.groups[0] if self.groups and self.groups[0].first == 0 else None
 
     @property
     def dropped(self) -> int:
-        """Tokens of the model that layer 0 lacks."""
+        """Tokens of the conversation that layer 0 lacks."""
         return 0 if self.outer is None else self.outer.dropped
 
     @property
@@ -143,12 +235,12 @@ class Track:
         self.covered -= count
 
 
-def track_of(cache: Any) -> Track | None:
-    """The record of a cache."""
+def track_of(cache: Cache | None) -> Track | None:
+    """The record that hangs on a cache; None where nothing has left, or there is no cache."""
     return None if cache is None else cache.__dict__.get(_TRACK)
 
 
-def set_track(cache: Any, track: Track) -> None:
+def set_track(cache: Cache, track: Track) -> None:
     """Hang ``track`` on a cache, and make the cache heed it."""
     if not hasattr(type(cache), "tokred_stock"):
         kind: Any = type(cache)
@@ -156,58 +248,64 @@ def set_track(cache: Any, track: Track) -> None:
     cache.__dict__[_TRACK] = track
 
 
-def physical_length(cache: Any) -> int:
-    """Columns that came to layer 0."""
+def physical_length(cache: Cache) -> int:
+    """Columns that came to layer 0: the length that the cache's own class tells."""
     stock = getattr(type(cache), "tokred_stock", None)
     return int(cache.get_seq_length() if stock is None else stock.get_seq_length(cache))
 
 
 @functools.cache
-def _subclass(host: Any) -> Any:
-    def get_seq_length(self: Any, layer_idx: int = 0) -> Any:
+def _subclass(host: type[Cache]) -> type[Cache]:
+    def get_seq_length(self: Cache, layer_idx: int = 0) -> int | Tensor:
+        # transformers places new tokens, and cuts the caller's mask, by the length of layer 0: that has to be the
+        # conversation's, or the first decoded token would stand where a dropped one stood.
         track = track_of(self)
         more = track.dropped if track is not None and layer_idx == 0 else 0
-        return host.get_seq_length(self, layer_idx) + more
+        return host.get_seq_length(self, layer_idx) + more  # type: ignore[no-any-return]
 
-    def get_query_offset(self: Any, layer_idx: int = 0) -> Any:
-        return host.get_seq_length(self, 0 if _seen_as_first(self, layer_idx) else layer_idx)
+    def get_query_offset(self: Cache, layer_idx: int = 0) -> int | Tensor:
+        layer = 0 if _seen_as_first(self, layer_idx) else layer_idx
+        return host.get_seq_length(self, layer)  # type: ignore[no-any-return]
 
-    def get_mask_sizes(self: Any, query_length: int, layer_idx: int) -> Any:
+    def get_mask_sizes(self: Cache, query_length: int, layer_idx: int) -> tuple[int, int]:
+        # Masks are made once for all layers of a kind, sized by the first of that kind, which may be one that holds
+        # fewer columns; the full mask is needed, of which MaskMaker cuts each layer's part out.
         if _seen_as_first(self, layer_idx):
             return host.get_seq_length(self, 0) + query_length, 0
-        return host.get_mask_sizes(self, query_length, layer_idx)
+        return host.get_mask_sizes(self, query_length, layer_idx)  # type: ignore[no-any-return]
 
-    def reset(self: Any) -> None:
+    def reset(self: Cache) -> None:
         host.reset(self)
         self.__dict__.pop(_TRACK, None)
 
-    def reorder_cache(self: Any, beam_idx: Tensor) -> None:
+    def reorder_cache(self: Cache, beam_idx: Tensor) -> None:
         host.reorder_cache(self, beam_idx)
         _pick(self, beam_idx)
 
-    def batch_repeat_interleave(self: Any, repeats: int) -> None:
+    def batch_repeat_interleave(self: Cache, repeats: int) -> None:
         before = _batch(self)
         host.batch_repeat_interleave(self, repeats)
         if before:
             _pick(self, torch.arange(before).repeat_interleave(repeats))
 
-    def batch_select_indices(self: Any, indices: Tensor) -> None:
+    def batch_select_indices(self: Cache, indices: Tensor) -> None:
         host.batch_select_indices(self, indices)
         _pick(self, indices)
 
-    def crop(self: Any, tokens_to_remove: int) -> None:
+    def crop(self: Cache, tokens_to_remove: int) -> None:
         track, count = track_of(self), -int(tokens_to_remove)
         if track is None or count <= 0:
             host.crop(self, tokens_to_remove)
             return
         inside = count - (self.get_seq_length() - track.covered)
+        # The copy is cut first, which may refuse: the cache is as it was then.
         trial = track.copy()
         if inside > 0:
             trial.cut(inside)
         host.crop(self, tokens_to_remove)
         self.__dict__[_TRACK] = trial
 
-    body: dict[str, Any] = {
+    body: dict[str, Callable[..., Any] | str | type | None] = {
         "__module__": host.__module__,
         "__qualname__": host.__qualname__,
         "__doc__": host.__doc__,
@@ -221,6 +319,7 @@ def _subclass(host: Any) -> Any:
         "batch_select_indices": batch_select_indices,
         "crop": crop,
     }
+    # Caches under a policy can be set back; what left before the layers is set back with them.
     if hasattr(host, "snapshot"):
         body.update(_snapshots(host))
     return type(host.__name__, (host,), body)
@@ -230,28 +329,29 @@ def _subclass(host: Any) -> Any:
 def own_sizes() -> Iterator[None]:
     """Inside, caches tell the sizes of each layer as they are; otherwise masks are made for the first layer's columns,
     of which those of later layers are cut out."""
-    before = getattr(_local, "own", False)
-    _local.own = True
+    before = in_flight.own_sizes
+    in_flight.own_sizes = True
     try:
         yield
     finally:
-        _local.own = before
+        in_flight.own_sizes = before
 
 
-def _seen_as_first(cache: Any, layer: int) -> bool:
+def _seen_as_first(cache: Cache, layer: int) -> bool:
     track = track_of(cache)
-    if track is None or getattr(_local, "own", False) or track.inner(layer) is None:
+    if track is None or in_flight.own_sizes or track.inner(layer) is None:
         return False
+    # A sliding layer that is full holds its window's rows alone, whatever came to layer 0.
     window = getattr(cache.layers[layer], "sliding_window", None)
     return window is None or physical_length(cache) < window
 
 
 def _snapshots(host: Any) -> dict[str, Any]:
-    def snapshot(self: Any) -> Any:
+    def snapshot(self: Cache) -> Any:
         found, track = host.snapshot(self), track_of(self)
         return found._replace(session={**found.session, _STATE: None if track is None else track.copy()})
 
-    def restore(self: Any, snapshot: Any) -> None:
+    def restore(self: Cache, snapshot: Any) -> None:
         session = dict(snapshot.session)
         track = session.pop(_STATE, None)
         host.restore(self, snapshot._replace(session=session))
@@ -262,7 +362,7 @@ def _snapshots(host: Any) -> dict[str, Any]:
     return {"snapshot": snapshot, "restore": restore}
 
 
-def _pick(cache: Any, index: Tensor) -> None:
+def _pick(cache: Cache, index: Tensor) -> None:
     track = track_of(cache)
     if track is not None:
         # A copy: snapshots share the record.
@@ -271,6 +371,6 @@ def _pick(cache: Any, index: Tensor) -> None:
         cache.__dict__[_TRACK] = track
 
 
-def _batch(cache: Any) -> int:
+def _batch(cache: Cache) -> int:
     track = track_of(cache)
     return track.groups[0].columns.shape[0] if track is not None and track.groups else 0

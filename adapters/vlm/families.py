@@ -1,21 +1,25 @@
-"""What differs between the models with vision, as data: where tower and projector are, and how tokens stand."""
+"""Families of models with vision, as data: where tower and projector are, and how visual tokens stand."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
-from tokred.adapters.vlm.features import Picture, Record, Tap
-from tokred.adapters.vlm.fused import received
-from tokred.adapters.vlm.pictures import by_grid, by_sample, by_size, closed_video, plain, tiled, video
+from tokred.adapters.vlm.layout import Picture, by_grid, by_sample, by_size, closed_video, plain, tiled, video
+from tokred.adapters.vlm.taps import Record, Tap, received
 
-Maker = Callable[[Any, dict[str, Any], Any, Tap], list[Picture]]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.modeling_outputs import BaseModelOutputWithPooling as Output
+
+# ``make(core, arguments, output, tap)``: the model with vision, the arguments of its getter, its output, and the taps'.
+Maker = Callable[["PreTrainedModel", dict[str, Any], "Output", Tap], list[Picture]]
 
 
 class Facts(NamedTuple):
-    """One family.
+    """One family of models with vision.
 
     Attributes:
         projector: dotted name of the projector, whose input is the tower's features; "" where it is part of the tower.
@@ -27,6 +31,7 @@ class Facts(NamedTuple):
         tokenwise: whether the projector acts on tokens one by one.
         heads: whether a token is a patch of the tower, so that the tower's attention says something about it.
         outer_masks: masks for pairs of tokens are made outside the language model.
+        clips: whether a video comes as images, a frame each, so that :func:`tokred.vlm.clips` tells which they are.
         causal_type: the token type of tokens that see only what came before them.
     """
 
@@ -38,33 +43,36 @@ class Facts(NamedTuple):
     tokenwise: bool = True
     heads: bool = True
     outer_masks: bool = False
+    clips: bool = False
     causal_type: int = 0
 
 
 _PLAIN: dict[str, Maker] = {"image": plain}
 _BOTH = (("get_image_features", "image"), ("get_video_features", "video"))
 _QWEN = Facts(projector="", tower="visual", getters=_BOTH, pictures={"image": by_grid, "video": by_grid}, heads=False)
-_IDEFICS = Facts("connector", "vision_model", "text_model", pictures={"image": by_sample}, tokenwise=False, heads=False)
-_TILES: dict[str, Any] = {"image": tiled, "video": video}
+_IDEFICS = Facts(
+    "connector", "vision_model", "text_model", pictures={"image": by_sample}, tokenwise=False, heads=False, clips=True
+)
+_TILES: dict[str, Maker] = {"image": tiled, "video": video}
 
 FACTS: dict[str, Facts] = {
-    "LlavaModel": Facts(),
+    "LlavaModel": Facts(clips=True),
     "LlavaNextModel": Facts(pictures=_TILES),
     "LlavaNextVideoModel": Facts(getters=_BOTH, pictures=_TILES),
     "LlavaOnevisionModel": Facts(getters=_BOTH, pictures={"image": tiled, "video": closed_video}),
     "Qwen2VLModel": _QWEN,
     "Qwen2_5_VLModel": _QWEN,
     "Qwen3VLModel": _QWEN,
-    "InternVLModel": Facts(heads=False),
+    "InternVLModel": Facts(heads=False, clips=True),
     "Idefics3Model": _IDEFICS,
     "SmolVLMModel": _IDEFICS,
-    "Mistral3Model": Facts(pictures={"image": by_size}, tokenwise=False, heads=False),
-    "PaliGemmaModel": Facts(outer_masks=True, causal_type=1),
-    "Gemma3Model": Facts(tokenwise=False, outer_masks=True, heads=False),
+    "Mistral3Model": Facts(pictures={"image": by_size}, tokenwise=False, heads=False, clips=True),
+    "PaliGemmaModel": Facts(outer_masks=True, clips=True, causal_type=1),
+    "Gemma3Model": Facts(tokenwise=False, outer_masks=True, heads=False, clips=True),
 }
 
 
-def describe(core: Any, given: dict[str, Any], output: Any, tap: Tap, modality: str) -> Record | None:
+def describe(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: Tap, modality: str) -> Record | None:
     """The record of a getter's call."""
     facts = FACTS[core_name(core)]
     make = (facts.pictures or _PLAIN)[modality]
@@ -74,6 +82,8 @@ def describe(core: Any, given: dict[str, Any], output: Any, tap: Tap, modality: 
         if fused is not None and fused.projected is not None and grids is not None:
             record.received = lambda i: received(fused, core.visual, grids, i)
         return record
+    # The attention of the layer whose output is used: LLaVA takes the last but one of CLIP's, so that the last has no
+    # say in the features.
     layers = tower_layers(core, facts)
     depth = len(layers)
     layer = feature_layer(core, depth, given.get("vision_feature_layer"))
@@ -82,8 +92,9 @@ def describe(core: Any, given: dict[str, Any], output: Any, tap: Tap, modality: 
     return Record(make(core, given, output, tap), tap.inputs, tap.heads, layer, depth, class_tokens(core, facts), scale)
 
 
-def feature_layer(core: Any, depth: int, given: Any = None) -> int:
+def feature_layer(core: PreTrainedModel, depth: int, given: int | list[int] | None = None) -> int:
     """The tower's layer whose output is used, 0-based; the last of them where several are."""
+    # Counted as hidden states are: 0 is the embeddings, 1 the output of the first layer, -1 that of the last.
     which = getattr(core.config, "vision_feature_layer", -1) if given is None else given
     which = which[-1] if isinstance(which, list | tuple) else which
     which = -1 if which is None else which
@@ -95,18 +106,18 @@ def core_name(core: nn.Module) -> str:
     return type(core).__name__
 
 
-def class_tokens(core: Any, facts: Facts) -> int:
+def class_tokens(core: PreTrainedModel, facts: Facts) -> int:
     """Class tokens before the tower's patches."""
     tower = part(core, facts.tower)
     return 1 if any("class_embedding" in n or "cls_token" in n for n, _ in tower.named_parameters()) else 0
 
 
-def part(core: Any, name: str) -> Any:
+def part(core: PreTrainedModel, name: str) -> Any:
     """A module inside by its dotted name."""
     return core.get_submodule(name)
 
 
-def tower_layers(core: Any, facts: Facts) -> list[nn.Module]:
+def tower_layers(core: PreTrainedModel, facts: Facts) -> list[nn.Module]:
     """Layers of the vision tower, in order."""
     lists = [m for m in part(core, facts.tower).modules() if isinstance(m, nn.ModuleList) and len(m)]
     found = [m for m in lists if tower_attention(m[0]) is not None]

@@ -1,21 +1,78 @@
-"""Inside the language model: layers from which on fewer tokens are left."""
+"""The decoder layers of a model whose tokens leave: what is done before each, and the list that hands them out so.
+
+Hooks on the layers themselves would run inside a compiled layer, and again when a checkpoint runs a layer again; a list
+runs outside of both.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from tokred.adapters.vlm.columns import Group, Packed, extended, gather_columns, last_real, pack_slots
+from tokred.adapters.vlm.decoder_attention import Input, LayerCount, Step, heads_of, norm_behind_attention, values_of
 from tokred.adapters.vlm.masks import MaskMaker
-from tokred.adapters.vlm.pack import Packed, gather_columns, last_real, pack_slots
-from tokred.adapters.vlm.rows import Input, heads_of, norm_behind_attention, values_of
-from tokred.adapters.vlm.step import LayerCount, Step
-from tokred.adapters.vlm.track import Group, extended
+from tokred.adapters.vlm.taps import in_flight
 from tokred.core.reduction import Reduction
-from tokred.vlm.in_llm import LayerSite, Prompt
+from tokred.vlm.in_llm import Heads, LayerSite, Prompt
+
+if TYPE_CHECKING:
+    from tokred.adapters.vlm.forward import Forward
+
+
+class LayerList:
+    """Settings of an exchanged list of decoder layers; there are none, but the list is known by them."""
+
+
+class Through:
+    """A decoder layer, called with fewer tokens.
+
+    Args:
+        inner: what is to be done in this forward.
+        index: of the layer.
+        layer: itself.
+    """
+
+    def __init__(self, inner: Inner, index: int, layer: nn.Module) -> None:
+        self._inner = inner
+        self._index = index
+        self._layer = layer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = self._inner.enter(self._index, self._layer, args, kwargs)
+        with self._inner.tapped(self._layer):
+            return self._layer(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+
+def body(host: type[nn.Module]) -> dict[str, Callable[..., Any]]:
+    """Methods of the list's subclass."""
+
+    def handed(self: nn.ModuleList) -> list[Through | nn.Module]:
+        layers: list[nn.Module] = list(self._modules.values())
+        run = in_flight.language
+        # The list may be walked while another model's forward is under way, or by whoever looks at the layers.
+        if run is None or run.forward.inner is None or run.layers is not self:
+            return [*layers]
+        return [Through(run.forward.inner, i, layer) for i, layer in enumerate(layers)]
+
+    def __iter__(self: nn.ModuleList) -> Iterator[Through | nn.Module]:
+        return iter(handed(self))
+
+    def __getitem__(self: nn.ModuleList, index: int | slice) -> Any:
+        if not isinstance(index, slice):
+            return host.__getitem__(self, index)  # type: ignore[index]
+        found = handed(self)[index]
+        # torch hands out a new list for a slice; that of layers in flight is a plain one, since they are no modules.
+        return found if any(isinstance(one, Through) for one in found) else nn.ModuleList(found)  # type: ignore[arg-type]
+
+    return {"__iter__": __iter__, "__getitem__": __getitem__}
 
 
 class Inner:
@@ -25,7 +82,7 @@ class Inner:
         forward: of the model.
     """
 
-    def __init__(self, forward: Any) -> None:
+    def __init__(self, forward: Forward) -> None:
         self.forward = forward
         self.settings = forward.settings
         self.width = forward.embeds.shape[1]
@@ -40,11 +97,13 @@ class Inner:
         self.entered = False
 
     def _start(self) -> Step | None:
-        """Layer 0, where this forward is one that a method of ``layer`` acts on; None otherwise."""
+        """The tokens at layer 0, where this forward is one that a method of ``layer`` acts on; None otherwise."""
         forward, method = self.forward, self.settings.inner
+        # A decode step has nothing to lose: its one token is the prompt's last.
         if method is None or forward.embeds.shape[1] < 2:
             return None
         visual = forward.visual
+        # Methods of text judge by the whole prompt, of which a later turn is only a piece.
         if not self.settings.by_visual and forward.past > 0:
             return None
         if visual is None:
@@ -57,6 +116,7 @@ class Inner:
             padding = forward.real()
             if padding is not None:
                 valid, real = padding, tuple(padding.sum(1).tolist())
+        # Three facts in one tensor: each would wait for the device.
         end = self.width - (forward.length - forward.end)
         last = last_real(valid, end)
         found = torch.stack([(visual & valid).sum(1), (visual & valid).gather(1, last).squeeze(1), last.squeeze(1)])
@@ -68,7 +128,9 @@ class Inner:
 
     # ------------------------------------------------------------------ what layers call
 
-    def enter(self, layer: int, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def enter(
+        self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a decoder layer, with the tokens that are left."""
         self.entered = True
         given = dict(kwargs)
@@ -96,7 +158,7 @@ class Inner:
         return sorted(self._steps)
 
     def last(self) -> Step | None:
-        """What the last layer ran on, where that is less than layer 0."""
+        """The tokens that the last layer ran on, where they are fewer than those of layer 0."""
         return self._steps[max(self._steps)] if self._steps else None
 
     def group(self, first: int) -> Group:
@@ -121,6 +183,8 @@ class Inner:
 
     def _valid(self, layer: int, step: Step | None) -> Tensor | None:
         """``(B, P + M)`` bool: real rows of this layer where it runs on ``step``; None: all."""
+        # Rows of earlier forwards (``before``): those the cache tells of, then all that came since. Columns of this
+        # one (``now``): those of the step, else all of layer 0's. None: all real, for which no mask is made.
         forward = self.forward
         old = None if forward.track is None else forward.track.inner(layer)
         mask: Tensor | None = forward.mask
@@ -150,6 +214,7 @@ class Inner:
 
     def _maker(self, layer: int) -> MaskMaker:
         forward, step = self.forward, self._at(layer)
+        # Layers since the same step, with the same columns of earlier forwards, share their masks.
         key = max((f for f in self._steps if f <= layer), default=0)
         old = None if forward.track is None else forward.track.inner(layer)
         name = (key, -1 if old is None else old.first)
@@ -177,9 +242,10 @@ class Inner:
 
     # ------------------------------------------------------------------ reducing
 
-    def _reduce(self, layer: int, module: Any, x: Tensor, given: dict[str, Any]) -> Tensor:
+    def _reduce(self, layer: int, module: nn.Module, x: Tensor, given: dict[str, Any]) -> Tensor:
         method, before = self.settings.inner, self._at(layer - 1)
         assert before is not None  # this forward is one to act on
+        assert method is not None  # as above
         n = max(before.counts) if self.settings.by_visual else max(before.real)
         if layer == 0 or n == 0 or not self.settings.active(layer):
             return x
@@ -195,7 +261,10 @@ class Inner:
         return _taken(step, x, order)
 
     def _lag(self, layer: int, count: int) -> None:
-        """Layers with a policy count their slots from what comes to them."""
+        """Tell layers under a policy of the cache that ``count`` tokens before their rows have left in between.
+
+        Such a layer numbers rows by what comes to it, and would take the next token for an earlier one.
+        """
         for held in getattr(self.forward.cache, "layers", [])[layer:]:
             if hasattr(held, "clock"):
                 held.clock.behind += count
@@ -205,7 +274,7 @@ class Inner:
         counts = tuple(visual.sum(1).tolist()) if self.forward.visual is not None else before.counts
         return Step(before.columns.gather(1, packed.columns), packed.valid, visual, packed.counts, counts)
 
-    def _site(self, layer: int, module: Any, x: Tensor, given: dict[str, Any], before: Step) -> LayerSite:
+    def _site(self, layer: int, module: nn.Module, x: Tensor, given: dict[str, Any], before: Step) -> LayerSite:
         forward = self.forward
         past = 0
         if forward.cache is not None:
@@ -262,7 +331,7 @@ class Inner:
         return Prompt(self.forward.embeds.detach(), start.visual, text, before.columns)
 
     @contextlib.contextmanager
-    def tapped(self, module: Any) -> Iterator[None]:
+    def tapped(self, module: nn.Module) -> Iterator[None]:
         """While a layer runs, note what leaves the norm behind its attention, where the method reads that."""
         if self._entered is None:
             yield
@@ -274,21 +343,22 @@ class Inner:
         finally:
             handle.remove()
 
-    def _note(self, module: Any, args: Any, output: Tensor) -> None:
+    def _note(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         self._normed.append(output.detach())
 
-    def _ran(self, given: Input) -> Any:
+    def _ran(self, given: Input) -> Callable[[], Heads]:
         return lambda: heads_of(given, ran=True)
 
     def _end(self, before: Step) -> int:
-        """Drafts are the newest columns, all there."""
+        """Columns before the drafts of assisted decoding, which are the newest ones, and of which none has left."""
         return int(before.columns.shape[1] - (self.forward.length - self.forward.end))
 
-    def _watch(self, layer: int, module: Any, x: Tensor, given: dict[str, Any]) -> None:
-        """Hold what the layer was given where the next one asks for its rows."""
+    def _watch(self, layer: int, module: nn.Module, x: Tensor, given: dict[str, Any]) -> None:
+        """Keep the input of this layer, where the method that acts before the next one reads its queries and keys."""
         method, step = self.settings.inner, self._at(layer)
         assert step is not None  # this forward is one to act on
         self._before = self._entered = None
+        assert method is not None  # as above
         if not method.reads & {"rows_before", "stream"} or layer + 1 >= self.settings.depth:
             return
         n = max(step.counts) if self.settings.by_visual else max(step.real)
