@@ -38,8 +38,8 @@ from tokred.adapters.vlm.sites import (
     without_newlines,
 )
 from tokred.adapters.vlm.taps import Call
-from tokred.core.method import Method
 from tokred.errors import BypassedError, MissingInputError
+from tokred.vlm.method import VisualMethod
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -147,7 +147,7 @@ class Forward:
         end = self.call.end
         return int(self.length if end is None or end <= self.past else min(self.length, end - self.past))
 
-    def _prune(self, method: Method, new: dict[str, Any]) -> None:
+    def _prune(self, method: VisualMethod, new: dict[str, Any]) -> None:
         real, visual = self.real(), self.visual
         assert visual is not None  # there are placeholders
         text = ~visual
@@ -175,7 +175,7 @@ class Forward:
         self.visual = visual.gather(1, packed.columns) & packed.valid
         self._shorten(new, packed, visual)
 
-    def _left(self, method: Method, context: Context) -> Left:
+    def _left(self, method: VisualMethod, context: Context) -> Left:
         left = Left(None, self.embeds, (0,) * self.batch)
         for modality in self.call.modalities:
             columns = modality.visual.nonzero()[:, 1]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tokred.adapters.contract import cache_name, cache_of, host_object, with_cache
+from tokred.adapters.host import State
 from tokred.adapters.swap import Hook, host_class
 from tokred.adapters.vlm.columns import track_of
 from tokred.adapters.vlm.decoder_attention import LayerCount
@@ -18,14 +19,14 @@ from tokred.adapters.vlm.forward import Forward
 from tokred.adapters.vlm.generate import PROMPT, refuse
 from tokred.adapters.vlm.records import fill
 from tokred.adapters.vlm.taps import Call, CoreRun, LanguageRun, in_flight
-from tokred.core.method import Method
 from tokred.errors import BypassedError
+from tokred.vlm.method import VisualMethod
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedConfig
 
 
-class VisualSettings:
+class VisualSettings(State):
     """Settings that the hooks of one patched model share, and what they report.
 
     Args:
@@ -48,8 +49,8 @@ class VisualSettings:
         self.config = config
         self.depth = depth
         self.visual = visual
-        self.outer: Method | None = None
-        self.inner: Method | None = None
+        self.outer: VisualMethod | None = None
+        self.inner: VisualMethod | None = None
         self.chosen: frozenset[int] | None = None
         self.core: nn.Module | None = None
         self.projector: nn.Module | None = None
@@ -58,7 +59,7 @@ class VisualSettings:
         self.before = 0
 
     @property
-    def methods(self) -> list[Method]:
+    def methods(self) -> list[VisualMethod]:
         """Methods that act before or inside the language model, in this order."""
         return [m for m in (self.outer, self.inner) if m is not None]
 

@@ -350,7 +350,7 @@ def test_refusals():
         tokred.KVzip(instruction="Repeat the context")
     with pytest.raises(ValueError, match="at least 0"):
         Reconstruction(later=(1, -2))
-    with pytest.raises(ValueError, match="chunk must be a whole number of at least 1, got 0"):
+    with pytest.raises(ValueError, match="chunk must be an integer of at least 1, got 0"):
         Reconstruction(chunk=0)
     with pytest.raises(ValueError, match="share must lie in"):
         tokred.KVzip(budget=0.0)

@@ -29,16 +29,26 @@ MOVED: dict[str, tuple[str, ...]] = {
     "tokred.environment": ("tokred.core.environment",),
     "tokred.explaining": ("tokred.analysis.explain",),
     "tokred.grid": ("tokred.diffusion.grid",),
+    "tokred.hosts": (
+        "tokred.adapters",
+        "tokred.patch",
+        "tokred.api",
+        "tokred.kv.report",
+        "tokred.diffusion.report",
+    ),
     "tokred.importance": (
         "tokred.encoder.importance",
         "tokred.analysis.contributions",
     ),
     "tokred.kv.session": ("tokred.kv.engine",),
     "tokred.matching": ("tokred.core.matching",),
-    "tokred.method": ("tokred.core.method",),
+    "tokred.method": (
+        "tokred.core.method",
+        "tokred.encoder.method",
+    ),
     "tokred.motion": ("tokred.encoder.motion",),
     "tokred.outputs": ("tokred.bench.results",),
-    "tokred.padding": ("tokred.core.padding",),
+    "tokred.padding": ("tokred.encoder.padding",),
     "tokred.pages": ("tokred.analysis.viz.pages",),
     "tokred.photos": ("tokred.bench.images",),
     "tokred.plots": ("tokred.bench.plots",),
@@ -51,7 +61,10 @@ MOVED: dict[str, tuple[str, ...]] = {
         "tokred.analysis.contributions",
         "tokred.encoder.importance",
     ),
-    "tokred.schedules": ("tokred.core.schedules",),
+    "tokred.schedules": (
+        "tokred.core.schedules",
+        "tokred.core.checks",
+    ),
     "tokred.selection": ("tokred.core.selection",),
     "tokred.site": ("tokred.core.site",),
     "tokred.soft": ("tokred.core.soft",),
@@ -78,6 +91,8 @@ MOVED: dict[str, tuple[str, ...]] = {
     "tokred.vlm.tiles": ("tokred.vlm.tools.tiles",),
     "tokred.vlm.transport": ("tokred.vlm.tools.transport",),
 }
+# Names that are others now, by old module.
+RENAMED = {"tokred.denoise": {"Place": "SublayerPlace"}}
 
 
 class _Old(ModuleType):
@@ -86,6 +101,7 @@ class _Old(ModuleType):
     def __getattr__(self, name: str) -> Any:
         # Import machinery and pickle ask for dunder names; those of another module would mislead them.
         if not name.startswith("__"):
+            name = RENAMED.get(self.__name__, {}).get(name, name)
             for target in MOVED[self.__name__]:
                 module = importlib.import_module(target)
                 if hasattr(module, name):

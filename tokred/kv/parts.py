@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
+from tokred.core.checks import check_count as check_count
 from tokred.core.reduction import Reduction
 from tokred.core.schedules import kept
 from tokred.kv.repeat import Repeats
@@ -338,13 +339,3 @@ def parse_bytes(text: str, argument: str = "budget") -> int:
     if found is None or unit is None or float(found[1]) * unit < 1:
         raise ValueError(f"{argument} must be bytes such as '64 MiB' or '1.5 GB', got {text!r}")
     return int(float(found[1]) * unit)
-
-
-def check_count(value: object, argument: str, least: int = 0) -> None:
-    """Refuse what is not a whole number of at least ``least``.
-
-    Raises:
-        ValueError: naming the argument and what was given.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{argument} must be a whole number of at least {least}, got {value!r}")

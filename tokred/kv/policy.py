@@ -10,9 +10,10 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from tokred.core.method import Method
+from tokred.core.checks import check_share
+from tokred.core.method import Method, Parameters
 from tokred.core.reduction import Reduction
-from tokred.core.schedules import check_share, kept
+from tokred.core.schedules import kept
 from tokred.core.site import Site, Stage
 from tokred.kv.budgets import Uniform
 from tokred.kv.fates import Evict
@@ -47,6 +48,8 @@ class CachePolicy(Method):
 
     stage: ClassVar[Stage] = "cache"
     drops: ClassVar[bool] = True
+    example: ClassVar[Parameters] = {"budget": 9}
+    nothing: ClassVar[Parameters | None] = {"budget": 1.0}
 
     @property
     @abstractmethod

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokred.core.schedules import check_share, kept
+from tokred.core.checks import check_share
+from tokred.core.schedules import kept
 from tokred.kv.budgets.uniform import Uniform
 from tokred.kv.parts import Budget, as_part
 from tokred.kv.select import Counts, kept_mask

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokred.core.schedules import check_share
+from tokred.core.checks import check_share
 from tokred.kv.parts import Budget, check_count
 from tokred.kv.select import Counts
 from tokred.kv.site import CacheSite, Place

@@ -6,7 +6,7 @@ import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tokred.core.schedules import check_share
+from tokred.core.checks import check_share
 from tokred.kv.parts import Budget, check_amount, check_count
 from tokred.kv.site import CacheSite
 

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokred.core.schedules import check_share, kept
+from tokred.core.checks import check_share
+from tokred.core.schedules import kept
 from tokred.kv.parts import Score, as_part
 from tokred.kv.repeat import Repeats
 from tokred.kv.select import Counts, kept_mask

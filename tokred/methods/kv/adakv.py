@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tokred.core.method import Parameters
 from tokred.core.registry import register
 from tokred.kv.budgets import Adaptive
 from tokred.kv.parts import Score, as_part
@@ -26,6 +27,7 @@ class AdaKV(CachePolicy):
 
     summary: ClassVar[str] = "heads share their layer's rows by their scores"
     source: ClassVar[str] = "Feng et al., NeurIPS 2025 (arXiv 2407.11550)"
+    example: ClassVar[Parameters] = {"budget": 9, "score": {"part": "window", "size": 4, "pool": 3}}
 
     budget: BudgetLike = 0.5
     safe: float = 0.2

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tokred.core.method import Parameters
 from tokred.core.registry import register
 from tokred.kv.budgets import Preference
 from tokred.kv.policy import CachePolicy, Parts, check_room
@@ -28,6 +29,7 @@ class CAKE(CachePolicy):
 
     summary: ClassVar[str] = "mean and variance of attention; layers share by preference"
     source: ClassVar[str] = "CAKE, ICLR 2025"
+    example: ClassVar[Parameters] = {"budget": 9, "window": 4, "pool": 3}
 
     budget: float | int | str = 0.5
     tau1: float = 1.6

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tokred.core.method import Parameters
 from tokred.core.registry import register
 from tokred.kv.parts import Score, as_part
 from tokred.kv.policy import BudgetLike, CachePolicy, Parts, as_budget, check_room
@@ -27,6 +28,7 @@ class CriticalKV(CachePolicy):
 
     summary: ClassVar[str] = "a score, weighted by the value's share of the output"
     source: ClassVar[str] = "Feng et al., 2025 (arXiv 2502.03805)"
+    example: ClassVar[Parameters] = {"budget": 9, "score": {"part": "window", "size": 4, "pool": 3}}
 
     budget: BudgetLike = 0.5
     score: Score | str = "window"

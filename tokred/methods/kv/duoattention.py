@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from tokred.core.method import Parameters
 from tokred.core.registry import register
 from tokred.kv.budgets import Split
 from tokred.kv.parts import When
@@ -29,7 +29,9 @@ class DuoAttention(CachePolicy):
 
     summary: ClassVar[str] = "streaming heads keep the first and the newest tokens"
     source: ClassVar[str] = "Xiao et al., ICLR 2025 (arXiv 2410.10819)"
-    example: ClassVar[Mapping[str, Any]] = {"gates": ...}
+    example: ClassVar[Parameters] = {"gates": ((0.9, 0.1), (0.4, 0.6), (0.7, 0.2)), "sinks": 2, "recent": 5}
+    nothing: ClassVar[Parameters | None] = {"gates": None}
+    usual: ClassVar[Parameters] = {"gates": ...}
 
     gates: tuple[tuple[float, ...], ...] | None = None
     sparsity: float = 0.5

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tokred.core.method import Parameters
 from tokred.core.registry import register
 from tokred.kv.policy import BudgetLike, CachePolicy, Parts, as_budget, check_room
 from tokred.kv.scores import Expected
@@ -26,6 +27,7 @@ class ExpectedAttention(CachePolicy):
 
     summary: ClassVar[str] = "the attention that queries to come are expected to give"
     source: ClassVar[str] = "Devoto et al., 2025 (arXiv 2510.00636)"
+    example: ClassVar[Parameters] = {"budget": 9, "sinks": 2, "future": 16}
 
     budget: BudgetLike = 0.5
     future: int = 512

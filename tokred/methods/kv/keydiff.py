@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tokred.core.method import Parameters
 from tokred.core.registry import register
 from tokred.kv.parts import When
 from tokred.kv.policy import BudgetLike, CachePolicy, Parts, as_budget, check_room
@@ -25,6 +26,7 @@ class KeyDiff(CachePolicy):
 
     summary: ClassVar[str] = "rows whose keys differ most from the mean key"
     source: ClassVar[str] = "Park et al., 2025 (arXiv 2504.15364)"
+    example: ClassVar[Parameters] = {"budget": 9, "turns": False}
 
     budget: BudgetLike = 0.5
     turns: bool = True

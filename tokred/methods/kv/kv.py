@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tokred.core.checks import check_share
+from tokred.core.method import Parameters
 from tokred.core.registry import register
-from tokred.core.schedules import check_share
 from tokred.kv.parts import Fate, Score, When, as_part, check_count
 from tokred.kv.policy import BudgetLike, CachePolicy, Parts, as_budget, check_room
 
@@ -29,6 +30,13 @@ class KVPolicy(CachePolicy):
 
     summary: ClassVar[str] = "any score with any budget, fate and time"
     source: ClassVar[str] = "tokred"
+    example: ClassVar[Parameters] = {
+        "score": "key_norm",
+        "budget": {"part": "adaptive", "amount": 9},
+        "when": {"part": "when", "every": 2},
+        "sinks": 1,
+        "recent": 2,
+    }
 
     score: Score | str = "window"
     budget: BudgetLike = 0.5

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from tokred.core.method import Parameters
 from tokred.core.registry import register
 from tokred.kv.budgets import Global
 from tokred.kv.parts import When, check_amount
@@ -38,6 +39,7 @@ class KVzip(CachePolicy):
 
     summary: ClassVar[str] = "what the model attends to while it repeats the context"
     source: ClassVar[str] = "Kim et al., NeurIPS 2025 (arXiv 2505.23416)"
+    example: ClassVar[Parameters] = {"budget": 0.4, "chunk": 9, "sinks": 2}
 
     budget: BudgetLike = 0.5
     chunk: int = 2048

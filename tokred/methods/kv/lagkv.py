@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tokred.core.method import Parameters
 from tokred.core.registry import register
 from tokred.kv.policy import BudgetLike, CachePolicy, Parts, as_budget, check_room
 from tokred.kv.scores import LagRelative
@@ -26,6 +27,7 @@ class LagKV(CachePolicy):
 
     summary: ClassVar[str] = "rows that stand out against the next partition"
     source: ClassVar[str] = "LagKV, 2025 (arXiv 2504.04704)"
+    example: ClassVar[Parameters] = {"budget": 9, "lag": 4, "sinks": 2}
 
     budget: BudgetLike = 0.5
     lag: int = 128

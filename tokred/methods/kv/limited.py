@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from tokred.core.method import from_dict
+from tokred.core.method import Parameters, from_dict
 from tokred.core.registry import methods, register
 from tokred.kv.parts import When, check_count, parse_bytes
 from tokred.kv.policy import CachePolicy, Parts
@@ -33,6 +33,8 @@ class Limited(CachePolicy):
 
     summary: ClassVar[str] = "a policy under a hard limit of bytes, chunk by chunk"
     source: ClassVar[str] = "tokred"
+    example: ClassVar[Parameters] = {"limit": "16 KiB", "chunk": 16}
+    nothing: ClassVar[Parameters | None] = None
 
     policy: CachePolicy | str = "keydiff"
     limit: str = "64 MiB"

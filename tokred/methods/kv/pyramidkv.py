@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tokred.core.method import Parameters
 from tokred.core.registry import register
 from tokred.kv.budgets import Pyramid
 from tokred.kv.policy import CachePolicy, Parts, check_room
@@ -27,6 +28,7 @@ class PyramidKV(CachePolicy):
 
     summary: ClassVar[str] = "window scores, more rows in early layers"
     source: ClassVar[str] = "Cai et al., 2024 (arXiv 2406.02069)"
+    example: ClassVar[Parameters] = {"budget": 9, "window": 2, "pool": 3, "beta": 4}
 
     budget: float | int | str = 0.5
     beta: int = 20

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from tokred.core.method import Parameters
 from tokred.core.registry import register
 from tokred.kv.budgets import Growing
 from tokred.kv.parts import When
@@ -33,6 +34,8 @@ class RPC(CachePolicy):
 
     summary: ClassVar[str] = "every so many generated tokens, the newest queries judge the generated rows"
     source: ClassVar[str] = "Song et al., NeurIPS 2025 (arXiv 2505.13866)"
+    example: ClassVar[Parameters] = {"period": 4, "window": 2, "ratio": 2, "pool": 3}
+    nothing: ClassVar[Parameters | None] = None
 
     period: int = 1024
     window: int = 32

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tokred.core.method import Parameters
 from tokred.core.registry import register
 from tokred.kv.parts import When
 from tokred.kv.policy import BudgetLike, CachePolicy, Parts, as_budget, check_room
@@ -28,6 +29,7 @@ class SnapKV(CachePolicy):
 
     summary: ClassVar[str] = "the last queries of the prompt choose, pooled"
     source: ClassVar[str] = "Li et al., NeurIPS 2024 (arXiv 2404.14469)"
+    example: ClassVar[Parameters] = {"budget": 9, "window": 4, "pool": 3}
 
     budget: BudgetLike = 0.5
     window: int = 64

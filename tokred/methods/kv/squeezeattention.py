@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tokred.core.method import Parameters
 from tokred.core.registry import register
 from tokred.kv.budgets import Squeeze
 from tokred.kv.parts import Score, When, as_part
@@ -29,6 +30,7 @@ class SqueezeAttention(CachePolicy):
 
     summary: ClassVar[str] = "few rows for layers whose attention changes little"
     source: ClassVar[str] = "Wang et al., ICLR 2025 (arXiv 2404.04793)"
+    example: ClassVar[Parameters] = {"budget": 9, "sinks": 2}
 
     budget: float | int | str = 0.2
     factor: float = 0.35

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tokred.core.method import Parameters
 from tokred.core.registry import register
 from tokred.kv.parts import When
 from tokred.kv.policy import BudgetLike, CachePolicy, Parts, as_budget, check_room
@@ -26,6 +27,7 @@ class StreamingLLM(CachePolicy):
 
     summary: ClassVar[str] = "the first tokens and the newest ones"
     source: ClassVar[str] = "Xiao et al., ICLR 2024 (arXiv 2309.17453)"
+    example: ClassVar[Parameters] = {"budget": 9, "sinks": 2}
 
     budget: BudgetLike = 0.5
     sinks: int = 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tokred.core.method import Parameters
 from tokred.core.registry import register
 from tokred.kv.fates import Merge
 from tokred.kv.parts import When
@@ -32,6 +33,7 @@ class ZeroMerge(CachePolicy):
 
     summary: ClassVar[str] = "rows that go are merged into residual rows, at every step"
     source: ClassVar[str] = "Liu et al., 2025 (arXiv 2503.10714)"
+    example: ClassVar[Parameters] = {"budget": 9, "dense": 2, "tail": 3}
 
     budget: BudgetLike = 0.2
     tail: float | int = 0.1

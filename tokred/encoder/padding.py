@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokred.core.method import Method
 from tokred.core.reduction import Reduction
 from tokred.core.site import Site
 from tokred.core.soft import SoftReduction
+from tokred.encoder.method import BlockMethod, Place
 
 
-def reduce_each(method: Method, site: Site, hidden: Tensor | None = None, *, always: bool = False) -> Reduction:
+def reduce_each(method: BlockMethod, site: Site, hidden: Tensor | None = None, *, always: bool = False) -> Reduction:
     """Ask ``method`` about the real tokens of every sample, as if it were alone; padding is dropped.
 
     Asking which tokens are real waits for the device.
@@ -65,9 +65,9 @@ def reduce_each(method: Method, site: Site, hidden: Tensor | None = None, *, alw
     return Reduction(representative, source, target, n, weight, mask, first.mode, first.by_size, inherit=first.inherit)
 
 
-def _reduce(method: Method, site: Site) -> Reduction:
+def _reduce(method: BlockMethod, site: Site) -> Reduction:
     n = site.shape[1]
-    if method.acts(n, layer=site.layer, depth=site.depth, prefix=site.prefix, suffix=site.suffix):
+    if method.acts(n, Place.of(site)):
         return method.reduce(site)
     return Reduction.identity((1,), n, site.device)
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import tokred
-from tokred.core.method import Method
-from tokred.core.padding import reduce_each
 from tokred.core.soft import SoftReduction
+from tokred.encoder.method import BlockMethod
+from tokred.encoder.padding import reduce_each
 
 LENGTHS = (7, 4, 2)
 
@@ -38,7 +38,7 @@ def test_each_sample_is_as_if_alone(method):
     y = step.merge(whole.x)
     for i, n in enumerate(LENGTHS):
         single = alone(whole, i)
-        expected = method.reduce(single) if method.acts(n, layer=0, depth=1, prefix=1) else None
+        expected = method.reduce(single) if method.acts(n, tokred.Place(0, 1, 1)) else None
         real = y[i][step.mask[i]]
         torch.testing.assert_close(real, single.x[0] if expected is None else expected.merge(single.x)[0])
         rows = step.index[i]
@@ -61,12 +61,12 @@ def test_what_soft_reductions_hand_out_stays_within_a_sample():
 
 
 @dataclass(frozen=True)
-class Counts(Method):
+class Counts(BlockMethod):
     """Notes what it saw, and drops the last token."""
 
     drops: ClassVar[bool] = True
 
-    def tokens(self, n, *, layer, depth, prefix=0, suffix=0):
+    def tokens(self, n, place):
         return n - 1
 
     def reduce(self, site):
