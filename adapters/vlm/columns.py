@@ -12,7 +12,7 @@ are reordered, repeated, or tokens taken back.
 # - its positions would have to be shared: by sample and group of layers, not by layer and head. After a prompt of 422
 #   tokens of which 122 are left (16 layers, 4 key/value heads) Track holds 1 KB and is reordered by 2 operations, the
 #   layers hold 34 KB and are reordered by 16; a decode step has 1,181 operations with Track, 1,175 without anything;
-# - hosts would have to take padding by row. They index the caller's mask by one offset for a layer, as if its rows stood
+# - hosts would have to take padding by row. They index the mask of the caller by one offset a layer, as if rows stood
 #   together, so MaskMaker would stay, and so would sizes that tell of the first layer of a kind;
 # - sliding layers, which are the host's own, would need positions too: their windows count places in the conversation;
 # - crop would have to go back behind an eviction where the newest columns are all there, as Track does.
