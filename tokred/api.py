@@ -258,7 +258,7 @@ def kv_cache(model: nn.Module, *, prompt: int | None = None, steps: int | None =
         raise NothingRecordedError("no policy acts on the model's cache: call tokred.apply(model, ...) first")
     state: Any = part.state
     cache = state.cache(layout)
-    cache.session.prompt, cache.session.steps = prompt, steps
+    cache.engine.prompt, cache.engine.steps = prompt, steps
     return cache
 
 

@@ -198,7 +198,7 @@ class EnterLayer(Hook):
         if not isinstance(layer, TokLayer):
             return
         x = args[0] if args else kwargs["hidden_states"]
-        if layer.session.wants_stream(layer.clock, x.shape[1] > 1):
+        if layer.engine.wants_stream(layer.clock, x.shape[1] > 1):
             _local.stream = (layer, x, kwargs.get("attention_mask"))
 
 
@@ -215,14 +215,14 @@ class EnterNorm(Hook):
             return
         layer, before, spec = found
         with torch.no_grad():
-            session, key = layer.session, layer.index
+            engine, key = layer.engine, layer.index
             turned = F.cosine_similarity(before.float(), args[0].float(), dim=-1, eps=1e-8)  # [B, N]
             padding = spec.padding(layer.seen)
             real = torch.ones_like(turned) if padding is None else padding.mask[:, -turned.shape[1] :].float()
             total, count = (turned * real).sum(1), real.sum(1)
-            if key in session.streams:
-                total, count = total + session.streams[key][0], count + session.streams[key][1]
-            session.streams[key] = (total, count)
+            if key in engine.streams:
+                total, count = total + engine.streams[key][0], count + engine.streams[key][1]
+            engine.streams[key] = (total, count)
 
 
 def argument_names(module: nn.Module) -> tuple[str, ...]:

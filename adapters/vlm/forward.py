@@ -168,9 +168,9 @@ class Forward:
             counts = tuple(keep.sum(1).tolist())
         self.packed = packed = left_pack(keep, counts)
         # A policy of the cache counts the prompt in rows that come to it.
-        session = getattr(self.cache, "session", None)
-        if session is not None and session.prompt is not None:
-            session.prompt -= self.length - packed.columns.shape[1]
+        engine = getattr(self.cache, "engine", None)
+        if engine is not None and engine.prompt is not None:
+            engine.prompt -= self.length - packed.columns.shape[1]
         self.embeds = new["inputs_embeds"] = gather_columns(left.embeds, packed.columns)
         self.visual = visual.gather(1, packed.columns) & packed.valid
         self._shorten(new, packed, visual)

@@ -70,12 +70,10 @@ def watched(monkeypatch):
     caches: dict[int, list] = {}
 
     def measure(layer, batch):
-        layers = caches[id(layer.session)]
+        layers = caches[id(layer.engine)]
         seen: dict[int, int] = {}
         for one in layers:
-            own = [one.flat.keys, one.flat.values, one.flat.slots, one.flat.offsets] if one.flat is not None else []
-            own += [one._keys, one._values, one._positions, one.weights, *one.rows.values(), *one.notes.values()]
-            for t in own:
+            for t in [*one.shelf.tensors, one.weights, *one.rows.values(), *one.notes.values()]:
                 if isinstance(t, torch.Tensor):
                     seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         held.append(sum(seen.values()) / batch)
@@ -85,7 +83,7 @@ def watched(monkeypatch):
 
         def wrapped(self, *args):
             found = original(self, *args)
-            known = caches.setdefault(id(self.session), [])
+            known = caches.setdefault(id(self.engine), [])
             if self not in known:
                 known.append(self)
             measure(self, batch_of(self, args))
@@ -223,8 +221,12 @@ def test_rows_by_hand(model):
     for part in prompt(96).split(16, 1):
         model(part, past_key_values=cache)
     assert {layer.keys.shape[2] for layer in cache.layers} == {(155 - 16 - 3) // 3}
-    session = cache.session
-    assert (session.when.every, session.when.coming(3, "layer"), session.when.coming(3, "forward")) == (2, 19, 51)
+    engine = cache.engine
+    assert (engine.when.every, engine.when.coming(3, deferred=False), engine.when.coming(3, deferred=True)) == (
+        2,
+        19,
+        51,
+    )
 
 
 def test_a_pyramid_shares_the_same_rows(model):

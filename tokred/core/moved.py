@@ -40,6 +40,23 @@ MOVED: dict[str, tuple[str, ...]] = {
         "tokred.encoder.importance",
         "tokred.analysis.contributions",
     ),
+    "tokred.kv.scores": ("tokred.kv",),
+    "tokred.kv.scores.column_sum": (
+        "tokred.methods.kv.h2o",
+        "tokred.methods.kv.observed_attention",
+    ),
+    "tokred.kv.scores.critical": ("tokred.methods.kv.criticalkv",),
+    "tokred.kv.scores.expected": ("tokred.methods.kv.expected_attention",),
+    "tokred.kv.scores.gumbel": ("tokred.methods.kv.keyformer",),
+    "tokred.kv.scores.key_difference": ("tokred.methods.kv.keydiff",),
+    "tokred.kv.scores.key_norm": ("tokred.methods.kv.knorm",),
+    "tokred.kv.scores.lag_relative": ("tokred.methods.kv.lagkv",),
+    "tokred.kv.scores.last_query": ("tokred.methods.kv.tova",),
+    "tokred.kv.scores.random": ("tokred.methods.kv.random_evict",),
+    "tokred.kv.scores.recency": ("tokred.methods.kv.streaming_llm",),
+    "tokred.kv.scores.reconstruction": ("tokred.methods.kv.kvzip",),
+    "tokred.kv.scores.spread": ("tokred.methods.kv.cake",),
+    "tokred.kv.scores.window": ("tokred.methods.kv.snapkv", "tokred.methods.kv.rpc", "tokred.kv.pooling"),
     "tokred.kv.session": ("tokred.kv.engine",),
     "tokred.matching": ("tokred.core.matching",),
     "tokred.method": (
@@ -117,7 +134,10 @@ class Finder:
         cls, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """The specification of a module that has moved; None for any other."""
-        return ModuleSpec(name, cls()) if name in MOVED else None  # type: ignore[arg-type]
+        if name not in MOVED:
+            return None
+        inside = any(other.startswith(f"{name}.") for other in MOVED)  # only a package's modules are looked for
+        return ModuleSpec(name, cls(), is_package=inside)  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         """An old module."""

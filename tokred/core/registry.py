@@ -65,6 +65,11 @@ class Registry:
             target = self._targets[name] = _imported(target)
         return target
 
+    def names_by_class(self) -> dict[str, str]:
+        """The registered name of every class, by the class's own; nothing is imported."""
+        self._discover()
+        return {_path(target).rpartition(":")[2]: name for name, target in self._targets.items()}
+
     def __iter__(self) -> Iterator[str]:
         self._discover()
         # Whoever goes through the names asks for the classes next, and one broken plug-in must not end that.
@@ -154,6 +159,8 @@ def _path(target: str | type[Method]) -> str:
 
 
 methods = Registry("tokred.methods")
+# What cache policies are made of: scores, budgets, fates, times, stores.
+parts = Registry("tokred.parts")
 
 
 def register(name: str) -> Callable[[M], M]:

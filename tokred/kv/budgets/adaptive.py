@@ -41,7 +41,7 @@ class Adaptive(Budget):
     def __post_init__(self) -> None:
         check_share(self.safe, "safe", zero=True)
         layers = Uniform(self.amount) if self.layers is None else as_part(self.layers, Budget, "layers")
-        if layers.spread != "layer":
+        if layers.deferred:
             raise ValueError(f"layers must be a budget that is known at once, got {layers.name!r}")
         object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "amount", layers.amount)

@@ -30,7 +30,8 @@ class Split(Budget):
     """
 
     name: ClassVar[str] = "split"
-    unbounded: ClassVar[str] = "its retrieval heads keep everything"
+    headwise: ClassVar[bool] = True
+    why_no_limit: ClassVar[str | None] = "its retrieval heads keep everything"
 
     gates: tuple[tuple[float, ...], ...] | None = None
     sparsity: float = 0.5

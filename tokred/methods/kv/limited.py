@@ -81,7 +81,7 @@ def refusal(policy: CachePolicy) -> str:
     parts = policy.parts
     if getattr(parts.score, "repeats", None) is not None:
         return "its score needs the whole context, which it reads again"
-    return parts.score.whole or parts.budget.unbounded
+    return parts.score.why_no_chunks or parts.budget.why_no_limit or ""
 
 
 def _policy(value: Any) -> CachePolicy:

@@ -16,9 +16,9 @@ from tokred.core.registry import register
 from tokred.core.schedules import kept
 from tokred.kv.parts import Budget, check_count
 from tokred.kv.policy import CachePolicy, Parts
-from tokred.kv.scores import Window
-from tokred.kv.scores.window import check_pool, pooled_columns
+from tokred.kv.pooling import check_pool, pooled_columns
 from tokred.kv.site import Place
+from tokred.methods.kv.snapkv import Window
 from tokred.vlm.in_llm import LayerSite
 from tokred.vlm.layered import LayerMethod
 
