@@ -328,6 +328,7 @@ def decide(settings: Settings, capture: Capture, state: TokenState, x: Tensor) -
         suffix=shared.suffix,
         grid=state.grid,
         frames=state.frames,
+        motion=lambda: state.motion(shared.prefix, shared.suffix),
         positions=state.representative,
         length=state.length,
         class_token=shared.class_token,
