@@ -36,7 +36,7 @@ class Part(ABC):  # noqa: B024 - its kinds have abstract methods
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if cls.__dict__.get("name"):
-            parts.add(cls.name, cls)  # type: ignore[arg-type]  # the registry is typed for methods
+            parts.add(cls.name, cls)
 
     def to_dict(self) -> dict[str, Any]:
         """The part as plain values."""
@@ -299,10 +299,13 @@ def as_part(value: object, base: type[P], argument: str) -> P:
 
 
 def _class(name: str, argument: str) -> type[Part]:
+    import tokred.kv  # noqa: F401 - makes those of this package known
+
     if name not in parts:
         near = difflib.get_close_matches(name, parts, n=3, cutoff=0.4)
         raise ValueError(f"{argument} is {name!r}; did you mean {' or '.join(map(repr, near or parts))}?")
-    return parts.get(name)  # type: ignore[return-value]
+    found: type[Part] = parts.get(name)
+    return found
 
 
 def check_amount(value: object, argument: str = "budget") -> float | int | str:
