@@ -120,7 +120,7 @@ class Registry(Generic[C]):
             return
         target = self._targets[name]
         try:
-            cls = _imported(target) if isinstance(target, str) else target
+            cls: Any = _imported(target) if isinstance(target, str) else target
             self._check_plugin(cls)
         except Exception as error:  # whatever a package raises at its import
             del self._targets[name]

@@ -128,7 +128,7 @@ class Budget(Part):
         return self.amount if isinstance(self.amount, int) else None
 
     def of(self, amount: float | int | str) -> Budget:
-        """The same budget of another amount."""
+        """This budget with another amount."""
         return dataclasses.replace(self, amount=amount)  # type: ignore[type-var]
 
     def check(self, depth: int) -> None:
@@ -164,7 +164,7 @@ class Budget(Part):
 
     @property
     def shares(self) -> bool:
-        """Whether it is a share of the tokens."""
+        """Whether :attr:`amount` is a share of the tokens."""
         return isinstance(self.amount, float)
 
     def length(self, site: CacheSite) -> tuple[int, ...]:
@@ -189,7 +189,7 @@ class Budget(Part):
 
 
 class Fate(Part):
-    """What becomes of the rows that are not kept.
+    """Evicted or merged: the fate of rows that are not kept.
 
     Attributes:
         merges: whether rows are averaged into others, so that a store has to be able to.
