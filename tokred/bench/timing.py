@@ -20,6 +20,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 T = TypeVar("T")
+AFTER = "resident memory after the forward"  # a lower bound, where the system keeps no high-water mark
 Enter = Callable[[], AbstractContextManager[object]]
 
 
@@ -44,6 +45,11 @@ class Memory(NamedTuple):
     peak: float
     forward: float
     kind: str
+
+    def record(self) -> dict[str, float | str]:
+        """Fields of a record of results; where the peak is only a lower bound, a condition says so."""
+        found: dict[str, float | str] = {"peak_mib": self.peak, "forward_mib": self.forward}
+        return found | ({"memory": "after-the-forward"} if self.kind == AFTER else {})
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -159,7 +165,7 @@ def peak_memory(run: Callable[[], object], device: torch.device | str = "cpu") -
     with torch.inference_mode():
         run()
     end = _resident("VmHWM" if exact else "VmRSS")
-    kind = "resident memory of the process, high-water mark" if exact else "resident memory after the forward"
+    kind = "resident memory of the process, high-water mark" if exact else AFTER
     return Memory(end, max(0.0, end - start), kind)
 
 

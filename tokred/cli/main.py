@@ -249,7 +249,7 @@ def bench_command(
     folder: Annotated[Path, typer.Option("--out", help="Folder for the results.")] = Path("tokred-bench"),
     force: Annotated[bool, typer.Option("--force", help="Overwrite the files of an earlier run.")] = False,
     append: Annotated[
-        bool, typer.Option("--append", help="Add the rows to an earlier run's CSV file, if its columns are the same.")
+        bool, typer.Option("--append", help="Add the rows to an earlier run's CSV file.")
     ] = False,
 ) -> None:
     """See BENCH."""
