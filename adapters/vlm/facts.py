@@ -27,6 +27,7 @@ class Facts(NamedTuple):
         tokenwise: whether the projector acts on tokens one by one.
         heads: whether a token is a patch of the tower, so that the tower's attention says something about it.
         outer_masks: masks for pairs of tokens are made outside the language model.
+        causal_type: the token type of tokens that see only what came before them.
     """
 
     projector: str = "multi_modal_projector"
@@ -37,6 +38,7 @@ class Facts(NamedTuple):
     tokenwise: bool = True
     heads: bool = True
     outer_masks: bool = False
+    causal_type: int = 0
 
 
 _PLAIN: dict[str, Maker] = {"image": plain}
@@ -57,7 +59,7 @@ FACTS: dict[str, Facts] = {
     "Idefics3Model": _IDEFICS,
     "SmolVLMModel": _IDEFICS,
     "Mistral3Model": Facts(pictures={"image": by_size}, tokenwise=False, heads=False),
-    "PaliGemmaModel": Facts(outer_masks=True),
+    "PaliGemmaModel": Facts(outer_masks=True, causal_type=1),
     "Gemma3Model": Facts(tokenwise=False, outer_masks=True, heads=False),
 }
 
@@ -111,10 +113,26 @@ def tower_layers(core: Any, facts: Facts) -> list[nn.Module]:
     return list(found[0]) if found else []
 
 
+# Names of the projections to queries and keys; transformers 5.17 has the second ones in towers that are older.
+_PROJECTIONS = (("q_proj", "k_proj"), ("query", "key"))
+
+
 def tower_attention(layer: Any) -> Any:
-    """The attention of a tower layer with separate projections; None where it has none."""
+    """The attention of a tower layer with separate projections, which may stand inside a module with the projection
+    behind it; None where it has none."""
     for name in ("self_attn", "attention", "attn"):
         found = getattr(layer, name, None)
-        if found is not None and all(hasattr(found, n) for n in ("q_proj", "k_proj")):
-            return found
+        for one in (found, getattr(found, "attention", None)):
+            if projections(one):
+                return one
     return None
+
+
+def projections(attention: Any) -> dict[str, nn.Module]:
+    """The projections of a tower's attention to queries, "q", and keys, "k"; empty where it has none apart."""
+    for names in _PROJECTIONS:
+        found = {which: getattr(attention, n, None) for which, n in zip("qk", names, strict=True)}
+        modules = {which: one for which, one in found.items() if isinstance(one, nn.Module)}
+        if len(modules) == len(found):
+            return modules
+    return {}

@@ -111,7 +111,7 @@ class EnterCore(Hook):
         tokens: Tensor = embeds if ids is None else ids  # type: ignore[assignment]
         shape = tokens.shape
         call.physical = held_mask(cache_of(given), call.mask, shape)
-        new = held_types(cache_of(given), given, shape)
+        new = held_types(cache_of(given), given, shape, self.settings.facts.causal_type)
         if call.physical is not None:
             new["attention_mask"] = call.physical
         return ((), {**given, **new}) if new else None
@@ -223,13 +223,26 @@ def held_mask(cache: Any, mask: Tensor | None, shape: Any) -> Tensor | None:
     return torch.cat([outer.valid, later], 1).to(torch.long if mask is None else mask.dtype)
 
 
-def held_types(cache: Any, given: dict[str, Any], shape: Any) -> dict[str, Any]:
-    """What tells visual tokens apart, for the rows that layer 0 holds, where it is given for the whole conversation."""
+def held_types(cache: Any, given: dict[str, Any], shape: Any, causal: int) -> dict[str, Any]:
+    """Token types ``(B, rows)``, of the dtype given, for the rows that layer 0 holds and those that come.
+
+    Hosts count them from the first token of the conversation on, also where there are fewer (``generate`` hands on
+    those of the new tokens), and take what is behind the last of them for causal: so does this.
+
+    Args:
+        cache: of the forward.
+        given: arguments of the forward by name, with ``token_type_ids`` ``(B, some)`` or without.
+        shape: ``(B, L, ...)`` of what comes.
+        causal: the type of tokens that see only what came before them.
+    """
     track = track_of(cache)
     outer = None if track is None else track.outer
     types = given.get("token_type_ids")
-    if track is None or outer is None or types is None or types.shape[1] < int(cache.get_seq_length()) + shape[1]:
+    if track is None or outer is None or types is None:
         return {}
+    behind = int(cache.get_seq_length()) + shape[1] - types.shape[1]
+    if behind > 0:
+        types = torch.nn.functional.pad(types, (0, behind), value=causal)
     return {"token_type_ids": torch.cat([types.gather(1, outer.columns), types[:, track.covered :]], 1)}
 
 

@@ -15,7 +15,16 @@ from tokred.adapters.host import Supplier
 from tokred.adapters.kv.host import match as match_language
 from tokred.adapters.kv.host import refusal as cache_refusal
 from tokred.adapters.swap import host_class, swap
-from tokred.adapters.vlm.facts import FACTS, Facts, class_tokens, describe, feature_layer, tower_attention, tower_layers
+from tokred.adapters.vlm.facts import (
+    FACTS,
+    Facts,
+    class_tokens,
+    describe,
+    feature_layer,
+    projections,
+    tower_attention,
+    tower_layers,
+)
 from tokred.adapters.vlm.fused import last_attention
 from tokred.adapters.vlm.layers import LayerList
 from tokred.adapters.vlm.sites import OF_TOWER
@@ -234,8 +243,8 @@ class VisualHost(Supplier):
         for i in _wanted(core, method, len(layers)):
             attention = tower_attention(layers[i])
             heads = getattr(attention, "num_heads", None) or attention.num_attention_heads
-            for which in ("q", "k"):
-                getattr(attention, f"{which}_proj").register_forward_hook(HeadTap(i, which, heads))
+            for which, projection in projections(attention).items():
+                projection.register_forward_hook(HeadTap(i, which, heads))
 
 
 def _wanted(core: Any, method: Method, depth: int) -> list[int]:

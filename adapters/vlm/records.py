@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from tokred.adapters.contract import parameters_at_hand
 from tokred.adapters.swap import Standin
 from tokred.adapters.vlm.features import Record, Tap, local
 
@@ -70,11 +71,22 @@ def remember(core: nn.Module, modality: str, output: Any, record: Record | None)
     for key in (output, output.pooler_output, *features[:1]):
         if isinstance(key, Tensor) or key is output:
             _KNOWN[key] = record
-    record.marks = marks(torch.cat([one.flatten(0, -2) for one in features]), _dtype(core)) if features else None
+    record.marks = marks(_entering(core, record, features), _dtype(core)) if features else None
     last = getattr(local, "last", None)
     if last is None:
         last = local.last = weakref.WeakKeyDictionary()
     last.setdefault(core, {})[modality] = record
+
+
+def _entering(core: Any, record: Record, features: list[Tensor]) -> Tensor:
+    """``(T, C)`` the features as they enter the prompt, and the newline where the forward puts it behind them."""
+    rows = torch.cat([one.flatten(0, -2) for one in features])
+    if sum(p.tokens for p in record.pictures) == len(rows):
+        return rows
+    with parameters_at_hand(core):
+        newline: Tensor = core.image_newline
+        # Without it, embeddings that hold it are refused as unknown.
+        return rows if newline.is_meta else torch.cat([rows, newline.detach()[None].to(rows)])
 
 
 def record_of(core: nn.Module, modality: str, output: Any) -> Record | None:

@@ -4,14 +4,15 @@ the original positions."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 import tokred
-from tokred.adapters.contract import cache_of
+from tokred.adapters.contract import cache_of, host_object
 from tokred.adapters.vlm.track import track_of
 
 Keeps = dict[int, Tensor]
@@ -39,16 +40,42 @@ def kept(cache: Any, length: int) -> Keeps:
 
 
 @contextlib.contextmanager
+def reorders(note: Callable[[Any, Tensor], None]) -> Iterator[None]:
+    """Inside, ``note`` is told of a cache and of the rows ``(B,)`` that it is about to go on with, as beams do."""
+    kind = host_object("any cache")
+    stock = kind.reorder_cache
+
+    def reorder_cache(self: Any, beam_idx: Tensor) -> None:
+        note(self, beam_idx)
+        stock(self, beam_idx)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, "reorder_cache", reorder_cache)
+        yield
+
+
+@contextlib.contextmanager
 def masked(layers: Any, keeps: Keeps, padding: Tensor | None) -> Iterator[None]:
-    """Inside, decoder layers see only the columns that are kept; columns after those are seen by all."""
-    handles = []
+    """Inside, decoder layers see only the columns that are kept; columns after those are seen by all.
+
+    What is kept of a row goes where the row goes: versions that repeat images for each beam, and not all images of a
+    sample together, show the beams of a sample with several images different ones.
+    """
+    handles, masks = [], []
     for i, layer in enumerate(layers):
         firsts = [f for f in keeps if f <= i]
         if firsts:
             keep = keeps[max(firsts)]
-            handles.append(layer.register_forward_pre_hook(_Mask(i, keep, padding), with_kwargs=True))
+            masks.append(_Mask(i, keep, padding))
+            handles.append(layer.register_forward_pre_hook(masks[-1], with_kwargs=True))
+
+    def follow(cache: Any, rows: Tensor) -> None:
+        for mask in masks:
+            mask.keep = mask.keep.index_select(0, rows)
+
     try:
-        yield
+        with reorders(follow):
+            yield
     finally:
         for handle in handles:
             handle.remove()
@@ -101,9 +128,12 @@ def agree(model: Any, layers: Any, method: Any, batch: dict[str, Any], **options
     Returns:
         The pruned run, and what was kept.
     """
+    length = batch["input_ids"].shape[1]
+    found: list[Keeps] = []
     tokred.apply(model, method)
-    pruned = generate(model, batch, **options)
-    keeps = kept(pruned.past_key_values, batch["input_ids"].shape[1])
+    with reorders(lambda cache, rows: found.append(kept(cache, length))):
+        pruned = generate(model, batch, **options)
+    keeps = (found or [kept(pruned.past_key_values, length)])[0]
     assert keeps, "nothing was pruned"
     tokred.remove(model)
     rows = keeps[min(keeps)].shape[0]

@@ -99,9 +99,16 @@ def merged(model: Any, name: str, batch: dict[str, Any]) -> tuple[torch.Tensor, 
     pixels = {k: v for k, v in batch.items() if k not in ("input_ids", "attention_mask", host.types)}
     ids = rest.pop("input_ids")
     embeds = model.get_input_embeddings()(ids)
-    pooled = getattr(model.model, f"get_{modality}_features")(**pixels).pooler_output
-    features = torch.cat([one.flatten(0, -2) for one in pooled])
+    getter = getattr(model.model, f"get_{modality}_features")
+    takes = inspect.signature(getattr(type(model.model), f"get_{modality}_features")).parameters
+    if "pixel_values_videos" not in takes and "pixel_values_videos" in pixels:  # older versions call them all alike
+        pixels["pixel_values"] = pixels.pop("pixel_values_videos")
+    pooled = getter(**pixels).pooler_output
     visual = (ids == (97 if host.video else 98)).unsqueeze(-1)
+    parts = [one.flatten(0, -2) for one in pooled]
+    if sum(map(len, parts)) < visual.sum():  # older versions leave the newline behind a video to their forwards
+        parts = [torch.cat([one, model.model.image_newline[None]]) for one in parts]
+    features = torch.cat(parts)
     return embeds.masked_scatter(visual, features.to(embeds.dtype)), rest
 
 

@@ -137,6 +137,27 @@ def test_second_turn_of_one_stage(name, stage):
     assert not any(keep.all() for keep in later.values())
 
 
+@pytest.mark.parametrize("name", ["paligemma", "gemma3"])
+def test_token_types_of_the_new_tokens_alone(name):
+    """Hosts count them from the first token of the conversation, so those that left count too."""
+    model = model_of(name)
+    first = hosts.prompts(name, [[3, "image", 5], [6, "image", 3]])
+    more = hosts.prompts(name, [[14, "image", 5], [15, "image", 2]], seed=2)
+    more["attention_mask"] = torch.cat([first["attention_mask"], more["attention_mask"]], 1)
+
+    def both_turns() -> Any:
+        return model(**more, past_key_values=model(**first, use_cache=True).past_key_values)
+
+    with torch.no_grad():
+        tokred.apply(model, "uniform_visual", budget=2)
+        pruned = both_turns()
+        keeps = oracle.kept(pruned.past_key_values, more["attention_mask"].shape[1])
+        tokred.remove(model)
+        with oracle.masked(hosts.layers(name, model), keeps, more["attention_mask"]):
+            expected = both_turns()
+    torch.testing.assert_close(pruned.logits[:, -1], expected.logits[:, -1], rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", hosts.HOSTS)
 def test_prompt_lookup_and_no_cache(name):
     model, batch = model_of(name), hosts.prompts(name, [[3, "image", 6]])
