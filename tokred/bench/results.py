@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tokred.bench.metrics import CONDITIONS, INTERVAL, METRICS
+from tokred.bench.metrics import CONDITIONS, METRICS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -285,9 +285,7 @@ def _parsed(text: str) -> float:
     return int(text) if re.fullmatch(r"-?\d+", text) else float(text)
 
 
-def write(
-    path: Path, found: Iterable[Row | Mapping[str, Any]], scenario: str = "", *, overwrite: bool = False
-) -> Path:
+def write(path: Path, found: Iterable[Row | Mapping[str, Any]], scenario: str = "", *, overwrite: bool = False) -> Path:
     """Add rows to a file, in one step: a reader sees the file before or after, never half of it.
 
     Args:
@@ -367,9 +365,3 @@ def _end(x: Sequence[float | None], which: int) -> float:
     found = x[which] if len(x) > which and x[which] is not None else x[0]
     assert found is not None  # the value is there
     return found
-
-
-__all__ = [
-    "COLUMNS", "INTERVAL", "METRICS", "Provenance", "Row", "between", "conditions", "free", "here", "is_table", "level", "mean",
-    "one", "pairs", "provenance", "read", "records", "rows", "share", "spread", "wide", "wilson", "write",
-]  # fmt: skip

@@ -228,7 +228,7 @@ def ticks(task: Task, arms: Sequence[Arm], options: Options) -> int:
 def run(
     subject: Subject, task: Task, arms: Sequence[Arm], options: Options, tick: Tick | None = None
 ) -> list[dict[str, Any]]:
-    """Measure everything; one record an arm (:mod:`tokred.bench.results`). The model is moved to the options' device."""
+    """Measure everything; one record an arm. The model is moved to the options' device."""
     subject.model.to(options.device, options.dtype)
     fast = speed(subject, task, arms, options, tick)
     good = quality(subject, task, arms, options, tick)
