@@ -13,6 +13,7 @@ import math
 import os
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -225,6 +226,8 @@ def records(table: Iterable[Row], scenario: str | None = None) -> list[dict[str,
         for end, value in (("_low", row.low), ("_high", row.high), ("_count", row.count)):
             if value is not None:
                 record[f"{row.metric}{end}"] = value
+        if row.count is not None and row.metric in METRICS and METRICS[row.metric].of:
+            record[METRICS[row.metric].of] = row.count
     return list(found.values())
 
 
@@ -295,11 +298,15 @@ def write(path: Path, found: Iterable[Row | Mapping[str, Any]], scenario: str = 
         overwrite: rows of the same key (:attr:`Row.key`) take the place of those that are there.
 
     Raises:
-        ValueError: a row is there already and ``overwrite`` is off, or the file is no table of results.
+        ValueError: a row is there already and ``overwrite`` is off, ``found`` has two of one key, or the file is no
+            table of results.
     """
     new: list[Row] = []
     for item in found:
         new += [item] if isinstance(item, Row) else rows(item, scenario)
+    twice = [key for key, n in Counter(row.key for row in new).items() if n > 1]
+    if twice:
+        raise ValueError(f"two of the new rows are the same measurement: {', '.join(map(str, twice[0][:5]))}")
     table = {row.key: row for row in read(path)}
     again = [row for row in new if row.key in table]
     if again and not overwrite:

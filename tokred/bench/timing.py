@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -142,6 +142,26 @@ def ratios(seconds: Sequence[Sequence[float]], base: int = 0) -> list[list[float
     return [[b / s for b, s in zip(seconds[base], arm, strict=True)] for arm in seconds]
 
 
+@contextmanager
+def entering(owner: Any, name: str, enter: Enter) -> Iterator[None]:
+    """While this lasts, ``enter()`` is entered around every call of a function of a module or a class."""
+    own, inherited = getattr(owner, name), name not in vars(owner)
+
+    @wraps(own)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with enter():
+            return own(*args, **kwargs)
+
+    setattr(owner, name, call)
+    try:
+        yield
+    finally:
+        if inherited:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)
+
+
 class Watch:
     """Seconds by part of a run, the device waited for around each.
 
@@ -170,23 +190,9 @@ class Watch:
         finally:
             self.spent.setdefault(part, []).append(self.now() - start)
 
-    @contextmanager
-    def around(self, owner: Any, name: str, part: str) -> Iterator[None]:
+    def around(self, owner: Any, name: str, part: str) -> AbstractContextManager[None]:
         """Time every call of a function of a module or a class while this lasts."""
-        own, inherited = getattr(owner, name), name not in vars(owner)
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            with self(part):
-                return own(*args, **kwargs)
-
-        setattr(owner, name, timed)
-        try:
-            yield
-        finally:
-            if inherited:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, own)
+        return entering(owner, name, lambda: self(part))
 
     def total(self, *parts: str) -> float:
         """Seconds of some parts together; of all, where none is named."""
