@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,20 @@ def test_the_probe_separates_what_can_be_separated():
     assert torch.equal(probe.fit(features, labels).weight, fitted.weight)
     with pytest.raises(ValueError, match="two classes"):
         probe.fit(features, torch.zeros(90, dtype=torch.int64))
+
+
+def test_a_probe_says_which_extra_it_needs(model, tmp_path, monkeypatch):
+    """Before anything is measured."""
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(ImportError, match=r"scikit-learn: pip install 'tokred\[bench\]'"):
+        tasks.choose(subjects.load("embedded", random_weights=True), str(_folder(tmp_path, 4)))
+
+
+def test_a_class_that_was_not_seen_is_never_answered():
+    features, labels = torch.randn(20, 4, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 2 * 2
+    fitted = probe.fit(features, labels, strength=1.0)
+    assert fitted.weight.shape == (3, 4)
+    assert set(fitted.logits(features).argmax(1).tolist()) == {0, 2}
 
 
 def test_settings_are_parsed():

@@ -184,6 +184,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.quick:
         args.only, args.methods, args.count, args.rounds = ["embedded"], "downsample,evit", 40, 1
+        for name in ("downsample", "evit"):
+            CANDIDATES[name] = CANDIDATES[name][::9]
     if args.threads:
         torch.set_num_threads(args.threads)
     names = args.methods.split(",") if args.methods else list(CANDIDATES)

@@ -68,9 +68,9 @@ def diffusion(found: Results, folder: Path) -> list[Path]:
     frame = frame.assign(family=[family.get(k, "unpatched") for k in keys], amount=[amount.get(k, "") for k in keys])
     faster = "times as fast as the unpatched denoiser"
     panels = [
-        Panel("speedup", "psnr", faster, "PSNR to the unmerged image (dB)", notes="amount"),
-        Panel("speedup", "mae", faster, "mean absolute error (lower is better)"),
-        Panel("speedup", "spectrum_db", faster, "distance of spectra (dB, lower is better)"),
+        Panel("speedup", "psnr", faster, "PSNR to the unmerged image (dB)", notes="amount", order="amount"),
+        Panel("speedup", "mae", faster, "mean absolute error (lower is better)", order="amount"),
+        Panel("speedup", "spectrum_db", faster, "distance of spectra (dB, lower is better)", order="amount"),
     ]
     first = frame.iloc[0]
     title = f"Terrain UNet, {int(frame['psnr_count'].max())} samples; {first['device']}, {first['threads']} threads"
@@ -85,7 +85,8 @@ def vlm(found: Results, folder: Path) -> list[Path]:
     base = frame[frame["method"] == "unpatched"].iloc[0]
     level = (float(base["exact"]), "unpatched")
     panels = [
-        Panel("speedup", "exact", "times as fast, whole forward", "exact answers (%)", times=100, level=level),
+        Panel("speedup", "exact", "times as fast, whole forward", "exact answers (%)", times=100, level=level,
+              order="tokens_left"),
         Panel("tokens_left", "exact", "visual tokens left of 256", "exact answers (%)", times=100, level=level,
               xscale="log", ticks=((64, 32, 16), ("64", "32", "16"))),
     ]  # fmt: skip

@@ -143,7 +143,8 @@ class Panel:
         times: what values of ``y`` are multiplied by.
         level: a value that a horizontal line marks, and its name.
         ylim: ends of the vertical axis.
-        notes: write the settings beside the points.
+        notes: a column whose texts stand beside the points.
+        order: the column by which the points of a line follow one another; empty: ``x``.
     """
 
     x: str
@@ -158,6 +159,7 @@ class Panel:
     level: tuple[float, str] | None = None
     ylim: tuple[float, float] | None = None
     notes: str = ""
+    order: str = ""
 
 
 def lines(
@@ -198,7 +200,7 @@ def _draw(axis: Any, frame: pd.DataFrame, panel: Panel, by: str, names: Sequence
         rows = there[there[by] == name]
         if not panel.x or not len(rows):
             continue
-        rows = rows.sort_values(panel.x)
+        rows = rows.sort_values(panel.order or panel.x)
         turn, colour = divmod(i, len(COLOURS))
         style = ("-", "--", ":", "-.")[turn % 4]
         marker = MARKERS[(turn + colour) % len(MARKERS)] if marks else ""
