@@ -9,19 +9,22 @@ guess.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokred.adapters.contract import backward_pass
 from tokred.adapters.encoder.sides import Note, Sides
+from tokred.adapters.host import State
+from tokred.adapters.swap import SETTINGS
 from tokred.adapters.watch import Watch
-from tokred.core.method import Method
 from tokred.core.reduction import Reduction
 from tokred.core.soft import SoftReduction
+from tokred.encoder.method import BlockMethod
 from tokred.errors import NothingRecordedError, TokenStateError, UnsupportedModelError
 
 ATTRIBUTE = "_tokred_state"
@@ -141,13 +144,15 @@ class Slot(NamedTuple):
     state: TokenState
 
 
-class Shared:
+class Shared(State):
     """What the blocks of one patched model share: the method, the slots and the record of the last forward.
 
     Holds no module, so copying a block does not copy the model. Copies and pickles start with empty slots.
     """
 
-    def __init__(self, method: Method, depth: int, prefix: int, suffix: int, restore: str, drops: bool) -> None:
+    stage = "block"
+
+    def __init__(self, method: BlockMethod, depth: int, prefix: int, suffix: int, restore: str, drops: bool) -> None:
         self.method = method
         self.depth = depth
         self.prefix = prefix
@@ -298,6 +303,24 @@ class Shared:
             "that the block before it returned. If something copies tensors between blocks, call tokred.remove(model) "
             "first, or run one forward before each backward when checkpointing reentrantly"
         )
+
+
+def body(host: Any) -> dict[str, Any]:
+    """Methods of a patched model's class: those that reshape intermediate tokens to a map get them at full length,
+    since a short sequence would be scrambled."""
+    names = ("forward_intermediates", "get_intermediate_layers")
+    return {name: _exposed(getattr(host, name)) for name in names if getattr(host, name, None) is not None}
+
+
+def _exposed(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        shared = self.__dict__.get(SETTINGS)
+        if shared is None:  # removed, but bound to this function before
+            return original(self, *args, **kwargs)
+        return shared.intermediates(original, (self, *args), kwargs)
+
+    return method
 
 
 def _in_backward() -> bool:
