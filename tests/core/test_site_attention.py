@@ -76,6 +76,20 @@ def test_among_takes_the_keys_that_attention_uses():
     rows = torch.tensor([[0, 2, 3], [4, 5, 6]])
     torch.testing.assert_close(rotated.among(rows).column_scores(), site.among(rows).column_scores())
     torch.testing.assert_close(rotated.attention.power(torch.ones(9), 2), site.attention.power(torch.ones(9), 2))
+    some = [one.sample(1, rows[1]) for one in (rotated, site)]
+    assert torch.equal(*(one.column_scores() for one in some))
+    assert not torch.equal(*(one.k for one in some))
+
+
+def test_attention_is_made_when_it_is_asked_for():
+    given, asked = make(prefix=1)[0].attention, []
+    site = tokred.Site(x=torch.zeros(2, 9, 1), attention=lambda: asked.append(1) or given, prefix=1)
+    assert asked == []
+    assert torch.equal(site.class_attention, given.columns(rows=slice(0, 1)).mean(1))
+    assert site.attention is given
+    assert asked == [1]
+    with pytest.raises(tokred.MissingInputError, match="does not supply 'q'"):
+        tokred.Site(x=torch.zeros(2, 9, 1), attention=lambda: None).column_scores()
 
 
 def test_padding_among_some_tokens():

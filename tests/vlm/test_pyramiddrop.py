@@ -78,6 +78,17 @@ def test_rows_by_weight():
         site.row_scores(torch.zeros(1, 7))
 
 
+def test_the_attention_of_a_decoder_layer_is_its_own_and_causal():
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(1, 2, 7, 8, generator=g), torch.randn(1, 2, 10, 8, generator=g)
+    own = Attention(q, k, causal=True, window=6)
+    site = LayerSite(x=torch.zeros(1, 7, 2), own=lambda: own, before=Attention(q, q))
+    assert site.attention is own
+    torch.testing.assert_close(site.row_scores(1, heads="none"), own.columns(rows=slice(6, 7))[..., 3:])
+    with pytest.raises(ValueError, match=r"causal: make 'before' with Attention\(\.\.\., causal=True\)"):
+        site.row_scores(1, of="before")
+
+
 @pytest.mark.parametrize(
     ("make", "match"),
     [
