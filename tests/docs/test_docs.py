@@ -20,7 +20,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from tokred import environment
+from tokred.core import environment
 from tokred.core.versions import release
 
 ROOT = Path(__file__).resolve().parents[2]
