@@ -230,7 +230,7 @@ def adopt(cache: Any, config: Any, policy: CachePolicy, compressed: tuple[int, .
 
 
 def _does(cache: Any) -> str:
-    """What a caller's cache does, in the words of :attr:`tokred.kv.stores.Store.replaces`; empty where nothing fits."""
+    """The kind of a caller's cache, in the words of :attr:`tokred.kv.stores.Store.replaces`; empty where none fits."""
     if type(cache) is DynamicCache:
         return "offloaded" if cache.offloading else "plain"
     # Its layers are quantised ones by their class alone.

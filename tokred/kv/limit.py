@@ -15,7 +15,7 @@ _FAR = 1 << 40  # tokens, so that the length is no bound
 
 
 class Ledger:
-    """What each layer of a cache holds, in bytes of one sample; what would pass the limit is refused before it comes.
+    """Bytes that each layer of a cache holds for one sample; rows that would pass the limit are refused before they come.
 
     Args:
         limit: bytes of all layers of one sample.

@@ -90,7 +90,7 @@ class Store(Part):
         return 0
 
     def tight(self) -> Store:
-        """The same store, holding no empty rows.
+        """A store like this one that holds no empty rows.
 
         Raises:
             ValueError: it always may.
@@ -227,7 +227,7 @@ class Shelf(ABC):
 
 
 def missing(store: Store, needs: dict[str, str]) -> str:
-    """What a store cannot do of what is needed, as a sentence; empty where it can do all.
+    """Abilities that a store lacks of those needed, as a sentence; empty where it has all.
 
     Args:
         store: to be asked.
