@@ -166,10 +166,10 @@ def run(args: argparse.Namespace, folder: Path, device: torch.device, clock: Clo
     if args.out is not None or clock is not None:
         path = _write(args, args.out or folder, device, ceilings, done)
         print(f"written to {path}")
-    timed = [result for result in done if result.times is not None]
-    if timed:
+    clocked = [result for result in done if result.times is not None]
+    if clocked:
         here = results.here(device) | {"commit": args.commit or commit()}
-        rows = (r.figures(here | {"dtype": str(r.dtype).removeprefix("torch.")}) for r in timed)
+        rows = (r.figures(here | {"dtype": str(r.dtype).removeprefix("torch.")}) for r in clocked)
         print(f"written to {results.write(path.with_suffix('.csv'), rows, 'gpu', overwrite=True)}")
     failed = [result for result in done if result.failed]
     for result in failed:
