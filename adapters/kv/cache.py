@@ -247,5 +247,6 @@ def _take_over(cache: Any, policy: CachePolicy, compressed: tuple[int, ...], sto
     if policy.parts.when.chunk and policy.parts.budget.headwise:
         store = policy.parts.store.tight()  # under a hard limit nobody counts on empty rows, whatever the layout
     cache.engine = Engine(policy, len(compressed))
+    shelves = store.shelves(len(compressed))
     for index, layer in enumerate(compressed):
-        cache.layers[layer] = TokLayer(cache.engine, index, store)
+        cache.layers[layer] = TokLayer(cache.engine, index, store, shelves[index])

@@ -244,9 +244,7 @@ class When(Part):
 
     def __post_init__(self) -> None:
         for field in ("every", "start", "chunk"):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{field} must be a whole number of tokens, got {value!r}")
+            check_count(getattr(self, field), field)
 
     def paced(self, depth: int) -> When:
         """With a limit on ``depth`` layers: as often as the room for half a chunk asks for, which all layers share."""

@@ -63,6 +63,10 @@ class Store(Part):
     def open(self) -> Shelf:
         """An empty shelf, for one layer."""
 
+    def shelves(self, depth: int) -> list[Shelf]:
+        """Empty shelves for the ``depth`` layers of one cache, in order; a store may let them know of each other."""
+        return [self.open() for _ in range(depth)]
+
     def check(self, keys: Tensor, values: Tensor) -> None:
         """Refuse rows ``[B, Hk, n, D]`` that cannot be held, before the first are.
 
