@@ -201,10 +201,10 @@ def test_a_method_of_encoders_is_one_row(name, cls, source, knob, plugins: Plugi
     full = arms.unpatched(model, shape).macs
     (arm,) = arms.ladder(model, shape, [name], [int(0.8 * full)])
     assert arm.macs / full == pytest.approx(0.8, abs=0.05)
-    from benchmarks.encoder import methods as all_methods
+    from benchmarks.encoder import methods
 
-    assert name in all_methods.every_method()
-    assert all(text.startswith(f"{name} {knob[0]}=") for text in all_methods.candidates(name))
+    assert name in methods.every_method()
+    assert all(text.startswith(f"{name} {knob[0]}=") for text in methods.candidates(name))
 
 
 def test_a_preset_of_caches_with_its_score_is_one_row(plugins: Plugins):
