@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from tokred.core.attention import Attention
 from tokred.core.reduction import Reduction
 from tokred.errors import UnsupportedModelError
 
@@ -122,6 +123,14 @@ class Capture(TorchFunctionMode):
         answer = y.transpose(1, 2).flatten(2)
         placed = Reduction.keep(step.representative, n, step.mask).unmerge(answer)
         return placed.view(b, n, h, y.shape[-1]).transpose(1, 2)
+
+    def attention(self, real: Tensor | None) -> Attention | None:
+        """The attention as the layer runs it, rows that are not ``real`` ``(B, M)`` left out; None: it was not seen."""
+        # A method may be shown keys as they are before rotary embedding; these are the ones that are used.
+        q, k = self.q, self.k
+        if q is None or k is None:
+            return None
+        return Attention(q, k, bias=self.key_bias(), scale=self.scale, mask=real, votes=real)
 
     def key_bias(self) -> Tensor | None:
         """``(B, H, N)`` or ``(B, N)``: what the first query's logits had added per key."""
