@@ -23,7 +23,6 @@ from tokred.adapters.host import State
 from tokred.adapters.swap import SETTINGS
 from tokred.adapters.watch import Watch
 from tokred.core.reduction import Reduction
-from tokred.core.soft import SoftReduction
 from tokred.encoder.method import BlockMethod
 from tokred.errors import NothingRecordedError, TokenStateError, UnsupportedModelError
 
@@ -122,8 +121,7 @@ class TokenState:
 
     def restore(self, y: Tensor) -> Tensor:
         """``(B, M, C)`` back to ``(B, N, C)``. A dropped token takes its last features before it was dropped."""
-        soft = any(isinstance(step, SoftReduction) for step in self.steps)  # shares do not compose
-        if not soft and all(x is None for x in self.dropped):
+        if all(step.composes for step in self.steps) and all(x is None for x in self.dropped):
             total = self.composed()
             return y if total is None else total.unmerge(y)
         for step, before in zip(reversed(self.steps), reversed(self.dropped), strict=True):

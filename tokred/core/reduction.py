@@ -8,6 +8,7 @@ input token that stands for it (``representative``), and for the other tokens th
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -41,7 +42,11 @@ class Reduction:
         complete: promises that no target is -1, which spares the merge from looking.
         inherit: whether the size of a slot counts its sources; False where they were pruned and the slot only stands in
             for them when the full length is restored.
+        composes: whether every token lives on in one slot, so that :meth:`then` undoes several at once; False in
+            subclasses that hand tokens out in shares, which are undone one after the other.
     """
+
+    composes: ClassVar[bool] = True
 
     representative: Tensor
     source: Tensor

@@ -88,7 +88,7 @@ class LayerSite(Site):
         before: Attention | Callable[[], Attention] | None = None,
         **more: Any,
     ) -> None:
-        super().__init__(x=x, **more)
+        super().__init__(x=x, attention=own, **more)
         b, n = self.shape
         self.visual = torch.zeros(b, n, dtype=torch.bool, device=self.device) if visual is None else visual
         self.counts = tuple(self.visual.sum(1).tolist()) if counts is None else counts
