@@ -68,7 +68,7 @@ def macs(module: nn.Module) -> int:
 
 
 def linear(module: Any, x: Tensor) -> Tensor:
-    """What a module of one matrix makes of ``x``, without its bias."""
+    """The product of ``x`` with the matrix of a module, without its bias."""
     if _plain(module):
         return F.linear(x, module.weight)
     y: Tensor = module(x)
@@ -107,7 +107,7 @@ def weight_of(module: nn.Module, width: int, like: Tensor) -> Tensor:
 
 
 def _plain(module: Any) -> bool:
-    """Whether a call would do nothing but multiply by the weight that is there."""
+    """True for a module whose call does nothing but multiply by a weight that is in place."""
     hooks = (module._forward_hooks, module._forward_pre_hooks)
     own = type(module) is nn.Linear and type(module.weight) in (Tensor, nn.Parameter) and "forward" not in vars(module)
     return own and not module.weight.is_meta and not any(hooks)
@@ -168,7 +168,7 @@ def value_transform(attn: Any, normed: Tensor, v: Tensor, heads: int, *, per_hea
 
 
 def _value_bias(attn: Any, normed: Tensor) -> Tensor | None:
-    """What the value projection adds to every token, wherever a host keeps it."""
+    """The bias of the value projection ``(C,)``, wherever a host keeps it; None where it has none."""
     if getattr(attn, "v_proj", None) is not None:
         return constant(attn.v_proj, normed)
     if getattr(attn, "v_bias", None) is not None:

@@ -61,7 +61,7 @@ class Watch:
             self.note(site)
 
     def note(self, site: str) -> None:
-        """The same outside of a compiled graph."""
+        """Note that a site took part, outside of a compiled graph."""
         seen = getattr(self._local, "seen", None)
         if seen is not None:
             seen.add(site)
@@ -102,7 +102,7 @@ class EnterWatched(Hook):
 
 
 class LeaveWatched(Hook):
-    """After it: complain of what was passed by."""
+    """Behind the patched part's forward: raises if sites were passed by."""
 
     def __init__(self, watch: Watch) -> None:
         self.watch = watch
@@ -179,7 +179,7 @@ def check_passed_by(model: nn.Module | None, watch: Watch, missing: Iterable[str
 
 
 def obstacle(model: nn.Module, name: str) -> str | None:
-    """What keeps a site from being run: it has been exchanged or left out, or someone stands in front of it."""
+    """The reason for which a site did not run: it was exchanged or left out, or its forward replaced; None: no such."""
     try:
         module = model.get_submodule(name)
     except AttributeError:

@@ -1,4 +1,4 @@
-"""What a denoiser's session keeps from one denoising step to the next: plans, memories, and what was predicted."""
+"""Records that a denoiser's session keeps from one denoising step to the next: plans, memories, predictions."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Steps:
         self.forget()
 
     def forget(self) -> None:
-        """Nothing has been run."""
+        """Begin anew, with no step of any image behind."""
         self.time: float | None = None
         self.last = 0  # steps of the image before this one
         self.at = Turn()
@@ -104,7 +104,7 @@ class Steps:
         return self.sample is not None and self.sample.shape == sample.shape and torch.equal(self.sample, sample)
 
     def _again(self, sample: Tensor | None) -> bool:
-        """Whether all samples of this step were seen, and this is another one: some schedulers run their second
+        """True where all samples of this step were seen and this is another one: some schedulers run their second
         timestep twice."""
         return self.count > 0 and self.at.part >= max(self.before, default=-1) and not self._seen(sample)
 
@@ -131,7 +131,7 @@ class Steps:
         return self.kept[self.at]
 
     def memory(self, slot: Any) -> dict[str, Any]:
-        """What a method keeps for one place."""
+        """The memory that a method has at one place, in this call of a step."""
         return self.memories[self.at].setdefault(slot, {})
 
     def remember(self, predicted: Tensor) -> None:

@@ -113,16 +113,14 @@ class EncoderHost(Host):
         return "mid" if self.recipe.split else "end"
 
     def middle(self, method: BlockMethod | None) -> bool:
-        """Whether the MLP of a block sees the reduced tokens already."""
+        """True where the MLP of a block runs on the reduced tokens already."""
         return self.recipe.split and (method is None or method.where != "end")
 
     @property
     def offered(self) -> frozenset[str]:
-        """What sites and the way of running blocks hand over."""
         return self.supplies | self.recipe.supplies
 
     def missing(self, method: Method | type[Method]) -> frozenset[str]:
-        """What the method reads and this host cannot supply."""
         missing = super().missing(method)
         # Rows and columns alone do not place the tokens of a video.
         one = method if isinstance(method, Method) else method()

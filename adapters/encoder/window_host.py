@@ -78,7 +78,6 @@ class WindowHost(EncoderHost):
         return rows
 
     def counted(self, layer: int, record: LayerRecord, method: BlockMethod) -> tuple[int, int]:
-        """As it ran, and with all tokens."""
         assert isinstance(record.state, WindowState)
         cost, grid = self.cost(self.blocks[layer][1]), record.state.grid
         return window_macs(cost, grid, record.tokens_out // grid.number), window_macs(cost, grid, grid.area)

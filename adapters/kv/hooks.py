@@ -89,12 +89,10 @@ class CacheSettings(State, Undo):
 
     @property
     def method(self) -> CachePolicy:
-        """The policy."""
         return self.policy
 
     @property
     def in_force(self) -> bool:
-        """Whether the model's attention is the one that asks the policy."""
         return attention_of(self.config).startswith(PREFIX)
 
     def undo(self) -> None:

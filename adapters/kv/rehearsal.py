@@ -45,7 +45,7 @@ class _Heard:
         self.turned = False
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """As a cache does."""
+        """Keys and values as they came, noted: the method of a cache that attention modules call."""
         self.rows = keys, values
         return keys, values
 
@@ -104,7 +104,7 @@ class Rehearsal:
         return ""
 
     def turns(self, attention: nn.Module) -> bool:
-        """Whether the module is not known to leave queries and keys without rotation."""
+        """True unless the rehearsal showed that the module leaves queries and keys without rotation."""
         heard = self._heard(attention)
         return not isinstance(heard, _Heard) or not heard.calls or heard.turned
 
