@@ -187,7 +187,7 @@ def parameters_at_hand(module: nn.Module) -> Iterator[None]:
 
 
 def check_at_hand(tensor: Tensor, name: str) -> Tensor:
-    """``tensor``, which is about to be read.
+    """``tensor``, after a check that it holds values.
 
     Raises:
         UnsupportedModelError: it is a placeholder without values.

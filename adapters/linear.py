@@ -114,7 +114,7 @@ def _plain(module: Any) -> bool:
 
 
 def check_there(tensor: Tensor | None, name: str) -> Tensor | None:
-    """``tensor``, unless it is not on any device: a parameter that no module adds by being called.
+    """``tensor``, a parameter of the attention itself, which no call of an inner module brings onto a device.
 
     Raises:
         UnsupportedModelError: it is offloaded.
@@ -129,7 +129,7 @@ def check_there(tensor: Tensor | None, name: str) -> Tensor | None:
 
 @contextlib.contextmanager
 def _settled(module: nn.Module) -> Iterator[None]:
-    """Without dropout, as adapters have it."""
+    """A module in evaluation mode while open: adapters of weights have dropout, which would make every call differ."""
     training = [m for m in module.modules() if m.training]
     for m in training:
         m.training = False

@@ -50,7 +50,7 @@ class Watch:
         self.__init__(**state)  # type: ignore[misc]
 
     def begin(self) -> None:
-        """A forward of the patched part starts."""
+        """Start to note the sites of a forward of the patched part."""
         self._local.seen = set()
 
     def ran(self, site: str) -> None:
@@ -81,13 +81,13 @@ class Watch:
             )
 
     def passed_by(self) -> list[str]:
-        """The forward is over: sites that did not run in it."""
+        """Sites that did not run in the forward that has ended."""
         seen = self._local.__dict__.pop("seen", None)
         return [] if seen is None else [site for site in self.names if site not in seen]
 
 
 class EnterWatched(Hook):
-    """Before the patched part's forward."""
+    """Before the patched part's forward: begins to note the sites that run."""
 
     def __init__(self, watch: Watch) -> None:
         self.watch = watch

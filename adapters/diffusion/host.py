@@ -248,8 +248,8 @@ def match(model: nn.Module) -> DenoiserHost | None:
         return None
     known = known_as(cls, DENOISERS)
     if known is None:
-        # VAEs, ControlNets and even a part of UNets are a ModelMixin too. Only a class that may be a denoiser is refused;
-        # inside the others the search goes on.
+        # VAEs, ControlNets and even a part of UNets are a ModelMixin too. Only a class that may be a denoiser is
+        # refused; inside the others the search goes on.
         if mine[0] == "Transformer2DModel" or not any(word in mine[0] for word in ("UNet", "Transformer")):
             return None
         raise UnsupportedModelError(

@@ -119,7 +119,7 @@ class Session(State):
     # ------------------------------------------------------------------ one forward
 
     def begin(self, size: tuple[int, int], timestep: Any, frames: int = 1, sample: Tensor | None = None) -> None:
-        """A forward of the denoiser starts.
+        """Start a forward of the denoiser.
 
         Args:
             size: rows and columns of the sample.
@@ -158,7 +158,7 @@ class Session(State):
         return "guidance" in self.method.reads
 
     def end(self, predicted: Tensor | None = None) -> None:
-        """The forward is over, and has predicted this."""
+        """End the forward, keep its prediction where it is needed, and warn where nothing was reduced."""
         self.inputs = {}
         if self._looks_back and predicted is not None and not torch.compiler.is_compiling():
             self.steps.remember(predicted)
@@ -304,7 +304,7 @@ def _fits(found: Halves, q: Tensor) -> bool:
 
 
 class EnterDenoiser(Hook):
-    """Before a denoiser's forward.
+    """Before a denoiser's forward: the session starts, at the size of its sample.
 
     Args:
         session: of the denoiser.

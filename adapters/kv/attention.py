@@ -183,7 +183,7 @@ def _stock(
     dropout: float,
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention that the model had."""
+    """The attention that the model had before the patch."""
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     function = host_object("attention functions").get_interface(implementation, eager)
     if function is None:

@@ -283,13 +283,13 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
         return self._slot_bytes * self.shelf.samples * self.seen if self.width else 0
 
     def snapshot(self) -> dict[str, Any]:
-        """Everything, by reference: tensors are replaced, never changed."""
+        """The layer's state, by reference: tensors are replaced, never changed in place."""
         kept = {k: v for k, v in self.__dict__.items() if k not in ("engine", "store", "_empty")}
         copied = {"rows": dict(self.rows), "notes": dict(self.notes), "clock": self.clock.copy()}
         return {**kept, **copied, "shelf": self.shelf.snapshot()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Back to what :meth:`snapshot` gave."""
+        """Set the layer back to a state that :meth:`snapshot` returned."""
         self.__dict__.update({k: v for k, v in state.items() if k != "shelf"})
         self.rows, self.notes, self.clock = dict(state["rows"]), dict(state["notes"]), state["clock"].copy()
         self.shelf.restore(state["shelf"])

@@ -23,11 +23,11 @@ _TOKENS = 3
 
 
 class _LookedError(Exception):
-    """Somebody looked into a mask."""
+    """A module looked into a mask."""
 
 
 class _Mask:
-    """Stands where a mask would; whoever looks into it makes one of its own."""
+    """A stand-in for a mask: a module that looks into it would make a mask of its own."""
 
     def __getattr__(self, name: str) -> Any:
         raise _LookedError(name)
@@ -51,7 +51,7 @@ class _Heard:
 
 
 class _Turn(Tensor):
-    """A cosine that notices when somebody turns by it."""
+    """A table of cosines that notes whether rows are rotated by it."""
 
     heard: _Heard
 

@@ -25,7 +25,7 @@ class LayerRope:
         self.tables = tables
 
     def part(self, count: int, first: int = 0) -> LayerRope:
-        """That of ``count`` tokens, from the ``first`` on."""
+        """Rotary embedding of ``count`` tokens, from the ``first`` on."""
         cos, sin = (t[:, first : first + count] for t in self.tables)
         return LayerRope(self.embedding, self.layer_type, (cos, sin))
 
