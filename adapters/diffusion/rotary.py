@@ -90,7 +90,7 @@ class EnterPacked(EnterDenoiser):
         self.session.begin(size, given.get("timestep"), sample=given[self.sample])
 
     def _size(self, ids: Tensor, length: int) -> tuple[int, int]:
-        """Rows and columns of the image. Reading ids waits for the device, once a tensor; pipelines make one an image."""
+        """Rows and columns of the image. Reading ids waits for the device, once a tensor; pipelines make one each."""
         version = 0 if ids.is_inference() else ids._version
         if self._seen is not None and self._seen[0]() is ids and self._seen[1] == version:
             return self._seen[2]
