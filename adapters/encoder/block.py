@@ -38,7 +38,6 @@ class Recipe:
     Args:
         split: the block is a pre-norm composition of ``norm1, attn, norm2, mlp`` that may be split in the middle.
         positions: names of keyword arguments that hold rotary tables or ids, and how to gather them.
-        attend: runs the attention when it is not SDPA that the capture could see; None for SDPA.
         argument_names: parameter names of the host block's forward after the tokens, for positional arguments.
     """
 
@@ -61,7 +60,6 @@ class Recipe:
         return {**kwargs, **moved}
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """All arguments by name."""
         return {**dict(zip(self.argument_names, args, strict=False)), **kwargs}
 
     # Whether the capture sees each head's answer and can leave heads out.
@@ -75,7 +73,6 @@ class Recipe:
         return frozenset({"carried", "heads"} if self.heads else {"carried"})
 
     def capture(self, block: nn.Module, bias: Tensor | None, state: TokenState) -> Capture:
-        """The mode that watches this block's attention."""
         return Capture(bias, state.length, state.representative)
 
     def real(self, kwargs: dict[str, Any], x: Tensor) -> Tensor | None:
@@ -112,8 +109,7 @@ def refuse_padding(mask: Tensor | None = None) -> None:
 
 
 def refuse_symbols(x: Any) -> None:
-    """Raise where a block is traced by torch.fx: how many tokens are left, and what is known of them, it cannot write
-    down.
+    """Raise where torch.fx traces a block, since it cannot write down how many tokens are left and their state.
 
     Raises:
         UnsupportedModelError: ``x`` is a symbol, not a tensor.
@@ -355,7 +351,6 @@ def decide(settings: Settings, capture: Capture, state: TokenState, x: Tensor) -
     padded = site.mask is not None and state.lengths is not None and not method.by_mask
     alone = padded or hidden is not None
     step = reduce_each(method, site, hidden) if alone else method.reduce(site)
-    # The method writes on its site what it wants to find there in the next block.
     if site.rows or site.notes or site.alive is not None:
         state = replace(state, heads=site.alive, rows=site.rows, notes=site.notes)
     return step, state
