@@ -1,4 +1,4 @@
-"""What a benchmark asks of a model: which labelled images, which photos, and whether there is a map to restore."""
+"""Tasks that a benchmark sets a model: which labelled images, which photos, and whether there is a map to restore."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NOISE = "noise"
 
 @dataclass(frozen=True)
 class Task:
-    """What is measured besides speed.
+    """A measure of quality, besides speed.
 
     Attributes:
         test: images for top-1; None: there are no labels.
@@ -39,7 +39,7 @@ class Task:
 
     @property
     def kind(self) -> str:
-        """How top-1 comes about."""
+        """The way in which top-1 comes about."""
         if self.test is None:
             return ""
         return "head" if self.train is None else "linear probe"

@@ -1,4 +1,4 @@
-"""What methods inside a language model share: their stage, and which layers they act before."""
+"""Common ground of methods inside a language model: their stage, and which layers they act before."""
 
 from __future__ import annotations
 
