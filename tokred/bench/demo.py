@@ -29,7 +29,7 @@ FILES = ("demo.csv", "demo.png", "merged.png")
 
 @dataclass(frozen=True)
 class Row:
-    """The result of one arm.
+    """Figures of one arm.
 
     Attributes:
         arm: method and setting.
@@ -113,7 +113,7 @@ def measure(
 
 
 def ticks(arms: Sequence[Arm], count: int, batch: int) -> int:
-    """Number of times that :func:`measure` will call ``tick``."""
+    """How often :func:`measure` will call ``tick``."""
     return len(arms) * (count // batch + 1)
 
 

@@ -19,7 +19,7 @@ from tokred.core import environment
 
 
 class Answer(NamedTuple):
-    """Answer of a model to a batch: logits ``(B, classes)`` or None, features ``(B, F)``, patch tokens or None."""
+    """Answers of a model to a batch: logits ``(B, classes)`` or None, features ``(B, F)``, patch tokens or None."""
 
     logits: Tensor | None
     features: Tensor
@@ -57,7 +57,7 @@ class Subject:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Shape of one image, with a batch of one."""
+        """Of one image, with a batch of one."""
         return (1, self.channels, *self.size)
 
 

@@ -1,4 +1,4 @@
-"""Tasks that a benchmark sets a model: which labelled images, which photos, and whether there is a map to restore."""
+"""Tasks of a benchmark: which labelled images, which photos, and whether there is a map to restore."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NOISE = "noise"
 
 @dataclass(frozen=True)
 class Task:
-    """A measure of quality, besides speed.
+    """Measures besides speed.
 
     Attributes:
         test: images for top-1; None: there are no labels.
@@ -39,7 +39,7 @@ class Task:
 
     @property
     def kind(self) -> str:
-        """The way in which top-1 comes about."""
+        """How top-1 comes about."""
         if self.test is None:
             return ""
         return "head" if self.train is None else "linear probe"
