@@ -25,7 +25,7 @@ from tokred.adapters.watch import Watch, hang
 from tokred.core.method import Method
 from tokred.core.place import Place
 from tokred.encoder.method import BlockMethod
-from tokred.encoder.report import BlockReport, LayerReport
+from tokred.encoder.report import BlockReport, LayerReport, place
 from tokred.errors import MissingInputError
 
 _ATTENTION = ("attn", "attention", "self_attn", "self_attention")
@@ -98,8 +98,7 @@ class EncoderHost(Host):
     @property
     def how(self) -> str:
         """How methods run here, for the table of support."""
-        inside = self.where == "inside"
-        return f"{self.family}, reduced {'inside each block' if inside else f'at the {self.where} of each block'}"
+        return f"{self.family}, reduced {place(self.where)}"
 
     @property
     def depth(self) -> int:
