@@ -146,6 +146,8 @@ def _model_body(host: type[nn.Module]) -> dict[str, Any]:
         original = getattr(host, name, None)
         if original is not None:
             body[name] = _exposed(original)
+    # What a method learns is no sub-module of the model, so it has to be taken along.
+    body.update({name: _followed(getattr(host, name)) for name in ("train", "_apply")})
     return body
 
 
@@ -192,6 +194,18 @@ def _exposed(original: Callable[..., Any]) -> Callable[..., Any]:
         if shared is None:  # removed, but bound to this function before
             return original(self, *args, **kwargs)
         return shared.intermediates(original, (self, *args), kwargs)
+
+    return method
+
+
+def _followed(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        out = original(self, *args, **kwargs)
+        module = getattr(self.__dict__.get(SETTINGS), "module", None)
+        if module is not None:
+            getattr(module, original.__name__)(*args, **kwargs)
+        return out
 
     return method
 

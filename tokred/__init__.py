@@ -22,10 +22,15 @@ from tokred.api import (
     apply,
     flops,
     list_methods,
+    load,
+    losses,
     make,
+    modules,
+    parameters,
     patched,
     remove,
     report,
+    save,
     supports,
     trace,
 )
@@ -52,7 +57,7 @@ from tokred.errors import (
 from tokred.hosts import CacheReport, kv_cache
 
 if TYPE_CHECKING:
-    from tokred import bench, kv
+    from tokred import bench, kv, learn
     from tokred.analysis import viz
     from tokred.analysis.tsp_layer import choose_tsp_layer
     from tokred.methods.diffusion.asymrnr import AsymRnR
@@ -68,6 +73,7 @@ if TYPE_CHECKING:
     from tokred.methods.encoder.algm import ALGM
     from tokred.methods.encoder.ats import ATS
     from tokred.methods.encoder.downsample import Downsample
+    from tokred.methods.encoder.dynamicvit import DynamicViT
     from tokred.methods.encoder.evit import EViT
     from tokred.methods.encoder.kth import KthMerge
     from tokred.methods.encoder.ltp import LTP
@@ -126,7 +132,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _CLASSES = {target.partition(":")[2]: target for target in _methods.TARGETS.values()}
-_PACKAGES = {"bench": "tokred.bench", "kv": "tokred.kv", "viz": "tokred.analysis.viz"}
+_PACKAGES = {"bench": "tokred.bench", "kv": "tokred.kv", "learn": "tokred.learn", "viz": "tokred.analysis.viz"}
 _CLASSES["choose_tsp_layer"] = "tokred.analysis.tsp_layer:choose_tsp_layer"
 
 __all__ = [
@@ -155,6 +161,7 @@ __all__ = [
     "Downsample",
     "DownsampleVisual",
     "DuoAttention",
+    "DynamicViT",
     "EViT",
     "ExpectedAttention",
     "Explanation",
@@ -235,13 +242,19 @@ __all__ = [
     "from_dict",
     "kv",
     "kv_cache",
+    "learn",
     "list_methods",
+    "load",
+    "losses",
     "make",
     "methods",
+    "modules",
+    "parameters",
     "patched",
     "register",
     "remove",
     "report",
+    "save",
     "supports",
     "trace",
     "viz",

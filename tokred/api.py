@@ -7,18 +7,20 @@ import dataclasses
 import fnmatch
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
-from tokred import hosts
+from tokred import hosts, learn
 from tokred.core.method import Method
 from tokred.core.reduction import Reduction
 from tokred.core.registry import methods as registered
 from tokred.core.site import Stage
 from tokred.errors import NothingRecordedError, NothingRemovedWarning
 from tokred.hosts import CacheReport, DenoiserReport
-from tokred.patch import ATTRIBUTE, Part, Patch
+from tokred.learn import store
+from tokred.patch import ATTRIBUTE, Part, Patch, patches_of
 from tokred.vlm.report import VisualReport
 
 if TYPE_CHECKING:
@@ -99,6 +101,7 @@ def apply(
     where: Callable[[str, nn.Module], bool] | None = None,
     expose: Expose = "auto",
     windows: Windows = "auto",
+    module: nn.Module | None = None,
     **parameters: Any,
 ) -> ModelT:
     """Patch ``model`` in place so that it runs with fewer tokens.
@@ -117,6 +120,8 @@ def apply(
         windows: for models whose attention runs in windows (SAM, ViTDet): reduce inside the blocks of ``"global"``
             attention, inside each window of the ``"windowed"`` ones, or in ``"all"``. ``"auto"``: the global ones,
             where there are any.
+        module: the weights of a method that has some, such as ``tokred.modules(model)`` gave before; None: those that
+            the method was loaded with by :func:`load`, else new ones.
         parameters: the method's, when it is given by name.
 
     Returns:
@@ -141,12 +146,19 @@ def apply(
         idle = one.why_idle(host.depth, layers)
         if idle is not None and not idle.meant and idle.parameter not in parameters:
             warnings.warn(idle.text, NothingRemovedWarning, stacklevel=2)
+    taker = learn.chosen(chosen, module)
+    built = [
+        learn.build(one, lambda h=host: h.facts(), module if one is taker else None, like=host.model)
+        for host, one in found
+    ]
     target = hosts.module_of(model)
     unpatch(target)
     patch = Patch()
     target.__dict__[ATTRIBUTE] = patch
-    for host, one in found:
+    for (host, one), own in zip(found, built, strict=True):
         host.patch(one, where, expose, patch)
+        if own is not None:
+            patch.modules[one.name] = host.model.__dict__["_tokred"].module = own
         patch.parts.append(Part(one, host.family, host.model))
     return model
 
@@ -284,7 +296,78 @@ def trace(model: nn.Module) -> Reduction:
     shared = _shared(model)
     state = shared.last()
     total: Reduction | None = state.composed()
-    return Reduction.identity((1,), state.length) if total is None else total
+    total = Reduction.identity((1,), state.length) if total is None else total
+    return state.with_gate(total)
+
+
+def modules(model: Any) -> dict[str, nn.Module]:
+    """The modules with weights that the methods on ``model`` bring along, by the methods' names; empty without any.
+
+    They are no part of the model: not in its ``state_dict()``, ``parameters()`` or ``modules()``. Its ``to()``,
+    ``train()`` and ``eval()`` take them along.
+    """
+    return {k: v for _, patch in patches_of(hosts.module_of(model)) for k, v in patch.modules.items()}
+
+
+def parameters(model: Any) -> Iterator[nn.Parameter]:
+    """What the methods on ``model`` learn, for an optimiser, beside ``model.parameters()``."""
+    for module in modules(model).values():
+        yield from module.parameters()
+
+
+def losses(model: Any) -> dict[str, Tensor]:
+    """The terms that methods add to the loss, of the last forward in training: scalars, by method and name.
+
+    Raises:
+        NothingRecordedError: no method with weights acts, or the last forward was none in training.
+    """
+    from tokred.adapters.encoder.host import shared_of
+
+    states = [shared for _, _, shared in shared_of(hosts.module_of(model)) if shared.module is not None]
+    if not states:
+        raise NothingRecordedError("no method with weights acts on the model: there are no losses of one")
+    if any(state.losses is None for state in states):
+        raise NothingRecordedError(
+            "the last forward was none in training: call model.train() and run one (uncompiled) forward first"
+        )
+    return {f"{s.method.name}.{name}": term for s in states for name, term in s.losses.items()}
+
+
+def save(model: Any, folder: str | Path) -> Path:
+    """Write the methods on ``model``, their parameters and weights into ``folder``, for :func:`load`.
+
+    ``where``, ``expose`` and ``windows`` are not kept: give them again.
+
+    Raises:
+        NothingRecordedError: the model is not patched.
+        ImportError: there are weights, and safetensors is not installed.
+    """
+    from tokred import __version__
+
+    own = modules(model)
+    parts = [part for _, patch in patches_of(hosts.module_of(model)) for part in patch.parts]
+    if not parts:
+        raise NothingRecordedError("the model is not patched, so there is no setting to save: call tokred.apply first")
+    entries = []
+    for part in parts:
+        made = own.get(part.method.name)
+        facts = None if made is None else hosts.find(part.module, part.method.stage).facts()
+        entries.append(store.Entry(part.method, made, facts))
+    return store.write(folder, entries, __version__)
+
+
+def load(folder: str | Path) -> Method | list[Method]:
+    """The method that :func:`save` wrote, with its weights, for ``tokred.apply(model, tokred.load(folder))``.
+
+    Returns:
+        A method; a list where several acted.
+
+    Raises:
+        FileNotFoundError, ValueError, UnknownMethodError, ImportError: the folder cannot be read here; the message says
+            why.
+    """
+    found = store.read(folder)
+    return found[0] if len(found) == 1 else found
 
 
 def _shared(model: nn.Module) -> Any:

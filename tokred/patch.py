@@ -31,11 +31,13 @@ class Patch:
 
     Attributes:
         parts: in the order of the stages.
+        modules: with weights of their own, by name, that methods bring along; not in the model's ``state_dict``.
         settings: what the hooks of several methods share, by the name of their adapter.
     """
 
     def __init__(self) -> None:
         self.parts: list[Part] = []
+        self.modules: dict[str, nn.Module] = {}
         self.settings: dict[str, Any] = {}
 
     @property

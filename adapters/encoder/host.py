@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from tokred.adapters import contract
 from tokred.adapters.encoder.block import KeyTap, Recipe, Settings
 from tokred.adapters.encoder.origin import watch
 from tokred.adapters.encoder.sides import Sides, of_convolution
@@ -19,8 +20,9 @@ from tokred.adapters.host import Supplier
 from tokred.adapters.linear import matrices
 from tokred.adapters.swap import check_entrance, host_class, is_swapped, remove_hooks, restore, swap
 from tokred.adapters.watch import Watch, hang
+from tokred.core.learned import Facts
 from tokred.core.method import Method
-from tokred.errors import MissingInputError
+from tokred.errors import MissingInputError, UnsupportedModelError
 from tokred.patch import ATTRIBUTE, Patch, patches_of
 
 _ATTENTION = ("attn", "attention", "self_attn", "self_attention")
@@ -114,7 +116,29 @@ class Host(Supplier):
     @property
     def offered(self) -> frozenset[str]:
         """What sites and the way of running blocks hand over."""
-        return self.supplies | self.recipe.supplies
+        found = self.supplies | self.recipe.supplies
+        if self.pooled or self.full != "none":
+            # What reads all tokens would read those that are only softly gone as well.
+            found -= {"module", "gates"}
+        return found
+
+    def facts(self) -> Facts:
+        """What a method with weights builds its module from.
+
+        Raises:
+            UnsupportedModelError: the number of heads or the width cannot be told.
+        """
+        name, block = self.blocks[0]
+        heads = contract.heads_of(block)
+        wide = [w for path, w, _ in matrices(block) if any(part in _ATTENTION for part in path.split("."))]
+        if heads is None or not wide:
+            lacks = "how many heads its attention has" if heads is None else "how wide its tokens are"
+            raise UnsupportedModelError(
+                f"a method with weights cannot be built for {self.family}: {name} does not say {lacks}"
+            )
+        cls = host_class(self.model)
+        model = f"{cls.__module__}.{cls.__qualname__}"
+        return Facts(model, self.depth, wide[0], heads, self.prefix, self.suffix)
 
     def missing(self, method: Method | type[Method]) -> frozenset[str]:
         """What the method reads and this host cannot supply."""

@@ -1,4 +1,5 @@
-"""Masks that hosts hand to their blocks: which tokens they hide from every query, or that they hide pairs."""
+"""Masks that hosts hand to their blocks: which tokens they hide from every query, or that they hide pairs; and what
+stands in the way of soft decisions."""
 
 from __future__ import annotations
 
@@ -11,6 +12,10 @@ PAIRS = (
     "{name} hides pairs of tokens from each other, which tokens that stand for several others could not keep apart: "
     "give a mask that hides the same tokens from all (as [B, 1, 1, N], or [B, N] where the model makes that of it), or "
     "call tokred.remove(model) first"
+)
+PADDED = (
+    "the batch holds padded tokens (a mask hides some of them), which would be merged with real ones: give "
+    "inputs of one size without padding, or call tokred.remove(model) first"
 )
 # A logit this low is a probability of zero, whatever the host fills its masks with; no learned bias comes near it.
 _HIDDEN = -1e3
@@ -58,3 +63,20 @@ def require(holds: Tensor, message: str) -> None:
         torch._assert_async(holds.all(), message)
     elif not bool(holds.all()):
         raise UnsupportedModelError(message)
+
+
+def check_soft(name: str, x: Tensor, hidden: bool) -> None:
+    """Refuse what would keep a method from learning without a word.
+
+    Raises:
+        UnsupportedModelError: inputs are padded in a way that no soft decision can be told about, or gradients of what
+            it decides are cut off.
+    """
+    if hidden:
+        raise UnsupportedModelError(f"{name!r} cannot learn on these inputs: {PADDED}")
+    # Only a reentrant checkpoint runs without gradients what is to be differentiated.
+    if x.requires_grad and not torch.is_grad_enabled():
+        raise UnsupportedModelError(
+            f"{name!r} learns by losses that it computes inside the blocks, which reentrant checkpointing cuts off: "
+            "checkpoint with use_reentrant=False"
+        )

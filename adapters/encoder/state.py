@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokred.adapters.contract import backward_pass
 from tokred.adapters.encoder.sides import Note, Sides
 from tokred.adapters.watch import Watch
 from tokred.core.method import Method
-from tokred.core.reduction import Reduction
+from tokred.core.reduction import Gated, Reduction
 from tokred.core.soft import SoftReduction
 from tokred.errors import NothingRecordedError, TokenStateError, UnsupportedModelError
 
@@ -50,6 +50,9 @@ class TokenState:
         heads: ``(B, H)`` bool, False on heads of the attention that have been left out; None: all are there.
         rows, notes: what the method keeps for each token ``(B, M)`` and for each sample; None: nothing.
         sides: how the original patches stand; None where that is not known.
+        gate: ``(B, M)`` float32, the product of all soft decisions of a method that learns; None: there were none.
+        gated: what the gate does, as :attr:`tokred.Reduction.gated`.
+        fresh: ``(B, M)`` what the features are multiplied by at the end of the block at hand; None: nothing.
     """
 
     length: int
@@ -64,6 +67,26 @@ class TokenState:
     rows: Mapping[str, Tensor] | None = None
     notes: Mapping[str, Tensor] | None = None
     sides: Sides | None = None
+    gate: Tensor | None = None
+    gated: Gated = "keys"
+    fresh: Tensor | None = None
+
+    @property
+    def keys(self) -> Tensor | None:
+        """``(B, M)`` float32: how far attention sees each key; None: all of them alike."""
+        return self.gate if self.gated == "keys" else None
+
+    def soften(self, step: Reduction) -> TokenState:
+        """The state with the soft decisions of ``step``."""
+        assert step.gate is not None  # else there is nothing to do
+        gate = step.gate if self.gate is None else self.gate * step.gate
+        return replace(self, gate=gate, gated=step.gated, fresh=step.gate if step.gated == "rows" else None)
+
+    def finish(self, y: Tensor) -> tuple[TokenState, Tensor]:
+        """The output of a block with its factors, which are used up."""
+        if self.fresh is None:
+            return self, y
+        return replace(self, fresh=None), y * self.fresh.unsqueeze(-1).to(y.dtype)
 
     @property
     def grid(self) -> tuple[int, int] | None:
@@ -91,14 +114,18 @@ class TokenState:
     def _with(self, before: TokenState, step: Reduction | None = None) -> TokenState:
         """This state with what does not change from block to block, and with what few methods need, as it was, or after
         ``step``."""
-        kept = (before.lengths, before.heads, before.rows, before.notes, before.sides)
+        kept = (before.lengths, before.heads, before.rows, before.notes, before.sides, before.gate)
         if all(value is None for value in kept):
             return self
         rows = before.rows
         if step is not None and rows is not None:
             rows = {name: values.gather(1, step.representative) for name, values in rows.items()}
-        notes, sides = before.notes, before.sides
-        return replace(self, lengths=before.lengths, heads=before.heads, rows=rows, notes=notes, sides=sides)
+        gate, fresh = before.gate, before.fresh
+        if step is not None and gate is not None:
+            gate = gate.gather(1, step.representative)
+            fresh = None if fresh is None else fresh.gather(1, step.representative)
+        out = replace(self, lengths=before.lengths, heads=before.heads, rows=rows, notes=before.notes)
+        return replace(out, sides=before.sides, gate=gate, gated=before.gated, fresh=fresh)
 
     def composed(self) -> Reduction | None:
         """All steps as one reduction, or None when there was none."""
@@ -108,6 +135,18 @@ class TokenState:
         for step in self.steps[1:]:
             total = total.then(step)
         return total
+
+    def with_gate(self, total: Reduction) -> Reduction:
+        """``total``, which is all steps as one, with the soft decisions about the original tokens."""
+        if self.gate is None:
+            return total
+        gate = self.gate
+        if self.steps:
+            index = total.index
+            gate = torch.where(index < 0, 0, gate.gather(1, index.clamp(min=0)))
+        else:
+            total = Reduction.identity((gate.shape[0],), self.length, gate.device)
+        return replace(total, gate=gate, gated=self.gated)
 
     def restore(self, y: Tensor) -> Tensor:
         """``(B, M, C)`` back to ``(B, N, C)``. A dropped token takes its last features before it was dropped."""
@@ -144,7 +183,7 @@ class Slot(NamedTuple):
 class Shared:
     """What the blocks of one patched model share: the method, the slots and the record of the last forward.
 
-    Holds no module, so copying a block does not copy the model. Copies and pickles start with empty slots.
+    Holds no module of the host, so copying a block does not copy the model. Copies and pickles start with empty slots.
     """
 
     def __init__(self, method: Method, depth: int, prefix: int, suffix: int, restore: str, drops: bool) -> None:
@@ -161,10 +200,12 @@ class Shared:
         self.watch = Watch()
         self.slots: dict[int, Slot] = {}
         self.records: dict[int, LayerRecord] = {}
+        self.module: nn.Module | None = None  # of the method, where it has weights
+        self.losses: dict[str, Tensor] | None = None  # of the last forward in training; None: there was none
         self.final: TokenState | None = None  # of the block that ran last, while intermediate features are asked for
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "slots": {}, "records": {}, "expose_all": False, "final": None}
+        return {**self.__dict__, "slots": {}, "records": {}, "expose_all": False, "final": None, "losses": None}
 
     @contextlib.contextmanager
     def exposing(self) -> Iterator[None]:
@@ -216,6 +257,8 @@ class Shared:
 
         Their sides go on with ``x``, for a checkpoint that runs the block once more.
         """
+        if self.module is not None and not _in_backward():
+            self.losses = {} if self.module.training else None
         sides = self.note.take()
         if sides is None and not torch.compiler.is_compiling():
             own, found = getattr(x, START, (None, None))
@@ -246,6 +289,13 @@ class Shared:
         if x.requires_grad and not torch.is_grad_enabled() and any(t is not None for t in state.dropped):
             raise UnsupportedModelError(REENTRANT.format(method=self.method.name))
         return state
+
+    def collect(self, losses: Mapping[str, Tensor]) -> None:
+        """Add terms of the training loss. A checkpoint's recomputation adds none: they are in the first forward's."""
+        if self.losses is None or _in_backward():
+            return
+        for name, term in losses.items():
+            self.losses[name] = self.losses[name] + term if name in self.losses else term
 
     def exposes(self, layer: int) -> bool:
         """Whether the block returns full length."""

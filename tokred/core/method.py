@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
+from tokred.core.learned import Facts, Weights
 from tokred.core.reduction import Reduction
 from tokred.core.schedules import Constant, Inflect, PerLayer
 from tokred.core.site import READS, Site, Stage
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Where = Literal["mid", "end", "queries"]
 
@@ -53,6 +57,9 @@ class Method(ABC):
         lacks: parameters that other methods have and this one cannot have, with the reason.
         example: where the defaults remove nothing, the parameter that has to be given, at a usual value, or ``...``
             where no value is usual.
+        gradients: whether gradients pass through the decision; where they do not, nobody records any.
+        weights: what :meth:`module` is loaded with when the method is applied; None: it starts anew. No parameter, so
+            ``dataclasses.replace`` leaves it behind.
         version: raised when a parameter changes meaning, so that stored settings can be read.
     """
 
@@ -67,7 +74,9 @@ class Method(ABC):
     clips: ClassVar[bool] = False
     lacks: ClassVar[Mapping[str, str]] = {}
     example: ClassVar[Mapping[str, Any]] = {}
+    gradients: ClassVar[bool] = False
     version: ClassVar[int] = 1
+    weights: Weights | None = None
 
     @property
     def reads(self) -> frozenset[str]:
@@ -83,6 +92,13 @@ class Method(ABC):
     def proportional(self) -> bool:
         """Whether attention adds the log of each token's size (proportional attention)."""
         return False
+
+    def module(self, facts: Facts) -> nn.Module | None:
+        """A new module with the weights that this method learns, for one model; None: it has none.
+
+        The host holds it and hands it to :meth:`reduce` as ``site.learned.module``; such a method reads ``"module"``.
+        """
+        return None
 
     @abstractmethod
     def reduce(self, site: Site) -> Reduction:
