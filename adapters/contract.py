@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tokred.core import environment
+from tokred.core.versions import release
 from tokred.errors import UnsupportedModelError
 
 
@@ -329,6 +331,15 @@ def mask_length(generation_config: Any) -> int | None:
     """Tokens of a prompt that is fed in several parts, where ``generate`` notes it."""
     found = getattr(generation_config, _MASK_LENGTH, None)
     return None if found is None else int(found)
+
+
+# Before, ``generate`` with chunks feeds the tokens of a cache that holds some again, and cuts masks from the start.
+LATER_CHUNKS = Spelling("prefill_chunk_size", "transformers", since="5.21")
+
+
+def goes_on_in_chunks() -> bool:
+    """Whether ``generate`` reads a prompt in chunks behind a cache that holds tokens already."""
+    return release(environment.version(LATER_CHUNKS.library)) >= release(LATER_CHUNKS.since)
 
 
 # ---------------------------------------------------------------------- attributes of diffusers and torch, by role

@@ -8,10 +8,12 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
@@ -121,6 +123,10 @@ def test_import_patches_nothing() -> None:
 
 @pytest.mark.slow
 def test_wheel_holds_everything(tmp_path: Path) -> None:
+    (needed,) = (Requirement(r) for r in PROJECT["build-system"]["requires"])
+    found = metadata.version("setuptools")
+    if not needed.specifier.contains(found):
+        pytest.skip(f"the build asks for {needed}, which pip gets by itself; setuptools {found} is installed")
     # setuptools builds in the source tree; a copy keeps the checkout clean.
     source = tmp_path / "source"
     source.mkdir()

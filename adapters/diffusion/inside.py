@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from tokred.adapters.diffusion.passing import passed
 from tokred.core.reduction import Reduction
 
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
@@ -60,7 +61,7 @@ class Inside(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
+            return passed(func, args, kwargs)
         given = {**dict(zip(_NAMES, args, strict=False)), **kwargs}
         q, k, v = (given[name] for name in _NAMES[:3])
         # Image prompts have keys of their own, which are few.

@@ -208,7 +208,8 @@ class Session:
         if left == place.length:
             return None
         shared = method.share == "resolution"
-        slot = (place, own.shape[0]) if shared else spot.block
+        # A plain tuple: older compilers keep no other as the key of what outlives the forward.
+        slot = (*place, own.shape[0]) if shared else spot.block
         plan = self.plans.get(slot)
         if plan is None or not plan.fits(own):
             layer = spot.block if not shared else place.factor

@@ -132,7 +132,8 @@ class View:
 
     def __init__(self, module: nn.Module, replaced: dict[str, Any]) -> None:
         self._module = module
-        self.__dict__.update(replaced)
+        for name, part in replaced.items():  # one by one: older compilers do not follow an update of the dictionary
+            setattr(self, name, part)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_module"], name)

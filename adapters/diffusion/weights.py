@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from tokred.adapters.diffusion.passing import passed
 from tokred.adapters.diffusion.view import Batch
 
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
@@ -37,7 +38,7 @@ class Weighed(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
+            return passed(func, args, kwargs)
         given = {**dict(zip(_NAMES, args, strict=False)), **kwargs}
         if given["key"].shape[-2] != self.mask.shape[-1]:
             return func(*args, **kwargs)

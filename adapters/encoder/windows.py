@@ -256,6 +256,8 @@ def decomposed_bias(q: Tensor, representative: Tensor, shape: tuple[int, int], a
 
 def relative_table(attention: Any, size: int, table: Tensor) -> Tensor:
     """``(size, size, D)`` by the host's own function: the embedding of each pair of positions."""
-    own = getattr(attention, "get_rel_pos", None) or vars(sys.modules[host_class(attention).__module__])["get_rel_pos"]
+    own = getattr(attention, "get_rel_pos", None)
+    if own is None:  # older compilers do not know whether a method is true
+        own = vars(sys.modules[host_class(attention).__module__])["get_rel_pos"]
     found: Tensor = own(size, size, table)
     return found.to(table.dtype)

@@ -6,7 +6,14 @@ from typing import Any
 
 from torch import nn
 
-from tokred.adapters.contract import PREPARE_CACHE, cache_of, generation_cache_name, mask_length
+from tokred.adapters.contract import (
+    LATER_CHUNKS,
+    PREPARE_CACHE,
+    cache_of,
+    generation_cache_name,
+    goes_on_in_chunks,
+    mask_length,
+)
 from tokred.adapters.encoder.block import SETTINGS
 from tokred.adapters.kv.hooks import CacheSettings
 
@@ -43,12 +50,9 @@ def _prepare(
     assisted = str(getattr(mode, "value", mode)) == "assisted_generation"
     given = cache_of(model_kwargs)
     _refuse(settings, config, assisted, given)
-    chunk = settings.policy.parts.when.chunk
-    if chunk:
-        given_chunk = config.prefill_chunk_size
-        config.prefill_chunk_size = chunk if given_chunk is None else min(given_chunk, chunk)
     cache = settings.cache() if given is None else settings.adopt(given)
     length = prompt_length(config, model_kwargs)
+    config.prefill_chunk_size = _chunk(settings, config.prefill_chunk_size, length, cache.get_seq_length())
     if cache.get_seq_length() == 0:
         session = cache.session
         session.reset()
@@ -58,6 +62,30 @@ def _prepare(
     else:
         cache.session.drafting = False
     model_kwargs[name] = cache
+
+
+def _chunk(settings: CacheSettings, asked: int | None, length: int | None, seen: int) -> int | None:
+    """Tokens in which the prompt is read; None: in one piece.
+
+    Args:
+        asked: by the caller.
+        length: tokens of the prompt, earlier turns counted, where that is known.
+        seen: those that the cache has seen.
+
+    Raises:
+        ValueError: the host would read chunks wrong, and the rest of the prompt does not fit into one.
+    """
+    limit = settings.policy.parts.when.chunk
+    chunk = min(asked or limit, limit) if limit else asked
+    if chunk is None or seen == 0 or goes_on_in_chunks():
+        return chunk
+    if length is not None and 0 < length - seen <= chunk:
+        return None
+    raise ValueError(
+        f"this {LATER_CHUNKS.library} reads wrong in chunks ({LATER_CHUNKS.name}={chunk}) what follows on a cache that "
+        f"has seen {seen} tokens; {LATER_CHUNKS.since} mends that. Until then give the model the new tokens but the "
+        f"last, at most {chunk} in a forward, and the whole sequence to generate"
+    )
 
 
 def _refuse(settings: CacheSettings, config: Any, assisted: bool, given: Any) -> None:

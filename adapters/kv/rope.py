@@ -56,7 +56,7 @@ def supplies_rope(decoder: Any, attention: Any, head_dim: int) -> bool:
         return False
     # Embeddings that follow the length, or have several axes, would change by being asked.
     text = str(getattr(decoder.config, "rope_parameters", None))
-    if any(word in text for word in ("mrope_section", "dynamic", "longrope")):
+    if hasattr(embedding, "mrope_section") or any(word in text for word in ("mrope_section", "dynamic", "longrope")):
         return False
     if turn(torch.arange(4.0)[None]).tolist() != [[-2.0, -3.0, 0.0, 1.0]]:
         return False

@@ -103,31 +103,43 @@ def _matrix_backward(
     grad: Tensor, x: Tensor, y: Tensor, options: Options, b_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The same for ``s = x @ y.mT`` or the negative distance, with ``x`` and ``y`` as they enter the product."""
-    function, margin, alpha, metric = options
-    step, row_step = torch_path.block_sizes(x.shape[0], x.shape[1], y.shape[1], x)
+    batch, rows = x.shape[:2]
+    step, row_step = torch_path.block_sizes(batch, rows, y.shape[1], x)
+    if step == batch and row_step == rows:
+        # Without a loop over sizes, which would bind a compiled graph to them.
+        return _block_backward(grad, x, y, options, b_mask)
     by_x, by_y = [], []
-    for i in range(0, x.shape[0], max(step, 1)):
-        yi = y[i : i + step]
+    for i in range(0, batch, step):
+        here = slice(i, i + step)
+        yi, mask = y[here], None if b_mask is None else b_mask[here]
         dyi, dxi = torch.zeros_like(yi), []
-        for j in range(0, x.shape[1], max(row_step, 1)):
-            xj = x[i : i + step, j : j + row_step]
-            s = torch.bmm(xj, yi.mT)
-            if metric == "distance":
-                squares = xj.square().sum(-1, keepdim=True) + yi.square().sum(-1).unsqueeze(1)
-                s = -(squares - 2 * s).clamp_min(torch.finfo(s.dtype).tiny).sqrt()
-            w = _slope(s, function, margin, alpha) * grad[i : i + step, j : j + row_step].unsqueeze(-1)
-            if b_mask is not None:
-                w = w * b_mask[i : i + step].unsqueeze(1)
-            if metric == "distance":
-                w = torch.where(s.square() > torch.finfo(s.dtype).tiny, -w / s, 0)
-            dxj, dyj = torch.bmm(w, yi), torch.bmm(w.mT, xj)
-            if metric == "distance":
-                dxj, dyj = dxj - w.sum(-1, keepdim=True) * xj, dyj - w.sum(1).unsqueeze(-1) * yi
+        for j in range(0, rows, row_step):
+            dxj, dyj = _block_backward(grad[here, j : j + row_step], x[here, j : j + row_step], yi, options, mask)
             dxi.append(dxj)
             dyi = dyi + dyj
-        by_x.append(torch.cat(dxi, 1) if dxi else torch.zeros_like(x[i : i + step]))
+        by_x.append(torch.cat(dxi, 1))
         by_y.append(dyi)
-    return (torch.cat(by_x), torch.cat(by_y)) if by_x else (torch.zeros_like(x), torch.zeros_like(y))
+    return torch.cat(by_x), torch.cat(by_y)
+
+
+def _block_backward(
+    grad: Tensor, x: Tensor, y: Tensor, options: Options, b_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The same for one block, whose matrix ``(B, Na, Nb)`` is formed."""
+    function, margin, alpha, metric = options
+    s = torch.bmm(x, y.mT)
+    if metric == "distance":
+        squares = x.square().sum(-1, keepdim=True) + y.square().sum(-1).unsqueeze(1)
+        s = -(squares - 2 * s).clamp_min(torch.finfo(s.dtype).tiny).sqrt()
+    w = _slope(s, function, margin, alpha) * grad.unsqueeze(-1)
+    if b_mask is not None:
+        w = w * b_mask.unsqueeze(1)
+    if metric == "distance":
+        w = torch.where(s.square() > torch.finfo(s.dtype).tiny, -w / s, 0)
+    dx, dy = torch.bmm(w, y), torch.bmm(w.mT, x)
+    if metric == "distance":
+        dx, dy = dx - w.sum(-1, keepdim=True) * x, dy - w.sum(1).unsqueeze(-1) * y
+    return dx, dy
 
 
 class Top(torch.autograd.Function):

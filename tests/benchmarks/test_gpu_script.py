@@ -21,6 +21,7 @@ from benchmarks.kernels import cpu_run, cuda_clock, gpu_run, matching, rows
 from benchmarks.kernels.case import Draw, Run
 from benchmarks.kernels.check import check, errors, poisoned
 from benchmarks.kernels.table import CHECKS, GOALS, OTHERS, Goal, floor_of
+from tests.kernels.interpreter import skip_without
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -38,7 +39,7 @@ def start(script: str, *arguments: str, **environment: str) -> subprocess.Comple
 @pytest.mark.slow
 def test_interpreted(tmp_path: Path) -> None:
     """Every case is right in the interpreter, from a folder that is not the checkout's."""
-    pytest.importorskip("triton")
+    skip_without()
     done = start("gpu.py", "--interpret", "--seed", "1", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     names = {row.case.name for row in (*GOALS, *OTHERS, *CHECKS)}

@@ -419,6 +419,7 @@ def test_training_through_a_patched_denoiser():
         ("sd15", "tomesd", {"merge_crossattn": True}),
         ("flux", "tomesd", {"max_downsample": 2, "merge_mlp": True}),
         ("wan", "todo", {"factors": (1, 2)}),
+        ("wan", "catome", {"threshold": 0.3, "max_downsample": 8}),  # padded: samples differ in what is left
     ],
 )
 def test_compiled(kind: str, name: str, parameters: dict[str, Any]):

@@ -195,9 +195,10 @@ def test_what_is_known_of_a_block_is_known_of_the_patched_one(kind: str):
     tokred.apply(model, "tomesd")
     found = Registry.get(type(block))
     assert type(block) is not host
-    names = ("return_hidden_states_index", "return_encoder_hidden_states_index", "hidden_states_argument_name",
-             "encoder_hidden_states_argument_name")  # fmt: skip
-    assert all(getattr(found, name) == getattr(before, name) for name in names)
+    # Whatever the installed version notes: younger ones name the arguments, too.
+    known = {name: value for name, value in vars(before).items() if not name.startswith("_")}
+    assert {"return_hidden_states_index", "return_encoder_hidden_states_index"} <= set(known)
+    assert {name: vars(found)[name] for name in known} == known
     assert Registry.get(host) is before
     assert before._cls is cls
     # By place, too, where the names are those of the host's forward.

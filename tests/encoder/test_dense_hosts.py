@@ -11,6 +11,7 @@ pytest.importorskip("timm")
 pytest.importorskip("transformers")
 
 import tokred
+from tests.encoder.tiny_timm import needs
 from tests.encoder.tiny_transformers import FAMILIES, build, read
 from tokred.core.reduction import Reduction
 
@@ -76,6 +77,7 @@ def timm_model(label, suffix=""):
     import timm
 
     name, size, options = ENCODERS[label]
+    needs(name + suffix)
     torch.manual_seed(0)
     model = timm.create_model(name + suffix, **options, **({} if suffix else {"num_classes": 5})).eval()
     with torch.no_grad():

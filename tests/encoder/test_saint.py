@@ -248,7 +248,8 @@ def test_equal_and_zero_keys(dtype):
 
 @pytest.mark.parametrize("family", ["vit", "vit-mean", "vit-registers (DINOv2)", "deit-distilled", "rope-mixed"])
 def test_on_models(family):
-    trace = check_on_a_model(family, tokred.SAINT(tau=0.35, K=3), tokred.SAINT(tau=1.5))
+    # The values of the models depend on the version of timm: with this tau the images differ in all that were seen.
+    trace = check_on_a_model(family, tokred.SAINT(tau=0.4, K=3), tokred.SAINT(tau=1.5))
     assert len({len(real_rows(trace, i)) for i in range(3)}) > 1, "the images keep the same number: choose others"
     check_on_a_model(family, tokred.SAINT(form="full", M=15, blocks=(1,), q=4), tokred.SAINT(form="full"))
 

@@ -15,6 +15,7 @@ pytest.importorskip("timm")
 import timm
 
 import tokred
+from tests.encoder.tiny_timm import needs
 
 SMALL: dict[str, Any] = {"depth": 3, "embed_dim": 48, "num_heads": 3, "num_classes": 7}
 # Name, options beside SMALL, side of an image, another size that it takes when it is built or set for it.
@@ -45,8 +46,7 @@ AMOUNTS = (0, 2)
 
 def create(name: str, seed: int = 0, **options: Any) -> nn.Module:
     """A tiny model of the name, in which no branch is zero."""
-    if not timm.is_model(name):
-        pytest.skip(f"the installed timm has no {name}")
+    needs(name)
     torch.manual_seed(seed)
     model = timm.create_model(name, **{**SMALL, **MODELS[name][0], **options}).eval()
     with torch.no_grad():

@@ -18,6 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.interpreter import skip_without
+
 # Helpers that several of these files share are imported by their plain names.
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -68,7 +70,7 @@ def interpreted() -> Callable[[str], None]:
     """Run the ``interpret`` tests of a file in a process of their own: ``interpreted(__file__)``."""
 
     def run(path: str) -> None:
-        pytest.importorskip("triton")
+        skip_without()
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "interpret", "-p", "no:cacheprovider", path]
         environment = {**os.environ, "TRITON_INTERPRET": "1", "TOKRED_KERNELS": "triton", "OMP_NUM_THREADS": "1"}
         root = Path(__file__).resolve().parents[2]

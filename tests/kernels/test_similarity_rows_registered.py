@@ -103,5 +103,18 @@ def test_compiles_whole(grad: bool) -> None:
             torch.testing.assert_close(*grads)
 
 
+def test_a_graph_with_a_gradient_serves_other_lengths() -> None:
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(lambda m: op.similarity_sum(m, m, margin=0.5), fullgraph=True, backend=count, dynamic=True)
+    for n in (63, 99, 120):
+        compiled(torch.randn(2, n, 16, requires_grad=True)).sum().backward()
+    assert len(graphs) == 1
+
+
 def test_kernels_in_the_interpreter(interpreted: Callable[[str], None]) -> None:
     interpreted(str(Path(__file__).with_name("test_similarity_rows_kernels.py")))

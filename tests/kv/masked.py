@@ -8,6 +8,7 @@ import torch
 import transformers
 from transformers.masking_utils import sdpa_mask
 
+import tokred
 from tokred.kernels.decode_attention import SENTINEL
 
 
@@ -58,3 +59,34 @@ def evicted_rows(cache, n):
         kept.scatter_(2, torch.where(positions == SENTINEL, n, positions.long()), True)
         found.append(~kept[..., :n])
     return found
+
+
+def farthest(model, cache, logits, ids, mask, steps):
+    """How far two runs are at most from hiding in float64 what was evicted: what rounding alone does is the second's.
+
+    Args:
+        cache: after the prompt, of which the policy evicts nothing afterwards.
+        logits: ``[B, N, V]`` of the patched model for the prompt.
+        ids, mask: of the prompt, ``[B, N]``; the mask may be None.
+        steps: tokens ``[B, M]`` of the forwards that follow.
+
+    Returns:
+        The patched model's largest distance, and that of the reference in the model's own precision.
+    """
+    n, evicted = ids.shape[1], evicted_rows(cache, ids.shape[1])
+    plain = tokred.remove(copy.deepcopy(model))
+    runs = [[masked_reference(plain, evicted, n), None], [masked_reference(plain.double(), evicted, n), None]]
+    worst = [0.0, 0.0]
+    for step in (ids, *steps):
+        if step is not ids:
+            mask = None if mask is None else torch.cat([mask, torch.ones_like(step)], 1)
+            logits = model(step, attention_mask=mask, past_key_values=cache).logits
+        found = []
+        for run in runs:
+            out = run[0](step, attention_mask=mask, past_key_values=run[1], use_cache=True)
+            run[1] = out.past_key_values
+            found.append(out.logits)
+        real = slice(None) if mask is None else mask[:, -step.shape[1] :].bool()
+        for i, one in enumerate((logits, found[0])):
+            worst[i] = max(worst[i], float((one - found[1])[real].abs().max()))
+    return worst

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import pickle
 import random
 
@@ -14,7 +13,7 @@ pytest.importorskip("transformers")
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import tokred
-from tests.kv.masked import evicted_rows, masked_reference
+from tests.kv.masked import farthest
 from tests.kv.tiny import Scatter, build, padded, prompt
 from tokred.adapters.kv.flat import Flat, attend_to_both, flatten
 from tokred.kernels.decode_attention import SENTINEL
@@ -176,36 +175,27 @@ def test_attention_to_flat_and_later_rows_is_attention_to_all(dtype, softcap):
 # ---------------------------------------------------------------- laws
 
 
+def evicting(model, batch):
+    """Largest distances of :func:`farthest`, of a model whose cache holds its rows flat."""
+    ids, mask, _ = padded((29, 17, 6)) if batch == "padded" else (prompt(29), None, None)
+    cache, _ = both(model, Scatter(10))
+    logits = step_of(model, cache, ids, mask)
+    assert all(layer.flat is not None for layer in cache.layers if hasattr(layer, "positions"))
+    return farthest(model, cache, logits, ids, mask, [prompt(m, len(ids), seed=20 + m) for m in (1, 1, 4, 1)])
+
+
 @pytest.mark.parametrize("batch", ["one", "padded"])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gemma2"])
 def test_evicting_equals_masking(family, batch):
-    model = build(family)
-    ids, mask, _ = padded((29, 17, 6)) if batch == "padded" else (prompt(29), None, None)
-    cache, _ = both(model, Scatter(10))
-    out = step_of(model, cache, ids, mask)
-    assert all(layer.flat is not None for layer in cache.layers if hasattr(layer, "positions"))
-    reference = masked_reference(tokred.remove(copy.deepcopy(model)), evicted_rows(cache, 29), 29)
-    theirs = reference(ids, attention_mask=mask, use_cache=True)
-    real = slice(None) if mask is None else mask.bool()
-    assert near(out[real], theirs.logits[real], 1e-5)
-    full = theirs.past_key_values
-    for m in (1, 1, 4, 1):
-        tokens = prompt(m, len(ids), seed=20 + m)
-        mask = None if mask is None else torch.cat([mask, torch.ones_like(tokens)], 1)
-        a, c = step_of(model, cache, tokens, mask), step_of(reference, full, tokens, mask)
-        assert near(a, c)
+    ours, rounding = evicting(build(family), batch)
+    assert ours < 2 * rounding < 1e-5
 
 
-def test_in_double_precision_to_the_last_digits():
-    model = build("llama", torch.float64)
-    ids, mask, _ = padded((29, 17, 6))
-    cache, _ = both(model, Scatter(10))
-    step_of(model, cache, ids, mask)
-    reference = masked_reference(tokred.remove(copy.deepcopy(model)), evicted_rows(cache, 29), 29)
-    full = reference(ids, attention_mask=mask, use_cache=True).past_key_values
-    for tokens in (prompt(1, 3, seed=5), prompt(4, 3, seed=6), prompt(1, 3, seed=7)):
-        mask = torch.cat([mask, torch.ones_like(tokens)], 1)
-        assert (step_of(model, cache, tokens, mask) - step_of(reference, full, tokens, mask)).abs().max() < 1e-12
+# Gemma 2's own attention takes its softmax in float32.
+@pytest.mark.parametrize("batch", ["one", "padded"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_in_double_precision_to_the_last_digits(family, batch):
+    assert evicting(build(family, torch.float64), batch)[0] < 1e-12
 
 
 @pytest.mark.parametrize("name", UNEVEN)

@@ -14,6 +14,7 @@ import transformers
 import tokred
 from tests.kv.masked import evicted_rows, masked_reference
 from tests.kv.tiny import POLICIES, Scatter, build, padded, prompt
+from tokred.adapters import contract
 from tokred.kv import When
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
@@ -283,3 +284,53 @@ def test_chunk_by_chunk_never_holds_more_than_its_limit_and_a_chunk():
     assert held == [10, *[20] * 11]
     assert cache.get_seq_length() == 120
     assert model(prompt(1), past_key_values=cache).logits.isfinite().all()
+
+
+def second_turn(model):
+    """A cache that has seen 47 tokens, and the whole sequence, with 18 more."""
+    cache = tokred.kv_cache(model)
+    first = model.generate(prompt(40), past_key_values=cache, **GREEDY)
+    return cache, torch.cat([first, prompt(17, seed=5)], 1)
+
+
+def test_the_host_goes_on_in_chunks_since_the_version_that_the_contract_names():
+    model = build("llama", torch.float64)
+    cache = transformers.DynamicCache(config=model.config)
+    first = model.generate(prompt(40), past_key_values=cache, **GREEDY)
+    ids = torch.cat([first, prompt(17, seed=5)], 1)
+    more = {"max_new_tokens": 1, "prefill_chunk_size": 8, "return_dict_in_generate": True, "output_logits": True}
+    found = model.generate(ids, past_key_values=cache, **more).logits[0]
+    assert ((found - model(ids).logits[:, -1]).abs().max() < 1e-5) == contract.goes_on_in_chunks()
+
+
+@pytest.mark.parametrize("policy", [POLICIES["knorm"], tokred.Limited("knorm", "30 KiB", 8)])
+def test_a_second_turn_in_chunks(policy):
+    model = tokred.apply(build("llama"), policy)
+    cache, ids = second_turn(model)
+    assert cache.get_seq_length() == 47
+    other = copy.deepcopy(cache)
+    for part in ids[:, 47:-1].split(8, 1):
+        model(part, past_key_values=other)
+    made = model.generate(ids, past_key_values=other, prefill_chunk_size=8, **GREEDY)
+    if contract.goes_on_in_chunks():
+        assert torch.equal(model.generate(ids, past_key_values=cache, prefill_chunk_size=8, **GREEDY), made)
+    else:
+        with pytest.raises(ValueError, match=r"in chunks \(prefill_chunk_size=8\).* has seen 47 .*5\.21 mends that"):
+            model.generate(ids, past_key_values=cache, prefill_chunk_size=8, **GREEDY)
+        assert cache.get_seq_length() == 47
+
+
+@pytest.mark.parametrize("policy", [POLICIES["knorm"], tokred.Limited("knorm", "30 KiB", 20)])
+def test_a_second_turn_of_one_chunk_is_read_in_one_piece_where_the_host_reads_chunks_wrong(policy, monkeypatch):
+    model = tokred.apply(build("llama"), policy)
+    cache, ids = second_turn(model)
+    other = copy.deepcopy(cache)
+    expected = model(ids[:, 47:], past_key_values=other).logits[:, -1]
+    monkeypatch.setattr("tokred.adapters.kv.generate.goes_on_in_chunks", lambda: False)
+    with pytest.raises(ValueError, match="at most 17 in a forward"):
+        model.generate(ids, past_key_values=cache, prefill_chunk_size=17, **GREEDY)
+    assert cache.get_seq_length() == 47
+    more = {"return_dict_in_generate": True, "output_logits": True, "prefill_chunk_size": 18}
+    found = model.generate(ids, past_key_values=cache, **more, **GREEDY)
+    assert (found.logits[0] - expected).abs().max() < 1e-5, "but for rounding: generate asks for the last token alone"
+    assert cache.get_seq_length() == 47 + 18 + 7

@@ -14,6 +14,7 @@ import tokred
 from tests.kv.masked import evicted_rows, masked_reference
 from tests.kv.tiny import build, padded, prompt
 from tokred import kv
+from tokred.adapters.contract import goes_on_in_chunks
 from tokred.adapters.kv.layer import TokLayer
 from tokred.kv.limit import Ledger, size_text
 
@@ -108,7 +109,11 @@ def test_never_above_the_limit(model, watched, name):
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "past_key_values": cache}
     first = model.generate(prompt(120), **options)
     assert first.shape == (1, 132)
-    model.generate(torch.cat([first, prompt(21, seed=5)], 1), **options)
+    longer = torch.cat([first, prompt(21, seed=5)], 1)
+    if not goes_on_in_chunks():  # the host reads such chunks wrong: see test_generate.py
+        for part in longer[:, 131:-1].split(16, 1):
+            model(part, past_key_values=cache)
+    model.generate(longer, **options)
     assert cache.get_seq_length() == 132 + 21 + 11
     assert max(watched) <= 40 * 1024
     assert max(watched) <= cache.peak_bytes <= 40 * 1024
