@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+import torch
 
 from tokred.core.learned import Facts, Weights
 from tokred.core.reduction import Reduction
@@ -57,7 +60,7 @@ class Method(ABC):
         lacks: parameters that other methods have and this one cannot have, with the reason.
         example: where the defaults remove nothing, the parameter that has to be given, at a usual value, or ``...``
             where no value is usual.
-        gradients: whether gradients pass through the decision; where they do not, nobody records any.
+        gradients: whether gradients pass through the decision; where they do not, bases record none around it.
         weights: what :meth:`module` is loaded with when the method is applied; None: it starts anew. No parameter, so
             ``dataclasses.replace`` leaves it behind.
         version: raised when a parameter changes meaning, so that stored settings can be read.
@@ -99,6 +102,10 @@ class Method(ABC):
         The host holds it and hands it to :meth:`reduce` as ``site.learned.module``; such a method reads ``"module"``.
         """
         return None
+
+    def recording(self) -> AbstractContextManager[Any]:
+        """Around a decision: gradients are recorded only where :attr:`gradients` says that they pass."""
+        return nullcontext() if self.gradients else torch.no_grad()
 
     @abstractmethod
     def reduce(self, site: Site) -> Reduction:
