@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tokred.adapters.encoder.capture import Capture
 from tokred.adapters.encoder.masks import PADDED as PADDED
-from tokred.adapters.encoder.masks import check_soft, seen, visible
+from tokred.adapters.encoder.masks import seen, visible
 from tokred.adapters.encoder.state import Shared, TokenState
 from tokred.adapters.linear import value_transform
 from tokred.adapters.swap import SETTINGS as SETTINGS
@@ -287,8 +287,8 @@ def decide(settings: Settings, capture: Capture, state: TokenState, x: Tensor) -
     if capture.causal:
         raise UnsupportedModelError("causal attention cannot carry fewer tokens: their order is not kept")
     learned = Learned(shared.module, state.gate)
-    if learned.training:
-        check_soft(shared.method.name, x, hidden is not None)
+    if learned.training and hidden is not None:
+        raise UnsupportedModelError(f"{shared.method.name!r} cannot learn on these inputs: {PADDED}")
     tapped = settings.tap.take() if settings.tap is not None else None
     real = state.mask
     if hidden is not None:

@@ -1,5 +1,4 @@
-"""Masks that hosts hand to their blocks: which tokens they hide from every query, or that they hide pairs; and what
-stands in the way of soft decisions."""
+"""Masks that hosts hand to their blocks: which tokens they hide from every query, or that they hide pairs."""
 
 from __future__ import annotations
 
@@ -63,20 +62,3 @@ def require(holds: Tensor, message: str) -> None:
         torch._assert_async(holds.all(), message)
     elif not bool(holds.all()):
         raise UnsupportedModelError(message)
-
-
-def check_soft(name: str, x: Tensor, hidden: bool) -> None:
-    """Refuse what would keep a method from learning without a word.
-
-    Raises:
-        UnsupportedModelError: inputs are padded in a way that no soft decision can be told about, or gradients of what
-            it decides are cut off.
-    """
-    if hidden:
-        raise UnsupportedModelError(f"{name!r} cannot learn on these inputs: {PADDED}")
-    # Only a reentrant checkpoint runs without gradients what is to be differentiated.
-    if x.requires_grad and not torch.is_grad_enabled():
-        raise UnsupportedModelError(
-            f"{name!r} learns by losses that it computes inside the blocks, which reentrant checkpointing cuts off: "
-            "checkpoint with use_reentrant=False"
-        )

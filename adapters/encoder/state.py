@@ -31,6 +31,10 @@ REENTRANT = (
     "reentrant checkpointing cuts off: checkpoint with use_reentrant=False (transformers: "
     'gradient_checkpointing_enable({{"use_reentrant": False}}); timm: timm.layers.set_reentrant_ckpt(False))'
 )
+LEARNING = (
+    "{method!r} learns by losses that it computes inside the blocks, which reentrant checkpointing cuts off: "
+    "checkpoint with use_reentrant=False"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,7 +250,13 @@ class Shared:
         return vanish and (self.expose_all or self.restore != "none")
 
     def enter(self, layer: int, x: Tensor) -> tuple[TokenState, Tensor]:
-        """State and short tokens at the entry of block ``layer``."""
+        """State and short tokens at the entry of block ``layer``.
+
+        Raises:
+            UnsupportedModelError: the method learns inside a reentrant checkpoint, where its losses have no gradient.
+        """
+        if self.module is not None and self.module.training and x.requires_grad and not torch.is_grad_enabled():
+            raise UnsupportedModelError(LEARNING.format(method=self.method.name))
         if layer == 0:
             return self.begin(x, x.shape[1]), x
         state = self.carried(layer, x)

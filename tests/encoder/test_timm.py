@@ -14,6 +14,7 @@ pytest.importorskip("timm")
 import tokred
 from tests.encoder.laws import assert_same, snapshot
 from tests.encoder.tiny_timm import FAMILIES, SIZE, build, images, without_weights
+from tokred.adapters import find
 
 ROPE = [f for f in FAMILIES if "rope" in f]
 METHODS = {
@@ -40,12 +41,15 @@ METHODS = {
     "spatten": {"keep": 0.5, "first": 0},
     "spatten-heads": {"keep": 0.5, "first": 0, "heads": 2},
     "ltp": {"theta_final": 0.3},
+    "ltp-learn": {"theta_final": 0.3, "learn": True},
+    "dynamicvit": {"rho": 0.6, "at": [1]},
 }
 NOTHING = {"tome": {"r": 0}, "pitome": {"ratio": 1.0}, "random": {"r": 0}, "random_prune": {"r": 0}, "kth": {"k": 1},
            "evit": {"kappa": 1.0}, "ats": {"blocks": ()}, "ppt": {"r": 0}, "tofu": {"r": 0}, "saint": {"tau": 1.5},
            "algm": {"T": 2, "theta": 2}, "vtm": {"R": 0}, "tinychart": {"r": 0},
            "zero_tprune": {"rho": 1.0, "r_s": 0}, "tokentm": {"keep": 1.0}, "vomix": {"r": 0},
-           "downsample": {"keep": 1.0}, "spatten": {"keep": 1.0}, "ltp": {"theta_final": 0.0}}  # fmt: skip
+           "downsample": {"keep": 1.0}, "spatten": {"keep": 1.0}, "ltp": {"theta_final": 0.0},
+           "dynamicvit": {"rho": 1.0}}  # fmt: skip
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -55,7 +59,7 @@ def test_nothing_to_remove_is_bit_equal_and_removal_restores_everything(family):
     with torch.no_grad():
         y = model(x)
         for name, parameters in NOTHING.items():
-            if _lacks(model, family, name):
+            if _lacks(model, family, name, parameters):
                 continue
             tokred.apply(model, name, **parameters)
             assert torch.equal(model(x), y), name
@@ -73,7 +77,7 @@ def test_nothing_to_remove_is_bit_equal_and_removal_restores_everything(family):
 def test_runs_with_the_announced_tokens_and_without_batch_mates(family, case):
     model, x = build(family), images()
     name, parameters = case.partition("-")[0], METHODS[case]
-    if lacks := _lacks(model, family, name):
+    if lacks := _lacks(model, family, name, parameters):
         with pytest.raises(tokred.MissingInputError, match=f"reads .*{lacks}.* does not supply"):
             tokred.apply(model, name, **parameters)
         return
@@ -92,7 +96,7 @@ def test_runs_with_the_announced_tokens_and_without_batch_mates(family, case):
             torch.testing.assert_close(model(x[i : i + 1]), y[i : i + 1], rtol=1e-4, atol=2e-5)
 
 
-def _lacks(model, family: str, name: str) -> str | None:
+def _lacks(model, family: str, name: str, parameters: dict) -> str | None:
     """Something that the method reads and a model of this family cannot supply."""
     found = set()
     if getattr(model, "cls_token", None) is None:
@@ -101,7 +105,9 @@ def _lacks(model, family: str, name: str) -> str | None:
         found.add("attention")  # a bias for each pair of tokens
     if "parallel" in family or "post-norm" in family:
         found |= {"queries", "transform"}  # blocks that are run whole
-    return min(found & tokred.make(name).reads, default=None)
+    if find(model).pooled:
+        found |= {"module", "gates"}  # the head reads tokens that are only softly gone
+    return min(found & tokred.make(name, **parameters).reads, default=None)
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ROPE and "relpos" not in f and "beit" not in f])

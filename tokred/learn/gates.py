@@ -23,7 +23,8 @@ def gated_attention(
     """Attention that sees each key as far as its gate is open; a token always sees itself.
 
     With ``G`` the gate of each key, one on the diagonal, the weights are
-    ``(exp(S - max S) G + eps / N) / (sum(exp(S - max S) G) + eps)``, in float32 (float64 stays).
+    ``(exp(S - max S) G + eps / N) / (sum(exp(S - max S) G) + eps)``, in float32 (float64 stays). The maximum counts
+    keys whose gate is not closed (ours; the released code counts all, so that ``eps`` can outweigh what is seen).
 
     Args:
         q: ``(B, H, N, D)``.
@@ -59,8 +60,11 @@ def gated_attention(
         high = logits.detach().amax(-1, keepdim=True)
         high = high.where(high > -torch.inf, 0.0)
         weight = (logits - high).exp() * open_
-        least = eps / k.shape[2] if mask is None else eps / k.shape[2] * (logits > -torch.inf)
-        weight = (weight + least) / (weight.sum(-1, keepdim=True) + eps)
+        # Beside a closed key of a high logit the others are small, and eps has to be small beside them.
+        seen = weight.detach().where(open_ > 0, 0.0).amax(-1, keepdim=True).clamp_min(1e-30)
+        least = eps * seen
+        each = least / k.shape[2] if mask is None else least / k.shape[2] * (logits > -torch.inf)
+        weight = (weight + each) / (weight.sum(-1, keepdim=True) + least)
         if dropout > 0:
             weight = F.dropout(weight, dropout)
         return (weight @ v.to(dtype)).to(v.dtype)

@@ -18,6 +18,7 @@ from tokred.core.registry import register
 from tokred.core.selection import protected_rows, ranked
 from tokred.core.site import Site
 from tokred.errors import MissingInputError
+from tokred.kernels.dispatch import without_autocast
 from tokred.learn.gates import gumbel_keep
 from tokred.learn.losses import Over, ratio_loss
 
@@ -168,7 +169,7 @@ class Predictors(nn.Module):
 
 
 class Predictor(nn.Module):
-    """Says of each token how likely it stays, from itself and from the mean of those that are left.
+    """Says of each token how likely it stays, from itself and from the mean of those that are left; in float32.
 
     Args:
         width: channels ``C`` of a token, an even number, at least 4.
@@ -197,11 +198,21 @@ class Predictor(nn.Module):
             previous: ``(B, N)`` in 0..1, which of them are left.
 
         Returns:
-            ``(B, N, 2)`` float32: of staying, and of going.
+            ``(B, N, 2)`` float32 (float64 for float64 input): of staying, and of going.
         """
-        local, whole = F.gelu(self.embed(self.norm(x))).chunk(2, -1)
-        weight = previous.unsqueeze(-1).to(whole.dtype)
-        mean = (whole * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp_min(1e-6)
-        both = torch.cat([local, mean.expand_as(local)], -1)
-        said: Tensor = self.head(both).float().log_softmax(-1)
-        return said
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        with without_autocast(x):
+            norm = [t.to(x.dtype) for t in (self.norm.weight, self.norm.bias)]
+            y = F.layer_norm(x, self.norm.normalized_shape, *norm, self.norm.eps)
+            local, whole = F.gelu(_linear(self.embed, y)).chunk(2, -1)
+            weight = previous.unsqueeze(-1).to(x.dtype)
+            mean = (whole * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp_min(1e-6)
+            y = torch.cat([local, mean.expand_as(local)], -1)
+            for layer in self.head:
+                y = _linear(layer, y) if isinstance(layer, nn.Linear) else layer(y)
+            return y.log_softmax(-1)
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """In the precision of ``x``, whatever that of the weights."""
+    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))

@@ -55,6 +55,7 @@ class LTP(Method):
     drops: ClassVar[bool] = True
     uneven: ClassVar[bool] = True
     by_mask: ClassVar[bool] = True
+    gradients: ClassVar[bool] = True
 
     thresholds: Sequence[float] | None = None
     theta_final: float = 0.01
