@@ -1,23 +1,28 @@
 """Adapters: what each host library's models look like. They know no method; methods know no host.
 
-A host library is imported only by its own adapter, and only when a model of that library is at hand.
+A host library is imported only by its own adapter, and only when a model of that library is at hand. Here stands which
+adapter serves which stage, and how the part of a model is found that methods of a stage act on.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
+import torch
 from torch import nn
 
 from tokred.adapters.swap import host_class
+from tokred.core.method import Method
+from tokred.core.registry import methods as registered
+from tokred.core.site import STAGES
 from tokred.core.versions import check_tested
-from tokred.errors import UnknownModelError, UnsupportedModelError
+from tokred.errors import MissingInputError, UnknownModelError, UnsupportedModelError
 
 if TYPE_CHECKING:
-    from tokred.adapters.encoder.host import Host
+    from tokred.adapters.encoder.host import EncoderHost
 
-# First package of a class's module -> the adapter that knows it.
+# First package of a class's module -> the adapter that knows it, with its function where that is not ``match``.
 ADAPTERS = {
     "timm": "tokred.adapters.encoder.timm",
     "transformers": "tokred.adapters.encoder.transformers",
@@ -28,20 +33,35 @@ CACHES = {"transformers": "tokred.adapters.kv.host"}
 # The same for denoisers, whose attention may run on fewer tokens.
 DENOISERS = {"diffusers": "tokred.adapters.diffusion"}
 # Models with vision whose visual tokens may leave, and language models whose later layers run on fewer tokens.
-VISUAL = {"transformers": "tokred.adapters.vlm.projector"}
-LAYERED = {"transformers": "tokred.adapters.vlm.layer"}
-BY_STAGE = {"block": ADAPTERS, "cache": CACHES, "attention": DENOISERS, "projector": VISUAL, "layer": LAYERED}
-KINDS = {
-    "block": "encoders",
-    "cache": "language models",
-    "attention": "denoisers",
-    "projector": "models with vision",
-    "layer": "language models",
+VISUAL = {"transformers": "tokred.adapters.vlm.host:match_projector"}
+LAYERED = {"transformers": "tokred.adapters.vlm.host:match_layer"}
+
+
+class Served(NamedTuple):
+    """A stage.
+
+    Attributes:
+        adapters: package of a host library, and the adapter whose ``match`` makes a host of its models.
+        kind: of models, in words.
+        usual: name of a method, for who asks for one of another stage.
+    """
+
+    adapters: dict[str, str]
+    kind: str
+    usual: str
+
+
+BY_STAGE = {
+    "block": Served(ADAPTERS, "encoders", "tome"),
+    "attention": Served(DENOISERS, "denoisers", "tomesd"),
+    "cache": Served(CACHES, "language models", "snapkv"),
+    "projector": Served(VISUAL, "models with vision", "divprune"),
+    "layer": Served(LAYERED, "language models", "fastv"),
 }
 
 
 @overload
-def find(model: nn.Module, stage: Literal["block"] = "block") -> Host: ...
+def find(model: nn.Module, stage: Literal["block"] = "block") -> EncoderHost: ...
 
 
 @overload
@@ -49,17 +69,29 @@ def find(model: nn.Module, stage: str) -> Any: ...
 
 
 def find(model: nn.Module, stage: str = "block") -> Any:
-    """The one part of ``model`` that can be patched: the model itself, or a single known model inside it.
+    """The one part of ``model`` that methods of ``stage`` act on: the model itself, or a single known model inside it.
 
     Args:
-        model: a model, or something that holds one.
-        stage: ``"block"`` for a :class:`~tokred.adapters.encoder.host.Host`, ``"cache"`` for a ``CacheHost``,
+        model: a model, something that holds one, or a pipeline of diffusers.
+        stage: ``"block"`` for an :class:`~tokred.adapters.encoder.host.EncoderHost`, ``"cache"`` for a ``CacheHost``,
             ``"attention"`` for a ``DenoiserHost``, ``"projector"`` and ``"layer"`` for a ``VisualHost``.
 
     Raises:
+        TypeError: ``model`` is no module.
         UnsupportedModelError: no part can be patched (with the reason of the outermost part that was recognised), or
             several can, so that the user has to say which.
+        MissingInputError: no adapter offers the stage.
     """
+    model = module_of(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UnsupportedModelError("the model is TorchScript, which cannot be patched: apply tokred first, then trace")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if hasattr(model, "_orig_mod"):
+        raise UnsupportedModelError("the model is compiled: apply tokred to the original model, then torch.compile it")
+    if stage not in STAGES:
+        raise MissingInputError(f"no adapter offers the stage {stage!r}; stages are {', '.join(STAGES)}")
+    served = BY_STAGE[stage]
     refusal: UnsupportedModelError | None = None
     hosts: list[tuple[str, Any]] = []
     settled: list[str] = []
@@ -68,7 +100,7 @@ def find(model: nn.Module, stage: str = "block") -> Any:
         if any(not outer or name == outer or name.startswith(f"{outer}.") for outer in settled):
             continue
         try:
-            host = _match(module, BY_STAGE[stage])
+            host = _match(module, served.adapters)
         except UnsupportedModelError as error:
             refusal = refusal or error
             settled.append(name)
@@ -89,7 +121,7 @@ def find(model: nn.Module, stage: str = "block") -> Any:
     if refusal is not None:
         raise refusal
     raise UnknownModelError(
-        f"{type(model).__name__} is of no family that tokred knows ({', '.join(BY_STAGE[stage])} {KINDS[stage]}), and "
+        f"{type(model).__name__} is of no family that tokred knows ({', '.join(served.adapters)} {served.kind}), and "
         "holds none; "
         "docs/hosts.md lists the families"
     )
@@ -100,7 +132,86 @@ def _match(module: nn.Module, adapters: dict[str, str]) -> Any:
     for package, adapter in adapters.items():
         if package in packages:
             check_tested(package)
-            host = importlib.import_module(adapter).match(module)
+            where, _, match = adapter.partition(":")
+            host = getattr(importlib.import_module(where), match or "match")(module)
             if host is not None:
                 return host
     return None
+
+
+def module_of(model: Any) -> Any:
+    """The denoiser of a pipeline of diffusers; anything else as it is.
+
+    Raises:
+        UnsupportedModelError: a pipeline without a denoiser.
+    """
+    packages = {c.__module__.partition(".")[0] for c in type(model).__mro__}
+    if isinstance(model, nn.Module) or "diffusers" not in packages:
+        return model
+    from tokred.adapters.diffusion import part_of
+
+    found = part_of(model)
+    return model if found is None else found
+
+
+def find_for(model: Any, method: Method) -> Any:
+    """The part of ``model`` that ``method`` acts on.
+
+    Raises:
+        MissingInputError: the model offers other stages than the method's.
+        UnsupportedModelError, TypeError: as :func:`find`.
+    """
+    try:
+        return find(model, method.stage)
+    except UnknownModelError:
+        other = _other(model, method.stage)
+        if other is None:
+            raise
+        raise MissingInputError(
+            f"{method.name!r} acts at stage {method.stage!r}, but {other.family} offers only stage {other.stage!r}: "
+            f"take a method of that stage, such as {BY_STAGE[other.stage].usual!r}"
+        ) from None
+
+
+def _other(model: nn.Module, stage: str) -> Any:
+    for other in STAGES:
+        if other != stage:
+            try:
+                return find(model, other)
+            except UnsupportedModelError:
+                continue
+    return None
+
+
+def reasons(model: nn.Module) -> dict[str, tuple[Any, str]]:
+    """For every method: the host that it runs on, or None, and how it runs or why it does not."""
+    found: dict[str, Any] = {}
+    errors: dict[str, UnsupportedModelError] = {}
+    for stage in STAGES:
+        try:
+            found[stage] = find(model, stage)
+        except UnsupportedModelError as error:
+            errors[stage] = error
+    rows: dict[str, tuple[Any, str]] = {}
+    for name in registered:
+        cls = registered.get(name)
+        host = found.get(cls.stage)
+        if host is not None:
+            missing = host.missing(cls)
+            lacks = f"needs {', '.join(sorted(missing))}, which {host.family} does not supply" if missing else ""
+            rows[name] = (None if missing else host, lacks)
+        else:
+            rows[name] = (None, _why_not(cls.stage, found, errors))
+    return rows
+
+
+def _why_not(stage: str, found: dict[str, Any], errors: dict[str, UnsupportedModelError]) -> str:
+    """A refusal of the model itself says most; then what it offers instead; then that it is not known at all."""
+    own = errors.get(stage)
+    if own is not None and not isinstance(own, UnknownModelError):
+        return str(own)
+    if found:
+        host = next(iter(found.values()))
+        return f"acts at stage {stage!r}; {host.family} offers {host.stage!r}"
+    refused = [e for e in errors.values() if not isinstance(e, UnknownModelError)]
+    return str(refused[0] if refused else own or next(iter(errors.values())))

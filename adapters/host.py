@@ -1,25 +1,96 @@
-"""``Supplier``: what the host records of all stages share: telling what a method reads and they cannot hand over."""
+"""``Host``: what tokred asks of a model of any stage: can a method run here, patch it, what did it do.
+
+An adapter is a module with ``match(model) -> Host | None``, named in the table of :mod:`tokred.adapters`.
+"""
 
 from __future__ import annotations
 
-from typing import ClassVar, Self
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from torch import Tensor, nn
+
+from tokred.core.learned import Facts
 from tokred.core.method import Method
-from tokred.errors import MissingInputError
+from tokred.core.report import Report
+from tokred.errors import MissingInputError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from tokred.adapters.changes import Changes
 
 
-class Supplier:
-    """Base of host records.
+class State:
+    """Base of what the patched modules of one host share while they run, and what its report is made of.
 
     Attributes:
-        family: for messages.
+        stage: of the host.
+        method: that acts.
+        module: of the method, where it has weights.
+        losses: terms of the training loss, of the last forward in training; None: there was none.
+    """
+
+    stage: ClassVar[str] = ""
+    method: Any
+    module: nn.Module | None = None
+    losses: dict[str, Tensor] | None = None
+
+
+class Host(ABC):
+    """A model, or a part of one, that methods of one stage can act on.
+
+    Attributes:
+        family: for messages, such as ``"timm VisionTransformer"``.
+        model: the module that the user gave, or a part of it.
+        stage: of the methods.
         supplies: what sites hand over.
         windowless: why there are no windows to choose from.
+
+    Beside these a host has ``blocks``, the names and modules that ``where`` chooses from; ``depth``, how many places
+    there are for a method; and ``how``, which says in the table of support in what way methods run.
     """
 
     family: str
+    model: nn.Module
+    stage: str
     supplies: frozenset[str]
     windowless: ClassVar[str] = "the attention of {family} does not run in windows"
+
+    @abstractmethod
+    def check(self, method: Method, expose: str = "auto") -> None:
+        """Everything that can be known before the model is touched.
+
+        Raises:
+            MissingInputError: the method acts at another stage, or reads what the host cannot supply.
+            UnsupportedModelError: something on the model would pass a patch by.
+            ValueError: its parameters do not fit the model, or ``expose`` does not.
+        """
+
+    def facts(self) -> Facts:
+        """What a method with weights builds its module from; asked of hosts that supply ``"module"``.
+
+        Raises:
+            UnsupportedModelError: it cannot be told.
+        """
+        raise UnsupportedModelError(f"a method with weights cannot be built for {self.family}: its facts are not known")
+
+    @abstractmethod
+    def patch(
+        self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str, changes: Changes
+    ) -> State:
+        """Let the method act. :meth:`check` has passed; whatever is changed goes through ``changes``."""
+
+    @abstractmethod
+    def report(self, state: Any, methods: Sequence[Method]) -> Report:
+        """The last forward.
+
+        Args:
+            state: that :meth:`patch` returned.
+            methods: that act on the model, those of other stages included.
+
+        Raises:
+            NothingRecordedError: no (uncompiled) forward has run since the model was patched.
+        """
 
     @property
     def offered(self) -> frozenset[str]:

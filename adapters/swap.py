@@ -9,6 +9,7 @@ imported by name.
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -18,8 +19,25 @@ from torch import nn
 from tokred.adapters import contract
 from tokred.errors import UnsupportedModelError
 
+# On a swapped module, what its new class needs to know; on that class, the host's own.
 SETTINGS = "_tokred"
 _HOST = "_tokred_host_class"
+
+# The methods of the subclass of a host's class. A function of a module rather than a closure: pickles name it.
+Body = Callable[[Any], dict[str, Any]]
+
+
+class Undo(ABC):
+    """How one change is taken back: a small object, so that what holds it copies and pickles."""
+
+    @property
+    @abstractmethod
+    def in_force(self) -> bool:
+        """Whether the change is still there."""
+
+    @abstractmethod
+    def undo(self) -> None:
+        """Take the change back, unless that has happened already."""
 
 
 def host_class(module: nn.Module) -> type[nn.Module]:
@@ -48,12 +66,18 @@ def is_swapped(module: nn.Module) -> bool:
     return any(_HOST in c.__dict__ for c in type(module).__mro__)
 
 
-def swap(module: nn.Module, kind: str, settings: Any) -> None:
-    """Exchange the class of ``module`` in place; ``kind`` is a key of ``_BODIES``."""
+def swap(module: nn.Module, body: Body, settings: Any) -> None:
+    """Exchange the class of ``module`` in place for a subclass.
+
+    Args:
+        module: to be exchanged.
+        body: the methods of the subclass, given the class; a function that can be imported.
+        settings: what those methods find under :data:`SETTINGS`.
+    """
     if is_swapped(module):
         raise RuntimeError(f"{type(module).__name__} is patched already")
     host: Any = type(module)
-    _exchange(module, _subclass(host, kind))
+    _exchange(module, _subclass(host, body))
     module.__dict__[SETTINGS] = settings
 
 
@@ -80,12 +104,12 @@ def check_entrance(module: nn.Module, name: str) -> None:
 
 
 def restore(module: nn.Module) -> None:
-    """Undo :func:`swap`, and what the settings know besides."""
+    """Take :func:`swap` back, with what else its settings changed."""
     host: Any = type(module)
     _exchange(module, _without(host))
-    undo = getattr(module.__dict__.pop(SETTINGS, None), "undo", None)
-    if undo is not None:
-        undo()
+    settings = module.__dict__.pop(SETTINGS, None)
+    if isinstance(settings, Undo):
+        settings.undo()
 
 
 class Hook:
@@ -96,118 +120,23 @@ class Standin:
     """Base of what stands on an instance in front of a method of its class."""
 
 
-def remove_hooks(module: nn.Module) -> None:
-    """Take tokred's hooks off one module, and what stands in front of its methods."""
-    for name in [k for k, value in module.__dict__.items() if isinstance(value, Standin)]:
-        del module.__dict__[name]
-    for hooks, others in (
-        (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
-        (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),
-    ):
-        for key in [k for k, hook in hooks.items() if isinstance(hook, Hook)]:
-            del hooks[key]
-            for other in others:
-                other.pop(key, None)
-
-
 @functools.cache
-def _subclass(host: Any, kind: str) -> type[nn.Module]:
-    body: dict[str, Any] = {
+def _subclass(host: Any, body: Body) -> type[nn.Module]:
+    members: dict[str, Any] = {
         "__module__": host.__module__,
         "__qualname__": host.__qualname__,
         "__doc__": host.__doc__,
-        "__reduce_ex__": _make_reduce(host, kind),
+        "__reduce_ex__": _make_reduce(host, body),
         "__prepare_scriptable__": refuse_script,
         _HOST: host,
     }
-    body.update(_BODIES[kind](host))
-    return type(host.__name__, (host,), body)
+    members.update(body(host))
+    return type(host.__name__, (host,), members)
 
 
-def _block_body(host: type[nn.Module]) -> dict[str, Any]:
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        settings = self.__dict__.get(SETTINGS)
-        if settings is None:  # removed, but a wrapper that came later still calls this
-            return host.forward(self, *args, **kwargs)
-        settings.shared.watch.ran(settings.site)
-        run = settings.recipe.run
-        if args:
-            return run(self, functools.partial(host.forward, self), args[0], args[1:], kwargs)
-        x = kwargs.pop("hidden_states")
-        return run(self, functools.partial(host.forward, self), x, (), kwargs)
-
-    return {"forward": forward}
-
-
-def _model_body(host: type[nn.Module]) -> dict[str, Any]:
-    """Methods that reshape intermediate tokens to a map get them at full length: a short one would be scrambled."""
-    body: dict[str, Any] = {}
-    for name in ("forward_intermediates", "get_intermediate_layers"):
-        original = getattr(host, name, None)
-        if original is not None:
-            body[name] = _exposed(original)
-    # What a method learns is no sub-module of the model, so it has to be taken along.
-    body.update({name: _followed(getattr(host, name)) for name in ("train", "_apply")})
-    return body
-
-
-def _cache_body(host: type[nn.Module]) -> dict[str, Any]:
-    """What a model with a policy for its cache does before it generates."""
-    from tokred.adapters.kv import generate
-
-    return generate.body(host)
-
-
-def _layers_body(host: type[nn.Module]) -> dict[str, Any]:
-    """A list of decoder layers that hands them out with what is to be done before each."""
-    from tokred.adapters.vlm import layers
-
-    return layers.body(host)
-
-
-def _sublayer_body(host: type[nn.Module]) -> dict[str, Any]:
-    original = host.forward  # the compiler follows a function, not the attribute of a class
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        spot = self.__dict__.get(SETTINGS)
-        if spot is None:  # removed, but a wrapper that came later still calls this
-            return original(self, *args, **kwargs)
-        return spot.run(self, original, args, kwargs)
-
-    return {"forward": forward}
-
-
-_BODIES: dict[str, Callable[[type[nn.Module]], dict[str, Any]]] = {
-    "block": _block_body,
-    "model": _model_body,
-    "cache": _cache_body,
-    "layers": _layers_body,
-    "sublayer": _sublayer_body,
-    "denoiser": lambda host: {},  # hooks do it all
-}
-
-
-def _exposed(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        shared = self.__dict__.get(SETTINGS)
-        if shared is None:  # removed, but bound to this function before
-            return original(self, *args, **kwargs)
-        return shared.intermediates(original, (self, *args), kwargs)
-
-    return method
-
-
-def _followed(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        out = original(self, *args, **kwargs)
-        module = getattr(self.__dict__.get(SETTINGS), "module", None)
-        if module is not None:
-            getattr(module, original.__name__)(*args, **kwargs)
-        return out
-
-    return method
+def unchanged(host: type[nn.Module]) -> dict[str, Any]:
+    """The body of a module that keeps all its methods, and is exchanged to hold settings and refuse scripting."""
+    return {}
 
 
 def refuse_script(module: nn.Module) -> nn.Module:
@@ -222,14 +151,14 @@ def refuse_script(module: nn.Module) -> nn.Module:
     )
 
 
-def _make_reduce(host: type[nn.Module], kind: str) -> Callable[..., Any]:
+def _make_reduce(host: type[nn.Module], body: Body) -> Callable[..., Any]:
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
         reduced: Any = object.__reduce_ex__(self, protocol)
-        return (_rebuild, (host, kind), *reduced[2:])
+        return (_rebuild, (host, body), *reduced[2:])
 
     return __reduce_ex__
 
 
-def _rebuild(host: Any, kind: str) -> nn.Module:
-    cls = _subclass(host, kind)
+def _rebuild(host: Any, body: Body) -> nn.Module:
+    cls = _subclass(host, body)
     return cls.__new__(cls)

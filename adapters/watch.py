@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from tokred.adapters import contract
+from tokred.adapters.changes import Changes
 from tokred.adapters.swap import Hook, host_class, is_swapped
 from tokred.errors import BypassedError
 
@@ -143,11 +144,11 @@ for _function in _functions:
     _function._dynamo_marked_constant = True
 
 
-def hang(model: nn.Module, watch: Watch) -> None:
+def hang(model: nn.Module, watch: Watch, changes: Changes) -> None:
     """Watch the forwards of ``model``."""
     watch.model = weakref.ref(model)  # for messages; a copy of the model gives none while it is compiled
-    model.register_forward_pre_hook(EnterWatched(watch))
-    model.register_forward_hook(LeaveWatched(watch))
+    changes.before(model, EnterWatched(watch))
+    changes.after(model, LeaveWatched(watch))
 
 
 def check_passed_by(model: nn.Module | None, watch: Watch, missing: Iterable[str]) -> None:

@@ -73,6 +73,26 @@ def test_laws_hold(which):
     assert broken(case) == {}
 
 
+def test_laws_hold_with_every_method():
+    for name in ("transformers", "diffusers"):
+        pytest.importorskip(name)
+    cases = [case for wing in ("encoder", "kv", "vlm", "diffusion") for case in doctor.choose([wing], "*")]
+    assert {case.family.partition(" on ")[0] for case in cases} == set(tokred.list_methods())
+    for case in cases:
+        assert broken(case) == {}, case.family
+        assert ("nothing" in case.checks) == bool(case.nothing)
+
+
+def test_one_method_is_asked_by_name():
+    assert [case.family for case in doctor.choose(["timm"], "tom?")] == ["tome on vit"]
+    with pytest.raises(ValueError, match="no method's name fits 'nobody'"):
+        doctor.choose(["timm"], "nobody")
+    done = run("--only", "timm", "--methods", "kth")
+    assert done.exit_code == 0, done.output
+    assert "kth on vit" in done.stdout
+    assert "on 1 families" in done.stdout
+
+
 def test_every_tiny_model_is_asked():
     for name in ("transformers", "diffusers", "open_clip"):
         pytest.importorskip(name)
@@ -190,7 +210,7 @@ def test_a_host_that_cannot_be_built_is_broken(monkeypatch):
 
 def test_a_library_too_old_for_a_family_is_no_failure(monkeypatch):
     case = dataclasses.replace(case_of("timm", "encoder", "vit"), since="999.0")
-    monkeypatch.setattr(doctor, "choose", lambda only=(): [case])
+    monkeypatch.setattr(doctor, "choose", lambda *given: [case])
     done = run("--only", "timm")
     assert done.exit_code == 0
     said = " ".join(done.stdout.split())

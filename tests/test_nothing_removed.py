@@ -57,7 +57,7 @@ def test_settings_that_remove_something_are_silent(case):
 def test_by_default_only_those_whose_page_says_so_remove_nothing():
     idle = {name for name in tokred.list_methods() if any(m.why_idle(24) for m in tokred.make(name).members)}
     assert idle == {*NAMED, "duoattention"}
-    assert {name for name in tokred.list_methods() if methods.get(name).example} == idle
+    assert {name for name in tokred.list_methods() if methods.get(name).usual} == idle
 
 
 @pytest.mark.parametrize(
@@ -96,4 +96,4 @@ def test_as_an_error_it_leaves_the_model_as_it_was():
         warnings.simplefilter("error", tokred.NothingRemovedWarning)
         with pytest.raises(tokred.NothingRemovedWarning):
             tokred.apply(model, "tofu")
-    assert tokred.hosts.patched_with(model)[0] == tokred.ToMe(r=2)
+    assert tokred.patched(model)[0] == tokred.ToMe(r=2)

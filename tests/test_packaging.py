@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import runpy
 import shutil
 import subprocess
@@ -72,6 +73,22 @@ def test_templates_are_listed() -> None:
 def test_type_marker() -> None:
     assert (ROOT / "tokred" / "py.typed").exists()
     assert "py.typed" in PROJECT["tool"]["setuptools"]["package-data"]["tokred"]
+
+
+def test_the_stub_is_the_generated_one() -> None:
+    stub = runpy.run_path(str(ROOT / ".ci" / "stub.py"))
+    assert (ROOT / "tokred" / "__init__.pyi").read_text("utf-8") == stub["text"](), "run python .ci/stub.py"
+    assert "*.pyi" in PROJECT["tool"]["setuptools"]["package-data"]["tokred"]
+
+
+def test_the_stub_has_all_names() -> None:
+    import tokred
+
+    tree = ast.parse((ROOT / "tokred" / "__init__.pyi").read_text("utf-8"))
+    imported = {a.asname or a.name for node in tree.body if isinstance(node, ast.ImportFrom) for a in node.names}
+    assert imported | {"__version__"} == set(tokred.__all__)
+    for name in tokred.__all__:
+        assert getattr(tokred, name) is not None
 
 
 def test_floors_not_pins() -> None:
@@ -151,7 +168,7 @@ def test_wheel_holds_everything(tmp_path: Path) -> None:
         inside = package.replace(".", "/")
         for file in (ROOT / top).rglob("*.py"):
             assert f"{inside}/{file.relative_to(ROOT / top).as_posix()}" in names
-    assert {"tokred/py.typed", "tokred/analysis/viz/templates/viz.html"} <= names
+    assert {"tokred/py.typed", "tokred/__init__.pyi", "tokred/analysis/viz/templates/viz.html"} <= names
     for file in (ROOT / "tokred" / "bench" / "data").iterdir():
         if file.suffix in {".safetensors", ".npz", ".json"} or file.name.startswith("LICENSE"):
             assert f"tokred/bench/data/{file.name}" in names

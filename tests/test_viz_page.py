@@ -25,9 +25,9 @@ from tests.encoder.tiny_timm import build, images
 from tokred.analysis.viz import draw as viz
 from tokred.analysis.viz import pages
 from tokred.analysis.viz import recording as stages
-from tokred.core.method import Method
 from tokred.core.settings import parse_setting
 from tokred.core.soft import SoftReduction
+from tokred.encoder.method import BlockMethod
 
 VOID = {"meta", "link", "input", "br", "img"}
 NASTY = "</script><img src=x onerror=\"alert('1')\">&amp;{{data}}\u2028.png"
@@ -93,17 +93,17 @@ def assert_groups(found: list[int], reduction: tokred.Reduction, prefix: int, sa
 
 
 @dataclass(frozen=True)
-class Uneven(Method):
+class Uneven(BlockMethod):
     """In block 1, drops the patches whose first channel is negative: another number in every sample."""
 
     drops: ClassVar[bool] = True
     uneven: ClassVar[bool] = True
 
-    def tokens(self, n, *, layer, depth, prefix=0, suffix=0):
+    def tokens(self, n, place):
         return n
 
-    def acts(self, n, *, layer, depth, prefix=0, suffix=0):
-        return layer == 1
+    def acts(self, n, place):
+        return place.layer == 1
 
     def reduce(self, site):
         n = site.x.shape[1]
@@ -115,11 +115,11 @@ class Uneven(Method):
 
 
 @dataclass(frozen=True)
-class Shares(Method):
+class Shares(BlockMethod):
     """In block 0, the last token is shared out over two others."""
 
-    def tokens(self, n, *, layer, depth, prefix=0, suffix=0):
-        return n - 1 if layer == 0 else n
+    def tokens(self, n, place):
+        return n - 1 if place.layer == 0 else n
 
     def reduce(self, site):
         b, n = site.x.shape[:2]
@@ -130,11 +130,11 @@ class Shares(Method):
 
 
 @dataclass(frozen=True)
-class StandIn(Method):
+class StandIn(BlockMethod):
     """In block 0, drops the last token, and lets patch 3 stand in for it."""
 
-    def tokens(self, n, *, layer, depth, prefix=0, suffix=0):
-        return n - 1 if layer == 0 else n
+    def tokens(self, n, place):
+        return n - 1 if place.layer == 0 else n
 
     def reduce(self, site):
         b, n = site.x.shape[:2]

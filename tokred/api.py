@@ -1,4 +1,4 @@
-"""What a user calls: apply, remove, applied, supports, report, trace, flops, list_methods."""
+"""What a user calls: apply, remove, patched, applied, supports, report, trace, kv_cache, flops, list_methods."""
 
 from __future__ import annotations
 
@@ -8,23 +8,19 @@ import fnmatch
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
-from tokred import hosts, learn
+from tokred import learn
 from tokred.core.method import Method
 from tokred.core.reduction import Reduction
 from tokred.core.registry import methods as registered
-from tokred.core.site import Stage
+from tokred.core.report import Report
+from tokred.core.site import STAGES, Stage
 from tokred.errors import NothingRecordedError, NothingRemovedWarning
-from tokred.hosts import CacheReport, DenoiserReport
 from tokred.learn import store
-from tokred.patch import ATTRIBUTE, Part, Patch, patches_of
-from tokred.vlm.report import VisualReport
-
-if TYPE_CHECKING:
-    from tokred.adapters.encoder.host import Host
+from tokred.patch import ATTRIBUTE, Patch, compose, entries_of, losses_of, parts_of, report_of, unpatch
 
 ModelT = TypeVar("ModelT")  # a module, or a pipeline that holds one
 MethodLike = str | Method | Sequence[str | Method]
@@ -43,13 +39,14 @@ def list_methods(pattern: str = "*", *, stage: Stage | None = None, model: nn.Mo
     Raises:
         ValueError: there is no such stage.
     """
-    if stage is not None and stage not in hosts.STAGES:
-        raise ValueError(f"stage is {stage!r}; allowed are {', '.join(map(repr, hosts.STAGES))}")
+    if stage is not None and stage not in STAGES:
+        raise ValueError(f"stage is {stage!r}; allowed are {', '.join(map(repr, STAGES))}")
     if not any(c in pattern for c in "*?["):
         pattern = f"*{pattern}*"
     names = [name for name in registered if fnmatch.fnmatchcase(name, pattern.lower())]
     if stage is not None:
-        names = [name for name in names if any(m.stage == stage for m in registered.get(name)().members)]
+        there = registered.of(stage)
+        names = [name for name in names if name in there]
     if model is not None:
         runs = {row.method for row in supports(model) if row.works}
         names = [name for name in names if name in runs]
@@ -83,15 +80,11 @@ def make(method: str | Method, **parameters: Any) -> Method:
 def _several(method: MethodLike, parameters: dict[str, Any]) -> list[Method]:
     """The methods of a call, one a stage, in the order of the stages."""
     if isinstance(method, str | Method):
-        return hosts.compose(make(method, **parameters).members)
+        return compose(make(method, **parameters).members)
     made = [one for m in method for one in make(m).members]
     if made and parameters:
         raise TypeError("parameters go with a single method's name; build the methods of a list as objects")
-    return hosts.compose(made)
-
-
-def _find(model: nn.Module) -> Host:
-    return hosts.find(model)  # type: ignore[no-any-return]
+    return compose(made)
 
 
 def apply(
@@ -132,12 +125,12 @@ def apply(
         MissingInputError: the method reads what this model does not supply.
         UnknownMethodError, TypeError, ValueError: the method or a parameter is wrong.
     """
-    from tokred.adapters.encoder.host import unpatch
+    from tokred import adapters
 
     chosen = _several(method, parameters)
     if expose not in ("auto", "none", "last", "all"):
         raise ValueError(f"expose is {expose!r}; allowed are 'auto', 'none', 'last', 'all'")
-    found = [(hosts.find_for(model, m).choose(windows), m) for m in chosen]
+    found = [(adapters.find_for(model, m).choose(windows), m) for m in chosen]
     for host, one in found:
         host.check(one, expose)
         if where is not None and not any(where(name, block) for name, block in host.blocks):
@@ -147,27 +140,21 @@ def apply(
         if idle is not None and not idle.meant and idle.parameter not in parameters:
             warnings.warn(idle.text, NothingRemovedWarning, stacklevel=2)
     taker = learn.chosen(chosen, module)
-    built = [
-        learn.build(one, lambda h=host: h.facts(), module if one is taker else None, like=host.model)
-        for host, one in found
-    ]
-    target = hosts.module_of(model)
+    own = [learn.build(one, host.facts, module if one is taker else None, like=host.model) for host, one in found]
+    target = adapters.module_of(model)
     unpatch(target)
     patch = Patch()
+    for (host, one), built in zip(found, own, strict=True):
+        patch.add(host, one, where, expose, built)
     target.__dict__[ATTRIBUTE] = patch
-    for (host, one), own in zip(found, built, strict=True):
-        host.patch(one, where, expose, patch)
-        if own is not None:
-            patch.modules[one.name] = host.model.__dict__["_tokred"].module = own
-        patch.parts.append(Part(one, host.family, host.model))
     return model
 
 
 def remove(model: ModelT) -> ModelT:
     """Take every patch off ``model``: classes, forwards and hooks are those it had. Harmless without one."""
-    from tokred.adapters.encoder.host import unpatch
+    from tokred import adapters
 
-    unpatch(hosts.module_of(model))
+    unpatch(adapters.module_of(model))
     return model
 
 
@@ -177,13 +164,15 @@ def patched(model: Any) -> list[Method]:
     Args:
         model: a module, or a pipeline of diffusers.
     """
-    return hosts.patched_with(model)
+    from tokred import adapters
+
+    return [part.method for part in parts_of(adapters.module_of(model))]
 
 
 @contextlib.contextmanager
 def applied(model: ModelT, method: MethodLike, **options: Any) -> Iterator[ModelT]:
     """``with tokred.applied(model, "tome", r=16)``: patched inside, as it was outside."""
-    before = hosts.patched_with(model)
+    before = patched(model)
     if before:
         raise ValueError(f"the model is already patched with {before[0]!r}; call tokred.remove(model) first")
     apply(model, method, **options)
@@ -206,85 +195,28 @@ def supports(model: nn.Module) -> list[Support]:
 
     Never raises for an unsupported model: the reason stands in every row.
     """
-    rows = hosts.reasons(model)
+    from tokred import adapters
+
+    rows = adapters.reasons(model)
     return [Support(name, host is not None, reason or host.how) for name, (host, reason) in rows.items()]
 
 
-def place(where: str) -> str:
-    """Words for where tokens are reduced."""
-    return "inside each block" if where == "inside" else f"at the {where} of each block"
+def report(model: nn.Module) -> Report:
+    """What became of the tokens in the last forward of a patched model, layer by layer.
 
-
-class LayerReport(NamedTuple):
-    """One block of the last forward."""
-
-    layer: int
-    tokens_in: int
-    tokens_out: int
-    macs: int
-    mean_size: float
-    largest_size: float
-
-
-class Report(NamedTuple):
-    """The last forward of a patched model. ``macs`` counts the blocks, for one sample."""
-
-    family: str
-    method: Method
-    where: str
-    layers: tuple[LayerReport, ...]
-    macs: int
-    macs_unpatched: int
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.method} on {self.family} (reduced {place(self.where)})",
-            f"{'block':>5} {'tokens':>12} {'GMACs':>8} {'mean size':>10} {'largest':>8}",
-        ]
-        for row in self.layers:
-            tokens = f"{row.tokens_in} -> {row.tokens_out}"
-            lines.append(
-                f"{row.layer:>5} {tokens:>12} {row.macs / 1e9:>8.3f} {row.mean_size:>10.2f} {row.largest_size:>8.0f}"
-            )
-        share = self.macs / self.macs_unpatched
-        lines.append(f"blocks: {self.macs / 1e9:.3f} of {self.macs_unpatched / 1e9:.3f} GMACs a sample ({share:.0%})")
-        return "\n".join(lines)
-
-
-def report(model: nn.Module) -> Report | CacheReport | DenoiserReport | VisualReport:
-    """Tokens, multiply-adds and token sizes per block, of the last forward of a patched model.
-
-    With a policy for the cache: slots, rows and bytes of each layer's cache after the last forward. Of a denoiser:
-    the tokens that each sub-layer ran on. Of a model with vision: the tokens at every decoder layer's input, with the
-    reports of its tower and its cache where these are patched too.
+    A :class:`tokred.Report` can be printed; ``rows``, ``to_dict()`` and ``to_pandas()`` hold the same as data. Of
+    encoders (:class:`~tokred.encoder.report.BlockReport`): tokens, multiply-adds and token sizes of each block. With a
+    policy for the cache (:class:`tokred.CacheReport`): slots, rows and bytes of each layer's cache. Of a denoiser
+    (:class:`~tokred.diffusion.report.DenoiserReport`): the tokens that each sub-layer ran on. Of a model with vision
+    (:class:`~tokred.vlm.report.VisualReport`): the tokens at every decoder layer's input. Where a model is patched at
+    several stages, one report holds the others in ``more``.
 
     Raises:
         NothingRecordedError: the model is not patched, or no uncompiled forward has run since.
     """
-    from tokred.adapters.encoder.host import shared_of
+    from tokred import adapters
 
-    blocks = bool(shared_of(hosts.module_of(model)))
-    if hosts.visual_settings(model) is not None:
-        cached = any(m.stage == "cache" for m in hosts.patched_with(model))
-        more = (*([_block_report(model)] if blocks else []), *([hosts.cache_report(model)] if cached else []))
-        return hosts.visual_report(model)._replace(more=more)
-    if not blocks and hosts.patched_with(model):
-        return hosts.stage_report(model)
-    return _block_report(model)
-
-
-def _block_report(model: nn.Module) -> Report:
-    shared = _shared(model)
-    host = _find(model).choose(shared.windows)
-    shared.last()
-    rows, total, full = [], 0, 0
-    for layer in range(host.depth):
-        before, after, state = shared.records[layer]
-        macs, unpatched = host.counted(layer, shared.records[layer], shared.method)
-        total, full = total + macs, full + unpatched
-        mean, largest = (1.0, 1.0) if state.size is None else (float(state.size.mean()), float(state.size.max()))
-        rows.append(LayerReport(layer, before, after, macs, mean, largest))
-    return Report(host.family, shared.method, host.where, tuple(rows), total, full)
+    return report_of(adapters.module_of(model))
 
 
 def trace(model: nn.Module) -> Reduction:
@@ -293,11 +225,21 @@ def trace(model: nn.Module) -> Reduction:
     Raises:
         NothingRecordedError: as :func:`report`.
     """
-    shared = _shared(model)
-    state = shared.last()
-    total: Reduction | None = state.composed()
-    total = Reduction.identity((1,), state.length) if total is None else total
-    return state.with_gate(total)
+    from tokred import adapters
+
+    parts = parts_of(adapters.module_of(model))
+    found = [part for part in parts if part.method.stage == "block"]
+    if not found:
+        raise NothingRecordedError(
+            f"{parts[0].method.name!r} acts at stage {parts[0].method.stage!r}, which leaves no trace of blocks"
+            if parts
+            else "the model is not patched: call tokred.apply(model, ...) first"
+        )
+    state: Any = found[0].state
+    last = state.last()
+    total: Reduction | None = last.composed()
+    total = Reduction.identity((1,), last.length) if total is None else total
+    return last.with_gate(total)  # type: ignore[no-any-return]
 
 
 def modules(model: Any) -> dict[str, nn.Module]:
@@ -306,7 +248,10 @@ def modules(model: Any) -> dict[str, nn.Module]:
     They are no part of the model: not in its ``state_dict()``, ``parameters()`` or ``modules()``. Its ``to()``,
     ``train()`` and ``eval()`` take them along.
     """
-    return {k: v for _, patch in patches_of(hosts.module_of(model)) for k, v in patch.modules.items()}
+    from tokred import adapters
+
+    parts = parts_of(adapters.module_of(model))
+    return {part.method.name: part.state.module for part in parts if part.state.module is not None}
 
 
 def parameters(model: Any) -> Iterator[nn.Parameter]:
@@ -321,16 +266,9 @@ def losses(model: Any) -> dict[str, Tensor]:
     Raises:
         NothingRecordedError: no method with weights acts, or the last forward was none in training.
     """
-    from tokred.adapters.encoder.host import shared_of
+    from tokred import adapters
 
-    states = [shared for _, _, shared in shared_of(hosts.module_of(model)) if shared.module is not None]
-    if not states:
-        raise NothingRecordedError("no method with weights acts on the model: there are no losses of one")
-    if any(state.losses is None for state in states):
-        raise NothingRecordedError(
-            "the last forward was none in training: call model.train() and run one (uncompiled) forward first"
-        )
-    return {f"{s.method.name}.{name}": term for s in states for name, term in s.losses.items()}
+    return losses_of(adapters.module_of(model))
 
 
 def save(model: Any, folder: str | Path) -> Path:
@@ -342,25 +280,14 @@ def save(model: Any, folder: str | Path) -> Path:
         NothingRecordedError: the model is not patched.
         ImportError: there are weights, and safetensors is not installed.
     """
-    from tokred import __version__
+    from tokred import __version__, adapters
 
-    own = modules(model)
-    parts = [part for _, patch in patches_of(hosts.module_of(model)) for part in patch.parts]
-    if not parts:
-        raise NothingRecordedError("the model is not patched, so there is no setting to save: call tokred.apply first")
-    entries = []
-    for part in parts:
-        made = own.get(part.method.name)
-        facts = None if made is None else hosts.find(part.module, part.method.stage).facts()
-        entries.append(store.Entry(part.method, made, facts))
-    return store.write(folder, entries, __version__)
+    return store.write(folder, entries_of(adapters.module_of(model)), __version__)
 
 
 def load(folder: str | Path) -> Method | list[Method]:
-    """The method that :func:`save` wrote, with its weights, for ``tokred.apply(model, tokred.load(folder))``.
-
-    Returns:
-        A method; a list where several acted.
+    """The method that :func:`save` wrote, with its weights, for ``tokred.apply(model, tokred.load(folder))``; a list
+    where several acted.
 
     Raises:
         FileNotFoundError, ValueError, UnknownMethodError, ImportError: the folder cannot be read here; the message says
@@ -370,18 +297,33 @@ def load(folder: str | Path) -> Method | list[Method]:
     return found[0] if len(found) == 1 else found
 
 
-def _shared(model: nn.Module) -> Any:
-    from tokred.adapters.encoder.host import shared_of
+def kv_cache(model: nn.Module, *, prompt: int | None = None, steps: int | None = None, layout: str = "auto") -> Any:
+    """An empty cache for a model that is patched with a policy, to be given to a forward or to ``generate``.
 
-    found = shared_of(model)
-    if not found:
-        other = hosts.patched_with(model)
-        raise NothingRecordedError(
-            f"{other[0].name!r} acts at stage {other[0].stage!r}, which leaves no trace of blocks"
-            if other
-            else "the model is not patched: call tokred.apply(model, ...) first"
-        )
-    return found[0][2]
+    ``generate`` makes one by itself; this is for loops of one's own, and for many questions on one context.
+
+    Args:
+        model: patched with a policy for its cache.
+        prompt: tokens of the prompt, padding counted, where it comes in several forwards; None: the first forward's.
+        steps: tokens that will be generated, which Keyformer's temperature depends on.
+        layout: how rows are held where heads or samples keep different numbers. ``"rectangle"``: as many rows for each
+            as for the longest. ``"flat"``: one head after the other, without empty rows. ``"auto"``: flat where a
+            rectangle would hold more than 15 % of empty rows.
+
+    Returns:
+        A transformers cache with ``snapshot()``, ``restore(snapshot)``, ``layer_rows()`` and ``nbytes``.
+
+    Raises:
+        NothingRecordedError: the model has no policy.
+        ValueError: there is no such layout.
+    """
+    part = next((part for part in parts_of(model) if part.method.stage == "cache"), None)
+    if part is None:
+        raise NothingRecordedError("no policy acts on the model's cache: call tokred.apply(model, ...) first")
+    state: Any = part.state
+    cache = state.cache(layout)
+    cache.engine.prompt, cache.engine.steps = prompt, steps
+    return cache
 
 
 class LayerFlops(NamedTuple):
@@ -434,15 +376,19 @@ def flops(
     Raises:
         MissingInputError, UnsupportedModelError, ValueError: as :func:`apply`.
     """
+    from tokred import adapters
+    from tokred.encoder.method import BlockMethod
+
     chosen = None if method is None else make(method, **parameters)
     if chosen is not None and chosen.stage != "block":
         raise ValueError(
             f"flops counts the blocks of an encoder, and {chosen.name!r} acts at stage {chosen.stage!r}: "
             "tokred.report(model) has the rows and bytes of a cache after a forward"
         )
-    host = _find(model).choose(windows)
+    host = adapters.find(model).choose(windows)
     if chosen is not None:
         host.check(chosen)
+    assert chosen is None or isinstance(chosen, BlockMethod)  # check() saw to it
     rows = [LayerFlops(layer, *row) for layer, row in enumerate(host.plan(chosen, tuple(shape)))]
     outside = host.outside_macs(tuple(shape))
     return Flops(sum(row.macs for row in rows) + outside, tuple(rows), outside)

@@ -50,3 +50,7 @@ class MovedWarning(TokredWarning):
 
 class UntestedVersionWarning(TokredWarning):
     """A host library is older or newer than the versions that tokred was tested with."""
+
+
+class PluginWarning(TokredWarning):
+    """A method of another package cannot be used and is left out; the message says which and why."""

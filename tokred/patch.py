@@ -1,15 +1,26 @@
-"""``Patch``: what was done to one model, on the model that the user gave, under one attribute."""
+"""``Patch``: everything that was done to one model, on the module that the user gave, under one attribute."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from tokred.core.method import Method
+from tokred.core.report import Report, joined
+from tokred.core.site import STAGES
+from tokred.errors import NothingRecordedError
+from tokred.learn.store import Entry
+
+if TYPE_CHECKING:
+    from tokred.adapters.host import Host, State
+    from tokred.adapters.swap import Undo
 
 ATTRIBUTE = "_tokred_patch"
+
+# What methods of ``projector`` take from the tower's attention.
+_OF_TOWER = frozenset({"q", "k", "class_attention", "attention", "tower_layers"})
 
 
 class Part(NamedTuple):
@@ -17,36 +28,104 @@ class Part(NamedTuple):
 
     Attributes:
         method: that acts.
-        family: of the host, for messages and reports.
+        family: of the host, for messages.
         module: the part of the model that is patched for it; may be the model itself.
+        state: what the patched modules share, and tell of the last forward.
+        undos: of every change that was made for it, in order.
+
+    The host itself is found again when it is asked something: it holds functions of its adapter, which do not pickle.
     """
 
     method: Method
     family: str
     module: nn.Module
+    state: State
+    undos: tuple[Undo, ...] = ()
+
+    @property
+    def in_force(self) -> bool:
+        """Whether any of its changes is still there: the part of a model may have been freed by itself."""
+        return not self.undos or any(undo.in_force for undo in self.undos)
+
+    def report(self, methods: Sequence[Method]) -> Report:
+        """Its last forward, in a model that all these methods act on."""
+        from tokred import adapters
+
+        host: Host = adapters.find(self.module, self.method.stage)
+        return host.report(self.state, methods)
 
 
 class Patch:
-    """The methods that act on a model, and where.
+    """The methods that act on a model, and what was changed for them. Copies and pickles with the model.
 
     Attributes:
         parts: in the order of the stages.
         modules: with weights of their own, by name, that methods bring along; not in the model's ``state_dict``.
-        settings: what the hooks of several methods share, by the name of their adapter.
     """
 
     def __init__(self) -> None:
         self.parts: list[Part] = []
         self.modules: dict[str, nn.Module] = {}
-        self.settings: dict[str, Any] = {}
 
     @property
     def methods(self) -> list[Method]:
         """Those that act, in the order of the stages."""
-        return [part.method for part in self.parts]
+        return [part.method for part in self.parts if part.in_force]
+
+    def add(
+        self,
+        host: Host,
+        method: Method,
+        where: Callable[[str, nn.Module], bool] | None,
+        expose: str,
+        module: nn.Module | None = None,
+    ) -> None:
+        """Let a method act, with its module, on a host that has checked it. If that breaks off, everything done so far
+        is undone."""
+        from tokred.adapters.changes import Changes
+
+        changes = Changes(part.state for part in self.parts)
+        try:
+            state = host.patch(method, where, expose, changes)
+        except BaseException:
+            changes.undo()
+            self.undo()
+            raise
+        if module is not None:
+            state.module = self.modules[method.name] = module
+        self.parts.append(Part(method, host.family, host.model, state, tuple(changes.undos)))
+
+    def undo(self) -> None:
+        """Take back every change, the last one first."""
+        for part in reversed(self.parts):
+            for one in reversed(part.undos):
+                one.undo()
 
     def __repr__(self) -> str:
         return f"Patch({', '.join(f'{part.method!r} on {part.family}' for part in self.parts)})"
+
+
+def compose(methods: Sequence[Method]) -> list[Method]:
+    """Methods in the order of their stages, at most one a stage.
+
+    Raises:
+        ValueError: the list is empty, two methods act at one stage, or one reads what another takes away.
+    """
+    if not methods:
+        raise ValueError("the list of methods is empty")
+    stages = [m.stage for m in methods]
+    if len(set(stages)) < len(stages):
+        raise ValueError(f"one method a stage: {', '.join(m.name for m in methods)} act at {', '.join(stages)}")
+    found = sorted(methods, key=lambda m: (*STAGES, m.stage).index(m.stage))
+    inside = next((m for m in found if m.stage == "block"), None)
+    reads = next((m for m in found if m.stage == "projector" and m.reads & _OF_TOWER), None)
+    if inside is not None and reads is not None:
+        raise ValueError(
+            f"{inside.name!r} leaves fewer tokens in the vision tower, so that its attention says nothing about single "
+            f"patches, and {reads.name!r} reads {', '.join(sorted(reads.reads & _OF_TOWER))}: take a method that reads "
+            "the features alone beside it, such as 'divprune'"
+        )
+    return found
 
 
 def patches_of(model: nn.Module) -> Iterator[tuple[nn.Module, Patch]]:
@@ -55,3 +134,76 @@ def patches_of(model: nn.Module) -> Iterator[tuple[nn.Module, Patch]]:
         found = module.__dict__.get(ATTRIBUTE)
         if isinstance(found, Patch):
             yield module, found
+
+
+def parts_of(model: nn.Module) -> list[Part]:
+    """What acts on ``model``, in the order of the stages."""
+    from tokred.adapters.changes import states_in
+
+    parts = [part for _, patch in patches_of(model) for part in patch.parts if part.in_force]
+    owned = {id(part.state) for part in parts}
+    # A part of a patched model, or a copy of one, has no owner in it; what its modules share tells enough.
+    loose = [(module, state) for module, state in states_in(model) if id(state) not in owned]
+    parts += [Part(state.method, type(module).__name__, module, state) for module, state in loose]
+    return sorted(parts, key=lambda part: STAGES.index(part.method.stage))
+
+
+def unpatch(model: nn.Module) -> None:
+    """Undo every patch on ``model`` and in it, and sweep off what has no owner there."""
+    from tokred.adapters.changes import sweep
+
+    for module, patch in list(patches_of(model)):
+        del module.__dict__[ATTRIBUTE]
+        patch.undo()
+    sweep(model)
+
+
+def report_of(model: nn.Module) -> Report:
+    """The last forward of everything that acts on ``model``, as one report.
+
+    Raises:
+        NothingRecordedError: nothing acts, or a part of it has not run since.
+    """
+    parts = parts_of(model)
+    if not parts:
+        raise NothingRecordedError("the model is not patched: call tokred.apply(model, ...) first")
+    methods = [part.method for part in parts]
+    single = {id(part.state): part for part in parts}  # two stages of a model with vision share one
+    return joined([part.report(methods) for part in single.values()])
+
+
+def losses_of(model: nn.Module) -> dict[str, Tensor]:
+    """The terms that methods with weights added to the loss of the last forward, by method and name.
+
+    Raises:
+        NothingRecordedError: there is no such method, or that forward was none in training.
+    """
+    states = [part.state for part in parts_of(model) if part.state.module is not None]
+    if not states:
+        raise NothingRecordedError("no method with weights acts on the model: there are no losses of one")
+    found: dict[str, Tensor] = {}
+    for state in states:
+        if state.losses is None:
+            raise NothingRecordedError(
+                "the last forward was none in training: call model.train() and run one (uncompiled) forward first"
+            )
+        found.update({f"{state.method.name}.{name}": term for name, term in state.losses.items()})
+    return found
+
+
+def entries_of(model: nn.Module) -> list[Entry]:
+    """What is to be saved of a patched model.
+
+    Raises:
+        NothingRecordedError: it is not patched.
+    """
+    from tokred import adapters
+
+    parts = parts_of(model)
+    if not parts:
+        raise NothingRecordedError("the model is not patched, so there is no setting to save: call tokred.apply first")
+    own = [(part, part.state.module) for part in parts]
+    return [
+        Entry(part.method, made, None if made is None else adapters.find(part.module, part.method.stage).facts())
+        for part, made in own
+    ]

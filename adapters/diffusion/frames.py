@@ -11,11 +11,11 @@ from torch import Tensor
 
 from tokred.core.reduction import Reduction
 from tokred.core.tiles import Tile, TileReduction
-from tokred.diffusion.site import Place
+from tokred.diffusion.site import SublayerPlace
 from tokred.errors import UnsupportedModelError
 
 
-def one_frame(place: Place) -> Place:
+def one_frame(place: SublayerPlace) -> SublayerPlace:
     """The place of a single frame of a clip."""
     return place if place.frames == 1 else place._replace(length=place.length // place.frames, frames=1)
 

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from tokred.adapters.changes import Changes
 from tokred.adapters.diffusion import registries
 from tokred.adapters.diffusion.clips import EnterClip
 from tokred.adapters.diffusion.rotary import EnterPacked
 from tokred.adapters.diffusion.session import EnterBlock, EnterDenoiser, LeaveBlock, LeaveDenoiser, Session
 from tokred.adapters.diffusion.sublayers import Kind, Spot
-from tokred.adapters.host import Supplier
-from tokred.adapters.swap import check_entrance, host_class, swap
+from tokred.adapters.diffusion.sublayers import body as sublayer_body
+from tokred.adapters.host import Host
+from tokred.adapters.swap import check_entrance, host_class, unchanged
 from tokred.adapters.watch import Watch, hang
 from tokred.core.method import Method
 from tokred.diffusion.method import AttentionMethod
-from tokred.errors import MissingInputError, UnsupportedModelError
-from tokred.patch import Patch
+from tokred.diffusion.report import DenoiserReport, SublayerReport
+from tokred.errors import MissingInputError, NothingRecordedError, UnsupportedModelError
 
 
 class Denoiser(NamedTuple):
@@ -105,7 +107,7 @@ class Block:
 
 
 @dataclass
-class DenoiserHost(Supplier):
+class DenoiserHost(Host):
     """A denoiser that can be patched.
 
     Attributes:
@@ -165,27 +167,40 @@ class DenoiserHost(Supplier):
                 check_entrance(module, name)
         method.check(self.depth)
 
-    def patch(self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str, patch: Patch) -> None:
+    def patch(
+        self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str, changes: Changes
+    ) -> Session:
         """Hang hooks on the denoiser and its blocks, exchange classes of sub-layers. :meth:`check` has passed."""
         assert isinstance(method, AttentionMethod)
         session = Session(method, self.depth, self.family, self.patch_size, self.kind)
         sites: dict[str, str] = {}
-        self.model.register_forward_pre_hook(self._entering(session), with_kwargs=True)
-        self.model.register_forward_hook(LeaveDenoiser(session))
+        changes.before(self.model, self._entering(session), with_kwargs=True)
+        changes.after(self.model, LeaveDenoiser(session))
         for i, part in enumerate(self.parts):
             if where is not None and not where(part.name, part.module):
                 continue
             if not part.alone:
-                part.module.register_forward_pre_hook(EnterBlock(session, i), with_kwargs=True)
-                part.module.register_forward_hook(LeaveBlock(session, i))
+                changes.before(part.module, EnterBlock(session, i), with_kwargs=True)
+                changes.after(part.module, LeaveBlock(session, i))
             for name, module, kind in part.sublayers:
                 spot = Spot(session, i, kind, part.alone, name, _names(module), part.first, str(len(sites)))
                 sites[spot.site] = name
-                swap(module, "sublayer", spot)
+                changes.swap(module, sublayer_body, spot)
+                # By class, not by model, and other models may be of this one: it stays there when this patch goes.
                 registries.enter(module)
         session.watch = Watch(self.family, sites)
-        swap(self.model, "denoiser", session)
-        hang(self.model, session.watch)
+        changes.swap(self.model, unchanged, session)
+        hang(self.model, session.watch, changes)
+        return session
+
+    def report(self, state: Session, methods: Sequence[Method]) -> DenoiserReport:
+        """The tokens that every sub-layer ran on."""
+        if not state.records:
+            raise NothingRecordedError(
+                "nothing is recorded: run one forward of the patched denoiser first (compiled ones keep no record)"
+            )
+        rows = tuple(SublayerReport(*state.records[key], key[0]) for key in sorted(state.records))
+        return DenoiserReport(self.family, state.method, rows)
 
     def _entering(self, session: Session) -> EnterDenoiser:
         names, sample = _names(self.model), self.record.sample

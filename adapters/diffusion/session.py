@@ -11,11 +11,12 @@ from torch import Tensor
 from tokred.adapters.diffusion.frames import join_frames, one_frame, samples_of
 from tokred.adapters.diffusion.inside import Halves
 from tokred.adapters.diffusion.steps import Steps
+from tokred.adapters.host import State
 from tokred.adapters.swap import Hook
 from tokred.adapters.watch import Watch
 from tokred.core.reduction import Reduction
 from tokred.diffusion.method import AttentionMethod
-from tokred.diffusion.site import AttentionSite, Place, Side, place_of, step_key
+from tokred.diffusion.site import AttentionSite, Side, SublayerPlace, place_of, step_key
 from tokred.errors import NothingRemovedWarning, UnsupportedModelError
 from tokred.kernels.merge_rows import unmerge_rows
 
@@ -69,7 +70,7 @@ class SpotRecord(NamedTuple):
     left: int
 
 
-class Session:
+class Session(State):
     """State of one denoiser. Copies and pickles start without plans.
 
     Args:
@@ -79,6 +80,8 @@ class Session:
         patch: rows (and columns) of the sample that the finest tokens stand for.
         kind: name under which the denoiser's class is known, where that is not what ``family`` ends in.
     """
+
+    stage = "attention"
 
     def __init__(self, method: AttentionMethod, depth: int, family: str, patch: int = 1, kind: str = "") -> None:
         self.method = method
@@ -175,7 +178,7 @@ class Session:
 
     # ------------------------------------------------------------------ one sub-layer
 
-    def place(self, x: Tensor) -> Place:
+    def place(self, x: Tensor) -> SublayerPlace:
         """Where a sub-layer stands, from the shape of its input."""
         assert self.size is not None  # forwards of the denoiser begin by saying so
         n = x.shape[1] if x.ndim == 3 else x.shape[2] * x.shape[3]
@@ -255,7 +258,7 @@ class Session:
         self._record(spot, "self", image, min((side.slots for side in found[:2] if side), default=place.length))
         return found
 
-    def _known(self, place: Place, slot: Any, batch: int) -> dict[str, Any]:
+    def _known(self, place: SublayerPlace, slot: Any, batch: int) -> dict[str, Any]:
         """What every site of this step is told."""
         known: dict[str, Any] = {"depth": self.depth, "step": self.key, "count": self.steps.count}
         if self.method.remembers and not torch.compiler.is_compiling():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokred.diffusion.method import AttentionMethod
-from tokred.diffusion.site import Place, Step
+from tokred.diffusion.site import Step, SublayerPlace
 
 # Samples whose plans are kept from the first step of an image. A model of one step runs every image at one time, which
 # cannot be told from the tiles of a large first step; later steps keep what they have, however much it is.
@@ -138,7 +138,7 @@ class Steps:
         """A forward is over, and this is what it predicted."""
         self.predicted.setdefault(self.at.part, []).append(predicted.detach())
 
-    def guidance(self, place: Place, batch: int, channels: int) -> Tensor | None:
+    def guidance(self, place: SublayerPlace, batch: int, channels: int) -> Tensor | None:
         """``(B, N)`` how much guidance changed each token in the step before; None: there was no guidance."""
         before, layout = self.before.get(self.at.part, []), self.layouts.get(self.at.part, "")
         if layout and len(before) == 1:
@@ -169,7 +169,7 @@ def _layout(sample: Tensor) -> str:
     return "pairs" if torch.equal(sample[::2], sample[1::2]) else ""
 
 
-def on_grid(values: Tensor, place: Place, channels: int) -> Tensor:
+def on_grid(values: Tensor, place: SublayerPlace, channels: int) -> Tensor:
     """A map of the sample's size as one value for each token, ``(B, N)`` float32.
 
     Args:

@@ -18,6 +18,7 @@ from tokred.adapters.diffusion.inside import Halves, Inside, masked_at
 from tokred.adapters.diffusion.session import Plan, Session
 from tokred.adapters.diffusion.view import Batch, View, perturbs, view, watched
 from tokred.adapters.diffusion.weights import Weighed
+from tokred.adapters.swap import SETTINGS
 from tokred.errors import UnsupportedModelError
 
 Kind = Literal["attention", "joint", "single", "mlp", "parallel"]
@@ -261,3 +262,16 @@ def _back(plan: Plan, y: Any, before: int) -> Any:
     if isinstance(y, tuple):
         return tuple(part if i == 1 else plan.restore(part) for i, part in enumerate(y))
     return torch.cat([y[:, :before], plan.restore(y[:, before:])], 1) if before else plan.restore(y)
+
+
+def body(host: Any) -> dict[str, Any]:
+    """Methods of a patched sub-layer's class."""
+    original = host.forward  # the compiler follows a function, not the attribute of a class
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        spot = self.__dict__.get(SETTINGS)
+        if spot is None:  # removed, but a wrapper that came later still calls this
+            return original(self, *args, **kwargs)
+        return spot.run(self, original, args, kwargs)
+
+    return {"forward": forward}

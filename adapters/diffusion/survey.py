@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from tokred.adapters.changes import Changes, sweep
 from tokred.adapters.diffusion.clips import CLIPS, clip
 from tokred.adapters.diffusion.host import DENOISERS, DenoiserHost, known_as, match
-from tokred.adapters.diffusion.session import Session, SpotRecord
+from tokred.adapters.diffusion.session import SpotRecord
 from tokred.adapters.swap import host_class
 from tokred.diffusion.method import AttentionMethod
-from tokred.patch import Patch
 
 TEXT = 77  # tokens of a prompt, as CLIP's
 TEXTS = 512  # and as T5's
@@ -47,16 +47,13 @@ def survey(host: DenoiserHost, method: AttentionMethod, size: tuple[int, ...]) -
     Raises:
         ValueError: the method's parameters do not fit the grids there, or the size has frames where it should not.
     """
-    from tokred.adapters.encoder.host import unpatch
-
     model = meta_copy(host.model)
-    unpatch(model)
+    sweep(model)
     own = match(model)
     assert own is not None  # a copy of a host
     given = example(model, size)
     macs, before = _counted(model, own, given)
-    own.patch(method, None, "auto", Patch())
-    session: Session = model.__dict__["_tokred"]
+    session = own.patch(method, None, "auto", Changes())
     session.free, session.fixed = True, (size[-2] // own.patch_size, size[-1] // own.patch_size)
     reduced, _ = _counted(model, own, given)
     spots = tuple(session.records[key] for key in sorted(session.records))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -20,10 +21,12 @@ from tokred.adapters.encoder.masks import seen, visible
 from tokred.adapters.encoder.state import Shared, TokenState
 from tokred.adapters.linear import value_transform
 from tokred.adapters.swap import SETTINGS as SETTINGS
+from tokred.adapters.swap import Hook
 from tokred.core.learned import Learned
-from tokred.core.padding import reduce_each
 from tokred.core.reduction import Reduction
 from tokred.core.site import Site
+from tokred.encoder.method import Place
+from tokred.encoder.padding import reduce_each
 from tokred.errors import UnsupportedModelError
 from tokred.kernels.attention import size_bias
 
@@ -132,7 +135,7 @@ def split_heads(t: Tensor, heads: int) -> Tensor:
     return t.reshape(*t.shape[:2], heads, -1).transpose(1, 2)
 
 
-class KeyTap:
+class KeyTap(Hook):
     """Forward hook that notes a sub-module's output: keys after their norm, before rotary embedding.
 
     A plain object rather than a closure, so that patched models pickle and copy; the noted tensor never travels along.
@@ -170,14 +173,31 @@ class Settings:
         self.active = active
 
 
+def body(host: Any) -> dict[str, Any]:
+    """Methods of a patched block's class."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        settings = self.__dict__.get(SETTINGS)
+        if settings is None:  # removed, but a wrapper that came later still calls this
+            return host.forward(self, *args, **kwargs)
+        settings.shared.watch.ran(settings.site)
+        run = settings.recipe.run
+        if args:
+            return run(self, partial(host.forward, self), args[0], args[1:], kwargs)
+        x = kwargs.pop("hidden_states")
+        return run(self, partial(host.forward, self), x, (), kwargs)
+
+    return {"forward": forward}
+
+
 def run_block(block: Any, host_forward: Callable[..., Any], x: Tensor, args: Any, kwargs: Any) -> Any:
     """One forward of a patched block."""
     settings: Settings = getattr(block, SETTINGS)
     shared, recipe = settings.shared, settings.recipe
     state, x = shared.enter(settings.layer, x)
     n, method = x.shape[1], shared.method
-    place = {"layer": settings.layer, "depth": shared.depth, "prefix": shared.prefix, "suffix": shared.suffix}
-    acts = settings.active and method.acts(n, **place)
+    place = Place(settings.layer, shared.depth, shared.prefix, shared.suffix)
+    acts = settings.active and method.acts(n, place)
     bias = attention_bias(state, method.proportional)
     if not acts and bias is None and state.representative is None and state.heads is None and state.gate is None:
         out = host_forward(x, *args, **kwargs)

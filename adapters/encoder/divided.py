@@ -20,14 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokred.adapters.encoder.block import SETTINGS, Recipe, Settings, attention_bias, refuse_symbols
-from tokred.adapters.encoder.host import Host, argument_names
+from tokred.adapters.encoder.host import EncoderHost, argument_names
 from tokred.adapters.encoder.sides import convolution
 from tokred.adapters.encoder.state import LayerRecord, TokenState
 from tokred.adapters.encoder.windows import project
 from tokred.adapters.linear import macs as macs_of
 from tokred.adapters.swap import host_class
-from tokred.core.method import Method
 from tokred.core.site import Site
+from tokred.encoder.method import BlockMethod, Place
 from tokred.errors import UnsupportedModelError
 
 KNOWN = {
@@ -72,7 +72,7 @@ class DividedRecipe(Recipe):
             state = shared.carried(layer, x)
             x = narrow(state.shorten(wide(x, t)), t) if state.exposed else x
         n = 1 + (x.shape[1] - 1) // t
-        acts = settings.active and shared.method.acts(n, layer=layer, depth=shared.depth, prefix=1, suffix=0)
+        acts = settings.active and shared.method.acts(n, Place(layer, shared.depth, 1))
         rest: tuple[Any, ...] = ()
         if acts or state.representative is not None:
             if self.bind(args, kwargs).get("output_attentions"):
@@ -159,7 +159,7 @@ class DividedRecipe(Recipe):
 
 
 @dataclass(kw_only=True)
-class DividedHost(Host):
+class DividedHost(EncoderHost):
     """TimeSformer. Tokens are counted as positions: those of one frame, and the class token.
 
     Attributes:
@@ -168,16 +168,16 @@ class DividedHost(Host):
 
     clip: int
 
-    def plan(self, method: Method | None, shape: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    def plan(self, method: BlockMethod | None, shape: tuple[int, ...]) -> list[tuple[int, int, int]]:
         """As of any chain of blocks, in every frame."""
         n, rows = self.tokens(shape), []
         for layer, (_, block) in enumerate(self.blocks):
-            after = n if method is None else method.tokens(n, layer=layer, depth=self.depth, prefix=1, suffix=0)
+            after = n if method is None else method.tokens(n, Place(layer, self.depth, 1))
             rows.append((n, after, self.macs(block, n, after, self.middle(method))))
             n = after
         return rows
 
-    def counted(self, layer: int, record: LayerRecord, method: Method) -> tuple[int, int]:
+    def counted(self, layer: int, record: LayerRecord, method: BlockMethod) -> tuple[int, int]:
         """As it ran, and unpatched."""
         block, n = self.blocks[layer][1], record.state.length
         ran = self.macs(block, record.tokens_in, record.tokens_out, self.middle(method))
@@ -192,7 +192,7 @@ class DividedHost(Host):
         return time + space + rows * (macs_of(block.intermediate) + macs_of(block.output))
 
 
-def divided_host(model: Any, around: Callable[[tuple[int, ...]], tuple[int, int]]) -> Host:
+def divided_host(model: Any, around: Callable[[tuple[int, ...]], tuple[int, int]]) -> EncoderHost:
     """The host record of a ``TimesformerModel``.
 
     Args:

@@ -1,10 +1,10 @@
-"""``Host``: what an adapter says about a model: its blocks, what is protected, what can be read, how its head pools."""
+"""``EncoderHost``: what an adapter says of a model: its blocks, what is protected, what can be read, how it pools."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -12,18 +12,22 @@ import torch
 from torch import nn
 
 from tokred.adapters import contract
+from tokred.adapters.changes import Changes, states_in
 from tokred.adapters.encoder.block import KeyTap, Recipe, Settings
+from tokred.adapters.encoder.block import body as block_body
+from tokred.adapters.encoder.model_body import body as model_body
 from tokred.adapters.encoder.origin import watch
 from tokred.adapters.encoder.sides import Sides, of_convolution
 from tokred.adapters.encoder.state import LayerRecord, Shared
-from tokred.adapters.host import Supplier
+from tokred.adapters.host import Host
 from tokred.adapters.linear import matrices
-from tokred.adapters.swap import check_entrance, host_class, is_swapped, remove_hooks, restore, swap
+from tokred.adapters.swap import check_entrance, host_class
 from tokred.adapters.watch import Watch, hang
 from tokred.core.learned import Facts
 from tokred.core.method import Method
+from tokred.encoder.method import BlockMethod, Place
+from tokred.encoder.report import BlockReport, LayerReport
 from tokred.errors import MissingInputError, UnsupportedModelError
-from tokred.patch import ATTRIBUTE, Patch, patches_of
 
 _ATTENTION = ("attn", "attention", "self_attn", "self_attention")
 
@@ -41,7 +45,7 @@ class BlockCost(NamedTuple):
 
 
 @dataclass
-class Host(Supplier):
+class EncoderHost(Host):
     """A model that can be patched.
 
     Attributes:
@@ -109,7 +113,7 @@ class Host(Supplier):
         block, which gives full length back."""
         return "mid" if self.recipe.split else "end"
 
-    def middle(self, method: Method | None) -> bool:
+    def middle(self, method: BlockMethod | None) -> bool:
         """Whether the MLP of a block sees the reduced tokens already."""
         return self.recipe.split and (method is None or method.where != "end")
 
@@ -146,9 +150,9 @@ class Host(Supplier):
         """What the method reads and this host cannot supply."""
         missing = super().missing(method)
         # Rows and columns alone do not place the tokens of a video.
-        reads = method.reads if isinstance(method, Method) else method().reads
-        if self.frames is not None and "frames" not in reads and not method.clips:
-            missing |= reads & {"grid"}
+        one = method if isinstance(method, Method) else method()
+        if self.frames is not None and "frames" not in one.reads and not (isinstance(one, BlockMethod) and one.clips):
+            missing |= one.reads & {"grid"}
         return missing
 
     def check(self, method: Method, expose: str = "auto") -> None:
@@ -156,13 +160,16 @@ class Host(Supplier):
 
         Raises:
             MissingInputError: the host cannot supply what the method reads, or has no sites of its stage.
+            TypeError: the method does not say what methods of this stage have to.
             ValueError: the method's parameters do not fit the depth, or ``expose`` does not fit the model.
         """
-        self.exposure(method, expose)
         if method.stage != "block":
             raise MissingInputError(
                 f"{method.name!r} acts at stage {method.stage!r}, but {self.family} offers only stage 'block'"
             )
+        if not isinstance(method, BlockMethod):
+            raise TypeError(f"{method.name!r} acts in blocks and has to derive from tokred.BlockMethod")
+        self.exposure(method, expose)
         self.check_reads(method)
         for name, block in self.blocks:
             check_entrance(block, name)
@@ -183,22 +190,22 @@ class Host(Supplier):
             width = getattr(module, "attn_dim", width)
         return BlockCost(attention, mlp, int(width))
 
-    def plan(self, method: Method | None, shape: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    def plan(self, method: BlockMethod | None, shape: tuple[int, ...]) -> list[tuple[int, int, int]]:
         """For each block: tokens that enter, tokens that leave, and multiply-adds of one sample."""
         n, rows = self.tokens(shape), []
         for layer, (_, block) in enumerate(self.blocks):
-            place = {"layer": layer, "depth": self.depth, "prefix": self.prefix, "suffix": self.suffix}
-            after = n if method is None else method.tokens(n, **place)
+            place = Place(layer, self.depth, self.prefix, self.suffix)
+            after = n if method is None else method.tokens(n, place)
             rows.append((n, after, self.cost(block).macs(n, after, self.middle(method))))
             n = after
         return rows
 
-    def counted(self, layer: int, record: LayerRecord, method: Method) -> tuple[int, int]:
+    def counted(self, layer: int, record: LayerRecord, method: BlockMethod) -> tuple[int, int]:
         """Multiply-adds of one sample in a block of the last forward: as it ran, and unpatched."""
         cost, n = self.cost(self.blocks[layer][1]), record.state.length
         return cost.macs(record.tokens_in, record.tokens_out, self.middle(method)), cost.macs(n, n, True)
 
-    def exposure(self, method: Method, expose: str) -> str:
+    def exposure(self, method: BlockMethod, expose: str) -> str:
         """Which blocks return full length: ``"none"``, ``"last"`` or ``"all"``.
 
         Raises:
@@ -216,11 +223,14 @@ class Host(Supplier):
             )
         return expose
 
-    def patch(self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str, patch: Patch) -> None:
+    def patch(
+        self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str, changes: Changes
+    ) -> Shared:
         """Exchange the classes of the blocks. :meth:`check` has passed."""
+        assert isinstance(method, BlockMethod)  # check() saw to it
         expose = self.exposure(method, expose)
         shared = Shared(method, self.depth, self.prefix, self.suffix, expose, drops=method.drops or self.padded)
-        watch(self, shared)
+        watch(self, shared, changes)
         shared.class_token = "class_attention" in self.supplies
         shared.watch = Watch(self.family, {str(i): name for i, (name, _) in enumerate(self.blocks)})
         norms = self.key_norms or [None] * self.depth
@@ -228,11 +238,26 @@ class Host(Supplier):
             tap = None
             if norm is not None:
                 tap = KeyTap(self.key_heads)
-                norm.register_forward_hook(tap)
+                changes.after(norm, tap)
             active = where is None or bool(where(name, block))
-            swap(block, "block", Settings(shared, layer, name, self.recipe, tap, active))
-        swap(self.model, "model", shared)
-        hang(self.model, shared.watch)
+            # Blocks that `where` leaves out are exchanged as well: the state of the tokens has to come through them.
+            changes.swap(block, block_body, Settings(shared, layer, name, self.recipe, tap, active))
+        changes.swap(self.model, model_body, shared)
+        hang(self.model, shared.watch, changes)
+        return shared
+
+    def report(self, state: Shared, methods: Sequence[Method]) -> BlockReport:
+        """Tokens, multiply-adds and sizes of every block."""
+        host = self.choose(state.windows)
+        state.last()
+        rows, total, full = [], 0, 0
+        for layer, (name, _) in enumerate(host.blocks):
+            before, after, tokens = record = state.records[layer]
+            macs, unpatched = host.counted(layer, record, state.method)
+            total, full = total + macs, full + unpatched
+            mean, largest = (1.0, 1.0) if tokens.size is None else (float(tokens.size.mean()), float(tokens.size.max()))
+            rows.append(LayerReport(layer, before, after, macs, mean, largest, unpatched, name))
+        return BlockReport(host.family, state.method, host.where, tuple(rows), total, full)
 
 
 def module_macs(module: nn.Module, *shape: int) -> int:
@@ -251,26 +276,7 @@ def argument_names(block: nn.Module) -> tuple[str, ...]:
     return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
 
 
-def unpatch(model: nn.Module) -> int:
-    """Undo every patch in ``model``; returns how many modules were restored."""
-    count = 0
-    for module, _ in list(patches_of(model)):
-        del module.__dict__[ATTRIBUTE]
-    for module in model.modules():
-        if is_swapped(module):
-            restore(module)
-            count += 1
-        remove_hooks(module)
-        for key in [k for k, hook in module._forward_hooks.items() if isinstance(hook, KeyTap)]:
-            del module._forward_hooks[key]
-    return count
-
-
 def shared_of(model: nn.Module) -> list[tuple[str, nn.Module, Shared]]:
-    """The patched parts of ``model``: name, module, and what its blocks share."""
-    found = []
-    for name, module in model.named_modules():
-        settings: Any = module.__dict__.get("_tokred")
-        if isinstance(settings, Shared):
-            found.append((name, module, settings))
-    return found
+    """The patched encoders of ``model``: name, module, and what its blocks share."""
+    names = {module: name for name, module in model.named_modules()}
+    return [(names[module], module, state) for module, state in states_in(model) if isinstance(state, Shared)]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tokred.adapters.encoder.block import Recipe
 from tokred.adapters.encoder.capture import Capture, MhaCapture
-from tokred.adapters.encoder.host import Host, argument_names
+from tokred.adapters.encoder.host import EncoderHost, argument_names
 from tokred.adapters.encoder.state import TokenState
 from tokred.adapters.swap import host_class
 from tokred.errors import UnsupportedModelError
@@ -57,7 +57,7 @@ class MhaRecipe(Recipe):
         return MhaCapture(bias, state.length, state.representative)
 
 
-def match(model: nn.Module) -> Host | None:
+def match(model: nn.Module) -> EncoderHost | None:
     """The host record of open_clip's vision transformer; None for everything else, whole CLIP models included.
 
     Raises:
@@ -74,7 +74,7 @@ def match(model: nn.Module) -> Host | None:
     return _host(model)
 
 
-def _host(model: Any) -> Host:
+def _host(model: Any) -> EncoderHost:
     blocks = [(f"transformer.resblocks.{i}", block) for i, block in enumerate(model.transformer.resblocks)]
     if not blocks:
         raise UnsupportedModelError("open_clip's VisionTransformer has no blocks")
@@ -87,7 +87,7 @@ def _host(model: Any) -> Host:
             f"the attention of {blocks[0][0]} ({type(first.attn).__name__}) is not fused (scaled cosine), so sizes "
             "could not reach it"
         )
-    return Host(
+    return EncoderHost(
         family="open_clip VisionTransformer",
         model=model,
         blocks=blocks,

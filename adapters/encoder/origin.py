@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from tokred.adapters.changes import Changes
 from tokred.adapters.swap import Hook
 from tokred.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
-    from tokred.adapters.encoder.host import Host
+    from tokred.adapters.encoder.host import EncoderHost
     from tokred.adapters.encoder.state import Shared
 
 
@@ -30,7 +31,7 @@ class Origin(Hook):
         shared: of its blocks; gets the notes.
     """
 
-    def __init__(self, host: Host, shared: Shared) -> None:
+    def __init__(self, host: EncoderHost, shared: Shared) -> None:
         self.model, self.note, self.layout = host.model, shared.note, host.layout
         self.family, self.path = host.family, host.blocks[0][0].rpartition(".")[0]
         self.blocks = self._blocks()
@@ -78,10 +79,10 @@ class _Silent(Hook):
         return None
 
 
-def watch(host: Host, shared: Shared) -> None:
+def watch(host: EncoderHost, shared: Shared, changes: Changes) -> None:
     """Hook an :class:`Origin` in. A model that does not show where its tokens begin is asked when it is called."""
     origin = Origin(host, shared)
     if host.origin is None:
-        host.model.register_forward_pre_hook(origin)
+        changes.before(host.model, origin)
     else:
-        host.origin.register_forward_hook(origin)
+        changes.after(host.origin, origin)

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from tokred.adapters.contract import backward_pass
 from tokred.adapters.encoder.sides import Note, Sides
+from tokred.adapters.host import State
 from tokred.adapters.watch import Watch
-from tokred.core.method import Method
 from tokred.core.reduction import Gated, Reduction
 from tokred.core.soft import SoftReduction
+from tokred.encoder.method import BlockMethod
 from tokred.errors import NothingRecordedError, TokenStateError, UnsupportedModelError
 
 ATTRIBUTE = "_tokred_state"
@@ -184,13 +185,15 @@ class Slot(NamedTuple):
     state: TokenState
 
 
-class Shared:
+class Shared(State):
     """What the blocks of one patched model share: the method, the slots and the record of the last forward.
 
     Holds no module of the host, so copying a block does not copy the model. Copies and pickles start with empty slots.
     """
 
-    def __init__(self, method: Method, depth: int, prefix: int, suffix: int, restore: str, drops: bool) -> None:
+    stage = "block"
+
+    def __init__(self, method: BlockMethod, depth: int, prefix: int, suffix: int, restore: str, drops: bool) -> None:
         self.method = method
         self.depth = depth
         self.prefix = prefix

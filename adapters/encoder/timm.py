@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokred.adapters.encoder.block import Leaf, Recipe, refuse_padding
-from tokred.adapters.encoder.host import Host, argument_names, module_macs
+from tokred.adapters.encoder.host import EncoderHost, argument_names, module_macs
 from tokred.adapters.encoder.sides import Sides, convolution, of_convolution
 from tokred.adapters.encoder.state import TokenState
 from tokred.adapters.encoder.window_host import window_host
@@ -69,7 +69,7 @@ REFUSED = {
 }
 
 
-def match(model: nn.Module) -> Host | None:
+def match(model: nn.Module) -> EncoderHost | None:
     """The host record of a timm vision transformer; None when ``model`` is not one.
 
     Raises:
@@ -105,7 +105,7 @@ def _names(module: object) -> list[str]:
     return [f"{c.__module__}.{c.__qualname__}" for c in cls.__mro__]
 
 
-def _sam(model: Any) -> Host:
+def _sam(model: Any) -> EncoderHost:
     turned = getattr(model, "rope_global", None) is not None
     parts = Parts("norm1", "attn", "norm2", "num_heads", rotate=rotate if turned else None)
     return window_host(
@@ -127,7 +127,7 @@ def rotate(attention: Any, rows: Tensor, representative: Tensor) -> Tensor:
     return turned
 
 
-def _host(model: Any) -> Host:
+def _host(model: Any) -> EncoderHost:
     blocks = [(f"blocks.{i}", block) for i, block in enumerate(model.blocks)]
     if not blocks:
         raise UnsupportedModelError(f"timm's {type(model).__name__} has no blocks")
@@ -152,7 +152,7 @@ def _host(model: Any) -> Host:
     grid, origin = getattr(model.patch_embed, "grid_size", None), _origin(model.patch_embed, gemma)
     if origin is not None:
         supplies.add("grid")
-    return Host(
+    return EncoderHost(
         family=f"timm {host_class(model).__name__}",
         model=model,
         blocks=blocks,

@@ -18,7 +18,7 @@ from torch import nn
 from tokred.adapters.contract import attention_of
 from tokred.adapters.encoder import transformers_maps, transformers_text
 from tokred.adapters.encoder.block import Recipe, refuse_padding
-from tokred.adapters.encoder.host import Host, argument_names
+from tokred.adapters.encoder.host import EncoderHost, argument_names
 from tokred.adapters.encoder.sides import convolution, of_convolution
 from tokred.adapters.encoder.state import TokenState
 from tokred.adapters.encoder.transformers_tables import DEMANDS, ENCODERS, HEADS, Encoder
@@ -69,7 +69,7 @@ CAUSAL = (
 )
 
 
-def match(model: nn.Module) -> Host | None:
+def match(model: nn.Module) -> EncoderHost | None:
     """The host record of a transformers encoder, alone or in a known model; None when ``model`` is no such model.
 
     Raises:
@@ -155,7 +155,7 @@ def is_tower(model: Any) -> bool:
     return _locate(model) is None and transformers_maps.match(model) is None
 
 
-def _host(model: Any, name: str, encoder: Any, demand: str) -> Host:
+def _host(model: Any, name: str, encoder: Any, demand: str) -> EncoderHost:
     row = ENCODERS[name]
     layers = [(f"{row.layers}.{i}", layer) for i, layer in enumerate(_get(encoder, row.layers))]
     _check_fused(encoder, layers)
@@ -167,7 +167,7 @@ def _host(model: Any, name: str, encoder: Any, demand: str) -> Host:
     prefix, suffix = _ask(row.prefix, encoder), _ask(row.suffix, encoder)
     clip = None if row.clip is None else row.clip(encoder)
     masked = row.masked or MASKED in _names(model)
-    return Host(
+    return EncoderHost(
         family=f"transformers {name}",
         model=encoder,
         blocks=layers,

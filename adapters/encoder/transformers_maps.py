@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from tokred.adapters.encoder.divided import divided_host
-from tokred.adapters.encoder.host import Host, module_macs
+from tokred.adapters.encoder.host import EncoderHost, module_macs
 from tokred.adapters.encoder.window_host import window_host
 from tokred.adapters.encoder.windows import Parts
 from tokred.adapters.linear import macs
@@ -64,7 +64,7 @@ MAPS = {
 DIVIDED = {"TimesformerModel": "", "TimesformerForVideoClassification": "timesformer"}
 
 
-def match(model: nn.Module) -> Host | None:
+def match(model: nn.Module) -> EncoderHost | None:
     """The host record of such an encoder, or of a model around one; None where there is none.
 
     Maps keep their size, so whatever is built around an encoder of maps notices nothing.
@@ -80,7 +80,7 @@ def match(model: nn.Module) -> Host | None:
     return _map_host(*found[0]) if len(found) == 1 else None
 
 
-def _map_host(name: str, encoder: Any) -> Host:
+def _map_host(name: str, encoder: Any) -> EncoderHost:
     row = MAPS[name]
     layers = encoder.get_submodule(row.layers)
     conv = encoder.get_submodule(row.embed).projection

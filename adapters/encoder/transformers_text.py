@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tokred.adapters.contract import attention_of
 from tokred.adapters.encoder.block import Recipe
-from tokred.adapters.encoder.host import Host, argument_names
+from tokred.adapters.encoder.host import EncoderHost, argument_names
 from tokred.adapters.encoder.masks import require, seen, visible
 from tokred.adapters.encoder.state import TokenState
 from tokred.adapters.linear import matrices
@@ -95,7 +95,7 @@ HEADS: dict[str, tuple[str, Demand]] = {
 }
 
 
-def match(model: Any) -> Host | None:
+def match(model: Any) -> EncoderHost | None:
     """The host record of a text encoder, alone or under a head; None when ``model`` is none.
 
     Raises:
@@ -121,7 +121,7 @@ def match(model: Any) -> Host | None:
     supplies = {"x", "q", "k", "v", "class_attention"}
     if not row.windowed:
         supplies.add("attention")
-    return Host(
+    return EncoderHost(
         family=f"transformers {name}",
         model=encoder,
         blocks=layers,

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from tokred import adapters
 from tokred.adapters.encoder.block import SETTINGS
-from tokred.adapters.encoder.host import Host
+from tokred.adapters.encoder.host import EncoderHost
 from tokred.adapters.linear import value_transform
 from tokred.adapters.swap import is_swapped, restore
 from tokred.core.site import Site
@@ -63,7 +63,7 @@ class Recorded(NamedTuple):
 
     output: Any
     blocks: list[BlockRecord]
-    host: Host
+    host: EncoderHost
 
 
 def record(model: nn.Module, images: Tensor, *, grad: bool = False) -> Recorded:
@@ -106,7 +106,7 @@ def record(model: nn.Module, images: Tensor, *, grad: bool = False) -> Recorded:
 class _Watch(TorchFunctionMode):
     """Fills one record a block, by hooks on its parts and by watching the attention inside."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: EncoderHost) -> None:
         super().__init__()
         self.host = host
         self.records: list[BlockRecord] = []

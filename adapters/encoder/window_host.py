@@ -9,18 +9,18 @@ from typing import Any
 
 from torch import nn
 
-from tokred.adapters.encoder.block import SETTINGS
-from tokred.adapters.encoder.host import BlockCost, Host, argument_names
-from tokred.adapters.encoder.state import LayerRecord
+from tokred.adapters.changes import Changes
+from tokred.adapters.encoder.host import BlockCost, EncoderHost, argument_names
+from tokred.adapters.encoder.state import LayerRecord, Shared
 from tokred.adapters.encoder.windows import Grid, Parts, WindowRecipe, WindowState
 from tokred.adapters.swap import host_class
 from tokred.core.method import Method
+from tokred.encoder.method import BlockMethod, Place
 from tokred.errors import UnsupportedModelError
-from tokred.patch import Patch
 
 
 @dataclass(kw_only=True)
-class WindowHost(Host):
+class WindowHost(EncoderHost):
     """A model of blocks on a map.
 
     Attributes:
@@ -65,27 +65,30 @@ class WindowHost(Host):
     def _grid(self, block: Any, shape: tuple[int, ...]) -> Grid:
         return Grid(*self.map_of(shape), int(block.window_size))
 
-    def plan(self, method: Method | None, shape: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    def plan(self, method: BlockMethod | None, shape: tuple[int, ...]) -> list[tuple[int, int, int]]:
         """Every block starts from the whole map."""
         rows = []
         for layer, (_, block) in enumerate(self.blocks):
             grid = self._grid(block, shape)
-            place = {"layer": layer, "depth": self.depth, "prefix": 0, "suffix": 0}
-            after = grid.area if method is None else method.tokens(grid.area, **place)
+            place = Place(layer, self.depth)
+            after = grid.area if method is None else method.tokens(grid.area, place)
             macs = window_macs(self.cost(block), grid, after)
             rows.append((grid.number * grid.area, grid.number * after, macs))
         return rows
 
-    def counted(self, layer: int, record: LayerRecord, method: Method) -> tuple[int, int]:
+    def counted(self, layer: int, record: LayerRecord, method: BlockMethod) -> tuple[int, int]:
         """As it ran, and with all tokens."""
         assert isinstance(record.state, WindowState)
         cost, grid = self.cost(self.blocks[layer][1]), record.state.grid
         return window_macs(cost, grid, record.tokens_out // grid.number), window_macs(cost, grid, grid.area)
 
-    def patch(self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str, patch: Patch) -> None:
+    def patch(
+        self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str, changes: Changes
+    ) -> Shared:
         """Remember which blocks were meant."""
-        super().patch(method, where, expose, patch)
-        self.model.__dict__[SETTINGS].windows = self.windows
+        shared = super().patch(method, where, expose, changes)
+        shared.windows = self.windows
+        return shared
 
 
 def window_macs(cost: BlockCost, grid: Grid, slots: int) -> int:
@@ -105,7 +108,7 @@ def window_host(
     family: str,
     map_of: Callable[[tuple[int, ...]], tuple[int, int]],
     around: Callable[[tuple[int, ...]], int],
-) -> Host:
+) -> EncoderHost:
     """The host record of a model of such blocks.
 
     Args:

@@ -26,6 +26,7 @@ from tokred.adapters.encoder.state import TokenState
 from tokred.adapters.swap import host_class
 from tokred.core.reduction import Reduction
 from tokred.core.site import Site
+from tokred.encoder.method import Place
 from tokred.errors import UnsupportedModelError
 
 # Weight of a padded row where it shares a group with real ones: small enough to be lost, large enough to divide by.
@@ -136,7 +137,7 @@ class WindowRecipe(Recipe):
         maps = x.permute(0, 2, 3, 1) if self.parts.channels_first else x
         grid = Grid(maps.shape[1], maps.shape[2], int(block.window_size))
         out, state = None, WindowState(grid.area, grid=grid)
-        if settings.active and shared.method.acts(grid.area, layer=layer, depth=shared.depth, prefix=0, suffix=0):
+        if settings.active and shared.method.acts(grid.area, Place(layer, shared.depth)):
             if self.bind(args, kwargs).get("output_attentions"):
                 raise UnsupportedModelError("a block that runs on fewer tokens has no attention weights of all of them")
             out, state = self._reduced(block, settings, maps, grid)

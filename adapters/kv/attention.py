@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tokred.adapters.contract import attention_of, host_object
-from tokred.adapters.kv.flat import attend_to_both
 from tokred.adapters.kv.layer import TokLayer
 from tokred.adapters.kv.masks import MaskSpec, mask_function
 from tokred.adapters.kv.rope import LayerRope
@@ -17,6 +17,7 @@ from tokred.adapters.linear import weight_of
 from tokred.errors import UnsupportedModelError
 from tokred.kernels.decode_attention import decode_attention
 from tokred.kv.site import CacheSite
+from tokred.kv.stores import Query
 
 PREFIX = "tokred:"
 SEAT = "tokred_seat"
@@ -89,9 +90,9 @@ def attention(
         )
     call = _Call(module, attention_mask, seat, scaling, dropout, options)
     before = layer.seen - query.shape[2]
-    if not layer.session.watches(layer.clock, before):
-        return _attend(call, layer, query, key, value, before)  # nor will it watch what comes
-    cut = layer.session.ends_prompt(layer.clock, before, layer.seen)
+    engine = layer.engine
+    # A policy that does not watch what is there will not watch what comes.
+    cut = engine.ends_prompt(layer.clock, before, layer.seen) if engine.watches(layer.clock, before) else None
     if cut is None:
         return _attend_and_act(call, layer, query, key, value, before)
     # The prompt's last forward also holds drafts: the prompt attends, votes and is compressed as if it were alone.
@@ -109,9 +110,12 @@ def _attend_and_act(
     call: _Call, layer: TokLayer, query: Tensor, key: Tensor, value: Tensor, before: int
 ) -> tuple[Tensor, Tensor | None]:
     out = _attend(call, layer, query, key, value, before)
-    if layer.session.watches(layer.clock, layer.seen):
+    engine = layer.engine
+    if engine.watches(layer.clock, layer.seen):
         with torch.no_grad():
-            layer.session.observe(layer, _site(call, layer, query), before)
+            engine.observe(layer, _site(call, layer, query), before)
+    else:
+        layer.settle(_site(call, layer, query) if layer.store.reads else None)
     return out
 
 
@@ -120,6 +124,14 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:
     spec, seat = call.spec, call.seat
     one = query.shape[2] == 1 and spec.plain and layer.weights is None
+    if not layer.shelf.complete:
+        # The store has more rows than it has handed over, and may know how to attend to all of them.
+        if one and not call.dropout:
+            padding = partial(_padding, spec, layer.seen)
+            heads = layer.shelf.attend(Query(query, call.scaling, call.softcap, padding))
+            if heads is not None:
+                return heads.transpose(1, 2).contiguous(), None
+        key, value = layer.keys, layer.values  # type: ignore[assignment]  # there are rows
     if layer.compressed and one and spec.key_mask is None and not layer.ragged:
         # One query that sees every row needs no mask, as with a dense cache of that length.
         rest = call.scaling, call.dropout, call.options
@@ -127,16 +139,14 @@ def _attend(
     elif not layer.compressed and spec.arguments["q_length"] == query.shape[2]:
         rest = call.scaling, call.dropout, call.options
         out = _stock(call.module, seat.implementation, query, key, value, spec.stock(seat.implementation), *rest)
-    elif layer.flat is not None and one and not call.dropout:
-        # Flat rows are real and lie behind the query; those that came since, its own among them, may be padding.
-        mask = spec.later(layer.seen - key.shape[2], layer.seen)
-        heads = attend_to_both(query, layer.flat, key, value, mask, call.scaling, call.softcap)
-        out = heads.transpose(1, 2).contiguous(), None
     else:
-        if layer.flat is not None:
-            key, value = layer.keys, layer.values  # type: ignore[assignment]  # there are rows
         out = _compressed(call, layer, query, key, value, before), None
     return out
+
+
+def _padding(spec: MaskSpec, seen: int, count: int) -> Tensor | None:
+    """``[B, count]`` bool, False where the newest slots are padding; None: nowhere."""
+    return spec.later(seen - count, seen)
 
 
 def _site(call: _Call, layer: TokLayer, query: Tensor) -> CacheSite:
@@ -151,7 +161,7 @@ def _site(call: _Call, layer: TokLayer, query: Tensor) -> CacheSite:
         padding=call.spec.padding(layer.seen),
         ragged=layer.ragged,
         weights=layer.weights,
-        alpha=layer.session.parts.fate.alpha,
+        alpha=layer.engine.parts.fate.alpha,
         scale=call.scaling,
         softcap=call.softcap,
         rows=layer.rows,
@@ -201,7 +211,7 @@ def _compressed(call: _Call, layer: TokLayer, query: Tensor, key: Tensor, value:
     mask = spec.visible(before, count, positions, layer.ragged)
     bias = None
     if layer.weights is not None:
-        bias = (layer.session.parts.fate.alpha * layer.weights.log())[:, :, None]
+        bias = (layer.engine.parts.fate.alpha * layer.weights.log())[:, :, None]
     return attend(query, key, value, mask, bias, call.scaling, call.softcap, dropout)
 
 

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from tokred.adapters.contract import host_object
-from tokred.adapters.kv.flat import LAYOUTS
 from tokred.adapters.kv.layer import TokLayer
 from tokred.errors import BypassedError, TokenStateError
-from tokred.kv.engine import Session
+from tokred.kv.engine import Engine
 from tokred.kv.policy import CachePolicy
+from tokred.kv.stores import Flat, Rectangle, Store
 
 Cache: Any = host_object("any cache")
 DynamicCache: Any = host_object("cache of rows that grow")
@@ -20,7 +20,7 @@ DynamicCache: Any = host_object("cache of rows that grow")
 class LayerRows(NamedTuple):
     """One layer of a cache: slots seen, rows held, and bytes; ``dense_bytes`` is what all slots would take.
 
-    Rows are those of the longest head, or where rows lie flat the mean over heads and samples, rounded up.
+    Rows are those of the longest head, or where no empty rows are held the mean over heads and samples, rounded up.
     """
 
     layer: int
@@ -31,7 +31,7 @@ class LayerRows(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """What :meth:`TokCache.snapshot` gave."""
+    """State of a cache, as :meth:`TokCache.snapshot` gave it: of its layers, and of what decides about them."""
 
     layers: tuple[dict[str, Any], ...]
     session: dict[str, Any]
@@ -44,14 +44,14 @@ class TokCache(DynamicCache):  # type: ignore[misc]
     any other; in addition it can be set back to an earlier state without a copy.
     """
 
-    session: Session
+    engine: Engine
 
     def snapshot(self) -> Snapshot:
         """The present state. Costs no memory until the cache moves on: tensors are shared."""
         layers = tuple(
             layer.snapshot() if isinstance(layer, TokLayer) else dict(layer.__dict__) for layer in self.layers
         )
-        return Snapshot(layers, self.session.state())
+        return Snapshot(layers, self.engine.state())
 
     def restore(self, snapshot: Snapshot) -> None:
         """Set the cache back to an earlier state of itself; the snapshot can be used again.
@@ -62,10 +62,10 @@ class TokCache(DynamicCache):  # type: ignore[misc]
         if len(snapshot.layers) != len(self.layers):
             raise ValueError(f"the snapshot has {len(snapshot.layers)} layers, the cache has {len(self.layers)}")
         self.restore_layers(snapshot)
-        self.session.load(snapshot.session)
+        self.engine.load(snapshot.session)
 
     def restore_layers(self, snapshot: Snapshot) -> None:
-        """The same for what the layers hold; the session goes on."""
+        """Set back what the layers hold; the engine goes on."""
         for layer, state in zip(self.layers, snapshot.layers, strict=True):
             if isinstance(layer, TokLayer):
                 layer.restore(state)
@@ -100,16 +100,13 @@ class TokCache(DynamicCache):  # type: ignore[misc]
             )
         for layer in layers:
             layer.armed = layer.waiting = False
-        self.session.begin()
+        self.engine.begin()
 
     def account(self, samples: int, config: Any) -> None:
         """Under a hard limit, before a forward of ``samples`` samples: write down what is held."""
-        ledger = self.session.ledger
+        ledger = self.engine.ledger
         if ledger is None:
             return
-        for layer in self.layers:
-            if isinstance(layer, TokLayer) and self.session.parts.budget.headwise:
-                layer.layout = "flat"  # a rectangle holds empty rows, which nobody counts on
         ours = {layer.index: -(-layer.nbytes // samples) for layer in self.layers if isinstance(layer, TokLayer)}
         others = [layer for layer in self.layers if not isinstance(layer, TokLayer)]
         ledger.open(ours, sum(_rows(0, layer).bytes for layer in others) // samples)
@@ -129,12 +126,12 @@ class TokCache(DynamicCache):  # type: ignore[misc]
                     f"the attention of layer {i} ran without the policy: if the model's attention implementation has "
                     "been switched since, call tokred.apply again"
                 )
-        self.session.finish()
+        self.engine.finish()
 
     def reset(self) -> None:
         """Empty, and ready for another prompt."""
         super().reset()
-        self.session.reset()
+        self.engine.reset()
 
     def layer_rows(self) -> tuple[LayerRows, ...]:
         """Slots, rows and bytes of every layer."""
@@ -148,7 +145,7 @@ class TokCache(DynamicCache):  # type: ignore[misc]
     @property
     def peak_bytes(self) -> int | None:
         """Most bytes of one sample so far, at any layer of any forward; None without a hard limit."""
-        return None if self.session.ledger is None else self.session.ledger.peak
+        return None if self.engine.ledger is None else self.engine.ledger.peak
 
 
 def rows_of(layers: list[Any]) -> tuple[LayerRows, ...]:
@@ -158,13 +155,17 @@ def rows_of(layers: list[Any]) -> tuple[LayerRows, ...]:
 
 def _rows(index: int, layer: Any) -> LayerRows:
     if isinstance(layer, TokLayer):
-        return LayerRows(index, layer.seen, layer.held, layer.nbytes, layer.row_bytes * layer.seen)
+        return LayerRows(index, layer.seen, layer.held, layer.nbytes, layer.dense_bytes)
     keys: Tensor | None = getattr(layer, "keys", None)
     values: Tensor | None = getattr(layer, "values", None)
     if keys is None or values is None or keys.numel() == 0:
         return LayerRows(index, 0, 0, 0, 0)
     held = keys.nbytes + values.nbytes
     return LayerRows(index, int(layer.get_seq_length()), keys.shape[2], held, held)
+
+
+# Layouts that a caller can ask for, besides "auto": rows as they come, with empty ones or without.
+_LAYOUTS: dict[str, Store] = {"rectangle": Rectangle(), "flat": Flat(0.0)}
 
 
 def make_cache(config: Any, policy: CachePolicy, compressed: tuple[int, ...], layout: str = "auto") -> TokCache:
@@ -174,15 +175,22 @@ def make_cache(config: Any, policy: CachePolicy, compressed: tuple[int, ...], la
         config: of the decoder.
         policy: what happens to its rows.
         compressed: the layers that the policy acts on.
-        layout: how they hold rows, see :class:`TokLayer`.
+        layout: how rows lie: ``"auto"``, as the policy's store says; ``"rectangle"``, with empty rows where heads or
+            samples hold different numbers; ``"flat"``, without.
 
     Raises:
-        ValueError: there is no such layout.
+        ValueError: there is no such layout, or the policy's store has a form of its own.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout is {layout!r}; allowed are {', '.join(map(repr, LAYOUTS))}")
+    allowed = ("auto", *_LAYOUTS)
+    if layout not in allowed:
+        raise ValueError(f"layout is {layout!r}; allowed are {', '.join(map(repr, allowed))}")
+    store = policy.parts.store
+    if layout != "auto" and not isinstance(store, Flat | Rectangle):
+        raise ValueError(
+            f"layout is {layout!r}, but the policy's store {store.name!r} has a form of its own: leave it out"
+        )
     cache = TokCache(config=config)
-    _take_over(cache, policy, compressed, layout)
+    _take_over(cache, policy, compressed, _LAYOUTS.get(layout, store))
     return cache
 
 
@@ -190,22 +198,23 @@ def adopt(cache: Any, config: Any, policy: CachePolicy, compressed: tuple[int, .
     """Make the caller's cache one of ours, in place.
 
     Raises:
-        TypeError: it is of a kind whose rows cannot be evicted.
+        TypeError: it is of a kind that the policy's store does not replace.
         ValueError: it belongs to another policy, or holds tokens that the policy has not seen.
     """
     if isinstance(cache, TokCache):
-        if cache.session.policy != policy:
+        if cache.engine.policy != policy:
             raise ValueError(
-                f"the cache belongs to {cache.session.policy!r}, the model is patched with {policy!r}; "
+                f"the cache belongs to {cache.engine.policy!r}, the model is patched with {policy!r}; "
                 "give it an empty one"
             )
         return cache
-    if type(cache) is not DynamicCache or cache.offloading:
+    store = policy.parts.store
+    if _does(cache) not in store.replaces:
         kind = type(cache).__name__ if isinstance(cache, Cache) else repr(type(cache).__name__)
         more = " that offloads its layers" if getattr(cache, "offloading", False) else ""
         raise TypeError(
-            f"rows cannot be evicted from a {kind}{more}: a policy works on a DynamicCache, or on none at all "
-            "(then the model makes its own)"
+            f"rows cannot be evicted from a {kind}{more}: a policy whose store is {store.name!r} works on a "
+            f"DynamicCache{_others(store)}, or on none at all (then the model makes its own)"
         )
     if cache.get_seq_length() > 0:
         raise ValueError(
@@ -214,12 +223,29 @@ def adopt(cache: Any, config: Any, policy: CachePolicy, compressed: tuple[int, .
         )
     cache.layers = DynamicCache(config=config).layers
     cache.layer_class_to_replicate = None
+    cache.offloading = False  # the store does what it was asked for
     cache.__class__ = TokCache
-    _take_over(cache, policy, compressed)
+    _take_over(cache, policy, compressed, store)
     return cache  # type: ignore[no-any-return]
 
 
-def _take_over(cache: Any, policy: CachePolicy, compressed: tuple[int, ...], layout: str = "auto") -> None:
-    cache.session = Session(policy, len(compressed))
+def _does(cache: Any) -> str:
+    """What a caller's cache does, in the words of :attr:`tokred.kv.stores.Store.replaces`; empty where nothing fits."""
+    if type(cache) is DynamicCache:
+        return "offloaded" if cache.offloading else "plain"
+    # Its layers are quantised ones by their class alone.
+    return "quantised" if type(cache).__name__ == "QuantizedCache" else ""
+
+
+def _others(store: Store) -> str:
+    """Kinds of caches beside the plain one, for a message."""
+    found = sorted(store.replaces - {"plain"})
+    return "".join(f" (or one that is {kind})" for kind in found)
+
+
+def _take_over(cache: Any, policy: CachePolicy, compressed: tuple[int, ...], store: Store) -> None:
+    if policy.parts.when.chunk and policy.parts.budget.headwise:
+        store = policy.parts.store.tight()  # under a hard limit nobody counts on empty rows, whatever the layout
+    cache.engine = Engine(policy, len(compressed))
     for index, layer in enumerate(compressed):
-        cache.layers[layer] = TokLayer(cache.session, index, layout)
+        cache.layers[layer] = TokLayer(cache.engine, index, store)

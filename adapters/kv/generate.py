@@ -16,6 +16,7 @@ from tokred.adapters.contract import (
 )
 from tokred.adapters.encoder.block import SETTINGS
 from tokred.adapters.kv.hooks import CacheSettings
+from tokred.kv.stores.store import missing
 
 
 def body(host: Any) -> dict[str, Any]:
@@ -54,13 +55,13 @@ def _prepare(
     length = prompt_length(config, model_kwargs)
     config.prefill_chunk_size = _chunk(settings, config.prefill_chunk_size, length, cache.get_seq_length())
     if cache.get_seq_length() == 0:
-        session = cache.session
-        session.reset()
-        session.prompt = length
-        session.steps = None if length is None else max(longest + 1 - length, 1)
-        session.drafting = assisted
+        engine = cache.engine
+        engine.reset()
+        engine.prompt = length
+        engine.steps = None if length is None else max(longest + 1 - length, 1)
+        engine.drafting = assisted
     else:
-        cache.session.drafting = False
+        cache.engine.drafting = False
     model_kwargs[name] = cache
 
 
@@ -113,7 +114,10 @@ def _refuse(settings: CacheSettings, config: Any, assisted: bool, given: Any) ->
             "empty cache, or generate without them"
         )
     parts = settings.policy.parts
-    later = parts.budget.spread != "layer" or parts.score.repeats is not None
+    why = missing(parts.store, {"crop": "assisted decoding or prompt lookup"})
+    if why:
+        raise ValueError(f"{why}, and {parts.store.name!r} cannot")
+    later = parts.budget.deferred or parts.score.repeats is not None
     if (parts.when.every or parts.when.turns or later) and not parts.budget.full:
         raise ValueError(
             f"assisted decoding and prompt lookup take back tokens, for which {name} has evicted others by then; they "

@@ -14,20 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokred.adapters.contract import cache_name, cache_of, set_attention, with_cache
-from tokred.adapters.kv.attention import SEAT, Seat, register
+from tokred.adapters.contract import attention_of, cache_name, cache_of, set_attention, with_cache
+from tokred.adapters.host import State
+from tokred.adapters.kv.attention import PREFIX, SEAT, Seat, register
 from tokred.adapters.kv.cache import LayerRows, TokCache, adopt, make_cache, rows_of
 from tokred.adapters.kv.layer import TokLayer
 from tokred.adapters.kv.repeat import repeat
 from tokred.adapters.kv.rope import LayerRope
-from tokred.adapters.swap import Hook, host_class
+from tokred.adapters.swap import Hook, Undo, host_class
 from tokred.kv.policy import CachePolicy
 
 # The residual stream at the entry of the decoder layer that is running, by thread.
 _local = threading.local()
 
 
-class CacheSettings:
+class CacheSettings(State, Undo):
     """What the hooks of one patched model share.
 
     Args:
@@ -36,6 +37,8 @@ class CacheSettings:
         compressed: layers whose rows the policy acts on.
         implementation: the attention that the model had.
     """
+
+    stage = "cache"
 
     def __init__(self, policy: CachePolicy, config: Any, compressed: tuple[int, ...], implementation: str) -> None:
         self.policy = policy
@@ -83,6 +86,16 @@ class CacheSettings:
     def cache(self, layout: str = "auto") -> TokCache:
         """An empty cache that holds its rows as ``layout`` says."""
         return make_cache(self.config, self.policy, self.compressed, layout)
+
+    @property
+    def method(self) -> CachePolicy:
+        """The policy."""
+        return self.policy
+
+    @property
+    def in_force(self) -> bool:
+        """Whether the model's attention is the one that asks the policy."""
+        return attention_of(self.config).startswith(PREFIX)
 
     def undo(self) -> None:
         """Give the model its own attention back."""
@@ -185,7 +198,7 @@ class EnterLayer(Hook):
         if not isinstance(layer, TokLayer):
             return
         x = args[0] if args else kwargs["hidden_states"]
-        if layer.session.wants_stream(layer.clock, x.shape[1] > 1):
+        if layer.engine.wants_stream(layer.clock, x.shape[1] > 1):
             _local.stream = (layer, x, kwargs.get("attention_mask"))
 
 
@@ -202,14 +215,14 @@ class EnterNorm(Hook):
             return
         layer, before, spec = found
         with torch.no_grad():
-            session, key = layer.session, layer.index
+            engine, key = layer.engine, layer.index
             turned = F.cosine_similarity(before.float(), args[0].float(), dim=-1, eps=1e-8)  # [B, N]
             padding = spec.padding(layer.seen)
             real = torch.ones_like(turned) if padding is None else padding.mask[:, -turned.shape[1] :].float()
             total, count = (turned * real).sum(1), real.sum(1)
-            if key in session.streams:
-                total, count = total + session.streams[key][0], count + session.streams[key][1]
-            session.streams[key] = (total, count)
+            if key in engine.streams:
+                total, count = total + engine.streams[key][0], count + engine.streams[key][1]
+            engine.streams[key] = (total, count)
 
 
 def argument_names(module: nn.Module) -> tuple[str, ...]:

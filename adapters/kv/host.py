@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import nn
 
+from tokred.adapters.changes import Changes
 from tokred.adapters.contract import attention_of, cache_argument, exchanges_attention, set_attention
-from tokred.adapters.host import Supplier
+from tokred.adapters.host import Host, State
 from tokred.adapters.kv.reasons import layer_kinds, odd_layers, without_cache
-from tokred.adapters.swap import host_class, swap
+from tokred.adapters.swap import host_class
 from tokred.core.method import Method
-from tokred.errors import MissingInputError, UnsupportedModelError
-from tokred.patch import Patch
+from tokred.errors import MissingInputError, NothingRecordedError, UnsupportedModelError
+from tokred.kv.report import CacheReport
 
 _PROJECTIONS = ("o_proj", "out_proj")
 # Attentions that repeat heads in an order of their own, behind their cache, and cannot be tried beforehand.
@@ -23,7 +24,7 @@ _OTHER_HEADS = ("JetMoeAttention",)
 
 
 @dataclass
-class CacheHost(Supplier):
+class CacheHost(Host):
     """A language model whose cache a policy can act on.
 
     Attributes:
@@ -83,9 +84,11 @@ class CacheHost(Supplier):
         self.check_reads(method)
         method.check(self.depth)
 
-    def patch(self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str, patch: Patch) -> None:
+    def patch(
+        self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str, changes: Changes
+    ) -> State:
         """Register the attention function, and hang the hooks on the decoder. :meth:`check` has passed."""
-        from tokred.adapters.kv import hooks
+        from tokred.adapters.kv import generate, hooks
         from tokred.adapters.kv.attention import PREFIX, register
         from tokred.adapters.kv.rope import layer_type_of
         from tokred.kv.policy import CachePolicy
@@ -94,23 +97,30 @@ class CacheHost(Supplier):
         implementation = attention_of(self.config).removeprefix(PREFIX)
         chosen = tuple(i for i in self.compressed if where is None or where(*self.attentions[i]))
         settings = hooks.CacheSettings(method, self.config, chosen, implementation)
-        self.decoder.register_forward_pre_hook(
-            hooks.EnterDecoder(settings, hooks.argument_names(self.decoder)), with_kwargs=True
-        )
-        self.decoder.register_forward_hook(hooks.LeaveDecoder(settings), with_kwargs=True)
+        names = hooks.argument_names(self.decoder)
+        changes.before(self.decoder, hooks.EnterDecoder(settings, names), with_kwargs=True)
+        changes.after(self.decoder, hooks.LeaveDecoder(settings), with_kwargs=True)
         embedding = getattr(self.decoder, "rotary_emb", None) if "rope" in self.supplies else None
         for i, (_, attention) in enumerate(self.attentions):
             layer_type = None if embedding is None else layer_type_of(embedding, attention)
             hook = hooks.EnterAttention(settings, i, _projection(attention), embedding, layer_type)
-            attention.register_forward_pre_hook(hook, with_kwargs=True)
+            changes.before(attention, hook, with_kwargs=True)
         if "stream" in method.reads:
             for i in chosen:
                 both = self.norms[i]
                 assert both is not None  # supplied for all or for none
-                both[0].register_forward_pre_hook(hooks.EnterLayer(i), with_kwargs=True)
-                both[1].register_forward_pre_hook(hooks.EnterNorm())
-        swap(self.model, "cache", settings)
+                changes.before(both[0], hooks.EnterLayer(i), with_kwargs=True)
+                changes.before(both[1], hooks.EnterNorm())
+        # Its undo gives the model its own attention back, also where the model is freed without its patch.
+        changes.swap(self.model, generate.body, settings)
         set_attention(self.config, register(implementation))
+        return settings
+
+    def report(self, state: Any, methods: Sequence[Method]) -> CacheReport:
+        """Slots, rows and bytes of every layer of the cache that ran last, as it is or was when it was freed."""
+        if not state.last:
+            raise NothingRecordedError("nothing is recorded: run one forward of the patched model with a cache first")
+        return CacheReport(self.family, state.policy, state.last)
 
 
 def match(model: nn.Module, *, decodes: bool = False, bounded: bool = False) -> CacheHost | None:

@@ -26,16 +26,16 @@ def repeat(module: nn.Module, given: dict[str, Any], cache: TokCache) -> None:
         given: arguments of the forward that has just ended, by name.
         cache: of that forward.
     """
-    session = cache.session
-    repeats = session.repeats
-    if repeats is None or session.probe is not None:
+    engine = cache.engine
+    repeats = engine.repeats
+    if repeats is None or engine.probe is not None:
         return
     holder = next((layer for layer in cache.layers if isinstance(layer, TokLayer)), None)
-    if holder is None or not session.records(holder.clock, holder.seen):
+    if holder is None or not engine.records(holder.clock, holder.seen):
         return
     embed: Callable[[Tensor], Tensor] = module.get_input_embeddings()  # type: ignore[operator]
     context = _joined(holder.notes.pop(CONTEXT, None), given, embed)
-    site = session.waiting
+    site = engine.waiting
     if site is None:
         holder.notes[CONTEXT] = context
         return
@@ -44,7 +44,7 @@ def repeat(module: nn.Module, given: dict[str, Any], cache: TokCache) -> None:
     real = context.new_ones(context.shape[:2], dtype=torch.bool)
     if site.padding is not None:
         real = site.padding.mask[:, -recorded:].to(context.device)
-    probe = session.probe = Probe(repeats, recorded)
+    probe = engine.probe = Probe(repeats, recorded)
     before = cache.snapshot()
     try:
         for piece in pieces(repeats, real, site.lengths):
@@ -53,9 +53,9 @@ def repeat(module: nn.Module, given: dict[str, Any], cache: TokCache) -> None:
             _feed(module, given, cache, tokens, _mask(mask, meant, tokens, seen), piece)
             cache.restore_layers(before)
     finally:
-        session.probe = None
+        engine.probe = None
         cache.restore_layers(before)
-    session.judged(probe)
+    engine.judged(probe)
 
 
 def _joined(noted: Tensor | None, given: dict[str, Any], embed: Callable[[Tensor], Tensor]) -> Tensor:

@@ -3,17 +3,28 @@ later layers are given for it. State that outlives the forward goes to the cache
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from tokred.adapters.contract import cache_of
-from tokred.adapters.vlm.call import Call
-from tokred.adapters.vlm.inner import Inner
-from tokred.adapters.vlm.masks import MaskMaker, slid
-from tokred.adapters.vlm.pack import PAIRS, Packed, gather_any_mask, gather_columns, last_real, left_pack
-from tokred.adapters.vlm.pictures import places_in
+from tokred.adapters.vlm.columns import (
+    Group,
+    Packed,
+    Track,
+    extended,
+    gather_columns,
+    last_real,
+    left_pack,
+    physical_length,
+    set_track,
+    track_of,
+)
+from tokred.adapters.vlm.decoder_attention import LayerCount
+from tokred.adapters.vlm.decoder_layers import Inner
+from tokred.adapters.vlm.layout import places_in
+from tokred.adapters.vlm.masks import PAIRS, MaskMaker, gather_any_mask, slid
 from tokred.adapters.vlm.sites import (
     Context,
     Left,
@@ -26,14 +37,19 @@ from tokred.adapters.vlm.sites import (
     with_last,
     without_newlines,
 )
-from tokred.adapters.vlm.step import LayerCount
-from tokred.adapters.vlm.track import Group, Track, extended, physical_length, set_track, track_of
-from tokred.core.method import Method
+from tokred.adapters.vlm.taps import Call
 from tokred.errors import BypassedError, MissingInputError
+from tokred.vlm.method import VisualMethod
+
+if TYPE_CHECKING:
+    from transformers import Cache
+
+    from tokred.adapters.vlm.hooks import VisualSettings
+    from tokred.adapters.vlm.masks import Masks
 
 
 class Forward:
-    """See the module.
+    """A forward of the language model: its tokens, those that are left, and what the cache knew before it.
 
     Args:
         settings: of the patched model.
@@ -41,7 +57,7 @@ class Forward:
         given: arguments of the language model, by name.
     """
 
-    def __init__(self, settings: Any, call: Call, given: dict[str, Any]) -> None:
+    def __init__(self, settings: VisualSettings, call: Call, given: dict[str, Any]) -> None:
         self.settings = settings
         self.call = call
         self.cache = cache_of(given)
@@ -88,7 +104,7 @@ class Forward:
 
     @property
     def slides(self) -> bool:
-        """Whether a window of sliding layers is shorter than the conversation, so that it matters what it counts."""
+        """True where a window of sliding layers is shorter than the conversation, so that it matters what it counts."""
         window = self.settings.window
         return window is not None and self.past + self.length > window
 
@@ -131,7 +147,7 @@ class Forward:
         end = self.call.end
         return int(self.length if end is None or end <= self.past else min(self.length, end - self.past))
 
-    def _prune(self, method: Method, new: dict[str, Any]) -> None:
+    def _prune(self, method: VisualMethod, new: dict[str, Any]) -> None:
         real, visual = self.real(), self.visual
         assert visual is not None  # there are placeholders
         text = ~visual
@@ -151,14 +167,15 @@ class Forward:
             keep = keep & real
             counts = tuple(keep.sum(1).tolist())
         self.packed = packed = left_pack(keep, counts)
-        session = getattr(self.cache, "session", None)
-        if session is not None and session.prompt is not None:
-            session.prompt -= self.length - packed.columns.shape[1]
+        # A policy of the cache counts the prompt in rows that come to it.
+        engine = getattr(self.cache, "engine", None)
+        if engine is not None and engine.prompt is not None:
+            engine.prompt -= self.length - packed.columns.shape[1]
         self.embeds = new["inputs_embeds"] = gather_columns(left.embeds, packed.columns)
         self.visual = visual.gather(1, packed.columns) & packed.valid
         self._shorten(new, packed, visual)
 
-    def _left(self, method: Method, context: Context) -> Left:
+    def _left(self, method: VisualMethod, context: Context) -> Left:
         left = Left(None, self.embeds, (0,) * self.batch)
         for modality in self.call.modalities:
             columns = modality.visual.nonzero()[:, 1]
@@ -231,6 +248,8 @@ class Forward:
         else:
             new["position_ids"] = gather_columns(positions, packed.columns, -1)
         mask = new.get("attention_mask")
+        # PaliGemma and Gemma 3 make masks for pairs of tokens outside the language model, since images see all of
+        # themselves; generation makes them by kind of layer. Elsewhere the language model makes its own, from padding.
         if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
             before = self._held()
             new["attention_mask"] = self._made(gather_any_mask(mask, packed, before, self.length), packed)
@@ -238,13 +257,14 @@ class Forward:
             self.mask = torch.cat([before, packed.valid], 1) if packed.ragged or told else None
         else:
             self._pad(new, packed.valid, packed.ragged)
+        # Qwen 3 VL adds features of its tower after early layers, a row for each visual token that is there.
         flat = new.get("visual_pos_masks")
         if flat is not None:
             kept = torch.zeros_like(visual).scatter(1, packed.columns, packed.valid)
             new["deepstack_visual_embeds"] = [plane[kept[flat]] for plane in new["deepstack_visual_embeds"]]
             new["visual_pos_masks"] = flat.gather(1, packed.columns) & packed.valid
 
-    def _made(self, mask: Any, packed: Packed) -> Any:
+    def _made(self, mask: Masks, packed: Packed) -> Masks:
         """Masks that were left out since all was causal, where filler has to be hidden now."""
         if not isinstance(mask, dict) or not packed.ragged:
             return mask
@@ -275,6 +295,8 @@ class Forward:
                 # Without a cache, gaps in the positions would be read as several packed sequences.
                 new["attention_mask"] = valid
             return
+        # Three stretches: rows that earlier turns have left, of which the caller's mask says nothing; those that came
+        # since; and this forward's.
         parts = []
         covered = 0
         if outer is not None and track is not None:
@@ -315,7 +337,7 @@ class Forward:
 
     # ------------------------------------------------------------------ after the language model
 
-    def finish(self, cache: Any) -> None:
+    def finish(self, cache: Cache | None) -> None:
         """Write down in the cache what left."""
         inner = None if self.inner is None else self.inner.steps()
         if self.inner is not None and not self.inner.entered:

@@ -4,27 +4,30 @@ and pickle; what they note about a forward in flight is kept by thread."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from tokred.adapters.contract import cache_name, cache_of, host_object, with_cache
+from tokred.adapters.host import State
 from tokred.adapters.swap import Hook, host_class
-from tokred.adapters.vlm.call import Call
-from tokred.adapters.vlm.facts import Facts
-from tokred.adapters.vlm.features import local
+from tokred.adapters.vlm.columns import track_of
+from tokred.adapters.vlm.decoder_attention import LayerCount
+from tokred.adapters.vlm.families import Facts
 from tokred.adapters.vlm.forward import Forward
-from tokred.adapters.vlm.generating import PROMPT, refuse
-from tokred.adapters.vlm.placeholders import fill
-from tokred.adapters.vlm.step import LayerCount
-from tokred.adapters.vlm.track import track_of
-from tokred.core.method import Method
+from tokred.adapters.vlm.generate import PROMPT, refuse
+from tokred.adapters.vlm.records import fill
+from tokred.adapters.vlm.taps import Call, CoreRun, LanguageRun, in_flight
 from tokred.errors import BypassedError
+from tokred.vlm.method import VisualMethod
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedConfig
 
 
-class VisualSettings:
-    """What the hooks of one patched model share.
+class VisualSettings(State):
+    """Settings that the hooks of one patched model share, and what they report.
 
     Args:
         facts: of the family.
@@ -40,14 +43,14 @@ class VisualSettings:
         last: tokens at every layer's input in the last prefill, of a prompt of ``before``.
     """
 
-    def __init__(self, family: str, facts: Facts, config: Any, depth: int, visual: bool) -> None:
+    def __init__(self, family: str, facts: Facts, config: PreTrainedConfig, depth: int, visual: bool) -> None:
         self.family = family
         self.facts = facts
         self.config = config
         self.depth = depth
         self.visual = visual
-        self.outer: Method | None = None
-        self.inner: Method | None = None
+        self.outer: VisualMethod | None = None
+        self.inner: VisualMethod | None = None
         self.chosen: frozenset[int] | None = None
         self.core: nn.Module | None = None
         self.projector: nn.Module | None = None
@@ -56,18 +59,18 @@ class VisualSettings:
         self.before = 0
 
     @property
-    def methods(self) -> list[Method]:
-        """Those that act here."""
+    def methods(self) -> list[VisualMethod]:
+        """Methods that act before or inside the language model, in this order."""
         return [m for m in (self.outer, self.inner) if m is not None]
 
     @property
     def by_visual(self) -> bool:
-        """Whether the method of ``layer`` acts on visual tokens alone."""
+        """True where the method of ``layer`` acts on visual tokens alone."""
         return bool(getattr(self.inner, "visual", True))
 
     @property
     def repack(self) -> bool:
-        """Whether positions are counted anew after a method of ``projector``."""
+        """True where positions are counted anew after a method of ``projector``."""
         return getattr(self.outer, "positions", "keep") == "repack"
 
     @property
@@ -81,35 +84,39 @@ class VisualSettings:
         return next((w for w in map(self.window_of, range(self.depth)) if w is not None), None)
 
     def window_of(self, layer: int) -> int | None:
-        """The same of one layer."""
+        """Window of one layer: how many tokens it looks back, the own one included; None where it sees all."""
         kinds = getattr(self.config, "layer_types", None)
         if kinds is not None and kinds[layer] != "sliding_attention":
             return None
         return getattr(self.config, "sliding_window", None)
 
     def active(self, layer: int) -> bool:
-        """Whether the user lets the method act before this layer."""
+        """True where the user lets the method act before this layer."""
         return self.chosen is None or layer in self.chosen
 
 
 class EnterCore(Hook):
-    """Before the forward of the model with vision: where visual tokens stand, and the features that go there."""
+    """Hook before the forward of the model with vision: its arguments wait for the hook of the language model."""
 
     def __init__(self, settings: VisualSettings, names: tuple[str, ...]) -> None:
         self.settings = settings
         self.names = names
 
-    def __call__(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    def __call__(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[()], dict[str, Any]] | None:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         call = Call(mask=_padding(given.get("attention_mask")))
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         if ids is None and embeds is None:
             return None
-        local.call = (module, call, given, getattr(local, "call", None), self.settings)
+        in_flight.core = CoreRun(module, call, given, self.settings, in_flight.core)
         if not self.settings.facts.outer_masks:
             return None
         tokens: Tensor = embeds if ids is None else ids  # type: ignore[assignment]
         shape = tokens.shape
+        # These hosts make their masks here, before the language model, for as many rows as the cache tells: the rows
+        # that layer 0 really holds.
         call.physical = held_mask(cache_of(given), call.mask, shape)
         new = held_types(cache_of(given), given, shape, self.settings.facts.causal_type)
         if call.physical is not None:
@@ -118,14 +125,14 @@ class EnterCore(Hook):
 
 
 class LeaveCore(Hook):
-    """After it, whatever happened: images that the methods were not told of are no silent matter."""
+    """Hook after that forward, whatever happened: images that the methods were not told of are no silent matter."""
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        found = getattr(local, "call", None)
-        if found is None or found[0] is not module:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        run = in_flight.core
+        if run is None or run.module is not module:
             return
-        local.call = found[3]
-        call, settings = found[1], found[4]
+        in_flight.core = run.before
+        call, settings = run.call, run.settings
         if output is not None and (call.towers or call.records) and not call.modalities:
             name, family = settings.methods[0].name, settings.family
             why = "its feature getters" if call.entered else "its language model"
@@ -136,26 +143,30 @@ class LeaveCore(Hook):
 
 
 class EnterLanguage(Hook):
-    """Before the language model's forward: tokens leave, with their positions and masks."""
+    """Hook before the language model's forward: tokens leave, with their positions and masks."""
 
     def __init__(self, settings: VisualSettings, names: tuple[str, ...]) -> None:
         self.settings = settings
         self.names = names
 
-    def __call__(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    def __call__(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[()], dict[str, Any]] | None:
         settings = self.settings
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        found = getattr(local, "call", None)
+        run = in_flight.core
         source = dict(given)
-        if found is None or found[4] is not settings:
+        # The language model may be called alone, or inside a model with vision that another patch holds.
+        if run is None or run.settings is not settings:
             call = Call(mask=_padding(given.get("attention_mask")))
         else:
-            call, source = found[1], found[2]
+            call, source = run.call, run.given
         if given.get("inputs_embeds") is None:
             if given.get("input_ids") is None:
                 return None
             given["inputs_embeds"] = module.get_input_embeddings()(given.pop("input_ids"))
         given.pop("input_ids", None)
+        # The language model would make its cache inside, behind this hook, which has to hang the record on it.
         cache = cache_of(given)
         if cache is None and self._caches(module, given):
             cache = host_object("cache of rows that grow")(config=settings.config)
@@ -166,12 +177,13 @@ class EnterLanguage(Hook):
         if settings.core is not None:
             fill(settings, settings.core, call, source)
         call.entered = True
+        # Wrappers that spread a model over devices move arguments behind this hook.
         device = given["inputs_embeds"].device
         call.move(device)
         given = {k: _moved(v, device) for k, v in given.items()}
         forward = Forward(settings, call, given)
         new = forward.prepare(given)
-        local.forward = (module, forward, getattr(local, "forward", None), settings.layers)
+        in_flight.language = LanguageRun(module, forward, settings.layers, in_flight.language)
         return (), new
 
     def _caches(self, module: nn.Module, given: dict[str, Any]) -> bool:
@@ -181,28 +193,28 @@ class EnterLanguage(Hook):
 
 
 class LeaveLanguage(Hook):
-    """After the language model's forward: the cache is told what left."""
+    """Hook after the language model's forward: the cache is told what left."""
 
     def __init__(self, settings: VisualSettings) -> None:
         self.settings = settings
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        found = getattr(local, "forward", None)
-        if found is None or found[0] is not module:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        run = in_flight.language
+        if run is None or run.module is not module:
             return
-        _, forward, before, _ = found
-        local.forward = before
+        forward = run.forward
+        in_flight.language = run.before
         if output is None:
             return  # it broke off
         forward.finish(forward.cache)
-        if getattr(local, "labels", None) is not None:
-            local.done = forward
+        if in_flight.labels is not None:
+            in_flight.done = forward
         if forward.length > 1 and not torch.compiler.is_compiling():
             self.settings.last = forward.tokens()
             self.settings.before = forward.length
 
 
-def held_mask(cache: Any, mask: Tensor | None, shape: Any) -> Tensor | None:
+def held_mask(cache: Cache | None, mask: Tensor | None, shape: torch.Size) -> Tensor | None:
     """``(B, rows)``: the padding mask of the rows that layer 0 holds and those that come; None where nothing left
     before, or nothing is hidden.
 
@@ -213,7 +225,7 @@ def held_mask(cache: Any, mask: Tensor | None, shape: Any) -> Tensor | None:
     """
     track = track_of(cache)
     outer = None if track is None else track.outer
-    if track is None or outer is None or (mask is None and not outer.ragged):
+    if cache is None or track is None or outer is None or (mask is None and not outer.ragged):
         return None
     if mask is None:
         count = int(cache.get_seq_length()) + shape[1] - track.covered
@@ -223,7 +235,7 @@ def held_mask(cache: Any, mask: Tensor | None, shape: Any) -> Tensor | None:
     return torch.cat([outer.valid, later], 1).to(torch.long if mask is None else mask.dtype)
 
 
-def held_types(cache: Any, given: dict[str, Any], shape: Any, causal: int) -> dict[str, Any]:
+def held_types(cache: Cache | None, given: dict[str, Any], shape: torch.Size, causal: int) -> dict[str, Any]:
     """Token types ``(B, rows)``, of the dtype given, for the rows that layer 0 holds and those that come.
 
     Hosts count them from the first token of the conversation on, also where there are fewer (``generate`` hands on
@@ -238,7 +250,7 @@ def held_types(cache: Any, given: dict[str, Any], shape: Any, causal: int) -> di
     track = track_of(cache)
     outer = None if track is None else track.outer
     types = given.get("token_type_ids")
-    if track is None or outer is None or types is None:
+    if cache is None or track is None or outer is None or types is None:
         return {}
     behind = int(cache.get_seq_length()) + shape[1] - types.shape[1]
     if behind > 0:
@@ -247,11 +259,11 @@ def held_types(cache: Any, given: dict[str, Any], shape: Any, causal: int) -> di
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    """Masks and positions where the tokens are: wrappers that move arguments do so behind this hook."""
+    """Masks and positions, moved to where the tokens are."""
     if isinstance(value, dict):
         return {k: _moved(v, device) for k, v in value.items()}
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-def _padding(mask: Any) -> Tensor | None:
+def _padding(mask: object) -> Tensor | None:
     return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None

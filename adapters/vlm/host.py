@@ -3,19 +3,22 @@ tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import nn
 
+from tokred.adapters.changes import Changes
 from tokred.adapters.contract import PREPARE_CACHE
 from tokred.adapters.encoder.transformers import is_tower
-from tokred.adapters.host import Supplier
+from tokred.adapters.host import Host, State
 from tokred.adapters.kv.host import match as match_language
 from tokred.adapters.kv.host import refusal as cache_refusal
-from tokred.adapters.swap import host_class, swap
-from tokred.adapters.vlm.facts import (
+from tokred.adapters.swap import host_class
+from tokred.adapters.vlm.decoder_layers import LayerList
+from tokred.adapters.vlm.decoder_layers import body as list_body
+from tokred.adapters.vlm.families import (
     FACTS,
     Facts,
     class_tokens,
@@ -25,21 +28,18 @@ from tokred.adapters.vlm.facts import (
     tower_attention,
     tower_layers,
 )
-from tokred.adapters.vlm.fused import last_attention
-from tokred.adapters.vlm.layers import LayerList
 from tokred.adapters.vlm.sites import OF_TOWER
+from tokred.adapters.vlm.taps import last_attention
 from tokred.core.method import Method
 from tokred.core.registry import methods as registered
-from tokred.errors import MissingInputError, UnsupportedModelError
-from tokred.patch import Patch
+from tokred.errors import MissingInputError, NothingRecordedError, UnsupportedModelError
 from tokred.vlm.layered import LayerMethod
-
-# Key of what the hooks of both stages share.
-SETTINGS = "vlm"
+from tokred.vlm.method import VisualMethod
+from tokred.vlm.report import LayerTokens, VisualReport
 
 
 @dataclass
-class VisualHost(Supplier):
+class VisualHost(Host):
     """A model where tokens leave before the language model or inside it.
 
     Attributes:
@@ -66,7 +66,7 @@ class VisualHost(Supplier):
 
     @property
     def blocks(self) -> list[tuple[str, nn.Module]]:
-        """What ``where`` chooses from: decoder layers, or the projector alone."""
+        """Modules that ``where`` chooses from: decoder layers, or the projector alone."""
         if self.stage == "layer":
             return self.layers
         assert self.core is not None  # the stage of models with vision
@@ -96,7 +96,7 @@ class VisualHost(Supplier):
         return f"{self.family}, between its {len(self.layers)} decoder layers"
 
     def missing(self, method: Method | type[Method]) -> frozenset[str]:
-        """What the method reads and this host cannot supply; images, where it acts on nothing else."""
+        """Values that the method reads and this host cannot supply; images, where it acts on nothing else."""
         if self.core is None and getattr(method, "visual", True):
             return frozenset({"images"})
         return super().missing(method)
@@ -126,7 +126,10 @@ class VisualHost(Supplier):
         method.check(self.depth)
         self._check_tower(method)
         if self.stage == "layer":
-            _ = self.layer_list
+            _ = self.layer_list  # raises where there is none
+            assert isinstance(method, VisualMethod)  # of its stage
+            # Qwen 3 VL adds features by the places of all visual tokens, which must be there then. No prompt is longer
+            # than this: a method that acts before that layer at all acts here.
             early = [i for i in range(1, self.deepstack) if method.acts(1 << 20, layer=i, depth=self.depth)]
             if early:
                 raise ValueError(
@@ -160,7 +163,7 @@ class VisualHost(Supplier):
         return frozenset({"keep", "repack"} if plain else {"keep"})
 
     def hint(self, method: Method) -> str:
-        """What works instead: the method with other settings, else other methods of the stage."""
+        """Settings of the method that work instead, else other methods of the stage; the end of a message."""
         if self.core is None:
             unknown = _sees(getattr(self.model, "config", None))
             why = ": it has vision, but of a family whose image features tokred does not know" if unknown else ""
@@ -172,71 +175,81 @@ class VisualHost(Supplier):
         found = [cls.name for cls in some if cls.stage == self.stage and not self.missing(cls)]
         return f"; here work {', '.join(found)}" if found else ""
 
-    def patch(self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str, patch: Patch) -> None:
+    def patch(
+        self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str, changes: Changes
+    ) -> State:
         """Hang hooks on the model. :meth:`check` has passed."""
         from tokred.adapters.vlm import hooks
 
-        settings: hooks.VisualSettings | None = patch.settings.get(SETTINGS)
+        # Both stages share one state: tokens leave, and are counted, in one forward of the language model.
+        settings = changes.state(hooks.VisualSettings)
         if settings is None:
             settings = hooks.VisualSettings(
                 self.family, self.facts, self.language.config, len(self.layers), self.core is not None
             )
-            patch.settings[SETTINGS] = settings
-            self._hang(settings)
+            self._hang(settings, changes)
+        assert isinstance(method, VisualMethod)  # of its stage
         if self.stage == "projector":
             settings.outer = method
-            self._tap(method)
+            self._tap(method, changes)
         else:
             settings.inner = method
             if where is not None:
                 settings.chosen = frozenset(i for i, one in enumerate(self.layers) if where(*one))
             settings.layers = layers = self.layer_list
-            swap(layers, "layers", LayerList())
+            changes.swap(layers, list_body, LayerList())
+        return settings
 
-    def _hang(self, settings: Any) -> None:
+    def report(self, state: Any, methods: Sequence[Method]) -> VisualReport:
+        """Tokens at every decoder layer's input, of the last prefill."""
+        if not state.last:
+            raise NothingRecordedError("nothing is recorded: run one forward of the patched model first")
+        rows = tuple(LayerTokens(i, *row) for i, row in enumerate(state.last))
+        return VisualReport(state.family, tuple(methods), state.before, rows)
+
+    def _hang(self, settings: Any, changes: Changes) -> None:
         from tokred.adapters.kv.hooks import argument_names
         from tokred.adapters.vlm import hooks
-        from tokred.adapters.vlm.features import TowerTap
-        from tokred.adapters.vlm.generating import CachePreparer
-        from tokred.adapters.vlm.loss import EnterLoss, LeaveLoss
+        from tokred.adapters.vlm.generate import CachePreparer, EnterLoss, LeaveLoss
         from tokred.adapters.vlm.records import Getter
+        from tokred.adapters.vlm.taps import TowerTap
 
+        # Hooks that end something are called even when the forward raises: what is in flight would stay so.
         if self.core is not None:
             core: Any = self.core
             settings.core = core
             if self.facts.projector:
                 settings.projector = core.get_submodule(self.facts.projector)
-            core.register_forward_pre_hook(hooks.EnterCore(settings, argument_names(core)), with_kwargs=True)
-            core.register_forward_hook(hooks.LeaveCore(), with_kwargs=True, always_call=True)
-            core.get_submodule(self.facts.tower).register_forward_hook(TowerTap())
+            changes.before(core, hooks.EnterCore(settings, argument_names(core)), with_kwargs=True)
+            changes.after(core, hooks.LeaveCore(), with_kwargs=True, always_call=True)
+            changes.after(core.get_submodule(self.facts.tower), TowerTap())
             for name, modality in self.facts.getters:
                 if hasattr(core, name):
-                    core.__dict__[name] = Getter(core, name, modality, describe)
+                    changes.stand(core, name, Getter(core, name, modality, describe))
         language = self.language
         names = argument_names(language)
-        language.register_forward_pre_hook(hooks.EnterLanguage(settings, names), with_kwargs=True)
-        language.register_forward_hook(hooks.LeaveLanguage(settings), with_kwargs=True, always_call=True)
+        changes.before(language, hooks.EnterLanguage(settings, names), with_kwargs=True)
+        changes.after(language, hooks.LeaveLanguage(settings), with_kwargs=True, always_call=True)
         model: Any = self.model
         if hasattr(type(model), PREPARE_CACHE):
-            model.__dict__[PREPARE_CACHE] = CachePreparer(model, settings)
+            changes.stand(model, PREPARE_CACHE, CachePreparer(model, settings))
         names = argument_names(model)
         if "labels" in names:
-            model.register_forward_pre_hook(EnterLoss(settings, names), with_kwargs=True)
-            model.register_forward_hook(LeaveLoss(), with_kwargs=True, always_call=True)
+            changes.before(model, EnterLoss(settings, names), with_kwargs=True)
+            changes.after(model, LeaveLoss(), with_kwargs=True, always_call=True)
 
-    def _tap(self, method: Method) -> None:
-        from tokred.adapters.vlm.features import HeadTap, ProjectorTap
-        from tokred.adapters.vlm.fused import FusedTap, TablesTap
+    def _tap(self, method: Method, changes: Changes) -> None:
+        from tokred.adapters.vlm.taps import FusedTap, HeadTap, ProjectorTap, TablesTap
 
         core: Any = self.core
         if self.facts.projector:
-            core.get_submodule(self.facts.projector).register_forward_pre_hook(ProjectorTap())
+            changes.before(core.get_submodule(self.facts.projector), ProjectorTap())
         if not method.reads & OF_TOWER:
             return
         fused = last_attention(core)
         if fused is not None:
-            fused.register_forward_pre_hook(TablesTap(), with_kwargs=True)
-            fused.qkv.register_forward_hook(FusedTap())
+            changes.before(fused, TablesTap(), with_kwargs=True)
+            changes.after(fused.qkv, FusedTap())
         if not self.facts.heads:
             return
         layers = tower_layers(core, self.facts)
@@ -244,7 +257,7 @@ class VisualHost(Supplier):
             attention = tower_attention(layers[i])
             heads = getattr(attention, "num_heads", None) or attention.num_attention_heads
             for which, projection in projections(attention).items():
-                projection.register_forward_hook(HeadTap(i, which, heads))
+                changes.after(projection, HeadTap(i, which, heads))
 
 
 def _wanted(core: Any, method: Method, depth: int) -> list[int]:
@@ -331,7 +344,7 @@ def _decoder_layers(model: nn.Module, attentions: list[tuple[str, nn.Module]]) -
 
 
 def _supplies_layer(layers: list[tuple[str, nn.Module]]) -> frozenset[str]:
-    from tokred.adapters.vlm.rows import norm_behind_attention, supplies_rows
+    from tokred.adapters.vlm.decoder_attention import norm_behind_attention, supplies_rows
 
     found = {"x", "prompt"}
     if all(norm_behind_attention(layer) is not None for _, layer in layers):
@@ -342,7 +355,7 @@ def _supplies_layer(layers: list[tuple[str, nn.Module]]) -> frozenset[str]:
 
 
 def _supplies_projector(core: Any, facts: Facts) -> frozenset[str]:
-    found = {"x", "grid", "frames", "text", "project"} if facts.tokenwise else {"x", "grid", "frames", "text"}
+    found = {"x", "grid", "frames", "motion", "text"} | ({"project"} if facts.tokenwise else set())
     if facts.projector:
         found.add("tower")
     if last_attention(core) is not None:

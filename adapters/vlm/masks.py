@@ -4,14 +4,25 @@ counts the tokens of the whole conversation, dropped ones too."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from tokred.adapters.contract import attention_of, cache_name, host_object
-from tokred.adapters.vlm.pack import gather_mask, hide, uncut
-from tokred.adapters.vlm.track import own_sizes
+from tokred.adapters.kv.attention import PREFIX
+from tokred.adapters.kv.masks import MaskSpec
+from tokred.adapters.vlm.columns import Packed, own_sizes
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+    from transformers import Cache, PreTrainedConfig
+
+    from tokred.adapters.vlm.forward import Forward
+
+    # A mask of one kind of layers (None: all is causal, nothing is hidden), and those of a model, by kind if several.
+    Mask = Tensor | BlockMask | MaskSpec | None
+    Masks = Mask | dict[str, Mask]
 
 
 class MaskMaker:
@@ -30,7 +41,7 @@ class MaskMaker:
 
     def __init__(
         self,
-        config: Any,
+        config: PreTrainedConfig,
         rows: Tensor | None,
         columns: Tensor,
         valid: Tensor | None,
@@ -45,9 +56,9 @@ class MaskMaker:
         self.total = total
         self.places = places
         self.blocks = blocks
-        self._made: dict[Any, Any] = {}
+        self._made: dict[tuple[int, int | None], tuple[Mask, Mask]] = {}
 
-    def __call__(self, mask: Any, x: Tensor, cache: Any, layer: int, window: int | None) -> Any:
+    def __call__(self, mask: Mask, x: Tensor, cache: Cache | None, layer: int, window: int | None) -> Mask:
         """The mask for ``layer``, whose stock mask is ``mask`` and whose input ``x`` has ``q`` tokens."""
         key = (id(mask), window)
         if key not in self._made:
@@ -55,7 +66,8 @@ class MaskMaker:
             self._made[key] = (mask, self._make(mask, x, cache, layer, window))
         return self._made[key][1]
 
-    def _make(self, mask: Any, x: Tensor, cache: Any, layer: int, window: int | None) -> Any:
+    def _make(self, mask: Mask, x: Tensor, cache: Cache | None, layer: int, window: int | None) -> Mask:
+        # Order matters: a window that counts places makes its mask whatever the host's is; flex masks come after it.
         if window is not None and self.places is not None:
             return self._slid(mask, x, cache, layer, window)
         if self.blocks and not (mask is None or isinstance(mask, Tensor)):
@@ -68,9 +80,9 @@ class MaskMaker:
             return self._gathered(mask, x)
         return self._built(x, cache, layer, window is not None)
 
-    def _slid(self, mask: Any, x: Tensor, cache: Any, layer: int, window: int) -> Tensor:
+    def _slid(self, mask: Mask, x: Tensor, cache: Cache | None, layer: int, window: int) -> Tensor:
         assert self.places is not None  # see _make
-        check_kernel(self.config, mask)
+        mask = tensor_of(self.config, mask)
         q = x.shape[1]
         held = min(_held(cache, layer, q), self.columns.shape[1] - q)
         columns = self.columns[:, self.columns.shape[1] - held - q :]
@@ -97,10 +109,10 @@ class MaskMaker:
             valid = torch.ones_like(self.columns, dtype=torch.bool)
         return gather_mask(mask, self._rows(x), self.columns, valid)
 
-    def _built(self, x: Tensor, cache: Any, layer: int, sliding: bool) -> Any:
+    def _built(self, x: Tensor, cache: Cache | None, layer: int, sliding: bool) -> Mask:
         make = host_object("sliding mask" if sliding else "causal mask")
         with own_sizes():
-            return make(
+            return make(  # type: ignore[no-any-return]
                 config=self.config,
                 inputs_embeds=x,
                 attention_mask=self.valid,
@@ -109,7 +121,7 @@ class MaskMaker:
             )
 
 
-def slid(forward: Any, new: dict[str, Any]) -> Any:
+def slid(forward: Forward, new: dict[str, Any]) -> Masks:
     """The mask of a forward of which layer 0 holds less than the conversation, with windows that count all of it.
 
     Args:
@@ -117,7 +129,7 @@ def slid(forward: Any, new: dict[str, Any]) -> Any:
         new: the language model's arguments, with the masks that it would be given.
     """
     config, window, mask = forward.settings.config, forward.settings.window, new.get("attention_mask")
-    check_kernel(config, mask)
+    assert window is not None  # there are sliding layers, see Forward.slides
     given = isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.ndim == 4)
     if not given:
         make = host_object("masks of generation")
@@ -129,8 +141,8 @@ def slid(forward: Any, new: dict[str, Any]) -> Any:
         )
     places, q = forward.places(), forward.embeds.shape[1]
 
-    def one(stock: Any) -> Tensor:
-        check_kernel(config, stock)
+    def one(stock: Mask) -> Tensor:
+        stock = tensor_of(config, stock)
         count = places.shape[1] if stock is None else stock.shape[-1]
         valid = None if forward.mask is None else forward.mask[:, places.shape[1] - count :]
         return windowed(stock, places[:, places.shape[1] - count :], q, valid, window, given)
@@ -163,20 +175,29 @@ def windowed(stock: Tensor | None, places: Tensor, q: int, valid: Tensor | None,
     return hide(stock.expand(len(places), -1, -1, -1), seen.unsqueeze(1))
 
 
-def check_kernel(config: Any, mask: Any) -> None:
-    """Refuse what counts windows itself, in the rows that are left: flash kernels, flex attention, and policies of the
-    cache.
+def tensor_of(config: PreTrainedConfig, mask: Mask) -> Tensor | None:
+    """The mask of sliding layers as a tensor, also where a policy of the cache hands one through; None: all is causal.
+
+    A policy makes the masks of its own layers from their rows, when these are known. Sliding layers are never its own:
+    theirs is the mask that the model's attention would have been given without it.
+
+    Raises:
+        ValueError: as :func:`check_kernel`.
+    """
+    if isinstance(mask, MaskSpec):
+        mask = mask.stock(attention_of(config).removeprefix(PREFIX))
+    check_kernel(config, mask)
+    assert mask is None or isinstance(mask, Tensor)  # see there
+    return mask
+
+
+def check_kernel(config: PreTrainedConfig, mask: Masks) -> None:
+    """Refuse what counts windows itself, in the rows that are left: flash kernels and flex attention.
 
     Raises:
         ValueError: with what would work.
     """
-    name = attention_of(config)
-    if name.startswith("tokred:"):
-        raise ValueError(
-            f"sliding layers have a window of {config.sliding_window} tokens, less than the prompt, whose masks a "
-            "policy of the cache makes itself, from rows that are left: take either the policy, or methods that "
-            "let visual tokens leave"
-        )
+    name = attention_of(config).removeprefix(PREFIX)
     if "flash" in name or not (mask is None or isinstance(mask, Tensor | dict)):
         raise ValueError(
             f"attention {name!r} counts the window of sliding layers ({config.sliding_window} tokens, less than the "
@@ -191,7 +212,81 @@ def _all_seen(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     return made(shape)
 
 
-def _held(cache: Any, layer: int, q: int) -> int:
+def _held(cache: Cache | None, layer: int, q: int) -> int:
     """Rows that the layer's attention sees of earlier forwards."""
     layers = getattr(cache, "layers", [])
     return int(layers[layer].get_mask_sizes(q)[0]) - q if layer < len(layers) else 0
+
+
+PAIRS = (
+    "a mask for each pair of tokens does not fit a cache whose prompt was pruned: give attention_mask as [B, L] with "
+    "zeros on padding, or none"
+)
+
+
+def gather_mask(mask: Tensor, rows: Tensor, columns: Tensor, valid: Tensor) -> Tensor:
+    """A mask for every pair of tokens, at the rows and columns that are left.
+
+    Args:
+        mask: ``(B or 1, H or 1, Q, K)`` bool or additive.
+        rows: ``(B, q)``, columns: ``(B, k)`` int64.
+        valid: ``(B, k)`` bool, False columns are hidden; a row that would see nothing sees itself.
+    """
+    b, q = rows.shape
+    mask = mask.expand(b, -1, -1, -1)
+    mask = mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+    mask = mask.gather(3, columns[:, None, None, :].expand(-1, mask.shape[1], q, -1))
+    return hide(mask, valid[:, None, None, :])
+
+
+def hide(mask: Tensor, seen: Tensor) -> Tensor:
+    """``mask`` (``(B, H or 1, q, k)``, bool or additive) without what is not ``seen`` (bool, broadcast); a row that
+    would see nothing sees itself."""
+    q, k = mask.shape[-2:]
+    itself = torch.arange(k, device=mask.device) == torch.arange(k - q, k, device=mask.device).unsqueeze(1)
+    if mask.dtype == torch.bool:
+        found = mask & seen
+        return found | (itself & ~found.any(-1, keepdim=True))
+    least = torch.finfo(mask.dtype).min
+    found = torch.where(seen, mask, least)
+    blind = (found <= least).all(-1, keepdim=True)
+    return torch.where(itself & blind, torch.zeros_like(found), found)
+
+
+def uncut(mask: object) -> ValueError:
+    """The refusal of a mask that is no tensor (flex attention's)."""
+    return ValueError(
+        f"a {type(mask).__name__} cannot be cut down to the tokens that are left: load the model with "
+        "attn_implementation='sdpa' or 'eager'"
+    )
+
+
+def gather_any_mask(mask: Masks, packed: Packed, before: Tensor, length: int) -> Any:
+    """A mask of whatever shape the model was given, at the columns that are left.
+
+    Args:
+        mask: for the rows that layers hold (sliding ones hold the newest alone), then the ``length`` columns of this
+            forward.
+        packed: of these.
+        before: ``(B, P)`` bool, which of the rows that layer 0 holds are real.
+        length: columns of this forward.
+
+    Raises:
+        ValueError: the mask does not fit these rows.
+    """
+    # Generation hands over masks by kind of layer.
+    if isinstance(mask, dict):
+        return {name: gather_any_mask(one, packed, before, length) for name, one in mask.items()}
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise uncut(mask)
+    if mask.ndim == 2:
+        return torch.cat([before, packed.valid], 1)
+    # A mask of a sliding layer has its window's rows alone, the newest ones.
+    held = mask.shape[-1] - length
+    if held < 0 or held > before.shape[1]:
+        raise ValueError(PAIRS)
+    rows = torch.arange(held, device=mask.device).expand(len(before), -1)
+    valid = torch.cat([before[:, before.shape[1] - held :], packed.valid], 1)
+    return gather_mask(mask, packed.columns, torch.cat([rows, packed.columns + held], 1), valid)

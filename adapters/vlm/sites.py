@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tokred.adapters.vlm.features import Part, Picture, Record
+from tokred.adapters.vlm.layout import Part, Picture, Span, clip_of, pictures_of
+from tokred.adapters.vlm.taps import Modality, Record
 from tokred.core.method import Method
 from tokred.core.reduction import Reduction
+from tokred.encoder.motion import feature_motion
 from tokred.errors import MissingInputError
 from tokred.kernels.column_scores import column_scores
 from tokred.vlm.before_llm import VisualSite
+from tokred.vlm.clips import Runs
 
 # What methods take from the tower's attention.
 OF_TOWER = frozenset({"q", "k", "class_attention", "attention", "tower_layers"})
+# Those of them that frames of a clip have, each for itself.
+_OF_FRAMES = frozenset({"class_attention", "attention"})
 
 
 class Place(NamedTuple):
@@ -47,22 +53,8 @@ class Shown(NamedTuple):
     record: Record
 
 
-class Modality(NamedTuple):
-    """Placeholders of one modality and the features that fill them.
-
-    Attributes:
-        visual: ``(B, L)`` bool.
-        counts: placeholders of each sample.
-        record: of the features; None where they were not made by the patched model.
-    """
-
-    visual: Tensor
-    counts: tuple[int, ...]
-    record: Record | None
-
-
 class Context(NamedTuple):
-    """What all sites of a batch share: embeddings, the text's mask, the projector, and what the method reads."""
+    """Values that all sites of a batch share: embeddings, the text's mask, the projector, and what the method reads."""
 
     embeds: Tensor
     text: Tensor
@@ -75,6 +67,7 @@ def shown(modality: Modality) -> list[Shown]:
 
     Raises:
         MissingInputError: features and placeholders do not fit, as when only some of the prompt's features are given.
+        ValueError: the runs of pictures do not fit the samples, see :func:`tokred.vlm.clips`.
     """
     record = modality.record
     if record is None:
@@ -97,10 +90,30 @@ def shown(modality: Modality) -> list[Shown]:
             picture += 1
         if total != counts[sample] or len({*counts[sample : sample + copies]}) > 1:
             raise MissingInputError("the images of the batch do not fit the samples' placeholders")
+        if modality.runs is not None:
+            mine = _joined(mine, modality.runs, sample, len(counts))
         for copy in range(copies):
             for i, one in enumerate(mine):
                 found.append(Shown(sample + copy, i, first, one, record))
                 first += one.tokens
+    return found
+
+
+def _joined(pictures: list[Picture], runs: Runs, sample: int, batch: int) -> list[Picture]:
+    """The pictures of one sample, the frames of each clip as one."""
+    pictures = [one for picture in pictures for one in pictures_of(picture)]
+    if batch % len(runs):
+        raise ValueError(f"runs has {len(runs)} rows, but the batch {batch} samples: give one for each prompt")
+    # Beams and several return sequences come as copies of a prompt, one after another.
+    mine, found, first = runs[sample * len(runs) // batch], [], 0
+    if sum(mine) != len(pictures):
+        raise ValueError(
+            f"runs has {list(mine)} for a sample, {sum(mine)} pictures together, but the vision tower sees "
+            f"{len(pictures)}: name them all, images by themselves as 1"
+        )
+    for count in mine:
+        found.append(pictures[first] if count == 1 else clip_of(pictures[first : first + count]))
+        first += count
     return found
 
 
@@ -111,10 +124,10 @@ def places(modality: Modality) -> list[Place]:
 
 def grouped(found: list[Place]) -> Iterator[list[Place]]:
     """Places that make one site: the same shape, tile and kind."""
-    groups: dict[Any, list[Place]] = {}
+    groups: dict[object, list[Place]] = {}
     for place in found:
         part = place.part
-        shape = (part.where, part.grid, part.frames, part.tile, part.patches, part.skip, part.tiles)
+        shape = (part.where, part.grid, part.frames, part.tile, part.patches, part.skip, part.tiles, len(part.clip))
         key = (shape, part.tower >= 0, id(place.record))
         groups.setdefault(key, []).append(place)
     yield from groups.values()
@@ -128,17 +141,27 @@ def site_of(group: list[Place], columns: Tensor, context: Context) -> VisualSite
         columns: ``(G, N)`` where their tokens stand in their samples.
         context: of the batch.
     """
+    # Whatever costs something is a function, which runs for methods that read it.
     part, record = group[0].part, group[0].record
     samples = torch.tensor([p.sample for p in group], device=columns.device)
     embeds = context.embeds
     more: dict[str, Any] = {}
+
+    def entering() -> Tensor:
+        return embeds.detach()[samples.unsqueeze(1), columns]
+
     tower, give = [p.part.tower for p in group], record.received
     if part.tower >= 0:
         if record.tower is not None:
             more["tower"] = lambda: tower_features(group).detach()
-        if give is not None:
+        if give is not None and not part.clip:
             more["received"] = lambda: torch.stack([give(i) for i in tower])
-        if (record.layer, "q") in record.heads:
+        if part.clip:
+            # The tower's attention is that of each frame alone, so that there are scores, but no queries and keys of
+            # all tokens together.
+            if (record.layer, "q") in record.heads:
+                more |= _frame_scores(record, part, [p.part.clip for p in group])
+        elif (record.layer, "q") in record.heads:
             heads = _heads(record, part, tower)
             more["q"] = lambda: heads(record.layer)[0]
             more["k"] = lambda: heads(record.layer)[1]
@@ -146,11 +169,15 @@ def site_of(group: list[Place], columns: Tensor, context: Context) -> VisualSite
             more["patches"] = None if part.patches is None else part.patches.offsets(columns.device)
             if part.tiles is not None and part.whole >= 0:
                 more["tiles"], more["whole"] = part.tiles, _whole(record, [p.part.whole for p in group])
+    if part.frames is not None:
+        seen: Callable[[], Tensor] = more.get("tower", entering)
+        frames = part.frames
+        more["motion"] = lambda: feature_motion(seen(), frames)
     if "text" in context.reads:
         more["text"] = lambda: embeds.detach()[samples]
         more["text_mask"] = context.text[samples]
     return VisualSite(
-        x=lambda: embeds.detach()[samples.unsqueeze(1), columns],
+        x=entering,
         prefix=record.prefix if "k" in more else 0,
         scale=record.scale,
         grid=part.grid,
@@ -170,6 +197,13 @@ def check_tower(method: Method, part: Part) -> None:
         MissingInputError: with what reads features alone.
     """
     reads = sorted(method.reads & OF_TOWER)
+    single = sorted(method.reads & (OF_TOWER - _OF_FRAMES))
+    if single and part.clip:
+        raise MissingInputError(
+            f"{method.name!r} reads {', '.join(single)} of the vision tower, which saw each frame of a clip by itself: "
+            "take a method that reads class_attention or attention at most, such as 'fastervlm', or leave "
+            "tokred.vlm.clips out"
+        )
     if reads and part.tower < 0:
         kind = "frames of a video" if part.frames is not None else "images"
         raise MissingInputError(
@@ -177,6 +211,21 @@ def check_tower(method: Method, part: Part) -> None:
             "scales behind its tower, whose attention says nothing about them: take a method that reads features "
             "alone, such as 'divprune'"
         )
+
+
+def _frame_scores(record: Record, part: Part, rows: list[tuple[int, ...]]) -> dict[str, Callable[[], Tensor]]:
+    """``(G, H, T * N)`` what tokens receive from their frame, and from its class token where the tower has one."""
+    prefix = record.prefix
+    frame = replace(part, where=Span.line(0, part.where.columns))
+    heads = _heads(record, frame, [row for clip in rows for row in clip])
+
+    def scores(queries: slice) -> Tensor:
+        q, k = heads(record.layer)
+        found = column_scores(q[:, :, queries], k, scale=record.scale)[..., prefix:]
+        return found.view(len(rows), -1, *found.shape[1:]).transpose(1, 2).flatten(2)
+
+    found = {"received": lambda: scores(slice(None))}
+    return found | {"class_attention": lambda: scores(slice(0, 1))} if prefix else found
 
 
 def _heads(record: Record, part: Part, rows: list[int]) -> Callable[[int], tuple[Tensor, Tensor]]:
@@ -207,6 +256,9 @@ def tower_features(group: list[Place]) -> Tensor:
     """``(G, N, Ct)`` the projector's inputs of a group's tokens, with their gradient."""
     part, inputs = group[0].part, group[0].record.tower
     assert inputs is not None  # asked for where the site has them
+    if part.clip:
+        rows = inputs[[row for p in group for row in p.part.clip]][:, part.skip :]
+        return rows.reshape(len(group), -1, rows.shape[-1])
     found = inputs[[p.part.tower for p in group]]
     return found[:, part.skip :] if part.patches is None else found[:, part.patches.offsets(found.device)]
 
@@ -223,7 +275,7 @@ def _whole(record: Record, rows: list[int]) -> Callable[[int], Tensor]:
 
 
 class Left(NamedTuple):
-    """What is left of the visual tokens.
+    """The visual tokens that are left so far, while one group after another is reduced.
 
     Attributes:
         gone: ``(B, L)`` bool, the columns that leave; None where none does.
@@ -269,6 +321,7 @@ def leave(left: Left, group: list[Place], columns: Tensor, site: VisualSite, ste
     """Take one group's reduction into account; merging is differentiable."""
     if step.trivial:
         return left
+    # One column more than there are: slots that are padding point there, and it is cut off again.
     b, length = left.embeds.shape[:2]
     embeds = left.embeds
     samples = torch.tensor([p.sample for p in group], device=columns.device).unsqueeze(1)

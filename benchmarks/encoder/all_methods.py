@@ -22,7 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from tokred.bench import run as bench
 from tokred.bench import tasks
 from tokred.bench.arms import Arm
 from tokred.core import environment
+from tokred.core.registry import methods as registered
 from tokred.core.settings import parse_setting
 
 SHARES = {"embedded": (0.6, 0.45, 0.3), "dinov2": (0.75, 0.6, 0.45)}
@@ -68,6 +69,25 @@ CANDIDATES: dict[str, list[str]] = {
     "tinychart": [f"tinychart r={r}" for r in (*range(2, 34), 36, 40, 48)],
     "algm": [f"algm T={t / 100}" for t in (-100, 10, 30, 40, 50, 60, 70, 75, 80, 85, 88, 90, 92, 94, 96)],
 }
+
+
+def candidates(name: str) -> list[str]:
+    """What is tried for a method: as listed, or else its own parameter (of how much it removes) in even steps."""
+    if name in CANDIDATES:
+        return CANDIDATES[name]
+    parameter, share = arms_of.knob(name)
+    return [f"{name} {parameter}={v}" for v in ([s / 100 for s in range(5, 100, 5)] if share else range(1, 49))]
+
+
+def every_method() -> list[str]:
+    """Those that are listed, and every other one of the encoders that has a parameter to vary."""
+    found = list(CANDIDATES)
+    for name in registered.of("block"):
+        if name not in found:
+            with suppress(ValueError):
+                arms_of.knob(name)
+                found.append(name)
+    return found
 
 
 # Near 60 % of ViT-S/16's multiply-adds.
@@ -103,7 +123,7 @@ def near_shares(model: nn.Module, names: Sequence[str], images: torch.Tensor, sh
     base = arms_of.unpatched(model, images.shape)
     chosen = [base]
     for name in names:
-        found = [arm for text in CANDIDATES[name] if (arm := tried(model, text, images)) is not None]
+        found = [arm for text in candidates(name) if (arm := tried(model, text, images)) is not None]
         for share in shares:
             best = min(found, key=lambda a: abs(a.macs / base.macs - share), default=None)
             if best is not None and abs(best.macs / base.macs - share) <= NEAR and best not in chosen:
@@ -166,7 +186,7 @@ def run_overhead(names: Sequence[str], args: argparse.Namespace) -> None:
     model: Any = timm.create_model("vit_small_patch16_224").eval()
     x = torch.randn(8, 3, 224, 224)
     full = arms_of.unpatched(model, x.shape)
-    found = {name: arm for name in names if (arm := tried(model, OVERHEAD[name], x)) is not None}
+    found = {name: arm for name in names if name in OVERHEAD and (arm := tried(model, OVERHEAD[name], x)) is not None}
     own, whole = Clock(), Clock()
     originals = {name: getattr(adapter_block, name) for name in ("decide", "follow")}
     shares: dict[str, list[float]] = {name: [] for name in found}
@@ -221,10 +241,10 @@ def main() -> int:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    names = args.methods.split(",") if args.methods else list(CANDIDATES)
-    unknown = [n for n in names if n not in CANDIDATES]
+    names = args.methods.split(",") if args.methods else every_method()
+    unknown = [n for n in names if n not in every_method()]
     if unknown:
-        parser.error(f"--methods names {', '.join(unknown)}; known are {', '.join(CANDIDATES)}")
+        parser.error(f"--methods names {', '.join(unknown)}; known are {', '.join(every_method())}")
     args.out.mkdir(parents=True, exist_ok=True)
     args.pictures.mkdir(parents=True, exist_ok=True)
     for part in args.only or ["overhead", "embedded", "dinov2"]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import tokred
 from tokred import kv
+from tokred.core.registry import methods
 
 BUDGETS = (0.5, 0.25, 0.125, 0.05)
 
@@ -32,6 +33,12 @@ POLICIES: dict[str, Callable[[float], Any]] = {
     # From kv_search.py. Merged rows carry weights, so fewer rows make up the bytes of the others.
     "composed": lambda b: tokred.KVPolicy(score=kv.Reconstruction(), budget=kv.Global(0.93 * b), fate=kv.Merge()),
     "random_evict": lambda b: tokred.make("random_evict", budget=b, sinks=4, recent=32),
+}
+# Presets that have a budget and no settings above: with their defaults. "kv" is what "composed" is made by.
+POLICIES |= {
+    name: lambda b, name=name: tokred.make(name, budget=b)
+    for name, cls in methods.of("cache").items()
+    if name not in {*POLICIES, "kv"} and "budget" in (cls.nothing or {})
 }
 
 

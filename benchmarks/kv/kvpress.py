@@ -37,7 +37,7 @@ from tokred import kv
 from tokred.adapters.kv.layer import TokLayer
 from tokred.adapters.kv.rope import LayerRope
 from tokred.bench import results as outputs
-from tokred.kv.engine import Session
+from tokred.kv.engine import Engine
 from tokred.kv.repeat import Piece, Probe, Repeats
 
 COLUMNS = (
@@ -306,20 +306,20 @@ def bytes_of_policy(policy: Any, layers: list[Layer]) -> int:
 
     The context is not repeated for kvzip, whose number of rows does not depend on the scores: a window's stand in.
     """
-    session, held = Session(policy, len(layers)), []
-    session.begin()
+    engine, held = Engine(policy, len(layers)), []
+    engine.begin()
     for layer in layers:
-        row = _Row(session, layer.index)
+        row = _Row(engine, layer.index)
         row.append(layer.k, layer.v)
         site = layer.site()
         site.rows, site.notes = row.rows, row.notes
-        session.observe(row, site, 0)
+        engine.observe(row, site, 0)
         held.append(row)
-    if session.repeats is not None:
-        probe = Probe(session.repeats, layers[0].k.shape[2])
+    if engine.repeats is not None:
+        probe = Probe(engine.repeats, layers[0].k.shape[2])
         probe.best = {layer.index: kv.Window()(layer.site()) for layer in layers}
-        session.judged(probe)
-    session.finish()
+        engine.judged(probe)
+    engine.finish()
     return sum(row.nbytes for row in held)
 
 

@@ -29,7 +29,7 @@ import tokred
 from tokred.adapters.kv import hooks
 from tokred.bench import results as outputs
 from tokred.core import environment
-from tokred.kv.engine import Session
+from tokred.kv.engine import Engine
 
 LENGTHS = (4096, 8192, 16384)
 HEADS, KEY_HEADS, CHANNELS = 4, 2, 32
@@ -71,7 +71,7 @@ def marked() -> Iterator[None]:
         return run
 
     with contextlib.ExitStack() as stack:
-        for owner, name in ((Session, "observe"), (Session, "finish"), (hooks, "repeat")):
+        for owner, name in ((Engine, "observe"), (Engine, "finish"), (hooks, "repeat")):
             stack.enter_context(mock.patch.object(owner, name, mark(getattr(owner, name))))
         yield
 

@@ -17,8 +17,8 @@ from torch import Tensor
 import tokred
 from tokred import kv
 from tokred.adapters.kv.repeat import repeat
-from tokred.kv.engine import Session
-from tokred.kv.scores.expected import NOTES
+from tokred.kv.engine import Engine
+from tokred.methods.kv.expected_attention import NOTES
 
 
 class Layer(NamedTuple):
@@ -32,7 +32,7 @@ class Layer(NamedTuple):
     rope: Any
 
 
-class _Recorder(Session):
+class _Recorder(Engine):
     """Writes down instead of deciding."""
 
     def __init__(self, policy: Any, depth: int) -> None:
@@ -114,49 +114,49 @@ class Prompt:
                 computed once, whatever follows.
         """
         n = self.length if count is None else count
-        session = cache.session
-        session.streams = dict(self.streams) if "stream" in session.parts.budget.reads else {}
+        engine = cache.engine
+        engine.streams = dict(self.streams) if "stream" in engine.parts.budget.reads else {}
         cache.begin()
-        session.prompt = n + rest
+        engine.prompt = n + rest
         parts = [(0, n + rest)]
-        if rest and session.parts.score.accumulates:
+        if rest and engine.parts.score.accumulates:
             parts = [(0, n), (n, n + rest)]
         for start, end in parts:
             store = self._stores.setdefault(end, {})
-            session.parts = session.policy.parts._replace(score=_Once(session.policy.parts.score, store))
+            engine.parts = engine.policy.parts._replace(score=_Once(engine.policy.parts.score, store))
             padding = None if self.padding is None else self.padding.until(end)
             for i, (layer, seen) in enumerate(zip(cache.layers, self.layers, strict=True)):
                 layer.append(seen.k[:, :, start:end], seen.v[:, :, start:end])
-                if session.watches(layer.clock, end):
-                    session.observe(layer, self._site(i, start, end, seen, padding, layer, session), start)
-            if session.waiting is not None:
-                self._repeat(cache, session, end, store)
+                if engine.watches(layer.clock, end):
+                    engine.observe(layer, self._site(i, start, end, seen, padding, layer, engine), start)
+            if engine.waiting is not None:
+                self._repeat(cache, engine, end, store)
         cache.finish()
-        session.parts = session.policy.parts
+        engine.parts = engine.policy.parts
         return cache
 
-    def _repeat(self, cache: Any, session: Session, n: int, store: dict[Any, Any]) -> None:
+    def _repeat(self, cache: Any, engine: Engine, n: int, store: dict[Any, Any]) -> None:
         """Feed the context once more, for scores that need it; once for all budgets."""
-        key = ("probe", session.policy.parts.score)
+        key = ("probe", engine.policy.parts.score)
         if key in store:
-            session.judged(store[key])
+            engine.judged(store[key])
             return
-        judged = session.judged
+        judged = engine.judged
 
         def keep(probe: Any) -> None:
             store[key] = probe
             judged(probe)
 
-        session.judged = keep  # type: ignore[method-assign]
+        engine.judged = keep  # type: ignore[method-assign]
         repeat(self.decoder, {name: x[:, :n] for name, x in self.given.items()}, cache)
-        del session.judged
+        del engine.judged
 
     def forget(self) -> None:
         """Free the scores that were kept for other budgets."""
         self._stores.clear()
 
     def _site(
-        self, index: int, start: int, n: int, seen: Layer, padding: Any, layer: Any, session: Session
+        self, index: int, start: int, n: int, seen: Layer, padding: Any, layer: Any, engine: Engine
     ) -> kv.CacheSite:
         return kv.CacheSite(
             q=seen.q[:, :, start:n],
@@ -164,7 +164,7 @@ class Prompt:
             v=layer.values,
             seen=n,
             padding=padding,
-            alpha=session.policy.parts.fate.alpha,
+            alpha=engine.policy.parts.fate.alpha,
             scale=seen.scale,
             rows=layer.rows,
             notes=layer.notes,
@@ -190,10 +190,10 @@ def read(model: Any, ids: Tensor, mask: Tensor | None = None, *, logits: int = 1
     policy = tokred.make("squeezeattention", budget=0.5)  # it makes the adapter measure the stream
     with tokred.applied(model, policy):
         cache = tokred.kv_cache(model)
-        session = _Recorder(policy, len(cache.layers))
-        cache.session = session
+        engine = _Recorder(policy, len(cache.layers))
+        cache.engine = engine
         for layer in cache.layers:
-            layer.session = session
+            layer.engine = engine
         given = {} if mask is None else {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
         out = model(ids, past_key_values=cache, logits_to_keep=logits, **given).logits
-    return Prompt(model.model, {"input_ids": ids, **given}, session.layers, session.padding, session.streams), out
+    return Prompt(model.model, {"input_ids": ids, **given}, engine.layers, engine.padding, engine.streams), out

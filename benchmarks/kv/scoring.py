@@ -31,7 +31,7 @@ from benchmarks.zoo import data, smollm2
 from tokred.adapters.kv.layer import TokLayer
 from tokred.bench import results as outputs
 from tokred.core import environment
-from tokred.kv.engine import Session
+from tokred.kv.engine import Engine
 from tokred.kv.policy import CachePolicy
 
 COLUMNS = (
@@ -110,8 +110,8 @@ def measure(model: Any, ids: torch.Tensor, names: list[str], budget: float, roun
     found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     prompt, _ = kv_prompt.read(model, ids)
     with contextlib.ExitStack() as timers:
-        timers.enter_context(watch.around(Session, "observe", "all"))
-        timers.enter_context(watch.around(Session, "finish", "all"))
+        timers.enter_context(watch.around(Engine, "observe", "all"))
+        timers.enter_context(watch.around(Engine, "finish", "all"))
         timers.enter_context(watch.around(CachePolicy, "shrink", "select"))
         timers.enter_context(watch.around(TokLayer, "apply", "evict"))
         for i in range(rounds):

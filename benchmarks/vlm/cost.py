@@ -46,6 +46,7 @@ from benchmarks.vlm.shapes import CASES, Shape, build, prompt
 from tokred.bench import results as outputs
 from tokred.bench import timing
 from tokred.core import environment
+from tokred.core.registry import methods
 
 SHARES = {4: 0.25, 8: 0.125, 16: 0.0625}  # one of so many visual tokens is left
 SHORT = ("random_visual", "divprune", "visionzip", "cdpruner")  # methods at all of them
@@ -70,8 +71,6 @@ def _budget(share: float, layers: int, tower: int) -> Setting:
 
 # What leaves a share of the visual tokens, by name: of share, decoder layers and layers of the tower.
 METHODS: dict[str, Callable[[float, int, int], Setting]] = {
-    **dict.fromkeys(("random_visual", "uniform_visual", "downsample_visual", "hired", "visionzip", "prumerge",
-                     "prumerge_plus", "fastervlm", "vispruner", "divprune", "cdpruner"), _budget),
     "vscan": lambda s, layers, tower: Setting({"budget": s, "shallow": 0}),
     "saint_visual": lambda s, layers, tower: Setting({"budget": s, "layer": tower - 1}),
     "flash_vl": lambda s, layers, tower: Setting({"s": round(s**-0.5)}),
@@ -85,6 +84,13 @@ METHODS: dict[str, Callable[[float, int, int], Setting]] = {
     # So low a threshold that half of them leave, since random weights have no near-copies.
     "saint_layer": lambda s, layers, tower: Setting({"start": 1, "end": 1, "tau": 0.0}, 10),
 }  # fmt: skip
+# All others have a budget.
+METHODS |= {
+    name: _budget
+    for stage in ("projector", "layer")
+    for name, cls in methods.of(stage).items()
+    if name not in METHODS and "budget" in (cls.nothing or {})
+}
 
 
 @dataclass

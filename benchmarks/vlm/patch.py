@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
-from tokred.adapters.vlm import features, fused, hooks, host, inner
+from tokred.adapters.vlm import decoder_layers, hooks, host, taps
 from tokred.vlm.before_llm import ProjectorMethod
 from tokred.vlm.layered import LayerMethod
 
@@ -17,12 +17,12 @@ PARTS: tuple[tuple[Any, str, str], ...] = (
     (hooks.LeaveCore, "__call__", "core"),
     (hooks.EnterLanguage, "__call__", "language"),
     (hooks.LeaveLanguage, "__call__", "language"),
-    (inner.Inner, "enter", "layer"),
-    (inner.Inner, "_note", "note"),
-    (features.ProjectorTap, "__call__", "tower"),
-    (features.HeadTap, "__call__", "tower"),
-    (fused.TablesTap, "__call__", "tower"),
-    (fused.FusedTap, "__call__", "tower"),
+    (decoder_layers.Inner, "enter", "layer"),
+    (decoder_layers.Inner, "_note", "note"),
+    (taps.ProjectorTap, "__call__", "tower"),
+    (taps.HeadTap, "__call__", "tower"),
+    (taps.TablesTap, "__call__", "tower"),
+    (taps.FusedTap, "__call__", "tower"),
     (host, "describe", "tower"),
     (ProjectorMethod, "reduce", "decide"),
     (LayerMethod, "reduce", "decide"),

@@ -91,8 +91,9 @@ def _ranked(b: Tensor, metric: str, b_mask: Tensor | None) -> tuple[Tensor, Tens
 
 def _scores(best: Tensor, a: Tensor, metric: str) -> Tensor:
     """Undo what `_ranked` left out: ``best`` is ``(B, Na, k)``."""
+    # Not in place: torch 2.11 compiles gradients wrong where an output of `max` is changed (see test_compiles_whole).
     if metric == "cosine":
-        return best.div_(norms(a))
+        return best / norms(a)
     if metric == "distance":
         return a.square().sum(-1, keepdim=True).sub(best).clamp_min_(0).sqrt_().neg_()
     return best
@@ -130,7 +131,7 @@ def top(
         score = _scores(score, a, metric)
         if a_mask is not None:
             unused = ~a_mask.unsqueeze(-1)
-            score, index = score.masked_fill_(unused, -torch.inf), index.masked_fill_(unused, 0)
+            score, index = score.masked_fill(unused, -torch.inf), index.masked_fill(unused, 0)
         return score, index
 
 

@@ -7,9 +7,9 @@ import sys
 
 import torch
 import torch.distributed as dist
-from tiny_timm import build, images
 
 import tokred
+from tokred.adapters.tiny.timm import build, images
 
 
 def local_step(model: torch.nn.Module, rank: int) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 import tokred
 from tests.diffusion.tiny import MODELS, inputs, run
-from tokred import hosts
+from tokred import adapters
 from tokred.adapters.diffusion.rotary import TABLES
 
 LABELS = {
@@ -73,7 +73,7 @@ def diffusers_rows() -> Iterator[DenoiserRow]:
         with torch.device("meta"):
             model = cls()
         try:
-            hosts.find(model, "attention")
+            adapters.find(model, "attention")
         except tokred.UnsupportedModelError as error:
             yield DenoiserRow("diffusers", label, name, refused=str(error).partition(" (")[0])
         else:
@@ -92,7 +92,7 @@ def _works(kind: str, label: str) -> DenoiserRow:
         assert not torch.equal(after, before), f"{label}: nothing happened"
         roles = [row.role for row in tokred.report(model).sublayers if row.left < row.tokens]
     assert torch.equal(run(model, given), before), f"{label}: not as before"
-    host = hosts.find(model, "attention")
+    host = adapters.find(model, "attention")
     kinds = [what for part in host.parts for *_, what in part.sublayers]
     around = ", ".join(ROLES[role] for role in ROLES if role in roles)
     around += "; single blocks as a whole" if "parallel" in kinds else ""

@@ -13,7 +13,7 @@ import tokred
 from tests.diffusion.tiny import MODELS, inputs, run
 from tokred.adapters.diffusion.inside import Halves, Inside
 from tokred.diffusion.grid import clip_destinations
-from tokred.diffusion.site import AttentionSite, Place
+from tokred.diffusion.site import AttentionSite, SublayerPlace
 
 Q = torch.tensor([[1, 0], [0.9, 0.1], [0, 1], [0.1, 0.8]]).view(1, 1, 4, 2)
 K = torch.tensor([[1, 0], [0, 1], [0.8, 0.2], [0.1, 0.9]]).view(1, 1, 4, 2)
@@ -69,7 +69,7 @@ def test_equal_pairs_need_no_bias():
     ],
 )
 def test_counts(frames: int, grid: tuple[int, int], cell: Any, ratio: float, cells: int, left: int):
-    place = Place(frames * math.prod(grid), grid, 1, frames)
+    place = SublayerPlace(frames * math.prod(grid), grid, 1, frames)
     method = tokred.AsymRnR(q=ratio, kv=0, cell=cell)
     assert len(clip_destinations((frames, *grid), cell, None)[1]) == cells
     assert method.side("queries", place) == left == method.left(place)
@@ -96,7 +96,7 @@ def heads(frames: int = 3, grid: tuple[int, int] = (5, 7), b: int = 2, seed: int
 
 
 def site(given: dict[str, torch.Tensor], side: Any = "queries", frames: int = 3, grid: Any = (5, 7), **more: Any):
-    return AttentionSite(None, Place(frames * math.prod(grid), grid, 1, frames), side=side, **given, **more)
+    return AttentionSite(None, SublayerPlace(frames * math.prod(grid), grid, 1, frames), side=side, **given, **more)
 
 
 @pytest.mark.parametrize("metric", ["distance", "cosine", "dot"])
@@ -105,7 +105,7 @@ def test_matching_by_hand(metric: str):
     method = tokred.AsymRnR(q=0.5, kv=0.3, metric=metric)
     for side, name in (("queries", "q"), ("keys", "v")):
         plan = method.reduce(site(given, side, step=5))
-        assert plan.slots == method.side(side, Place(105, (5, 7), 1, 3))
+        assert plan.slots == method.side(side, SublayerPlace(105, (5, 7), 1, 3))
         dest = plan.representative[..., -6:]
         assert (dest == dest[0, 0]).all(), "one split for all heads and samples"
         kept = dest[0, 0].tolist()
@@ -145,7 +145,7 @@ def test_images_have_cells_of_one_frame():
     given = heads(1, (8, 6))
     plan = tokred.AsymRnR(q=0.99).reduce(site(given, frames=1, grid=(8, 6)))
     assert plan.slots == 12
-    assert tokred.AsymRnR(cell=(1, 9, 2)).left(Place(48, (8, 6), 1)) == 48
+    assert tokred.AsymRnR(cell=(1, 9, 2)).left(SublayerPlace(48, (8, 6), 1)) == 48
 
 
 @pytest.mark.parametrize("kind", list(MODELS))
@@ -211,11 +211,11 @@ def test_plans_are_kept():
         ({"q": 1.0}, r"q must lie in \[0, 1\)"),
         ({"kv": "half"}, "kv must be a number"),
         ({"cell": (2, 2)}, "cell must name frames, rows and columns"),
-        ({"cell": (0, 2, 2)}, "cell must be at least 1"),
+        ({"cell": (0, 2, 2)}, "cell must be an integer of at least 1"),
         ({"metric": "l1"}, "metric is 'l1'"),
         ({"combine": "max"}, "combine is 'max'"),
         ({"size_bias": True}, "size_bias is for combine='mean'"),
-        ({"refresh": 0}, "refresh must be at least 1"),
+        ({"refresh": 0}, "refresh must be an integer of at least 1"),
     ],
 )
 def test_wrong_parameters(parameters: dict, message: str):

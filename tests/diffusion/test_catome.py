@@ -9,12 +9,12 @@ import torch
 
 import tokred
 from tests.diffusion.tiny import inputs, run, sd15
-from tokred.diffusion.site import AttentionSite, Place
+from tokred.diffusion.site import AttentionSite, SublayerPlace
 from tokred.kernels.similarity_rows import unit
 
 
 def site(x: torch.Tensor, grid: tuple[int, int], **more: Any) -> AttentionSite:
-    return AttentionSite(x, Place(grid[0] * grid[1], grid, 1), **more)
+    return AttentionSite(x, SublayerPlace(grid[0] * grid[1], grid, 1), **more)
 
 
 def clustered(b: int = 3, grid: tuple[int, int] = (7, 9)) -> torch.Tensor:
@@ -57,7 +57,7 @@ def test_limits():
     assert tokred.CAToMe(threshold=1).idle
     assert tokred.CAToMe(threshold=0.99999).reduce(site(x, (8, 8))).trivial
     lowest = tokred.CAToMe(threshold=-0.9999).reduce(site(x, (8, 8)))
-    assert lowest.slots == 16 == tokred.CAToMe().left(Place(64, (8, 8), 1))
+    assert lowest.slots == 16 == tokred.CAToMe().left(SublayerPlace(64, (8, 8), 1))
     assert lowest.mask is None
 
 
@@ -103,9 +103,9 @@ def test_processors_without_the_fused_attention_are_refused():
     [
         ({"threshold": 1.1}, r"threshold must lie in \(-1, 1\]"),
         ({"threshold": "high"}, "threshold must lie in"),
-        ({"sy": 0}, "sy must be at least 1"),
+        ({"sy": 0}, "sy must be an integer of at least 1"),
         ({"merge_attn": False}, "one of merge_attn"),
-        ({"refresh": 0}, "refresh must be at least 1"),
+        ({"refresh": 0}, "refresh must be an integer of at least 1"),
     ],
 )
 def test_wrong_parameters(parameters: dict, message: str):

@@ -9,7 +9,7 @@ import torch
 
 import tokred
 from tests.diffusion.tiny import inputs, run, sd15
-from tokred.diffusion.site import AttentionSite, Place
+from tokred.diffusion.site import AttentionSite, SublayerPlace
 
 MERGING = {"max_downsample": 1, "sx": 2, "sy": 2, "use_rand": True, "merge_attn": True, "merge_crossattn": False,
            "merge_mlp": False}  # fmt: skip
@@ -46,7 +46,7 @@ def test_destinations_of_ibtm(ratio: float, left: int):
     """One for four tokens, but no more than are to be left; then every token that is left is one."""
     x, importance = torch.randn(2, 63, 5), torch.rand(2, 63)
     method = tokred.IBTM(ratio=ratio, use_rand=False)
-    plan = method.reduce(AttentionSite(x, Place(63, (9, 7), 1), guidance=importance))
+    plan = method.reduce(AttentionSite(x, SublayerPlace(63, (9, 7), 1), guidance=importance))
     assert plan.slots == left
     count = min(16, left)
     destinations = plan.representative[:, left - count :]
@@ -57,4 +57,4 @@ def test_destinations_of_ibtm(ratio: float, left: int):
 @pytest.mark.parametrize(("side", "left"), [(3, 5), (5, 13), (4, 8)])
 def test_tokens_of_a_tile_that_are_left(side: int, left: int):
     """Halves are rounded up."""
-    assert tokred.ToMA(tile=side).left(Place(side * side, (side, side), 1)) == left
+    assert tokred.ToMA(tile=side).left(SublayerPlace(side * side, (side, side), 1)) == left

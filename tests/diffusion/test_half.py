@@ -11,7 +11,7 @@ import torch
 import tokred
 from tokred.core.tiles import TileReduction
 from tokred.diffusion.method import AttentionMethod
-from tokred.diffusion.site import AttentionSite, Place
+from tokred.diffusion.site import AttentionSite, SublayerPlace
 from tokred.methods.diffusion.sdtm import SDTMStage
 from tokred.methods.diffusion.todo import SimilarKeys
 
@@ -51,7 +51,7 @@ def test_plans_are_those_of_float32(name: str, dtype: torch.dtype, spread: float
     method, g = METHODS[name], torch.Generator().manual_seed(0)
     frames = FRAMES if "frames" in method.reads or name.startswith("asymrnr") else 1
     n = frames * math.prod(GRID)
-    place = Place(n, GRID, 1, frames)
+    place = SublayerPlace(n, GRID, 1, frames)
     base = torch.randn(1, 1, 16, generator=g)
     memories: list[dict[str, Any]] = [{}, {}]
     for step in range(3):
@@ -82,5 +82,5 @@ def test_sizes_weigh_as_in_float32():
     x = torch.randn(2, 64, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
     for method in (tokred.KeyMerge(), tokred.AsymRnR(combine="mean", size_bias=True)):
         assert method.proportional
-    plan = tokred.KeyMerge().reduce(AttentionSite(x, Place(64, (8, 8), 1)))
+    plan = tokred.KeyMerge().reduce(AttentionSite(x, SublayerPlace(64, (8, 8), 1)))
     assert plan.sizes().dtype == torch.float32

@@ -14,27 +14,18 @@ import torch
 
 import tokred
 from tests.diffusion.tiny import CLIPS, FRAMES, MODELS, half, inputs, run, sd15, sd_small, sdxl, unet
+from tokred.core.registry import methods
 
 ALL = list(MODELS)
-# Enough to act on every resolution of every model.
-METHODS: dict[str, dict[str, Any]] = {
-    "tomesd": {"ratio": 0.5, "max_downsample": 8, "merge_crossattn": True, "merge_mlp": True},
-    "todo": {"factors": (2, 2, 2)},
-    "random_latent_prune": {"ratio": 0.5, "max_downsample": 8},
-    "toma": {"ratio": 0.5, "max_downsample": 8, "tile": 4, "first_full": 0},
-    "ibtm": {"ratio": 0.5, "max_downsample": 8, "merge_crossattn": True, "merge_mlp": True},
-    "catome": {"threshold": -0.99, "max_downsample": 8, "merge_crossattn": True, "merge_mlp": True},
-    "asymrnr": {"q": 0.4, "kv": 0.5, "first_full": 0},
-    "sdtm": {"ratio": 0.5, "max_downsample": 8},
-    "vidtome": {"ratio": 0.9, "max_downsample": 8, "first_full": 0},
-    "keymerge": {"ratio": 0.75, "cell": 2, "max_downsample": 8},
-}
+# Their examples are enough to act on every resolution of every model.
+METHODS: dict[str, dict[str, Any]] = {name: dict(cls.example) for name, cls in methods.of("attention").items()}
 # Some read the frames of a clip, some what the step before predicted for an image.
 NOT_FOR = {"vidtome": [kind for kind in ALL if kind not in CLIPS], "ibtm": list(CLIPS)}
 PAIRS = [(kind, name) for kind in ALL for name in METHODS if kind not in NOT_FOR.get(name, ())]
 IMAGES = [name for name in METHODS if name != "vidtome"]
-NOTHING: dict[str, dict[str, Any]] = {name: {"ratio": 0.0} for name in METHODS}
-NOTHING |= {"todo": {"factors": 1}, "catome": {"threshold": 1}, "asymrnr": {"q": 0, "kv": 0}}
+NOTHING: dict[str, dict[str, Any]] = {
+    name: dict(cls.nothing) for name, cls in methods.of("attention").items() if cls.nothing is not None
+}
 
 
 @pytest.mark.parametrize("kind", ALL)

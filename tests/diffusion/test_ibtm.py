@@ -12,11 +12,11 @@ import tokred
 from tests.diffusion.test_pipelines import image as pipeline_image
 from tests.diffusion.test_pipelines import stable_diffusion
 from tests.diffusion.tiny import MODELS, inputs, run, sd15
-from tokred.diffusion.site import AttentionSite, Place, Step
+from tokred.diffusion.site import AttentionSite, Step, SublayerPlace
 
 
 def site(x: torch.Tensor, grid: tuple[int, int], guidance: torch.Tensor | None, **more: Any) -> AttentionSite:
-    return AttentionSite(x, Place(grid[0] * grid[1], grid, 1), guidance=guidance, **more)
+    return AttentionSite(x, SublayerPlace(grid[0] * grid[1], grid, 1), guidance=guidance, **more)
 
 
 def test_the_card_s_example():
@@ -26,7 +26,7 @@ def test_the_card_s_example():
     method = tokred.IBTM(ratio=5 / 8, pool=0.5, sx=4, sy=1, use_rand=False)
     plan = method.reduce(site(x, (2, 4), importance))
     assert plan.groups() == [[[6], [0, 1, 4, 7], [2, 3, 5]]]
-    assert method.left(Place(8, (2, 4), 1)) == 3
+    assert method.left(SublayerPlace(8, (2, 4), 1)) == 3
 
 
 @pytest.mark.parametrize(("ratio", "pool"), [(0.5, 0.5), (0.25, 0.5), (0.9, 0.3), (0.6, 1.0)])
@@ -35,7 +35,7 @@ def test_what_is_protected(ratio: float, pool: float):
     x, importance = torch.randn(3, 63, 5, generator=g), torch.rand(3, 63, generator=g)
     method = tokred.IBTM(ratio=ratio, pool=pool)
     plan = method.reduce(site(x, (9, 7), importance, step=4))
-    left = method.left(Place(63, (9, 7), 1))
+    left = method.left(SublayerPlace(63, (9, 7), 1))
     assert plan.slots == left == 63 - math.floor(63 * ratio + 0.5)
     size = max(math.floor(63 * pool + 0.5), left)
     best = importance.topk(size, 1).indices
@@ -171,10 +171,10 @@ def test_without_guidance():
     [
         ({"ratio": 1.0}, r"ratio must lie in \[0, 1\)"),
         ({"pool": 0}, r"pool must lie in \(0, 1\]"),
-        ({"sx": 0}, "sx must be at least 1"),
+        ({"sx": 0}, "sx must be an integer of at least 1"),
         ({"merge_attn": False}, "one of merge_attn"),
         ({"max_downsample": 3}, "max_downsample is 3"),
-        ({"refresh": 0}, "refresh must be at least 1"),
+        ({"refresh": 0}, "refresh must be an integer of at least 1"),
     ],
 )
 def test_wrong_parameters(parameters: dict, message: str):

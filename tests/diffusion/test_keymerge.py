@@ -11,11 +11,11 @@ import torch.nn.functional as F
 import tokred
 from tests.diffusion.tiny import MODELS, inputs, run, sd15
 from tokred.diffusion.grid import typical_tokens
-from tokred.diffusion.site import AttentionSite, Place
+from tokred.diffusion.site import AttentionSite, SublayerPlace
 
 
 def site(x: torch.Tensor, grid: tuple[int, int], **more: Any) -> AttentionSite:
-    return AttentionSite(x, Place(grid[0] * grid[1], grid, 1), **more)
+    return AttentionSite(x, SublayerPlace(grid[0] * grid[1], grid, 1), **more)
 
 
 @pytest.mark.parametrize(("grid", "ratio", "left"), [((8, 8), 0.75, 16), ((8, 8), 0.99, 4), ((9, 7), 0.5, 32),
@@ -25,7 +25,7 @@ def test_counts(grid: tuple[int, int], ratio: float, left: int):
     x = torch.randn(2, n, 5, generator=torch.Generator().manual_seed(0))
     method = tokred.KeyMerge(ratio=ratio)
     plan = method.reduce(site(x, grid))
-    assert plan.slots == left == method.left(Place(n, grid, 1))
+    assert plan.slots == left == method.left(SublayerPlace(n, grid, 1))
     assert plan.sizes().sum() == 2 * n
     alone = method.reduce(site(x[1:], grid))
     assert torch.equal(alone.index[0], plan.index[1])
@@ -137,7 +137,7 @@ def test_nothing_to_do():
     x = torch.randn(1, 64, 4)
     assert tokred.KeyMerge(ratio=0).reduce(site(x, (8, 8))).trivial
     assert tokred.KeyMerge(cell=1).idle
-    assert tokred.KeyMerge().left(Place(64, (8, 8), 4)) == 64
+    assert tokred.KeyMerge().left(SublayerPlace(64, (8, 8), 4)) == 64
     assert tokred.KeyMerge().part == "kv"
     assert tokred.KeyMerge(queries=True).part == "tokens"
 
@@ -147,10 +147,10 @@ def test_nothing_to_do():
     [
         ({"ratio": 1.0}, r"ratio must lie in \[0, 1\)"),
         ({"choice": "best"}, "choice is 'best'"),
-        ({"cell": 0}, "cell must be at least 1"),
+        ({"cell": 0}, "cell must be an integer of at least 1"),
         ({"max_downsample": 1.5}, "max_downsample must be an integer"),
         ({"share": "all"}, "share is 'all'"),
-        ({"first_full": -1}, "first_full must be at least 0"),
+        ({"first_full": -1}, "first_full must be an integer of at least 0"),
     ],
 )
 def test_wrong_parameters(parameters: dict, message: str):

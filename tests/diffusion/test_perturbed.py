@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import tokred
 from tests.diffusion.test_hosts import METHODS, NOTHING
 from tests.diffusion.tiny import MODELS, inputs, run
+from tokred import adapters
 
 FOR_IMAGES = {name: given for name, given in METHODS.items() if name != "vidtome"}
 FOR_IMAGES |= {
@@ -35,7 +36,7 @@ def perturbed(kind: str, guided: bool) -> nn.Module:
     model = plain(kind)
     name = "Joint" if kind == "sd3" else "IdentitySelf"
     processor = getattr(attention_processor, f"PAG{'CFG' if guided else ''}{name}AttnProcessor2_0")()
-    for part in tokred.hosts.find(model, "attention").parts:
+    for part in adapters.find(model, "attention").parts:
         part.sublayers[0][1].set_processor(processor)
     return model
 

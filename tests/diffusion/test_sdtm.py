@@ -9,13 +9,13 @@ import torch
 
 import tokred
 from tests.diffusion.tiny import inputs, run, sd15
-from tokred.diffusion.site import AttentionSite, Place, Step
+from tokred.diffusion.site import AttentionSite, Step, SublayerPlace
 from tokred.kernels.similarity_rows import unit
 from tokred.methods.diffusion.sdtm import SDTMStage
 
 
 def site(x: torch.Tensor, grid: tuple[int, int], **more: Any) -> AttentionSite:
-    return AttentionSite(x, Place(grid[0] * grid[1], grid, 1), **more)
+    return AttentionSite(x, SublayerPlace(grid[0] * grid[1], grid, 1), **more)
 
 
 def test_the_card_s_curve():
@@ -37,7 +37,7 @@ def test_windows(grid: tuple[int, int]):
     x = torch.randn(2, n, 5, generator=torch.Generator().manual_seed(1))
     stage = SDTMStage(0.4, False, age=0.0)
     plan = stage.reduce(site(x, grid, step=3))
-    assert plan.slots == stage.left(Place(n, grid, 1))
+    assert plan.slots == stage.left(SublayerPlace(n, grid, 1))
     for b in range(2):
         windows = {}
         for y in range(grid[0] // 2):
@@ -130,7 +130,7 @@ def test_stages_in_a_denoiser():
         ({"ratio": 0.9}, "their curve must lie in"),
         ({"ratio": 0.1}, "their curve must lie in"),
         ({"spread": -1}, "spread must lie in"),
-        ({"switch": -1}, "switch must be at least 0"),
+        ({"switch": -1}, "switch must be an integer of at least 0"),
         ({"age": -1}, "age must be a number of at least 0"),
         ({"share": "all"}, "share is 'all'"),
     ],

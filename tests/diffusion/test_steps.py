@@ -13,9 +13,9 @@ import tokred
 from tests.diffusion.tiny import inputs, run, sd15
 from tokred.adapters.diffusion.steps import Steps, on_grid
 from tokred.diffusion.method import AttentionMethod
-from tokred.diffusion.site import Place, Step
+from tokred.diffusion.site import Step, SublayerPlace
 
-PLACE = Place(16, (4, 4), 1)
+PLACE = SublayerPlace(16, (4, 4), 1)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import nn
 
 import tokred
 from tests.diffusion.tiny import MODELS, inputs, run, sd15
+from tokred import adapters
 
 
 def derived(module: nn.Module, **body: Any) -> type[nn.Module]:
@@ -43,7 +44,7 @@ def test_forwards_that_were_changed(kind: str):
     model = MODELS[kind]()
     model.__class__ = derived(model, forward=forward)
     refused(model, r"the model is a My\w+, which changes the forward of diffusers' ")
-    for part in tokred.hosts.find(MODELS[kind](), "attention").parts:
+    for part in adapters.find(MODELS[kind](), "attention").parts:
         model = MODELS[kind]()
         block = model.get_submodule(part.name)
         block.__class__ = derived(block, forward=forward)
@@ -59,7 +60,7 @@ def test_forwards_that_were_changed(kind: str):
 @pytest.mark.parametrize("kind", list(MODELS))
 def test_another_block(kind: str):
     """One whose class is not known would be passed by."""
-    for part in tokred.hosts.find(MODELS[kind](), "attention").parts:
+    for part in adapters.find(MODELS[kind](), "attention").parts:
         model = MODELS[kind]()
         block = model.get_submodule(part.name)
         if part.alone:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import tokred
 from tests.diffusion.tiny import inputs, run, sd15
 from tokred.diffusion.grid import kept_lines
-from tokred.diffusion.site import AttentionSite, Place, Step
+from tokred.diffusion.site import AttentionSite, Step, SublayerPlace
 from tokred.methods.diffusion.todo import SimilarKeys
 
 
@@ -17,7 +17,7 @@ def kept(grid: tuple[int, int], values: torch.Tensor | None = None, **parameters
     n = grid[0] * grid[1]
     values = torch.arange(1.0, n + 1) if values is None else values
     x = values.view(1, n, 1)
-    plan = tokred.ToDo(**parameters).reduce(AttentionSite(x, Place(n, grid, 1), step=3))
+    plan = tokred.ToDo(**parameters).reduce(AttentionSite(x, SublayerPlace(n, grid, 1), step=3))
     return plan.merge(x).flatten().tolist()
 
 
@@ -63,7 +63,8 @@ def test_cycling_moves_rows_and_columns_by_one_draw(grid: tuple[int, int]):
     n, found = grid[0] * grid[1], set()
     method = tokred.ToDo(factors=4, phase="cycle")
     for step in range(200):
-        rows = method.reduce(AttentionSite(torch.zeros(1, n, 1), Place(n, grid, 1), step=step)).representative[0]
+        site = AttentionSite(torch.zeros(1, n, 1), SublayerPlace(n, grid, 1), step=step)
+        rows = method.reduce(site).representative[0]
         y, x = int(rows[0]) // grid[1], int(rows[0]) % grid[1]
         expected = [(a + y) * grid[1] + b + x for a in range(0, grid[0], 4) for b in range(0, grid[1], 4)]
         assert rows.tolist() == expected
@@ -77,7 +78,7 @@ def test_attention_of_the_card():
     v = torch.zeros(1, 8, 1)
     v[0, 0], v[0, 2] = 10, 20
     q = torch.tensor([[0, 0], [1, 0], [0, 1], [1, 1], [2, 0], [0, 2], [-1, 0], [0, -1.0]]).unsqueeze(0)
-    plan = tokred.ToDo(factors=2).reduce(AttentionSite(k, Place(8, (2, 4), 1)))
+    plan = tokred.ToDo(factors=2).reduce(AttentionSite(k, SublayerPlace(8, (2, 4), 1)))
     out = F.scaled_dot_product_attention(q, plan.merge(k), plan.merge(v)).flatten()
     expected = [15, 13.302385, 16.697615, 15, 11.955703, 18.044297, 16.697615, 13.302385]
     torch.testing.assert_close(out, torch.tensor(expected))
@@ -88,21 +89,21 @@ def test_constant_cells_change_nothing():
     x = cells * torch.tensor([0.3, -1.0, 0.7])
     q = torch.randn(1, 16, 3)
     for mode in ("nearest", "nearest-exact", "average", "max"):
-        plan = tokred.ToDo(factors=2, mode=mode).reduce(AttentionSite(x, Place(16, (4, 4), 1)))
+        plan = tokred.ToDo(factors=2, mode=mode).reduce(AttentionSite(x, SublayerPlace(16, (4, 4), 1)))
         y = F.scaled_dot_product_attention(q, plan.merge(x), plan.merge(x))
         torch.testing.assert_close(y, F.scaled_dot_product_attention(q, x, x))
 
 
 def test_cost_of_the_card():
     method = tokred.ToDo(factors=2)
-    place = Place(16384, (128, 128), 1)
+    place = SublayerPlace(16384, (128, 128), 1)
     assert method.left(place) == 4096
     assert place.length * method.left(place) == pytest.approx(6.71e7, rel=1e-3)
 
 
 def test_factors_go_by_depth():
     method = tokred.ToDo(factors=(3, 2))
-    assert [method.factor(Place(64, (8, 8), d)) for d in (1, 2, 3, 4, 8)] == [3, 2, 1, 1, 1]
+    assert [method.factor(SublayerPlace(64, (8, 8), d)) for d in (1, 2, 3, 4, 8)] == [3, 2, 1, 1, 1]
     assert tokred.ToDo(factors=(1, 1)).idle
 
 
@@ -111,7 +112,8 @@ def test_cycling_moves_with_the_step_alone():
     x = torch.zeros(1, 81, 1)
 
     def rows(step: int, layer: int = 0) -> list[int]:
-        return method.reduce(AttentionSite(x, Place(81, (9, 9), 1), step=step, layer=layer)).representative[0].tolist()
+        site = AttentionSite(x, SublayerPlace(81, (9, 9), 1), step=step, layer=layer)
+        return method.reduce(site).representative[0].tolist()
 
     assert len({tuple(rows(step)) for step in range(40)}) == 4
     assert rows(3) == rows(3, layer=5)
@@ -121,7 +123,7 @@ def test_cycling_moves_with_the_step_alone():
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"factors": 0}, "factors must be at least 1"),
+        ({"factors": 0}, "factors must be an integer of at least 1"),
         ({"factors": (2, 1.5)}, "factors must be an integer"),
         ({"factors": ()}, "at least one factor"),
         ({"mode": "pool"}, "mode is 'pool'"),
@@ -160,8 +162,8 @@ def test_keys_by_similarity(grid: tuple[int, int]):
     n = grid[0] * grid[1]
     x = torch.randn(2, n, 5, generator=torch.Generator().manual_seed(0))
     late = SimilarKeys((2,))
-    plan = late.reduce(AttentionSite(x, Place(n, grid, 1), step=3))
-    assert plan.slots == late.left(Place(n, grid, 1)) == (grid[0] // 2) * (grid[1] // 2)
+    plan = late.reduce(AttentionSite(x, SublayerPlace(n, grid, 1), step=3))
+    assert plan.slots == late.left(SublayerPlace(n, grid, 1)) == (grid[0] // 2) * (grid[1] // 2)
     near = F.normalize(x, dim=-1)
     scores = near @ near.mT
     for b in range(2):

@@ -9,7 +9,7 @@ import torch
 
 import tokred
 from tokred.core.tiles import TileReduction, facility_location, soft_shares, tile_rows, tile_sizes
-from tokred.diffusion.site import AttentionSite, Place
+from tokred.diffusion.site import AttentionSite, SublayerPlace
 
 VALUES = torch.arange(1.0, 7, dtype=torch.float64).view(1, 6, 1)
 
@@ -20,7 +20,7 @@ def features() -> torch.Tensor:
 
 
 def site(x: torch.Tensor, grid: tuple[int, int], factor: int = 1, **more) -> AttentionSite:
-    return AttentionSite(x, Place(grid[0] * grid[1], grid, factor), **more)
+    return AttentionSite(x, SublayerPlace(grid[0] * grid[1], grid, factor), **more)
 
 
 def plan(tau: float) -> TileReduction:
@@ -88,7 +88,7 @@ def test_invariants(grid: tuple[int, int], tau: float):
     method = tokred.ToMA(ratio=0.4, tau=tau)
     found = method.reduce(site(x, grid))
     assert isinstance(found, TileReduction)
-    assert found.slots == method.left(Place(n, grid, 1))
+    assert found.slots == method.left(SublayerPlace(n, grid, 1))
     assert sorted(torch.cat([r.flatten() for r in tile_rows(grid, 8)]).tolist()) == list(range(n))
     assert sum(w * size for w, size in tile_sizes(grid, 8)) == n
     for tile in found.tiles:
@@ -168,12 +168,12 @@ def test_nothing_to_do_and_coarse_grids():
     ("parameters", "message"),
     [
         ({"ratio": 1.0}, r"ratio must lie in \[0, 1\)"),
-        ({"tile": 0}, "tile must be at least 1"),
+        ({"tile": 0}, "tile must be an integer of at least 1"),
         ({"tile": 33}, "tile must be at most 32"),
         ({"tau": -1}, "tau must be a number of at least 0"),
         ({"cover": "all"}, "cover is 'all'"),
-        ({"steps_plan": 0}, "steps_plan must be at least 1"),
-        ({"first_full": -1}, "first_full must be at least 0"),
+        ({"steps_plan": 0}, "steps_plan must be an integer of at least 1"),
+        ({"first_full": -1}, "first_full must be an integer of at least 0"),
     ],
 )
 def test_wrong_parameters(parameters: dict, message: str):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import tokred
 from tokred.diffusion.grid import cell_destinations, match_cells
-from tokred.diffusion.site import AttentionSite, Place, place_of, step_key
+from tokred.diffusion.site import AttentionSite, SublayerPlace, place_of, step_key
 
 ANGLES = [0, 3, 90, 94, 7, 12, 99, 105, 180, 181, 270, 272, 184, 190, 275, 281]
 VALUES = torch.arange(1.0, 17, dtype=torch.float64).view(1, 16, 1)
@@ -23,7 +23,7 @@ def features() -> torch.Tensor:
 
 
 def site(x: torch.Tensor, grid: tuple[int, int], factor: int = 1, **more) -> AttentionSite:
-    return AttentionSite(x, Place(grid[0] * grid[1], grid, factor), **more)
+    return AttentionSite(x, SublayerPlace(grid[0] * grid[1], grid, factor), **more)
 
 
 def test_fixed_destinations():
@@ -42,7 +42,7 @@ def test_a_ratio_above_the_cap_leaves_one_token_a_cell():
     method = tokred.ToMeSD(ratio=14 / 16, use_rand=False)
     merged = method.reduce(site(features(), (4, 4))).merge(VALUES)
     assert merged.flatten().tolist() == [3.5, 5.5, 11.5, 13.5]
-    assert method.left(Place(16, (4, 4), 1)) == 4
+    assert method.left(SublayerPlace(16, (4, 4), 1)) == 4
 
 
 def test_given_offsets():
@@ -81,7 +81,7 @@ def test_odd_grids(grid: tuple[int, int], destinations: int, r: int, left: int):
     ],
 )
 def test_geometry(size: tuple[int, int], n: int, factor: int, grid: tuple[int, int]):
-    assert place_of(n, size) == Place(n, grid, factor)
+    assert place_of(n, size) == SublayerPlace(n, grid, factor)
 
 
 def test_tokens_that_form_no_grid_are_refused():
@@ -101,7 +101,7 @@ def test_laws(h: int, w: int, sy: int, sx: int, ratio: float, seed: int):
     plan = method.reduce(site(x, (h, w), step=seed))
     n = h * w
     expected = n - min(int(n * ratio), n - (h // sy) * (w // sx))
-    assert plan.slots == expected == method.left(Place(n, (h, w), 1))
+    assert plan.slots == expected == method.left(SublayerPlace(n, (h, w), 1))
     assert plan.trivial == (expected == n)
     constant = torch.full((2, n, 3), 0.3, dtype=torch.float64)
     torch.testing.assert_close(plan.unmerge(plan.merge(constant)), constant, rtol=0, atol=1e-15)
@@ -157,12 +157,12 @@ def test_half_precision_decides_in_float32():
         ({"ratio": 1.0}, r"ratio must lie in \[0, 1\), got 1.0"),
         ({"ratio": -0.1}, "ratio must lie in"),
         ({"ratio": "half"}, "ratio must be a number"),
-        ({"sx": 0}, "sx must be at least 1"),
+        ({"sx": 0}, "sx must be an integer of at least 1"),
         ({"sy": 1.5}, "sy must be an integer"),
         ({"max_downsample": 3}, "max_downsample is 3; allowed are 1, 2, 4, 8"),
         ({"merge_attn": False}, "one of merge_attn"),
         ({"share": "all"}, "share is 'all'"),
-        ({"refresh": 0}, "refresh must be at least 1"),
+        ({"refresh": 0}, "refresh must be an integer of at least 1"),
     ],
 )
 def test_wrong_parameters(parameters: dict, message: str):

@@ -10,11 +10,11 @@ import torch
 
 import tokred
 from tests.diffusion.tiny import CLIPS, MODELS, inputs, run
-from tokred.diffusion.site import AttentionSite, Place
+from tokred.diffusion.site import AttentionSite, SublayerPlace
 
 
 def site(x: torch.Tensor, frames: int, grid: tuple[int, int], **more: Any) -> AttentionSite:
-    return AttentionSite(x, Place(frames * grid[0] * grid[1], grid, 1, frames), **more)
+    return AttentionSite(x, SublayerPlace(frames * grid[0] * grid[1], grid, 1, frames), **more)
 
 
 def drawing(rnd: int, stride: int) -> Any:
@@ -29,7 +29,7 @@ def test_the_card_s_example(monkeypatch: pytest.MonkeyPatch):
     method = tokred.VidToMe(ratio=0.75)
     plan = method.reduce(site(x, 3, (1, 2)))
     assert plan.groups() == [[[4], [0, 2], [1, 3, 5]]]
-    assert method.left(Place(6, (1, 2), 1, 3)) == 3
+    assert method.left(SublayerPlace(6, (1, 2), 1, 3)) == 3
     merged = plan.merge(torch.arange(6.0).view(1, 6, 1))
     assert merged.flatten().tolist() == [4, 2, 3], "the destination stands for its sources"
 
@@ -41,7 +41,7 @@ def test_passes(frames: int, ratio: float):
     x = torch.randn(2, frames * 12, 5, generator=g)
     method = tokred.VidToMe(ratio=ratio)
     plan = method.reduce(site(x, frames, (3, 4), step=1))
-    assert plan.slots == method.left(Place(frames * 12, (3, 4), 1, frames))
+    assert plan.slots == method.left(SublayerPlace(frames * 12, (3, 4), 1, frames))
     left, expected = frames, 12 * frames
     while left > 1:
         taken = left // min(4, left)
@@ -96,8 +96,8 @@ def test_images_have_no_frames():
     ("parameters", "message"),
     [
         ({"ratio": 1.0}, r"ratio must lie in \[0, 1\)"),
-        ({"stride": 0}, "stride must be at least 1"),
-        ({"max_downsample": 0}, "max_downsample must be at least 1"),
+        ({"stride": 0}, "stride must be an integer of at least 1"),
+        ({"max_downsample": 0}, "max_downsample must be an integer of at least 1"),
         ({"share": "all"}, "share is 'all'"),
     ],
 )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import tokred
 from tests.diffusion.tiny import MODELS, inputs, run
+from tokred import adapters
 
 hooks = pytest.importorskip("diffusers.hooks")
 CPU = torch.device("cpu")
@@ -53,7 +54,7 @@ def offload_with_hook(model: nn.Module) -> None:
 def dispatch(model: nn.Module) -> None:
     """As a map of devices does it: hooks on the modules that are named, attentions among them."""
     big = pytest.importorskip("accelerate.big_modeling")
-    names = [name for part in tokred.hosts.find(model, "attention").parts for name, *_ in part.sublayers]
+    names = [name for part in adapters.find(model, "attention").parts for name, *_ in part.sublayers]
     big.attach_align_device_hook_on_blocks(model, execution_device=dict.fromkeys([*names, ""], "cpu"))
 
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 import tokred
 from tests.encoder import tiny_open_clip, tiny_timm, tiny_transformers
 from tests.encoder.host_table import _table, versions
-from tests.encoder.test_timm import METHODS, NOTHING
+from tokred.core.registry import methods as registered
 
-SETTINGS = {case.partition("-")[0]: parameters for case, parameters in reversed(METHODS.items())}
+SETTINGS = {name: dict(cls.example) for name, cls in registered.of("block").items()}
+NOTHING = {name: dict(cls.nothing or {}) for name, cls in registered.of("block").items()}
 
 
 class Cell(NamedTuple):
@@ -23,11 +24,6 @@ class Cell(NamedTuple):
     family: str
     method: str
     missing: str = ""
-
-
-def block_methods() -> list[str]:
-    """Methods that act in the blocks of an encoder."""
-    return [name for name in tokred.list_methods() if tokred.make(name).stage == "block"]
 
 
 def families() -> Iterator[tuple[str, str, nn.Module, Callable[[nn.Module], list[Tensor]]]]:
@@ -101,7 +97,7 @@ def render(found: list[Cell]) -> str:
         need = _need(cell.missing)
         if need and need not in reasons:
             reasons[need] = chr(ord("a") + len(reasons))
-    methods = [m for m in block_methods() if m in SETTINGS]
+    methods = list(SETTINGS)
     parts = [INTRODUCTION.replace("{versions}", versions())]
     for library in dict.fromkeys(c.library for c in found):
         lines = []

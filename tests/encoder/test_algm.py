@@ -75,10 +75,10 @@ def test_nothing_above_the_thresholds_is_the_identity():
     method = tokred.ALGM(T=1.5, theta=math.inf)
     assert method.reduce(tokred.Site(x=x, grid=(2, 4), prefix=1)).trivial
     assert method.reduce(tokred.Site(x=x, grid=(2, 4), prefix=1, layer=4)).trivial
-    assert not any(method.acts(9, layer=i, depth=12) for i in range(12))
-    assert [tokred.ALGM().acts(9, layer=i, depth=12) for i in (0, 1, 4, 6)] == [True, False, True, False]
-    assert [tokred.ALGM().acts(9, layer=i, depth=24) for i in (0, 4, 6)] == [True, False, True]
-    assert [tokred.ALGM().acts(9, layer=i, depth=2) for i in (0, 1)] == [True, True]
+    assert not any(method.acts(9, tokred.Place(layer=i, depth=12)) for i in range(12))
+    assert [tokred.ALGM().acts(9, tokred.Place(layer=i, depth=12)) for i in (0, 1, 4, 6)] == [True, False, True, False]
+    assert [tokred.ALGM().acts(9, tokred.Place(layer=i, depth=24)) for i in (0, 4, 6)] == [True, False, True]
+    assert [tokred.ALGM().acts(9, tokred.Place(layer=i, depth=2)) for i in (0, 1)] == [True, True]
 
 
 # ---------------------------------------------------------------- counts

@@ -127,7 +127,7 @@ def test_a_sample_does_not_depend_on_padding_or_scale(t, padding, levels, seed):
     assert patches(method.reduce(site(*(scores * 4).tolist()))) == plain
     assert patches(method.reduce(site(*scores.flip(0).tolist()))) == plain[::-1]
     count = method.reduce(site(*scores.tolist())).slots
-    assert count <= method.tokens(t + 1, layer=0, depth=1, prefix=1)
+    assert count <= method.tokens(t + 1, tokred.Place(layer=0, depth=1, prefix=1))
 
 
 def test_protected_tokens():
@@ -157,14 +157,14 @@ def test_degenerate_scores():
 
 def test_where_it_acts_and_how_many_it_leaves_at_most():
     method = tokred.ATS()
-    assert [i for i in range(12) if method.acts(197, layer=i, depth=12, prefix=1)] == list(range(3, 12))
-    assert not method.acts(2, layer=5, depth=12, prefix=1)
-    assert method.tokens(197, layer=3, depth=12, prefix=1) == 196
-    assert tokred.ATS(n=100).tokens(197, layer=3, depth=12, prefix=1) == 100
-    assert tokred.ATS(n=0.5).tokens(197, layer=3, depth=12, prefix=1) == round(98.5)
-    assert tokred.ATS(n=0.01).tokens(197, layer=3, depth=12, prefix=1) == 8, "a share leaves at least 8"
+    assert [i for i in range(12) if method.acts(197, tokred.Place(layer=i, depth=12, prefix=1))] == list(range(3, 12))
+    assert not method.acts(2, tokred.Place(layer=5, depth=12, prefix=1))
+    assert method.tokens(197, tokred.Place(layer=3, depth=12, prefix=1)) == 196
+    assert tokred.ATS(n=100).tokens(197, tokred.Place(layer=3, depth=12, prefix=1)) == 100
+    assert tokred.ATS(n=0.5).tokens(197, tokred.Place(layer=3, depth=12, prefix=1)) == round(98.5)
+    assert tokred.ATS(n=0.01).tokens(197, tokred.Place(layer=3, depth=12, prefix=1)) == 8, "a share leaves at least 8"
     listed = tokred.ATS(n=[None, 5, 0.5], blocks=(1, 2))
-    assert [listed.tokens(21, layer=i, depth=3, prefix=1) for i in range(3)] == [21, 5, 10]
+    assert [listed.tokens(21, tokred.Place(layer=i, depth=3, prefix=1)) for i in range(3)] == [21, 5, 10]
     listed.check(3)
     with pytest.raises(ValueError, match="n has 3 entries, but the model has 12 blocks"):
         listed.check(12)

@@ -107,7 +107,7 @@ def test_what_fits_no_block_is_refused_when_applied(name, parameters, text):
     model = build("vit")
     with pytest.raises(ValueError, match=text):
         tokred.apply(model, name, **parameters)
-    assert not tokred.hosts.patched_with(model)
+    assert not tokred.patched(model)
 
 
 def test_parameters_that_exclude_each_other():
@@ -118,7 +118,7 @@ def test_parameters_that_exclude_each_other():
 
 
 def test_pitome_removes_half_at_most():
-    assert tokred.PiToMe(ratio=0.1).tokens(18, layer=0, depth=2, prefix=1, suffix=1) == 10
+    assert tokred.PiToMe(ratio=0.1).tokens(18, tokred.Place(layer=0, depth=2, prefix=1, suffix=1)) == 10
     assert tokred.PiToMe(ratio=0.1).reduce(site("pitome-plain-k", tensors(0))).slots == 10
 
 

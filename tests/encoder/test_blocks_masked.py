@@ -7,8 +7,8 @@ import torch
 
 import tokred
 from tests.encoder.blocks import OF_GRID, SETTINGS, method, site, tensors
-from tokred.core.padding import reduce_each
 from tokred.core.site import Site
+from tokred.encoder.padding import reduce_each
 
 LABELS = [label for label in SETTINGS if label not in OF_GRID]
 

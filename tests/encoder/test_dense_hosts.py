@@ -27,7 +27,7 @@ ENCODERS = {
 }  # fmt: skip
 
 
-class Shuffle(tokred.Method):
+class Shuffle(tokred.BlockMethod):
     """Puts the unprotected tokens of the first block into another order, and removes none."""
 
     name = "shuffle"
@@ -35,11 +35,11 @@ class Shuffle(tokred.Method):
     def __init__(self, layer=0):
         self.layer = layer
 
-    def tokens(self, n, *, layer, depth, prefix=0, suffix=0):
+    def tokens(self, n, place):
         return n
 
-    def acts(self, n, *, layer, **place):
-        return layer == self.layer
+    def acts(self, n, place):
+        return place.layer == self.layer
 
     def reduce(self, site):
         b, n = site.shape
@@ -49,7 +49,7 @@ class Shuffle(tokred.Method):
         return replace(Reduction.keep(rows.expand(b, -1), n), mode="mean")
 
 
-class Look(tokred.Method):
+class Look(tokred.BlockMethod):
     """Notes what a site has."""
 
     name = "look"
@@ -58,10 +58,10 @@ class Look(tokred.Method):
     def __init__(self):
         self.seen = []
 
-    def tokens(self, n, *, layer, depth, prefix=0, suffix=0):
+    def tokens(self, n, place):
         return n
 
-    def acts(self, n, **place):
+    def acts(self, n, place):
         return True
 
     def reduce(self, site):

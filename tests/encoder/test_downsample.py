@@ -33,7 +33,7 @@ def test_every_patch_has_a_cell_and_cells_differ_by_one_patch_a_side(rows, colum
     per_row = cells((rows, columns), coarse).view(rows, columns)[:, 0].bincount()
     assert per_row[per_row > 0].max() - per_row[per_row > 0].min() <= rows
     if rows == columns:
-        assert method.tokens(n, layer=0, depth=3, prefix=prefix, suffix=suffix) == step.slots
+        assert method.tokens(n, tokred.Place(layer=0, depth=3, prefix=prefix, suffix=suffix)) == step.slots
 
 
 def test_on_a_model():

@@ -21,7 +21,7 @@ from tokred.adapters.tiny import transformers as transformers_tiny
 
 
 @dataclass(frozen=True)
-class Spy(tokred.Method):
+class Spy(tokred.BlockMethod):
     """Drops the last patch in every block, and notes what it is told of the grid."""
 
     seen: list[Any] = field(default_factory=list, compare=False)
@@ -34,7 +34,7 @@ class Spy(tokred.Method):
 
     clips = True
 
-    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
+    def tokens(self, n: int, place: tokred.Place) -> int:
         return n - 1
 
     def reduce(self, site: tokred.Site) -> tokred.Reduction:

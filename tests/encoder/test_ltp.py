@@ -56,8 +56,8 @@ def test_base_thresholds():
     found = [base_threshold(0.01, layer, 12) for layer in (0, 3, 6, 9, 11)]
     assert found == pytest.approx([0, 0.0025, 0.005, 0.0075, 0.00917], abs=5e-6)
     assert [tokred.LTP().theta(layer, 12) for layer in (0, 3, 6, 9, 11)] == found
-    assert not tokred.LTP().acts(50, layer=0, depth=12)
-    assert tokred.LTP().acts(50, layer=1, depth=12)
+    assert not tokred.LTP().acts(50, tokred.Place(layer=0, depth=12))
+    assert tokred.LTP().acts(50, tokred.Place(layer=1, depth=12))
 
 
 @given(st.integers(2, 7), st.integers(0, 4), st.floats(0.01, 0.4), st.integers(0, 10_000))
@@ -109,7 +109,7 @@ def test_refusals():
         tokred.LTP(theta_final=1.5)
     with pytest.raises(ValueError, match=r"thresholds\[1\] must lie in"):
         tokred.LTP(thresholds=[0.1, -0.1])
-    with pytest.raises(ValueError, match="min_keep must be a whole number of at least 1, got 0"):
+    with pytest.raises(ValueError, match="min_keep must be an integer of at least 1, got 0"):
         tokred.LTP(min_keep=0)
     with pytest.raises(ValueError, match="thresholds has 2 entries, but the model has 12"):
         tokred.LTP(thresholds=[0.0, 0.1]).check(12)

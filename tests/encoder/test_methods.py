@@ -98,7 +98,7 @@ def test_tome_example_8_schedules():
 def test_tome_example_9_token_counts(n, depth, r, last):
     method = tokred.ToMe(r=r)
     for layer in range(depth):
-        n = method.tokens(n, layer=layer, depth=depth, prefix=1)
+        n = method.tokens(n, tokred.Place(layer=layer, depth=depth, prefix=1))
     assert n == last
 
 
@@ -199,7 +199,7 @@ def test_pitome_text_form():
 def test_pitome_token_counts(ratio, counts):
     n, found = 197, []
     for layer in range(12):
-        n = tokred.PiToMe(ratio=ratio).tokens(n, layer=layer, depth=12, prefix=1)
+        n = tokred.PiToMe(ratio=ratio).tokens(n, tokred.Place(layer=layer, depth=12, prefix=1))
         found.append(n)
     assert found == counts
 
@@ -237,7 +237,7 @@ def test_evit_example():
 def test_evit_token_counts(fuse, counts):
     n, found = 197, []
     for layer in range(12):
-        n = tokred.EViT(kappa=0.7, fuse=fuse).tokens(n, layer=layer, depth=12, prefix=1)
+        n = tokred.EViT(kappa=0.7, fuse=fuse).tokens(n, tokred.Place(layer=layer, depth=12, prefix=1))
         found.append(n)
     assert [found[i] for i in (3, 6, 9)] == counts
 
@@ -292,7 +292,7 @@ def test_random_baselines_are_repeatable_and_alike_for_every_sample():
         ("pitome", {"margin": 2}, ValueError, r"margin must lie in \[-1, 1\]"),
         ("evit", {"kappa": 1.2}, ValueError, "kappa .the kept share. must lie"),
         ("evit", {"blocks": (-1,)}, ValueError, "blocks must be non-negative"),
-        ("kth", {"k": 0}, ValueError, "k must be a positive integer"),
+        ("kth", {"k": 0}, ValueError, "k must be an integer of at least 1"),
         ("tomee", {}, tokred.UnknownMethodError, "did you mean 'tome'"),
     ],
 )

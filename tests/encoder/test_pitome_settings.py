@@ -51,7 +51,7 @@ def test_forms_and_margins_of_the_presets():
 def test_where_the_presets_act():
     def acts(host: str, depth: int = 12) -> list[int]:
         method = tokred.PiToMe.preset(host, 0.9)
-        return [i for i in range(depth) if method.acts(101, layer=i, depth=depth, prefix=1)]
+        return [i for i in range(depth) if method.acts(101, tokred.Place(layer=i, depth=depth, prefix=1))]
 
     assert acts("bert") == [0, 1, 2]
     assert acts("blip") == list(range(1, 12))
@@ -113,7 +113,7 @@ def test_padding_takes_no_part(form, free, prefix, suffix, ratio, seed):
             continue
         groups = [[rows[t].item() for t in group] for group in real_groups(alone, 0)]
         assert real_groups(both, i) == groups
-        assert len(groups) == method.tokens(len(rows), **place)
+        assert len(groups) == method.tokens(len(rows), tokred.Place(**place))
         merged, expected = both.merge(x), alone.merge(x[i : i + 1, rows])
         real = merged[i] if both.mask is None else merged[i][both.mask[i]]
         torch.testing.assert_close(real, expected[0])
@@ -123,9 +123,9 @@ def test_padding_takes_no_part(form, free, prefix, suffix, ratio, seed):
     ("parameters", "match"),
     [
         ({"fall": -0.1}, r"fall must lie in \[0, 2\], got -0.1"),
-        ({"start": -1}, "start must be a non-negative integer, got -1"),
-        ({"stop": 1.5}, "stop must be a non-negative integer, got 1.5"),
-        ({"turn": True}, "turn must be a non-negative integer, got True"),
+        ({"start": -1}, "start must be an integer of at least 0, got -1"),
+        ({"stop": 1.5}, "stop must be an integer of at least 0, got 1.5"),
+        ({"turn": True}, "turn must be an integer of at least 0, got True"),
         ({"form": "text"}, "form is 'text'; allowed are 'plain'"),
     ],
 )

@@ -143,7 +143,7 @@ def test_laws(free, prefix, suffix, r, threshold, sort, seed):
     method = tokred.PPT(r=r, threshold=threshold, sort=sort, blocks=(0,))
     found = method.reduce(site)
     removed = min(r, mergeable(n, prefix, suffix))
-    assert found.slots == n - removed == method.tokens(n, layer=0, depth=1, prefix=prefix, suffix=suffix)
+    assert found.slots == n - removed == method.tokens(n, tokred.Place(layer=0, depth=1, prefix=prefix, suffix=suffix))
     # Protected tokens stand where they stood, alone, in both branches.
     index, sizes = found.index, found.sizes()
     for i in range(prefix):
@@ -205,7 +205,7 @@ def test_counts_and_compute_of_the_published_setting():
 
     method, n, counts = tokred.PPT(), 197, []
     for layer in range(12):
-        n = method.tokens(n, layer=layer, depth=12, prefix=1)
+        n = method.tokens(n, tokred.Place(layer=layer, depth=12, prefix=1))
         counts.append(n)
     assert counts == [197] * 3 + [147] * 3 + [97] * 3 + [49] * 3
     found = tokred.flops(without_weights("deit_small_patch16_224"), "ppt", (3, 224, 224))

@@ -88,8 +88,8 @@ def test_full_graph(m, kept):
     assert degree_sums(k, k)[0].tolist() == pytest.approx(sums, abs=3e-6)
     method = tokred.SAINT(form="full", M=m, q=4)
     assert method.reduce(site(angles)).representative.tolist() == [kept]
-    assert method.tokens(9, layer=9, depth=12, prefix=1) == m
-    assert method.tokens(9, layer=8, depth=12, prefix=1) == 9
+    assert method.tokens(9, tokred.Place(layer=9, depth=12, prefix=1)) == m
+    assert method.tokens(9, tokred.Place(layer=8, depth=12, prefix=1)) == 9
 
 
 def test_full_graph_beyond_its_target_is_the_identity_and_keeps_one_patch():
@@ -131,14 +131,14 @@ def test_dropped_tokens_can_be_restored_from_the_nearest_kept_one():
 
 def test_blocks():
     place = {"depth": 12, "prefix": 1}
-    acts = [tokred.SAINT().acts(197, layer=i, **place) for i in range(12)]
+    acts = [tokred.SAINT().acts(197, tokred.Place(layer=i, **place)) for i in range(12)]
     assert acts == [True] * 6 + [False] * 6
     listed = tokred.SAINT(tau=[0.8, None, 0.7])
-    assert [listed.acts(197, layer=i, **place) for i in range(5)] == [True, False, True, False, False]
+    assert [listed.acts(197, tokred.Place(layer=i, **place)) for i in range(5)] == [True, False, True, False, False]
     assert listed.reduce(site(ONE, layer=1)).trivial
     assert listed.reduce(site(ONE, layer=7)).trivial
-    assert [tokred.SAINT(blocks=(3,)).acts(197, layer=i, **place) for i in (2, 3)] == [False, True]
-    assert not tokred.SAINT().acts(2, layer=0, **place), "a single patch has no partner"
+    assert [tokred.SAINT(blocks=(3,)).acts(197, tokred.Place(layer=i, **place)) for i in (2, 3)] == [False, True]
+    assert not tokred.SAINT().acts(2, tokred.Place(layer=0, **place)), "a single patch has no partner"
     with pytest.raises(ValueError, match="tau has 3 entries, but the model has 2 blocks"):
         listed.check(2)
 

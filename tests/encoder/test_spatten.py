@@ -162,7 +162,7 @@ def test_refusals():
         tokred.SpAtten(heads=0)
     with pytest.raises(ValueError, match=r"heads \(as a share\)"):
         tokred.SpAtten(heads=1.5)
-    with pytest.raises(ValueError, match="first must be a whole number"):
+    with pytest.raises(ValueError, match="first must be an integer"):
         tokred.SpAtten(first=-1)
     with pytest.raises(ValueError, match="heads has 2 entries, but the model has 12"):
         tokred.SpAtten(heads=[4, 2]).check(12)

@@ -15,41 +15,20 @@ import tokred
 from tests.encoder.laws import assert_same, snapshot
 from tests.encoder.tiny_timm import FAMILIES, SIZE, build, images, without_weights
 from tokred.adapters import find
+from tokred.core.registry import methods
 
 ROPE = [f for f in FAMILIES if "rope" in f]
+BLOCK_METHODS = methods.of("block")
 METHODS = {
-    "tome": {"r": 4},
+    **{name: dict(cls.example) for name, cls in BLOCK_METHODS.items()},
+    # Other forms of a method, which take other ways through its code or through the hosts'.
     "tome-list": {"r": [5, 0, 2]},
-    "pitome": {"ratio": 0.8},
-    "random": {"r": 3},
-    "random_prune": {"r": 3},
-    "kth": {"k": 2},
-    "evit": {"kappa": 0.6, "blocks": (1,)},
-    "downsample": {"keep": 0.5},
-    "zero_tprune": {"blocks": (1,), "rho": 0.6, "r_s": 2},
-    "tokentm": {"keep": 0.6, "blocks": (1,)},
-    "vomix": {"r": 0.2},
-    "ats": {},
-    "ppt": {"r": 4},
-    "tofu": {"r": 4},
-    "saint": {"tau": 0.35, "K": 3},
     "saint-full": {"form": "full", "M": 15, "blocks": (1,)},
-    "algm": {"T": 0.0, "theta": 0.3},
-    "vtm": {"gamma": 2, "blocks": (1,)},
     "vtm-centre": {"variant": "centre", "R": 0.5, "blocks": (0, 1)},
-    "tinychart": {"r": 4, "order": "raster"},
-    "spatten": {"keep": 0.5, "first": 0},
     "spatten-heads": {"keep": 0.5, "first": 0, "heads": 2},
-    "ltp": {"theta_final": 0.3},
     "ltp-learn": {"theta_final": 0.3, "learn": True},
-    "dynamicvit": {"rho": 0.6, "at": [1]},
 }
-NOTHING = {"tome": {"r": 0}, "pitome": {"ratio": 1.0}, "random": {"r": 0}, "random_prune": {"r": 0}, "kth": {"k": 1},
-           "evit": {"kappa": 1.0}, "ats": {"blocks": ()}, "ppt": {"r": 0}, "tofu": {"r": 0}, "saint": {"tau": 1.5},
-           "algm": {"T": 2, "theta": 2}, "vtm": {"R": 0}, "tinychart": {"r": 0},
-           "zero_tprune": {"rho": 1.0, "r_s": 0}, "tokentm": {"keep": 1.0}, "vomix": {"r": 0},
-           "downsample": {"keep": 1.0}, "spatten": {"keep": 1.0}, "ltp": {"theta_final": 0.0},
-           "dynamicvit": {"rho": 1.0}}  # fmt: skip
+NOTHING = {name: dict(cls.nothing) for name, cls in BLOCK_METHODS.items() if cls.nothing is not None}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -20,7 +20,7 @@ SIX = column(6, 1)
 def counts(n: int, r: int, depth: int) -> list[int]:
     method, found = tokred.TinyChart(r=r), [n]
     for layer in range(depth):
-        found.append(method.tokens(found[-1], layer=layer, depth=depth))
+        found.append(method.tokens(found[-1], tokred.Place(layer=layer, depth=depth)))
     return found
 
 

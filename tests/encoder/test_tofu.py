@@ -96,7 +96,11 @@ def test_laws(free, prefix, suffix, r, seed):
         options = {"k": k, "prefix": prefix, "suffix": suffix, "layer": layer, "depth": 2}
         method = tokred.ToFu(r=r)
         found = method.reduce(tokred.Site(x=x, **options))
-        assert found.slots == n - removed == method.tokens(n, layer=layer, depth=2, prefix=prefix, suffix=suffix)
+        assert (
+            found.slots
+            == n - removed
+            == method.tokens(n, tokred.Place(layer=layer, depth=2, prefix=prefix, suffix=suffix))
+        )
         y, rows = found.merge(x), found.gather(x)
         assert torch.equal(y[:, :prefix], x[:, :prefix])
         assert torch.equal(y[:, found.slots - suffix :], x[:, n - suffix :])

@@ -238,7 +238,7 @@ def test_bad_parameters_get_a_clear_error(parameters, match):
 def test_token_counts_and_settings():
     n, found = 197, []
     for layer in range(12):
-        n = tokred.TokenTMPrune(keep=0.7).tokens(n, layer=layer, depth=12, prefix=1)
+        n = tokred.TokenTMPrune(keep=0.7).tokens(n, tokred.Place(layer=layer, depth=12, prefix=1))
         found.append(n)
     assert [found[i] for i in (2, 3, 6, 9, 11)] == [197, 139, 98, 69, 69]
     method = tokred.TokenTMPrune(keep=0.5, blocks=(1, 2), direction_only=True)

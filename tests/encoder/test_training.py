@@ -189,7 +189,8 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
     model, x = build("vit").train(), images(4)
     tokred.apply(model, "tome", r=4)
     expected = {k: v / 2 for k, v in step(model, x).items()}
-    script, path, port = Path(__file__).with_name("two_processes.py"), tmp_path / "gradients.pt", _free_port()
+    script, path = Path(__file__).parents[1] / "adapters" / "two_processes.py", tmp_path / "gradients.pt"
+    port = _free_port()
     workers = [subprocess.Popen([sys.executable, script, str(rank), str(port), path]) for rank in range(2)]
     assert [w.wait(timeout=280) for w in workers] == [0, 0]
     found = torch.load(path)

@@ -95,7 +95,7 @@ def test_laws(free, prefix, suffix, r, seed):
     method = tokred.VoMix(r=r)
     step = method.reduce(tokred.Site(x=x, k=k, prefix=prefix, suffix=suffix))
     removed = math.floor(round(r * free, 9))
-    assert step.slots == n - removed == method.tokens(n, layer=0, depth=1, prefix=prefix, suffix=suffix)
+    assert step.slots == n - removed == method.tokens(n, tokred.Place(layer=0, depth=1, prefix=prefix, suffix=suffix))
     if removed == 0:
         assert step.trivial
         return
@@ -172,7 +172,7 @@ def test_bad_parameters_get_a_clear_error(parameters, match):
 def test_token_counts_and_settings():
     n, found = 197, []
     for layer in range(12):
-        n = tokred.VoMix().tokens(n, layer=layer, depth=12, prefix=1)
+        n = tokred.VoMix().tokens(n, tokred.Place(layer=layer, depth=12, prefix=1))
         found.append(n)
     assert found[0] == 197 - 19
     assert 0.27 < (found[-1] - 1) / 196 < 0.31, "0.9 to the 12th power, but for rounding down"

@@ -80,7 +80,7 @@ def test_laws(free, prefix, suffix, gamma, limit, variant, seed):
     method = tokred.VTM(variant, gamma=gamma, R=limit)
     place = {"prefix": prefix, "suffix": suffix}
     r = method.reduce(tokred.Site(k=k, motion=motion, **place))
-    counted = method.tokens(n, layer=3, depth=12, **place)
+    counted = method.tokens(n, tokred.Place(layer=3, depth=12, **place))
     assert r.slots == counted
     assert r.trivial == (counted == n)
     targets = -(-free // gamma)
@@ -147,7 +147,7 @@ def test_padding_takes_no_part(variant, limit):
         assert [[rows[t].item() for t in group] for group in real_groups(alone, 0)] == real_groups(both, i)
         assert len(real_rows(both, i)) < len(rows)
         assert real_rows(both, i)[-1] == 17
-        bound = method.tokens(len(rows), layer=3, depth=12, **place)
+        bound = method.tokens(len(rows), tokred.Place(layer=3, depth=12, **place))
         assert len(real_rows(both, i)) <= bound
 
 

@@ -20,15 +20,15 @@ from tokred.core.reduction import Reduction
 CHOICES = ("auto", "global", "windowed", "all")
 
 
-class Whole(tokred.Method):
+class Whole(tokred.BlockMethod):
     """Decides to keep every token, yet says that it did something: the reduced path runs with all tokens."""
 
     name = "whole"
 
-    def tokens(self, n, *, layer, depth, prefix=0, suffix=0):
+    def tokens(self, n, place):
         return n
 
-    def acts(self, n, **place):
+    def acts(self, n, place):
         return True
 
     def reduce(self, site):
@@ -36,7 +36,7 @@ class Whole(tokred.Method):
         return replace(Reduction.identity((b,), n, site.device), trivial=False)
 
 
-class Pairs(tokred.Method):
+class Pairs(tokred.BlockMethod):
     """Merges tokens 0 and 1, 2 and 3, ... of a window."""
 
     name = "pairs"
@@ -48,7 +48,7 @@ class Pairs(tokred.Method):
     def proportional(self):
         return self.on
 
-    def tokens(self, n, *, layer, depth, prefix=0, suffix=0):
+    def tokens(self, n, place):
         return n - self.pairs
 
     def reduce(self, site):

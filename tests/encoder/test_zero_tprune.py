@@ -151,7 +151,11 @@ def test_counts_and_order(free, prefix, suffix, r, rho, seed):
     site = random_site(n=n, seed=seed, prefix=prefix, suffix=suffix)
     step = method.reduce(site)
     kept = math.ceil(round(rho * (free - min(r, free // 2)), 9))
-    assert step.slots == prefix + suffix + kept == method.tokens(n, layer=0, depth=1, prefix=prefix, suffix=suffix)
+    assert (
+        step.slots
+        == prefix + suffix + kept
+        == method.tokens(n, tokred.Place(layer=0, depth=1, prefix=prefix, suffix=suffix))
+    )
     assert step.trivial == (kept == free)
     rows = step.representative
     assert (rows.diff(dim=1) > 0).all()
@@ -239,7 +243,7 @@ def test_places_retention_and_rounds_follow_the_depth():
     assert acting == {0: (1.0, 10), 2: (0.9, 10), 5: (0.8, 10), 8: (0.7, 10), 10: (1.0, 10)}
     n, found = 197, []
     for layer in range(12):
-        n = method.tokens(n, layer=layer, depth=12, prefix=1)
+        n = method.tokens(n, tokred.Place(layer=layer, depth=12, prefix=1))
         found.append(n)
     assert found == [187, 187, 160, 160, 160, 121, 121, 121, 78, 78, 68, 68]
     assert method.stages(0, 3) == (0.9, 10), "several on one block: the lowest retention"

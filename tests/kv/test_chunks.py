@@ -11,7 +11,7 @@ import tokred
 from tests.kv.tiny import POLICIES, build, padded, prompt
 from tokred import kv
 from tokred.kv import When
-from tokred.kv.scores.expected import NOTES
+from tokred.methods.kv.expected_attention import NOTES
 
 # Windows are wider than a chunk, so that they reach into the one before.
 WIDE = {

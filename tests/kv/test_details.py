@@ -13,7 +13,7 @@ from tests.kv.tiny import POLICIES, build, padded, prompt
 from tokred import kv
 from tokred.adapters.kv.rope import LayerRope
 from tokred.kv import CacheSite, Padding, When
-from tokred.kv.engine import Session
+from tokred.kv.engine import Engine
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -112,7 +112,7 @@ def test_the_rotary_embedding_is_the_models_own(family):
     """Undone it gives what was not rotated; ahead it is the mean over exactly the positions asked for."""
     model = build(family)
     seen = {}
-    observe = Session.observe
+    observe = Engine.observe
 
     def watched(self, layer, site, before):
         seen[layer.index] = site
@@ -126,11 +126,11 @@ def test_the_rotary_embedding_is_the_models_own(family):
         norm = getattr(attention, "q_norm", None)
         source = attention.q_proj if norm is None else norm
         handles.append(source.register_forward_hook(lambda m, a, out, i=i: flat.update({i: out})))
-    Session.observe = watched
+    Engine.observe = watched
     try:
         model(prompt(17))
     finally:
-        Session.observe = observe
+        Engine.observe = observe
         for handle in handles:
             handle.remove()
     assert seen.keys() == flat.keys()
@@ -240,7 +240,7 @@ def test_padding_is_hidden_from_queries_over_flat_rows():
             position = (seen.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
             given = {"attention_mask": seen} if sample is None else {}
             found.append(model(ids, position_ids=position, past_key_values=cache, **given).logits[:, -1])
-        assert all(layer.flat is not None for layer in cache.layers)
+        assert all(layer.shelf.flat is not None for layer in cache.layers)
         logits[sample] = found
     for t in range(len(TURNS)):
         for i in range(2):

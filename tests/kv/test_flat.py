@@ -15,9 +15,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import tokred
 from tests.kv.masked import farthest
 from tests.kv.tiny import Scatter, build, padded, prompt
-from tokred.adapters.kv.flat import Flat, attend_to_both, flatten
 from tokred.kernels.decode_attention import SENTINEL
 from tokred.kv import Adaptive, KeyNorm, Merge, When, Window
+from tokred.kv.stores import Shelf
+from tokred.kv.stores.flat import FlatRows, FlatShelf, attend_to_both, flatten
+from tokred.kv.stores.rectangle import RectangleShelf
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 GATES = ((0.9, 0.1), (0.2, 0.8), (0.1, 0.3))
@@ -92,7 +94,7 @@ def ragged(seed, b=2, heads=3, n=7, d=4):
     return keys, values, slots, counts, meant
 
 
-def made(seed, **shape) -> tuple[Flat, torch.Tensor, torch.Tensor, torch.Tensor]:
+def made(seed, **shape) -> tuple[FlatRows, torch.Tensor, torch.Tensor, torch.Tensor]:
     keys, values, slots, counts, meant = ragged(seed, **shape)
     index = torch.arange(keys.shape[2]).expand(slots.shape)
     return flatten(None, keys, values, slots, index, counts, meant), keys, values, meant
@@ -180,7 +182,7 @@ def evicting(model, batch):
     ids, mask, _ = padded((29, 17, 6)) if batch == "padded" else (prompt(29), None, None)
     cache, _ = both(model, Scatter(10))
     logits = step_of(model, cache, ids, mask)
-    assert all(layer.flat is not None for layer in cache.layers if hasattr(layer, "positions"))
+    assert all(layer.shelf.flat is not None for layer in cache.layers if hasattr(layer, "positions"))
     return farthest(model, cache, logits, ids, mask, [prompt(m, len(ids), seed=20 + m) for m in (1, 1, 4, 1)])
 
 
@@ -209,10 +211,11 @@ def test_both_layouts_are_the_same_cache(llama, name):
         a, c = (step_of(llama, cache, tokens, mask, position) for cache in (flat, rectangle))
         assert near(a[mask[:, -tokens.shape[1] :].bool()], c[mask[:, -tokens.shape[1] :].bool()], 2e-6)
     for ours, theirs in zip(flat.layers, rectangle.layers, strict=True):
-        assert theirs.flat is None
+        assert isinstance(theirs.shelf, RectangleShelf)
+        assert not isinstance(theirs.shelf, FlatShelf)
         assert equal_rows(ours, theirs)
         assert ours.rows.keys() == theirs.rows.keys()
-    assert any(layer.flat is not None for layer in flat.layers)
+    assert any(layer.shelf.flat is not None for layer in flat.layers)
     assert flat.nbytes < rectangle.nbytes
 
 
@@ -223,7 +226,7 @@ def test_rows_of_a_batch_equal_the_same_prompt_alone(llama, name):
     options = {"return_dict_in_generate": True, "output_logits": True, **GREEDY}
     cache = tokred.kv_cache(llama, layout="flat")
     made = llama.generate(ids, attention_mask=mask, past_key_values=cache, **options)
-    assert any(layer.flat is not None for layer in cache.layers)
+    assert any(layer.shelf.flat is not None for layer in cache.layers)
     for i, row in enumerate(alone):
         one = llama.generate(row, past_key_values=tokred.kv_cache(llama, layout="flat"), **options)
         for a, c in zip(made.logits, one.logits, strict=False):
@@ -237,7 +240,7 @@ def test_beams(llama, name):
     options = {"num_beams": 3, "max_new_tokens": 6, "do_sample": False, "attention_mask": mask}
     ours, theirs = (llama.generate(ids, past_key_values=cache, **options) for cache in (flat, rectangle))
     assert torch.equal(ours, theirs)
-    assert any(layer.flat is not None for layer in flat.layers)
+    assert any(layer.shelf.flat is not None for layer in flat.layers)
 
 
 def test_reorder_repeat_and_select(llama):
@@ -250,7 +253,7 @@ def test_reorder_repeat_and_select(llama):
         cache.batch_repeat_interleave(2)
         cache.batch_select_indices(torch.tensor([0, 3, 1]))
     for ours, theirs in zip(flat.layers, rectangle.layers, strict=True):
-        assert ours.flat is not None
+        assert ours.shelf.flat is not None
         assert equal_rows(ours, theirs)
         assert ours.clock == theirs.clock
     longer = torch.cat([mask[[2, 0, 2]], mask.new_ones(3, 3)], 1)
@@ -295,7 +298,7 @@ def test_drafts_equal_greedy(llama):
     greedy = llama.generate(ids, **GREEDY)
     cache = tokred.kv_cache(llama, layout="flat")
     assert torch.equal(llama.generate(ids, prompt_lookup_num_tokens=3, past_key_values=cache, **GREEDY), greedy)
-    assert cache.layers[0].flat is not None
+    assert cache.layers[0].shelf.flat is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -306,7 +309,7 @@ def test_half_precision(dtype):
     for tokens in (ids, prompt(1, 2, seed=2), prompt(3, 2, seed=3), prompt(1, 2, seed=4)):
         mask = torch.cat([mask, torch.ones_like(tokens)], 1)[:, : flat.get_seq_length() + tokens.shape[1]]
         a, c = (step_of(model, cache, tokens, mask) for cache in (flat, rectangle))
-    assert flat.layers[0].flat.keys.dtype == dtype
+    assert flat.layers[0].shelf.flat.keys.dtype == dtype
     assert flat.layers[0].keys.dtype == dtype
     assert near(a.float(), c.float(), 0.05)
 
@@ -349,9 +352,11 @@ def storages(layer):
         if isinstance(value, torch.Tensor):
             found[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
         elif isinstance(value, dict):
-            todo += [v for k, v in value.items() if k != "session"]
+            todo += [v for k, v in value.items() if k != "engine"]
         elif isinstance(value, tuple | list):
             todo += list(value)
+        elif isinstance(value, Shelf):
+            todo.append(vars(value))
         seen.add(id(value))
     return found
 
@@ -380,9 +385,9 @@ def test_evicted_rows_are_freed_and_what_is_held_is_counted(llama, name, layout)
     assert cache.nbytes == sum(sum(storages(layer).values()) for layer in cache.layers)
     if layout == "flat":
         for layer in cache.layers:
-            if layer.flat is not None:
-                rows = int((layer.positions != SENTINEL).sum()) - 2 * (layer.width - layer.flat.width)
-                assert layer.flat.keys.untyped_storage().nbytes() == rows * 16 * 4
+            if layer.shelf.flat is not None:
+                rows = int((layer.positions != SENTINEL).sum()) - 2 * (layer.width - layer.shelf.flat.width)
+                assert layer.shelf.flat.keys.untyped_storage().nbytes() == rows * 16 * 4
 
 
 @pytest.mark.parametrize("name", ["adakv", "duoattention"])
@@ -417,12 +422,12 @@ def test_auto_is_flat_where_a_rectangle_would_waste_much(llama):
         tokred.apply(llama, "knorm", budget=0.5)
         cache = tokred.kv_cache(llama)
         step_of(llama, cache, ids, mask)
-        assert {layer.flat is not None for layer in cache.layers} == {flat}
+        assert {layer.shelf.flat is not None for layer in cache.layers} == {flat}
     tokred.apply(llama, "knorm", budget=9)
     for layout in ("auto", "flat"):
         cache = tokred.kv_cache(llama, layout=layout)
         step_of(llama, cache, ids, mask)
-        assert all(layer.flat is None for layer in cache.layers), "nothing is wasted"
+        assert all(layer.shelf.flat is None for layer in cache.layers), "nothing is wasted"
     with pytest.raises(ValueError, match="allowed are 'auto', 'rectangle', 'flat'"):
         tokred.kv_cache(llama, layout="ragged")
 

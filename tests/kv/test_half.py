@@ -7,7 +7,7 @@ import torch
 
 import tokred
 from tokred import kv
-from tokred.kv import CacheSite, Padding
+from tokred.kv import CacheSite, Padding, Preference
 
 SCORES = [
     kv.ColumnSum(), kv.ColumnSum(0.9), kv.Observed(), kv.Window(4, 3), kv.Window(4, 3, "max"),
@@ -51,7 +51,7 @@ def sites(dtype, padded):
 def chosen(policy, site):
     score, budget = policy.parts.score, policy.parts.budget
     score.observe(site)
-    if budget.spread == "cascade":
+    if isinstance(budget, Preference):
         rows = budget.divided(site, tuple((p,) for p in budget.preference(site)))
     else:
         rows = budget.rows(site)

@@ -10,8 +10,7 @@ import torch
 import tokred
 from tests.kv.test_scores import close, site
 from tokred.kv import CacheSite, Global, Padding, Reconstruction, When
-from tokred.kv.repeat import Piece, Probe, Repeats, pieces, tokens_of
-from tokred.kv.scores.reconstruction import REPEATED
+from tokred.kv.repeat import REPEATED, Piece, Probe, Repeats, pieces, tokens_of
 
 transformers = pytest.importorskip("transformers")
 
@@ -340,7 +339,7 @@ def test_a_pass_that_breaks_leaves_the_cache_as_it_was():
     with pytest.raises(RuntimeError, match="out of memory"):
         model(prompt(24), past_key_values=cache)
     handle.remove()
-    assert cache.session.probe is None
+    assert cache.engine.probe is None
     assert [layer.keys.shape[2] for layer in cache.layers] == [24] * 3
     assert cache.get_seq_length() == 24
 
@@ -350,7 +349,7 @@ def test_refusals():
         tokred.KVzip(instruction="Repeat the context")
     with pytest.raises(ValueError, match="at least 0"):
         Reconstruction(later=(1, -2))
-    with pytest.raises(ValueError, match="chunk must be a whole number of at least 1, got 0"):
+    with pytest.raises(ValueError, match="chunk must be an integer of at least 1, got 0"):
         Reconstruction(chunk=0)
     with pytest.raises(ValueError, match="share must lie in"):
         tokred.KVzip(budget=0.0)

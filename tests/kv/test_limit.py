@@ -70,12 +70,10 @@ def watched(monkeypatch):
     caches: dict[int, list] = {}
 
     def measure(layer, batch):
-        layers = caches[id(layer.session)]
+        layers = caches[id(layer.engine)]
         seen: dict[int, int] = {}
         for one in layers:
-            own = [one.flat.keys, one.flat.values, one.flat.slots, one.flat.offsets] if one.flat is not None else []
-            own += [one._keys, one._values, one._positions, one.weights, *one.rows.values(), *one.notes.values()]
-            for t in own:
+            for t in [*one.shelf.tensors, one.weights, *one.rows.values(), *one.notes.values()]:
                 if isinstance(t, torch.Tensor):
                     seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         held.append(sum(seen.values()) / batch)
@@ -85,7 +83,7 @@ def watched(monkeypatch):
 
         def wrapped(self, *args):
             found = original(self, *args)
-            known = caches.setdefault(id(self.session), [])
+            known = caches.setdefault(id(self.engine), [])
             if self not in known:
                 known.append(self)
             measure(self, batch_of(self, args))
@@ -223,8 +221,12 @@ def test_rows_by_hand(model):
     for part in prompt(96).split(16, 1):
         model(part, past_key_values=cache)
     assert {layer.keys.shape[2] for layer in cache.layers} == {(155 - 16 - 3) // 3}
-    session = cache.session
-    assert (session.when.every, session.when.coming(3, "layer"), session.when.coming(3, "forward")) == (2, 19, 51)
+    engine = cache.engine
+    assert (engine.when.every, engine.when.coming(3, deferred=False), engine.when.coming(3, deferred=True)) == (
+        2,
+        19,
+        51,
+    )
 
 
 def test_a_pyramid_shares_the_same_rows(model):
@@ -272,7 +274,7 @@ def test_scores_that_cannot():
 def test_parameters():
     for wrong, match in [
         ({"limit": "64 parsecs"}, "limit must be bytes"),
-        ({"chunk": 0}, "chunk must be a whole number"),
+        ({"chunk": 0}, "chunk must be an integer"),
     ]:
         with pytest.raises(ValueError, match=match):
             tokred.make("limited", **wrong)
@@ -280,7 +282,7 @@ def test_parameters():
         tokred.make("limited", limit=0.5)
     with pytest.raises(TypeError, match="must be a policy for caches"):
         tokred.make("limited", policy="tome")
-    with pytest.raises(ValueError, match="chunk must be a whole number"):
+    with pytest.raises(ValueError, match="chunk must be an integer"):
         kv.When(chunk=-1)
     policy = limited("adakv")
     from tokred.core.method import from_dict

@@ -12,7 +12,7 @@ from tests.kv.tiny import POLICIES, build, padded, prompt
 from tokred.adapters.kv.layer import TokLayer
 from tokred.kernels.decode_attention import SENTINEL
 from tokred.kv import CacheSite, Merge, When
-from tokred.kv.scores.column_sum import MASS
+from tokred.methods.kv.h2o import MASS
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -175,8 +175,8 @@ def test_squeeze_measures_the_stream_around_the_attention(family):
     model = build(family)
     tokred.apply(model, "squeezeattention", budget=0.5, groups=2, sinks=1)
     cache = tokred.kv_cache(model)
-    streams, finish = {}, cache.session.finish
-    cache.session.finish = lambda: (streams.update(cache.session.streams), finish())
+    streams, finish = {}, cache.engine.finish
+    cache.engine.finish = lambda: (streams.update(cache.engine.streams), finish())
     ids, mask, _ = padded((20, 12))
     before, added, chosen = {}, {}, [i for i, layer in enumerate(cache.layers) if not layer.is_sliding]
     for i in chosen:

@@ -11,8 +11,8 @@ import transformers
 
 import tokred
 from tests.kv.tiny import SMALL, prompt
+from tokred.adapters import find
 from tokred.errors import UnsupportedModelError
-from tokred.hosts import find
 
 HALVES = ["sliding_attention", "full_attention"] * 2
 LINEAR = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4}

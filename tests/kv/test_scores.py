@@ -28,9 +28,9 @@ from tokred.kv import (
     Recency,
     Window,
 )
-from tokred.kv.scores.critical import value_norms
-from tokred.kv.scores.gumbel import gumbel, noisy_columns
-from tokred.kv.scores.window import pooled
+from tokred.kv.pooling import pooled
+from tokred.methods.kv.criticalkv import value_norms
+from tokred.methods.kv.keyformer import gumbel, noisy_columns
 
 K = [[1, 0], [0, 1], [1, 1], [0.5, -0.5], [-1, 0], [0, 2]]
 V = [[1, 0], [2, 0], [0, 1], [1, 1], [0, 3], [2, 2]]
@@ -141,7 +141,7 @@ def test_expected_attention_statistics():
 
 
 def test_lag_relative():
-    from tokred.kv.scores.lag_relative import _relative
+    from tokred.methods.kv.lagkv import _relative
 
     part = site().k[:, :, 2:6], site().v[:, :, 2:6]
     close((_relative(part[0], 2) + _relative(part[1], 2)) / 2, [0.434221, 0.565779])
@@ -304,7 +304,7 @@ def test_keyformer_without_noise_is_h2o():
 def test_keyformer_noise_knows_neither_blocks_nor_batch_nor_padding(monkeypatch):
     import importlib
 
-    module = importlib.import_module("tokred.kv.scores.gumbel")
+    module = importlib.import_module("tokred.methods.kv.keyformer")
     torch.manual_seed(0)
     q, k = torch.randn(2, 4, 12, 8), torch.randn(2, 2, 12, 8)
     whole = CacheSite(q=q, k=k, v=k)

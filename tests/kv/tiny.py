@@ -12,7 +12,8 @@ from torch import Tensor
 import tokred
 from tokred.adapters.tiny.kv import SMALL, build, padded, prompt
 from tokred.adapters.tiny.weights import livelier
-from tokred.kv import Budget, CacheSite, Score, When
+from tokred.core.registry import methods
+from tokred.kv import Budget, CacheSite, Score
 from tokred.kv.policy import CachePolicy, Parts
 
 __all__ = ["FAMILIES", "POLICIES", "SMALL", "Chance", "Scatter", "Uneven", "build", "llava", "padded", "prompt"]
@@ -74,24 +75,9 @@ class Scatter(CachePolicy):
         return Parts(Chance(), Uneven(self.amount), recent=1)
 
 
+# The laws of these are told apart in files of their own: the prompt is read again, or in chunks under a limit; tokens
+# leave between layers too; heads stream without a budget.
+APART = ("kvzip", "limited", "fastkv", "duoattention")
 POLICIES: dict[str, Any] = {
-    "snapkv": tokred.make("snapkv", budget=9, window=4, pool=3),
-    "h2o": tokred.make("h2o", budget=9),
-    "tova": tokred.make("tova", budget=9),
-    "streaming_llm": tokred.make("streaming_llm", budget=9, sinks=2),
-    "knorm": tokred.make("knorm", budget=9),
-    "keydiff": tokred.make("keydiff", budget=9, turns=False),
-    "lagkv": tokred.make("lagkv", budget=9, lag=4, sinks=2),
-    "expected_attention": tokred.make("expected_attention", budget=9, sinks=2, future=16),
-    "criticalkv": tokred.make("criticalkv", budget=9, score=tokred.kv.Window(4, 3)),
-    "observed_attention": tokred.make("observed_attention", budget=9),
-    "random_evict": tokred.make("random_evict", budget=9),
-    "keyformer": tokred.make("keyformer", budget=9),
-    "pyramidkv": tokred.make("pyramidkv", budget=9, window=2, pool=3, beta=4),
-    "adakv": tokred.make("adakv", budget=9, score=tokred.kv.Window(4, 3)),
-    "cake": tokred.make("cake", budget=9, window=4, pool=3),
-    "squeezeattention": tokred.make("squeezeattention", budget=9, sinks=2),
-    "zeromerge": tokred.make("zeromerge", budget=9, dense=2, tail=3),
-    "rpc": tokred.make("rpc", period=4, window=2, ratio=2, pool=3),
-    "kv": tokred.make("kv", score="key_norm", budget=tokred.kv.Adaptive(9), when=When(every=2), sinks=1, recent=2),
-}  # fmt: skip
+    name: tokred.make(name, **cls.example) for name, cls in methods.of("cache").items() if name not in APART
+}

@@ -24,8 +24,9 @@ def learned(width: int = 8, stages: int = 3, *, training: bool, gate=None) -> Le
 def test_counts_of_the_paper():
     method, n, found = tokred.DynamicViT(), 197, []
     for layer in range(12):
-        acts = method.acts(n, layer=layer, depth=12, prefix=1)
-        n = method.tokens(n, layer=layer, depth=12, prefix=1)
+        place = tokred.Place(layer, 12, prefix=1)
+        acts = method.acts(n, place)
+        n = method.tokens(n, place)
         if acts:
             found.append((layer + 1, n - 1))
     assert found == [(3, 137), (6, 96), (9, 67)]

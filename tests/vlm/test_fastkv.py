@@ -11,7 +11,7 @@ import tokred
 from tests.kv.tiny import build, padded, prompt
 from tests.vlm import oracle
 from tokred.analysis.tsp_layer import choose_tsp_layer
-from tokred.kv.scores.window import pooled_columns
+from tokred.kv.pooling import pooled_columns
 from tokred.methods.vlm.fastkv import FastKV, FastKVPropagation, propagation_scores
 from tokred.vlm.in_llm import Heads, LayerSite
 

@@ -14,7 +14,7 @@ from tests.vlm import hosts, oracle, tiny
 from tests.vlm.layered import layer_site
 from tests.vlm.test_methods import SOME
 from tests.vlm.test_tower import MAPS, SEEN, Look, _map
-from tokred.adapters.vlm.pictures import fewer
+from tokred.adapters.vlm.layout import fewer
 from tokred.methods.vlm.topv import TopV, places
 from tokred.vlm import LayerSite
 

@@ -9,33 +9,21 @@ import torch
 
 import tokred
 from tests.vlm import oracle, tiny
+from tokred.core.registry import methods as registered
 
 ROWS: list[list[int | str]] = [[3, "image", 5], [2, "image", 1, "image", 4], [9]]
 STAGES = ("projector", "layer")
 
-# Settings for 16 visual tokens an image, three layers of the tower and four of the language model; a method without any
-# runs with its defaults.
-SOME: dict[str, dict[str, Any]] = {
-    "cat": {"selector": "fastervlm", "n_min": 2, "n_max": 9},
-    "cdpruner": {"budget": 5},
-    "divprune": {"budget": 5},
-    "fastervlm": {"budget": 5},
-    "fastkv": {"layer": 2, "ratio": 0.5},
-    "fastv": {"layer": 2},
-    "flash_vl": {},
-    "hired": {"budget": 0.4},
-    "nemotron": {},
-    "prumerge": {"k_c": 3},
-    "prumerge_plus": {"budget": 6, "k_c": 3},
-    "saint_layer": {"start": 0, "end": 1, "tau": 0.2, "K": 1},
-    "saint_visual": {"budget": 5, "layer": 1},
-    "sparsevlm": {"layers": (0, 1), "budget": (0.5, 0.25)},
-    "topv": {"layer": 0, "budget": 5},
-    "visionzip": {"budget": 6, "contextual": 2},
-    "vispruner": {"budget": 5},
-    "vscan": {"budget": 6, "window": 2, "shallow": 0},
-    "vscan_layer": {"budget": 5},
-}
+
+def methods() -> list[str]:
+    """The registered ones of these stages that act on visual tokens."""
+    found = [name for stage in STAGES for name, cls in registered.of(stage).items() if cls.stage == stage]
+    return sorted(name for name in found if getattr(registered.get(name), "visual", True))
+
+
+NAMES = methods()
+# Settings for 16 visual tokens an image, three layers of the tower and four of the language model.
+SOME: dict[str, dict[str, Any]] = {name: dict(registered.get(name).example) for name in NAMES}
 # Methods that move features from tokens that leave into those that stay, so that masking is another thing; with these
 # settings they do not.
 MERGING: dict[str, dict[str, Any] | None] = {
@@ -50,28 +38,6 @@ MERGING: dict[str, dict[str, Any] | None] = {
     "vscan": None,
 }
 MERGING["cat"] = SOME["cat"]
-# What keeps every token of an image of 16.
-ALL: dict[str, dict[str, Any]] = {
-    "cat": {"n_min": 16},
-    "fastkv": {},
-    "flash_vl": {"s": 1},
-    "nemotron": {"s": 1},
-    "saint_layer": {"start": 0, "end": 1, "tau": 2.0},
-    "saint_visual": {"budget": 1.0, "layer": 1},
-    "sparsevlm": {},
-    "fastv": {"ratio": 0.0},
-    "pyramiddrop": {},
-    "vscan": {"budget": 1.0, "shallow": 0},
-}
-
-
-def methods() -> list[str]:
-    """The registered ones of these stages that act on visual tokens."""
-    found = [name for name in tokred.list_methods() if tokred.make(name).stage in STAGES]
-    return [name for name in found if getattr(tokred.make(name), "visual", True)]
-
-
-NAMES = methods()
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +58,7 @@ def visual_tokens(model: Any) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("name", NAMES)
 def test_runs_and_restores(name, model, batch):
     y = model(**batch).logits
-    tokred.apply(model, name, **SOME.get(name, {}))
+    tokred.apply(model, name, **SOME[name])
     short = model(**batch).logits
     assert short.isfinite().all()
     left = visual_tokens(model)[-1]
@@ -111,13 +77,10 @@ def test_runs_and_restores(name, model, batch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", [n for n in NAMES if n in ALL or "budget" in tokred.make(n).to_dict()["parameters"]])
+@pytest.mark.parametrize("name", [n for n in NAMES if registered.get(n).nothing is not None])
 def test_nothing_to_remove_is_bit_equal(name, model, batch):
-    settings = ALL.get(name, {"budget": 1.0})
-    if not settings:
-        pytest.skip("always removes something")
     y = model(**batch).logits
-    tokred.apply(model, name, **settings)
+    tokred.apply(model, name, **registered.get(name).nothing)
     try:
         assert torch.equal(model(**batch).logits, y)
     finally:
@@ -126,7 +89,7 @@ def test_nothing_to_remove_is_bit_equal(name, model, batch):
 
 @pytest.mark.parametrize("name", [n for n in NAMES if MERGING.get(n, {}) is not None])
 def test_dropping_equals_masking(name, model, batch):
-    method = tokred.make(name, **(MERGING.get(name) or SOME.get(name, {})))
+    method = tokred.make(name, **(MERGING.get(name) or SOME[name]))
     oracle.agree(model, model.model.language_model.layers, method, batch, max_new_tokens=3)
 
 
@@ -170,7 +133,7 @@ def test_hired_shares_its_budget_over_tiles(ignore):
 @pytest.mark.parametrize("name", [n for n in NAMES if tokred.make(n).stage == "projector"])
 def test_positions_can_be_counted_anew(name, model):
     batch = tiny.prompts([[3, "image", 5]])
-    settings = SOME.get(name, {})
+    settings = SOME[name]
     seen: list[list[int]] = []
     handle = model.model.language_model.layers[0].register_forward_pre_hook(
         lambda m, a, k: seen.append(k["position_ids"][0].tolist()), with_kwargs=True

@@ -16,8 +16,8 @@ from tests.kv.tiny import prompt as text_prompt
 from tests.vlm import hosts, oracle
 from tests.vlm.test_methods import NAMES, SOME
 from tests.vlm.uneven import Uneven, UnevenLayer
-from tokred.adapters.vlm.masks import MaskMaker
-from tokred.adapters.vlm.pack import gather_any_mask, left_pack
+from tokred.adapters.vlm.columns import left_pack
+from tokred.adapters.vlm.masks import MaskMaker, gather_any_mask
 
 STAGES = {"projector": lambda: Uneven(), "layer": lambda: tokred.make("fastv", layer=1)}
 # Families whose tower has a class token that says something about single visual tokens.

@@ -12,6 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tokred
 from tests.vlm import hosts, tiny
+from tokred import adapters
 from tokred.core.reduction import Reduction
 from tokred.vlm.before_llm import Budgeted
 
@@ -66,7 +67,7 @@ def test_columns_of_towers_that_merge_patches(maps, name):
         whole = patches.view(2, 2, frames, grid[0] // 2, grid[1] // 2, 2, 2)
         patches = whole.transpose(4, 5).reshape(2, 2, -1)
     torch.testing.assert_close(found, patches, rtol=1e-4, atol=1e-5)
-    assert "attention" in tokred.hosts.find(model, "projector").supplies
+    assert "attention" in adapters.find(model, "projector").supplies
 
 
 @pytest.mark.parametrize("tower", ["clip", "dinov2"])

@@ -99,18 +99,53 @@ def test_prompt_lookup_and_no_cache(kind):
     torch.testing.assert_close(first.logits[0], plain.logits[0], rtol=1e-4, atol=1e-4)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("method", METHODS)
-def test_policies_beside_them_are_refused(method):
-    model, batch = model_of("qwen2", 12), batch_of("qwen2", ROWS)
-    stock = model(**batch).logits
+def beside(method: str, policy: Any) -> list[Any]:
     pruning = METHODS[method]()
-    pruning = pruning if isinstance(pruning, list) else [pruning]
-    tokred.apply(model, [*pruning, tokred.make("snapkv", budget=1.0, window=2)])
-    with pytest.raises(ValueError, match=r"window of 12 tokens, .* take either the policy, or methods that let visual"):
-        oracle.generate(model, batch)
-    tokred.remove(model)
-    assert torch.equal(model(**batch).logits, stock)
+    return [*(pruning if isinstance(pruning, list) else [pruning]), policy]
+
+
+# Masks for sliding layers do not depend on what a policy holds of the others; one that keeps all changes nothing else.
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3}])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen2_vl"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_policy_that_keeps_all_changes_nothing(kind, method, options):
+    model = model_of(kind, 12)
+    batch = batch_of(kind, [[3, "image", 6]] if "prompt_lookup_num_tokens" in options else ROWS)
+    with tokred.applied(model, METHODS[method]()):
+        without = oracle.generate(model, batch, **options)
+    with tokred.applied(model, beside(method, tokred.make("snapkv", budget=1.0, window=2))):
+        found = oracle.generate(model, batch, **options)
+    assert found.sequences.tolist() == without.sequences.tolist()
+    assert all(torch.equal(a, b) for a, b in zip(found.logits, without.logits, strict=True))
+
+
+@pytest.mark.parametrize("image", [False, True])
+def test_second_turn_beside_a_policy(image):
+    """Dropping equals masking where the policy keeps all."""
+    second_turn(model_of("qwen2", 12), "llava", [Uneven(), UnevenLayer(), tokred.make("snapkv", budget=1.0)], image)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["qwen2", "qwen2_vl"])
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_leave_under_a_policy_beside_a_window(kind, method):
+    """Full layers hold the policy's rows, sliding ones their window's; the prompt's logits are those without policy."""
+    model, batch = model_of(kind, 12), batch_of(kind, ROWS)
+    with tokred.applied(model, METHODS[method]()):
+        without = oracle.generate(model, batch)
+    with tokred.applied(model, beside(method, tokred.make("snapkv", budget=8, window=2))):
+        out = oracle.generate(model, batch, max_new_tokens=4)
+    assert torch.equal(out.logits[0], without.logits[0])
+    rows = [layer.keys.shape[2] for layer in out.past_key_values.layers]
+    assert rows == [8 + 3, 8 + 3, 11, 11]
+    assert all(logits.isfinite().all() for logits in out.logits)
+
+
+def test_flash_attention_is_refused_beside_a_policy_too():
+    config = t.Qwen2Config(**QWEN, use_sliding_window=True, sliding_window=12)
+    config._attn_implementation = "tokred:flash_attention_2"
+    with pytest.raises(ValueError, match="'flash_attention_2' counts the window"):
+        check_kernel(config, None)
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from typing import Any, NamedTuple
 
-from tokred import hosts
 from tokred.core.method import Method
 from tokred.diffusion.method import AttentionMethod
 from tokred.errors import NothingRemovedWarning, TokredWarning
@@ -109,10 +108,11 @@ def explain(model: Any, method: str | Method, size: int | tuple[int, ...], **par
         ValueError: the size is not positive or has frames where it should not, or the method's parameters do not fit
             the grids there.
     """
+    from tokred import adapters
     from tokred.api import make
 
     chosen = make(method, **parameters)
-    host = hosts.find_for(model, chosen)
+    host = adapters.find_for(model, chosen)
     if not isinstance(chosen, AttentionMethod):
         raise ValueError(
             f"explain is about denoisers, and {chosen.name!r} acts at stage {chosen.stage!r}: see tokred.flops"

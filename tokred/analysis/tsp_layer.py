@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokred import hosts
-from tokred.api import applied
+from tokred import adapters
+from tokred.api import applied, patched
 from tokred.methods.vlm.fastkv import FastKV, FastKVPropagation
 
 
@@ -51,12 +51,12 @@ def choose_tsp_layer(
     """
     if tol <= 0:
         raise ValueError(f"tol must be positive, got {tol}")
-    if hosts.patched_with(model):
+    if patched(model):
         raise ValueError("the model is patched: call tokred.remove(model) first")
     given = [one if isinstance(one, dict) else {"input_ids": one} for one in prompts]
     if not given:
         raise ValueError("at least one prompt is needed")
-    host, base = hosts.find(model, "layer"), method or FastKV()
+    host, base = adapters.find(model, "layer"), method or FastKV()
     full = [_last(model, host.language, one) for one in given]
     found = []
     for layer in range(host.depth - 1):

@@ -74,16 +74,25 @@ def _text(value: Any) -> str:
 def knob(name: str) -> tuple[str, bool]:
     """The parameter that decides how much a method removes, and whether it is a share (rather than a count).
 
+    One of :data:`KNOBS`, or else the one number that ``example`` and ``nothing`` of the method both set.
+
     Raises:
         UnknownMethodError: there is no such method.
         ValueError: the method has no such parameter.
     """
     cls = registered.get(name)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    found = next((k for k in KNOBS if k in fields), None)
+    found = next((k for k in KNOBS if k in fields), None) or _number_between(cls)
     if found is None:
         raise ValueError(f"{name!r} has none of {', '.join(KNOBS)} to vary; give its settings one by one")
     return found, isinstance(fields[found].default, float)
+
+
+def _number_between(cls: type[Method]) -> str | None:
+    """The parameter that goes from nothing to something, where a single number does."""
+    nothing = cls.nothing or {}
+    both = [k for k in cls.example if all(isinstance(s.get(k), int | float) for s in (cls.example, nothing))]
+    return both[0] if len(both) == 1 else None
 
 
 def at_cost(model: nn.Module, shape: Sequence[int], name: str, macs: int) -> Arm:

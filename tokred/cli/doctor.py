@@ -37,6 +37,10 @@ def doctor_command(
             help="Libraries or wings, with commas: timm, open_clip, transformers, diffusers, encoder, kv, ..."
         ),
     ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(help="A pattern such as tome or '*': these methods, each on one model, plug-ins included."),
+    ] = None,
     versions: Annotated[bool, typer.Option("--versions", help="What is installed alone, no laws.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document, for a report of an issue.")] = False,
 ) -> None:
@@ -51,6 +55,7 @@ def doctor_command(
       tokred doctor --versions
       tokred doctor --only timm,transformers
       tokred doctor --only kv
+      tokred doctor --methods '*'
       tokred doctor --json > doctor.json
     """
     from tokred import doctor
@@ -60,9 +65,7 @@ def doctor_command(
     with refusing():
         if only is not None and not wanted:
             raise ValueError(f"--only names nothing; there are {', '.join(doctor.names())}")
-        chosen = doctor.choose(wanted)
-    if versions:
-        chosen = []
+        chosen = [] if versions else doctor.choose(wanted, methods or "")
     if not as_json:
         show_installed()
     started = time.monotonic()

@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tokred.adapters.encoder.host import Host
+    from tokred.adapters.encoder.host import EncoderHost
     from tokred.bench.arms import Arm
     from tokred.bench.models import Subject
 
@@ -125,11 +125,13 @@ def choose(subject: Subject, settings: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _acts(arm: Arm, host: Host) -> bool:
+def _acts(arm: Arm, host: EncoderHost) -> bool:
     """Whether the method is called in any block."""
-    place = {"depth": host.depth, "prefix": host.prefix, "suffix": host.suffix}
+    from tokred.encoder.method import BlockMethod, Place
+
+    places = (Place(i, host.depth, host.prefix, host.suffix) for i in range(host.depth))
     method = arm.method
-    return method is not None and any(method.acts(arm.tokens_in, layer=i, **place) for i in range(host.depth))
+    return isinstance(method, BlockMethod) and any(method.acts(arm.tokens_in, place) for place in places)
 
 
 def choose_blocks(text: str | None, depth: int) -> list[int] | None:

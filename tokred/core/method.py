@@ -6,7 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 
@@ -18,10 +18,10 @@ from tokred.core.site import READS, Site, Stage
 if TYPE_CHECKING:
     from torch import nn
 
-Where = Literal["mid", "end", "queries"]
+Parameters = Mapping[str, Any]  # by their names
 
 # As many tokens as no budget in numbers holds: whether settings remove anything must not depend on the input.
-_MANY = 1 << 20
+MANY = 1 << 20
 
 
 class Idle(NamedTuple):
@@ -41,25 +41,21 @@ class Idle(NamedTuple):
 class Method(ABC):
     """Base of all methods: subclasses are frozen dataclasses of their parameters.
 
-    A subclass is registered on its own line by ``@tokred.register("name")`` and states in class attributes what a host
-    has to do for it; it never asks which host it runs on.
+    A method derives from the base of its stage (:class:`tokred.BlockMethod` and its like), is registered on its own
+    line by ``@tokred.register("name")`` and states in class attributes what a host has to do for it; it never asks
+    which host it runs on.
 
     Attributes:
         name: the registered name.
         stage: where it acts, one of the five stages.
         summary: one line for ``tokred list``.
         source: paper and section.
-        drops: whether tokens can vanish (rather than live on in another), which decides how outputs are restored.
-        where: the place in a block that suits the method: ``"mid"``, between attention and MLP (hosts whose blocks
-            cannot be split reduce at their end); ``"end"``, after the block; ``"queries"``, inside the attention, whose
-            queries are reduced while keys and values stay complete.
-        uneven: whether samples of one batch may keep different numbers, told apart by the mask of the reduction.
-        by_mask: whether :meth:`reduce` decides on batches that are padded from the start, by the mask of the site;
-            where not, hosts of such batches ask it about each sample alone.
-        clips: whether a method that reads the grid goes on with it frame after frame where the tokens are a video's.
         lacks: parameters that other methods have and this one cannot have, with the reason.
-        example: where the defaults remove nothing, the parameter that has to be given, at a usual value, or ``...``
+        usual: where the defaults remove nothing, the parameter that has to be given, at a usual value, or ``...``
             where no value is usual.
+        example: settings that remove something on a small model (some 26 tokens, three or four layers). With the next
+            ones they are how tests, ``tokred doctor`` and benchmarks find a method.
+        nothing: settings that never remove anything; None where there are none.
         gradients: whether gradients pass through the decision; where they do not, bases record none around it.
         weights: what :meth:`module` is loaded with when the method is applied; None: it starts anew. No parameter, so
             ``dataclasses.replace`` leaves it behind.
@@ -67,16 +63,13 @@ class Method(ABC):
     """
 
     name: ClassVar[str] = ""
-    stage: ClassVar[Stage] = "block"
+    stage: ClassVar[Stage]
     summary: ClassVar[str] = ""
     source: ClassVar[str] = ""
-    drops: ClassVar[bool] = False
-    where: ClassVar[Where] = "mid"
-    uneven: ClassVar[bool] = False
-    by_mask: ClassVar[bool] = False
-    clips: ClassVar[bool] = False
     lacks: ClassVar[Mapping[str, str]] = {}
-    example: ClassVar[Mapping[str, Any]] = {}
+    usual: ClassVar[Parameters] = {}
+    example: ClassVar[Parameters] = {}
+    nothing: ClassVar[Parameters | None] = None
     gradients: ClassVar[bool] = False
     version: ClassVar[int] = 1
     weights: Weights | None = None
@@ -90,11 +83,6 @@ class Method(ABC):
     def members(self) -> tuple[Method, ...]:
         """The methods of single stages that this one is made of; itself, unless it acts at several stages."""
         return (self,)
-
-    @property
-    def proportional(self) -> bool:
-        """Whether attention adds the log of each token's size (proportional attention)."""
-        return False
 
     def module(self, facts: Facts) -> nn.Module | None:
         """A new module with the weights that this method learns, for one model; None: it has none.
@@ -111,17 +99,6 @@ class Method(ABC):
     def reduce(self, site: Site) -> Reduction:
         """Decide, at one site, what becomes of its tokens."""
 
-    @abstractmethod
-    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
-        """How many of ``n`` tokens remain after this layer; where the count depends on the image, at most so many."""
-
-    def acts(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> bool:
-        """Whether :meth:`reduce` is called at this layer at all. An adapter that hears no runs the host's own block,
-        which makes "nothing to remove" the identity bit for bit; so does a method that answers with
-        :meth:`tokred.Reduction.identity`. By default :meth:`tokens` decides; methods whose count depends on the image
-        say so here."""
-        return self.tokens(n, layer=layer, depth=depth, prefix=prefix, suffix=suffix) != n
-
     def check(self, depth: int) -> None:  # noqa: B027 - most methods fit every depth
         """Refuse a model of ``depth`` layers that the parameters do not fit.
 
@@ -129,6 +106,7 @@ class Method(ABC):
             ValueError: for example, a schedule is longer than the model is deep.
         """
 
+    @abstractmethod
     def removes(self, depth: int, layers: Iterable[int] | None = None) -> bool:
         """Whether these settings remove anything from any input of a model.
 
@@ -136,8 +114,6 @@ class Method(ABC):
             depth: of the model.
             layers: where the method may act; None: everywhere.
         """
-        places = range(depth) if layers is None else layers
-        return any(self.acts(_MANY, layer=layer, depth=depth) for layer in places)
 
     def why_idle(self, depth: int, layers: Iterable[int] | None = None) -> Idle | None:
         """Why nothing is ever removed, and what to give; None where these settings remove something.
@@ -165,13 +141,13 @@ class Method(ABC):
         return other.removes(depth, places)
 
     def _defaults(self) -> dict[str, Any]:
-        """What may be given instead: the example, and defaults that the parameters differ from."""
+        """What may be given instead: the usual, and defaults that the parameters differ from."""
         known = {f.name: f for f in dataclasses.fields(self) if f.init}  # type: ignore[arg-type]
         if any(f.default is dataclasses.MISSING for f in known.values()):
             return {}
         usual = type(self)()
         found = {name: getattr(usual, name) for name in known}
-        return {**{n: v for n, v in found.items() if v != getattr(self, n)}, **self.example}
+        return {**{n: v for n, v in found.items() if v != getattr(self, n)}, **self.usual}
 
     def to_dict(self) -> dict[str, Any]:
         """Settings as plain values: ``{"method": name, "version": 1, "parameters": {...}}``."""

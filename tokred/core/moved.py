@@ -29,16 +29,43 @@ MOVED: dict[str, tuple[str, ...]] = {
     "tokred.environment": ("tokred.core.environment",),
     "tokred.explaining": ("tokred.analysis.explain",),
     "tokred.grid": ("tokred.diffusion.grid",),
+    "tokred.hosts": (
+        "tokred.adapters",
+        "tokred.patch",
+        "tokred.api",
+        "tokred.kv.report",
+        "tokred.diffusion.report",
+    ),
     "tokred.importance": (
         "tokred.encoder.importance",
         "tokred.analysis.contributions",
     ),
+    "tokred.kv.scores": ("tokred.kv",),
+    "tokred.kv.scores.column_sum": (
+        "tokred.methods.kv.h2o",
+        "tokred.methods.kv.observed_attention",
+    ),
+    "tokred.kv.scores.critical": ("tokred.methods.kv.criticalkv",),
+    "tokred.kv.scores.expected": ("tokred.methods.kv.expected_attention",),
+    "tokred.kv.scores.gumbel": ("tokred.methods.kv.keyformer",),
+    "tokred.kv.scores.key_difference": ("tokred.methods.kv.keydiff",),
+    "tokred.kv.scores.key_norm": ("tokred.methods.kv.knorm",),
+    "tokred.kv.scores.lag_relative": ("tokred.methods.kv.lagkv",),
+    "tokred.kv.scores.last_query": ("tokred.methods.kv.tova",),
+    "tokred.kv.scores.random": ("tokred.methods.kv.random_evict",),
+    "tokred.kv.scores.recency": ("tokred.methods.kv.streaming_llm",),
+    "tokred.kv.scores.reconstruction": ("tokred.methods.kv.kvzip",),
+    "tokred.kv.scores.spread": ("tokred.methods.kv.cake",),
+    "tokred.kv.scores.window": ("tokred.methods.kv.snapkv", "tokred.methods.kv.rpc", "tokred.kv.pooling"),
     "tokred.kv.session": ("tokred.kv.engine",),
     "tokred.matching": ("tokred.core.matching",),
-    "tokred.method": ("tokred.core.method",),
+    "tokred.method": (
+        "tokred.core.method",
+        "tokred.encoder.method",
+    ),
     "tokred.motion": ("tokred.encoder.motion",),
     "tokred.outputs": ("tokred.bench.results",),
-    "tokred.padding": ("tokred.core.padding",),
+    "tokred.padding": ("tokred.encoder.padding",),
     "tokred.pages": ("tokred.analysis.viz.pages",),
     "tokred.photos": ("tokred.bench.images",),
     "tokred.plots": ("tokred.bench.plots",),
@@ -51,7 +78,10 @@ MOVED: dict[str, tuple[str, ...]] = {
         "tokred.analysis.contributions",
         "tokred.encoder.importance",
     ),
-    "tokred.schedules": ("tokred.core.schedules",),
+    "tokred.schedules": (
+        "tokred.core.schedules",
+        "tokred.core.checks",
+    ),
     "tokred.selection": ("tokred.core.selection",),
     "tokred.site": ("tokred.core.site",),
     "tokred.soft": ("tokred.core.soft",),
@@ -78,6 +108,8 @@ MOVED: dict[str, tuple[str, ...]] = {
     "tokred.vlm.tiles": ("tokred.vlm.tools.tiles",),
     "tokred.vlm.transport": ("tokred.vlm.tools.transport",),
 }
+# Names that are others now, by old module.
+RENAMED = {"tokred.denoise": {"Place": "SublayerPlace"}}
 
 
 class _Old(ModuleType):
@@ -86,6 +118,7 @@ class _Old(ModuleType):
     def __getattr__(self, name: str) -> Any:
         # Import machinery and pickle ask for dunder names; those of another module would mislead them.
         if not name.startswith("__"):
+            name = RENAMED.get(self.__name__, {}).get(name, name)
             for target in MOVED[self.__name__]:
                 module = importlib.import_module(target)
                 if hasattr(module, name):
@@ -101,7 +134,10 @@ class Finder:
         cls, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """The specification of a module that has moved; None for any other."""
-        return ModuleSpec(name, cls()) if name in MOVED else None  # type: ignore[arg-type]
+        if name not in MOVED:
+            return None
+        inside = any(other.startswith(f"{name}.") for other in MOVED)  # only a package's modules are looked for
+        return ModuleSpec(name, cls(), is_package=inside)  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         """An old module."""

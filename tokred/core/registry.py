@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from tokred.errors import UnknownMethodError
+from tokred.errors import PluginWarning, UnknownMethodError
 
 if TYPE_CHECKING:
     from tokred.core.method import Method
+    from tokred.core.site import Stage
 
 M = TypeVar("M", bound="type[Method]")
 
@@ -19,13 +22,16 @@ M = TypeVar("M", bound="type[Method]")
 class Registry:
     """Method classes by name. A target may be ``"module:Class"``, imported when it is first asked for.
 
-    Packages add methods by the entry-point group ``tokred.methods`` (``name = "package.module:Class"``).
+    Packages add methods by the entry-point group ``tokred.methods`` (``name = "package.module:Class"``). A plug-in that
+    cannot be used is left out with a :class:`tokred.errors.PluginWarning` that names it; all other methods stay.
     """
 
     def __init__(self, group: str) -> None:
         self._group = group
         self._targets: dict[str, str | type[Method]] = {}
         self._discovered = False
+        self._plugins: dict[str, str] = {}  # those of entry points that were not imported yet, and whose they are
+        self._refused: dict[str, str] = {}  # those that cannot be used, and why
 
     def add(self, name: str, target: str | type[Method]) -> None:
         """Register ``target`` under ``name``.
@@ -47,24 +53,40 @@ class Registry:
             UnknownMethodError: there is none; the message has the nearest names.
         """
         self._discover()
+        self._import_plugin(name)
         target = self._targets.get(name)
         if target is None:
+            if name in self._refused:
+                raise UnknownMethodError(f"no method is named {name!r}: {self._refused[name]}")
             near = nearest(name.lower(), self._targets)
             hint = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else f"known: {', '.join(self)}"
             raise UnknownMethodError(f"no method is named {name!r}; {hint}")
         if isinstance(target, str):
-            module, _, attribute = target.partition(":")
-            target = getattr(importlib.import_module(module), attribute)
-            self._targets[name] = target
+            target = self._targets[name] = _imported(target)
         return target
+
+    def names_by_class(self) -> dict[str, str]:
+        """The registered name of every class, by the class's own; nothing is imported."""
+        self._discover()
+        return {_path(target).rpartition(":")[2]: name for name, target in self._targets.items()}
 
     def __iter__(self) -> Iterator[str]:
         self._discover()
+        # Whoever goes through the names asks for the classes next, and one broken plug-in must not end that.
+        for name in tuple(self._plugins):
+            self._import_plugin(name)
         return iter(sorted(self._targets))
 
     def __contains__(self, name: object) -> bool:
         self._discover()
+        if isinstance(name, str):
+            self._import_plugin(name)
         return name in self._targets
+
+    def of(self, stage: Stage) -> dict[str, type[Method]]:
+        """The methods that act at a stage, with those of several stages that act there too, by name."""
+        found = {name: self.get(name) for name in self}
+        return {name: cls for name, cls in found.items() if any(m.stage == stage for m in cls().members)}
 
     def _discover(self) -> None:
         """Read the entry points once, at the first look-up rather than at import."""
@@ -72,7 +94,57 @@ class Registry:
             return
         self._discovered = True
         for entry in metadata.entry_points(group=self._group):
-            self.add(entry.name, entry.value)
+            owner = f"the plug-in {entry.name!r} ({entry.value}{f' of {entry.dist.name}' if entry.dist else ''})"
+            try:
+                fresh = entry.name not in self._targets
+                self.add(entry.name, entry.value)
+            except ValueError as error:
+                self._refuse(entry.name, f"{owner} is left out: {error}")
+            else:
+                if fresh:
+                    self._plugins[entry.name] = owner
+
+    def _import_plugin(self, name: str) -> None:
+        """Import what an entry point names, once; leave it out where that fails or it is no method."""
+        owner = self._plugins.pop(name, None)
+        if owner is None:
+            return
+        target = self._targets[name]
+        try:
+            cls = _imported(target) if isinstance(target, str) else target
+            _check_plugin(cls)
+        except Exception as error:  # whatever a package raises at its import
+            del self._targets[name]
+            self._refuse(name, f"{owner} is left out: {type(error).__name__}: {error}")
+        else:
+            if "name" not in cls.__dict__:  # one derived from a method of tokred has that one's
+                cls.name = name
+            self._targets[name] = cls
+
+    def _refuse(self, name: str, why: str) -> None:
+        self._refused[name] = why
+        # The call that first asked for a name stands at no fixed depth, and the text names the culprit.
+        warnings.warn(why, PluginWarning, stacklevel=2)
+
+
+def _imported(target: str) -> type[Method]:
+    module, _, attribute = target.partition(":")
+    found: type[Method] = getattr(importlib.import_module(module), attribute)
+    return found
+
+
+def _check_plugin(cls: Any) -> None:
+    """Refuse what tables and reports could not ask about itself.
+
+    Raises:
+        TypeError: it is no method, or cannot be made without parameters.
+    """
+    from tokred.core.method import Method
+
+    is_method = isinstance(cls, type) and issubclass(cls, Method) and dataclasses.is_dataclass(cls)
+    if not is_method:
+        raise TypeError(f"a method is a dataclass derived from a base of tokred, got {cls!r}")
+    cls()
 
 
 def nearest(name: str, known: Iterable[str], most: int = 3) -> list[str]:
@@ -87,6 +159,8 @@ def _path(target: str | type[Method]) -> str:
 
 
 methods = Registry("tokred.methods")
+# What cache policies are made of: scores, budgets, fates, times, stores.
+parts = Registry("tokred.parts")
 
 
 def register(name: str) -> Callable[[M], M]:

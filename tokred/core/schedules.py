@@ -130,31 +130,6 @@ def kept_ceil(n: int, share: float) -> int:
 QUARTERS = (0.25, 0.5, 0.75)
 
 
-def check_blocks(blocks: Sequence[int] | None, name: str = "blocks") -> tuple[int, ...] | None:
-    """A list of 0-based blocks as a tuple; None (the method's default places) stays None.
-
-    Raises:
-        ValueError: an entry is not a non-negative integer.
-    """
-    if blocks is None:
-        return None
-    listed = tuple(blocks)
-    if any(isinstance(b, bool) or not isinstance(b, int) or b < 0 for b in listed):
-        raise ValueError(f"{name} must be non-negative integers, got {blocks!r}")
-    return listed
-
-
-def check_blocks_exist(blocks: tuple[int, ...] | None, depth: int, name: str = "blocks") -> None:
-    """Refuse a list that names a block the model does not have.
-
-    Raises:
-        ValueError: with the blocks that do not exist.
-    """
-    late = [b for b in blocks or () if b >= depth]
-    if late:
-        raise ValueError(f"{name} names {late}, but the model has {depth} blocks (0 to {depth - 1})")
-
-
 def is_listed(blocks: tuple[int, ...] | None, layer: int, depth: int, shares: tuple[float, ...] = QUARTERS) -> bool:
     """Whether a method that acts in a few blocks acts in this one.
 
@@ -166,24 +141,3 @@ def is_listed(blocks: tuple[int, ...] | None, layer: int, depth: int, shares: tu
     if blocks is not None:
         return layer in blocks
     return depth > 1 and layer in {round(depth * share) for share in shares}
-
-
-def check_share(value: object, name: str, *, zero: bool = False) -> None:
-    """Refuse what is not a number in (0, 1], or in [0, 1] where ``zero`` is allowed.
-
-    Raises:
-        ValueError: naming the argument and what was given.
-    """
-    number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-    if not (number == 0 and zero) and not 0 < number <= 1:
-        raise ValueError(f"{name} must lie in {'[' if zero else '('}0, 1], got {value!r}")
-
-
-def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    """Refuse a value that is not among the allowed ones.
-
-    Raises:
-        ValueError: naming the argument, what was given and what is allowed.
-    """
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")

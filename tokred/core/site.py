@@ -9,7 +9,7 @@ method asks. Without any host a site is simply built by hand, which is how metho
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ from tokred.kernels.column_scores import column_power, column_scores
 from tokred.kernels.dispatch import without_autocast
 from tokred.kernels.gather_rows import gather_rows
 
-Stage = Literal["block", "attention", "projector", "layer", "cache"]
+Stage = Literal["block", "attention", "cache", "projector", "layer"]
+STAGES: tuple[Stage, ...] = get_args(Stage)  # models are patched, and reports are read, in this order
 Lazy = Tensor | Callable[[], Tensor | None] | None
 
 # What a method may declare in ``reads``; the shapes are those of the properties below. ``attention`` is
@@ -57,7 +58,7 @@ class Site:
             projections make of each token alone.
         sizes: ``(B, N)`` float32, how many original tokens each stands for; None: one each.
         mask: ``(B, N)`` bool, False on padding; None: every token is real. Methods of uneven counts want padding behind
-            the real tokens, as they leave it; :func:`tokred.core.padding.reduce_each` asks about it wherever it stands.
+            the real tokens, as they leave it; :func:`tokred.encoder.padding.reduce_each` asks about it wherever it is.
         prefix, suffix: leading and trailing tokens that are never reduced (class, distillation, register, detection).
         grid: ``(Hg, Wg)`` of the original patches, or None.
         positions: ``(B, N)`` int64, where each token stood in the original sequence (protected tokens included); None:

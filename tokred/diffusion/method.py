@@ -7,9 +7,10 @@ from abc import abstractmethod
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
-from tokred.core.method import Method
+from tokred.core.checks import check_choice, check_count
+from tokred.core.method import Method, Parameters
 from tokred.core.site import Site, Stage
-from tokred.diffusion.site import AttentionSite, Part, Place, Share, Side, Step, Sublayer
+from tokred.diffusion.site import AttentionSite, Part, Share, Side, Step, Sublayer, SublayerPlace
 
 
 class AttentionMethod(Method):
@@ -36,9 +37,15 @@ class AttentionMethod(Method):
     part: ClassVar[Part] = "tokens"
     near: ClassVar[bool] = False
     remembers: ClassVar[bool] = False
+    nothing: ClassVar[Parameters | None] = {"ratio": 0.0}
     share: Share = "block"
     refresh: int = 1
     first_full: int = 0
+
+    @property
+    def proportional(self) -> bool:
+        """Whether attention adds the log of each token's size (proportional attention)."""
+        return False
 
     @property
     def stepwise(self) -> bool:
@@ -54,7 +61,7 @@ class AttentionMethod(Method):
         """
         return None if step is not None and step.number < self.first_full else self
 
-    def side(self, side: Side, place: Place) -> int:
+    def side(self, side: Side, place: SublayerPlace) -> int:
         """Tokens of one side that remain, of ``place.length``; :meth:`left` unless part is ``"heads"``."""
         return self.left(place)
 
@@ -73,7 +80,7 @@ class AttentionMethod(Method):
         return not self.idle
 
     @abstractmethod
-    def left(self, place: Place) -> int:
+    def left(self, place: SublayerPlace) -> int:
         """Tokens (or keys) that remain of ``place.length``; as many: the host's own sub-layer runs.
 
         Raises:
@@ -84,10 +91,6 @@ class AttentionMethod(Method):
     def advice(self) -> str:
         """What to change where a denoiser has no place at which anything is reduced."""
         return ""
-
-    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
-        """All: what is merged before a sub-layer is undone right after it."""
-        return n
 
     def site(self, site: Site) -> AttentionSite:
         """``site`` as one of a denoiser.
@@ -104,36 +107,11 @@ def check_sharing(share: Any, refresh: Any, first_full: Any = 0) -> None:
     """Refuse values of ``share``, ``refresh`` and ``first_full`` that mean nothing.
 
     Raises:
-        TypeError, ValueError: naming the argument.
+        ValueError: naming the argument.
     """
-    if share not in ("block", "resolution"):
-        raise ValueError(f"share is {share!r}; allowed are 'block', 'resolution'")
-    check_count("refresh", refresh)
-    check_count("first_full", first_full, least=0)
-
-
-def check_count(name: str, value: Any, least: int = 1) -> None:
-    """Refuse what is no integer of at least ``least``.
-
-    Raises:
-        TypeError, ValueError: naming the argument.
-    """
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-
-
-def check_ratio(ratio: Any, name: str = "ratio") -> None:
-    """Refuse what is no share of tokens in ``[0, 1)``.
-
-    Raises:
-        TypeError, ValueError: naming the argument.
-    """
-    if not isinstance(ratio, int | float) or isinstance(ratio, bool):
-        raise TypeError(f"{name} must be a number, got {ratio!r}")
-    if not 0 <= ratio < 1:
-        raise ValueError(f"{name} must lie in [0, 1), got {ratio}")
+    check_choice(share, "share", ("block", "resolution"))
+    check_count(refresh, "refresh", 1)
+    check_count(first_full, "first_full", 0)
 
 
 def removed(n: int, ratio: float) -> int:

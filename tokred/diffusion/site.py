@@ -17,7 +17,7 @@ Share = Literal["block", "resolution"]
 Side = Literal["tokens", "queries", "keys"]
 
 
-class Place(NamedTuple):
+class SublayerPlace(NamedTuple):
     """Where a sub-layer of a denoiser stands.
 
     Attributes:
@@ -45,7 +45,7 @@ class Step(NamedTuple):
     number: int
 
 
-def place_of(length: int, size: tuple[int, int]) -> Place:
+def place_of(length: int, size: tuple[int, int]) -> SublayerPlace:
     """The place of a sub-layer of ``length`` tokens in a denoiser whose sample has ``size`` rows and columns.
 
     Raises:
@@ -59,7 +59,7 @@ def place_of(length: int, size: tuple[int, int]) -> Place:
     for factor in (usual, *range(1, max(high, wide) + 1)):
         grid = (-(-high // factor), -(-wide // factor))
         if grid[0] * grid[1] == length:
-            return Place(length, grid, factor)
+            return SublayerPlace(length, grid, factor)
     raise ValueError(f"{length} tokens form no grid of a sample of {high} x {wide}")
 
 
@@ -81,7 +81,7 @@ class AttentionSite(Site):
     def __init__(
         self,
         x: Tensor | None,
-        place: Place,
+        place: SublayerPlace,
         *,
         layer: int = 0,
         depth: int = 1,

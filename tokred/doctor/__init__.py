@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tokred.adapters import contract
+from tokred.api import list_methods
 from tokred.core import environment, versions
 from tokred.doctor import installed
 from tokred.doctor.laws import LAWS, Case, one_line, run_law
@@ -67,16 +68,19 @@ def present(library: str) -> bool:
     return library in sys.modules or importlib.util.find_spec(library) is not None
 
 
-def choose(only: Sequence[str] = ()) -> list[Case]:
+def choose(only: Sequence[str] = (), methods: str = "") -> list[Case]:
     """Models of the libraries that are installed.
 
     Args:
         only: libraries and wings, see :func:`names`; none: all of them.
+        methods: a pattern as :func:`tokred.list_methods` has it. Each of these methods is asked on the first model that
+            it runs on, instead of one method on every model.
 
     Raises:
-        ValueError: there is no such library or wing.
+        ValueError: there is no such library or wing, or no such method.
     """
     from tokred.doctor.cases import CASES
+    from tokred.doctor.registered import with_methods
 
     unknown = [name for name in only if name not in names()]
     if unknown:
@@ -85,7 +89,13 @@ def choose(only: Sequence[str] = ()) -> list[Case]:
     for library, wings in _wanted(only).items():
         if present(library):
             found += [case for case in CASES[library]() if case.wing in wings]
-    return found
+    if not methods:
+        return found
+    chosen = list_methods(methods)
+    if not chosen:
+        raise ValueError(f"no method's name fits {methods!r}")
+    with quiet():
+        return list(with_methods(chosen, found))
 
 
 def missing(only: Sequence[str] = ()) -> list[str]:

@@ -8,25 +8,27 @@ import torch
 from torch import Tensor, nn
 
 import tokred
-from tokred import hosts
+from tokred import adapters
 from tokred.doctor.attention import LEFT, Weighed
 from tokred.doctor.laws import BrokenLawError, Case, check_close
 from tokred.kernels.decode_attention import SENTINEL
 
 STEPS = 4
+LONG = 12  # as many as policies need that evict while tokens are generated
 
 
 def counts(model: nn.Module) -> tuple[int, int]:
     """Slots that all layers have seen, and rows that they hold."""
-    report: Any = tokred.report(model)
+    # The cache's own report: that of a model whose tokens leave between layers too tells of the layers.
+    report: Any = next(part for part in tokred.report(model).parts if part.stage == "cache")
     rows = report.layers
     return sum(row.seen for row in rows), sum(row.rows for row in rows)
 
 
-def generated(model: Any, batch: dict[str, Tensor]) -> tuple[list[Tensor], Any]:
+def generated(model: Any, batch: dict[str, Tensor], steps: int = STEPS) -> tuple[list[Tensor], Any]:
     """The logits of some greedy steps, and the cache after them."""
     out = model.generate(
-        **batch, min_new_tokens=STEPS, max_new_tokens=STEPS, do_sample=False, return_dict_in_generate=True,
+        **batch, min_new_tokens=steps, max_new_tokens=steps, do_sample=False, return_dict_in_generate=True,
         output_logits=True,
     )  # fmt: skip
     # By what it is: hosts have called it by several names.
@@ -58,7 +60,7 @@ def check_dropped(case: Case, batch: dict[str, Tensor]) -> None:
     biases = [_bias(getattr(layer, "positions", None), n) for layer in cache.layers]
     tokred.remove(model)
     mode, handles = Weighed(), []
-    for (_, attention), bias in zip(hosts.find(model, "cache").attentions, biases, strict=True):
+    for (_, attention), bias in zip(adapters.find(model, "cache").attentions, biases, strict=True):
         if bias is not None:
             hook = _Steps(mode, bias)
             handles += [attention.register_forward_pre_hook(hook), attention.register_forward_hook(hook.end)]

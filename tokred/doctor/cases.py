@@ -94,6 +94,7 @@ def _cache(family: str) -> Case:
         "transformers", "kv", family, partial(kv.build, family), lambda m: caches.generated(m, batch)[0],
         [tokred.make("snapkv", budget=1.0)], [tokred.make("snapkv", budget=9, window=4, pool=3)], caches.counts,
         {"dropped": partial(caches.check_dropped, batch=batch)},
+        longer=lambda m: caches.generated(m, batch, caches.LONG)[0],
     )  # fmt: skip
 
 

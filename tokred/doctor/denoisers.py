@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import tokred
-from tokred import hosts
+from tokred import adapters
 from tokred.diffusion.grid import kept_lines
 from tokred.doctor.attention import LEFT, weighed
 from tokred.doctor.laws import BrokenLawError, Case, check_close
@@ -35,7 +35,7 @@ def check_dropped(case: Case, frames: int) -> None:
     tokred.remove(model)
     if not rows:
         raise BrokenLawError("no self-attention ran on fewer keys")
-    text_first = {name: part.first for part in hosts.find(model, "attention").parts for name, *_ in part.sublayers}
+    text_first = {name: part.first for part in adapters.find(model, "attention").parts for name, *_ in part.sublayers}
     parts = [(model.get_submodule(row.name), _bias(row.tokens, frames), text_first[row.name]) for row in rows]
     with weighed(parts) as mode:
         theirs = case.run(model)

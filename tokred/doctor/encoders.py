@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import tokred
-from tokred import hosts
+from tokred import adapters
 from tokred.core.reduction import Reduction
 from tokred.doctor.attention import LEFT, weighed
 from tokred.doctor.laws import BrokenLawError, Case, check_close
@@ -46,7 +46,7 @@ def _method(merging: bool, r: Any) -> tokred.Method:
 def check_sizes(case: Case) -> None:
     """The sizes of what is left in the last block sum to what there was."""
     model = case.build()
-    tokred.apply(model, "tome", r=[0] * (hosts.find(model).depth - 1) + [REMOVED])
+    tokred.apply(model, "tome", r=[0] * (adapters.find(model).depth - 1) + [REMOVED])
     case.run(model)
     _sizes(tokred.trace(model), merging=True)
 
@@ -64,7 +64,7 @@ def check_chain(case: Case, merging: bool) -> None:
     """Every block after the first, on what is left, equals the host's block on all tokens, those that have left
     weighed with nothing and those that stand for several with the log of their number."""
     model = case.build()
-    blocks = [block for _, block in hosts.find(model).blocks]
+    blocks = [block for _, block in adapters.find(model).blocks]
     tokred.apply(model, _method(merging, [REMOVED]))
     with answers(blocks) as short:
         case.run(model)
@@ -89,7 +89,7 @@ def check_map(case: Case) -> None:
     """A block that reduces inside adds to the tokens that it keeps what the host's block adds to them, the others
     weighed with nothing."""
     model = case.build()
-    block = hosts.find(model).blocks[-1][1]
+    block = adapters.find(model).blocks[-1][1]
     tokred.apply(model, _method(False, REMOVED))
     entered: list[Tensor] = []
     handle = block.register_forward_pre_hook(lambda module, args: entered.append(args[0].clone()))

@@ -40,10 +40,11 @@ class Case:
         family: label.
         make: builds the model.
         run: all tensors of a forward.
-        nothing: methods that have nothing to remove.
+        nothing: methods that have nothing to remove; none where a method always removes something.
         reducing: methods that remove something.
         counts: tokens (or rows) before, and after, of the last forward.
         laws: those that need an oracle of the wing: what checks them.
+        longer: a forward, or a generation, in which methods act that act late; None: ``run`` is one.
         since: the first version of the library that can build the model; "": all that tokred runs with.
     """
 
@@ -57,6 +58,7 @@ class Case:
     counts: Callable[[nn.Module], tuple[int, int]]
     laws: Mapping[str, Callable[[Case], None]]
     since: str = ""
+    longer: Callable[[nn.Module], list[Tensor]] | None = None
 
     @functools.cached_property
     def model(self) -> nn.Module:
@@ -76,7 +78,7 @@ class Case:
     def checks(self) -> Mapping[str, Callable[[Case], None]]:
         """What checks each law that is checked here, in the order of :data:`LAWS`."""
         known = {**COMMON, **self.laws}
-        return {law: known[law] for law in LAWS if law in known}
+        return {law: known[law] for law in LAWS if law in known and (self.nothing or law != "nothing")}
 
 
 class Snapshot(NamedTuple):

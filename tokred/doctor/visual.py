@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import tokred
-from tokred import hosts
-from tokred.adapters.vlm.track import track_of
+from tokred import adapters
+from tokred.adapters.vlm.columns import track_of
 from tokred.doctor.attention import LEFT, weighed
 from tokred.doctor.caches import STEPS, generated
 from tokred.doctor.laws import BrokenLawError, Case, check_close
@@ -33,7 +33,7 @@ def check_dropped(case: Case, batch: Batch) -> None:
     tokred.remove(model)
     if len(kept) < len(case.reducing):
         raise BrokenLawError(f"tokens left before {len(kept)} layers instead of {len(case.reducing)}")
-    layers = [layer for _, layer in hosts.find(model, "layer").layers]
+    layers = [layer for _, layer in adapters.find(model, "layer").layers]
     parts = []
     for i, layer in enumerate(layers):
         firsts = [first for first in kept if first <= i]

@@ -42,3 +42,28 @@ def frame_motion(video: Tensor, patch: int | tuple[int, int], tubelet: int = 1) 
         change = torch.cat([change[:, :1], change], 1)
     kernel = (tubelet, height, width)
     return torch.nn.functional.avg_pool3d(change.unsqueeze(1), kernel, stride=kernel).flatten(1)
+
+
+def feature_motion(x: Tensor, frames: int) -> Tensor:
+    """Mean absolute difference of each token's features to those of the same place in the frame before.
+
+    The same as :func:`frame_motion` where features are at hand and pixels are not (ours). The first frame takes the
+    difference to the second; a single frame does not move.
+
+    Args:
+        x: ``(B, T * N, C)`` features of any float type, frame after frame.
+        frames: ``T``.
+
+    Returns:
+        ``(B, T * N)`` float32.
+
+    Raises:
+        ValueError: the tokens are no such frames.
+    """
+    if x.ndim != 3 or frames < 1 or x.shape[1] % frames:
+        raise ValueError(f"frames is {frames}, which does not divide the tokens of x, of shape {tuple(x.shape)}")
+    each = x.detach().float().reshape(x.shape[0], frames, -1, x.shape[2])
+    if frames == 1:
+        return torch.zeros_like(each[..., 0]).flatten(1)
+    change = each.diff(dim=1).abs().mean(-1)
+    return torch.cat([change[:, :1], change], 1).flatten(1)

@@ -1,34 +1,23 @@
-"""KV-cache policies: a score, a budget, a fate and a time, each chosen by itself. No host is known here.
+"""KV-cache policies: a score, a budget, a fate, a time and a store, each chosen by itself. No host is known here.
 
-    tokred.KVPolicy(score="window", budget=Adaptive(0.25), fate=Evict(), when=When(turns=True))
+    tokred.KVPolicy(score="window", budget=Adaptive(0.25), fate=Evict(), when=When(turns=True), store="half")
 
-The published methods are presets of such choices, one file each in ``tokred.methods``.
+The published methods are presets of such choices, one file each in ``tokred.methods.kv``, with the scores that they
+brought; scores are names of this package too, imported when they are first used.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+from tokred.core.registry import parts as _parts
 from tokred.kv.budgets import Adaptive, Global, Growing, Preference, Pyramid, Split, Squeeze, Uniform
 from tokred.kv.fates import Evict, Merge
 from tokred.kv.parts import Budget, Fate, Part, Score, When
 from tokred.kv.policy import CachePolicy, Parts
-from tokred.kv.scores import (
-    ColumnSum,
-    Critical,
-    Dispersion,
-    Expected,
-    Gumbel,
-    Judges,
-    KeyDifference,
-    KeyNorm,
-    LagRelative,
-    LastQuery,
-    Observed,
-    Random,
-    Recency,
-    Reconstruction,
-    Window,
-)
+from tokred.kv.preset import KVPreset, Preset
 from tokred.kv.site import CacheSite, Padding
+from tokred.kv.stores import Flat, Half, Rectangle, Store
 
 __all__ = [
     "Adaptive",
@@ -41,10 +30,13 @@ __all__ = [
     "Evict",
     "Expected",
     "Fate",
+    "Flat",
     "Global",
     "Growing",
     "Gumbel",
+    "Half",
     "Judges",
+    "KVPreset",
     "KeyDifference",
     "KeyNorm",
     "LagRelative",
@@ -55,14 +47,25 @@ __all__ = [
     "Part",
     "Parts",
     "Preference",
+    "Preset",
     "Pyramid",
     "Random",
     "Recency",
     "Reconstruction",
+    "Rectangle",
     "Score",
     "Split",
     "Squeeze",
+    "Store",
     "Uniform",
     "When",
     "Window",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Methods stand a floor above: they are reached through the registry, by the name of their class.
+    registered = _parts.names_by_class().get(name)
+    if registered is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _parts.get(registered)

@@ -9,6 +9,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+# Bytes of a row's position, an int32.
+POSITION = 4
+
 
 class Padding:
     """Which slots of a batch are real tokens; made once a forward and shared by all layers.
@@ -70,6 +73,16 @@ class Made(NamedTuple):
     make: Callable[[], Tensor]
 
 
+class Priced(Protocol):
+    """A store, as far as it says what rows cost; see :class:`tokred.kv.stores.Store`."""
+
+    def row_bytes(self, keys: Tensor, values: Tensor) -> int:
+        """Bytes of one row of one head in the end."""
+
+    def fresh_bytes(self, keys: Tensor, values: Tensor) -> int:
+        """Bytes of one that has just come."""
+
+
 class Place(NamedTuple):
     """What a budget in bytes has to know: what a row costs, and under a hard limit what else needs room.
 
@@ -84,3 +97,13 @@ class Place(NamedTuple):
     row_bytes: int
     fixed: int = 0
     coming: int = 0
+
+
+def plain_bytes(rows: Tensor) -> int:
+    """Bytes of one row of one head of ``[B, Hk, n, D]``, as it comes from the model."""
+    return rows.shape[-1] * rows.element_size()
+
+
+def like(rows: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of a shape and type, on the device of ``rows``, without memory of that size."""
+    return rows.new_empty((), dtype=dtype).expand(shape)

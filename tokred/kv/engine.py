@@ -1,4 +1,4 @@
-"""``Session``: one cache on its way through prompt and generation, and what its policy does to it when.
+"""``Engine``: one cache on its way through prompt and generation, and what its policy does to it when.
 
 Knows no host: a layer is anything that has keys, values and positions and can apply a reduction.
 """
@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from tokred.core.reduction import Reduction
-from tokred.errors import TokredError
 from tokred.kernels.dispatch import without_autocast
+from tokred.kv.allocators import Grant
 from tokred.kv.limit import Ledger, ledger_of
 from tokred.kv.policy import CachePolicy
-from tokred.kv.repeat import CONTEXT, Probe, Repeats
-from tokred.kv.scores.reconstruction import REPEATED
+from tokred.kv.repeat import CONTEXT, REPEATED, Probe, Repeats
 from tokred.kv.site import CacheSite, Made
 
 _SCORE = "score"
@@ -62,7 +61,7 @@ class Clock:
 
 
 class Layer(Protocol):
-    """What a session needs of a cache layer."""
+    """A cache layer, as far as an engine needs one."""
 
     positions: Tensor | None
     ragged: bool
@@ -79,10 +78,28 @@ class Layer(Protocol):
     def apply(self, step: Reduction, merge_score: str) -> None:
         """Replace the rows by what ``step`` makes of them."""
 
+    def settle(self, site: CacheSite | None) -> None:
+        """Rows that came with this forward may take their lasting form."""
+
 
 class _Pending(NamedTuple):
+    """A layer that may be cut (again) before the forward ends.
+
+    Attributes:
+        layer: it.
+        site: of the time when it was judged, without tensors, which would keep rows alive that have been cut since.
+        granted: whether it has been cut once.
+    """
+
     layer: Layer
     site: CacheSite
+    granted: bool
+
+    @property
+    def now(self) -> CacheSite:
+        """The site with the rows that the layer holds now."""
+        layer = self.layer
+        return self.site.at(*layer.shown(), layer.positions, layer.ragged, layer.weights)
 
 
 class _Waiting(NamedTuple):
@@ -91,8 +108,8 @@ class _Waiting(NamedTuple):
     decide: bool
 
 
-class Session:
-    """The policy of one cache.
+class Engine:
+    """The policy of one cache, at work.
 
     Args:
         policy: what to do.
@@ -116,7 +133,7 @@ class Session:
         state = self.parts.score.numbers + 3 * (self.parts.fate.room > 0)
         if self.when.chunk:
             # Scores that wait for the end of the forward, of double precision at most.
-            state += 2 * (self.parts.budget.spread != "layer")
+            state += 2 * self.parts.budget.deferred
         self._state_bytes = 4 * state if self.when.every or self.when.turns else 0
         self.ledger: Ledger | None = ledger_of(policy, self.when, depth)
         self.prompt: int | None = None
@@ -126,7 +143,7 @@ class Session:
         self.streams: dict[int, tuple[Tensor, Tensor]] = {}
         self._waiting: dict[int, _Waiting] = {}
         self._pending: dict[int, _Pending] = {}
-        self._preferences: dict[int, list[float]] = {}
+        self.allocator = self.parts.budget.start(depth)
 
     # ------------------------------------------------------------------ what a host asks
 
@@ -160,6 +177,7 @@ class Session:
         if self.probe is not None:
             with without_autocast(site.q):
                 self.probe.see(site)
+            layer.settle(site)
             return
         clock, after, when = layer.clock, site.seen, self.when
         if clock.prompt < 0:
@@ -180,8 +198,8 @@ class Session:
             if due:
                 self._evict(layer, site, before < clock.prompt or (when.turns and several))
             self._remember(layer, site)
-        if self.ledger is not None:
-            self.ledger.write(layer.index, -(-layer.nbytes // site.shape[0]))
+        layer.settle(site)
+        self._write(layer, site)
 
     def admit(self, layer: Layer, k: Tensor, v: Tensor) -> None:
         """Before rows are added to a layer: refuse what a hard limit has no room for.
@@ -200,18 +218,21 @@ class Session:
         self._claim(site)
         if layer.clock.prompt < 0:
             self.ledger.check(site.place)
-        new = k.shape[2] * site.place.heads * site.place.row_bytes
+        fresh = site.place.row_bytes - self.parts.store.row_bytes(k, v) + self.parts.store.fresh_bytes(k, v)
+        new = k.shape[2] * site.place.heads * fresh
         self.ledger.write(layer.index, -(-layer.nbytes // k.shape[0]) + new)
 
     def _claim(self, site: CacheSite) -> None:
-        """Tell the site what budgets in bytes have to leave room for."""
+        """Tell the site what rows cost, and what budgets in bytes have to leave room for."""
+        site.price(self.parts.store)
         site.state_bytes = self._state_bytes
         if self.ledger is not None:
             self.ledger.claim(site)
 
     def begin(self) -> None:
-        """The begin of a forward: nothing is left of one that broke off."""
-        self._pending, self._preferences, self._waiting = {}, {}, {}
+        """A forward begins: forget layers that wait since one that broke off."""
+        self._pending, self._waiting = {}, {}
+        self.allocator.begin()
 
     # ------------------------------------------------------------------ scores that are known after more forwards
 
@@ -244,35 +265,27 @@ class Session:
     def finish(self) -> None:
         """The end of a forward: decide what could not be decided layer by layer."""
         pending, self._pending = self._pending, {}
-        if self.parts.budget.spread == "together":
-            self._together(pending)
-            return
-        if self.parts.budget.spread != "forward":
-            if pending:
-                self._preferences = {}
-                for p in pending.values():
-                    p.layer.rows.pop(_SCORE, None)
-            return
         if not pending:
             return
-        if len(self.streams) != self.depth:
-            raise TokredError(f"{len(self.streams)} of {self.depth} layers measured their residual stream")
-        # One budget for the batch, from the mean over samples.
-        cosines = [float((s / n).mean()) for _, (s, n) in sorted(self.streams.items())]
-        self.streams = {}
-        for layer, site in pending.values():
-            layer.clock.measured = (tuple(cosines),) * site.shape[0]
-            now = site.at(*layer.shown(), layer.positions, layer.ragged, layer.weights)
-            rows = self.parts.budget.divided(now, layer.clock.measured)
-            self._apply(layer, now, layer.rows.pop(_SCORE), rows)
-            if self.ledger is not None:
-                self.ledger.write(layer.index, -(-layer.nbytes // site.shape[0]))
+        scores = {i: p.layer.rows.pop(_SCORE) for i, p in pending.items()}
+        # Rows that were cut already have scores of their own length, and grants that stand.
+        open_ones = [i for i in sorted(pending) if not pending[i].granted]
+        if open_ones:
+            judged = {i: self.policy.judged(pending[i].now, scores[i]) for i in open_ones}
+            grants = self.allocator.after_forward(tuple(judged.values()), self.streams)
+            self.streams = {}
+            for i in open_ones:
+                if i in grants:
+                    self._apply(pending[i].layer, judged[i].site, scores[i], grants[i])
+                    self._write(pending[i].layer, judged[i].site)
+        self.allocator.begin()
 
     def reset(self) -> None:
         """Forget the cache's past."""
         self.prompt = self.steps = None
         self.drafting = False
-        self.streams, self._pending, self._preferences, self._waiting = {}, {}, {}, {}
+        self.streams, self._pending, self._waiting = {}, {}, {}
+        self.allocator.begin()
 
     def state(self) -> dict[str, Any]:
         """What a snapshot keeps."""
@@ -300,63 +313,38 @@ class Session:
         if self.parts.score.repeats is None:
             self._shrink(layer, site, decide)
             return
-        if decide and self.parts.budget.spread == "cascade":
-            budget: Any = self.parts.budget
-            self._preferences[site.layer] = budget.preference(site)
+        if decide:
+            self.allocator.measure(site)
         self._waiting[site.layer] = _Waiting(layer, site.without_queries(), decide)
 
     def _shrink(self, layer: Layer, site: CacheSite, decide: bool) -> None:
-        budget: Any = self.parts.budget
+        """Score a layer, and cut those that the allocator grants rows."""
         score = self.parts.score(site)
-        if budget.spread == "layer":
-            self._apply(layer, site, score, budget.rows(site))
-            return
-        if budget.spread == "together":
+        grants = self.allocator.after_layer(self.policy.judged(site, score, () if decide else layer.clock.measured))
+        own = grants.get(site.layer)
+        if own is None or not own.final:
+            # Scores travel with the rows, so that the layer can be cut (again) when more is known.
             layer.rows[_SCORE] = score
-            self._pending[site.layer] = _Pending(layer, site.without_queries())
-            return
-        if not decide and layer.clock.measured:
-            self._apply(layer, site, score, budget.divided(site, layer.clock.measured))
-            return
-        layer.rows[_SCORE] = score
-        self._pending[site.layer] = _Pending(layer, site)
-        if budget.spread == "cascade":
-            if site.layer not in self._preferences:
-                self._preferences[site.layer] = budget.preference(site)
-            self._cascade(site)
+            self._pending[site.layer] = _Pending(layer, site.without_tensors(), own is not None)
+        for i, grant in grants.items():
+            if i == site.layer:
+                self._apply(layer, site, score, grant)
+            else:
+                other = self._pending[i]
+                self._apply(other.layer, other.now, other.layer.rows[_SCORE], grant)
 
-    def _cascade(self, site: CacheSite) -> None:
-        known = sorted(i for i in self._preferences if i <= site.layer)
-        measured = tuple(zip(*(self._preferences[i] for i in known), strict=True))
-        for i in known:
-            layer, old = self._pending[i]
-            layer.clock.measured = measured
-            now = old if i == site.layer else old.at(*layer.shown(), layer.positions, layer.ragged, layer.weights)
-            self._apply(layer, now, layer.rows[_SCORE], self.parts.budget.divided(now, measured))
-
-    def _together(self, pending: dict[int, _Pending]) -> None:
-        if not pending:
-            return
-        budget: Any = self.parts.budget
-        order = [pending[i] for i in sorted(pending)]
-        scores = [p.layer.rows.pop(_SCORE) for p in order]
-        rows = [tuple(budget.mean(n, p.site.place, self.depth) for n in budget.length(p.site)) for p in order]
-        rows = [self.policy.at_least(p.site, r) for p, r in zip(order, rows, strict=True)]
-        guards = [self.policy.guarded(p.site, r) for p, r in zip(order, rows, strict=True)]
-        counts = budget.together([p.site for p in order], scores, guards)
-        if counts is None:
-            return
-        for p, score, each, count in zip(order, scores, rows, counts, strict=True):
-            with without_autocast(score):
-                step = self.policy.shrink(p.site, score, each, count)
-            if not step.trivial:
-                p.layer.apply(step, self.parts.fate.merge_score)
-
-    def _apply(self, layer: Layer, site: CacheSite, score: Tensor, rows: tuple[int, ...]) -> None:
+    def _apply(self, layer: Layer, site: CacheSite, score: Tensor, grant: Grant) -> None:
+        if grant.measured:
+            layer.clock.measured = grant.measured
         with without_autocast(score):
-            step = self.policy.shrink(site, score, rows)
+            step = self.policy.shrink(site, score, grant.rows, grant.counts)
         if not step.trivial:
             layer.apply(step, self.parts.fate.merge_score)
+
+    def _write(self, layer: Layer, site: CacheSite) -> None:
+        """Note the bytes that a layer holds, under a hard limit."""
+        if self.ledger is not None:
+            self.ledger.write(layer.index, -(-layer.nbytes // site.shape[0]))
 
     def _remember(self, layer: Layer, site: CacheSite) -> None:
         """Keep the newest queries while a later eviction may ask for them."""

@@ -48,6 +48,7 @@ class Merge(Fate):
     """
 
     name: ClassVar[str] = "merge"
+    merges: ClassVar[bool] = True
 
     dense: int = 1
     scale: float = 1.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tokred.errors import TokredError
+from tokred.kv.described import POSITION
 from tokred.kv.parts import When, parse_bytes
 from tokred.kv.policy import CachePolicy
 from tokred.kv.site import CacheSite, Place
@@ -40,18 +41,20 @@ class Ledger:
 
     def claim(self, site: CacheSite) -> None:
         """Tell the site what budgets have to leave room for besides the rows they choose."""
-        parts, place, heads = self.policy.parts, site.place, self.queries or site.heads
+        parts, heads = self.policy.parts, self.queries or site.heads
         window = parts.score.window
         # Queries are kept in the type of the keys, for as long as a later eviction may ask for them.
-        kept = heads * (place.row_bytes - 4 - site.state_bytes) // 2 * window if window > 1 else 0
+        kept = heads * site.key_bytes * window if window > 1 else 0
         kept += parts.score.note_bytes(heads, site.width)
+        kept += parts.store.note_bytes(site.heads, site.width, uneven=parts.budget.headwise)
         rows = sum(self.windows) + len(self.windows) * self.when.chunk
-        site.fixed_bytes = self.depth * kept + rows * place.heads * place.row_bytes
+        site.fixed_bytes = self.depth * kept + rows * site.heads * (site.fresh_bytes + site.state_bytes)
         if parts.budget.headwise:
             # What is kept for each row besides keys and values is as wide as the longest head, which may hold all rows.
-            site.state_bytes += (place.heads - 1) * (4 + site.state_bytes)
-            site.fixed_bytes += self.depth * 8 * (place.heads + 1)
-        site.coming = self.when.coming(self.depth, parts.budget.spread)
+            site.state_bytes += (site.heads - 1) * (POSITION + site.state_bytes)
+        coming, row = self.when.coming(self.depth, deferred=parts.budget.deferred), site.place.row_bytes
+        # Rows that have just come may take more than they will in the end.
+        site.coming = -(-coming * (row - site.row_bytes + site.fresh_bytes) // row)
 
     def check(self, place: Place) -> None:
         """Refuse a limit that cannot hold a chunk and what is never evicted.

@@ -1,7 +1,7 @@
-"""The four independent choices of a cache policy: score, budget, fate, when. Each is a frozen dataclass.
+"""The independent choices of a cache policy: score, budget, fate, when; and store, in :mod:`tokred.kv.stores`.
 
-A part is written down as ``{"part": name, ...}`` and read back from that, so that policies made of parts can be stored
-like every other method.
+Each is a frozen dataclass. A part is written down as ``{"part": name, ...}`` and read back from that, so that policies
+made of parts can be stored like every other method.
 """
 
 from __future__ import annotations
@@ -14,19 +14,21 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
+from tokred.core.checks import check_count as check_count
 from tokred.core.reduction import Reduction
+from tokred.core.registry import parts
 from tokred.core.schedules import kept
+from tokred.kv.allocators import Allocator, AtOnce
 from tokred.kv.repeat import Repeats
 from tokred.kv.select import Counts
 from tokred.kv.site import CacheSite, Place
 
 P = TypeVar("P", bound="Part")
-_PARTS: dict[str, type[Part]] = {}
 _UNITS = {"": 1, "b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 
 
 class Part(ABC):  # noqa: B024 - its kinds have abstract methods
-    """Base of all choices. A subclass with a ``name`` can be given by it."""
+    """Base of all choices. A subclass with a ``name`` can be given by it, see :data:`tokred.core.registry.parts`."""
 
     name: ClassVar[str] = ""
     kind: ClassVar[str] = "part"
@@ -34,7 +36,7 @@ class Part(ABC):  # noqa: B024 - its kinds have abstract methods
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if cls.__dict__.get("name"):
-            _PARTS[cls.name] = cls
+            parts.add(cls.name, cls)  # type: ignore[arg-type]  # the registry is typed for methods
 
     def to_dict(self) -> dict[str, Any]:
         """The part as plain values."""
@@ -50,14 +52,14 @@ class Score(Part):
         reads: what it takes from the site beyond keys and values, see :data:`tokred.core.site.READS`.
         accumulates: whether :meth:`observe` has to see every forward since the cache was empty.
         numbers: float32 numbers that it keeps for every row.
-        whole: why it cannot judge a chunk of a prompt before the rest has come; empty: it can.
+        why_no_chunks: why it cannot judge a chunk of a prompt before the rest has come; None: it can.
     """
 
     kind = "score"
     reads: ClassVar[frozenset[str]] = frozenset({"k"})
     accumulates: ClassVar[bool] = False
     numbers: ClassVar[int] = 0
-    whole: ClassVar[str] = ""
+    why_no_chunks: ClassVar[str | None] = None
 
     @property
     def window(self) -> int:
@@ -102,18 +104,17 @@ class Budget(Part):
     as ``"64 MiB"``, the bytes of all layers of one sample.
 
     Attributes:
-        spread: when the rows of a layer are known: ``"layer"``, at once; ``"cascade"``, anew after each layer;
-            ``"forward"``, after the last layer; ``"together"``, after it, from the scores of all layers.
+        deferred: whether a layer's rows may be decided after its own attention, when other layers are known.
         reads: what has to be measured for it besides scores.
         headwise: whether heads of a layer may keep different numbers.
-        unbounded: why bytes do not bound what is held while a prompt comes in chunks; empty: they do.
+        why_no_limit: why bytes do not bound what is held while a prompt comes in chunks; None: they do.
     """
 
     kind = "budget"
-    spread: ClassVar[str] = "layer"
+    deferred: ClassVar[bool] = False
     reads: ClassVar[frozenset[str]] = frozenset()
     headwise: ClassVar[bool] = False
-    unbounded: ClassVar[str] = ""
+    why_no_limit: ClassVar[str | None] = None
     amount: float | int | str
 
     @property
@@ -178,14 +179,9 @@ class Budget(Part):
         """Rows that this layer keeps of each sample, per head on average."""
         return tuple(self.share(n, site.place, site.layer, site.depth) for n in self.length(site))
 
-    def divided(self, site: CacheSite, measured: tuple[tuple[float, ...], ...]) -> tuple[int, ...]:
-        """The same for budgets that measure layers.
-
-        Args:
-            site: of a layer.
-            measured: for each sample what was measured of the layers so far.
-        """
-        raise NotImplementedError
+    def start(self, depth: int) -> Allocator:
+        """An allocator for a cache of ``depth`` layers: each layer at once, unless a subclass has another."""
+        return AtOnce(self)
 
     def heads(self, site: CacheSite, score: Tensor, guard: Tensor | None, counts: tuple[int, ...]) -> Counts:
         """Rows of each head, ``[B, Hk]``, or one number a sample where all heads keep the same."""
@@ -196,11 +192,13 @@ class Fate(Part):
     """What becomes of the rows that are not kept.
 
     Attributes:
+        merges: whether rows are averaged into others, so that a store has to be able to.
         alpha: the attention adds ``alpha * ln(weight)`` to the logits of rows that stand for several tokens.
         merge_score: how the per-row state of merged rows is combined.
     """
 
     kind = "fate"
+    merges: ClassVar[bool] = False
 
     @property
     def alpha(self) -> float:
@@ -257,14 +255,14 @@ class When(Part):
         most = max(1, self.chunk // (2 * depth))
         return When(every=min(self.every or most, most), turns=True, chunk=self.chunk)
 
-    def coming(self, depth: int, spread: str) -> int:
+    def coming(self, depth: int, *, deferred: bool) -> int:
         """Rows per head, of all layers together, that a hard limit leaves free; of :meth:`paced` times.
 
-        A layer is cut right after its attention, so only one holds a chunk; where all are cut at the end, all do.
+        A layer is cut right after its attention, so only one holds a chunk; where that is ``deferred``, all do.
         """
         if not self.chunk:
             return 0
-        return self.chunk * (1 if spread == "layer" else depth) + depth * (self.every - 1)
+        return self.chunk * (depth if deferred else 1) + depth * (self.every - 1)
 
     def due(self, prompt: int, before: int, after: int) -> bool:
         """Whether a forward that takes the cache from ``before`` to ``after`` slots ends with an eviction."""
@@ -301,12 +299,10 @@ def as_part(value: object, base: type[P], argument: str) -> P:
 
 
 def _class(name: str, argument: str) -> type[Part]:
-    import tokred.kv  # noqa: F401 - makes all parts known
-
-    if name not in _PARTS:
-        near = difflib.get_close_matches(name, _PARTS, n=3, cutoff=0.4)
-        raise ValueError(f"{argument} is {name!r}; did you mean {' or '.join(map(repr, near or sorted(_PARTS)))}?")
-    return _PARTS[name]
+    if name not in parts:
+        near = difflib.get_close_matches(name, parts, n=3, cutoff=0.4)
+        raise ValueError(f"{argument} is {name!r}; did you mean {' or '.join(map(repr, near or parts))}?")
+    return parts.get(name)  # type: ignore[return-value]
 
 
 def check_amount(value: object, argument: str = "budget") -> float | int | str:
@@ -338,13 +334,3 @@ def parse_bytes(text: str, argument: str = "budget") -> int:
     if found is None or unit is None or float(found[1]) * unit < 1:
         raise ValueError(f"{argument} must be bytes such as '64 MiB' or '1.5 GB', got {text!r}")
     return int(float(found[1]) * unit)
-
-
-def check_count(value: object, argument: str, least: int = 0) -> None:
-    """Refuse what is not a whole number of at least ``least``.
-
-    Raises:
-        ValueError: naming the argument and what was given.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{argument} must be a whole number of at least {least}, got {value!r}")

@@ -10,25 +10,30 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from tokred.core.method import Method
+from tokred.core.checks import check_share
+from tokred.core.method import Method, Parameters
 from tokred.core.reduction import Reduction
-from tokred.core.schedules import check_share, kept
+from tokred.core.schedules import kept
 from tokred.core.site import Site, Stage
+from tokred.kv.allocators import Judged, Measured
 from tokred.kv.budgets import Uniform
 from tokred.kv.fates import Evict
 from tokred.kv.parts import Budget, Fate, Score, When, as_part, check_amount, check_count
 from tokred.kv.select import Counts
 from tokred.kv.site import CacheSite
+from tokred.kv.stores import Flat, Store
+from tokred.kv.stores.store import missing
 
 # What a budget is made of: a budget of tokred.kv, a share, tokens, or bytes.
 BudgetLike = Budget | float | int | str | None
 
 
 class Parts(NamedTuple):
-    """The choices of a policy.
+    """The independent choices of a policy.
 
     Attributes:
         score, budget, fate, when: see :mod:`tokred.kv.parts`.
+        store: see :mod:`tokred.kv.stores`.
         sinks: first tokens of each sample, never evicted.
         recent: newest tokens, never evicted; a float is a share of the rows that are kept.
     """
@@ -39,6 +44,7 @@ class Parts(NamedTuple):
     when: When = When()
     sinks: int = 0
     recent: int | float = 0
+    store: Store = Flat()
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,8 @@ class CachePolicy(Method):
 
     stage: ClassVar[Stage] = "cache"
     drops: ClassVar[bool] = True
+    example: ClassVar[Parameters] = {"budget": 9}
+    nothing: ClassVar[Parameters | None] = {"budget": 1.0}
 
     @property
     @abstractmethod
@@ -55,13 +63,35 @@ class CachePolicy(Method):
 
     @property
     def reads(self) -> frozenset[str]:
-        """What score and budget take from the host."""
+        """Score, budget and store say what they take from the host."""
         parts = self.parts
-        return parts.score.needs | parts.budget.reads
+        return parts.score.needs | parts.budget.reads | parts.store.reads
 
     def check(self, depth: int) -> None:
-        """The budget has to fit the number of compressed layers."""
-        self.parts.budget.check(depth)
+        """Refuse a budget that does not fit the number of compressed layers, and a store that cannot do all it must.
+
+        Raises:
+            ValueError: with what does not fit, or what is needed and who needs it.
+        """
+        parts = self.parts
+        parts.budget.check(depth)
+        why = missing(parts.store, self.needs)
+        if why:
+            raise ValueError(f"{self.name or 'the policy'} cannot hold rows in the store {parts.store.name!r}: {why}")
+
+    @property
+    def needs(self) -> dict[str, str]:
+        """Abilities that a store has to have, see :data:`tokred.kv.stores.ABILITIES`, each with who needs it."""
+        parts, needs = self.parts, {}
+        if not parts.budget.full:
+            needs["take"] = "eviction"
+        if parts.fate.merges:
+            needs["merge"] = f"the fate {parts.fate.name!r}"
+        if parts.budget.headwise and not parts.budget.full:
+            needs["ragged"] = f"the budget {parts.budget.name!r}"
+            if parts.when.chunk:
+                needs["tight"] = f"the budget {parts.budget.name!r} under a hard limit"
+        return needs
 
     def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
         """Rows that ``layer`` holds after a prompt of ``n`` tokens; budgets in bytes or by content: at most ``n``."""
@@ -86,8 +116,18 @@ class CachePolicy(Method):
     def reduce(self, site: Site) -> Reduction:
         """Decide for one layer alone, as at the end of a prompt whose only forward this is."""
         assert isinstance(site, CacheSite)  # the stage's only kind of site
-        self.parts.score.observe(site)
-        return self.shrink(site, self.parts.score(site), self.parts.budget.rows(site))
+        site.price(self.parts.store)
+        parts = self.parts
+        parts.score.observe(site)
+        score = parts.score(site)
+        if parts.budget.deferred:  # what other layers would get is not known
+            return self.shrink(site, score, parts.budget.rows(site))
+        grant = parts.budget.start(site.depth).after_layer(self.judged(site, score))[site.layer]
+        return self.shrink(site, score, grant.rows, grant.counts)
+
+    def judged(self, site: CacheSite, score: Tensor, measured: Measured = ()) -> Judged:
+        """A layer with its scores, for an allocator."""
+        return Judged(site, score, lambda rows: self.guarded(site, self.at_least(site, rows)), measured)
 
     def scores(self, site: CacheSite) -> Tensor:
         """``[B, Hk, K]`` float32: the scores with guarded rows above all others, and -inf where nothing is.
@@ -95,6 +135,7 @@ class CachePolicy(Method):
         For looking at; :meth:`reduce` decides.
         """
         parts = self.parts
+        site.price(parts.store)
         parts.score.observe(site)
         rows = self.at_least(site, parts.budget.rows(site))
         score, guard = parts.score(site), self.guarded(site, rows)

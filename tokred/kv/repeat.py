@@ -15,6 +15,8 @@ from torch import Tensor
 from tokred.kernels.column_scores import column_statistics
 from tokred.kv.site import CacheSite
 
+# The state of a layer's rows that holds what they received from the tokens that repeat.
+REPEATED = "repeated"
 # The note of a layer that holds the tokens which will be repeated.
 CONTEXT = "context"
 # Attention is at most one: rows that are not repeated stand above all others.

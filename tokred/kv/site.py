@@ -19,11 +19,13 @@ from torch import Tensor
 from tokred.core.site import Site
 from tokred.errors import MissingInputError
 from tokred.kernels.column_scores import ColumnStatistics, column_scores, column_statistics
-from tokred.kernels.decode_attention import SENTINEL, visible_positions
+from tokred.kernels.decode_attention import visible_positions
 from tokred.kv import newest
+from tokred.kv.described import POSITION, like, plain_bytes
 from tokred.kv.described import Made as Made
 from tokred.kv.described import Padding as Padding
 from tokred.kv.described import Place as Place
+from tokred.kv.described import Priced as Priced
 from tokred.kv.described import Rope as Rope
 
 
@@ -94,8 +96,10 @@ class CacheSite(Site):
         self.base = self.lengths if base is None else base
         self.generated = generated
         self.steps = steps
-        # As the session says: bytes of state of one row of one head; see Place for the others.
+        # As the engine says: bytes of state of one row of one head; see Place for the others.
         self.state_bytes = self.fixed_bytes = self.coming = 0
+        # Of a row as it is held in the end, and as it comes.
+        self.row_bytes = self.fresh_bytes = sum(plain_bytes(x) for x in self._like) + POSITION
         self._projection = projection
         self._rope = rope
         self._measured: dict[tuple[int | None, str], ColumnStatistics] = {}
@@ -155,9 +159,16 @@ class CacheSite(Site):
     @property
     def place(self) -> Place:
         """Heads, and the bytes of one row of one head: key, value, position, and what the policy keeps for it."""
-        k, v = self._like
-        row = k.shape[3] * k.element_size() + v.shape[3] * v.element_size() + 4
-        return Place(k.shape[1], row + self.state_bytes, self.fixed_bytes, self.coming)
+        return Place(self.heads, self.row_bytes + self.state_bytes, self.fixed_bytes, self.coming)
+
+    def price(self, store: Priced) -> None:
+        """Count rows at what a store takes for them."""
+        self.row_bytes, self.fresh_bytes = store.row_bytes(*self._like), store.fresh_bytes(*self._like)
+
+    @property
+    def key_bytes(self) -> int:
+        """Bytes of one key, and one query, as it comes."""
+        return plain_bytes(self._like[0])
 
     @functools.cached_property
     def real(self) -> Tensor | None:
@@ -342,6 +353,17 @@ class CacheSite(Site):
         other._values = {**self._values, "q": None}
         return other
 
+    def without_tensors(self) -> CacheSite:
+        """The same, holding neither queries nor rows, until :meth:`at` says which rows there are."""
+        other = self.without_queries()
+        other._values = {**other._values, "k": None, "v": None}
+        other._like = tuple(like(x, tuple(x.shape)) for x in self._like)
+        other._measured = {}
+        for name in ("real", "token", "order"):
+            other.__dict__.pop(name, None)
+        other.slots = other.weights = None
+        return other
+
     def at(
         self, k: Tensor | Made, v: Tensor | Made, positions: Tensor | None, ragged: bool, weights: Tensor | None
     ) -> CacheSite:
@@ -353,8 +375,3 @@ class CacheSite(Site):
         other._hold(k, v)
         other.slots, other.ragged, other.weights = positions, ragged, weights
         return other
-
-
-def empty_rows(positions: Tensor) -> Tensor:
-    """Which rows hold nothing."""
-    return positions == SENTINEL

@@ -7,7 +7,7 @@ import types
 import warnings
 
 from tokred.core.moved import MOVED
-from tokred.core.registry import methods
+from tokred.core.registry import methods, parts
 from tokred.errors import MovedWarning
 
 # name -> "module:Class"; the modules are imported when a name is first used.
@@ -88,6 +88,28 @@ TARGETS = {
     "sparsevlm": "tokred.methods.vlm.sparsevlm:SparseVLM",
     "topv": "tokred.methods.vlm.topv:TopV",
 }
+
+# Scores of cache policies, each in the file of the preset that was published with it; the same form.
+SCORES = {
+    "column_sum": "tokred.methods.kv.h2o:ColumnSum",
+    "critical": "tokred.methods.kv.criticalkv:Critical",
+    "dispersion": "tokred.methods.kv.cake:Dispersion",
+    "expected_attention": "tokred.methods.kv.expected_attention:Expected",
+    "gumbel": "tokred.methods.kv.keyformer:Gumbel",
+    "judges": "tokred.methods.kv.rpc:Judges",
+    "key_difference": "tokred.methods.kv.keydiff:KeyDifference",
+    "key_norm": "tokred.methods.kv.knorm:KeyNorm",
+    "lag_relative": "tokred.methods.kv.lagkv:LagRelative",
+    "last_query": "tokred.methods.kv.tova:LastQuery",
+    "observed": "tokred.methods.kv.observed_attention:Observed",
+    "random": "tokred.methods.kv.random_evict:Random",
+    "recency": "tokred.methods.kv.streaming_llm:Recency",
+    "reconstruction": "tokred.methods.kv.kvzip:Reconstruction",
+    "window": "tokred.methods.kv.snapkv:Window",
+}
+
+for _name, _target in SCORES.items():
+    parts.add(_name, _target)
 
 for _name, _target in TARGETS.items():
     methods.add(_name, _target)

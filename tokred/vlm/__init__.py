@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tokred.vlm.before_llm import Tile, VisualSite
+from tokred.vlm.clips import clips
 from tokred.vlm.in_llm import LayerSite
 
-__all__ = ["LayerSite", "Tile", "VisualSite"]
+__all__ = ["LayerSite", "Tile", "VisualSite", "clips"]

@@ -16,12 +16,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tokred.core.method import Method
+from tokred.core.checks import check_choice
+from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
-from tokred.core.schedules import check_choice
 from tokred.core.site import Lazy, Site, Stage
 from tokred.errors import MissingInputError
 from tokred.kernels.column_scores import column_scores
+from tokred.vlm.method import VisualMethod
 from tokred.vlm.tools.budget import Budget, as_budget, count_of
 from tokred.vlm.tools.tiles import Tiles
 
@@ -215,7 +216,7 @@ _LESS = {"attention": "received", "space": "x", "relevance": "none"}
 
 
 @dataclass(frozen=True)
-class ProjectorMethod(Method):
+class ProjectorMethod(VisualMethod):
     """Base of methods at the stage ``projector``.
 
     A subclass says how many of ``n`` tokens stay (:meth:`count`) and which (:meth:`choose`).
@@ -232,15 +233,13 @@ class ProjectorMethod(Method):
     """
 
     stage: ClassVar[Stage] = "projector"
-    drops: ClassVar[bool] = True
-    uneven: ClassVar[bool] = True
     joint: ClassVar[bool] = False
     space = "x"
 
     positions: Literal["keep", "repack"] = field(default="keep", kw_only=True)
 
     def __post_init__(self) -> None:
-        check_choice("positions", self.positions, ("keep", "repack"))
+        check_choice(self.positions, "positions", ("keep", "repack"))
 
     @property
     def tower_layers(self) -> tuple[int, ...]:
@@ -306,6 +305,9 @@ class ProjectorMethod(Method):
 @dataclass(frozen=True)
 class Budgeted(ProjectorMethod):
     """Base of methods that keep a fixed number or share of each image's tokens, named ``budget``."""
+
+    example: ClassVar[Parameters] = {"budget": 5}
+    nothing: ClassVar[Parameters | None] = {"budget": 1.0}
 
     budget: Budget = 1.0
 

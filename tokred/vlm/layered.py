@@ -8,13 +8,13 @@ from typing import ClassVar
 
 import torch
 
-from tokred.core.method import Method
 from tokred.core.reduction import Reduction
 from tokred.core.site import Site, Stage
 from tokred.vlm.in_llm import LayerSite
+from tokred.vlm.method import VisualMethod
 
 
-class LayerMethod(Method):
+class LayerMethod(VisualMethod):
     """Base of methods at the stage ``layer``: visual tokens leave before some decoder layers.
 
     ``n`` is always the number of visual tokens of a sample (of the one that has most).
@@ -25,8 +25,6 @@ class LayerMethod(Method):
     """
 
     stage: ClassVar[Stage] = "layer"
-    drops: ClassVar[bool] = True
-    uneven: ClassVar[bool] = True
     visual: ClassVar[bool] = True
     lacks: ClassVar[Mapping[str, str]] = {
         "positions": (

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 from tokred.core.method import Method
+from tokred.core.report import Report
+from tokred.core.site import Stage
 
 
 class LayerTokens(NamedTuple):
@@ -23,7 +27,8 @@ class LayerTokens(NamedTuple):
     visual: tuple[int, ...]
 
 
-class VisualReport(NamedTuple):
+@dataclass(frozen=True)
+class VisualReport(Report):
     """The last prefill of a model that is patched at the stages ``projector`` or ``layer``.
 
     Attributes:
@@ -34,11 +39,17 @@ class VisualReport(NamedTuple):
         more: reports of methods of other stages (tower, cache).
     """
 
-    family: str
+    stage: ClassVar[Stage] = "layer"
+    spans: ClassVar[bool] = True
+
     methods: tuple[Method, ...]
     before: int
     layers: tuple[LayerTokens, ...]
-    more: tuple[Any, ...] = ()
+
+    @property
+    def acting(self) -> Sequence[Method]:
+        """Those of the two stages, without what acts on the tower or the cache."""
+        return tuple(m for m in self.methods if m.stage in ("projector", "layer"))
 
     @property
     def visual(self) -> float:
@@ -47,13 +58,33 @@ class VisualReport(NamedTuple):
         some = [t for t in totals if t]
         return sum(some) / len(some) / len(self.layers) if some else 0.0
 
-    def __str__(self) -> str:
-        lines = [
-            f"{', '.join(str(m) for m in self.methods)} on {self.family} (prompt of {self.before} tokens)",
-            f"{'layer':>5} {'columns':>8} {'tokens':>8} {'visual':>8}",
-        ]
+    @property
+    def title(self) -> str:
+        return f"{', '.join(str(m) for m in self.methods)} on {self.family} (prompt of {self.before} tokens)"
+
+    @property
+    def table(self) -> list[str]:
+        lines = [f"{'layer':>5} {'columns':>8} {'tokens':>8} {'visual':>8}"]
         for row in self.layers:
-            mean, seen = sum(row.tokens) / len(row.tokens), sum(row.visual) / len(row.visual)
-            lines.append(f"{row.layer:>5} {row.columns:>8} {mean:>8.1f} {seen:>8.1f}")
-        lines.append(f"visual tokens a layer: {self.visual:.1f}")
-        return "\n".join([*lines, *(str(one) for one in self.more)])
+            lines.append(f"{row.layer:>5} {row.columns:>8} {_mean(row.tokens):>8.1f} {_mean(row.visual):>8.1f}")
+        return lines
+
+    @property
+    def summary(self) -> str:
+        return f"visual tokens a layer: {self.visual:.1f}"
+
+    @property
+    def own_rows(self) -> list[dict[str, Any]]:
+        """Columns as tokens: of the whole prompt, and of those that reach the layer; visual tokens of a sample."""
+        return [
+            self.row(layer=row.layer, tokens_in=self.before, tokens_out=row.columns, visual=_mean(row.visual))
+            for row in self.layers
+        ]
+
+    @property
+    def totals(self) -> dict[str, Any]:
+        return {"before": self.before, "visual": self.visual}
+
+
+def _mean(counts: Sequence[int]) -> float:
+    return sum(counts) / len(counts)

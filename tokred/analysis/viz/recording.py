@@ -17,7 +17,7 @@ from tokred.core.soft import SoftReduction
 from tokred.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
-    from tokred.adapters.encoder.host import Host
+    from tokred.adapters.encoder.host import EncoderHost
     from tokred.adapters.encoder.state import Shared
 
 BATCH = 8
@@ -170,7 +170,7 @@ def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value).replace(" ", "")
 
 
-def check(model: nn.Module, chosen: Sequence[tuple[str, Method]]) -> Host:
+def check(model: nn.Module, chosen: Sequence[tuple[str, Method]]) -> EncoderHost:
     """What the adapter says of the model, on which all methods run.
 
     Raises:
@@ -188,7 +188,7 @@ def check(model: nn.Module, chosen: Sequence[tuple[str, Method]]) -> Host:
     return host
 
 
-def place_of(host: Host, length: int, size: tuple[int, int], grid: tuple[int, int] | None) -> tuple[int, int]:
+def place_of(host: EncoderHost, length: int, size: tuple[int, int], grid: tuple[int, int] | None) -> tuple[int, int]:
     """Rows and columns of the patches: as given, square ones over an image of ``size``, or the model's own.
 
     Raises:
@@ -237,7 +237,7 @@ def composed(steps: Sequence[Reduction], total: Reduction | None = None) -> Redu
     return total
 
 
-def _read(host: Host, shared: Shared, batch: int, count: int) -> tuple[Tensor, Tensor, Tensor, bool]:
+def _read(host: EncoderHost, shared: Shared, batch: int, count: int) -> tuple[Tensor, Tensor, Tensor, bool]:
     """Groups, tokens and multiply-adds of the last forward, a stage each."""
     shared.last()
     groups, tokens = [labels(None, host.prefix, count, batch)], [torch.full((batch,), shared.last().length)]
@@ -263,7 +263,7 @@ def _real(total: Reduction | None, batch: int) -> Tensor:
     return torch.full((batch,), total.slots) if total.mask is None else total.mask.sum(1).cpu()
 
 
-def _unpatched(host: Host, length: int) -> tuple[int, ...]:
+def _unpatched(host: EncoderHost, length: int) -> tuple[int, ...]:
     found = [0]
     for _, block in host.blocks:
         found.append(found[-1] + host.cost(block).macs(length, length, True))

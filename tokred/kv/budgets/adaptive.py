@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokred.core.schedules import check_share, kept
+from tokred.core.checks import check_share
+from tokred.core.schedules import kept
 from tokred.kv.budgets.uniform import Uniform
 from tokred.kv.parts import Budget, as_part
 from tokred.kv.select import Counts, kept_mask
@@ -40,7 +41,7 @@ class Adaptive(Budget):
     def __post_init__(self) -> None:
         check_share(self.safe, "safe", zero=True)
         layers = Uniform(self.amount) if self.layers is None else as_part(self.layers, Budget, "layers")
-        if layers.spread != "layer":
+        if layers.deferred:
             raise ValueError(f"layers must be a budget that is known at once, got {layers.name!r}")
         object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "amount", layers.amount)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tokred.core.schedules import kept
+from tokred.kv.allocators import Allocator, Grant, Judged, Streams
 from tokred.kv.parts import Budget, check_amount
 from tokred.kv.select import kept_mask
 from tokred.kv.site import CacheSite, Place
@@ -28,13 +29,17 @@ class Global(Budget):
     """
 
     name: ClassVar[str] = "global"
-    spread: ClassVar[str] = "together"
+    deferred: ClassVar[bool] = True
     headwise: ClassVar[bool] = True
 
     amount: float | int | str = 0.5
 
     def __post_init__(self) -> None:
         check_amount(self.amount)
+
+    def start(self, depth: int) -> Allocator:
+        """A :class:`Together`."""
+        return Together(self)
 
     def total(self, n: int, place: Place | None, depth: int) -> int:
         """Rows of all layers and heads together of a sample of ``n`` tokens; a share evicts ``int`` of the rest."""
@@ -69,3 +74,28 @@ class Global(Budget):
         chosen = kept_mask(score[:, None], (score > -torch.inf)[:, None], guard[:, None], count)[:, 0]
         parts = torch.split(chosen, [part.shape[1] for part in flat], 1)
         return [part.view(s.shape).sum(-1) for part, s in zip(parts, scores, strict=True)]
+
+
+class Together(Allocator):
+    """Every layer waits until all have been judged, and then their scores are compared.
+
+    Args:
+        budget: that compares them.
+    """
+
+    def __init__(self, budget: Global) -> None:
+        self.budget = budget
+
+    def after_layer(self, layer: Judged) -> Mapping[int, Grant]:
+        """Nothing yet."""
+        return {}
+
+    def after_forward(self, layers: Sequence[Judged], streams: Streams) -> Mapping[int, Grant]:
+        """Rows of every head of every layer, unless everything stays."""
+        sites, depth = [layer.site for layer in layers], len(layers)
+        rows = [tuple(self.budget.mean(n, s.place, depth) for n in self.budget.length(s)) for s in sites]
+        guards = [layer.guarded(r) for layer, r in zip(layers, rows, strict=True)]
+        counts = self.budget.together(sites, [layer.score for layer in layers], guards)
+        if counts is None:
+            return {}
+        return {s.layer: Grant(r, c) for s, r, c in zip(sites, rows, counts, strict=True)}

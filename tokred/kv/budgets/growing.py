@@ -22,7 +22,7 @@ class Growing(Budget):
     """
 
     name: ClassVar[str] = "growing"
-    unbounded: ClassVar[str] = "its budget keeps the whole prompt, and grows"
+    why_no_limit: ClassVar[str | None] = "its budget keeps the whole prompt, and grows"
 
     period: int = 1024
     ratio: int = 4

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
+from tokred.kv.allocators import Allocator, Grant, Judged, Measured
 from tokred.kv.parts import Budget, check_amount, check_count
 from tokred.kv.site import CacheSite
 
@@ -29,8 +31,8 @@ class Preference(Budget):
     """
 
     name: ClassVar[str] = "preference"
-    spread: ClassVar[str] = "cascade"
-    unbounded: ClassVar[str] = "layers that take rows over from others do so while those still hold a chunk's"
+    deferred: ClassVar[bool] = True
+    why_no_limit: ClassVar[str | None] = "layers that take rows over from others do so while those still hold a chunk's"
     reads: ClassVar[frozenset[str]] = frozenset({"q", "k"})
 
     amount: float | int | str = 0.5
@@ -49,8 +51,12 @@ class Preference(Budget):
         """The window's."""
         return self.window
 
+    def start(self, depth: int) -> Allocator:
+        """A :class:`Cascade`."""
+        return Cascade(self)
+
     def preference(self, site: CacheSite) -> list[float]:
-        """Of this layer, for each sample."""
+        """The preference of this layer, for each sample."""
         entropy, variance = self.measure(site)
         return [h ** (1 / self.tau1) * v ** (1 / self.tau2) for h, v in zip(entropy, variance, strict=True)]
 
@@ -65,7 +71,7 @@ class Preference(Budget):
         entropy, spread = both.tolist()
         return entropy, spread
 
-    def divided(self, site: CacheSite, measured: tuple[tuple[float, ...], ...]) -> tuple[int, ...]:
+    def divided(self, site: CacheSite, measured: Measured) -> tuple[int, ...]:
         """Rows of a layer, from the preferences of those so far."""
         means = [self.mean(n, site.place, site.depth) for n in self.length(site)]
         every = zip(measured, self.length(site), means, strict=True)
@@ -86,6 +92,40 @@ class Preference(Budget):
         pool, most = max(mean - self.window, 0) * depth, max(n - self.window, 0)
         shares = _clipped(preferences, pool, most)
         return tuple(min(n, self.window + s) for s in shares)
+
+
+class Cascade(Allocator):
+    """All layers so far share their budget anew whenever one more has been judged.
+
+    Args:
+        budget: measures preferences, and divides by them.
+    """
+
+    def __init__(self, budget: Preference) -> None:
+        self.budget = budget
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget preferences and layers of the forward before."""
+        self._preferences: dict[int, list[float]] = {}
+        self._sites: dict[int, CacheSite] = {}
+
+    def measure(self, site: CacheSite) -> None:
+        """Its preference, which is of the attention of its queries."""
+        self._preferences[site.layer] = self.budget.preference(site)
+
+    def after_layer(self, layer: Judged) -> Mapping[int, Grant]:
+        """This layer's rows, and fewer for those before it."""
+        site = layer.site
+        if layer.measured:
+            return {site.layer: Grant(self.budget.divided(site, layer.measured))}
+        if site.layer not in self._preferences:
+            self.measure(site)
+        self._sites[site.layer] = site.without_tensors()
+        known = [i for i in sorted(self._preferences) if i <= site.layer]
+        measured = tuple(zip(*(self._preferences[i] for i in known), strict=True))
+        rows = {i: self.budget.divided(self._sites[i], measured) for i in known}
+        return {i: Grant(r, measured=measured, final=False) for i, r in rows.items()}
 
 
 def _clipped(weights: list[float], pool: int, most: int) -> list[int]:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokred.core.schedules import check_share
+from tokred.core.checks import check_share
 from tokred.kv.parts import Budget, check_count
 from tokred.kv.select import Counts
 from tokred.kv.site import CacheSite, Place
@@ -30,7 +30,8 @@ class Split(Budget):
     """
 
     name: ClassVar[str] = "split"
-    unbounded: ClassVar[str] = "its retrieval heads keep everything"
+    headwise: ClassVar[bool] = True
+    why_no_limit: ClassVar[str | None] = "its retrieval heads keep everything"
 
     gates: tuple[tuple[float, ...], ...] | None = None
     sparsity: float = 0.5

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tokred.core.schedules import check_share
+from tokred.core.checks import check_share
+from tokred.errors import TokredError
+from tokred.kv.allocators import Allocator, Grant, Judged, Measured, Streams
 from tokred.kv.parts import Budget, check_amount, check_count
 from tokred.kv.site import CacheSite
 
@@ -27,7 +30,7 @@ class Squeeze(Budget):
     """
 
     name: ClassVar[str] = "squeeze"
-    spread: ClassVar[str] = "forward"
+    deferred: ClassVar[bool] = True
     reads: ClassVar[frozenset[str]] = frozenset({"stream"})
 
     amount: float | int | str = 0.2
@@ -41,7 +44,11 @@ class Squeeze(Budget):
         check_count(self.groups, "groups", 2)
         check_count(self.least, "least", 1)
 
-    def divided(self, site: CacheSite, measured: tuple[tuple[float, ...], ...]) -> tuple[int, ...]:
+    def start(self, depth: int) -> Allocator:
+        """A :class:`Grouped`."""
+        return Grouped(self, depth)
+
+    def divided(self, site: CacheSite, measured: Measured) -> tuple[int, ...]:
         """Rows of a layer, from the cosines of all."""
         place, depth = site.place, site.depth
         totals = [self.total(n, place, depth) for n in self.length(site)]
@@ -61,6 +68,39 @@ class Squeeze(Budget):
         low = self.factor * mean
         high = (total - few * low) / (depth - few)
         return spread_exactly([low if t else high for t in top], total, min(self.least, n), n)
+
+
+class Grouped(Allocator):
+    """Layers wait for the end of the prompt's forward, when the cosines of all are known; later they keep to it.
+
+    Args:
+        budget: groups layers, and divides.
+        depth: layers that have to measure.
+    """
+
+    def __init__(self, budget: Squeeze, depth: int) -> None:
+        self.budget = budget
+        self.depth = depth
+
+    def after_layer(self, layer: Judged) -> Mapping[int, Grant]:
+        """Rows by what was measured before; none yet where it is decided anew."""
+        site = layer.site
+        return {site.layer: Grant(self.budget.divided(site, layer.measured))} if layer.measured else {}
+
+    def after_forward(self, layers: Sequence[Judged], streams: Streams) -> Mapping[int, Grant]:
+        """One budget for the batch, from the mean over samples.
+
+        Raises:
+            TokredError: a layer has not measured its residual stream.
+        """
+        if len(streams) != self.depth:
+            raise TokredError(f"{len(streams)} of {self.depth} layers measured their residual stream")
+        cosines = tuple(float((s / n).mean()) for _, (s, n) in sorted(streams.items()))
+        grants = {}
+        for layer in layers:
+            measured = (cosines,) * layer.site.shape[0]
+            grants[layer.site.layer] = Grant(self.budget.divided(layer.site, measured), measured=measured)
+        return grants
 
 
 @functools.lru_cache(maxsize=64)

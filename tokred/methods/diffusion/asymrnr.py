@@ -7,13 +7,15 @@ from typing import ClassVar, Literal
 
 import torch
 
+from tokred.core.checks import check_count, check_ratio
+from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.selection import hash_uniform
 from tokred.core.site import Site
 from tokred.diffusion.grid import clip_destinations, match_cells, whole_cells
-from tokred.diffusion.method import AttentionMethod, check_count, check_ratio, check_sharing, removed
-from tokred.diffusion.site import Part, Place, Side
+from tokred.diffusion.method import AttentionMethod, check_sharing, removed
+from tokred.diffusion.site import Part, Side, SublayerPlace
 
 METRICS = ("distance", "cosine", "dot")
 
@@ -47,6 +49,8 @@ class AsymRnR(AttentionMethod):
 
     summary: ClassVar[str] = "fewer queries, and fewer keys and values, by plans of their own in every head"
     source: ClassVar[str] = "AsymRnR, ICML 2025 (arXiv 2412.11706)"
+    example: ClassVar[Parameters] = {"q": 0.4, "kv": 0.5, "first_full": 0}
+    nothing: ClassVar[Parameters | None] = {"q": 0, "kv": 0}
     part: ClassVar[Part] = "heads"
 
     q: float = 0.3
@@ -66,7 +70,7 @@ class AsymRnR(AttentionMethod):
         if len(self.cell) != 3:
             raise ValueError(f"cell must name frames, rows and columns, got {self.cell!r}")
         for side in self.cell:
-            check_count("cell", side)
+            check_count(side, "cell", 1)
         if self.metric not in METRICS:
             raise ValueError(f"metric is {self.metric!r}; allowed are {', '.join(map(repr, METRICS))}")
         if self.combine not in ("replace", "mean"):
@@ -90,20 +94,20 @@ class AsymRnR(AttentionMethod):
         """Nothing is left out at shares of 0."""
         return self.q == 0 and self.kv == 0
 
-    def left(self, place: Place) -> int:
+    def left(self, place: SublayerPlace) -> int:
         """The smaller of both sides."""
         return min(self.side("queries", place), self.side("keys", place))
 
-    def side(self, side: Side, place: Place) -> int:
+    def side(self, side: Side, place: SublayerPlace) -> int:
         """``N - round(ratio * N)``, at least one a cell; all where the grid is smaller than a cell."""
         r, cells = removed(place.length, self.q if side == "queries" else self.kv), self._cells(place)
         return max(place.length - r, cells) if r and cells else place.length
 
-    def _cells(self, place: Place) -> int:
+    def _cells(self, place: SublayerPlace) -> int:
         t, *cell = self.fitted(place)
         return (place.frames // t) * whole_cells(place.grid, (cell[0], cell[1]))
 
-    def fitted(self, place: Place) -> tuple[int, int, int]:
+    def fitted(self, place: SublayerPlace) -> tuple[int, int, int]:
         """The cell, cut to the frames that there are."""
         t, y, x = self.cell
         return min(t, place.frames), y, x

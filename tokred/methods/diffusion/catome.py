@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.site import Site
 from tokred.diffusion.grid import cell_destinations, match_above, whole_cells
 from tokred.diffusion.method import AttentionMethod, check_sharing
-from tokred.diffusion.site import Place, Share, Sublayer
+from tokred.diffusion.site import Share, Sublayer, SublayerPlace
 from tokred.methods.diffusion.tomesd import ToMeSD
 
 
@@ -39,7 +40,13 @@ class CAToMe(AttentionMethod):
 
     summary: ClassVar[str] = "merge a denoiser's tokens above a similarity, with pairs kept over steps"
     source: ClassVar[str] = "CA-ToMe, 2025 (arXiv 2501.00946)"
-    uneven: ClassVar[bool] = True
+    example: ClassVar[Parameters] = {
+        "threshold": -0.99,
+        "max_downsample": 8,
+        "merge_crossattn": True,
+        "merge_mlp": True,
+    }
+    nothing: ClassVar[Parameters | None] = {"threshold": 1}
 
     threshold: float = 0.9
     max_downsample: int = 1
@@ -86,7 +93,7 @@ class CAToMe(AttentionMethod):
         """How far ``max_downsample`` and ``threshold`` reach."""
         return f"max_downsample is {self.max_downsample} and threshold {self.threshold}: give a larger, a lower one"
 
-    def left(self, place: Place) -> int:
+    def left(self, place: SublayerPlace) -> int:
         """At least one token a cell: how many remain depends on the image. All where the grid is smaller than one."""
         if self.idle or place.factor > self.max_downsample:
             return place.length

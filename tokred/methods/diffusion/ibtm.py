@@ -8,14 +8,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tokred.core.checks import check_count, check_ratio, check_share
+from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.schedules import check_share
 from tokred.core.selection import ranked
 from tokred.core.site import Site
 from tokred.diffusion.grid import match_around
-from tokred.diffusion.method import AttentionMethod, check_count, check_ratio, check_sharing, removed
-from tokred.diffusion.site import AttentionSite, Place, Share, Step, Sublayer
+from tokred.diffusion.method import AttentionMethod, check_sharing, removed
+from tokred.diffusion.site import AttentionSite, Share, Step, Sublayer, SublayerPlace
 from tokred.errors import MissingInputError
 from tokred.methods.diffusion.tomesd import ToMeSD
 
@@ -49,6 +50,7 @@ class IBTM(AttentionMethod):
 
     summary: ClassVar[str] = "merge a denoiser's tokens but for those that guidance changed most"
     source: ClassVar[str] = "IBTM, ICCV 2025 (arXiv 2411.16720)"
+    example: ClassVar[Parameters] = {"ratio": 0.5, "max_downsample": 8, "merge_crossattn": True, "merge_mlp": True}
 
     ratio: float = 0.5
     pool: float = 0.5
@@ -67,7 +69,7 @@ class IBTM(AttentionMethod):
         check_ratio(self.ratio)
         check_share(self.pool, "pool")
         for name in ("sx", "sy"):
-            check_count(name, getattr(self, name))
+            check_count(getattr(self, name), name, 1)
         check_sharing(self.share, self.refresh)
         self.beginning  # noqa: B018 - the rest is checked there
 
@@ -106,7 +108,7 @@ class IBTM(AttentionMethod):
         """How far ``max_downsample`` reaches."""
         return self.beginning.advice
 
-    def left(self, place: Place) -> int:
+    def left(self, place: SublayerPlace) -> int:
         """``N - round(ratio * N)``."""
         n = place.length
         return n if place.factor > self.max_downsample else max(1, n - removed(n, self.ratio))

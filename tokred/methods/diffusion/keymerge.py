@@ -7,12 +7,14 @@ from typing import ClassVar, Literal
 
 import torch
 
+from tokred.core.checks import check_count, check_ratio
+from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.site import Site
 from tokred.diffusion.grid import cell_destinations, check_cells, match_around, match_cells, typical_tokens
-from tokred.diffusion.method import AttentionMethod, check_count, check_ratio, check_sharing
-from tokred.diffusion.site import Part, Place, Share
+from tokred.diffusion.method import AttentionMethod, check_sharing
+from tokred.diffusion.site import Part, Share, SublayerPlace
 
 CHOICES = ("typical", "first", "random")
 
@@ -46,6 +48,7 @@ class KeyMerge(AttentionMethod):
 
     summary: ClassVar[str] = "merge keys and values by similarity, weighed by their sizes; queries stay"
     source: ClassVar[str] = "tokred"
+    example: ClassVar[Parameters] = {"ratio": 0.75, "cell": 2, "max_downsample": 8}
 
     ratio: float = 0.75
     cell: int = 4
@@ -60,7 +63,7 @@ class KeyMerge(AttentionMethod):
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
         for name in ("cell", "max_downsample"):
-            check_count(name, getattr(self, name))
+            check_count(getattr(self, name), name, 1)
         if self.choice not in CHOICES:
             raise ValueError(f"choice is {self.choice!r}; allowed are {', '.join(map(repr, CHOICES))}")
         check_sharing(self.share, self.refresh, self.first_full)
@@ -90,7 +93,7 @@ class KeyMerge(AttentionMethod):
         """How far ``max_downsample`` reaches."""
         return f"max_downsample is {self.max_downsample}: give a larger one"
 
-    def left(self, place: Place) -> int:
+    def left(self, place: SublayerPlace) -> int:
         """``N`` less ``int(N * ratio)``, at least one a cell."""
         r = int(place.length * self.ratio)
         if r == 0 or self.idle or place.factor > self.max_downsample:
@@ -98,7 +101,7 @@ class KeyMerge(AttentionMethod):
         rows, columns = check_cells(place.grid, self._fitted(place))
         return max(place.length - r, rows * columns)
 
-    def _fitted(self, place: Place) -> tuple[int, int]:
+    def _fitted(self, place: SublayerPlace) -> tuple[int, int]:
         return min(self.cell, place.grid[0]), min(self.cell, place.grid[1])
 
     def reduce(self, site: Site) -> Reduction:

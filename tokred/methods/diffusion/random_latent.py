@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tokred.core.checks import check_count, check_ratio
+from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.selection import ranked
 from tokred.core.site import Site
-from tokred.diffusion.method import AttentionMethod, check_count, check_ratio, check_sharing
-from tokred.diffusion.site import Place, Share
+from tokred.diffusion.method import AttentionMethod, check_sharing
+from tokred.diffusion.site import Share, SublayerPlace
 
 
 @register("random_latent_prune")
@@ -30,7 +32,7 @@ class RandomLatentPrune(AttentionMethod):
 
     summary: ClassVar[str] = "baseline: random tokens take no part in a denoiser's self-attention"
     source: ClassVar[str] = "baseline"
-    drops: ClassVar[bool] = True
+    example: ClassVar[Parameters] = {"ratio": 0.5, "max_downsample": 8}
 
     ratio: float = 0.5
     max_downsample: int = 1
@@ -40,7 +42,7 @@ class RandomLatentPrune(AttentionMethod):
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
-        check_count("max_downsample", self.max_downsample)
+        check_count(self.max_downsample, "max_downsample", 1)
         check_sharing(self.share, self.refresh)
 
     @property
@@ -58,7 +60,7 @@ class RandomLatentPrune(AttentionMethod):
         """How far ``max_downsample`` reaches."""
         return f"max_downsample is {self.max_downsample}: give a larger one"
 
-    def left(self, place: Place) -> int:
+    def left(self, place: SublayerPlace) -> int:
         """``N`` less ``int(N * ratio)``."""
         if place.factor > self.max_downsample:
             return place.length

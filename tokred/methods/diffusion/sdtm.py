@@ -9,13 +9,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tokred.core.checks import check_count, check_ratio
+from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.selection import ranked
 from tokred.core.site import Site
 from tokred.diffusion.grid import check_cells, match_around, whole_cells
-from tokred.diffusion.method import AttentionMethod, check_count, check_ratio, check_sharing, removed
-from tokred.diffusion.site import AttentionSite, Place, Share, Step, Sublayer
+from tokred.diffusion.method import AttentionMethod, check_sharing, removed
+from tokred.diffusion.site import AttentionSite, Share, Step, Sublayer, SublayerPlace
 from tokred.kernels.similarity_rows import unit
 
 
@@ -44,6 +46,7 @@ class SDTM(AttentionMethod):
 
     summary: ClassVar[str] = "collapse windows in early steps, merge around the MLP in late ones"
     source: ClassVar[str] = "SDTM, CVPR 2025 (arXiv 2505.11707)"
+    example: ClassVar[Parameters] = {"ratio": 0.5, "max_downsample": 8}
     remembers: ClassVar[bool] = True
 
     ratio: float = 0.5
@@ -59,8 +62,8 @@ class SDTM(AttentionMethod):
         check_ratio(self.spread, "spread")
         if self.ratio + self.spread >= 1 or (self.spread > self.ratio and self.ratio > 0):
             raise ValueError(f"ratio and spread are {self.ratio} and {self.spread}; their curve must lie in [0, 1)")
-        check_count("switch", self.switch, least=0)
-        check_count("max_downsample", self.max_downsample)
+        check_count(self.switch, "switch", 0)
+        check_count(self.max_downsample, "max_downsample", 1)
         if isinstance(self.age, bool) or not isinstance(self.age, int | float) or not self.age >= 0:
             raise ValueError(f"age must be a number of at least 0, got {self.age!r}")
         check_sharing(self.share, 1)
@@ -102,7 +105,7 @@ class SDTM(AttentionMethod):
         """How far ``max_downsample`` reaches."""
         return f"max_downsample is {self.max_downsample}: give a larger one"
 
-    def left(self, place: Place) -> int:
+    def left(self, place: SublayerPlace) -> int:
         """Of the first stage, in the middle of the curve."""
         return SDTMStage(self.ratio, False, self.age, self.max_downsample).left(place)
 
@@ -141,7 +144,7 @@ class SDTMStage(AttentionMethod):
         """Attention and MLP, then the MLP alone."""
         return ("mlp",) if self.detail else ("self", "mlp")
 
-    def left(self, place: Place) -> int:
+    def left(self, place: SublayerPlace) -> int:
         """``N - round(ratio * N)``; in the first stage by whole windows, of which each loses three."""
         n = place.length
         r = removed(n, self.ratio)

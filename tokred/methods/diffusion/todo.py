@@ -8,13 +8,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from tokred.core.checks import check_count, check_share
+from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.schedules import check_share
 from tokred.core.site import Site
 from tokred.diffusion.grid import cell_destinations, kept_lines, match_cells, pool_cells
-from tokred.diffusion.method import AttentionMethod, check_count, check_sharing
-from tokred.diffusion.site import AttentionSite, Part, Place, Share, Step
+from tokred.diffusion.method import AttentionMethod, check_sharing
+from tokred.diffusion.site import AttentionSite, Part, Share, Step, SublayerPlace
 
 MODES = ("nearest", "nearest-exact", "average", "max")
 
@@ -49,6 +50,8 @@ class ToDo(AttentionMethod):
 
     summary: ClassVar[str] = "down-sample keys and values of a denoiser's self-attention on the image's grid"
     source: ClassVar[str] = "Smith et al., 2024 (arXiv 2402.13573)"
+    example: ClassVar[Parameters] = {"factors": (2, 2, 2)}
+    nothing: ClassVar[Parameters | None] = {"factors": 1}
     part: ClassVar[Part] = "kv"
     near: ClassVar[bool] = True
 
@@ -72,7 +75,7 @@ class ToDo(AttentionMethod):
         if not given:
             raise ValueError("factors must name at least one factor")
         for factor in given:
-            check_count("factors", factor)
+            check_count(factor, "factors", 1)
         object.__setattr__(self, "factors", given)
         if self.mode not in MODES:
             raise ValueError(f"mode is {self.mode!r}; allowed are {', '.join(map(repr, MODES))}")
@@ -124,12 +127,12 @@ class ToDo(AttentionMethod):
         """Which depths the factors name."""
         return f"factors are {self.factors}, finest first: name one for a coarser resolution, such as {(1, 2)}"
 
-    def factor(self, place: Place) -> int:
+    def factor(self, place: SublayerPlace) -> int:
         """The factor at a place."""
         depth = (place.factor - 1).bit_length()
         return self.factors[depth] if depth < len(self.factors) else 1
 
-    def left(self, place: Place) -> int:
+    def left(self, place: SublayerPlace) -> int:
         """``(h // f) * (w // f)``; all where the grid is smaller than the factor."""
         f = self.factor(place)
         if f > min(place.grid):
@@ -182,7 +185,7 @@ class SimilarKeys(AttentionMethod):
         """Nothing is merged at factor 1."""
         return max(self.factors) == 1
 
-    def left(self, place: Place) -> int:
+    def left(self, place: SublayerPlace) -> int:
         """As many as :class:`ToDo` leaves."""
         return ToDo(self.factors).left(place)
 

@@ -8,12 +8,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from tokred.core.checks import check_count, check_ratio
+from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.site import Site
 from tokred.core.tiles import TileReduction, facility_location, soft_shares, tile_rows, tile_similarity, tile_sizes
-from tokred.diffusion.method import AttentionMethod, check_count, check_ratio, check_sharing, removed
-from tokred.diffusion.site import AttentionSite, Place, Share, Sublayer
+from tokred.diffusion.method import AttentionMethod, check_sharing, removed
+from tokred.diffusion.site import AttentionSite, Share, Sublayer, SublayerPlace
 
 Cover = Literal["attention", "attention+mlp", "block"]
 COVERS: dict[Cover, tuple[Sublayer, ...]] = {
@@ -45,6 +47,7 @@ class ToMA(AttentionMethod):
 
     summary: ClassVar[str] = "soft merging inside tiles of the image, by two matrix products"
     source: ClassVar[str] = "ToMA, ICML 2025 (arXiv 2509.10918)"
+    example: ClassVar[Parameters] = {"ratio": 0.5, "max_downsample": 8, "tile": 4, "first_full": 0}
 
     remembers: ClassVar[bool] = True
 
@@ -61,7 +64,7 @@ class ToMA(AttentionMethod):
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
         for name in ("max_downsample", "tile", "steps_destination", "steps_plan"):
-            check_count(name, getattr(self, name))
+            check_count(getattr(self, name), name, 1)
         if self.tile > 32:
             raise ValueError(f"tile must be at most 32, got {self.tile}: every pair of a tile's tokens is compared")
         if isinstance(self.tau, bool) or not isinstance(self.tau, int | float) or not self.tau >= 0:
@@ -95,7 +98,7 @@ class ToMA(AttentionMethod):
         """How far ``max_downsample`` reaches."""
         return f"max_downsample is {self.max_downsample}: give a larger one"
 
-    def left(self, place: Place) -> int:
+    def left(self, place: SublayerPlace) -> int:
         """``round((1 - ratio) * n)`` of each tile's ``n`` tokens, at least one."""
         if self.idle or place.factor > self.max_downsample:
             return place.length

@@ -8,12 +8,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tokred.core.checks import check_count, check_ratio
+from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.site import Site
 from tokred.diffusion.grid import cell_destinations, match_cells, whole_cells
-from tokred.diffusion.method import AttentionMethod, check_count, check_ratio, check_sharing
-from tokred.diffusion.site import AttentionSite, Place, Share, Sublayer
+from tokred.diffusion.method import AttentionMethod, check_sharing
+from tokred.diffusion.site import AttentionSite, Share, Sublayer, SublayerPlace
 
 
 @register("tomesd")
@@ -40,6 +42,7 @@ class ToMeSD(AttentionMethod):
 
     summary: ClassVar[str] = "merge a denoiser's tokens around attention, a destination per cell of the image"
     source: ClassVar[str] = "Bolya and Hoffman, CVPR 2023 workshops (arXiv 2303.17604)"
+    example: ClassVar[Parameters] = {"ratio": 0.5, "max_downsample": 8, "merge_crossattn": True, "merge_mlp": True}
 
     ratio: float = 0.5
     max_downsample: int = 1
@@ -56,7 +59,7 @@ class ToMeSD(AttentionMethod):
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
         for name in ("sx", "sy"):
-            check_count(name, getattr(self, name))
+            check_count(getattr(self, name), name, 1)
         if self.max_downsample not in (1, 2, 4, 8):
             raise ValueError(f"max_downsample is {self.max_downsample!r}; allowed are 1, 2, 4, 8")
         if not self.sublayers:
@@ -88,7 +91,7 @@ class ToMeSD(AttentionMethod):
         """How far ``max_downsample`` reaches."""
         return f"max_downsample is {self.max_downsample}: give a larger one"
 
-    def left(self, place: Place) -> int:
+    def left(self, place: SublayerPlace) -> int:
         """``N`` less ``int(N * ratio)``, at least one token a cell; all where the grid is smaller than a cell."""
         r = int(place.length * self.ratio)
         if r == 0 or self.idle or place.factor > self.max_downsample:

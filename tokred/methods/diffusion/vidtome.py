@@ -8,12 +8,14 @@ from typing import ClassVar
 
 import torch
 
+from tokred.core.checks import check_count, check_ratio
+from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.site import Site
 from tokred.diffusion.grid import match_cells
-from tokred.diffusion.method import AttentionMethod, check_count, check_ratio, check_sharing
-from tokred.diffusion.site import Place, Share
+from tokred.diffusion.method import AttentionMethod, check_sharing
+from tokred.diffusion.site import Share, SublayerPlace
 
 
 @register("vidtome")
@@ -42,6 +44,7 @@ class VidToMe(AttentionMethod):
 
     summary: ClassVar[str] = "merge the tokens of a clip into those of a few of its frames"
     source: ClassVar[str] = "Li et al., VidToMe, CVPR 2024 (arXiv 2312.10656)"
+    example: ClassVar[Parameters] = {"ratio": 0.9, "max_downsample": 8, "first_full": 0}
 
     ratio: float = 0.9
     stride: int = 4
@@ -54,7 +57,7 @@ class VidToMe(AttentionMethod):
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
         for name in ("stride", "max_downsample"):
-            check_count(name, getattr(self, name))
+            check_count(getattr(self, name), name, 1)
         check_sharing(self.share, self.refresh, self.first_full)
 
     @property
@@ -79,7 +82,7 @@ class VidToMe(AttentionMethod):
             yield frames, step, frames // step
             frames //= step
 
-    def left(self, place: Place) -> int:
+    def left(self, place: SublayerPlace) -> int:
         """``N`` less ``int(ratio * sources)`` of every pass."""
         if self.idle or place.factor > self.max_downsample:
             return place.length

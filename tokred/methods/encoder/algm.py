@@ -9,21 +9,22 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from tokred.core.checks import check_choice, check_count
 from tokred.core.matching import bipartite_uneven_matching
-from tokred.core.method import Method
+from tokred.core.method import Parameters
 from tokred.core.ragged import bounds, pack, with_protected
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.selection import ranked
 from tokred.core.site import Site
+from tokred.encoder.method import BlockMethod, Place
 from tokred.errors import MissingInputError
 from tokred.kernels.similarity_rows import Windows, grid_regions, similarity_sum, unit
-from tokred.methods.encoder.tome import check_choice
 
 
 @register("algm")
 @dataclass(frozen=True)
-class ALGM(Method):
+class ALGM(BlockMethod):
     """Adaptive local-then-global merging.
 
     In ``local_block`` the grid of patches is cut into windows of ``k x k``; a window whose tokens have a mean cosine to
@@ -52,6 +53,8 @@ class ALGM(Method):
 
     summary: ClassVar[str] = "merge uniform windows early, then similar pairs anywhere, above thresholds"
     source: ClassVar[str] = "Norouzi et al., CVPR 2024 (arXiv 2406.09936)"
+    example: ClassVar[Parameters] = {"T": 0.0, "theta": 0.3}
+    nothing: ClassVar[Parameters | None] = {"T": 2, "theta": 2}
     uneven: ClassVar[bool] = True
 
     T: float = 0.88
@@ -70,12 +73,11 @@ class ALGM(Method):
                 raise ValueError(f"{name} must be a number, got {value!r}")
         for name, low in (("k", 2), ("local_block", 0), ("global_block", 1)):
             value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if not (whole and value >= low) and not (name == "global_block" and value is None):
-                raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
+            if not (name == "global_block" and value is None):
+                check_count(value, name, low)
         if self.global_block is not None and self.global_block <= self.local_block:
             raise ValueError(f"global_block must lie behind local_block {self.local_block}, got {self.global_block}")
-        check_choice("count", self.count, ("image", "batch"))
+        check_choice(self.count, "count", ("image", "batch"))
 
     @property
     def reads(self) -> frozenset[str]:
@@ -98,15 +100,15 @@ class ALGM(Method):
                 "give a smaller local_block, or global_block"
             )
 
-    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
+    def tokens(self, n: int, place: Place) -> int:
         """At most ``n``: how many merge depends on the image."""
         return n
 
-    def acts(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> bool:
+    def acts(self, n: int, place: Place) -> bool:
         """In its two blocks, where a threshold can be reached."""
-        if layer == self.local_block:
+        if place.layer == self.local_block:
             return self.T <= 1
-        return layer == self._global(depth) and (self.theta is None or self.theta <= 1)
+        return place.layer == self._global(place.depth) and (self.theta is None or self.theta <= 1)
 
     def reduce(self, site: Site) -> Reduction:
         """Windows in the first of the two blocks, pairs in the second."""

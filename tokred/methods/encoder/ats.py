@@ -9,13 +9,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokred.core.method import Method
+from tokred.core.checks import check_blocks, check_blocks_exist
+from tokred.core.method import Parameters
 from tokred.core.ragged import pack, with_protected
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.schedules import check_blocks, check_blocks_exist
 from tokred.core.site import Site
 from tokred.encoder.importance import class_value
+from tokred.encoder.method import BlockMethod, Place
 
 FEWEST = 8  # tokens that a share leaves at least, as the authors' code has it
 Number = int | float | None
@@ -23,7 +24,7 @@ Number = int | float | None
 
 @register("ats")
 @dataclass(frozen=True)
-class ATS(Method):
+class ATS(BlockMethod):
     """Adaptive token sampling.
 
     The scores (class attention times value norm) of an image's patches, in ascending order and summed up, are a
@@ -45,6 +46,7 @@ class ATS(Method):
 
     summary: ClassVar[str] = "sample tokens by the distribution of their scores, as many as the image needs"
     source: ClassVar[str] = "Fayyaz et al., ECCV 2022 (arXiv 2111.15667)"
+    nothing: ClassVar[Parameters | None] = {"blocks": ()}
     drops: ClassVar[bool] = True
     uneven: ClassVar[bool] = True
 
@@ -69,14 +71,15 @@ class ATS(Method):
             raise ValueError(f"n has {len(self.n)} entries, but the model has {depth} blocks")
         check_blocks_exist(self.blocks, depth)
 
-    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
+    def tokens(self, n: int, place: Place) -> int:
         """At most so many: the cap, and in any case one less, since no level falls on the lowest score."""
-        free = n - prefix - suffix
+        free = place.free(n)
+        layer, depth = place.layer, place.depth
         listed = depth > 1 and layer >= round(depth / 4) if self.blocks is None else layer in self.blocks
         if not listed or free < 2:
             return n
         cap = self._at(layer)
-        return prefix + suffix + min(free - 1, _levels(n if cap is None else cap, n, prefix + suffix))
+        return place.protected + min(free - 1, _levels(n if cap is None else cap, n, place.protected))
 
     def _at(self, layer: int) -> Number:
         return self.n[layer] if isinstance(self.n, tuple) else self.n  # type: ignore[return-value]

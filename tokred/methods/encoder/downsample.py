@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from tokred.core.method import Method
-from tokred.core.padding import reduce_each
+from tokred.core.checks import check_count, check_share
+from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.schedules import check_share, whole
+from tokred.core.schedules import whole
 from tokred.core.site import Site
+from tokred.encoder.method import BlockMethod, Place
+from tokred.encoder.padding import reduce_each
 
 
 @register("downsample")
 @dataclass(frozen=True)
-class Downsample(Method):
+class Downsample(BlockMethod):
     """Plain down-sampling of the patch grid in one block: patches of one cell of a coarser grid become their mean.
 
     The coarser grid has ``round(side * sqrt(keep))`` rows and columns, so the number of tokens is near ``keep``; cells
@@ -36,7 +37,9 @@ class Downsample(Method):
 
     summary: ClassVar[str] = "average neighbouring patches of the grid in one block (the plain alternative)"
     source: ClassVar[str] = "baseline"
-    example: ClassVar[Mapping[str, Any]] = {"keep": 0.5}
+    example: ClassVar[Parameters] = {"keep": 0.5}
+    nothing: ClassVar[Parameters | None] = {"keep": 1.0}
+    usual: ClassVar[Parameters] = {"keep": 0.5}
 
     keep: float = 1.0
     block: int = 0
@@ -44,8 +47,7 @@ class Downsample(Method):
 
     def __post_init__(self) -> None:
         check_share(self.keep, "keep")
-        if isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 0:
-            raise ValueError(f"block must be a non-negative integer, got {self.block!r}")
+        check_count(self.block, "block")
 
     @property
     def reads(self) -> frozenset[str]:
@@ -62,20 +64,20 @@ class Downsample(Method):
         if self.block >= depth:
             raise ValueError(f"block is {self.block}, but the model has {depth} blocks (0 to {depth - 1})")
 
-    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
+    def tokens(self, n: int, place: Place) -> int:
         """The cells of the coarser grid; exact for a square grid."""
-        if layer != self.block:
+        if place.layer != self.block:
             return n
-        side = math.isqrt(max(0, n - prefix - suffix))
-        rows, columns = self.coarse((side, side)) if side * side == n - prefix - suffix else (0, 0)
-        return prefix + rows * columns + suffix if rows else n - self._estimate(n - prefix - suffix)
+        side = math.isqrt(max(0, place.free(n)))
+        rows, columns = self.coarse((side, side)) if side * side == place.free(n) else (0, 0)
+        return place.prefix + rows * columns + place.suffix if rows else n - self._estimate(place.free(n))
 
     def _estimate(self, free: int) -> int:
         return free - max(1, round(free * self.keep)) if free else 0
 
-    def acts(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> bool:
+    def acts(self, n: int, place: Place) -> bool:
         """In its block, unless everything is kept."""
-        return layer == self.block and self.keep < 1 and n > prefix + suffix + 1
+        return place.layer == self.block and self.keep < 1 and n > place.protected + 1
 
     def coarse(self, grid: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns that are left of a grid."""

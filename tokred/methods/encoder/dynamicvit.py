@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokred.core.learned import Facts
-from tokred.core.method import Method, Where
-from tokred.core.padding import reduce_each
+from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.selection import protected_rows, ranked
 from tokred.core.site import Site
+from tokred.encoder.method import BlockMethod, Place, Where
+from tokred.encoder.padding import reduce_each
 from tokred.errors import MissingInputError
 from tokred.kernels.dispatch import without_autocast
 from tokred.learn.gates import gumbel_keep
@@ -25,7 +26,7 @@ from tokred.learn.losses import Over, ratio_loss
 
 @register("dynamicvit")
 @dataclass(frozen=True)
-class DynamicViT(Method):
+class DynamicViT(BlockMethod):
     """Dynamic token sparsification: before some blocks, a small network says of every token whether it stays.
 
     In training the decisions are drawn, all tokens stay in the sequence, and attention looks past those that were
@@ -44,6 +45,8 @@ class DynamicViT(Method):
 
     summary: ClassVar[str] = "small trained networks say before some blocks which tokens go on"
     source: ClassVar[str] = "Rao et al., NeurIPS 2021 (arXiv 2106.02034)"
+    example: ClassVar[Parameters] = {"rho": 0.6, "at": (1,)}
+    nothing: ClassVar[Parameters | None] = {"rho": 1.0}
     drops: ClassVar[bool] = True
     where: ClassVar[Where] = "end"
     by_mask: ClassVar[bool] = True
@@ -90,10 +93,9 @@ class DynamicViT(Method):
         places = self.places(depth)
         return places.index(layer + 1) if layer + 1 in places else None
 
-    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
+    def tokens(self, n: int, place: Place) -> int:
         """The share of the patches that entered the model, whose number is reckoned back from those that are left."""
-        stage = self.stage_of(layer, depth)
-        free = n - prefix - suffix
+        stage, free = self.stage_of(place.layer, place.depth), place.free(n)
         if stage is None or free <= 0:
             return n
         first = -(-free // self.rho**stage) if stage else free
@@ -103,9 +105,9 @@ class DynamicViT(Method):
         """How many of ``first`` patches are left after a stage; one at least."""
         return max(1, int(first * self.rho ** (stage + 1) + 1e-9))
 
-    def acts(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> bool:
+    def acts(self, n: int, place: Place) -> bool:
         """At each stage, unless everything is to stay."""
-        return self.rho < 1 and n > prefix + suffix + 1 and self.stage_of(layer, depth) is not None
+        return self.rho < 1 and place.free(n) > 1 and self.stage_of(place.layer, place.depth) is not None
 
     def module(self, facts: Facts) -> nn.Module:
         """A predictor for every stage."""

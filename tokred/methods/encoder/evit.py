@@ -8,18 +8,20 @@ from typing import ClassVar
 
 import torch
 
-from tokred.core.method import Method
-from tokred.core.padding import reduce_each
+from tokred.core.checks import check_blocks, check_blocks_exist, check_share
+from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.schedules import check_blocks, check_blocks_exist, check_share, is_listed, kept_ceil
+from tokred.core.schedules import is_listed, kept_ceil
 from tokred.core.selection import protected_rows, ranked
 from tokred.core.site import Site
+from tokred.encoder.method import BlockMethod, Place
+from tokred.encoder.padding import reduce_each
 
 
 @register("evit")
 @dataclass(frozen=True)
-class EViT(Method):
+class EViT(BlockMethod):
     """Expediting vision transformers via token reorganisation.
 
     Args:
@@ -33,6 +35,8 @@ class EViT(Method):
 
     summary: ClassVar[str] = "keep the patches the class token attends to, fuse the rest into one"
     source: ClassVar[str] = "Liang et al., ICLR 2022 (arXiv 2202.07800)"
+    example: ClassVar[Parameters] = {"kappa": 0.6, "blocks": (1,)}
+    nothing: ClassVar[Parameters | None] = {"kappa": 1.0}
     drops: ClassVar[bool] = True
 
     kappa: float = 0.7
@@ -53,11 +57,11 @@ class EViT(Method):
         """Every listed block must exist."""
         check_blocks_exist(self.blocks, depth)
 
-    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
+    def tokens(self, n: int, place: Place) -> int:
         """Prefix, kept patches, and the fused token where something was dropped."""
-        free = n - prefix - suffix
+        free = place.free(n)
         k = kept_ceil(free, self.kappa)
-        if not is_listed(self.blocks, layer, depth) or k >= free:
+        if not is_listed(self.blocks, place.layer, place.depth) or k >= free:
             return n
         return n - free + k + (1 if self.fuse else 0)
 

@@ -7,20 +7,21 @@ from typing import ClassVar
 
 import torch
 
+from tokred.core.checks import check_blocks, check_blocks_exist, check_count
 from tokred.core.matching import match_to
-from tokred.core.method import Method
-from tokred.core.padding import reduce_each
+from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.schedules import check_blocks, check_blocks_exist
 from tokred.core.selection import protected_rows
 from tokred.core.site import Site
-from tokred.methods.encoder.tome import Metric, check_choice, read_metric
+from tokred.encoder.method import Compared, Place
+from tokred.encoder.metric import Metric, read_metric
+from tokred.encoder.padding import reduce_each
 
 
 @register("kth")
 @dataclass(frozen=True)
-class KthMerge(Method):
+class KthMerge(Compared):
     """Cut the tokens into groups of ``k``; the last of each group receives, the others merge into the most similar one.
 
     Tokens beyond the last whole group are sources too (the authors' code loses them). Protected tokens stay (ours).
@@ -36,6 +37,8 @@ class KthMerge(Method):
 
     summary: ClassVar[str] = "every k-th token receives, the others merge (ToMe's baseline)"
     source: ClassVar[str] = "Bolya et al., ICLR 2023, released code"
+    example: ClassVar[Parameters] = {"k": 2}
+    nothing: ClassVar[Parameters | None] = {"k": 1}
 
     k: int = 2
     prop_attn: bool = True
@@ -43,29 +46,18 @@ class KthMerge(Method):
     blocks: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
-            raise ValueError(f"k must be a positive integer, got {self.k!r}")
-        check_choice("metric", self.metric, ("k", "q", "v", "x"))
+        super().__post_init__()
+        check_count(self.k, "k", 1)
         object.__setattr__(self, "blocks", (0,) if self.blocks is None else check_blocks(self.blocks))
-
-    @property
-    def reads(self) -> frozenset[str]:
-        """The tokens, and what is compared."""
-        return frozenset({"x", self.metric})
-
-    @property
-    def proportional(self) -> bool:
-        """As ``prop_attn`` says."""
-        return self.prop_attn
 
     def check(self, depth: int) -> None:
         """Every listed block must exist."""
         check_blocks_exist(self.blocks, depth)
 
-    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
+    def tokens(self, n: int, place: Place) -> int:
         """One token a whole group, and the protected ones."""
-        free = n - prefix - suffix
-        if layer not in (self.blocks or ()) or free < self.k:
+        free = place.free(n)
+        if place.layer not in (self.blocks or ()) or free < self.k:
             return n
         return n - free + free // self.k
 

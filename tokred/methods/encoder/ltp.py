@@ -10,13 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokred.core.checks import check_count
 from tokred.core.learned import Facts
-from tokred.core.method import Method
+from tokred.core.method import Parameters
 from tokred.core.ragged import pack, with_protected
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.selection import ranked
 from tokred.core.site import Site
+from tokred.encoder.method import BlockMethod, Place
 from tokred.errors import MissingInputError
 
 FLOOR = 1e-5  # the smallest threshold that takes effect
@@ -24,7 +26,7 @@ FLOOR = 1e-5  # the smallest threshold that takes effect
 
 @register("ltp")
 @dataclass(frozen=True)
-class LTP(Method):
+class LTP(BlockMethod):
     """Learned token pruning: a token stays while its mean attention reaches the layer's threshold.
 
     A token's score is the attention that it receives, averaged over heads and over the queries that are still there, so
@@ -52,6 +54,8 @@ class LTP(Method):
 
     summary: ClassVar[str] = "keep what is attended to above a learned threshold, as many as the text needs"
     source: ClassVar[str] = "Kim et al., KDD 2022 (arXiv 2107.00910)"
+    example: ClassVar[Parameters] = {"theta_final": 0.3}
+    nothing: ClassVar[Parameters | None] = {"theta_final": 0.0}
     drops: ClassVar[bool] = True
     uneven: ClassVar[bool] = True
     by_mask: ClassVar[bool] = True
@@ -75,8 +79,8 @@ class LTP(Method):
             object.__setattr__(self, "thresholds", tuple(float(t) for t in given))
         for name, least in (("padded", 1), ("min_keep", 1)):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+            if value is not None:
+                check_count(value, name, least)
 
         if not isinstance(self.learn, bool):
             raise ValueError(f"learn must be True or False, got {self.learn!r}")
@@ -102,13 +106,13 @@ class LTP(Method):
             return self.thresholds[layer]
         return base_threshold(self.theta_final, layer, depth)
 
-    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
+    def tokens(self, n: int, place: Place) -> int:
         """At most all of them: the count depends on the sample."""
         return n
 
-    def acts(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> bool:
+    def acts(self, n: int, place: Place) -> bool:
         """Where there is a threshold, and more tokens than stay in any case."""
-        return self.theta(layer, depth) > 0 and n > self._least(prefix + suffix)
+        return self.theta(place.layer, place.depth) > 0 and n > self._least(place.protected)
 
     def _least(self, protected: int) -> int:
         """Tokens that stay in any case."""

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from tokred.core.checks import check_choice, check_count
 from tokred.core.matching import bipartite_soft_matching, bipartite_uneven_matching, match_to
-from tokred.core.method import Method
+from tokred.core.method import Parameters
 from tokred.core.ragged import pack, with_protected
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.schedules import kept
 from tokred.core.selection import protected_rows, ranked
 from tokred.core.site import Site
+from tokred.encoder.method import Compared, Place
+from tokred.encoder.metric import Metric, read_metric
 from tokred.kernels.similarity_rows import best_match, similarity_sum
-from tokred.methods.encoder.tome import Metric, check_choice, read_metric
 
 Form = Literal["plain", "bsm", "bsm-plain", "plain-bsm", "tome-plain", "halves"]
 FORMS = ("plain", "bsm", "bsm-plain", "plain-bsm", "tome-plain", "halves")
@@ -43,7 +44,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @register("pitome")
 @dataclass(frozen=True)
-class PiToMe(Method):
+class PiToMe(Compared):
     """Spectrum-preserving token merging.
 
     Args:
@@ -69,7 +70,9 @@ class PiToMe(Method):
 
     summary: ClassVar[str] = "merge tokens of crowded neighbourhoods (high energy), protect isolated ones"
     source: ClassVar[str] = "Tran et al., NeurIPS 2024 (arXiv 2405.16148)"
-    example: ClassVar[Mapping[str, Any]] = {"ratio": 0.9}
+    example: ClassVar[Parameters] = {"ratio": 0.8}
+    nothing: ClassVar[Parameters | None] = {"ratio": 1.0}
+    usual: ClassVar[Parameters] = {"ratio": 0.9}
 
     ratio: float = 1.0
     margin: float = 0.9
@@ -85,6 +88,7 @@ class PiToMe(Method):
     size_weighted: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float) or not 0 < self.ratio <= 1:
             raise ValueError(f"ratio is the kept share and must lie in (0, 1], got {self.ratio!r}")
         if not -1 <= self.margin <= 1:
@@ -97,15 +101,12 @@ class PiToMe(Method):
             raise ValueError("margin must be below 1 with the gaussian energy, whose width is 1 - margin")
         for name in ("start", "stop", "turn"):
             value = getattr(self, name)
-            if not (value is None and name != "start") and (
-                isinstance(value, bool) or not isinstance(value, int) or value < 0
-            ):
-                raise ValueError(f"{name} must be a non-negative integer, got {value!r}")
+            if not (value is None and name != "start"):
+                check_count(value, name)
         if self.stop is not None and self.start >= self.stop:
             raise ValueError(f"start must lie before stop, got start={self.start} and stop={self.stop}")
-        check_choice("form", self.form, FORMS)
-        check_choice("energy", self.energy, ("elu", "gaussian"))
-        check_choice("metric", self.metric, ("k", "q", "v", "x"))
+        check_choice(self.form, "form", FORMS)
+        check_choice(self.energy, "energy", ("elu", "gaussian"))
 
     @classmethod
     def preset(cls, host: str, ratio: float, **changes: Any) -> PiToMe:
@@ -120,28 +121,18 @@ class PiToMe(Method):
         Raises:
             ValueError: no such host, or a parameter does not fit.
         """
-        check_choice("host", host, tuple(PRESETS))
+        check_choice(host, "host", tuple(PRESETS))
         return cls(**{**PRESETS[host], "ratio": ratio, **changes})
-
-    @property
-    def reads(self) -> frozenset[str]:
-        """The tokens, and what is compared."""
-        return frozenset({"x", self.metric})
-
-    @property
-    def proportional(self) -> bool:
-        """As ``prop_attn`` says."""
-        return self.prop_attn
 
     def check(self, depth: int) -> None:
         """The first block must exist."""
         if self.start >= depth:
             raise ValueError(f"start is {self.start}, but the model has {depth} blocks (0 to {depth - 1})")
 
-    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
+    def tokens(self, n: int, place: Place) -> int:
         """``n`` less ``floor(T - T * ratio)`` of the ``T`` unprotected ones."""
-        acts = self.start <= layer and (self.stop is None or layer < self.stop)
-        return n - self._removed(n - prefix - suffix) if acts else n
+        acts = self.start <= place.layer and (self.stop is None or place.layer < self.stop)
+        return n - self._removed(place.free(n)) if acts else n
 
     def _removed(self, free: int) -> int:
         return min(kept(free, 1 - self.ratio), free // 2)

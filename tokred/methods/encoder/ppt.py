@@ -8,16 +8,18 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from tokred.core.checks import check_blocks, check_blocks_exist, check_choice
 from tokred.core.matching import bipartite_soft_matching, mergeable, without_padding
-from tokred.core.method import Method
-from tokred.core.padding import reduce_each
+from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.schedules import ScheduleLike, check_blocks, check_blocks_exist, is_listed, schedule
+from tokred.core.schedules import ScheduleLike, is_listed, schedule
 from tokred.core.selection import protected_rows, ranked
 from tokred.core.site import Site
 from tokred.encoder.importance import class_value
-from tokred.methods.encoder.tome import Metric, check_choice, read_metric
+from tokred.encoder.method import BlockMethod, Place
+from tokred.encoder.metric import METRICS, Metric, read_metric
+from tokred.encoder.padding import reduce_each
 
 THRESHOLD = 7e-5
 # The same switch for any number of tokens: the published one was set at 196 patches.
@@ -26,7 +28,7 @@ RELATIVE_THRESHOLD = 196**2 * THRESHOLD
 
 @register("ppt")
 @dataclass(frozen=True)
-class PPT(Method):
+class PPT(BlockMethod):
     """Token pruning and pooling.
 
     Patches are scored by class attention times value norm. Where the scores of an image spread widely the ranking can
@@ -54,6 +56,8 @@ class PPT(Method):
 
     summary: ClassVar[str] = "per image, prune unimportant tokens or merge similar ones"
     source: ClassVar[str] = "Wu et al., 2023 (arXiv 2310.01812)"
+    example: ClassVar[Parameters] = {"r": 4}
+    nothing: ClassVar[Parameters | None] = {"r": 0}
     drops: ClassVar[bool] = True
 
     r: ScheduleLike = 50
@@ -71,8 +75,8 @@ class PPT(Method):
         number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)
         if self.threshold is not None and not (number and self.threshold >= 0):
             raise ValueError(f"threshold must be a number of at least 0, or None, got {self.threshold!r}")
-        check_choice("route", self.route, ("image", "batch"))
-        check_choice("metric", self.metric, ("k", "q", "v", "x"))
+        check_choice(self.route, "route", ("image", "batch"))
+        check_choice(self.metric, "metric", METRICS)
 
     @property
     def reads(self) -> frozenset[str]:
@@ -89,11 +93,11 @@ class PPT(Method):
         schedule(self.r).check(depth)
         check_blocks_exist(self.blocks, depth)
 
-    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
+    def tokens(self, n: int, place: Place) -> int:
         """``n`` less this layer's ``r``, capped, in a listed block."""
-        if not is_listed(self.blocks, layer, depth):
+        if not is_listed(self.blocks, place.layer, place.depth):
             return n
-        return n - min(schedule(self.r).at(layer, depth), mergeable(n, prefix, suffix))
+        return n - min(schedule(self.r).at(place.layer, place.depth), mergeable(n, place.prefix, place.suffix))
 
     def reduce(self, site: Site) -> Reduction:
         """Score the patches, make both plans, choose one for each image."""

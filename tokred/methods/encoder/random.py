@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
-from tokred.core.matching import match_to, mergeable
-from tokred.core.method import Method
-from tokred.core.padding import reduce_each
+from tokred.core.matching import match_to
+from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.schedules import ScheduleLike, schedule
 from tokred.core.selection import protected_rows, random_order
 from tokred.core.site import Site
-from tokred.methods.encoder.tome import Metric, check_choice, read_metric
+from tokred.encoder.method import Compared, Place, Scheduled
+from tokred.encoder.metric import Metric, read_metric
+from tokred.encoder.padding import reduce_each
 
 
 @register("random")
 @dataclass(frozen=True)
-class RandomMerge(Method):
+class RandomMerge(Compared, Scheduled):
     """``r`` random tokens merge into their most similar token among the rest.
 
     Random numbers are a function of (seed, layer, position): the same at every call and for every sample of a batch.
@@ -37,41 +36,18 @@ class RandomMerge(Method):
 
     summary: ClassVar[str] = "r random tokens merge into their most similar one (ToMe's baseline)"
     source: ClassVar[str] = "Bolya et al., ICLR 2023, released code"
-    example: ClassVar[Mapping[str, Any]] = {"r": 8}
+    example: ClassVar[Parameters] = {"r": 3}
 
-    r: ScheduleLike = 0
     seed: int = 0
     prop_attn: bool = True
     metric: Metric = "k"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "r", schedule(self.r))
-        check_choice("metric", self.metric, ("k", "q", "v", "x"))
-
-    @property
-    def reads(self) -> frozenset[str]:
-        """The tokens, and what is compared."""
-        return frozenset({"x", self.metric})
-
-    @property
-    def proportional(self) -> bool:
-        """As ``prop_attn`` says."""
-        return self.prop_attn
-
-    def check(self, depth: int) -> None:
-        """A list may not be longer than the model is deep."""
-        schedule(self.r).check(depth)
-
-    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
-        """``n`` less this layer's ``r``, capped as ToMe's."""
-        return n - min(schedule(self.r).at(layer, depth), mergeable(n, prefix, suffix))
 
     def reduce(self, site: Site) -> Reduction:
         """Merge the first ``r`` tokens of a random order."""
         if site.mask is not None:
             return reduce_each(self, site, always=True)
         b, n = site.shape
-        r = n - self.tokens(n, layer=site.layer, depth=site.depth, prefix=site.prefix, suffix=site.suffix)
+        r = n - self.tokens(n, Place.of(site))
         if r == 0:
             return Reduction.identity((b,), n, site.device)
         free = n - site.prefix - site.suffix
@@ -82,7 +58,7 @@ class RandomMerge(Method):
 
 @register("random_prune")
 @dataclass(frozen=True)
-class RandomPrune(Method):
+class RandomPrune(Scheduled):
     """Drop ``r`` random tokens per block; what any selection has to beat.
 
     Args:
@@ -92,29 +68,21 @@ class RandomPrune(Method):
 
     summary: ClassVar[str] = "drop r random tokens in every block (the floor)"
     source: ClassVar[str] = "baseline"
-    example: ClassVar[Mapping[str, Any]] = {"r": 8}
+    example: ClassVar[Parameters] = {"r": 3}
     drops: ClassVar[bool] = True
 
-    r: ScheduleLike = 0
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "r", schedule(self.r))
-
-    def check(self, depth: int) -> None:
-        """A list may not be longer than the model is deep."""
-        schedule(self.r).check(depth)
-
-    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
-        """``n`` less this layer's ``r``; one unprotected token always stays."""
-        return n - min(schedule(self.r).at(layer, depth), max(0, n - prefix - suffix - 1))
+    def most(self, n: int, place: Place) -> int:
+        """All but one of the unprotected tokens."""
+        return max(0, place.free(n) - 1)
 
     def reduce(self, site: Site) -> Reduction:
         """Keep the tokens of a random choice, in their order."""
         if site.mask is not None:
             return reduce_each(self, site, always=True)
         b, n = site.shape
-        kept = self.tokens(n, layer=site.layer, depth=site.depth, prefix=site.prefix, suffix=site.suffix)
+        kept = self.tokens(n, Place.of(site))
         free = n - site.prefix - site.suffix
         order = random_order(b, free, self.seed, site.layer, site.step, site.device)[:, : free - (n - kept)]
         lead, tail = protected_rows(b, n, site.prefix, site.suffix, site.device)

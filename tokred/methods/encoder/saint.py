@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
@@ -10,15 +9,16 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from tokred.core.method import Method
+from tokred.core.checks import check_blocks, check_blocks_exist, check_choice, check_count, check_number
+from tokred.core.method import Parameters
 from tokred.core.ragged import bounds, pack, with_protected
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.schedules import check_blocks, check_blocks_exist
 from tokred.core.selection import ranked
 from tokred.core.site import Site
+from tokred.encoder.method import BlockMethod, Place
+from tokred.encoder.metric import head_mean
 from tokred.kernels.similarity_rows import best_match, similarity_count, similarity_sum, unit
-from tokred.methods.encoder.tome import check_choice, head_mean
 
 
 class Redundancy(NamedTuple):
@@ -35,7 +35,7 @@ class Redundancy(NamedTuple):
 
 @register("saint")
 @dataclass(frozen=True)
-class SAINT(Method):
+class SAINT(BlockMethod):
     """Similarity-aware token pruning, for vision transformers.
 
     ``form="graph"``: unprotected tokens at even places are sources, those at odd places destinations; a source and a
@@ -68,6 +68,8 @@ class SAINT(Method):
 
     summary: ClassVar[str] = "drop tokens with many near-copies, as many as each image has"
     source: ClassVar[str] = "Jeddi et al., 2025 (arXiv 2503.11549)"
+    example: ClassVar[Parameters] = {"tau": 0.35, "K": 3}
+    nothing: ClassVar[Parameters | None] = {"tau": 1.5}
     drops: ClassVar[bool] = True
     uneven: ClassVar[bool] = True
 
@@ -85,20 +87,20 @@ class SAINT(Method):
 
     def __post_init__(self) -> None:
         if isinstance(self.tau, list | tuple):
-            listed = tuple(None if t is None else _number(t, f"tau[{i}]") for i, t in enumerate(self.tau))
+            listed = tuple(None if t is None else check_number(t, f"tau[{i}]") for i, t in enumerate(self.tau))
             object.__setattr__(self, "tau", listed)
             if self.blocks is not None:
                 raise ValueError("blocks goes with a single tau; a list of tau says which blocks prune")
         else:
-            _number(self.tau, "tau")
-        if not _number(self.gamma, "gamma") > 0:
+            check_number(self.tau, "tau")
+        if not check_number(self.gamma, "gamma") > 0:
             raise ValueError(f"gamma must be positive, got {self.gamma!r}")
         for name, low in (("K", 1), ("M", 1), ("q", 1), ("min_tokens", 0), ("max_r", 0)):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
-                raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
-        check_choice("form", self.form, ("graph", "full"))
-        check_choice("count", self.count, ("image", "batch"))
+            if not (name == "max_r" and value is None):
+                check_count(value, name, low)
+        check_choice(self.form, "form", ("graph", "full"))
+        check_choice(self.count, "count", ("image", "batch"))
         object.__setattr__(self, "blocks", check_blocks(self.blocks))
 
     @property
@@ -112,18 +114,18 @@ class SAINT(Method):
         if isinstance(self.tau, tuple) and len(self.tau) > depth:
             raise ValueError(f"tau has {len(self.tau)} entries, but the model has {depth} blocks")
 
-    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
+    def tokens(self, n: int, place: Place) -> int:
         """``M`` in the full form; else at most ``n``: how many go depends on the image."""
-        if self.form == "graph" or not self._listed(layer, depth):
+        if self.form == "graph" or not self._listed(place.layer, place.depth):
             return n
-        return n - (n - prefix - suffix) + min(n - prefix - suffix, self._target(prefix, suffix))
+        return place.protected + min(place.free(n), self._target(place.prefix, place.suffix))
 
-    def acts(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> bool:
+    def acts(self, n: int, place: Place) -> bool:
         """In the listed blocks, where there are sources and destinations, and a cosine can reach the threshold."""
         if self.form == "full":
-            return super().acts(n, layer=layer, depth=depth, prefix=prefix, suffix=suffix)
-        tau = self._tau(layer) if self._listed(layer, depth) else None
-        return tau is not None and tau <= 1 and self.max_r != 0 and n - prefix - suffix > max(1, self.min_tokens)
+            return super().acts(n, place)
+        tau = self._tau(place.layer) if self._listed(place.layer, place.depth) else None
+        return tau is not None and tau <= 1 and self.max_r != 0 and place.free(n) > max(1, self.min_tokens)
 
     def reduce(self, site: Site) -> Reduction:
         """Drop the most redundant tokens."""
@@ -254,9 +256,3 @@ def degree_sums(a: Tensor, b: Tensor, real: Tensor | None = None) -> Tensor:
     rows = unit(b) if real is None else unit(b) * real.unsqueeze(-1)
     total = rows.sum(1, keepdim=True)
     return similarity_sum(unit(a), total, function="identity", metric="dot").float()
-
-
-def _number(value: object, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
-    return float(value)

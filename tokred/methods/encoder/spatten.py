@@ -10,12 +10,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokred.core.method import Method, Where
+from tokred.core.checks import check_count, check_share, is_count
+from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.schedules import check_share, kept_ceil, whole
+from tokred.core.schedules import kept_ceil, whole
 from tokred.core.selection import highest, protected_rows, ranked
 from tokred.core.site import Site
+from tokred.encoder.method import BlockMethod, Place, Where
 
 RECEIVED, ANSWERED = "spatten_received", "spatten_answered"
 LEAST = 0.01  # the smallest share of tokens that a layer keeps
@@ -23,7 +25,7 @@ LEAST = 0.01  # the smallest share of tokens that a layer keeps
 
 @register("spatten")
 @dataclass(frozen=True)
-class SpAtten(Method):
+class SpAtten(BlockMethod):
     """Cascade token and head pruning.
 
     A token's importance is the attention that it has received in all layers so far, summed over heads and queries; a
@@ -45,6 +47,8 @@ class SpAtten(Method):
 
     summary: ClassVar[str] = "keep what has been attended to most over all layers so far, tokens and heads"
     source: ClassVar[str] = "Wang et al., HPCA 2021 (arXiv 2012.09852)"
+    example: ClassVar[Parameters] = {"keep": 0.5, "first": 0}
+    nothing: ClassVar[Parameters | None] = {"keep": 1.0}
     drops: ClassVar[bool] = True
     where: ClassVar[Where] = "end"
     uneven: ClassVar[bool] = True
@@ -56,10 +60,8 @@ class SpAtten(Method):
 
     def __post_init__(self) -> None:
         check_share(self.keep, "keep (the share of tokens that stays)")
-        if self.first is not None and (
-            isinstance(self.first, bool) or not isinstance(self.first, int) or self.first < 0
-        ):
-            raise ValueError(f"first must be a whole number of layers, got {self.first!r}")
+        if self.first is not None:
+            check_count(self.first, "first")
         if isinstance(self.heads, list | tuple):
             object.__setattr__(self, "heads", tuple(self.heads))
         _check_heads(self.heads)
@@ -89,13 +91,13 @@ class SpAtten(Method):
         final = number if isinstance(number, float) else min(1.0, number / heads)
         return max(1, kept_ceil(heads, keep_share(final, self.first, layer, depth)))
 
-    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
+    def tokens(self, n: int, place: Place) -> int:
         """At most so many; exact until something has gone, since ``n`` does not say from how many it came."""
-        before = 1.0 if layer == 0 else self.share(layer - 1, depth)
+        before = 1.0 if place.layer == 0 else self.share(place.layer - 1, place.depth)
         first = math.floor(round(n / before, 9))
-        return min(n, _count(first, self.share(layer, depth), prefix + suffix))
+        return min(n, _count(first, self.share(place.layer, place.depth), place.protected))
 
-    def acts(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> bool:
+    def acts(self, n: int, place: Place) -> bool:
         """In every layer, which all add to the importance, if anything is pruned at all."""
         return self.keep < 1 or self.heads not in (None, 1.0)
 
@@ -188,7 +190,7 @@ def _check_heads(heads: object) -> None:
         check_share(heads, "heads (as a share)")
         return
     listed = heads if isinstance(heads, tuple) else (heads,)
-    if not listed or any(isinstance(h, bool) or not isinstance(h, int) or h < 1 for h in listed):
+    if not listed or not all(is_count(h, 1) for h in listed):
         raise ValueError(f"heads must be None, a share (a float) in (0, 1], or numbers of at least 1, got {heads!r}")
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
+from tokred.core.checks import check_choice
 from tokred.core.matching import raster_order
-from tokred.core.padding import reduce_each
+from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.schedules import ScheduleLike
 from tokred.core.site import Site
-from tokred.methods.encoder.tome import ToMe, check_choice
+from tokred.encoder.padding import reduce_each
+from tokred.methods.encoder.tome import ToMe
 
 
 @register("tinychart")
@@ -36,14 +37,15 @@ class TinyChart(ToMe):
 
     summary: ClassVar[str] = "ToMe with a constant r for charts of high resolution, in merge or raster order"
     source: ClassVar[str] = "Zhang et al., EMNLP 2024 (arXiv 2404.16635)"
-    example: ClassVar[Mapping[str, Any]] = {}
+    example: ClassVar[Parameters] = {"r": 4, "order": "raster"}
+    usual: ClassVar[Parameters] = {}
 
     r: ScheduleLike = 84
     order: Literal["merge", "raster"] = "merge"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("order", self.order, ("merge", "raster"))
+        check_choice(self.order, "order", ("merge", "raster"))
 
     def reduce(self, site: Site) -> Reduction:
         """Match by parity, merge the most similar pairs, order."""

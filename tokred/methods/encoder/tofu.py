@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from tokred.core.matching import bipartite_soft_matching, mergeable
-from tokred.core.method import Method
-from tokred.core.padding import reduce_each
+from tokred.core.checks import check_choice
+from tokred.core.matching import bipartite_soft_matching
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.schedules import ScheduleLike, schedule
+from tokred.core.schedules import schedule
 from tokred.core.site import Site
-from tokred.methods.encoder.tome import Metric, check_choice, read_metric
+from tokred.encoder.method import Compared, Scheduled
+from tokred.encoder.metric import Metric, read_metric
+from tokred.encoder.padding import reduce_each
 
 
 @register("tofu")
 @dataclass(frozen=True)
-class ToFu(Method):
+class ToFu(Compared, Scheduled):
     """Token Fusion.
 
     An average of inputs is only safe where the layer that takes it is close to linear, and early MLPs are not. So early
@@ -49,9 +50,7 @@ class ToFu(Method):
 
     summary: ClassVar[str] = "prune early, merge late with the length of vectors kept, on ToMe's matching"
     source: ClassVar[str] = "Kim et al., WACV 2024 (arXiv 2312.01026)"
-    example: ClassVar[Mapping[str, Any]] = {"r": 8}
 
-    r: ScheduleLike = 0
     switch: int | None = None
     mode: Literal["mlerp", "mean"] = "mlerp"
     by_size: bool = False
@@ -60,32 +59,17 @@ class ToFu(Method):
     metric: Metric = "k"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "r", schedule(self.r))
+        super().__post_init__()
         whole = isinstance(self.switch, int) and not isinstance(self.switch, bool)
         if self.switch is not None and not (whole and self.switch >= 0):
             raise ValueError(f"switch must be a non-negative integer or None, got {self.switch!r}")
-        check_choice("mode", self.mode, ("mlerp", "mean"))
-        check_choice("metric", self.metric, ("k", "q", "v", "x"))
-
-    @property
-    def reads(self) -> frozenset[str]:
-        """The tokens, and what is compared."""
-        return frozenset({"x", self.metric})
-
-    @property
-    def proportional(self) -> bool:
-        """As ``prop_attn`` says."""
-        return self.prop_attn
+        check_choice(self.mode, "mode", ("mlerp", "mean"))
 
     def check(self, depth: int) -> None:
         """A list may not be longer than the model is deep, nor the switch lie behind its end."""
         schedule(self.r).check(depth)
         if self.switch is not None and self.switch > depth:
             raise ValueError(f"switch is {self.switch}, but the model has {depth} blocks")
-
-    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
-        """``n`` less this layer's ``r``, capped as ToMe's."""
-        return n - min(schedule(self.r).at(layer, depth), mergeable(n, prefix, suffix))
 
     def reduce(self, site: Site) -> Reduction:
         """ToMe's pairs; what becomes of the sources depends on the depth."""

@@ -7,18 +7,20 @@ from typing import ClassVar
 
 import torch
 
-from tokred.core.method import Method
+from tokred.core.checks import check_blocks, check_blocks_exist, check_share
+from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.schedules import check_blocks, check_blocks_exist, check_share, is_listed, kept_ceil
+from tokred.core.schedules import is_listed, kept_ceil
 from tokred.core.selection import highest, protected_rows
 from tokred.core.site import Site
 from tokred.encoder.importance import tokentm_score
+from tokred.encoder.method import BlockMethod, Place
 
 
 @register("tokentm")
 @dataclass(frozen=True)
-class TokenTMPrune(Method):
+class TokenTMPrune(BlockMethod):
     """Keep the patches whose class attention times transformation weight is highest.
 
     The paper explains what a model looked at; to prune by its weights, layer by layer and without the roll-out through
@@ -35,6 +37,8 @@ class TokenTMPrune(Method):
 
     summary: ClassVar[str] = "keep the patches with the highest class attention times token transformation"
     source: ClassVar[str] = "Wu et al., CVPR 2024 (arXiv 2403.14552); its use for pruning is ours"
+    example: ClassVar[Parameters] = {"keep": 0.6, "blocks": (1,)}
+    nothing: ClassVar[Parameters | None] = {"keep": 1.0}
     drops: ClassVar[bool] = True
 
     keep: float = 0.7
@@ -57,10 +61,10 @@ class TokenTMPrune(Method):
         """Every listed block must exist."""
         check_blocks_exist(self.blocks, depth)
 
-    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
+    def tokens(self, n: int, place: Place) -> int:
         """Protected tokens, and ``ceil(keep * T)`` of the ``T`` patches."""
-        free = n - prefix - suffix
-        return n - free + kept_ceil(free, self.keep) if is_listed(self.blocks, layer, depth) else n
+        free = place.free(n)
+        return n - free + kept_ceil(free, self.keep) if is_listed(self.blocks, place.layer, place.depth) else n
 
     def reduce(self, site: Site) -> Reduction:
         """Score, keep the highest in their order."""

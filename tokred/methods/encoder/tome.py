@@ -2,47 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from torch import Tensor
-
-from tokred.core.matching import bipartite_soft_matching, mergeable
-from tokred.core.method import Method
-from tokred.core.padding import reduce_each
+from tokred.core.checks import check_choice
+from tokred.core.matching import bipartite_soft_matching
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.schedules import ScheduleLike, schedule
-from tokred.core.schedules import check_choice as check_choice
+from tokred.core.schedules import schedule
 from tokred.core.site import Site
-from tokred.kernels.dispatch import accumulator_dtype
-
-Metric = Literal["k", "q", "v", "x"]
-
-
-def head_mean(t: Tensor) -> Tensor:
-    """``(B, H, N, D)`` to the mean over heads ``(B, N, D)`` in the type of the sums, which half precision would round
-    to other choices; ``(B, N, C)`` as it is."""
-    if t.ndim != 4:
-        return t
-    dtype, heads = accumulator_dtype(t.dtype), t.shape[1]
-    if heads % 2:
-        return t.to(dtype).mean(1)
-    # A sum over a strided dimension is not vectorised on a CPU, an addition is: half of the work goes there.
-    half = t[:, : heads // 2].to(dtype) + t[:, heads // 2 :]
-    return half.sum(1) / heads
-
-
-def read_metric(site: Site, metric: Metric) -> Tensor:
-    """The vectors that are compared, ``(B, N, D)``."""
-    found: Tensor = getattr(site, metric)
-    return head_mean(found)
+from tokred.encoder.method import Compared, Scheduled
+from tokred.encoder.metric import Metric, read_metric
+from tokred.encoder.padding import reduce_each
 
 
 @register("tome")
 @dataclass(frozen=True)
-class ToMe(Method):
+class ToMe(Compared, Scheduled):
     """Token Merging.
 
     Args:
@@ -59,37 +35,16 @@ class ToMe(Method):
 
     summary: ClassVar[str] = "merge the r most similar token pairs in every block"
     source: ClassVar[str] = "Bolya et al., ICLR 2023 (arXiv 2210.09461)"
-    example: ClassVar[Mapping[str, Any]] = {"r": 8}
 
-    r: ScheduleLike = 0
     prop_attn: bool = True
     metric: Metric = "k"
     split: Literal["alternate", "sequential"] = "alternate"
     mode: Literal["mean", "max", "mlerp", "keep"] = "mean"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "r", schedule(self.r))
-        check_choice("metric", self.metric, ("k", "q", "v", "x"))
-        check_choice("split", self.split, ("alternate", "sequential"))
-        check_choice("mode", self.mode, ("mean", "max", "mlerp", "keep"))
-
-    @property
-    def reads(self) -> frozenset[str]:
-        """The tokens, and what is compared."""
-        return frozenset({"x", self.metric})
-
-    @property
-    def proportional(self) -> bool:
-        """As ``prop_attn`` says."""
-        return self.prop_attn
-
-    def check(self, depth: int) -> None:
-        """A list may not be longer than the model is deep."""
-        schedule(self.r).check(depth)
-
-    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
-        """``n`` less this layer's ``r``, capped."""
-        return n - min(schedule(self.r).at(layer, depth), mergeable(n, prefix, suffix))
+        super().__post_init__()
+        check_choice(self.split, "split", ("alternate", "sequential"))
+        check_choice(self.mode, "mode", ("mean", "max", "mlerp", "keep"))
 
     def reduce(self, site: Site) -> Reduction:
         """Match by parity and merge the most similar pairs."""

@@ -9,16 +9,18 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tokred.core.method import Method, Where
+from tokred.core.checks import check_choice
+from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.schedules import kept
 from tokred.core.selection import protected_rows, ranked
 from tokred.core.site import Site
 from tokred.core.soft import SoftReduction
+from tokred.encoder.method import BlockMethod, Place, Where
+from tokred.encoder.metric import head_mean
 from tokred.kernels.gather_rows import gather_rows
 from tokred.kernels.similarity_rows import best_match, unit
-from tokred.methods.encoder.tome import check_choice, head_mean
 
 # Votes are summed as integers, whose sum does not depend on the order, and compared to a millionth: similarities of a
 # pair, computed from either side, can differ in their last bit.
@@ -30,7 +32,7 @@ _NEVER = -1e30
 
 @register("vomix")
 @dataclass(frozen=True)
-class VoMix(Method):
+class VoMix(BlockMethod):
     """Vote and mix.
 
     Our reading of public summaries of the paper, whose text and code were not at hand: that tokens vote by similarity,
@@ -51,6 +53,8 @@ class VoMix(Method):
 
     summary: ClassVar[str] = "mix the tokens that most others resemble into the rest; only the rest asks (our reading)"
     source: ClassVar[str] = "Peng et al., 2024 (arXiv 2408.17062)"
+    example: ClassVar[Parameters] = {"r": 0.2}
+    nothing: ClassVar[Parameters | None] = {"r": 0}
     where: ClassVar[Where] = "queries"
 
     r: float = 0.1
@@ -66,7 +70,7 @@ class VoMix(Method):
         number = isinstance(self.tau, int | float) and not isinstance(self.tau, bool)
         if not number or not 0 < self.tau < math.inf:
             raise ValueError(f"tau must be a positive number, got {self.tau!r}")
-        check_choice("vote", self.vote, ("weighted", "count"))
+        check_choice(self.vote, "vote", ("weighted", "count"))
         if self.prop_attn and not self.track_size:
             raise ValueError("prop_attn needs track_size=True: without it sizes are not part of the mix")
 
@@ -80,9 +84,9 @@ class VoMix(Method):
         """As ``prop_attn`` says."""
         return self.prop_attn
 
-    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
+    def tokens(self, n: int, place: Place) -> int:
         """``n`` less ``floor(T * r)`` of the ``T`` unprotected ones."""
-        return n - kept(n - prefix - suffix, self.r)
+        return n - kept(place.free(n), self.r)
 
     def reduce(self, site: Site) -> Reduction:
         """Vote, select the most voted, hand them out to the others by similarity."""

@@ -8,23 +8,25 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tokred.core.method import Method
+from tokred.core.checks import check_blocks, check_blocks_exist, check_choice, check_count
+from tokred.core.method import Parameters
 from tokred.core.ragged import pack, with_protected
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.schedules import check_blocks, check_blocks_exist, is_listed, kept
+from tokred.core.schedules import is_listed, kept
 from tokred.core.selection import hash_uniform, ranked
 from tokred.core.site import Site
+from tokred.encoder.method import BlockMethod, Place
+from tokred.encoder.metric import METRICS, Metric, read_metric
 from tokred.errors import MissingInputError
 from tokred.kernels.similarity_rows import best_match
-from tokred.methods.encoder.tome import Metric, check_choice, read_metric
 
 Variant = Literal["naive", "centre", "boundary", "motion"]
 
 
 @register("vtm")
 @dataclass(frozen=True)
-class VTM(Method):
+class VTM(BlockMethod):
     """Video token merging, the variants that are not learned.
 
     A share of the tokens are targets. Of the others, those that are most similar to a target merge into it; tokens stay
@@ -53,6 +55,8 @@ class VTM(Method):
 
     summary: ClassVar[str] = "merge a clip's tokens into targets spread evenly, by region or by motion"
     source: ClassVar[str] = "Lee et al., NeurIPS 2024 (arXiv 2410.23782)"
+    example: ClassVar[Parameters] = {"gamma": 2, "blocks": (1,)}
+    nothing: ClassVar[Parameters | None] = {"R": 0}
     # By region, once tokens have moved: how many of those that are left lie in the middle differs between samples.
     uneven: ClassVar[bool] = True
     clips: ClassVar[bool] = True
@@ -67,10 +71,9 @@ class VTM(Method):
     blocks: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        check_choice("variant", self.variant, ("naive", "centre", "boundary", "motion"))
-        check_choice("metric", self.metric, ("k", "q", "v", "x"))
-        if isinstance(self.gamma, bool) or not isinstance(self.gamma, int) or self.gamma < 2:
-            raise ValueError(f"gamma must be an integer of at least 2, got {self.gamma!r}")
+        check_choice(self.variant, "variant", ("naive", "centre", "boundary", "motion"))
+        check_choice(self.metric, "metric", METRICS)
+        check_count(self.gamma, "gamma", 2)
         number = isinstance(self.R, int | float) and not isinstance(self.R, bool)
         if self.R is not None and not (number and (self.R >= 0 if isinstance(self.R, int) else 0 <= self.R <= 1)):
             raise ValueError(f"R must be a share in [0, 1], an integer of at least 0, or None for all, got {self.R!r}")
@@ -88,21 +91,21 @@ class VTM(Method):
         """Every listed block must exist."""
         check_blocks_exist(self.blocks, depth)
 
-    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
+    def tokens(self, n: int, place: Place) -> int:
         """Targets and sources that stay; by region at most so many, as the frame's shape decides."""
-        free = n - prefix - suffix
-        if free < 2 or not is_listed(self.blocks, layer, depth):
+        free = place.free(n)
+        if free < 2 or not is_listed(self.blocks, place.layer, place.depth):
             return n
         targets = -(-free // self.gamma)
         if self.variant in ("centre", "boundary"):
             targets = min(free, -(-free // min(self.factors)) + 1)
         return n - self._merged(free - targets)
 
-    def acts(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> bool:
+    def acts(self, n: int, place: Place) -> bool:
         """In the listed blocks, where something can merge."""
         if self.variant not in ("centre", "boundary"):
-            return super().acts(n, layer=layer, depth=depth, prefix=prefix, suffix=suffix)
-        return is_listed(self.blocks, layer, depth) and self._merged(max(0, n - prefix - suffix - 1)) > 0
+            return super().acts(n, place)
+        return is_listed(self.blocks, place.layer, place.depth) and self._merged(max(0, place.free(n) - 1)) > 0
 
     @property
     def factors(self) -> tuple[int, int]:

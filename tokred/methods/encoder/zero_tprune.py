@@ -10,15 +10,17 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tokred.core.method import Method, Where
+from tokred.core.checks import check_blocks, check_blocks_exist, check_choice, check_count, check_share
+from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.schedules import check_blocks, check_blocks_exist, check_share, kept_ceil
+from tokred.core.schedules import kept_ceil
 from tokred.core.selection import highest, protected_rows, ranked
 from tokred.core.site import Site
+from tokred.encoder.method import BlockMethod, Place, Where
+from tokred.encoder.metric import head_mean
 from tokred.kernels.gather_rows import gather_rows
 from tokred.kernels.similarity_rows import best_match
-from tokred.methods.encoder.tome import check_choice, head_mean
 
 # Blocks 1, 3, 6, 9 and 11 of 12, counted from 1, as shares of the depth.
 PLACES = (0.0, 2 / 12, 5 / 12, 8 / 12, 10 / 12)
@@ -26,7 +28,7 @@ PLACES = (0.0, 2 / 12, 5 / 12, 8 / 12, 10 / 12)
 
 @register("zero_tprune")
 @dataclass(frozen=True)
-class ZeroTPrune(Method):
+class ZeroTPrune(BlockMethod):
     """Zero-shot pruning by the attention graph.
 
     After each listed block: rank the patches by one round of votes (I'), drop the ``r_s`` of the less important half
@@ -54,6 +56,8 @@ class ZeroTPrune(Method):
 
     summary: ClassVar[str] = "drop near-copies among the unimportant, then what page rank on attention finds least"
     source: ClassVar[str] = "Wang et al., CVPR 2024 (arXiv 2305.17328)"
+    example: ClassVar[Parameters] = {"blocks": (1,), "rho": 0.6, "r_s": 2}
+    nothing: ClassVar[Parameters | None] = {"rho": 1.0, "r_s": 0}
     drops: ClassVar[bool] = True
     where: ClassVar[Where] = "end"
 
@@ -80,17 +84,17 @@ class ZeroTPrune(Method):
         for share in self.rho if isinstance(self.rho, tuple) else (self.rho,):
             check_share(share, "rho (the kept share)")
         for r in self.r_s if isinstance(self.r_s, tuple) else (self.r_s,):
-            _check_count("r_s", r, 0)
+            check_count(r, "r_s")
         if isinstance(self.T, str) or not isinstance(self.T, Sequence) or len(self.T) != 3:
             raise ValueError(f"T must be three numbers (first, middle and last third of the model), got {self.T!r}")
         object.__setattr__(self, "T", tuple(self.T))
         for rounds in (*self.T, self.T_prime):
-            _check_count("T and T_prime", rounds, 1)
+            check_count(rounds, "T and T_prime", 1)
         if not 0 <= self.v_min <= self.v_max:
             raise ValueError(f"v_min and v_max must be 0 <= v_min <= v_max, got {self.v_min!r} and {self.v_max!r}")
         if self.cls_boost is not None and not 0 < self.cls_boost < math.inf:
             raise ValueError(f"cls_boost must be a positive number or None, got {self.cls_boost!r}")
-        check_choice("heads", self.heads, ("concat", "mean"))
+        check_choice(self.heads, "heads", ("concat", "mean"))
         if not 0 <= self.tolerance < math.inf:
             raise ValueError(f"tolerance must not be negative, got {self.tolerance!r}")
 
@@ -112,10 +116,10 @@ class ZeroTPrune(Method):
         rho = min(self.rho[i] for i in at) if isinstance(self.rho, tuple) else self.rho
         return rho, max(self.r_s[i] for i in at) if isinstance(self.r_s, tuple) else self.r_s
 
-    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
+    def tokens(self, n: int, place: Place) -> int:
         """Protected tokens, and ``ceil(rho * (patches - r_s))``."""
-        rho, r = self.stages(layer, depth)
-        free = n - prefix - suffix
+        rho, r = self.stages(place.layer, place.depth)
+        free = place.free(n)
         return n - free + kept_ceil(free - min(r, free // 2), rho)
 
     def reduce(self, site: Site) -> Reduction:
@@ -217,8 +221,3 @@ def _with_protected(mask: Tensor | None, real: Tensor | None, prefix: int, end: 
     if mask is None or real is None:
         return None
     return torch.cat([mask[:, :prefix], real, mask[:, end:]], 1)
-
-
-def _check_count(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")

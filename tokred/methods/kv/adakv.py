@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tokred.core.method import Parameters
 from tokred.core.registry import register
 from tokred.kv.budgets import Adaptive
-from tokred.kv.parts import Score, as_part
-from tokred.kv.policy import BudgetLike, CachePolicy, Parts, as_budget, check_room
+from tokred.kv.parts import Budget, Score, as_part
+from tokred.kv.policy import as_budget
+from tokred.kv.preset import KVPreset
 
 
 @register("adakv")
 @dataclass(frozen=True)
-class AdaKV(CachePolicy):
+class AdaKV(KVPreset):
     """Any score, but the layer's rows go to the best of all its heads; each head keeps a safe share of its own.
 
     Args:
@@ -26,18 +28,13 @@ class AdaKV(CachePolicy):
 
     summary: ClassVar[str] = "heads share their layer's rows by their scores"
     source: ClassVar[str] = "Feng et al., NeurIPS 2025 (arXiv 2407.11550)"
+    example: ClassVar[Parameters] = {"budget": 9, "score": {"part": "window", "size": 4, "pool": 3}}
 
-    budget: BudgetLike = 0.5
     safe: float = 0.2
     score: Score | str = "window"
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "score", as_part(self.score, Score, "score"))  # type: ignore[type-abstract]
-        object.__setattr__(self, "budget", as_budget(self.budget))
-        check_room(self)
+    def make_score(self) -> Score:
+        return as_part(self.score, Score, "score")  # type: ignore[type-abstract]
 
-    @property
-    def parts(self) -> Parts:
-        """The score, with heads of different lengths."""
-        score = as_part(self.score, Score, "score")  # type: ignore[type-abstract]
-        return Parts(score, Adaptive(safe=self.safe, layers=as_budget(self.budget)))
+    def make_budget(self) -> Budget:
+        return Adaptive(safe=self.safe, layers=as_budget(self.budget))

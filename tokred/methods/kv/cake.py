@@ -5,15 +5,64 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
+from tokred.core.method import Parameters
 from tokred.core.registry import register
 from tokred.kv.budgets import Preference
-from tokred.kv.policy import CachePolicy, Parts, check_room
-from tokred.kv.scores import Dispersion
+from tokred.kv.parts import Budget, Score, check_count
+from tokred.kv.pooling import check_pool, pooled
+from tokred.kv.preset import Preset
+from tokred.kv.site import CacheSite
+
+
+@dataclass(frozen=True)
+class Dispersion(Score):
+    """Mean of a window's attention plus ``gamma`` times its variance, pooled: rows that matter now and then count.
+
+    Args:
+        size: queries of the window.
+        gamma: factor of the variance (unbiased).
+        pool: width of the pooling, odd.
+
+    Source: CAKE, ICLR 2025.
+    """
+
+    name: ClassVar[str] = "dispersion"
+    reads: ClassVar[frozenset[str]] = frozenset({"q", "k"})
+
+    size: int = 32
+    gamma: float = 200.0
+    pool: int = 5
+
+    def __post_init__(self) -> None:
+        check_count(self.size, "the window", 2)
+        check_pool(self.pool, "avg")
+
+    @property
+    def window(self) -> int:
+        """The queries."""
+        return self.size
+
+    @property
+    def recent(self) -> int:
+        """The window's tokens."""
+        return self.size
+
+    def __call__(self, site: CacheSite) -> Tensor:
+        """Pooled per head, then averaged over the query heads."""
+        found = site.statistics(self.size)
+        m = self.size
+        variance = (found.sum_squares - found.sum**2 / m) / (m - 1)
+        score = found.sum / m + self.gamma * variance
+        b, h, n = score.shape
+        score = score.view(b, site.heads, h // site.heads, n).mean(2)
+        return pooled(site, score.masked_fill(site.stands_behind(self.size), 0.0), self.pool, "avg")
 
 
 @register("cake")
 @dataclass(frozen=True)
-class CAKE(CachePolicy):
+class CAKE(Preset):
     """Mean and variance of a window's attention as score; layers' budgets cascade while the prompt runs.
 
     Args:
@@ -28,6 +77,7 @@ class CAKE(CachePolicy):
 
     summary: ClassVar[str] = "mean and variance of attention; layers share by preference"
     source: ClassVar[str] = "CAKE, ICLR 2025"
+    example: ClassVar[Parameters] = {"budget": 9, "window": 4, "pool": 3}
 
     budget: float | int | str = 0.5
     tau1: float = 1.6
@@ -36,12 +86,8 @@ class CAKE(CachePolicy):
     window: int = 32
     pool: int = 5
 
-    def __post_init__(self) -> None:
-        Preference(self.budget, self.tau1, self.tau2, self.window)
-        check_room(self)
+    def make_score(self) -> Score:
+        return Dispersion(self.window, self.gamma, self.pool)
 
-    @property
-    def parts(self) -> Parts:
-        """Dispersion scores, layers by preference."""
-        budget = Preference(self.budget, self.tau1, self.tau2, self.window)
-        return Parts(Dispersion(self.window, self.gamma, self.pool), budget)
+    def make_budget(self) -> Budget:
+        return Preference(self.budget, self.tau1, self.tau2, self.window)

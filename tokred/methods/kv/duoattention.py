@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from tokred.core.method import Parameters
 from tokred.core.registry import register
 from tokred.kv.budgets import Split
-from tokred.kv.parts import When
-from tokred.kv.policy import CachePolicy, Parts
-from tokred.kv.scores import Recency
+from tokred.kv.parts import Budget, Score
+from tokred.kv.preset import Preset
+from tokred.methods.kv.streaming_llm import Recency
 
 
 @register("duoattention")
 @dataclass(frozen=True)
-class DuoAttention(CachePolicy):
+class DuoAttention(Preset):
     """A gate for each key/value head says which it is. Gates are trained once per model and given here.
 
     Args:
@@ -29,7 +29,9 @@ class DuoAttention(CachePolicy):
 
     summary: ClassVar[str] = "streaming heads keep the first and the newest tokens"
     source: ClassVar[str] = "Xiao et al., ICLR 2025 (arXiv 2410.10819)"
-    example: ClassVar[Mapping[str, Any]] = {"gates": ...}
+    example: ClassVar[Parameters] = {"gates": ((0.9, 0.1), (0.4, 0.6), (0.7, 0.2)), "sinks": 2, "recent": 5}
+    nothing: ClassVar[Parameters | None] = {"gates": None}
+    usual: ClassVar[Parameters] = {"gates": ...}
 
     gates: tuple[tuple[float, ...], ...] | None = None
     sparsity: float = 0.5
@@ -39,9 +41,10 @@ class DuoAttention(CachePolicy):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "gates", Split(self.gates, self.sparsity, self.sinks, self.recent).gates)
+        super().__post_init__()
 
-    @property
-    def parts(self) -> Parts:
-        """The newest rows, in streaming heads."""
-        budget = Split(self.gates, self.sparsity, self.sinks, self.recent)
-        return Parts(Recency(), budget, when=When(every=self.every), sinks=self.sinks, recent=self.recent)
+    def make_score(self) -> Score:
+        return Recency()
+
+    def make_budget(self) -> Budget:
+        return Split(self.gates, self.sparsity, self.sinks, self.recent)

@@ -2,18 +2,68 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from tokred.core.registry import register
-from tokred.kv.parts import When
-from tokred.kv.policy import BudgetLike, CachePolicy, Parts, as_budget, check_room
-from tokred.kv.scores import ColumnSum
+from tokred.kv.parts import Score
+from tokred.kv.preset import KVPreset
+from tokred.kv.site import CacheSite
+
+MASS = "mass"
+# Weights below are taken for zero; float32 keeps 2 ** -24.
+_NOTHING = 2.0**-34
+
+
+@dataclass(frozen=True)
+class ColumnSum(Score):
+    """The sum over all queries seen of the attention on each row.
+
+    Args:
+        decay: factor on what was received before, for each later query; 1: none.
+        group: over the query heads of a key/value head.
+
+    Source: Zhang et al., H2O, NeurIPS 2023 (arXiv 2306.14048); with decay Liu et al., ZeroMerge (arXiv 2503.10714).
+    """
+
+    name: ClassVar[str] = "column_sum"
+    reads: ClassVar[frozenset[str]] = frozenset({"q", "k"})
+    accumulates: ClassVar[bool] = True
+    numbers: ClassVar[int] = 1
+
+    decay: float = 1.0
+    group: str = "sum"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"decay must lie in (0, 1], got {self.decay!r}")
+        if self.group not in ("sum", "mean", "max"):
+            raise ValueError(f"group must be 'sum', 'mean' or 'max', got {self.group!r}")
+
+    def observe(self, site: CacheSite) -> None:
+        """Add the attention of this forward's queries."""
+        m = site.q.shape[2]
+        last, weight = None, None
+        if self.decay != 1 and m > 1:
+            # What older queries say is lost in the rounding of the sum.
+            count = m if site.loose else min(m, math.ceil(math.log(_NOTHING) / math.log(self.decay)))
+            last = count if count < m else None
+            weight = self.decay ** site.behind(count).float()
+        received = site.columns(last, weight=weight, group=self.group).float()
+        before = site.rows.get(MASS)
+        site.rows[MASS] = received if before is None else before * self.decay ** site.arrived(m) + received
+
+    def __call__(self, site: CacheSite) -> Tensor:
+        """What :meth:`observe` has added up."""
+        return site.rows[MASS]
 
 
 @register("h2o")
 @dataclass(frozen=True)
-class H2O(CachePolicy):
+class H2O(KVPreset):
     """Heavy hitters by accumulated attention, and a recent window; one row goes for each that comes.
 
     Args:
@@ -28,15 +78,8 @@ class H2O(CachePolicy):
     summary: ClassVar[str] = "accumulated attention and the newest tokens, at every step"
     source: ClassVar[str] = "Zhang et al., NeurIPS 2023 (arXiv 2306.14048)"
 
-    budget: BudgetLike = 0.5
     recent: float | int = 0.5
     every: int = 1
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "budget", as_budget(self.budget))
-        check_room(self)
-
-    @property
-    def parts(self) -> Parts:
-        """Accumulated attention, at every step."""
-        return Parts(ColumnSum(), as_budget(self.budget), when=When(every=self.every), recent=self.recent)
+    def make_score(self) -> Score:
+        return ColumnSum()

@@ -5,15 +5,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from tokred.core.registry import register
-from tokred.kv.parts import When
-from tokred.kv.policy import BudgetLike, CachePolicy, Parts, as_budget, check_room
-from tokred.kv.scores import KeyNorm
+from tokred.kv.parts import Score
+from tokred.kv.preset import KVPreset
+from tokred.kv.site import CacheSite
+
+
+@dataclass(frozen=True)
+class KeyNorm(Score):
+    """Minus the length of the key, in float32: in half precision three quarters of the lengths tie.
+
+    Source: Devoto et al., A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression, arXiv 2406.11430.
+    """
+
+    name: ClassVar[str] = "key_norm"
+
+    def __call__(self, site: CacheSite) -> Tensor:
+        """``-|k|``."""
+        length: Tensor = site.k.float().norm(dim=-1)
+        return -length
 
 
 @register("knorm")
 @dataclass(frozen=True)
-class KNorm(CachePolicy):
+class KNorm(KVPreset):
     """Keys of small length receive much attention; needs no query, so it can act on chunks.
 
     Args:
@@ -26,14 +43,7 @@ class KNorm(CachePolicy):
     summary: ClassVar[str] = "rows with the shortest keys"
     source: ClassVar[str] = "Devoto et al., EMNLP 2024 (arXiv 2406.11430)"
 
-    budget: BudgetLike = 0.5
     turns: bool = False
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "budget", as_budget(self.budget))
-        check_room(self)
-
-    @property
-    def parts(self) -> Parts:
-        """Length of the key."""
-        return Parts(KeyNorm(), as_budget(self.budget), when=When(turns=self.turns))
+    def make_score(self) -> Score:
+        return KeyNorm()

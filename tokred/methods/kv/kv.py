@@ -1,14 +1,16 @@
-"""kv: any score with any budget, fate and time."""
+"""kv: any score with any budget, fate, time and store."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tokred.core.checks import check_share
+from tokred.core.method import Parameters
 from tokred.core.registry import register
-from tokred.core.schedules import check_share
 from tokred.kv.parts import Fate, Score, When, as_part, check_count
 from tokred.kv.policy import BudgetLike, CachePolicy, Parts, as_budget, check_room
+from tokred.kv.stores import Store
 
 
 @register("kv")
@@ -23,12 +25,20 @@ class KVPolicy(CachePolicy):
         when: a :class:`tokred.kv.When`; None: at the end of the prompt.
         sinks: first tokens that are never evicted.
         recent: newest tokens that are never evicted; a float is a share of the kept rows.
+        store: in what form rows are held, an object of :mod:`tokred.kv` or its name.
 
     Source: ours.
     """
 
-    summary: ClassVar[str] = "any score with any budget, fate and time"
+    summary: ClassVar[str] = "any score with any budget, fate, time and store"
     source: ClassVar[str] = "tokred"
+    example: ClassVar[Parameters] = {
+        "score": "key_norm",
+        "budget": {"part": "adaptive", "amount": 9},
+        "when": {"part": "when", "every": 2},
+        "sinks": 1,
+        "recent": 2,
+    }
 
     score: Score | str = "window"
     budget: BudgetLike = 0.5
@@ -36,6 +46,7 @@ class KVPolicy(CachePolicy):
     when: When | None = None
     sinks: int = 0
     recent: int | float = 0
+    store: Store | str = "flat"
 
     def __post_init__(self) -> None:
         when = When() if self.when is None else as_part(self.when, When, "when")
@@ -49,6 +60,7 @@ class KVPolicy(CachePolicy):
             "budget": as_budget(self.budget),
             "fate": as_part(self.fate, Fate, "fate"),  # type: ignore[type-abstract]
             "when": when,
+            "store": as_part(self.store, Store, "store"),  # type: ignore[type-abstract]
         }
         for name, part in made.items():
             object.__setattr__(self, name, part)
@@ -57,7 +69,8 @@ class KVPolicy(CachePolicy):
     @property
     def parts(self) -> Parts:
         """As given."""
-        score, fate = self.score, self.fate
+        score, fate, store = self.score, self.fate, self.store
         assert isinstance(score, Score)  # made so above
         assert isinstance(fate, Fate)
-        return Parts(score, as_budget(self.budget), fate, self.when or When(), self.sinks, self.recent)
+        assert isinstance(store, Store)
+        return Parts(score, as_budget(self.budget), fate, self.when or When(), self.sinks, self.recent, store)

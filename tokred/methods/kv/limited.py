@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from tokred.core.method import from_dict
+from tokred.core.method import Parameters, from_dict
 from tokred.core.registry import methods, register
 from tokred.kv.parts import When, check_count, parse_bytes
 from tokred.kv.policy import CachePolicy, Parts
@@ -33,6 +33,8 @@ class Limited(CachePolicy):
 
     summary: ClassVar[str] = "a policy under a hard limit of bytes, chunk by chunk"
     source: ClassVar[str] = "tokred"
+    example: ClassVar[Parameters] = {"limit": "16 KiB", "chunk": 16}
+    nothing: ClassVar[Parameters | None] = None
 
     policy: CachePolicy | str = "keydiff"
     limit: str = "64 MiB"
@@ -79,7 +81,7 @@ def refusal(policy: CachePolicy) -> str:
     parts = policy.parts
     if getattr(parts.score, "repeats", None) is not None:
         return "its score needs the whole context, which it reads again"
-    return parts.score.whole or parts.budget.unbounded
+    return parts.score.why_no_chunks or parts.budget.why_no_limit or ""
 
 
 def _policy(value: Any) -> CachePolicy:

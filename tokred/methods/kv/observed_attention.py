@@ -5,14 +5,36 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+from torch import Tensor
+
 from tokred.core.registry import register
-from tokred.kv.policy import BudgetLike, CachePolicy, Parts, as_budget, check_room
-from tokred.kv.scores import Observed
+from tokred.kv.parts import Score
+from tokred.kv.preset import KVPreset
+from tokred.kv.site import CacheSite
+from tokred.methods.kv.h2o import MASS, ColumnSum
+
+
+@dataclass(frozen=True)
+class Observed(ColumnSum):
+    """The mean over the queries that can see a row, which takes away the advantage of the oldest.
+
+    Source: NVIDIA/kvpress, ObservedAttentionPress.
+    """
+
+    name: ClassVar[str] = "observed"
+
+    group: str = "mean"
+
+    def __call__(self, site: CacheSite) -> Tensor:
+        """The sum, divided by the number of queries from the row's own on."""
+        length = torch.tensor(site.lengths, device=site.device).view(-1, 1, 1)
+        return site.rows[MASS] / (length - site.token).clamp(min=1)
 
 
 @register("observed_attention")
 @dataclass(frozen=True)
-class ObservedAttention(CachePolicy):
+class ObservedAttention(KVPreset):
     """Accumulated attention, divided by the number of queries that could see the row.
 
     Args:
@@ -24,13 +46,5 @@ class ObservedAttention(CachePolicy):
     summary: ClassVar[str] = "mean attention received from the queries that see a row"
     source: ClassVar[str] = "NVIDIA/kvpress, after Zhang et al., NeurIPS 2023"
 
-    budget: BudgetLike = 0.5
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "budget", as_budget(self.budget))
-        check_room(self)
-
-    @property
-    def parts(self) -> Parts:
-        """Mean attention, evicted at the end of the prompt."""
-        return Parts(Observed(), as_budget(self.budget))
+    def make_score(self) -> Score:
+        return Observed()

@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tokred.core.method import Parameters
 from tokred.core.registry import register
 from tokred.kv.budgets import Pyramid
-from tokred.kv.policy import CachePolicy, Parts, check_room
-from tokred.kv.scores import Window
+from tokred.kv.parts import Budget, Score
+from tokred.kv.preset import Preset
+from tokred.methods.kv.snapkv import Window
 
 
 @register("pyramidkv")
 @dataclass(frozen=True)
-class PyramidKV(CachePolicy):
+class PyramidKV(Preset):
     """Window scores under a budget that falls linearly with depth.
 
     Args:
@@ -27,17 +29,15 @@ class PyramidKV(CachePolicy):
 
     summary: ClassVar[str] = "window scores, more rows in early layers"
     source: ClassVar[str] = "Cai et al., 2024 (arXiv 2406.02069)"
+    example: ClassVar[Parameters] = {"budget": 9, "window": 2, "pool": 3, "beta": 4}
 
     budget: float | int | str = 0.5
     beta: int = 20
     window: int = 64
     pool: int = 5
 
-    def __post_init__(self) -> None:
-        Pyramid(self.budget, self.beta, self.window)
-        check_room(self)
+    def make_score(self) -> Score:
+        return Window(self.window, self.pool)
 
-    @property
-    def parts(self) -> Parts:
-        """Window scores in a pyramid."""
-        return Parts(Window(self.window, self.pool), Pyramid(self.budget, self.beta, self.window))
+    def make_budget(self) -> Budget:
+        return Pyramid(self.budget, self.beta, self.window)

@@ -5,14 +5,36 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from tokred.core.registry import register
-from tokred.kv.policy import BudgetLike, CachePolicy, Parts, as_budget, check_room
-from tokred.kv.scores import Random
+from tokred.core.selection import hash_uniform
+from tokred.kv.parts import Score
+from tokred.kv.preset import KVPreset
+from tokred.kv.site import CacheSite
+
+
+@dataclass(frozen=True)
+class Random(Score):
+    """Numbers that depend on seed, layer and token alone: the same for all heads and samples, at every step.
+
+    Args:
+        seed: which random choice.
+    """
+
+    name: ClassVar[str] = "random"
+
+    seed: int = 0
+
+    def __call__(self, site: CacheSite) -> Tensor:
+        """Uniform in [0, 1)."""
+        drawn = hash_uniform(site.seen, self.seed, site.layer, device=site.device).float()
+        return drawn[site.token.clamp(max=site.seen - 1)].expand(site.extent)
 
 
 @register("random_evict")
 @dataclass(frozen=True)
-class RandomEvict(CachePolicy):
+class RandomEvict(KVPreset):
     """Random rows stay, the same for all heads and samples.
 
     Args:
@@ -26,16 +48,9 @@ class RandomEvict(CachePolicy):
     summary: ClassVar[str] = "random rows of the cache (the floor)"
     source: ClassVar[str] = "baseline"
 
-    budget: BudgetLike = 0.5
     seed: int = 0
     sinks: int = 0
     recent: int = 1
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "budget", as_budget(self.budget))
-        check_room(self)
-
-    @property
-    def parts(self) -> Parts:
-        """Random scores."""
-        return Parts(Random(self.seed), as_budget(self.budget), sinks=self.sinks, recent=self.recent)
+    def make_score(self) -> Score:
+        return Random(self.seed)

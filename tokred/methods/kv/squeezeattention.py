@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tokred.core.method import Parameters
 from tokred.core.registry import register
 from tokred.kv.budgets import Squeeze
-from tokred.kv.parts import Score, When, as_part
-from tokred.kv.policy import CachePolicy, Parts, check_room
+from tokred.kv.parts import Budget, Score, as_part
+from tokred.kv.preset import Preset
 
 
 @register("squeezeattention")
 @dataclass(frozen=True)
-class SqueezeAttention(CachePolicy):
+class SqueezeAttention(Preset):
     """Layers' budgets by the cosine of the stream before and after attention; any score inside a layer.
 
     Args:
@@ -29,6 +30,7 @@ class SqueezeAttention(CachePolicy):
 
     summary: ClassVar[str] = "few rows for layers whose attention changes little"
     source: ClassVar[str] = "Wang et al., ICLR 2025 (arXiv 2404.04793)"
+    example: ClassVar[Parameters] = {"budget": 9, "sinks": 2}
 
     budget: float | int | str = 0.2
     factor: float = 0.35
@@ -37,13 +39,8 @@ class SqueezeAttention(CachePolicy):
     sinks: int = 4
     every: int = 1
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "score", as_part(self.score, Score, "score"))  # type: ignore[type-abstract]
-        check_room(self)
+    def make_score(self) -> Score:
+        return as_part(self.score, Score, "score")  # type: ignore[type-abstract]
 
-    @property
-    def parts(self) -> Parts:
-        """The score, with layers of different lengths."""
-        score = as_part(self.score, Score, "score")  # type: ignore[type-abstract]
-        budget = Squeeze(self.budget, self.factor, self.groups, self.sinks + 1)
-        return Parts(score, budget, when=When(every=self.every), sinks=self.sinks)
+    def make_budget(self) -> Budget:
+        return Squeeze(self.budget, self.factor, self.groups, self.sinks + 1)

@@ -5,15 +5,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
+from tokred.core.method import Parameters
 from tokred.core.registry import register
-from tokred.kv.parts import When
-from tokred.kv.policy import BudgetLike, CachePolicy, Parts, as_budget, check_room
-from tokred.kv.scores import Recency
+from tokred.kv.parts import Score
+from tokred.kv.preset import KVPreset
+from tokred.kv.site import CacheSite
+
+
+@dataclass(frozen=True)
+class Recency(Score):
+    """The newer the better; with sinks this is StreamingLLM with true positions.
+
+    Source: Xiao et al., StreamingLLM, ICLR 2024 (arXiv 2309.17453), the eviction alone.
+    """
+
+    name: ClassVar[str] = "recency"
+
+    def __call__(self, site: CacheSite) -> Tensor:
+        """The number of the token."""
+        return site.token.double().expand(site.extent)
 
 
 @register("streaming_llm")
 @dataclass(frozen=True)
-class StreamingLLM(CachePolicy):
+class StreamingLLM(KVPreset):
     """Attention sinks and a recent window, with the positions that the tokens had (the original re-numbers them).
 
     Args:
@@ -26,16 +43,10 @@ class StreamingLLM(CachePolicy):
 
     summary: ClassVar[str] = "the first tokens and the newest ones"
     source: ClassVar[str] = "Xiao et al., ICLR 2024 (arXiv 2309.17453)"
+    example: ClassVar[Parameters] = {"budget": 9, "sinks": 2}
 
-    budget: BudgetLike = 0.5
     sinks: int = 4
     every: int = 1
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "budget", as_budget(self.budget))
-        check_room(self)
-
-    @property
-    def parts(self) -> Parts:
-        """The newest rows, behind the sinks."""
-        return Parts(Recency(), as_budget(self.budget), when=When(every=self.every), sinks=self.sinks)
+    def make_score(self) -> Score:
+        return Recency()

@@ -5,15 +5,42 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from tokred.core.registry import register
-from tokred.kv.parts import When
-from tokred.kv.policy import BudgetLike, CachePolicy, Parts, as_budget, check_room
-from tokred.kv.scores import LastQuery
+from tokred.kv.parts import Score
+from tokred.kv.preset import KVPreset
+from tokred.kv.site import CacheSite
+
+
+@dataclass(frozen=True)
+class LastQuery(Score):
+    """Attention of the newest query on every row; all heads of a layer agree, and the newest token is kept.
+
+    Source: Oren et al., Transformers are Multi-State RNNs (TOVA), arXiv 2401.06104.
+    """
+
+    name: ClassVar[str] = "last_query"
+    reads: ClassVar[frozenset[str]] = frozenset({"q", "k"})
+
+    @property
+    def window(self) -> int:
+        """One query."""
+        return 1
+
+    @property
+    def recent(self) -> int:
+        """Its own token."""
+        return 1
+
+    def __call__(self, site: CacheSite) -> Tensor:
+        """The last row of the attention."""
+        return site.columns(1).mean(1, keepdim=True).expand(site.extent)
 
 
 @register("tova")
 @dataclass(frozen=True)
-class TOVA(CachePolicy):
+class TOVA(KVPreset):
     """All heads of a layer keep the rows that the newest query attends to; the lowest goes at every step.
 
     Args:
@@ -26,14 +53,7 @@ class TOVA(CachePolicy):
     summary: ClassVar[str] = "the last query decides for all heads, at every step"
     source: ClassVar[str] = "Oren et al., 2024 (arXiv 2401.06104)"
 
-    budget: BudgetLike = 0.5
     every: int = 1
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "budget", as_budget(self.budget))
-        check_room(self)
-
-    @property
-    def parts(self) -> Parts:
-        """The last query's attention, at every step."""
-        return Parts(LastQuery(), as_budget(self.budget), when=When(every=self.every))
+    def make_score(self) -> Score:
+        return LastQuery()

@@ -5,17 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tokred.core.method import Parameters
 from tokred.core.registry import register
 from tokred.kv.fates import Merge
-from tokred.kv.parts import When
-from tokred.kv.policy import BudgetLike, CachePolicy, Parts, as_budget, check_room
-from tokred.kv.scores import ColumnSum
+from tokred.kv.parts import Fate, Score, When
+from tokred.kv.policy import BudgetLike, Parts
+from tokred.kv.preset import KVPreset
 from tokred.kv.site import CacheSite
+from tokred.methods.kv.h2o import ColumnSum
 
 
 @register("zeromerge")
 @dataclass(frozen=True)
-class ZeroMerge(CachePolicy):
+class ZeroMerge(KVPreset):
     """Residual rows, the best and the newest; each row that goes is merged, and its weight raises the logits.
 
     Args:
@@ -32,6 +34,7 @@ class ZeroMerge(CachePolicy):
 
     summary: ClassVar[str] = "rows that go are merged into residual rows, at every step"
     source: ClassVar[str] = "Liu et al., 2025 (arXiv 2503.10714)"
+    example: ClassVar[Parameters] = {"budget": 9, "dense": 2, "tail": 3}
 
     budget: BudgetLike = 0.2
     tail: float | int = 0.1
@@ -42,8 +45,7 @@ class ZeroMerge(CachePolicy):
     update: str = "max"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "budget", as_budget(self.budget))
-        check_room(self)
+        super().__post_init__()
         tokens = self.parts.budget.tokens
         least = sum(self.guards(0, tokens or 0)) + self.dense + 1
         if tokens is not None and tokens < least:
@@ -52,11 +54,19 @@ class ZeroMerge(CachePolicy):
                 f"newest ones: it must be at least {least}"
             )
 
+    def make_score(self) -> Score:
+        return ColumnSum(self.gamma)
+
+    def make_fate(self) -> Fate:
+        return Merge(self.dense, self.alpha, self.metric, self.update)
+
+    def make_when(self) -> When:
+        return When(every=1)
+
     @property
     def parts(self) -> Parts:
-        """Decaying accumulated attention, merged at every step."""
-        fate = Merge(self.dense, self.alpha, self.metric, self.update)
-        return Parts(ColumnSum(self.gamma), as_budget(self.budget), fate, When(every=1), recent=self.tail)
+        """The preset's, with the tail as newest tokens."""
+        return super().parts._replace(recent=self.tail)
 
     def at_least(self, site: CacheSite, rows: tuple[int, ...]) -> tuple[int, ...]:
         """Residual rows, the tail, and one of the best."""

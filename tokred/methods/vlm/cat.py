@@ -9,12 +9,12 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from tokred.core.method import Method, from_dict
+from tokred.core.checks import check_choice, check_count, is_count
+from tokred.core.method import Method, Parameters, from_dict
 from tokred.core.reduction import Reduction
 from tokred.core.registry import methods, register
-from tokred.core.schedules import check_choice
 from tokred.vlm.before_llm import ProjectorMethod, VisualSite
-from tokred.vlm.tools.budget import Budget, as_budget, check_number, count_of, is_number, shared_out
+from tokred.vlm.tools.budget import Budget, as_budget, count_of, shared_out
 from tokred.vlm.tools.complexity import SCORES, calibrated
 from tokred.vlm.tools.samples import part_of, stacked
 
@@ -47,6 +47,8 @@ class CAT(ProjectorMethod):
 
     summary: ClassVar[str] = "a budget for each image by what there is to see in it, for other methods"
     source: ClassVar[str] = "after Shen et al., NeurIPS 2025 (arXiv 2501.03120); policies are ours"
+    example: ClassVar[Parameters] = {"selector": "fastervlm", "n_min": 2, "n_max": 9}
+    nothing: ClassVar[Parameters | None] = {"n_min": 1 << 20}
 
     selector: ProjectorMethod | str = "divprune"
     score: str | Callable[[VisualSite], Tensor] = "redundancy"
@@ -63,14 +65,14 @@ class CAT(ProjectorMethod):
         super().__post_init__()
         object.__setattr__(self, "selector", _method(self.selector))
         if not callable(self.score):
-            check_choice("score", self.score, tuple(SCORES))
-        check_choice("policy", self.policy, ("linear", "levels", "pool"))
-        check_number(self.n_min, "n_min", 1)
+            check_choice(self.score, "score", tuple(SCORES))
+        check_choice(self.policy, "policy", ("linear", "levels", "pool"))
+        check_count(self.n_min, "n_min", 1)
         if self.n_max is not None:
-            check_number(self.n_max, "n_max", self.n_min)
+            check_count(self.n_max, "n_max", self.n_min)
         as_budget(self.base, "base")
         as_budget(self.total, "total")
-        check_number(self.round_to, "round_to", 1)
+        check_count(self.round_to, "round_to", 1)
         low, high = thresholds = tuple(self.thresholds)
         if not 0 <= low <= high <= 1:
             raise ValueError(f"thresholds must be two numbers in [0, 1], the lower one first, got {self.thresholds!r}")
@@ -152,7 +154,7 @@ class CAT(ProjectorMethod):
             owner = (0,) * len(values) if sample is None else sample
             for one in dict.fromkeys(owner):
                 rows = [i for i, s in enumerate(owner) if s == one]
-                total = int(self.total) if is_number(self.total) else count_of(self.total, n * len(rows), "total")
+                total = int(self.total) if is_count(self.total) else count_of(self.total, n * len(rows), "total")
                 for i, count in zip(rows, shared_out([values[i] for i in rows], total, low, high), strict=True):
                     found[i] = count
         return [min(n, -(-count // self.round_to) * self.round_to) for count in found]

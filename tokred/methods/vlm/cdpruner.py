@@ -8,9 +8,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from tokred.core.checks import check_choice
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.schedules import check_choice
 from tokred.vlm.before_llm import Budgeted, VisualSite
 from tokred.vlm.tools.budget import Budget
 from tokred.vlm.tools.greedy import DENSE, determinant_points, directions
@@ -51,7 +51,7 @@ class CDPruner(Budgeted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("relevance", self.relevance, ("text", "class", "received", "none"))
+        check_choice(self.relevance, "relevance", ("text", "class", "received", "none"))
         if self.sign not in (1, -1) or isinstance(self.sign, bool):
             raise ValueError(f"sign must be 1 or -1, got {self.sign!r}")
         if self.theta is not None and not (isinstance(self.theta, float) and 0 < self.theta < 1):

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from tokred.core.checks import check_choice, is_count
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.schedules import check_choice
 from tokred.vlm.before_llm import Budgeted, VisualSite
-from tokred.vlm.tools.budget import Budget, is_number
+from tokred.vlm.tools.budget import Budget
 from tokred.vlm.tools.greedy import DENSE, Distance, farthest_points
 
 
@@ -39,9 +39,9 @@ class DivPrune(Budgeted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("metric", self.metric, ("cos", "l1", "l2"))
-        if not is_number(self.init):
-            check_choice("init (unless the number of a token)", self.init, ("isolated", "medoid"))
+        check_choice(self.metric, "metric", ("cos", "l1", "l2"))
+        if not is_count(self.init):
+            check_choice(self.init, "init (unless the number of a token)", ("isolated", "medoid"))
 
     @property
     def reads(self) -> frozenset[str]:

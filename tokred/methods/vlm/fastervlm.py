@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tokred.core.checks import check_choice
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.schedules import check_choice
 from tokred.core.selection import highest
 from tokred.vlm.before_llm import Budgeted, VisualSite
 from tokred.vlm.tools.budget import Budget
@@ -36,7 +36,7 @@ class FasterVLM(Budgeted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("attention", self.attention, ATTENTION)
+        check_choice(self.attention, "attention", ATTENTION)
 
     @property
     def reads(self) -> frozenset[str]:

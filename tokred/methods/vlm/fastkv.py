@@ -9,15 +9,16 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from tokred.core.checks import check_choice, check_share
+from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.schedules import check_share, kept
+from tokred.core.schedules import kept
 from tokred.kv.parts import Budget, check_count
 from tokred.kv.policy import CachePolicy, Parts
-from tokred.kv.scores import Window
-from tokred.kv.scores.window import check_pool, pooled_columns
+from tokred.kv.pooling import check_pool, pooled_columns
 from tokred.kv.site import Place
-from tokred.methods.encoder.tome import check_choice
+from tokred.methods.kv.snapkv import Window
 from tokred.vlm.in_llm import LayerSite
 from tokred.vlm.layered import LayerMethod
 
@@ -51,6 +52,8 @@ class FastKV(CachePolicy):
 
     summary: ClassVar[str] = "later layers run on the prompt's critical tokens; every layer's cache compressed besides"
     source: ClassVar[str] = "Jo et al., 2025 (arXiv 2502.01068)"
+    example: ClassVar[Parameters] = {"window": 4, "cap": 12, "tsp_len": 20, "tsp_layer": 1}
+    nothing: ClassVar[Parameters | None] = None
 
     window: int = 8
     pool: int = 7
@@ -65,8 +68,8 @@ class FastKV(CachePolicy):
     def __post_init__(self) -> None:
         check_count(self.window, "window", 1)
         check_pool(self.pool, self.pooling)
-        check_choice("pooling", self.pooling, ("max", "avg"))
-        check_choice("mode", self.mode, ("constant", "proportional"))
+        check_choice(self.pooling, "pooling", ("max", "avg"))
+        check_choice(self.mode, "mode", ("constant", "proportional"))
         for name in ("retain", "tsp_rate"):
             check_share(getattr(self, name), name)
         for name in ("cap", "tsp_len"):

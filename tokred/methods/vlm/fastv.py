@@ -7,10 +7,10 @@ from typing import ClassVar, Literal
 
 import torch
 
+from tokred.core.checks import check_choice, check_share
+from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.schedules import check_share
-from tokred.methods.encoder.tome import check_choice
 from tokred.vlm.in_llm import LayerSite
 from tokred.vlm.layered import LayerMethod, check_depth, check_layer
 
@@ -37,6 +37,8 @@ class FastV(LayerMethod):
 
     summary: ClassVar[str] = "after layer K keep the visual tokens that the last prompt token attends to"
     source: ClassVar[str] = "Chen et al., ECCV 2024 (arXiv 2403.06764)"
+    example: ClassVar[Parameters] = {"layer": 2}
+    nothing: ClassVar[Parameters | None] = {"ratio": 0.0}
 
     layer: int = 2
     ratio: float = 0.5
@@ -48,8 +50,8 @@ class FastV(LayerMethod):
         check_share(self.ratio, "ratio", zero=True)
         if self.ratio == 1:
             raise ValueError("ratio is 1, which leaves no visual token; it must lie in [0, 1)")
-        check_choice("query", self.query, ("last", "mean"))
-        check_choice("heads", self.heads, ("mean", "max"))
+        check_choice(self.query, "query", ("last", "mean"))
+        check_choice(self.heads, "heads", ("mean", "max"))
 
     @property
     def reads(self) -> frozenset[str]:

@@ -7,11 +7,11 @@ from typing import ClassVar
 
 import torch
 
+from tokred.core.checks import check_choice, check_count
+from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.schedules import check_choice
 from tokred.vlm.before_llm import ProjectorMethod, Space, VisualSite
-from tokred.vlm.tools.budget import check_number
 from tokred.vlm.tools.shuffle import cells
 
 
@@ -35,6 +35,7 @@ class FlashVL(ProjectorMethod):
 
     summary: ClassVar[str] = "cells of neighbouring visual tokens become their mean (pixel shuffle, untrained)"
     source: ClassVar[str] = "after Zhang et al., 2025 (arXiv 2505.09498)"
+    nothing: ClassVar[Parameters | None] = {"s": 1}
 
     s: int = 2
     space: Space = "tower"
@@ -43,7 +44,7 @@ class FlashVL(ProjectorMethod):
         super().__post_init__()
         if self.s not in (1, 2, 4) or isinstance(self.s, bool):
             raise ValueError(f"s must be 1, 2 or 4, got {self.s!r}")
-        check_choice("space", self.space, ("tower", "x"))
+        check_choice(self.space, "space", ("tower", "x"))
 
     @property
     def reads(self) -> frozenset[str]:
@@ -95,7 +96,7 @@ class Nemotron(FlashVL):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number(self.tubelet, "tubelet", 1)
+        check_count(self.tubelet, "tubelet", 1)
 
     @property
     def frames_of_a_cell(self) -> int:

@@ -10,12 +10,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from tokred.core.checks import check_choice, check_share, is_count
+from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.schedules import check_choice, check_share, kept
+from tokred.core.schedules import kept
 from tokred.core.selection import highest, ranked
 from tokred.vlm.before_llm import Budgeted, VisualSite
-from tokred.vlm.tools.budget import Budget, is_number, largest_remainder
+from tokred.vlm.tools.budget import Budget, largest_remainder
 from tokred.vlm.tools.tiles import Tiles
 
 
@@ -45,6 +47,7 @@ class HiRED(Budgeted):
 
     summary: ClassVar[str] = "share a budget over the tiles of an image by content, keep what the class token sees"
     source: ClassVar[str] = "Arif et al., AAAI 2025 (arXiv 2408.10945)"
+    example: ClassVar[Parameters] = {"budget": 0.4}
     joint: ClassVar[bool] = True
 
     budget: Budget = 0.2
@@ -59,8 +62,8 @@ class HiRED(Budgeted):
         check_share(self.alpha, "alpha", zero=True)
         if isinstance(self.l_early, bool) or not isinstance(self.l_early, int):
             raise ValueError(f"l_early must be an integer, got {self.l_early!r}")
-        check_choice("content", self.content, ("count", "sum"))
-        check_choice("rounding", self.rounding, ("largest_remainder", "floor"))
+        check_choice(self.content, "content", ("count", "sum"))
+        check_choice(self.rounding, "rounding", ("largest_remainder", "floor"))
 
     @property
     def reads(self) -> frozenset[str]:
@@ -78,14 +81,14 @@ class HiRED(Budgeted):
         Raises:
             ValueError: less than one.
         """
-        found = min(n, int(self.budget)) if is_number(self.budget) else kept(n, float(self.budget))
+        found = min(n, int(self.budget)) if is_count(self.budget) else kept(n, float(self.budget))
         if found < 1 <= n:
             raise ValueError(f"budget is {self.budget:g}, which leaves none of {n} tokens; at least one has to stay")
         return found
 
     def acts(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> bool:
         """Unless everything stays; a number of tokens may be less than those of all tiles together."""
-        return n > 0 and (is_number(self.budget) or self.budget < 1)
+        return n > 0 and (is_count(self.budget) or self.budget < 1)
 
     def choose(self, site: VisualSite) -> Reduction:
         """Share the budget out, keep the highest scores of this tile."""

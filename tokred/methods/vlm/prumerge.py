@@ -8,18 +8,19 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from tokred.core.checks import check_choice, check_count, is_count
+from tokred.core.method import Parameters
 from tokred.core.overlap import OverlapReduction
 from tokred.core.ragged import pack
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.schedules import check_choice
 from tokred.core.selection import ranked
 from tokred.errors import MissingInputError
 from tokred.kernels.column_scores import column_scores
 from tokred.kernels.gather_rows import gather_rows
 from tokred.kernels.similarity_rows import unit
 from tokred.vlm.before_llm import ProjectorMethod, Space, VisualSite
-from tokred.vlm.tools.budget import Budget, as_budget, check_number, count_of, is_number
+from tokred.vlm.tools.budget import Budget, as_budget, count_of
 from tokred.vlm.tools.scores import outliers
 
 # Entries of a block of similarities.
@@ -58,6 +59,8 @@ class PruMerge(ProjectorMethod):
 
     summary: ClassVar[str] = "as many image tokens as attention has outliers, each absorbing its nearest neighbours"
     source: ClassVar[str] = "Shang et al., ICCV 2025 (arXiv 2403.15388)"
+    example: ClassVar[Parameters] = {"k_c": 3}
+    nothing: ClassVar[Parameters | None] = {"budget": 1.0}
 
     budget: Budget | None = None
     k_c: int = 32
@@ -74,17 +77,17 @@ class PruMerge(ProjectorMethod):
         super().__post_init__()
         if self.budget is not None:
             as_budget(self.budget)
-            if self.budget == 1 and is_number(self.budget):
+            if self.budget == 1 and is_count(self.budget):
                 raise ValueError("budget must be at least 2, a centre and the left-over token, got 1")
-        check_number(self.k_c, "k_c", 1)
-        check_number(self.min_tokens, "min_tokens", 1)
+        check_count(self.k_c, "k_c", 1)
+        check_count(self.min_tokens, "min_tokens", 1)
         if self.max_tokens is not None:
-            check_number(self.max_tokens, "max_tokens", self.min_tokens)
+            check_count(self.max_tokens, "max_tokens", self.min_tokens)
         if isinstance(self.whisker, bool) or not isinstance(self.whisker, int | float) or not self.whisker > 0:
             raise ValueError(f"whisker must be positive, got {self.whisker!r}")
-        check_choice("heads", self.heads, ("single", "mean"))
-        check_choice("order", self.order, ("raster", "attention"))
-        check_choice("space", self.space, ("tower", "x"))
+        check_choice(self.heads, "heads", ("single", "mean"))
+        check_choice(self.order, "order", ("raster", "attention"))
+        check_choice(self.space, "space", ("tower", "x"))
 
     @property
     def reads(self) -> frozenset[str]:
@@ -211,6 +214,7 @@ class PruMergePlus(PruMerge):
     """
 
     summary: ClassVar[str] = "PruMerge with a uniform grid of tokens beside the outliers"
+    example: ClassVar[Parameters] = {"budget": 6, "k_c": 3}
 
     plus: bool = True
 

@@ -9,17 +9,19 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from tokred.core.checks import check_count
+from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.selection import ranked
 from tokred.core.site import Site
+from tokred.encoder.metric import head_mean
 from tokred.kernels.gather_rows import gather_rows
 from tokred.methods.encoder.saint import SAINT
-from tokred.methods.encoder.tome import head_mean
 from tokred.vlm.before_llm import Budgeted, VisualSite
 from tokred.vlm.in_llm import LayerSite
 from tokred.vlm.layered import LayerMethod, check_depth
-from tokred.vlm.tools.budget import Budget, check_number
+from tokred.vlm.tools.budget import Budget
 
 
 @register("saint_layer")
@@ -47,6 +49,8 @@ class SAINTLayer(LayerMethod):
 
     summary: ClassVar[str] = "inside the LLM drop visual tokens with many near-copies, as many as each image has"
     source: ClassVar[str] = "Jeddi et al., 2025 (arXiv 2503.11549)"
+    example: ClassVar[Parameters] = {"start": 0, "end": 1, "tau": 0.2, "K": 1}
+    nothing: ClassVar[Parameters | None] = {"start": 0, "end": 1, "tau": 2.0}
 
     start: int = 7
     end: int = 16
@@ -58,8 +62,8 @@ class SAINTLayer(LayerMethod):
     min_tokens: int = 0
 
     def __post_init__(self) -> None:
-        check_number(self.start, "start")
-        check_number(self.end, "end", self.start)
+        check_count(self.start, "start")
+        check_count(self.end, "end", self.start)
         if isinstance(self.tau, bool) or not isinstance(self.tau, int | float) or not math.isfinite(self.tau):
             raise ValueError(f"tau must be a finite number, got {self.tau!r}")
         _ = self.graph
@@ -128,6 +132,8 @@ class SAINTVisual(Budgeted):
 
     summary: ClassVar[str] = "drop the patches most similar to all others, by keys of a layer of the tower"
     source: ClassVar[str] = "Jeddi et al., 2025 (arXiv 2503.11549)"
+    example: ClassVar[Parameters] = {"budget": 5, "layer": 1}
+    nothing: ClassVar[Parameters | None] = {"budget": 1.0, "layer": 1}
 
     budget: Budget = 375
     q: int = 16
@@ -135,7 +141,7 @@ class SAINTVisual(Budgeted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number(self.q, "q", 1)
+        check_count(self.q, "q", 1)
         if isinstance(self.layer, bool) or not isinstance(self.layer, int):
             raise ValueError(f"layer must be an integer, got {self.layer!r}")
 

@@ -10,14 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokred.core.checks import check_blocks, check_choice, check_count, check_share
+from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.schedules import check_blocks, check_choice, check_share
 from tokred.core.selection import ranked
 from tokred.kernels.column_scores import column_scores
 from tokred.vlm.in_llm import LayerSite, Prompt
 from tokred.vlm.layered import LayerMethod, check_depth
-from tokred.vlm.tools.budget import Budget, as_budget, check_number, count_of
+from tokred.vlm.tools.budget import Budget, as_budget, count_of
 from tokred.vlm.tools.cluster import density_peaks
 
 # Visual tokens kept behind layers 2, 6 and 15, of 576, by the average that the authors name each setting after.
@@ -57,6 +58,7 @@ class SparseVLM(LayerMethod):
 
     summary: ClassVar[str] = "raters of the question choose visual tokens, layer by layer; the best losers are recycled"
     source: ClassVar[str] = "Zhang et al., ICML 2025 (arXiv 2410.04417)"
+    example: ClassVar[Parameters] = {"layers": (0, 1), "budget": (0.5, 0.25)}
 
     layers: tuple[int, ...] = (2, 6, 15)
     budget: Literal["auto", "table", "rank", "scale"] | tuple[Budget, ...] = "auto"
@@ -72,7 +74,7 @@ class SparseVLM(LayerMethod):
             raise ValueError(f"layers must be increasing, at least one, got {self.layers!r}")
         object.__setattr__(self, "layers", layers)
         if isinstance(self.budget, str):
-            check_choice("budget", self.budget, ("auto", "table", "rank", "scale"))
+            check_choice(self.budget, "budget", ("auto", "table", "rank", "scale"))
             allowed = SCALES if self.budget == "scale" else TABLES
             if self.average not in allowed:
                 raise ValueError(f"average is {self.average!r}; allowed are {', '.join(map(str, allowed))}")
@@ -86,8 +88,8 @@ class SparseVLM(LayerMethod):
             object.__setattr__(self, "budget", tuple(as_budget(b, f"budget[{i}]") for i, b in enumerate(self.budget)))
         check_share(self.strength, "strength")
         check_share(self.recycle, "recycle", zero=True)
-        check_number(self.cluster, "cluster", 1)
-        check_choice("heads", self.heads, ("mean", "priority"))
+        check_count(self.cluster, "cluster", 1)
+        check_choice(self.heads, "heads", ("mean", "priority"))
 
     @property
     def reads(self) -> frozenset[str]:

@@ -9,15 +9,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tokred.core.checks import check_count, check_share
+from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.schedules import check_share
 from tokred.core.selection import highest
 from tokred.kernels.gather_rows import gather_rows
 from tokred.methods.vlm.saint_vlm import visual_columns
 from tokred.vlm.in_llm import LayerSite
 from tokred.vlm.layered import LayerMethod, check_depth
-from tokred.vlm.tools.budget import Budget, as_budget, check_number, count_of
+from tokred.vlm.tools.budget import Budget, as_budget, count_of
 from tokred.vlm.tools.places import grid_places
 from tokred.vlm.tools.transport import BLOCK, transport
 
@@ -54,6 +55,8 @@ class TopV(LayerMethod):
 
     summary: ClassVar[str] = "visual tokens by optimal transport through an early layer, without attention maps"
     source: ClassVar[str] = "after Yang et al., CVPR 2025 (arXiv 2503.18278)"
+    example: ClassVar[Parameters] = {"layer": 0, "budget": 5}
+    nothing: ClassVar[Parameters | None] = {"budget": 1.0}
 
     budget: Budget = 0.5
     layer: int = 2
@@ -67,13 +70,13 @@ class TopV(LayerMethod):
 
     def __post_init__(self) -> None:
         as_budget(self.budget)
-        check_number(self.layer, "layer")
+        check_count(self.layer, "layer")
         for name, least in (("alpha", True), ("beta", True), ("gamma", True), ("sigma", False), ("eps", False)):
             value = getattr(self, name)
             fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
             if not fits or value < 0 or (value == 0 and not least):
                 raise ValueError(f"{name} must be {'at least' if least else 'above'} 0, got {value!r}")
-        check_number(self.iterations, "iterations", 1)
+        check_count(self.iterations, "iterations", 1)
         check_share(self.recover, "recover", zero=True)
 
     @property

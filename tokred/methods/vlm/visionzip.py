@@ -8,14 +8,15 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from tokred.core.checks import check_choice, is_count
+from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.schedules import check_choice
 from tokred.core.selection import highest
 from tokred.kernels.gather_rows import gather_rows
 from tokred.kernels.similarity_rows import best_match
 from tokred.vlm.before_llm import Budgeted, Space, VisualSite
-from tokred.vlm.tools.budget import Budget, as_budget, count_of, is_number
+from tokred.vlm.tools.budget import Budget, as_budget, count_of
 from tokred.vlm.tools.scores import ATTENTION, Attention, attention_reads, patch_scores
 
 
@@ -45,6 +46,7 @@ class VisionZip(Budgeted):
 
     summary: ClassVar[str] = "dominant image tokens by attention, the others folded into a few contextual ones"
     source: ClassVar[str] = "Yang et al., CVPR 2025 (arXiv 2412.04467)"
+    example: ClassVar[Parameters] = {"budget": 6, "contextual": 2}
 
     budget: Budget = 64
     contextual: Budget = 0.15625
@@ -57,12 +59,12 @@ class VisionZip(Budgeted):
         super().__post_init__()
         if self.contextual != 0 or isinstance(self.contextual, bool):
             as_budget(self.contextual, "contextual (unless 0)")
-        if is_number(self.budget) and is_number(self.contextual) and self.contextual >= self.budget:
+        if is_count(self.budget) and is_count(self.contextual) and self.contextual >= self.budget:
             raise ValueError(f"contextual is {self.contextual}, which leaves no dominant token of {self.budget}")
-        check_choice("merge", self.merge, ("sum", "mean"))
-        check_choice("cls", self.cls, ("drop", "count"))
-        check_choice("attention", self.attention, ATTENTION)
-        check_choice("space", self.space, ("tower", "x"))
+        check_choice(self.merge, "merge", ("sum", "mean"))
+        check_choice(self.cls, "cls", ("drop", "count"))
+        check_choice(self.attention, "attention", ATTENTION)
+        check_choice(self.space, "space", ("tower", "x"))
 
     @property
     def reads(self) -> frozenset[str]:
@@ -72,7 +74,7 @@ class VisionZip(Budgeted):
 
     def with_budget(self, n: int) -> VisionZip:
         """With at least one dominant token."""
-        whole = is_number(self.contextual)
+        whole = is_count(self.contextual)
         return replace(self, budget=n, contextual=min(self.contextual, n - 1) if whole else self.contextual)
 
     def split(self, total: int) -> tuple[int, int]:

@@ -8,14 +8,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tokred.core.checks import check_choice, check_count, check_share
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.schedules import check_choice, check_share
 from tokred.core.selection import ranked
 from tokred.kernels.gather_rows import gather_rows
 from tokred.kernels.similarity_rows import best_match
 from tokred.vlm.before_llm import Budgeted, VisualSite
-from tokred.vlm.tools.budget import Budget, check_number
+from tokred.vlm.tools.budget import Budget
 from tokred.vlm.tools.greedy import directions
 from tokred.vlm.tools.scores import ATTENTION, Attention, attention_reads, patch_scores
 
@@ -50,8 +50,8 @@ class VisPruner(Budgeted):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_share(self.important_ratio, "important_ratio", zero=True)
-        check_number(self.step, "step", 1)
-        check_choice("attention", self.attention, ATTENTION)
+        check_count(self.step, "step", 1)
+        check_choice(self.attention, "attention", ATTENTION)
 
     @property
     def reads(self) -> frozenset[str]:

@@ -8,12 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tokred.core.checks import check_count
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.selection import random_order
 from tokred.methods.encoder.downsample import cells
 from tokred.vlm.before_llm import Budgeted, VisualSite
-from tokred.vlm.tools.budget import Budget, check_number
+from tokred.vlm.tools.budget import Budget
 
 
 @register("random_visual")
@@ -36,7 +37,7 @@ class RandomVisual(Budgeted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number(self.seed, "seed")
+        check_count(self.seed, "seed")
 
     def choose(self, site: VisualSite) -> Reduction:
         """Keep the first of a random order, in the order of the image."""

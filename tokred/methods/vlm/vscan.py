@@ -8,15 +8,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tokred.core.checks import check_count, check_share
 from tokred.core.matching import match_to
+from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.schedules import check_share
 from tokred.core.selection import ranked
 from tokred.vlm.before_llm import Budgeted, VisualSite
 from tokred.vlm.in_llm import LayerSite
 from tokred.vlm.layered import LayerMethod, check_depth, check_layer
-from tokred.vlm.tools.budget import Budget, as_budget, check_number, count_of
+from tokred.vlm.tools.budget import Budget, as_budget, count_of
 
 
 @register("vscan")
@@ -44,6 +45,8 @@ class VScan(Budgeted):
 
     summary: ClassVar[str] = "image tokens by windows and by the whole image; the others merge into them"
     source: ClassVar[str] = "Zhang et al., TMLR 2026 (arXiv 2505.22654)"
+    example: ClassVar[Parameters] = {"budget": 6, "window": 2, "shallow": 0}
+    nothing: ClassVar[Parameters | None] = {"budget": 1.0, "shallow": 0}
 
     budget: Budget = 96
     local_ratio: float = 0.5
@@ -54,7 +57,7 @@ class VScan(Budgeted):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_share(self.local_ratio, "local_ratio", zero=True)
-        check_number(self.window, "window", 1)
+        check_count(self.window, "window", 1)
         if isinstance(self.shallow, bool) or not isinstance(self.shallow, int):
             raise ValueError(f"shallow must be an integer, got {self.shallow!r}")
 
@@ -120,6 +123,8 @@ class VScanLayer(LayerMethod):
 
     summary: ClassVar[str] = "at half of the depth keep the visual tokens that the last prompt token attends to"
     source: ClassVar[str] = "Zhang et al., TMLR 2026 (arXiv 2505.22654)"
+    example: ClassVar[Parameters] = {"budget": 5}
+    nothing: ClassVar[Parameters | None] = {"budget": 1.0}
 
     budget: Budget = 32
     layer: int | None = None

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
+from tokred.core.checks import is_count
+
 Budget = int | float
 
 
@@ -19,26 +21,11 @@ def as_budget(value: object, name: str = "budget") -> Budget:
     Raises:
         ValueError: it is neither.
     """
-    if is_number(value, 1) or (isinstance(value, float) and 0 < value <= 1):
+    if is_count(value, 1) or (isinstance(value, float) and 0 < value <= 1):
         return value  # type: ignore[return-value]
     raise ValueError(
         f"{name} must be a number of tokens (an integer of at least 1) or a share in (0, 1], got {value!r}"
     )
-
-
-def is_number(value: object, low: int = 0) -> bool:
-    """Whether ``value`` is an integer of at least ``low`` (True and False are none)."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= low
-
-
-def check_number(value: object, name: str, low: int = 0) -> None:
-    """Refuse what is no integer of at least ``low``.
-
-    Raises:
-        ValueError: naming the argument and what was given.
-    """
-    if not is_number(value, low):
-        raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
 
 
 def count_of(budget: Budget, n: int, name: str = "budget") -> int:

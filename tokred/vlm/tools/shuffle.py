@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokred.core.schedules import check_choice
+from tokred.core.checks import check_choice
 
 Layout = Literal["v2", "v1"]
 
@@ -38,7 +38,7 @@ def pixel_shuffle(x: Tensor, grid: tuple[int, int], s: int = 2, layout: Layout =
     high, wide = grid
     if high * wide != n or s < 1:
         raise ValueError(f"s must be at least 1 and the grid have {n} tokens, got s={s} and {high} x {wide}")
-    check_choice("layout", layout, ("v2", "v1"))
+    check_choice(layout, "layout", ("v2", "v1"))
     x = x.view(b, high, wide, c)
     down, right = -high % s, -wide % s
     if down or right:
@@ -58,7 +58,7 @@ def pixel_unshuffle(y: Tensor, grid: tuple[int, int], s: int = 2, layout: Layout
         grid: the one before.
         s, layout: as before.
     """
-    check_choice("layout", layout, ("v2", "v1"))
+    check_choice(layout, "layout", ("v2", "v1"))
     (high, wide), (b, _, c) = grid, y.shape
     rows, columns = -(-high // s), -(-wide // s)
     shape = (rows, columns) if layout == "v2" else (columns, rows)

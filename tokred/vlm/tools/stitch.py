@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tokred.core.schedules import check_choice
+from tokred.core.checks import check_choice
 
 Blend = Literal["ramp", "mean", "nearest"]
 
@@ -64,7 +64,7 @@ def weights(rows: int, columns: int, grid: tuple[int, int], overlap: int, blend:
     Raises:
         ValueError: tiles overlap by more than half, or ``blend`` is unknown.
     """
-    check_choice("blend", blend, ("ramp", "mean", "nearest"))
+    check_choice(blend, "blend", ("ramp", "mean", "nearest"))
     high, wide = grid
     kind: Blend = "mean" if blend == "mean" else "ramp"
     # The distance to the nearest of four borders is the smaller of the two along rows and along columns.

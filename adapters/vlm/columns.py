@@ -1,0 +1,376 @@
+"""Columns that are left: how shorter sequences are packed, and what a cache knows of tokens that never reached its
+layers, kept on the cache itself for decode and later turns.
+
+The cache's class is exchanged for a subclass that reports the logical length, and keeps the record in step when samples
+are reordered, repeated, or tokens taken back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tokred.adapters.vlm.taps import in_flight
+from tokred.core.reduction import Reduction
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import Cache
+
+
+class Packed(NamedTuple):
+    """Columns that are left, right-aligned.
+
+    Attributes:
+        columns: ``(B, M)`` int64, which column each was; filler on the left repeats columns that are gone.
+        valid: ``(B, M)`` bool, False on filler.
+        counts: real columns of each sample.
+    """
+
+    columns: Tensor
+    valid: Tensor
+    counts: tuple[int, ...]
+
+    @property
+    def ragged(self) -> bool:
+        """True where some sample has filler."""
+        return min(self.counts) < self.columns.shape[1]
+
+
+def left_pack(keep: Tensor, counts: tuple[int, ...]) -> Packed:
+    """Right-align the kept columns of every sample.
+
+    Args:
+        keep: ``(B, L)`` bool.
+        counts: how many each sample keeps.
+    """
+    most = max(counts)
+    columns = keep.to(torch.uint8).argsort(dim=1, stable=True)[:, keep.shape[1] - most :]
+    return Packed(columns, keep.gather(1, columns), counts)
+
+
+def last_real(real: Tensor, end: int) -> Tensor:
+    """``(B, 1)`` int64: the last real column of every sample before ``end``.
+
+    Args:
+        real: ``(B, L)`` bool.
+        end: columns of the prompt.
+    """
+    return real[:, :end].long().cumsum(1).argmax(1, keepdim=True)
+
+
+def pack_slots(step: Reduction, real: Tensor | None, counts: tuple[int, ...]) -> tuple[Packed, Tensor]:
+    """The slots of a reduction in the order of their representatives, right-aligned, without padding.
+
+    Args:
+        step: of ``L`` columns.
+        real: ``(B, L)`` bool, the columns that are no padding; None: all.
+        counts: real columns before.
+
+    Returns:
+        Where each kept slot's representative stood, and which slot it is, ``(B, M)``.
+    """
+    # Slots come in the order of the method's groups. Decoders need tokens in the order of the prompt, and the newest
+    # one of every sample in the last column, from which the next token is told; filler therefore stands left.
+    rep, slot_real = step.representative, step.mask
+    if real is not None:
+        alive = real.gather(1, rep)
+        slot_real = alive if slot_real is None else slot_real & alive
+    if slot_real is None:
+        order = rep.argsort(dim=1, stable=True)
+        left = (step.slots,) * rep.shape[0]
+        columns = rep.gather(1, order)
+        return Packed(columns, torch.ones_like(columns, dtype=torch.bool), left), order
+    # Counts are known without waiting for the device where neither side has padding.
+    if step.mask is None and all(c == step.length for c in counts):
+        left = (step.slots,) * rep.shape[0]
+    else:
+        left = tuple(slot_real.sum(1).tolist())
+    order = torch.where(slot_real, rep, -1).argsort(dim=1, stable=True)[:, step.slots - max(left) :]
+    return Packed(rep.gather(1, order), slot_real.gather(1, order), left), order
+
+
+def gather_columns(t: Tensor, columns: Tensor, dim: int = 1) -> Tensor:
+    """``t`` at the columns of each sample: ``(B or 1, L, ...)`` for ``dim=1``, ``(..., B or 1, L)`` for ``dim=-1``."""
+    b, m = columns.shape
+    if dim == 1:
+        t = t.expand(b, *t.shape[1:])
+        index = columns.reshape(b, m, *(1,) * (t.ndim - 2)).expand(b, m, *t.shape[2:])
+        return t.gather(1, index)
+    t = t.expand(*t.shape[:-2], b, t.shape[-1])
+    return t.gather(-1, columns.expand(*t.shape[:-2], b, m))
+
+
+_TRACK = "_tokred_track"
+_STATE = "tokred_track"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that hold the same columns.
+
+    Attributes:
+        first: the first of these layers; 0 for what left before the language model.
+        columns: ``(B, P)`` int64, which of the tokens that came to layer 0 (for group 0: to the model) each row is.
+        valid: ``(B, P)`` bool, False on filler and padding.
+        ragged: whether any is False.
+        width: columns of layer 0 (for group 0: tokens of the prompt) that ``columns`` selects from.
+    """
+
+    first: int
+    columns: Tensor
+    valid: Tensor
+    ragged: bool
+    width: int
+
+    @property
+    def dropped(self) -> int:
+        """Columns that these layers lack."""
+        return self.width - self.columns.shape[1]
+
+    def pick(self, index: Tensor) -> Group:
+        """The group of other samples."""
+        index = index.to(self.columns.device)
+        return replace(self, columns=self.columns.index_select(0, index), valid=self.valid.index_select(0, index))
+
+    def cut(self, count: int) -> Group:
+        """Without the newest ``count`` columns, which are all there."""
+        if count == 0:
+            return self
+        return Group(self.first, self.columns[:, :-count], self.valid[:, :-count], self.ragged, self.width - count)
+
+    def ends_with(self, count: int) -> bool:
+        """True where the newest ``count`` columns of every sample are there (waits for the device)."""
+        if count > self.columns.shape[1]:
+            return False
+        wanted = torch.arange(self.width - count, self.width, device=self.columns.device)
+        tail = slice(self.columns.shape[1] - count, None)
+        return bool((self.columns[:, tail] == wanted).all() & self.valid[:, tail].all())
+
+
+def extended(
+    old: Group | None, first: int, past: int, columns: Tensor, width: int, valid: Tensor, ragged: bool
+) -> Group:
+    """A group after a further forward.
+
+    Args:
+        old: the group before, if there was one; columns that came after it are all there.
+        first: its first layer.
+        past: columns to select from before this forward.
+        columns: ``(B, m)`` those of this forward that are left, of ``width``.
+        valid: ``(B, P + m)`` bool, for all rows; ``ragged`` whether any may be False.
+    """
+    b = columns.shape[0]
+    if old is None:
+        parts = [torch.arange(past, device=columns.device).expand(b, -1)]
+    else:
+        parts = [old.columns, torch.arange(old.width, past, device=columns.device).expand(b, -1)]
+    return Group(first, torch.cat([*parts, columns + past], 1), valid, ragged, past + width)
+
+
+@dataclass
+class Track:
+    """The tokens of the conversation that rows of one cache stand for.
+
+    Attributes:
+        covered: tokens of the conversation, counted from its begin, that the groups tell about; later ones are in all
+            layers.
+        groups: by first layer; none of layer 0 where nothing left before the language model.
+        behind: ``(B,)`` int64, how many positions each sample lags behind where positions are counted anew.
+    """
+
+    covered: int
+    groups: list[Group] = field(default_factory=list)
+    behind: Tensor | None = None
+
+    @property
+    def outer(self) -> Group | None:
+        """The group of layer 0, where something left before the language model; else None."""
+        return self.groups[0] if self.groups and self.groups[0].first == 0 else None
+
+    @property
+    def dropped(self) -> int:
+        """Tokens of the conversation that layer 0 lacks."""
+        return 0 if self.outer is None else self.outer.dropped
+
+    @property
+    def entered(self) -> int:
+        """Columns of layer 0 that the groups tell about."""
+        return self.covered - self.dropped
+
+    def inner(self, layer: int) -> Group | None:
+        """The group that ``layer`` belongs to, where it holds other columns than layer 0."""
+        found = [g for g in self.groups if 0 < g.first <= layer]
+        return found[-1] if found else None
+
+    def copy(self) -> Track:
+        """One that is set apart from this."""
+        return Track(self.covered, list(self.groups), self.behind)
+
+    def pick(self, index: Tensor) -> None:
+        """Go on with other samples."""
+        self.groups = [g.pick(index) for g in self.groups]
+        if self.behind is not None:
+            self.behind = self.behind.index_select(0, index.to(self.behind.device))
+
+    def cut(self, count: int) -> None:
+        """Forget the newest ``count`` covered tokens.
+
+        Raises:
+            ValueError: some of them have been dropped from some layer, so that taking them back would take others.
+        """
+        if not all(g.ends_with(count) for g in self.groups):
+            raise ValueError(
+                f"cannot crop the cache into what was pruned: of the newest {count} tokens of the prompt some were "
+                "dropped; crop to the end of the prompt, or copy the cache before it"
+            )
+        self.groups = [g.cut(count) for g in self.groups]
+        self.covered -= count
+
+
+def track_of(cache: Cache | None) -> Track | None:
+    """The record that hangs on a cache; None where nothing has left, or there is no cache."""
+    return None if cache is None else cache.__dict__.get(_TRACK)
+
+
+def set_track(cache: Cache, track: Track) -> None:
+    """Hang ``track`` on a cache, and make the cache heed it."""
+    if not hasattr(type(cache), "tokred_stock"):
+        kind: Any = type(cache)
+        cache.__class__ = _subclass(kind)
+    cache.__dict__[_TRACK] = track
+
+
+def physical_length(cache: Cache) -> int:
+    """Columns that came to layer 0: the length that the cache's own class tells."""
+    stock = getattr(type(cache), "tokred_stock", None)
+    return int(cache.get_seq_length() if stock is None else stock.get_seq_length(cache))
+
+
+@functools.cache
+def _subclass(host: type[Cache]) -> type[Cache]:
+    def get_seq_length(self: Cache, layer_idx: int = 0) -> int | Tensor:
+        # transformers places new tokens, and cuts the caller's mask, by the length of layer 0: that has to be the
+        # conversation's, or the first decoded token would stand where a dropped one stood.
+        track = track_of(self)
+        more = track.dropped if track is not None and layer_idx == 0 else 0
+        return host.get_seq_length(self, layer_idx) + more  # type: ignore[no-any-return]
+
+    def get_query_offset(self: Cache, layer_idx: int = 0) -> int | Tensor:
+        layer = 0 if _seen_as_first(self, layer_idx) else layer_idx
+        return host.get_seq_length(self, layer)  # type: ignore[no-any-return]
+
+    def get_mask_sizes(self: Cache, query_length: int, layer_idx: int) -> tuple[int, int]:
+        # Masks are made once for all layers of a kind, sized by the first of that kind, which may be one that holds
+        # fewer columns; the full mask is needed, of which MaskMaker cuts each layer's part out.
+        if _seen_as_first(self, layer_idx):
+            return host.get_seq_length(self, 0) + query_length, 0
+        return host.get_mask_sizes(self, query_length, layer_idx)  # type: ignore[no-any-return]
+
+    def reset(self: Cache) -> None:
+        host.reset(self)
+        self.__dict__.pop(_TRACK, None)
+
+    def reorder_cache(self: Cache, beam_idx: Tensor) -> None:
+        host.reorder_cache(self, beam_idx)
+        _pick(self, beam_idx)
+
+    def batch_repeat_interleave(self: Cache, repeats: int) -> None:
+        before = _batch(self)
+        host.batch_repeat_interleave(self, repeats)
+        if before:
+            _pick(self, torch.arange(before).repeat_interleave(repeats))
+
+    def batch_select_indices(self: Cache, indices: Tensor) -> None:
+        host.batch_select_indices(self, indices)
+        _pick(self, indices)
+
+    def crop(self: Cache, tokens_to_remove: int) -> None:
+        track, count = track_of(self), -int(tokens_to_remove)
+        if track is None or count <= 0:
+            host.crop(self, tokens_to_remove)
+            return
+        inside = count - (self.get_seq_length() - track.covered)
+        # The copy is cut first, which may refuse: the cache is as it was then.
+        trial = track.copy()
+        if inside > 0:
+            trial.cut(inside)
+        host.crop(self, tokens_to_remove)
+        self.__dict__[_TRACK] = trial
+
+    body: dict[str, Callable[..., Any] | str | type | None] = {
+        "__module__": host.__module__,
+        "__qualname__": host.__qualname__,
+        "__doc__": host.__doc__,
+        "tokred_stock": host,
+        "get_seq_length": get_seq_length,
+        "get_query_offset": get_query_offset,
+        "get_mask_sizes": get_mask_sizes,
+        "reset": reset,
+        "reorder_cache": reorder_cache,
+        "batch_repeat_interleave": batch_repeat_interleave,
+        "batch_select_indices": batch_select_indices,
+        "crop": crop,
+    }
+    # Caches under a policy can be set back; what left before the layers is set back with them.
+    if hasattr(host, "snapshot"):
+        body.update(_snapshots(host))
+    return type(host.__name__, (host,), body)
+
+
+@contextlib.contextmanager
+def own_sizes() -> Iterator[None]:
+    """Inside, caches tell the sizes of each layer as they are; otherwise masks are made for the first layer's columns,
+    of which those of later layers are cut out."""
+    before = in_flight.own_sizes
+    in_flight.own_sizes = True
+    try:
+        yield
+    finally:
+        in_flight.own_sizes = before
+
+
+def _seen_as_first(cache: Cache, layer: int) -> bool:
+    track = track_of(cache)
+    if track is None or in_flight.own_sizes or track.inner(layer) is None:
+        return False
+    # A sliding layer that is full holds its window's rows alone, whatever came to layer 0.
+    window = getattr(cache.layers[layer], "sliding_window", None)
+    return window is None or physical_length(cache) < window
+
+
+def _snapshots(host: Any) -> dict[str, Any]:
+    def snapshot(self: Cache) -> Any:
+        found, track = host.snapshot(self), track_of(self)
+        return found._replace(session={**found.session, _STATE: None if track is None else track.copy()})
+
+    def restore(self: Cache, snapshot: Any) -> None:
+        session = dict(snapshot.session)
+        track = session.pop(_STATE, None)
+        host.restore(self, snapshot._replace(session=session))
+        self.__dict__.pop(_TRACK, None)
+        if track is not None:
+            self.__dict__[_TRACK] = track.copy()
+
+    return {"snapshot": snapshot, "restore": restore}
+
+
+def _pick(cache: Cache, index: Tensor) -> None:
+    track = track_of(cache)
+    if track is not None:
+        # A copy: snapshots share the record.
+        track = track.copy()
+        track.pick(torch.as_tensor(index))
+        cache.__dict__[_TRACK] = track
+
+
+def _batch(cache: Cache) -> int:
+    track = track_of(cache)
+    return track.groups[0].columns.shape[0] if track is not None and track.groups else 0

@@ -1,0 +1,247 @@
+"""The names of ``tokred`` with their types: written by .ci/stub.py, and not by hand."""
+
+from tokred import bench, kv, learn, methods
+from tokred.analysis import viz
+from tokred.analysis.explain import Explanation, explain
+from tokred.analysis.tsp_layer import choose_tsp_layer
+from tokred.api import (
+    Flops,
+    Support,
+    applied,
+    apply,
+    flops,
+    kv_cache,
+    list_methods,
+    load,
+    losses,
+    make,
+    modules,
+    parameters,
+    patched,
+    remove,
+    report,
+    save,
+    supports,
+    trace,
+)
+from tokred.core.method import Method, from_dict
+from tokred.core.reduction import Reduction
+from tokred.core.registry import register
+from tokred.core.report import Report
+from tokred.core.site import Site
+from tokred.diffusion.site import AttentionSite
+from tokred.encoder.method import BlockMethod, Place
+from tokred.errors import (
+    BypassedError,
+    MissingInputError,
+    MovedWarning,
+    NothingRecordedError,
+    NothingRemovedWarning,
+    PluginWarning,
+    TokenStateError,
+    TokredError,
+    TokredWarning,
+    UnknownMethodError,
+    UnknownModelError,
+    UnsupportedModelError,
+    UntestedVersionWarning,
+)
+from tokred.kv.report import CacheReport
+from tokred.methods.diffusion.asymrnr import AsymRnR
+from tokred.methods.diffusion.catome import CAToMe
+from tokred.methods.diffusion.ibtm import IBTM
+from tokred.methods.diffusion.keymerge import KeyMerge
+from tokred.methods.diffusion.random_latent import RandomLatentPrune
+from tokred.methods.diffusion.sdtm import SDTM
+from tokred.methods.diffusion.todo import ToDo
+from tokred.methods.diffusion.toma import ToMA
+from tokred.methods.diffusion.tomesd import ToMeSD
+from tokred.methods.diffusion.vidtome import VidToMe
+from tokred.methods.encoder.algm import ALGM
+from tokred.methods.encoder.ats import ATS
+from tokred.methods.encoder.downsample import Downsample
+from tokred.methods.encoder.dynamicvit import DynamicViT
+from tokred.methods.encoder.evit import EViT
+from tokred.methods.encoder.kth import KthMerge
+from tokred.methods.encoder.ltp import LTP
+from tokred.methods.encoder.pitome import PiToMe
+from tokred.methods.encoder.ppt import PPT
+from tokred.methods.encoder.random import RandomMerge, RandomPrune
+from tokred.methods.encoder.saint import SAINT
+from tokred.methods.encoder.spatten import SpAtten
+from tokred.methods.encoder.tinychart import TinyChart
+from tokred.methods.encoder.tofu import ToFu
+from tokred.methods.encoder.tokentm import TokenTMPrune
+from tokred.methods.encoder.tome import ToMe
+from tokred.methods.encoder.vomix import VoMix
+from tokred.methods.encoder.vtm import VTM
+from tokred.methods.encoder.zero_tprune import ZeroTPrune
+from tokred.methods.kv.adakv import AdaKV
+from tokred.methods.kv.cake import CAKE
+from tokred.methods.kv.criticalkv import CriticalKV
+from tokred.methods.kv.duoattention import DuoAttention
+from tokred.methods.kv.expected_attention import ExpectedAttention
+from tokred.methods.kv.h2o import H2O
+from tokred.methods.kv.keydiff import KeyDiff
+from tokred.methods.kv.keyformer import Keyformer
+from tokred.methods.kv.knorm import KNorm
+from tokred.methods.kv.kv import KVPolicy
+from tokred.methods.kv.kvzip import KVzip
+from tokred.methods.kv.lagkv import LagKV
+from tokred.methods.kv.limited import Limited
+from tokred.methods.kv.observed_attention import ObservedAttention
+from tokred.methods.kv.pyramidkv import PyramidKV
+from tokred.methods.kv.random_evict import RandomEvict
+from tokred.methods.kv.rpc import RPC
+from tokred.methods.kv.snapkv import SnapKV
+from tokred.methods.kv.squeezeattention import SqueezeAttention
+from tokred.methods.kv.streaming_llm import StreamingLLM
+from tokred.methods.kv.tova import TOVA
+from tokred.methods.kv.zeromerge import ZeroMerge
+from tokred.methods.vlm.cat import CAT
+from tokred.methods.vlm.cdpruner import CDPruner
+from tokred.methods.vlm.divprune import DivPrune
+from tokred.methods.vlm.fastervlm import FasterVLM
+from tokred.methods.vlm.fastkv import FastKV
+from tokred.methods.vlm.fastv import FastV
+from tokred.methods.vlm.flash_vl import FlashVL, Nemotron
+from tokred.methods.vlm.hired import HiRED
+from tokred.methods.vlm.prumerge import PruMerge, PruMergePlus
+from tokred.methods.vlm.pyramiddrop import PyramidDrop
+from tokred.methods.vlm.saint_vlm import SAINTLayer, SAINTVisual
+from tokred.methods.vlm.sparsevlm import SparseVLM
+from tokred.methods.vlm.topv import TopV
+from tokred.methods.vlm.visionzip import VisionZip
+from tokred.methods.vlm.vispruner import VisPruner
+from tokred.methods.vlm.visual_baselines import DownsampleVisual, RandomVisual, UniformVisual
+from tokred.methods.vlm.vscan import VScan, VScanLayer
+
+__version__: str
+
+__all__ = [
+    "ALGM",
+    "ATS",
+    "CAKE",
+    "CAT",
+    "H2O",
+    "IBTM",
+    "LTP",
+    "PPT",
+    "RPC",
+    "SAINT",
+    "SDTM",
+    "TOVA",
+    "VTM",
+    "AdaKV",
+    "AsymRnR",
+    "AttentionSite",
+    "BlockMethod",
+    "BypassedError",
+    "CAToMe",
+    "CDPruner",
+    "CacheReport",
+    "CriticalKV",
+    "DivPrune",
+    "Downsample",
+    "DownsampleVisual",
+    "DuoAttention",
+    "DynamicViT",
+    "EViT",
+    "ExpectedAttention",
+    "Explanation",
+    "FastKV",
+    "FastV",
+    "FasterVLM",
+    "FlashVL",
+    "Flops",
+    "HiRED",
+    "KNorm",
+    "KVPolicy",
+    "KVzip",
+    "KeyDiff",
+    "KeyMerge",
+    "Keyformer",
+    "KthMerge",
+    "LagKV",
+    "Limited",
+    "Method",
+    "MissingInputError",
+    "MovedWarning",
+    "Nemotron",
+    "NothingRecordedError",
+    "NothingRemovedWarning",
+    "ObservedAttention",
+    "PiToMe",
+    "Place",
+    "PluginWarning",
+    "PruMerge",
+    "PruMergePlus",
+    "PyramidDrop",
+    "PyramidKV",
+    "RandomEvict",
+    "RandomLatentPrune",
+    "RandomMerge",
+    "RandomPrune",
+    "RandomVisual",
+    "Reduction",
+    "Report",
+    "SAINTLayer",
+    "SAINTVisual",
+    "Site",
+    "SnapKV",
+    "SpAtten",
+    "SparseVLM",
+    "SqueezeAttention",
+    "StreamingLLM",
+    "Support",
+    "TinyChart",
+    "ToDo",
+    "ToFu",
+    "ToMA",
+    "ToMe",
+    "ToMeSD",
+    "TokenStateError",
+    "TokenTMPrune",
+    "TokredError",
+    "TokredWarning",
+    "TopV",
+    "UniformVisual",
+    "UnknownMethodError",
+    "UnknownModelError",
+    "UnsupportedModelError",
+    "UntestedVersionWarning",
+    "VScan",
+    "VScanLayer",
+    "VidToMe",
+    "VisPruner",
+    "VisionZip",
+    "VoMix",
+    "ZeroMerge",
+    "ZeroTPrune",
+    "__version__",
+    "applied",
+    "apply",
+    "bench",
+    "choose_tsp_layer",
+    "explain",
+    "flops",
+    "from_dict",
+    "kv",
+    "kv_cache",
+    "learn",
+    "list_methods",
+    "load",
+    "losses",
+    "make",
+    "methods",
+    "modules",
+    "parameters",
+    "patched",
+    "register",
+    "remove",
+    "report",
+    "save",
+    "supports",
+    "trace",
+    "viz",
+]

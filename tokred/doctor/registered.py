@@ -1,0 +1,45 @@
+"""The laws with every method, each on the first tiny model that it runs on: methods of plug-ins too."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+
+import tokred
+from tokred.core.method import Method
+from tokred.core.registry import methods
+from tokred.doctor.laws import Case
+
+# The wings whose models offer a stage.
+WING_OF = {"block": "encoder", "attention": "diffusion", "cache": "kv", "projector": "vlm", "layer": "vlm"}
+
+
+def with_methods(names: Iterable[str], cases: Iterable[Case]) -> Iterator[Case]:
+    """A case for each method, by the settings that its class calls ``example`` and ``nothing``.
+
+    Args:
+        names: of methods; those that run on no model of the cases are left out.
+        cases: models, by the order in which they are tried.
+    """
+    tried = tuple(dataclasses.replace(c, run=c.longer or c.run) for c in cases)
+    for name in names:
+        cls = methods.get(name)
+        method = tokred.make(name, **cls.example)
+        case = next((c for c in tried if WING_OF[cls.stage] == c.wing and _runs(method, c)), None)
+        if case is not None:
+            nothing = [] if cls.nothing is None else [tokred.make(name, **cls.nothing)]
+            yield dataclasses.replace(
+                case, family=f"{name} on {case.family}", nothing=nothing, reducing=[method], laws={}
+            )
+
+
+def _runs(method: Method, case: Case) -> bool:
+    """Whether a method can be applied to a model and removes something there, such as frames from a clip alone."""
+    model = case.build()
+    try:
+        tokred.apply(model, method)
+        case.run(model)
+    except (tokred.TokredError, ValueError):
+        return False
+    had, left = case.counts(model)
+    return left < had

@@ -1,0 +1,69 @@
+"""Slots, rows and bytes of every layer of a cache, after the last forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from tokred.core.method import Method
+from tokred.core.report import Report
+from tokred.core.site import Stage
+
+
+@dataclass(frozen=True)
+class CacheReport(Report):
+    """The cache after the last forward of a model with a policy.
+
+    Attributes:
+        family: of the model.
+        method: the policy.
+        layers: slots seen, rows held, bytes, and the bytes that all slots would take, for each layer.
+    """
+
+    stage: ClassVar[Stage] = "cache"
+
+    method: Method
+    layers: tuple[Any, ...]
+
+    @property
+    def acting(self) -> Sequence[Method]:
+        return (self.method,)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that all layers hold."""
+        return sum(row.bytes for row in self.layers)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes without a policy."""
+        return sum(row.dense_bytes for row in self.layers)
+
+    @property
+    def title(self) -> str:
+        return f"{self.method} on {self.family}"
+
+    @property
+    def table(self) -> list[str]:
+        lines = [f"{'layer':>5} {'tokens':>8} {'rows':>8} {'KiB':>10} {'of':>10}"]
+        for row in self.layers:
+            held, dense = row.bytes / 1024, row.dense_bytes / 1024
+            lines.append(f"{row.layer:>5} {row.seen:>8} {row.rows:>8} {held:>10.1f} {dense:>10.1f}")
+        return lines
+
+    @property
+    def summary(self) -> str:
+        share = self.bytes / max(self.dense_bytes, 1)
+        return f"cache: {self.bytes / 1024:.1f} of {self.dense_bytes / 1024:.1f} KiB ({share:.0%})"
+
+    @property
+    def own_rows(self) -> list[dict[str, Any]]:
+        return [
+            self.row(layer=row.layer, tokens_in=row.seen, rows=row.rows, bytes=row.bytes, dense_bytes=row.dense_bytes)
+            for row in self.layers
+        ]
+
+    @property
+    def totals(self) -> dict[str, Any]:
+        return {"bytes": self.bytes, "dense_bytes": self.dense_bytes}

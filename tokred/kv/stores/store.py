@@ -1,0 +1,249 @@
+"""``Store``: in what form the rows of a cache are held. ``Shelf``: the rows of one layer, held so.
+
+A store is a part of a policy like score and budget; no host is known to it. Whatever it does inside, to those who ask
+its rows are a rectangle ``[B, Hk, K, D]`` of the model's type, and the newest ones stand last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
+
+from tokred.core.reduction import Reduction
+from tokred.kv.described import POSITION, Made, plain_bytes
+from tokred.kv.parts import Part
+from tokred.kv.site import CacheSite
+
+# What a store may be able to do, as it is said where a policy needs what it cannot.
+ABILITIES = {
+    "take": "free the rows that are evicted",
+    "merge": "average rows into others",
+    "ragged": "hold different numbers of rows in heads or samples",
+    "tight": "hold uneven heads without empty rows",
+    "crop": "take the newest rows back",
+    "attend": "answer a query without unpacking",
+}
+
+
+class Query(NamedTuple):
+    """One query of every sample, asked of all rows of a layer, none of which lies ahead of it.
+
+    Attributes:
+        q: ``[B, H, 1, D]``.
+        scale, softcap: of the logits; None: ``D ** -0.5``, and no cap.
+        padding: takes a number of newest slots, and gives ``[B, count]`` bool, False on padding; None: all are tokens.
+    """
+
+    q: Tensor
+    scale: float | None
+    softcap: float | None
+    padding: Callable[[int], Tensor | None]
+
+
+class Store(Part):
+    """Base of all stores. A subclass is a frozen dataclass of its parameters, and makes shelves.
+
+    Attributes:
+        can: of :data:`ABILITIES`. A policy that needs more is refused when it is applied.
+        reads: what :meth:`Shelf.settle` takes from the site, see :data:`tokred.core.site.READS`.
+        replaces: kinds of caches that a caller may hand over, because this store does what they do: ``"plain"``,
+            ``"offloaded"``, ``"quantised"``.
+    """
+
+    kind = "store"
+    can: ClassVar[frozenset[str]] = frozenset()
+    reads: ClassVar[frozenset[str]] = frozenset()
+    replaces: ClassVar[frozenset[str]] = frozenset({"plain"})
+
+    @abstractmethod
+    def open(self) -> Shelf:
+        """An empty shelf, for one layer."""
+
+    def check(self, keys: Tensor, values: Tensor) -> None:
+        """Refuse rows ``[B, Hk, n, D]`` that cannot be held, before the first are.
+
+        Raises:
+            ValueError: for example, the head size cannot be packed.
+        """
+
+    def row_bytes(self, keys: Tensor, values: Tensor) -> int:
+        """Bytes that one more row of one head takes in the end, its position among them.
+
+        Args:
+            keys, values: ``[B, Hk, n, D]`` as they come from the model.
+        """
+        return plain_bytes(keys) + plain_bytes(values) + POSITION
+
+    def fresh_bytes(self, keys: Tensor, values: Tensor) -> int:
+        """Bytes of a row that has just come and is not settled yet; arguments as :meth:`row_bytes`."""
+        return self.row_bytes(keys, values)
+
+    def note_bytes(self, heads: int, width: int, *, uneven: bool) -> int:
+        """Bytes of one sample and layer besides its rows, which are ``heads`` times ``width`` numbers wide.
+
+        ``uneven``: heads hold different numbers of rows.
+        """
+        return 0
+
+    def tight(self) -> Store:
+        """The same store, holding no empty rows.
+
+        Raises:
+            ValueError: it always may.
+        """
+        raise ValueError(f"the store {self.name or self!r} cannot {ABILITIES['tight']}")
+
+
+class Shelf(ABC):
+    """The rows of one layer. Those of a forward are appended, attended to, and then settled.
+
+    What holds tensors holds them as attributes, or in tuples and lists of attributes: then :attr:`tensors`,
+    :meth:`snapshot` and :meth:`restore` need not be written again, as long as no tensor is changed in place.
+    """
+
+    # ------------------------------------------------------------------ rows, as a rectangle
+
+    @property
+    @abstractmethod
+    def keys(self) -> Tensor | None:
+        """``[B, Hk, K, D]`` of the model's type, made for the moment where they are held otherwise; None: no rows."""
+
+    @property
+    @abstractmethod
+    def values(self) -> Tensor | None:
+        """``[B, Hk, K, D]``, as :attr:`keys`."""
+
+    @property
+    @abstractmethod
+    def newest(self) -> tuple[Tensor, Tensor]:
+        """Keys and values that the model's attention is handed: all, or those that :meth:`attend` has besides."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether :attr:`newest` is all there is."""
+        return True
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """Rows ``K`` of the rectangle: those of the longest head."""
+
+    @property
+    def mean_width(self) -> int:
+        """Rows of a head on average, rounded up, where no empty rows are held; else :attr:`width`."""
+        return self.width
+
+    @property
+    @abstractmethod
+    def samples(self) -> int:
+        """``B``; there are rows."""
+
+    def show(self) -> tuple[Tensor | Made, Tensor | Made]:
+        """Keys and values as a site takes them; a :class:`Made` where they have to be made."""
+        keys, values = self.keys, self.values
+        assert keys is not None  # something is there to look at
+        assert values is not None
+        return keys.detach(), values.detach()
+
+    @property
+    @abstractmethod
+    def moved(self) -> bool:
+        """Whether rows have been taken or merged, so that rows and slots are no longer the same."""
+
+    @abstractmethod
+    def positions(self, seen: int) -> Tensor | None:
+        """``[B, Hk, K]`` int32, the slot of each row, ``SENTINEL`` in empty ones; None while row ``i`` is slot ``i``.
+
+        Args:
+            seen: slots so far; rows that came after the last eviction hold the newest of them, in order.
+        """
+
+    # ------------------------------------------------------------------ what happens to them
+
+    @abstractmethod
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Add rows ``[B, Hk, n, D]`` behind the others."""
+
+    def attend(self, query: Query) -> Tensor | None:
+        """``[B, H, 1, D]``, the attention over all rows as they are held; None: over the rectangle, please."""
+        return None
+
+    def settle(self, site: CacheSite | None) -> None:  # noqa: B027 - rows that are held as they come need nothing
+        """The attention of a forward is over, and the policy has acted: newest rows may take their lasting form.
+
+        Args:
+            site: what the policy has seen; None where it did not look and :attr:`Store.reads` is empty.
+        """
+
+    def take(self, step: Reduction, slots: Tensor) -> None:
+        """Hold only the rows that ``step`` keeps, in its order; where it has a mask, the others are empty.
+
+        Args:
+            step: of mode ``"keep"``; its index is ``[B, Hk, K']``.
+            slots: ``[B, Hk, K]`` int32, of the rows as they are.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot {ABILITIES['take']}")
+
+    def merge(self, step: Reduction, slots: Tensor, weights: Tensor | None) -> None:
+        """Hold only what ``step`` makes of the rows, weighted by ``weights`` ``[B, Hk, K]``; otherwise :meth:`take`."""
+        raise NotImplementedError(f"{type(self).__name__} cannot {ABILITIES['merge']}")
+
+    def crop(self, count: int) -> None:
+        """Take the newest ``count`` rows back, all of which came after the last eviction."""
+        raise NotImplementedError(f"{type(self).__name__} cannot {ABILITIES['crop']}")
+
+    @abstractmethod
+    def detach(self, count: int) -> tuple[Tensor, Tensor]:
+        """Take off the newest ``count`` rows of a forward that is not settled yet, to be appended again."""
+
+    @abstractmethod
+    def select(self, index: Tensor, listed: Callable[[], list[int]]) -> None:
+        """The rows of other samples: ``index`` ``[B']`` of the old ones.
+
+        Args:
+            index: int64.
+            listed: gives the same as numbers, which waits for the device.
+        """
+
+    # ------------------------------------------------------------------ memory
+
+    @property
+    def tensors(self) -> Iterator[Tensor]:
+        """All that memory is held for."""
+        return _tensors(self.__dict__.values())
+
+    def snapshot(self) -> dict[str, Any]:
+        """Everything, by reference."""
+        return dict(self.__dict__)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Back to what :meth:`snapshot` gave, which can be used again."""
+        self.__dict__.clear()
+        self.__dict__.update(state)
+
+
+def missing(store: Store, needs: dict[str, str]) -> str:
+    """What a store cannot do of what is needed, as a sentence; empty where it can do all.
+
+    Args:
+        store: to be asked.
+        needs: of :data:`ABILITIES`, each with who needs it.
+    """
+    lacking = [(who, ABILITIES[what]) for what, who in needs.items() if what not in store.can]
+    return "; ".join(f"{who} needs a store that can {what}" for who, what in lacking)
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Shelf):
+            yield from value.tensors
+        elif isinstance(value, tuple | list):
+            yield from _tensors(value)
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            yield from _tensors(vars(value).values())
