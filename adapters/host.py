@@ -66,7 +66,7 @@ class Host(ABC):
             ValueError: its parameters do not fit the model, or ``expose`` does not.
         """
 
-    def facts(self) -> Facts:
+    def model_facts(self) -> Facts:
         """What a method with weights builds its module from; asked of hosts that supply ``"module"``.
 
         Raises:

@@ -140,7 +140,7 @@ def apply(
         if idle is not None and not idle.meant and idle.parameter not in parameters:
             warnings.warn(idle.text, NothingRemovedWarning, stacklevel=2)
     taker = learn.chosen(chosen, module)
-    own = [learn.build(one, host.facts, module if one is taker else None, like=host.model) for host, one in found]
+    own = [learn.build(one, host.model_facts, module if one is taker else None, like=host.model) for host, one in found]
     target = adapters.module_of(model)
     unpatch(target)
     patch = Patch()

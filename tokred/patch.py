@@ -204,6 +204,6 @@ def entries_of(model: nn.Module) -> list[Entry]:
         raise NothingRecordedError("the model is not patched, so there is no setting to save: call tokred.apply first")
     own = [(part, part.state.module) for part in parts]
     return [
-        Entry(part.method, made, None if made is None else adapters.find(part.module, part.method.stage).facts())
+        Entry(part.method, made, None if made is None else adapters.find(part.module, part.method.stage).model_facts())
         for part, made in own
     ]

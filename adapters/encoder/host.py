@@ -126,7 +126,7 @@ class EncoderHost(Host):
             found -= {"module", "gates"}
         return found
 
-    def facts(self) -> Facts:
+    def model_facts(self) -> Facts:
         """What a method with weights builds its module from.
 
         Raises:

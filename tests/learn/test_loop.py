@@ -163,5 +163,5 @@ def test_wrong_recipes(given, text):
 
 
 def test_unknown_recipes():
-    with pytest.raises(FileNotFoundError, match="no recipe 'dynamic': give the path of a .toml file, or"):
+    with pytest.raises(FileNotFoundError, match=r"no recipe 'dynamic': give the path of a .toml file, or"):
         learn.recipe("dynamic")

@@ -179,7 +179,7 @@ def test_saved_and_found_again(tmp_path):
     assert_weights(weights(other), weights(model))
     with torch.no_grad():
         assert torch.equal(other(x), y)
-    assert copy.deepcopy(method).weights is not None
+    assert copy.deepcopy(method).loaded is not None
     assert dataclasses.replace(method, rho=0.5).weights is None
 
 

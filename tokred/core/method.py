@@ -57,7 +57,7 @@ class Method(ABC):
             ones they are how tests, ``tokred doctor`` and benchmarks find a method.
         nothing: settings that never remove anything; None where there are none.
         gradients: whether gradients pass through the decision; where they do not, bases record none around it.
-        weights: what :meth:`module` is loaded with when the method is applied; None: it starts anew. No parameter, so
+        loaded: what :meth:`module` is loaded with when the method is applied; None: it starts anew. No parameter, so
             ``dataclasses.replace`` leaves it behind.
         version: raised when a parameter changes meaning, so that stored settings can be read.
     """
@@ -72,7 +72,7 @@ class Method(ABC):
     nothing: ClassVar[Parameters | None] = None
     gradients: ClassVar[bool] = False
     version: ClassVar[int] = 1
-    weights: Weights | None = None
+    loaded: Weights | None = None
 
     @property
     def reads(self) -> frozenset[str]:

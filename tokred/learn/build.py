@@ -30,7 +30,7 @@ def build(
         ValueError: the weights, or those of the given module, are for another model or other settings.
     """
     if "module" not in method.reads:
-        if given is not None or method.weights is not None:
+        if given is not None or method.loaded is not None:
             raise TypeError(f"{method.name!r} has no weights at these settings, so it takes no module: {method}")
         return None
     known = facts()
@@ -44,8 +44,8 @@ def build(
             raise TypeError(f"module must be a {type(made).__name__} for {method.name!r}, got a {type(given).__name__}")
         _check(f"module does not fit {method} on {known}", made, given.state_dict())
         made = given
-    elif method.weights is not None:
-        tensors, before = method.weights
+    elif method.loaded is not None:
+        tensors, before = method.loaded
         if not before.fits(known):
             raise ValueError(
                 f"the weights of {method.name!r} were learned on {before}, but this model is {known}: load a setting "

@@ -97,7 +97,7 @@ def fit(
                     terms["tokens"] = recipe.tokens * like
             loss = torch.stack([term.float() for term in terms.values()]).sum()
             optimiser.zero_grad(set_to_none=True)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             if recipe.clip:
                 nn.utils.clip_grad_norm_(trained, recipe.clip)
             optimiser.step()
@@ -180,6 +180,6 @@ def endless(images: Tensor, labels: Tensor, size: int, seed: int = 0) -> Iterato
     draws = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(images), generator=draws)
-        for rows in order.split(size):
+        for rows in torch.split(order, size):
             if len(rows) == size:
                 yield images[rows], labels[rows]

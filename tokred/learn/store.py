@@ -95,7 +95,7 @@ def _method(row: dict[str, Any], tensors: dict[str, Any], path: Path) -> Method:
     if row.get("host") is None:
         return method
     # The class is frozen, and what was learned is no parameter of it.
-    object.__setattr__(method, "weights", Weights(own, Facts(**row["host"])))
+    object.__setattr__(method, "loaded", Weights(own, Facts(**row["host"])))
     return method
 
 

@@ -204,11 +204,11 @@ class Predictor(nn.Module):
         """
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         with without_autocast(x):
-            norm = [t.to(x.dtype) for t in (self.norm.weight, self.norm.bias)]
-            y = F.layer_norm(x, self.norm.normalized_shape, *norm, self.norm.eps)
+            weight, bias = self.norm.weight.to(x.dtype), self.norm.bias.to(x.dtype)
+            y = F.layer_norm(x, self.norm.normalized_shape, weight, bias, self.norm.eps)
             local, whole = F.gelu(_linear(self.embed, y)).chunk(2, -1)
-            weight = previous.unsqueeze(-1).to(x.dtype)
-            mean = (whole * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp_min(1e-6)
+            left = previous.unsqueeze(-1).to(x.dtype)
+            mean = (whole * left).sum(1, keepdim=True) / left.sum(1, keepdim=True).clamp_min(1e-6)
             y = torch.cat([local, mean.expand_as(local)], -1)
             for layer in self.head:
                 y = _linear(layer, y) if isinstance(layer, nn.Linear) else layer(y)

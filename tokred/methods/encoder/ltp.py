@@ -134,7 +134,8 @@ class LTP(BlockMethod):
                 "this site does not supply 'module', which ltp with learn=True decides by: give "
                 "learned=Learned(module), with the module that LTP.module makes"
             )
-        return module(site.layer)
+        theta: Tensor = module(site.layer)
+        return theta
 
     def reduce(self, site: Site) -> Reduction:
         """Score, compare, keep in order."""
