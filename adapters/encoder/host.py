@@ -25,7 +25,8 @@ from tokred.adapters.swap import check_entrance, host_class
 from tokred.adapters.watch import Watch, hang
 from tokred.core.learned import Facts
 from tokred.core.method import Method
-from tokred.encoder.method import BlockMethod, Place
+from tokred.core.place import Place
+from tokred.encoder.method import BlockMethod
 from tokred.encoder.report import BlockReport, LayerReport
 from tokred.errors import MissingInputError, UnsupportedModelError
 

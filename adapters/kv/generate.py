@@ -1,4 +1,4 @@
-"""What a patched model does before it generates: it gets a cache that knows the plan, or refuses what would fail."""
+"""Generation of a patched model, before it begins: it gets a cache that knows the plan, or refuses what would fail."""
 
 from __future__ import annotations
 

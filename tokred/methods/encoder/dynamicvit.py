@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from tokred.core.learned import Facts
 from tokred.core.method import Parameters
+from tokred.core.place import Place
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.selection import protected_rows, ranked
 from tokred.core.site import Site
-from tokred.encoder.method import BlockMethod, Place, Where
+from tokred.encoder.method import BlockMethod, Where
 from tokred.encoder.padding import reduce_each
 from tokred.errors import MissingInputError
 from tokred.kernels.dispatch import without_autocast
