@@ -180,7 +180,7 @@ def test_saved_and_found_again(tmp_path):
     with torch.no_grad():
         assert torch.equal(other(x), y)
     assert copy.deepcopy(method).loaded is not None
-    assert dataclasses.replace(method, rho=0.5).weights is None
+    assert dataclasses.replace(method, rho=0.5).loaded is None
 
 
 def test_learned_thresholds_are_saved(tmp_path):
