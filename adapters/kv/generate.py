@@ -14,8 +14,8 @@ from tokred.adapters.contract import (
     goes_on_in_chunks,
     mask_length,
 )
-from tokred.adapters.encoder.block import SETTINGS
 from tokred.adapters.kv.hooks import CacheSettings
+from tokred.adapters.swap import SETTINGS
 from tokred.kv.stores.store import missing
 
 

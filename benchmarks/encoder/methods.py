@@ -205,7 +205,7 @@ def main() -> int:
     if args.quick:
         args.only, args.methods, args.count, args.rounds = ["embedded"], "downsample,evit", 40, 1
         for name in ("downsample", "evit"):
-            CANDIDATES[name] = CANDIDATES[name][::9]
+            CANDIDATES[name] = candidates(name)[::9]
     if args.threads:
         torch.set_num_threads(args.threads)
     names = args.methods.split(",") if args.methods else every_method()

@@ -201,10 +201,10 @@ def test_a_method_of_encoders_is_one_row(name, cls, source, knob, plugins: Plugi
     full = arms.unpatched(model, shape).macs
     (arm,) = arms.ladder(model, shape, [name], [int(0.8 * full)])
     assert arm.macs / full == pytest.approx(0.8, abs=0.05)
-    from benchmarks.encoder import all_methods
+    from benchmarks.encoder import methods
 
-    assert name in all_methods.every_method()
-    assert all(text.startswith(f"{name} {knob[0]}=") for text in all_methods.candidates(name))
+    assert name in methods.every_method()
+    assert all(text.startswith(f"{name} {knob[0]}=") for text in methods.candidates(name))
 
 
 def test_a_preset_of_caches_with_its_score_is_one_row(plugins: Plugins):
@@ -223,7 +223,7 @@ def test_a_preset_of_caches_with_its_score_is_one_row(plugins: Plugins):
     assert registered.nothings("cache")["loudest"] == {"budget": 1.0}
     healthy("kv", "loudest")
 
-    found = runpy.run_module("benchmarks.kv.arms", alter_sys=True)
+    found = runpy.run_module("benchmarks.kv.quality", alter_sys=True)
     assert found["POLICIES"]["loudest"](0.25) == tokred.make("loudest", budget=0.25)
 
 
