@@ -185,7 +185,7 @@ def losses_of(model: nn.Module) -> dict[str, Tensor]:
     for state in states:
         if state.losses is None:
             raise NothingRecordedError(
-                "the last forward was none in training: call model.train() and run one (uncompiled) forward first"
+                "the last forward was none in training: call model.train() and run one forward first"
             )
         found.update({f"{state.method.name}.{name}": term for name, term in state.losses.items()})
     return found

@@ -278,7 +278,7 @@ class Shared(State):
 
         Their sides go on with ``x``, for a checkpoint that runs the block once more.
         """
-        if self.module is not None and not _in_backward():
+        if self.module is not None and not _recomputed():
             self.losses = {} if self.module.training else None
         sides = self.note.take()
         if sides is None and not torch.compiler.is_compiling():
@@ -313,7 +313,7 @@ class Shared(State):
 
     def collect(self, losses: Mapping[str, Tensor]) -> None:
         """Add terms of the training loss. A checkpoint's recomputation adds none: they are in the first forward's."""
-        if self.losses is None or _in_backward():
+        if self.losses is None or _recomputed():
             return
         for name, term in losses.items():
             self.losses[name] = self.losses[name] + term if name in self.losses else term
@@ -374,6 +374,11 @@ class Shared(State):
 def _in_backward() -> bool:
     """Whether autograd is running (a checkpoint's recomputation)."""
     return backward_pass() != -1
+
+
+def _recomputed() -> bool:
+    """The same, and False while a graph is traced, which cannot ask."""
+    return not torch.compiler.is_compiling() and _in_backward()
 
 
 def _pointer(x: Tensor) -> int:

@@ -304,3 +304,22 @@ def test_facts():
     assert not a.fits(Facts("timm.x.Y", 3, 64, 3))
     assert str(a) == "timm.x.Y of 3 layers, 48 wide"
     assert Facts(**a.to_dict()) == a
+
+
+@pytest.mark.slow
+def test_compiled_and_exported():
+    model, x = patched(), images(2)
+    with torch.no_grad():
+        y = model(x)
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), y)
+        exported = torch.export.export(model, (x,)).module()
+        torch.testing.assert_close(exported(x), y)
+    model.train()
+    torch.manual_seed(0)
+    expected, terms = model(x), tokred.losses(model)
+    torch.manual_seed(0)
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), expected)
+    torch.testing.assert_close(tokred.losses(model), terms)
+    tokred.losses(model)["dynamicvit.ratio"].backward()
+    assert all(p.grad is not None for p in tokred.parameters(model))
