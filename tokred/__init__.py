@@ -35,6 +35,7 @@ from tokred.api import (
     trace,
 )
 from tokred.core import moved as _moved
+from tokred.core import versions as _versions
 from tokred.core.method import Method, from_dict
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
@@ -57,7 +58,7 @@ from tokred.errors import (
     UntestedVersionWarning,
 )
 
-__version__ = "0.1.0"
+__version__ = _versions.TOKRED
 
 # Of the package's own names, those that are imported when they are first used. The types of all names stand in
 # ``__init__.pyi``, which .ci/stub.py writes from this file and the table of methods.

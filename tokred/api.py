@@ -18,6 +18,7 @@ from tokred.core.reduction import Reduction
 from tokred.core.registry import methods as registered
 from tokred.core.report import Report
 from tokred.core.site import STAGES, Stage
+from tokred.core.versions import TOKRED
 from tokred.errors import NothingRecordedError, NothingRemovedWarning
 from tokred.learn import store
 from tokred.patch import ATTRIBUTE, Patch, compose, entries_of, losses_of, parts_of, report_of, unpatch
@@ -280,9 +281,9 @@ def save(model: Any, folder: str | Path) -> Path:
         NothingRecordedError: the model is not patched.
         ImportError: there are weights, and safetensors is not installed.
     """
-    from tokred import __version__, adapters
+    from tokred import adapters
 
-    return store.write(folder, entries_of(adapters.module_of(model)), __version__)
+    return store.write(folder, entries_of(adapters.module_of(model)), TOKRED)
 
 
 def load(folder: str | Path) -> Method | list[Method]:
