@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tokred.adapters.swap import host_class
 from tokred.adapters.vlm.columns import gather_columns
-from tokred.vlm.in_llm import Heads
+from tokred.core.attention import Attention
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -101,8 +101,8 @@ def values_of(given: Input) -> Tensor:
     return _project(given, "v")
 
 
-def heads_of(given: Input, *, ran: bool) -> Heads:
-    """Queries and keys of a layer.
+def heads_of(given: Input, *, ran: bool) -> Attention:
+    """Attention of a layer, whose queries are made as they are asked for.
 
     Args:
         given: its input.
@@ -132,14 +132,15 @@ def heads_of(given: Input, *, ran: bool) -> Heads:
         mask = mask[:, mask.shape[1] - found.shape[2] :]
         if mask.shape[1] < found.shape[2]:
             mask = torch.nn.functional.pad(mask, (past, 0), value=True)
-    return Heads(
+    return Attention(
         queries,
         found,
         scale=getattr(attention, "scaling", None),
         softcap=getattr(attention, "attn_logit_softcapping", None),
         window=getattr(attention, "sliding_window", None),
         mask=mask,
-        length=given.x.shape[1],
+        causal=True,
+        offset=past,
     )
 
 

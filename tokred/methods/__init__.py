@@ -133,7 +133,8 @@ for _name, _target in TARGETS.items():
     methods.add(_name, _target)
     # A method's module stood in this folder itself before the wings had folders of their own.
     _module = _target.partition(":")[0]
-    MOVED.setdefault(f"tokred.methods.{_module.rpartition('.')[2]}", (_module,))
+    if _module != "tokred.methods.kv.kv":  # its old name is a wing's now, which answers for it
+        MOVED.setdefault(f"tokred.methods.{_module.rpartition('.')[2]}", (_module,))
 
 
 class _Package(types.ModuleType):
