@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tokred.adapters.encoder.capture import Capture
 from tokred.adapters.encoder.masks import PADDED as PADDED
+from tokred.adapters.encoder.masks import refuse_padding as refuse_padding
 from tokred.adapters.encoder.masks import seen, visible
 from tokred.adapters.encoder.state import Shared, TokenState
 from tokred.adapters.linear import value_transform
@@ -93,18 +94,6 @@ class Recipe:
         """One forward of a patched block. Hosts whose blocks are no chain over one token sequence have their own."""
         refuse_symbols(x)
         return run_block(block, host_forward, x, args, kwargs)
-
-
-def refuse_padding(mask: Tensor | None = None) -> None:
-    """Raise for a batch whose mask hides some tokens; a boolean mask that hides none is let through.
-
-    Raises:
-        UnsupportedModelError: some tokens are padding (in a compiled graph, a RuntimeError with the same text).
-    """
-    if mask is not None and torch.compiler.is_compiling():
-        torch._assert_async(mask.all(), PADDED)
-    elif mask is None or not bool(mask.all()):
-        raise UnsupportedModelError(PADDED)
 
 
 def refuse_symbols(x: Any) -> None:

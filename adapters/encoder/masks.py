@@ -62,3 +62,15 @@ def require(holds: Tensor, message: str) -> None:
         torch._assert_async(holds.all(), message)
     elif not bool(holds.all()):
         raise UnsupportedModelError(message)
+
+
+def refuse_padding(mask: Tensor | None = None) -> None:
+    """Raise for a batch whose mask hides some tokens; a boolean mask that hides none is let through.
+
+    Raises:
+        UnsupportedModelError: some tokens are padding (in a compiled graph, a RuntimeError with the same text).
+    """
+    if mask is not None and torch.compiler.is_compiling():
+        torch._assert_async(mask.all(), PADDED)
+    elif mask is None or not bool(mask.all()):
+        raise UnsupportedModelError(PADDED)
