@@ -38,7 +38,7 @@ class Call:
     kwargs: dict[str, Any]
 
     def get(self, name: str) -> Any:
-        """An argument, or None."""
+        """The argument ``name``; None where it was not given."""
         if name in self.kwargs:
             return self.kwargs[name]
         place = self.names.index(name) if name in self.names else len(self.args)
@@ -58,7 +58,7 @@ class Call:
 
 @dataclass
 class Spot:
-    """What a patched sub-layer knows.
+    """Settings of one patched sub-layer.
 
     Attributes:
         session: of its denoiser.

@@ -28,7 +28,6 @@ class OwnRecipe(Recipe):
     """Blocks of open_clip's own attention, whose boolean masks hide where they are True."""
 
     def real(self, kwargs: dict[str, Any], x: Tensor) -> Tensor | None:
-        """Tokens that its mask leaves visible."""
         mask = kwargs.get("attn_mask")
         if mask is None:
             return None
@@ -105,7 +104,7 @@ def _host(model: Any) -> EncoderHost:
 
 
 def _pools(model: Any) -> bool:
-    """Whether all tokens are read behind the blocks."""
+    """True where something behind the blocks reads all tokens."""
     return model.attn_pool is not None or model.pool_type != "tok" or bool(model.output_tokens)
 
 

@@ -174,7 +174,7 @@ def _host(model: Any) -> EncoderHost:
 
 
 def _pools(model: Any) -> bool:
-    """Whether its head looks at all tokens, by an average, their maximum or attention."""
+    """True for a model whose head looks at all tokens, by an average, their maximum or attention."""
     return getattr(model, "attn_pool", None) is not None or getattr(model, "global_pool", "token") != "token"
 
 

@@ -41,7 +41,7 @@ READS = (
 
 
 class Site:
-    """What is known at one place of a host.
+    """One place of a host, and all that is known there.
 
     Args:
         x: ``(B, N, C)`` tokens of the residual stream.
@@ -332,7 +332,7 @@ class Site:
 
     @property
     def device(self) -> torch.device:
-        """Where the site's tensors live."""
+        """Device of the site's tensors."""
         for name in ("x", "k", "q", "v", "class_attention"):
             if self._values[name] is not None:
                 return self._get(name).device

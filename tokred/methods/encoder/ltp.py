@@ -99,7 +99,6 @@ class LTP(BlockMethod):
         return frozenset({"x", "attention", "module"} if self.learn else {"x", "attention"})
 
     def check(self, depth: int) -> None:
-        """One threshold a block."""
         if self.thresholds is not None and len(self.thresholds) != depth:
             raise ValueError(f"thresholds has {len(self.thresholds)} entries, but the model has {depth} blocks")
 
@@ -114,7 +113,7 @@ class LTP(BlockMethod):
         return n
 
     def acts(self, n: int, place: Place) -> bool:
-        """Where there is a threshold, and more tokens than stay in any case."""
+        """True where there is a threshold, and more tokens than stay in any case."""
         return self.theta(place.layer, place.depth) > 0 and n > self._least(place.protected)
 
     def _least(self, protected: int) -> int:
