@@ -256,7 +256,7 @@ def modules(model: Any) -> dict[str, nn.Module]:
 
 
 def parameters(model: Any) -> Iterator[nn.Parameter]:
-    """What the methods on ``model`` learn, for an optimiser, beside ``model.parameters()``."""
+    """Parameters that the methods on ``model`` learn, for an optimiser, beside ``model.parameters()``."""
     for module in modules(model).values():
         yield from module.parameters()
 
