@@ -15,7 +15,7 @@ from tokred.methods.vlm.fastkv import FastKV, FastKVPropagation
 
 
 class LayerDistance(NamedTuple):
-    """The distance that the last hidden state moves when tokens leave after ``layer``: relative L2, mean over prompts."""
+    """Distance that the last hidden state moves when tokens leave after ``layer``: relative L2, mean over prompts."""
 
     layer: int
     distance: float
