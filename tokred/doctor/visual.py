@@ -25,7 +25,7 @@ def counts(model: nn.Module) -> tuple[int, int]:
 
 
 def check_dropped(case: Case, batch: Batch) -> None:
-    """Tokens that left equal keys that no query attends to, from their layer on, in the prompt and in every later step."""
+    """Tokens that left equal keys that no query attends to, from their layer on, in the prompt and in later steps."""
     model = case.build()
     tokred.apply(model, case.reducing)
     ours, cache = generated(model, batch)
