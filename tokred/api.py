@@ -192,7 +192,7 @@ class Support(NamedTuple):
 
 
 def supports(model: nn.Module) -> list[Support]:
-    """For every method: does it run on this model, and if not, why.
+    """Every method with an answer: does it run on this model, and if not, why.
 
     Never raises for an unsupported model: the reason stands in every row.
     """
