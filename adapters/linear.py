@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokred.adapters.contract import words
 from tokred.errors import UnsupportedModelError
 
 # What quantisers call them.
@@ -169,9 +170,9 @@ def value_transform(attn: Any, normed: Tensor, v: Tensor, heads: int, *, per_hea
 
 def _value_bias(attn: Any, normed: Tensor) -> Tensor | None:
     """What the value projection adds to every token, wherever a host keeps it."""
-    if getattr(attn, "v_proj", None) is not None:
-        return constant(attn.v_proj, normed)
+    if words.VALUE.part(attn) is not None:
+        return constant(words.VALUE.need(attn), normed)
     if getattr(attn, "v_bias", None) is not None:
         return check_there(attn.v_bias, "the attention's v_bias")
-    fused = getattr(attn, "qkv", None)
+    fused = words.TOGETHER.part(attn)
     return None if fused is None else constant(fused, normed).chunk(3)[2]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from tokred.adapters.changes import Changes
+from tokred.adapters.contract import words
 from tokred.adapters.diffusion import registries
 from tokred.adapters.diffusion.clips import EnterClip
 from tokred.adapters.diffusion.rotary import EnterPacked
@@ -35,7 +36,7 @@ class Denoiser(NamedTuple):
         loose: attention without a block around it may be over the image's tokens.
     """
 
-    sample: str = "hidden_states"
+    sample: str = words.STATES.name
     frames: int = 0
     packed: bool = False
     loose: bool = False
@@ -313,7 +314,7 @@ def _patches(config: Any, record: Denoiser) -> tuple[int, int]:
     """Rows and frames of the sample that a token stands for."""
     if record.packed:
         return 2, 1
-    size = getattr(config, "patch_size", None) or 1
+    size = words.PATCH.part(config) or 1
     deep, high = (
         (size[0], size[1]) if isinstance(size, list | tuple) else (getattr(config, "patch_size_t", None) or 1, size)
     )

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from tokred.adapters.changes import Changes, states_in
+from tokred.adapters.contract import words
 from tokred.adapters.encoder.block import KeyTap, Recipe, Settings
 from tokred.adapters.encoder.block import body as block_body
 from tokred.adapters.encoder.origin import watch
@@ -26,8 +27,6 @@ from tokred.core.method import Method
 from tokred.encoder.method import BlockMethod, Place
 from tokred.encoder.report import BlockReport, LayerReport
 from tokred.errors import MissingInputError
-
-_ATTENTION = ("attn", "attention", "self_attn", "self_attention")
 
 
 class BlockCost(NamedTuple):
@@ -153,7 +152,7 @@ class EncoderHost(Host):
         """Count the matrices of a block."""
         attention = mlp = width = 0
         for name, wide, high in matrices(block):
-            if any(part in _ATTENTION for part in name.split(".")):
+            if any(part in words.IN_BLOCK.names for part in name.split(".")):
                 attention, width = attention + wide * high, width or wide
             else:
                 mlp += wide * high

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokred.adapters.contract import words
 from tokred.adapters.encoder.block import Recipe
 from tokred.adapters.encoder.capture import Capture, MhaCapture
 from tokred.adapters.encoder.host import EncoderHost, argument_names
@@ -29,16 +30,16 @@ class OwnRecipe(Recipe):
 
     def real(self, kwargs: dict[str, Any], x: Tensor) -> Tensor | None:
         """Tokens that its mask leaves visible."""
-        mask = kwargs.get("attn_mask")
+        mask = words.BLOCK_MASK.of(kwargs)
         if mask is None:
             return None
-        return super().real({"attn_mask": by_head(~mask if mask.dtype == torch.bool else mask, len(x))}, x)
+        return super().real({words.BLOCK_MASK.name: by_head(~mask if mask.dtype == torch.bool else mask, len(x))}, x)
 
     def gather(self, kwargs: dict[str, Any], state: TokenState, prefix: int) -> dict[str, Any]:
         """A mask of each head in the shape that the attention does not take apart by the number of its tokens."""
-        mask, rows = kwargs.get("attn_mask"), state.representative
+        mask, rows = words.BLOCK_MASK.of(kwargs), state.representative
         if mask is not None and rows is not None:
-            kwargs = {**kwargs, "attn_mask": by_head(mask, len(rows))}
+            kwargs = {**kwargs, words.BLOCK_MASK.key(kwargs): by_head(mask, len(rows))}
         return super().gather(kwargs, state, prefix)
 
 
@@ -49,8 +50,8 @@ class MhaRecipe(Recipe):
 
     def real(self, kwargs: dict[str, Any], x: Tensor) -> Tensor | None:
         """Tokens that its mask leaves visible; the blocks add a boolean mask to the logits, where it hides nothing."""
-        mask = kwargs.get("attn_mask")
-        return None if mask is None else super().real({"attn_mask": by_head(mask.to(x.dtype), len(x))}, x)
+        mask = words.BLOCK_MASK.of(kwargs)
+        return None if mask is None else super().real({words.BLOCK_MASK.name: by_head(mask.to(x.dtype), len(x))}, x)
 
     def capture(self, block: nn.Module, bias: Tensor | None, state: TokenState) -> Capture:
         """Watches the call around the fused attention, which is all that a mode can see."""

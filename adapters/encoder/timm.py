@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tokred.adapters.contract import words
 from tokred.adapters.encoder.block import Leaf, Recipe, refuse_padding
 from tokred.adapters.encoder.host import EncoderHost, argument_names, module_macs
 from tokred.adapters.encoder.sides import Sides, convolution, of_convolution
@@ -138,9 +139,9 @@ def _host(model: Any) -> EncoderHost:
     positions: dict[str, Callable[..., Any]] = {"rope": gather_rope} if rope else {}
     if gemma:
         positions = {"rope_cos": gather_embeddings, "rope_sin": gather_embeddings}
-    prefix = int(getattr(model, "num_prefix_tokens", 1))
+    prefix = int(words.PREFIX.part(model, 1))
     supplies = {"x", "q", "k", "v"}
-    if getattr(model, "cls_token", None) is not None:
+    if words.CLASS_TOKEN.part(model) is not None:
         supplies.add("class_attention")
     if not any(c.__name__ in RELATIVE for c in host_class(model).__mro__):
         supplies.add("attention")
@@ -149,7 +150,7 @@ def _host(model: Any) -> EncoderHost:
         supplies.add("queries")
         if all(features(getattr(b.attn, "proj", None)) is not None for _, b in blocks):
             supplies.add("transform")
-    grid, origin = getattr(model.patch_embed, "grid_size", None), _origin(model.patch_embed, gemma)
+    grid, origin = getattr(words.PATCHES.need(model), "grid_size", None), _origin(words.PATCHES.need(model), gemma)
     if origin is not None:
         supplies.add("grid")
     return EncoderHost(
@@ -164,7 +165,7 @@ def _host(model: Any) -> EncoderHost:
         tokens=lambda shape: _tokens(model, shape),
         outside_macs=lambda shape: _outside(model, shape),
         grid=tuple(grid) if grid is not None else None,
-        origin=model.patch_embed if origin is None else origin,
+        origin=words.PATCHES.need(model) if origin is None else origin,
         layout=_of_images if gemma else of_convolution if origin is not None else None,
         # Keys before rotary embedding: similarity should not depend on where two equal patches are.
         key_norms=[_key_norm(b) for _, b in blocks] if rope else [],
@@ -192,7 +193,7 @@ def _of_images(module: Any, inputs: Any, output: Any) -> Sides | None:
     x, *coordinates = inputs
     if not isinstance(x, Tensor) or x.ndim != 4 or (coordinates and coordinates[0] is not None):
         return None
-    high, wide = module.patch_size
+    high, wide = words.PATCH.need(module)
     return Sides(None, x.shape[-2] // high, x.shape[-1] // wide)
 
 
@@ -201,7 +202,7 @@ class UnpaddedRecipe(Recipe):
 
     def gather(self, kwargs: dict[str, Any], state: TokenState, prefix: int) -> dict[str, Any]:
         """Positions at the rows that are left; padding is refused."""
-        if kwargs.get("attn_mask") is not None:
+        if words.BLOCK_MASK.of(kwargs) is not None:
             refuse_padding()
         return super().gather(kwargs, state, prefix)
 
@@ -227,9 +228,9 @@ def _splits(block: nn.Module) -> bool:
 
 def _key_norm(block: Any) -> nn.Module:
     attn = block.attn
-    if not isinstance(getattr(attn, "k_norm", None), nn.Module):
+    if not isinstance(words.KEY_NORM.part(attn), nn.Module):
         raise UnsupportedModelError(f"{type(attn).__name__} hides its keys before rotary embedding")
-    norm: nn.Module = attn.k_norm
+    norm: nn.Module = words.KEY_NORM.need(attn)
     return norm
 
 
@@ -261,9 +262,9 @@ def gather_embeddings(table: Tensor, representative: Tensor, prefix: int) -> Ten
 
 
 def _grid(model: Any, shape: tuple[int, ...]) -> tuple[int, int]:
-    embed = model.patch_embed
+    embed = words.PATCHES.need(model)
     if GEMMA in _names(model):
-        return int(shape[-2]) // int(embed.patch_size[0]), int(shape[-1]) // int(embed.patch_size[1])
+        return int(shape[-2]) // int(words.PATCH.need(embed)[0]), int(shape[-1]) // int(words.PATCH.need(embed)[1])
     if hasattr(embed, "dynamic_feat_size"):
         h, w = embed.dynamic_feat_size(tuple(shape[-2:]))
         return int(h), int(w)
@@ -273,11 +274,11 @@ def _grid(model: Any, shape: tuple[int, ...]) -> tuple[int, int]:
 
 def _tokens(model: Any, shape: tuple[int, ...]) -> int:
     h, w = _grid(model, shape)
-    return h * w + int(model.num_prefix_tokens)
+    return h * w + int(words.PREFIX.need(model))
 
 
 def _outside(model: Any, shape: tuple[int, ...]) -> int:
     """Patch embedding (counted on the meta device) and classifier."""
     heads = [getattr(model, n, None) for n in ("head", "head_dist")]
     head = sum(macs(m) for m in heads if isinstance(m, nn.Module))
-    return module_macs(model.patch_embed, 1, *shape[-3:]) + head
+    return module_macs(words.PATCHES.need(model), 1, *shape[-3:]) + head

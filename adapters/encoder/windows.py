@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokred.adapters.contract import check_at_hand, parameters_at_hand
+from tokred.adapters.contract import check_at_hand, parameters_at_hand, words
 from tokred.adapters.encoder.block import SETTINGS, Recipe, Settings, attention_bias, refuse_symbols
 from tokred.adapters.encoder.capture import add_bias
 from tokred.adapters.encoder.state import TokenState
@@ -138,7 +138,7 @@ class WindowRecipe(Recipe):
         grid = Grid(maps.shape[1], maps.shape[2], int(block.window_size))
         out, state = None, WindowState(grid.area, grid=grid)
         if settings.active and shared.method.acts(grid.area, Place(layer, shared.depth)):
-            if self.bind(args, kwargs).get("output_attentions"):
+            if words.MAPS.of(self.bind(args, kwargs)):
                 raise UnsupportedModelError("a block that runs on fewer tokens has no attention weights of all of them")
             out, state = self._reduced(block, settings, maps, grid)
         slots = grid.area if state.size is None else state.size.shape[1]
@@ -213,8 +213,8 @@ class WindowRecipe(Recipe):
 def project(attention: Any, x: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """``(B, N, C)`` to queries, keys and values ``(B, H, N, D)``, after their norms."""
     b, n, _ = x.shape
-    q, k, v = attention.qkv(x).view(b, n, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-    return residual(attention, q, ("q_norm",)), residual(attention, k, ("k_norm",)), v
+    q, k, v = words.TOGETHER.need(attention)(x).view(b, n, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    return residual(attention, q, words.QUERY_NORM.names), residual(attention, k, words.KEY_NORM.names), v
 
 
 def residual(holder: Any, y: Tensor, names: tuple[str, ...]) -> Tensor:

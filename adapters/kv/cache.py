@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from tokred.adapters.contract import host_object
+from tokred.adapters.contract import host_object, words
 from tokred.adapters.kv.layer import TokLayer
 from tokred.errors import BypassedError, TokenStateError
 from tokred.kv.engine import Engine
@@ -110,9 +110,9 @@ class TokCache(DynamicCache):  # type: ignore[misc]
         ours = {layer.index: -(-layer.nbytes // samples) for layer in self.layers if isinstance(layer, TokLayer)}
         others = [layer for layer in self.layers if not isinstance(layer, TokLayer)]
         ledger.open(ours, sum(_rows(0, layer).bytes for layer in others) // samples)
-        ledger.queries = int(config.num_attention_heads)
+        ledger.queries = int(words.HEADS.need(config))
         # Windows keep one row less than their size, as a view of rows that they came with.
-        ledger.windows = tuple(int(getattr(layer, "sliding_window", 1)) - 1 for layer in others)
+        ledger.windows = tuple(int(words.WINDOW.part(layer, 1)) - 1 for layer in others)
 
     def finish(self) -> None:
         """A forward ends: what could not be decided layer by layer is decided.
