@@ -1,7 +1,7 @@
 """Run a benchmark of this checkout, from the top of the repository.
 
     python -m benchmarks                       # what there is
-    python -m benchmarks kv/cache --quick      # one of them, with its own options
+    python -m benchmarks kv/quality --quick      # one of them, with its own options
 
 tokred is taken from the checkout, installed or not.
 """
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-WINGS = ("encoder", "diffusion", "vlm", "kv", "kernels")
+WINGS = ("encoder", "diffusion", "vlm", "kv", "kernels", "experiments")
 
 
 def listed() -> dict[str, str]:
@@ -26,7 +26,8 @@ def listed() -> dict[str, str]:
             text = file.read_text("utf8")
             if '__name__ == "__main__"' in text:
                 found[f"{wing}/{file.stem}"] = (ast.get_docstring(ast.parse(text)) or "").splitlines()[0]
-    return found
+    pages = ast.parse((ROOT / "benchmarks" / "pages" / "__main__.py").read_text("utf8"))
+    return found | {"pages": (ast.get_docstring(pages) or "").splitlines()[0]}
 
 
 def main(given: list[str]) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,8 +29,8 @@ from tokred.core.settings import parse_pairs, parse_setting
 
 COLUMNS = {
     "demo": ("method", "setting", "tokens_out", "gmacs", "top1", "top1_difference", "images_per_second", "speedup"),
-    "bench": ("top1", "cosine", "saliency_mae", "images_per_second", "speedup_q25", "peak_mib", "memory_by", "dtype"),
-    "where": ("device", "threads", "torch", "timm", "tokred", "commit", "date"),
+    "bench": ("top1", "cosine", "images_per_second", "speedup_low", "peak_mib", "forward_mib", "dtype"),
+    "where": ("device", "threads", "versions", "commit", "date"),
 }
 
 
@@ -47,9 +48,12 @@ def images():
     return torch.randn(8, 1, 28, 28, generator=generator), torch.tensor([9, 0, 8, 7, 3, 1, 2, 9])
 
 
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf8") as f:
-        return list(csv.DictReader(f))
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """A record an arm, of a table that says of every number where it comes from."""
+    table = outputs.read(path)
+    for name in ("torch", "timm", "tokred"):
+        assert all(f"{name}=" in row.versions for row in table)
+    return outputs.records(table)
 
 
 def assert_picture(path: Path) -> None:
@@ -80,7 +84,7 @@ def test_the_demo_measures_and_writes(model, images, tmp_path):
     for row in written:
         assert set(COLUMNS["demo"] + COLUMNS["where"]) <= set(row)
         assert math.isfinite(float(row["speedup"]))
-        assert 0 < float(row["speedup_q25"]) <= float(row["speedup"]) <= float(row["speedup_q75"])
+        assert 0 < float(row["speedup_low"]) <= float(row["speedup"]) <= float(row["speedup_high"])
     for path in paths[1:]:
         assert_picture(path)
     assert outputs.free(tmp_path, demo.FILES)["demo.csv"].name == "demo-2.csv"
@@ -134,7 +138,7 @@ def test_bench_from_the_command_line(tmp_path):
     for row in rows:
         assert set(COLUMNS["bench"] + COLUMNS["where"]) <= set(row)
         assert float(row["peak_mib"]) > 0
-        assert row["top1_by"] == "linear probe"
+        assert row["answered_by"] == "linear-probe"
         assert float(row["top1"]) >= 0
         assert math.isfinite(float(row["speedup"]))
     assert float(rows[0]["cosine"]) == pytest.approx(1)
@@ -195,6 +199,20 @@ def test_the_probe_separates_what_can_be_separated():
         probe.fit(features, torch.zeros(90, dtype=torch.int64))
 
 
+def test_a_probe_says_which_extra_it_needs(model, tmp_path, monkeypatch):
+    """Before anything is measured."""
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(ImportError, match=r"scikit-learn: pip install 'tokred\[bench\]'"):
+        tasks.choose(subjects.load("embedded", random_weights=True), str(_folder(tmp_path, 4)))
+
+
+def test_a_class_that_was_not_seen_is_never_answered():
+    features, labels = torch.randn(20, 4, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 2 * 2
+    fitted = probe.fit(features, labels, strength=1.0)
+    assert fitted.weight.shape == (3, 4)
+    assert set(fitted.logits(features).argmax(1).tolist()) == {0, 2}
+
+
 def test_settings_are_parsed():
     assert parse_setting("tome r=(16, -1) metric=k") == ("tome", {"r": (16, -1), "metric": "k"})
     assert parse_setting("evit kappa=0.7 blocks=(3, 6) fuse=False")[1] == {
@@ -231,15 +249,6 @@ def test_peak_memory_sees_what_a_forward_needs():
     assert found.peak > 0
     if "high-water" in found.kind:
         assert 60 < found.forward < 200
-
-
-def test_rows_are_appended_only_to_the_same_columns(tmp_path):
-    path = tmp_path / "a.csv"
-    outputs.write_rows(path, [{"x": 1.23456789, "y": None}])
-    outputs.write_rows(path, [{"x": 2, "y": "z"}], append=True)
-    assert path.read_text().splitlines() == ["x,y", "1.23457,", "2,z"]
-    with pytest.raises(ValueError, match="no CSV file with these columns"):
-        outputs.write_rows(path, [{"x": 1, "w": 2}], append=True)
 
 
 @pytest.mark.slow

@@ -59,7 +59,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "CacheReport": "tokred.kv.report:CacheReport",
     "BlockMethod": "tokred.encoder.method:BlockMethod",
-    "Place": "tokred.encoder.method:Place",
+    "Place": "tokred.core.place:Place",
     "bench": "tokred.bench",
     "choose_tsp_layer": "tokred.analysis.tsp_layer:choose_tsp_layer",
     "kv": "tokred.kv",

@@ -20,12 +20,13 @@ from tokred.api import (
     trace,
 )
 from tokred.core.method import Method, from_dict
+from tokred.core.place import Place
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.report import Report
 from tokred.core.site import Site
 from tokred.diffusion.site import AttentionSite
-from tokred.encoder.method import BlockMethod, Place
+from tokred.encoder.method import BlockMethod
 from tokred.errors import (
     BypassedError,
     MissingInputError,

@@ -22,9 +22,9 @@ from tokred.adapters.encoder.state import Shared, TokenState
 from tokred.adapters.linear import value_transform
 from tokred.adapters.swap import SETTINGS as SETTINGS
 from tokred.adapters.swap import Hook
+from tokred.core.place import Place
 from tokred.core.reduction import Reduction
 from tokred.core.site import Site
-from tokred.encoder.method import Place
 from tokred.encoder.padding import reduce_each
 from tokred.errors import UnsupportedModelError
 from tokred.kernels.attention import size_bias
@@ -329,6 +329,7 @@ def decide(settings: Settings, capture: Capture, state: TokenState, x: Tensor) -
         suffix=shared.suffix,
         grid=state.grid,
         frames=state.frames,
+        motion=lambda: state.motion(shared.prefix, shared.suffix),
         positions=state.representative,
         length=state.length,
         class_token=shared.class_token,

@@ -27,8 +27,9 @@ from tokred.adapters.encoder.state import LayerRecord, TokenState
 from tokred.adapters.encoder.windows import project
 from tokred.adapters.linear import macs as macs_of
 from tokred.adapters.swap import host_class
+from tokred.core.place import Place
 from tokred.core.site import Site
-from tokred.encoder.method import BlockMethod, Place
+from tokred.encoder.method import BlockMethod
 from tokred.errors import UnsupportedModelError
 
 KNOWN = {

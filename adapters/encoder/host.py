@@ -24,7 +24,8 @@ from tokred.adapters.linear import matrices
 from tokred.adapters.swap import check_entrance, host_class
 from tokred.adapters.watch import Watch, hang
 from tokred.core.method import Method
-from tokred.encoder.method import BlockMethod, Place
+from tokred.core.place import Place
+from tokred.encoder.method import BlockMethod
 from tokred.encoder.report import BlockReport, LayerReport
 from tokred.errors import MissingInputError
 

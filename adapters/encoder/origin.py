@@ -16,6 +16,7 @@ from torch import nn
 
 from tokred.adapters.changes import Changes
 from tokred.adapters.swap import Hook
+from tokred.encoder.motion import feature_motion
 from tokred.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Origin(Hook):
     def __init__(self, host: EncoderHost, shared: Shared) -> None:
         self.model, self.note, self.layout = host.model, shared.note, host.layout
         self.family, self.path = host.family, host.blocks[0][0].rpartition(".")[0]
+        self.moving = "motion" in shared.method.reads
         self.blocks = self._blocks()
         # A head that begins to pool would average merged tokens as if each were one; where they are dropped, those that
         # are left are averaged by intention.
@@ -42,7 +44,11 @@ class Origin(Hook):
 
     def __call__(self, module: nn.Module, inputs: Any, output: Any = None) -> None:
         self.check()
-        self.note.leave(None if self.layout is None else self.layout(module, inputs, output))
+        sides = None if self.layout is None else self.layout(module, inputs, output)
+        if self.moving and sides is not None and sides.frames is not None:
+            # Here, since positions are added next, which differ from frame to frame by themselves.
+            sides = sides._replace(motion=feature_motion(output.flatten(2).mT, sides.frames))
+        self.note.leave(sides)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
         """In a copy of the whole model one of that; in a copy of a part, such as those that count operations, none."""

@@ -12,11 +12,18 @@ from tokred.adapters.contract import backward_pass
 
 
 class Sides(NamedTuple):
-    """How patches stand: rows and columns, of each of several frames where they are a video's."""
+    """How patches stand: rows and columns, of each of several frames where they are a video's.
+
+    Attributes:
+        frames: of a video; None for an image.
+        rows, columns: of a frame.
+        motion: ``(B, number)`` float32, how much each patch of a video changes from frame to frame; None: nobody asks.
+    """
 
     frames: int | None
     rows: int
     columns: int
+    motion: Tensor | None = None
 
     @property
     def number(self) -> int:

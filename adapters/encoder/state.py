@@ -78,6 +78,14 @@ class TokenState:
         """Frames (or tubelets in time) that a video's tokens come from, frame after frame."""
         return None if self.sides is None else self.sides.frames
 
+    def motion(self, prefix: int, suffix: int) -> Tensor | None:
+        """``(B, M)`` float32: how much the patch that each token stands for moves; protected tokens do not; or None."""
+        known = None if self.sides is None else self.sides.motion
+        if known is None:
+            return None
+        known = torch.nn.functional.pad(known, (prefix, suffix))
+        return known if self.representative is None else known.gather(1, self.representative)
+
     def advance(self, step: Reduction, x: Tensor, keep_dropped: bool) -> tuple[TokenState, Tensor]:
         """The state after ``step``, taken on tokens ``x``, and the tokens."""
         rep = step.representative if self.representative is None else self.representative.gather(1, step.representative)

@@ -202,7 +202,7 @@ def _supplies(row: Encoder, masked: bool) -> frozenset[str]:
     if not masked and ((row.rank == 4 and not row.outer) or row.clip is not None):
         found.add("grid")
     if not masked and row.clip is not None:
-        found.add("frames")
+        found |= {"frames", "motion"}
     return frozenset(found)
 
 

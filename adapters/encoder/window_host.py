@@ -15,7 +15,8 @@ from tokred.adapters.encoder.state import LayerRecord, Shared
 from tokred.adapters.encoder.windows import Grid, Parts, WindowRecipe, WindowState
 from tokred.adapters.swap import host_class
 from tokred.core.method import Method
-from tokred.encoder.method import BlockMethod, Place
+from tokred.core.place import Place
+from tokred.encoder.method import BlockMethod
 from tokred.errors import UnsupportedModelError
 
 

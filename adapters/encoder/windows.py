@@ -24,9 +24,9 @@ from tokred.adapters.encoder.block import SETTINGS, Recipe, Settings, attention_
 from tokred.adapters.encoder.capture import add_bias
 from tokred.adapters.encoder.state import TokenState
 from tokred.adapters.swap import host_class
+from tokred.core.place import Place
 from tokred.core.reduction import Reduction
 from tokred.core.site import Site
-from tokred.encoder.method import Place
 from tokred.errors import UnsupportedModelError
 
 # Weight of a padded row where it shares a group with real ones: small enough to be lost, large enough to divide by.

@@ -24,7 +24,7 @@ SEAT = "tokred_seat"
 
 
 class Seat(NamedTuple):
-    """What the hook on an attention module tells the attention function.
+    """A message from the hook on an attention module to the attention function.
 
     Attributes:
         layer: this module's layer of the cache; None without a cache, or where the layer is not compressed.
@@ -67,7 +67,7 @@ def attention(
     dropout: float = 0.0,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """What is registered with transformers; arguments and result as it defines them.
+    """The function that is registered with transformers; arguments and result as it defines them.
 
     Raises:
         UnsupportedModelError: the module does not hand its arguments on, or is used in a way that is not known.

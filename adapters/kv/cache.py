@@ -230,7 +230,7 @@ def adopt(cache: Any, config: Any, policy: CachePolicy, compressed: tuple[int, .
 
 
 def _does(cache: Any) -> str:
-    """What a caller's cache does, in the words of :attr:`tokred.kv.stores.Store.replaces`; empty where nothing fits."""
+    """The kind of a caller's cache, in the words of :attr:`tokred.kv.stores.Store.replaces`; empty where none fits."""
     if type(cache) is DynamicCache:
         return "offloaded" if cache.offloading else "plain"
     # Its layers are quantised ones by their class alone.
@@ -247,5 +247,6 @@ def _take_over(cache: Any, policy: CachePolicy, compressed: tuple[int, ...], sto
     if policy.parts.when.chunk and policy.parts.budget.headwise:
         store = policy.parts.store.tight()  # under a hard limit nobody counts on empty rows, whatever the layout
     cache.engine = Engine(policy, len(compressed))
+    shelves = store.shelves(len(compressed))
     for index, layer in enumerate(compressed):
-        cache.layers[layer] = TokLayer(cache.engine, index, store)
+        cache.layers[layer] = TokLayer(cache.engine, index, store, shelves[index])

@@ -1,4 +1,4 @@
-"""What a patched model does before it generates: it gets a cache that knows the plan, or refuses what would fail."""
+"""Generation of a patched model, before it begins: it gets a cache that knows the plan, or refuses what would fail."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tokred.adapters.contract import (
     mask_length,
     words,
 )
-from tokred.adapters.encoder.block import SETTINGS
+from tokred.adapters.swap import SETTINGS
 from tokred.adapters.kv.hooks import CacheSettings
 from tokred.kv.stores.store import missing
 

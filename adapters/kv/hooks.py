@@ -29,7 +29,7 @@ _local = threading.local()
 
 
 class CacheSettings(State, Undo):
-    """What the hooks of one patched model share.
+    """Settings that the hooks of one patched model share.
 
     Args:
         policy: what happens to the rows of a cache.

@@ -15,7 +15,7 @@ from tokred.errors import TokenStateError, TokredError
 from tokred.kv.described import Made, plain_bytes
 from tokred.kv.engine import Clock, Engine
 from tokred.kv.site import CacheSite
-from tokred.kv.stores.store import Store, missing
+from tokred.kv.stores.store import Shelf, Store, missing
 
 CacheLayerMixin: Any = host_object("base of cache layers")
 
@@ -27,6 +27,7 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
         engine: policy and state of the whole cache.
         index: which of the compressed layers this is.
         store: in what form rows are held; None: as the policy says.
+        shelf: an empty one of the store, for the rows; None: one that knows of no other layer's.
 
     Attributes:
         shelf: the rows.
@@ -41,17 +42,19 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
     is_compileable = False
     is_croppable = True
 
-    def __init__(self, engine: Engine, index: int, store: Store | None = None) -> None:
+    def __init__(self, engine: Engine, index: int, store: Store | None = None, shelf: Shelf | None = None) -> None:
         super().__init__()
         self.engine = engine
         self.index = index
         self.store = engine.parts.store if store is None else store
+        self.shelf = self.store.open() if shelf is None else shelf
+        self._empty = self.shelf.snapshot()
         self.armed = False  # the patched model has said that it will add to this layer
         self.waiting = False  # it has, and its attention is to come
         self._clear()
 
     def _clear(self) -> None:
-        self.shelf = self.store.open()
+        self.shelf.restore(self._empty)
         self.is_initialized = False
         self.seen = 0
         self.settled = 0
@@ -287,7 +290,7 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def snapshot(self) -> dict[str, Any]:
         """Everything, by reference: tensors are replaced, never changed."""
-        kept = {k: v for k, v in self.__dict__.items() if k not in ("engine", "store")}
+        kept = {k: v for k, v in self.__dict__.items() if k not in ("engine", "store", "_empty")}
         copied = {"rows": dict(self.rows), "notes": dict(self.notes), "clock": self.clock.copy()}
         return {**kept, **copied, "shelf": self.shelf.snapshot()}
 

@@ -17,7 +17,7 @@ from tokred.kv.site import Padding
 
 
 class MaskSpec:
-    """What a mask of one forward is made of; stands in for the mask on its way through the model.
+    """Terms that a mask of one forward is made of; stands in for the mask on its way through the model.
 
     Args:
         arguments: of the mask function.
@@ -36,7 +36,7 @@ class MaskSpec:
         self._all_real: dict[tuple[int, int], bool] = {}
 
     def to(self, device: Any, **options: Any) -> MaskSpec:
-        """The same on another device, as libraries ask that spread a model over several."""
+        """A copy on another device, as libraries ask that spread a model over several."""
         device = torch.device(device)
         if device == torch.device(self.arguments.get("device", "cpu")):
             return self
@@ -142,5 +142,5 @@ class MaskSpec:
 
 
 def mask_function(**arguments: Any) -> MaskSpec:
-    """What is registered beside the attention function; see :class:`MaskSpec`."""
+    """The mask function that is registered beside the attention; see :class:`MaskSpec`."""
     return MaskSpec(arguments)

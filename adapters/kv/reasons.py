@@ -27,7 +27,7 @@ _SHOWN = 12
 
 
 def layer_kinds(text: Any) -> list[str]:
-    """What each layer of a decoder keeps, in the words of transformers' caches."""
+    """The kind of cache that each layer of a decoder keeps, in the words of transformers' caches."""
     kinds = list(host_object("kinds of layers")(text)[0])
     blocks = words.OLDER_KINDS.part(text)
     if words.KINDS.part(text) is None and blocks:
@@ -49,7 +49,7 @@ def _bare_or_shared(kind: str, layer: int, modes: Any) -> str:
 
 
 def odd_layers(kinds: list[str]) -> str:
-    """What layers keep whose caches are no rows of tokens; empty where there are none."""
+    """A sentence on layers that keep something else than rows of tokens; empty where there are none."""
     listed: dict[str, list[int]] = {}
     for i, kind in enumerate(kinds):
         if kind not in ROWS:

@@ -37,7 +37,7 @@ class _Mask:
 
 
 class _Heard:
-    """What a module did with its cache, and the attention function with what it got."""
+    """A record of what a module did with its cache, and of what the attention function got."""
 
     def __init__(self) -> None:
         self.rows: tuple[Tensor, Tensor] | None = None

@@ -73,7 +73,7 @@ def supplies_rope(decoder: Any, attention: Any, head_dim: int) -> bool:
 
 
 def layer_type_of(embedding: Any, attention: Any) -> str | None:
-    """What the embedding takes besides positions: the layer's type, or nothing."""
+    """The argument that the embedding takes besides positions: the layer's type, or None."""
     if not words.LAYER_TYPE.among(inspect.signature(embedding.forward).parameters):
         return None
     found = words.LAYER_TYPE.part(attention)

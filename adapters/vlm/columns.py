@@ -5,6 +5,21 @@ The cache's class is exchanged for a subclass that reports the logical length, a
 are reordered, repeated, or tokens taken back.
 """
 
+# Why pruned prompts have a ledger of their own (Track) beside that of cache layers under a policy (kv.layer.TokLayer:
+# positions and slots seen). One ledger was tried on paper; for it to serve both,
+# - a TokLayer would have to take rows from any attention. It takes them from a patched one alone, since its rows differ
+#   by head and it makes its masks itself; a pruned prompt leaves attention, and whatever kernel it is, to the host;
+# - its positions would have to be shared: by sample and group of layers, not by layer and head. After a prompt of 422
+#   tokens of which 122 are left (16 layers, 4 key/value heads) Track holds 1 KB and is reordered by 2 operations, the
+#   layers hold 34 KB and are reordered by 16; a decode step has 1,181 operations with Track, 1,175 without anything;
+# - hosts would have to take padding by row. They index the mask of the caller by one offset a layer, as if rows stood
+#   together, so MaskMaker would stay, and so would sizes that tell of the first layer of a kind;
+# - sliding layers, which are the host's own, would need positions too: their windows count places in the conversation;
+# - crop would have to go back behind an eviction where the newest columns are all there, as Track does.
+# Gained would be Clock.behind and the engine's count of the prompt, which the two ledgers tell each other. A cache that
+# nothing has left is untouched either way: its class is exchanged when something does. A policy beside a short window,
+# once refused, needs no common ledger: masks of sliding layers never were the policy's, see masks.tensor_of.
+
 from __future__ import annotations
 
 import contextlib

@@ -18,6 +18,7 @@ from tokred.adapters.vlm.columns import Group, Packed, extended, gather_columns,
 from tokred.adapters.vlm.decoder_attention import Input, LayerCount, Step, heads_of, norm_behind_attention, values_of
 from tokred.adapters.vlm.masks import MaskMaker
 from tokred.adapters.vlm.taps import in_flight
+from tokred.core.place import Place
 from tokred.core.reduction import Reduction
 from tokred.vlm.in_llm import Heads, LayerSite, Prompt
 
@@ -250,7 +251,7 @@ class Inner:
         n = max(before.counts) if self.settings.by_visual else max(before.real)
         if layer == 0 or n == 0 or not self.settings.active(layer):
             return x
-        if not method.acts(n, layer=layer, depth=self.settings.depth):
+        if not method.acts(n, Place(layer, self.settings.depth)):
             return x
         with torch.no_grad():
             step = method.reduce(self._site(layer, module, x, given, before))
@@ -363,7 +364,7 @@ class Inner:
         if not method.reads & {"rows_before", "stream"} or layer + 1 >= self.settings.depth:
             return
         n = max(step.counts) if self.settings.by_visual else max(step.real)
-        if n and self.settings.active(layer + 1) and method.acts(n, layer=layer + 1, depth=self.settings.depth):
+        if n and self.settings.active(layer + 1) and method.acts(n, Place(layer + 1, self.settings.depth)):
             forward = self.forward
             old = None if forward.track is None else forward.track.inner(layer)
             past = forward.past_columns - (0 if old is None else old.dropped)

@@ -38,8 +38,8 @@ from tokred.adapters.vlm.sites import (
     without_newlines,
 )
 from tokred.adapters.vlm.taps import Call
+from tokred.core.place import Place, PlacedMethod
 from tokred.errors import BypassedError, MissingInputError
-from tokred.vlm.method import VisualMethod
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -147,7 +147,7 @@ class Forward:
         end = self.call.end
         return int(self.length if end is None or end <= self.past else min(self.length, end - self.past))
 
-    def _prune(self, method: VisualMethod, new: dict[str, Any]) -> None:
+    def _prune(self, method: PlacedMethod, new: dict[str, Any]) -> None:
         real, visual = self.real(), self.visual
         assert visual is not None  # there are placeholders
         text = ~visual
@@ -177,7 +177,7 @@ class Forward:
         self.visual = visual.gather(1, packed.columns) & packed.valid
         self._shorten(new, packed, visual)
 
-    def _left(self, method: VisualMethod, context: Context) -> Left:
+    def _left(self, method: PlacedMethod, context: Context) -> Left:
         left = Left(None, self.embeds, (0,) * self.batch)
         for modality in self.call.modalities:
             columns = modality.visual.nonzero()[:, 1]
@@ -187,7 +187,7 @@ class Forward:
                 where = columns[first + offsets]
                 site = site_of(group, where, context)
                 n = site.shape[1]
-                if method.acts(n, layer=0, depth=1):
+                if method.acts(n, Place(0, 1)):
                     check_tower(method, group[0].part)
                     with torch.no_grad():
                         step = method.reduce(site)

@@ -19,8 +19,8 @@ from tokred.adapters.vlm.forward import Forward
 from tokred.adapters.vlm.generate import PROMPT, refuse
 from tokred.adapters.vlm.records import fill
 from tokred.adapters.vlm.taps import Call, CoreRun, LanguageRun, in_flight
+from tokred.core.place import PlacedMethod
 from tokred.errors import BypassedError
-from tokred.vlm.method import VisualMethod
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedConfig
@@ -49,8 +49,8 @@ class VisualSettings(State):
         self.config = config
         self.depth = depth
         self.visual = visual
-        self.outer: VisualMethod | None = None
-        self.inner: VisualMethod | None = None
+        self.outer: PlacedMethod | None = None
+        self.inner: PlacedMethod | None = None
         self.chosen: frozenset[int] | None = None
         self.core: nn.Module | None = None
         self.projector: nn.Module | None = None
@@ -59,7 +59,7 @@ class VisualSettings(State):
         self.before = 0
 
     @property
-    def methods(self) -> list[VisualMethod]:
+    def methods(self) -> list[PlacedMethod]:
         """Methods that act before or inside the language model, in this order."""
         return [m for m in (self.outer, self.inner) if m is not None]
 

@@ -31,10 +31,10 @@ from tokred.adapters.vlm.families import (
 from tokred.adapters.vlm.sites import OF_TOWER
 from tokred.adapters.vlm.taps import last_attention
 from tokred.core.method import Method
+from tokred.core.place import MANY, Place, PlacedMethod
 from tokred.core.registry import methods as registered
 from tokred.errors import MissingInputError, NothingRecordedError, UnsupportedModelError
 from tokred.vlm.layered import LayerMethod
-from tokred.vlm.method import VisualMethod
 from tokred.vlm.report import LayerTokens, VisualReport
 
 
@@ -127,10 +127,10 @@ class VisualHost(Host):
         self._check_tower(method)
         if self.stage == "layer":
             _ = self.layer_list  # raises where there is none
-            assert isinstance(method, VisualMethod)  # of its stage
+            assert isinstance(method, PlacedMethod)  # of its stage
             # Qwen 3 VL adds features by the places of all visual tokens, which must be there then. No prompt is longer
             # than this: a method that acts before that layer at all acts here.
-            early = [i for i in range(1, self.deepstack) if method.acts(1 << 20, layer=i, depth=self.depth)]
+            early = [i for i in range(1, self.deepstack) if method.acts(MANY, Place(i, self.depth))]
             if early:
                 raise ValueError(
                     f"{self.family} adds features of its tower after each of the first {self.deepstack} layers, so "
@@ -188,7 +188,7 @@ class VisualHost(Host):
                 self.family, self.facts, self.language.config, len(self.layers), self.core is not None
             )
             self._hang(settings, changes)
-        assert isinstance(method, VisualMethod)  # of its stage
+        assert isinstance(method, PlacedMethod)  # of its stage
         if self.stage == "projector":
             settings.outer = method
             self._tap(method, changes)

@@ -6,7 +6,7 @@ image, so that plans that are kept for some steps show what they cost on average
 by multiply-adds that ``tokred.explain`` counts (attention of small heads takes longer than its multiply-adds say), and
 the share of a step that deciding takes, which is measured on its own, waiting for the device around each decision.
 
-    python -m benchmarks diffusion/speed --device cuda --dtype float16 --out speed.csv     # all sizes
+    python -m benchmarks diffusion/speed --device cuda --dtype float16 --out speed.csv     # all
     python -m benchmarks diffusion/speed --case sd15:512 --width 64                        # a narrow one, on a CPU
     python -m benchmarks diffusion/speed --case wan-1.3b:49x480x832 --arm "todo factors=(1,2)" --device cuda
     python -m benchmarks diffusion/speed --quick                                           # does it run? tiny, 1 minute
@@ -15,26 +15,22 @@ the share of a step that deciding takes, which is measured on its own, waiting f
 from __future__ import annotations
 
 import argparse
-import contextlib
 import inspect
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import tokred
+from benchmarks.saving import save, saving
 from tokred.adapters.diffusion.geometry import GEOMETRIES, build
 from tokred.adapters.diffusion.survey import example
-from tokred.bench import results as outputs
-from tokred.bench import timing
-from tokred.core import environment
-from tokred.core.settings import parse_setting
+from tokred.bench import results, timing
+from tokred.bench.arms import Arm, typed
 
 CASES = (  # what matters most first, for machines that are lent for minutes
     *(f"{name}:{side}" for side in (1024, 2048) for name in ("sd15", "sdxl", "flux")),
@@ -64,32 +60,27 @@ FINEST = {"sd15": 1, "sd21": 1}  # how much coarser than the sample the finest a
 REFRESH = 5
 
 
-def chosen(name: str, wanted: Sequence[str] | None, quick: bool = False) -> list[tuple[str, tokred.Method | None]]:
-    """Labels and methods; the unpatched denoiser first.
+def chosen(name: str, wanted: Sequence[str] | None, quick: bool = False) -> list[Arm]:
+    """The unpatched denoiser, and methods.
 
     Args:
         name: of the geometry.
         wanted: such as ``"todo factors=4"``; None: the usual ones.
         quick: fewer of them.
     """
-    found: list[tuple[str, tokred.Method | None]] = [("unpatched", None)]
     if wanted is not None:
-        for text in wanted:
-            method, parameters = parse_setting(text)
-            found.append((text, tokred.make(method, **parameters)))
-        return found
+        return [typed(text) for text in ("unpatched", *wanted)]
     d = FINEST.get(name, 2)
-    merging = {"max_downsample": d, "merge_mlp": name not in FINEST}
+    found, merging = ["unpatched"], f"max_downsample={d} merge_mlp={name not in FINEST}"
     for ratio in (0.5,) if quick else (0.25, 0.5, 0.75):
-        found.append((f"tomesd ratio={ratio}", tokred.ToMeSD(ratio=ratio, **merging)))
-        shared = tokred.ToMeSD(ratio=ratio, share="resolution", refresh=REFRESH, **merging)
-        found.append((f"tomesd ratio={ratio} share=resolution refresh={REFRESH}", shared))
+        found.append(f"tomesd ratio={ratio} {merging}")
+        found.append(f"tomesd ratio={ratio} share=resolution refresh={REFRESH} {merging}")
     for factor in (2,) if quick else (2, 3, 4):
-        found.append((f"todo factor={factor}", tokred.ToDo(factors=(factor,) if d == 1 else (1, factor))))
+        found.append(f"todo factors=({factor},)" if d == 1 else f"todo factors=(1,{factor})")
     if not quick:
-        found.append(("toma ratio=0.5", tokred.ToMA(ratio=0.5, max_downsample=d, first_full=0)))
-        found.append((f"keymerge refresh={REFRESH}", tokred.KeyMerge(max_downsample=d, refresh=REFRESH)))
-    return found
+        found.append(f"toma ratio=0.5 max_downsample={d} first_full=0")
+        found.append(f"keymerge refresh={REFRESH} max_downsample={d}")
+    return [typed(text) for text in found]
 
 
 def settings(name: str, width: int | None) -> dict[str, Any]:
@@ -158,41 +149,16 @@ class Steps:
             self.model(**{**self.given, "timestep": moment})
 
 
-@contextlib.contextmanager
-def deciding(method: tokred.Method, device: torch.device) -> Iterator[list[float]]:
-    """Seconds that every decision of a method takes, the device waited for."""
-    found: list[float] = []
-    cls: Any = type(method)
-    own, inherited = cls.reduce, "reduce" not in cls.__dict__
-
-    def reduce(self: Any, site: Any) -> Any:
-        timing.synchronise(device)
-        start = time.perf_counter()
-        reduction = own(self, site)
-        timing.synchronise(device)
-        found.append(time.perf_counter() - start)
-        return reduction
-
-    cls.reduce = reduce
-    try:
-        yield found
-    finally:
-        if inherited:
-            del cls.reduce
-        else:
-            cls.reduce = own
-
-
-def plan_seconds(run: Steps, method: tokred.Method, device: torch.device, rounds: int) -> float:
-    """Median over rounds of the seconds that decisions take in a step, on average over the steps of :class:`Steps`."""
-    with tokred.applied(run.model, method), torch.inference_mode(), deciding(method, device) as found:
+def plan_seconds(run: Steps, method: tokred.Method, device: torch.device, rounds: int) -> list[float]:
+    """Of each round, the seconds that decisions take in a step, on average over the steps of :class:`Steps`."""
+    watch, totals = timing.Watch(device), []
+    with tokred.applied(run.model, method), torch.inference_mode(), watch.around(type(method), "reduce", "plan"):
         run.all()
-        totals = []
         for _ in range(rounds):
-            found.clear()
+            watch.clear()
             run.all()
-            totals.append(sum(found) / len(run.times))
-    return timing.spread(totals).median
+            totals.append(watch.total() / len(run.times))
+    return totals
 
 
 def prepare(case: str, options: argparse.Namespace) -> tuple[str, nn.Module, tuple[int, ...], Steps]:
@@ -224,33 +190,27 @@ def _sides(text: str) -> tuple[int, ...]:
 
 
 def measure(case: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row an arm of one case."""
+    """A record an arm of one case."""
     name, model, size, run = prepare(case, options)
     device, found = torch.device(options.device), chosen(name, options.arm, options.quick)
-
-    def enter(method: tokred.Method | None) -> Callable[[], AbstractContextManager[object]]:
-        return contextlib.nullcontext if method is None else lambda: tokred.applied(model, method)
-
-    enters = [enter(method) for _, method in found]
+    where = {"size": case.partition(":")[2], "batch": options.batch, "width": options.width, "weights": "random"}
+    where |= {"depth": str(DEPTH.get(name, "")), "moments": options.steps, "rounds": options.rounds}
+    where |= results.here(device, options.dtype)
     rows, ceilings = [], dict[Any, float]()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*reduced nothing|.*ceiling")
+        enters = [lambda arm=arm: arm.applied(model) for arm in found]
         seconds = timing.paired(enters, run.all, options.rounds, device=device)
-        speeds = timing.summarise(seconds, [options.steps * options.batch] * options.rounds)
-        for (label, method), state, speed in zip(found, enters, speeds, strict=True):
-            step = options.batch / speed.images_per_second.median
-            ceiling, share = 1.0, 0.0
-            if method is not None:
-                ceiling = _ceiling(model, method, size, ceilings)
-                share = plan_seconds(run, method, device, max(1, options.rounds // 2)) / step
-            with state():
-                memory = timing.peak_memory(run.one, device)
-            row: dict[str, Any] = {"model": name, "size": case.partition(":")[2], "arm": label, "seconds": step}
-            row |= {"ceiling": ceiling, "recommended": ceiling >= tokred.analysis.explain.LITTLE}
-            row["speedup"], row["speedup_q25"], row["speedup_q75"] = speed.speedup
-            row |= {"plan_share": share, "batch": options.batch, "dtype": options.dtype, "width": options.width or ""}
-            row["peak_mib"], row["forward_mib"], row["memory"] = memory
-            row |= {"steps": options.steps, "depth": str(DEPTH.get(name, ""))}
+        for arm, spent, faster in zip(found, seconds, timing.ratios(seconds), strict=True):
+            row: dict[str, Any] = {"model": name, "method": arm.name, "setting": arm.setting, **where}
+            row |= results.spread("seconds", [s / options.steps for s in spent]) | results.spread("speedup", faster)
+            row |= {"ceiling": 1.0, "plan_share": 0.0}
+            if arm.method is not None:
+                plans = plan_seconds(run, arm.method, device, max(1, options.rounds // 2))
+                row["ceiling"] = _ceiling(model, arm.method, size, ceilings)
+                row["plan_share"] = timing.spread(plans).median / row["seconds"]
+            with arm.applied(model):
+                row |= timing.peak_memory(run.one, device).record()
             rows.append(row)
             print(_line(case, row), flush=True)
     return rows
@@ -267,8 +227,8 @@ def _ceiling(model: nn.Module, method: Any, size: tuple[int, ...], seen: dict[An
 
 def _line(case: str, row: dict[str, Any]) -> str:
     return (
-        f"{case:<20} {row['arm']:<44} {row['seconds'] * 1e3:9.1f} ms {row['speedup']:6.3f}x of {row['ceiling']:5.2f}x, "
-        f"plan {row['plan_share']:5.1%}, {row['forward_mib']:8.0f} MiB"
+        f"{case:<20} {row['method']:<10} {row['setting']:<60} {row['seconds'] * 1e3:9.1f} ms {row['speedup']:6.3f}x of "
+        f"{row['ceiling']:5.2f}x, plan {row['plan_share']:5.1%}, {row['forward_mib']:8.0f} MiB"
     )
 
 
@@ -286,12 +246,12 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--threads", type=int, default=None)
     found.add_argument("--limit", type=float, default=float("inf"), help="seconds after which no further case begins")
     found.add_argument("--quick", action="store_true", help="tiny and narrow, one round: does it run?")
-    found.add_argument("--out", type=Path, default=None, help="a CSV file")
+    saving(found)
     return found
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure every case, and write what there is after each.
+    """Measure every case, and write its rows after each.
 
     Raises:
         ValueError: a case names no known denoiser, or its size does not fit.
@@ -305,20 +265,19 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     for case in cases:
         if case.partition(":")[0] not in GEOMETRIES:
             raise ValueError(f"no denoiser is named {case!r}; known are {', '.join(GEOMETRIES)}")
-    where = environment.describe(options.device) | {"diffusers": environment.version("diffusers")}
     rows: list[dict[str, Any]] = []
     for case in cases:
         if time.monotonic() - start > options.limit:
             print(f"{case}: not begun, out of time", flush=True)
             continue
         try:
-            rows += [row | where for row in measure(case, options)]
+            new = measure(case, options)
+            save(new, "speed", options)
+            rows += new
         except torch.cuda.OutOfMemoryError as error:
             print(f"{case}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
         if torch.device(options.device).type == "cuda":
             torch.cuda.empty_cache()
-        if options.out is not None and rows:
-            outputs.write_rows(options.out, rows)
     return rows
 
 

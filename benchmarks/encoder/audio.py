@@ -1,7 +1,7 @@
 """Whisper tiny.en on real recordings with fewer audio tokens: word error against the transcripts of the unmerged model.
 
     python -m benchmarks.zoo.fetch whisper speech
-    python -m benchmarks encoder/audio --out benchmarks/results/audio.csv
+    python -m benchmarks encoder/audio --out benchmarks/results/encoder.csv --overwrite
 
 There are no written transcripts of these prompts, so the unmerged model's are the reference: an error of zero says that
 nothing was changed, not that every word is right. A setting is a method's name and its parameters; ``expose=last``
@@ -12,18 +12,15 @@ from __future__ import annotations
 
 import argparse
 import re
-import statistics
-import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import tokred
+from benchmarks.saving import save, saving
 from benchmarks.zoo import data, whisper
-from tokred.bench import results as outputs
-from tokred.core import environment
+from tokred.bench import results, timing
 from tokred.core.settings import parse_setting
 
 # Prompts of at least a sentence.
@@ -61,14 +58,10 @@ def read_setting(text: str) -> tuple[str, dict[str, Any], str]:
 
 
 @torch.inference_mode()
-def encoder_seconds(model: Any, rounds: int) -> float:
-    """Median time of one recording through the encoder."""
-    x, seconds = torch.randn(1, 80, 3000, generator=torch.Generator().manual_seed(0)), []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        model.get_encoder()(x)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+def encoder_seconds(model: Any, rounds: int) -> list[float]:
+    """Seconds of one recording through the encoder."""
+    x = torch.randn(1, 80, 3000, generator=torch.Generator().manual_seed(0))
+    return [timing.seconds_of(lambda: model.get_encoder()(x))[0] for _ in range(rounds)]
 
 
 def measure(settings: Sequence[str], names: Sequence[str], rounds: int, show: bool) -> list[dict[str, Any]]:
@@ -82,31 +75,29 @@ def measure(settings: Sequence[str], names: Sequence[str], rounds: int, show: bo
     reference, whole = transcripts(), tokred.flops(model, None, (1, 80, 3000)).macs
     total = sum(map(len, reference))
     rows = []
-    for text in ("unmerged", *settings):
+    for text in ("unpatched", *settings):
         macs = whole
-        if text != "unmerged":
+        if text != "unpatched":
             name, parameters, expose = read_setting(text)
             tokred.apply(model, name, expose=expose, **parameters)  # type: ignore[arg-type]
             macs = tokred.flops(model, name, (1, 80, 3000), **parameters).macs
-        answers = reference if text == "unmerged" else transcripts()
+        answers = reference if text == "unpatched" else transcripts()
         errors = [word_errors(a, b) for a, b in zip(reference, answers, strict=True)]
         for recording, a, b, wrong in zip(recordings, reference, answers, errors, strict=True):
             if show and wrong:
                 print(f"{text}, {recording.name}: {wrong} of {len(a)} words\n  - {' '.join(a)}\n  + {' '.join(b)}")
-        tokens = 1500 if text == "unmerged" else tokred.report(model).layers[-1].tokens_out
-        rows.append(
-            {
-                "model": "whisper-tiny.en", "setting": text, "tokens": tokens, "encoder_gmacs": macs / 1e9,
-                "encoder_share": macs / whole, "prompts": len(recordings), "words": total, "wrong": sum(errors),
-                "word_error": sum(errors) / total, "prompts_unchanged": sum(e == 0 for e in errors),
-                "encoder_seconds": encoder_seconds(model, rounds), **environment.describe(),
-            }
-        )  # fmt: skip
-        row = rows[-1]
+        tokens = 1500 if text == "unpatched" else tokred.report(model).layers[-1].tokens_out
+        name, _, setting = text.partition(" ")
+        row: dict[str, Any] = {"model": "whisper-tiny.en", "method": name, "setting": setting, "tokens_out": tokens}
+        row |= {"gmacs": macs / 1e9, "gmacs_share": macs / whole, "prompts": len(recordings), "words": total}
+        row |= {"word_error": sum(errors) / total, "rounds": rounds, **results.here("cpu", torch.float32)}
+        row |= results.share("unchanged", sum(e == 0 for e in errors), len(recordings))
+        row |= results.spread("seconds", encoder_seconds(model, rounds))
+        rows.append(row)
         print(
-            f"{text:28s} {tokens:5d} tokens  {row['encoder_share']:6.1%} of the encoder's work  "
-            f"{row['encoder_seconds'] * 1e3:6.0f} ms  word error {row['word_error']:6.2%}  "
-            f"{row['prompts_unchanged']} of {len(recordings)} unchanged",
+            f"{text:28s} {tokens:5d} tokens  {row['gmacs_share']:6.1%} of the encoder's work  "
+            f"{row['seconds'] * 1e3:6.0f} ms  word error {row['word_error']:6.2%}  "
+            f"{sum(e == 0 for e in errors)} of {len(recordings)} unchanged",
             flush=True,
         )
     tokred.remove(model)
@@ -114,16 +105,14 @@ def measure(settings: Sequence[str], names: Sequence[str], rounds: int, show: bo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--setting", action="append", help="such as 'tome r=200' (repeatable)")
     parser.add_argument("--prompt", action="append", help="name of a recording (repeatable)")
     parser.add_argument("--rounds", type=int, default=10, help="timed runs of the encoder")
     parser.add_argument("--show", action="store_true", help="print the transcripts that changed")
-    parser.add_argument("--out", type=Path)
+    saving(parser)
     args = parser.parse_args()
-    rows = measure(args.setting or SETTINGS, args.prompt or PROMPTS, args.rounds, args.show)
-    if args.out:
-        print(f"written to {outputs.write_rows(args.out, rows)}")
+    save(measure(args.setting or SETTINGS, args.prompt or PROMPTS, args.rounds, args.show), "audio", args)
 
 
 if __name__ == "__main__":

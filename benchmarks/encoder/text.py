@@ -1,29 +1,29 @@
 """MiniLM sentence embeddings with fewer tokens: nearness to the unpatched ones, and a linear probe on topics.
 
     python -m benchmarks.zoo.fetch minilm fortunes
-    python -m benchmarks encoder/text --out benchmarks/results/text.csv
+    python -m benchmarks encoder/text --out benchmarks/results/encoder.csv --overwrite
 
-A probe (ridge regression on one-hot topics) is fitted to embeddings of the unpatched model and read with those of the
-patched one: what is lost is the encoder's doing. Texts of different lengths are in one batch, padded; work is counted
-at the tokens of each text alone. Nothing was trained, so LTP's thresholds rise linearly, as before any learning.
+A probe (scikit-learn's ridge regression on topics) is fitted to embeddings of the unpatched model and read with those
+of the patched one: what is lost is the encoder's doing. Texts of different lengths are in one batch, padded; work is
+counted at the tokens of each text alone. Nothing was trained, so LTP's thresholds rise linearly, as before any
+learning.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import tokred
+from benchmarks.saving import save, saving
 from benchmarks.zoo import data, minilm
 from tokred.adapters import find
 from tokred.adapters.encoder.host import shared_of
-from tokred.bench import results as outputs
-from tokred.core import environment
+from tokred.bench import probe, results
 from tokred.core.settings import parse_setting
 
 SETTINGS = (
@@ -62,19 +62,6 @@ def _work(model: Any, host: Any, lengths: list[int]) -> int:
     return total
 
 
-def probe(x: Tensor, y: Tensor, classes: int) -> Tensor:
-    """Ridge regression on one-hot classes, with a constant."""
-    x = torch.cat([x, torch.ones(len(x), 1)], 1).double()
-    target = torch.nn.functional.one_hot(y, classes).double()
-    return torch.linalg.solve(x.T @ x + 0.5 * torch.eye(x.shape[1], dtype=torch.float64), x.T @ target)
-
-
-def accuracy(weight: Tensor, x: Tensor, y: Tensor) -> float:
-    """Share of right answers of the probe."""
-    x = torch.cat([x, torch.ones(len(x), 1)], 1).double()
-    return float(((x @ weight).argmax(1) == y).double().mean())
-
-
 def measure(settings: Sequence[str], train: int, test: int) -> list[dict[str, Any]]:
     """One row a setting, the unpatched model first."""
     methods = {text: tokred.make(parse_setting(text)[0], **parse_setting(text)[1]) for text in settings}
@@ -86,7 +73,8 @@ def measure(settings: Sequence[str], train: int, test: int) -> list[dict[str, An
     order = [i for part in (chosen[:train], chosen[train:]) for i in sorted(part, key=lambda i: len(found.texts[i]))]
     texts = [found.texts[i] for i in order]
     labels = torch.tensor([topics.index(found.topics[i]) for i in order])
-    fitted = probe(embeddings(model, tokenizer, texts[:train])[0], labels[:train], len(topics))
+    fitted = probe.linear_models().RidgeClassifier(alpha=0.5)
+    fitted.fit(embeddings(model, tokenizer, texts[:train])[0].double().numpy(), labels[:train].numpy())
     reference, whole = embeddings(model, tokenizer, texts[train:])
     rows = []
     for text in ("unpatched", *settings):
@@ -95,27 +83,27 @@ def measure(settings: Sequence[str], train: int, test: int) -> list[dict[str, An
             tokred.apply(model, methods[text])
             vectors, macs = embeddings(model, tokenizer, texts[train:])
             tokred.remove(model)
-        row = {
-            "model": "all-MiniLM-L6-v2", "setting": text, "texts": test, "layer_share": macs / whole,
-            "cosine": float((vectors * reference).sum(1).mean()), "topics": len(topics),
-            "accuracy": accuracy(fitted, vectors, labels[train:]), **environment.describe(),
-        }  # fmt: skip
+        right = int((fitted.predict(vectors.double().numpy()) == labels[train:].numpy()).sum())
+        cosine = (vectors * reference).sum(1).double()
+        name, _, setting = text.partition(" ")
+        row: dict[str, Any] = {"model": "all-MiniLM-L6-v2", "method": name, "setting": setting, "texts": test}
+        row |= {"gmacs_share": macs / whole, "cosine_images": test, **results.here("cpu", torch.float32)}
+        row |= results.mean("cosine", float(cosine.mean()), float(cosine.std()) / test**0.5)
+        row |= results.share("accuracy", right, test)
         rows.append(row)
-        print(f"{text:36s} {row['layer_share']:6.1%} of the work  cosine {row['cosine']:.4f}  "
+        print(f"{text:36s} {row['gmacs_share']:6.1%} of the work  cosine {row['cosine']:.4f}  "
               f"accuracy {row['accuracy']:.3f}", flush=True)  # fmt: skip
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--setting", action="append", help="such as 'tome r=2' (repeatable)")
     parser.add_argument("--train", type=int, default=800, help="texts that the probe is fitted to")
     parser.add_argument("--test", type=int, default=250, help="texts that are read")
-    parser.add_argument("--out", type=Path)
+    saving(parser)
     args = parser.parse_args()
-    rows = measure(args.setting or SETTINGS, args.train, args.test)
-    if args.out:
-        print(f"written to {outputs.write_rows(args.out, rows)}")
+    save(measure(args.setting or SETTINGS, args.train, args.test), "text", args)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 Arms, interleaved in one process in an order shuffled anew in each round:
 
 - ``unpatched``: the model as timm runs it;
-- ``tokred r=0``: patched, with nothing to remove: what the patch itself costs;
-- ``tokred``: ToMe as tokred runs it;
+- ``tome r=0``: patched, with nothing to remove: what the patch itself costs;
+- ``tome``: ToMe as tokred runs it;
 - ``ceiling``: the same model whose blocks slice off as many tokens between attention and MLP, with the host's fused
   attention: what would remain if choosing and merging cost nothing;
 - ``usual``: ToMe the way it is usually patched in: softmax attention written out with the size bias, gather and
@@ -12,19 +12,14 @@ Arms, interleaved in one process in an order shuffled anew in each round:
 
 Ratios are per round (unpatched / arm); the table has their median and quartiles.
 
-    python -m benchmarks encoder/vit_speed --out benchmarks/results/vit_speed_cpu.csv
+    python -m benchmarks encoder/vit_speed --threads 2 --out benchmarks/results/encoder.csv --overwrite
     python -m benchmarks encoder/vit_speed --case vit_small_patch16_384:23 --threads 1
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import random
-import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -32,6 +27,8 @@ import torch
 from torch import Tensor
 
 import tokred
+from benchmarks.saving import save, saving
+from tokred.bench import results, timing
 from tokred.core.schedules import amounts
 
 CASES = (
@@ -137,30 +134,6 @@ def effective(r: int, n: int, depth: int) -> list[int]:
     return out
 
 
-def measure(
-    arms: dict[str, Callable[[Tensor], Tensor]], x: Tensor, rounds: int, seed: int = 0
-) -> dict[str, list[float]]:
-    """Seconds per call of every arm in every round."""
-    order = random.Random(seed)
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for _ in range(2):
-        for run in arms.values():
-            run(x)
-    for _ in range(rounds):
-        names = list(arms)
-        order.shuffle(names)
-        for name in names:
-            start = time.perf_counter()
-            arms[name](x)
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def quartiles(values: list[float]) -> tuple[float, float, float]:
-    low, mid, high = statistics.quantiles(values, n=4)
-    return low, mid, high
-
-
 def matching_share(model: Any, r: int, x: Tensor, rounds: int) -> float:
     """Share of the patched forward that deciding and merging take, from a profile."""
     from torch.profiler import ProfilerActivity, profile, record_function
@@ -199,65 +172,55 @@ def run_case(case: str, dtype: torch.dtype, args: argparse.Namespace) -> list[di
     n, depth = model.patch_embed.num_patches + 1, len(model.blocks)
     schedule, state = effective(r, n, depth), dict[str, Any]()
     ours = patched_copy(model, tokred.ToMe(r=r))
-    arms: dict[str, Callable[[Tensor], Tensor]] = {
-        "unpatched": model,
-        "tokred r=0": patched_copy(model, tokred.ToMe(r=0)),
-        "tokred": ours,
-        "ceiling": hand_patched(model, slicing_block, schedule, {}),
-        "usual": hand_patched(model, lambda b, k: usual_block(b, k, state), schedule, state),
+    arms: dict[tuple[str, str], Callable[[Tensor], Tensor]] = {
+        ("unpatched", ""): model,
+        ("tome", "r=0"): patched_copy(model, tokred.ToMe(r=0)),
+        ("tome", f"r={r}"): ours,
+        ("ceiling", f"r={r}"): hand_patched(model, slicing_block, schedule, {}),
+        ("usual", f"r={r}"): hand_patched(model, lambda b, k: usual_block(b, k, state), schedule, state),
     }
-    seconds = measure(arms, x, args.rounds)
+    seconds = timing.compared([lambda _, run=run: run(x) for run in arms.values()], args.rounds, warmup=2)
     share = matching_share(ours, r, x, 5)
-    rows = []
-    for arm, values in seconds.items():
-        low, mid, high = quartiles([a / b for a, b in zip(seconds["unpatched"], values, strict=True)])
-        near = quartiles([a / b for a, b in zip(seconds["ceiling"], values, strict=True)])
-        rows.append(
-            {
-                "model": name, "r": r, "dtype": str(dtype).removeprefix("torch."), "batch": args.batch,
-                "threads": torch.get_num_threads(), "arm": arm,
-                "images_per_second": args.batch / statistics.median(values),
-                "speedup": mid, "speedup_q25": low, "speedup_q75": high,
-                "of_ceiling": near[1], "of_ceiling_q25": near[0], "of_ceiling_q75": near[2],
-                "reduce_share": share if arm == "tokred" else "", "rounds": args.rounds,
-                "device": "cpu", "torch": torch.__version__, "timm": timm.__version__, "tokred": tokred.__version__,
-            }
-        )  # fmt: skip
-    return rows
+    where = {**results.here("cpu", dtype), "batch": args.batch, "rounds": args.rounds}
+    base = [name for name, _ in arms].index("ceiling")
+    found = []
+    for (arm, setting), values, faster, near in zip(
+        arms, seconds, timing.ratios(seconds), timing.ratios(seconds, base), strict=True
+    ):
+        record = {"model": name, "method": arm, "setting": setting, "case": f"r{r}", "weights": "random", **where}
+        record |= results.spread("images_per_second", [args.batch / s for s in values])
+        record |= results.spread("speedup", faster) | results.spread("of_ceiling", near)
+        found.append(record | ({"reduce_share": share} if setting == f"r={r}" and arm == "tome" else {}))
+    return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", action="append", help="timm model:r (repeatable)")
     parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, action="append")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--quick", action="store_true", help="a tiny model, a batch of one, two rounds: does it run?")
+    saving(parser)
     args = parser.parse_args()
-    rows: list[dict[str, Any]] = []
+    if args.quick:
+        args.case, args.batch, args.rounds = ["vit_tiny_patch16_224:13"], 1, 2
     for threads in args.threads or [torch.get_num_threads()]:
         torch.set_num_threads(threads)
         for dtype in args.dtype or ["float32"]:
             for case in args.case or CASES:
                 new = run_case(case, getattr(torch, dtype), args)
-                rows += new
                 for row in new:
-                    share = f"  reduce {row['reduce_share']:.1%}" if row["reduce_share"] != "" else ""
+                    share = f"  reduce {row['reduce_share']:.1%}" if "reduce_share" in row else ""
                     print(
-                        f"{row['model']:24s} r={row['r']:<3} {row['dtype']:8s} {row['threads']}t {row['arm']:11s} "
-                        f"{row['images_per_second']:7.1f} im/s  x{row['speedup']:.3f} "
-                        f"[{row['speedup_q25']:.3f}, {row['speedup_q75']:.3f}]  of ceiling {row['of_ceiling']:.3f}"
+                        f"{row['model']:24s} {row['case']:<4} {row['dtype']:8s} {row['threads']}t {row['method']:10s}"
+                        f"{row['setting']:6s}{row['images_per_second']:7.1f} im/s  x{row['speedup']:.3f} "
+                        f"[{row['speedup_low']:.3f}, {row['speedup_high']:.3f}]  of ceiling {row['of_ceiling']:.3f}"
                         f"{share}",
                         flush=True,
                     )
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("w", newline="") as f:
-            writer = csv.DictWriter(f, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-        print(f"written to {args.out}")
+                save(new, "vit_speed", args)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The operators in ``kernels/`` on a CPU in float32, each beside the plain torch chain that it replaces.
 
-    python -m benchmarks kernels/cpu                       # all rows, to benchmarks/results/kernels_cpu.csv
+    python -m benchmarks kernels/cpu --threads 2 --out benchmarks/results/kernels.csv --overwrite
     python -m benchmarks kernels/cpu --only merge --rounds 50 --threads 2
     python -m benchmarks kernels/cpu --tiny --rounds 2     # a test of this script
 
@@ -12,13 +12,10 @@ most is counted from torch's own allocations. The exit status is 1 if a check fa
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import sys
-from pathlib import Path
-from typing import Any
 
-from benchmarks.checkout import ROOT
+from benchmarks.saving import save, saving
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -33,7 +30,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sets", type=int, default=2, help="how many inputs alternate")
     parser.add_argument("--tiny", action="store_true", help="the smallest shapes")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "kernels_cpu.csv")
+    saving(parser)
     return parser.parse_args(given)
 
 
@@ -52,21 +49,19 @@ def main() -> int:
     from benchmarks.kernels.cpu_run import HEADER, cells, measure, rows
     from benchmarks.kernels.table import render
 
-    records: list[dict[str, Any]] = []
+    lines: list[list[str]] = []
+    failed = False
     for number, row in enumerate(rows(args)):
-        records.append(measure(row, args, args.seed + number))
-        print("  ".join(cells(records[-1])), file=sys.stderr, flush=True)
-    if not records:
+        record, failure = measure(row, args, args.seed + number)
+        lines.append(cells(record, failure))
+        failed |= bool(failure)
+        print("  ".join(lines[-1]), file=sys.stderr, flush=True)
+        save([record], "cpu", args)
+    if not lines:
         print("no row has such a name", file=sys.stderr)
         return 1
-    print(render(HEADER, [cells(record) for record in records]))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", newline="", encoding="utf8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(records[0]))
-        writer.writeheader()
-        writer.writerows(records)
-    print(f"written to {args.out}")
-    return 1 if any(record["check"] for record in records) else 0
+    print(render(HEADER, lines))
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-import tokred
 from benchmarks.kernels import decode, matching, scores
 from benchmarks.kernels import rows as row_cases
 from benchmarks.kernels.case import Draw, Inputs, Run
 from benchmarks.kernels.check import check
 from benchmarks.kernels.table import Goal, Row
-from tokred.bench.timing import paired, spread
-from tokred.core.environment import describe
+from tokred.bench import results, timing
 
 HEADER = (
     "kernel",
@@ -58,11 +54,16 @@ ROWS = (
 
 
 def rows(args: argparse.Namespace) -> Iterator[Row]:
-    """The rows that were asked for."""
+    """The rows that were asked for; of the smallest shapes each case once."""
+    seen = set[str]()
     for row in ROWS:
         if args.only and not any(name in row.case.name for name in args.only):
             continue
-        yield Row(row.case, row.case.tiny) if args.tiny else row
+        if not args.tiny:
+            yield row
+        elif row.case.name not in seen:
+            seen.add(row.case.name)
+            yield Row(row.case, row.case.tiny)
 
 
 def peak_allocation(run: Callable[[], object]) -> float:
@@ -81,11 +82,7 @@ def peak_allocation(run: Callable[[], object]) -> float:
 
 def _calls(run: Run, inputs: Inputs, least: float) -> int:
     """How many calls take at least ``least`` seconds."""
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        run(inputs)
-        times.append(time.perf_counter() - start)
+    times = [timing.seconds_of(lambda: run(inputs))[0] for _ in range(3)]
     return max(1, min(1000, round(least / max(min(times), 1e-7))))
 
 
@@ -93,73 +90,56 @@ def _timed(row: Row, sets: Sequence[Inputs], args: argparse.Namespace, seed: int
     """Milliseconds of a call of the operator and of its chain, round by round."""
     runs = (row.case.ours, row.case.chain)
     counts = [_calls(run, sets[0], args.region / 1e3) for run in runs]
-    current = [0]
 
-    def entering(arm: int) -> Callable[[], Any]:
-        @contextmanager
-        def enter() -> Iterator[None]:
-            current[0] = arm
-            yield
+    def calling(arm: int) -> Callable[[int], None]:
+        def calls(i: int) -> None:
+            for call in range(counts[arm]):
+                runs[arm](sets[(i + call) % len(sets)])
 
-        return enter
+        return calls
 
-    def run(i: int) -> None:
-        arm = current[0]
-        function = runs[arm]
-        for call in range(counts[arm]):
-            function(sets[(i + call) % len(sets)])
-
-    seconds = paired([entering(0), entering(1)], run, args.rounds, warmup=2, seed=seed)
+    seconds = timing.compared([calling(0), calling(1)], args.rounds, warmup=2, seed=seed)
     ours, chain = ([s / count * 1e3 for s in arm] for arm, count in zip(seconds, counts, strict=True))
     return ours, chain
 
 
 @torch.no_grad()
-def measure(row: Row, args: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """One line of the CSV file; ``check`` is empty when the row is right."""
+def measure(row: Row, args: argparse.Namespace, seed: int) -> tuple[dict[str, Any], str]:
+    """The record of one row, and what is wrong with its results; nothing, where they are right."""
     device, case = torch.device("cpu"), row.case
     draw = Draw(device, torch.float32, seed)
     sets = [case.make(row.sizes, draw) for _ in range(args.sets)]
     verdict = check(case, sets[0], device)
     peak, chain_peak = (peak_allocation(lambda run=run: run(sets[0])) for run in (case.ours, case.chain))  # type: ignore[misc]
     ours, chain = _timed(row, sets, args, seed)
-    mine, theirs = spread(ours), spread(chain)
-    ratio = spread([c / o for c, o in zip(chain, ours, strict=True)])
     memory = peak / chain_peak if chain_peak else 0.0
-    met = row.goal.met(mine.median * 1e3, row.floor, ratio.median, memory)
-    about = describe("cpu") | {"tokred": tokred.__version__}
-    return {
-        "kernel": case.name,
-        "size": row.size,
-        "floor_ms": "" if row.floor is None else row.floor / 1e3,
-        "goal": row.goal.text(),
-        "ms": mine.median, "ms_q25": mine.low, "ms_q75": mine.high,
-        "times_floor": "" if row.floor is None else mine.median * 1e3 / row.floor,
-        "chain_ms": theirs.median, "chain_ms_q25": theirs.low, "chain_ms_q75": theirs.high,
-        "speedup": ratio.median, "speedup_q25": ratio.low, "speedup_q75": ratio.high,
-        "peak_mib": peak, "chain_peak_mib": chain_peak, "peak_ratio": memory,
-        "error": verdict.error, "plain_error": verdict.plain, "check": verdict.failure,
-        "met": "" if row.goal.text() == "-" else met,
-        "rounds": args.rounds,
-        **{name: about[name] for name in ("device", "threads", "python", "torch", "tokred", "commit", "date")},
-    }  # fmt: skip
+    goal = row.goal.text()
+    record: dict[str, Any] = {"method": case.name, "setting": row.size, "goal": "" if goal == "-" else goal}
+    record |= {"rounds": args.rounds, **results.here("cpu", torch.float32)}
+    record |= results.spread("ms", ours) | results.spread("chain_ms", chain)
+    record |= results.spread("speedup", [c / o for c, o in zip(chain, ours, strict=True)])
+    record |= {"call_mib": peak, "chain_mib": chain_peak, "memory_ratio": memory}
+    record |= {"error": verdict.error, "plain_error": verdict.plain, "failed": int(bool(verdict.failure))}
+    if row.floor is not None:
+        record |= {"floor_ms": row.floor / 1e3, "times_floor": record["ms"] * 1e3 / row.floor}
+    if goal != "-":
+        record["met"] = int(row.goal.met(record["ms"] * 1e3, row.floor, record["speedup"], memory))
+    return record, verdict.failure
 
 
-def cells(record: dict[str, Any]) -> list[str]:
+def cells(record: dict[str, Any], failure: str) -> list[str]:
     """The line of the printed table."""
-    floor, times = record["floor_ms"], record["times_floor"]
-    status = {"": "-", True: "met", False: "missed"}[record["met"]]
     return [
-        record["kernel"],
-        record["size"],
-        "-" if floor == "" else f"{floor:.2f}",
-        record["goal"],
+        record["method"],
+        record["setting"],
+        f"{record['floor_ms']:.2f}" if "floor_ms" in record else "-",
+        record["goal"] or "-",
         f"{record['ms']:.3f}",
-        f"{record['ms_q25']:.3f}-{record['ms_q75']:.3f}",
-        "-" if times == "" else f"{times:.2f}",
+        f"{record['ms_low']:.3f}-{record['ms_high']:.3f}",
+        f"{record['times_floor']:.2f}" if "times_floor" in record else "-",
         f"{record['speedup']:.2f}",
-        f"{record['speedup_q25']:.2f}-{record['speedup_q75']:.2f}",
-        f"{record['peak_ratio']:.3f}",
+        f"{record['speedup_low']:.2f}-{record['speedup_high']:.2f}",
+        f"{record['memory_ratio']:.3f}",
         f"{record['error']:.1e}",
-        f"CHECK FAILED: {record['check']}" if record["check"] else status,
+        f"CHECK FAILED: {failure}" if failure else {None: "-", 1: "met", 0: "missed"}[record.get("met")],
     ]

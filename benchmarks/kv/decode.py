@@ -1,6 +1,6 @@
 """Decoding over a compressed cache against decoding over a dense one of as many rows, with random weights.
 
-    python -m benchmarks kv/decode --out benchmarks/results/kv_decode.csv
+    python -m benchmarks kv/decode --threads 1 --out benchmarks/results/kv.csv --overwrite
     python -m benchmarks kv/decode --quick
 
 A policy is worth its memory only if a token over ``K`` rows that are left costs no more than one over ``K`` rows that
@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -28,9 +27,8 @@ import transformers
 from torch import Tensor
 
 import tokred
-from tokred.bench import results as outputs
-from tokred.bench import timing
-from tokred.core import environment
+from benchmarks.saving import save, saving
+from tokred.bench import results, timing
 from tokred.core.reduction import Reduction
 
 # Shapes of the published models; the second with few of its 16 layers and a small vocabulary, which are alike anyway.
@@ -47,7 +45,7 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
 ROWS = (512, 2048, 8192)
 
 
-class Arm(NamedTuple):
+class Holding(NamedTuple):
     """One way of holding rows: ``reset`` gives the cache as it was before the first token."""
 
     name: str
@@ -88,7 +86,7 @@ def random_rows(config: Any, batch: int, count: int, like: Tensor) -> tuple[Tens
     )
 
 
-def dense(model: Any, batch: int, rows: int) -> Arm:
+def dense(model: Any, batch: int, rows: int) -> Holding:
     """The unpatched model."""
     cache = transformers.DynamicCache(config=model.config)
     for layer in cache.layers:
@@ -100,10 +98,10 @@ def dense(model: Any, batch: int, rows: int) -> Arm:
             layer.keys, layer.values = keys, values
         return cache
 
-    return Arm("dense", model, reset, sum(k.nbytes + v.nbytes for k, v in kept))
+    return Holding("dense", model, reset, sum(k.nbytes + v.nbytes for k, v in kept))
 
 
-def compressed(model: Any, batch: int, rows: int, layout: str, counts: list[int], name: str) -> Arm:
+def compressed(model: Any, batch: int, rows: int, layout: str, counts: list[int], name: str) -> Holding:
     """A patched model whose cache has seen ``2 * rows`` tokens, or as many as its longest head holds."""
     cache = tokred.kv_cache(model, layout=layout)
     seen = max(2 * rows, *counts)
@@ -122,10 +120,10 @@ def compressed(model: Any, batch: int, rows: int, layout: str, counts: list[int]
         cache.restore(kept)
         return cache
 
-    return Arm(name, model, reset, cache.nbytes)
+    return Holding(name, model, reset, cache.nbytes)
 
 
-def arms(model: Any, batch: int, rows: int) -> Iterator[Arm]:
+def arms(model: Any, batch: int, rows: int) -> Iterator[Holding]:
     """All ways, ``dense`` first."""
     patched = tokred.apply(shared(model), "snapkv", budget=rows, window=32)
     heads = model.config.num_key_value_heads
@@ -136,7 +134,7 @@ def arms(model: Any, batch: int, rows: int) -> Iterator[Arm]:
 
 
 def measure(name: str, rows: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row of the CSV for each arm."""
+    """A record of each way."""
     dtype = getattr(torch, options.dtype)
     model = build(name, options.layers, dtype, options.device)
     with torch.inference_mode():
@@ -144,7 +142,7 @@ def measure(name: str, rows: int, options: argparse.Namespace) -> list[dict[str,
     state: dict[str, Any] = {}
 
     @contextlib.contextmanager
-    def enter(arm: Arm) -> Iterator[None]:
+    def enter(arm: Holding) -> Iterator[None]:
         state["model"], state["cache"] = arm.model, arm.reset()
         yield
 
@@ -156,19 +154,18 @@ def measure(name: str, rows: int, options: argparse.Namespace) -> list[dict[str,
     seconds = timing.paired(
         [lambda arm=arm: enter(arm) for arm in found], run, options.rounds, device=options.device, warmup=1
     )
+    where = {"model": name, "rows": rows, "batch": options.batch, "depth": model.config.num_hidden_layers}
+    where |= {"moments": options.steps, "weights": "random", "rounds": options.rounds}
+    where |= results.here(options.device, options.dtype)
     table = []
     for arm, times in zip(found, seconds, strict=True):
-        time = timing.spread([t / options.steps * 1e3 for t in times])
-        ratio = timing.spread([t / base for t, base in zip(times, seconds[0], strict=True)])
-        row: dict[str, Any] = {"model": name, "layers": model.config.num_hidden_layers, "batch": options.batch}
-        row |= {"rows": rows, "arm": arm.name, "bytes": arm.nbytes}
-        row |= {"ms_a_token": time.median, "ms_q25": time.low, "ms_q75": time.high}
-        row |= {"ratio": ratio.median, "ratio_q25": ratio.low, "ratio_q75": ratio.high}
-        row |= {"steps": options.steps, "rounds": options.rounds, "dtype": options.dtype}
+        row: dict[str, Any] = {"method": arm.name, "setting": "", **where, "bytes": arm.nbytes}
+        row |= results.spread("ms_a_token", [t / options.steps * 1e3 for t in times])
+        row |= results.spread("ratio", [t / base for t, base in zip(times, seconds[0], strict=True)])
         table.append(row)
         print(
-            f"{name:<14} {rows:>6} rows {arm.name:<10} {arm.nbytes / 2**20:8.1f} MiB {time.median:8.2f} ms a token "
-            f"{ratio.median:.3f} of dense [{ratio.low:.3f}, {ratio.high:.3f}]",
+            f"{name:<14} {rows:>6} rows {arm.name:<9}{arm.nbytes / 2**20:8.1f} MiB {row['ms_a_token']:8.2f} ms a token"
+            f" {row['ratio']:.3f} of dense [{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]",
             flush=True,
         )
     return table
@@ -186,20 +183,16 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="threads of torch")
-    parser.add_argument("--out", type=Path, help="a CSV file")
     parser.add_argument("--quick", action="store_true", help="two layers, 128 rows, two rounds of two tokens")
+    saving(parser)
     options = parser.parse_args()
     if options.quick:
         options.layers, options.rows, options.rounds, options.steps = 2, "128", 2, 2
     if options.threads:
         torch.set_num_threads(options.threads)
-    where = environment.describe(options.device)
-    rows: list[dict[str, Any]] = []
     for name in options.model or GEOMETRIES:
         for count in options.rows.split(","):
-            rows += [row | where for row in measure(name, int(count), options)]
-            if options.out is not None:
-                outputs.write_rows(options.out, rows)
+            save(measure(name, int(count), options), "decode", options)
 
 
 if __name__ == "__main__":

@@ -6,44 +6,39 @@ torch alone. So this script has an environment of its own:
     python -m venv kvpress-env
     kvpress-env/bin/pip install kvpress==0.5.5
     python -m benchmarks.zoo.fetch smollm2 handbook          # in the usual environment, which converts the weights
-    kvpress-env/bin/python -m benchmarks kv/kvpress --out benchmarks/results/kv_kvpress.csv --threads 1
+    kvpress-env/bin/python -m benchmarks kv/kvpress --threads 1 --out benchmarks/results/kv.csv --overwrite
 
 A press is called as its own hook calls it after the attention of a layer: it gets hidden states, keys and values, and
 makes queries anew from the hidden states. tokred gets what the attention has had: queries, keys, values. Both act on
 the tensors of SmolLM2-135M reading the Debian handbook (of a random model with its heads, where the weights are
 missing).
 
-Columns: ``max_abs_difference`` of the scores, in float32, and ``largest``, the largest of them; ``rows_differ``, rows
-of all heads that one keeps and the other does not; ``ms_*``, medians of calls that score one layer, alternating;
-``bytes_*``, what the caches of all layers really hold after the prompt, positions (4 bytes a row) among tokred's.
-``note`` says where the two differ by design.
+Metrics: ``max_abs_difference`` of the scores, in float32, and ``largest``, the largest of them; ``rows_differ``, rows
+of all heads that one keeps and the other does not; ``score_ms`` and ``kvpress_ms``, of calls that score one layer,
+alternating; ``bytes`` and ``kvpress_bytes``, which the caches of all layers really hold after the prompt, positions (4
+bytes a row) among tokred's. Where the two differ by design, a note is printed.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import statistics
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import tokred
+from benchmarks.kv import feed
+from benchmarks.saving import save, saving
 from tokred import kv
 from tokred.adapters.kv.layer import TokLayer
 from tokred.adapters.kv.rope import LayerRope
-from tokred.bench import results as outputs
-from tokred.kv.engine import Engine
+from tokred.bench import results, timing
+from tokred.bench.metrics import METRICS
 from tokred.kv.repeat import Piece, Probe, Repeats
 
-COLUMNS = (
-    "policy", "tokens", "budget", "max_abs_difference", "largest", "rows_differ", "ms_kvpress", "ms_tokred",
-    "bytes_kvpress", "bytes_tokred", "note",
-)  # fmt: skip
 SINKS = 4
 
 
@@ -274,16 +269,11 @@ def kept_by_policy(policy: Any, layer: Layer) -> Tensor:
     return kept.scatter_reduce(-1, step.representative, step.mask, "amax", include_self=True)
 
 
-def time_both(first: Callable[[], Any], second: Callable[[], Any], rounds: int) -> tuple[float, float]:
-    """Median milliseconds of each, called in turn."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for i in range(rounds + 1):
-        for which in (0, 1) if i % 2 else (1, 0):
-            start = time.perf_counter()
-            (first, second)[which]()
-            if i:
-                times[which].append((time.perf_counter() - start) * 1000)
-    return statistics.median(times[0]), statistics.median(times[1])
+def time_both(theirs: Callable[[], Any], ours: Callable[[], Any], rounds: int) -> dict[str, float]:
+    """Milliseconds of each, called in turn."""
+    first, second = timing.compared([lambda _: theirs(), lambda _: ours()], rounds)
+    found = results.spread("kvpress_ms", [1e3 * s for s in first])
+    return found | results.spread("score_ms", [1e3 * s for s in second])
 
 
 def bytes_of_press(press: Any, model: Any, ids: Tensor, eager: bool) -> int:
@@ -302,25 +292,8 @@ def bytes_of_press(press: Any, model: Any, ids: Tensor, eager: bool) -> int:
 
 
 def bytes_of_policy(policy: Any, layers: list[Layer]) -> int:
-    """Everything that tokred's layers hold after the same prompt.
-
-    The context is not repeated for kvzip, whose number of rows does not depend on the scores: a window's stand in.
-    """
-    engine, held = Engine(policy, len(layers)), []
-    engine.begin()
-    for layer in layers:
-        row = _Row(engine, layer.index)
-        row.append(layer.k, layer.v)
-        site = layer.site()
-        site.rows, site.notes = row.rows, row.notes
-        engine.observe(row, site, 0)
-        held.append(row)
-    if engine.repeats is not None:
-        probe = Probe(engine.repeats, layers[0].k.shape[2])
-        probe.best = {layer.index: kv.Window()(layer.site()) for layer in layers}
-        engine.judged(probe)
-    engine.finish()
-    return sum(row.nbytes for row in held)
+    """All that tokred's layers hold after the same prompt."""
+    return sum(row.nbytes for row in feed.compressed(policy, [layer.site() for layer in layers], _Row))
 
 
 def compare(name: str, pair: Pair, layers: list[Layer], budget: float, rounds: int) -> dict[str, Any]:
@@ -337,12 +310,16 @@ def compare(name: str, pair: Pair, layers: list[Layer], budget: float, rounds: i
         a, b = kept_by_press(name, press, layer, theirs), kept_by_policy(pair.policy, layer)
         differ, total = differ + int((a != b).sum()), total + int(a.sum())
     middle = layers[len(layers) // 2]
-    times = time_both(lambda: pair.theirs(middle, press), lambda: pair.ours(middle, pair.policy), rounds)
-    return {
-        "policy": name, "tokens": layers[0].k.shape[2], "budget": budget, "max_abs_difference": f"{worst:.3g}",
-        "largest": f"{largest:.4g}", "rows_differ": f"{differ} of {total}", "ms_kvpress": f"{times[0]:.2f}",
-        "ms_tokred": f"{times[1]:.2f}", "note": pair.note,
-    }  # fmt: skip
+    row: dict[str, Any] = {"method": name, "setting": typed(pair.policy, budget), "tokens": layers[0].k.shape[2]}
+    row |= {"max_abs_difference": worst, "largest": largest, "rows_differ": differ, "rows_kept": total}
+    row |= time_both(lambda: pair.theirs(middle, press), lambda: pair.ours(middle, pair.policy), rounds)
+    return row | {"rounds": rounds}
+
+
+def typed(policy: Any, budget: float) -> str:
+    """The setting of a policy, as it is typed."""
+    crossed = getattr(policy, "cross_scoring", False)
+    return f"budget={budget:g}{' cross_scoring=True' * crossed}"
 
 
 def compare_kvzip(model: Any, ids: Tensor, n: int, chosen: list[int], rounds: int) -> dict[str, Any]:
@@ -372,13 +349,8 @@ def compare_kvzip(model: Any, ids: Tensor, n: int, chosen: list[int], rounds: in
     worst = max(float((theirs(x) - ours(x)).abs().max()) for x in layers)
     largest = max(float(ours(x).max()) for x in layers)
     middle = layers[len(layers) // 2]
-    times = time_both(lambda: theirs(middle), lambda: ours(middle), rounds)
-    return {
-        "policy": "kvzip", "tokens": n, "max_abs_difference": f"{worst:.3g}",
-        "largest": f"{largest:.4g}", "rows_differ": "", "ms_kvpress": f"{times[0]:.2f}",
-        "ms_tokred": f"{times[1]:.2f}",
-        "note": f"one piece of {chunk} repeated tokens; the press masks what it evicts, so its cache stays dense",
-    }  # fmt: skip
+    row: dict[str, Any] = {"method": "kvzip", "tokens": n, "max_abs_difference": worst, "largest": largest}
+    return row | time_both(lambda: theirs(middle), lambda: ours(middle), rounds) | {"rounds": rounds}
 
 
 def compare_pyramids(depth: int) -> tuple[int, int]:
@@ -402,7 +374,7 @@ def compare_pyramids(depth: int) -> tuple[int, int]:
 
 @torch.inference_mode()
 def measure(which: str, n: int, budget: float, rounds: int, wanted: list[str] | None) -> Iterator[dict[str, Any]]:
-    """Rows of the CSV."""
+    """Records, one a pair."""
     model, ids, what = load(which)
     ids = ids[:, :n]
     depth = model.config.num_hidden_layers
@@ -410,20 +382,23 @@ def measure(which: str, n: int, budget: float, rounds: int, wanted: list[str] | 
     every = record(model, ids, list(range(depth)))
     layers = [every[i] for i in chosen]
     print(f"{what}, {ids.shape[1]} tokens, layers {chosen} of {depth}", flush=True)
+    where = {"model": "smollm2-135m" if "SmolLM2" in what else "random", **results.here("cpu", torch.float32)}
     for name, pair in pairs(budget).items():
-        if wanted is not None and name.partition(" ")[0] not in wanted:
+        name = name.partition(" ")[0]
+        if wanted is not None and name not in wanted:
             continue
-        row = compare(name, pair, layers, budget, rounds)
-        row["bytes_kvpress"] = bytes_of_press(pair.press(1 - budget), model, ids, eager=name == "observed_attention")
-        row["bytes_tokred"] = bytes_of_policy(pair.policy, every)
+        row = compare(name, pair, layers, budget, rounds) | where
+        eager = name == "observed_attention"
+        row["kvpress_bytes"] = bytes_of_press(pair.press(1 - budget), model, ids, eager=eager)
+        row["bytes"] = bytes_of_policy(pair.policy, every)
+        print(f"{name}: {pair.note}" if pair.note else name, flush=True)
         yield row
     if wanted is None or "kvzip" in wanted:
-        row = compare_kvzip(model, ids, ids.shape[1], chosen, rounds)
-        dense = sum(t.nbytes for layer in every for t in (layer.k, layer.v))
-        yield {
-            **row, "budget": budget, "bytes_kvpress": dense,
-            "bytes_tokred": bytes_of_policy(tokred.make("kvzip", budget=budget), every),
-        }  # fmt: skip
+        row = compare_kvzip(model, ids, ids.shape[1], chosen, rounds) | where | {"setting": f"budget={budget:g}"}
+        row["kvpress_bytes"] = sum(t.nbytes for layer in every for t in (layer.k, layer.v))
+        row["bytes"] = bytes_of_policy(tokred.make("kvzip", budget=budget), every)
+        print("kvzip: half of the context is repeated; the press masks what it evicts, so its cache stays dense")
+        yield row
     for depth in (1, 4, 30):
         print("pyramid of {} layers: {} of {} budgets differ".format(depth, *compare_pyramids(depth)))
     print("(a model of one layer: the press gives it the top of the slope, nearly twice the budget; tokred the budget)")
@@ -432,24 +407,20 @@ def measure(which: str, n: int, budget: float, rounds: int, wanted: list[str] | 
 def main() -> None:
     """Compare, print, and write the CSV."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="CSV file, written anew")
     parser.add_argument("--model", choices=("auto", "smollm2", "random"), default="auto")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--budget", type=float, default=0.25)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--policies", help="names, with commas")
     parser.add_argument("--threads", type=int, help="threads of torch")
+    saving(parser)
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     wanted = arguments.policies.split(",") if arguments.policies else None
-    rows = []
     for row in measure(arguments.model, arguments.tokens, arguments.budget, arguments.rounds, wanted):
-        rows.append(row)
-        print(*(f"{k}={v}" for k, v in row.items()), flush=True)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        outputs.write_rows(arguments.out, [{c: row.get(c) for c in COLUMNS} for row in rows])
+        print(*(f"{k}={row[k]:.4g}" for k in METRICS if k in row), flush=True)
+        save([row], "kvpress", arguments)
 
 
 if __name__ == "__main__":

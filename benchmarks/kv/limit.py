@@ -1,8 +1,8 @@
 """A prompt of 64k tokens and 1,000 generated ones under a hard limit of bytes: what the cache holds on the way.
 
     python -m benchmarks.zoo.fetch smollm2 handbook
-    python -m benchmarks kv/limit --out benchmarks/results/kv_limit.csv --plot benchmarks/results/kv_limit.png
-    python -m benchmarks kv/limit --quick --out /tmp/limit.csv --plot /tmp/limit.png      # a minute, no weights
+    python -m benchmarks kv/limit --out benchmarks/results/kv.csv --overwrite
+    python -m benchmarks kv/limit --quick                                                 # a minute, no weights
 
 SmolLM2-135M reads the Debian handbook with one policy (some 20 minutes of one CPU core), and a random model of two
 layers with its heads reads random tokens with every policy that can judge a chunk by itself (half a minute each). The
@@ -10,30 +10,27 @@ positions are the true ones and go far beyond the 8,192 that SmolLM2 was trained
 nothing; bytes are what is measured. They are counted from the memory behind the tensors, each time after a layer has
 taken the rows of a chunk in, which is when most is held.
 
-One row of the CSV: ``tokens`` seen, ``bytes`` held after the forward, ``most`` bytes held at any layer since the row
-before, ``limit``, and ``dense`` bytes of a cache that keeps everything. Policies that refuse have a row with the
-reason.
+Of each point: ``tokens`` seen, ``most_bytes`` held at any layer since the point before, and ``dense_bytes`` of a cache
+that keeps everything. Policies that refuse have a row that says so.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 import tokred
+from benchmarks.saving import save, saving
 from benchmarks.zoo import data, smollm2
 from tokred import kv
 from tokred.adapters.kv.layer import TokLayer
-from tokred.core import environment
+from tokred.bench import results
 from tokred.kv.parts import parse_bytes
 
-COLUMNS = ("model", "policy", "chunk", "phase", "tokens", "bytes", "most", "limit", "dense", "note")
 # Windows that leave the budget of a small cache to the score.
 SETTINGS: dict[str, dict[str, Any]] = {
     "snapkv": {"window": 32},
@@ -95,19 +92,21 @@ class Scale:
 
 
 @torch.inference_mode()
-def measure(model: Any, ids: torch.Tensor, policy: Any, run: Run, points: int = 40) -> Iterator[dict[str, Any]]:
-    """Rows of the CSV for one policy, about ``points`` while it reads and as many while it generates."""
+def measure(model: Any, ids: torch.Tensor, policy: Any, run: Run, points: int = 10) -> Iterator[dict[str, Any]]:
+    """Records of one policy, about ``points`` while it reads and as many while it generates."""
     name = policy.inner.name
     tokred.apply(model, policy)
     cache = tokred.kv_cache(model, prompt=run.prompt, steps=run.generated)
     config = model.config
     row = config.num_hidden_layers * config.num_key_value_heads * 2 * config.head_dim * 4
 
-    def record(phase: str, scale: Scale) -> dict[str, Any]:
-        held, seen = scale.weigh(), cache.get_seq_length()
-        base = {"model": run.model, "policy": name, "chunk": run.chunk, "phase": phase, "tokens": seen, "bytes": held}
-        limit = parse_bytes(run.limit)
-        return {**base, "most": scale.reset(), "limit": limit, "dense": seen * row, "note": ""}
+    where = {"model": run.model, "method": name, "setting": f"limit={parse_bytes(run.limit)} chunk={run.chunk}"}
+    where |= results.here("cpu", model.dtype)
+
+    def record(stage: str, scale: Scale) -> dict[str, Any]:
+        scale.weigh()
+        seen = cache.get_seq_length()
+        return {"stage": stage, "tokens": seen, "most_bytes": scale.reset(), "dense_bytes": seen * row, **where}
 
     with Scale(cache) as scale:
         step, parts = ids[:, :0], ids[:, : run.prompt].split(run.chunk, 1)
@@ -156,46 +155,9 @@ def small_model(layers: int) -> Any:
     return model
 
 
-def plot(rows: list[dict[str, str]], path: Path) -> None:
-    """Bytes over tokens, one panel a model: MiB of one policy beside a full cache, several as shares of their limit."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = [r for r in rows if r["bytes"]]
-    models = list(dict.fromkeys(r["model"] for r in rows))
-    figure, panels = plt.subplots(1, len(models), figsize=(6.2 * len(models), 4.6), squeeze=False)
-    for axes, model in zip(panels[0], models, strict=True):
-        mine = [r for r in rows if r["model"] == model]
-        names = list(dict.fromkeys(r["policy"] for r in mine))
-        limit = int(mine[0]["limit"])
-        unit = 2**20 if len(names) == 1 else limit / 100
-        for i, name in enumerate(names):
-            points = [(int(r["tokens"]), int(r["most"]) / unit) for r in mine if r["policy"] == name]
-            style = ("-", "--", ":")[i // 10]
-            axes.plot(*zip(*points, strict=True), linewidth=1.2, linestyle=style, label=name)
-        dense = sorted({(int(r["tokens"]), int(r["dense"]) / unit) for r in mine})
-        axes.plot(*zip(*dense, strict=True), color="grey", linewidth=2, label="keeps everything")
-        axes.axhline(limit / unit, color="black", linewidth=1, linestyle="-.", label="limit")
-        axes.axvline(max(int(r["tokens"]) for r in mine if r["phase"] == "prompt"), color="lightgrey", linewidth=1)
-        if len(names) == 1:
-            axes.set(ylabel="MiB held, at most", yscale="log")
-        else:
-            axes.set(ylabel="% of the limit held, at most", ylim=(0, 110))
-        axes.set(xlabel="tokens seen; generated ones behind the grey line", title=f"{model}, {limit / 2**20:g} MiB")
-        axes.legend(fontsize=7, ncols=2, loc="lower right" if len(names) == 1 else "center")
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
 def main() -> None:
-    """Measure the arms that are asked for and append their rows as they come."""
+    """Measure the policies that are asked for, and write the rows of each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="CSV file; rows are appended")
-    parser.add_argument("--plot", type=Path, help="picture of all rows of the file")
     parser.add_argument("--quick", action="store_true", help="2,048 tokens, and the small model alone")
     parser.add_argument("--models", default="small,smollm2", help="which, with a comma")
     parser.add_argument("--policies", help="names, with commas, for the small model; default: all")
@@ -206,6 +168,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2, help="of the small model")
     parser.add_argument("--chunk", type=int, default=512)
     parser.add_argument("--threads", type=int, help="threads of torch")
+    saving(parser)
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -216,42 +179,32 @@ def main() -> None:
     if "small" in wanted:
         limit = f"{parse_bytes(arguments.limit) * arguments.layers // 64} B"
         ids = torch.randint(3, 1000, (1, tokens), generator=torch.Generator().manual_seed(0))
-        run = Run(f"{arguments.layers} random layers", limit, arguments.chunk, tokens, generated)
+        run = Run(f"random-{arguments.layers}-layers", limit, arguments.chunk, tokens, generated)
         names = arguments.policies.split(",") if arguments.policies else known
         jobs.append((small_model(arguments.layers), ids, run, names))
     if "smollm2" in wanted:
         model, tokenizer = smollm2.load()
         ids = tokenizer(data.handbook()[: tokens * 8], return_tensors="pt").input_ids[:, :tokens]
-        run = Run("SmolLM2-135M", arguments.limit, arguments.chunk, ids.shape[1], generated)
+        run = Run("smollm2-135m", arguments.limit, arguments.chunk, ids.shape[1], generated)
         jobs.append((model, ids, run, [arguments.policy]))
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not arguments.out.exists()
-    with arguments.out.open("a", newline="", encoding="utf8") as f:
-        writer = csv.DictWriter(f, COLUMNS)
-        if fresh:
-            writer.writeheader()
-        for model, ids, run, names in jobs:
-            for name, policy, why in policies(run, names):
-                if policy is None:
-                    writer.writerow({"model": run.model, "policy": name, "chunk": run.chunk, "note": why})
-                    print(f"{run.model}, {why}", flush=True)
-                    continue
-                began, rows = time.perf_counter(), []
-                for row in measure(model, ids, policy, run):
-                    rows.append(row)
-                    writer.writerow(row)
-                    f.flush()
-                most = max(row["most"] for row in rows)
-                print(
-                    f"{run.model}, {name}: {rows[-1]['tokens']} tokens, at most {most} of {rows[-1]['limit']} bytes, "
-                    f"dense {rows[-1]['dense']} ({time.perf_counter() - began:.0f} s)",
-                    flush=True,
-                )
-                assert most <= rows[-1]["limit"], f"{name} went over the limit"
-    print(f"torch {torch.__version__}, transformers {environment.version('transformers')}, cpu")
-    if arguments.plot:
-        with arguments.out.open(newline="", encoding="utf8") as f:
-            plot(list(csv.DictReader(f)), arguments.plot)
+    for model, ids, run, names in jobs:
+        limit = parse_bytes(run.limit)
+        for name, policy, why in policies(run, names):
+            if policy is None:
+                row = {"model": run.model, "method": name, "setting": f"chunk={run.chunk}", "refused": 1}
+                save([row | results.here("cpu", model.dtype)], "limit", arguments)
+                print(f"{run.model}, {why}", flush=True)
+                continue
+            began = time.monotonic()
+            rows = list(measure(model, ids, policy, run))
+            save(rows, "limit", arguments)
+            most = max(row["most_bytes"] for row in rows)
+            print(
+                f"{run.model}, {name}: {rows[-1]['tokens']} tokens, at most {most} of {limit} bytes, "
+                f"dense {rows[-1]['dense_bytes']} ({time.monotonic() - began:.0f} s)",
+                flush=True,
+            )
+            assert most <= limit, f"{name} went over the limit"
 
 
 if __name__ == "__main__":

@@ -1,10 +1,32 @@
-"""Perplexity and pass-key retrieval over compressed caches; prompts are read once for all policies."""
+"""KV-cache policies on SmolLM2-135M: perplexity, pass-key retrieval, bytes really held, prefill and decoding speed.
+
+    python -m benchmarks.zoo.fetch smollm2 handbook
+    python -m benchmarks kv/quality --out benchmarks/results/kv.csv --overwrite        # hours on a CPU
+    python -m benchmarks kv/quality --quick --out /tmp/kv.csv                          # minutes
+
+Metrics, for every policy and budget:
+
+- ``perplexity`` of the last quarter of windows of the Debian handbook, the first three quarters being the prompt;
+- ``retrieval`` of a five-digit key hidden in the handbook, the question asked *after* the context was compressed (the
+  fair order) or *before*, as part of the prompt, which flatters scores that look at the last queries;
+- ``bytes`` that the cache holds for a sample after the prompt, keys, values, positions and state, measured; those of
+  the perplexity's prompts are ``bytes_window``, since these are three quarters as long as the window;
+- ``prefill_s`` and ``decode_tokens_per_s``, batch 1 and a left-padded batch of 4 (``--only speed``; an idle machine).
+
+Prompts are read once for all policies. Budgets are shares of the prompt. Batch 4 is padded on the left, each row more
+than the one before; its quality is measured at a quarter of the cache. bfloat16, the default, wants a CPU that has
+instructions for it; ``--dtype float32`` gives the same perplexities to a quarter of a percent.
+"""
 
 from __future__ import annotations
 
+import argparse
+import math
 import random
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +34,47 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tokred
-from benchmarks.kv import prompt as kv_prompt
-from benchmarks.kv.arms import Arm, held_bytes
+from benchmarks.kv import feed
+from benchmarks.kv.feed import held_bytes
+from benchmarks.saving import save, saving
+from benchmarks.zoo import data, smollm2
+from tokred import kv
+from tokred.bench import results, timing
+from tokred.bench.arms import BASE, Arm
+from tokred.core.registry import methods
+
+BUDGETS = (0.5, 0.25, 0.125, 0.05)
+
+# Settings of small windows: a twentieth of a prompt of 1,024 tokens has to hold them.
+POLICIES: dict[str, Callable[[float], Any]] = {
+    "streaming_llm": lambda b: tokred.make("streaming_llm", budget=b),
+    "h2o": lambda b: tokred.make("h2o", budget=b),
+    "tova": lambda b: tokred.make("tova", budget=b),
+    "keyformer": lambda b: tokred.make("keyformer", budget=b),
+    "zeromerge": lambda b: tokred.make("zeromerge", budget=b),
+    "snapkv": lambda b: tokred.make("snapkv", budget=b, window=32),
+    "pyramidkv": lambda b: tokred.make("pyramidkv", budget=b, window=32),
+    "adakv": lambda b: tokred.make("adakv", budget=b, score=kv.Window(32)),
+    "criticalkv": lambda b: tokred.make("criticalkv", budget=b, score=kv.Window(32)),
+    "cake": lambda b: tokred.make("cake", budget=b),
+    "squeezeattention": lambda b: tokred.make("squeezeattention", budget=b),
+    "observed_attention": lambda b: tokred.make("observed_attention", budget=b),
+    "expected_attention": lambda b: tokred.make("expected_attention", budget=b),
+    "kvzip": lambda b: tokred.make("kvzip", budget=b),
+    "knorm": lambda b: tokred.make("knorm", budget=b),
+    "keydiff": lambda b: tokred.make("keydiff", budget=b, turns=False),
+    "lagkv": lambda b: tokred.make("lagkv", budget=b, lag=64),
+    # From experiments/kv_search. Merged rows carry weights, so fewer rows make up the bytes of the others.
+    "composed": lambda b: tokred.KVPolicy(score=kv.Reconstruction(), budget=kv.Global(0.93 * b), fate=kv.Merge()),
+    "random_evict": lambda b: tokred.make("random_evict", budget=b, sinks=4, recent=32),
+}
+# Presets that have a budget and no settings above: with their defaults. "kv" is what "composed" is made by.
+POLICIES |= {
+    name: lambda b, name=name: tokred.make(name, budget=b)
+    for name, cls in methods.of("cache").items()
+    if name not in {*POLICIES, "kv"} and "budget" in (cls.nothing or {})
+}
+
 
 DEPTHS = (0.1, 0.35, 0.6, 0.85)
 QUESTION = " What is the pass key? The pass key is"
@@ -21,8 +82,45 @@ PARTS = ("perplexity", "retrieval", "padded")
 ANSWER = 8  # tokens that hold a key and a space
 
 
+class Setting(NamedTuple):
+    """How much is measured.
+
+    Attributes:
+        window: tokens of a perplexity window.
+        windows: how many of them, a batch.
+        lengths: contexts that a key is hidden in.
+        keys: keys for each length and depth.
+        timed: tokens decoded for a speed.
+        timed_window: tokens of the prompt before them.
+        chunk: tokens that are fed at once to policies that evict at every step; 1 is exact.
+    """
+
+    window: int = 4096
+    windows: int = 3
+    lengths: tuple[int, ...] = (1024, 2048, 4096)
+    keys: int = 5
+    timed: int = 32
+    timed_window: int = 2048
+    chunk: int = 8
+
+
+QUICK = Setting(window=512, windows=2, lengths=(512,), keys=2, timed=8, timed_window=256, chunk=32)
+
+
+def arms(names: Sequence[str], budgets: Sequence[float]) -> list[Arm]:
+    """The unpatched model, and every policy at every budget."""
+    every = [Arm(n, f"budget={b:g}", POLICIES[n](b)) for n in names for b in budgets]
+    return [Arm(BASE, ""), *every]
+
+
+def _stepwise(arm: Arm) -> bool:
+    """Whether rows go while tokens are generated."""
+    policy: Any = arm.method
+    return policy is not None and bool(policy.parts.when.every)
+
+
 class Found(NamedTuple):
-    """One number of one arm: ``value`` is a sum over ``count`` tokens or keys."""
+    """One number of one arm: a sum over ``count`` tokens or keys, and the sum of squares where it has an interval."""
 
     arm: Arm
     measure: str
@@ -31,6 +129,7 @@ class Found(NamedTuple):
     length: int
     value: float
     count: int
+    squares: float = 0.0
 
 
 class Haystack(NamedTuple):
@@ -80,7 +179,7 @@ def retrieval(
             whole[i][mask[i] == 0] = 0
     length = whole.shape[1]
     n, batch = len(group[0].context), len(group) if padded else 1
-    prompt, last = kv_prompt.read(model, whole, mask)
+    prompt, last = feed.read(model, whole, mask)
     for arm in arms:
         for asked in ("after", "before"):
             with _patched(model, arm):
@@ -113,20 +212,21 @@ def perplexity(
     if mask is not None:
         for i in range(1, b):
             mask[i, : i * n // (3 * b)] = 0
-    prompt, _ = kv_prompt.read(model, windows, mask)
+    prompt, _ = feed.read(model, windows, mask)
     target = windows[:, n:]
     for arm in arms:
         with _patched(model, arm):
             cache = prompt.fill(tokred.kv_cache(model), n - 1)
             held = held_bytes(cache)
-            total, at = 0.0, n - 1
+            total, squares, at = 0.0, 0.0, n - 1
             while at < length - 1:
-                step = min(chunk if arm.stepwise else length, length - 1 - at)
+                step = min(chunk if _stepwise(arm) else length, length - 1 - at)
                 logits = _forward(model, windows[:, at : at + step], cache, mask, keep=0)
                 goal = target[:, at - n + 1 : at - n + 1 + step]
-                total += F.cross_entropy(logits.flatten(0, 1).float(), goal.flatten(), reduction="sum").item()
+                losses = F.cross_entropy(logits.flatten(0, 1).float(), goal.flatten(), reduction="none").double()
+                total, squares = total + float(losses.sum()), squares + float(losses.square().sum())
                 at += step
-        yield Found(arm, "nll", "", b if padded else 1, length, total, target.numel())
+        yield Found(arm, "nll", "", b if padded else 1, length, total, target.numel(), squares)
         yield Found(arm, "bytes_window", "", b if padded else 1, length, held, b)
 
 
@@ -155,36 +255,133 @@ def greedy(model: Any, tokenizer: Any, logits: Tensor, cache: Any, mask: Tensor 
 
 def _patched(model: Any, arm: Arm) -> Any:
     # The unpatched model's cache is filled like the others, by a policy that keeps everything.
-    return tokred.applied(model, arm.policy if arm.policy is not None else tokred.make("snapkv", budget=1.0))
+    return tokred.applied(model, arm.method if arm.method is not None else tokred.make("snapkv", budget=1.0))
 
 
 def run(
-    model: Any,
-    tokenizer: Any,
-    text: Tensor,
-    arms: list[Arm],
-    setting: Any,
-    say: Callable[[str], None],
-    parts: Sequence[str] = PARTS,
+    model: Any, tokenizer: Any, text: Tensor, every: list[Arm], setting: Setting, parts: Sequence[str] = PARTS
 ) -> Iterator[list[Found]]:
-    """Some of :data:`PARTS`, a list of numbers for each prompt."""
-    started = time.perf_counter()
+    """Some of :data:`PARTS`; the numbers of each length come together, so that none has to be written again."""
+    started = time.monotonic()
 
-    def told(what: str, found: Iterator[Found]) -> list[Found]:
+    def told(what: str, found: Iterable[Found]) -> list[Found]:
         numbers = list(found)
-        say(f"{time.perf_counter() - started:6.0f} s  {what}")
+        print(f"{time.monotonic() - started:6.0f} s  {what}", file=sys.stderr, flush=True)
         return numbers
+
+    def keys(length: int, count: int, chosen: list[Arm], padded: bool) -> list[Found]:
+        found = []
+        for depth, group in zip(DEPTHS, haystacks(tokenizer, text, length, count, int(padded)), strict=True):
+            what = f"retrieval {length} at {depth}{', padded' * padded}"
+            found += told(what, retrieval(model, tokenizer, group, chosen, padded=padded))
+        return found
 
     windows = text[: setting.windows * setting.window].view(setting.windows, setting.window)
     if "perplexity" in parts:
-        yield told("perplexity", perplexity(model, windows, arms, chunk=setting.chunk))
+        yield told("perplexity", perplexity(model, windows, every, chunk=setting.chunk))
     for length in setting.lengths if "retrieval" in parts else ():
-        for depth, group in zip(DEPTHS, haystacks(tokenizer, text, length, setting.keys), strict=True):
-            yield told(f"retrieval {length} at {depth}", retrieval(model, tokenizer, group, arms))
+        yield keys(length, setting.keys, every, False)
     if "padded" in parts:
-        quarter = [a for a in arms if a.policy is None or a.budget == 0.25]
+        quarter = [arm for arm in every if arm.setting in ("", "budget=0.25")]
         yield told("perplexity, padded batch", perplexity(model, windows, quarter, chunk=setting.chunk, padded=True))
-        length = setting.lengths[len(setting.lengths) // 2]
-        for depth, group in zip(DEPTHS, haystacks(tokenizer, text, length, 4, seed=1), strict=True):
-            found = retrieval(model, tokenizer, group, quarter, padded=True)
-            yield told(f"retrieval {length} at {depth}, padded", found)
+        yield keys(setting.lengths[len(setting.lengths) // 2], 4, quarter, True)
+
+
+def records(found: Iterable[Found], where: dict[str, Any]) -> list[dict[str, Any]]:
+    """Sums over prompts as records of results."""
+    sums: dict[tuple[Any, ...], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+    for f in found:
+        total = sums[(f.arm.name, f.arm.setting, f.measure, f.asked, f.batch, f.length)]
+        for i, part in enumerate((f.value, f.count, f.squares)):
+            total[i] += part
+    rows = []
+    for (name, setting, measure, asked, batch, length), (value, count, squares) in sums.items():
+        row = {"method": name, "setting": setting, "asked": asked, "length": length, "batch": batch, **where}
+        average, n = value / count, int(count)
+        if measure == "nll":
+            error = math.sqrt(max(0.0, squares / n - average**2) / n)
+            ends = results.mean("perplexity", average, error)
+            row |= {k: math.exp(v) for k, v in ends.items()} | {"tokens_scored": n}
+        elif measure == "retrieval":
+            row |= {**results.share("retrieval", int(value), n), "keys": n}
+        else:
+            row |= {measure: round(average), "prompts": n}
+        rows.append(row)
+    return rows
+
+
+def timings(model: Any, text: Tensor, every: list[Arm], setting: Setting, where: dict[str, Any]) -> Iterator[dict]:
+    """Records with seconds in them."""
+    for arm in every:
+        for batch in (1, 4):
+            with arm.applied(model):
+                prefill, decode, held = speed(model, text, arm, batch, setting)
+            row = {"method": arm.name, "setting": arm.setting, "length": setting.timed_window, "batch": batch, **where}
+            row |= {"prefill_s": prefill, "decode_tokens_per_s": decode, "bytes_timed": held}
+            yield row | {"tokens_timed": setting.timed}
+
+
+@torch.inference_mode()
+def speed(model: Any, ids: Tensor, arm: Arm, batch: int, setting: Setting) -> tuple[float, float, float]:
+    """Seconds of the prompt, tokens a second after it, and bytes of a sample after the prompt."""
+    from transformers import DynamicCache
+
+    n, device = setting.timed_window, ids.device
+    rows = ids[: n * batch].view(batch, n)
+    mask = torch.ones_like(rows)
+    for i in range(1, batch):
+        mask[i, : i * n // (2 * batch)] = 0  # padded on the left, each sample more than the one before
+    cache = DynamicCache(config=model.config) if arm.method is None else tokred.kv_cache(model)
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+
+    def read(step: Tensor) -> Tensor:
+        given = {"attention_mask": mask} if batch > 1 else {}
+        out = model(step, position_ids=position, past_key_values=cache, logits_to_keep=1, **given)
+        return out.logits[:, -1:].argmax(-1)
+
+    prefill, step = timing.seconds_of(lambda: read(rows), device)
+    held, times, position = held_bytes(cache) / batch, [], position[:, -1:]
+    for _ in range(setting.timed):
+        position, mask = position + 1, torch.cat([mask, torch.ones_like(step)], 1)
+        seconds, step = timing.seconds_of(lambda step=step: read(step), device)  # type: ignore[misc]
+        times.append(seconds)
+    return prefill, batch / timing.spread(times).median, held
+
+
+def main() -> None:
+    """Measure, and write the numbers of each length when it is done."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="short windows, few keys")
+    parser.add_argument("--only", choices=(*PARTS, "speed"), help="a part of the work")
+    parser.add_argument("--policies", default=",".join(POLICIES), help="names, with commas")
+    parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)), help="shares, with commas")
+    parser.add_argument("--lengths", help="contexts of the keys, with commas")
+    parser.add_argument("--threads", type=int, help="threads of torch")
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"), help="of the model")
+    parser.add_argument("--device", default="cpu")
+    saving(parser)
+    arguments = parser.parse_args()
+    names = [n for n in arguments.policies.split(",") if n]
+    unknown = [n for n in names if n not in POLICIES]
+    if unknown:
+        parser.error(f"unknown policies: {', '.join(unknown)}; known are {', '.join(POLICIES)}")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    setting = QUICK if arguments.quick else Setting()
+    if arguments.lengths:
+        setting = setting._replace(lengths=tuple(map(int, arguments.lengths.split(","))))
+    model, tokenizer = smollm2.load(dtype=getattr(torch, arguments.dtype))
+    model.to(arguments.device)  # type: ignore[arg-type]
+    text = tokenizer(data.handbook()[:400_000], return_tensors="pt").input_ids[0].to(arguments.device)
+    every = arms(names, [float(b) for b in arguments.budgets.split(",")])
+    where = {"model": "smollm2-135m", **results.here(arguments.device, arguments.dtype)}
+    parts = (arguments.only,) if arguments.only else PARTS
+    for numbers in run(model, tokenizer, text, every, setting, parts):
+        save(records(numbers, where), "quality", arguments)
+    for row in timings(model, text, every, setting, where) if arguments.only in (None, "speed") else ():
+        print(row["method"], row["setting"], f"{row['decode_tokens_per_s']:.2f} tokens/s", file=sys.stderr, flush=True)
+        save([row], "quality", arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,51 +1,35 @@
-"""Every method on a real VLM with 64, 32 and 16 of 256 visual tokens: exact answers, time of the prompt, memory.
+"""Every method on a real VLM with 64, 32 and 16 of 256 visual tokens: exact answers, time, memory.
 
-    python -m benchmarks.zoo.fetch dinov2 smollm2
-    python -m benchmarks vlm/answers --out benchmarks/results/vlm.csv --plot docs/img/vlm.png  # an hour on two cores
-    python -m benchmarks vlm/answers --quick --out /tmp/vlm.csv --plot /tmp/vlm.png
+    python -m benchmarks.zoo.fetch dinov2 smollm2 fashion
+    python -m benchmarks vlm/answers --images 100 --rounds 5 --dtype bfloat16 --threads 2 --out vlm.csv    # an hour
+    python -m benchmarks vlm/answers --quick --out /tmp/vlm.csv
 
 The model is ``benchmarks/zoo/vlm.py``: DINOv2, a projector, SmolLM2-135M; it names the piece of clothing in a scene. It
 was trained with all tokens, none dropped. An answer is right if it is the class's name, word for word.
 
-``left`` is the mean number of visual tokens at the input of the last layer, ``mean_tokens`` the mean over the inputs of
-all layers, text included. Times are those of a whole forward, tower and prompt, interleaved with the unpatched model's.
+``tokens_left`` is the mean number of visual tokens at the input of the last layer, ``tokens_mean`` the mean over the
+inputs of all layers, text included. Times are those of a whole forward, tower and prompt, interleaved with the
+unpatched model's.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import tokred
+from benchmarks.saving import save, saving
 from benchmarks.zoo import vlm
-from tokred.bench import plots, timing
-from tokred.bench import results as outputs
-from tokred.core import environment
+from tokred.bench import results, timing
+from tokred.bench.arms import BASE, Arm
 
 BUDGETS = (64, 32, 16)
 FULL = vlm.GRID**2
-
-
-class Arm(NamedTuple):
-    """A method that leaves about ``budget`` visual tokens; None is the unpatched model."""
-
-    name: str
-    budget: int
-    method: tokred.Method | None = None
-
-    def enter(self, model: Any) -> Callable[[], AbstractContextManager[object]]:
-        """What ``timing.paired`` enters."""
-        if self.method is None:
-            return contextlib.nullcontext
-        return lambda: tokred.applied(model, self.method)
 
 
 def _stages(n: int, steps: int = 3) -> tuple[float, ...]:
@@ -96,14 +80,14 @@ def calibration(model: Any, tokenizer: Any, count: int = 40) -> tuple[float, ...
 
 def arms(model: Any, tokenizer: Any, names: Sequence[str], budgets: Sequence[int]) -> list[Arm]:
     """The unpatched model first."""
-    found = [Arm("unpatched", FULL)]
+    found = [Arm(BASE, "")]
     for name in names:
         more = {"calibration": calibration(model, tokenizer)} if name == "cat" else {}
         for n in budgets:
             parameters = METHODS[name](n)
             if parameters is not None:
                 parameters |= more
-                found.append(Arm(name, n, tokred.make(name, **parameters)))
+                found.append(Arm(name, f"budget={n}", tokred.make(name, **parameters)))
     return found
 
 
@@ -134,7 +118,7 @@ def answer(model: Any, tokenizer: Any, images: Tensor, arm: Arm, batch: int) -> 
 
     hook = model.register_forward_hook(note, with_kwargs=True)
     try:
-        with arm.enter(model)():
+        with arm.applied(model):
             for part in images.split(batch):
                 said += vlm.answers(model, tokenizer, part)
     finally:
@@ -143,58 +127,35 @@ def answer(model: Any, tokenizer: Any, images: Tensor, arm: Arm, batch: int) -> 
     return Answers(said, left / len(images), mean / len(images))
 
 
-def plot(rows: Sequence[dict[str, Any]], path: Path) -> Path:
-    """Exact answers over the time of the prompt, and over the tokens left."""
-    plt = plots.pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained", sharey=True)
-    names = [n for n in dict.fromkeys(row["method"] for row in rows) if n != "unpatched"]
-    for axis, (column, label) in zip(
-        axes, (("speedup", "times as fast, whole forward"), ("left", "visual tokens left of 256")), strict=True
-    ):
-        base = rows[0]
-        axis.axhline(100 * base["exact"], color="black", lw=0.8, label="unpatched")
-        for i, name in enumerate(names):
-            mine = sorted((row for row in rows if row["method"] == name), key=lambda row: row["left"])
-            axis.plot([r[column] for r in mine], [100 * r["exact"] for r in mine], label=name, **plots.thin(i))
-        axis.set_xlabel(label)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[1].set_xscale("log", base=2)
-    axes[1].set_xticks(BUDGETS, [str(n) for n in BUDGETS])
-    axes[0].set_ylabel("exact answers (%)")
-    axes[1].legend(fontsize=7, frameon=False, ncols=2)
-    return plots.save(figure, path)
-
-
 def judge(model: Any, tokenizer: Any, every: Sequence[Arm], held: vlm.Scenes, batch: int) -> Iterator[dict[str, Any]]:
-    """For each arm its row of the table, without speeds."""
+    """For each arm its answers."""
     count, base = len(held.labels), list[str]()
     for arm in every:
         found = answer(model, tokenizer, held.images, arm, batch)
         base = base or found.said
         right = sum(a == vlm.CLASSES[y] for a, y in zip(found.said, held.labels, strict=True))
         same = sum(a == b for a, b in zip(found.said, base, strict=True))
-        say(f"{arm.name:18} {arm.budget:4} {found.left:6.1f} left {100 * right / count:5.1f} %")
-        row = {"method": arm.name, "budget": arm.budget, "images": count, "dtype": str(model.dtype)[6:]}
-        row |= {"left": found.left, "mean_tokens": found.mean}
-        yield row | {"exact": right / count, "same_as_unpatched": same / count}
+        say(f"{arm.name:18} {arm.setting:10} {found.left:6.1f} left {100 * right / count:5.1f} %")
+        row: dict[str, Any] = {"images": count, "tokens_left": found.left, "tokens_mean": found.mean}
+        yield row | results.share("exact", right, count) | results.share("agreement", same, count)
 
 
 def clock(model: Any, tokenizer: Any, every: Sequence[Arm], held: vlm.Scenes, rounds: int) -> Iterator[dict[str, Any]]:
-    """For each arm what its row lacks: speeds of a forward of 4 pictures, and memory."""
+    """For each arm the speeds of a forward of 4 pictures, and memory."""
     given = vlm.inputs(tokenizer, held.images[:4], dtype=model.dtype)
 
     def forward(_: int) -> Tensor:
         return model(**given, logits_to_keep=1).logits
 
-    seconds = timing.paired([arm.enter(model) for arm in every], forward, rounds)
+    seconds = timing.paired([lambda arm=arm: arm.applied(model) for arm in every], forward, rounds)
     speeds = timing.summarise(seconds, [len(given["input_ids"])] * rounds)
     for arm, speed in zip(every, speeds, strict=True):
-        row: dict[str, Any] = {"images_per_second": speed.images_per_second.median}
-        row["speedup"], row["speedup_q25"], row["speedup_q75"] = speed.speedup
-        with arm.enter(model)():
-            row["peak_mib"], row["forward_mib"], row["memory"] = timing.peak_memory(lambda: forward(0))
-        say(f"{arm.name:18} {arm.budget:4} {row['speedup']:.2f} times as fast")
-        yield row | environment.describe(torch.device("cpu"))
+        row: dict[str, Any] = {"rounds": rounds, **results.between("speedup", *speed.speedup)}
+        row |= results.between("images_per_second", *speed.images_per_second)
+        with arm.applied(model):
+            row |= timing.peak_memory(lambda: forward(0)).record()
+        say(f"{arm.name:18} {arm.setting:10} {row['speedup']:.2f} times as fast")
+        yield row
 
 
 def say(line: str) -> None:
@@ -205,9 +166,7 @@ def say(line: str) -> None:
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="CSV file; rows in it are kept and filled up")
-    parser.add_argument("--plot", type=Path)
-    parser.add_argument("--only", choices=("answers", "speed", "plot"), help="a part of the work")
+    parser.add_argument("--only", choices=("answers", "speed"), help="a part of the work")
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--batch", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=7)
@@ -216,26 +175,22 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="8 images, one budget")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the model")
+    saving(parser)
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     budgets = (64,) if arguments.quick else tuple(map(int, arguments.budgets.split(",")))
     count, rounds = (8, 2) if arguments.quick else (arguments.images, arguments.rounds)
-    table = {(row["method"], row["budget"]): row for row in outputs.read_rows(arguments.out)}
-    if arguments.only != "plot":
-        model, tokenizer = vlm.build()
-        model.to(getattr(torch, arguments.dtype))
-        held = vlm.scenes("test", count, seed=1)
-        every = arms(model, tokenizer, arguments.methods.split(","), budgets)
-        for work, measure in (("answers", judge), ("speed", clock)):
-            if arguments.only in (None, work):
-                how = arguments.batch if work == "answers" else rounds
-                for arm, row in zip(every, measure(model, tokenizer, every, held, how), strict=True):
-                    old = table.get((arm.name, arm.budget), {"method": arm.name, "budget": arm.budget})
-                    table[arm.name, arm.budget] = old | row
-                    outputs.write_rows(arguments.out, list(table.values()))
-    if arguments.plot:
-        print(plot(list(table.values()), arguments.plot))
+    model, tokenizer = vlm.build()
+    model.to(getattr(torch, arguments.dtype))
+    held = vlm.scenes("test", count, seed=1)
+    every = arms(model, tokenizer, arguments.methods.split(","), budgets)
+    where = {"model": "dinov2-smollm2-135m", **results.here("cpu", model.dtype)}
+    for work, measure in (("answers", judge), ("speed", clock)):
+        if arguments.only in (None, work):
+            how = arguments.batch if work == "answers" else rounds
+            for arm, row in zip(every, measure(model, tokenizer, every, held, how), strict=True):
+                save([{"method": arm.name, "setting": arm.setting, **row, **where}], "answers", arguments)
 
 
 if __name__ == "__main__":

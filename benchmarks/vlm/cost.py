@@ -1,6 +1,6 @@
 """What choosing visual tokens costs at the layer shapes of real VLMs, and a pruned prompt beside one that is so short.
 
-    python -m benchmarks vlm/cost --threads 2 --out benchmarks/results/vlm_cost.csv    # some 12 minutes, two cores
+    python -m benchmarks vlm/cost --threads 2 --rounds 3 --out benchmarks/results/vlm.csv --overwrite    # 12 minutes
     python -m benchmarks vlm/cost --device cuda --layers 0 --out /tmp/cost.csv         # all layers; 16 GB
     python -m benchmarks vlm/cost --quick --out /tmp/cost.csv                          # tiny shapes: does it run?
 
@@ -10,7 +10,7 @@ one image and 64 tokens of text through language model and cache, without the he
 before. Arms run in one process, in an order shuffled anew in each round, and ratios are per round: median and
 quartiles.
 
-Two tables are printed, and their rows stand in one CSV:
+Two tables are printed:
 
 - ``share``: everything that the patch does in the forward (scoring, the rows of attention that it asks for, deciding,
   gathering tokens, positions and masks, what it notes of the tower, its bookkeeping), timed inside the forward with
@@ -28,24 +28,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import statistics
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 
 import tokred
-from benchmarks.vlm import patch as vlm_patch
-from benchmarks.vlm.shapes import CASES, Shape, build, prompt
-from tokred.bench import results as outputs
-from tokred.bench import timing
-from tokred.core import environment
+from benchmarks.saving import save, saving
+from benchmarks.vlm.watched import CASES, Shape, around, build, prompt
+from tokred.bench import results, timing
 from tokred.core.registry import methods
 
 SHARES = {4: 0.25, 8: 0.125, 16: 0.0625}  # one of so many visual tokens is left
@@ -94,8 +91,8 @@ METHODS |= {
 
 
 @dataclass
-class Arm:
-    """One thing that is timed.
+class Prompt:
+    """One prompt that is timed.
 
     Attributes:
         name: of the method, "dense" or "short".
@@ -133,34 +130,6 @@ class Round(NamedTuple):
         return self.whole + more * self.layers
 
 
-class Watch:
-    """Adds up seconds by part, the device waited for; see :func:`vlm_patch.around`."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.spent: dict[str, list[float]] = {}
-        self.edges = [0.0, 0.0]
-
-    def now(self) -> float:
-        """When the device has done what it was given."""
-        timing.synchronise(self.device)
-        return time.perf_counter()
-
-    @contextlib.contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        start = self.now()
-        yield
-        self.spent.setdefault(part, []).append(self.now() - start)
-
-    def edge(self, which: int) -> Callable[..., None]:
-        """A hook that notes when the layers begin (0) and end (1)."""
-
-        def note(*_: Any) -> None:
-            self.edges[which] = self.now()
-
-        return note
-
-
 class Bench:
     """The arms of one model.
 
@@ -175,28 +144,32 @@ class Bench:
         self.depth = options.layers or shape.depth
         self.model = build(shape, self.depth, options.tower_layers, self.device, self.dtype)
         self.core: Any = self.model.model
-        self.watch = Watch(self.device)
+        self.watch = timing.Watch(self.device)
+        self.edges = [0.0, 0.0]  # when the layers begin and end
         layers = self.core.language_model.layers
-        layers[0].register_forward_pre_hook(self.watch.edge(0))
-        layers[-1].register_forward_hook(self.watch.edge(1))
+        layers[0].register_forward_pre_hook(lambda *_: self._edge(0))
+        layers[-1].register_forward_hook(lambda *_: self._edge(1))
         self.more = shape.depth / self.depth - 1
         self.refused: dict[str, str] = {}
         self.seen: dict[Any, tuple[dict[str, Any], float]] = {}
 
+    def _edge(self, which: int) -> None:
+        self.edges[which] = self.watch.now()
+
     # ------------------------------------------------------------------ arms
 
-    def arms(self) -> list[Arm]:
+    def arms(self) -> list[Prompt]:
         """The dense prompt, short ones, and methods; features are made here."""
         whole = prompt(self.shape, 1, self.device, self.dtype)
         features = whole.pop("features")
         self.tower = self._tower(features)
         output = self.core.get_image_features(**features, return_dict=True)
-        found = [Arm("dense", 1, None, self._given(whole, output))]
+        found = [Prompt("dense", 1, None, self._given(whole, output))]
         for keeps in SHARES:
             short = prompt(self.shape, keeps, self.device, self.dtype)
             short.pop("features")
             some = [one[: self.shape.visual // keeps] for one in output.pooler_output]
-            found.append(Arm("short", keeps, None, self._given(short, SimpleNamespace(pooler_output=some))))
+            found.append(Prompt("short", keeps, None, self._given(short, SimpleNamespace(pooler_output=some))))
         for name in self.options.methods:
             for keeps, share in SHARES.items():
                 if keeps > min(SHARES) and name not in self.options.short:
@@ -208,19 +181,18 @@ class Bench:
         return found
 
     def _tower(self, features: dict[str, Any]) -> float:
-        seconds = []
-        for _ in range(3):
-            start = self.watch.now()
-            self.core.get_image_features(**features, return_dict=True)
-            seconds.append(self.watch.now() - start)
-        return statistics.median(seconds[1:])
+        def run() -> object:
+            return self.core.get_image_features(**features, return_dict=True)
+
+        seconds = [timing.seconds_of(run, self.device)[0] for _ in range(3)]
+        return timing.spread(seconds[1:]).median
 
     def _given(self, tokens: dict[str, Any], output: Any) -> dict[str, Any]:
         # Nothing of the tower is held but what the forward reads.
         features = SimpleNamespace(pooler_output=output.pooler_output)
         return {**tokens, "mm_encoder_outputs": {"image": features}, "use_cache": True}
 
-    def _patched(self, name: str, keeps: int, share: float, whole: Any, features: Any) -> Arm | None:
+    def _patched(self, name: str, keeps: int, share: float, whole: Any, features: Any) -> Prompt | None:
         """With the method's other settings where the model supplies less; None where none fits."""
         try:
             setting = METHODS[name](share, self.depth, self.options.tower_layers)
@@ -229,13 +201,13 @@ class Bench:
             return self._refuse(name, error)
         for method in (first, *(other for _, other in getattr(first, "variants", tuple)())):
             try:
-                with vlm_patch.around(self.watch), tokred.applied(self.model, method):
+                with around(self.watch), tokred.applied(self.model, method):
                     given, noted = self._noted(method, whole, features)
             except ValueError as error:
                 self._refuse(name, error)
                 continue
             self.refused.pop(name, None)
-            return Arm(name, keeps, method, given, setting.times, noted)
+            return Prompt(name, keeps, method, given, setting.times, noted)
         return None
 
     def _noted(self, method: Any, whole: Any, features: Any) -> tuple[dict[str, Any], float]:
@@ -243,9 +215,9 @@ class Bench:
         read alike."""
         key = (method.stage, method.reads, getattr(method, "tower_layers", ()))
         if key not in self.seen:
-            self.watch.spent.clear()
+            self.watch.clear()
             output = self.core.get_image_features(**features, return_dict=True)
-            self.seen[key] = self._given(whole, output), sum(map(sum, self.watch.spent.values()))
+            self.seen[key] = self._given(whole, output), self.watch.total()
         return self.seen[key]
 
     def _refuse(self, name: str, error: Exception) -> None:
@@ -253,7 +225,7 @@ class Bench:
 
     # ------------------------------------------------------------------ runs
 
-    def run(self, rounds: int) -> list[Arm]:
+    def run(self, rounds: int) -> list[Prompt]:
         """Time every arm in every round."""
         with torch.inference_mode():
             arms = self.arms()
@@ -270,12 +242,12 @@ class Bench:
         def collect(arm: int, _: int, result: Round) -> None:
             arms[arm].found.append(result)
 
-        with vlm_patch.around(self.watch):
+        with around(self.watch):
             enters = [self._enter(arm) for arm in arms]
             timing.paired(enters, lambda _: self._forward(), rounds, device=self.device, collect=collect, tick=tick)
         return arms
 
-    def _enter(self, arm: Arm) -> Callable[[], AbstractContextManager[object]]:
+    def _enter(self, arm: Prompt) -> Callable[[], AbstractContextManager[object]]:
         @contextlib.contextmanager
         def enter() -> Iterator[None]:
             self.now = arm
@@ -292,60 +264,57 @@ class Bench:
     def _forward(self) -> Round:
         """The prompt of the arm that is entered."""
         arm, watch = self.now, self.watch
-        watch.spent.clear()
-        start = watch.now()
-        self.core(**arm.given)
-        whole = watch.now() - start
+        watch.clear()
+        whole, _ = timing.seconds_of(lambda: self.core(**arm.given), self.device)
         # What decides is inside the other parts.
         decide = sum(watch.spent.pop("decide", [0.0]))
-        own = arm.noted + sum(map(sum, watch.spent.values()))
+        own = arm.noted + watch.total()
         layers = watch.spent.get("layer", [0.0])
         more = (self.shape.depth - self.depth) * min(layers) + (arm.times - 1) * (max(layers) - min(layers))
-        return Round(whole, watch.edges[1] - watch.edges[0], own, decide, own + more)
+        return Round(whole, self.edges[1] - self.edges[0], own, decide, own + more)
 
     def _say(self, text: str) -> None:
         print(f"{self.shape.name}: {text}", file=sys.stderr, flush=True)
 
-    # ------------------------------------------------------------------ rows
+    # ------------------------------------------------------------------ records
 
-    def rows(self, arms: Sequence[Arm]) -> list[dict[str, Any]]:
-        """Of the CSV."""
+    def records(self, arms: Sequence[Prompt]) -> list[dict[str, Any]]:
+        """Records of results, one a prompt."""
         options, dense = self.options, arms[0].found
+        where = {"model": self.shape.name, "visual": self.shape.visual, "text": self.shape.text, "depth": self.depth}
+        where |= {"full_depth": self.shape.depth, "tower_depth": options.tower_layers, "weights": "random"}
+        where |= results.here(self.device, options.dtype)
         found = []
         for arm in arms:
-            row: dict[str, Any] = {"model": self.shape.name, "method": arm.name, "stage": "", "settings": ""}
+            row: dict[str, Any] = {"method": arm.name, "setting": "", "keeps": f"1/{arm.keeps}", "decides": arm.times}
+            row |= {"tokens_left": arm.left, "tower_ms": 1000 * self.tower, "rounds": len(arm.found), **where}
+            row |= _ms("prefill_ms", (r.whole for r in arm.found)) | _ms("layers_ms", (r.layers for r in arm.found))
+            row |= _ms("dense_ms", (r.whole for r in dense))
+            row |= _ms("dense_full_depth_ms", (r.deep(self.more) for r in dense))
             if arm.method is not None:
-                row |= {"stage": arm.method.stage, "settings": str(arm.method)}
-            row |= {"keeps": f"1/{arm.keeps}", "visual": self.shape.visual, "left": arm.left, "text": self.shape.text}
-            row |= {"prefill_ms": _ms(r.whole for r in arm.found), "layers_ms": _ms(r.layers for r in arm.found)}
-            row["dense_ms"] = _ms(r.whole for r in dense)
-            row["dense_full_depth_ms"] = _ms(r.deep(self.more) for r in dense)
-            pairs = list(zip(arm.found, dense, strict=True))
-            own = arm.method is not None
-            row |= {"own_ms": _ms(r.own for r in arm.found) if own else "",
-                    "decide_ms": _ms(r.decide for r in arm.found) if own else "",
-                    "own_full_depth_ms": _ms(r.own_deep for r in arm.found) if own else ""}  # fmt: skip
-            row |= _spread("share_of_measured", [r.own / d.whole for r, d in pairs] if own else [])
-            row |= _spread("share_of_full_depth", [r.own_deep / d.deep(self.more) for r, d in pairs] if own else [])
+                row["setting"] = _typed(arm.method)
+                pairs = list(zip(arm.found, dense, strict=True))
+                row |= _ms("own_ms", (r.own for r in arm.found)) | _ms("decide_ms", (r.decide for r in arm.found))
+                row |= _ms("own_full_depth_ms", (r.own_deep for r in arm.found))
+                row |= results.spread("share_of_measured", [r.own / d.whole for r, d in pairs])
+                row |= results.spread("share_of_full_depth", [r.own_deep / d.deep(self.more) for r, d in pairs])
             short = [a for a in arms if a.name == "short" and a.left == arm.left and a.keeps == arm.keeps]
-            fits = own and short and arm.method.stage == "projector"
-            pairs = list(zip(arm.found, short[0].found, strict=True)) if fits else []
-            row |= _spread("times_short", [r.whole / s.whole for r, s in pairs])
-            row |= _spread("times_short_full_depth", [r.deep(self.more) / s.deep(self.more) for r, s in pairs])
-            row |= {"tower_ms": 1000 * self.tower, "tower_layers": options.tower_layers, "layers": self.depth,
-                    "depth": self.shape.depth, "decides_times": arm.times, "dtype": options.dtype,
-                    "rounds": len(arm.found)}  # fmt: skip
+            if short and arm.method is not None and arm.method.stage == "projector":
+                pairs = list(zip(arm.found, short[0].found, strict=True))
+                row |= results.spread("times_short", [r.whole / s.whole for r, s in pairs])
+                deep = [r.deep(self.more) / s.deep(self.more) for r, s in pairs]
+                row |= results.spread("times_short_full_depth", deep)
             found.append(row)
         return found
 
 
-def _ms(seconds: Any) -> float:
-    return 1000 * statistics.median(seconds)
+def _ms(name: str, seconds: Any) -> dict[str, float]:
+    return results.spread(name, [1000 * s for s in seconds])
 
 
-def _spread(name: str, values: list[float]) -> dict[str, Any]:
-    names = (name, f"{name}_q25", f"{name}_q75")
-    return dict(zip(names, timing.spread(values) if values else ("", "", ""), strict=True))
+def _typed(method: Any) -> str:
+    """``budget=0.25 attention='received'`` of a method, as it says itself."""
+    return re.sub(r", (?=\w+=)", " ", str(method).partition("(")[2].removesuffix(")"))
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> str:
@@ -354,22 +323,22 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
     for name in dict.fromkeys(row["model"] for row in rows):
         mine = [row for row in rows if row["model"] == name]
         first = mine[0]
-        lines += ["", f"{name}: {first['visual']} visual tokens and {first['text']} of text, {first['layers']} of "
-                      f"{first['depth']} layers, {first['dtype']}; dense prompt {first['dense_ms']:.0f} ms, "
-                      f"{first['dense_full_depth_ms']:.0f} ms at full depth, tower of {first['tower_layers']} layers "
+        lines += ["", f"{name}: {first['visual']} visual tokens and {first['text']} of text, {first['depth']} of "
+                      f"{first['full_depth']} layers, {first['dtype']}; dense prompt {first['dense_ms']:.0f} ms, "
+                      f"{first['dense_full_depth_ms']:.0f} ms at full depth, tower of {first['tower_depth']} layers "
                       f"{first['tower_ms']:.0f} ms",
                   f"{'own work, share of the dense prompt':36}{'left':>6}{'ms':>9}{'deciding':>10}{'measured':>10}"
                   f"{'full depth':>12}"]  # fmt: skip
         for row in mine:
-            if row["share_of_measured"] != "" and row["keeps"] == f"1/{min(SHARES)}":
+            if "share_of_measured" in row and row["keeps"] == f"1/{min(SHARES)}":
                 deep = row["share_of_full_depth"]
-                lines.append(f"{row['method']:36}{row['left']:>6}{row['own_ms']:>9.1f}{row['decide_ms']:>10.1f}"
+                lines.append(f"{row['method']:36}{row['tokens_left']:>6}{row['own_ms']:>9.1f}{row['decide_ms']:>10.1f}"
                              f"{row['share_of_measured']:>10.2%}{deep:>12.2%}{_mark(deep > TARGETS[0])}")  # fmt: skip
         lines.append(f"{'times the prompt that is so short':36}{'left':>6}{'ms':>9}{'measured':>10}{'full depth':>12}")
         for row in mine:
-            if row["times_short"] != "":
+            if "times_short" in row:
                 deep = row["times_short_full_depth"]
-                lines.append(f"{row['method']:36}{row['left']:>6}{row['prefill_ms']:>9.0f}{row['times_short']:>10.3f}"
+                lines.append(f"{row['method']:36}{row['tokens_left']:>6}{row['prefill_ms']:>9.0f}{row['times_short']:>10.3f}"
                              f"{deep:>12.3f}{_mark(deep > TARGETS[1])}")  # fmt: skip
     return "\n".join(lines)
 
@@ -381,7 +350,6 @@ def _mark(missed: bool) -> str:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--out", type=Path, help="a CSV file")
     found.add_argument("--case", action="append", choices=tuple(CASES), help="default: all")
     found.add_argument("--methods", default=",".join(METHODS), help="names, with commas")
     found.add_argument("--short", default=",".join(SHORT), help="those that are timed at 1/8 and 1/16 as well")
@@ -392,11 +360,12 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--device", default="cpu")
     found.add_argument("--dtype", default="bfloat16", choices=("float32", "float16", "bfloat16"))
     found.add_argument("--quick", action="store_true", help="tiny shapes, one round: does it run?")
+    saving(found)
     return found
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure every case, and write what there is after each.
+    """Measure every case, and write its rows after each.
 
     Raises:
         ValueError: a method is not known, or there are too few layers of the tower.
@@ -410,15 +379,13 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     if options.threads:
         torch.set_num_threads(options.threads)
     rows: list[dict[str, Any]] = []
-    where = environment.describe(options.device)
     for name in options.case or CASES:
         shape = CASES[name].tiny() if options.quick else CASES[name]
         bench = Bench(shape, options)
-        rows += [row | where for row in bench.rows(bench.run(1 if options.quick else options.rounds))]
+        new = bench.records(bench.run(1 if options.quick else options.rounds))
         del bench
-        if options.out is not None:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            outputs.write_rows(options.out, rows)
+        save(new, "cost", options)
+        rows += new
     print(tables(rows))
     return rows
 

@@ -1,6 +1,6 @@
 """Measures of what token reduction costs, on frozen features of real weights. Nothing is trained but a linear probe.
 
-The functions know nothing of tokred: a model is a callable from normalised pictures ``[B, 3, H, W]`` to features
+The functions know nothing of methods: a model is a callable from normalised pictures ``[B, 3, H, W]`` to features
 ``[B, F]`` or tokens ``[B, N, C]``. Where one is wanted, what :func:`collect` returned for it will do as well, so that
 the unpatched model of a sweep runs once, before it is patched in place::
 
@@ -18,7 +18,6 @@ the unpatched model of a sweep runs once, before it is patched in place::
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.zoo.data import Labelled, normalise
+from tokred.bench import probe as probes
+from tokred.bench.probe import Probe
 
 Function = Callable[[Tensor], Tensor]
 # A callable, or the tensor that collect() made of it.
@@ -112,18 +113,6 @@ def _collected(source: Source, images: Tensor, batch: int, device: torch.device 
     return collect(source, images, batch, device)
 
 
-@dataclass(frozen=True)
-class Probe:
-    """A linear classifier of features: ``logits = features @ weight.T + bias``, ``weight`` ``[classes, F]``."""
-
-    weight: Tensor
-    bias: Tensor
-
-    def logits(self, features: Tensor) -> Tensor:
-        """``[N, F]`` to ``[N, classes]``."""
-        return features @ self.weight.T + self.bias
-
-
 class ProbeScore(NamedTuple):
     """Share of right answers, the share of the largest class (what a blind guess reaches), and the pictures' number."""
 
@@ -145,21 +134,7 @@ def fit_probe(
         batch: pictures at a time.
         device: where the batches are put.
     """
-    from sklearn.linear_model import LogisticRegression
-
-    x = _collected(features, data.images, batch, device)
-    mean, std = x.mean(0), x.std(0).clamp_min(1e-6)
-    fitted = LogisticRegression(C=strength, max_iter=1000).fit(((x - mean) / std).numpy(), data.labels.numpy())
-    weight, bias = (torch.from_numpy(v).float() for v in (fitted.coef_, fitted.intercept_))
-    if len(bias) == 1:
-        # Two classes have one row of weights in scikit-learn.
-        weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
-    rows = torch.from_numpy(fitted.classes_)
-    # One row for every label up to the highest; a class that was not seen is never answered.
-    all_weight = torch.zeros(int(rows.max()) + 1, x.shape[1])
-    all_bias = torch.full((len(all_weight),), -torch.inf)
-    all_weight[rows], all_bias[rows] = weight / std, bias - (weight / std) @ mean
-    return Probe(all_weight, all_bias)
+    return probes.fit(_collected(features, data.images, batch, device), data.labels, strength=strength)
 
 
 def score_probe(

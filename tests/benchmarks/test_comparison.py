@@ -1,15 +1,35 @@
-"""docs/methods/comparison.md is what the committed CSV files say."""
+"""Pages that are made from the tables of results are what the committed tables say, and claim no more."""
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
+from typing import Any
 
-from benchmarks.encoder import comparison
+import pytest
+
+from benchmarks.pages import comparison, markdown, tables
+from benchmarks.pages.markdown import Value
+from tokred.bench import results
+
+FOUND = markdown.Results()
 
 
 def test_the_committed_page_is_the_generated_one():
-    assert comparison.page() == comparison.PAGE.read_text(), "python -m benchmarks encoder/comparison"
+    assert comparison.page(FOUND) == comparison.PAGE.read_text(), "python -m benchmarks pages"
+
+
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.stem)
+def test_the_marked_parts_are_the_generated_ones(page: Path):
+    text = page.read_text()
+    assert markdown.filled(text, tables.PAGES[page], FOUND) == text, "python -m benchmarks pages"
+
+
+def test_the_page_says_how_many_rows_can_be_traced():
+    counted = results.provenance([row for rows in FOUND.tables.values() for row in rows])
+    assert f"Of {counted.rows:,} rows {counted.clean:,} name" in tables.PAGE.read_text()
+    assert counted.clean < counted.rows
+    for page in (tables.PAGE, comparison.PAGE.parents[2] / "README.md"):
+        assert "very row says" not in page.read_text()
 
 
 def test_nothing_is_extrapolated():
@@ -20,14 +40,52 @@ def test_nothing_is_extrapolated():
     assert comparison.at([(1.0, 3.0)], 1.0) is None
 
 
-def test_winners_say_where_a_plain_baseline_wins(tmp_path: Path):
-    def row(method: str, speedup: float, cosine: float) -> dict[str, str]:
-        return {"method": method, "setting": "", "speedup": str(speedup), "cosine": str(cosine), "saliency_mae": ""}
+def row(method: str, speedup: float, cosine: float, spread: float = 0.0) -> dict[str, Any]:
+    ends = {"speedup_low": speedup - spread, "speedup_high": speedup + spread}
+    return {"method": method, "setting": "", "speedup": speedup, "cosine": cosine, **ends}
 
+
+def test_winners_say_where_a_plain_baseline_wins(tmp_path: Path):
     rows = [row("unpatched", 1, 1), row("tome", 3, 0.8), row("downsample", 3, 0.9), row("evit", 3, 0.7)]
     (line,) = comparison.winners(rows, [2.0])
-    assert "best is `downsample` (0.9500)" in line
-    assert "`tome` has 0.9000 and beats `evit`" in line
-    with (tmp_path / "methods_embedded.csv").open("w") as f:
-        csv.DictWriter(f, ["method"]).writeheader()
-    assert "The embedded model" not in comparison.page(tmp_path)
+    assert "best is `downsample` (0.9500" in line
+    assert "`tome` has 0.9000" in line
+    assert "level" not in line
+    assert "The embedded model" not in comparison.page(markdown.Results(tmp_path))
+
+
+def test_what_lies_within_the_noise_of_the_clock_is_level():
+    rows = [
+        row("unpatched", 1, 1),
+        row("tome", 3.0, 0.8, 0.4),
+        row("tinychart", 3.2, 0.8, 0.4),
+        row("evit", 3, 0.2, 0.1),
+    ]
+    (line,) = comparison.winners([*rows, row("random", 3.0, 0.79, 0.4)], [2.0])
+    assert "the highest figure is that of `tinychart`" in line
+    assert "level with it are `tome`, `random`" in line
+    assert "Random merging has 0.8950: level with it are `tinychart`, `tome`; worse than it are `evit`." in line
+    assert "best is" not in line
+    assert "figure of quality of `tinychart` is that of `tome`" in comparison.same_as_tome(rows)
+
+
+def test_words():
+    assert markdown.compared(Value(2, 1, 3), Value(2.5, 2.4, 2.6)) == "level with"
+    assert markdown.compared(Value(2, 1.9, 2.1), Value(2.5, 2.4, 2.6)) == "worse than"
+    assert markdown.compared(Value(2, 1.9, 2.1), Value(2.5, 2.4, 2.6), higher=False) == "better than"
+    assert markdown.ranked({"a": Value(1, 0, 2), "b": Value(1.5, 1, 2), "c": Value(0.5, 0.4, 0.6)}) == ("b", ["a"])
+
+
+def test_a_part_that_is_not_marked_is_found_out():
+    with pytest.raises(ValueError, match="marked there"):
+        markdown.filled("nothing", {"there": lambda found: ""}, FOUND)
+    with pytest.raises(KeyError):
+        markdown.filled("<!-- results: gone -->\n<!-- end of gone -->", {}, FOUND)
+
+
+def test_plots_are_drawn_from_the_tables(tmp_path: Path):
+    from benchmarks.pages import plots
+
+    made = plots.kv_limit(FOUND, tmp_path) + plots.vlm(FOUND, tmp_path)
+    assert [path.name for path in made] == ["kv_limit.png", "vlm.png"]
+    assert all(path.stat().st_size > 20_000 for path in made)

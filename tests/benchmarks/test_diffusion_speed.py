@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ pytest.importorskip("diffusers")
 
 import tokred
 from benchmarks.diffusion import speed
+from tokred.bench import results, timing
 
 
 def test_rows(tmp_path: Path) -> None:
@@ -19,13 +19,13 @@ def test_rows(tmp_path: Path) -> None:
     arms = ["--arm", "tomesd max_downsample=2 refresh=2 share=resolution", "--arm", "todo factors=(1,2)"]
     given = ["--quick", "--case", "wan-1.3b:5x32x48", *arms, "--out", str(out)]
     rows = speed.run(speed.parser().parse_args(given))
-    with out.open(encoding="utf8") as file:
-        written = list(csv.DictReader(file))
-    assert [row["arm"] for row in written] == [row["arm"] for row in rows] == ["unpatched", arms[1], arms[3]]
+    written = results.records(results.read(out))
+    typed = [f"{row['method']} {row['setting']}".strip() for row in written]
+    assert typed == [f"{row['method']} {row['setting']}".strip() for row in rows] == ["unpatched", arms[1], arms[3]]
     assert all(float(row["seconds"]) > 0 and float(row["peak_mib"]) > 0 for row in written)
     assert [float(row["ceiling"]) > 1 for row in written] == [False, True, True]
     assert all(0 <= float(row["plan_share"]) < 1 for row in written)
-    assert written[0]["diffusers"]
+    assert "diffusers=" in written[0]["versions"]
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "pixart", "sd3", "flux", "wan-1.3b", "cogvideox-5b", "hunyuan-video"])
@@ -38,7 +38,7 @@ def test_narrow_ones_build(name: str) -> None:
 
 def test_decisions_are_timed_and_given_back() -> None:
     own = tokred.ToMeSD.reduce
-    with speed.deciding(tokred.ToMeSD(), torch.device("cpu")):
+    with timing.Watch().around(tokred.ToMeSD, "reduce", "plan"):
         assert tokred.ToMeSD.reduce is not own
     assert tokred.ToMeSD.reduce is own
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import subprocess
@@ -22,6 +21,7 @@ from benchmarks.kernels.case import Draw, Run
 from benchmarks.kernels.check import check, errors, poisoned
 from benchmarks.kernels.table import CHECKS, GOALS, OTHERS, Goal, floor_of
 from tests.kernels.interpreter import skip_without
+from tokred.bench import results
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -57,10 +57,9 @@ def test_cpu_script(tmp_path: Path) -> None:
     settings = ("--tiny", "--rounds", "2", "--region", "0.1", "--threads", "1", "--out", str(path))
     done = start("kernels/cpu", "--only", "match", "merge", "two passes", "decode", *settings)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
-    with path.open(encoding="utf8") as file:
-        records = list(csv.DictReader(file))
-    assert {"best match", "merge", "column scores, two passes", "decode, flat"} <= {r["kernel"] for r in records}
-    assert all(r["check"] == "" and float(r["speedup"]) > 0 and float(r["peak_mib"]) > 0 for r in records)
+    records = results.records(results.read(path))
+    assert {"best match", "merge", "column scores, two passes", "decode, flat"} <= {r["method"] for r in records}
+    assert all(r["failed"] == 0 and r["speedup"] > 0 and r["call_mib"] > 0 for r in records)
 
 
 def test_peak_is_counted() -> None:

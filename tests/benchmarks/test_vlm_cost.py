@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,9 +13,9 @@ pytest.importorskip("transformers")
 
 import tokred
 from benchmarks.vlm import cost
-from benchmarks.vlm import patch as vlm_patch
-from benchmarks.vlm.shapes import CASES, build, prompt
+from benchmarks.vlm.watched import CASES, PARTS, build, prompt
 from tokred.adapters.vlm.hooks import EnterLanguage
+from tokred.bench import results
 
 METHODS = "random_visual,fastervlm,visionzip,fastv,saint_layer"
 
@@ -26,30 +25,29 @@ def test_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--quick", "--methods", METHODS, "--short", "random_visual", "--out", str(out)]
     cost.run(cost.parser().parse_args(options))
     assert EnterLanguage.__call__ is own
-    with out.open(encoding="utf8") as file:
-        rows = list(csv.DictReader(file))
+    rows = results.records(results.read(out))
     found = {(row["model"], row["method"], row["keeps"]): row for row in rows}
     assert len(found) == len(rows) == (4 + 5 + 2) + (4 + 4 + 2)
     assert ("qwen25vl", "visionzip", "1/4") not in found, "there is no class token"
-    assert "attention='received'" in found["qwen25vl", "fastervlm", "1/4"]["settings"]
+    assert "attention='received'" in found["qwen25vl", "fastervlm", "1/4"]["setting"]
     for (_, name, keeps), row in found.items():
-        assert row["visual"] == "64"
+        assert row["visual"] == 64
         assert float(row["prefill_ms"]) > float(row["layers_ms"]) > 0
         assert row["commit"] is not None
         if name in ("dense", "short"):
-            assert row["own_ms"] == row["share_of_measured"] == row["times_short"] == ""
+            assert not {"own_ms", "share_of_measured", "times_short"} & {*row}
             continue
         assert float(row["own_ms"]) > float(row["decide_ms"]) > 0
         assert float(row["own_full_depth_ms"]) >= float(row["own_ms"])
         for column in ("share_of_measured", "share_of_full_depth"):
-            low, middle, high = (float(row[column + end]) for end in ("_q25", "", "_q75"))
+            low, middle, high = (float(row[column + end]) for end in ("_low", "", "_high"))
             assert 0 < low <= middle <= high
         before = name not in ("fastv", "saint_layer")
-        assert (row["times_short"] != "") == (row["times_short_full_depth"] != "") == before
+        assert ("times_short" in row) == ("times_short_full_depth" in row) == before
         if before:
-            assert int(row["left"]) == 64 // int(keeps[2:])
+            assert int(row["tokens_left"]) == 64 // int(keeps[2:])
         else:
-            assert int(row["left"]) < 64
+            assert int(row["tokens_left"]) < 64
     printed = capsys.readouterr()
     assert "own work, share of the dense prompt" in printed.out
     assert "visionzip does not run here" in printed.err
@@ -85,12 +83,12 @@ def test_parts_are_entered_once_and_given_back() -> None:
     given = prompt(shape, 1, torch.device("cpu"), torch.float32)
     given |= given.pop("features")
     method = tokred.make("cat", policy="pool", total=0.25, n_min=1)
-    own = [owner.__dict__[name] for owner, name, _ in vlm_patch.PARTS]
-    with vlm_patch.around(enter), tokred.applied(model, method), torch.no_grad():
+    own = [owner.__dict__[name] for owner, name, _ in PARTS]
+    with cost.around(enter), tokred.applied(model, method), torch.no_grad():
         model.model(**given)
     assert seen.count("decide") == 1, "and not again for the method inside"
     assert {"core", "language", "tower"} <= {*seen}
-    assert [owner.__dict__[name] for owner, name, _ in vlm_patch.PARTS] == own
+    assert [owner.__dict__[name] for owner, name, _ in PARTS] == own
 
 
 def test_refusals() -> None:

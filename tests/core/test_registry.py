@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import warnings
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint
 
 import pytest
 import torch
 
 import tokred
-from tokred.core.registry import Registry
+from tests.plugins import plugins as plugins
+from tokred.core.registry import Registry, methods
 
 
 def test_every_registered_method_is_complete():
@@ -21,6 +23,70 @@ def test_every_registered_method_is_complete():
         assert method.source
         assert method.__doc__
         assert method.reads
+
+
+# Settings in forms that examples do not have: pairs, lists, methods in methods.
+FORMS = [
+    tokred.ToMe(r=(8, -1)),
+    tokred.ToMe(r=[3, 2]),
+    tokred.EViT(blocks=(1, 2)),
+    tokred.ATS(n=[None, 20, 0.5], blocks=(1,)),
+    tokred.PPT(r=[0, 3], threshold=float("inf"), blocks=(1,), relative=True, sort=True),
+    tokred.SAINT(tau=[0.8, None]),
+    tokred.SAINT(form="full", M=50),
+    tokred.ZeroTPrune(blocks=(1, 2), rho=(0.5, 0.4), r_s=3, cls_boost=1.0),
+    tokred.ToFu(r=(8, -1), switch=2, mode="mean", by_size=True, inherit=True),
+    tokred.ToMeSD(ratio=0.3, seed=4),
+    tokred.ToDo(factors=(1, 3)),
+    tokred.CAT(tokred.VisionZip(contextual=4), policy="levels", calibration=(0.1, 0.4)),
+]
+
+
+@pytest.mark.parametrize("name", tokred.list_methods())
+def test_settings_are_written_down_and_read_back(name):
+    cls = methods.get(name)
+    forms = [form for form in FORMS if form.name == name]
+    for method in (cls(), cls(**cls.example), cls(**(cls.nothing or {})), *forms):
+        again = tokred.from_dict(json.loads(json.dumps(method.to_dict())))
+        assert again == method
+        assert hash(again) == hash(method)
+        assert repr(again) == repr(method)
+        assert repr(method).startswith(f"{cls.__name__}(")
+
+
+@pytest.mark.parametrize("name", tokred.list_methods())
+def test_an_example_removes_something_and_nothing_nothing(name):
+    cls = methods.get(name)
+    assert not any(one.why_idle(3) for one in cls(**cls.example).members)
+    if cls.nothing is None:
+        return
+    (idle,) = cls(**cls.nothing).members
+    assert all(idle.why_idle(depth) for depth in (1, 3, 24))
+    if cls.stage == "block":
+        places = [
+            tokred.Place(layer, 3, prefix, suffix) for layer in range(3) for prefix in (0, 1) for suffix in (0, 2)
+        ]
+        assert not any(idle.acts(n, place) for place in places for n in (4, 17, 26, 197))
+        assert all(idle.tokens(n, place) == n for place in places for n in (4, 17, 26, 197) if cls.stage == "block")
+
+
+# Numbers that any object passes for; flags of other stages than blocks are likewise.
+UNCHECKED = ("seed", "epsilon", "gamma", "every")
+
+
+class Wrong:
+    """What no parameter can be."""
+
+
+@pytest.mark.parametrize("name", tokred.list_methods())
+def test_wrong_types_are_refused(name):
+    cls = methods.get(name)
+    for field in (f for f in dataclasses.fields(cls) if f.init):
+        if cls.stage == "block" or not (isinstance(field.default, bool) or field.name in UNCHECKED):
+            with pytest.raises((TypeError, ValueError)) as found:
+                tokred.make(name, **{**cls.example, field.name: Wrong()})
+            if cls.stage == "block":
+                assert field.name.partition("_")[0] in str(found.value), "the message names the argument"
 
 
 def test_double_and_odd_names_are_refused():
@@ -48,8 +114,6 @@ def test_a_method_in_one_class_runs():
 
     r = tokred.make("every_second").reduce(tokred.Site(x=torch.zeros(2, 5, 1)))
     assert r.representative.tolist() == [[0, 2, 4]] * 2
-    from tokred.core.registry import methods
-
     del methods._targets["every_second"]
 
 
@@ -67,7 +131,6 @@ BROKEN = {
 GOOD = """
 import warnings
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint
 import tokred
 
 
@@ -77,39 +140,10 @@ class Plugin(tokred.ToMe):
 """
 
 
-class Entries:
-    """Entry points as installed packages declare them."""
-
-    def __init__(self, folder, monkeypatch):
-        self.found, self.folder = [], folder
-        monkeypatch.syspath_prepend(str(folder))
-        monkeypatch.setattr("importlib.metadata.entry_points", lambda group: self.found)
-
-    def add(self, name, module, source):
-        (self.folder / f"{module}.py").write_text(source)
-        self.found.append(EntryPoint(name, f"{module}:Plugin", "tokred.methods"))
-
-
-@pytest.fixture
-def registry(monkeypatch):
-    """The methods of tokred in a registry that has not looked for plug-ins yet, in place of the usual one."""
-    fresh = Registry("tokred.methods")
-    for name, target in tokred.methods.TARGETS.items():
-        fresh.add(name, target)
-    for module in ("tokred.api", "tokred.hosts"):
-        monkeypatch.setattr(f"{module}.registered", fresh)
-    return fresh
-
-
-@pytest.fixture
-def entries(tmp_path, monkeypatch):
-    return Entries(tmp_path, monkeypatch)
-
-
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_broken_plugin_names_itself_and_breaks_nothing(kind, registry, entries):
-    entries.add("broken", f"broken_{kind}", BROKEN[kind])
-    entries.add("sound", f"sound_beside_{kind}", GOOD)
+def test_a_broken_plugin_names_itself_and_breaks_nothing(kind, plugins):
+    plugins.add("broken", f"broken_{kind}", BROKEN[kind])
+    plugins.add("sound", f"sound_beside_{kind}", GOOD)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert tokred.make("tome", r=2) == tokred.ToMe(r=2), "a plug-in that nobody asks for is not imported"
@@ -127,17 +161,17 @@ def test_a_broken_plugin_names_itself_and_breaks_nothing(kind, registry, entries
     assert made.to_dict()["method"] == "sound"
 
 
-def test_a_plugin_that_takes_a_name_is_refused_at_its_own_cost(registry, entries):
-    entries.add("tome", "thief", GOOD)
-    entries.add("sound", "sound_beside_thief", GOOD)
+def test_a_plugin_that_takes_a_name_is_refused_at_its_own_cost(plugins):
+    plugins.add("tome", "thief", GOOD)
+    plugins.add("sound", "sound_beside_thief", GOOD)
     with pytest.warns(tokred.PluginWarning, match=r"plug-in 'tome' .thief:Plugin. is left out: .* taken by tokred\."):
         assert type(tokred.make("tome", r=2)) is tokred.ToMe
     assert tokred.list_methods().count("tome") == 1
     assert type(tokred.make("sound")).__name__ == "Plugin"
 
 
-def test_a_plugin_whose_module_takes_a_name_is_refused_at_its_own_cost(registry, entries):
-    entries.add("other", "thief_inside", f"import tokred\n{GOOD}\ntokred.register('tome')(Plugin)")
+def test_a_plugin_whose_module_takes_a_name_is_refused_at_its_own_cost(plugins):
+    plugins.add("other", "thief_inside", f"import tokred\n{GOOD}\ntokred.register('tome')(Plugin)")
     with pytest.warns(tokred.PluginWarning, match=r"plug-in 'other' .* is left out: ValueError: the name 'tome'"):
         assert "other" not in tokred.list_methods()
     assert type(tokred.make("tome", r=2)) is tokred.ToMe

@@ -14,18 +14,16 @@ import torch
 
 import tokred
 from tests.diffusion.tiny import CLIPS, FRAMES, MODELS, half, inputs, run, sd15, sd_small, sdxl, unet
-from tokred.core.registry import methods
+from tests.registered import examples, nothings
 
 ALL = list(MODELS)
 # Their examples are enough to act on every resolution of every model.
-METHODS: dict[str, dict[str, Any]] = {name: dict(cls.example) for name, cls in methods.of("attention").items()}
+METHODS: dict[str, dict[str, Any]] = examples("attention")
 # Some read the frames of a clip, some what the step before predicted for an image.
 NOT_FOR = {"vidtome": [kind for kind in ALL if kind not in CLIPS], "ibtm": list(CLIPS)}
 PAIRS = [(kind, name) for kind in ALL for name in METHODS if kind not in NOT_FOR.get(name, ())]
 IMAGES = [name for name in METHODS if name != "vidtome"]
-NOTHING: dict[str, dict[str, Any]] = {
-    name: dict(cls.nothing) for name, cls in methods.of("attention").items() if cls.nothing is not None
-}
+NOTHING: dict[str, dict[str, Any]] = nothings("attention")
 
 
 @pytest.mark.parametrize("kind", ALL)

@@ -191,8 +191,3 @@ def test_random_pruning_keeps_as_many():
     kept = plan.representative[0]
     assert torch.equal(restored[:, kept], x[:, kept])
     assert restored.abs().sum(-1).ne(0).sum() == 32
-
-
-def test_settings_travel():
-    for method in (tokred.ToMeSD(ratio=0.3, seed=4), tokred.ToDo(factors=(1, 3)), tokred.RandomLatentPrune()):
-        assert tokred.from_dict(method.to_dict()) == method

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from tokred import environment
+from tokred.core import environment
 from tokred.core.versions import release
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,17 +65,18 @@ def shown(text: str, numbers: bool) -> str:
 
 @pytest.fixture(autouse=True)
 def apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """A folder to write into, no switches from outside, and registered methods as they were before."""
-    from tokred.core.registry import methods
+    """A folder to write into, no switches from outside, and registered names as they were before."""
+    from tokred.core.registry import methods, parts
 
-    names = dict(methods._targets)
+    names = {registry: dict(registry._targets) for registry in (methods, parts)}
     torch.manual_seed(0)
     monkeypatch.chdir(tmp_path)
     for variable in ("TOKRED_KERNELS", "TOKRED_AUTOTUNE", "TOKRED_DEBUG", "TRITON_INTERPRET"):
         monkeypatch.delenv(variable, raising=False)
     yield
-    methods._targets.clear()
-    methods._targets.update(names)
+    for registry, before in names.items():
+        registry._targets.clear()
+        registry._targets.update(before)
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: str(p.relative_to(ROOT)))

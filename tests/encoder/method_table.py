@@ -11,10 +11,9 @@ from torch import Tensor, nn
 import tokred
 from tests.encoder import tiny_open_clip, tiny_timm, tiny_transformers
 from tests.encoder.host_table import _table, versions
-from tokred.core.registry import methods as registered
+from tests.registered import examples, nothings
 
-SETTINGS = {name: dict(cls.example) for name, cls in registered.of("block").items()}
-NOTHING = {name: dict(cls.nothing or {}) for name, cls in registered.of("block").items()}
+SETTINGS, NOTHING = examples("block"), nothings("block")
 
 
 class Cell(NamedTuple):

@@ -180,13 +180,6 @@ def test_bad_counts(wrong):
         tokred.ATS(n=[8, wrong])
 
 
-def test_settings_survive_a_round_trip():
-    import json
-
-    for method in (tokred.ATS(), tokred.ATS(n=[None, 20, 0.5], blocks=(1,))):
-        assert tokred.from_dict(json.loads(json.dumps(method.to_dict()))) == method
-
-
 FAMILIES = [
     "vit", "vit-registers (DINOv2)", "deit-distilled", "vit-parallel-scaling", "vit-mean-with-class (MAE)",
     "eva02 (rope, swiglu)", "rope-mixed", "beit (own bias)",

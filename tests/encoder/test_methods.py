@@ -304,19 +304,3 @@ def test_bad_parameters_get_a_clear_error(name, parameters, error, match):
 def test_a_site_says_what_it_lacks():
     with pytest.raises(tokred.MissingInputError, match="does not supply 'k'; it supplies x"):
         tokred.ToMe(r=2).reduce(tokred.Site(x=SEVEN))
-
-
-@pytest.mark.parametrize(
-    "method",
-    [
-        tokred.ToMe(r=(8, -1)),
-        tokred.ToMe(r=[3, 2]),
-        tokred.PiToMe(ratio=0.9),
-        tokred.EViT(blocks=(1, 2)),
-        tokred.KthMerge(k=3),
-    ],
-)
-def test_settings_survive_a_round_trip(method):
-    import json
-
-    assert tokred.from_dict(json.loads(json.dumps(method.to_dict()))) == method

@@ -231,13 +231,6 @@ def test_bad_parameters(parameters, error, match):
         tokred.PPT(**parameters)
 
 
-def test_settings_survive_a_round_trip():
-    import json
-
-    for method in (tokred.PPT(), tokred.PPT(r=[0, 3], threshold=INF, blocks=(1,), relative=True, sort=True)):
-        assert tokred.from_dict(json.loads(json.dumps(method.to_dict()))) == method
-
-
 class Spy(tokred.PPT):
     """Notes the spread of every image at every listed block."""
 

@@ -162,11 +162,6 @@ def test_bad_parameters(parameters, match):
         tokred.SAINT(**parameters)
 
 
-def test_settings_survive_a_round_trip():
-    for method in (tokred.SAINT(tau=[0.8, None]), tokred.SAINT(form="full", M=50)):
-        assert tokred.from_dict(method.to_dict()) == method
-
-
 # ---------------------------------------------------------------- laws
 
 

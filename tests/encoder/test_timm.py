@@ -14,19 +14,18 @@ pytest.importorskip("timm")
 import tokred
 from tests.encoder.laws import assert_same, snapshot
 from tests.encoder.tiny_timm import FAMILIES, SIZE, build, images, without_weights
-from tokred.core.registry import methods
+from tests.registered import examples, nothings
 
 ROPE = [f for f in FAMILIES if "rope" in f]
-BLOCK_METHODS = methods.of("block")
 METHODS = {
-    **{name: dict(cls.example) for name, cls in BLOCK_METHODS.items()},
+    **examples("block"),
     # Other forms of a method, which take other ways through its code or through the hosts'.
     "tome-list": {"r": [5, 0, 2]},
     "saint-full": {"form": "full", "M": 15, "blocks": (1,)},
     "vtm-centre": {"variant": "centre", "R": 0.5, "blocks": (0, 1)},
     "spatten-heads": {"keep": 0.5, "first": 0, "heads": 2},
 }
-NOTHING = {name: dict(cls.nothing) for name, cls in BLOCK_METHODS.items() if cls.nothing is not None}
+NOTHING = nothings("block")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -261,3 +261,87 @@ def test_hosts_without_motion_say_so():
 )
 def test_compiles_and_trains(method):
     check_compiled_and_trained("vit-mean", method)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["VideoMAE", "ViViT"])
+def test_encoders_of_videos_supply_motion(family):
+    """How much what the patch convolution makes of a place changes; tokens that are left keep their patch's."""
+    pytest.importorskip("transformers")
+    from tokred.adapters.tiny.transformers import FAMILIES, build
+
+    model, batch = build(family), FAMILIES[family].inputs(2)
+    made: list[torch.Tensor] = []
+    convolution = next(m for m in model.modules() if isinstance(m, torch.nn.Conv3d))
+    method = tokred.VTM("motion", gamma=2, R=3, blocks=(0, 1))
+    sites: list[tuple[tokred.Site, torch.Tensor]] = []
+    reduce = method.reduce
+
+    def noted(site: tokred.Site) -> tokred.Reduction:
+        sites.append((site, site.motion))
+        return reduce(site)
+
+    object.__setattr__(method, "reduce", noted)
+    handle = convolution.register_forward_hook(lambda m, args, out: made.append(out))
+    with tokred.applied(model, method):
+        model(**batch)
+    handle.remove()
+    change = made[0].flatten(3).diff(dim=2).abs().mean(1)
+    expected = torch.cat([change[:, :1], change], 1).flatten(1)
+    expected = torch.nn.functional.pad(expected, (sites[0][0].prefix, 0))
+    torch.testing.assert_close(sites[0][1], expected)
+    assert sites[1][0].shape[1] == expected.shape[1] - 3
+    torch.testing.assert_close(sites[1][1], expected.gather(1, sites[1][0].positions))
+
+
+@torch.no_grad()
+def test_nobody_pays_for_motion_that_nobody_reads():
+    pytest.importorskip("transformers")
+    from tokred.adapters.tiny.transformers import FAMILIES, build
+
+    model = build("VideoMAE")
+    look = tokred.VTM("naive", gamma=2, R=3)
+    found: list[bool] = []
+    reduce = look.reduce
+
+    def noted(site: tokred.Site) -> tokred.Reduction:
+        with pytest.raises(tokred.MissingInputError, match="motion"):
+            _ = site.motion
+        found.append(True)
+        return reduce(site)
+
+    object.__setattr__(look, "reduce", noted)
+    with tokred.applied(model, look):
+        model(**FAMILIES["VideoMAE"].inputs(1))
+    assert found
+
+
+def test_images_have_no_motion():
+    pytest.importorskip("transformers")
+    from tokred.adapters.tiny.transformers import build
+
+    with pytest.raises(tokred.MissingInputError, match="motion"):
+        tokred.apply(build("ViT"), tokred.VTM("motion"))
+
+
+def test_motion_under_the_compiler_and_a_checkpoint():
+    """What a first block recomputes, or a graph holds, is the same motion."""
+    pytest.importorskip("transformers")
+    from tokred.adapters.tiny.transformers import FAMILIES, build
+
+    model, batch = build("VideoMAE"), FAMILIES["VideoMAE"].inputs(1)
+    tokred.apply(model, tokred.VTM("motion", gamma=2, R=3))
+    with torch.no_grad():
+        plain = model(**batch).logits
+        compiled = torch.compile(model, backend="eager")(**batch).logits
+    torch.testing.assert_close(compiled, plain)
+    grads = []
+    for checkpointing in (False, True):
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model(**batch).logits.sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other)

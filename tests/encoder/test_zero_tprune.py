@@ -276,13 +276,6 @@ def test_bad_parameters_get_a_clear_error(parameters, match):
         tokred.make("zero_tprune", **parameters)
 
 
-def test_settings_survive_a_round_trip():
-    import json
-
-    for method in (tokred.ZeroTPrune(), tokred.ZeroTPrune(blocks=(1, 2), rho=(0.5, 0.4), r_s=3, cls_boost=1.0)):
-        assert tokred.from_dict(json.loads(json.dumps(method.to_dict()))) == method
-
-
 def test_blocks_must_exist():
     with pytest.raises(ValueError, match="blocks names"):
         tokred.ZeroTPrune(blocks=(12,), rho=0.5).check(12)

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("transformers")
 
 import tokred
-from benchmarks.kv import prompt as kv_prompt
+from benchmarks.kv import feed as kv_prompt
 from tests.kv.tiny import build
 
 POLICIES = {

@@ -308,6 +308,39 @@ def test_what_a_store_reads_is_handed_to_it(model):
     assert [s.layer for s in sites] == [0, 1, 2] * 3
 
 
+def test_shelves_of_one_cache_may_know_of_each_other(model):
+    """As those do that fetch the next layer's rows while this one attends."""
+    asked: list[tuple[int, int]] = []
+
+    class Linked(RectangleShelf):
+        number, following = 0, None
+
+        def append(self, keys, values):
+            super().append(keys, values)
+            if self.following is not None:
+                asked.append((self.following.number, self.following.width))
+
+    @dataclass(frozen=True)
+    class Chain(Rectangle):
+        name: ClassVar[str] = "chain"
+
+        def shelves(self, depth):
+            made = [Linked() for _ in range(depth)]
+            for i, shelf in enumerate(made):
+                shelf.number, shelf.following = i, made[i + 1] if i + 1 < depth else None
+            return made
+
+    tokred.apply(model, "knorm", budget=9, store=Chain())
+    cache = tokred.kv_cache(model)
+    for _ in range(2):
+        model(prompt(20), past_key_values=cache)
+        model(prompt(1), past_key_values=cache)
+        assert asked == [(1, 0), (2, 0), (1, 9), (2, 9)]
+        cache.reset()
+        asked.clear()
+        assert cache.nbytes == 0
+
+
 def test_a_callers_cache_is_taken_over_by_a_store_that_does_what_it_does(model):
     cache = transformers.DynamicCache(config=model.config)
     cache.offloading = True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,7 +23,7 @@ from tokred.kv.stores import ABILITIES, Query
 from tokred.kv.stores.store import missing
 
 B, H, D, DV = 2, 3, 8, 6
-STORES = [name for name in parts if issubclass(parts.get(name), Store)]
+STORES = [n for n in parts if issubclass(parts.get(n), Store) and parts.get(n).__module__.startswith("tokred.")]
 
 
 def rows(n: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -337,7 +339,7 @@ def test_half_keeps_what_float16_cannot_hold_finite():
 class Bare(Rectangle):
     """A rectangle that can do little, which its shelf is never asked for more than."""
 
-    name: ClassVar[str] = "bare"
+    name: ClassVar[str] = "little"
     can: ClassVar[frozenset[str]] = frozenset({"take"})
 
 
@@ -355,3 +357,35 @@ class Bare(Rectangle):
 def test_a_policy_that_needs_more_is_refused_before_anything_is_touched(policy, why):
     with pytest.raises(ValueError, match=why):
         policy.check(3)
+
+
+def test_two_parts_of_one_name_are_an_error_that_names_both():
+    with pytest.raises(ValueError, match=r"'half' is taken by tokred\.kv\.stores\.half:Half; .*test_stores:"):
+
+        @dataclass(frozen=True)
+        class Half(Rectangle):
+            name: ClassVar[str] = "half"
+
+    assert parts.get("half").__module__ == "tokred.kv.stores.half"
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [("tokred.kv.scores", "Window"), ("tokred.kv.scores.window", "pooled"), ("tokred.kv.scores.gumbel", "gumbel")],
+)
+def test_scores_are_found_under_their_old_paths(module, name, monkeypatch):
+    for known in [m for m in sys.modules if m.startswith("tokred.kv.scores")]:
+        monkeypatch.delitem(sys.modules, known)
+    with pytest.warns(tokred.errors.MovedWarning, match="has moved to tokred"):
+        assert getattr(importlib.import_module(module), name).__name__ == name
+
+
+def test_every_score_has_a_row_in_the_table_and_a_name_in_the_package():
+    scores = {name: parts.get(name) for name in parts if issubclass(parts.get(name), tokred.kv.Score)}
+    ours = {name: cls for name, cls in scores.items() if cls.__module__.startswith("tokred.")}
+    assert ours.keys() == tokred.methods.SCORES.keys()
+    for cls in ours.values():
+        assert getattr(tokred.kv, cls.__name__) is cls
+        assert cls.__name__ in tokred.kv.__all__
+    with pytest.raises(AttributeError, match="has no attribute 'Windows'"):
+        _ = tokred.kv.Windows

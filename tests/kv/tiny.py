@@ -10,9 +10,9 @@ import transformers
 from torch import Tensor
 
 import tokred
+from tests.registered import examples
 from tokred.adapters.tiny.kv import SMALL, build, padded, prompt
 from tokred.adapters.tiny.weights import livelier
-from tokred.core.registry import methods
 from tokred.kv import Budget, CacheSite, Score
 from tokred.kv.policy import CachePolicy, Parts
 
@@ -79,5 +79,5 @@ class Scatter(CachePolicy):
 # leave between layers too; heads stream without a budget.
 APART = ("kvzip", "limited", "fastkv", "duoattention")
 POLICIES: dict[str, Any] = {
-    name: tokred.make(name, **cls.example) for name, cls in methods.of("cache").items() if name not in APART
+    name: tokred.make(name, **given) for name, given in examples("cache").items() if name not in APART
 }

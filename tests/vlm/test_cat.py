@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -148,11 +146,6 @@ def test_pools_are_those_of_one_sample():
 def test_laws():
     check_laws(CAT("fastervlm", n_min=4, n_max=20), CAT("fastervlm", n_min=36))
     check_laws(CAT("divprune", score="attention", policy="levels", base=12, n_min=2, n_max=30), CAT(n_min=40))
-
-
-def test_settings_survive():
-    method = CAT(VisionZip(contextual=4), policy="levels", calibration=(0.1, 0.4))
-    assert tokred.from_dict(json.loads(json.dumps(method.to_dict()))) == method
 
 
 @pytest.mark.parametrize(

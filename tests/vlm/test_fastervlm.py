@@ -25,8 +25,8 @@ def test_worked_example():
 def test_counts():
     assert [FasterVLM(budget=share).count(576) for share in (0.25, 0.1, 0.05)] == [144, 58, 29]
     assert FasterVLM(budget=6).reduce(VisualSite(x=torch.zeros(1, 6, 2), class_attention=ROWS)).trivial
-    assert FasterVLM().tokens(576, layer=0, depth=1) == 144
-    assert FasterVLM().tokens(100, layer=0, depth=1) == 100
+    assert FasterVLM().tokens(576, tokred.Place(layer=0, depth=1)) == 144
+    assert FasterVLM().tokens(100, tokred.Place(layer=0, depth=1)) == 100
 
 
 @pytest.mark.parametrize("attention", ["class", "received"])

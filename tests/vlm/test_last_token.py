@@ -12,6 +12,7 @@ from tests.vlm import hosts, oracle, tiny
 from tests.vlm.layered import columns_kept, layer_site
 from tests.vlm.test_methods import MERGING, NAMES, SOME
 from tests.vlm.uneven import Uneven, UnevenLayer
+from tokred.core.place import Place
 from tokred.core.reduction import Reduction
 from tokred.vlm.layered import LayerMethod
 
@@ -68,7 +69,7 @@ class Careless(LayerMethod):
     name = "careless"
     merges = False
 
-    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
+    def tokens(self, n: int, place: Place) -> int:
         return n // 2
 
     def choose(self, site: Any) -> Reduction:

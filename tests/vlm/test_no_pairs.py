@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves
 
 import tokred
 from benchmarks.vlm import cost as vlm_cost
-from benchmarks.vlm import patch as vlm_patch
 from tests.vlm import hosts, tiny
 from tokred.vlm.tools.cluster import density_peaks
 
@@ -76,7 +75,7 @@ def most_of(model: Any, prompt: dict[str, Any], method: tokred.Method) -> int:
             yield
         found = max(found, seen.most)
 
-    with vlm_patch.around(watched), tokred.applied(model, method), torch.no_grad():
+    with vlm_cost.around(watched), tokred.applied(model, method), torch.no_grad():
         model.model(**prompt)
         report = tokred.report(model)
     assert report.layers[-1].visual[0] < report.before // 2 + 2, "nothing left"

@@ -72,7 +72,7 @@ def test_equals_loops(n, k_c, normalise, plus, budget, seed):
     a = torch.randn(2, n, generator=g).mul(2).softmax(-1)
     keys, x = torch.randn(2, n, 5, generator=g), torch.randn(2, n, 3, generator=g)
     method = PruMerge(budget=budget, k_c=k_c, normalise=normalise, plus=plus)
-    if not method.acts(n, layer=0, depth=1):
+    if not method.acts(n, tokred.Place(layer=0, depth=1)):
         return
     found = method.absorb(a, keys)
     made = found.merge(x)

@@ -62,7 +62,7 @@ def test_caps_and_places():
     assert SAINTLayer(tau=0.75, K=1, max_r=1).reduce(one).representative.shape[1] == 12
     assert SAINTLayer(tau=0.75, K=1, min_tokens=9).reduce(one).representative.shape[1] == 12
     assert SAINTLayer(tau=0.75, K=1, max_r=0).reduce(one).trivial
-    acts = [i for i in range(32) if SAINTLayer().acts(576, layer=i, depth=32)]
+    acts = [i for i in range(32) if SAINTLayer().acts(576, tokred.Place(layer=i, depth=32))]
     assert acts == list(range(8, 18))
     with pytest.raises(ValueError, match="is 8, but the model has 8"):
         SAINTLayer().check(8)
@@ -100,7 +100,7 @@ def test_second_stage_of_vscan():
         best = sorted(sorted(seen, key=lambda j: -float(scores[i, j]))[:4])
         assert [j + 17 for j in columns_kept(found, i) if row[j] == "v"] == best
     check_laws(VScanLayer(budget=0.4), VScanLayer(budget=1.0), 16)
-    assert [VScanLayer().tokens(96, layer=i, depth=28) for i in (13, 14, 15)] == [96, 32, 96]
+    assert [VScanLayer().tokens(96, tokred.Place(layer=i, depth=28)) for i in (13, 14, 15)] == [96, 32, 96]
     with pytest.raises(ValueError, match="layer is 40"):
         VScanLayer(layer=40).check(32)
     for name, bad in (("layer", {"layer": 0}), ("budget", {"budget": 0})):

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from tokred.core.place import Place
 from tokred.core.reduction import Reduction
 from tokred.vlm.before_llm import Budgeted
 from tokred.vlm.layered import LayerMethod
@@ -32,8 +33,8 @@ class UnevenLayer(LayerMethod):
 
     name: ClassVar[str] = "uneven_layer"
 
-    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
-        return n // 2 if layer in (1, 3) else n
+    def tokens(self, n: int, place: Place) -> int:
+        return n // 2 if place.layer in (1, 3) else n
 
     def choose(self, site: Any) -> Reduction:
         more = (site.x[:, -1, 0] > 0).tolist()

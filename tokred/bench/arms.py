@@ -13,6 +13,9 @@ from torch import nn
 from tokred import api
 from tokred.core.method import Method
 from tokred.core.registry import methods as registered
+from tokred.core.settings import parse_setting
+
+BASE = "unpatched"  # the model as it is
 
 # Parameters that decide how much a method removes, by order of preference.
 KNOBS = ("r", "ratio", "kappa", "keep", "budget", "k")
@@ -27,17 +30,17 @@ class Arm:
         name: of the method; ``"unpatched"`` for the model as it is.
         setting: what was chosen, as text.
         method: None for the model as it is.
-        tokens_in: tokens that enter the first block.
-        tokens_out: tokens that leave the last one.
-        macs: multiply-adds of one image, counted beforehand.
+        tokens_in: tokens that enter the first block; 0 where they were not counted.
+        tokens_out: tokens that leave the last one; likewise.
+        macs: multiply-adds of one image, counted beforehand; likewise.
     """
 
     name: str
     setting: str
-    method: Method | None
-    tokens_in: int
-    tokens_out: int
-    macs: int
+    method: Method | None = None
+    tokens_in: int = 0
+    tokens_out: int = 0
+    macs: int = 0
 
     @property
     def label(self) -> str:
@@ -49,10 +52,20 @@ class Arm:
         return nullcontext(model) if self.method is None else api.applied(model, self.method, expose=expose)
 
 
+def typed(text: str) -> Arm:
+    """A method as it is typed, ``"tome r=13"``, or ``"unpatched"``; nothing is counted.
+
+    Raises:
+        UnknownMethodError, TypeError, ValueError: there is no such method, or a parameter does not fit.
+    """
+    name, parameters = parse_setting(text)
+    return Arm(name, text.partition(" ")[2].strip(), None if name == BASE else api.make(name, **parameters))
+
+
 def unpatched(model: nn.Module, shape: Sequence[int]) -> Arm:
     """The model as it is: the base of every comparison."""
     cost = api.flops(model, None, shape)
-    return Arm("unpatched", "", None, cost.tokens[0], cost.tokens[-1], cost.macs)
+    return Arm(BASE, "", None, cost.tokens[0], cost.tokens[-1], cost.macs)
 
 
 def arm(model: nn.Module, shape: Sequence[int], name: str, **parameters: Any) -> Arm:

@@ -19,7 +19,6 @@ from tokred.bench import arms as arms_of
 from tokred.bench import embedded, plots, timing
 from tokred.bench import results as outputs
 from tokred.bench.arms import Arm
-from tokred.core import environment
 
 METHODS = ("tome", "pitome", "evit", "random")
 COUNTS, QUICK_COUNTS = (8, 12, 16), (8, 16)  # what two cores do in under two minutes
@@ -119,37 +118,20 @@ def ticks(arms: Sequence[Arm], count: int, batch: int) -> int:
 
 
 def records(rows: Sequence[Row], images: int, batch: int) -> list[dict[str, Any]]:
-    """Flat rows for the CSV file: what was measured, on how much, where."""
-    where = environment.describe("cpu")
+    """Records for the table: what was measured, on how much, where."""
+    where = outputs.here("cpu", torch.float32)
     out = []
     for row in rows:
-        rate, ratio = row.timing
-        out.append(
-            {
-                "scenario": "demo",
-                "model": "embedded ViT (Fashion-MNIST)",
-                "method": row.arm.name,
-                "setting": row.arm.setting,
-                "tokens_in": row.arm.tokens_in,
-                "tokens_out": row.arm.tokens_out,
-                "gmacs": row.arm.macs / 1e9,
-                "top1": row.top1,
-                "top1_difference": row.top1_difference,
-                "top1_error": row.top1_error,
-                "agreement": row.agreement,
-                "images": images,
-                "images_per_second": rate.median,
-                "images_per_second_q25": rate.low,
-                "images_per_second_q75": rate.high,
-                "speedup": ratio.median,
-                "speedup_q25": ratio.low,
-                "speedup_q75": ratio.high,
-                "batch": batch,
-                "rounds": images // batch,
-                "dtype": "float32",
-                **where,
-            }
-        )
+        record: dict[str, Any] = {"scenario": "demo", "model": "embedded", "method": row.arm.name}
+        record |= {"setting": row.arm.setting, "batch": batch, "rounds": images // batch}
+        record |= {"tokens_in": row.arm.tokens_in, "tokens_out": row.arm.tokens_out, "gmacs": row.arm.macs / 1e9}
+        record |= {"images": images, "top1_images": images}
+        record |= outputs.share("top1", round(row.top1 * images), images)
+        record |= outputs.mean("top1_difference", row.top1_difference, row.top1_error)
+        record |= outputs.share("agreement", round(row.agreement * images), images)
+        record |= outputs.between("images_per_second", *row.timing.images_per_second)
+        record |= outputs.between("speedup", *row.timing.speedup)
+        out.append(record | where)
     return out
 
 
@@ -203,21 +185,19 @@ def write(
     force: bool = False,
 ) -> list[Path]:
     """Write the table, the plot and the picture; returns their paths."""
-    import pandas as pd
-
     paths = outputs.free(folder, FILES, force=force)
     count = len(images) // batch * batch
     flat = records(rows, count, batch)
-    outputs.write_rows(paths["demo.csv"], flat)
-    frame = pd.DataFrame(flat)
+    paths["demo.csv"].unlink(missing_ok=True)
+    table = outputs.read(outputs.write(paths["demo.csv"], flat))
     where = flat[0]
     figure = plots.pareto(
-        frame,
+        outputs.wide(table),
         title="Fewer tokens: accuracy against speed",
         note=(
             f"Embedded ViT (197 tokens), {count} test images of Fashion-MNIST, batch {batch}, float32, "
             f"{where['threads']} threads, {where['device']}. Across: median and quartiles of {count // batch} rounds. "
-            "Up and down: standard error of the difference to the unpatched model."
+            "Up and down: 95 % interval of the difference to the unpatched model."
         ),
     )
     plots.save(figure, paths["demo.png"])

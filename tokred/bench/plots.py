@@ -1,8 +1,10 @@
-"""Plots of measured frames: quality against speed, one line a method."""
+"""Plots of wide frames (:func:`tokred.bench.results.wide`): a line a method, with the intervals of its points."""
 
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tokred.analysis.viz.canvas import COLOURS, MARKERS, grid, pyplot, save
@@ -10,7 +12,7 @@ from tokred.analysis.viz.canvas import COLOURS, MARKERS, grid, pyplot, save
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["COLOURS", "MARKERS", "grid", "pareto", "pyplot", "save", "thin"]
+__all__ = ["COLOURS", "MARKERS", "Panel", "grid", "lines", "pareto", "pyplot", "save"]
 
 BASE = "unpatched"
 NAMES = {
@@ -43,12 +45,6 @@ LABELS = {
 }
 
 
-def thin(i: int) -> dict[str, Any]:
-    """How the ``i``-th of many lines is drawn: beyond eight, colours come again with other markers."""
-    turn, colour = divmod(i, len(COLOURS))
-    return {"color": COLOURS[colour], "marker": MARKERS[turn % len(MARKERS)], "lw": 1, "ms": 4}
-
-
 def pareto(
     frame: pd.DataFrame,
     measures: tuple[str, ...] = ("top1",),
@@ -60,10 +56,10 @@ def pareto(
     """Quality against speed: a panel a measure, a line a method, the unpatched model as a star.
 
     Args:
-        frame: one row an arm, as the demo and the benchmark write them; rows without the measure are left out.
+        frame: one row an arm; rows without the measure are left out.
         measures: columns for the vertical axes.
-        x: column for the horizontal axis; its quartiles ``<x>_q25`` and ``<x>_q75`` are drawn where they are there, and
-            the standard errors ``<measure>_error``.
+        x: column for the horizontal axis. Intervals of both are drawn where they are known; of top-1 that of the
+            difference to the unpatched model, which saw the same images.
         title: above everything.
         note: below everything, small.
 
@@ -117,13 +113,112 @@ def _line(axis: Any, rows: pd.DataFrame, x: str, measure: str, scale: float, i: 
     style = ("-", "--", ":", "-.")[turn % 4]
     xs, ys = rows[x].to_numpy(), scale * rows[measure].to_numpy()
     axis.plot(xs, ys, marker=marker, markersize=6, linewidth=1.6, color=colour, linestyle=style, label=name, zorder=3)
-    low, high = f"{x}_q25", f"{x}_q75"
-    if low in rows and high in rows:
-        spans = [(xs - rows[low].to_numpy()).clip(min=0), (rows[high].to_numpy() - xs).clip(min=0)]
-        axis.errorbar(xs, ys, xerr=spans, fmt="none", ecolor=colour, elinewidth=1, alpha=0.45, zorder=2)
-    if f"{measure}_error" in rows:
-        error = scale * rows[f"{measure}_error"].to_numpy()
-        axis.errorbar(xs, ys, yerr=error, fmt="none", ecolor=colour, elinewidth=1, alpha=0.45, zorder=2)
+    _bars(axis, rows, x, measure, scale, colour)
     if i == 0:
         for px, py, text in zip(xs, ys, rows["setting"], strict=True):
             axis.annotate(text, (px, py), textcoords="offset points", xytext=(5, 6), fontsize=8, color=colour)
+
+
+def _bars(axis: Any, rows: pd.DataFrame, x: str, y: str, scale: float, colour: str) -> None:
+    """The intervals of both coordinates, where they are known."""
+    xs, ys = rows[x].to_numpy(), scale * rows[y].to_numpy()
+    paired = f"{y}_difference"
+    for name, by, which in ((x, 1.0, "xerr"), (paired if f"{paired}_low" in rows else y, scale, "yerr")):
+        if f"{name}_low" in rows and rows[f"{name}_low"].notna().any():
+            middle = rows[name].to_numpy()
+            ends = [middle - rows[f"{name}_low"].to_numpy(), rows[f"{name}_high"].to_numpy() - middle]
+            spans = [(by * end).clip(min=0) for end in ends]
+            axis.errorbar(xs, ys, fmt="none", ecolor=colour, elinewidth=1, alpha=0.45, zorder=2, **{which: spans})
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes of :func:`lines`.
+
+    Attributes:
+        x, y: columns; without ``x``, methods are bars.
+        xlabel, ylabel, title: texts; empty ones are the columns.
+        xscale, yscale: as matplotlib names them.
+        ticks: of the horizontal axis, with their texts.
+        times: what values of ``y`` are multiplied by.
+        level: a value that a horizontal line marks, and its name.
+        ylim: ends of the vertical axis.
+        notes: a column whose texts stand beside the points.
+        order: the column by which the points of a line follow one another; empty: ``x``.
+    """
+
+    x: str
+    y: str
+    xlabel: str = ""
+    ylabel: str = ""
+    title: str = ""
+    xscale: str = "linear"
+    yscale: str = "linear"
+    ticks: tuple[Sequence[float], Sequence[str]] | None = None
+    times: float = 1.0
+    level: tuple[float, str] | None = None
+    ylim: tuple[float, float] | None = None
+    notes: str = ""
+    order: str = ""
+
+
+def lines(
+    frame: pd.DataFrame, panels: Sequence[Panel], *, by: str = "method", title: str = "", marks: bool = True
+) -> Any:
+    """A panel a pair of columns, a line a method.
+
+    Args:
+        frame: one row an arm; those without a panel's columns are left out of it.
+        panels: see :class:`Panel`.
+        by: the column that tells lines apart.
+        title: above everything.
+        marks: a marker at every point; without, curves of many.
+
+    Returns:
+        A matplotlib figure.
+    """
+    figure, axes = pyplot().subplots(
+        1, len(panels), figsize=(2.2 + 5.8 * len(panels), 4.8), squeeze=False, layout="constrained"
+    )
+    names = [n for n in dict.fromkeys(frame[by]) if n != BASE]
+    for axis, panel in zip(axes[0], panels, strict=True):
+        _draw(axis, frame, panel, by, names, marks)
+    handles = {label: h for axis in axes[0] for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if handles:
+        figure.legend(handles.values(), handles.keys(), frameon=False, fontsize=7, loc="outside right center")
+    if title:
+        figure.suptitle(title, fontsize=9)
+    return figure
+
+
+def _draw(axis: Any, frame: pd.DataFrame, panel: Panel, by: str, names: Sequence[str], marks: bool) -> None:
+    there = frame[frame[panel.y].notna() & (frame[by] != BASE)]
+    if not panel.x:
+        order = there.sort_values(panel.y)
+        axis.barh(order[by], panel.times * order[panel.y], color=COLOURS[0])
+    for i, name in enumerate(names):
+        rows = there[there[by] == name]
+        if not panel.x or not len(rows):
+            continue
+        rows = rows.sort_values(panel.order or panel.x)
+        turn, colour = divmod(i, len(COLOURS))
+        style = ("-", "--", ":", "-.")[turn % 4]
+        marker = MARKERS[(turn + colour) % len(MARKERS)] if marks else ""
+        axis.plot(rows[panel.x], panel.times * rows[panel.y], color=COLOURS[colour], linestyle=style, marker=marker,
+                  lw=1.1, ms=4, label=name)  # fmt: skip
+        if marks:
+            _bars(axis, rows, panel.x, panel.y, panel.times, COLOURS[colour])
+        for x, y, text in zip(rows[panel.x], rows[panel.y], rows[panel.notes] if panel.notes else (), strict=False):
+            axis.annotate(str(text), (x, panel.times * y), fontsize=6, xytext=(3, 3), textcoords="offset points")
+    if panel.level is not None:
+        draw = axis.axhline if panel.x else axis.axvline
+        draw(panel.times * panel.level[0], color="black", linewidth=1, label=panel.level[1])
+    axis.set(xlabel=panel.xlabel or panel.x, ylabel=panel.ylabel or panel.y, title=panel.title)
+    if panel.x:
+        axis.set(xscale=panel.xscale, yscale=panel.yscale)
+    if panel.ylim is not None:
+        axis.set(ylim=panel.ylim)
+    if panel.ticks is not None:
+        axis.set_xticks(*panel.ticks)
+        axis.minorticks_off()
+    axis.spines[["top", "right"]].set_visible(False)

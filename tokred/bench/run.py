@@ -23,17 +23,12 @@ from tokred.bench.arms import Arm
 from tokred.bench.images import Images
 from tokred.bench.models import Answer, Subject, zoo
 from tokred.bench.tasks import Task
-from tokred.core import environment
 from tokred.core.settings import parse_setting
 
 SHARES = (0.85, 0.7, 0.55, 0.4)
 METHODS = ("tome", "pitome", "evit", "random")
 MEASURES = ("top1", "cosine", "saliency_mae")
-QUALITY = (
-    *("top1", "top1_difference", "top1_error", "top1_by", "top1_data", "top1_images", "chance"),
-    *("cosine", "cosine_lowest", "cosine_data", "cosine_images"),
-    *("saliency_mae", "saliency_correlation", "saliency_iou"),
-)
+SCENARIO = "bench"
 Tick = Callable[[], None]
 
 
@@ -148,13 +143,14 @@ def quality(
             hits.append(_hits(task, tested, fitted))
             record |= _top1(task, hits[-1], hits[0])
         cosine = F.cosine_similarity(base.features, seen.features, dim=1)
-        record |= {"cosine": cosine.mean().item(), "cosine_lowest": cosine.min().item()}
-        record |= {"cosine_images": len(cosine), "cosine_data": task.photos.name}
+        error = float(cosine.double().std() / len(cosine) ** 0.5) if len(cosine) > 1 else 0.0
+        record |= outputs.mean("cosine", cosine.mean().item(), error) | {"cosine_lowest": cosine.min().item()}
+        record |= {"cosine_images": len(cosine), "photos": task.photos.name}
         if task.saliency is not None and seen.patches is not None:
             drawn = _maps(task.saliency, seen.patches, subject.size[0])
             base_map = drawn if base_map is None else base_map
-            error = zoo("evaluate").map_error(base_map, drawn)
-            record |= {f"saliency_{k}": v for k, v in error._asdict().items()}
+            off = zoo("evaluate").map_error(base_map, drawn)
+            record |= {f"saliency_{k}": v for k, v in off._asdict().items()}
         out.append(record)
     return out
 
@@ -174,12 +170,13 @@ def _top1(task: Task, hits: Tensor, base: Tensor) -> dict[str, Any]:
     test, n = task.test, len(hits)
     assert test is not None  # there are hits
     assert test.labels is not None
+    difference = (hits.double() - base.double()).mean().item()
     return {
-        "top1": hits.double().mean().item(),
-        "top1_difference": (hits.double() - base.double()).mean().item(),
-        "top1_error": int((hits != base).sum()) ** 0.5 / n,
-        "top1_by": task.kind,
-        "top1_data": test.name,
+        **outputs.share("top1", int(hits.sum()), n),
+        # Only images that one of the two gets right and the other not count towards chance.
+        **outputs.mean("top1_difference", difference, int((hits != base).sum()) ** 0.5 / n),
+        "answered_by": task.kind,
+        "data": test.name,
         "top1_images": n,
         "chance": test.labels.bincount().max().item() / n,
     }
@@ -216,12 +213,10 @@ def speed(
     for arm, timed in zip(arms, timing.summarise(seconds, [options.batch] * options.rounds), strict=True):
         with arm.applied(model):
             memory = timing.peak_memory(forward, options.device)
-        rate, ratio = timed
         record: dict[str, Any] = {}
-        for name, value in (("images_per_second", rate), ("speedup", ratio)):
-            record |= {name: value.median, f"{name}_q25": value.low, f"{name}_q75": value.high}
-        record |= {"peak_mib": memory.peak, "forward_mib": memory.forward, "memory_by": memory.kind}
-        out.append(record)
+        for name, value in (("images_per_second", timed.images_per_second), ("speedup", timed.speedup)):
+            record |= outputs.between(name, *value)
+        out.append(record | memory.record())
     return out
 
 
@@ -233,15 +228,15 @@ def ticks(task: Task, arms: Sequence[Arm], options: Options) -> int:
 def run(
     subject: Subject, task: Task, arms: Sequence[Arm], options: Options, tick: Tick | None = None
 ) -> list[dict[str, Any]]:
-    """Measure everything; one flat record an arm, ready for a CSV file. The model is moved to the options' device."""
+    """Measure everything; one record an arm. The model is moved to the options' device."""
     subject.model.to(options.device, options.dtype)
     fast = speed(subject, task, arms, options, tick)
     good = quality(subject, task, arms, options, tick)
-    where = environment.describe(options.device)
+    where = outputs.here(options.device, options.dtype)
     rows = []
     for arm, q, s in zip(arms, good, fast, strict=True):
         head = {
-            "scenario": "bench",
+            "scenario": SCENARIO,
             "model": subject.name,
             "weights": subject.weights,
             "input": f"{subject.size[0]}x{subject.size[1]}",
@@ -252,43 +247,35 @@ def run(
             "gmacs": arm.macs / 1e9,
             "gmacs_share": arm.macs / arms[0].macs,
         }
-        tail = {"batch": options.batch, "rounds": options.rounds, "dtype": str(options.dtype).removeprefix("torch.")}
-        rows.append({**head, **_measures(q), **s, **tail, **where})
+        rows.append({**head, **q, **s, "batch": options.batch, "rounds": options.rounds, **where})
     return rows
 
 
-def _measures(found: dict[str, Any]) -> dict[str, Any]:
-    """The same columns for every model, so that files can be put together."""
-    return {name: found.get(name) for name in QUALITY}
-
-
-def plot(rows: Sequence[dict[str, Any]], path: Path) -> Path:
-    """Pareto plot of the measures that the rows have."""
-    import pandas as pd
-
-    frame = pd.DataFrame(rows)
-    shown = tuple(m for m in MEASURES if frame[m].notna().any())
-    first = rows[0]
-    version = first["commit"] or "package"
+def plot(found: Sequence[dict[str, Any]], path: Path) -> Path:
+    """Pareto plot of the measures that the records have, each point with its interval."""
+    frame = outputs.wide([row for record in found for row in outputs.rows(record)])
+    shown = tuple(m for m in MEASURES if m in frame and frame[m].notna().any())
+    first = found[0]
     note = (
         f"{first['model']}, {first['input']} px, {first['tokens_in']} tokens, batch {first['batch']}, "
-        f"{first['dtype']}, {first['device']}, {first['threads']} threads, tokred {first['tokred']} ({version})"
+        f"{first['dtype']}, {first['device']}, {first['threads']} threads, tokred at {first['commit'] or 'a package'}"
     )
-    if first["top1"] is not None:
-        note += f". Top-1: {first['top1_by']}, {first['top1_images']} images of {first['top1_data']}"
+    if first.get("top1") is not None:
+        note += f". Top-1: {first['answered_by']}, {first['top1_images']} images of {first['data']}"
     title = f"{first['model']}: quality against speed, each point paired with the unpatched model"
     return plots.save(plots.pareto(frame, shown, title=title, note=note), path)
 
 
-def write(rows: Sequence[dict[str, Any]], folder: Path, stem: str, *, force: bool, append: bool) -> list[Path]:
+def write(found: Sequence[dict[str, Any]], folder: Path, stem: str, *, force: bool, append: bool) -> list[Path]:
     """Write CSV and plot; returns their paths.
 
-    With ``append`` the rows go behind those of an existing CSV file of the same name, if it has the same columns; if
-    not, they go into a new one, so that nothing is lost.
+    With ``append`` the rows go to those of an existing CSV file of the same name, in place of older ones of the same
+    setting; else they go into a new one, so that nothing is lost.
     """
     table, picture = f"{stem}.csv", f"{stem}.png"
-    if append and outputs.same_columns(folder / table, rows):
-        written = outputs.write_rows(folder / table, rows, append=True)
-        return [written, plot(rows, outputs.free(folder, [picture], force=force)[picture])]
+    if append and outputs.is_table(folder / table):
+        written = outputs.write(folder / table, found, overwrite=True)
+        return [written, plot(found, outputs.free(folder, [picture], force=force)[picture])]
     paths = outputs.free(folder, [table, picture], force=force)
-    return [outputs.write_rows(paths[table], rows), plot(rows, paths[picture])]
+    paths[table].unlink(missing_ok=True)
+    return [outputs.write(paths[table], found), plot(found, paths[picture])]

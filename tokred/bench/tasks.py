@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokred.bench import embedded
+from tokred.bench import embedded, probe
 from tokred.bench import images as photos
 from tokred.bench.images import Images
 from tokred.bench.models import NoModelError, Subject, zoo
@@ -46,7 +46,7 @@ class Task:
 
 
 def choose(subject: Subject, data: str | None, *, count: int = 1000, seed: int = 0) -> Task:
-    """The task for a model and what the user named as data.
+    """The task for a model and data that the user names; what it needs is asked for before anything is measured.
 
     Args:
         subject: the model.
@@ -58,7 +58,15 @@ def choose(subject: Subject, data: str | None, *, count: int = 1000, seed: int =
     Raises:
         NoModelError: the data needs a checkout of tokred, or is absent.
         FileNotFoundError, ValueError: the folder is not one of images.
+        ImportError: a probe has to be fitted, and scikit-learn is not installed.
     """
+    task = _choose(subject, data, count, seed)
+    if task.train is not None:
+        probe.linear_models()
+    return task
+
+
+def _choose(subject: Subject, data: str | None, count: int, seed: int) -> Task:
     if data == NOISE:
         return Task(_noise(subject))
     if data is not None and data not in ZOO:

@@ -12,14 +12,16 @@ import gc
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial, wraps
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 T = TypeVar("T")
+AFTER = "resident memory after the forward"  # a lower bound, where the system keeps no high-water mark
 Enter = Callable[[], AbstractContextManager[object]]
 
 
@@ -44,6 +46,11 @@ class Memory(NamedTuple):
     peak: float
     forward: float
     kind: str
+
+    def record(self) -> dict[str, float | str]:
+        """Fields of a record of results; where the peak is only a lower bound, a condition says so."""
+        found: dict[str, float | str] = {"peak_mib": self.peak, "forward_mib": self.forward}
+        return found | ({"memory": "after-the-forward"} if self.kind == AFTER else {})
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -118,6 +125,92 @@ def paired(
     return seconds
 
 
+def compared(functions: Sequence[Callable[[int], object]], rounds: int, **options: Any) -> list[list[float]]:
+    """Seconds of plain functions of the round: :func:`paired` for arms that have no state to enter."""
+    current = [functions[0]]
+
+    @contextmanager
+    def enter(function: Callable[[int], object]) -> Iterator[None]:
+        current[0] = function
+        yield
+
+    return paired([partial(enter, f) for f in functions], lambda i: current[0](i), rounds, **options)
+
+
+def ratios(seconds: Sequence[Sequence[float]], base: int = 0) -> list[list[float]]:
+    """How many times as fast as the base arm each arm was in each round."""
+    return [[b / s for b, s in zip(seconds[base], arm, strict=True)] for arm in seconds]
+
+
+@contextmanager
+def entering(owner: Any, name: str, enter: Enter) -> Iterator[None]:
+    """While this lasts, ``enter()`` is entered around every call of a function of a module or a class."""
+    own, inherited = getattr(owner, name), name not in vars(owner)
+
+    @wraps(own)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with enter():
+            return own(*args, **kwargs)
+
+    setattr(owner, name, call)
+    try:
+        yield
+    finally:
+        if inherited:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)
+
+
+class Watch:
+    """Seconds by part of a run, the device waited for around each.
+
+    Args:
+        device: waited for.
+        clock: seconds; :func:`time.process_time` counts those of this process alone, on a machine that others use.
+
+    Attributes:
+        spent: from each part to the seconds of every time that it ran.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu", clock: Callable[[], float] = time.perf_counter) -> None:
+        self.device, self.clock = torch.device(device), clock
+        self.spent: dict[str, list[float]] = {}
+
+    def now(self) -> float:
+        """Seconds, when the device has done what it was given."""
+        synchronise(self.device)
+        return self.clock()
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        start = self.now()
+        try:
+            yield
+        finally:
+            self.spent.setdefault(part, []).append(self.now() - start)
+
+    def around(self, owner: Any, name: str, part: str) -> AbstractContextManager[None]:
+        """Time every call of a function of a module or a class while this lasts."""
+        return entering(owner, name, lambda: self(part))
+
+    def total(self, *parts: str) -> float:
+        """Seconds of some parts together; of all, where none is named."""
+        return sum(sum(found) for part, found in self.spent.items() if not parts or part in parts)
+
+    def clear(self) -> None:
+        """Forget."""
+        self.spent.clear()
+
+
+def seconds_of(run: Callable[[], T], device: torch.device | str = "cpu") -> tuple[float, T]:
+    """Seconds of a single call, and what it returns."""
+    watch = Watch(device)
+    with watch("run"):
+        found = run()
+    return watch.total(), found
+
+
 def summarise(seconds: Sequence[Sequence[float]], images: Sequence[int], base: int = 0) -> list[Timing]:
     """Turn the seconds of :func:`paired` into rates and ratios.
 
@@ -159,7 +252,7 @@ def peak_memory(run: Callable[[], object], device: torch.device | str = "cpu") -
     with torch.inference_mode():
         run()
     end = _resident("VmHWM" if exact else "VmRSS")
-    kind = "resident memory of the process, high-water mark" if exact else "resident memory after the forward"
+    kind = "resident memory of the process, high-water mark" if exact else AFTER
     return Memory(end, max(0.0, end - start), kind)
 
 

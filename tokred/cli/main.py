@@ -248,9 +248,7 @@ def bench_command(
     random_weights: Annotated[bool, typer.Option("--random-weights", help="No trained weights: speed only.")] = False,
     folder: Annotated[Path, typer.Option("--out", help="Folder for the results.")] = Path("tokred-bench"),
     force: Annotated[bool, typer.Option("--force", help="Overwrite the files of an earlier run.")] = False,
-    append: Annotated[
-        bool, typer.Option("--append", help="Add the rows to an earlier run's CSV file, if its columns are the same.")
-    ] = False,
+    append: Annotated[bool, typer.Option("--append", help="Add the rows to an earlier run's CSV file.")] = False,
 ) -> None:
     """See BENCH."""
     from tokred.bench import models as subjects

@@ -156,14 +156,14 @@ def bench_table(rows: Sequence[dict[str, Any]]) -> Table:
         "tokens\nleft": lambda r: str(r["tokens_out"]),
         "GMACs": lambda r: f"{r['gmacs']:.3g}",
     }
-    if first["top1"] is not None:
+    if "top1" in first:
         shown["top-1\n%"] = lambda r: f"{100 * r['top1']:.1f}"
     shown["cosine"] = lambda r: f"{r['cosine']:.4f}"
-    if first["saliency_mae"] is not None:
+    if "saliency_mae" in first:
         shown["saliency\nerror"] = lambda r: f"{r['saliency_mae']:.4f}"
     shown["images\nper s"] = lambda r: _rate(r["images_per_second"])
     shown["speed-up\n(quartiles)"] = lambda r: (
-        "1" if r is first else _ratio(r["speedup"], r["speedup_q25"], r["speedup_q75"])
+        "1" if r is first else _ratio(r["speedup"], r["speedup_low"], r["speedup_high"])
     )
     shown["forward\nMiB"] = lambda r: f"{r['forward_mib']:.0f}"
     title = f"{first['model']}, {first['input']} px, {first['tokens_in']} tokens, {first['device']}"

@@ -127,7 +127,8 @@ def choose(subject: Subject, settings: Sequence[str]) -> list[str]:
 
 def _acts(arm: Arm, host: EncoderHost) -> bool:
     """Whether the method is called in any block."""
-    from tokred.encoder.method import BlockMethod, Place
+    from tokred.core.place import Place
+    from tokred.encoder.method import BlockMethod
 
     places = (Place(i, host.depth, host.prefix, host.suffix) for i in range(host.depth))
     method = arm.method

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def check_choice(value: object, name: str, allowed: Sequence[str]) -> None:
@@ -29,6 +29,27 @@ def check_count(value: object, name: str, least: int = 0) -> None:
     """
     if not is_count(value, least):
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def check_flags(**flags: object) -> None:
+    """Refuse what is neither True nor False.
+
+    Raises:
+        TypeError: naming the argument and what was given.
+    """
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_integer(value: object, name: str) -> None:
+    """Refuse what is no integer, such as for a seed.
+
+    Raises:
+        TypeError: naming the argument and what was given.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
 
 
 def check_number(value: object, name: str) -> float:
@@ -69,10 +90,14 @@ def check_blocks(blocks: Sequence[int] | None, name: str = "blocks") -> tuple[in
     """A list of 0-based blocks as a tuple; None (the method's default places) stays None.
 
     Raises:
+        TypeError: it is no list.
         ValueError: an entry is not a non-negative integer.
     """
     if blocks is None:
         return None
+    given: object = blocks  # whatever its type says
+    if not isinstance(given, Iterable) or isinstance(given, str):
+        raise TypeError(f"{name} must be a list of non-negative integers, got {blocks!r}")
     listed = tuple(blocks)
     if not all(is_count(b) for b in listed):
         raise ValueError(f"{name} must be non-negative integers, got {blocks!r}")

@@ -13,9 +13,6 @@ from tokred.core.site import READS, Site, Stage
 
 Parameters = Mapping[str, Any]  # by their names
 
-# As many tokens as no budget in numbers holds: whether settings remove anything must not depend on the input.
-MANY = 1 << 20
-
 
 class Idle(NamedTuple):
     """Why a method never removes anything.

@@ -1,4 +1,4 @@
-"""Names for methods: a typed registry with lazy targets and entry points for outside packages."""
+"""Names for methods and their parts: a typed registry with lazy targets and entry points for outside packages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import importlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from tokred.errors import PluginWarning, UnknownMethodError
 
@@ -17,36 +17,45 @@ if TYPE_CHECKING:
     from tokred.core.site import Stage
 
 M = TypeVar("M", bound="type[Method]")
+C = TypeVar("C")
 
 
-class Registry:
-    """Method classes by name. A target may be ``"module:Class"``, imported when it is first asked for.
+class Registry(Generic[C]):
+    """Classes of one kind by name. A target may be ``"module:Class"``, imported when it is first asked for.
 
-    Packages add methods by the entry-point group ``tokred.methods`` (``name = "package.module:Class"``). A plug-in that
-    cannot be used is left out with a :class:`tokred.errors.PluginWarning` that names it; all other methods stay.
+    Packages add methods by the entry-point group ``tokred.methods`` (``name = "package.module:Class"``), and parts of
+    cache policies by ``tokred.parts``. A plug-in that cannot be used is left out with a
+    :class:`tokred.errors.PluginWarning` that names it; all others stay.
+
+    Args:
+        group: of entry points.
+        noun: what the classes are called, in messages.
+        base: ``"module:Class"`` that they derive from.
     """
 
-    def __init__(self, group: str) -> None:
+    def __init__(self, group: str, noun: str = "method", base: str = "tokred.core.method:Method") -> None:
         self._group = group
-        self._targets: dict[str, str | type[Method]] = {}
+        self._noun = noun
+        self._base = base
+        self._targets: dict[str, str | type[C]] = {}
         self._discovered = False
         self._plugins: dict[str, str] = {}  # those of entry points that were not imported yet, and whose they are
         self._refused: dict[str, str] = {}  # those that cannot be used, and why
 
-    def add(self, name: str, target: str | type[Method]) -> None:
+    def add(self, name: str, target: str | type[C]) -> None:
         """Register ``target`` under ``name``.
 
         Raises:
             ValueError: the name is taken by something else, or is not lower-case letters, digits and underscores.
         """
         if not name.replace("_", "").isalnum() or name != name.lower():
-            raise ValueError(f"a method's name is lower-case letters, digits and underscores, got {name!r}")
+            raise ValueError(f"a {self._noun}'s name is lower-case letters, digits and underscores, got {name!r}")
         known = self._targets.get(name)
         if known is not None and _path(known) != _path(target):
             raise ValueError(f"the name {name!r} is taken by {_path(known)}; it cannot also mean {_path(target)}")
         self._targets[name] = target
 
-    def get(self, name: str) -> type[Method]:
+    def get(self, name: str) -> type[C]:
         """The class registered under ``name``.
 
         Raises:
@@ -57,10 +66,10 @@ class Registry:
         target = self._targets.get(name)
         if target is None:
             if name in self._refused:
-                raise UnknownMethodError(f"no method is named {name!r}: {self._refused[name]}")
+                raise UnknownMethodError(f"no {self._noun} is named {name!r}: {self._refused[name]}")
             near = nearest(name.lower(), self._targets)
             hint = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else f"known: {', '.join(self)}"
-            raise UnknownMethodError(f"no method is named {name!r}; {hint}")
+            raise UnknownMethodError(f"no {self._noun} is named {name!r}; {hint}")
         if isinstance(target, str):
             target = self._targets[name] = _imported(target)
         return target
@@ -83,7 +92,7 @@ class Registry:
             self._import_plugin(name)
         return name in self._targets
 
-    def of(self, stage: Stage) -> dict[str, type[Method]]:
+    def of(self: Registry[Method], stage: Stage) -> dict[str, type[Method]]:
         """The methods that act at a stage, with those of several stages that act there too, by name."""
         found = {name: self.get(name) for name in self}
         return {name: cls for name, cls in found.items() if any(m.stage == stage for m in cls().members)}
@@ -111,13 +120,13 @@ class Registry:
             return
         target = self._targets[name]
         try:
-            cls = _imported(target) if isinstance(target, str) else target
-            _check_plugin(cls)
+            cls: Any = _imported(target) if isinstance(target, str) else target
+            self._check_plugin(cls)
         except Exception as error:  # whatever a package raises at its import
             del self._targets[name]
             self._refuse(name, f"{owner} is left out: {type(error).__name__}: {error}")
         else:
-            if "name" not in cls.__dict__:  # one derived from a method of tokred has that one's
+            if "name" not in cls.__dict__:  # one derived from a class of tokred has that one's
                 cls.name = name
             self._targets[name] = cls
 
@@ -126,25 +135,21 @@ class Registry:
         # The call that first asked for a name stands at no fixed depth, and the text names the culprit.
         warnings.warn(why, PluginWarning, stacklevel=2)
 
+    def _check_plugin(self, cls: Any) -> None:
+        """Refuse what tables and reports could not ask about itself.
 
-def _imported(target: str) -> type[Method]:
+        Raises:
+            TypeError: it is of another kind, or cannot be made without parameters.
+        """
+        fits = isinstance(cls, type) and issubclass(cls, _imported(self._base)) and dataclasses.is_dataclass(cls)
+        if not fits:
+            raise TypeError(f"a {self._noun} is a dataclass derived from a base of tokred, got {cls!r}")
+        cls()
+
+
+def _imported(target: str) -> Any:
     module, _, attribute = target.partition(":")
-    found: type[Method] = getattr(importlib.import_module(module), attribute)
-    return found
-
-
-def _check_plugin(cls: Any) -> None:
-    """Refuse what tables and reports could not ask about itself.
-
-    Raises:
-        TypeError: it is no method, or cannot be made without parameters.
-    """
-    from tokred.core.method import Method
-
-    is_method = isinstance(cls, type) and issubclass(cls, Method) and dataclasses.is_dataclass(cls)
-    if not is_method:
-        raise TypeError(f"a method is a dataclass derived from a base of tokred, got {cls!r}")
-    cls()
+    return getattr(importlib.import_module(module), attribute)
 
 
 def nearest(name: str, known: Iterable[str], most: int = 3) -> list[str]:
@@ -154,13 +159,14 @@ def nearest(name: str, known: Iterable[str], most: int = 3) -> list[str]:
     return [other for other in order[:most] if like[other] >= max(0.5, like[order[0]] - 0.1)]
 
 
-def _path(target: str | type[Method]) -> str:
+def _path(target: str | type) -> str:
     return target if isinstance(target, str) else f"{target.__module__}:{target.__qualname__}"
 
 
-methods = Registry("tokred.methods")
-# What cache policies are made of: scores, budgets, fates, times, stores.
-parts = Registry("tokred.parts")
+methods: Registry[Method] = Registry("tokred.methods")
+# What cache policies are made of: scores, budgets, fates, times, stores. They stand a floor above, and are imported
+# when one is asked for by name.
+parts: Registry[Any] = Registry("tokred.parts", "part", "tokred.kv.parts:Part")
 
 
 def register(name: str) -> Callable[[M], M]:

@@ -2,52 +2,21 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
-from tokred.core.checks import check_choice
+from tokred.core.checks import check_choice, check_flags
 from tokred.core.matching import mergeable
-from tokred.core.method import MANY, Method, Parameters
+from tokred.core.method import Parameters
+from tokred.core.place import Place, PlacedMethod
 from tokred.core.schedules import ScheduleLike, schedule
-from tokred.core.site import Site, Stage
+from tokred.core.site import Stage
 from tokred.encoder.metric import METRICS, Metric
 
 Where = Literal["mid", "end", "queries"]
 
 
-class Place(NamedTuple):
-    """The block that a method is asked about.
-
-    Attributes:
-        layer: which block, 0-based.
-        depth: of how many.
-        prefix: protected tokens in front, such as the class token.
-        suffix: protected tokens at the end.
-    """
-
-    layer: int
-    depth: int
-    prefix: int = 0
-    suffix: int = 0
-
-    @classmethod
-    def of(cls, site: Site) -> Place:
-        """The place that a site stands at."""
-        return cls(site.layer, site.depth, site.prefix, site.suffix)
-
-    @property
-    def protected(self) -> int:
-        """Tokens that are never reduced."""
-        return self.prefix + self.suffix
-
-    def free(self, n: int) -> int:
-        """How many of ``n`` tokens may be reduced."""
-        return n - self.prefix - self.suffix
-
-
-class BlockMethod(Method):
+class BlockMethod(PlacedMethod):
     """Base of all methods of the stage ``block``; subclasses are frozen dataclasses of their parameters.
 
     Attributes:
@@ -75,21 +44,6 @@ class BlockMethod(Method):
     def proportional(self) -> bool:
         """Whether attention adds the log of each token's size (proportional attention)."""
         return False
-
-    @abstractmethod
-    def tokens(self, n: int, place: Place) -> int:
-        """How many of ``n`` tokens remain after this block; where the count depends on the image, at most so many."""
-
-    def acts(self, n: int, place: Place) -> bool:
-        """Whether :meth:`reduce` is called at this place at all. An adapter that hears no runs the host's own block,
-        which makes "nothing to remove" the identity bit for bit; so does a method that answers with
-        :meth:`tokred.Reduction.identity`. By default :meth:`tokens` decides; methods whose count depends on the image
-        say so here."""
-        return self.tokens(n, place) != n
-
-    def removes(self, depth: int, layers: Iterable[int] | None = None) -> bool:
-        """Whether it acts anywhere on more tokens than any budget in numbers holds."""
-        return any(self.acts(MANY, Place(layer, depth)) for layer in (range(depth) if layers is None else layers))
 
 
 @dataclass(frozen=True)
@@ -132,6 +86,7 @@ class Compared(BlockMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice(self.metric, "metric", METRICS)
+        check_flags(prop_attn=self.prop_attn)
 
     @property
     def reads(self) -> frozenset[str]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokred.core.place import Place
 from tokred.core.reduction import Reduction
 from tokred.core.site import Site
 from tokred.core.soft import SoftReduction
-from tokred.encoder.method import BlockMethod, Place
+from tokred.encoder.method import BlockMethod
 
 
 def reduce_each(method: BlockMethod, site: Site, hidden: Tensor | None = None, *, always: bool = False) -> Reduction:

@@ -40,7 +40,7 @@ class Judged(NamedTuple):
 
 
 class Grant(NamedTuple):
-    """What a layer may hold.
+    """Rows that a layer may hold.
 
     Attributes:
         rows: of each sample, per head on average.

@@ -1,4 +1,4 @@
-"""What a site of a cache is described by: which slots are real, what a row costs, values that are made on demand."""
+"""Descriptions that a cache's site holds: which slots are real, what a row costs, values that are made on demand."""
 
 from __future__ import annotations
 
@@ -84,13 +84,13 @@ class Priced(Protocol):
 
 
 class Place(NamedTuple):
-    """What a budget in bytes has to know: what a row costs, and under a hard limit what else needs room.
+    """The room that a budget in bytes divides: what a row costs, and under a hard limit what else needs room.
 
     Attributes:
         heads: that each have a row of their own.
         row_bytes: of one row of one head.
         fixed: bytes of all layers together that are no rows to choose from.
-        coming: rows per head, of all layers together, that are left free for tokens to come.
+        coming: rows of one head, added up over all layers, that the budget leaves free: the next chunk needs them.
     """
 
     heads: int

@@ -32,7 +32,8 @@ class Clock:
         lengths: real tokens of each sample's prompt, once it is complete.
         base: tokens that shares are taken of, for each sample.
         measured: for each sample what the budget measured of the layers when it was last decided.
-        behind: slots that the first layer has seen and this one has not, since tokens left in between.
+        behind: how many slots fewer this layer has seen than the first one, where a method of the language model's
+            layers has removed tokens between the two.
     """
 
     prompt: int = -1
@@ -50,7 +51,7 @@ class Clock:
         return Clock(self.prompt, pick(self.lengths), pick(self.base), pick(self.measured), self.behind)
 
     def copy(self) -> Clock:
-        """One that is set apart from this."""
+        """A clock of the same time, that goes on by itself."""
         return replace(self)
 
     @property
@@ -288,7 +289,7 @@ class Engine:
         self.allocator.begin()
 
     def state(self) -> dict[str, Any]:
-        """What a snapshot keeps."""
+        """Values of the cache as a whole that a snapshot keeps."""
         return {"prompt": self.prompt, "steps": self.steps, "drafting": self.drafting, "streams": dict(self.streams)}
 
     def load(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What becomes of rows that are not kept: they are evicted, or merged into what is kept."""
+"""Fates of rows that are not kept: they are evicted, or merged into what is kept."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class Merge(Fate):
         return top | ends, torch.where(rest & ~ends & merged, into, -1), ends & merged, slots
 
     def _later(self, site: CacheSite, score: Tensor, guard: Tensor | None, counts: Counts, residual: Tensor) -> Choice:
-        """What is not among the best goes into the nearest residual row."""
+        """Merge every row that is not among the best into the nearest residual row."""
         sure = residual if guard is None else residual | guard
         slots = site.rows.get(SLOT)
         if slots is None:

@@ -15,7 +15,7 @@ _FAR = 1 << 40  # tokens, so that the length is no bound
 
 
 class Ledger:
-    """What each layer of a cache holds, in bytes of one sample; what would pass the limit is refused before it comes.
+    """Bytes of one sample that each layer holds; what would pass the limit is refused before it comes.
 
     Args:
         limit: bytes of all layers of one sample.

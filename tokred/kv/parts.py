@@ -36,7 +36,7 @@ class Part(ABC):  # noqa: B024 - its kinds have abstract methods
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if cls.__dict__.get("name"):
-            parts.add(cls.name, cls)  # type: ignore[arg-type]  # the registry is typed for methods
+            parts.add(cls.name, cls)
 
     def to_dict(self) -> dict[str, Any]:
         """The part as plain values."""
@@ -128,7 +128,7 @@ class Budget(Part):
         return self.amount if isinstance(self.amount, int) else None
 
     def of(self, amount: float | int | str) -> Budget:
-        """The same budget of another amount."""
+        """This budget with another amount."""
         return dataclasses.replace(self, amount=amount)  # type: ignore[type-var]
 
     def check(self, depth: int) -> None:
@@ -164,7 +164,7 @@ class Budget(Part):
 
     @property
     def shares(self) -> bool:
-        """Whether it is a share of the tokens."""
+        """Whether :attr:`amount` is a share of the tokens."""
         return isinstance(self.amount, float)
 
     def length(self, site: CacheSite) -> tuple[int, ...]:
@@ -189,7 +189,7 @@ class Budget(Part):
 
 
 class Fate(Part):
-    """What becomes of the rows that are not kept.
+    """Evicted or merged: the fate of rows that are not kept.
 
     Attributes:
         merges: whether rows are averaged into others, so that a store has to be able to.
@@ -244,9 +244,7 @@ class When(Part):
 
     def __post_init__(self) -> None:
         for field in ("every", "start", "chunk"):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{field} must be a whole number of tokens, got {value!r}")
+            check_count(getattr(self, field), field)
 
     def paced(self, depth: int) -> When:
         """With a limit on ``depth`` layers: as often as the room for half a chunk asks for, which all layers share."""
@@ -299,10 +297,13 @@ def as_part(value: object, base: type[P], argument: str) -> P:
 
 
 def _class(name: str, argument: str) -> type[Part]:
+    import tokred.kv  # noqa: F401 - makes those of this package known
+
     if name not in parts:
         near = difflib.get_close_matches(name, parts, n=3, cutoff=0.4)
         raise ValueError(f"{argument} is {name!r}; did you mean {' or '.join(map(repr, near or parts))}?")
-    return parts.get(name)  # type: ignore[return-value]
+    found: type[Part] = parts.get(name)
+    return found
 
 
 def check_amount(value: object, argument: str = "budget") -> float | int | str:

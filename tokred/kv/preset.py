@@ -48,7 +48,7 @@ class Preset(CachePolicy):
         """The budget, of the fields."""
 
     def make_fate(self) -> Fate:
-        """What becomes of the others: they are evicted."""
+        """The fate of rows that are not kept: they are evicted."""
         return _EVICT
 
     def make_when(self) -> When:
@@ -57,7 +57,7 @@ class Preset(CachePolicy):
 
     @property
     def parts(self) -> Parts:
-        """What the subclass makes."""
+        """All that the subclass makes, put together."""
         sinks, recent = getattr(self, "sinks", 0), getattr(self, "recent", 0)
         store = _FLAT if self.store is None else self.store
         assert isinstance(store, Store)  # made so above
@@ -86,5 +86,4 @@ class KVPreset(Preset):
         super().__post_init__()
 
     def make_budget(self) -> Budget:
-        """As given."""
         return as_budget(self.budget)

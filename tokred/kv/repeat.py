@@ -42,7 +42,7 @@ class Repeats(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What one forward repeats.
+    """Tokens that one forward repeats.
 
     Attributes:
         slots: for each sample the repeated tokens, as places in the recorded context; empty where it has none left.
@@ -83,7 +83,7 @@ def pieces(repeats: Repeats, real: Tensor, lengths: tuple[int, ...]) -> Iterator
 
 
 def tokens_of(piece: Piece, context: Tensor, embed: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor | None]:
-    """What a forward is fed.
+    """Tokens that a forward is fed.
 
     Args:
         piece: of the context.

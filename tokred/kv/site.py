@@ -348,13 +348,13 @@ class CacheSite(Site):
         return out
 
     def without_queries(self) -> CacheSite:
-        """The same, holding no queries: for choices that come later."""
+        """A copy that holds no queries: for choices that come later."""
         other = copy.copy(self)
         other._values = {**self._values, "q": None}
         return other
 
     def without_tensors(self) -> CacheSite:
-        """The same, holding neither queries nor rows, until :meth:`at` says which rows there are."""
+        """A copy that holds neither queries nor rows, until :meth:`at` says which rows there are."""
         other = self.without_queries()
         other._values = {**other._values, "k": None, "v": None}
         other._like = tuple(like(x, tuple(x.shape)) for x in self._like)
@@ -367,7 +367,7 @@ class CacheSite(Site):
     def at(
         self, k: Tensor | Made, v: Tensor | Made, positions: Tensor | None, ragged: bool, weights: Tensor | None
     ) -> CacheSite:
-        """The same layer after its rows have changed; for choices that need no queries any more."""
+        """The layer after its rows have changed; for choices that need no queries any more."""
         other = copy.copy(self)
         for name in ("real", "token", "order"):
             other.__dict__.pop(name, None)

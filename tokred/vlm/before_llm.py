@@ -18,11 +18,11 @@ from torch import Tensor
 
 from tokred.core.checks import check_choice
 from tokred.core.method import Parameters
+from tokred.core.place import Place, PlacedMethod
 from tokred.core.reduction import Reduction
 from tokred.core.site import Lazy, Site, Stage
 from tokred.errors import MissingInputError
 from tokred.kernels.column_scores import column_scores
-from tokred.vlm.method import VisualMethod
 from tokred.vlm.tools.budget import Budget, as_budget, count_of
 from tokred.vlm.tools.tiles import Tiles
 
@@ -216,7 +216,7 @@ _LESS = {"attention": "received", "space": "x", "relevance": "none"}
 
 
 @dataclass(frozen=True)
-class ProjectorMethod(VisualMethod):
+class ProjectorMethod(PlacedMethod):
     """Base of methods at the stage ``projector``.
 
     A subclass says how many of ``n`` tokens stay (:meth:`count`) and which (:meth:`choose`).
@@ -279,9 +279,9 @@ class ProjectorMethod(VisualMethod):
                 changes: dict[str, Any] = {k: less[k] for k in names}
                 yield words, dataclasses.replace(self, **changes)
 
-    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
+    def tokens(self, n: int, place: Place) -> int:
         """Protected tokens and :meth:`count` of the others."""
-        free = n - prefix - suffix
+        free = place.free(n)
         return n - free + min(free, self.count(free)) if free > 0 else n
 
     def reduce(self, site: Site) -> Reduction:
@@ -291,12 +291,12 @@ class ProjectorMethod(VisualMethod):
             ValueError: the images of the site are padded, or the budget is less than one token.
             MissingInputError: the site lacks something that the method reads.
         """
-        (b, n), place = site.shape, {"layer": site.layer, "depth": site.depth}
+        b, n = site.shape
         if site.mask is not None:
             raise ValueError("a site of the stage 'projector' has images of one length and no padding")
         if not isinstance(site, VisualSite):
             raise TypeError(f"{self.name!r} acts on a VisualSite, got {type(site).__name__}")
-        if n == 0 or not self.acts(n, **place):
+        if n == 0 or not self.acts(n, Place(site.layer, site.depth)):
             return Reduction.identity((b,), n, site.device)
         with torch.no_grad(), torch.autocast(site.device.type, enabled=False):
             return self.choose(site)

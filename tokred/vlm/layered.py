@@ -8,13 +8,13 @@ from typing import ClassVar
 
 import torch
 
+from tokred.core.place import Place, PlacedMethod
 from tokred.core.reduction import Reduction
 from tokred.core.site import Site, Stage
 from tokred.vlm.in_llm import LayerSite
-from tokred.vlm.method import VisualMethod
 
 
-class LayerMethod(VisualMethod):
+class LayerMethod(PlacedMethod):
     """Base of methods at the stage ``layer``: visual tokens leave before some decoder layers.
 
     ``n`` is always the number of visual tokens of a sample (of the one that has most).
@@ -47,7 +47,7 @@ class LayerMethod(VisualMethod):
         if not isinstance(site, LayerSite):
             raise TypeError(f"{self.name!r} acts on a LayerSite, got {type(site).__name__}")
         n = max(site.counts if self.visual else site.real, default=0)
-        if n == 0 or not self.acts(n, layer=site.layer, depth=site.depth):
+        if n == 0 or not self.acts(n, Place(site.layer, site.depth)):
             return Reduction.identity((site.shape[0],), site.shape[1], site.device)
         with torch.no_grad(), torch.autocast(site.device.type, enabled=False):
             step = self.choose(site)

@@ -47,12 +47,11 @@ class Adaptive(Budget):
         object.__setattr__(self, "amount", layers.amount)
 
     def of(self, amount: float | int | str) -> Adaptive:
-        """The same, with the layers' budget of another amount."""
+        """This budget, with another amount for the layers."""
         assert self.layers is not None  # set above
         return Adaptive(safe=self.safe, layers=self.layers.of(amount))
 
     def share(self, n: int, place: Place | None, layer: int, depth: int) -> int:
-        """As the layers' budget."""
         assert self.layers is not None  # set above
         return self.layers.share(n, place, layer, depth)
 

@@ -105,7 +105,7 @@ class Grouped(Allocator):
 
 @functools.lru_cache(maxsize=64)
 def _labels(values: tuple[float, ...], groups: int) -> list[int]:
-    """As :func:`cluster`; all layers ask for the same, at every step."""
+    """Labels of :func:`cluster`, kept: all layers ask for the same, at every step."""
     return cluster(list(values), groups)
 
 

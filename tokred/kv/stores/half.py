@@ -47,7 +47,6 @@ class Half(Store):
         return sum(x.shape[-1] * min(2, x.element_size()) for x in (keys, values)) + POSITION
 
     def fresh_bytes(self, keys: Tensor, values: Tensor) -> int:
-        """As they come."""
         return plain_bytes(keys) + plain_bytes(values) + POSITION
 
 

@@ -63,6 +63,10 @@ class Store(Part):
     def open(self) -> Shelf:
         """An empty shelf, for one layer."""
 
+    def shelves(self, depth: int) -> list[Shelf]:
+        """Empty shelves for the ``depth`` layers of one cache, in order; a store may let them know of each other."""
+        return [self.open() for _ in range(depth)]
+
     def check(self, keys: Tensor, values: Tensor) -> None:
         """Refuse rows ``[B, Hk, n, D]`` that cannot be held, before the first are.
 
@@ -90,7 +94,7 @@ class Store(Part):
         return 0
 
     def tight(self) -> Store:
-        """The same store, holding no empty rows.
+        """A store like this one that holds no empty rows.
 
         Raises:
             ValueError: it always may.
@@ -227,7 +231,7 @@ class Shelf(ABC):
 
 
 def missing(store: Store, needs: dict[str, str]) -> str:
-    """What a store cannot do of what is needed, as a sentence; empty where it can do all.
+    """Abilities that a store lacks of those needed, as a sentence; empty where it has all.
 
     Args:
         store: to be asked.

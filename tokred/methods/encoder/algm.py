@@ -9,15 +9,16 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tokred.core.checks import check_choice, check_count
+from tokred.core.checks import check_choice, check_count, check_flags
 from tokred.core.matching import bipartite_uneven_matching
 from tokred.core.method import Parameters
+from tokred.core.place import Place
 from tokred.core.ragged import bounds, pack, with_protected
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.selection import ranked
 from tokred.core.site import Site
-from tokred.encoder.method import BlockMethod, Place
+from tokred.encoder.method import BlockMethod
 from tokred.errors import MissingInputError
 from tokred.kernels.similarity_rows import Windows, grid_regions, similarity_sum, unit
 
@@ -66,6 +67,7 @@ class ALGM(BlockMethod):
     prop_attn: bool = False
 
     def __post_init__(self) -> None:
+        check_flags(prop_attn=self.prop_attn)
         for name in ("T", "theta"):
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from tokred.core.checks import check_blocks, check_blocks_exist
 from tokred.core.method import Parameters
+from tokred.core.place import Place
 from tokred.core.ragged import pack, with_protected
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.site import Site
 from tokred.encoder.importance import class_value
-from tokred.encoder.method import BlockMethod, Place
+from tokred.encoder.method import BlockMethod
 
 FEWEST = 8  # tokens that a share leaves at least, as the authors' code has it
 Number = int | float | None

@@ -9,13 +9,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokred.core.checks import check_count, check_share
+from tokred.core.checks import check_count, check_flags, check_share
 from tokred.core.method import Parameters
+from tokred.core.place import Place
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.schedules import whole
 from tokred.core.site import Site
-from tokred.encoder.method import BlockMethod, Place
+from tokred.encoder.method import BlockMethod
 from tokred.encoder.padding import reduce_each
 
 
@@ -46,6 +47,7 @@ class Downsample(BlockMethod):
     prop_attn: bool = True
 
     def __post_init__(self) -> None:
+        check_flags(prop_attn=self.prop_attn)
         check_share(self.keep, "keep")
         check_count(self.block, "block")
 

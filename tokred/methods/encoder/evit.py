@@ -8,14 +8,15 @@ from typing import ClassVar
 
 import torch
 
-from tokred.core.checks import check_blocks, check_blocks_exist, check_share
+from tokred.core.checks import check_blocks, check_blocks_exist, check_flags, check_share
 from tokred.core.method import Parameters
+from tokred.core.place import Place
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.schedules import is_listed, kept_ceil
 from tokred.core.selection import protected_rows, ranked
 from tokred.core.site import Site
-from tokred.encoder.method import BlockMethod, Place
+from tokred.encoder.method import BlockMethod
 from tokred.encoder.padding import reduce_each
 
 
@@ -45,6 +46,7 @@ class EViT(BlockMethod):
     normalise: bool = False
 
     def __post_init__(self) -> None:
+        check_flags(fuse=self.fuse, normalise=self.normalise)
         check_share(self.kappa, "kappa (the kept share)")
         object.__setattr__(self, "blocks", check_blocks(self.blocks))
 

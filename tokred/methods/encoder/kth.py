@@ -10,11 +10,12 @@ import torch
 from tokred.core.checks import check_blocks, check_blocks_exist, check_count
 from tokred.core.matching import match_to
 from tokred.core.method import Parameters
+from tokred.core.place import Place
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.selection import protected_rows
 from tokred.core.site import Site
-from tokred.encoder.method import Compared, Place
+from tokred.encoder.method import Compared
 from tokred.encoder.metric import Metric, read_metric
 from tokred.encoder.padding import reduce_each
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,12 +11,13 @@ from torch import Tensor
 
 from tokred.core.checks import check_count
 from tokred.core.method import Parameters
+from tokred.core.place import Place
 from tokred.core.ragged import pack, with_protected
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.selection import ranked
 from tokred.core.site import Site
-from tokred.encoder.method import BlockMethod, Place
+from tokred.encoder.method import BlockMethod
 
 FLOOR = 1e-5  # the smallest threshold that takes effect
 
@@ -57,6 +58,8 @@ class LTP(BlockMethod):
     min_keep: int | None = None
 
     def __post_init__(self) -> None:
+        if self.thresholds is not None and not isinstance(self.thresholds, Iterable):
+            raise TypeError(f"thresholds must be a list of numbers, got {self.thresholds!r}")
         given = [self.theta_final] if self.thresholds is None else list(self.thresholds)
         for i, theta in enumerate(given):
             name = "theta_final" if self.thresholds is None else f"thresholds[{i}]"

@@ -9,16 +9,17 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tokred.core.checks import check_choice, check_count
+from tokred.core.checks import check_choice, check_count, check_flags, check_number
 from tokred.core.matching import bipartite_soft_matching, bipartite_uneven_matching, match_to
 from tokred.core.method import Parameters
+from tokred.core.place import Place
 from tokred.core.ragged import pack, with_protected
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.schedules import kept
 from tokred.core.selection import protected_rows, ranked
 from tokred.core.site import Site
-from tokred.encoder.method import Compared, Place
+from tokred.encoder.method import Compared
 from tokred.encoder.metric import Metric, read_metric
 from tokred.kernels.similarity_rows import best_match, similarity_sum
 
@@ -89,6 +90,10 @@ class PiToMe(Compared):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_flags(size_weighted=self.size_weighted)
+        for name in ("margin", "alpha", "fall"):
+            if not (name == "fall" and self.fall is None):
+                check_number(getattr(self, name), name)
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float) or not 0 < self.ratio <= 1:
             raise ValueError(f"ratio is the kept share and must lie in (0, 1], got {self.ratio!r}")
         if not -1 <= self.margin <= 1:

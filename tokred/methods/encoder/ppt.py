@@ -8,16 +8,17 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tokred.core.checks import check_blocks, check_blocks_exist, check_choice
+from tokred.core.checks import check_blocks, check_blocks_exist, check_choice, check_flags
 from tokred.core.matching import bipartite_soft_matching, mergeable, without_padding
 from tokred.core.method import Parameters
+from tokred.core.place import Place
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.schedules import ScheduleLike, is_listed, schedule
 from tokred.core.selection import protected_rows, ranked
 from tokred.core.site import Site
 from tokred.encoder.importance import class_value
-from tokred.encoder.method import BlockMethod, Place
+from tokred.encoder.method import BlockMethod
 from tokred.encoder.metric import METRICS, Metric, read_metric
 from tokred.encoder.padding import reduce_each
 
@@ -70,6 +71,7 @@ class PPT(BlockMethod):
     metric: Metric = "k"
 
     def __post_init__(self) -> None:
+        check_flags(relative=self.relative, sort=self.sort, prop_attn=self.prop_attn)
         object.__setattr__(self, "r", schedule(self.r))
         object.__setattr__(self, "blocks", check_blocks(self.blocks))
         number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)

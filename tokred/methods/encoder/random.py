@@ -7,13 +7,15 @@ from typing import ClassVar
 
 import torch
 
+from tokred.core.checks import check_integer
 from tokred.core.matching import match_to
 from tokred.core.method import Parameters
+from tokred.core.place import Place
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.selection import protected_rows, random_order
 from tokred.core.site import Site
-from tokred.encoder.method import Compared, Place, Scheduled
+from tokred.encoder.method import Compared, Scheduled
 from tokred.encoder.metric import Metric, read_metric
 from tokred.encoder.padding import reduce_each
 
@@ -41,6 +43,10 @@ class RandomMerge(Compared, Scheduled):
     seed: int = 0
     prop_attn: bool = True
     metric: Metric = "k"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer(self.seed, "seed")
 
     def reduce(self, site: Site) -> Reduction:
         """Merge the first ``r`` tokens of a random order."""
@@ -72,6 +78,10 @@ class RandomPrune(Scheduled):
     drops: ClassVar[bool] = True
 
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer(self.seed, "seed")
 
     def most(self, n: int, place: Place) -> int:
         """All but one of the unprotected tokens."""

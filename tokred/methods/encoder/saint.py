@@ -9,14 +9,15 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from tokred.core.checks import check_blocks, check_blocks_exist, check_choice, check_count, check_number
+from tokred.core.checks import check_blocks, check_blocks_exist, check_choice, check_count, check_flags, check_number
 from tokred.core.method import Parameters
+from tokred.core.place import Place
 from tokred.core.ragged import bounds, pack, with_protected
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.selection import ranked
 from tokred.core.site import Site
-from tokred.encoder.method import BlockMethod, Place
+from tokred.encoder.method import BlockMethod
 from tokred.encoder.metric import head_mean
 from tokred.kernels.similarity_rows import best_match, similarity_count, similarity_sum, unit
 
@@ -86,6 +87,7 @@ class SAINT(BlockMethod):
     nearest: bool = False
 
     def __post_init__(self) -> None:
+        check_flags(nearest=self.nearest)
         if isinstance(self.tau, list | tuple):
             listed = tuple(None if t is None else check_number(t, f"tau[{i}]") for i, t in enumerate(self.tau))
             object.__setattr__(self, "tau", listed)

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from tokred.core.checks import check_count, check_share, is_count
 from tokred.core.method import Parameters
+from tokred.core.place import Place
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.schedules import kept_ceil, whole
 from tokred.core.selection import highest, protected_rows, ranked
 from tokred.core.site import Site
-from tokred.encoder.method import BlockMethod, Place, Where
+from tokred.encoder.method import BlockMethod, Where
 
 RECEIVED, ANSWERED = "spatten_received", "spatten_answered"
 LEAST = 0.01  # the smallest share of tokens that a layer keeps

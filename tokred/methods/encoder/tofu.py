@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tokred.core.checks import check_choice
+from tokred.core.checks import check_choice, check_flags
 from tokred.core.matching import bipartite_soft_matching
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
@@ -60,6 +60,7 @@ class ToFu(Compared, Scheduled):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_flags(by_size=self.by_size, inherit=self.inherit)
         whole = isinstance(self.switch, int) and not isinstance(self.switch, bool)
         if self.switch is not None and not (whole and self.switch >= 0):
             raise ValueError(f"switch must be a non-negative integer or None, got {self.switch!r}")

@@ -7,15 +7,16 @@ from typing import ClassVar
 
 import torch
 
-from tokred.core.checks import check_blocks, check_blocks_exist, check_share
+from tokred.core.checks import check_blocks, check_blocks_exist, check_flags, check_share
 from tokred.core.method import Parameters
+from tokred.core.place import Place
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.schedules import is_listed, kept_ceil
 from tokred.core.selection import highest, protected_rows
 from tokred.core.site import Site
 from tokred.encoder.importance import tokentm_score
-from tokred.encoder.method import BlockMethod, Place
+from tokred.encoder.method import BlockMethod
 
 
 @register("tokentm")
@@ -47,6 +48,7 @@ class TokenTMPrune(BlockMethod):
     direction_only: bool = False
 
     def __post_init__(self) -> None:
+        check_flags(length_only=self.length_only, direction_only=self.direction_only)
         check_share(self.keep, "keep (the kept share)")
         object.__setattr__(self, "blocks", check_blocks(self.blocks))
         if self.length_only and self.direction_only:

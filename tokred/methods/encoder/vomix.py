@@ -9,15 +9,16 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tokred.core.checks import check_choice
+from tokred.core.checks import check_choice, check_flags
 from tokred.core.method import Parameters
+from tokred.core.place import Place
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.schedules import kept
 from tokred.core.selection import protected_rows, ranked
 from tokred.core.site import Site
 from tokred.core.soft import SoftReduction
-from tokred.encoder.method import BlockMethod, Place, Where
+from tokred.encoder.method import BlockMethod, Where
 from tokred.encoder.metric import head_mean
 from tokred.kernels.gather_rows import gather_rows
 from tokred.kernels.similarity_rows import best_match, unit
@@ -65,6 +66,7 @@ class VoMix(BlockMethod):
     prop_attn: bool = False
 
     def __post_init__(self) -> None:
+        check_flags(mix_residual=self.mix_residual, track_size=self.track_size)
         if isinstance(self.r, bool) or not isinstance(self.r, int | float) or not 0 <= self.r <= 0.5:
             raise ValueError(f"r is the share mixed away and must lie in [0, 0.5], got {self.r!r}")
         number = isinstance(self.tau, int | float) and not isinstance(self.tau, bool)

@@ -8,15 +8,16 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tokred.core.checks import check_blocks, check_blocks_exist, check_choice, check_count
+from tokred.core.checks import check_blocks, check_blocks_exist, check_choice, check_count, check_flags, check_integer
 from tokred.core.method import Parameters
+from tokred.core.place import Place
 from tokred.core.ragged import pack, with_protected
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.schedules import is_listed, kept
 from tokred.core.selection import hash_uniform, ranked
 from tokred.core.site import Site
-from tokred.encoder.method import BlockMethod, Place
+from tokred.encoder.method import BlockMethod
 from tokred.encoder.metric import METRICS, Metric, read_metric
 from tokred.errors import MissingInputError
 from tokred.kernels.similarity_rows import best_match
@@ -71,6 +72,8 @@ class VTM(BlockMethod):
     blocks: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        check_flags(size_weighted=self.size_weighted)
+        check_integer(self.seed, "seed")
         check_choice(self.variant, "variant", ("naive", "centre", "boundary", "motion"))
         check_choice(self.metric, "metric", METRICS)
         check_count(self.gamma, "gamma", 2)

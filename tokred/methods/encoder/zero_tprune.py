@@ -10,14 +10,15 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tokred.core.checks import check_blocks, check_blocks_exist, check_choice, check_count, check_share
+from tokred.core.checks import check_blocks, check_blocks_exist, check_choice, check_count, check_number, check_share
 from tokred.core.method import Parameters
+from tokred.core.place import Place
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.schedules import kept_ceil
 from tokred.core.selection import highest, protected_rows, ranked
 from tokred.core.site import Site
-from tokred.encoder.method import BlockMethod, Place, Where
+from tokred.encoder.method import BlockMethod, Where
 from tokred.encoder.metric import head_mean
 from tokred.kernels.gather_rows import gather_rows
 from tokred.kernels.similarity_rows import best_match
@@ -90,6 +91,10 @@ class ZeroTPrune(BlockMethod):
         object.__setattr__(self, "T", tuple(self.T))
         for rounds in (*self.T, self.T_prime):
             check_count(rounds, "T and T_prime", 1)
+        for name in ("v_min", "v_max", "tolerance"):
+            check_number(getattr(self, name), name)
+        if self.cls_boost is not None:
+            check_number(self.cls_boost, "cls_boost")
         if not 0 <= self.v_min <= self.v_max:
             raise ValueError(f"v_min and v_max must be 0 <= v_min <= v_max, got {self.v_min!r} and {self.v_max!r}")
         if self.cls_boost is not None and not 0 < self.cls_boost < math.inf:

@@ -57,7 +57,7 @@ class ColumnSum(Score):
         site.rows[MASS] = received if before is None else before * self.decay ** site.arrived(m) + received
 
     def __call__(self, site: CacheSite) -> Tensor:
-        """What :meth:`observe` has added up."""
+        """The sum that :meth:`observe` has added up."""
         return site.rows[MASS]
 
 

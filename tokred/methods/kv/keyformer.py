@@ -81,7 +81,7 @@ class Gumbel(Score):
         site.rows[MASS] = received if before is None else before + received
 
     def __call__(self, site: CacheSite) -> Tensor:
-        """What :meth:`observe` has added up."""
+        """The sum that :meth:`observe` has added up."""
         return site.rows[MASS]
 
     def draw(self, site: CacheSite, query: Tensor, key: Tensor) -> Tensor | None:

@@ -68,7 +68,6 @@ class KVPolicy(CachePolicy):
 
     @property
     def parts(self) -> Parts:
-        """As given."""
         score, fate, store = self.score, self.fate, self.store
         assert isinstance(score, Score)  # made so above
         assert isinstance(fate, Fate)

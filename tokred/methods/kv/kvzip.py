@@ -64,7 +64,7 @@ class Reconstruction(Score):
         return Repeats(self.chunk, self.sinks, first, first if self.later is None else self.later, self.overlap)
 
     def __call__(self, site: CacheSite) -> Tensor:
-        """What the forwards that repeat have found.
+        """The attention that forwards which repeat have found.
 
         Raises:
             MissingInputError: there were none.

@@ -64,11 +64,9 @@ class Limited(CachePolicy):
         return parts._replace(budget=parts.budget.of(self.limit), when=when)
 
     def guards(self, n: int, rows: int) -> tuple[int, int]:
-        """As the policy."""
         return self.inner.guards(n, rows)
 
     def guarded(self, site: CacheSite, rows: tuple[int, ...]) -> Tensor:
-        """As the policy."""
         return self.inner.guarded(site, rows)
 
 

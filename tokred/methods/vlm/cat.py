@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tokred.core.checks import check_choice, check_count, is_count
 from tokred.core.method import Method, Parameters, from_dict
+from tokred.core.place import Place
 from tokred.core.reduction import Reduction
 from tokred.core.registry import methods, register
 from tokred.vlm.before_llm import ProjectorMethod, VisualSite
@@ -109,9 +110,9 @@ class CAT(ProjectorMethod):
         most = n if self.n_max is None else min(n, self.n_max)
         return min(n, -(-most // self.round_to) * self.round_to)
 
-    def acts(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> bool:
+    def acts(self, n: int, place: Place) -> bool:
         """Where an image has more tokens than ``n_min``."""
-        return n - prefix - suffix > self.n_min
+        return place.free(n) > self.n_min
 
     def choose(self, site: VisualSite) -> Reduction:
         """Score the images, give each its budget, let the method decide."""

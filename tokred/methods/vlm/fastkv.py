@@ -11,13 +11,14 @@ from torch import Tensor
 
 from tokred.core.checks import check_choice, check_share
 from tokred.core.method import Parameters
+from tokred.core.place import Place
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.schedules import kept
 from tokred.kv.parts import Budget, check_count
 from tokred.kv.policy import CachePolicy, Parts
 from tokred.kv.pooling import check_pool, pooled_columns
-from tokred.kv.site import Place
+from tokred.kv.site import Place as CachePlace
 from tokred.methods.kv.snapkv import Window
 from tokred.vlm.in_llm import LayerSite
 from tokred.vlm.layered import LayerMethod
@@ -132,11 +133,11 @@ class Stored(Budget):
         """The cap, where there is one."""
         return self.method.cap if self.method.mode == "constant" else None
 
-    def mean(self, n: int, place: Place | None, depth: int) -> int:
+    def mean(self, n: int, place: CachePlace | None, depth: int) -> int:
         """Of an early layer."""
         return self.method.stored(n, late=False)
 
-    def share(self, n: int, place: Place | None, layer: int, depth: int) -> int:
+    def share(self, n: int, place: CachePlace | None, layer: int, depth: int) -> int:
         """Of one layer, of the tokens that came to it."""
         return self.method.stored(n, late=layer > self.method.last_whole(depth))
 
@@ -181,9 +182,9 @@ class FastKVPropagation(LayerMethod):
                 f"tsp_layer is {layer}, but of the model's {depth} layers only 0 to {depth - 2} have one after them"
             )
 
-    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
+    def tokens(self, n: int, place: Place) -> int:
         """What goes on, at the layer after ``tsp_layer``."""
-        return self.method.propagated(n) if layer == self.method.last_whole(depth) + 1 else n
+        return self.method.propagated(n) if place.layer == self.method.last_whole(place.depth) + 1 else n
 
     def choose(self, site: LayerSite) -> Reduction:
         """One list for all heads: the best by pooled attention of the window, and the window."""

@@ -9,6 +9,7 @@ import torch
 
 from tokred.core.checks import check_choice, check_share
 from tokred.core.method import Parameters
+from tokred.core.place import Place
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.vlm.in_llm import LayerSite
@@ -66,9 +67,9 @@ class FastV(LayerMethod):
         """How many of ``n`` visual tokens stay, at least one."""
         return max(1, round(round(n * (1 - self.ratio), 9))) if n else 0
 
-    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
+    def tokens(self, n: int, place: Place) -> int:
         """:meth:`left` at its layer."""
-        return self.left(n) if layer == self.layer else n
+        return self.left(n) if place.layer == self.layer else n
 
     def choose(self, site: LayerSite) -> Reduction:
         """Keep the highest scores."""

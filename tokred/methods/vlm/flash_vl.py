@@ -9,6 +9,7 @@ import torch
 
 from tokred.core.checks import check_choice, check_count
 from tokred.core.method import Parameters
+from tokred.core.place import Place
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.vlm.before_llm import ProjectorMethod, Space, VisualSite
@@ -103,6 +104,6 @@ class Nemotron(FlashVL):
         """The tubelet."""
         return self.tubelet
 
-    def acts(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> bool:
+    def acts(self, n: int, place: Place) -> bool:
         """Unless every token is a cell."""
         return n > 1 and (self.s > 1 or self.tubelet > 1)

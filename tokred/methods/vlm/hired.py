@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tokred.core.checks import check_choice, check_share, is_count
 from tokred.core.method import Parameters
+from tokred.core.place import Place
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.schedules import kept
@@ -86,7 +87,7 @@ class HiRED(Budgeted):
             raise ValueError(f"budget is {self.budget:g}, which leaves none of {n} tokens; at least one has to stay")
         return found
 
-    def acts(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> bool:
+    def acts(self, n: int, place: Place) -> bool:
         """Unless everything stays; a number of tokens may be less than those of all tiles together."""
         return n > 0 and (is_count(self.budget) or self.budget < 1)
 

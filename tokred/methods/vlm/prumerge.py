@@ -11,6 +11,7 @@ from torch import Tensor
 from tokred.core.checks import check_choice, check_count, is_count
 from tokred.core.method import Parameters
 from tokred.core.overlap import OverlapReduction
+from tokred.core.place import Place
 from tokred.core.ragged import pack
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
@@ -108,9 +109,9 @@ class PruMerge(ProjectorMethod):
         """With a centre and the left-over token at least."""
         return replace(self, budget=max(2, n))
 
-    def acts(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> bool:
+    def acts(self, n: int, place: Place) -> bool:
         """Unless the budget holds all tokens, or there are no two of them."""
-        free = n - prefix - suffix
+        free = place.free(n)
         return free > 2 and (self.budget is None or self.count(free) < free)
 
     def choose(self, site: VisualSite) -> Reduction:

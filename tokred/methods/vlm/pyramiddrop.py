@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tokred.core.place import Place
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.vlm.in_llm import LayerSite
@@ -82,21 +83,21 @@ class PyramidDrop(LayerMethod):
         """Visual tokens of each stage, of ``n`` at the beginning."""
         return (n, *(_share(n, r) for r in self.ratios))
 
-    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
+    def tokens(self, n: int, place: Place) -> int:
         """What a stage leaves of the ``n`` that the stage before left, up to one token."""
-        found = self.boundaries(depth)
-        if layer not in found:
+        found = self.boundaries(place.depth)
+        if place.layer not in found:
             return n
-        stage = found.index(layer)
+        stage = found.index(place.layer)
         before = self.ratios[stage - 1] if stage else 1.0
         return min(n, _share(n, self.ratios[stage] / before))
 
-    def acts(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> bool:
+    def acts(self, n: int, place: Place) -> bool:
         """At its layers, unless they leave what there is."""
-        found = self.boundaries(depth)
-        if layer not in found or n == 0:
+        found = self.boundaries(place.depth)
+        if place.layer not in found or n == 0:
             return False
-        stage = found.index(layer)
+        stage = found.index(place.layer)
         return self.ratios[stage] < (self.ratios[stage - 1] if stage else 1.0)
 
     def choose(self, site: LayerSite) -> Reduction:

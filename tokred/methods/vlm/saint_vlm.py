@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tokred.core.checks import check_count
 from tokred.core.method import Parameters
+from tokred.core.place import Place
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.selection import ranked
@@ -84,14 +85,14 @@ class SAINTLayer(LayerMethod):
         """The first layer must exist, and have one behind it."""
         check_depth(self.start + 1, depth, "start + 1, where the first tokens leave,")
 
-    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
+    def tokens(self, n: int, place: Place) -> int:
         """At most ``n``: how many leave depends on the image."""
         return n
 
-    def acts(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> bool:
+    def acts(self, n: int, place: Place) -> bool:
         """Behind the layers from ``start`` to ``end``, where there are sources and destinations, and a cosine can
         reach the threshold."""
-        inside = self.start < layer <= self.end + 1 and self.tau <= 1
+        inside = self.start < place.layer <= self.end + 1 and self.tau <= 1
         return inside and self.max_r != 0 and n > max(1, self.min_tokens)
 
     def choose(self, site: LayerSite) -> Reduction:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tokred.core.checks import check_blocks, check_choice, check_count, check_share
 from tokred.core.method import Parameters
+from tokred.core.place import Place
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.selection import ranked
@@ -90,6 +91,7 @@ class SparseVLM(LayerMethod):
         check_share(self.recycle, "recycle", zero=True)
         check_count(self.cluster, "cluster", 1)
         check_choice(self.heads, "heads", ("mean", "priority"))
+        check_count(self.average, "average", 1)
 
     @property
     def reads(self) -> frozenset[str]:
@@ -100,9 +102,9 @@ class SparseVLM(LayerMethod):
         """Every layer must exist, and have one behind it."""
         check_depth(self.layers[-1] + 1, depth, "the layer behind the last of layers")
 
-    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
+    def tokens(self, n: int, place: Place) -> int:
         """At most one less where it acts: what is left depends on the prompt's first count."""
-        return n - 1 if n > 1 and layer - 1 in self.layers else n
+        return n - 1 if n > 1 and place.layer - 1 in self.layers else n
 
     def choose(self, site: LayerSite) -> Reduction:
         """Rate, keep the best, recycle some of the others."""

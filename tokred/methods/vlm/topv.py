@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tokred.core.checks import check_count, check_share
 from tokred.core.method import Parameters
+from tokred.core.place import Place
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.selection import highest
@@ -88,9 +89,9 @@ class TopV(LayerMethod):
         """The layer must exist, and have one behind it."""
         check_depth(self.layer + 1, depth, "layer + 1, where tokens leave,")
 
-    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
+    def tokens(self, n: int, place: Place) -> int:
         """The budget behind its layer."""
-        return count_of(self.budget, n) if layer == self.layer + 1 else n
+        return count_of(self.budget, n) if place.layer == self.layer + 1 else n
 
     def choose(self, site: LayerSite) -> Reduction:
         """Send, rank, take some back; sample by sample."""

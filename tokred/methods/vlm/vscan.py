@@ -11,6 +11,7 @@ from torch import Tensor
 from tokred.core.checks import check_count, check_share
 from tokred.core.matching import match_to
 from tokred.core.method import Parameters
+from tokred.core.place import Place
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.selection import ranked
@@ -144,10 +145,10 @@ class VScanLayer(LayerMethod):
         if self.layer is not None:
             check_depth(self.layer, depth)
 
-    def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
+    def tokens(self, n: int, place: Place) -> int:
         """The budget at its layer."""
-        here = depth // 2 if self.layer is None else self.layer
-        return count_of(self.budget, n) if layer == here else n
+        here = place.depth // 2 if self.layer is None else self.layer
+        return count_of(self.budget, n) if place.layer == here else n
 
     def choose(self, site: LayerSite) -> Reduction:
         """Keep the highest scores."""

@@ -1,13 +1,13 @@
 """Search for the best composition of score, budget and fate at equal bytes, on text that no benchmark uses.
 
-    python -m benchmarks kv/search --out benchmarks/results/kv_search.csv
+    python -m benchmarks experiments/kv_search --out benchmarks/results/kv.csv
 
 One choice at a time: every score with the plain budget, then every budget with the best scores, then fates and sinks
 with the best pairs. A composition is judged by two numbers, at a quarter and at an eighth of the cache: perplexity over
 that of the full cache, and keys found, the question asked after compressing. ``loss`` is the log of the first plus
 the share of keys that the full cache finds and this one does not: one key of twelve at one budget is 0.04 of it.
-Trials in the file are not repeated. The arm ``composed`` of ``benchmarks/kv/cache.py`` is the plainest composition
-within a key of the best; there it is measured on other text.
+Trials in the file are not repeated. The arm ``composed`` of ``benchmarks/kv/quality.py`` is not the best of the trials
+but the plainest one within a key of it; there it is measured on other text.
 """
 
 from __future__ import annotations
@@ -16,18 +16,17 @@ import argparse
 import math
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import tokred
-from benchmarks.kv import prompt as kv_prompt
+from benchmarks.kv import feed
 from benchmarks.kv import quality as kv_quality
-from benchmarks.kv.arms import held_bytes
+from benchmarks.saving import save, saving
 from benchmarks.zoo import data, smollm2
 from tokred import kv
-from tokred.bench import results as outputs
+from tokred.bench import results
 
 BUDGETS = (0.25, 0.125)
 PARTS = ("score", "budget", "fate", "guard")
@@ -78,9 +77,9 @@ class Judge:
         self.model, self.tokenizer = model, tokenizer
         with torch.inference_mode():
             self.window = text[None, :length]
-            self.reading = kv_prompt.read(model, self.window)[0]
+            self.reading = feed.read(model, self.window)[0]
             groups = kv_quality.haystacks(tokenizer, text[length:], length, keys, seed=2)
-            self.groups = [(g, kv_prompt.read(model, torch.stack([h.context for h in g]))[0]) for g in groups]
+            self.groups = [(g, feed.read(model, torch.stack([h.context for h in g]))[0]) for g in groups]
         self.full = (1.0, 1.0)
         self.full = self.measure(tokred.make("snapkv", budget=1.0))[:2]
 
@@ -90,7 +89,7 @@ class Judge:
         n, right, count = self.window.shape[1] * 3 // 4, 0, 0
         with tokred.applied(self.model, policy):
             cache = self.reading.fill(tokred.kv_cache(self.model), n - 1)
-            held = held_bytes(cache)
+            held = feed.held_bytes(cache)
             logits = self.model(self.window[:, n - 1 : -1], past_key_values=cache).logits[0].float()
             loss = torch.nn.functional.cross_entropy(logits, self.window[0, n:]).item()
             for group, prompt in self.groups:
@@ -121,11 +120,11 @@ def composition(score: str, budget: str, fate: str = "evict", guard: str = "") -
 def main() -> None:
     """Search, and write every trial."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="CSV file; trials in it are kept")
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--keys", type=int, default=3, help="for each of four depths")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
     parser.add_argument("--threads", type=int)
+    saving(parser, required=True)
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -136,28 +135,30 @@ def main() -> None:
     text = tokenizer(data.handbook()[500_000:700_000], return_tensors="pt").input_ids[0]
     judge = Judge(model, tokenizer, text, arguments.length, arguments.keys)
     print(f"full cache: perplexity {judge.full[0]:.2f}, keys {judge.full[1]:.2f}", file=sys.stderr, flush=True)
-    rows = outputs.read_rows(arguments.out)
-    trials = {tuple(str(row.get(part, "")) for part in PARTS): float(row["loss"]) for row in rows}
-    started = time.perf_counter()
+    trials = {row["setting"]: row["loss"] for row in results.records(results.read(arguments.out), "search")}
+    losses: dict[tuple[str, ...], float] = {}
+    started = time.monotonic()
 
     def attempt(*names: str) -> None:
         names = (*names, *("evict", "")[len(names) - 2 :])
-        if names in trials:
+        text = results.pairs(dict(zip(PARTS, names, strict=True)))
+        known = trials.get(f"{text} share={BUDGETS[0]:g}")
+        if names in losses or known is not None:
+            losses.setdefault(names, math.inf if known is None else known)
             return
         try:
-            trials[names], found = judge.loss(composition(*names))
+            losses[names], found = judge.loss(composition(*names))
         except (TypeError, ValueError) as error:
-            trials[names], found = math.inf, []
+            losses[names], found = math.inf, []
             print(names, error, file=sys.stderr, flush=True)
         for budget, ratio, keys, held in found:
-            row = {"share": budget, "perplexity_ratio": ratio, "keys": keys, "bytes": held, "loss": trials[names]}
-            rows.append(dict(zip(PARTS, names, strict=True)) | row)
-        print(f"{time.perf_counter() - started:5.0f} s {trials[names]:.4f}", *names, file=sys.stderr, flush=True)
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        outputs.write_rows(arguments.out, rows)
+            row: dict[str, Any] = {"model": "smollm2-135m", "method": "kv", "setting": f"{text} share={budget:g}"}
+            row |= {"perplexity_ratio": ratio, "keys_found": keys, "bytes": held, "loss": losses[names]}
+            save([row | results.here("cpu", arguments.dtype)], "search", arguments)
+        print(f"{time.monotonic() - started:5.0f} s {losses[names]:.4f}", *names, file=sys.stderr, flush=True)
 
     def best(count: int) -> list[tuple[str, ...]]:
-        return sorted(trials, key=lambda names: trials[names])[:count]
+        return sorted(losses, key=lambda names: losses[names])[:count]
 
     for score, part in SCORES.items():
         # A score that repeats the context is made for a budget that all heads share.
@@ -169,7 +170,7 @@ def main() -> None:
         for fate in FATES:
             for guard in GUARDS:
                 attempt(score, budget, fate, guard)
-    print("best:", *best(1)[0], f"loss {trials[best(1)[0]]:.4f}")
+    print("best:", *best(1)[0], f"loss {losses[best(1)[0]]:.4f}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""A prompt that is read once and given to the caches of many policies.
+"""How the benchmarks of caches feed policies: prompts that are read once, layers that are filled by hand, and the work
+of a policy, to be timed or watched.
 
 Policies decide after a layer's attention, from its queries, keys and values, and never change what the prompt's own
 forward computes. So the model reads the prompt densely once, and every policy then gets exactly the tensors that it
@@ -8,7 +9,9 @@ compares with prompts that were really read under the policy.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +19,23 @@ from torch import Tensor
 
 import tokred
 from tokred import kv
+from tokred.adapters.kv import hooks
+from tokred.adapters.kv.layer import TokLayer
 from tokred.adapters.kv.repeat import repeat
+from tokred.bench.timing import entering
 from tokred.kv.engine import Engine
+from tokred.kv.policy import CachePolicy
+from tokred.kv.repeat import Probe
 from tokred.methods.kv.expected_attention import NOTES
+
+# All that a policy does stands in the first three; the others are parts of it.
+WORK: tuple[tuple[Any, str, str], ...] = (
+    (Engine, "observe", "policy"),
+    (Engine, "finish", "policy"),
+    (hooks, "repeat", "policy"),
+    (CachePolicy, "shrink", "select"),
+    (TokLayer, "apply", "evict"),
+)
 
 
 class Layer(NamedTuple):
@@ -197,3 +214,63 @@ def read(model: Any, ids: Tensor, mask: Tensor | None = None, *, logits: int = 1
         given = {} if mask is None else {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
         out = model(ids, past_key_values=cache, logits_to_keep=logits, **given).logits
     return Prompt(model.model, {"input_ids": ids, **given}, engine.layers, engine.padding, engine.streams), out
+
+
+@contextlib.contextmanager
+def watched(enter: Callable[[str], AbstractContextManager[object]]) -> Iterator[None]:
+    """While this lasts, ``enter(part)`` is entered around what policies do, by the parts of :data:`WORK`."""
+    with contextlib.ExitStack() as stack:
+        for owner, name, part in WORK:
+            stack.enter_context(entering(owner, name, lambda part=part: enter(part)))  # type: ignore[misc]
+        yield
+
+
+def held_bytes(cache: Any) -> int:
+    """What a cache holds, ours or transformers' own."""
+    if hasattr(cache, "nbytes"):
+        return int(cache.nbytes)
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def compressed(policy: Any, sites: Sequence[kv.CacheSite], make: type[TokLayer] = TokLayer) -> list[TokLayer]:
+    """Layers that have taken in a prompt and been compressed, without a model.
+
+    The context is not repeated for KVzip, whose number of rows does not depend on the scores: a window's stand in.
+
+    Args:
+        policy: of the cache.
+        sites: of every layer, what its attention had.
+        make: the class of the layers.
+    """
+    engine, held = Engine(policy, len(sites)), []
+    engine.begin()
+    for site in sites:
+        layer = make(engine, site.layer)
+        layer.append(site.k, site.v)
+        site.rows, site.notes = layer.rows, layer.notes
+        engine.observe(layer, site, 0)
+        held.append(layer)
+    if engine.repeats is not None:
+        probe = Probe(engine.repeats, sites[0].k.shape[2])
+        probe.best = {site.layer: kv.Window()(site) for site in sites}
+        engine.judged(probe)
+    engine.finish()
+    return held
+
+
+def read_in_parts(model: Any, ids: Tensor, chunk: int | None = None, first: int | None = None) -> Any:
+    """The cache of a patched model that has read a prompt.
+
+    Args:
+        model: patched.
+        ids: ``[B, N]``.
+        chunk: tokens of a forward; None: all at once.
+        first: tokens of a first forward, before the rest.
+    """
+    cache = tokred.kv_cache(model)
+    parts = [ids] if chunk is None else list(ids.split(chunk, 1))
+    if first is not None:
+        parts = [ids[:, :first], ids[:, first:]]
+    for part in parts:
+        model(part, past_key_values=cache, logits_to_keep=1)
+    return cache

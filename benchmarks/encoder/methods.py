@@ -1,45 +1,40 @@
 """Every vision method beside every other: at equal multiply-adds, at equal measured time, and what choosing costs.
 
-Three tables, each a CSV file in ``--out``:
+Two scenarios:
 
-- ``methods_embedded.csv`` and ``methods_dinov2.csv``: quality, speed and memory, every method at a few shares of the
-  model's multiply-adds. Where the number of tokens depends on the image, the multiply-adds are those of the images
-  that were tried, not an estimate. Plots go to ``docs/img/``.
-- ``methods_overhead.csv``: ViT-S/16 at 224, batch 8, random weights, near 60 % of the multiply-adds: the share of the
-  forward that each method's own work takes, deciding and merging, timed inside the forward.
+- ``methods``, on the embedded model and on DINOv2 (``--probe 150 --rounds 7`` in the committed table): quality, speed
+  and memory, every method at a few shares of the model's multiply-adds. Where the number of tokens depends on the
+  image, the multiply-adds are those of the images that were tried, not an estimate.
+- ``overhead``: ViT-S/16 at 224, batch 8, random weights, near 60 % of the multiply-adds: the share of the forward that
+  each method's own work takes, deciding and merging, timed inside the forward.
 
-The page ``docs/methods/comparison.md`` is made from these files by ``benchmarks/encoder/comparison.py``.
+``python -m benchmarks pages`` makes ``docs/methods/comparison.md`` and its plots from them.
 
-    python -m benchmarks encoder/all_methods --threads 2                      # everything
-    python -m benchmarks encoder/all_methods --only embedded --methods tome,saint --count 400
+    python -m benchmarks.zoo.fetch dinov2 skimage fashion
+    python -m benchmarks encoder/methods --threads 2 --out benchmarks/results/encoder.csv --overwrite    # everything
+    python -m benchmarks encoder/methods --only embedded --methods tome,saint --count 400
+    python -m benchmarks encoder/methods --quick
 """
 
 from __future__ import annotations
 
 import argparse
-import random
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
-from pathlib import Path
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
 from torch import nn
 
 import tokred
-from benchmarks.checkout import ROOT
-from benchmarks.encoder.vit_speed import quartiles
+from benchmarks.saving import save, saving
 from tokred.bench import arms as arms_of
 from tokred.bench import images as photos
 from tokred.bench import models as subjects
-from tokred.bench import results as outputs
+from tokred.bench import results, tasks, timing
 from tokred.bench import run as bench
-from tokred.bench import tasks
 from tokred.bench.arms import Arm
-from tokred.core import environment
 from tokred.core.registry import methods as registered
 from tokred.core.settings import parse_setting
 
@@ -132,7 +127,7 @@ def near_shares(model: nn.Module, names: Sequence[str], images: torch.Tensor, sh
 
 
 def run_bench(model: str, names: Sequence[str], args: argparse.Namespace) -> None:
-    """Quality, speed and memory of one model; writes the CSV file and the plot."""
+    """Quality, speed and memory of one model."""
     size = None if model == "embedded" else args.size
     subject = subjects.load(model, size=size)
     runs, left = bench.supported(subject, names)
@@ -151,28 +146,7 @@ def run_bench(model: str, names: Sequence[str], args: argparse.Namespace) -> Non
         if done % 50 == 0 or done == total:
             print(f"{model}: {done} of {total}", file=sys.stderr)
 
-    rows = bench.run(subject, task, arms, options, tick)
-    outputs.write_rows(args.out / f"methods_{model}.csv", rows)
-    bench.plot(rows, args.pictures / f"methods_{model}.png")
-
-
-class Clock:
-    """Adds up the seconds spent in some functions."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def watch(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, its time counted."""
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.seconds += time.perf_counter() - start
-
-        return run
+    save((row | {"scenario": "methods"} for row in bench.run(subject, task, arms, options, tick)), "", args)
 
 
 @torch.inference_mode()
@@ -187,42 +161,31 @@ def run_overhead(names: Sequence[str], args: argparse.Namespace) -> None:
     x = torch.randn(8, 3, 224, 224)
     full = arms_of.unpatched(model, x.shape)
     found = {name: arm for name in names if name in OVERHEAD and (arm := tried(model, OVERHEAD[name], x)) is not None}
-    own, whole = Clock(), Clock()
-    originals = {name: getattr(adapter_block, name) for name in ("decide", "follow")}
-    shares: dict[str, list[float]] = {name: [] for name in found}
-    seconds: dict[str, list[float]] = {name: [] for name in ("unpatched", *found)}
-    order = random.Random(0)
-    try:
-        for name, function in originals.items():
-            setattr(adapter_block, name, own.watch(function))
-        for _ in range(args.rounds):
-            names_now = list(seconds)
-            order.shuffle(names_now)
-            for name in names_now:
-                with nullcontext() if name == "unpatched" else tokred.applied(model, found[name].method):
-                    own.seconds = whole.seconds = 0.0
-                    whole.watch(model)(x)
-                seconds[name].append(whole.seconds)
-                if name != "unpatched":
-                    shares[name].append(own.seconds / whole.seconds)
-    finally:
-        for name, function in originals.items():
-            setattr(adapter_block, name, function)
+    entered = [full, *found.values()]
+    watch = timing.Watch()
+    own = [[0.0] * args.rounds for _ in entered]
+
+    def run(_: int) -> None:
+        watch.clear()
+        model(x)
+
+    def collect(arm: int, i: int, _: None) -> None:
+        own[arm][i] = watch.total()
+
+    with ExitStack() as stack:
+        for name in ("decide", "follow"):
+            stack.enter_context(watch.around(adapter_block, name, "own"))
+        enters = [lambda arm=arm: arm.applied(model) for arm in entered]
+        seconds = timing.paired(enters, run, args.rounds, collect=collect)
+    where = {"batch": len(x), "weights": "random", "rounds": args.rounds, **results.here("cpu", torch.float32)}
     rows = []
-    for name, arm in found.items():
-        speed = quartiles([u / m for u, m in zip(seconds["unpatched"], seconds[name], strict=True)])
-        low, middle, high = quartiles(shares[name])
-        rows.append(
-            {
-                "model": "vit_small_patch16_224 (random weights)", "method": name, "setting": arm.setting,
-                "tokens_out": arm.tokens_out, "gmacs_share": arm.macs / full.macs,
-                "own_work": middle, "own_work_q25": low, "own_work_q75": high,
-                "milliseconds": 1e3 * statistics.median(seconds[name]),
-                "speedup": speed[1], "speedup_q25": speed[0], "speedup_q75": speed[2],
-                "batch": 8, "rounds": args.rounds, "dtype": "float32", **environment.describe("cpu"),
-            }
-        )  # fmt: skip
-    outputs.write_rows(args.out / "methods_overhead.csv", rows)
+    for arm, mine, spent, faster in zip(entered, own, seconds, timing.ratios(seconds), strict=True):
+        row: dict[str, Any] = {"model": "vit_small_patch16_224", "method": arm.name, "setting": arm.setting, **where}
+        row |= {"tokens_out": arm.tokens_out, "gmacs_share": arm.macs / full.macs}
+        row |= results.spread("own_work", [a / b for a, b in zip(mine, spent, strict=True)])
+        row |= results.spread("ms", [1e3 * s for s in spent]) | results.spread("speedup", faster)
+        rows.append(row)
+    save(rows[1:], "overhead", args)
 
 
 def main() -> int:
@@ -236,17 +199,19 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--pictures", type=Path, default=ROOT / "docs" / "img")
+    parser.add_argument("--quick", action="store_true", help="the embedded model, two methods, 40 images, one round")
+    saving(parser)
     args = parser.parse_args()
+    if args.quick:
+        args.only, args.methods, args.count, args.rounds = ["embedded"], "downsample,evit", 40, 1
+        for name in ("downsample", "evit"):
+            CANDIDATES[name] = candidates(name)[::9]
     if args.threads:
         torch.set_num_threads(args.threads)
     names = args.methods.split(",") if args.methods else every_method()
     unknown = [n for n in names if n not in every_method()]
     if unknown:
         parser.error(f"--methods names {', '.join(unknown)}; known are {', '.join(every_method())}")
-    args.out.mkdir(parents=True, exist_ok=True)
-    args.pictures.mkdir(parents=True, exist_ok=True)
     for part in args.only or ["overhead", "embedded", "dinov2"]:
         if part == "overhead":
             run_overhead(names, args)

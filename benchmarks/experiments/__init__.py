@@ -1,0 +1,1 @@
+"""Searches that led to a setting; nothing in the documentation's tables depends on them."""

@@ -1,0 +1,1 @@
+"""Pages and plots of the documentation that are made from the tables of results."""

@@ -1,0 +1,161 @@
+"""The plots in docs/img that tables of results are enough for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from benchmarks.pages.markdown import Results
+from benchmarks.pages.tables import FAMILIES, MODES, RATIOS
+from tokred.bench import plots, results
+from tokred.bench import run as bench
+from tokred.bench.plots import Panel
+
+MIB = 2**-20
+KV = ("perplexity", "retrieval", "bytes", "bytes_window", "bytes_timed", "prefill_s", "decode_tokens_per_s")
+
+
+def draw(found: Results, folder: Path) -> list[Path]:
+    """All plots whose scenario has rows."""
+    (folder / "kv").mkdir(parents=True, exist_ok=True)
+    made = []
+    for part in (methods, demo, diffusion, vlm, kv_quality, kv_limit, kv_memory):
+        made += part(found, folder)
+    return made
+
+
+def _frame(found: Results, wing: str, scenario: str) -> pd.DataFrame:
+    return results.wide(found.tables.get(wing, ()), scenario)
+
+
+def methods(found: Results, folder: Path) -> list[Path]:
+    """Quality of every vision method against speed."""
+    made = []
+    for model in ("embedded", "dinov2"):
+        records = found.records("encoder", "methods", model=model)
+        if records:
+            made.append(bench.plot(records, folder / f"methods_{model}.png"))
+    return made
+
+
+def demo(found: Results, folder: Path) -> list[Path]:
+    """The plot of the demo."""
+    frame = _frame(found, "encoder", "demo")
+    if frame.empty:
+        return []
+    first = frame.iloc[0]
+    note = f"Embedded ViT, {first['top1_count']} test images of Fashion-MNIST, {first['threads']} threads, "
+    note += str(first["device"])
+    figure = plots.pareto(frame, title="Fewer tokens: accuracy against speed", note=note)
+    return [plots.save(figure, folder / "demo.png")]
+
+
+def diffusion(found: Results, folder: Path) -> list[Path]:
+    """Quality of a denoiser's images against speed, a line a family of settings."""
+    frame = _frame(found, "diffusion", "quality")
+    if frame.empty:
+        return []
+    family, amount = dict[tuple[str, str], str](), dict[tuple[str, str], str]()
+    for name, (method, form) in FAMILIES.items():
+        for ratio in RATIOS:
+            family[method, form.format(ratio)], amount[method, form.format(ratio)] = name, ratio
+    for mode in MODES:
+        for factor in "234":
+            key = ("todo", f"factors=(1,1,{factor}) mode={mode}")
+            family[key], amount[key] = f"ToDo, {mode}", factor
+    keys = list(zip(frame["method"], frame["setting"], strict=True))
+    frame = frame.assign(family=[family.get(k, "unpatched") for k in keys], amount=[amount.get(k, "") for k in keys])
+    faster = "times as fast as the unpatched denoiser"
+    panels = [
+        Panel("speedup", "psnr", faster, "PSNR to the unmerged image (dB)", notes="amount", order="amount"),
+        Panel("speedup", "mae", faster, "mean absolute error (lower is better)", order="amount"),
+        Panel("speedup", "spectrum_db", faster, "distance of spectra (dB, lower is better)", order="amount"),
+    ]
+    first = frame.iloc[0]
+    title = f"Terrain UNet, {int(frame['psnr_count'].max())} samples; {first['device']}, {first['threads']} threads"
+    return [plots.save(plots.lines(frame, panels, by="family", title=title), folder / "diffusion.png")]
+
+
+def vlm(found: Results, folder: Path) -> list[Path]:
+    """Exact answers over speed, and over the tokens left."""
+    frame = _frame(found, "vlm", "answers")
+    if frame.empty:
+        return []
+    base = frame[frame["method"] == "unpatched"].iloc[0]
+    level = (float(base["exact"]), "unpatched")
+    panels = [
+        Panel("speedup", "exact", "times as fast, whole forward", "exact answers (%)", times=100, level=level,
+              order="tokens_left"),
+        Panel("tokens_left", "exact", "visual tokens left of 256", "exact answers (%)", times=100, level=level,
+              xscale="log", ticks=((64, 32, 16), ("64", "32", "16"))),
+    ]  # fmt: skip
+    return [plots.save(plots.lines(frame, panels), folder / "vlm.png")]
+
+
+def kv_quality(found: Results, folder: Path) -> list[Path]:
+    """A plot a measure of cache policies: lines over the budget, or bars where there is one."""
+    frame = _frame(found, "kv", "quality")
+    if frame.empty:
+        return []
+    share = frame["setting"].str.removeprefix("budget=").replace("", "1").astype(float)
+    frame = frame.assign(share=share, asked=frame["asked"].fillna(""))
+    made = []
+    for metric in KV:
+        for (asked, batch, length), mine in frame[frame[metric].notna()].groupby(["asked", "batch", "length"]):
+            base = mine[mine["method"] == "unpatched"]
+            level = (float(base[metric].iloc[0]), "unpatched") if len(base) else None
+            budgets = sorted(mine.loc[mine["method"] != "unpatched", "share"].unique())
+            what = f"{length} tokens" + f", asked {asked}" * bool(asked) + f", batch {batch}" * (batch != 1)
+            if len(budgets) == 1:
+                panel = Panel("", metric, metric, " ", f"{what}, {100 * budgets[0]:g} % of the cache", level=level)
+            else:
+                ticks = (budgets, [f"{100 * b:g} %" for b in budgets])
+                panel = Panel("share", metric, "share of the cache kept", "", what, "log", ticks=ticks, level=level)
+            parts = [str(part) for part in (metric, asked, batch, length) if part != ""]
+            made.append(plots.save(plots.lines(mine, [panel]), folder / "kv" / f"{'_'.join(parts)}.png"))
+    return made
+
+
+def kv_limit(found: Results, folder: Path) -> list[Path]:
+    """Bytes over tokens under a hard limit: MiB of one policy beside a full cache, several as shares of their limit."""
+    frame = _frame(found, "kv", "limit")
+    if frame.empty:
+        return []
+    frame = frame[frame["most_bytes"].notna()]
+    limit = frame["setting"].str.extract(r"limit=(\d+)")[0].astype(float)
+    several = frame.groupby("model")["method"].transform("nunique") > 1
+    held = (frame["most_bytes"] * MIB).where(~several, 100 * frame["most_bytes"] / limit)
+    dense = (frame["dense_bytes"] * MIB).where(~several, 100 * frame["dense_bytes"] / limit)
+    frame = frame.assign(held=held, several=several, limit=limit)
+    full = frame.assign(method="keeps everything", held=dense).drop_duplicates(["model", "tokens"])
+    both = pd.concat([frame, full])
+    panels = []
+    for model, mine in frame.groupby("model", sort=False):
+        many, most = bool(mine["several"].iloc[0]), float(mine["limit"].iloc[0])
+        column = f"held, {model}"
+        both[column] = both["held"].where(both["model"] == model)
+        text = "% of the limit held, at most" if many else "MiB held, at most"
+        panels.append(
+            Panel("tokens", column, "tokens seen", text, f"{model}, {most * MIB:g} MiB",
+                  yscale="linear" if many else "log", level=(100.0 if many else most * MIB, "limit"),
+                  ylim=(0, 110) if many else None)
+        )  # fmt: skip
+    return [plots.save(plots.lines(both, panels, marks=False), folder / "kv_limit.png")]
+
+
+def kv_memory(found: Results, folder: Path) -> list[Path]:
+    """Memory of scoring and compressing over the length, beside the matrix that nobody makes."""
+    frame = _frame(found, "kv", "memory")
+    if frame.empty:
+        return []
+    lengths = sorted(frame["tokens"].unique())
+    last = frame[frame["tokens"] == lengths[-1]].sort_values("extra_bytes", ascending=False)
+    parts = [frame[frame["method"] == name] for name in last["method"]]
+    first = parts[0]
+    parts.append(first.assign(method="N x N numbers", extra_bytes=first["matrix_bytes"]))
+    parts.append(first.assign(method="keys and values of the prompt", extra_bytes=first["dense_bytes"]))
+    ticks = (lengths, [f"{n:,}" for n in lengths])
+    panel = Panel("tokens", "extra_bytes", "tokens of the prompt", "MiB above the memory in use before",
+                  "Scoring and compressing the cache of one layer", "log", "log", ticks, MIB)  # fmt: skip
+    return [plots.save(plots.lines(pd.concat(parts), [panel]), folder / "kv_memory.png")]

@@ -1,0 +1,18 @@
+"""The settings by which law tests run every method: a new row of the registry is in all of their tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokred.core.registry import methods
+from tokred.core.site import Stage
+
+
+def examples(stage: Stage) -> dict[str, dict[str, Any]]:
+    """Settings that remove something, of every method that acts at a stage."""
+    return {name: dict(cls.example) for name, cls in methods.of(stage).items()}
+
+
+def nothings(stage: Stage) -> dict[str, dict[str, Any]]:
+    """Settings that remove nothing, of every method at a stage that has such."""
+    return {name: dict(cls.nothing) for name, cls in methods.of(stage).items() if cls.nothing is not None}

@@ -1,0 +1,129 @@
+"""Metrics of the results: unit, interval, and a word each; and the conditions under which they are measured."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+QUARTILES = "quartiles over rounds"
+INTERVAL = "95 % interval"
+
+
+class Metric(NamedTuple):
+    """One kind of number.
+
+    Attributes:
+        unit: ``share`` (0 to 1), ``x`` (a ratio), ``ms``, ``bytes``, ...
+        doc: its meaning.
+        interval: what ``low`` and ``high`` are; empty: there are none.
+        of: the field of a record that says how many things were counted or averaged.
+    """
+
+    unit: str
+    doc: str
+    interval: str = ""
+    of: str = ""
+
+
+def _time(unit: str, doc: str) -> Metric:
+    return Metric(unit, doc, QUARTILES, "rounds")
+
+
+METRICS: dict[str, Metric] = {
+    # Work and tokens
+    "tokens_in": Metric("tokens", "that enter the first block"),
+    "tokens_out": Metric("tokens", "that leave the last block"),
+    "tokens_left": Metric("tokens", "of the reduced kind (visual, or of the finest attention) at the last layer"),
+    "tokens_mean": Metric("tokens", "mean over the inputs of all layers, text included"),
+    "gmacs": Metric("GMACs", "counted multiply-adds of one input"),
+    "gmacs_share": Metric("share", "of the unpatched model's multiply-adds"),
+    "ceiling": Metric("x", "how fast counted multiply-adds would let it be"),
+    # Quality
+    "top1": Metric("share", "of right answers", INTERVAL, "top1_images"),
+    "top1_difference": Metric(
+        "share", "of right answers, minus the unpatched model's on the same images", INTERVAL, "top1_images"
+    ),
+    "chance": Metric("share", "of the largest class", "", "top1_images"),
+    "agreement": Metric("share", "of the unpatched model's answers", INTERVAL, "images"),
+    "exact": Metric("share", "of answers that are right word for word", INTERVAL, "images"),
+    "cosine": Metric("cosine", "of features with the unpatched model's, mean over inputs", INTERVAL, "cosine_images"),
+    "cosine_lowest": Metric("cosine", "the same, of the worst input", "", "cosine_images"),
+    "saliency_mae": Metric("error", "mean absolute error of the restored saliency map", "", "cosine_images"),
+    "saliency_correlation": Metric("correlation", "of the restored saliency map", "", "cosine_images"),
+    "saliency_iou": Metric("share", "overlap of the salient parts", "", "cosine_images"),
+    "accuracy": Metric("share", "of topics that the linear probe names", INTERVAL, "texts"),
+    "word_error": Metric("share", "of the unmerged transcripts' words that are wrong", "", "words"),
+    "unchanged": Metric("share", "of transcripts that are the unmerged model's, word for word", INTERVAL, "prompts"),
+    "psnr": Metric("dB", "against the unmerged image of the same seed, mean over samples", INTERVAL, "samples"),
+    "mae": Metric("error", "mean absolute error against the unmerged image", INTERVAL, "samples"),
+    "spectrum_db": Metric("dB", "distance of the radial spectra to the unmerged image's", INTERVAL, "samples"),
+    "perplexity": Metric("perplexity", "of the tokens behind a compressed prompt", INTERVAL, "tokens_scored"),
+    "perplexity_ratio": Metric("x", "over the full cache's perplexity"),
+    "retrieval": Metric("share", "of hidden keys that the answer begins with", INTERVAL, "keys"),
+    "keys_found": Metric("share", "of the keys of a search"),
+    "loss": Metric("loss", "log of the ratio of perplexities plus the share of keys lost, mean over budgets"),
+    # Speed
+    "images_per_second": _time("images/s", "of whole forwards"),
+    "speedup": _time("x", "times as fast as the base of the same round"),
+    "of_ceiling": _time("x", "speed over that of the model that slices off as many tokens"),
+    "seconds": _time("s", "of a forward or a denoising step"),
+    "ms": _time("ms", "of a call or a forward"),
+    "chain_ms": _time("ms", "of the plain chain of torch operations"),
+    "floor_ms": Metric("ms", "least time of the call, as counted"),
+    "times_floor": Metric("x", "time over the floor"),
+    "reduce_share": Metric("share", "of the forward that deciding and merging take, by a profile"),
+    "own_work": _time("share", "of the forward that deciding and merging take"),
+    "plan_share": Metric("share", "of a step that deciding takes", "", "rounds"),
+    "prefill_ms": _time("ms", "of the prompt"),
+    "prefill_s": Metric("s", "of the prompt, read once"),
+    "decode_tokens_per_s": Metric("tokens/s", "median over generated tokens", "", "tokens_timed"),
+    "ms_a_token": _time("ms", "of a generated token"),
+    "ratio": _time("x", "time of a token over that of a dense cache of as many rows in the same round"),
+    "policy_ms": _time("ms", "all that a policy does at the end of a prompt"),
+    "score_ms": _time("ms", "observing and scoring"),
+    "select_ms": _time("ms", "budget and choice of rows"),
+    "evict_ms": _time("ms", "copying what stays"),
+    "policy_share": _time("share", "of the prompt's time that a policy takes"),
+    "kvpress_ms": _time("ms", "of kvpress, scoring one layer"),
+    "layers_ms": _time("ms", "of the decoder layers that were run"),
+    "dense_ms": _time("ms", "of the unpatched prompt"),
+    "dense_full_depth_ms": _time("ms", "the same, scaled to the real depth"),
+    "own_ms": _time("ms", "all that the patch does in the forward"),
+    "decide_ms": _time("ms", "deciding alone"),
+    "own_full_depth_ms": _time("ms", "all that the patch does, scaled to the real depth"),
+    "share_of_measured": _time("share", "of the dense prompt that the patch takes, at the layers that were run"),
+    "share_of_full_depth": _time("share", "of the dense prompt that the patch takes, at the real depth"),
+    "times_short": _time("x", "over an unpatched prompt of so few visual tokens"),
+    "times_short_full_depth": _time("x", "the same at the real depth"),
+    "tower_ms": Metric("ms", "of the tower, which no other figure holds"),
+    # Memory
+    "peak_mib": Metric("MiB", "peak: torch's on CUDA, else the process's resident high-water mark"),
+    "forward_mib": Metric("MiB", "the peak above what was in use before the forward"),
+    "call_mib": Metric("MiB", "that a call allocates at most at a time"),
+    "chain_mib": Metric("MiB", "the same of the plain chain"),
+    "memory_ratio": Metric("x", "memory of a call over the chain's"),
+    "bytes": Metric("bytes", "that a cache holds for a sample after the prompt", "", "prompts"),
+    "bytes_window": Metric("bytes", "the same after the prompts of the perplexity", "", "prompts"),
+    "bytes_timed": Metric("bytes", "the same after the prompts that are timed"),
+    "kvpress_bytes": Metric("bytes", "that kvpress's cache holds after the same prompt"),
+    "most_bytes": Metric("bytes", "held at any layer since the row before"),
+    "dense_bytes": Metric("bytes", "of a cache that keeps everything"),
+    "extra_bytes": Metric("bytes", "that scoring and compressing add to what is in use"),
+    "matrix_bytes": Metric("bytes", "that the attention of all queries to all keys would take"),
+    "rows_left": Metric("rows", "of the layer's cache after the prompt"),
+    # Checks
+    "error": Metric("error", "relative error against float64"),
+    "plain_error": Metric("error", "the same of the plain chain"),
+    "met": Metric("flag", "1 where the goal was reached"),
+    "failed": Metric("flag", "1 where the check against float64 failed"),
+    "refused": Metric("flag", "1 where the method refuses"),
+    "max_abs_difference": Metric("score", "largest difference of scores to kvpress"),
+    "largest": Metric("score", "largest score"),
+    "rows_differ": Metric("rows", "that one keeps and the other does not", "", "rows_kept"),
+}
+
+# How a number was taken, where the method's own setting does not say so; none is a parameter of a method.
+CONDITIONS = (
+    "asked", "length", "batch", "tokens", "stage", "case", "input", "size", "width", "depth", "full_depth",
+    "tower_depth", "moments", "rows", "weights", "answered_by", "data", "photos", "keeps", "visual", "text",
+    "decides", "goal", "memory", "quarter", "difficulty", "fed",
+)  # fmt: skip
