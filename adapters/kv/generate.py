@@ -15,8 +15,8 @@ from tokred.adapters.contract import (
     mask_length,
     words,
 )
-from tokred.adapters.swap import SETTINGS
 from tokred.adapters.kv.hooks import CacheSettings
+from tokred.adapters.swap import SETTINGS
 from tokred.kv.stores.store import missing
 
 
