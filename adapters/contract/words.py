@@ -15,6 +15,7 @@ _PLACES = {
     "M": "timm.models.{0}",
     "O": "open_clip.{0}",
 }
+_LLAVA = _PLACES["T"].format("llava")
 WORDS: dict[str, Word] = {}
 
 
@@ -86,7 +87,10 @@ BLOCK_MASK = _word(
     "attn_mask O transformer:ResidualAttentionBlock.forward",
 )
 
-ENCODED = _word("outputs of encoders", "mm_encoder_outputs T llava:LlavaModel.forward")
+ENCODED = _word(
+    "outputs of encoders",
+    Spelling("mm_encoder_outputs", "transformers", since="5.24", where=f"{_LLAVA}:LlavaModel.forward"),
+)
 # Of torch's function for attention, in its order.
 SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
@@ -156,7 +160,64 @@ SELF = _word(
     "attn T qwen2_5_vl:Qwen2_5_VLVisionBlock",
 )
 
+KEYS = _word("keys of a layer's cache", "keys T transformers.cache_utils:DynamicLayer")
+VALUES = _word("values of a layer's cache", "values T transformers.cache_utils:DynamicLayer")
+LAYERS = _word("layers of a cache", "layers T transformers.cache_utils:Cache")
+OFFLOADS = _word("whether a cache offloads", "offloading T transformers.cache_utils:Cache")
+PACKED = _word("rows that are quantised", "_dequantize T transformers.cache_utils:QuantizedLayer")
+SOFTCAP = _word("cap of logits of a call", "softcap T gemma2:Gemma2Attention")
+RELATIVE = _word(
+    "relative positions of rows",
+    "rel_pos_h T sam:SamVisionAttention",
+    "rel_pos_h M vision_transformer_sam:Attention",
+)
+RELATIVE_WIDE = _word(
+    "relative positions of columns",
+    "rel_pos_w T sam:SamVisionAttention",
+    "rel_pos_w M vision_transformer_sam:Attention",
+)
+TOWER_WINDOW = _word("window of a tower", "window_size T qwen2_5_vl:Qwen2_5_VisionTransformerPretrainedModel")
+FUSED = _word("whether attention is fused", "fused_attn M vision_transformer:Attention")
+POOL = _word("pool of tokens", "global_pool M vision_transformer:VisionTransformer")
+POOLER = _word(
+    "attention that pools",
+    "attn_pool M vision_transformer:VisionTransformer",
+    "attn_pool O transformer:VisionTransformer",
+)
+GRID = _word(
+    "grid of patches",
+    "grid_size M vision_transformer:PatchEmbed",
+    "grid_size O transformer:VisionTransformer",
+)
+ANY_GRID = _word("grid of an input", "dynamic_feat_size M vision_transformer:PatchEmbed")
+ROPE_OF_MODEL = _word("rotary embedding of a vision model", "rope M eva:Eva")
+ROPE_OF_MAP = _word("rotary embedding of a map", "rope_global M vision_transformer_sam:VisionTransformerSAM")
+VALUE_BIAS = _word("bias of values", "v_bias M eva:EvaAttention")
+ATTENTION_WIDTH = _word("width of an attention", "attn_dim M eva:EvaAttention")
+BATCH_FIRST = _word("whether samples come first", "batch_first O transformer:Transformer")
+COSINE = _word("scale of cosines", "logit_scale O transformer:Attention")
+FUSED_IN_CLIP = _word("whether attention of CLIP is fused", "use_fsdpa O transformer:Attention")
+CROSS = _word("whether attention reads a text", "is_cross_attention D attention_processor:Attention")
+CROSS_ONLY = _word("whether attention reads nothing but a text", "only_cross_attention D attention_processor:Attention")
+ADDED = _word("width of keys of a text", "added_kv_proj_dim D attention_processor:Attention")
+ADDED_KEY = _word("key projection of a text", "add_k_proj D attention_processor:Attention")
+JOINED_PROJECTIONS = _word("whether projections are fused", "fused_projections D attention_processor:Attention")
+PROCESSOR = _word("what computes an attention", "processor D attention_processor:Attention")
+BENEATH = _word(
+    "layer beneath an adapter", Spelling("base_layer", "peft", where="peft.tuners.tuners_utils:BaseTunerLayer")
+)
+MERGED = _word(
+    "whether an adapter is merged", Spelling("merged", "peft", where="peft.tuners.tuners_utils:BaseTunerLayer")
+)
+
 # ------------------------------------------------------------ attributes of configurations
+
+IMAGE = _word("side of an image", "image_size T clip:CLIPVisionConfig")
+SHRINK = _word("patches of a side that make a token", "scale_factor T idefics3:Idefics3Config")
+TILINGS = _word("sizes of tiled images", "image_grid_pinpoints T llava_next:LlavaNextConfig")
+PATCH_IN_TIME = _word(
+    "frames of a patch", "patch_size_t D transformers.cogvideox_transformer_3d:CogVideoXTransformer3DModel"
+)
 
 TEXT = _word("configuration of the text", "text_config T llava:LlavaConfig")
 VISION = _word("configuration of the tower", "vision_config T llava:LlavaConfig")
