@@ -176,7 +176,11 @@ RELATIVE_WIDE = _word(
     "rel_pos_w T sam:SamVisionAttention",
     "rel_pos_w M vision_transformer_sam:Attention",
 )
-TOWER_WINDOW = _word("window of a tower", "window_size T qwen2_5_vl:Qwen2_5_VisionTransformerPretrainedModel")
+SIDE = _word(
+    "side of a window",
+    "window_size T qwen2_5_vl:Qwen2_5_VisionTransformerPretrainedModel",
+    "window_size M vision_transformer_sam:Block",
+)
 FUSED = _word("whether attention is fused", "fused_attn M vision_transformer:Attention")
 POOL = _word("pool of tokens", "global_pool M vision_transformer:VisionTransformer")
 POOLER = _word(
@@ -193,7 +197,9 @@ ANY_GRID = _word("grid of an input", "dynamic_feat_size M vision_transformer:Pat
 ROPE_OF_MODEL = _word("rotary embedding of a vision model", "rope M eva:Eva")
 ROPE_OF_MAP = _word("rotary embedding of a map", "rope_global M vision_transformer_sam:VisionTransformerSAM")
 VALUE_BIAS = _word("bias of values", "v_bias M eva:EvaAttention")
-ATTENTION_WIDTH = _word("width of an attention", "attn_dim M eva:EvaAttention")
+ATTENTION_WIDTH = _word(
+    "width of an attention", Spelling("attn_dim", "timm", since="1.0.31", where="timm.layers.attention:Attention")
+)
 BATCH_FIRST = _word("whether samples come first", "batch_first O transformer:Transformer")
 COSINE = _word("scale of cosines", "logit_scale O transformer:Attention")
 FUSED_IN_CLIP = _word("whether attention of CLIP is fused", "use_fsdpa O transformer:Attention")

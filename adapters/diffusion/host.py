@@ -315,9 +315,7 @@ def _patches(config: Any, record: Denoiser) -> tuple[int, int]:
     if record.packed:
         return 2, 1
     size = words.PATCH.part(config) or 1
-    deep, high = (
-        (size[0], size[1]) if isinstance(size, list | tuple) else (getattr(config, "patch_size_t", None) or 1, size)
-    )
+    deep, high = (size[0], size[1]) if isinstance(size, list | tuple) else (words.PATCH_IN_TIME.part(config) or 1, size)
     return int(high), int(deep)
 
 
@@ -353,5 +351,5 @@ def _parts(model: nn.Module, loose: bool) -> list[Block]:
 
 def _plain(module: Any) -> bool:
     """Self-attention over the image alone: nothing of a text is added to its keys."""
-    cross = getattr(module, "is_cross_attention", False)
-    return not cross and getattr(module, "added_kv_proj_dim", None) is None and not module.only_cross_attention
+    cross = words.CROSS.part(module, False)
+    return not cross and words.ADDED.part(module) is None and not words.CROSS_ONLY.need(module)

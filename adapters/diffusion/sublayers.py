@@ -181,12 +181,12 @@ class Spot:
     def _half(self, module: Any, forward: Any, plan: Plan, call: Call, image: Tensor, role: str, batch: Batch) -> Any:
         """Fewer queries, or fewer keys and values."""
         # Before their projections where nothing but those stands between, which saves the projections, too.
-        plain = rotary.table_of(call.get) is None and not getattr(module, "fused_projections", False)
+        plain = rotary.table_of(call.get) is None and not words.JOINED_PROJECTIONS.part(module, False)
         if plain and self.kind == "attention":
             names = ("to_k", "to_v") if plan.part == "kv" else ("to_q",)
             seen = view(module, plan, names, plan.part == "q", batch)
             return self._viewed(module, forward, seen, call, role)
-        apart = call.get(words.TEXT_STATES) is None or getattr(module, "add_k_proj", None) is not None
+        apart = call.get(words.TEXT_STATES) is None or words.ADDED_KEY.part(module) is not None
         if plain and plan.part == "kv" and self.kind == "joint" and apart and not perturbs(module):
             return call.run(forward, view(module, plan, ("to_k", "to_v"), False, batch))
         reduction, now = plan.reduction, self.session.now

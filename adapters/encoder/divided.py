@@ -217,7 +217,7 @@ def divided_host(model: Any, around: Callable[[tuple[int, ...]], tuple[int, int]
                 f"the forward of {host_class(module).__name__} is not the one that is known here: it also uses "
                 f"{', '.join(sorted(used - KNOWN))}"
             )
-    size, patch = config.image_size, words.PATCH.need(config)
+    size, patch = words.IMAGE.need(config), words.PATCH.need(config)
     return DividedHost(
         family="transformers TimesformerModel",
         model=model,

@@ -161,7 +161,7 @@ class EncoderHost(Host):
         norms = (p for name, p in vectors if "norm" in name or "ln_" in name)
         width = next((p.shape[0] for p in norms), width)
         for module in block.modules():
-            width = getattr(module, "attn_dim", width)
+            width = words.ATTENTION_WIDTH.part(module, width)
         return BlockCost(attention, mlp, int(width))
 
     def plan(self, method: BlockMethod | None, shape: tuple[int, ...]) -> list[tuple[int, int, int]]:

@@ -79,7 +79,7 @@ def _host(model: Any) -> EncoderHost:
     blocks = [(f"transformer.resblocks.{i}", block) for i, block in enumerate(model.transformer.resblocks)]
     if not blocks:
         raise UnsupportedModelError("open_clip's VisionTransformer has no blocks")
-    if not getattr(model.transformer, "batch_first", True):
+    if not words.BATCH_FIRST.part(model.transformer, True):
         raise UnsupportedModelError("open_clip's VisionTransformer runs with batch_first=False; build it with True")
     first = blocks[0][1]
     recipe = MhaRecipe if isinstance(first.attn, nn.MultiheadAttention) else OwnRecipe
@@ -101,17 +101,17 @@ def _host(model: Any) -> EncoderHost:
         origin=model.conv1,
         tokens=lambda shape: _tokens(model, shape),
         outside_macs=lambda shape: _outside(model, shape),
-        grid=tuple(model.grid_size),
+        grid=tuple(words.GRID.need(model)),
     )
 
 
 def _pools(model: Any) -> bool:
     """Whether all tokens are read behind the blocks."""
-    return model.attn_pool is not None or model.pool_type != "tok" or bool(model.output_tokens)
+    return words.POOLER.need(model) is not None or model.pool_type != "tok" or bool(model.output_tokens)
 
 
 def _fused(attention: Any) -> bool:
-    return getattr(attention, "logit_scale", None) is None and bool(getattr(attention, "use_fsdpa", False))
+    return words.COSINE.part(attention) is None and bool(words.FUSED_IN_CLIP.part(attention, False))
 
 
 def _patches(model: Any, shape: tuple[int, ...]) -> int:

@@ -107,7 +107,7 @@ def _names(module: object) -> list[str]:
 
 
 def _sam(model: Any) -> EncoderHost:
-    turned = getattr(model, "rope_global", None) is not None
+    turned = words.ROPE_OF_MAP.part(model) is not None
     parts = Parts("norm1", "attn", "norm2", "num_heads", rotate=rotate if turned else None)
     return window_host(
         model,
@@ -135,7 +135,7 @@ def _host(model: Any) -> EncoderHost:
     _check_fused(blocks)
     first, names = blocks[0][1], set(_names(model))
     gemma = GEMMA in names
-    rope = getattr(model, "rope", None) is not None or gemma
+    rope = words.ROPE_OF_MODEL.part(model) is not None or gemma
     positions: dict[str, Callable[..., Any]] = {"rope": gather_rope} if rope else {}
     if gemma:
         positions = {"rope_cos": gather_embeddings, "rope_sin": gather_embeddings}
@@ -150,7 +150,7 @@ def _host(model: Any) -> EncoderHost:
         supplies.add("queries")
         if all(features(getattr(b.attn, "proj", None)) is not None for _, b in blocks):
             supplies.add("transform")
-    grid, origin = getattr(words.PATCHES.need(model), "grid_size", None), _origin(words.PATCHES.need(model), gemma)
+    grid, origin = words.GRID.part(words.PATCHES.need(model)), _origin(words.PATCHES.need(model), gemma)
     if origin is not None:
         supplies.add("grid")
     return EncoderHost(
@@ -176,7 +176,7 @@ def _host(model: Any) -> EncoderHost:
 
 def _pools(model: Any) -> bool:
     """Whether its head looks at all tokens, by an average, their maximum or attention."""
-    return getattr(model, "attn_pool", None) is not None or getattr(model, "global_pool", "token") != "token"
+    return words.POOLER.part(model) is not None or words.POOL.part(model, "token") != "token"
 
 
 def _origin(embed: Any, gemma: bool) -> nn.Module | None:
@@ -209,12 +209,12 @@ class UnpaddedRecipe(Recipe):
 
 def _check_fused(blocks: list[tuple[str, nn.Module]]) -> None:
     for name, block in blocks:
-        attentions = [m for m in block.modules() if hasattr(m, "fused_attn")]
+        attentions = [m for m in block.modules() if words.FUSED.on(m)]
         if not attentions:
             raise UnsupportedModelError(
                 f"the attention of {name} ({type(block).__name__}) has no fused form, so sizes could not reach it"
             )
-        if not all(a.fused_attn for a in attentions):
+        if not all(words.FUSED.need(a) for a in attentions):
             raise UnsupportedModelError(
                 f"the attention of {name} is not fused; set fused_attn = True on it "
                 "(timm.layers.set_fused_attn) and apply again"
@@ -265,10 +265,10 @@ def _grid(model: Any, shape: tuple[int, ...]) -> tuple[int, int]:
     embed = words.PATCHES.need(model)
     if GEMMA in _names(model):
         return int(shape[-2]) // int(words.PATCH.need(embed)[0]), int(shape[-1]) // int(words.PATCH.need(embed)[1])
-    if hasattr(embed, "dynamic_feat_size"):
-        h, w = embed.dynamic_feat_size(tuple(shape[-2:]))
+    if words.ANY_GRID.on(embed):
+        h, w = words.ANY_GRID.need(embed)(tuple(shape[-2:]))
         return int(h), int(w)
-    h, w = embed.grid_size
+    h, w = words.GRID.need(embed)
     return int(h), int(w)
 
 

@@ -135,7 +135,7 @@ class WindowRecipe(Recipe):
         settings: Settings = getattr(block, SETTINGS)
         shared, layer = settings.shared, settings.layer
         maps = x.permute(0, 2, 3, 1) if self.parts.channels_first else x
-        grid = Grid(maps.shape[1], maps.shape[2], int(block.window_size))
+        grid = Grid(maps.shape[1], maps.shape[2], int(words.SIDE.need(block)))
         out, state = None, WindowState(grid.area, grid=grid)
         if settings.active and shared.method.acts(grid.area, Place(layer, shared.depth)):
             if words.MAPS.of(self.bind(args, kwargs)):
@@ -187,7 +187,7 @@ class WindowRecipe(Recipe):
         assert rows is not None  # a step has been taken
         q, k, v = (merge_heads(step, t) for t in heads)
         mask = None
-        if getattr(attention, "rel_pos_h", None) is not None:
+        if words.RELATIVE.part(attention) is not None:
             with parameters_at_hand(attention):
                 mask = decomposed_bias(q, rows, state.grid.shape, attention)
         if rotate is not None:
@@ -232,6 +232,9 @@ def merge_heads(step: Reduction, t: Tensor) -> Tensor:
     return step.merge(t.transpose(1, 2).reshape(b, n, h * d), mode=mode).view(b, step.slots, h, d).transpose(1, 2)
 
 
+_RELATIVE = (words.RELATIVE, words.RELATIVE_WIDE)
+
+
 def decomposed_bias(q: Tensor, representative: Tensor, shape: tuple[int, int], attention: Any) -> Tensor:
     """The bias of relative rows and columns, of pairs of the tokens that are left.
 
@@ -245,10 +248,10 @@ def decomposed_bias(q: Tensor, representative: Tensor, shape: tuple[int, int], a
         ``(B, H, M, M)``: the bias of all pairs, were each query put back at its place, at the rows and columns left.
     """
     width = shape[1]
-    sides = zip((representative // width, representative % width), shape, ("rel_pos_h", "rel_pos_w"), strict=True)
+    sides = zip((representative // width, representative % width), shape, _RELATIVE, strict=True)
     terms, places = [], []
-    for at, size, name in sides:
-        table = relative_table(attention, size, check_at_hand(getattr(attention, name), name))  # (size, size, D)
+    for at, size, word in sides:
+        table = relative_table(attention, size, check_at_hand(word.need(attention), word.name))  # (size, size, D)
         terms.append(torch.einsum("bhmd,bmsd->bhms", q, table[at]))
         places.append(F.one_hot(at, size))
     chosen = torch.cat(places, -1).to(q.dtype).transpose(1, 2)  # (B, rows + columns, M)

@@ -54,7 +54,7 @@ class _Call(NamedTuple):
     @property
     def softcap(self) -> float | None:
         """Cap of the logits."""
-        return self.options.get("softcap") or None
+        return words.SOFTCAP.of(self.options) or None
 
 
 def attention(

@@ -150,14 +150,14 @@ def heads_of(given: Input, *, ran: bool) -> Heads:
 
 def _held(given: Input, index: int) -> Tensor | None:
     """Keys of the layer's cache, where its rows are the layer's columns."""
-    layers = getattr(given.cache, "layers", None)
+    layers = words.LAYERS.part(given.cache)
     if layers is None or index >= len(layers):
         return None
     layer = layers[index]
     # Keys of a compressed or quantised cache cannot be read as they are.
-    if getattr(layer, "compressed", False) or hasattr(layer, "dequantize") or hasattr(layer, "_dequantize"):
+    if getattr(layer, "compressed", False) or hasattr(layer, "dequantize") or words.PACKED.on(layer):
         return None
-    keys = getattr(layer, "keys", None)
+    keys = words.KEYS.part(layer)
     return keys if isinstance(keys, Tensor) and keys.ndim == 4 else None
 
 

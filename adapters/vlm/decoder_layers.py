@@ -267,7 +267,7 @@ class Inner:
 
         Such a layer numbers rows by what comes to it, and would take the next token for an earlier one.
         """
-        for held in getattr(self.forward.cache, "layers", [])[layer:]:
+        for held in words.LAYERS.part(self.forward.cache, [])[layer:]:
             if hasattr(held, "clock"):
                 held.clock.behind += count
 

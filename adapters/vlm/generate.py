@@ -62,9 +62,9 @@ def refuse(cache: Cache | None) -> None:
     """
     if cache is None:
         return
-    kinds = {type(layer).__name__ for layer in getattr(cache, "layers", [])}
+    kinds = {type(layer).__name__ for layer in words.LAYERS.part(cache, [])}
     static = sorted(k for k in kinds if k.startswith("Static"))
-    if static or not hasattr(cache, "layers"):
+    if static or not words.LAYERS.on(cache):
         raise ValueError(
             f"a {type(cache).__name__} has rows for every token of the prompt, and pruned prompts have fewer: leave "
             "cache_implementation out (a DynamicCache), or call tokred.remove(model) first"

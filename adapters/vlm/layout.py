@@ -206,7 +206,7 @@ def tiled(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: Tap
     from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
     vision = words.VISION.need(core.config)
-    side = vision.image_size // words.PATCH.need(vision)
+    side = words.IMAGE.need(vision) // words.PATCH.need(vision)
     base, rows, found = side * side, 0, []
     fits = tap.inputs is not None and tap.inputs.ndim == 3 and tap.inputs.shape[1] == base
     for n, size in zip(lengths(output), words.SIZES.at(given), strict=True):
@@ -215,7 +215,7 @@ def tiled(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: Tap
             found.append(Picture(n, (whole,) if n >= base else ()))
             rows += 1
             continue
-        high, wide = get_anyres_image_grid_shape(size, core.config.image_grid_pinpoints, vision.image_size)
+        high, wide = get_anyres_image_grid_shape(size, words.TILINGS.need(core.config), words.IMAGE.need(vision))
         places = torch.arange(high * side * wide * side).view(1, high * side, wide * side)
         left = unpad_image(places, size)[0]
         tiles = 1 + high * wide
@@ -324,7 +324,7 @@ def by_size(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: T
 def by_sample(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: Tap) -> list[Picture]:
     """Idefics3 and SmolVLM: all tiles of a sample together."""
     vision = words.VISION.need(core.config)
-    size = (vision.image_size // words.PATCH.need(vision)) ** 2 // core.config.scale_factor**2
+    size = (words.IMAGE.need(vision) // words.PATCH.need(vision)) ** 2 // words.SHRINK.need(core.config) ** 2
     found = []
     for n in lengths(output):
         parts = [Part(Span.line(i, size), square(size)) for i in range(0, n, size)]

@@ -212,7 +212,7 @@ def _all_seen(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _held(cache: Cache | None, layer: int, q: int) -> int:
     """Rows that the layer's attention sees of earlier forwards."""
-    layers = getattr(cache, "layers", [])
+    layers = words.LAYERS.part(cache, [])
     return int(layers[layer].get_mask_sizes(q)[0]) - q if layer < len(layers) else 0
 
 

@@ -299,8 +299,8 @@ def received(fused: Fused, tower: Any, grids: Tensor, picture: int) -> Tensor:
     from transformers.vision_utils import get_vision_window_index
 
     # Patches run in the order of their windows.
-    sides = {word: word.need(tower) for word in (words.JOINED, words.PATCH)}
+    sides = {word: word.need(tower) for word in (words.JOINED, words.SIDE, words.PATCH)}
     cells = arguments(get_vision_window_index, sides)
-    order, _ = get_vision_window_index(grids, **cells, window_size=tower.window_size)
+    order, _ = get_vision_window_index(grids, **cells)
     places = order[start // unit : (start + count) // unit].to(scores.device) - start // unit
     return torch.empty_like(scores).index_copy(1, places, scores)

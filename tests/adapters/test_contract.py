@@ -25,20 +25,27 @@ TABLES = {
     "encoder/transformers_tables.py", "vlm/families.py",
 }  # fmt: skip
 # Words that are tokred's own as well: kinds of sites and what they supply (strings), and fields of its classes.
-OWN_STRINGS = {"attention", "mlp"}
-OWN_FIELDS = {"attention", "attn", "blocks", "labels", "mlp", "scaling"}
+OWN_STRINGS = {"attention", "keys", "layers", "merged", "mlp", "rope", "softcap", "values"}
+OWN_FIELDS = {
+    "attention", "attn", "blocks", "keys", "labels", "layers", "merged", "mlp", "processor", "rope", "scaling",
+    "softcap", "values",
+}  # fmt: skip
 # What is spelled elsewhere for a reason, by file.
 EXCEPTIONS = {
     # Torch's own functions for attention, which is documented and keeps its names.
     "diffusion/inside.py": {"attn_mask"},
     "diffusion/weights.py": {"attn_mask"},
     "encoder/capture.py": {"attn_mask", "is_causal", "num_heads"},
+    # A subclass of the host's cache, which has the host's fields.
+    "kv/cache.py": {"offloading"},
     # Layouts of blocks, and the lists that hold them.
     "diffusion/host.py": {"attn", "blocks"},
     # All that the code of known forwards names, to be compared with what is installed, and parts of these classes.
-    "encoder/divided.py": {"patch_size", "num_heads", "qkv"},
-    "encoder/timm.py": {"attn", "k_norm", "num_heads", "q_norm", "qkv"},
-}
+    "encoder/divided.py": {"image_size", "num_heads", "patch_size", "qkv"},
+    "encoder/timm.py": {
+        "attn", "fused_attn", "k_norm", "num_heads", "q_norm", "qkv", "rel_pos_h", "rel_pos_w", "window_size",
+    },
+}  # fmt: skip
 
 
 class Cache:

@@ -63,9 +63,16 @@ def states(model: nn.Module, name: str) -> Tensor:
         return model(input_ids=ids, **{name: mask}).last_hidden_state  # type: ignore[no-any-return]
 
 
+FASTKV = {"window": 4, "cap": 12, "tsp_len": 8, "tsp_layer": 1}
 HOSTS = {
     "a layer of an encoder": (text_encoder, transformers.BertLayer, "attention_mask", "tome", {"r": 3}),
-    "a decoder": (language_model, transformers.LlamaModel, "mask", "fastkv", {"window": 4, "cap": 12, "tsp_len": 8, "tsp_layer": 1}),
+    "a decoder": (
+        language_model,
+        transformers.LlamaModel,
+        "mask",
+        "fastkv",
+        FASTKV,
+    ),
 }
 
 
