@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import tokred
-from tokred.core.registry import methods
+from tokred.core.registry import methods, parts
 
 
 class Plugins:
@@ -26,11 +26,14 @@ class Plugins:
         self.folder = folder
         self.entries: list[EntryPoint] = []
 
-    def add(self, name: str, module: str, source: str, attribute: str = "Plugin") -> None:
-        """Write a module, and declare the method in it."""
+    def add(
+        self, name: str, module: str, source: str, attribute: str = "Plugin", group: str = "tokred.methods"
+    ) -> None:
+        """Write a module, and declare the method, or with the group ``tokred.parts`` the part of policies, in it."""
         (self.folder / f"{module}.py").write_text(source, "utf-8")
-        self.entries.append(EntryPoint(name, f"{module}:{attribute}", "tokred.methods"))
-        methods._discovered = False  # as if it had been installed before tokred was asked for anything
+        self.entries.append(EntryPoint(name, f"{module}:{attribute}", group))
+        # As if it had been installed before tokred was asked for anything.
+        methods._discovered = parts._discovered = False
 
 
 @pytest.fixture
@@ -41,11 +44,17 @@ def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Plugins
     others = importlib.metadata.entry_points
     monkeypatch.setattr(
         "importlib.metadata.entry_points",
-        lambda **given: made.entries if given.get("group") == "tokred.methods" else others(**given),
+        lambda **given: (
+            [entry for entry in made.entries if entry.group == given["group"]]
+            if given.get("group") in ("tokred.methods", "tokred.parts")
+            else others(**given)
+        ),
     )
-    fresh = {"_targets": dict(tokred.methods.TARGETS), "_discovered": False, "_plugins": {}, "_refused": {}}
-    for name, value in fresh.items():
-        monkeypatch.setattr(methods, name, value)
+    own = {methods: tokred.methods.TARGETS, parts: tokred.methods.SCORES | tokred.methods.PARTS}
+    for registry, targets in own.items():
+        fresh = {"_targets": dict(targets), "_discovered": False, "_plugins": {}, "_refused": {}}
+        for name, value in fresh.items():
+            monkeypatch.setattr(registry, name, value)
     yield made
     for name, module in tuple(sys.modules.items()):
         if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):

@@ -22,6 +22,7 @@ from tokred.adapters.encoder.state import Shared, TokenState
 from tokred.adapters.linear import value_transform
 from tokred.adapters.swap import SETTINGS as SETTINGS
 from tokred.adapters.swap import Hook
+from tokred.core.attention import Attention
 from tokred.core.place import Place
 from tokred.core.reduction import Reduction
 from tokred.core.site import Site
@@ -314,14 +315,21 @@ def decide(settings: Settings, capture: Capture, state: TokenState, x: Tensor) -
     if hidden is not None:
         real = ~hidden if real is None else real & ~hidden
         hidden = hidden if state.mask is None else hidden & state.mask
+    scale = capture.scale
+
+    def attention() -> Attention | None:
+        # Methods may be shown keys as they are before rotary embedding; these are the ones that the layer uses.
+        q, k = capture.q, capture.k
+        if q is None or k is None:
+            return None
+        return Attention(q, k, bias=capture.key_bias(), scale=scale, mask=real, votes=real)
+
     site = Site(
         x=x,
         q=lambda: capture.q,
         k=tapped if tapped is not None else lambda: capture.k,
         v=lambda: capture.v,
-        attention_k=lambda: capture.k,
-        bias=capture.key_bias,
-        scale=capture.scale,
+        attention=attention,
         transform=capture.transform,
         sizes=state.size,
         mask=real,

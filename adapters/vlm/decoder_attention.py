@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tokred.adapters.contract import words
 from tokred.adapters.swap import host_class
 from tokred.adapters.vlm.columns import gather_columns
-from tokred.vlm.in_llm import Heads
+from tokred.core.attention import Attention
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -106,8 +106,8 @@ def values_of(given: Input) -> Tensor:
     return _project(given, "v")
 
 
-def heads_of(given: Input, *, ran: bool) -> Heads:
-    """Queries and keys of a layer.
+def heads_of(given: Input, *, ran: bool) -> Attention:
+    """Attention of a layer, whose queries are made as they are asked for.
 
     Args:
         given: its input.
@@ -137,14 +137,15 @@ def heads_of(given: Input, *, ran: bool) -> Heads:
         mask = mask[:, mask.shape[1] - found.shape[2] :]
         if mask.shape[1] < found.shape[2]:
             mask = torch.nn.functional.pad(mask, (past, 0), value=True)
-    return Heads(
+    return Attention(
         queries,
         found,
         scale=words.SCALE.part(attention),
         softcap=words.CAP.part(attention),
         window=words.WINDOW.part(attention),
         mask=mask,
-        length=given.x.shape[1],
+        causal=True,
+        offset=past,
     )
 
 

@@ -18,9 +18,10 @@ from tokred.adapters.vlm.columns import Group, Packed, extended, gather_columns,
 from tokred.adapters.vlm.decoder_attention import Input, LayerCount, Step, heads_of, norm_behind_attention, values_of
 from tokred.adapters.vlm.masks import MaskMaker
 from tokred.adapters.vlm.taps import in_flight
+from tokred.core.attention import Attention
 from tokred.core.place import Place
 from tokred.core.reduction import Reduction
-from tokred.vlm.in_llm import Heads, LayerSite, Prompt
+from tokred.vlm.in_llm import LayerSite, Prompt
 
 if TYPE_CHECKING:
     from tokred.adapters.vlm.forward import Forward
@@ -348,7 +349,7 @@ class Inner:
     def _note(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         self._normed.append(output.detach())
 
-    def _ran(self, given: Input) -> Callable[[], Heads]:
+    def _ran(self, given: Input) -> Callable[[], Attention]:
         return lambda: heads_of(given, ran=True)
 
     def _end(self, before: Step) -> int:

@@ -34,7 +34,7 @@ from tokred.core.method import Method
 from tokred.core.place import MANY, Place, PlacedMethod
 from tokred.core.registry import methods as registered
 from tokred.errors import MissingInputError, NothingRecordedError, UnsupportedModelError
-from tokred.vlm.layered import LayerMethod
+from tokred.vlm.in_llm import LayerMethod
 from tokred.vlm.report import LayerTokens, VisualReport
 
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from tokred.adapters.vlm.layout import Part, Picture, Span, clip_of, pictures_of
 from tokred.adapters.vlm.taps import Modality, Record
+from tokred.core.attention import Attention
 from tokred.core.method import Method
 from tokred.core.reduction import Reduction
 from tokred.encoder.motion import feature_motion
 from tokred.errors import MissingInputError
-from tokred.kernels.column_scores import column_scores
 from tokred.vlm.before_llm import VisualSite
 from tokred.vlm.clips import Runs
 
@@ -220,8 +220,8 @@ def _frame_scores(record: Record, part: Part, rows: list[tuple[int, ...]]) -> di
     heads = _heads(record, frame, [row for clip in rows for row in clip])
 
     def scores(queries: slice) -> Tensor:
-        q, k = heads(record.layer)
-        found = column_scores(q[:, :, queries], k, scale=record.scale)[..., prefix:]
+        attention = Attention(*heads(record.layer), scale=record.scale)
+        found = attention.columns(rows=queries)[..., prefix:]
         return found.view(len(rows), -1, *found.shape[1:]).transpose(1, 2).flatten(2)
 
     found = {"received": lambda: scores(slice(None))}
@@ -269,7 +269,7 @@ def _whole(record: Record, rows: list[int]) -> Callable[[int], Tensor]:
     def attention(layer: int) -> Tensor:
         index = layer if layer >= 0 else record.depth + layer
         q, k = record.heads[index, "q"][rows], record.heads[index, "k"][rows]
-        return column_scores(q[:, :, :1], k, scale=record.scale)[..., record.prefix :]
+        return Attention(q, k, scale=record.scale).columns(rows=slice(0, 1))[..., record.prefix :]
 
     return attention
 

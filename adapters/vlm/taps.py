@@ -15,7 +15,7 @@ from tokred.adapters.contract import arguments, words
 from tokred.adapters.encoder.block import split_heads
 from tokred.adapters.swap import Hook, host_class
 from tokred.adapters.vlm.layout import Picture
-from tokred.kernels.column_scores import column_scores
+from tokred.core.attention import Attention
 from tokred.vlm.clips import Runs
 
 if TYPE_CHECKING:
@@ -292,7 +292,7 @@ def received(fused: Fused, tower: Any, grids: Tensor, picture: int) -> Tensor:
     q, k, _ = projected[some].reshape(count, 3, words.TOWER_HEADS.need(attention), -1).permute(1, 0, 2, 3).unbind(0)
     q, k = _rotary(attention)(q, k, tables[0][some], tables[1][some])
     q, k = (t.reshape(frames, count // frames, *t.shape[1:]).transpose(1, 2) for t in (q, k))
-    scores = column_scores(q, k, scale=words.SCALE.part(attention))
+    scores = Attention(q, k, scale=words.SCALE.part(attention)).columns()
     scores = scores.transpose(0, 1).reshape(scores.shape[1], count // unit, unit).sum(-1)
     if not words.WHOLE_BLOCKS.on(tower):
         return scores

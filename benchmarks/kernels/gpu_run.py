@@ -23,6 +23,7 @@ from benchmarks.kernels.case import Draw
 from benchmarks.kernels.check import Verdict, check
 from benchmarks.kernels.cuda_clock import Ceilings, Clock, Paired
 from benchmarks.kernels.table import CHECKS, EXP_RATE, GOALS, NONE, OTHERS, Row, floor_of, render
+from tokred.bench import results
 from tokred.core.environment import commit, version
 
 HEADER = ("kernel", "size", "floor us", "goal", "us", "x floor", "x chain", "eager us", "error", "met")
@@ -88,6 +89,20 @@ class Result:
             "notes": self.notes,
         }
 
+    def figures(self, where: dict[str, Any]) -> dict[str, Any]:
+        """The times, for a table of results."""
+        assert self.times is not None  # asked for where there are some
+        t, goal, floor = self.times, self.row.goal.text(), self.row.floor_us()
+        found: dict[str, Any] = {"method": self.row.case.name, "setting": self.row.size, "rounds": t.rounds, **where}
+        found |= {"goal": "" if goal == "-" else goal, "failed": int(self.failed)}
+        found |= results.between("ms", *(us / 1e3 for us in t.ours)) | results.between("speedup", *t.speedup)
+        found |= results.between("chain_ms", *(us / 1e3 for us in t.chain))
+        if self.verdict is not None:
+            found |= {"error": self.verdict.error, "plain_error": self.verdict.plain}
+        if floor is not None:
+            found |= {"floor_ms": floor / 1e3, "times_floor": t.ours.median / floor}
+        return found | ({} if self.met is None else {"met": int(self.met)})
+
 
 def _as_dict(times: Paired) -> dict[str, Any]:
     return {k: v._asdict() if hasattr(v, "_asdict") else v for k, v in times._asdict().items()}
@@ -111,12 +126,12 @@ def selected(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[R
             yield row, torch.float32, False
 
 
-def run(args: argparse.Namespace, results: Path, device: torch.device, clock: Clock | None) -> int:
+def run(args: argparse.Namespace, folder: Path, device: torch.device, clock: Clock | None) -> int:
     """Do it all.
 
     Args:
         args: the command line of ``benchmarks/gpu.py``.
-        results: where the JSON file goes unless the command line says otherwise.
+        folder: where the JSON file and the table of times go unless the command line says otherwise.
         device: where.
         clock: times; None: only check, and write no file unless one is asked for.
 
@@ -149,8 +164,13 @@ def run(args: argparse.Namespace, results: Path, device: torch.device, clock: Cl
         print("no row has such a name", file=sys.stderr)
         return 1
     if args.out is not None or clock is not None:
-        path = _write(args, args.out or results, device, ceilings, done)
+        path = _write(args, args.out or folder, device, ceilings, done)
         print(f"written to {path}")
+    clocked = [result for result in done if result.times is not None]
+    if clocked:
+        here = results.here(device) | {"commit": args.commit or commit()}
+        rows = (r.figures(here | {"dtype": str(r.dtype).removeprefix("torch.")}) for r in clocked)
+        print(f"written to {results.write(path.with_suffix('.csv'), rows, 'gpu', overwrite=True)}")
     failed = [result for result in done if result.failed]
     for result in failed:
         why = result.verdict.failure if result.verdict is not None else "; ".join(result.notes)

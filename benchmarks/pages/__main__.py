@@ -34,7 +34,7 @@ def main() -> int:
         path.write_text(pages[path], encoding="utf8")
         print(f"written to {path}")
     if given.plots:
-        print(*plots.draw(found, comparison.ROOT / "docs" / "img"), sep="\n")
+        print(*plots.draw(found, markdown.ROOT / "docs" / "img"), sep="\n")
     return 0
 
 

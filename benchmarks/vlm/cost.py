@@ -131,12 +131,7 @@ class Round(NamedTuple):
 
 
 class Bench:
-    """The arms of one model.
-
-    Args:
-        shape: of the model.
-        options: of the command line.
-    """
+    """The prompts of one model, timed."""
 
     def __init__(self, shape: Shape, options: argparse.Namespace) -> None:
         self.shape, self.options = shape, options

@@ -12,7 +12,7 @@ import torch
 
 from tokred.adapters.vlm import decoder_layers, hooks, host, taps
 from tokred.vlm.before_llm import ProjectorMethod
-from tokred.vlm.layered import LayerMethod
+from tokred.vlm.in_llm import LayerMethod
 
 IMAGE = 999  # the placeholder; ids say nothing, so that a small vocabulary does
 VOCABULARY = 1000

@@ -227,6 +227,64 @@ def test_a_preset_of_caches_with_its_score_is_one_row(plugins: Plugins):
     assert found["POLICIES"]["loudest"](0.25) == tokred.make("loudest", budget=0.25)
 
 
+DOUBLE = """
+from dataclasses import dataclass
+from typing import ClassVar
+
+from tokred.kv import Rectangle, Uniform
+
+
+@dataclass(frozen=True)
+class Marked(Rectangle):
+    "Rows as they are, on a shelf that counts how often they were taken."
+
+    name: ClassVar[str] = "marked"
+    taken: ClassVar[list] = []
+
+    def open(self):
+        shelf = super().open()
+        take = shelf.take
+
+        def counted(*args, **kwargs):
+            self.taken.append(shelf.width)
+            return take(*args, **kwargs)
+
+        shelf.take = counted
+        return shelf
+
+
+@dataclass(frozen=True)
+class Ten(Uniform):
+    "Ten rows, whatever is asked."
+
+    name: ClassVar[str] = "ten"
+
+    amount: object = 10
+"""
+
+
+def test_a_store_and_a_budget_are_one_row_each(plugins: Plugins):
+    pytest.importorskip("transformers")
+    from tests.kv.tiny import build, prompt
+
+    plugins.add("marked", "scratch_parts", DOUBLE, "Marked", group="tokred.parts")
+    plugins.add("ten", "scratch_parts", DOUBLE, "Ten", group="tokred.parts")
+    assert tokred.make("snapkv", store="marked").parts.store.name == "marked"
+    assert tokred.from_dict(tokred.make("snapkv", store="marked").to_dict()) == tokred.make("snapkv", store="marked")
+    with pytest.raises(ValueError, match="did you mean 'marked'"):
+        tokred.make("snapkv", store="markde")
+    model = build("llama")
+    expected = tokred.apply(model, "kv", score="key_norm", budget=10).generate(
+        prompt(24, 1), max_new_tokens=3, do_sample=False
+    )
+    rows = [row.rows for row in tokred.report(model).layers]
+    tokred.apply(model, "kv", score="key_norm", budget="ten", store="marked")
+    found = model.generate(prompt(24, 1), max_new_tokens=3, do_sample=False)
+    assert torch.equal(found, expected)
+    assert [row.rows for row in tokred.report(model).layers] == rows
+    assert tokred.make("kv", store="marked").store.taken, "the shelf was used"
+
+
 def test_a_method_of_visual_tokens_is_one_row(plugins: Plugins):
     pytest.importorskip("transformers")
     source = textwrap.dedent("""

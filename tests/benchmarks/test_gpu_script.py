@@ -215,3 +215,7 @@ def test_timed_run(
     assert first["times"]["graphs"] is graphs
     assert first["times"]["ours"]["low"] <= first["times"]["ours"]["median"] <= first["times"]["ours"]["high"]
     assert second["times"] is None
+    (record,) = results.records(results.read(path.with_suffix(".csv")), "gpu")
+    assert record["method"] == first["kernel"]
+    assert record["ms"] == pytest.approx(first["times"]["ours"]["median"] / 1e3, rel=1e-4)
+    assert (record["met"], record["failed"], record["commit"], record["dtype"]) == (0, 0, "c0ffee", "float32")

@@ -48,12 +48,12 @@ def test_columns_page_rank_and_other_values_are_those_of_the_matrix(kind, hk):
     expected = (start * real)[:, None, None].expand(2, 4, 1, 9)
     for _ in range(3):
         expected = expected * real[:, None, None] @ a
-    torch.testing.assert_close(site.column_power(start, 3), expected.squeeze(2))
-    torch.testing.assert_close(site.column_power(start[:, None].expand(2, 4, 9), 3), expected.squeeze(2))
+    torch.testing.assert_close(site.attention.power(start, 3), expected.squeeze(2))
+    torch.testing.assert_close(site.attention.power(start[:, None].expand(2, 4, 9), 3), expected.squeeze(2))
     values = torch.randn(2, 9, 5)
-    torch.testing.assert_close(site.attend(values), a @ values.unsqueeze(1))
+    torch.testing.assert_close(site.attention.attend(values), a @ values.unsqueeze(1))
     heads = torch.randn(2, 4, 9, 3)
-    torch.testing.assert_close(site.attend(heads), a @ heads)
+    torch.testing.assert_close(site.attention.attend(heads), a @ heads)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -64,7 +64,7 @@ def test_among_some_tokens_the_rows_are_renormalised(kind):
     assert (part.prefix, part.layer, part.depth, part.shape) == (1, 3, 7, (2, 4))
     picked = torch.stack([a[i][:, r][:, :, r] for i, r in enumerate(rows)])
     picked = picked / picked.sum(-1, keepdim=True)
-    torch.testing.assert_close(part.attend(torch.eye(4).expand(2, 4, 4)), picked)
+    torch.testing.assert_close(part.attention.attend(torch.eye(4).expand(2, 4, 4)), picked)
     weight = torch.rand(2, 4)
     torch.testing.assert_close(part.column_scores(weight), (weight[:, None, None] @ picked).squeeze(2))
 
@@ -72,10 +72,24 @@ def test_among_some_tokens_the_rows_are_renormalised(kind):
 def test_among_takes_the_keys_that_attention_uses():
     """Where keys are compared before rotary embedding, attention still is by the rotated ones."""
     site, _ = make()
-    rotated = tokred.Site(x=site.x, q=site.q, k=torch.randn(2, 4, 9, 6), attention_k=site.k)
+    rotated = tokred.Site(x=site.x, q=site.q, k=torch.randn(2, 4, 9, 6), attention=site.attention)
     rows = torch.tensor([[0, 2, 3], [4, 5, 6]])
     torch.testing.assert_close(rotated.among(rows).column_scores(), site.among(rows).column_scores())
-    torch.testing.assert_close(rotated.column_power(torch.ones(9), 2), site.column_power(torch.ones(9), 2))
+    torch.testing.assert_close(rotated.attention.power(torch.ones(9), 2), site.attention.power(torch.ones(9), 2))
+    some = [one.sample(1, rows[1]) for one in (rotated, site)]
+    assert torch.equal(*(one.column_scores() for one in some))
+    assert not torch.equal(*(one.k for one in some))
+
+
+def test_attention_is_made_when_it_is_asked_for():
+    given, asked = make(prefix=1)[0].attention, []
+    site = tokred.Site(x=torch.zeros(2, 9, 1), attention=lambda: asked.append(1) or given, prefix=1)
+    assert asked == []
+    assert torch.equal(site.class_attention, given.columns(rows=slice(0, 1)).mean(1))
+    assert site.attention is given
+    assert asked == [1]
+    with pytest.raises(tokred.MissingInputError, match="does not supply 'q'"):
+        tokred.Site(x=torch.zeros(2, 9, 1), attention=lambda: None).column_scores()
 
 
 def test_padding_among_some_tokens():
@@ -97,4 +111,4 @@ def test_the_class_token_is_the_first_of_a_prefix_unless_said_otherwise():
     part = tokred.Site(x=x, q=q, k=q, prefix=2, class_token=False).among(torch.tensor([[0, 1]]))
     assert not part.class_token
     with pytest.raises(tokred.MissingInputError, match="does not supply 'q'"):
-        tokred.Site(x=x).attend(x)
+        tokred.Site(x=x).attention.attend(x)

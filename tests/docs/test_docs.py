@@ -66,6 +66,7 @@ def shown(text: str, numbers: bool) -> str:
 @pytest.fixture(autouse=True)
 def apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """A folder to write into, no switches from outside, and registered names as they were before."""
+    import tokred.kv  # noqa: F401 - its parts become known when they are imported, once
     from tokred.core.registry import methods, parts
 
     names = {registry: dict(registry._targets) for registry in (methods, parts)}

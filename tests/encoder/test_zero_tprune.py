@@ -51,7 +51,7 @@ def test_example_1_one_round_with_a_boosted_class_token():
     site, method = attention_site(A1, A2, A3), tokred.ZeroTPrune(blocks=(0,), rho=0.5)
     start = method.start(site)
     assert start[0].tolist() == pytest.approx([0.4, 0.2, 0.2, 0.2])
-    s = site.column_power(start, 1)
+    s = site.attention.power(start, 1)
     for found, wanted in zip(
         s[0].tolist(), ([0.28, 0.42, 0.2, 0.1], [0.25] * 4, [0.16, 0.14, 0.52, 0.18]), strict=True
     ):
@@ -64,7 +64,7 @@ def test_example_1_one_round_with_a_boosted_class_token():
 
 def test_example_1_uniform_start():
     site, method = attention_site(A1, A2, A3), tokred.ZeroTPrune(blocks=(0,), rho=0.5, cls_boost=1.0)
-    s = site.column_power(method.start(site), 1)
+    s = site.attention.power(method.start(site), 1)
     assert s[0, 0].tolist() == pytest.approx([0.25, 0.45, 0.2, 0.1], abs=1e-6)
     assert s[0, 2].tolist() == pytest.approx([0.175, 0.15, 0.475, 0.2], abs=1e-6)
     wanted = [0.335410, 0.364434, 0.158114]
@@ -78,7 +78,7 @@ def test_example_1_uniform_start():
 def test_example_1_fifty_rounds_forget_the_start(boost):
     site = attention_site(A1, A2, A3)
     method = tokred.ZeroTPrune(blocks=(0,), rho=0.5, cls_boost=boost, tolerance=0)
-    s = site.column_power(method.start(site), 50)
+    s = site.attention.power(method.start(site), 50)
     assert s[0, 0].tolist() == pytest.approx([0.288889, 0.411111, 0.2, 0.1], abs=1e-6)
     assert s[0, 2].tolist() == pytest.approx([0.212366, 0.129032, 0.497312, 0.161290], abs=1e-6)
     assert method.importances(site, 50)[0].tolist() == pytest.approx([0.304682, 0.379024, 0.134191], abs=1e-6)
@@ -95,7 +95,7 @@ def test_example_3_without_the_head_filter():
 def test_uniform_and_doubly_stochastic_attention_keep_the_uniform_vector():
     double = [[0.5, 0.3, 0.2, 0.0001], [0.2, 0.5, 0.3, 0.0001], [0.3, 0.2, 0.5, 0.0001], [0.0001, 0.0001, 0.0001, 1]]
     site = attention_site(A2, double)
-    s = site.column_power(torch.full((1, 4), 0.25), 20)
+    s = site.attention.power(torch.full((1, 4), 0.25), 20)
     torch.testing.assert_close(s[0, 0], torch.full((4,), 0.25))
     torch.testing.assert_close(s[0, 1], torch.full((4,), 0.25), rtol=0, atol=2e-3)
 

@@ -324,6 +324,14 @@ def test_keyformer_noise_knows_neither_blocks_nor_batch_nor_padding(monkeypatch)
     assert float(drawn.std()) == pytest.approx(1.2825, abs=0.02)
 
 
+def test_a_site_holds_the_attention_of_its_newest_queries():
+    where = left_padded()
+    made = where.attention
+    assert (made.causal, made.count) == (True, where.q.shape[2])
+    assert torch.equal(made.columns(group="mean"), where.columns())
+    assert all(torch.equal(a, b) for a, b in zip(made.statistics(), where.statistics(), strict=True))
+
+
 # ---------------------------------------------------------------- all scores
 
 SCORES = [

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 import tokred
+from tokred.core.attention import Attention
 from tokred.vlm import LayerSite
-from tokred.vlm.in_llm import Heads, Prompt
+from tokred.vlm.in_llm import Prompt
 
 # Columns of the samples: padding, text, visual, text; right-aligned, visual counts 12, 12 and 7.
 LAYOUT = ["ttvvvvvvvvvvvvttt", "-tvvvvvvvvvvvvttt", "----tttvvvvvvvttt"]
@@ -41,8 +42,8 @@ def layer_site(
         x=x,
         visual=visual,
         mask=mask,
-        before=Heads(q, k, mask=mask),
-        own=Heads(q.flip(1), k.flip(1), mask=mask),
+        before=Attention(q, k, mask=mask, causal=True),
+        own=Attention(q.flip(1), k.flip(1), mask=mask, causal=True),
         prompt=Prompt(embeds, visual, real & ~visual, columns),
         stream=(x.flip(-1), normed),
         layer=layer,

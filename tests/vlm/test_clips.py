@@ -22,6 +22,7 @@ from tokred.vlm.clips import said
 
 # Families whose video is a list of images; SmolVLM's pictures are all tiles of a sample together.
 FRAMED = ["internvl", "smolvlm", "llava"]
+MORE = ["idefics3", "gemma3", "paligemma"]
 # Families that take a video as what it is.
 VIDEOS = ["llava_next_video", "onevision_video", "qwen2_5_vl_video"]
 
@@ -65,7 +66,7 @@ def shapes(sites: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
     return [(s["frames"], s["grid"], s["samples"], s["image"], s["x"].shape[1]) for s in sites]
 
 
-@pytest.mark.parametrize("name", FRAMED)
+@pytest.mark.parametrize("name", [*FRAMED, *MORE])
 def test_four_frames_are_one_site(name):
     model = hosts.build(name)
     batch = hosts.prompts(name, [[3, "image", 1, "image", 1, "image", 1, "image", 4]])

@@ -11,9 +11,10 @@ import tokred
 from tests.kv.tiny import build, padded, prompt
 from tests.vlm import oracle
 from tokred.analysis.tsp_layer import choose_tsp_layer
+from tokred.core.attention import Attention
 from tokred.kv.pooling import pooled_columns
 from tokred.methods.vlm.fastkv import FastKV, FastKVPropagation, propagation_scores
-from tokred.vlm.in_llm import Heads, LayerSite
+from tokred.vlm.in_llm import LayerSite
 
 RECEIVED = torch.tensor(
     [
@@ -37,13 +38,13 @@ def test_worked_scores():
 
 @pytest.mark.parametrize(("pooling", "chosen"), [("max", [0, 1, 2]), ("avg", [1, 2, 3])])
 def test_worked_propagation(pooling, chosen):
-    class Given(Heads):
-        def columns(self, first, end, weight, group="none"):
-            assert (first, end) == (6, 8)
+    class Given(Attention):
+        def columns(self, weight=None, rows=None, group="none"):
+            assert rows == slice(6, 8)
             return torch.cat([RECEIVED / 2, torch.rand(1, 4, 2)], 2)
 
     method = FastKV(window=2, pool=3, pooling=pooling, tsp_len=5, cap=4, tsp_layer=0)
-    heads = Given(torch.zeros(1, 4, 8, 2), torch.zeros(1, 2, 8, 2))
+    heads = Given(torch.zeros(1, 4, 8, 2), torch.zeros(1, 2, 8, 2), causal=True)
     site = LayerSite(x=torch.zeros(1, 8, 4), before=heads, layer=1, depth=3)
     step = FastKVPropagation(method).reduce(site)
     assert step.representative.tolist() == [[*chosen, 6, 7]]

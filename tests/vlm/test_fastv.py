@@ -7,15 +7,15 @@ import torch
 
 import tokred
 from tests.vlm.layered import LAYOUT, check_laws, columns_kept, layer_site, layout
+from tokred.core.attention import Attention
 from tokred.methods.vlm.fastv import FastV
 from tokred.vlm import LayerSite
-from tokred.vlm.in_llm import Heads
 
 
 def maps(site: LayerSite) -> torch.Tensor:
     """``(B, H, L, L)`` float64 attention of the layer before, written out."""
     heads, length = site.attention_of("before"), site.shape[1]
-    q, k = heads.q(0, length).double(), heads.k.double().repeat_interleave(2, 1)
+    q, k = heads.q.double(), heads.k.double().repeat_interleave(2, 1)
     seen = torch.ones(length, length, dtype=torch.bool).tril()
     seen = seen if site.mask is None else seen & site.mask[:, None, None]
     return (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num()
@@ -87,11 +87,12 @@ def test_drafts_do_not_vote():
     """Tokens that wait for verification are no part of the prompt."""
     site = layer_site(["ttvvvvvvvvvvtttt"])
     heads = site.attention_of("before")
-    fields = {"visual": site.visual, "before": Heads(heads.q(0, 16), heads.k), "layer": 3, "depth": 8}
+    fields = {"visual": site.visual, "before": Attention(heads.q, heads.k, causal=True), "layer": 3, "depth": 8}
     for query in ("last", "mean"):
         method = FastV(layer=3, query=query)
         found = method.reduce(LayerSite(x=site.x, end=14, **fields))
-        short = {**fields, "visual": site.visual[:, :14], "before": Heads(heads.q(0, 14), heads.k[:, :, :14])}
+        before = Attention(heads.queries(0, 14), heads.k[:, :, :14], causal=True)
+        short = {**fields, "visual": site.visual[:, :14], "before": before}
         alone = method.reduce(LayerSite(x=site.x[:, :14], **short))
         assert found.representative[0].tolist() == [*alone.representative[0].tolist(), 14, 15]
 

@@ -14,7 +14,7 @@ from tests.vlm.test_methods import MERGING, NAMES, SOME
 from tests.vlm.uneven import Uneven, UnevenLayer
 from tokred.core.place import Place
 from tokred.core.reduction import Reduction
-from tokred.vlm.layered import LayerMethod
+from tokred.vlm.in_llm import LayerMethod
 
 ROWS: list[list[int | str]] = [[3, "image"], [2, "image", 1, "image"], [4, "image", 2], [9]]
 LAYERS = [n for n in NAMES if tokred.make(n).stage == "layer"]

@@ -6,15 +6,16 @@ import pytest
 import torch
 
 import tokred
+from tokred.core.attention import Attention
 from tokred.methods.vlm.fastv import FastV
 from tokred.methods.vlm.pyramiddrop import PyramidDrop
-from tokred.vlm.in_llm import Heads, LayerSite
+from tokred.vlm.in_llm import LayerSite
 
 
 def heads_of(rows):
-    """Heads whose last row gives these shares, ``(H, N)``: keys are the logs, the query is one."""
+    """Attention whose last row gives these shares, ``(H, N)``: keys are the logs, the query is one."""
     k = rows.log()[None, :, :, None]
-    return Heads(torch.ones(1, rows.shape[0], rows.shape[1], 1), k, scale=1.0)
+    return Attention(torch.ones(1, rows.shape[0], rows.shape[1], 1), k, scale=1.0, causal=True)
 
 
 def test_counts():
@@ -45,7 +46,7 @@ def test_pyramiddrop_score_and_composition():
     keys = torch.tensor([[1.0, 0], [0, 1], [2, 0], [1, 1], [0.5, 0], [0, 0]])[None, None]
     queries = torch.tensor([1.0, 0]).expand(1, 1, 6, 2)
     visual = torch.tensor([[False, True, True, True, True, False]])
-    own = Heads(queries, keys)
+    own = Attention(queries, keys, causal=True)
     site = LayerSite(x=torch.zeros(1, 6, 2), visual=visual, own=own, layer=1, depth=2)
     expected = torch.tensor([0.1749, 0.0863, 0.3548, 0.1749, 0.1228, 0.0863])
     torch.testing.assert_close(site.row_scores(1)[0], expected, rtol=1e-3, atol=1e-4)
@@ -57,8 +58,8 @@ def test_grouped_heads_average_like_repeated_ones():
     g = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 4, 7, 8, generator=g), torch.randn(2, 2, 7, 8, generator=g)
     visual = torch.ones(2, 7, dtype=torch.bool)
-    one = LayerSite(x=torch.zeros(2, 7, 2), visual=visual, own=Heads(q, k)).row_scores(1)
-    two = LayerSite(x=torch.zeros(2, 7, 2), visual=visual, own=Heads(q, k.repeat_interleave(2, 1))).row_scores(1)
+    one, two = (Attention(q, x, causal=True) for x in (k, k.repeat_interleave(2, 1)))
+    one, two = (LayerSite(x=torch.zeros(2, 7, 2), visual=visual, own=own).row_scores(1) for own in (one, two))
     torch.testing.assert_close(one, two)
     logits = q[:, :, -1:] @ k.repeat_interleave(2, 1).mT / 8**0.5
     torch.testing.assert_close(one, logits.softmax(-1).mean(1)[:, 0])
@@ -67,7 +68,7 @@ def test_grouped_heads_average_like_repeated_ones():
 def test_rows_by_weight():
     g = torch.Generator().manual_seed(0)
     q, k = torch.randn(1, 2, 7, 8, generator=g), torch.randn(1, 2, 7, 8, generator=g)
-    site = LayerSite(x=torch.zeros(1, 7, 2), own=Heads(q, k))
+    site = LayerSite(x=torch.zeros(1, 7, 2), own=Attention(q, k, causal=True))
     causal = torch.ones(7, 7).tril().bool()
     maps = (q @ k.mT / 8**0.5).masked_fill(~causal, -torch.inf).softmax(-1)
     chosen = torch.tensor([[False, False, True, False, True, True, False]])
@@ -75,6 +76,17 @@ def test_rows_by_weight():
     torch.testing.assert_close(site.row_scores(3, heads="none"), maps[:, :, 4:].mean(2))
     with pytest.raises(ValueError, match="no token"):
         site.row_scores(torch.zeros(1, 7))
+
+
+def test_the_attention_of_a_decoder_layer_is_its_own_and_causal():
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(1, 2, 7, 8, generator=g), torch.randn(1, 2, 10, 8, generator=g)
+    own = Attention(q, k, causal=True, window=6)
+    site = LayerSite(x=torch.zeros(1, 7, 2), own=lambda: own, before=Attention(q, q))
+    assert site.attention is own
+    torch.testing.assert_close(site.row_scores(1, heads="none"), own.columns(rows=slice(6, 7))[..., 3:])
+    with pytest.raises(ValueError, match=r"causal: make 'before' with Attention\(\.\.\., causal=True\)"):
+        site.row_scores(1, of="before")
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ from tests.encoder.angles import keys
 from tests.vlm.layered import LAYOUT, check_laws, columns_kept, layer_site
 from tests.vlm.visual import check_laws as check_visual_laws
 from tests.vlm.visual import kept, visual
+from tokred.core.attention import Attention
 from tokred.methods.vlm.saint_vlm import SAINTLayer, SAINTVisual
 from tokred.methods.vlm.vscan import VScanLayer
 from tokred.vlm import LayerSite, VisualSite
-from tokred.vlm.in_llm import Heads
 
 # The worked example of SAINT's graph: patches 1 to 10, with text around them.
 ANGLES = [0, 5, 10, 20, 60, 30, 90, 100, 150, 200]
@@ -27,8 +27,8 @@ def site(rows: list[list[float]], text: tuple[int, int] = (2, 1), layer: int = 8
     mask = torch.tensor([[j >= longest - len(r) for j in range(n)] for r in rows])
     k = keys(*full)
     return LayerSite(
-        x=torch.arange(float(n)).view(1, n, 1).expand(len(rows), -1, -1), visual=seen, before=Heads(k, k),
-        mask=None if bool(mask.all()) else mask, layer=layer, depth=32,
+        x=torch.arange(float(n)).view(1, n, 1).expand(len(rows), -1, -1), visual=seen,
+        before=Attention(k, k, causal=True), mask=None if bool(mask.all()) else mask, layer=layer, depth=32,
     )  # fmt: skip
 
 

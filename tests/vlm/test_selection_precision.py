@@ -10,8 +10,9 @@ import torch
 import tokred
 from tests.vlm import tiny
 from tests.vlm.test_methods import NAMES, SOME
+from tokred.core.attention import Attention
 from tokred.vlm import LayerSite, VisualSite
-from tokred.vlm.in_llm import Heads, Prompt
+from tokred.vlm.in_llm import Prompt
 
 PROJECTOR = [n for n in NAMES if tokred.make(n).stage == "projector"]
 LAYER = [n for n in tokred.list_methods() if any(m.stage == "layer" for m in tokred.make(n).members)]
@@ -76,7 +77,7 @@ def layer_site(seed: int, dtype: torch.dtype, *, wide: bool) -> LayerSite:
     made, length = Maker(seed, dtype, wide), N + 6
     visual = torch.zeros(2, length, dtype=torch.bool)
     visual[:, 2 : 2 + N] = True
-    some = {which: Heads(made(2, 4, length, 8), made(2, 2, length, 8)) for which in ("own", "before")}
+    some = {which: Attention(made(2, 4, length, 8), made(2, 2, length, 8), causal=True) for which in ("own", "before")}
     return LayerSite(
         x=made(2, length, 32), visual=visual, **some, stream=(made(2, length, 32), made(2, length, 32)), layer=2,
         depth=6, prompt=Prompt(made(2, length, 32), visual, ~visual, torch.arange(length).expand(2, -1)),

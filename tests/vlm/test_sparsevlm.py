@@ -115,7 +115,7 @@ def test_rank_of_the_attention():
     rows = raters(site.prompt)
     heads = site.attention_of("before")
     found = SparseVLM(budget="rank").ranks(site, rows)
-    q, k = heads.q(0, 17), heads.k.repeat_interleave(2, 1)
+    q, k = heads.q, heads.k.repeat_interleave(2, 1)
     for i in range(3):
         seen = torch.ones(17, 17).tril().bool() & site.mask[i]
         a = (q[i] @ k[i].mT / 2).masked_fill(~seen, -torch.inf).softmax(-1).mean(0)

@@ -10,7 +10,7 @@ import torch
 from tokred.core.place import Place
 from tokred.core.reduction import Reduction
 from tokred.vlm.before_llm import Budgeted
-from tokred.vlm.layered import LayerMethod
+from tokred.vlm.in_llm import LayerMethod
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,6 @@ def _class_specific(site: Site, gradient: Tensor) -> Tensor:
         gradient: ``(B, H, N, D)``.
     """
     n, heads = site.shape[1], gradient.shape[1]
-    a = site.attend(torch.eye(n, device=site.device).expand(site.shape[0], n, n))
+    a = site.attention.attend(torch.eye(n, device=site.device).expand(site.shape[0], n, n))
     v = site.v if site.v.shape[1] == heads else site.v.repeat_interleave(heads // site.v.shape[1], 1)
     return (gradient.float() @ v.float().mT * a).clamp_min(0)

@@ -29,7 +29,7 @@ FILES = ("demo.csv", "demo.png", "merged.png")
 
 @dataclass(frozen=True)
 class Row:
-    """What one arm did.
+    """Figures of one arm.
 
     Attributes:
         arm: method and setting.

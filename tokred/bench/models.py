@@ -19,7 +19,7 @@ from tokred.core import environment
 
 
 class Answer(NamedTuple):
-    """What a model says of a batch: logits ``(B, classes)`` or None, features ``(B, F)``, patch tokens or None."""
+    """Answers of a model to a batch: logits ``(B, classes)`` or None, features ``(B, F)``, patch tokens or None."""
 
     logits: Tensor | None
     features: Tensor

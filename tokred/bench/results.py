@@ -53,7 +53,7 @@ class Row(NamedTuple):
     value: float
     low: float | None = None
     high: float | None = None
-    count: int | None = None
+    count: int | None = None  # type: ignore[assignment]  # a column; the method of tuples is not used
     device: str = ""
     threads: int | None = None
     dtype: str = ""

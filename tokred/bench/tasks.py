@@ -1,4 +1,4 @@
-"""What a benchmark asks of a model: which labelled images, which photos, and whether there is a map to restore."""
+"""Tasks of a benchmark: which labelled images, which photos, and whether there is a map to restore."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NOISE = "noise"
 
 @dataclass(frozen=True)
 class Task:
-    """What is measured besides speed.
+    """Measures besides speed.
 
     Attributes:
         test: images for top-1; None: there are no labels.

@@ -97,6 +97,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "tokred.vlm.complexity": ("tokred.vlm.tools.complexity",),
     "tokred.vlm.greedy": ("tokred.vlm.tools.greedy",),
     "tokred.vlm.layer_site": ("tokred.vlm.in_llm",),
+    "tokred.vlm.layered": ("tokred.vlm.in_llm",),
     "tokred.vlm.overlap": ("tokred.core.overlap",),
     "tokred.vlm.parts": ("tokred.vlm.tools.samples",),
     "tokred.vlm.places": ("tokred.vlm.tools.places",),
@@ -109,7 +110,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "tokred.vlm.transport": ("tokred.vlm.tools.transport",),
 }
 # Names that are others now, by old module.
-RENAMED = {"tokred.denoise": {"Place": "SublayerPlace"}}
+RENAMED = {"tokred.denoise": {"Place": "SublayerPlace"}, "tokred.vlm.layer_site": {"Heads": "Attention"}}
 
 
 class _Old(ModuleType):

@@ -14,12 +14,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from tokred.core.attention import Attention
 from tokred.core.schedules import whole
 from tokred.errors import MissingInputError
-from tokred.kernels.attention import attention
-from tokred.kernels.column_scores import column_power, column_scores
-from tokred.kernels.dispatch import without_autocast
-from tokred.kernels.gather_rows import gather_rows
 
 Stage = Literal["block", "attention", "cache", "projector", "layer"]
 STAGES: tuple[Stage, ...] = get_args(Stage)  # models are patched, and reports are read, in this order
@@ -48,7 +45,9 @@ class Site:
         q, k, v: ``(B, H, N, D)`` queries, keys (``(B, Hk, N, D)``) and values of this layer's attention.
         class_attention: ``(B, H, N)`` or ``(B, N)``, the class token's attention after softmax. Made from ``q`` and
             ``k`` (and ``bias``) when it is not given.
-        attention_k: ``(B, Hk, N, D)`` keys as the attention uses them, where ``k`` is given before rotary embedding.
+        attention: this layer's attention, see :class:`tokred.core.attention.Attention`, or what makes it; None: made
+            from ``q``, ``k``, ``bias``, ``scale`` and ``mask``. Where ``k`` is given before rotary embedding, this has
+            the keys as they are used.
         bias: ``(B, N)`` or ``(B, H, N)``, what attention adds to the logits of each key (log of the sizes, padding).
         scale: factor of the attention's logits; None: ``D ** -0.5``.
         transform: a pair ``(B, N, C)``, the normalised input of the attention and what its value and output
@@ -85,7 +84,7 @@ class Site:
         k: Lazy = None,
         v: Lazy = None,
         class_attention: Lazy = None,
-        attention_k: Lazy = None,
+        attention: Attention | Callable[[], Attention | None] | None = None,
         bias: Lazy = None,
         scale: float | None = None,
         transform: tuple[Tensor, Tensor] | Callable[[], tuple[Tensor, Tensor]] | None = None,
@@ -111,8 +110,9 @@ class Site:
     ) -> None:
         self._values: dict[str, Lazy] = {
             "x": x, "q": q, "k": k, "v": v, "class_attention": class_attention, "bias": bias, "text": text,
-            "attention_k": attention_k, "motion": motion, "answers": answers,
+            "motion": motion, "answers": answers,
         }  # fmt: skip
+        self._attention = attention
         self._transform = transform
         self.scale = scale
         self.sizes = sizes
@@ -228,73 +228,27 @@ class Site:
             MissingInputError: neither it nor queries and keys are at hand.
         """
         if self._values["class_attention"] is None:
-            self._values["class_attention"] = self.column_scores(rows=slice(0, 1))
+            self._values["class_attention"] = self.attention.columns(rows=slice(0, 1))
         scores = self._get("class_attention")
         return scores.float().mean(1) if scores.ndim == 3 else scores.float()
 
+    @property
+    def attention(self) -> Attention:
+        """This layer's attention: columns, page rank, what it makes of other values. Padding does not vote.
+
+        Raises:
+            MissingInputError: queries or keys are not at hand.
+        """
+        made = self._attention() if callable(self._attention) else self._attention
+        if made is None:
+            q, k, bias = self._get("q"), self._get("k"), self._find("bias")
+            return Attention(q, k, bias=bias, scale=self.scale, mask=self.mask, votes=self.mask)
+        self._attention = made
+        return made
+
     def column_scores(self, weight: Tensor | None = None, *, rows: slice | None = None) -> Tensor:
-        """How much of this layer's attention every token receives: ``s[n] = sum_m w[m] A[m, n]``, without ``A``.
-
-        Args:
-            weight: of every query, ``(M,)``, ``(B, M)`` or ``(B, H, M)``; None: one each. Padding never votes.
-            rows: which queries; None: all.
-
-        Returns:
-            ``(B, H, N)`` float32.
-
-        Raises:
-            MissingInputError: queries or keys are not at hand.
-        """
-        q, k, mask = self.q, self._attention_k(), self.mask
-        if mask is not None and rows is None:
-            real = mask.float().unsqueeze(1)
-            weight = real if weight is None else weight * (real if weight.ndim == 3 else real.squeeze(1))
-        q = q if rows is None else q[:, :, rows]
-        return column_scores(q, k, weight, bias=self._find("bias"), scale=self.scale, key_mask=mask)
-
-    def column_power(self, start: Tensor, rounds: int, *, tolerance: float = 0.0) -> Tensor:
-        """Column scores weighted by the scores before, again and again: page rank on this layer's attention.
-
-        Args:
-            start: what the tokens begin with, ``(N,)``, ``(B, N)`` or ``(B, H, N)``. Padding has no say.
-            rounds: how often.
-            tolerance: a head is settled once a round changes it by less, summed over the tokens; 0: never.
-
-        Returns:
-            ``(B, H, N)`` float32.
-
-        Raises:
-            MissingInputError: queries or keys are not at hand.
-        """
-        if self.mask is not None:
-            start = start * (self.mask.unsqueeze(1) if start.ndim == 3 else self.mask)
-        terms = {"bias": self._find("bias"), "key_mask": self.mask}
-        return column_power(self.q, self._attention_k(), start, rounds, tolerance=tolerance, scale=self.scale, **terms)
-
-    def _attention_k(self) -> Tensor:
-        rotated = self._find("attention_k")
-        return self.k if rotated is None else rotated
-
-    def attend(self, values: Tensor) -> Tensor:
-        """This layer's attention, weights after softmax, over other values than its own.
-
-        Args:
-            values: ``(B, N, E)``, or ``(B, H, N, E)`` per head.
-
-        Returns:
-            ``(B, H, N, E)`` float32.
-
-        Raises:
-            MissingInputError: queries or keys are not at hand.
-        """
-        q, k = self.q.float(), self._attention_k().float()
-        heads = q.shape[1]
-        if k.shape[1] != heads:
-            k = k.repeat_interleave(heads // k.shape[1], 1)
-        v = (values.unsqueeze(1) if values.ndim == 3 else values).float()
-        v = v.expand(-1, heads, -1, -1)
-        with without_autocast(q):
-            return attention(q, k, v, bias=self._find("bias"), scale=self.scale, key_mask=self.mask)
+        """``(B, H, N)`` float32: how much of :attr:`attention` every token receives, see :meth:`Attention.columns`."""
+        return self.attention.columns(weight, rows)
 
     def sample(self, i: int, rows: Tensor) -> Site:
         """Some tokens of one sample, as if nothing else were in the batch.
@@ -310,8 +264,10 @@ class Site:
 
         transform = None if self._transform is None else lambda: _pair(known, self.transform)
         hidden = rows.shape[0] < self.shape[1]
+        own = None if self._attention is None else lambda: self.attention.sample(i, rows)
         return Site(
             **made,  # type: ignore[arg-type]
+            attention=own,
             scale=self.scale,
             transform=transform,
             sizes=known(self.sizes),
@@ -343,15 +299,11 @@ class Site:
         Raises:
             MissingInputError: queries or keys are not at hand.
         """
-        bias = self._find("bias")
-        if bias is not None:
-            at = rows if bias.ndim == 2 else rows.unsqueeze(1).expand(-1, bias.shape[1], -1)
-            bias = bias.gather(-1, at)
+        some = self.attention.among(rows, mask)
         return Site(
-            q=gather_rows(self.q, rows),
-            k=gather_rows(self._attention_k(), rows),
-            bias=bias,
-            scale=self.scale,
+            q=some.q,
+            k=some.k,
+            attention=some,
             mask=mask,
             prefix=self.prefix,
             suffix=self.suffix,

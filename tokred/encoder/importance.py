@@ -258,7 +258,7 @@ def _mixed(layer: Attention, w: Tensor | None, c: Tensor) -> Tensor:
     values = c.unsqueeze(1) if w is None else _per_head(w).unsqueeze(-1) * c.unsqueeze(1)
     made = layer() if callable(layer) else layer
     if isinstance(made, Site):
-        return made.attend(values).mean(1)
+        return made.attention.attend(values).mean(1)
     a = made.float()
     return ((a if a.ndim == 4 else a.unsqueeze(1)) @ values).mean(1)
 
@@ -267,6 +267,6 @@ def _votes(layer: Attention, row: Tensor) -> Tensor:
     """``(B, H, N)``: ``row A`` of every head."""
     made = layer() if callable(layer) else layer
     if isinstance(made, Site):
-        return made.column_scores(row)
+        return made.attention.columns(row)
     a = made.float()
     return (row[:, None, None] @ (a if a.ndim == 4 else a.unsqueeze(1))).squeeze(2)

@@ -297,8 +297,6 @@ def as_part(value: object, base: type[P], argument: str) -> P:
 
 
 def _class(name: str, argument: str) -> type[Part]:
-    import tokred.kv  # noqa: F401 - makes those of this package known
-
     if name not in parts:
         near = difflib.get_close_matches(name, parts, n=3, cutoff=0.4)
         raise ValueError(f"{argument} is {name!r}; did you mean {' or '.join(map(repr, near or parts))}?")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokred.kernels.column_scores import column_statistics
+from tokred.core.attention import Attention
 from tokred.kv.site import CacheSite
 
 # The state of a layer's rows that holds what they received from the tokens that repeat.
@@ -143,9 +143,8 @@ class Probe:
             own = torch.arange(rows, rows + n, device=site.device)
             index = torch.cat([sinks[i], chunk, own])
             k = site.k[some].index_select(2, index)
-            found = column_statistics(
-                site.q[some, :, :n], k, scale=site.scale, softcap=site.softcap, causal=True, group="max"
-            ).max
+            attention = Attention(site.q[some, :, :n], k, scale=site.scale, softcap=site.softcap, causal=True)
+            found = attention.statistics(group="max").max
             first = len(sinks[i])
             best[some, :, chunk] = found[:, :, first : first + len(chunk)].to(best.dtype)
 

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokred.core.attention import Attention
 from tokred.core.site import Site
 from tokred.errors import MissingInputError
-from tokred.kernels.column_scores import ColumnStatistics, column_scores, column_statistics
+from tokred.kernels.column_scores import ColumnStatistics
 from tokred.kernels.decode_attention import visible_positions
 from tokred.kv import newest
 from tokred.kv.described import POSITION, like, plain_bytes
@@ -249,7 +250,7 @@ class CacheSite(Site):
         causal: bool = True,
         group: str = "mean",
     ) -> Tensor:
-        """How much attention every row received: a sum over queries, see :func:`tokred.kernels.column_scores`.
+        """How much attention every row received: a sum over queries, see :meth:`Attention.columns`.
 
         Args:
             last: newest tokens of each sample whose queries vote; None: those of this forward.
@@ -261,42 +262,36 @@ class CacheSite(Site):
         Returns:
             ``[B, Hk, K]`` float32 (``[B, H, K]`` for "none"); zero on padding and empty rows.
         """
-        q, voting = newest.voters(self, last)
-        if weight is not None:
-            voting = weight if voting is None else voting * weight
-        order = newest.row_order(self, q, last) if causal else None
-        options = self._options(q, candidates, order)
-        found = column_scores(q, newest.ordered(self.k, order), voting, causal=causal, group=group, **options)
-        return newest.as_they_stand(found, order)
+        attention, order = self._attend(last, candidates, causal)
+        return newest.as_they_stand(attention.columns(weight, group=group), order)
 
     def statistics(self, last: int | None = None, *, group: str = "none") -> ColumnStatistics:
         """Sum, sum of squares, maximum and entropy of what every row received from the ``last`` queries."""
         if (last, group) not in self._measured:  # a score and a budget may ask for the same
-            q, weight = newest.voters(self, last)
-            order = newest.row_order(self, q, last)
-            options = self._options(q, None, order)
-            found = column_statistics(q, newest.ordered(self.k, order), weight, causal=True, group=group, **options)
+            attention, order = self._attend(last)
+            found = attention.statistics(group=group)
             self._measured[last, group] = ColumnStatistics(*(newest.as_they_stand(x, order) for x in found))
         return self._measured[last, group]
 
-    def _options(self, q: Tensor, candidates: Tensor | None, order: Tensor | None) -> dict[str, Any]:
-        options: dict[str, Any] = {"scale": self.scale, "softcap": self.softcap}
+    @property
+    def attention(self) -> Attention:
+        """Attention of the queries of this forward to all rows; padding neither votes nor is seen."""
+        return self._attend(None)[0]
+
+    def _attend(
+        self, last: int | None, candidates: Tensor | None = None, causal: bool = True
+    ) -> tuple[Attention, Tensor | None]:
+        """Attention as :meth:`columns` has it, and the order in which it has the rows; None: as they stand."""
+        q, votes = newest.voters(self, last)
+        order = newest.row_order(self, q, last) if causal else None
         real, weights = self.real, self.weights
         if candidates is not None:
             real = candidates if real is None else real & candidates
-        real = real if real is None else newest.ordered(real, order)
-        weights = weights if weights is None else newest.ordered(weights, order)
-        group = q.shape[1] // self.heads
-        if real is not None and real.shape[1] == 1 and weights is None:
-            options["key_mask"] = real[:, 0].expand(q.shape[0], -1)
-            return options
+        real, weights = (None if x is None else newest.ordered(x, order) for x in (real, weights))
         bias = None if weights is None else self.alpha * weights.log()
-        if real is not None:
-            bias = torch.zeros(self.extent, device=self.device) if bias is None else bias
-            bias = bias.masked_fill(~real, -torch.inf)
-        if bias is not None:
-            options["bias"] = bias.repeat_interleave(group, 1)
-        return options
+        k, cap = newest.ordered(self.k, order), self.softcap
+        made = Attention(q, k, bias=bias, scale=self.scale, mask=real, votes=votes, softcap=cap, causal=causal)
+        return made, order
 
     # ------------------------------------------------------------------ the rest
 

@@ -107,14 +107,33 @@ SCORES = {
     "window": "tokred.methods.kv.snapkv:Window",
 }
 
-for _name, _target in SCORES.items():
+# The other parts of cache policies: budgets, fates, times, stores.
+PARTS = {
+    "adaptive": "tokred.kv.budgets.adaptive:Adaptive",
+    "evict": "tokred.kv.fates:Evict",
+    "flat": "tokred.kv.stores.flat:Flat",
+    "global": "tokred.kv.budgets.everywhere:Global",
+    "growing": "tokred.kv.budgets.growing:Growing",
+    "half": "tokred.kv.stores.half:Half",
+    "merge": "tokred.kv.fates:Merge",
+    "preference": "tokred.kv.budgets.preference:Preference",
+    "pyramid": "tokred.kv.budgets.pyramid:Pyramid",
+    "rectangle": "tokred.kv.stores.rectangle:Rectangle",
+    "split": "tokred.kv.budgets.split:Split",
+    "squeeze": "tokred.kv.budgets.squeeze:Squeeze",
+    "uniform": "tokred.kv.budgets.uniform:Uniform",
+    "when": "tokred.kv.parts:When",
+}
+
+for _name, _target in (SCORES | PARTS).items():
     parts.add(_name, _target)
 
 for _name, _target in TARGETS.items():
     methods.add(_name, _target)
     # A method's module stood in this folder itself before the wings had folders of their own.
     _module = _target.partition(":")[0]
-    MOVED.setdefault(f"tokred.methods.{_module.rpartition('.')[2]}", (_module,))
+    if _module != "tokred.methods.kv.kv":  # its old name is a wing's now, which answers for it
+        MOVED.setdefault(f"tokred.methods.{_module.rpartition('.')[2]}", (_module,))
 
 
 class _Package(types.ModuleType):

@@ -16,13 +16,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from tokred.core.attention import Attention
 from tokred.core.checks import check_choice
 from tokred.core.method import Parameters
 from tokred.core.place import Place, PlacedMethod
 from tokred.core.reduction import Reduction
 from tokred.core.site import Lazy, Site, Stage
 from tokred.errors import MissingInputError
-from tokred.kernels.column_scores import column_scores
 from tokred.vlm.tools.budget import Budget, as_budget, count_of
 from tokred.vlm.tools.tiles import Tiles
 
@@ -133,7 +133,7 @@ class VisualSite(Site):
         found = self._find("class_attention")
         if found is None:
             self._need_class()
-            found = self._columns(self._get("q"), self._get("k"), slice(0, 1))
+            found = self.of_tokens(self.attention.columns(rows=slice(0, 1)))
             self._values["class_attention"] = found
         return (found if found.ndim == 3 else found.unsqueeze(1)).float()
 
@@ -147,8 +147,8 @@ class VisualSite(Site):
             MissingInputError: as :attr:`class_attention_heads`.
         """
         self._need_class()
-        q, k = self.tower_heads(layer)
-        return self._columns(q, k, slice(0, 1))
+        attention = Attention(*self.tower_heads(layer), scale=self.scale)
+        return self.of_tokens(attention.columns(rows=slice(0, 1)))
 
     def layer_heads(self, layer: int) -> tuple[Tensor, Tensor]:
         """``(B, H, P + N, D)`` queries and keys of another layer of the tower; see :meth:`layer_class_attention`."""
@@ -181,8 +181,7 @@ class VisualSite(Site):
             given = self._find("received")
             if given is not None:
                 return given.float()
-        q = self._get("q")
-        return self._columns(q, self._get("k"), slice(0, q.shape[2]) if rows is None else rows, weight)
+        return self.of_tokens(self.attention.columns(weight, rows))
 
     def of_tokens(self, scores: Tensor) -> Tensor:
         """``(..., P + T)`` of class tokens and the tower's patches, to ``(..., N)`` of the tokens."""
@@ -197,9 +196,6 @@ class VisualSite(Site):
         if self.patches is None:
             return heads
         return torch.cat([heads[:, :, : self.prefix], heads[:, :, self.prefix :][:, :, self.patches]], 2)
-
-    def _columns(self, q: Tensor, k: Tensor, rows: slice, weight: Tensor | None = None) -> Tensor:
-        return self.of_tokens(column_scores(q[:, :, rows], k, weight, scale=self.scale))
 
     def _need_class(self) -> None:
         if self.prefix == 0 or not self.class_token:

@@ -3,7 +3,7 @@
 Some families take a video as what it is (``pixel_values_videos``, ``video_grid_thw``), and nothing has to be said.
 Others (InternVL, SmolVLM, LLaVA, ...) take its frames as images, one after another, and neither their processors nor
 the models tell them from images of their own: four images of a prompt may be four frames, or four photographs. tokred
-does not guess; :func:`clips` says it, for the calls inside it.
+does not guess; :func:`clips` says it, for the calls inside it (and in its thread).
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ def clips(runs: Sequence[Sequence[int]]) -> Iterator[None]:
             1 for an image by itself, ``T`` for the frames of a clip. Pictures are what the vision tower sees: an image
             that a processor cuts into tiles is as many pictures, each by itself. ``[[4], [1, 4]]`` is one clip of four
             frames in the first prompt, and an image before one in the second.
+
+    A later turn on the same cache names its own pictures alone; beams and several sequences of a prompt share its row.
 
     Raises:
         ValueError: ``runs`` is no such thing. The forward raises it where the pictures of a prompt do not add up to it,

@@ -1,22 +1,24 @@
-"""The site inside the language model: all tokens at the input of one decoder layer, and that layer's attention.
+"""Inside the language model: the site at the input of one decoder layer, and the base of methods that act there.
 
-It can be built by hand, which is how methods are tested; every value may be a tensor or a function that makes it.
+A site can be built by hand, which is how methods are tested; every value may be a tensor or a function that makes it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tokred.core.attention import Attention
+from tokred.core.place import Place, PlacedMethod
 from tokred.core.reduction import Reduction
 from tokred.core.selection import ranked
-from tokred.core.site import Lazy, Site
+from tokred.core.site import Lazy, Site, Stage
 from tokred.errors import MissingInputError
-from tokred.kernels.column_scores import column_scores
 
 Of = Literal["before", "own"]
 
@@ -61,8 +63,8 @@ class LayerSite(Site):
         end: columns from here on are no part of the prompt (drafts that wait for verification); None: there are none.
         prompt: embeddings of the prompt, see :class:`Prompt`.
         stream: a pair ``(B, L, C)``: what entered the layer before, and what left the norm behind its attention.
-        own, before: queries, keys and the like of this layer before it runs, and of the layer before; see
-            :class:`Heads`.
+        own, before: causal :class:`tokred.core.attention.Attention` of this layer before it runs, and of the layer
+            before, or what makes it; keys of earlier turns stand before those of the ``L`` columns.
         more: see :class:`tokred.Site`; ``v`` is this layer's.
     """
 
@@ -82,8 +84,8 @@ class LayerSite(Site):
         end: int | None = None,
         prompt: Prompt | Callable[[], Prompt] | None = None,
         stream: tuple[Tensor, Tensor] | Callable[[], tuple[Tensor, Tensor] | None] | None = None,
-        own: Heads | Callable[[], Heads] | None = None,
-        before: Heads | Callable[[], Heads] | None = None,
+        own: Attention | Callable[[], Attention] | None = None,
+        before: Attention | Callable[[], Attention] | None = None,
         **more: Any,
     ) -> None:
         super().__init__(x=x, **more)
@@ -194,18 +196,25 @@ class LayerSite(Site):
             rows = rows & (torch.arange(rows.shape[1], device=rows.device) < self.end)
         return rows
 
-    def attention_of(self, of: Of = "own") -> Heads:
-        """Queries and keys of this layer before it runs (``"own"``), or of the layer that has just run
-        (``"before"``).
+    @property
+    def attention(self) -> Attention:
+        """The attention of this layer, before it runs."""
+        return self.attention_of("own")
+
+    def attention_of(self, of: Of = "own") -> Attention:
+        """Attention of this layer before it runs (``"own"``), or of the layer that has just run (``"before"``).
 
         Raises:
-            MissingInputError: the host does not supply them, or there is no layer before.
+            MissingInputError: the host does not supply it, or there is no layer before.
+            ValueError: it was made by hand, and is not causal.
         """
         found = self._heads[of]
         if found is None:
             raise MissingInputError(f"this site does not supply the attention rows of {of!r}")
         if callable(found):
             found = self._heads[of] = found()
+        if not found.causal:
+            raise ValueError(f"attention of a decoder layer is causal: make {of!r} with Attention(..., causal=True)")
         return found  # type: ignore[no-any-return]
 
     def row_scores(
@@ -224,7 +233,7 @@ class LayerSite(Site):
             of: ``"before"``: the layer that has just run (FastV); ``"own"``: this layer, before it runs (PyramidDrop).
             heads: reduction over the heads.
             group: reduction over the query heads of one key head that comes first ("sum", "mean", "max"), see
-                :func:`tokred.kernels.column_scores`.
+                :meth:`Attention.columns`.
 
         Returns:
             ``(B, L)`` float32, or ``(B, H, L)`` for ``heads="none"``; zero on padding.
@@ -235,9 +244,8 @@ class LayerSite(Site):
         """
         source = self.attention_of(of)
         first, weight = self._rows(rows)
-        scores = source.columns(first, self.end, weight, group)[..., : self.end]
-        if self.end < self.shape[1]:
-            scores = torch.nn.functional.pad(scores, (0, self.shape[1] - self.end))
+        # Columns of earlier turns take part in the softmax, but none of them can leave.
+        scores = source.columns(weight, slice(first, self.end), group)[..., source.offset :]
         if heads == "mean":
             return scores.mean(1)
         if heads == "sum":
@@ -328,65 +336,64 @@ class LayerSite(Site):
         return tuple(max(0, have - left) for have, left in zip(self.counts, counts, strict=True))
 
 
-class Heads:
-    """Attention of one decoder layer, as far as rows are asked for.
+class LayerMethod(PlacedMethod):
+    """Base of methods at the stage ``layer``: visual tokens leave before some decoder layers.
 
-    Args:
-        q: gives the queries ``(B, H, M, D)`` of the columns from ``first`` to ``end``, rotated.
-        k: ``(B, Hk, P + L, D)`` keys, those of ``P`` earlier turns first; or what gives them.
-        scale, softcap, window: of the attention.
-        mask: ``(B, P + L)`` bool, False on hidden keys; None: all are seen.
-        length: ``L``.
+    ``n`` is always the number of visual tokens of a sample (of the one that has most).
+
+    Attributes:
+        visual: whether visual tokens leave, in forwards that bring some; otherwise any token of a prompt may, and ``n``
+            counts all of them.
     """
 
-    def __init__(
-        self,
-        q: Callable[[int, int], Tensor] | Tensor,
-        k: Callable[[], Tensor] | Tensor,
-        *,
-        scale: float | None = None,
-        softcap: float | None = None,
-        window: int | None = None,
-        mask: Tensor | None = None,
-        length: int | None = None,
-    ) -> None:
-        self._q = q
-        self._k = k
-        self.scale = scale
-        self.softcap = softcap
-        self.window = window
-        self.mask = mask
-        self.length = length
-
-    def q(self, first: int, end: int) -> Tensor:
-        """``(B, H, end - first, D)`` queries of some columns."""
-        return self._q[:, :, first:end] if isinstance(self._q, Tensor) else self._q(first, end)
-
-    @property
-    def k(self) -> Tensor:
-        """``(B, Hk, P + L, D)`` keys."""
-        if not isinstance(self._k, Tensor):
-            self._k = self._k()
-        return self._k
-
-    def columns(self, first: int, end: int, weight: Tensor | None, group: str = "none") -> Tensor:
-        """``(B, H, L)`` float32: the weighted sum of the attention rows ``first`` to ``end``, causal; columns of
-        earlier turns take part in the softmax and are cut off."""
-        k = self.k
-        length = k.shape[2] if self.length is None else self.length
-        past = k.shape[2] - length
-        k = k[:, :, : past + end]
-        mask = None if self.mask is None else self.mask[:, : past + end]
-        scores = column_scores(
-            self.q(first, end),
-            k,
-            weight,
-            scale=self.scale,
-            key_mask=mask,
-            causal=True,
-            window=self.window,
-            softcap=self.softcap,
-            group=group,
+    stage: ClassVar[Stage] = "layer"
+    visual: ClassVar[bool] = True
+    lacks: ClassVar[Mapping[str, str]] = {
+        "positions": (
+            "no positions to count anew: tokens that leave inside the language model have been seen at their places "
+            "by the layers before, and the others keep theirs; methods of the stage 'projector', such as 'divprune', "
+            "take positions='repack'"
         )
-        scores = scores[..., past:]
-        return torch.nn.functional.pad(scores, (0, length - end)) if end < length else scores
+    }
+
+    @abstractmethod
+    def choose(self, site: LayerSite) -> Reduction:
+        """Decide; called where the method acts, and no gradient is recorded."""
+
+    def reduce(self, site: Site) -> Reduction:
+        """Keep some of the visual tokens, and all others; the prompt's last token stays, visual or not.
+
+        Raises:
+            TypeError: the site is of another stage.
+        """
+        if not isinstance(site, LayerSite):
+            raise TypeError(f"{self.name!r} acts on a LayerSite, got {type(site).__name__}")
+        n = max(site.counts if self.visual else site.real, default=0)
+        if n == 0 or not self.acts(n, Place(site.layer, site.depth)):
+            return Reduction.identity((site.shape[0],), site.shape[1], site.device)
+        with torch.no_grad(), torch.autocast(site.device.type, enabled=False):
+            step = self.choose(site)
+            return site.with_last(step) if any(site.ends) else step
+
+
+def check_layer(value: object, name: str = "layer") -> None:
+    """Refuse what is no decoder layer before which tokens can leave.
+
+    Raises:
+        ValueError: with what was given.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(
+            f"{name} must be a layer's number, at least 1 (tokens that leave before layer 0 are for methods of the "
+            f"stage 'projector'), got {value!r}"
+        )
+
+
+def check_depth(layer: int, depth: int, name: str = "layer") -> None:
+    """Refuse a layer that the model does not have.
+
+    Raises:
+        ValueError: with the layers it has.
+    """
+    if layer >= depth:
+        raise ValueError(f"{name} is {layer}, but the model has {depth} decoder layers (0 to {depth - 1})")

@@ -168,7 +168,7 @@ class ZeroTPrune(BlockMethod):
         element form printed there transposes it).
         """
         free = slice(site.prefix, site.shape[1] - site.suffix)
-        scores = site.column_power(self.start(site), rounds, tolerance=self.tolerance)[..., free]
+        scores = site.attention.power(self.start(site), rounds, tolerance=self.tolerance)[..., free]
         return emphasise(scores, self.v_min, self.v_max, None if site.mask is None else site.mask[:, free])
 
     def start(self, site: Site) -> Tensor:

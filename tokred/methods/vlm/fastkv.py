@@ -20,8 +20,7 @@ from tokred.kv.policy import CachePolicy, Parts
 from tokred.kv.pooling import check_pool, pooled_columns
 from tokred.kv.site import Place as CachePlace
 from tokred.methods.kv.snapkv import Window
-from tokred.vlm.in_llm import LayerSite
-from tokred.vlm.layered import LayerMethod
+from tokred.vlm.in_llm import LayerMethod, LayerSite
 
 Mode = Literal["constant", "proportional"]
 Pooling = Literal["max", "avg"]

@@ -12,8 +12,7 @@ from tokred.core.method import Parameters
 from tokred.core.place import Place
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.vlm.in_llm import LayerSite
-from tokred.vlm.layered import LayerMethod, check_depth, check_layer
+from tokred.vlm.in_llm import LayerMethod, LayerSite, check_depth, check_layer
 
 
 @register("fastv")

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from tokred.core.attention import Attention
 from tokred.core.checks import check_choice, check_count, is_count
 from tokred.core.method import Parameters
 from tokred.core.overlap import OverlapReduction
@@ -17,7 +18,6 @@ from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.selection import ranked
 from tokred.errors import MissingInputError
-from tokred.kernels.column_scores import column_scores
 from tokred.kernels.gather_rows import gather_rows
 from tokred.kernels.similarity_rows import unit
 from tokred.vlm.before_llm import ProjectorMethod, Space, VisualSite
@@ -121,8 +121,7 @@ class PruMerge(ProjectorMethod):
         q, k = site.tower_heads(-1)
         if self.heads == "single":
             q, k = (t.transpose(1, 2).flatten(2).unsqueeze(1) for t in (q, k))
-        scale = q.shape[-1] ** -0.5
-        attention = site.of_tokens(column_scores(q[:, :, :1], k, scale=scale).mean(1))
+        attention = site.of_tokens(Attention(q, k).columns(rows=slice(0, 1)).mean(1))
         keys = site.layer_heads(-1)[1].transpose(1, 2).flatten(2)[:, site.prefix :]
         return self.absorb(attention, keys)
 

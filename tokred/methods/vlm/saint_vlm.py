@@ -20,8 +20,7 @@ from tokred.encoder.metric import head_mean
 from tokred.kernels.gather_rows import gather_rows
 from tokred.methods.encoder.saint import SAINT
 from tokred.vlm.before_llm import Budgeted, VisualSite
-from tokred.vlm.in_llm import LayerSite
-from tokred.vlm.layered import LayerMethod, check_depth
+from tokred.vlm.in_llm import LayerMethod, LayerSite, check_depth
 from tokred.vlm.tools.budget import Budget
 
 

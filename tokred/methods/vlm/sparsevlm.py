@@ -17,8 +17,7 @@ from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.selection import ranked
 from tokred.kernels.column_scores import column_scores
-from tokred.vlm.in_llm import LayerSite, Prompt
-from tokred.vlm.layered import LayerMethod, check_depth
+from tokred.vlm.in_llm import LayerMethod, LayerSite, Prompt, check_depth
 from tokred.vlm.tools.budget import Budget, as_budget, count_of
 from tokred.vlm.tools.cluster import density_peaks
 

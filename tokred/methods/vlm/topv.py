@@ -17,8 +17,7 @@ from tokred.core.registry import register
 from tokred.core.selection import highest
 from tokred.kernels.gather_rows import gather_rows
 from tokred.methods.vlm.saint_vlm import visual_columns
-from tokred.vlm.in_llm import LayerSite
-from tokred.vlm.layered import LayerMethod, check_depth
+from tokred.vlm.in_llm import LayerMethod, LayerSite, check_depth
 from tokred.vlm.tools.budget import Budget, as_budget, count_of
 from tokred.vlm.tools.places import grid_places
 from tokred.vlm.tools.transport import BLOCK, transport

@@ -16,8 +16,7 @@ from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.selection import ranked
 from tokred.vlm.before_llm import Budgeted, VisualSite
-from tokred.vlm.in_llm import LayerSite
-from tokred.vlm.layered import LayerMethod, check_depth, check_layer
+from tokred.vlm.in_llm import LayerMethod, LayerSite, check_depth, check_layer
 from tokred.vlm.tools.budget import Budget, as_budget, count_of
 
 
