@@ -38,7 +38,7 @@ LAYERED = {"transformers": "tokred.adapters.vlm.host:match_layer"}
 
 
 class Served(NamedTuple):
-    """A stage.
+    """A stage and the adapters that serve it.
 
     Attributes:
         adapters: package of a host library, and the adapter whose ``match`` makes a host of its models.

@@ -20,7 +20,7 @@ StateT = TypeVar("StateT", bound=State)
 
 
 class Swapped(Undo):
-    """A module's class was exchanged.
+    """The exchange of a module's class.
 
     Args:
         module: the module.
@@ -40,7 +40,7 @@ class Swapped(Undo):
 
 
 class Hooked(Undo):
-    """A hook was hung on a module. Handles of torch are not used: theirs are weak, and lost in a pickle."""
+    """A hook that was hung on a module. Handles of torch are not used: theirs are weak, and lost in a pickle."""
 
     def __init__(self, module: nn.Module, hook: Hook) -> None:
         self.module, self.hook = module, hook
@@ -54,7 +54,7 @@ class Hooked(Undo):
 
 
 class InFront(Undo):
-    """Something was put on a module in front of a method of its class."""
+    """An object that was put on a module in front of a method of its class."""
 
     def __init__(self, module: nn.Module, name: str, standin: Standin) -> None:
         self.module, self.name, self.standin = module, name, standin

@@ -81,11 +81,11 @@ class Host(ABC):
 
     @property
     def offered(self) -> frozenset[str]:
-        """What a method may read."""
+        """The inputs that a method may read here."""
         return self.supplies
 
     def missing(self, method: Method | type[Method]) -> frozenset[str]:
-        """What the method reads and this host cannot supply."""
+        """Inputs that the method reads and this host cannot supply."""
         reads = method.reads if isinstance(method, Method) else method().reads
         return reads - self.offered
 
@@ -103,7 +103,7 @@ class Host(ABC):
             )
 
     def hint(self, method: Method) -> str:
-        """What works instead of a method that is refused, as the end of a message."""
+        """The end of a refusal: methods that work here instead, where some are known."""
         return ""
 
     def choose(self, windows: str) -> Self:

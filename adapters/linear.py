@@ -69,7 +69,7 @@ def macs(module: nn.Module) -> int:
 
 
 def linear(module: Any, x: Tensor) -> Tensor:
-    """What a module of one matrix makes of ``x``, without its bias."""
+    """The product of ``x`` with the matrix of a module, without its bias."""
     if _plain(module):
         return F.linear(x, module.weight)
     y: Tensor = module(x)
@@ -108,14 +108,14 @@ def weight_of(module: nn.Module, width: int, like: Tensor) -> Tensor:
 
 
 def _plain(module: Any) -> bool:
-    """Whether a call would do nothing but multiply by the weight that is there."""
+    """True for a module whose call does nothing but multiply by a weight that is in place."""
     hooks = (module._forward_hooks, module._forward_pre_hooks)
     own = type(module) is nn.Linear and type(module.weight) in (Tensor, nn.Parameter) and "forward" not in vars(module)
     return own and not module.weight.is_meta and not any(hooks)
 
 
 def check_there(tensor: Tensor | None, name: str) -> Tensor | None:
-    """``tensor``, unless it is not on any device: a parameter that no module adds by being called.
+    """``tensor``, a parameter of the attention itself, which no call of an inner module brings onto a device.
 
     Raises:
         UnsupportedModelError: it is offloaded.
@@ -130,7 +130,7 @@ def check_there(tensor: Tensor | None, name: str) -> Tensor | None:
 
 @contextlib.contextmanager
 def _settled(module: nn.Module) -> Iterator[None]:
-    """Without dropout, as adapters have it."""
+    """A module in evaluation mode while open: adapters of weights have dropout, which would make every call differ."""
     training = [m for m in module.modules() if m.training]
     for m in training:
         m.training = False
@@ -169,7 +169,7 @@ def value_transform(attn: Any, normed: Tensor, v: Tensor, heads: int, *, per_hea
 
 
 def _value_bias(attn: Any, normed: Tensor) -> Tensor | None:
-    """What the value projection adds to every token, wherever a host keeps it."""
+    """The bias of the value projection ``(C,)``, wherever a host keeps it; None where it has none."""
     if words.VALUE.part(attn) is not None:
         return constant(words.VALUE.need(attn), normed)
     if words.VALUE_BIAS.part(attn) is not None:

@@ -33,7 +33,7 @@ class Undo(ABC):
     @property
     @abstractmethod
     def in_force(self) -> bool:
-        """Whether the change is still there."""
+        """True while the change is still there."""
 
     @abstractmethod
     def undo(self) -> None:
@@ -62,7 +62,7 @@ def _without(cls: Any) -> Any:
 
 
 def is_swapped(module: nn.Module) -> bool:
-    """Whether this very module's class was exchanged."""
+    """True for a module whose own class was exchanged."""
     return any(_HOST in c.__dict__ for c in type(module).__mro__)
 
 

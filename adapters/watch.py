@@ -50,7 +50,7 @@ class Watch:
         self.__init__(**state)  # type: ignore[misc]
 
     def begin(self) -> None:
-        """A forward of the patched part starts."""
+        """Start to note the sites of a forward of the patched part."""
         self._local.seen = set()
 
     def ran(self, site: str) -> None:
@@ -61,7 +61,7 @@ class Watch:
             self.note(site)
 
     def note(self, site: str) -> None:
-        """The same outside of a compiled graph."""
+        """Note that a site took part, outside of a compiled graph."""
         seen = getattr(self._local, "seen", None)
         if seen is not None:
             seen.add(site)
@@ -81,13 +81,13 @@ class Watch:
             )
 
     def passed_by(self) -> list[str]:
-        """The forward is over: sites that did not run in it."""
+        """Sites that did not run in the forward that has ended."""
         seen = self._local.__dict__.pop("seen", None)
         return [] if seen is None else [site for site in self.names if site not in seen]
 
 
 class EnterWatched(Hook):
-    """Before the patched part's forward."""
+    """Before the patched part's forward: begins to note the sites that run."""
 
     def __init__(self, watch: Watch) -> None:
         self.watch = watch
@@ -102,7 +102,7 @@ class EnterWatched(Hook):
 
 
 class LeaveWatched(Hook):
-    """After it: complain of what was passed by."""
+    """Behind the patched part's forward: raises if sites were passed by."""
 
     def __init__(self, watch: Watch) -> None:
         self.watch = watch
@@ -179,7 +179,7 @@ def check_passed_by(model: nn.Module | None, watch: Watch, missing: Iterable[str
 
 
 def obstacle(model: nn.Module, name: str) -> str | None:
-    """What keeps a site from being run: it has been exchanged or left out, or someone stands in front of it."""
+    """The reason for which a site did not run: it was exchanged or left out, or its forward replaced; None: no such."""
     try:
         module = model.get_submodule(name)
     except AttributeError:

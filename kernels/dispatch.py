@@ -45,17 +45,17 @@ def mode() -> str:
 
 
 def autotune() -> bool:
-    """Whether ``TOKRED_AUTOTUNE=1`` asks for launch configurations to be timed."""
+    """True where ``TOKRED_AUTOTUNE=1`` asks for launch configurations to be timed."""
     return _read("TOKRED_AUTOTUNE", "0") == "1"
 
 
 def debug() -> bool:
-    """Whether ``TOKRED_DEBUG=1`` asks for the values of indices to be checked, at the price of a device wait."""
+    """True where ``TOKRED_DEBUG=1`` asks for the values of indices to be checked, at the price of a device wait."""
     return _read("TOKRED_DEBUG", "0") == "1"
 
 
 def interpreting() -> bool:
-    """Whether Triton kernels run in its interpreter, on the CPU."""
+    """True where Triton runs kernels in its interpreter, on the CPU."""
     return _read("TRITON_INTERPRET", "0") == "1"
 
 
@@ -82,7 +82,7 @@ def device_refusals(tensor: Tensor) -> list[Refusal]:
 
 
 def use_kernel(name: str, tensor: Tensor, refusals: Callable[[], Iterable[Refusal]]) -> bool:
-    """Whether operator ``name`` runs its Triton kernel for this call.
+    """True where the operator ``name`` runs its Triton kernel for this call.
 
     Args:
         name: the operator, for the message.
@@ -132,6 +132,6 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def traced() -> bool:
-    """Whether operations are being written down (torch.compile, torch.export, torch.jit.trace) to run on other values:
+    """True while operations are written down (torch.compile, torch.export, torch.jit.trace) to run on other values:
     nothing may then be decided by looking at values, nor by whether gradients are recorded at the moment."""
     return torch.compiler.is_compiling() or bool(torch._C._is_tracing())

@@ -1,4 +1,4 @@
-"""What a user calls: apply, remove, patched, applied, supports, report, trace, kv_cache, flops, list_methods."""
+"""Functions for users: apply, remove, patched, applied, supports, report, trace, kv_cache, flops, list_methods."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def applied(model: ModelT, method: MethodLike, **options: Any) -> Iterator[Model
 
 
 class Support(NamedTuple):
-    """Whether a method runs on a model, and if not, what is missing."""
+    """The answer to "does this method run on this model?", and if it does not, what is missing."""
 
     method: str
     works: bool
@@ -194,7 +194,7 @@ def supports(model: nn.Module) -> list[Support]:
 
 
 def report(model: nn.Module) -> Report:
-    """What became of the tokens in the last forward of a patched model, layer by layer.
+    """The fate of the tokens in the last forward of a patched model, layer by layer.
 
     A :class:`tokred.Report` can be printed; ``rows``, ``to_dict()`` and ``to_pandas()`` hold the same as data. Of
     encoders (:class:`~tokred.encoder.report.BlockReport`): tokens, multiply-adds and token sizes of each block. With a
@@ -212,7 +212,7 @@ def report(model: nn.Module) -> Report:
 
 
 def trace(model: nn.Module) -> Reduction:
-    """What became of every token in the last forward: all blocks' reductions as one, for drawing and un-merging.
+    """The fate of every token in the last forward: all blocks' reductions as one, for drawing and un-merging.
 
     Raises:
         NothingRecordedError: as :func:`report`.
@@ -263,7 +263,7 @@ def kv_cache(model: nn.Module, *, prompt: int | None = None, steps: int | None =
 
 
 class LayerFlops(NamedTuple):
-    """One block, counted beforehand."""
+    """The costs of one block, counted beforehand."""
 
     layer: int
     tokens_in: int

@@ -23,7 +23,7 @@ _OF_TOWER = frozenset({"q", "k", "class_attention", "attention", "tower_layers"}
 
 
 class Part(NamedTuple):
-    """One method at work.
+    """One method at work on a model.
 
     Attributes:
         method: that acts.
@@ -43,11 +43,11 @@ class Part(NamedTuple):
 
     @property
     def in_force(self) -> bool:
-        """Whether any of its changes is still there: the part of a model may have been freed by itself."""
+        """True if one of its changes is still there: the part of a model may have been freed by itself."""
         return not self.undos or any(undo.in_force for undo in self.undos)
 
     def report(self, methods: Sequence[Method]) -> Report:
-        """Its last forward, in a model that all these methods act on."""
+        """Report of its last forward, in a model that all these methods act on."""
         from tokred import adapters
 
         host: Host = adapters.find(self.module, self.method.stage)
@@ -68,7 +68,7 @@ class Patch:
 
     @property
     def methods(self) -> list[Method]:
-        """Those that act, in the order of the stages."""
+        """Methods that act, in the order of the stages."""
         return [part.method for part in self.parts if part.in_force]
 
     def add(self, host: Host, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str) -> None:
@@ -126,7 +126,7 @@ def patches_of(model: nn.Module) -> Iterator[tuple[nn.Module, Patch]]:
 
 
 def parts_of(model: nn.Module) -> list[Part]:
-    """What acts on ``model``, in the order of the stages."""
+    """The parts that act on ``model``, in the order of the stages."""
     from tokred.adapters.changes import states_in
 
     parts = [part for _, patch in patches_of(model) for part in patch.parts if part.in_force]

@@ -68,7 +68,7 @@ def cache_argument(function: Callable[..., Any]) -> str | None:
 
 
 def cache_name(function: Callable[..., Any]) -> str:
-    """The same for a function that is known to take one.
+    """Name of the cache argument of a function that is known to take a cache.
 
     Raises:
         TypeError: it takes none.
@@ -107,7 +107,7 @@ _WRAPPING_BASES = (Spelling("FSDPModule", "torch", since="2.6"), Spelling("Repli
 
 
 def is_wrapper(cls: type) -> bool:
-    """Whether a wrapper (FSDP 2 and its kind) made a class of a module's class, or it is what those have in common."""
+    """True for a class that a wrapper (FSDP 2 and its kind) made of a module's class, and for the base of those."""
     names = {base.name for base in _WRAPPING_BASES}
     return any(c.__name__ in names and c.__module__.startswith("torch.") for c in (cls, *cls.__bases__))
 
@@ -152,8 +152,8 @@ def foreign_forward(module: nn.Module) -> str | None:
 
 
 def skips_layers(model: nn.Module) -> bool:
-    """Whether the host has been told to leave out layers in some forwards (caches of diffusers, guidance by skipped
-    layers), so that a site that did not run has not been passed by."""
+    """True where the host has been told to leave out layers in some forwards (caches of diffusers, guidance by skipped
+    layers): a site that did not run was then left out on purpose."""
     names = [spelling.name for spelling, items in KEPT_FORWARDS if items]
     return any(name in module.__dict__ for module in model.modules() for name in names)
 
@@ -180,7 +180,7 @@ def parameters_at_hand(module: nn.Module) -> Iterator[None]:
 
 
 def check_at_hand(tensor: Tensor, name: str) -> Tensor:
-    """``tensor``, which is about to be read.
+    """``tensor``, after a check that it holds values.
 
     Raises:
         UnsupportedModelError: it is a placeholder without values.
@@ -194,7 +194,7 @@ def check_at_hand(tensor: Tensor, name: str) -> Tensor:
 
 
 class Name(NamedTuple):
-    """What hosts call one thing: the first spelling that is there counts.
+    """A thing of a host and the names that hosts give it, of which the first that exists counts.
 
     Attributes:
         role: in our words.
@@ -250,7 +250,7 @@ def find_object(role: str) -> Any:
 
 
 def host_object(role: str) -> Any:
-    """The same where tokred cannot do without.
+    """The host's object of a role that tokred cannot do without.
 
     Raises:
         UnsupportedModelError: the installed host has it under no spelling that is known.
@@ -288,7 +288,7 @@ def set_attention(config: Any, name: str) -> None:
 
 
 def exchanges_attention(model: Any) -> bool:
-    """Whether a model's attention can be exchanged by name."""
+    """True for a model whose attention can be exchanged by name."""
     return bool(getattr(model, _BACKEND, False))
 
 
@@ -303,7 +303,7 @@ LATER_CHUNKS = Spelling("prefill_chunk_size", "transformers", since="5.21")
 
 
 def goes_on_in_chunks() -> bool:
-    """Whether ``generate`` reads a prompt in chunks behind a cache that holds tokens already."""
+    """True where ``generate`` can read a prompt in chunks onto a cache that holds tokens already."""
     return release(environment.version(LATER_CHUNKS.library)) >= release(LATER_CHUNKS.since)
 
 
@@ -313,7 +313,7 @@ _HOOKS, _STATEFUL = "_diffusers_hook", "_is_stateful"
 
 
 def repeats(module: nn.Module) -> bool:
-    """Whether a cache of diffusers may answer with what the module gave in another step."""
+    """True for a module that a cache of diffusers may skip, answering with its output of another step."""
     hooks = getattr(getattr(module, _HOOKS, None), "hooks", {})
     return any(getattr(hook, _STATEFUL, False) for hook in hooks.values())
 

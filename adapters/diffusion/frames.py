@@ -21,7 +21,7 @@ def one_frame(place: SublayerPlace) -> SublayerPlace:
 
 
 def join_frames(reduction: Reduction, frames: int) -> Reduction:
-    """What a method found for frames as samples, as a reduction of clips.
+    """One reduction of clips, joined from a reduction whose samples are their frames.
 
     Args:
         reduction: batch ``(B * frames,)``, of ``n`` tokens to ``m`` slots.
@@ -38,6 +38,7 @@ def join_frames(reduction: Reduction, frames: int) -> Reduction:
         return reduction
     if isinstance(reduction, TileReduction):
         return reduction.join(frames)
+    # Subclasses hold more than these index tensors, which would come out of `replace` with the shapes of frames.
     if type(reduction) is not Reduction:
         raise UnsupportedModelError(f"a {type(reduction).__name__} cannot be joined over the frames of a clip")
     b, n, m = reduction.batch[0] // frames, reduction.length, reduction.slots

@@ -45,7 +45,7 @@ class Geometry(NamedTuple):
 
 
 def sample_size(size: tuple[int, ...], pixels: int, frames: int) -> tuple[int, ...]:
-    """As :meth:`Geometry.sample`.
+    """Rows and columns of the sample for an image, or frames, rows and columns for a clip.
 
     Args:
         size: of the image or clip.
@@ -53,7 +53,7 @@ def sample_size(size: tuple[int, ...], pixels: int, frames: int) -> tuple[int, .
         frames: of a clip for each of the sample but the first; 0: an image is meant.
 
     Raises:
-        ValueError: as there.
+        ValueError: ``size`` is smaller than a row of the sample, or has frames where it should not, or none.
     """
     if len(size) != (3 if frames else 2):
         wanted = "(frames, height, width)" if frames else "(height, width)"
@@ -168,6 +168,7 @@ def read(where: str) -> tuple[nn.Module, int, int]:
     if where in GEOMETRIES:
         return build(where), GEOMETRIES[where].pixels, GEOMETRIES[where].frames
     folder = Path(where)
+    # A pipeline's folder has the denoiser in a folder of its own; a denoiser saved alone has its configuration here.
     inside = next((folder / part for part in ("unet", "transformer") if (folder / part).is_dir()), folder)
     file = inside / "config.json"
     if not file.is_file():
@@ -182,6 +183,7 @@ def read(where: str) -> tuple[nn.Module, int, int]:
         model = cls.from_config(config)
     clips = any(cls.__name__ == made.cls and made.frames for made in GEOMETRIES.values())
     pixels, frames = _scales(folder / "vae" / "config.json")
+    # Denoisers of images may come with the VAE of a video model: its frames say nothing about their samples.
     return model.eval(), pixels, frames if clips else 0
 
 

@@ -145,7 +145,7 @@ class DenoiserHost(Host):
 
     @property
     def how(self) -> str:
-        """For the table of support."""
+        """How methods run here, for the table of support."""
         return f"{self.family}, around the sub-layers of {self.depth} blocks"
 
     def check(self, method: Method, expose: str = "auto") -> None:
@@ -249,6 +249,8 @@ def match(model: nn.Module) -> DenoiserHost | None:
         return None
     known = known_as(cls, DENOISERS)
     if known is None:
+        # VAEs, ControlNets and even a part of UNets are a ModelMixin too. Only a class that may be a denoiser is
+        # refused; inside the others the search goes on.
         if mine[0] == "Transformer2DModel" or not any(word in mine[0] for word in ("UNet", "Transformer")):
             return None
         raise UnsupportedModelError(
@@ -340,6 +342,8 @@ def _parts(model: nn.Module, loose: bool) -> list[Block]:
                 base = known_as(host_class(part), _SUBLAYERS)
                 if base is not None:
                     _same_forward(host_class(part), base, sub)
+            # Its MLP is no module of its own, so the block itself is swapped; it comes last, because the survey takes
+            # what the sub-layers before it leave over for the cost of the MLP.
             if layout.parallel:
                 subs.append((name, module, "parallel"))
             found.append(Block(name, module, subs, False, layout.first))

@@ -16,7 +16,7 @@ from tokred.core.reduction import Reduction
 
 
 class Halves(NamedTuple):
-    """What becomes of the two sides of an attention. Reductions have batch ``(B,)``, or ``(B, H)`` for plans by head.
+    """Reductions of the two sides of an attention, of batch ``(B,)``, or ``(B, H)`` for plans by head.
 
     Attributes:
         queries: fewer queries; what comes out is restored. None: all of them.
@@ -135,7 +135,7 @@ def _heads(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _same_rows(reduction: Reduction) -> bool:
-    """Whether tokens are kept or dropped, the same in every sample."""
+    """True for a reduction that only keeps or drops tokens, and the same ones in every sample."""
     rows = reduction.representative
     kept = type(reduction) is Reduction and reduction.mode == "keep" and reduction.mask is None
     return kept and rows.ndim == 2 and (rows.shape[0] == 1 or rows.stride(0) == 0)

@@ -1,4 +1,4 @@
-"""What a mode that watches attention does with all else that it sees."""
+"""Functions other than attention, as a mode that watches attention lets them through."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ class EnterPacked(EnterDenoiser):
         self.session.begin(size, words.TIMESTEP.of(given), sample=given[self.sample])
 
     def _size(self, ids: Tensor, length: int) -> tuple[int, int]:
-        """Waits for the device, once for each tensor of ids; pipelines make one for an image."""
+        """Rows and columns of the image. Reading ids waits for the device, once a tensor; pipelines make one each."""
         version = 0 if ids.is_inference() else ids._version
         if self._seen is not None and self._seen[0]() is ids and self._seen[1] == version:
             return self._seen[2]
@@ -121,7 +121,7 @@ def grid_of(ids: Tensor) -> tuple[int, int] | None:
 
 
 def _places(ids: Tensor) -> str:
-    """In words, where tokens stand."""
+    """A description of the places where tokens stand, for a message."""
     places = (ids[0] if ids.ndim == 3 else ids).detach().to("cpu", torch.float64)
     if not len(places):
         return "no places"

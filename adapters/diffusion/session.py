@@ -1,4 +1,4 @@
-"""What the sub-layers of one patched denoiser share: the method, the step, the plans, and a record for reports."""
+"""State that the sub-layers of one patched denoiser share: the method, the step, the plans, a record for reports."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Plan:
         self.index = reduction.index if plain and part != "kv" else None
 
     def fits(self, x: Tensor) -> bool:
-        """Whether the plan is one for ``x`` ``(B, N, C)``."""
+        """True where the plan fits ``x`` ``(B, N, C)`` in batch, length and device."""
         rows = self.reduction.representative
         return self.reduction.batch == (x.shape[0],) and self.reduction.length == x.shape[1] and rows.device == x.device
 
@@ -120,7 +120,7 @@ class Session(State):
     # ------------------------------------------------------------------ one forward
 
     def begin(self, size: tuple[int, int], timestep: Any, frames: int = 1, sample: Tensor | None = None) -> None:
-        """A forward of the denoiser starts.
+        """Start a forward of the denoiser.
 
         Args:
             size: rows and columns of the sample.
@@ -138,12 +138,14 @@ class Session(State):
                 f"{self.method} depends on which step it is, which a compiled forward does not know: see its page"
             )
         counted = self.method.refresh > 1 or self.method.stepwise or self.method.remembers
+        # Counting steps reads the timestep, which waits for the device and breaks a graph: only if a method needs it.
         if compiling or self.free or not counted:
             self.plans, self.now = {}, self.method.at(None)
             return
         self.channels = 0 if sample is None or sample.ndim != 4 else sample.shape[1]
         self.now = self.steps.turn(self.method, timestep, sample if self._looks_back else None)
         self.plans = self.steps.plans
+        # How many steps an image has is known only when the next one begins.
         if 0 < self.steps.last <= self.method.first_full and not self.warned and not self.method.idle:
             self.warned = True
             warnings.warn(
@@ -157,7 +159,7 @@ class Session(State):
         return "guidance" in self.method.reads
 
     def end(self, predicted: Tensor | None = None) -> None:
-        """The forward is over, and has predicted this."""
+        """End the forward, keep its prediction where it is needed, and warn where nothing was reduced."""
         self.inputs = {}
         if self._looks_back and predicted is not None and not torch.compiler.is_compiling():
             self.steps.remember(predicted)
@@ -229,7 +231,7 @@ class Session(State):
         return plan
 
     def halves(self, spot: Spot, image: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Halves:
-        """What becomes of the queries, and of the keys and values, of one attention.
+        """Reductions of the queries, and of the keys and values, of one attention.
 
         Args:
             spot: the sub-layer.
@@ -239,6 +241,7 @@ class Session(State):
         method = self.now
         if self.size is None or method is None:
             return Halves()
+        # By name, not by resolution: every attention has heads of its own, whose plans no other can share.
         place, slot = self.place(image), ("heads", spot.name, len(q))
         found: Halves | None = self.plans.get(slot)
         if found is None or not _fits(found, q):
@@ -260,7 +263,7 @@ class Session(State):
         return found
 
     def _known(self, place: SublayerPlace, slot: Any, batch: int) -> dict[str, Any]:
-        """What every site of this step is told."""
+        """Arguments that every site of this step shares."""
         known: dict[str, Any] = {"depth": self.depth, "step": self.key, "count": self.steps.count}
         if self.method.remembers and not torch.compiler.is_compiling():
             known["memory"] = self.steps.memory((slot, place, batch))
@@ -271,11 +274,11 @@ class Session(State):
 
     @property
     def part(self) -> str:
-        """What the method in force reduces."""
+        """The part of attention that the method in force reduces; empty where none is in force."""
         return "" if self.now is None else self.now.part
 
     def acts(self, role: str) -> bool:
-        """Whether sub-layers of this role are reduced in this step."""
+        """True where sub-layers of this role are reduced in this step."""
         return self.now is not None and not self.now.idle and role in self.now.sublayers
 
     def _first(self, x: Tensor, left: int) -> Reduction:
@@ -293,7 +296,7 @@ class Session(State):
 
 
 def _fits(found: Halves, q: Tensor) -> bool:
-    """Whether plans by head are some for queries ``(B, H, N, D)``."""
+    """True where plans by head fit queries ``(B, H, N, D)`` in batch, length and device."""
     sides = [side for side in found[:2] if isinstance(side, Reduction)]
     return all(
         side.batch == tuple(q.shape[:2]) and side.length == q.shape[2] and side.representative.device == q.device
@@ -302,7 +305,7 @@ def _fits(found: Halves, q: Tensor) -> bool:
 
 
 class EnterDenoiser(Hook):
-    """Before a denoiser's forward.
+    """Before a denoiser's forward: the session starts, at the size of its sample.
 
     Args:
         session: of the denoiser.
@@ -321,7 +324,7 @@ class EnterDenoiser(Hook):
 
 
 class LeaveDenoiser(Hook):
-    """After a denoiser's forward."""
+    """Behind a denoiser's forward: its prediction ends the session's forward."""
 
     def __init__(self, session: Session) -> None:
         self.session = session

@@ -1,4 +1,4 @@
-"""What a denoiser's session keeps from one denoising step to the next: plans, memories, and what was predicted."""
+"""Records that a denoiser's session keeps from one denoising step to the next: plans, memories, predictions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SPANS = {"FluxTransformer2DModel": 1.0}
 
 
 class Turn(NamedTuple):
-    """Which forward of a step this is.
+    """The number of a forward within its step.
 
     Attributes:
         part: which sample of the step (a tile, a view of a panorama), where samples are looked at; else 0.
@@ -44,7 +44,7 @@ class Steps:
         self.forget()
 
     def forget(self) -> None:
-        """Nothing has been run."""
+        """Begin anew, with no step of any image behind."""
         self.time: float | None = None
         self.last = 0  # steps of the image before this one
         self.at = Turn()
@@ -64,7 +64,7 @@ class Steps:
         return self.at.call
 
     def turn(self, method: AttentionMethod, timestep: Any, sample: Tensor | None) -> AttentionMethod | None:
-        """Another forward begins; what is in force in it. Waits for the device once.
+        """The method in force in the forward that begins; None where none is. Waits for the device once.
 
         Args:
             method: of the session.
@@ -104,7 +104,7 @@ class Steps:
         return self.sample is not None and self.sample.shape == sample.shape and torch.equal(self.sample, sample)
 
     def _again(self, sample: Tensor | None) -> bool:
-        """Whether all samples of this step were seen, and this is another one: some schedulers run their second
+        """True where all samples of this step were seen and this is another one: some schedulers run their second
         timestep twice."""
         return self.count > 0 and self.at.part >= max(self.before, default=-1) and not self._seen(sample)
 
@@ -120,22 +120,22 @@ class Steps:
         self._look(0, sample)
 
     def _look(self, part: int, sample: Tensor | None) -> None:
-        """Another sample of the step."""
+        """Move on to another sample of the same step."""
         self.at, self.sample = Turn(part), None if sample is None else sample.detach()
         if sample is not None and part not in self.layouts:
             self.layouts[part] = _layout(sample)
 
     @property
     def plans(self) -> dict[Any, Any]:
-        """Of this call, those of earlier steps that still hold."""
+        """Plans of this call, with those of earlier steps that still hold."""
         return self.kept[self.at]
 
     def memory(self, slot: Any) -> dict[str, Any]:
-        """What a method keeps for one place."""
+        """The memory that a method has at one place, in this call of a step."""
         return self.memories[self.at].setdefault(slot, {})
 
     def remember(self, predicted: Tensor) -> None:
-        """A forward is over, and this is what it predicted."""
+        """Keep the prediction of the forward that has ended."""
         self.predicted.setdefault(self.at.part, []).append(predicted.detach())
 
     def guidance(self, place: SublayerPlace, batch: int, channels: int) -> Tensor | None:
@@ -154,7 +154,7 @@ class Steps:
 
 
 def _shorten(found: dict[Any, Any]) -> None:
-    """Let go of the oldest."""
+    """Drop the oldest entries beyond ``_FIRST``."""
     while len(found) > _FIRST:
         del found[next(iter(found))]
 

@@ -40,11 +40,11 @@ class Call:
     kwargs: dict[str, Any]
 
     def get(self, word: Word) -> Any:
-        """An argument, or None."""
+        """The argument of this role; None where it was not given."""
         return next((found for found in map(self.named, word.names) if found is not None), None)
 
     def named(self, name: str) -> Any:
-        """The same by one spelling."""
+        """The argument ``name``; None where it was not given."""
         if name in self.kwargs:
             return self.kwargs[name]
         place = self.names.index(name) if name in self.names else len(self.args)
@@ -65,7 +65,7 @@ class Call:
 
 @dataclass
 class Spot:
-    """What a patched sub-layer knows.
+    """Settings of one patched sub-layer.
 
     Attributes:
         session: of its denoiser.

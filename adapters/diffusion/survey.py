@@ -1,4 +1,4 @@
-"""What a denoiser would run at some size, counted on the meta device: no weights are read, nothing is computed."""
+"""Multiply-adds of a denoiser at some size, counted on the meta device: no weights are read, nothing is computed."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def float_type(model: nn.Module) -> torch.dtype:
 
 
 def _packed(module: nn.Module) -> bool:
-    """Whether a linear layer keeps its weights in another form than a matrix of numbers, which only it can multiply."""
+    """True for a linear layer whose weights are no plain matrix (packed, quantised), so that only it can multiply."""
     if not hasattr(module, "in_features") or not hasattr(module, "out_features"):
         return False
     if any(isinstance(inner, nn.Linear) for inner in module.modules() if inner is not module):
@@ -145,6 +145,7 @@ def example(model: Any, size: tuple[int, ...]) -> dict[str, Any]:
         text = empty(TEXT, int(config.encoder_hid_dim or config.cross_attention_dim))
         given = {"sample": sample, "timestep": time, "encoder_hidden_states": text, **_classes(model, config, empty)}
         if config.addition_embed_type == "text_time":
+            # SDXL embeds six sizes beside the pooled text, and its configuration gives the width of both together.
             pooled = int(config.projection_class_embeddings_input_dim) - 6 * int(config.addition_time_embed_dim)
             given["added_cond_kwargs"] = {"text_embeds": empty(pooled), "time_ids": empty(6)}
         elif config.addition_embed_type is not None:
@@ -158,6 +159,7 @@ def example(model: Any, size: tuple[int, ...]) -> dict[str, Any]:
         text = empty(120, int(config.caption_channels))
         return {"hidden_states": sample, "timestep": time, "encoder_hidden_states": text, **more}
     if kind == "FluxTransformer2DModel":
+        # Flux's pipeline packs 2 x 2 of the sample into a token before the denoiser sees it.
         n, width = (size[0] // 2) * (size[1] // 2), len(config.axes_dims_rope)
         ids = (torch.empty(rows, width, device="meta") for rows in (n, TEXTS))
         given = {"hidden_states": empty(n, int(config.in_channels)), "timestep": empty()}

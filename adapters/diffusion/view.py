@@ -1,4 +1,4 @@
-"""What a processor of attention sees: the module, with fewer tokens going into some projections, for some samples."""
+"""The attention module as its processor sees it: fewer tokens go into some projections, for some samples."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Batch:
     Samples are found again by their values, which costs no waiting. Where two are equal, so are their tokens' plans.
 
     Args:
-        given: ``(B, N, C)`` what the processor was given.
+        given: ``(B, N, C)`` input of the processor.
         name: of the attention, for messages.
 
     Attributes:
         rows: of the samples that were projected last, ``(B',)``; None: all of them.
-        keys: what keys were last made of.
+        keys: the tensor that keys were last made of.
     """
 
     def __init__(self, given: Tensor, name: str) -> None:
@@ -34,7 +34,7 @@ class Batch:
         self.short: Tensor | None = None
 
     def see(self, x: Tensor) -> None:
-        """The processor projects this."""
+        """Note the tensor ``x`` that the processor is about to project, and which samples it holds."""
         if self.last is not x:
             self.last, self.short = x, None
             self.rows = None if x.shape[0] == self.given.shape[0] else self._which(x)
@@ -49,14 +49,14 @@ class Batch:
         return torch.stack(same, 1).to(torch.uint8).argmax(1)
 
     def at(self, plan: Plan, samples: int) -> Plan:
-        """The plan of so many samples: all, or those that were projected last."""
+        """The plan for ``samples`` samples: all of them, or those that were projected last."""
         return plan if samples == self.given.shape[0] else plan.at(self.last_rows(samples))
 
     def last_rows(self, samples: int) -> Tensor:
-        """Those that were projected last, which are so many.
+        """Rows ``(samples,)`` of the batch that were projected last.
 
         Raises:
-            UnsupportedModelError: they are not.
+            UnsupportedModelError: another number of samples was projected last.
         """
         if self.rows is None or samples != len(self.rows):
             raise UnsupportedModelError(
@@ -83,7 +83,7 @@ class Wrapped:
 
 
 class Watched(Wrapped):
-    """A projection that says what it is given."""
+    """A projection that tells the batch about its input."""
 
     def __init__(self, module: Any, batch: Batch) -> None:
         self.module, self.batch = module, batch
@@ -94,7 +94,7 @@ class Watched(Wrapped):
 
 
 class Merging(Wrapped):
-    """A projection that is given fewer tokens.
+    """A projection that runs on fewer tokens.
 
     Args:
         module: the projection.
@@ -153,11 +153,11 @@ def view(module: Any, plan: Plan, names: tuple[str, ...], restore: bool, batch: 
 
 
 def watched(module: Any, batch: Batch) -> Any:
-    """``module`` whose queries say of which samples they are."""
+    """``module`` with a query projection that notes which samples it was called on."""
     queries = getattr(module, "to_q", None)
     return module if queries is None else View(module, {"to_q": Watched(queries, batch)})
 
 
 def perturbs(module: Any) -> bool:
-    """Whether the processor is one of perturbed-attention guidance."""
+    """True where the processor is one of perturbed-attention guidance."""
     return type(words.PROCESSOR.part(module)).__name__.startswith("PAG")

@@ -1,4 +1,7 @@
-"""Keys that count for as many tokens as were merged into them, or for none, where a sample has fewer than others."""
+"""Keys with a weight in a host's fused attention: a merged key counts as all tokens that were merged into it.
+
+Where a sample has fewer tokens left than others of its batch, its empty slots are keys that count as none.
+"""
 
 from __future__ import annotations
 

@@ -39,7 +39,6 @@ class Recipe:
     Args:
         split: the block is a pre-norm composition of ``norm1, attn, norm2, mlp`` that may be split in the middle.
         positions: names of keyword arguments that hold rotary tables or ids, and how to gather them.
-        attend: runs the attention when it is not SDPA that the capture could see; None for SDPA.
         argument_names: parameter names of the host block's forward after the tokens, for positional arguments.
     """
 
@@ -62,7 +61,6 @@ class Recipe:
         return {**kwargs, **moved}
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """All arguments by name."""
         return {**dict(zip(self.argument_names, args, strict=False)), **kwargs}
 
     # Whether the capture sees each head's answer and can leave heads out.
@@ -70,13 +68,12 @@ class Recipe:
 
     @property
     def supplies(self) -> frozenset[str]:
-        """What follows from how the blocks are run."""
+        """Inputs of a method that come from the way in which blocks are run."""
         if type(self).run is not Recipe.run:
             return frozenset()
         return frozenset({"carried", "heads"} if self.heads else {"carried"})
 
     def capture(self, block: nn.Module, bias: Tensor | None, state: TokenState) -> Capture:
-        """What watches this block's attention."""
         return Capture(bias, state.length, state.representative)
 
     def real(self, kwargs: dict[str, Any], x: Tensor) -> Tensor | None:
@@ -113,8 +110,7 @@ def refuse_padding(mask: Tensor | None = None) -> None:
 
 
 def refuse_symbols(x: Any) -> None:
-    """Raise where a block is traced by torch.fx: how many tokens are left, and what is known of them, it cannot write
-    down.
+    """Raise where torch.fx traces a block, since it cannot write down how many tokens are left and their state.
 
     Raises:
         UnsupportedModelError: ``x`` is a symbol, not a tensor.
@@ -133,7 +129,7 @@ class _Leaves(type):
 
 
 class Leaf(metaclass=_Leaves):
-    """What patched blocks are instances of, for tracers that are told by class what not to trace into."""
+    """The class of all patched blocks, to ``isinstance``: tracers are told by class which modules are leaves."""
 
 
 def split_heads(t: Tensor, heads: int) -> Tensor:
@@ -158,7 +154,7 @@ class KeyTap(Hook):
         self.value = output if self.heads is None else split_heads(output, self.heads)
 
     def take(self) -> Tensor | None:
-        """The noted keys, once."""
+        """The noted keys; None when they have been taken already."""
         value, self.value = self.value, None
         return value
 
@@ -167,7 +163,7 @@ class KeyTap(Hook):
 
 
 class Settings:
-    """What one patched block knows: its place, the model's shared state and its recipe."""
+    """Settings of one patched block: its place, the model's shared state and its recipe."""
 
     def __init__(self, shared: Shared, layer: int, name: str, recipe: Recipe, tap: KeyTap | None, active: bool) -> None:
         self.shared = shared
@@ -247,6 +243,7 @@ def _first_half(
         step, state = decide(settings, capture, state, x)
         capture.release()
         return follow(shared, step, state, x)
+    # Queries can only be left out inside the attention, once they and the keys are there and before they are used.
     before, known = x, [state]
 
     def decision() -> Reduction:
@@ -263,6 +260,7 @@ def _first_half(
     if taken is None or taken.trivial:
         return state, x + branch(block, y, 1)
     after, x = follow(shared, taken, state, x)
+    # Answers come back at the old length, as the host reshapes them; those that count stand at the representatives.
     return after, x + branch(block, taken.gather(y), 1)
 
 
@@ -300,13 +298,13 @@ def attention_bias(state: TokenState, proportional: bool) -> Tensor | None:
 
 
 def _unmoved(state: TokenState) -> TokenState:
-    """While nothing has moved, padding is the affair of the host's own mask."""
+    """The state without its padding while no token has moved, since the host's own mask still hides it."""
     moved = state.representative is not None or state.mask is None
     return state if moved else replace(state, mask=None, lengths=None)
 
 
 def decide(settings: Settings, capture: Capture, state: TokenState, x: Tensor) -> tuple[Reduction, TokenState]:
-    """Ask the method; also the state with what the method keeps."""
+    """The method's reduction at this block, and the state with what the method keeps for later blocks."""
     shared, hidden = settings.shared, capture.hidden
     if capture.causal:
         raise UnsupportedModelError("causal attention cannot carry fewer tokens: their order is not kept")
@@ -350,6 +348,7 @@ def decide(settings: Settings, capture: Capture, state: TokenState, x: Tensor) -
         notes=None if state.notes is None else dict(state.notes),
     )
     method = shared.method
+    # Samples with different numbers of real tokens are asked one by one: most methods would merge padding into them.
     padded = site.mask is not None and state.lengths is not None and not method.by_mask
     alone = padded or hidden is not None
     step = reduce_each(method, site, hidden) if alone else method.reduce(site)
@@ -359,7 +358,7 @@ def decide(settings: Settings, capture: Capture, state: TokenState, x: Tensor) -
 
 
 def follow(shared: Shared, step: Reduction, state: TokenState, x: Tensor) -> tuple[TokenState, Tensor]:
-    """Do what the method answered."""
+    """The state and the tokens after the reduction that the method chose."""
     if step.trivial:
         return state, x
     return state.advance(step, x, shared.keeps_dropped(state))

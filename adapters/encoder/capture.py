@@ -93,11 +93,13 @@ class Capture(TorchFunctionMode):
             self.heads, self.mask, self.causal = (q, k, v), mask, bool(call.get("is_causal"))
             self.scale = call.get("scale")
         self.calls += 1
+        # Queries and keys are known from here on and not used yet: the only moment at which queries can be left out.
         if self.decide is not None and self.calls == 1:
             self.step = self.decide()
             if not self.step.trivial:
                 return self._fewer_queries(func, self.step, q, k, v, call)
         y: Tensor = func(q, k, v, **call)
+        # Heads that were left out answer zero and keep their channels, which the output projection counts on.
         if self.left is not None:
             y = y * self.left[:, :, None, None].to(y.dtype)
         if self.watch_answers and self.calls == 1:
@@ -163,6 +165,7 @@ class MhaCapture(Capture):
         query, heads, mask = call["query"], call["num_heads"], call.get("attn_mask")
         b = query.shape[1]
         if self.representative is not None and mask is not None:
+            # Masks of each head come as (B * H, N, N) here, and have to go back like that.
             if mask.ndim == 3:
                 mask = mask.reshape(b, heads, *mask.shape[1:])
             mask = reduce_mask(mask, self.length, self.representative)
@@ -170,6 +173,7 @@ class MhaCapture(Capture):
         if self.bias is not None:
             if call.get("is_causal"):
                 raise UnsupportedModelError("causal attention cannot carry merged tokens: their order is not kept")
+            # As padding the bias is one row a sample; in attn_mask it would be written out for all heads and queries.
             padding = self.bias[:, 0, 0].to(query.dtype)
             before = call.get("key_padding_mask")
             call["key_padding_mask"] = padding if before is None else before + padding

@@ -47,7 +47,7 @@ def wide(x: Tensor, frames: int) -> Tensor:
 
 
 def narrow(y: Tensor, frames: int) -> Tensor:
-    """The inverse of :func:`wide`."""
+    """``(B, 1 + P, T * C)`` to ``(B, 1 + P * T, C)``, the inverse of :func:`wide`; the class token is the first."""
     b, c = y.shape[0], y.shape[-1] // frames
     return torch.cat([y[:, :1, :c], y[:, 1:].reshape(b, -1, c)], 1)
 
@@ -92,7 +92,7 @@ class DividedRecipe(Recipe):
     def _composed(
         self, block: Any, settings: Settings, state: TokenState, x: Tensor, acts: bool
     ) -> tuple[Tensor, TokenState]:
-        """Time, space, reduction, MLP."""
+        """The block from its parts: attention over time, attention in each frame, reduction and MLP."""
         x = x + self._time(block, x)
         place, heads = self._space(block, settings, state, x)
         x = x + place
@@ -105,7 +105,7 @@ class DividedRecipe(Recipe):
         return x, state
 
     def _time(self, block: Any, x: Tensor) -> Tensor:
-        """What each position's attention over its frames adds; nothing to the class token."""
+        """Output of each position's attention over its frames, to be added to the tokens; zero for the class token."""
         b, c = x.shape[0], x.shape[-1]
         rows = x[:, 1:].reshape(-1, self.frames, c)
         y = block.drop_path(block.temporal_attention(block.temporal_layernorm(rows))[0])
@@ -114,7 +114,7 @@ class DividedRecipe(Recipe):
     def _space(
         self, block: Any, settings: Settings, state: TokenState, x: Tensor
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """What the attention inside each frame adds, and its queries, keys and values ``(B * T, H, 1 + P, D)``."""
+        """Output of the attention inside each frame, to be added; queries, keys and values ``(B * T, H, 1 + P, D)``."""
         b, c, t = x.shape[0], x.shape[-1], self.frames
         patches = x[:, 1:].reshape(b, -1, t, c).transpose(1, 2).reshape(b * t, -1, c)
         rows = torch.cat([x[:, :1].repeat_interleave(t, 0), patches], 1)
@@ -131,8 +131,9 @@ class DividedRecipe(Recipe):
     def _reduce(
         self, block: Any, settings: Settings, state: TokenState, heads: tuple[Tensor, Tensor, Tensor], x: Tensor
     ) -> tuple[TokenState, Tensor]:
-        """Ask the method about the positions, and do it in every frame."""
+        """The state and the tokens after the method's choice of positions, made in every frame alike."""
         shared, t = settings.shared, self.frames
+        # Frames become so many more heads: one choice of positions has to serve them all.
         q, k, v = (h.reshape(-1, t * h.shape[1], *h.shape[2:]) for h in heads)
         bias = attention_bias(state, shared.method.proportional)
         rows = wide(x, t)
@@ -171,7 +172,6 @@ class DividedHost(EncoderHost):
     clip: int
 
     def plan(self, method: BlockMethod | None, shape: tuple[int, ...]) -> list[tuple[int, int, int]]:
-        """As of any chain of blocks, in every frame."""
         n, rows = self.tokens(shape), []
         for layer, (_, block) in enumerate(self.blocks):
             after = n if method is None else method.tokens(n, Place(layer, self.depth, 1))
@@ -180,7 +180,6 @@ class DividedHost(EncoderHost):
         return rows
 
     def counted(self, layer: int, record: LayerRecord, method: BlockMethod) -> tuple[int, int]:
-        """As it ran, and unpatched."""
         block, n = self.blocks[layer][1], record.state.length
         ran = self.macs(block, record.tokens_in, record.tokens_out, self.middle(method))
         return ran, self.macs(block, n, n, True)
@@ -210,6 +209,7 @@ def divided_host(model: Any, around: Callable[[tuple[int, ...]], tuple[int, int]
             f"transformers' TimeSformer runs attention_type={config.attention_type!r}, whose attention is written out "
             "and takes no token sizes; only 'divided_space_time' is composed here"
         )
+    # The block is composed again here, so whatever a later version adds to its forward would be left out in silence.
     for module in (blocks[0], blocks[0].attention.attention):
         used = set(inspect.unwrap(host_class(module).forward).__code__.co_names)
         if not used <= KNOWN:

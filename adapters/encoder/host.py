@@ -26,7 +26,7 @@ from tokred.adapters.watch import Watch, hang
 from tokred.core.method import Method
 from tokred.core.place import Place
 from tokred.encoder.method import BlockMethod
-from tokred.encoder.report import BlockReport, LayerReport
+from tokred.encoder.report import BlockReport, LayerReport, place
 from tokred.errors import MissingInputError
 
 
@@ -97,8 +97,7 @@ class EncoderHost(Host):
     @property
     def how(self) -> str:
         """How methods run here, for the table of support."""
-        inside = self.where == "inside"
-        return f"{self.family}, reduced {'inside each block' if inside else f'at the {self.where} of each block'}"
+        return f"{self.family}, reduced {place(self.where)}"
 
     @property
     def depth(self) -> int:
@@ -112,16 +111,14 @@ class EncoderHost(Host):
         return "mid" if self.recipe.split else "end"
 
     def middle(self, method: BlockMethod | None) -> bool:
-        """Whether the MLP of a block sees the reduced tokens already."""
+        """True where the MLP of a block runs on the reduced tokens already."""
         return self.recipe.split and (method is None or method.where != "end")
 
     @property
     def offered(self) -> frozenset[str]:
-        """What sites and the way of running blocks hand over."""
         return self.supplies | self.recipe.supplies
 
     def missing(self, method: Method | type[Method]) -> frozenset[str]:
-        """What the method reads and this host cannot supply."""
         missing = super().missing(method)
         # Rows and columns alone do not place the tokens of a video.
         one = method if isinstance(method, Method) else method()

@@ -29,7 +29,6 @@ class OwnRecipe(Recipe):
     """Blocks of open_clip's own attention, whose boolean masks hide where they are True."""
 
     def real(self, kwargs: dict[str, Any], x: Tensor) -> Tensor | None:
-        """Tokens that its mask leaves visible."""
         mask = words.BLOCK_MASK.of(kwargs)
         if mask is None:
             return None
@@ -106,7 +105,7 @@ def _host(model: Any) -> EncoderHost:
 
 
 def _pools(model: Any) -> bool:
-    """Whether all tokens are read behind the blocks."""
+    """True where something behind the blocks reads all tokens."""
     return words.POOLER.need(model) is not None or model.pool_type != "tok" or bool(model.output_tokens)
 
 

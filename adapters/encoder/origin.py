@@ -51,7 +51,7 @@ class Origin(Hook):
         self.note.leave(sides)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
-        """In a copy of the whole model one of that; in a copy of a part, such as those that count operations, none."""
+        """A copied hook for the copy of the whole model; a silent one for the copy of a part (to count operations)."""
         model = memo.get(id(self.model))
         if model is None:
             return _Silent()

@@ -1,4 +1,4 @@
-"""What belongs to a token sequence on its way through the blocks: sizes, the source map, and how they travel.
+"""The state of a token sequence on its way through the blocks: sizes, the source map, and how they travel.
 
 The state rides on the block's output tensor as an attribute, so it follows the data through checkpointing, compilation,
 export and several forwards in flight. Where the attribute is lost (wrappers that rebuild tensors, such as FSDP2), a
@@ -139,7 +139,7 @@ class TokenState:
 
 
 class LayerRecord(NamedTuple):
-    """What one block did in the last forward."""
+    """Tokens that entered and left a block in the last forward, and the state behind it."""
 
     tokens_in: int
     tokens_out: int
@@ -153,7 +153,7 @@ class Slot(NamedTuple):
 
 
 class Shared(State):
-    """What the blocks of one patched model share: the method, the slots and the record of the last forward.
+    """State that the blocks of one patched model share: the method, the slots and the record of the last forward.
 
     Holds no module, so copying a block does not copy the model. Copies and pickles start with empty slots.
     """
@@ -213,7 +213,7 @@ class Shared(State):
         return out
 
     def keeps_dropped(self, state: TokenState) -> bool:
-        """Whether features have to be kept at every step, because tokens vanish and full length will be asked for."""
+        """True where every step has to keep its features, because tokens vanish and full length will be asked for."""
         vanish = self.method.drops or (self.drops and state.lengths is not None)
         return vanish and (self.expose_all or self.restore != "none")
 
@@ -261,7 +261,7 @@ class Shared(State):
         return state
 
     def exposes(self, layer: int) -> bool:
-        """Whether the block returns full length."""
+        """True for a block that returns full length."""
         return self.expose_all or self.restore == "all" or (layer == self.depth - 1 and self.restore == "last")
 
     def leave(self, layer: int, y: Tensor, state: TokenState, tokens_in: int) -> Tensor:
@@ -332,7 +332,7 @@ def _exposed(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _in_backward() -> bool:
-    """Whether autograd is running (a checkpoint's recomputation)."""
+    """True while autograd is running (a checkpoint's recomputation)."""
     return backward_pass() != -1
 
 

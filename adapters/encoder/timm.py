@@ -175,7 +175,7 @@ def _host(model: Any) -> EncoderHost:
 
 
 def _pools(model: Any) -> bool:
-    """Whether its head looks at all tokens, by an average, their maximum or attention."""
+    """True for a model whose head looks at all tokens, by an average, their maximum or attention."""
     return words.POOLER.part(model) is not None or words.POOL.part(model, "token") != "token"
 
 

@@ -147,7 +147,7 @@ def _reason(model: Any, names: list[str]) -> str:
 
 
 def is_tower(model: Any) -> bool:
-    """Whether it is a vision tower that is no encoder of its own, so that nothing can be done with it alone."""
+    """True for a vision tower that is no encoder of its own, so that nothing can be done with it alone."""
     names = _names(model)
     inside = words.PLACE_IN_MODEL.part(getattr(model, "config", None)) in words.VISION.names
     if "PreTrainedModel" not in names or not (inside or any(n in TOWERS for n in names)):
@@ -179,6 +179,7 @@ def _host(model: Any, name: str, encoder: Any, demand: str) -> EncoderHost:
         suffix=suffix,
         supplies=_supplies(row, masked),
         origin=_origin(encoder),
+        # Masked patches are taken out before the first layer, so those that are left form no grid.
         layout=None if masked else of_convolution,
         pooled=demand == "pooled",
         grid=None if clip is None else clip[1:],

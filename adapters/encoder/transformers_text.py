@@ -119,6 +119,7 @@ def match(model: Any) -> EncoderHost | None:
             "model.set_attn_implementation('sdpa') (or load it so) and apply again"
         )
     supplies = {"x", "q", "k", "v", "class_attention"}
+    # Within windows the columns of attention do not follow from queries and keys alone.
     if not row.windowed:
         supplies.add("attention")
     return EncoderHost(

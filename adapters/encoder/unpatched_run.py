@@ -26,7 +26,7 @@ _SDPA = F.scaled_dot_product_attention
 
 @dataclass
 class BlockRecord:
-    """What one block read and made in a forward.
+    """Inputs and outputs of the parts of one block in a forward.
 
     Attributes:
         attn: the block's attention module.
@@ -89,6 +89,7 @@ def record(model: nn.Module, images: Tensor, *, grad: bool = False) -> Recorded:
             f"(it supplies {', '.join(sorted(host.supplies))})"
         )
     watch = _Watch(host)
+    # Weights may be frozen: a graph that begins at the input reaches every block all the same.
     if grad:
         images = images.detach().requires_grad_()
     with _bare(model), watch.hooked(), torch.set_grad_enabled(grad), watch:
@@ -174,6 +175,6 @@ def _bare(model: nn.Module) -> Iterator[None]:
             module.__dict__[SETTINGS] = settings
             tap = getattr(settings, "tap", None)
             if tap is not None:
-                tap.take()  # noted in passing, for nobody
+                tap.take()  # the tap noted keys in this run too; nobody will ask for them, and they would stay alive
         for module, value in training.items():
             module.training = value

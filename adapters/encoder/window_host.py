@@ -39,7 +39,6 @@ class WindowHost(EncoderHost):
 
     @property
     def where(self) -> str:
-        """Full length comes out of every block."""
         return "inside"
 
     def choose(self, windows: str) -> WindowHost:
@@ -68,7 +67,6 @@ class WindowHost(EncoderHost):
         return Grid(*self.map_of(shape), int(words.SIDE.need(block)))
 
     def plan(self, method: BlockMethod | None, shape: tuple[int, ...]) -> list[tuple[int, int, int]]:
-        """Every block starts from the whole map."""
         rows = []
         for layer, (_, block) in enumerate(self.blocks):
             grid = self._grid(block, shape)
@@ -79,7 +77,6 @@ class WindowHost(EncoderHost):
         return rows
 
     def counted(self, layer: int, record: LayerRecord, method: BlockMethod) -> tuple[int, int]:
-        """As it ran, and with all tokens."""
         assert isinstance(record.state, WindowState)
         cost, grid = self.cost(self.blocks[layer][1]), record.state.grid
         return window_macs(cost, grid, record.tokens_out // grid.number), window_macs(cost, grid, grid.area)
@@ -87,7 +84,6 @@ class WindowHost(EncoderHost):
     def patch(
         self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str, changes: Changes
     ) -> Shared:
-        """Remember which blocks were meant."""
         shared = super().patch(method, where, expose, changes)
         shared.windows = self.windows
         return shared

@@ -63,7 +63,7 @@ class Grid(NamedTuple):
 
     @property
     def padded(self) -> bool:
-        """Whether some windows reach over the map."""
+        """True where some windows reach beyond the map."""
         return self.number * self.area != self.height * self.width
 
     def split(self, maps: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class WindowState(TokenState):
 
 @dataclass(frozen=True)
 class Parts:
-    """What a host library calls the parts of its block.
+    """Names that a host library gives the parts of its block.
 
     Attributes:
         norm1, attention, norm2: sub-modules of the block; the MLP is ``mlp``, the window's side ``window_size``.
@@ -123,7 +123,7 @@ class Parts:
 
 
 class WindowRecipe(Recipe):
-    """Blocks on a map."""
+    """The way to run blocks on a map, with attention in windows or over all of it."""
 
     def __init__(self, parts: Parts, argument_names: tuple[str, ...]) -> None:
         super().__init__(False, {}, argument_names)
@@ -146,7 +146,7 @@ class WindowRecipe(Recipe):
         return host_forward(x, *args, **kwargs) if out is None else self._answer(block, out)
 
     def _answer(self, block: Any, maps: Tensor) -> Any:
-        """As the host's block returns it."""
+        """The block's output, as the host's own block returns it."""
         if self.parts.channels_first:
             maps = maps.permute(0, 3, 1, 2)
         if getattr(block, "use_residual_block", False):

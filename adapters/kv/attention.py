@@ -53,7 +53,6 @@ class _Call(NamedTuple):
 
     @property
     def softcap(self) -> float | None:
-        """Cap of the logits."""
         return words.SOFTCAP.of(self.options) or None
 
 
@@ -184,7 +183,7 @@ def _stock(
     dropout: float,
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention that the model had."""
+    """The attention that the model had before the patch."""
     eager = words.EAGER.part(sys.modules[type(module).__module__])
     function = host_object("attention functions").get_interface(implementation, eager)
     if function is None:
@@ -247,12 +246,14 @@ def attend(
         both = bias.to(query.dtype)
         if mask is not None:
             both = both.expand(b, heads, count, -1).masked_fill(~mask, -torch.inf)
+    # With one query a head, the heads that share keys take the place of queries: no key is repeated or read twice.
     if count == 1:
         query = query.reshape(b, heads, group, d)
     elif group > 1:
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
         if both is not None and both.shape[1] > 1:
             both = both.repeat_interleave(group, 1)
+    # Torch's fused attention knows no cap.
     if softcap is None:
         out = nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=both, dropout_p=dropout, scale=scaling

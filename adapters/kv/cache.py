@@ -65,7 +65,7 @@ class TokCache(DynamicCache):  # type: ignore[misc]
         self.engine.load(snapshot.session)
 
     def restore_layers(self, snapshot: Snapshot) -> None:
-        """Set back what the layers hold; the engine goes on."""
+        """Set the layers back to a snapshot, and let the engine go on."""
         for layer, state in zip(self.layers, snapshot.layers, strict=True):
             if isinstance(layer, TokLayer):
                 layer.restore(state)
@@ -87,7 +87,7 @@ class TokCache(DynamicCache):  # type: ignore[misc]
         super().crop(count)
 
     def begin(self) -> None:
-        """A forward begins.
+        """Begin a forward.
 
         Raises:
             TokenStateError: the one before broke off between two layers.
@@ -115,7 +115,7 @@ class TokCache(DynamicCache):  # type: ignore[misc]
         ledger.windows = tuple(int(words.WINDOW.part(layer, 1)) - 1 for layer in others)
 
     def finish(self) -> None:
-        """A forward ends: what could not be decided layer by layer is decided.
+        """End a forward: decide about the layers that had to wait for the others.
 
         Raises:
             BypassedError: an attention took no part, so that the policy was not asked.
@@ -129,7 +129,7 @@ class TokCache(DynamicCache):  # type: ignore[misc]
         self.engine.finish()
 
     def reset(self) -> None:
-        """Empty, and ready for another prompt."""
+        """Empty the cache and start the engine anew, for another prompt."""
         super().reset()
         self.engine.reset()
 

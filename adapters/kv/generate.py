@@ -102,6 +102,7 @@ def _refuse(settings: CacheSettings, config: Any, assisted: bool, given: Any) ->
             f"cache_implementation={words.CACHE_KIND.need(config)!r} keeps rows that {name} cannot evict: leave it "
             "out, or call tokred.remove(model) first"
         )
+    # The assistant knows nothing of the model it assists: only this mark tells that its tokens will be taken back.
     if words.DRAFTS.part(config, False):
         raise ValueError(
             f"an assistant takes back tokens, which {name} may have evicted others for: apply it to the model that is "

@@ -54,12 +54,12 @@ class CacheSettings(State, Undo):
         self._watched: weakref.WeakSet[TokCache] = weakref.WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Rows instead of a cache."""
+        """The settings without the cache, and with a record of its rows instead."""
         named = ("policy", "config", "compressed", "implementation")
         return {**{name: getattr(self, name) for name in named}, "left": self.last}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """In another process the attention function is not known yet."""
+        """Register the attention function again, which another process does not know yet."""
         self._forget(state.pop("left"))
         self.__dict__.update(state)
         register(self.implementation)
@@ -89,12 +89,10 @@ class CacheSettings(State, Undo):
 
     @property
     def method(self) -> CachePolicy:
-        """The policy."""
         return self.policy
 
     @property
     def in_force(self) -> bool:
-        """Whether the model's attention is the one that asks the policy."""
         return attention_of(self.config).startswith(PREFIX)
 
     def undo(self) -> None:
@@ -247,7 +245,7 @@ def tokens_of(given: dict[str, Any]) -> Tensor | None:
 
 
 def _new(given: dict[str, Any]) -> tuple[int, int]:
-    """Samples and tokens of a forward."""
+    """Samples and new tokens of a forward."""
     new = tokens_of(given)
     return (1, 0) if new is None else (int(new.shape[0]), int(new.shape[1]))
 

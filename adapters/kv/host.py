@@ -62,7 +62,7 @@ class CacheHost(Host):
 
     @property
     def how(self) -> str:
-        """For the table of support."""
+        """How methods run here, for the table of support."""
         sliding = len(self.attentions) - self.depth
         more = f" ({sliding} sliding-window layers stay as they are)" if sliding else ""
         return f"{self.family}, cache of {self.depth} layers{more}"
@@ -154,6 +154,7 @@ def match(model: nn.Module, *, decodes: bool = False, bounded: bool = False) -> 
         return None
     if words.BOTH.part(config, False):
         raise refusal(name, "it is an encoder with a decoder, whose two caches are not supported yet")
+    # A model with vision keeps what describes its decoder in a configuration of its own, inside.
     text = config.get_text_config(decoder=True)
     kinds = layer_kinds(text)
     odd = odd_layers(kinds)
@@ -189,7 +190,7 @@ def refusal(name: str, why: str) -> UnsupportedModelError:
 
 
 def _decodes(model: Any, config: Any) -> bool:
-    """Whether the model's forward takes a cache, in itself or in the model inside that it hands it to."""
+    """True for a decoder: its forward takes a cache, itself or in the model inside, and its attention is causal."""
     if not _takes_cache(model):
         return False
     if words.DECODER.part(config, False) or words.BOTH.part(config, False):
@@ -204,7 +205,7 @@ def _takes_cache(model: Any) -> bool:
 
 
 def _sees_ahead(model: Any, config: Any) -> bool:
-    """Whether it generates, but is no causal model, because a prompt is read in both directions (PaliGemma)."""
+    """True for a model that generates but reads its prompt in both directions (PaliGemma), so that it is not causal."""
     ahead = words.AHEAD.part(config.get_text_config(decoder=True))
     return bool(ahead) and _takes_cache(model) and model.can_generate()
 

@@ -83,7 +83,7 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
 
     @values.setter
     def values(self, value: Tensor | None) -> None:
-        """Nothing, as for :attr:`keys`."""
+        """Nothing: the base class writes None here too."""
 
     @property
     def newest(self) -> tuple[Tensor, Tensor]:
@@ -101,7 +101,7 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
 
     @property
     def compressed(self) -> bool:
-        """Whether rows have been evicted, so that rows and slots are no longer the same."""
+        """True when rows have been evicted, so that rows and slots are no longer the same."""
         return self.shelf.moved
 
     @property
@@ -112,7 +112,6 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
     # ------------------------------------------------------------------ what transformers calls
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Take type and device."""
         self.store.check(key_states, value_states)
         self.dtype, self.device = key_states.dtype, key_states.device  # transformers up to 5.23 asks for the type
         self._slot_bytes = key_states.shape[1] * (plain_bytes(key_states) + plain_bytes(value_states))
@@ -151,7 +150,6 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
         return self.seen
 
     def get_max_length(self) -> int:
-        """Unbounded."""
         return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -160,21 +158,17 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
         return rows + query_length, self.seen - rows
 
     def reset(self) -> None:
-        """Empty."""
         self._clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Other samples: beams that survive."""
         if self.width:
             self._samples(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every sample ``repeats`` times."""
         if self.width:
             self._samples(torch.arange(self.shelf.samples).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Some samples, by number or by a mask."""
         if self.width:
             self._samples(torch.arange(self.shelf.samples, device=indices.device)[indices])
 
@@ -289,13 +283,13 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
         return self._slot_bytes * self.shelf.samples * self.seen if self.width else 0
 
     def snapshot(self) -> dict[str, Any]:
-        """Everything, by reference: tensors are replaced, never changed."""
+        """The layer's state, by reference: tensors are replaced, never changed in place."""
         kept = {k: v for k, v in self.__dict__.items() if k not in ("engine", "store", "_empty")}
         copied = {"rows": dict(self.rows), "notes": dict(self.notes), "clock": self.clock.copy()}
         return {**kept, **copied, "shelf": self.shelf.snapshot()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Back to what :meth:`snapshot` gave."""
+        """Set the layer back to a state that :meth:`snapshot` returned."""
         self.__dict__.update({k: v for k, v in state.items() if k != "shelf"})
         self.rows, self.notes, self.clock = dict(state["rows"]), dict(state["notes"]), state["clock"].copy()
         self.shelf.restore(state["shelf"])

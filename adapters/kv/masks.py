@@ -1,4 +1,4 @@
-"""The mask function: it makes no mask, but hands through what one can be made of when a layer's rows are known.
+"""The mask function of a patched model: it returns the terms of a mask, from which each layer makes its own.
 
 transformers makes one mask for all layers of a type, from the sizes of the first of them. Compressed layers differ in
 their rows, so each makes its own; layers that have evicted nothing share the mask that transformers would have made.
@@ -101,11 +101,11 @@ class MaskSpec:
 
     @property
     def plain(self) -> bool:
-        """Whether queries see exactly the real tokens up to their own."""
+        """True where every query sees exactly the real tokens up to its own."""
         return words.RULE.at(self.arguments) is host_object("causal rule")
 
     def visible(self, first: int, count: int, positions: Tensor, ragged: bool) -> Tensor | None:
-        """Which rows of a compressed layer each query sees.
+        """Mask of the rows of a compressed layer that each query sees.
 
         Args:
             first: slot of the first query.
@@ -128,6 +128,7 @@ class MaskSpec:
             seen = visible_positions(positions, None, self.key_mask)[:, :, None]
             seen = seen & (positions[:, :, None] <= query[:, None])
         else:
+            # The host's rule may look up tables by position, and empty rows have a position behind all of them.
             index = positions.long().clamp(max=first + count - 1)[:, :, None]
             sample = torch.arange(b, device=positions.device)[:, None, None, None]
             head = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=positions.device)
@@ -136,6 +137,7 @@ class MaskSpec:
             if self.key_mask is not None:
                 seen = seen & visible_positions(positions, None, self.key_mask)[:, :, None]
         blind = ~seen.any(-1, keepdim=True)
+        # A softmax over nothing is NaN: as a value in the next layer it would reach real tokens past any mask.
         opened = torch.zeros(n, dtype=torch.bool, device=seen.device)
         opened[0] = True
         return seen | (blind & opened)

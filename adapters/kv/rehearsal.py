@@ -23,11 +23,11 @@ _TOKENS = 3
 
 
 class _LookedError(Exception):
-    """Somebody looked into a mask."""
+    """A module looked into a mask."""
 
 
 class _Mask:
-    """Stands where a mask would; whoever looks into it makes one of its own."""
+    """A stand-in for a mask: a module that looks into it would make a mask of its own."""
 
     def __getattr__(self, name: str) -> Any:
         raise _LookedError(name)
@@ -45,13 +45,13 @@ class _Heard:
         self.turned = False
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """As a cache does."""
+        """Keys and values as they came, noted: the method of a cache that attention modules call."""
         self.rows = keys, values
         return keys, values
 
 
 class _Turn(Tensor):
-    """A cosine that notices when somebody turns by it."""
+    """A table of cosines that notes whether rows are rotated by it."""
 
     heard: _Heard
 
@@ -104,7 +104,7 @@ class Rehearsal:
         return ""
 
     def turns(self, attention: nn.Module) -> bool:
-        """Whether the module is not known to leave queries and keys without rotation."""
+        """True unless the rehearsal showed that the module leaves queries and keys without rotation."""
         heard = self._heard(attention)
         return not isinstance(heard, _Heard) or not heard.calls or heard.turned
 

@@ -27,7 +27,7 @@ class LayerRope:
         self.tables = tables
 
     def part(self, count: int, first: int = 0) -> LayerRope:
-        """That of ``count`` tokens, from the ``first`` on."""
+        """Rotary embedding of ``count`` tokens, from the ``first`` on."""
         cos, sin = (t[:, first : first + count] for t in self.tables)
         return LayerRope(self.embedding, self.layer_type, (cos, sin))
 
@@ -51,7 +51,7 @@ class LayerRope:
 
 
 def supplies_rope(decoder: Any, attention: Any, head_dim: int) -> bool:
-    """Whether the decoder's rotary embedding is one that :class:`LayerRope` undoes: whole heads, turned in halves."""
+    """True for a decoder whose rotary embedding :class:`LayerRope` can undo: whole heads, turned in halves."""
     embedding = words.ROTARY.part(decoder)
     turn = words.HALF_TURN.part(sys.modules[type(attention).__module__])
     if not isinstance(embedding, nn.Module) or turn is None:

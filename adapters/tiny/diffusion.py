@@ -171,6 +171,5 @@ def _clip(kind: str, size: tuple[int, int], batch: int, normal: Callable[..., Te
 
 @torch.no_grad()
 def run(model: nn.Module, given: dict[str, Any]) -> Tensor:
-    """The denoiser's output."""
     out: Tensor = model(**given).sample
     return out

@@ -14,12 +14,12 @@ def noise(*shape: int) -> Tensor:
 
 
 def images(b: int) -> dict[str, Tensor]:
-    """Random images."""
+    """Random images ``(b, 3, SIZE, SIZE)``."""
     return {"pixel_values": noise(b, 3, SIZE, SIZE)}
 
 
 def videos(b: int) -> dict[str, Tensor]:
-    """Random clips."""
+    """Random clips ``(b, 4, 3, 32, 32)``, of four frames."""
     return {"pixel_values": noise(b, 4, 3, 32, 32)}
 
 
@@ -29,7 +29,7 @@ def both(b: int) -> dict[str, Tensor]:
 
 
 def both2(b: int) -> dict[str, Tensor]:
-    """The same for SigLIP 2, without padding."""
+    """Random images and a text for each, as SigLIP 2 takes them; without padding."""
     return {**packed(b), "input_ids": torch.arange(3, 11).repeat(b, 1)}
 
 

@@ -90,7 +90,7 @@ class Family(NamedTuple):
 
     @property
     def video(self) -> bool:
-        """Whether the pictures are videos."""
+        """True where the pictures given to this model are videos."""
         return VIDEO in self.visual
 
 
@@ -195,7 +195,7 @@ def build(name: str, seed: int = 0) -> Any:
 
 
 def layers(name: str, model: Any) -> Any:
-    """Its decoder layers."""
+    """Decoder layers of the language model inside."""
     return model.get_submodule(FAMILIES[name].language).layers
 
 

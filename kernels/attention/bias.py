@@ -46,7 +46,7 @@ def combined_bias(size: Tensor | None, bias: Tensor | None, dtype: torch.dtype) 
 def attention_mask(
     q: Tensor, k: Tensor, bias: Tensor | None, key_mask: Tensor | None, causal: bool
 ) -> tuple[Tensor | None, bool]:
-    """What ``scaled_dot_product_attention`` needs for these options.
+    """Mask and ``is_causal`` of ``scaled_dot_product_attention`` for these options.
 
     Args:
         q: ``[B, H, M, D]``.

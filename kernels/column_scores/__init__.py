@@ -220,7 +220,7 @@ def why_not_kernel(q: Tensor, k: Tensor) -> str | None:
 
 
 def _plain(*tensors: Tensor | None) -> bool:
-    """Whether the compiler or autograd must see plain operations instead of work in a reused buffer."""
+    """True where the compiler or autograd must see plain operations instead of work in a reused buffer."""
     if traced():
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

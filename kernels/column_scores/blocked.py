@@ -52,7 +52,7 @@ class _Inputs(NamedTuple):
 
 @functools.cache
 def fast_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware."""
+    """True on a CPU that multiplies bfloat16 in hardware."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 

@@ -57,7 +57,7 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def upcast(dtype: torch.dtype) -> bool:
-    """Whether tiles must become float32 before a product: the interpreter has none in bfloat16."""
+    """True where tiles must become float32 before a product: the interpreter has none in bfloat16."""
     return dtype == torch.bfloat16 and dispatch.interpreting()
 
 

@@ -55,7 +55,7 @@ def column_power_blocked(
     q: Tensor, k: Tensor, s: Tensor, rounds: int, tolerance: float, bias: Tensor | None, key_mask: Tensor | None,
     options: Options,
 ) -> Tensor:  # fmt: skip
-    """As ``column_power_reference``, with the matrices of a few heads at a time."""
+    """The result of ``column_power_reference``, with the matrices of a few heads in memory at a time."""
     (b, h, _, _), (_, hk, n, _) = q.shape, k.shape
     g = h // hk
     look = q.device.type == "cpu"

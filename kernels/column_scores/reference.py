@@ -36,7 +36,7 @@ class ColumnStatistics(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What the paths of this operator share besides tensors.
+    """Options of this operator, the same for all its paths.
 
     Attributes:
         scale: factor on ``q . k``.

@@ -272,7 +272,7 @@ def _split(query_position: Tensor | int | None) -> tuple[Tensor | None, int]:
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the compiler or autograd must see plain operations, or there is nothing to attend to."""
+    """True where the compiler or autograd must see plain operations, or there is nothing to attend to."""
     if traced() or q.numel() == 0 or k.numel() == 0:
         return True
     return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)

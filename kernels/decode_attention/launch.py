@@ -23,7 +23,7 @@ _COMBINE_BLOCK = 32
 
 
 class _Cache(NamedTuple):
-    """What the layouts differ in."""
+    """A cache's layout: everything in which a rectangular and a flattened one differ."""
 
     offsets: Tensor | None  # [pairs + 1], None for the rectangular layout
     pairs: int
@@ -36,7 +36,7 @@ class _Cache(NamedTuple):
 
 
 class _Visible(NamedTuple):
-    """Which slots are visible."""
+    """Terms that say which slots the query sees."""
 
     positions: Tensor | None
     query_position: Tensor | None

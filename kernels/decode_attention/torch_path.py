@@ -78,7 +78,7 @@ _FEW = 512
 
 
 def fused_fits(q: Tensor, v: Tensor, softcap: float, rows: int) -> bool:
-    """Whether ``decode_fused`` runs and is the faster one, for about ``rows`` rows of each head."""
+    """True where ``decode_fused`` runs and is the faster path, for about ``rows`` rows of each head."""
     fast = q.dtype in (torch.float32, torch.float64) or (q.dtype == torch.bfloat16 and rows <= _FEW and fast_bfloat16())
     return q.device.type == "cpu" and fast and softcap == 0 and q.shape[-1] == v.shape[-1]
 

@@ -100,7 +100,7 @@ def gather_cache_(keys: Tensor, values: Tensor, positions: Tensor, index: Tensor
 
 
 def _plain(x: Tensor) -> bool:
-    """Whether the compiler or autograd must see plain operations instead of work in given memory."""
+    """True where the compiler or autograd must see plain operations instead of work in given memory."""
     return dispatch.traced() or (x.requires_grad and torch.is_grad_enabled())
 
 

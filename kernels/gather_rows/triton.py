@@ -174,7 +174,7 @@ def _ceil(a: int, b: int) -> int:
 
 
 class Tile(NamedTuple):
-    """What one program covers."""
+    """The tile that one program covers."""
 
     channels: int
     rows: int

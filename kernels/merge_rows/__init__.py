@@ -198,7 +198,7 @@ def merge_tokens(
 
 
 def _in_place(x: Tensor, size: Tensor | None) -> bool:
-    """Whether the torch path may look at values and write into what it has made: a plain CPU call without gradients."""
+    """True where the torch path may look at values and write into its results: a plain CPU call without gradients."""
     recording = torch.is_grad_enabled() and (x.requires_grad or (size is not None and size.requires_grad))
     return (
         x.device.type == "cpu"

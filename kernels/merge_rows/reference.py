@@ -50,14 +50,14 @@ def _edges(representative: Tensor, source: Tensor, target: Tensor, n: int, steps
 
 
 def _gain(size: Tensor | None, weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """What each row counts for: size times weight, ``(B * N,)``, or None for ones."""
+    """The gain of each row in a mean: size times weight, ``(B * N,)``, or None for ones."""
     size, weight = (None if t is None else t.to(dtype) for t in (size, weight))
     gain = size if weight is None else (weight if size is None else size * weight)
     return None if gain is None else gain.reshape(-1)
 
 
 def _own(gain: Tensor | None, edges: _Edges, dtype: torch.dtype) -> Tensor:
-    """What each source counts for, ``(E,)``; stand-ins count nothing."""
+    """The gain of each source, ``(E,)``; that of stand-ins is zero."""
     if gain is None:
         return torch.ones_like(edges.slot, dtype=dtype) if edges.alive is None else edges.alive.to(dtype)
     own = gain.index_select(0, edges.member)
@@ -65,7 +65,7 @@ def _own(gain: Tensor | None, edges: _Edges, dtype: torch.dtype) -> Tensor:
 
 
 def _totals(gain: Tensor | None, own: Tensor, representative: Tensor, edges: _Edges, n: int) -> Tensor:
-    """What each slot counts for, ``(B * M,)``."""
+    """Sum of the gains of each slot's members, ``(B * M,)``."""
     if gain is None:
         total = torch.ones(representative.numel(), dtype=own.dtype, device=own.device)
     else:

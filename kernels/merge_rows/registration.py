@@ -106,7 +106,7 @@ def _(x: Tensor, representative: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 def slot_totals(gain: Tensor | None, representative: Tensor, source: Tensor, target: Tensor) -> Tensor:
-    """What each slot counts for, ``(B, M)``, added in a fixed order; ``gain`` is ``(B, N)`` or None for ones."""
+    """Sum of the gains of each slot's members ``(B, M)`` in a fixed order; ``gain`` is ``(B, N)``, or None for ones."""
     if gain is None:
         ones = torch.ones(*target.shape, 1, dtype=torch.float32, device=target.device)
         return 1.0 + _segment_sum(ones, target, None, None, representative.shape[1]).squeeze(-1)

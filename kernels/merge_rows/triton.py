@@ -23,7 +23,7 @@ _SHORTEST = tl.constexpr(SHORTEST)
 
 @triton.jit
 def _gain(size, weight, row, has, HAS_SIZE: tl.constexpr, HAS_WEIGHT: tl.constexpr):
-    """What rows count for: size times weight; nothing where ``has`` is false."""
+    """The gain of rows: size times weight; zero where ``has`` is false."""
     gain = has.to(tl.float32)
     if HAS_SIZE:
         gain *= tl.load(size + row, mask=has, other=0).to(tl.float32)

@@ -1,4 +1,4 @@
-"""What a call may be: checks of the arguments, with the name of the one that is wrong in the message."""
+"""Checks of the arguments of a call; every message names the argument that is wrong."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _expand(mask: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def check_function(function: str, margin: float) -> None:
-    """Whether the function of a sum is known and its margin allowed."""
+    """Refuse a function of a sum that is not known, and a margin that it does not allow."""
     if function not in FUNCTIONS:
         raise ValueError(f"function is {function!r}; allowed are {', '.join(FUNCTIONS)}")
     if function == "gaussian" and not margin < 1:

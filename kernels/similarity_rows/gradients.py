@@ -143,7 +143,7 @@ def _block_backward(
 
 
 class Top(torch.autograd.Function):
-    """`torch_path.top` with its gradient."""
+    """Autograd around `torch_path.top`."""
 
     @staticmethod
     def forward(
@@ -163,7 +163,7 @@ class Top(torch.autograd.Function):
 
 
 class Total(torch.autograd.Function):
-    """`torch_path.total` with its gradient."""
+    """Autograd around `torch_path.total`."""
 
     @staticmethod
     def forward(

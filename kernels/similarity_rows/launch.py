@@ -30,7 +30,7 @@ class Config(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What all kernels take: rows ``(B, G, N, D)``; with positions ``(B, 1, N, D)`` and ``(G, n)``."""
+    """Inputs of all kernels: rows ``(B, G, N, D)``; with positions ``(B, 1, N, D)`` and ``(G, n)``."""
 
     a: Tensor
     b: Tensor

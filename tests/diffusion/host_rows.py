@@ -136,10 +136,10 @@ def _rotates(model: nn.Module, host: Any, given: dict[str, Any]) -> bool:
 
 
 NOTE = """\
-Denoisers, at the stage `attention`: tokens of the image are reduced around a sub-layer and restored after it, so that
-outputs keep their size; text is never reduced. Clips are reduced frame by frame, but by methods that read the frames.
-Keys and values, or queries, are reduced after the rotary embedding where there is one; tokens that are merged there
-take part with the place of their destination. `tokred.apply` takes a pipeline, too."""
+Methods for denoisers act at the stage `attention`: tokens of the image are reduced around a sub-layer and restored
+after it, so that outputs keep their size; text is never reduced. Clips are reduced frame by frame, except by methods
+that read the frames. Where a model has a rotary embedding, keys and values, or queries, are reduced after it; tokens
+that are merged there take part with the place of their destination. `tokred.apply` takes a pipeline as well."""
 HEAD = ["family", "tried", "reduced around", "text", "positions", "methods of the stage"]
 
 

@@ -1,4 +1,4 @@
-"""What the patches of a picture contribute to what an encoder answers, measured on the unpatched model."""
+"""Contributions of a picture's patches to the answer of an encoder, measured on the unpatched model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def contributions(
     length_only: bool = False,
     direction_only: bool = False,
 ) -> Tensor:
-    """What each patch contributes to the class token of the unpatched model, over all of its layers.
+    """The contribution of each patch to the class token of the unpatched model, over all of its layers.
 
     One forward, in evaluation mode, of the model without its patch, which is put back; nothing else of it changes. An
     oracle to measure cheap scores against, not something to prune with. Models that pool their patches are scored by

@@ -1,4 +1,4 @@
-"""What a method could gain on a denoiser at some size, before anything is patched or run."""
+"""The gain that a method could bring a denoiser at some size, before anything is patched or run."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ class Explanation(NamedTuple):
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is reduced at this size."""
+        """True if nothing is reduced at this size."""
         return all(level.left == level.tokens for level in self.levels)
 
     @property
     def warning(self) -> str:
-        """Why this is not worth it, or an empty text."""
+        """A reason why this is not worth it, or an empty text."""
         if self.ceiling >= LITTLE:
             return ""
         nothing = self.idle
@@ -140,7 +140,7 @@ def _explained(host: Any, method: AttentionMethod, size: tuple[int, ...]) -> Exp
 
 
 def _size(model: Any, host: Any, size: int | tuple[int, ...]) -> tuple[int, ...]:
-    """Of the sample, from pixels and frames where a pipeline is asked about."""
+    """Size of the sample, from pixels and frames where a pipeline is asked about."""
     from tokred.adapters.diffusion.geometry import sample_size
 
     given = (size, size) if isinstance(size, int) else tuple(size)

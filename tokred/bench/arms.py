@@ -44,7 +44,6 @@ class Arm:
 
     @property
     def label(self) -> str:
-        """Name and setting."""
         return f"{self.name} {self.setting}".strip()
 
     def applied(self, model: nn.Module, expose: api.Expose = "auto") -> AbstractContextManager[object]:

@@ -51,7 +51,7 @@ def _needs(module: str) -> Any:
 
 
 def notes() -> dict[str, Any]:
-    """What the weights' file says of its training: measured top-1 on all 10,000 test images, steps, epochs.
+    """Notes of the weights' file on its training: measured top-1 on all 10,000 test images, steps, epochs.
 
     Raises:
         FileNotFoundError: the weights are not in this copy of tokred.

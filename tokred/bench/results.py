@@ -27,7 +27,7 @@ NORMAL = 1.959964  # half of a 95 % interval in standard errors
 
 
 class Row(NamedTuple):
-    """One number. What is not known is empty (None, for numbers).
+    """One number with its circumstances; unknown ones are empty (None, for numbers).
 
     Attributes:
         scenario: which benchmark.
@@ -68,7 +68,7 @@ class Row(NamedTuple):
 
     @property
     def traced(self) -> bool:
-        """Whether it says where, with what and of which state of the code it was measured, and that state is clean."""
+        """True if the row names device, versions, date and commit of its measurement, and that commit was clean."""
         return all((self.device, self.versions, self.date, self.commit)) and not self.commit.endswith("+")
 
 
@@ -254,7 +254,7 @@ def one(found: Sequence[dict[str, Any]], **fields: Any) -> dict[str, Any]:
 
 
 def is_table(path: Path) -> bool:
-    """Whether there is a file that rows can be added to."""
+    """True if there is a file that rows can be added to."""
     if not path.is_file():
         return False
     with path.open(newline="", encoding="utf8") as f:
@@ -340,7 +340,7 @@ def _cell(value: Any) -> str:
 
 
 class Provenance(NamedTuple):
-    """How many rows there are, and how many of them can be traced to a clean commit.
+    """Counts of rows, and of those among them that can be traced to a clean commit.
 
     Attributes:
         rows: in all.
@@ -362,8 +362,8 @@ def provenance(table: Sequence[Row]) -> Provenance:
 
 
 def level(a: Sequence[float | None], b: Sequence[float | None]) -> bool:
-    """Whether two values are within one another's intervals: ``(value, low, high)``; an end that is not known is the
-    value itself."""
+    """True if neither of two values lies outside the other's interval: ``(value, low, high)``; an end that is not known
+    is the value itself."""
     (low_a, high_a), (low_b, high_b) = ((_end(x, 1), _end(x, 2)) for x in (a, b))
     return low_a <= high_b and low_b <= high_a
 

@@ -34,7 +34,7 @@ Tick = Callable[[], None]
 
 @dataclass(frozen=True)
 class Options:
-    """How a benchmark is run.
+    """Options of a run of a benchmark.
 
     Attributes:
         batch: images of a forward.
@@ -111,7 +111,7 @@ def _batches(count: int, batch: int) -> int:
 
 
 def quality_ticks(task: Task, arms: Sequence[Arm], options: Options) -> int:
-    """How often :func:`quality` calls ``tick``."""
+    """Number of times that :func:`quality` calls ``tick``."""
     every = _batches(len(task.photos.images), options.batch)
     if task.test is not None and task.test is not task.photos:
         every += _batches(len(task.test.images), options.batch)
@@ -221,7 +221,7 @@ def speed(
 
 
 def ticks(task: Task, arms: Sequence[Arm], options: Options) -> int:
-    """How often :func:`run` calls ``tick``."""
+    """Number of times that :func:`run` calls ``tick``."""
     return quality_ticks(task, arms, options) + len(arms) * (options.rounds + 1)
 
 

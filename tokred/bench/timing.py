@@ -138,7 +138,7 @@ def compared(functions: Sequence[Callable[[int], object]], rounds: int, **option
 
 
 def ratios(seconds: Sequence[Sequence[float]], base: int = 0) -> list[list[float]]:
-    """How many times as fast as the base arm each arm was in each round."""
+    """Speed of each arm in each round, as a multiple of the base arm's in the same round."""
     return [[b / s for b, s in zip(seconds[base], arm, strict=True)] for arm in seconds]
 
 
@@ -199,7 +199,6 @@ class Watch:
         return sum(sum(found) for part, found in self.spent.items() if not parts or part in parts)
 
     def clear(self) -> None:
-        """Forget."""
         self.spent.clear()
 
 

@@ -212,7 +212,7 @@ def _mark(row: Row, law: str) -> str:
 
 
 def summary(rows: Sequence[Row], seconds: float) -> list[str]:
-    """What is wrong, one line for each reason, and a last line that says whether anything is."""
+    """The broken laws, one line for each reason, and a last line with the verdict."""
     reasons: dict[str, dict[str, list[str]]] = {}
     for row in rows:
         for law, why in row.complaints:

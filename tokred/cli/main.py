@@ -37,7 +37,6 @@ def main() -> None:
 
 
 def print_version(wanted: bool) -> None:
-    """``--version``."""
     if wanted:
         print(f"tokred {__version__}")
         raise typer.Exit
@@ -250,7 +249,7 @@ def bench_command(
     force: Annotated[bool, typer.Option("--force", help="Overwrite the files of an earlier run.")] = False,
     append: Annotated[bool, typer.Option("--append", help="Add the rows to an earlier run's CSV file.")] = False,
 ) -> None:
-    """See BENCH."""
+    """Quality, speed and memory of methods on a model."""
     from tokred.bench import models as subjects
     from tokred.bench import results as outputs
     from tokred.bench import run as bench

@@ -1,4 +1,4 @@
-"""What the command line prints: tables of a demo, a benchmark, methods, models and their costs."""
+"""Tables that the command line prints: of a demo, a benchmark, methods, models and their costs."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def hosts_table() -> Table:
 
 
 def support_table(model: str) -> Table:
-    """Which methods run on a model, and why the others do not.
+    """Methods that run on a model, and why the others do not.
 
     Raises:
         NoModelError: there is no such model.

@@ -126,7 +126,7 @@ def choose(subject: Subject, settings: Sequence[str]) -> list[str]:
 
 
 def _acts(arm: Arm, host: EncoderHost) -> bool:
-    """Whether the method is called in any block."""
+    """True if the method is called in any block."""
     from tokred.core.place import Place
     from tokred.encoder.method import BlockMethod
 

@@ -1,1 +1,1 @@
-"""What every wing is made of: reductions, sites, methods and their registry, schedules, matching and selection."""
+"""The ground floor of every wing: reductions, sites, methods and their registry, schedules, matching and selection."""

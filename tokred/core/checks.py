@@ -17,7 +17,7 @@ def check_choice(value: object, name: str, allowed: Sequence[str]) -> None:
 
 
 def is_count(value: object, least: int = 0) -> bool:
-    """Whether ``value`` is an integer of at least ``least`` (True and False are none)."""
+    """True if ``value`` is an integer of at least ``least``; True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 

@@ -1,4 +1,4 @@
-"""What a measurement has to carry with it: device, threads, versions and commit."""
+"""The circumstances that a measurement has to carry with it: device, threads, versions and commit."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ Parameters = Mapping[str, Any]  # by their names
 
 
 class Idle(NamedTuple):
-    """Why a method never removes anything.
+    """The reason why a method never removes anything.
 
     Attributes:
         parameter: that decides it; empty where no single one does.
@@ -61,7 +61,7 @@ class Method(ABC):
 
     @property
     def reads(self) -> frozenset[str]:
-        """What :meth:`reduce` takes from the site; may depend on the parameters."""
+        """Names of the attributes that :meth:`reduce` takes from the site; may depend on the parameters."""
         return frozenset({"x"})
 
     @property
@@ -82,7 +82,7 @@ class Method(ABC):
 
     @abstractmethod
     def removes(self, depth: int, layers: Iterable[int] | None = None) -> bool:
-        """Whether these settings remove anything from any input of a model.
+        """True if these settings remove something from some input of a model.
 
         Args:
             depth: of the model.
@@ -90,7 +90,7 @@ class Method(ABC):
         """
 
     def why_idle(self, depth: int, layers: Iterable[int] | None = None) -> Idle | None:
-        """Why nothing is ever removed, and what to give; None where these settings remove something.
+        """The reason why nothing is ever removed, and what to give; None where these settings remove something.
 
         Args:
             depth: of the model.
@@ -115,7 +115,7 @@ class Method(ABC):
         return other.removes(depth, places)
 
     def _defaults(self) -> dict[str, Any]:
-        """What may be given instead: the usual, and defaults that the parameters differ from."""
+        """Values to propose instead: the usual ones, and defaults that the parameters differ from."""
         known = {f.name: f for f in dataclasses.fields(self) if f.init}  # type: ignore[arg-type]
         if any(f.default is dataclasses.MISSING for f in known.values()):
             return {}

@@ -141,7 +141,7 @@ class Finder:
         return ModuleSpec(name, cls(), is_package=inside)  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        """An old module."""
+        """An old module, which hands out the names of the new ones."""
         return _Old(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:

@@ -79,7 +79,6 @@ class OverlapReduction(Reduction):
             return out.to(x.dtype)
 
     def step(self, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """:meth:`merge` and :meth:`sizes`."""
         return self.merge(x, size), self.sizes(size)
 
     def to(self, device: torch.device | str) -> OverlapReduction:

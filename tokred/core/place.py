@@ -51,12 +51,14 @@ class PlacedMethod(Method):
         """How many of ``n`` tokens remain after this layer; where the count depends on the image, at most so many."""
 
     def acts(self, n: int, place: Place) -> bool:
-        """Whether :meth:`reduce` is called at this place at all. An adapter that hears no runs the host's own block,
-        which makes "nothing to remove" the identity bit for bit; so does a method that answers with
-        :meth:`tokred.Reduction.identity`. By default :meth:`tokens` decides; methods whose count depends on the image
-        say so here."""
+        """True if :meth:`reduce` is called at this place at all.
+
+        Where it is not, an adapter runs the host's own block, so that "nothing to remove" is the identity bit for bit;
+        the same goes for a method that answers with :meth:`tokred.Reduction.identity`. By default :meth:`tokens`
+        decides; methods whose count depends on the image override this.
+        """
         return self.tokens(n, place) != n
 
     def removes(self, depth: int, layers: Iterable[int] | None = None) -> bool:
-        """Whether it acts anywhere on more tokens than any budget in numbers holds."""
+        """True if the method acts somewhere, on more tokens than any budget in numbers holds."""
         return any(self.acts(MANY, Place(layer, depth)) for layer in (range(depth) if layers is None else layers))

@@ -86,7 +86,7 @@ class Reduction:
     def from_index(
         cls, index: Tensor, slots: int, *, weight: Tensor | None = None, mode: str = "mean", sure: bool = False
     ) -> Reduction:
-        """From the dense map: slot of each input token. The first member of a slot represents it.
+        """A reduction from the dense map: the slot of each input token. The first member of a slot represents it.
 
         Args:
             index: ``(..., N)`` integer in ``[0, slots)``, or -1 for a dropped token.

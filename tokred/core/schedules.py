@@ -131,7 +131,7 @@ QUARTERS = (0.25, 0.5, 0.75)
 
 
 def is_listed(blocks: tuple[int, ...] | None, layer: int, depth: int, shares: tuple[float, ...] = QUARTERS) -> bool:
-    """Whether a method that acts in a few blocks acts in this one.
+    """True if a method that acts in a few blocks acts in this one.
 
     Args:
         blocks: the user's list, or None for the method's own places.

@@ -38,7 +38,7 @@ READS = (
 
 
 class Site:
-    """What is known at one place of a host.
+    """One place of a host, and all that is known there.
 
     Args:
         x: ``(B, N, C)`` tokens of the residual stream.
@@ -325,7 +325,7 @@ class Site:
 
     @property
     def device(self) -> torch.device:
-        """Where the site's tensors live."""
+        """Device of the site's tensors."""
         for name in ("x", "k", "q", "v", "class_attention"):
             if self._values[name] is not None:
                 return self._get(name).device
@@ -333,7 +333,7 @@ class Site:
 
 
 def _lazily(site: Site, name: str, i: int, rows: Tensor) -> Callable[[], Tensor | None]:
-    """What ``site`` has, of some tokens of one sample."""
+    """An attribute of ``site``, cut down to some tokens of one sample when it is first asked for."""
 
     def value() -> Tensor | None:
         found = site._find(name)

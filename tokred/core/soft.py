@@ -38,7 +38,7 @@ class SoftReduction(Reduction):
         mode: str = "mean",
         mask: Tensor | None = None,
     ) -> SoftReduction:
-        """From the kept tokens, the shared ones, and their shares.
+        """A reduction from the kept tokens, the shared ones, and their shares.
 
         Args:
             representative: ``(B, M)`` int64.
@@ -110,7 +110,6 @@ class SoftReduction(Reduction):
             return (own + moved).to(x.dtype)
 
     def step(self, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """:meth:`merge` and :meth:`sizes`."""
         return self.merge(x, size), self.sizes(size)
 
     def unmerge(self, y: Tensor, fill: Tensor | None = None) -> Tensor:

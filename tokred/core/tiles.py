@@ -44,7 +44,7 @@ class TileReduction(Reduction):
 
     @classmethod
     def make(cls, rows: list[Tensor], chosen: list[Tensor], share: list[Tensor], length: int) -> TileReduction:
-        """From the tiles, the tokens chosen in each, and what each token hands to them.
+        """A reduction from the tiles, the tokens chosen in each, and the share that each token hands to them.
 
         Args:
             rows: of every shape of tile, ``(W, n)`` int64.
@@ -117,7 +117,7 @@ class TileReduction(Reduction):
         return torch.cat(restored, 1).index_select(1, self.order)
 
     def join(self, frames: int) -> TileReduction:
-        """What was found for frames as samples, as a reduction of clips of so many frames one after another."""
+        """The reduction of clips, from this one of their frames: ``frames`` samples in a row are a clip."""
         b, n = self.representative.shape[0] // frames, self.length
         first = torch.arange(frames, device=self.representative.device)
         tiles, parts = [], [list[Tensor](), list[Tensor](), list[Tensor]()]
@@ -211,7 +211,7 @@ def facility_location(similarity: Tensor, k: int) -> Tensor:
 
 
 def soft_shares(similarity: Tensor, chosen: Tensor, tau: float) -> Tensor:
-    """What each row hands to each chosen one: ``(..., k, n)`` float, columns sum to one.
+    """The share of each row that goes to each chosen one: ``(..., k, n)`` float, columns sum to one.
 
     Args:
         similarity: ``(..., n, n)``.

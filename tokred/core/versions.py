@@ -1,4 +1,4 @@
-"""Which versions of each library tokred was tested with, and a warning for others.
+"""Versions of each library that tokred was tested with, and a warning for others.
 
 The versions are data: ``data/tested.json``, written by ``.ci/refresh`` from pyproject's floors and from an environment
 with the newest of everything.
@@ -28,7 +28,7 @@ class Bounds(NamedTuple):
 
 @functools.cache
 def tested() -> dict[str, Bounds]:
-    """By the name that a library is imported under."""
+    """Tested versions by the name that a library is imported under."""
     text = resources.files("tokred.core").joinpath("tested.json").read_text("utf8")
     return {name: Bounds(row["floor"], row["newest"]) for name, row in json.loads(text)["libraries"].items()}
 
@@ -43,7 +43,7 @@ def release(version: str) -> tuple[int, int, int]:
 
 
 def standing(library: str, installed: str) -> Standing:
-    """How an installed version stands to those that were tested.
+    """Standing of an installed version among those that were tested.
 
     Args:
         library: by the name that it is imported under.

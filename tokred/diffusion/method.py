@@ -29,7 +29,8 @@ class AttentionMethod(Method):
             the first.
         refresh: a plan is kept for so many denoising steps.
         first_full: so many steps at the start of an image run as they are.
-        near: it merges neighbours alone, so that keys may be averaged even where they are rotated by their places.
+        near: keys are merged with their neighbours alone, which may be averaged even after they were rotated by their
+            places.
         remembers: it keeps something in :attr:`AttentionSite.memory`; compiled forwards forget it.
     """
 
@@ -44,20 +45,20 @@ class AttentionMethod(Method):
 
     @property
     def proportional(self) -> bool:
-        """Whether attention adds the log of each token's size (proportional attention)."""
+        """True if attention adds the log of each token's size (proportional attention)."""
         return False
 
     @property
     def stepwise(self) -> bool:
-        """Whether what it does depends on which step it is: known at the price of waiting for a device once a step, and
-        not in compiled forwards."""
+        """True if the method has to be told which step it is: this waits for a device once a step, and cannot be had in
+        compiled forwards."""
         return self.first_full > 0
 
     def at(self, step: Step | None) -> AttentionMethod | None:
-        """What is in force at a step: the method, or another one; None: all sub-layers run as they are.
+        """The method in force at a step: this one, or another; None: all sub-layers run as they are.
 
         Args:
-            step: which one; None where steps are not counted: what is in force in most of them.
+            step: which one; None where steps are not counted, which asks for the method of most of them.
         """
         return None if step is not None and step.number < self.first_full else self
 
@@ -73,7 +74,7 @@ class AttentionMethod(Method):
     @property
     @abstractmethod
     def idle(self) -> bool:
-        """Whether the parameters say that nothing is ever reduced."""
+        """True if the parameters say that nothing is ever reduced."""
 
     def removes(self, depth: int, layers: Iterable[int] | None = None) -> bool:
         """Unless it is idle; what is left depends on the resolution, so forwards say where they reduce nothing."""
@@ -89,7 +90,7 @@ class AttentionMethod(Method):
 
     @property
     def advice(self) -> str:
-        """What to change where a denoiser has no place at which anything is reduced."""
+        """Advice for a denoiser in which no place is reduced: the parameter to change."""
         return ""
 
     def site(self, site: Site) -> AttentionSite:

@@ -44,7 +44,7 @@ class DenoiserReport(Report):
 
     @property
     def reduced(self) -> int:
-        """How many sub-layers ran on fewer tokens."""
+        """Number of sub-layers that ran on fewer tokens."""
         return sum(row.left < row.tokens for row in self.sublayers)
 
     @property

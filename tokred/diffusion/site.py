@@ -18,7 +18,7 @@ Side = Literal["tokens", "queries", "keys"]
 
 
 class SublayerPlace(NamedTuple):
-    """Where a sub-layer of a denoiser stands.
+    """Place of a sub-layer in a denoiser.
 
     Attributes:
         length: ``N``, tokens of the image there.
@@ -34,7 +34,7 @@ class SublayerPlace(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Which denoising step this is.
+    """One denoising step among all.
 
     Attributes:
         noise: level of the noise, from 1 at the start to 0 at the end: the timestep by the length of the training.

@@ -28,7 +28,7 @@ SCHEMA = 1
 
 
 class Row(NamedTuple):
-    """One family.
+    """The result of one family.
 
     Attributes:
         library, wing, family: which.
@@ -46,7 +46,6 @@ class Row(NamedTuple):
 
     @property
     def healthy(self) -> bool:
-        """Whether every law holds."""
         return not self.error and not any(self.broken.values())
 
     @property
@@ -64,7 +63,7 @@ def names() -> tuple[str, ...]:
 
 
 def present(library: str) -> bool:
-    """Whether a library can be imported."""
+    """True if a library can be imported."""
     return library in sys.modules or importlib.util.find_spec(library) is not None
 
 
@@ -159,7 +158,7 @@ def examine_one(case: Case) -> Row:
 
 
 def document(rows: Sequence[Row], seconds: float) -> dict[str, Any]:
-    """Everything, for a report of an issue."""
+    """The whole result, for the report of an issue."""
     return {
         "schema": SCHEMA,
         "tokred": environment.version("tokred"),

@@ -50,7 +50,7 @@ class Weighed(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _row(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """What each key's logits have added, to be broadcast.
+        """The term that is added to each key's logits, to be broadcast.
 
         Args:
             shape: of the logits: ``(B, H, Q, K)``, or with the heads side by side ``(B * H, Q, K)``.

@@ -33,7 +33,7 @@ def _encoder(
 
 
 def timm_cases() -> Iterator[Case]:
-    """timm."""
+    """Cases of timm."""
     from tokred.adapters.tiny import timm, windows
 
     for family, row in timm.FAMILIES.items():
@@ -50,7 +50,7 @@ def _windows(library: str, windows: Any) -> Iterator[Case]:
 
 
 def open_clip_cases() -> Iterator[Case]:
-    """open_clip."""
+    """Cases of open_clip."""
     from tokred.adapters.tiny import open_clip
 
     for family in open_clip.FAMILIES:
@@ -111,7 +111,7 @@ def _visual(family: str) -> Case:
 
 
 def diffusers_cases() -> Iterator[Case]:
-    """diffusers."""
+    """Cases of diffusers."""
     from tokred.adapters.tiny import diffusion
 
     for family in diffusion.FAMILIES:

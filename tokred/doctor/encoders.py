@@ -28,7 +28,7 @@ def counts(model: nn.Module) -> tuple[int, int]:
 
 
 def laws(kind: str) -> dict[str, Check]:
-    """What is checked beyond the common laws.
+    """Laws of encoders, beyond the common ones.
 
     Args:
         kind: ``"sequence"``; ``"map"``: blocks that reduce inside, where queries, keys and values are merged, not

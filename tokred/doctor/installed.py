@@ -1,4 +1,4 @@
-"""What is installed, which of it was tested, and where operators run their kernels."""
+"""Libraries that are installed, which versions were tested, and where operators run their kernels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EXTRAS = ("timm", "transformers", "diffusers", "open_clip", "triton")
 
 
 class Library(NamedTuple):
-    """One library.
+    """One library and its versions.
 
     Attributes:
         name: that it is imported under.
@@ -36,7 +36,7 @@ class Library(NamedTuple):
 
     @property
     def hint(self) -> str:
-        """What to install it with."""
+        """The command that installs it."""
         package = environment.package(self.name)
         return f"pip install 'tokred[{self.name}]'" if self.name in EXTRAS else f"pip install {package}"
 
@@ -51,7 +51,7 @@ def libraries() -> list[Library]:
 
 
 def machine() -> dict[str, Any]:
-    """Where this runs."""
+    """The machine that this runs on."""
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",

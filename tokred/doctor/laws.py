@@ -67,7 +67,7 @@ class Case:
 
     @functools.cached_property
     def before(self) -> list[Tensor]:
-        """Its output."""
+        """The output of the unpatched model."""
         return self.run(self.model)
 
     def build(self) -> nn.Module:
@@ -76,7 +76,7 @@ class Case:
 
     @property
     def checks(self) -> Mapping[str, Callable[[Case], None]]:
-        """What checks each law that is checked here, in the order of :data:`LAWS`."""
+        """The function that checks each law of this case, in the order of :data:`LAWS`."""
         known = {**COMMON, **self.laws}
         return {law: known[law] for law in LAWS if law in known and (self.nothing or law != "nothing")}
 
@@ -91,7 +91,7 @@ class Snapshot(NamedTuple):
 
     @classmethod
     def of(cls, model: nn.Module) -> Snapshot:
-        """Of a model as it is now."""
+        """The snapshot of a model as it is now."""
         return cls(
             repr(model),
             list(model.state_dict()),
@@ -155,7 +155,7 @@ def check_equal(ours: Sequence[Tensor], theirs: Sequence[Tensor], when: str) -> 
 
 
 def check_close(ours: Sequence[Tensor], theirs: Sequence[Tensor], what: str) -> None:
-    """As near as sums in another order are.
+    """Two outputs may differ by no more than sums in another order do.
 
     Raises:
         BrokenLawError: they are further apart.

@@ -34,7 +34,7 @@ def with_methods(names: Iterable[str], cases: Iterable[Case]) -> Iterator[Case]:
 
 
 def _runs(method: Method, case: Case) -> bool:
-    """Whether a method can be applied to a model and removes something there, such as frames from a clip alone."""
+    """True if a method can be applied to a model and removes something there; some need clips, for example."""
     model = case.build()
     try:
         tokred.apply(model, method)

@@ -48,7 +48,7 @@ def check_dropped(case: Case, batch: Batch) -> None:
 
 
 def _kept(cache: Any, n: int) -> dict[int, Tensor]:
-    """Which of the prompt's ``n`` tokens are in the cache: ``(B, N)`` bool by the first layer that it is said of."""
+    """Mask of the prompt's ``n`` tokens in the cache: ``(B, N)`` bool by the first layer that it is said of."""
     track = track_of(cache)
     found: dict[int, Tensor] = {}
     if track is None:

@@ -93,7 +93,7 @@ def tokentm_weights(
     direction_only: bool = False,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """How much a layer lengthens each token, times how well it keeps the token's direction against the other tokens.
+    """Growth of each token's length in a layer, times how well it keeps its direction against the other tokens.
 
     ``w = |e_tilde| / |e| * NECC``, where NECC is ``exp(cosine(e_tilde, e))`` divided by its mean over the tokens.
 
@@ -142,7 +142,7 @@ def tokentm_rollout(
     mlp: Sequence[Tensor] | None = None,
     normalise: bool | None = None,
 ) -> Tensor:
-    """What every original token contributes to every token after the last layer.
+    """The contribution of every original token to every token after the last layer.
 
     Starts from ``C = diag(length)``; each layer adds ``mean over heads of A diag(w) C``, and then ``diag(w') C`` of its
     MLP if given. Costs ``N`` cubed a layer; :func:`tokentm_class_row` has one row of it for ``N`` squared.

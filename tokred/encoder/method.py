@@ -42,7 +42,7 @@ class BlockMethod(PlacedMethod):
 
     @property
     def proportional(self) -> bool:
-        """Whether attention adds the log of each token's size (proportional attention)."""
+        """True if attention adds the log of each token's size (proportional attention)."""
         return False
 
 
@@ -95,5 +95,4 @@ class Compared(BlockMethod):
 
     @property
     def proportional(self) -> bool:
-        """As ``prop_attn`` says."""
         return self.prop_attn

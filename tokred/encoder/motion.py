@@ -1,4 +1,4 @@
-"""How much each token of a video moves, from the differences between its frames."""
+"""Motion of each token of a video, from the differences between its frames."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def _shares(steps: list[Reduction], slots: int, sources: int) -> Tensor:
 
 
 def _collect(site: Site, sites: list[Site], rows: list[Tensor]) -> None:
-    """What the method keeps of each sample, as that of the batch."""
+    """Gather the state that the method keeps of each sample into the site of the batch."""
     for name, values in sites[0].rows.items():
         out = values.new_zeros(site.shape)
         for i, own in enumerate(rows):

@@ -13,7 +13,8 @@ from tokred.core.site import Stage
 
 def place(where: str) -> str:
     """Words for where tokens are reduced."""
-    return "inside each block" if where == "inside" else f"at the {where} of each block"
+    words = {"mid": "in the middle of each block", "end": "at the end of each block", "inside": "inside each block"}
+    return words[where]
 
 
 class LayerReport(NamedTuple):

@@ -89,5 +89,4 @@ class AtOnce(Allocator):
         self.budget = budget
 
     def after_layer(self, layer: Judged) -> Mapping[int, Grant]:
-        """The budget's rows."""
         return {layer.site.layer: Grant(self.budget.rows(layer.site))}

@@ -14,7 +14,7 @@ POSITION = 4
 
 
 class Padding:
-    """Which slots of a batch are real tokens; made once a forward and shared by all layers.
+    """Mask of the slots of a batch that are real tokens; made once a forward and shared by all layers.
 
     Args:
         mask: ``[B, L]`` bool, False on padding.
@@ -36,7 +36,7 @@ class Padding:
 
     @property
     def aligned(self) -> bool:
-        """Whether all padding stands before a sample's first token, none between turns or behind; waits likewise."""
+        """True if all padding stands before a sample's first token, none between turns or behind; waits likewise."""
         width = self.mask.shape[1]
         return all(n in (0, width - first) for n, first in zip(*self._ends, strict=True))
 

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass
 class Clock:
-    """Where one layer stands.
+    """The time of one layer: how far it has come in prompt and generation.
 
     Attributes:
         prompt: slots of the prompt; -1 until a forward has begun.
@@ -56,7 +56,7 @@ class Clock:
 
     @property
     def uniform(self) -> bool:
-        """Whether all samples have the same numbers."""
+        """True if all samples have the same numbers."""
         values: tuple[tuple[Any, ...], ...] = (self.lengths, self.base, self.measured)
         return all(len(set(v)) <= 1 for v in values)
 
@@ -150,11 +150,11 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        """Whether everything is kept, so that nothing needs to be looked at."""
+        """True if every row is kept, so that nothing needs to be looked at."""
         return self.parts.budget.full
 
     def watches(self, clock: Clock, after: int) -> bool:
-        """Whether the policy has to see the forward that ends at ``after`` slots."""
+        """True if the policy has to see the forward that ends at ``after`` slots."""
         if self.idle:
             return False
         if self.probe is not None:
@@ -163,7 +163,8 @@ class Engine:
         return clock.prompt < 0 or not clock.lengths or not self.when.over(prompt, after)
 
     def wants_stream(self, clock: Clock, several: bool) -> bool:
-        """Whether the residual stream around this layer's attention, of one token or ``several``, is to be measured."""
+        """True if the residual stream around this layer's attention is to be measured, in a forward of one token or
+        ``several``."""
         later = bool(clock.lengths) and not (several and self.when.turns)
         measured = self.probe is not None or self.idle or later
         return "stream" in self.parts.budget.reads and not measured
@@ -203,7 +204,7 @@ class Engine:
         self._write(layer, site)
 
     def admit(self, layer: Layer, k: Tensor, v: Tensor) -> None:
-        """Before rows are added to a layer: refuse what a hard limit has no room for.
+        """Refuse rows that a hard limit has no room for, before they are added to a layer.
 
         Args:
             layer: that they will be added to.
@@ -239,11 +240,11 @@ class Engine:
 
     @property
     def repeats(self) -> Repeats | None:
-        """How the context is to be fed again; None: it need not be."""
+        """The way in which the context is to be fed again; None: it need not be."""
         return None if self.idle else self.parts.score.repeats
 
     def records(self, clock: Clock, after: int) -> bool:
-        """Whether the tokens of a forward that ended at ``after`` slots will have to be repeated."""
+        """True if the tokens of a forward that ended at ``after`` slots will have to be repeated."""
         return bool(self._waiting) or not self.parts.when.over(self._prompt(clock, after), after)
 
     @property
@@ -293,7 +294,7 @@ class Engine:
         return {"prompt": self.prompt, "steps": self.steps, "drafting": self.drafting, "streams": dict(self.streams)}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Back to what :meth:`state` gave."""
+        """Go back to values that :meth:`state` gave."""
         self.reset()
         self.__dict__.update({**state, "streams": dict(state["streams"])})
 

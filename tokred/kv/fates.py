@@ -26,7 +26,7 @@ class Evict(Fate):
     name: ClassVar[str] = "evict"
 
     def reduce(self, site: CacheSite, score: Tensor, guard: Tensor | None, counts: Counts) -> Reduction:
-        """Keep the best."""
+        """Keep the best rows and drop the others."""
         return keep(score, site.real, guard, counts, exact=site.slots is None or site.real is None)
 
 
@@ -66,21 +66,18 @@ class Merge(Fate):
 
     @property
     def alpha(self) -> float:
-        """``scale``."""
         return self.scale
 
     @property
     def merge_score(self) -> str:
-        """``update``."""
         return self.update
 
     @property
     def room(self) -> int:
-        """The residual rows."""
         return self.dense
 
     def reduce(self, site: CacheSite, score: Tensor, guard: Tensor | None, counts: Counts) -> Reduction:
-        """Which rows stay, and into which residual row the others go.
+        """The reduction: rows that stay, and the residual row that each of the others goes into.
 
         Marks the residual rows in ``site.rows``; the marks travel with the rows.
         """

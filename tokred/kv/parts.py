@@ -46,7 +46,7 @@ class Part(ABC):  # noqa: B024 - its kinds have abstract methods
 
 
 class Score(Part):
-    """How much each row of a cache matters.
+    """The importance of each row of a cache.
 
     Attributes:
         reads: what it takes from the site beyond keys and values, see :data:`tokred.core.site.READS`.
@@ -73,7 +73,8 @@ class Score(Part):
 
     @property
     def repeats(self) -> Repeats | None:
-        """How the context is fed again before the score is known; None: it is known right after a layer's attention."""
+        """The way in which the context is fed again before the score is known; None: it is known right after a layer's
+        attention."""
         return None
 
     @property
@@ -98,7 +99,7 @@ class Score(Part):
 
 
 class Budget(Part):
-    """How many rows each layer and head keeps.
+    """The number of rows that each layer and head keeps.
 
     Subclasses have a field ``amount``: a float in (0, 1], the share of the tokens; an integer, tokens; or a text such
     as ``"64 MiB"``, the bytes of all layers of one sample.
@@ -119,7 +120,7 @@ class Budget(Part):
 
     @property
     def full(self) -> bool:
-        """Whether everything is kept, whatever the length."""
+        """True if every row is kept, whatever the length."""
         return isinstance(self.amount, float) and self.amount == 1.0
 
     @property
@@ -164,7 +165,7 @@ class Budget(Part):
 
     @property
     def shares(self) -> bool:
-        """Whether :attr:`amount` is a share of the tokens."""
+        """True if :attr:`amount` is a share of the tokens."""
         return isinstance(self.amount, float)
 
     def length(self, site: CacheSite) -> tuple[int, ...]:
@@ -217,12 +218,12 @@ class Fate(Part):
 
     @abstractmethod
     def reduce(self, site: CacheSite, score: Tensor, guard: Tensor | None, counts: Counts) -> Reduction:
-        """Which rows stay, and where the others go."""
+        """The reduction: rows that stay, and where the others go."""
 
 
 @dataclasses.dataclass(frozen=True)
 class When(Part):
-    """At which forwards rows are evicted, always after the forward's own attention.
+    """The forwards at which rows are evicted, always after the forward's own attention.
 
     Args:
         prefill: at the end of the prompt.
@@ -263,7 +264,7 @@ class When(Part):
         return self.chunk * (depth if deferred else 1) + depth * (self.every - 1)
 
     def due(self, prompt: int, before: int, after: int) -> bool:
-        """Whether a forward that takes the cache from ``before`` to ``after`` slots ends with an eviction."""
+        """True if a forward that takes the cache from ``before`` to ``after`` slots ends with an eviction."""
         if before < prompt:
             return self.turns or (self.prefill and after >= prompt)
         if self.every and self.period(after - prompt) > self.period(before - prompt):
@@ -275,7 +276,7 @@ class When(Part):
         return max(0, generated - self.start) // self.every if self.every else 0
 
     def over(self, prompt: int, after: int) -> bool:
-        """Whether no eviction can come any more."""
+        """True if no eviction can come any more."""
         return after >= prompt and not self.every and not self.turns
 
 

@@ -24,7 +24,7 @@ UNREPEATED = 2.0
 
 
 class Repeats(NamedTuple):
-    """How a context is repeated.
+    """The way in which a context is repeated.
 
     Attributes:
         chunk: tokens of a piece.

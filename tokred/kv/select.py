@@ -67,7 +67,7 @@ def largest(counts: Counts) -> int:
 
 
 def equal(counts: Counts) -> bool:
-    """Whether all counts are known to be the same."""
+    """True if all counts are known to be the same."""
     return not isinstance(counts, Tensor) and len(set(counts)) == 1
 
 

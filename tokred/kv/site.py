@@ -126,7 +126,7 @@ class CacheSite(Site):
 
     @property
     def device(self) -> torch.device:
-        """Where keys and values live."""
+        """Device of keys and values."""
         return self._like[0].device
 
     @property
@@ -209,7 +209,7 @@ class CacheSite(Site):
 
     @property
     def loose(self) -> bool:
-        """Whether padding stands between tokens or behind them, so that the newest slots are not the newest tokens."""
+        """True if padding stands between tokens or behind them, so that the newest slots are not the newest tokens."""
         return self.padding is not None and not self.padding.aligned
 
     @functools.cached_property

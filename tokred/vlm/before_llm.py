@@ -29,7 +29,7 @@ from tokred.vlm.tools.tiles import Tiles
 
 @dataclass(frozen=True)
 class Tile:
-    """Which part of an image a site is, where a host cuts images into tiles.
+    """The part of an image that a site is, where a host cuts images into tiles.
 
     Attributes:
         index: of this tile, the whole image first where the host adds one.

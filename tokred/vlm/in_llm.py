@@ -116,7 +116,7 @@ class LayerSite(Site):
 
     @property
     def stream(self) -> tuple[Tensor, Tensor]:
-        """What entered the layer before, and what left the norm behind its attention, ``(B, L, C)`` each.
+        """Input of the layer before, and output of the norm behind its attention, ``(B, L, C)`` each.
 
         Raises:
             MissingInputError: the host does not supply them.
@@ -149,7 +149,7 @@ class LayerSite(Site):
 
     @property
     def placed(self) -> bool:
-        """Whether the site knows whether it knows the places of visual tokens; one made by hand need not."""
+        """True if the site can tell whether :attr:`place` is known; one made by hand need not be able to."""
         return self._place is not None
 
     @property
@@ -169,7 +169,7 @@ class LayerSite(Site):
 
     @property
     def aligned(self) -> bool:
-        """Whether every sample's last token of the prompt stands in the last column of it (no padding behind)."""
+        """True if every sample's last token of the prompt stands in its last column (no padding behind)."""
         if self._aligned is None:
             self._aligned = self.mask is None or bool(self.mask[:, self.end - 1].all())
         return self._aligned
@@ -225,7 +225,7 @@ class LayerSite(Site):
         heads: Literal["mean", "none", "max", "sum"] = "mean",
         group: str = "none",
     ) -> Tensor:
-        """What some query rows attend to, mean over these rows; softmax over all earlier tokens, text included.
+        """Attention of some query rows, mean over these rows; softmax over all earlier tokens, text included.
 
         Args:
             rows: so many of the prompt's last tokens (1: the last), or ``(B, L)`` bool or float weights of the rows;

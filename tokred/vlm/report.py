@@ -48,7 +48,7 @@ class VisualReport(Report):
 
     @property
     def acting(self) -> Sequence[Method]:
-        """Those of the two stages, without what acts on the tower or the cache."""
+        """Methods of the two stages, without those that act on the tower or the cache."""
         return tuple(m for m in self.methods if m.stage in ("projector", "layer"))
 
     @property

@@ -1,4 +1,4 @@
-"""What all figures share: matplotlib without a screen, colours that everybody can tell apart, and saving."""
+"""Common ground of all figures: matplotlib without a screen, colours that everybody can tell apart, and saving."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ PATCH_PIXELS = 16  # a patch is drawn at least this large, so that an outline le
 
 
 def after(model: nn.Module, layer: int | None = None) -> Reduction:
-    """What has become of every token after block ``layer`` in the last forward of a patched model; None: at the end.
+    """The whereabouts of every token after block ``layer`` in the last forward of a patched model; None: at the end.
 
     As :func:`tokred.trace`, but tokens that were pruned count as dropped also where a slot stands in for them when the
     full length is restored.

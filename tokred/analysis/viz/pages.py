@@ -46,7 +46,7 @@ def render(recording: Recording, title: str) -> str:
 
 
 def data(recording: Recording) -> dict[str, Any]:
-    """What the page's script reads.
+    """The data that the page's script reads.
 
     ``images[i].runs[m]`` has ``tokens`` and ``macs`` of each stage, and ``groups``: for each stage the patch that
     stands for each patch's token (-1: pruned), or null where nothing has changed since the stage before. Before the
@@ -74,7 +74,8 @@ def data(recording: Recording) -> dict[str, Any]:
 
 
 def _groups(stages: Tensor) -> list[list[int] | None]:
-    """One list a stage, None where it is the one before; the first is always that of the untouched image."""
+    """Lists of groups, one a stage, None where nothing has changed since the stage before; the first is that of the
+    untouched image."""
     before = [torch.arange(stages.shape[1], dtype=stages.dtype), *stages]
     return [None if torch.equal(a, b) else b.tolist() for a, b in zip(before, stages, strict=False)]
 

@@ -1,4 +1,4 @@
-"""What every block left of every image's patches: one forward of each method, recorded as maps of groups."""
+"""Recordings of one forward of each method: maps of the groups of patches that every block left of every image."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def record(
 
 
 def ticks(methods: int, images: int, batch: int = BATCH) -> int:
-    """How often :func:`record` will call ``tick``."""
+    """Number of times that :func:`record` will call ``tick``."""
     return methods * -(-images // batch)
 
 
@@ -171,7 +171,7 @@ def _text(value: Any) -> str:
 
 
 def check(model: nn.Module, chosen: Sequence[tuple[str, Method]]) -> EncoderHost:
-    """What the adapter says of the model, on which all methods run.
+    """Refuse a model that one of the methods does not run on, or whose blocks cannot be shown; its host otherwise.
 
     Raises:
         UnsupportedModelError, MissingInputError, ValueError: as :func:`tokred.apply`; or every block of the model gives
@@ -213,7 +213,7 @@ def place_of(host: EncoderHost, length: int, size: tuple[int, int], grid: tuple[
 def labels(total: Reduction | None, prefix: int, count: int, batch: int) -> Tensor:
     """``(B, P)`` int32: for each patch the patch that stands for its token, -1 where it was dropped.
 
-    Where a protected token stands for it, its first patch does instead.
+    Groups that a protected token represents are named after their first patch.
     """
     own = torch.arange(count, dtype=torch.int32)
     if total is None:

@@ -1,4 +1,4 @@
-"""All layers and heads share the rows by their scores."""
+"""A budget that all layers and heads share: rows compete by their scores."""
 
 from __future__ import annotations
 
@@ -38,7 +38,6 @@ class Global(Budget):
         check_amount(self.amount)
 
     def start(self, depth: int) -> Allocator:
-        """A :class:`Together`."""
         return Together(self)
 
     def total(self, n: int, place: Place | None, depth: int) -> int:
@@ -87,7 +86,6 @@ class Together(Allocator):
         self.budget = budget
 
     def after_layer(self, layer: Judged) -> Mapping[int, Grant]:
-        """Nothing yet."""
         return {}
 
     def after_forward(self, layers: Sequence[Judged], streams: Streams) -> Mapping[int, Grant]:

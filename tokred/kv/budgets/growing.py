@@ -41,6 +41,6 @@ class Growing(Budget):
         return 1 / self.ratio
 
     def rows(self, site: CacheSite) -> tuple[int, ...]:
-        """By the periods that are complete."""
+        """Rows after the periods that are complete."""
         done = max(0, site.generated - self.recent) // self.period
         return tuple(n + done * self.period // self.ratio + self.recent for n in site.prompt)

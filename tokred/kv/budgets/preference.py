@@ -48,11 +48,9 @@ class Preference(Budget):
 
     @property
     def queries(self) -> int:
-        """The window's."""
         return self.window
 
     def start(self, depth: int) -> Allocator:
-        """A :class:`Cascade`."""
         return Cascade(self)
 
     def preference(self, site: CacheSite) -> list[float]:
@@ -111,7 +109,7 @@ class Cascade(Allocator):
         self._sites: dict[int, CacheSite] = {}
 
     def measure(self, site: CacheSite) -> None:
-        """Its preference, which is of the attention of its queries."""
+        """Preference of a layer, read off the attention of its newest queries."""
         self._preferences[site.layer] = self.budget.preference(site)
 
     def after_layer(self, layer: Judged) -> Mapping[int, Grant]:

@@ -47,12 +47,12 @@ class Split(Budget):
 
     @property
     def amount(self) -> float:  # type: ignore[override]
-        """Everything, as long as there are no gates."""
+        """All rows, as long as there are no gates."""
         return 1.0
 
     @property
     def full(self) -> bool:
-        """Whether all heads retrieve."""
+        """True if all heads retrieve."""
         return self.gates is None or self.sparsity == 0
 
     def check(self, depth: int) -> None:
@@ -61,7 +61,6 @@ class Split(Budget):
             raise ValueError(f"gates has {len(self.gates)} rows, but {depth} layers are compressed")
 
     def share(self, n: int, place: Place | None, layer: int, depth: int) -> int:
-        """The largest head's rows."""
         if any(self.retrieves(layer)):
             return n
         return min(n, self.sinks + self.recent)

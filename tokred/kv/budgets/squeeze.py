@@ -45,7 +45,6 @@ class Squeeze(Budget):
         check_count(self.least, "least", 1)
 
     def start(self, depth: int) -> Allocator:
-        """A :class:`Grouped`."""
         return Grouped(self, depth)
 
     def divided(self, site: CacheSite, measured: Measured) -> tuple[int, ...]:

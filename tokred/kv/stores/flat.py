@@ -37,11 +37,9 @@ class Flat(Store):
         check_share(self.waste, "waste", zero=True)
 
     def open(self) -> FlatShelf:
-        """A :class:`FlatShelf`."""
         return FlatShelf(self.waste)
 
     def note_bytes(self, heads: int, width: int, *, uneven: bool) -> int:
-        """Where each head begins."""
         return 8 * (heads + 1) if uneven else 0
 
     def tight(self) -> Flat:

@@ -39,7 +39,6 @@ class Half(Store):
             raise ValueError(f"dtype must be {' or '.join(map(repr, TYPES))}, got {self.dtype!r}")
 
     def open(self) -> HalfShelf:
-        """A :class:`HalfShelf`."""
         return HalfShelf(TYPES[self.dtype])
 
     def row_bytes(self, keys: Tensor, values: Tensor) -> int:

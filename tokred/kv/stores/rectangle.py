@@ -23,7 +23,6 @@ class Rectangle(Store):
     can: ClassVar[frozenset[str]] = frozenset({"take", "merge", "ragged", "crop"})
 
     def open(self) -> Shelf:
-        """A :class:`RectangleShelf`."""
         return RectangleShelf()
 
 

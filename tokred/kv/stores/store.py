@@ -128,7 +128,7 @@ class Shelf(ABC):
 
     @property
     def complete(self) -> bool:
-        """Whether :attr:`newest` is all there is."""
+        """True if :attr:`newest` is all there is."""
         return True
 
     @property
@@ -156,7 +156,7 @@ class Shelf(ABC):
     @property
     @abstractmethod
     def moved(self) -> bool:
-        """Whether rows have been taken or merged, so that rows and slots are no longer the same."""
+        """True if rows have been taken or merged, so that rows and slots are no longer the same."""
 
     @abstractmethod
     def positions(self, seen: int) -> Tensor | None:
@@ -217,15 +217,15 @@ class Shelf(ABC):
 
     @property
     def tensors(self) -> Iterator[Tensor]:
-        """All that memory is held for."""
+        """Every tensor that memory is held for."""
         return _tensors(self.__dict__.values())
 
     def snapshot(self) -> dict[str, Any]:
-        """Everything, by reference."""
+        """The whole state of the store, by reference."""
         return dict(self.__dict__)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Back to what :meth:`snapshot` gave, which can be used again."""
+        """Go back to a state that :meth:`snapshot` gave, which can be used again."""
         self.__dict__.clear()
         self.__dict__.update(state)
 

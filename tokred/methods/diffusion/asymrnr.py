@@ -86,7 +86,6 @@ class AsymRnR(AttentionMethod):
 
     @property
     def proportional(self) -> bool:
-        """As ``size_bias`` says."""
         return self.size_bias
 
     @property

@@ -80,7 +80,6 @@ class CAToMe(AttentionMethod):
 
     @property
     def sublayers(self) -> tuple[Sublayer, ...]:
-        """As ``merge_attn``, ``merge_crossattn`` and ``merge_mlp`` say."""
         return self._split.sublayers
 
     @property
@@ -90,7 +89,7 @@ class CAToMe(AttentionMethod):
 
     @property
     def advice(self) -> str:
-        """How far ``max_downsample`` and ``threshold`` reach."""
+        """Advice on ``max_downsample`` and ``threshold``."""
         return f"max_downsample is {self.max_downsample} and threshold {self.threshold}: give a larger, a lower one"
 
     def left(self, place: SublayerPlace) -> int:

@@ -75,7 +75,7 @@ class IBTM(AttentionMethod):
 
     @property
     def beginning(self) -> ToMeSD:
-        """What the first step of an image runs."""
+        """The method of the first step of an image."""
         same = ("ratio", "max_downsample", "sx", "sy", "use_rand", "merge_attn", "merge_crossattn", "merge_mlp", "seed")
         return ToMeSD(**{name: getattr(self, name) for name in (*same, "share", "refresh")})
 
@@ -86,7 +86,6 @@ class IBTM(AttentionMethod):
 
     @property
     def stepwise(self) -> bool:
-        """Always."""
         return True
 
     def at(self, step: Step | None) -> AttentionMethod | None:
@@ -95,7 +94,6 @@ class IBTM(AttentionMethod):
 
     @property
     def sublayers(self) -> tuple[Sublayer, ...]:
-        """As ``merge_attn``, ``merge_crossattn`` and ``merge_mlp`` say."""
         return self.beginning.sublayers
 
     @property
@@ -105,7 +103,6 @@ class IBTM(AttentionMethod):
 
     @property
     def advice(self) -> str:
-        """How far ``max_downsample`` reaches."""
         return self.beginning.advice
 
     def left(self, place: SublayerPlace) -> int:

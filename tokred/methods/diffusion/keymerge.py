@@ -75,7 +75,6 @@ class KeyMerge(AttentionMethod):
 
     @property
     def proportional(self) -> bool:
-        """Always."""
         return True
 
     @property
@@ -90,7 +89,6 @@ class KeyMerge(AttentionMethod):
 
     @property
     def advice(self) -> str:
-        """How far ``max_downsample`` reaches."""
         return f"max_downsample is {self.max_downsample}: give a larger one"
 
     def left(self, place: SublayerPlace) -> int:

@@ -57,7 +57,6 @@ class RandomLatentPrune(AttentionMethod):
 
     @property
     def advice(self) -> str:
-        """How far ``max_downsample`` reaches."""
         return f"max_downsample is {self.max_downsample}: give a larger one"
 
     def left(self, place: SublayerPlace) -> int:

@@ -75,7 +75,6 @@ class SDTM(AttentionMethod):
 
     @property
     def stepwise(self) -> bool:
-        """Always."""
         return True
 
     def curve(self, progress: float) -> float:
@@ -92,7 +91,7 @@ class SDTM(AttentionMethod):
 
     @property
     def sublayers(self) -> tuple[Sublayer, ...]:
-        """Of the first stage."""
+        """The sub-layers of the first stage."""
         return ("self", "mlp")
 
     @property
@@ -102,11 +101,10 @@ class SDTM(AttentionMethod):
 
     @property
     def advice(self) -> str:
-        """How far ``max_downsample`` reaches."""
         return f"max_downsample is {self.max_downsample}: give a larger one"
 
     def left(self, place: SublayerPlace) -> int:
-        """Of the first stage, in the middle of the curve."""
+        """Tokens that the first stage leaves, in the middle of the curve."""
         return SDTMStage(self.ratio, False, self.age, self.max_downsample).left(place)
 
     def reduce(self, site: Site) -> Reduction:

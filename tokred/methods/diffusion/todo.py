@@ -66,7 +66,6 @@ class ToDo(AttentionMethod):
 
     @property
     def share(self) -> Share:  # type: ignore[override]  # not a parameter here
-        """Always by resolution."""
         return "resolution"
 
     def __post_init__(self) -> None:
@@ -88,11 +87,11 @@ class ToDo(AttentionMethod):
 
     @property
     def stepwise(self) -> bool:
-        """Where it switches or stops before the end."""
+        """True if it switches or stops before the end."""
         return self.switch > 0 or self.stop > 0
 
     def at(self, step: Step | None) -> AttentionMethod | None:
-        """What the level of the noise calls for."""
+        """This method, its late phase or nothing, by the level of the noise."""
         if step is None or not self.stepwise:
             return self
         if step.noise <= self.stop:
@@ -114,7 +113,7 @@ class ToDo(AttentionMethod):
 
     @property
     def reads(self) -> frozenset[str]:
-        """The grid alone."""
+        """The grid and nothing else."""
         return frozenset({"grid"})
 
     @property
@@ -124,7 +123,7 @@ class ToDo(AttentionMethod):
 
     @property
     def advice(self) -> str:
-        """Which depths the factors name."""
+        """Advice on the depths that the factors name."""
         return f"factors are {self.factors}, finest first: name one for a coarser resolution, such as {(1, 2)}"
 
     def factor(self, place: SublayerPlace) -> int:
@@ -166,7 +165,7 @@ class ToDo(AttentionMethod):
 
 @dataclass(frozen=True)
 class SimilarKeys(AttentionMethod):
-    """What :class:`ToDo` does late: keys merged by similarity into one of each cell, drawn anew at every step.
+    """The late phase of :class:`ToDo`: keys merged by similarity into one of each cell, drawn anew at every step.
 
     Args:
         factors, seed, refresh: of the method.
@@ -186,7 +185,6 @@ class SimilarKeys(AttentionMethod):
         return max(self.factors) == 1
 
     def left(self, place: SublayerPlace) -> int:
-        """As many as :class:`ToDo` leaves."""
         return ToDo(self.factors).left(place)
 
     def reduce(self, site: Site) -> Reduction:

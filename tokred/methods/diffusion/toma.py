@@ -75,7 +75,6 @@ class ToMA(AttentionMethod):
 
     @property
     def refresh(self) -> int:  # type: ignore[override]  # named as the card names it
-        """As ``steps_plan`` says."""
         return self.steps_plan
 
     @property
@@ -85,7 +84,6 @@ class ToMA(AttentionMethod):
 
     @property
     def sublayers(self) -> tuple[Sublayer, ...]:
-        """As ``cover`` says."""
         return COVERS[self.cover]
 
     @property
@@ -95,7 +93,7 @@ class ToMA(AttentionMethod):
 
     @property
     def advice(self) -> str:
-        """How far ``max_downsample`` reaches."""
+        """Advice on ``max_downsample``."""
         return f"max_downsample is {self.max_downsample}: give a larger one"
 
     def left(self, place: SublayerPlace) -> int:

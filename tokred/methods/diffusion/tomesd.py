@@ -73,7 +73,6 @@ class ToMeSD(AttentionMethod):
 
     @property
     def sublayers(self) -> tuple[Sublayer, ...]:
-        """As ``merge_attn``, ``merge_crossattn`` and ``merge_mlp`` say."""
         wanted: tuple[tuple[Sublayer, bool], ...] = (
             ("self", self.merge_attn),
             ("cross", self.merge_crossattn),
@@ -88,7 +87,6 @@ class ToMeSD(AttentionMethod):
 
     @property
     def advice(self) -> str:
-        """How far ``max_downsample`` reaches."""
         return f"max_downsample is {self.max_downsample}: give a larger one"
 
     def left(self, place: SublayerPlace) -> int:
@@ -100,7 +98,7 @@ class ToMeSD(AttentionMethod):
         return max(place.length - r, cells) if cells else place.length
 
     def offsets(self, site: AttentionSite) -> Tensor | None:
-        """Which token of each cell is its destination, ``(cells,)`` int64; None: the top left ones."""
+        """Number of the token in each cell that is its destination, ``(cells,)`` int64; None: the top left ones."""
         if not self.use_rand:
             return None
         cells = whole_cells(site.grid, (self.sy, self.sx))

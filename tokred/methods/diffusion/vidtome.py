@@ -72,7 +72,6 @@ class VidToMe(AttentionMethod):
 
     @property
     def advice(self) -> str:
-        """What it needs."""
         return f"max_downsample is {self.max_downsample}, and at least two frames are needed"
 
     def passes(self, frames: int) -> Iterator[tuple[int, int, int]]:

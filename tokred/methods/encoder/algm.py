@@ -88,7 +88,6 @@ class ALGM(BlockMethod):
 
     @property
     def proportional(self) -> bool:
-        """As ``prop_attn`` says."""
         return self.prop_attn
 
     def check(self, depth: int) -> None:
@@ -107,7 +106,7 @@ class ALGM(BlockMethod):
         return n
 
     def acts(self, n: int, place: Place) -> bool:
-        """In its two blocks, where a threshold can be reached."""
+        """True in its two blocks, where a threshold can be reached."""
         if place.layer == self.local_block:
             return self.T <= 1
         return place.layer == self._global(place.depth) and (self.theta is None or self.theta <= 1)

@@ -58,11 +58,9 @@ class Downsample(BlockMethod):
 
     @property
     def proportional(self) -> bool:
-        """As ``prop_attn`` says."""
         return self.prop_attn
 
     def check(self, depth: int) -> None:
-        """The block must exist."""
         if self.block >= depth:
             raise ValueError(f"block is {self.block}, but the model has {depth} blocks (0 to {depth - 1})")
 
@@ -78,7 +76,7 @@ class Downsample(BlockMethod):
         return free - max(1, round(free * self.keep)) if free else 0
 
     def acts(self, n: int, place: Place) -> bool:
-        """In its block, unless everything is kept."""
+        """True in its block, unless every token is kept."""
         return place.layer == self.block and self.keep < 1 and n > place.protected + 1
 
     def coarse(self, grid: tuple[int, int]) -> tuple[int, int]:

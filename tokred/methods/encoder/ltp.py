@@ -78,7 +78,6 @@ class LTP(BlockMethod):
         return frozenset({"x", "attention"})
 
     def check(self, depth: int) -> None:
-        """One threshold a block."""
         if self.thresholds is not None and len(self.thresholds) != depth:
             raise ValueError(f"thresholds has {len(self.thresholds)} entries, but the model has {depth} blocks")
 
@@ -93,7 +92,7 @@ class LTP(BlockMethod):
         return n
 
     def acts(self, n: int, place: Place) -> bool:
-        """Where there is a threshold, and more tokens than stay in any case."""
+        """True where there is a threshold, and more tokens than stay in any case."""
         return self.theta(place.layer, place.depth) > 0 and n > self._least(place.protected)
 
     def _least(self, protected: int) -> int:
@@ -144,7 +143,7 @@ def base_threshold(theta_final: float, layer: int, depth: int) -> float:
 
 
 def soft_mask(score: Tensor, theta: float, temperature: float) -> Tensor:
-    """What tokens are multiplied by while thresholds are learned: ``sigmoid((score - theta) / temperature)``, float32.
+    """Factors of the tokens while thresholds are learned: ``sigmoid((score - theta) / temperature)``, float32.
 
     Source: Kim et al., KDD 2022, section 3.3.
     """

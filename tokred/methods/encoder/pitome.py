@@ -226,7 +226,7 @@ def _bsm(metric: Tensor, order: Tensor, k: int, lead: Tensor, tail: Tensor) -> R
 def _by_rank(
     metric: Tensor, order: Tensor, real: Tensor, k: Tensor, form: str, n: int, prefix: int, suffix: int
 ) -> Reduction:
-    """All forms in which the rank decides who is a source, with a number of pairs for each sample.
+    """Matching in all forms in which the rank decides who is a source, with a number of pairs for each sample.
 
     Args:
         metric: ``(B, T, D)`` of the unprotected tokens.

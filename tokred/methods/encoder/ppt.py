@@ -87,7 +87,6 @@ class PPT(BlockMethod):
 
     @property
     def proportional(self) -> bool:
-        """As ``prop_attn`` says."""
         return self.prop_attn
 
     def check(self, depth: int) -> None:

@@ -23,7 +23,7 @@ from tokred.kernels.similarity_rows import best_match, similarity_count, similar
 
 
 class Redundancy(NamedTuple):
-    """How redundant each source token is.
+    """The redundancy of each source token.
 
     Attributes:
         score: ``(B, A)`` float32, -inf on padding.
@@ -123,7 +123,7 @@ class SAINT(BlockMethod):
         return place.protected + min(place.free(n), self._target(place.prefix, place.suffix))
 
     def acts(self, n: int, place: Place) -> bool:
-        """In the listed blocks, where there are sources and destinations, and a cosine can reach the threshold."""
+        """True in the listed blocks, where there are sources and destinations, and a cosine can reach the threshold."""
         if self.form == "full":
             return super().acts(n, place)
         tau = self._tau(place.layer) if self._listed(place.layer, place.depth) else None

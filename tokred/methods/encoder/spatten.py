@@ -99,11 +99,11 @@ class SpAtten(BlockMethod):
         return min(n, _count(first, self.share(place.layer, place.depth), place.protected))
 
     def acts(self, n: int, place: Place) -> bool:
-        """In every layer, which all add to the importance, if anything is pruned at all."""
+        """True in every layer if any prunes, since all add to the importance."""
         return self.keep < 1 or self.heads not in (None, 1.0)
 
     def removes(self, depth: int, layers: Iterable[int] | None = None) -> bool:
-        """Where a share falls below one: every layer adds to the importance, but not every layer prunes."""
+        """True where a share falls below one: every layer adds to the importance, but not every layer prunes."""
         if isinstance(self.heads, tuple):
             return True
         final = self.keep if self.heads in (None, 1.0) else LEAST
@@ -224,7 +224,7 @@ def codes(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def leading_bits(code: Tensor, scale: Tensor, dropped: int) -> Tensor:
-    """What codes stand for when their last ``dropped`` bits have not been fetched."""
+    """The values that codes stand for while their last ``dropped`` bits have not been fetched."""
     return ((code >> dropped) << dropped) * scale
 
 

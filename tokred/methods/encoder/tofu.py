@@ -93,7 +93,7 @@ class ToFu(Compared, Scheduled):
 
 
 def linearity(function: Callable[[Tensor], Tensor], first: Tensor, second: Tensor, points: int = 16) -> Tensor:
-    """How straight a function's way is between two inputs: distance of the outputs over the length of the path.
+    """Straightness of a function's way between two inputs: distance of the outputs over the length of the path.
 
     ``|f(x1) - f(x2)| / sum_i |f(t[i + 1]) - f(t[i])|`` over points ``t`` evenly from ``x1`` to ``x2``. One where the
     function is linear between them (also where it is constant), less the more the path bends. Averaging the inputs of a

@@ -83,7 +83,6 @@ class VoMix(BlockMethod):
 
     @property
     def proportional(self) -> bool:
-        """As ``prop_attn`` says."""
         return self.prop_attn
 
     def tokens(self, n: int, place: Place) -> int:
@@ -117,7 +116,7 @@ class VoMix(BlockMethod):
         )
 
     def votes(self, k: Tensor, real: Tensor | None = None) -> Tensor:
-        """What the tokens that chose each token give it, ``(B, T)`` float64 in units of a millionth.
+        """Votes for each token by the tokens that chose it, ``(B, T)`` float64 in units of a millionth.
 
         Args:
             k: ``(B, T, D)`` unit vectors.

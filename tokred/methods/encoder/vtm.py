@@ -105,7 +105,7 @@ class VTM(BlockMethod):
         return n - self._merged(free - targets)
 
     def acts(self, n: int, place: Place) -> bool:
-        """In the listed blocks, where something can merge."""
+        """True in the listed blocks, where something can merge."""
         if self.variant not in ("centre", "boundary"):
             return super().acts(n, place)
         return is_listed(self.blocks, place.layer, place.depth) and self._merged(max(0, place.free(n) - 1)) > 0

@@ -41,12 +41,10 @@ class Dispersion(Score):
 
     @property
     def window(self) -> int:
-        """The queries."""
         return self.size
 
     @property
     def recent(self) -> int:
-        """The window's tokens."""
         return self.size
 
     def __call__(self, site: CacheSite) -> Tensor:

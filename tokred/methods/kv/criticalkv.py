@@ -48,7 +48,6 @@ class Critical(Score):
 
     @property
     def wrapped(self) -> Score:
-        """The inner score."""
         assert isinstance(self.inner, Score)  # made so above
         return self.inner
 

@@ -52,7 +52,6 @@ class Expected(Score):
         check_count(self.sinks, "sinks")
 
     def note_bytes(self, heads: int, width: int) -> int:
-        """The statistics."""
         return 4 * (1 + heads * width * (1 + width))
 
     def observe(self, site: CacheSite) -> None:
@@ -108,7 +107,7 @@ def _noted(site: CacheSite) -> Moments | None:
 
 
 def _moments(vote: Tensor, q: Tensor) -> Moments:
-    """Of the queries ``[B, H, M, D]`` that ``vote`` ``[B or 1, M]`` marks."""
+    """Moments of the queries ``[B, H, M, D]`` that ``vote`` ``[B or 1, M]`` marks."""
     w = vote.expand(q.shape[0], -1).float()
     count = w.sum(1)
     w = w[:, None, :, None]
@@ -118,7 +117,7 @@ def _moments(vote: Tensor, q: Tensor) -> Moments:
 
 
 def _joined(a: Moments, b: Moments) -> Moments:
-    """Of both together, without sums of squares, which would take the digits."""
+    """Moments of both together, without sums of squares, which would take the digits."""
     count = a.total + b.total
     share = (b.total / count.clamp(min=1))[:, None, None]
     apart = b.mean - a.mean

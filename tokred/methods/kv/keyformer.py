@@ -57,14 +57,14 @@ class Gumbel(Score):
             raise ValueError(f"steps must be at least 1, got {self.steps}")
 
     def temperature(self, step: int, steps: int | None) -> float:
-        """At generated token ``step`` of ``steps``; it stays at ``end`` after the last."""
+        """Temperature at generated token ``step`` of ``steps``; it stays at ``end`` after the last."""
         total = self.steps if self.steps is not None else steps
         if total is None:
             return self.start
         return self.start + (self.end - self.start) * min(step, total) / total
 
     def _temperatures(self, site: CacheSite) -> Tensor | float:
-        """Of every sample ``[B, 1, 1, 1]``; one number where all have had as many tokens since the prompt."""
+        """Temperature of every sample ``[B, 1, 1, 1]``; one number where all are as many tokens after the prompt."""
         found = [self.temperature(g, site.steps) for g in site.since]
         if len(set(found)) == 1:
             return found[0]
@@ -157,7 +157,7 @@ def _mix(h: Tensor) -> Tensor:
 @register("keyformer")
 @dataclass(frozen=True)
 class Keyformer(KVPreset):
-    """As H2O, with Gumbel noise and a rising temperature in the score; the model's own attention has neither.
+    """H2O with Gumbel noise and a rising temperature in the score; the model's own attention has neither.
 
     Args:
         budget: what is kept: a share in (0, 1], tokens, bytes such as "64 MiB", or a budget of :mod:`tokred.kv`.

@@ -52,7 +52,6 @@ class Limited(CachePolicy):
 
     @property
     def inner(self) -> CachePolicy:
-        """The policy."""
         assert isinstance(self.policy, CachePolicy)  # made so above
         return self.policy
 
@@ -71,7 +70,7 @@ class Limited(CachePolicy):
 
 
 def refusal(policy: CachePolicy) -> str:
-    """Why a policy cannot hold a limit while a prompt comes in chunks; empty where it can."""
+    """The reason why a policy cannot hold a limit while a prompt comes in chunks; empty where it can."""
     if isinstance(policy, Limited):
         return "it has one already"
     if len(policy.members) > 1:

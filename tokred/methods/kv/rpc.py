@@ -46,12 +46,10 @@ class Judges(Score):
 
     @property
     def window(self) -> int:
-        """The judges."""
         return self.size
 
     @property
     def recent(self) -> int:
-        """The judges' own tokens."""
         return self.size
 
     def __call__(self, site: CacheSite) -> Tensor:

@@ -25,12 +25,10 @@ class LastQuery(Score):
 
     @property
     def window(self) -> int:
-        """One query."""
         return 1
 
     @property
     def recent(self) -> int:
-        """Its own token."""
         return 1
 
     def __call__(self, site: CacheSite) -> Tensor:

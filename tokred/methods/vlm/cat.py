@@ -85,24 +85,22 @@ class CAT(ProjectorMethod):
 
     @property
     def inner(self) -> ProjectorMethod:
-        """The selector."""
+        """The method that selects."""
         assert isinstance(self.selector, ProjectorMethod)  # made so above
         return self.selector
 
     @property
     def reads(self) -> frozenset[str]:
-        """What the method reads, and what the score does."""
+        """Everything that the selector reads, and the score besides."""
         more = frozenset({"x"}) if callable(self.score) else SCORES[self.score][0]
         return self.inner.reads | more
 
     @property
     def tower_layers(self) -> tuple[int, ...]:
-        """Those of the method."""
         return self.inner.tower_layers
 
     @property
     def space(self) -> str:  # type: ignore[override]
-        """That of the method."""
         return self.inner.space
 
     def count(self, n: int) -> int:
@@ -111,7 +109,7 @@ class CAT(ProjectorMethod):
         return min(n, -(-most // self.round_to) * self.round_to)
 
     def acts(self, n: int, place: Place) -> bool:
-        """Where an image has more tokens than ``n_min``."""
+        """True where an image has more tokens than ``n_min``."""
         return place.free(n) > self.n_min
 
     def choose(self, site: VisualSite) -> Reduction:

@@ -45,7 +45,6 @@ class DivPrune(Budgeted):
 
     @property
     def reads(self) -> frozenset[str]:
-        """The projected features alone."""
         return frozenset({"x"})
 
     def choose(self, site: VisualSite) -> Reduction:

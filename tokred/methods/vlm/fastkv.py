@@ -88,7 +88,7 @@ class FastKV(CachePolicy):
 
     @property
     def parts(self) -> Parts:
-        """Of the policy."""
+        """Parts of the policy for caches."""
         return Parts(Window(self.window, self.pool, self.pooling, "sum"), Stored(self))
 
     def propagated(self, n: int) -> int:
@@ -112,19 +112,18 @@ class FastKV(CachePolicy):
 
 @dataclass(frozen=True)
 class Stored(Budget):
-    """Rows of early and late layers."""
+    """Rows that FastKV stores in early and late layers."""
 
     method: FastKV
     amount: float | int | str = 1
 
     @property
     def full(self) -> bool:
-        """Whether everything is kept."""
+        """True if every row is kept."""
         return self.method.mode == "proportional" and self.method.retain == 1
 
     @property
     def shares(self) -> bool:
-        """Whether it is a share of the tokens."""
         return self.method.mode == "proportional"
 
     @property
@@ -133,11 +132,10 @@ class Stored(Budget):
         return self.method.cap if self.method.mode == "constant" else None
 
     def mean(self, n: int, place: CachePlace | None, depth: int) -> int:
-        """Of an early layer."""
         return self.method.stored(n, late=False)
 
     def share(self, n: int, place: CachePlace | None, layer: int, depth: int) -> int:
-        """Of one layer, of the tokens that came to it."""
+        """Rows that one layer stores of the ``n`` tokens that came to it."""
         return self.method.stored(n, late=layer > self.method.last_whole(depth))
 
 
@@ -182,7 +180,7 @@ class FastKVPropagation(LayerMethod):
             )
 
     def tokens(self, n: int, place: Place) -> int:
-        """What goes on, at the layer after ``tsp_layer``."""
+        """The propagated tokens, at the layer after ``tsp_layer``; all of them elsewhere."""
         return self.method.propagated(n) if place.layer == self.method.last_whole(place.depth) + 1 else n
 
     def choose(self, site: LayerSite) -> Reduction:

@@ -59,7 +59,6 @@ class FastV(LayerMethod):
         return frozenset({"x", "rows_before"})
 
     def check(self, depth: int) -> None:
-        """The layer must exist."""
         check_depth(self.layer, depth)
 
     def left(self, n: int) -> int:
@@ -67,11 +66,10 @@ class FastV(LayerMethod):
         return max(1, round(round(n * (1 - self.ratio), 9))) if n else 0
 
     def tokens(self, n: int, place: Place) -> int:
-        """:meth:`left` at its layer."""
         return self.left(n) if place.layer == self.layer else n
 
     def choose(self, site: LayerSite) -> Reduction:
-        """Keep the highest scores."""
+        """Keep the visual tokens with the highest scores."""
         rows: int | torch.Tensor = 1
         if self.query == "mean":
             after = site.visual.flip(1).cummax(1).values.flip(1).logical_not() & site.text_rows

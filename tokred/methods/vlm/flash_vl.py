@@ -54,7 +54,6 @@ class FlashVL(ProjectorMethod):
 
     @property
     def frames_of_a_cell(self) -> int:
-        """One: each frame of a video is an image."""
         return 1
 
     def count(self, n: int) -> int:
@@ -101,7 +100,6 @@ class Nemotron(FlashVL):
 
     @property
     def frames_of_a_cell(self) -> int:
-        """The tubelet."""
         return self.tubelet
 
     def acts(self, n: int, place: Place) -> bool:

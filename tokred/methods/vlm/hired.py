@@ -73,7 +73,6 @@ class HiRED(Budgeted):
 
     @property
     def tower_layers(self) -> tuple[int, ...]:
-        """The early one."""
         return (self.l_early,)
 
     def count(self, n: int) -> int:

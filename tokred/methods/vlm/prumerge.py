@@ -98,7 +98,6 @@ class PruMerge(ProjectorMethod):
 
     @property
     def tower_layers(self) -> tuple[int, ...]:
-        """The last one."""
         return (-1,)
 
     def count(self, n: int) -> int:

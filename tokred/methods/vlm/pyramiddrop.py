@@ -17,7 +17,7 @@ from tokred.vlm.in_llm import LayerMethod, LayerSite, check_depth, check_layer
 @register("pyramiddrop")
 @dataclass(frozen=True)
 class PyramidDrop(LayerMethod):
-    """Before each layer of ``layers`` the visual tokens that the prompt's last token attends to least leave.
+    """Visual tokens that the prompt's last token attends to least leave, before each layer of ``layers``.
 
     Attention is that of the layer itself, by its own norm and projections, before it runs: one row of queries, so any
     attention kernel can run. Positions stay what they were (the released code numbers them anew after each drop).
@@ -83,7 +83,7 @@ class PyramidDrop(LayerMethod):
         return (n, *(_share(n, r) for r in self.ratios))
 
     def tokens(self, n: int, place: Place) -> int:
-        """What a stage leaves of the ``n`` that the stage before left, up to one token."""
+        """Tokens that a stage leaves of the ``n`` of the stage before, up to one token."""
         found = self.boundaries(place.depth)
         if place.layer not in found:
             return n
@@ -92,7 +92,7 @@ class PyramidDrop(LayerMethod):
         return min(n, _share(n, self.ratios[stage] / before))
 
     def acts(self, n: int, place: Place) -> bool:
-        """At its layers, unless they leave what there is."""
+        """True at its layers, unless they leave what there is."""
         found = self.boundaries(place.depth)
         if place.layer not in found or n == 0:
             return False
@@ -100,7 +100,7 @@ class PyramidDrop(LayerMethod):
         return self.ratios[stage] < (self.ratios[stage - 1] if stage else 1.0)
 
     def choose(self, site: LayerSite) -> Reduction:
-        """Keep the highest scores."""
+        """Keep the visual tokens with the highest scores."""
         ratio = self.ratios[self.boundaries(site.depth).index(site.layer)]
         scores = site.row_scores(1, of="own")
         if self.per_image:

@@ -89,7 +89,7 @@ class SAINTLayer(LayerMethod):
         return n
 
     def acts(self, n: int, place: Place) -> bool:
-        """Behind the layers from ``start`` to ``end``, where there are sources and destinations, and a cosine can
+        """True behind the layers from ``start`` to ``end``, where there are sources and destinations, and a cosine can
         reach the threshold."""
         inside = self.start < place.layer <= self.end + 1 and self.tau <= 1
         return inside and self.max_r != 0 and n > max(1, self.min_tokens)

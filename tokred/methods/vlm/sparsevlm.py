@@ -149,7 +149,7 @@ class SparseVLM(LayerMethod):
         return tuple(found)
 
     def _rule(self, n: int) -> str:
-        """How the tokens of a sample are counted that had ``n`` visual ones."""
+        """The way in which the tokens of a sample are counted that had ``n`` visual ones."""
         if self.budget != "auto":
             return self.budget if isinstance(self.budget, str) else "given"
         return "table" if n % WHOLE == 0 and len(self.layers) == 3 else "rank"

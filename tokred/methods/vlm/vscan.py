@@ -68,7 +68,6 @@ class VScan(Budgeted):
 
     @property
     def tower_layers(self) -> tuple[int, ...]:
-        """The shallow one."""
         return (self.shallow,)
 
     def choose(self, site: VisualSite) -> Reduction:
@@ -140,7 +139,6 @@ class VScanLayer(LayerMethod):
         return frozenset({"x", "rows"})
 
     def check(self, depth: int) -> None:
-        """The layer must exist."""
         if self.layer is not None:
             check_depth(self.layer, depth)
 

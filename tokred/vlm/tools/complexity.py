@@ -1,4 +1,4 @@
-"""How much there is to see in an image: scores between 0 (nothing) and 1."""
+"""The complexity of an image: how much there is to see in it, by scores between 0 (nothing) and 1."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MOST = 1024  # tokens whose rank is computed
 
 
 def effective_rank(x: Tensor) -> Tensor:
-    """How many directions the tokens of an image spread over, as a share of those they could.
+    """Number of directions that the tokens of an image spread over, as a share of those that they could.
 
     The exponential of the entropy of the squared singular values of the centred tokens, less one.
 

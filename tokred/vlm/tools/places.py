@@ -1,4 +1,4 @@
-"""Where tokens stand on the grid of their image."""
+"""Places of tokens on the grid of their image."""
 
 from __future__ import annotations
 

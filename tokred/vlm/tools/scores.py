@@ -1,4 +1,4 @@
-"""How important each token of an image is to its vision tower."""
+"""Importance of each token of an image to its vision tower."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ATTENTION = ("class", "received")
 
 
 def attention_reads(attention: Attention) -> set[str]:
-    """What :func:`patch_scores` takes from a site."""
+    """Names of the attributes that :func:`patch_scores` takes from a site."""
     return {"class_attention"} if attention == "class" else {"attention"}
 
 

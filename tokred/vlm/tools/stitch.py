@@ -28,7 +28,7 @@ def overlap_of(side: int, share: float = 0.125) -> int:
 
 
 def shares(parts: int, side: int, overlap: int, blend: Blend = "ramp") -> Tensor:
-    """What each tile counts for along one side of the canvas.
+    """Weight of each tile along one side of the canvas.
 
     Args:
         parts: tiles beside each other.
@@ -52,7 +52,7 @@ def shares(parts: int, side: int, overlap: int, blend: Blend = "ramp") -> Tensor
 
 
 def weights(rows: int, columns: int, grid: tuple[int, int], overlap: int, blend: Blend = "ramp") -> Tensor:
-    """What each tile counts for at each place of the canvas: ``(P, Hc, Wc)`` float32, one in sum over the tiles.
+    """Weight of each tile at each place of the canvas: ``(P, Hc, Wc)`` float32, one in sum over the tiles.
 
     Args:
         rows, columns: of tiles.
