@@ -9,11 +9,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from torch import nn
+from torch import Tensor, nn
 
+from tokred.core.learned import Facts
 from tokred.core.method import Method
 from tokred.core.report import Report
-from tokred.errors import MissingInputError
+from tokred.errors import MissingInputError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from tokred.adapters.changes import Changes
@@ -25,10 +26,14 @@ class State:
     Attributes:
         stage: of the host.
         method: that acts.
+        module: of the method, where it has weights.
+        losses: terms of the training loss, of the last forward in training; None: there was none.
     """
 
     stage: ClassVar[str] = ""
     method: Any
+    module: nn.Module | None = None
+    losses: dict[str, Tensor] | None = None
 
 
 class Host(ABC):
@@ -60,6 +65,14 @@ class Host(ABC):
             UnsupportedModelError: something on the model would pass a patch by.
             ValueError: its parameters do not fit the model, or ``expose`` does not.
         """
+
+    def model_facts(self) -> Facts:
+        """What a method with weights builds its module from; asked of hosts that supply ``"module"``.
+
+        Raises:
+            UnsupportedModelError: it cannot be told.
+        """
+        raise UnsupportedModelError(f"a method with weights cannot be built for {self.family}: its facts are not known")
 
     @abstractmethod
     def patch(

@@ -22,14 +22,20 @@ from tokred.api import (
     flops,
     kv_cache,
     list_methods,
+    load,
+    losses,
     make,
+    modules,
+    parameters,
     patched,
     remove,
     report,
+    save,
     supports,
     trace,
 )
 from tokred.core import moved as _moved
+from tokred.core import versions as _versions
 from tokred.core.method import Method, from_dict
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
@@ -52,7 +58,7 @@ from tokred.errors import (
     UntestedVersionWarning,
 )
 
-__version__ = "0.1.0"
+__version__ = _versions.TOKRED
 
 # Of the package's own names, those that are imported when they are first used. The types of all names stand in
 # ``__init__.pyi``, which .ci/stub.py writes from this file and the table of methods.
@@ -63,6 +69,7 @@ _LAZY = {
     "bench": "tokred.bench",
     "choose_tsp_layer": "tokred.analysis.tsp_layer:choose_tsp_layer",
     "kv": "tokred.kv",
+    "learn": "tokred.learn",
     "viz": "tokred.analysis.viz",
 }
 _TARGETS = {**_LAZY, **{target.partition(":")[2]: target for target in _methods.TARGETS.values()}}
@@ -97,12 +104,17 @@ __all__ = [
     "from_dict",
     "kv_cache",
     "list_methods",
+    "load",
+    "losses",
     "make",
     "methods",
+    "modules",
+    "parameters",
     "patched",
     "register",
     "remove",
     "report",
+    "save",
     "supports",
     "trace",
 ]

@@ -1,6 +1,6 @@
 """The names of ``tokred`` with their types: written by .ci/stub.py, and not by hand."""
 
-from tokred import bench, kv, methods
+from tokred import bench, kv, learn, methods
 from tokred.analysis import viz
 from tokred.analysis.explain import Explanation, explain
 from tokred.analysis.tsp_layer import choose_tsp_layer
@@ -12,10 +12,15 @@ from tokred.api import (
     flops,
     kv_cache,
     list_methods,
+    load,
+    losses,
     make,
+    modules,
+    parameters,
     patched,
     remove,
     report,
+    save,
     supports,
     trace,
 )
@@ -56,6 +61,7 @@ from tokred.methods.diffusion.vidtome import VidToMe
 from tokred.methods.encoder.algm import ALGM
 from tokred.methods.encoder.ats import ATS
 from tokred.methods.encoder.downsample import Downsample
+from tokred.methods.encoder.dynamicvit import DynamicViT
 from tokred.methods.encoder.evit import EViT
 from tokred.methods.encoder.kth import KthMerge
 from tokred.methods.encoder.ltp import LTP
@@ -140,6 +146,7 @@ __all__ = [
     "Downsample",
     "DownsampleVisual",
     "DuoAttention",
+    "DynamicViT",
     "EViT",
     "ExpectedAttention",
     "Explanation",
@@ -222,13 +229,19 @@ __all__ = [
     "from_dict",
     "kv",
     "kv_cache",
+    "learn",
     "list_methods",
+    "load",
+    "losses",
     "make",
     "methods",
+    "modules",
+    "parameters",
     "patched",
     "register",
     "remove",
     "report",
+    "save",
     "supports",
     "trace",
     "viz",

@@ -7,17 +7,21 @@ import dataclasses
 import fnmatch
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
+from tokred import learn
 from tokred.core.method import Method
 from tokred.core.reduction import Reduction
 from tokred.core.registry import methods as registered
 from tokred.core.report import Report
 from tokred.core.site import STAGES, Stage
+from tokred.core.versions import TOKRED
 from tokred.errors import NothingRecordedError, NothingRemovedWarning
-from tokred.patch import ATTRIBUTE, Patch, compose, parts_of, report_of, unpatch
+from tokred.learn import store
+from tokred.patch import ATTRIBUTE, Patch, compose, entries_of, losses_of, parts_of, report_of, unpatch
 
 ModelT = TypeVar("ModelT")  # a module, or a pipeline that holds one
 MethodLike = str | Method | Sequence[str | Method]
@@ -91,6 +95,7 @@ def apply(
     where: Callable[[str, nn.Module], bool] | None = None,
     expose: Expose = "auto",
     windows: Windows = "auto",
+    module: nn.Module | None = None,
     **parameters: Any,
 ) -> ModelT:
     """Patch ``model`` in place so that it runs with fewer tokens.
@@ -109,6 +114,8 @@ def apply(
         windows: for models whose attention runs in windows (SAM, ViTDet): reduce inside the blocks of ``"global"``
             attention, inside each window of the ``"windowed"`` ones, or in ``"all"``. ``"auto"``: the global ones,
             where there are any.
+        module: the weights of a method that has some, such as ``tokred.modules(model)`` gave before; None: those that
+            the method was loaded with by :func:`load`, else new ones.
         parameters: the method's, when it is given by name.
 
     Returns:
@@ -133,11 +140,13 @@ def apply(
         idle = one.why_idle(host.depth, layers)
         if idle is not None and not idle.meant and idle.parameter not in parameters:
             warnings.warn(idle.text, NothingRemovedWarning, stacklevel=2)
+    taker = learn.chosen(chosen, module)
+    own = [learn.build(one, host.model_facts, module if one is taker else None, like=host.model) for host, one in found]
     target = adapters.module_of(model)
     unpatch(target)
     patch = Patch()
-    for host, one in found:
-        patch.add(host, one, where, expose)
+    for (host, one), built in zip(found, own, strict=True):
+        patch.add(host, one, where, expose, built)
     target.__dict__[ATTRIBUTE] = patch
     return model
 
@@ -230,7 +239,63 @@ def trace(model: nn.Module) -> Reduction:
     state: Any = found[0].state
     last = state.last()
     total: Reduction | None = last.composed()
-    return Reduction.identity((1,), last.length) if total is None else total
+    total = Reduction.identity((1,), last.length) if total is None else total
+    return last.with_gate(total)  # type: ignore[no-any-return]
+
+
+def modules(model: Any) -> dict[str, nn.Module]:
+    """The modules with weights that the methods on ``model`` bring along, by the methods' names; empty without any.
+
+    They are no part of the model: not in its ``state_dict()``, ``parameters()`` or ``modules()``. Its ``to()``,
+    ``train()`` and ``eval()`` take them along.
+    """
+    from tokred import adapters
+
+    parts = parts_of(adapters.module_of(model))
+    return {part.method.name: part.state.module for part in parts if part.state.module is not None}
+
+
+def parameters(model: Any) -> Iterator[nn.Parameter]:
+    """What the methods on ``model`` learn, for an optimiser, beside ``model.parameters()``."""
+    for module in modules(model).values():
+        yield from module.parameters()
+
+
+def losses(model: Any) -> dict[str, Tensor]:
+    """The terms that methods add to the loss, of the last forward in training: scalars, by method and name.
+
+    Raises:
+        NothingRecordedError: no method with weights acts, or the last forward was none in training.
+    """
+    from tokred import adapters
+
+    return losses_of(adapters.module_of(model))
+
+
+def save(model: Any, folder: str | Path) -> Path:
+    """Write the methods on ``model``, their parameters and weights into ``folder``, for :func:`load`.
+
+    ``where``, ``expose`` and ``windows`` are not kept: give them again.
+
+    Raises:
+        NothingRecordedError: the model is not patched.
+        ImportError: there are weights, and safetensors is not installed.
+    """
+    from tokred import adapters
+
+    return store.write(folder, entries_of(adapters.module_of(model)), TOKRED)
+
+
+def load(folder: str | Path) -> Method | list[Method]:
+    """The method that :func:`save` wrote, with its weights, for ``tokred.apply(model, tokred.load(folder))``; a list
+    where several acted.
+
+    Raises:
+        FileNotFoundError, ValueError, UnknownMethodError, ImportError: the folder cannot be read here; the message says
+            why.
+    """
+    found = store.read(folder)
+    return found[0] if len(found) == 1 else found
 
 
 def kv_cache(model: nn.Module, *, prompt: int | None = None, steps: int | None = None, layout: str = "auto") -> Any:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from tokred.core.method import Method
 from tokred.core.report import Report, joined
 from tokred.core.site import STAGES
 from tokred.errors import NothingRecordedError
+from tokred.learn.store import Entry
 
 if TYPE_CHECKING:
     from tokred.adapters.host import Host, State
@@ -71,8 +72,16 @@ class Patch:
         """Methods that act, in the order of the stages."""
         return [part.method for part in self.parts if part.in_force]
 
-    def add(self, host: Host, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str) -> None:
-        """Let a method act on a host that has checked it. If that breaks off, everything done so far is undone."""
+    def add(
+        self,
+        host: Host,
+        method: Method,
+        where: Callable[[str, nn.Module], bool] | None,
+        expose: str,
+        module: nn.Module | None = None,
+    ) -> None:
+        """Let a method act, with its module, on a host that has checked it. If that breaks off, everything done so far
+        is undone."""
         from tokred.adapters.changes import Changes
 
         changes = Changes(part.state for part in self.parts)
@@ -82,6 +91,8 @@ class Patch:
             changes.undo()
             self.undo()
             raise
+        if module is not None:
+            state.module = self.modules[method.name] = module
         self.parts.append(Part(method, host.family, host.model, state, tuple(changes.undos)))
 
     def undo(self) -> None:
@@ -159,3 +170,40 @@ def report_of(model: nn.Module) -> Report:
     methods = [part.method for part in parts]
     single = {id(part.state): part for part in parts}  # two stages of a model with vision share one
     return joined([part.report(methods) for part in single.values()])
+
+
+def losses_of(model: nn.Module) -> dict[str, Tensor]:
+    """The terms that methods with weights added to the loss of the last forward, by method and name.
+
+    Raises:
+        NothingRecordedError: there is no such method, or that forward was none in training.
+    """
+    states = [part.state for part in parts_of(model) if part.state.module is not None]
+    if not states:
+        raise NothingRecordedError("no method with weights acts on the model: there are no losses of one")
+    found: dict[str, Tensor] = {}
+    for state in states:
+        if state.losses is None:
+            raise NothingRecordedError(
+                "the last forward was none in training: call model.train() and run one forward first"
+            )
+        found.update({f"{state.method.name}.{name}": term for name, term in state.losses.items()})
+    return found
+
+
+def entries_of(model: nn.Module) -> list[Entry]:
+    """What is to be saved of a patched model.
+
+    Raises:
+        NothingRecordedError: it is not patched.
+    """
+    from tokred import adapters
+
+    parts = parts_of(model)
+    if not parts:
+        raise NothingRecordedError("the model is not patched, so there is no setting to save: call tokred.apply first")
+    own = [(part, part.state.module) for part in parts]
+    return [
+        Entry(part.method, made, None if made is None else adapters.find(part.module, part.method.stage).model_facts())
+        for part, made in own
+    ]

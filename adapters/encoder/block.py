@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from tokred.adapters.contract import words
 from tokred.adapters.encoder.capture import Capture
+from tokred.adapters.encoder.masks import PADDED as PADDED
+from tokred.adapters.encoder.masks import refuse_padding as refuse_padding
 from tokred.adapters.encoder.masks import seen, visible
 from tokred.adapters.encoder.state import Shared, TokenState
 from tokred.adapters.linear import value_transform
 from tokred.adapters.swap import SETTINGS as SETTINGS
 from tokred.adapters.swap import Hook
-from tokred.core.attention import Attention
+from tokred.core.learned import Learned
 from tokred.core.place import Place
 from tokred.core.reduction import Reduction
 from tokred.core.site import Site
@@ -71,7 +73,7 @@ class Recipe:
         """Inputs of a method that come from the way in which blocks are run."""
         if type(self).run is not Recipe.run:
             return frozenset()
-        return frozenset({"carried", "heads"} if self.heads else {"carried"})
+        return frozenset({"carried", "module", "heads", "gates"} if self.heads else {"carried", "module"})
 
     def capture(self, block: nn.Module, bias: Tensor | None, state: TokenState) -> Capture:
         return Capture(bias, state.length, state.representative)
@@ -89,24 +91,6 @@ class Recipe:
         """One forward of a patched block. Hosts whose blocks are no chain over one token sequence have their own."""
         refuse_symbols(x)
         return run_block(block, host_forward, x, args, kwargs)
-
-
-PADDED = (
-    "the batch holds padded tokens (a mask hides some of them), which would be merged with real ones: give "
-    "inputs of one size without padding, or call tokred.remove(model) first"
-)
-
-
-def refuse_padding(mask: Tensor | None = None) -> None:
-    """Raise for a batch whose mask hides some tokens; a boolean mask that hides none is let through.
-
-    Raises:
-        UnsupportedModelError: some tokens are padding (in a compiled graph, a RuntimeError with the same text).
-    """
-    if mask is not None and torch.compiler.is_compiling():
-        torch._assert_async(mask.all(), PADDED)
-    elif mask is None or not bool(mask.all()):
-        raise UnsupportedModelError(PADDED)
 
 
 def refuse_symbols(x: Any) -> None:
@@ -201,7 +185,7 @@ def run_block(block: Any, host_forward: Callable[..., Any], x: Tensor, args: Any
     place = Place(settings.layer, shared.depth, shared.prefix, shared.suffix)
     acts = settings.active and method.acts(n, place)
     bias = attention_bias(state, method.proportional)
-    if not acts and bias is None and state.representative is None and state.heads is None:
+    if not acts and bias is None and state.representative is None and state.heads is None and state.gate is None:
         out = host_forward(x, *args, **kwargs)
         y, rest = _first(out)
         return _again(shared.leave(settings.layer, y, state, n), rest)
@@ -210,6 +194,7 @@ def run_block(block: Any, host_forward: Callable[..., Any], x: Tensor, args: Any
     kwargs = recipe.gather(kwargs, state, shared.prefix)
     capture = recipe.capture(block, bias, state)
     capture.left, capture.watch_answers, capture.hidden = state.heads, acts and "heads" in method.reads, hidden
+    capture.gate = state.keys
     rest = None
     if acts and recipe.split and method.where != "end":
         state, x = _first_half(block, settings, capture, state, x, kwargs)
@@ -223,7 +208,7 @@ def run_block(block: Any, host_forward: Callable[..., Any], x: Tensor, args: Any
             step, state = decide(settings, capture, state, y)
             capture.release()
             state, y = follow(shared, step, state, y)
-    state = _unmoved(state)
+    state, y = _unmoved(state).finish(y)
     if settings.tap is not None:
         settings.tap.take()  # keys that nobody asked for are not kept alive
     return _again(shared.leave(settings.layer, y, state, n), rest)
@@ -258,6 +243,7 @@ def _first_half(
     taken, state = capture.step, known[0]
     capture.release()
     if taken is None or taken.trivial:
+        state = state if taken is None else follow(shared, taken, state, x)[0]
         return state, x + branch(block, y, 1)
     after, x = follow(shared, taken, state, x)
     # Answers come back at the old length, as the host reshapes them; those that count stand at the representatives.
@@ -308,26 +294,20 @@ def decide(settings: Settings, capture: Capture, state: TokenState, x: Tensor) -
     shared, hidden = settings.shared, capture.hidden
     if capture.causal:
         raise UnsupportedModelError("causal attention cannot carry fewer tokens: their order is not kept")
+    learned = Learned(shared.module, state.gate)
+    if learned.training and hidden is not None:
+        raise UnsupportedModelError(f"{shared.method.name!r} cannot learn on these inputs: {PADDED}")
     tapped = settings.tap.take() if settings.tap is not None else None
     real = state.mask
     if hidden is not None:
         real = ~hidden if real is None else real & ~hidden
         hidden = hidden if state.mask is None else hidden & state.mask
-    scale = capture.scale
-
-    def attention() -> Attention | None:
-        # Methods may be shown keys as they are before rotary embedding; these are the ones that the layer uses.
-        q, k = capture.q, capture.k
-        if q is None or k is None:
-            return None
-        return Attention(q, k, bias=capture.key_bias(), scale=scale, mask=real, votes=real)
-
     site = Site(
         x=x,
         q=lambda: capture.q,
         k=tapped if tapped is not None else lambda: capture.k,
         v=lambda: capture.v,
-        attention=attention,
+        attention=lambda: capture.attention(real),
         transform=capture.transform,
         sizes=state.size,
         mask=real,
@@ -344,6 +324,7 @@ def decide(settings: Settings, capture: Capture, state: TokenState, x: Tensor) -
         totals=state.lengths,
         answers=lambda: capture.answers,
         alive=state.heads,
+        learned=learned,
         rows=None if state.rows is None else dict(state.rows),
         notes=None if state.notes is None else dict(state.notes),
     )
@@ -352,6 +333,7 @@ def decide(settings: Settings, capture: Capture, state: TokenState, x: Tensor) -
     padded = site.mask is not None and state.lengths is not None and not method.by_mask
     alone = padded or hidden is not None
     step = reduce_each(method, site, hidden) if alone else method.reduce(site)
+    shared.collect(learned.losses)
     if site.rows or site.notes or site.alive is not None:
         state = replace(state, heads=site.alive, rows=site.rows, notes=site.notes)
     return step, state
@@ -359,6 +341,8 @@ def decide(settings: Settings, capture: Capture, state: TokenState, x: Tensor) -
 
 def follow(shared: Shared, step: Reduction, state: TokenState, x: Tensor) -> tuple[TokenState, Tensor]:
     """The state and the tokens after the reduction that the method chose."""
+    if step.gate is not None:
+        state = state.soften(step)
     if step.trivial:
         return state, x
     return state.advance(step, x, shared.keeps_dropped(state))

@@ -18,8 +18,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from tokred.adapters.contract import words
+from tokred.core.attention import Attention
 from tokred.core.reduction import Reduction
 from tokred.errors import UnsupportedModelError
+from tokred.learn.gates import gated_attention
 
 _SDPA = F.scaled_dot_product_attention
 
@@ -50,6 +52,7 @@ class Capture(TorchFunctionMode):
         self.step: Reduction | None = None
         self.watch_answers = False
         self.answers: Tensor | None = None
+        self.gate: Tensor | None = None  # (B, M) how far each key is seen, while a method learns
         self.left: Tensor | None = None  # (B, H) bool, heads that have not been left out
 
     @property
@@ -98,13 +101,24 @@ class Capture(TorchFunctionMode):
             self.step = self.decide()
             if not self.step.trivial:
                 return self._fewer_queries(func, self.step, q, k, v, call)
-        y: Tensor = func(q, k, v, **call)
+        if self.gate is not None:
+            y: Tensor = self._gated(q, k, v, call)
+        else:
+            y = func(q, k, v, **call)
         # Heads that were left out answer zero and keep their channels, which the output projection counts on.
         if self.left is not None:
             y = y * self.left[:, :, None, None].to(y.dtype)
         if self.watch_answers and self.calls == 1:
             self.answers = y
         return y
+
+    def _gated(self, q: Tensor, k: Tensor, v: Tensor, call: dict[str, Any]) -> Tensor:
+        """The attention that sees keys as far as their gates are open."""
+        assert self.gate is not None  # asked for only then
+        if call.get("is_causal"):
+            raise UnsupportedModelError("causal attention cannot carry soft decisions: it hides pairs of tokens")
+        dropout = float(call.get("dropout_p") or 0.0)
+        return gated_attention(q, k, v, self.gate, mask=call["attn_mask"], scale=call.get("scale"), dropout=dropout)
 
     def _fewer_queries(
         self, func: Any, step: Reduction, q: Tensor, k: Tensor, v: Tensor, call: dict[str, Any]
@@ -124,6 +138,14 @@ class Capture(TorchFunctionMode):
         answer = y.transpose(1, 2).flatten(2)
         placed = Reduction.keep(step.representative, n, step.mask).unmerge(answer)
         return placed.view(b, n, h, y.shape[-1]).transpose(1, 2)
+
+    def attention(self, real: Tensor | None) -> Attention | None:
+        """The attention as the layer runs it, rows that are not ``real`` ``(B, M)`` left out; None: it was not seen."""
+        # A method may be shown keys as they are before rotary embedding; these are the ones that are used.
+        q, k = self.q, self.k
+        if q is None or k is None:
+            return None
+        return Attention(q, k, bias=self.key_bias(), scale=self.scale, mask=real, votes=real)
 
     def key_bias(self) -> Tensor | None:
         """``(B, H, N)`` or ``(B, N)``: what the first query's logits had added per key."""

@@ -11,23 +11,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from tokred.adapters import contract
 from tokred.adapters.changes import Changes, states_in
 from tokred.adapters.contract import words
 from tokred.adapters.encoder.block import KeyTap, Recipe, Settings
 from tokred.adapters.encoder.block import body as block_body
+from tokred.adapters.encoder.model_body import body as model_body
 from tokred.adapters.encoder.origin import watch
 from tokred.adapters.encoder.sides import Sides, of_convolution
 from tokred.adapters.encoder.state import LayerRecord, Shared
-from tokred.adapters.encoder.state import body as model_body
 from tokred.adapters.host import Host
 from tokred.adapters.linear import matrices
 from tokred.adapters.swap import check_entrance, host_class
 from tokred.adapters.watch import Watch, hang
+from tokred.core.learned import Facts
 from tokred.core.method import Method
 from tokred.core.place import Place
 from tokred.encoder.method import BlockMethod
 from tokred.encoder.report import BlockReport, LayerReport, place
-from tokred.errors import MissingInputError
+from tokred.errors import MissingInputError, UnsupportedModelError
 
 
 class BlockCost(NamedTuple):
@@ -116,7 +118,32 @@ class EncoderHost(Host):
 
     @property
     def offered(self) -> frozenset[str]:
-        return self.supplies | self.recipe.supplies
+        """What sites and the way of running blocks hand over."""
+        found = self.supplies | self.recipe.supplies
+        if self.pooled or self.full != "none":
+            # What reads all tokens would read those that are only softly gone as well.
+            found -= {"module", "gates"}
+        return found
+
+    def model_facts(self) -> Facts:
+        """What a method with weights builds its module from.
+
+        Raises:
+            UnsupportedModelError: the number of heads or the width cannot be told.
+        """
+        name, block = self.blocks[0]
+        heads = contract.heads_of(block)
+        # What queries are made of; blocks that fuse their matrices begin with the one that makes them, too.
+        found = [(wide, any(part in _ATTENTION for part in path.split("."))) for path, wide, _ in matrices(block)]
+        wide = [width for width, inside in found if inside] or [width for width, _ in found]
+        if heads is None or not wide:
+            lacks = "how many heads its attention has" if heads is None else "how wide its tokens are"
+            raise UnsupportedModelError(
+                f"a method with weights cannot be built for {self.family}: {name} does not say {lacks}"
+            )
+        cls = host_class(self.model)
+        model = f"{cls.__module__}.{cls.__qualname__}"
+        return Facts(model, self.depth, wide[0], heads, self.prefix, self.suffix)
 
     def missing(self, method: Method | type[Method]) -> frozenset[str]:
         missing = super().missing(method)

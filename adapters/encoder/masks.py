@@ -12,6 +12,10 @@ PAIRS = (
     "give a mask that hides the same tokens from all (as [B, 1, 1, N], or [B, N] where the model makes that of it), or "
     "call tokred.remove(model) first"
 )
+PADDED = (
+    "the batch holds padded tokens (a mask hides some of them), which would be merged with real ones: give "
+    "inputs of one size without padding, or call tokred.remove(model) first"
+)
 # A logit this low is a probability of zero, whatever the host fills its masks with; no learned bias comes near it.
 _HIDDEN = -1e3
 
@@ -58,3 +62,15 @@ def require(holds: Tensor, message: str) -> None:
         torch._assert_async(holds.all(), message)
     elif not bool(holds.all()):
         raise UnsupportedModelError(message)
+
+
+def refuse_padding(mask: Tensor | None = None) -> None:
+    """Raise for a batch whose mask hides some tokens; a boolean mask that hides none is let through.
+
+    Raises:
+        UnsupportedModelError: some tokens are padding (in a compiled graph, a RuntimeError with the same text).
+    """
+    if mask is not None and torch.compiler.is_compiling():
+        torch._assert_async(mask.all(), PADDED)
+    elif mask is None or not bool(mask.all()):
+        raise UnsupportedModelError(PADDED)

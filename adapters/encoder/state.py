@@ -9,7 +9,6 @@ guess.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -20,10 +19,8 @@ from torch import Tensor, nn
 from tokred.adapters.contract import backward_pass
 from tokred.adapters.encoder.sides import Note, Sides
 from tokred.adapters.host import State
-from tokred.adapters.swap import SETTINGS
 from tokred.adapters.watch import Watch
-from tokred.core.reduction import Reduction
-from tokred.core.soft import SoftReduction
+from tokred.core.reduction import Gated, Reduction
 from tokred.encoder.method import BlockMethod
 from tokred.errors import NothingRecordedError, TokenStateError, UnsupportedModelError
 
@@ -33,6 +30,10 @@ REENTRANT = (
     "{method!r} drops tokens and this model reads them at full length, so gradients have to pass by the blocks, which "
     "reentrant checkpointing cuts off: checkpoint with use_reentrant=False (transformers: "
     'gradient_checkpointing_enable({{"use_reentrant": False}}); timm: timm.layers.set_reentrant_ckpt(False))'
+)
+LEARNING = (
+    "{method!r} learns by losses that it computes inside the blocks, which reentrant checkpointing cuts off: "
+    "checkpoint with use_reentrant=False"
 )
 
 
@@ -53,6 +54,9 @@ class TokenState:
         heads: ``(B, H)`` bool, False on heads of the attention that have been left out; None: all are there.
         rows, notes: what the method keeps for each token ``(B, M)`` and for each sample; None: nothing.
         sides: how the original patches stand; None where that is not known.
+        gate: ``(B, M)`` float32, the product of all soft decisions of a method that learns; None: there were none.
+        gated: what the gate does, as :attr:`tokred.Reduction.gated`.
+        fresh: ``(B, M)`` what the features are multiplied by at the end of the block at hand; None: nothing.
     """
 
     length: int
@@ -67,6 +71,26 @@ class TokenState:
     rows: Mapping[str, Tensor] | None = None
     notes: Mapping[str, Tensor] | None = None
     sides: Sides | None = None
+    gate: Tensor | None = None
+    gated: Gated = "keys"
+    fresh: Tensor | None = None
+
+    @property
+    def keys(self) -> Tensor | None:
+        """``(B, M)`` float32: how far attention sees each key; None: all of them alike."""
+        return self.gate if self.gated == "keys" else None
+
+    def soften(self, step: Reduction) -> TokenState:
+        """The state with the soft decisions of ``step``."""
+        assert step.gate is not None  # else there is nothing to do
+        gate = step.gate if self.gate is None else self.gate * step.gate
+        return replace(self, gate=gate, gated=step.gated, fresh=step.gate if step.gated == "rows" else None)
+
+    def finish(self, y: Tensor) -> tuple[TokenState, Tensor]:
+        """The output of a block with its factors, which are used up."""
+        if self.fresh is None:
+            return self, y
+        return replace(self, fresh=None), y * self.fresh.unsqueeze(-1).to(y.dtype)
 
     @property
     def grid(self) -> tuple[int, int] | None:
@@ -102,14 +126,18 @@ class TokenState:
     def _with(self, before: TokenState, step: Reduction | None = None) -> TokenState:
         """This state with what does not change from block to block, and with what few methods need, as it was, or after
         ``step``."""
-        kept = (before.lengths, before.heads, before.rows, before.notes, before.sides)
+        kept = (before.lengths, before.heads, before.rows, before.notes, before.sides, before.gate)
         if all(value is None for value in kept):
             return self
         rows = before.rows
         if step is not None and rows is not None:
             rows = {name: values.gather(1, step.representative) for name, values in rows.items()}
-        notes, sides = before.notes, before.sides
-        return replace(self, lengths=before.lengths, heads=before.heads, rows=rows, notes=notes, sides=sides)
+        gate, fresh = before.gate, before.fresh
+        if step is not None and gate is not None:
+            gate = gate.gather(1, step.representative)
+            fresh = None if fresh is None else fresh.gather(1, step.representative)
+        out = replace(self, lengths=before.lengths, heads=before.heads, rows=rows, notes=before.notes)
+        return replace(out, sides=before.sides, gate=gate, gated=before.gated, fresh=fresh)
 
     def composed(self) -> Reduction | None:
         """All steps as one reduction, or None when there was none."""
@@ -120,10 +148,21 @@ class TokenState:
             total = total.then(step)
         return total
 
+    def with_gate(self, total: Reduction) -> Reduction:
+        """``total``, which is all steps as one, with the soft decisions about the original tokens."""
+        if self.gate is None:
+            return total
+        gate = self.gate
+        if self.steps:
+            index = total.index
+            gate = torch.where(index < 0, 0, gate.gather(1, index.clamp(min=0)))
+        else:
+            total = Reduction.identity((gate.shape[0],), self.length, gate.device)
+        return replace(total, gate=gate, gated=self.gated)
+
     def restore(self, y: Tensor) -> Tensor:
         """``(B, M, C)`` back to ``(B, N, C)``. A dropped token takes its last features before it was dropped."""
-        soft = any(isinstance(step, SoftReduction) for step in self.steps)  # shares do not compose
-        if not soft and all(x is None for x in self.dropped):
+        if all(step.composes for step in self.steps) and all(x is None for x in self.dropped):
             total = self.composed()
             return y if total is None else total.unmerge(y)
         for step, before in zip(reversed(self.steps), reversed(self.dropped), strict=True):
@@ -155,7 +194,7 @@ class Slot(NamedTuple):
 class Shared(State):
     """State that the blocks of one patched model share: the method, the slots and the record of the last forward.
 
-    Holds no module, so copying a block does not copy the model. Copies and pickles start with empty slots.
+    Holds no module of the host, so copying a block does not copy the model. Copies and pickles start with empty slots.
     """
 
     stage = "block"
@@ -174,10 +213,12 @@ class Shared(State):
         self.watch = Watch()
         self.slots: dict[int, Slot] = {}
         self.records: dict[int, LayerRecord] = {}
+        self.module: nn.Module | None = None  # of the method, where it has weights
+        self.losses: dict[str, Tensor] | None = None  # of the last forward in training; None: there was none
         self.final: TokenState | None = None  # of the block that ran last, while intermediate features are asked for
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "slots": {}, "records": {}, "expose_all": False, "final": None}
+        return {**self.__dict__, "slots": {}, "records": {}, "expose_all": False, "final": None, "losses": None}
 
     @contextlib.contextmanager
     def exposing(self) -> Iterator[None]:
@@ -218,7 +259,13 @@ class Shared(State):
         return vanish and (self.expose_all or self.restore != "none")
 
     def enter(self, layer: int, x: Tensor) -> tuple[TokenState, Tensor]:
-        """State and short tokens at the entry of block ``layer``."""
+        """State and short tokens at the entry of block ``layer``.
+
+        Raises:
+            UnsupportedModelError: the method learns inside a reentrant checkpoint, where its losses have no gradient.
+        """
+        if self.module is not None and self.module.training and x.requires_grad and not torch.is_grad_enabled():
+            raise UnsupportedModelError(LEARNING.format(method=self.method.name))
         if layer == 0:
             return self.begin(x, x.shape[1]), x
         state = self.carried(layer, x)
@@ -229,6 +276,8 @@ class Shared(State):
 
         Their sides go on with ``x``, for a checkpoint that runs the block once more.
         """
+        if self.module is not None and not _recomputed():
+            self.losses = {} if self.module.training else None
         sides = self.note.take()
         if sides is None and not torch.compiler.is_compiling():
             own, found = getattr(x, START, (None, None))
@@ -259,6 +308,13 @@ class Shared(State):
         if x.requires_grad and not torch.is_grad_enabled() and any(t is not None for t in state.dropped):
             raise UnsupportedModelError(REENTRANT.format(method=self.method.name))
         return state
+
+    def collect(self, losses: Mapping[str, Tensor]) -> None:
+        """Add terms of the training loss. A checkpoint's recomputation adds none: they are in the first forward's."""
+        if self.losses is None or _recomputed():
+            return
+        for name, term in losses.items():
+            self.losses[name] = self.losses[name] + term if name in self.losses else term
 
     def exposes(self, layer: int) -> bool:
         """True for a block that returns full length."""
@@ -313,27 +369,14 @@ class Shared(State):
         )
 
 
-def body(host: Any) -> dict[str, Any]:
-    """Methods of a patched model's class: those that reshape intermediate tokens to a map get them at full length,
-    since a short sequence would be scrambled."""
-    names = ("forward_intermediates", "get_intermediate_layers")
-    return {name: _exposed(getattr(host, name)) for name in names if getattr(host, name, None) is not None}
-
-
-def _exposed(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        shared = self.__dict__.get(SETTINGS)
-        if shared is None:  # removed, but bound to this function before
-            return original(self, *args, **kwargs)
-        return shared.intermediates(original, (self, *args), kwargs)
-
-    return method
-
-
 def _in_backward() -> bool:
     """True while autograd is running (a checkpoint's recomputation)."""
     return backward_pass() != -1
+
+
+def _recomputed() -> bool:
+    """The same, and False while a graph is traced, which cannot ask."""
+    return not torch.compiler.is_compiling() and _in_backward()
 
 
 def _pointer(x: Tensor) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import tokred
+from tokred.core.learned import Facts, Learned
 from tokred.core.site import Site
 from tokred.core.soft import SoftReduction
 
@@ -56,6 +57,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ltp": {"thresholds": [0.05, 0.05]},
     "ltp-least": {"thresholds": [0.3, 0.3], "min_keep": 6},
     "downsample": {"keep": 0.5},
+    "dynamicvit": {"rho": 0.6, "at": [1]},
+    "ltp-learn": {"thresholds": [0.05, 0.05], "learn": True},
 }  # fmt: skip
 # Their step is the second block's.
 LAYERS = {"algm-pairs": 1, "algm-moments": 1}
@@ -66,6 +69,16 @@ OF_GRID = ("algm-windows", "vtm-centre", "vtm-boundary", "downsample")
 def method(label: str) -> tokred.Method:
     """The method of a label."""
     return tokred.make(label.partition("-")[0], **SETTINGS[label])
+
+
+def learned(label: str, width: int) -> Learned | None:
+    """The same module at every call, where the method has one, as it decides after training."""
+    one = method(label)
+    if "module" not in one.reads:
+        return None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Learned(one.module(Facts("", 2, width, 1)).eval())
 
 
 def tensors(
@@ -98,7 +111,7 @@ def site(label: str, given: dict[str, Tensor], *, mask: Tensor | None = None, pr
     transform = (values.pop("before"), values.pop("after"))
     return Site(
         **values, transform=transform, prefix=prefix, suffix=suffix, grid=(4, 4), layer=LAYERS.get(label, 0), depth=2,
-        mask=mask, totals=None if mask is None else mask.sum(1),
+        learned=learned(label, values["x"].shape[-1]), mask=mask, totals=None if mask is None else mask.sum(1),
     )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ def alone(label: str, given: dict[str, torch.Tensor], i: int, rows: torch.Tensor
     found = site(label, cut)
     return Site(
         **{n: v for n, v in cut.items() if n not in ("before", "after")}, transform=(cut["before"], cut["after"]),
-        prefix=1, suffix=1, layer=found.layer, depth=2,
+        prefix=1, suffix=1, layer=found.layer, depth=2, learned=found.learned,
     )  # fmt: skip
 
 

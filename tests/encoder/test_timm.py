@@ -15,6 +15,7 @@ import tokred
 from tests.encoder.laws import assert_same, snapshot
 from tests.encoder.tiny_timm import FAMILIES, SIZE, build, images, without_weights
 from tests.registered import examples, nothings
+from tokred.adapters import find
 
 ROPE = [f for f in FAMILIES if "rope" in f]
 METHODS = {
@@ -24,6 +25,7 @@ METHODS = {
     "saint-full": {"form": "full", "M": 15, "blocks": (1,)},
     "vtm-centre": {"variant": "centre", "R": 0.5, "blocks": (0, 1)},
     "spatten-heads": {"keep": 0.5, "first": 0, "heads": 2},
+    "ltp-learn": {"theta_final": 0.3, "learn": True},
 }
 NOTHING = nothings("block")
 
@@ -35,7 +37,7 @@ def test_nothing_to_remove_is_bit_equal_and_removal_restores_everything(family):
     with torch.no_grad():
         y = model(x)
         for name, parameters in NOTHING.items():
-            if _lacks(model, family, name):
+            if _lacks(model, family, name, parameters):
                 continue
             tokred.apply(model, name, **parameters)
             assert torch.equal(model(x), y), name
@@ -53,7 +55,7 @@ def test_nothing_to_remove_is_bit_equal_and_removal_restores_everything(family):
 def test_runs_with_the_announced_tokens_and_without_batch_mates(family, case):
     model, x = build(family), images()
     name, parameters = case.partition("-")[0], METHODS[case]
-    if lacks := _lacks(model, family, name):
+    if lacks := _lacks(model, family, name, parameters):
         with pytest.raises(tokred.MissingInputError, match=f"reads .*{lacks}.* does not supply"):
             tokred.apply(model, name, **parameters)
         return
@@ -72,7 +74,7 @@ def test_runs_with_the_announced_tokens_and_without_batch_mates(family, case):
             torch.testing.assert_close(model(x[i : i + 1]), y[i : i + 1], rtol=1e-4, atol=2e-5)
 
 
-def _lacks(model, family: str, name: str) -> str | None:
+def _lacks(model, family: str, name: str, parameters: dict) -> str | None:
     """Something that the method reads and a model of this family cannot supply."""
     found = set()
     if getattr(model, "cls_token", None) is None:
@@ -81,7 +83,9 @@ def _lacks(model, family: str, name: str) -> str | None:
         found.add("attention")  # a bias for each pair of tokens
     if "parallel" in family or "post-norm" in family:
         found |= {"queries", "transform"}  # blocks that are run whole
-    return min(found & tokred.make(name).reads, default=None)
+    if find(model).pooled:
+        found |= {"module", "gates"}  # the head reads tokens that are only softly gone
+    return min(found & tokred.make(name, **parameters).reads, default=None)
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ROPE and "relpos" not in f and "beit" not in f])

@@ -87,6 +87,8 @@ def test_the_attention_of_a_decoder_layer_is_its_own_and_causal():
     torch.testing.assert_close(site.row_scores(1, heads="none"), own.columns(rows=slice(6, 7))[..., 3:])
     with pytest.raises(ValueError, match=r"causal: make 'before' with Attention\(\.\.\., causal=True\)"):
         site.row_scores(1, of="before")
+    with pytest.raises(TypeError, match="attention"):  # it is called own here
+        LayerSite(x=torch.zeros(1, 7, 2), attention=own)
 
 
 @pytest.mark.parametrize(

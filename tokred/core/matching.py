@@ -12,7 +12,6 @@ from torch import Tensor
 from tokred.core.ragged import bounds, pack, with_protected
 from tokred.core.reduction import Reduction
 from tokred.core.selection import ranked
-from tokred.core.soft import SoftReduction
 from tokred.kernels.similarity_rows import best_match, unit
 
 Split = Literal["alternate", "sequential"]
@@ -225,7 +224,7 @@ def raster_order(reduction: Reduction, suffix: int = 0) -> Reduction:
     Raises:
         TypeError: tokens are handed out in shares, so no slot has members of its own.
     """
-    if isinstance(reduction, SoftReduction):
+    if not reduction.composes:
         raise TypeError("the slots of a soft reduction have no first token to be ordered by")
     if reduction.trivial:
         return reduction

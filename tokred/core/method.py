@@ -5,11 +5,18 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+import torch
+
+from tokred.core.learned import Facts, Weights
 from tokred.core.reduction import Reduction
 from tokred.core.schedules import Constant, Inflect, PerLayer
 from tokred.core.site import READS, Site, Stage
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Parameters = Mapping[str, Any]  # by their names
 
@@ -46,6 +53,9 @@ class Method(ABC):
         example: settings that remove something on a small model (some 26 tokens, three or four layers). With the next
             ones they are how tests, ``tokred doctor`` and benchmarks find a method.
         nothing: settings that never remove anything; None where there are none.
+        gradients: whether gradients pass through the decision; where they do not, bases record none around it.
+        loaded: what :meth:`module` is loaded with when the method is applied; None: it starts anew. No parameter, so
+            ``dataclasses.replace`` leaves it behind.
         version: raised when a parameter changes meaning, so that stored settings can be read.
     """
 
@@ -57,7 +67,9 @@ class Method(ABC):
     usual: ClassVar[Parameters] = {}
     example: ClassVar[Parameters] = {}
     nothing: ClassVar[Parameters | None] = None
+    gradients: ClassVar[bool] = False
     version: ClassVar[int] = 1
+    loaded: Weights | None = None
 
     @property
     def reads(self) -> frozenset[str]:
@@ -68,6 +80,17 @@ class Method(ABC):
     def members(self) -> tuple[Method, ...]:
         """The methods of single stages that this one is made of; itself, unless it acts at several stages."""
         return (self,)
+
+    def module(self, facts: Facts) -> nn.Module | None:
+        """A new module with the weights that this method learns, for one model; None: it has none.
+
+        The host holds it and hands it to :meth:`reduce` as ``site.learned.module``; such a method reads ``"module"``.
+        """
+        return None
+
+    def recording(self) -> AbstractContextManager[Any]:
+        """Around a decision: gradients are recorded only where :attr:`gradients` says that they pass."""
+        return nullcontext() if self.gradients else torch.no_grad()
 
     @abstractmethod
     def reduce(self, site: Site) -> Reduction:

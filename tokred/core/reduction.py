@@ -8,12 +8,15 @@ input token that stands for it (``representative``), and for the other tokens th
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from tokred.kernels.gather_rows import gather_rows
 from tokred.kernels.merge_rows import MODES, merge_rows, merge_sizes, merge_tokens, unmerge_rows
+
+Gated = Literal["keys", "rows"]
 
 # Modes for which merging twice equals merging once by the composed reduction.
 _COMPOSABLE = ("mean", "sum", "max", "keep")
@@ -37,11 +40,19 @@ class Reduction:
         mode: how the members of a slot are combined unless :meth:`merge` is told otherwise: ``"mean"`` (weighted by
             size), ``"sum"``, ``"max"``, ``"mlerp"`` (norm-preserving mean), ``"keep"`` (the representative alone).
         by_size: whether the sizes given to :meth:`merge` weigh the members; False makes ``"mean"`` the plain mean.
-        trivial: made by :meth:`identity`: nothing happens, and a host need not act on it.
+        trivial: made by :meth:`identity`: no token moves, and without a gate a host need not act on it.
         complete: promises that no target is -1, which spares the merge from looking.
         inherit: whether the size of a slot counts its sources; False where they were pruned and the slot only stands in
             for them when the full length is restored.
+        composes: whether every token lives on in one slot, so that :meth:`then` undoes several at once; False in
+            subclasses that hand tokens out in shares, which are undone one after the other.
+        gate: ``(..., N)`` float, differentiable soft decisions about the input tokens while a method learns: 1 stays, 0
+            is as good as gone. None in inference. Hosts let it into the forward; :meth:`merge` does not look at it.
+        gated: what the gate does: ``"keys"`` weighs tokens as keys in the attention of all layers that follow,
+            ``"rows"`` multiplies the features that this layer puts out.
     """
+
+    composes: ClassVar[bool] = True
 
     representative: Tensor
     source: Tensor
@@ -54,6 +65,8 @@ class Reduction:
     trivial: bool = False
     complete: bool = False
     inherit: bool = True
+    gate: Tensor | None = None
+    gated: Gated = "keys"
 
     # ------------------------------------------------------------------ makers
 
@@ -69,6 +82,24 @@ class Reduction:
         rows = torch.arange(length, device=device).expand(*batch, length)
         none = torch.empty(*batch, 0, dtype=torch.int64, device=device)
         return cls(rows, none, none, length, trivial=True)
+
+    @classmethod
+    def soft(cls, gate: Tensor, gated: Gated) -> Reduction:
+        """All tokens stay, and a soft decision about each goes into the forward.
+
+        Args:
+            gate: ``(B, N)`` float in 0..1; ones for protected tokens.
+            gated: what it does, see the class.
+
+        Raises:
+            ValueError: ``gated`` is unknown, or ``gate`` is no matrix of floats.
+        """
+        if gated not in get_args(Gated):
+            raise ValueError(f"gated is {gated!r}; allowed are {', '.join(map(repr, get_args(Gated)))}")
+        if gate.ndim != 2 or not gate.is_floating_point():
+            raise ValueError(f"gate must be (B, N) float, got {tuple(gate.shape)} {gate.dtype}")
+        same = cls.identity((gate.shape[0],), gate.shape[1], gate.device)
+        return replace(same, gate=gate, gated=gated)
 
     @classmethod
     def keep(cls, kept: Tensor, length: int, mask: Tensor | None = None) -> Reduction:
@@ -272,7 +303,12 @@ class Reduction:
         moved = bool(self.source.shape[-1] or other.source.shape[-1])
         mode = self.mode if same else (other.mode if not moved else "mean")
         by_size = self.by_size and other.by_size
-        return Reduction(rep, positions.contiguous(), target, self.length, weight, other.mask, mode, by_size)
+        gate = self.gate
+        if other.gate is not None:
+            later = torch.where(first < 0, 0, other.gate.gather(-1, first.clamp(min=0)))
+            gate = later if gate is None else gate * later
+        out = Reduction(rep, positions.contiguous(), target, self.length, weight, other.mask, mode, by_size)
+        return out if gate is None else replace(out, gate=gate, gated=self.gated if other.gate is None else other.gated)
 
     def to(self, device: torch.device | str) -> Reduction:
         """The same reduction with its tensors on ``device``."""
@@ -287,6 +323,7 @@ class Reduction:
             target=self.target.to(device),
             weight=move(self.weight),
             mask=move(self.mask),
+            gate=move(self.gate),
         )
 
     def _flat(self) -> tuple[Tensor, Tensor, Tensor]:

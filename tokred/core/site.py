@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from tokred.core.attention import Attention
+from tokred.core.learned import Learned
+from tokred.core.sampling import lazily, pair
 from tokred.core.schedules import whole
 from tokred.errors import MissingInputError
 
@@ -25,15 +27,16 @@ Lazy = Tensor | Callable[[], Tensor | None] | None
 # What a method may declare in ``reads``; the shapes are those of the properties below. ``attention`` is
 # ``column_scores``; ``queries`` means that the host lets the attention's queries be reduced alone, ``heads`` that it
 # shows what each head answers and can leave heads out, ``carried`` that ``rows`` and ``notes`` go on from layer to
-# layer. Three are for caches, see tokred.kv.site: the output projection, the rotary embedding, and the stream around
-# the attention. ``guidance`` is for denoisers, see tokred.diffusion.site: what it did to each token in the step
-# before. The last ones are for vision-language models, see tokred.vlm.before_llm: the tower's features and the
-# attention of its other layers, the projector, and rows of the attention of the decoder layer that comes and of the one
-# that has run.
+# layer, ``module`` that it holds a module of the method's own (tokred.core.learned), ``gates`` that its attention
+# weighs keys by soft decisions. Three are for caches, see tokred.kv.site: the output projection, the rotary embedding,
+# and the stream around the attention. ``guidance`` is for denoisers, see tokred.diffusion.site: what it did to each
+# token in the step before. The last ones are for vision-language models, see tokred.vlm.before_llm: the tower's
+# features and the attention of its other layers, the projector, and rows of the attention of the decoder layer that
+# comes and of the one that has run.
 READS = (
-    "x", "q", "k", "v", "class_attention", "attention", "queries", "heads", "carried", "transform", "grid", "frames",
-    "motion", "text", "projection", "rope", "stream", "guidance", "tower", "tower_layers", "project", "rows",
-    "rows_before",
+    "x", "q", "k", "v", "class_attention", "attention", "queries", "heads", "carried", "module", "gates", "transform",
+    "grid", "frames", "motion", "text", "projection", "rope", "stream", "guidance", "tower", "tower_layers", "project",
+    "rows", "rows_before",
 )  # fmt: skip
 
 
@@ -71,6 +74,7 @@ class Site:
         answers: ``(B, H, N, D)`` what each head of the attention gives, before the output projection.
         alive: ``(B, H)`` bool, False on heads that have been left out; None: all are there. A method may set it; heads
             that it leaves out add nothing in the layers that follow.
+        learned: what a method with weights is given: its module and the soft decisions so far; None: nothing.
         rows: state of a method for every token, ``(B, N)`` each, from the layers before; a method may change it, and
             what it leaves travels with the tokens (a slot goes on with that of its representative).
         notes: state of a method for every sample, ``(B, ...)`` each, likewise.
@@ -105,6 +109,7 @@ class Site:
         totals: Tensor | None = None,
         answers: Lazy = None,
         alive: Tensor | None = None,
+        learned: Learned | None = None,
         rows: dict[str, Tensor] | None = None,
         notes: dict[str, Tensor] | None = None,
     ) -> None:
@@ -130,6 +135,7 @@ class Site:
         self.step = step
         self.totals = totals
         self.alive = alive
+        self.learned = Learned() if learned is None else learned
         self.rows: dict[str, Tensor] = {} if rows is None else rows
         self.notes: dict[str, Tensor] = {} if notes is None else notes
 
@@ -257,12 +263,12 @@ class Site:
             i: which sample.
             rows: ``(M,)`` int64, its tokens, protected ones included.
         """
-        made = {name: _lazily(self, name, i, rows) for name, value in self._values.items() if value is not None}
+        made = {name: lazily(self, name, i, rows) for name, value in self._values.items() if value is not None}
 
         def known(value: Tensor | None) -> Tensor | None:
             return None if value is None else value[i : i + 1].index_select(1, rows)
 
-        transform = None if self._transform is None else lambda: _pair(known, self.transform)
+        transform = None if self._transform is None else lambda: pair(known, self.transform)
         hidden = rows.shape[0] < self.shape[1]
         own = None if self._attention is None else lambda: self.attention.sample(i, rows)
         return Site(
@@ -282,6 +288,7 @@ class Site:
             depth=self.depth,
             step=self.step,
             alive=None if self.alive is None else self.alive[i : i + 1],
+            learned=Learned(self.learned.module),
             rows={name: state[i : i + 1].index_select(1, rows) for name, state in self.rows.items()},
             notes={name: state[i : i + 1] for name, state in self.notes.items()},
         )
@@ -330,23 +337,3 @@ class Site:
             if self._values[name] is not None:
                 return self._get(name).device
         raise MissingInputError("this site supplies no tensor")
-
-
-def _lazily(site: Site, name: str, i: int, rows: Tensor) -> Callable[[], Tensor | None]:
-    """An attribute of ``site``, cut down to some tokens of one sample when it is first asked for."""
-
-    def value() -> Tensor | None:
-        found = site._find(name)
-        if found is None or name == "text":
-            return found
-        dim = -1 if name in ("class_attention", "bias", "motion") else -2
-        return found[i : i + 1].index_select(dim, rows)
-
-    return value
-
-
-def _pair(known: Callable[[Tensor | None], Tensor | None], both: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    first, second = known(both[0]), known(both[1])
-    assert first is not None  # both were given
-    assert second is not None
-    return first, second

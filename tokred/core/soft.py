@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ class SoftReduction(Reduction):
             sums to one, that of padding to zero.
     """
 
+    composes: ClassVar[bool] = False
     share: Tensor | None = None
 
     @classmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ class TileReduction(Reduction):
         order: ``(N,)`` int64, where each token stands when those of all tiles are written down one after the other.
     """
 
+    composes: ClassVar[bool] = False
     tiles: tuple[Tile, ...] = ()
     order: Tensor | None = None
 

@@ -16,6 +16,9 @@ from typing import Literal, NamedTuple
 from tokred.core import environment
 from tokred.errors import UntestedVersionWarning
 
+# Of tokred itself.
+TOKRED = "0.1.0"
+
 Standing = Literal["tested", "older", "newer", "missing", "unknown"]
 
 

@@ -30,6 +30,7 @@ TARGETS = {
     "tinychart": "tokred.methods.encoder.tinychart:TinyChart",
     "algm": "tokred.methods.encoder.algm:ALGM",
     "spatten": "tokred.methods.encoder.spatten:SpAtten",
+    "dynamicvit": "tokred.methods.encoder.dynamicvit:DynamicViT",
     "ltp": "tokred.methods.encoder.ltp:LTP",
     "adakv": "tokred.methods.kv.adakv:AdaKV",
     "cake": "tokred.methods.kv.cake:CAKE",

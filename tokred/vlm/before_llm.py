@@ -252,7 +252,7 @@ class ProjectorMethod(PlacedMethod):
 
     @abstractmethod
     def choose(self, site: VisualSite) -> Reduction:
-        """Decide; called where something is to be decided, and no gradient is recorded."""
+        """Decide; called where something is to be decided. Gradients are recorded where :attr:`gradients` says so."""
 
     def with_budget(self, n: int) -> ProjectorMethod:
         """The same method that leaves ``n`` tokens of an image.
@@ -294,7 +294,7 @@ class ProjectorMethod(PlacedMethod):
             raise TypeError(f"{self.name!r} acts on a VisualSite, got {type(site).__name__}")
         if n == 0 or not self.acts(n, Place(site.layer, site.depth)):
             return Reduction.identity((b,), n, site.device)
-        with torch.no_grad(), torch.autocast(site.device.type, enabled=False):
+        with self.recording(), torch.autocast(site.device.type, enabled=False):
             return self.choose(site)
 
 

@@ -88,7 +88,7 @@ class LayerSite(Site):
         before: Attention | Callable[[], Attention] | None = None,
         **more: Any,
     ) -> None:
-        super().__init__(x=x, **more)
+        super().__init__(x=x, attention=own, **more)
         b, n = self.shape
         self.visual = torch.zeros(b, n, dtype=torch.bool, device=self.device) if visual is None else visual
         self.counts = tuple(self.visual.sum(1).tolist()) if counts is None else counts
@@ -358,7 +358,7 @@ class LayerMethod(PlacedMethod):
 
     @abstractmethod
     def choose(self, site: LayerSite) -> Reduction:
-        """Decide; called where the method acts, and no gradient is recorded."""
+        """Decide; called where the method acts. Gradients are recorded where :attr:`gradients` says so."""
 
     def reduce(self, site: Site) -> Reduction:
         """Keep some of the visual tokens, and all others; the prompt's last token stays, visual or not.
@@ -371,7 +371,7 @@ class LayerMethod(PlacedMethod):
         n = max(site.counts if self.visual else site.real, default=0)
         if n == 0 or not self.acts(n, Place(site.layer, site.depth)):
             return Reduction.identity((site.shape[0],), site.shape[1], site.device)
-        with torch.no_grad(), torch.autocast(site.device.type, enabled=False):
+        with self.recording(), torch.autocast(site.device.type, enabled=False):
             step = self.choose(site)
             return site.with_last(step) if any(site.ends) else step
 

@@ -13,7 +13,6 @@ from tokred import adapters, api
 from tokred.core.method import Method
 from tokred.core.reduction import Reduction
 from tokred.core.settings import parse_setting
-from tokred.core.soft import SoftReduction
 from tokred.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -247,7 +246,7 @@ def _read(host: EncoderHost, shared: Shared, batch: int, count: int) -> tuple[Te
     for layer in range(host.depth):
         state = shared.records[layer].state
         total = composed(state.steps[seen:], total)
-        soft |= any(isinstance(step, SoftReduction) for step in state.steps[seen:])
+        soft |= any(not step.composes for step in state.steps[seen:])
         changed, seen = len(state.steps) != seen, len(state.steps)
         groups.append(labels(total, host.prefix, count, batch) if changed else groups[-1])
         tokens.append(_real(total, batch) if changed else tokens[-1])

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from tokred.core.checks import check_count
+from tokred.core.learned import Facts
 from tokred.core.method import Parameters
 from tokred.core.place import Place
 from tokred.core.ragged import pack, with_protected
@@ -18,6 +20,7 @@ from tokred.core.registry import register
 from tokred.core.selection import ranked
 from tokred.core.site import Site
 from tokred.encoder.method import BlockMethod
+from tokred.errors import MissingInputError
 
 FLOOR = 1e-5  # the smallest threshold that takes effect
 
@@ -25,11 +28,13 @@ FLOOR = 1e-5  # the smallest threshold that takes effect
 @register("ltp")
 @dataclass(frozen=True)
 class LTP(BlockMethod):
-    """Learned token pruning at inference: a token stays while its mean attention reaches the layer's threshold.
+    """Learned token pruning: a token stays while its mean attention reaches the layer's threshold.
 
     A token's score is the attention that it receives, averaged over heads and over the queries that are still there, so
     the scores of a sample add up to one and a threshold of ``1 / n`` is the mean. How many tokens stay follows from the
-    text or image. Thresholds are learned with the weights in the paper; here they are given.
+    text or image. Thresholds are given, or learned (``learn=True``): in training every token is multiplied at the end
+    of a block by how far its score lies above the threshold, softly, and a loss (``mask``) pulls these factors down; in
+    evaluation tokens leave.
 
     Scores are averaged over the real tokens of each sample (ours). The released code divides by the padded length, so
     that its thresholds hold for that length alone; ``padded`` says which.
@@ -40,6 +45,10 @@ class LTP(BlockMethod):
         theta_final: block ``l`` of ``L`` gets ``theta_final * l / L``; without ``thresholds`` only.
         padded: thresholds come from code that divides by this padded length; None: from scores as they are here.
         min_keep: tokens that every sample keeps at least, protected ones included; None: one besides those.
+        learn: the thresholds are weights that are trained; those above are what they start from, and blocks whose
+            threshold is 0 prune nothing.
+        temperature: of the soft factors in training; scores are of the size ``1 / n``.
+        penalty: weight of the loss on the soft factors: the larger, the more is pruned.
 
     Source: Kim et al., Learned Token Pruning for Transformers, KDD 2022, section 3.
     """
@@ -51,11 +60,15 @@ class LTP(BlockMethod):
     drops: ClassVar[bool] = True
     uneven: ClassVar[bool] = True
     by_mask: ClassVar[bool] = True
+    gradients: ClassVar[bool] = True
 
     thresholds: Sequence[float] | None = None
     theta_final: float = 0.01
     padded: int | None = None
     min_keep: int | None = None
+    learn: bool = False
+    temperature: float = 1e-3
+    penalty: float = 0.1
 
     def __post_init__(self) -> None:
         if self.thresholds is not None and not isinstance(self.thresholds, Iterable):
@@ -72,10 +85,18 @@ class LTP(BlockMethod):
             if value is not None:
                 check_count(value, name, least)
 
+        if not isinstance(self.learn, bool):
+            raise ValueError(f"learn must be True or False, got {self.learn!r}")
+        for name, positive in (("temperature", True), ("penalty", False)):
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < torch.inf
+            if not number or (positive and value == 0):
+                raise ValueError(f"{name} must be a number {'above' if positive else 'of at least'} 0, got {value!r}")
+
     @property
     def reads(self) -> frozenset[str]:
-        """The tokens and the attention that each receives."""
-        return frozenset({"x", "attention"})
+        """The tokens and the attention that each receives; the module where thresholds are learned."""
+        return frozenset({"x", "attention", "module"} if self.learn else {"x", "attention"})
 
     def check(self, depth: int) -> None:
         if self.thresholds is not None and len(self.thresholds) != depth:
@@ -99,8 +120,29 @@ class LTP(BlockMethod):
         """Tokens that stay in any case."""
         return max(protected, protected + 1 if self.min_keep is None else self.min_keep)
 
+    def module(self, facts: Facts) -> nn.Module | None:
+        """The thresholds, where they are learned."""
+        if not self.learn:
+            return None
+        return Thresholds([self.theta(layer, facts.depth) for layer in range(facts.depth)])
+
+    def _threshold(self, site: Site) -> Tensor | float:
+        """Of the site's block, learned or given."""
+        if not self.learn:
+            return self.theta(site.layer, site.depth)
+        module = site.learned.module
+        if not isinstance(module, Thresholds):
+            raise MissingInputError(
+                "this site does not supply 'module', which ltp with learn=True decides by: give "
+                "learned=Learned(module), with the module that LTP.module makes"
+            )
+        theta: Tensor = module(site.layer)
+        return theta
+
     def reduce(self, site: Site) -> Reduction:
         """Score, compare, keep in order."""
+        if self.learn and site.learned.training:
+            return self._soft(site)
         b, n = site.shape
         free = slice(site.prefix, n - site.suffix)
         with torch.no_grad():
@@ -108,7 +150,8 @@ class LTP(BlockMethod):
             real = None if site.mask is None else site.mask[:, free]
             count = torch.full((b, 1), n, device=score.device) if site.mask is None else site.mask.sum(1, keepdim=True)
             scaled = score if self.padded is None else score * (count / self.padded)
-            keep = scaled[:, free] >= max(FLOOR, self.theta(site.layer, site.depth))
+            theta = self._threshold(site)
+            keep = scaled[:, free] >= (max(FLOOR, theta) if isinstance(theta, float | int) else theta.clamp_min(FLOOR))
             least = self._least(site.prefix + site.suffix) - site.prefix - site.suffix
             if least > 0:
                 own = score[:, free] if real is None else score[:, free].masked_fill(~real, -torch.inf)
@@ -121,6 +164,43 @@ class LTP(BlockMethod):
                 return Reduction.identity((b,), n, site.device)
             kept, mask = with_protected(rows, mask, n, site.prefix, site.suffix)
         return Reduction.keep(kept, n, mask=mask)
+
+    def _soft(self, site: Site) -> Reduction:
+        """A factor for every token's features, and the loss on them."""
+        n = site.shape[1]
+        free = slice(site.prefix, n - site.suffix)
+        real = None if site.mask is None else site.mask[:, free]
+        count = n if site.mask is None else site.mask.sum(1, keepdim=True)
+        score = mean_attention(site)[:, free]
+        scaled = score if self.padded is None else score * (count / self.padded)
+        factor = soft_mask(scaled, self._threshold(site), self.temperature)
+        mean = factor.mean() if real is None else (factor * real).sum() / real.sum().clamp_min(1)
+        site.learned.losses["mask"] = self.penalty * mean
+        return Reduction.soft(F.pad(factor, (site.prefix, site.suffix), value=1.0), "rows")
+
+
+class Thresholds(nn.Module):
+    """A threshold for every block: where it started, and what was learned.
+
+    Args:
+        base: ``L`` numbers.
+    """
+
+    base: Tensor
+
+    def __init__(self, base: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("base", torch.tensor(base, dtype=torch.float32))
+        self.delta = nn.Parameter(torch.zeros(len(base)))
+
+    def forward(self, layer: int) -> Tensor:
+        """That of a block, a scalar, float32."""
+        return self.base[layer].float() + self.delta[layer].float()
+
+    def values(self) -> list[float]:
+        """All of them, for ``LTP(thresholds=...)``, which needs no module; 0 where what was learned prunes nothing."""
+        both = self.base.float() + self.delta.detach().float()
+        return [min(1.0, max(0.0, float(theta))) for theta in both]
 
 
 def mean_attention(site: Site) -> Tensor:
@@ -142,8 +222,8 @@ def base_threshold(theta_final: float, layer: int, depth: int) -> float:
     return theta_final * layer / depth
 
 
-def soft_mask(score: Tensor, theta: float, temperature: float) -> Tensor:
-    """Factors of the tokens while thresholds are learned: ``sigmoid((score - theta) / temperature)``, float32.
+def soft_mask(score: Tensor, theta: float | Tensor, temperature: float) -> Tensor:
+    """What tokens are multiplied by while thresholds are learned: ``sigmoid((score - theta) / temperature)``, float32.
 
     Source: Kim et al., KDD 2022, section 3.3.
     """

@@ -1,0 +1,77 @@
+"""What a method with weights of its own is told of its host, is given at a site, and is loaded with."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+# What has to agree for weights to fit another model.
+_FINGERPRINT = ("model", "depth", "width")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The model that a method builds its module for.
+
+    Attributes:
+        model: class of the part that is patched, with its package, such as
+            ``"timm.models.vision_transformer.VisionTransformer"``.
+        depth: layers.
+        width: channels ``C`` of a token.
+        heads: query heads ``H`` of the first layer.
+        prefix, suffix: leading and trailing tokens that are never reduced.
+    """
+
+    model: str
+    depth: int
+    width: int
+    heads: int
+    prefix: int = 0
+    suffix: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+    def fits(self, other: Facts) -> bool:
+        """Whether weights for ``other`` are weights for this: same class, depth and width."""
+        return all(getattr(self, name) == getattr(other, name) for name in _FINGERPRINT)
+
+    def __str__(self) -> str:
+        return f"{self.model} of {self.depth} layers, {self.width} wide"
+
+
+class Weights(NamedTuple):
+    """What was learned for a method.
+
+    Attributes:
+        tensors: ``state_dict`` of its module.
+        facts: the model that it was learned on.
+    """
+
+    tensors: dict[str, Tensor]
+    facts: Facts
+
+
+@dataclass
+class Learned:
+    """What a site hands to a method with weights, and takes from it.
+
+    Attributes:
+        module: that the method made for this model. Its ``training`` flag is the model's: soft decisions, or hard ones.
+        gate: ``(B, N)`` float32, the product of the soft decisions of the layers before; None: there were none.
+        losses: terms that the method adds to the training loss, scalars by name; terms of one name are summed over the
+            layers.
+    """
+
+    module: nn.Module | None = None
+    gate: Tensor | None = None
+    losses: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def training(self) -> bool:
+        """Whether decisions are soft."""
+        return self.module is not None and self.module.training
