@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokred.adapters.contract import words
 from tokred.errors import UnsupportedModelError
 
 # What quantisers call them.
@@ -47,10 +48,10 @@ def _matrices(module: nn.Module, path: str, seen: set[int]) -> Iterator[tuple[st
     if id(module) in seen or isinstance(module, nn.Embedding):
         return
     seen.add(id(module))
-    base = getattr(module, "base_layer", None)
+    base = words.BENEATH.part(module)
     if isinstance(base, nn.Module):
-        yield from _matrices(base, f"{path}.base_layer" if path else "base_layer", seen)
-        if getattr(module, "merged", False):
+        yield from _matrices(base, f"{path}.{words.BENEATH.name}" if path else words.BENEATH.name, seen)
+        if words.MERGED.part(module, False):
             return
     elif (sizes := features(module)) is not None:
         yield (path, *sizes)
@@ -169,9 +170,9 @@ def value_transform(attn: Any, normed: Tensor, v: Tensor, heads: int, *, per_hea
 
 def _value_bias(attn: Any, normed: Tensor) -> Tensor | None:
     """The bias of the value projection ``(C,)``, wherever a host keeps it; None where it has none."""
-    if getattr(attn, "v_proj", None) is not None:
-        return constant(attn.v_proj, normed)
-    if getattr(attn, "v_bias", None) is not None:
-        return check_there(attn.v_bias, "the attention's v_bias")
-    fused = getattr(attn, "qkv", None)
+    if words.VALUE.part(attn) is not None:
+        return constant(words.VALUE.need(attn), normed)
+    if words.VALUE_BIAS.part(attn) is not None:
+        return check_there(words.VALUE_BIAS.need(attn), "the attention's v_bias")
+    fused = words.TOGETHER.part(attn)
     return None if fused is None else constant(fused, normed).chunk(3)[2]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from tokred.adapters.changes import Changes
+from tokred.adapters.contract import words
 from tokred.adapters.diffusion import registries
 from tokred.adapters.diffusion.clips import EnterClip
 from tokred.adapters.diffusion.rotary import EnterPacked
@@ -35,7 +36,7 @@ class Denoiser(NamedTuple):
         loose: attention without a block around it may be over the image's tokens.
     """
 
-    sample: str = "hidden_states"
+    sample: str = words.STATES.name
     frames: int = 0
     packed: bool = False
     loose: bool = False
@@ -315,10 +316,8 @@ def _patches(config: Any, record: Denoiser) -> tuple[int, int]:
     """Rows and frames of the sample that a token stands for."""
     if record.packed:
         return 2, 1
-    size = getattr(config, "patch_size", None) or 1
-    deep, high = (
-        (size[0], size[1]) if isinstance(size, list | tuple) else (getattr(config, "patch_size_t", None) or 1, size)
-    )
+    size = words.PATCH.part(config) or 1
+    deep, high = (size[0], size[1]) if isinstance(size, list | tuple) else (words.PATCH_IN_TIME.part(config) or 1, size)
     return int(high), int(deep)
 
 
@@ -356,5 +355,5 @@ def _parts(model: nn.Module, loose: bool) -> list[Block]:
 
 def _plain(module: Any) -> bool:
     """Self-attention over the image alone: nothing of a text is added to its keys."""
-    cross = getattr(module, "is_cross_attention", False)
-    return not cross and getattr(module, "added_kv_proj_dim", None) is None and not module.only_cross_attention
+    cross = words.CROSS.part(module, False)
+    return not cross and words.ADDED.part(module) is None and not words.CROSS_ONLY.need(module)

@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from tokred.adapters.contract import words
 from tokred.adapters.diffusion.passing import passed
 from tokred.core.reduction import Reduction
-
-_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
 class Halves(NamedTuple):
@@ -62,8 +61,8 @@ class Inside(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention:
             return passed(func, args, kwargs)
-        given = {**dict(zip(_NAMES, args, strict=False)), **kwargs}
-        q, k, v = (given[name] for name in _NAMES[:3])
+        given = {**dict(zip(words.SDPA, args, strict=False)), **kwargs}
+        q, k, v = (given[name] for name in words.SDPA[:3])
         # Image prompts have keys of their own, which are few.
         if not q.shape[-2] == k.shape[-2] == self.tokens + self.text:
             return func(*args, **kwargs)

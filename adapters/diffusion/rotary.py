@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokred.adapters.contract import words
 from tokred.adapters.diffusion.session import EnterDenoiser, Plan, Session
 from tokred.core.reduction import Reduction
 from tokred.errors import UnsupportedModelError
-
-# What hosts call the tables of their rotary embedding.
-TABLES = ("image_rotary_emb", "rotary_emb")
 
 
 class OwnRows:
@@ -39,7 +37,7 @@ class OwnRows:
 
 def table_of(given: Any) -> Any:
     """The rotary table among the arguments of a call, or None."""
-    return next((found for found in map(given, TABLES) if found is not None), None)
+    return given(words.TURNS)
 
 
 def at_rows(table: Any, reduction: Reduction) -> Any:
@@ -86,8 +84,8 @@ class EnterPacked(EnterDenoiser):
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        size = self.session.fixed or self._size(given["img_ids"], given[self.sample].shape[1])
-        self.session.begin(size, given.get("timestep"), sample=given[self.sample])
+        size = self.session.fixed or self._size(words.PLACES.at(given), given[self.sample].shape[1])
+        self.session.begin(size, words.TIMESTEP.of(given), sample=given[self.sample])
 
     def _size(self, ids: Tensor, length: int) -> tuple[int, int]:
         """Rows and columns of the image. Reading ids waits for the device, once a tensor; pipelines make one each."""

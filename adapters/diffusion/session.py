@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tokred.adapters.contract import words
 from tokred.adapters.diffusion.frames import join_frames, one_frame, samples_of
 from tokred.adapters.diffusion.inside import Halves
 from tokred.adapters.diffusion.steps import Steps
@@ -319,7 +320,7 @@ class EnterDenoiser(Hook):
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         sample, patch = given[self.sample], self.session.patch
         size = (sample.shape[-2] // patch, sample.shape[-1] // patch)
-        self.session.begin(size, given.get("timestep"), sample=sample)
+        self.session.begin(size, words.TIMESTEP.of(given), sample=sample)
 
 
 class LeaveDenoiser(Hook):
@@ -339,7 +340,7 @@ class EnterBlock(Hook):
         self.session, self.block = session, block
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else kwargs["hidden_states"]
+        x = args[0] if args else words.STATES.at(kwargs)
         self.session.inputs[self.block] = x.squeeze(1) if x.ndim == 4 else x
 
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tokred.adapters import contract
+from tokred.adapters.contract import words
+from tokred.adapters.contract.spelling import Word
 from tokred.adapters.diffusion import rotary
 from tokred.adapters.diffusion.frames import samples_of
 from tokred.adapters.diffusion.inside import Halves, Inside, masked_at
@@ -37,15 +39,20 @@ class Call:
     args: list[Any]
     kwargs: dict[str, Any]
 
-    def get(self, name: str) -> Any:
+    def get(self, word: Word) -> Any:
+        """The argument of this role; None where it was not given."""
+        return next((found for found in map(self.named, word.names) if found is not None), None)
+
+    def named(self, name: str) -> Any:
         """The argument ``name``; None where it was not given."""
         if name in self.kwargs:
             return self.kwargs[name]
         place = self.names.index(name) if name in self.names else len(self.args)
         return self.args[place] if place < len(self.args) else None
 
-    def put(self, name: str, value: Any) -> None:
+    def put(self, word: Word, value: Any) -> None:
         """Another value for an argument that was given."""
+        name = next((one for one in word.names if self.named(one) is not None), word.key(self.kwargs, self.names))
         if name in self.kwargs:
             self.kwargs[name] = value
         else:
@@ -77,7 +84,7 @@ class Spot:
     kind: Kind
     alone: bool
     name: str
-    names: tuple[str, ...] = ("hidden_states", "encoder_hidden_states")
+    names: tuple[str, ...] = (words.STATES.name, words.TEXT_STATES.name)
     first: bool = False
     site: str = ""
 
@@ -89,12 +96,12 @@ class Spot:
             return self._parallel(module, forward, call)
         if not self.alone and self.block not in self.session.inputs:
             return call.run(forward, module)  # inside of a block that runs on fewer tokens as a whole
-        x, text = call.get("hidden_states"), call.get("encoder_hidden_states")
+        x, text = call.get(words.STATES), call.get(words.TEXT_STATES)
         role = "mlp" if self.kind == "mlp" else "cross" if text is not None and self.kind == "attention" else "self"
         image, before = self._image(x)
         plan = None
         # Masks of an IP-Adapter are resized to as many queries as there are: those stay.
-        masked = role == "cross" and call.get("ip_adapter_masks") is not None
+        masked = role == "cross" and call.get(words.ADAPTER_MASKS) is not None
         acts = self.session.acts(role) and not masked
         if acts and role == "self" and self.session.part == "heads":
             return self._inside(module, forward, partial(self.session.halves, self, image), call, image)
@@ -104,7 +111,7 @@ class Spot:
         if plan is None:
             return call.run(forward, module)
         if role == "mlp":
-            call.put("hidden_states", _joined(x, plan.merge(image), before))
+            call.put(words.STATES, _joined(x, plan.merge(image), before))
             return _back(plan, call.run(forward, module), before)
         batch = Batch(image if image.ndim == 3 else image.flatten(2).transpose(1, 2), self.name)
         if plan.part == "q" or role != "self":
@@ -122,7 +129,7 @@ class Spot:
             return self._rotated(module, forward, plan, call, image, before)
         if self.kind == "joint":
             batch.given = plan.merge(image)
-            call.put("hidden_states", batch.given)
+            call.put(words.STATES, batch.given)
             return _back(plan, self._masked(call, plan, image.shape[1], role).run(forward, watched(module, batch)), 0)
         seen = view(module, plan, self._projections(role), True, batch)
         return self._viewed(module, forward, seen, call, role)
@@ -140,7 +147,7 @@ class Spot:
             raise self._other_kernel(module, "merged keys cannot be weighed, nor padding be left out, in it")
 
     def _other_kernel(self, module: Any, what: str) -> UnsupportedModelError:
-        owner = getattr(module, "attn", module)
+        owner = words.SELF.part(module, module)
         return UnsupportedModelError(
             f"the processor {type(owner.processor).__name__} of {self.name} does not run torch's "
             f"scaled_dot_product_attention (a processor or an attention back-end of its own), so {what}"
@@ -157,8 +164,8 @@ class Spot:
 
     def _viewed(self, module: Any, forward: Any, seen: View, call: Call, role: str) -> Tensor:
         """An attention whose processor is shown projections of fewer tokens."""
-        x = call.get("hidden_states")
-        if role == "self" and call.get("attention_mask") is not None:
+        x = call.get(words.STATES)
+        if role == "self" and call.get(words.ATTENTION_MASK) is not None:
             raise UnsupportedModelError(
                 f"{self.name} was given an attention mask over the image's tokens, which a reduction cannot follow: "
                 "leave it out, or call tokred.remove(model) first"
@@ -174,12 +181,12 @@ class Spot:
     def _half(self, module: Any, forward: Any, plan: Plan, call: Call, image: Tensor, role: str, batch: Batch) -> Any:
         """Fewer queries, or fewer keys and values."""
         # Before their projections where nothing but those stands between, which saves the projections, too.
-        plain = rotary.table_of(call.get) is None and not getattr(module, "fused_projections", False)
+        plain = rotary.table_of(call.get) is None and not words.JOINED_PROJECTIONS.part(module, False)
         if plain and self.kind == "attention":
             names = ("to_k", "to_v") if plan.part == "kv" else ("to_q",)
             seen = view(module, plan, names, plan.part == "q", batch)
             return self._viewed(module, forward, seen, call, role)
-        apart = call.get("encoder_hidden_states") is None or getattr(module, "add_k_proj", None) is not None
+        apart = call.get(words.TEXT_STATES) is None or words.ADDED_KEY.part(module) is not None
         if plain and plan.part == "kv" and self.kind == "joint" and apart and not perturbs(module):
             return call.run(forward, view(module, plan, ("to_k", "to_v"), False, batch))
         reduction, now = plan.reduction, self.session.now
@@ -194,8 +201,8 @@ class Spot:
 
     def _inside(self, module: Any, forward: Any, decide: Callable[..., Halves], call: Call, image: Tensor) -> Any:
         """An attention on fewer queries or keys than it was given tokens."""
-        x, n = call.get("hidden_states"), image.shape[1] if image.ndim == 3 else image.shape[2] * image.shape[3]
-        text = call.get("encoder_hidden_states") if self.kind == "joint" else None
+        x, n = call.get(words.STATES), image.shape[1] if image.ndim == 3 else image.shape[2] * image.shape[3]
+        text = call.get(words.TEXT_STATES) if self.kind == "joint" else None
         beside = x.shape[1] - n if self.kind == "single" else 0 if text is None else text.shape[1]
         mode = Inside(decide, n, beside, self.first, len(x))
         with mode:
@@ -206,21 +213,21 @@ class Spot:
 
     def _rotated(self, module: Any, forward: Any, plan: Plan, call: Call, image: Tensor, before: int) -> Any:
         """An attention with rotary embedding. Tokens at different places are never averaged."""
-        x = call.get("hidden_states")
-        call.put("hidden_states", _joined(x, plan.reduction.gather(image), before))
+        x = call.get(words.STATES)
+        call.put(words.STATES, _joined(x, plan.reduction.gather(image), before))
         return _back(plan, self._masked(call, plan, image.shape[1], "self").run(forward, module), before)
 
     def _masked(self, call: Call, plan: Plan, tokens: int, role: str) -> Call:
         """The call with tables and a mask of keys (and queries) at the tokens that are left."""
         rows = plan.reduction.representative
-        for name in rotary.TABLES:
-            if call.get(name) is not None:
-                call.put(name, rotary.for_plan(call.get(name), plan))
-        mask = call.get("attention_mask")
+        table = rotary.table_of(call.get)
+        if table is not None:
+            call.put(words.TURNS, rotary.for_plan(table, plan))
+        mask = call.get(words.ATTENTION_MASK)
         if mask is not None and role == "self":
             start = mask.shape[-1] - tokens if self.first else 0
             mask = masked_at(mask, rows, -1, tokens, start)
-            call.put("attention_mask", masked_at(mask, rows, -2, tokens, start))
+            call.put(words.ATTENTION_MASK, masked_at(mask, rows, -2, tokens, start))
         return call
 
     def _parallel(self, module: Any, forward: Any, call: Call) -> Any:
@@ -229,7 +236,7 @@ class Spot:
         What the block adds is restored, not its output, so that each token keeps what is its own.
         """
         session, plan = self.session, None
-        x: Tensor = call.get("hidden_states")
+        x: Tensor = call.get(words.STATES)
         # What a cache keeps of the attention inside has the length of one plan, and another may be in force then.
         whole = not any(contract.repeats(inner) for inner in module.children())
         if whole and session.acts("self") and session.acts("mlp") and session.part == "tokens":
@@ -243,8 +250,8 @@ class Spot:
         session.inputs.pop(self.block)
         rotated = rotary.table_of(call.get) is not None
         short = plan.reduction.gather(x) if rotated else plan.merge(x)
-        call.put("hidden_states", short)
-        text = call.get("encoder_hidden_states")
+        call.put(words.STATES, short)
+        text = call.get(words.TEXT_STATES)
         with self._apart(module, plan, 0 if text is None else text.shape[1]):
             outputs = list(self._masked(call, plan, x.shape[1], "self").run(forward, module))
         at = 1 if self.first else 0

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokred.adapters.contract import words
 from tokred.adapters.diffusion.session import Plan
 from tokred.errors import UnsupportedModelError
 
@@ -159,4 +160,4 @@ def watched(module: Any, batch: Batch) -> Any:
 
 def perturbs(module: Any) -> bool:
     """True where the processor is one of perturbed-attention guidance."""
-    return type(getattr(module, "processor", None)).__name__.startswith("PAG")
+    return type(words.PROCESSOR.part(module)).__name__.startswith("PAG")

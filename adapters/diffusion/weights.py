@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from tokred.adapters.contract import words
 from tokred.adapters.diffusion.passing import passed
 from tokred.adapters.diffusion.view import Batch
-
-_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
 class Weighed(TorchFunctionMode):
@@ -42,7 +41,7 @@ class Weighed(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention:
             return passed(func, args, kwargs)
-        given = {**dict(zip(_NAMES, args, strict=False)), **kwargs}
+        given = {**dict(zip(words.SDPA, args, strict=False)), **kwargs}
         if given["key"].shape[-2] != self.mask.shape[-1]:
             return func(*args, **kwargs)
         self.seen += 1

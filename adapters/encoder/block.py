@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from tokred.adapters.contract import words
 from tokred.adapters.encoder.capture import Capture
 from tokred.adapters.encoder.masks import PADDED as PADDED
 from tokred.adapters.encoder.masks import refuse_padding as refuse_padding
@@ -83,8 +84,8 @@ class Recipe:
         Raises:
             UnsupportedModelError: it hides pairs of tokens, not tokens.
         """
-        mask = kwargs.get("attn_mask")
-        return None if mask is None else visible(seen(mask), len(x), "attn_mask")
+        mask = words.BLOCK_MASK.of(kwargs)
+        return None if mask is None else visible(seen(mask), len(x), words.BLOCK_MASK.name)
 
     def run(self, block: Any, host_forward: Callable[..., Any], x: Tensor, args: Any, kwargs: Any) -> Any:
         """One forward of a patched block. Hosts whose blocks are no chain over one token sequence have their own."""
@@ -169,7 +170,7 @@ def body(host: Any) -> dict[str, Any]:
         run = settings.recipe.run
         if args:
             return run(self, partial(host.forward, self), args[0], args[1:], kwargs)
-        x = kwargs.pop("hidden_states")
+        x = words.STATES.pop(kwargs)
         return run(self, partial(host.forward, self), x, (), kwargs)
 
     return {"forward": forward}

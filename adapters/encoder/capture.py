@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from tokred.adapters.contract import words
 from tokred.core.attention import Attention
 from tokred.core.reduction import Reduction
 from tokred.errors import UnsupportedModelError
 from tokred.learn.gates import gated_attention
 
 _SDPA = F.scaled_dot_product_attention
-_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
 class Capture(TorchFunctionMode):
@@ -82,7 +82,7 @@ class Capture(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not _SDPA:
             return func(*args, **(kwargs or {}))
-        call = {**dict(zip(_NAMES, args, strict=False)), **(kwargs or {})}
+        call = {**dict(zip(words.SDPA, args, strict=False)), **(kwargs or {})}
         q, k, v = call.pop("query"), call.pop("key"), call.pop("value")
         mask = call.get("attn_mask")
         if self.representative is not None and mask is not None:

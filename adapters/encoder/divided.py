@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokred.adapters.contract import words
 from tokred.adapters.encoder.block import SETTINGS, Recipe, Settings, attention_bias, refuse_symbols
 from tokred.adapters.encoder.host import EncoderHost, argument_names
 from tokred.adapters.encoder.sides import convolution
@@ -76,7 +77,7 @@ class DividedRecipe(Recipe):
         acts = settings.active and shared.method.acts(n, Place(layer, shared.depth, 1))
         rest: tuple[Any, ...] = ()
         if acts or state.representative is not None:
-            if self.bind(args, kwargs).get("output_attentions"):
+            if words.MAPS.of(self.bind(args, kwargs)):
                 raise UnsupportedModelError("a block that runs on fewer tokens has no attention weights of all of them")
             y, state = self._composed(block, settings, state, x, acts)
         if state.representative is None:  # nothing to do, or nothing found: the host's own block
@@ -118,7 +119,7 @@ class DividedRecipe(Recipe):
         patches = x[:, 1:].reshape(b, -1, t, c).transpose(1, 2).reshape(b * t, -1, c)
         rows = torch.cat([x[:, :1].repeat_interleave(t, 0), patches], 1)
         attention = block.attention.attention
-        heads = project(attention, block.layernorm_before(rows), attention.num_heads)
+        heads = project(attention, block.layernorm_before(rows), words.TOWER_HEADS.need(attention))
         bias = attention_bias(state, settings.shared.method.proportional)
         mask = None if bias is None else bias.to(x.dtype).repeat_interleave(t, 0)
         dropout = attention.attn_drop.p if attention.training else 0.0
@@ -216,7 +217,7 @@ def divided_host(model: Any, around: Callable[[tuple[int, ...]], tuple[int, int]
                 f"the forward of {host_class(module).__name__} is not the one that is known here: it also uses "
                 f"{', '.join(sorted(used - KNOWN))}"
             )
-    size, patch = config.image_size, config.patch_size
+    size, patch = words.IMAGE.need(config), words.PATCH.need(config)
     return DividedHost(
         family="transformers TimesformerModel",
         model=model,

@@ -13,6 +13,7 @@ from torch import nn
 
 from tokred.adapters import contract
 from tokred.adapters.changes import Changes, states_in
+from tokred.adapters.contract import words
 from tokred.adapters.encoder.block import KeyTap, Recipe, Settings
 from tokred.adapters.encoder.block import body as block_body
 from tokred.adapters.encoder.model_body import body as model_body
@@ -29,8 +30,6 @@ from tokred.core.place import Place
 from tokred.encoder.method import BlockMethod
 from tokred.encoder.report import BlockReport, LayerReport, place
 from tokred.errors import MissingInputError, UnsupportedModelError
-
-_ATTENTION = ("attn", "attention", "self_attn", "self_attention")
 
 
 class BlockCost(NamedTuple):
@@ -178,7 +177,7 @@ class EncoderHost(Host):
         """Count the matrices of a block."""
         attention = mlp = width = 0
         for name, wide, high in matrices(block):
-            if any(part in _ATTENTION for part in name.split(".")):
+            if any(part in words.IN_BLOCK.names for part in name.split(".")):
                 attention, width = attention + wide * high, width or wide
             else:
                 mlp += wide * high
@@ -186,7 +185,7 @@ class EncoderHost(Host):
         norms = (p for name, p in vectors if "norm" in name or "ln_" in name)
         width = next((p.shape[0] for p in norms), width)
         for module in block.modules():
-            width = getattr(module, "attn_dim", width)
+            width = words.ATTENTION_WIDTH.part(module, width)
         return BlockCost(attention, mlp, int(width))
 
     def plan(self, method: BlockMethod | None, shape: tuple[int, ...]) -> list[tuple[int, int, int]]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokred.adapters.contract import words
 from tokred.adapters.encoder.block import Recipe
 from tokred.adapters.encoder.capture import Capture, MhaCapture
 from tokred.adapters.encoder.host import EncoderHost, argument_names
@@ -28,16 +29,16 @@ class OwnRecipe(Recipe):
     """Blocks of open_clip's own attention, whose boolean masks hide where they are True."""
 
     def real(self, kwargs: dict[str, Any], x: Tensor) -> Tensor | None:
-        mask = kwargs.get("attn_mask")
+        mask = words.BLOCK_MASK.of(kwargs)
         if mask is None:
             return None
-        return super().real({"attn_mask": by_head(~mask if mask.dtype == torch.bool else mask, len(x))}, x)
+        return super().real({words.BLOCK_MASK.name: by_head(~mask if mask.dtype == torch.bool else mask, len(x))}, x)
 
     def gather(self, kwargs: dict[str, Any], state: TokenState, prefix: int) -> dict[str, Any]:
         """A mask of each head in the shape that the attention does not take apart by the number of its tokens."""
-        mask, rows = kwargs.get("attn_mask"), state.representative
+        mask, rows = words.BLOCK_MASK.of(kwargs), state.representative
         if mask is not None and rows is not None:
-            kwargs = {**kwargs, "attn_mask": by_head(mask, len(rows))}
+            kwargs = {**kwargs, words.BLOCK_MASK.key(kwargs): by_head(mask, len(rows))}
         return super().gather(kwargs, state, prefix)
 
 
@@ -48,8 +49,8 @@ class MhaRecipe(Recipe):
 
     def real(self, kwargs: dict[str, Any], x: Tensor) -> Tensor | None:
         """Tokens that its mask leaves visible; the blocks add a boolean mask to the logits, where it hides nothing."""
-        mask = kwargs.get("attn_mask")
-        return None if mask is None else super().real({"attn_mask": by_head(mask.to(x.dtype), len(x))}, x)
+        mask = words.BLOCK_MASK.of(kwargs)
+        return None if mask is None else super().real({words.BLOCK_MASK.name: by_head(mask.to(x.dtype), len(x))}, x)
 
     def capture(self, block: nn.Module, bias: Tensor | None, state: TokenState) -> Capture:
         """Watches the call around the fused attention, which is all that a mode can see."""
@@ -77,7 +78,7 @@ def _host(model: Any) -> EncoderHost:
     blocks = [(f"transformer.resblocks.{i}", block) for i, block in enumerate(model.transformer.resblocks)]
     if not blocks:
         raise UnsupportedModelError("open_clip's VisionTransformer has no blocks")
-    if not getattr(model.transformer, "batch_first", True):
+    if not words.BATCH_FIRST.part(model.transformer, True):
         raise UnsupportedModelError("open_clip's VisionTransformer runs with batch_first=False; build it with True")
     first = blocks[0][1]
     recipe = MhaRecipe if isinstance(first.attn, nn.MultiheadAttention) else OwnRecipe
@@ -99,17 +100,17 @@ def _host(model: Any) -> EncoderHost:
         origin=model.conv1,
         tokens=lambda shape: _tokens(model, shape),
         outside_macs=lambda shape: _outside(model, shape),
-        grid=tuple(model.grid_size),
+        grid=tuple(words.GRID.need(model)),
     )
 
 
 def _pools(model: Any) -> bool:
     """True where something behind the blocks reads all tokens."""
-    return model.attn_pool is not None or model.pool_type != "tok" or bool(model.output_tokens)
+    return words.POOLER.need(model) is not None or model.pool_type != "tok" or bool(model.output_tokens)
 
 
 def _fused(attention: Any) -> bool:
-    return getattr(attention, "logit_scale", None) is None and bool(getattr(attention, "use_fsdpa", False))
+    return words.COSINE.part(attention) is None and bool(words.FUSED_IN_CLIP.part(attention, False))
 
 
 def _patches(model: Any, shape: tuple[int, ...]) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tokred.adapters.contract import words
 from tokred.adapters.encoder.block import Leaf, Recipe, refuse_padding
 from tokred.adapters.encoder.host import EncoderHost, argument_names, module_macs
 from tokred.adapters.encoder.sides import Sides, convolution, of_convolution
@@ -106,7 +107,7 @@ def _names(module: object) -> list[str]:
 
 
 def _sam(model: Any) -> EncoderHost:
-    turned = getattr(model, "rope_global", None) is not None
+    turned = words.ROPE_OF_MAP.part(model) is not None
     parts = Parts("norm1", "attn", "norm2", "num_heads", rotate=rotate if turned else None)
     return window_host(
         model,
@@ -134,13 +135,13 @@ def _host(model: Any) -> EncoderHost:
     _check_fused(blocks)
     first, names = blocks[0][1], set(_names(model))
     gemma = GEMMA in names
-    rope = getattr(model, "rope", None) is not None or gemma
+    rope = words.ROPE_OF_MODEL.part(model) is not None or gemma
     positions: dict[str, Callable[..., Any]] = {"rope": gather_rope} if rope else {}
     if gemma:
         positions = {"rope_cos": gather_embeddings, "rope_sin": gather_embeddings}
-    prefix = int(getattr(model, "num_prefix_tokens", 1))
+    prefix = int(words.PREFIX.part(model, 1))
     supplies = {"x", "q", "k", "v"}
-    if getattr(model, "cls_token", None) is not None:
+    if words.CLASS_TOKEN.part(model) is not None:
         supplies.add("class_attention")
     if not any(c.__name__ in RELATIVE for c in host_class(model).__mro__):
         supplies.add("attention")
@@ -149,7 +150,7 @@ def _host(model: Any) -> EncoderHost:
         supplies.add("queries")
         if all(features(getattr(b.attn, "proj", None)) is not None for _, b in blocks):
             supplies.add("transform")
-    grid, origin = getattr(model.patch_embed, "grid_size", None), _origin(model.patch_embed, gemma)
+    grid, origin = words.GRID.part(words.PATCHES.need(model)), _origin(words.PATCHES.need(model), gemma)
     if origin is not None:
         supplies.add("grid")
     return EncoderHost(
@@ -164,7 +165,7 @@ def _host(model: Any) -> EncoderHost:
         tokens=lambda shape: _tokens(model, shape),
         outside_macs=lambda shape: _outside(model, shape),
         grid=tuple(grid) if grid is not None else None,
-        origin=model.patch_embed if origin is None else origin,
+        origin=words.PATCHES.need(model) if origin is None else origin,
         layout=_of_images if gemma else of_convolution if origin is not None else None,
         # Keys before rotary embedding: similarity should not depend on where two equal patches are.
         key_norms=[_key_norm(b) for _, b in blocks] if rope else [],
@@ -175,7 +176,7 @@ def _host(model: Any) -> EncoderHost:
 
 def _pools(model: Any) -> bool:
     """True for a model whose head looks at all tokens, by an average, their maximum or attention."""
-    return getattr(model, "attn_pool", None) is not None or getattr(model, "global_pool", "token") != "token"
+    return words.POOLER.part(model) is not None or words.POOL.part(model, "token") != "token"
 
 
 def _origin(embed: Any, gemma: bool) -> nn.Module | None:
@@ -192,7 +193,7 @@ def _of_images(module: Any, inputs: Any, output: Any) -> Sides | None:
     x, *coordinates = inputs
     if not isinstance(x, Tensor) or x.ndim != 4 or (coordinates and coordinates[0] is not None):
         return None
-    high, wide = module.patch_size
+    high, wide = words.PATCH.need(module)
     return Sides(None, x.shape[-2] // high, x.shape[-1] // wide)
 
 
@@ -201,19 +202,19 @@ class UnpaddedRecipe(Recipe):
 
     def gather(self, kwargs: dict[str, Any], state: TokenState, prefix: int) -> dict[str, Any]:
         """Positions at the rows that are left; padding is refused."""
-        if kwargs.get("attn_mask") is not None:
+        if words.BLOCK_MASK.of(kwargs) is not None:
             refuse_padding()
         return super().gather(kwargs, state, prefix)
 
 
 def _check_fused(blocks: list[tuple[str, nn.Module]]) -> None:
     for name, block in blocks:
-        attentions = [m for m in block.modules() if hasattr(m, "fused_attn")]
+        attentions = [m for m in block.modules() if words.FUSED.on(m)]
         if not attentions:
             raise UnsupportedModelError(
                 f"the attention of {name} ({type(block).__name__}) has no fused form, so sizes could not reach it"
             )
-        if not all(a.fused_attn for a in attentions):
+        if not all(words.FUSED.need(a) for a in attentions):
             raise UnsupportedModelError(
                 f"the attention of {name} is not fused; set fused_attn = True on it "
                 "(timm.layers.set_fused_attn) and apply again"
@@ -227,9 +228,9 @@ def _splits(block: nn.Module) -> bool:
 
 def _key_norm(block: Any) -> nn.Module:
     attn = block.attn
-    if not isinstance(getattr(attn, "k_norm", None), nn.Module):
+    if not isinstance(words.KEY_NORM.part(attn), nn.Module):
         raise UnsupportedModelError(f"{type(attn).__name__} hides its keys before rotary embedding")
-    norm: nn.Module = attn.k_norm
+    norm: nn.Module = words.KEY_NORM.need(attn)
     return norm
 
 
@@ -261,23 +262,23 @@ def gather_embeddings(table: Tensor, representative: Tensor, prefix: int) -> Ten
 
 
 def _grid(model: Any, shape: tuple[int, ...]) -> tuple[int, int]:
-    embed = model.patch_embed
+    embed = words.PATCHES.need(model)
     if GEMMA in _names(model):
-        return int(shape[-2]) // int(embed.patch_size[0]), int(shape[-1]) // int(embed.patch_size[1])
-    if hasattr(embed, "dynamic_feat_size"):
-        h, w = embed.dynamic_feat_size(tuple(shape[-2:]))
+        return int(shape[-2]) // int(words.PATCH.need(embed)[0]), int(shape[-1]) // int(words.PATCH.need(embed)[1])
+    if words.ANY_GRID.on(embed):
+        h, w = words.ANY_GRID.need(embed)(tuple(shape[-2:]))
         return int(h), int(w)
-    h, w = embed.grid_size
+    h, w = words.GRID.need(embed)
     return int(h), int(w)
 
 
 def _tokens(model: Any, shape: tuple[int, ...]) -> int:
     h, w = _grid(model, shape)
-    return h * w + int(model.num_prefix_tokens)
+    return h * w + int(words.PREFIX.need(model))
 
 
 def _outside(model: Any, shape: tuple[int, ...]) -> int:
     """Patch embedding (counted on the meta device) and classifier."""
     heads = [getattr(model, n, None) for n in ("head", "head_dist")]
     head = sum(macs(m) for m in heads if isinstance(m, nn.Module))
-    return module_macs(model.patch_embed, 1, *shape[-3:]) + head
+    return module_macs(words.PATCHES.need(model), 1, *shape[-3:]) + head

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tokred.adapters.contract import attention_of
+from tokred.adapters.contract import attention_of, words
 from tokred.adapters.encoder import transformers_maps, transformers_text
 from tokred.adapters.encoder.block import Recipe, refuse_padding
 from tokred.adapters.encoder.host import EncoderHost, argument_names
@@ -127,11 +127,11 @@ def _reason(model: Any, names: list[str]) -> str:
     if reason is not None:
         return reason
     config = model.config
-    if hasattr(config, "text_config") and (hasattr(model, "generate") or hasattr(model, "language_model")):
+    if words.TEXT.on(config) and (hasattr(model, "generate") or hasattr(model, "language_model")):
         return LANGUAGE
-    side = getattr(config, "spatial_merge_size", None)
+    side = words.JOINED.part(config)
     if side is not None and side > 1:
-        windows = ", and some of its blocks attend in windows" if getattr(config, "fullatt_block_indexes", None) else ""
+        windows = ", and some of its blocks attend in windows" if words.WHOLE_BLOCKS.part(config) else ""
         joined = (
             f"behind its blocks {side} x {side} patches that stand side by side are joined{windows}: no patch may leave"
         )
@@ -142,14 +142,14 @@ def _reason(model: Any, names: list[str]) -> str:
     inside = [name for name, m in model.named_modules() for n in _names(m)[:1] if name and n in known]
     if inside:
         return f"{NO_FAMILY} (if you know that it is, apply to the encoder inside it: model.{inside[0]})"
-    causal = [bool(m.is_causal) for m in model.modules() if hasattr(m, "is_causal")]
+    causal = [bool(words.CAUSAL.need(m)) for m in model.modules() if words.CAUSAL.on(m)]
     return CAUSAL if causal and all(causal) else NO_FAMILY
 
 
 def is_tower(model: Any) -> bool:
     """True for a vision tower that is no encoder of its own, so that nothing can be done with it alone."""
     names = _names(model)
-    inside = getattr(getattr(model, "config", None), "base_config_key", "") == "vision_config"
+    inside = words.PLACE_IN_MODEL.part(getattr(model, "config", None)) in words.VISION.names
     if "PreTrainedModel" not in names or not (inside or any(n in TOWERS for n in names)):
         return False
     return _locate(model) is None and transformers_maps.match(model) is None
@@ -159,9 +159,10 @@ def _host(model: Any, name: str, encoder: Any, demand: str) -> EncoderHost:
     row = ENCODERS[name]
     layers = [(f"{row.layers}.{i}", layer) for i, layer in enumerate(_get(encoder, row.layers))]
     _check_fused(encoder, layers)
-    if getattr(encoder, "layerdrop", 0):
+    skipped = words.LAYERDROP.part(encoder, 0)
+    if skipped:
         raise UnsupportedModelError(
-            f"transformers' {name} skips whole layers at random in training (layerdrop = {encoder.layerdrop}); "
+            f"transformers' {name} skips whole layers at random in training (layerdrop = {skipped}); "
             "set its layerdrop to 0 and apply again"
         )
     prefix, suffix = _ask(row.prefix, encoder), _ask(row.suffix, encoder)
@@ -187,7 +188,7 @@ def _host(model: Any, name: str, encoder: Any, demand: str) -> EncoderHost:
         tokens=lambda shape: _embed(row, encoder, model, shape)[0] + prefix + suffix,
         outside_macs=lambda shape: _embed(row, encoder, model, shape)[1] + _head(model),
         key_norms=[] if row.keys is None else [_get(layer, row.keys) for _, layer in layers],
-        key_heads=None if row.keys is None else int(encoder.config.num_attention_heads),
+        key_heads=None if row.keys is None else int(words.HEADS.need(encoder.config)),
     )
 
 
@@ -237,10 +238,13 @@ class LayerRecipe(Recipe):
 
     def gather(self, kwargs: dict[str, Any], state: TokenState, prefix: int) -> dict[str, Any]:
         """Positions at the rows that are left; padding is refused, since no method here keeps it apart yet."""
-        mask = kwargs.get("attention_mask")
+        mask = words.ATTENTION_MASK.of(kwargs)
         if mask is not None and mask.dtype == torch.bool:
             refuse_padding(mask)
-            kwargs = {**kwargs, "attention_mask": None}  # hides nothing: transformers makes it while a graph is traced
+            kwargs = {
+                **kwargs,
+                words.ATTENTION_MASK.key(kwargs): None,
+            }  # hides nothing: transformers makes it while a graph is traced
         elif mask is not None and not self.biased:
             refuse_padding()
         return super().gather(kwargs, state, prefix)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokred.adapters.contract import attention_of
+from tokred.adapters.contract import attention_of, words
 from tokred.adapters.encoder.block import Recipe
 from tokred.adapters.encoder.host import EncoderHost, argument_names
 from tokred.adapters.encoder.masks import require, seen, visible
@@ -60,7 +60,7 @@ ENCODERS = {
     "ElectraModel": _BERT,
     "ErnieModel": _BERT,
     "DistilBertModel": TextEncoder("transformer.layer"),
-    "ModernBertModel": TextEncoder("layers", windowed=True, positions={"position_embeddings": gather_tables}),
+    "ModernBertModel": TextEncoder("layers", windowed=True, positions={words.TABLES.name: gather_tables}),
 }
 
 
@@ -106,7 +106,7 @@ def match(model: Any) -> EncoderHost | None:
     path, demand = HEADS[head] if head is not None else ("", "last")
     encoder = getattr(model, path) if path else model
     name = next((c.__name__ for c in host_class(encoder).__mro__ if c.__name__ in ENCODERS), None)
-    if name is None or getattr(encoder.config, "is_decoder", False):
+    if name is None or words.DECODER.part(encoder.config, False):
         return None
     row = ENCODERS[name]
     layers = [(f"{row.layers}.{i}", layer) for i, layer in enumerate(encoder.get_submodule(row.layers))]
@@ -157,14 +157,14 @@ class TextRecipe(Recipe):
             UnsupportedModelError: the mask hides more than padding, or the first token of a sample (in a compiled
                 graph, a RuntimeError with the same text).
         """
-        mask = kwargs.get("attention_mask")
+        mask = words.ATTENTION_MASK.of(kwargs)
         if mask is None:
             return None
         through = seen(mask)
         real = through
         if through.ndim > 2:
             # Windows of positions hide more than padding.
-            real = through[:, 0].any(1) if self.windowed else visible(through, len(x), "attention_mask")
+            real = through[:, 0].any(1) if self.windowed else visible(through, len(x), words.ATTENTION_MASK.name)
         real = real.expand(x.shape[0], -1)
         require(real[:, 0], LEFT)
         return real
@@ -172,7 +172,7 @@ class TextRecipe(Recipe):
     def gather(self, kwargs: dict[str, Any], state: TokenState, prefix: int) -> dict[str, Any]:
         """Rotary tables at the rows that are left; what is padding among them, the state knows."""
         if state.representative is not None and not self.windowed:
-            kwargs = {**kwargs, "attention_mask": None}
+            kwargs = {**kwargs, words.ATTENTION_MASK.key(kwargs): None}
         return super().gather(kwargs, state, prefix)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tokred import adapters
+from tokred.adapters.contract import words
 from tokred.adapters.encoder.block import SETTINGS
 from tokred.adapters.encoder.host import EncoderHost
 from tokred.adapters.linear import value_transform
@@ -21,7 +22,6 @@ from tokred.core.site import Site
 from tokred.errors import MissingInputError, UnsupportedModelError
 
 _SDPA = F.scaled_dot_product_attention
-_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
 @dataclass
@@ -115,7 +115,7 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func is _SDPA and self.records:
-            call = {**dict(zip(_NAMES, args, strict=False)), **(kwargs or {})}
+            call = {**dict(zip(words.SDPA, args, strict=False)), **(kwargs or {})}
             last, host = self.records[-1], self.host
             last.site = Site(
                 x=last.x,

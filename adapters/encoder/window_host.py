@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from tokred.adapters.changes import Changes
+from tokred.adapters.contract import words
 from tokred.adapters.encoder.host import BlockCost, EncoderHost, argument_names
 from tokred.adapters.encoder.state import LayerRecord, Shared
 from tokred.adapters.encoder.windows import Grid, Parts, WindowRecipe, WindowState
@@ -42,8 +43,8 @@ class WindowHost(EncoderHost):
 
     def choose(self, windows: str) -> WindowHost:
         """The blocks of global attention, those of attention in windows, or all."""
-        whole = [(n, b) for n, b in self.every if not b.window_size]
-        kinds = {"global": whole, "windowed": [(n, b) for n, b in self.every if b.window_size], "all": self.every}
+        whole = [(n, b) for n, b in self.every if not words.SIDE.need(b)]
+        kinds = {"global": whole, "windowed": [(n, b) for n, b in self.every if words.SIDE.need(b)], "all": self.every}
         kinds["auto"] = whole or self.every
         if windows not in kinds:
             raise ValueError(f"windows is {windows!r}; allowed are {', '.join(map(repr, kinds))}")
@@ -63,7 +64,7 @@ class WindowHost(EncoderHost):
         return macs
 
     def _grid(self, block: Any, shape: tuple[int, ...]) -> Grid:
-        return Grid(*self.map_of(shape), int(block.window_size))
+        return Grid(*self.map_of(shape), int(words.SIDE.need(block)))
 
     def plan(self, method: BlockMethod | None, shape: tuple[int, ...]) -> list[tuple[int, int, int]]:
         rows = []
@@ -130,7 +131,7 @@ def window_host(
                 f"the forward of {family}'s {host_class(module).__name__} is not the one that is known here: it also "
                 f"uses {', '.join(sorted(used - known))}"
             )
-    placed = parts.rotate is not None or getattr(attentions[0], "rel_pos_h", None) is not None
+    placed = parts.rotate is not None or words.RELATIVE.part(attentions[0]) is not None
     return WindowHost(
         family=family,
         model=model,

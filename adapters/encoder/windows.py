@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokred.adapters.contract import check_at_hand, parameters_at_hand
+from tokred.adapters.contract import check_at_hand, parameters_at_hand, words
 from tokred.adapters.encoder.block import SETTINGS, Recipe, Settings, attention_bias, refuse_symbols
 from tokred.adapters.encoder.capture import add_bias
 from tokred.adapters.encoder.state import TokenState
@@ -135,10 +135,10 @@ class WindowRecipe(Recipe):
         settings: Settings = getattr(block, SETTINGS)
         shared, layer = settings.shared, settings.layer
         maps = x.permute(0, 2, 3, 1) if self.parts.channels_first else x
-        grid = Grid(maps.shape[1], maps.shape[2], int(block.window_size))
+        grid = Grid(maps.shape[1], maps.shape[2], int(words.SIDE.need(block)))
         out, state = None, WindowState(grid.area, grid=grid)
         if settings.active and shared.method.acts(grid.area, Place(layer, shared.depth)):
-            if self.bind(args, kwargs).get("output_attentions"):
+            if words.MAPS.of(self.bind(args, kwargs)):
                 raise UnsupportedModelError("a block that runs on fewer tokens has no attention weights of all of them")
             out, state = self._reduced(block, settings, maps, grid)
         slots = grid.area if state.size is None else state.size.shape[1]
@@ -187,7 +187,7 @@ class WindowRecipe(Recipe):
         assert rows is not None  # a step has been taken
         q, k, v = (merge_heads(step, t) for t in heads)
         mask = None
-        if getattr(attention, "rel_pos_h", None) is not None:
+        if words.RELATIVE.part(attention) is not None:
             with parameters_at_hand(attention):
                 mask = decomposed_bias(q, rows, state.grid.shape, attention)
         if rotate is not None:
@@ -213,8 +213,8 @@ class WindowRecipe(Recipe):
 def project(attention: Any, x: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """``(B, N, C)`` to queries, keys and values ``(B, H, N, D)``, after their norms."""
     b, n, _ = x.shape
-    q, k, v = attention.qkv(x).view(b, n, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-    return residual(attention, q, ("q_norm",)), residual(attention, k, ("k_norm",)), v
+    q, k, v = words.TOGETHER.need(attention)(x).view(b, n, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    return residual(attention, q, words.QUERY_NORM.names), residual(attention, k, words.KEY_NORM.names), v
 
 
 def residual(holder: Any, y: Tensor, names: tuple[str, ...]) -> Tensor:
@@ -232,6 +232,9 @@ def merge_heads(step: Reduction, t: Tensor) -> Tensor:
     return step.merge(t.transpose(1, 2).reshape(b, n, h * d), mode=mode).view(b, step.slots, h, d).transpose(1, 2)
 
 
+_RELATIVE = (words.RELATIVE, words.RELATIVE_WIDE)
+
+
 def decomposed_bias(q: Tensor, representative: Tensor, shape: tuple[int, int], attention: Any) -> Tensor:
     """The bias of relative rows and columns, of pairs of the tokens that are left.
 
@@ -245,10 +248,10 @@ def decomposed_bias(q: Tensor, representative: Tensor, shape: tuple[int, int], a
         ``(B, H, M, M)``: the bias of all pairs, were each query put back at its place, at the rows and columns left.
     """
     width = shape[1]
-    sides = zip((representative // width, representative % width), shape, ("rel_pos_h", "rel_pos_w"), strict=True)
+    sides = zip((representative // width, representative % width), shape, _RELATIVE, strict=True)
     terms, places = [], []
-    for at, size, name in sides:
-        table = relative_table(attention, size, check_at_hand(getattr(attention, name), name))  # (size, size, D)
+    for at, size, word in sides:
+        table = relative_table(attention, size, check_at_hand(word.need(attention), word.name))  # (size, size, D)
         terms.append(torch.einsum("bhmd,bmsd->bhms", q, table[at]))
         places.append(F.one_hot(at, size))
     chosen = torch.cat(places, -1).to(q.dtype).transpose(1, 2)  # (B, rows + columns, M)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokred.adapters.contract import attention_of, host_object
+from tokred.adapters.contract import attention_of, host_object, words
 from tokred.adapters.kv.layer import TokLayer
 from tokred.adapters.kv.masks import MaskSpec, mask_function
 from tokred.adapters.kv.rope import LayerRope
@@ -53,7 +53,7 @@ class _Call(NamedTuple):
 
     @property
     def softcap(self) -> float | None:
-        return self.options.get("softcap") or None
+        return words.SOFTCAP.of(self.options) or None
 
 
 def attention(
@@ -83,7 +83,7 @@ def attention(
     layer.waiting = False
     if key is not layer.newest[0] and key.shape[:3] != layer.newest[0].shape[:3]:
         raise UnsupportedModelError(f"{type(module).__name__} attends to other keys than its cache holds")
-    if not isinstance(attention_mask, MaskSpec) or options.get("position_bias") is not None:
+    if not isinstance(attention_mask, MaskSpec) or words.EXTRA_BIAS.of(options) is not None:
         raise UnsupportedModelError(
             f"{type(module).__name__} gave the attention a mask of its own, which evicted rows do not fit"
         )
@@ -135,7 +135,7 @@ def _attend(
         # One query that sees every row needs no mask, as with a dense cache of that length.
         rest = call.scaling, call.dropout, call.options
         out = _stock(call.module, seat.implementation, query, key, value, None, *rest)
-    elif not layer.compressed and spec.arguments["q_length"] == query.shape[2]:
+    elif not layer.compressed and words.QUERIES_TO_MASK.at(spec.arguments) == query.shape[2]:
         rest = call.scaling, call.dropout, call.options
         out = _stock(call.module, seat.implementation, query, key, value, spec.stock(seat.implementation), *rest)
     else:
@@ -184,7 +184,7 @@ def _stock(
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     """The attention that the model had before the patch."""
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    eager = words.EAGER.part(sys.modules[type(module).__module__])
     function = host_object("attention functions").get_interface(implementation, eager)
     if function is None:
         raise UnsupportedModelError(f"{type(module).__module__} has no attention function {implementation!r}")

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from tokred.adapters.contract import host_object
+from tokred.adapters.contract import host_object, words
 from tokred.adapters.kv.layer import TokLayer
 from tokred.errors import BypassedError, TokenStateError
 from tokred.kv.engine import Engine
@@ -110,9 +110,9 @@ class TokCache(DynamicCache):  # type: ignore[misc]
         ours = {layer.index: -(-layer.nbytes // samples) for layer in self.layers if isinstance(layer, TokLayer)}
         others = [layer for layer in self.layers if not isinstance(layer, TokLayer)]
         ledger.open(ours, sum(_rows(0, layer).bytes for layer in others) // samples)
-        ledger.queries = int(config.num_attention_heads)
+        ledger.queries = int(words.HEADS.need(config))
         # Windows keep one row less than their size, as a view of rows that they came with.
-        ledger.windows = tuple(int(getattr(layer, "sliding_window", 1)) - 1 for layer in others)
+        ledger.windows = tuple(int(words.WINDOW.part(layer, 1)) - 1 for layer in others)
 
     def finish(self) -> None:
         """End a forward: decide about the layers that had to wait for the others.
@@ -156,8 +156,8 @@ def rows_of(layers: list[Any]) -> tuple[LayerRows, ...]:
 def _rows(index: int, layer: Any) -> LayerRows:
     if isinstance(layer, TokLayer):
         return LayerRows(index, layer.seen, layer.held, layer.nbytes, layer.dense_bytes)
-    keys: Tensor | None = getattr(layer, "keys", None)
-    values: Tensor | None = getattr(layer, "values", None)
+    keys: Tensor | None = words.KEYS.part(layer)
+    values: Tensor | None = words.VALUES.part(layer)
     if keys is None or values is None or keys.numel() == 0:
         return LayerRows(index, 0, 0, 0, 0)
     held = keys.nbytes + values.nbytes
@@ -211,7 +211,7 @@ def adopt(cache: Any, config: Any, policy: CachePolicy, compressed: tuple[int, .
     store = policy.parts.store
     if _does(cache) not in store.replaces:
         kind = type(cache).__name__ if isinstance(cache, Cache) else repr(type(cache).__name__)
-        more = " that offloads its layers" if getattr(cache, "offloading", False) else ""
+        more = " that offloads its layers" if words.OFFLOADS.part(cache, False) else ""
         raise TypeError(
             f"rows cannot be evicted from a {kind}{more}: a policy whose store is {store.name!r} works on a "
             f"DynamicCache{_others(store)}, or on none at all (then the model makes its own)"

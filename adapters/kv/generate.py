@@ -13,6 +13,7 @@ from tokred.adapters.contract import (
     generation_cache_name,
     goes_on_in_chunks,
     mask_length,
+    words,
 )
 from tokred.adapters.kv.hooks import CacheSettings
 from tokred.adapters.swap import SETTINGS
@@ -36,7 +37,7 @@ def body(host: Any) -> dict[str, Any]:
         settings: CacheSettings | None = self.__dict__.get(SETTINGS)
         if settings is None:  # removed since
             return original(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
-        if generation_config.use_cache is not False or cache_of(model_kwargs) is not None:
+        if words.CACHED.need(generation_config) is not False or cache_of(model_kwargs) is not None:
             name = generation_cache_name(model_kwargs, self)
             _prepare(settings, generation_config, model_kwargs, name, generation_mode, max_cache_length)
         return original(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
@@ -53,7 +54,7 @@ def _prepare(
     _refuse(settings, config, assisted, given)
     cache = settings.cache() if given is None else settings.adopt(given)
     length = prompt_length(config, model_kwargs)
-    config.prefill_chunk_size = _chunk(settings, config.prefill_chunk_size, length, cache.get_seq_length())
+    setattr(config, words.CHUNK.name, _chunk(settings, words.CHUNK.need(config), length, cache.get_seq_length()))
     if cache.get_seq_length() == 0:
         engine = cache.engine
         engine.reset()
@@ -96,13 +97,13 @@ def _refuse(settings: CacheSettings, config: Any, assisted: bool, given: Any) ->
         ValueError: with what cannot go together and what to do.
     """
     name = settings.policy.name or "the policy"
-    if config.cache_implementation not in (None, "dynamic"):
+    if words.CACHE_KIND.need(config) not in (None, "dynamic"):
         raise ValueError(
-            f"cache_implementation={config.cache_implementation!r} keeps rows that {name} cannot evict: leave it "
+            f"cache_implementation={words.CACHE_KIND.need(config)!r} keeps rows that {name} cannot evict: leave it "
             "out, or call tokred.remove(model) first"
         )
     # The assistant knows nothing of the model it assists: only this mark tells that its tokens will be taken back.
-    if getattr(config, "is_assistant", False):
+    if words.DRAFTS.part(config, False):
         raise ValueError(
             f"an assistant takes back tokens, which {name} may have evicted others for: apply it to the model that is "
             "assisted, and leave the assistant as it is"
@@ -128,11 +129,11 @@ def _refuse(settings: CacheSettings, config: Any, assisted: bool, given: Any) ->
 
 def prompt_length(config: Any, model_kwargs: dict[str, Any]) -> int | None:
     """Tokens of the prompt, padding and earlier turns counted, before anything is generated."""
-    mask = model_kwargs.get("attention_mask")
+    mask = words.ATTENTION_MASK.of(model_kwargs)
     if mask is not None:
         return int(mask.shape[1])
     known = mask_length(config)
     if known is not None:
         return known
-    positions = model_kwargs.get("position_ids")
+    positions = words.POSITIONS.of(model_kwargs)
     return None if positions is None else int(positions.shape[-1])

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokred.adapters.contract import attention_of, cache_name, cache_of, set_attention, with_cache
+from tokred.adapters.contract import attention_of, cache_name, cache_of, set_attention, with_cache, words
 from tokred.adapters.host import State
 from tokred.adapters.kv.attention import PREFIX, SEAT, Seat, register
 from tokred.adapters.kv.cache import LayerRows, TokCache, adopt, make_cache, rows_of
@@ -115,14 +115,14 @@ class EnterDecoder(Hook):
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         cache = cache_of(given)
         if cache is None:
-            use = given.get("use_cache")
-            use = getattr(self.settings.config, "use_cache", True) if use is None else use
-            if not use or (module.training and getattr(module, "gradient_checkpointing", False)):
+            use = words.CACHED.of(given)
+            use = words.CACHED.part(self.settings.config, True) if use is None else use
+            if not use or (module.training and words.CHECKPOINTS.part(module, False)):
                 return args, kwargs
         _check_samples(given)
-        _check_mask(given.get("attention_mask"))
+        _check_mask(words.ATTENTION_MASK.of(given))
         cache = self.settings.cache() if cache is None else self.settings.adopt(cache)
-        _check_length(given.get("attention_mask"), given, cache)
+        _check_length(words.ATTENTION_MASK.of(given), given, cache)
         _check_chunk(given, self.settings.policy)
         cache.begin()
         cache.account(_new(given)[0], self.settings.config)
@@ -176,7 +176,7 @@ class EnterAttention(Hook):
             seat = Seat(None, self.settings.implementation, 0, None, None)
             return args, {**kwargs, SEAT: seat}
         layer.armed = True
-        rope, tables = None, kwargs.get("position_embeddings")
+        rope, tables = None, words.TABLES.of(kwargs)
         if self.embedding is not None and tables is not None:
             rope = LayerRope(self.embedding, self.layer_type, tables)
         depth = len(self.settings.compressed)
@@ -195,9 +195,9 @@ class EnterLayer(Hook):
         _local.stream = None
         if not isinstance(layer, TokLayer):
             return
-        x = args[0] if args else kwargs["hidden_states"]
+        x = args[0] if args else words.STATES.at(kwargs)
         if layer.engine.wants_stream(layer.clock, x.shape[1] > 1):
-            _local.stream = (layer, x, kwargs.get("attention_mask"))
+            _local.stream = (layer, x, words.ATTENTION_MASK.of(kwargs))
 
 
 class EnterNorm(Hook):
@@ -238,9 +238,15 @@ def _check_mask(mask: Any) -> None:
         )
 
 
+def tokens_of(given: dict[str, Any]) -> Tensor | None:
+    """Tokens of a forward: ids ``[B, M]``, or embeddings ``[B, M, C]``."""
+    ids: Tensor | None = words.INPUT_IDS.of(given)
+    return words.EMBEDS.of(given) if ids is None else ids
+
+
 def _new(given: dict[str, Any]) -> tuple[int, int]:
     """Samples and new tokens of a forward."""
-    new = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+    new = tokens_of(given)
     return (1, 0) if new is None else (int(new.shape[0]), int(new.shape[1]))
 
 
@@ -259,7 +265,7 @@ def _check_chunk(given: dict[str, Any], policy: CachePolicy) -> None:
 
 
 def _check_length(mask: Any, given: dict[str, Any], cache: TokCache) -> None:
-    new = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+    new = tokens_of(given)
     if mask is None or new is None:
         return
     wanted = cache.get_seq_length() + new.shape[1]

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from tokred.adapters.changes import Changes
-from tokred.adapters.contract import attention_of, cache_argument, exchanges_attention, set_attention
+from tokred.adapters.contract import attention_of, cache_argument, exchanges_attention, set_attention, words
 from tokred.adapters.host import Host, State
 from tokred.adapters.kv.reasons import layer_kinds, odd_layers, without_cache
 from tokred.adapters.swap import host_class
@@ -18,7 +18,6 @@ from tokred.core.method import Method
 from tokred.errors import MissingInputError, NothingRecordedError, UnsupportedModelError
 from tokred.kv.report import CacheReport
 
-_PROJECTIONS = ("o_proj", "out_proj")
 # Attentions that repeat heads in an order of their own, behind their cache, and cannot be tried beforehand.
 _OTHER_HEADS = ("JetMoeAttention",)
 
@@ -100,7 +99,7 @@ class CacheHost(Host):
         names = hooks.argument_names(self.decoder)
         changes.before(self.decoder, hooks.EnterDecoder(settings, names), with_kwargs=True)
         changes.after(self.decoder, hooks.LeaveDecoder(settings), with_kwargs=True)
-        embedding = getattr(self.decoder, "rotary_emb", None) if "rope" in self.supplies else None
+        embedding = words.ROTARY.part(self.decoder) if "rope" in self.supplies else None
         for i, (_, attention) in enumerate(self.attentions):
             layer_type = None if embedding is None else layer_type_of(embedding, attention)
             hook = hooks.EnterAttention(settings, i, _projection(attention), embedding, layer_type)
@@ -153,7 +152,7 @@ def match(model: nn.Module, *, decodes: bool = False, bounded: bool = False) -> 
         if why:
             raise refusal(name, why)
         return None
-    if getattr(config, "is_encoder_decoder", False):
+    if words.BOTH.part(config, False):
         raise refusal(name, "it is an encoder with a decoder, whose two caches are not supported yet")
     # A model with vision keeps what describes its decoder in a configuration of its own, inside.
     text = config.get_text_config(decoder=True)
@@ -166,12 +165,12 @@ def match(model: nn.Module, *, decodes: bool = False, bounded: bool = False) -> 
         raise refusal(
             name, "its attention cannot be exchanged (it has no attention back-end), so a policy would never be asked"
         )
-    if getattr(text, "kv_lora_rank", None):
+    if words.LATENTS.part(text):
         raise refusal(name, "its cache holds latents that keys are made of anew, which scores of keys do not fit")
     decoder = _decoder(model, found)
     from tokred.adapters.kv.rehearsal import Rehearsal
 
-    rehearsal = Rehearsal(text, getattr(decoder, "rotary_emb", None))
+    rehearsal = Rehearsal(text, words.ROTARY.part(decoder))
     _check_attentions(name, text, found, rehearsal)
     compressed = _full_layers(name, kinds, bounded)
     return CacheHost(
@@ -194,9 +193,9 @@ def _decodes(model: Any, config: Any) -> bool:
     """True for a decoder: its forward takes a cache, itself or in the model inside, and its attention is causal."""
     if not _takes_cache(model):
         return False
-    if getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False):
+    if words.DECODER.part(config, False) or words.BOTH.part(config, False):
         return True
-    kinds = [m.is_causal for m in model.modules() if hasattr(m, "is_causal") and hasattr(m, "layer_idx")]
+    kinds = [words.CAUSAL.need(m) for m in model.modules() if words.CAUSAL.on(m) and words.LAYER_INDEX.on(m)]
     # Encoders that could be made decoders take a cache too; attention that does not say which is taken for causal.
     return any(kinds) if kinds else hasattr(model, "generate")
 
@@ -207,7 +206,7 @@ def _takes_cache(model: Any) -> bool:
 
 def _sees_ahead(model: Any, config: Any) -> bool:
     """True for a model that generates but reads its prompt in both directions (PaliGemma), so that it is not causal."""
-    ahead = getattr(config.get_text_config(decoder=True), "use_bidirectional_attention", None)
+    ahead = words.AHEAD.part(config.get_text_config(decoder=True))
     return bool(ahead) and _takes_cache(model) and model.can_generate()
 
 
@@ -215,7 +214,7 @@ def _attentions(model: Any, text: Any) -> list[tuple[str, nn.Module]]:
     """Attention modules of the decoder, by layer."""
     found: dict[int, tuple[str, nn.Module]] = {}
     for name, module in model.named_modules():
-        index = getattr(module, "layer_idx", None)
+        index = words.LAYER_INDEX.part(module)
         if (
             "Attention" in host_class(module).__name__
             and isinstance(index, int)
@@ -236,16 +235,16 @@ def _decoder(model: Any, found: list[tuple[str, nn.Module]]) -> nn.Module:
 
 
 def _check_attentions(name: str, text: Any, found: list[tuple[str, nn.Module]], rehearsal: Any) -> None:
-    if len(found) != text.num_hidden_layers:
+    if len(found) != words.DEPTH.need(text):
         raise refusal(
-            name, f"{len(found)} attention modules are found for the {text.num_hidden_layers} layers of its cache"
+            name, f"{len(found)} attention modules are found for the {words.DEPTH.need(text)} layers of its cache"
         )
     for where, module in found:
         forward = host_class(module).forward
         parameters = inspect.signature(forward).parameters
         if cache_argument(forward) is None or not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             raise refusal(name, f"{where} does not hand its arguments on to the attention function")
-        if getattr(module, "sinks", None) is not None:
+        if words.SINKS.part(module) is not None:
             raise refusal(name, f"{where} has sinks of its own in the softmax, which scores would have to honour")
         why = rehearsal.objection(module)
         if host_class(module).__name__ in _OTHER_HEADS:
@@ -263,12 +262,12 @@ def _full_layers(name: str, kinds: list[str], bounded: bool) -> tuple[int, ...]:
 
 
 def _projection(attention: Any) -> str | None:
-    return next((n for n in _PROJECTIONS if isinstance(getattr(attention, n, None), nn.Module)), None)
+    return next((n for n in words.OUTPUT.names if isinstance(getattr(attention, n, None), nn.Module)), None)
 
 
 def _norms(decoder: nn.Module, found: list[tuple[str, nn.Module]]) -> list[tuple[nn.Module, nn.Module] | None]:
     """For each layer the decoder layer, and the module that reads the stream after the attention."""
-    if getattr(decoder.config, "use_parallel_residual", False):
+    if words.PARALLEL.part(decoder.config, False):
         return [None] * len(found)  # the norm reads the stream before the attention
     around = {id(child): m for m in decoder.modules() for child in m.children()}
     pairs: list[tuple[nn.Module, nn.Module] | None] = []
@@ -281,13 +280,13 @@ def _norms(decoder: nn.Module, found: list[tuple[str, nn.Module]]) -> list[tuple
 
 def _after_attention(layer: Any) -> nn.Module | None:
     """The module whose input is the stream with the attention added."""
-    if hasattr(layer, "pre_feedforward_layernorm"):
-        name = "pre_feedforward_layernorm"
-    elif hasattr(layer, "post_feedforward_layernorm"):
-        name = "mlp"  # norms stand behind attention and MLP, which reads the stream itself
+    if words.NORM_OF_MLP.on(layer):
+        word = words.NORM_OF_MLP
+    elif words.NORM_BEHIND_MLP.on(layer):
+        word = words.MLP  # norms stand behind attention and MLP, which reads the stream itself
     else:
-        name = "post_attention_layernorm"
-    found = getattr(layer, name, None)
+        word = words.NORM_BEHIND
+    found = word.part(layer)
     return found if isinstance(found, nn.Module) else None
 
 
@@ -300,7 +299,7 @@ def _supplies(
     if all(_projection(m) is not None for _, m in found):
         supplied.add("projection")
     attention: Any = found[compressed[0] if compressed else 0][1]
-    head_dim = getattr(attention, "head_dim", None)
+    head_dim = words.HEAD_WIDTH.part(attention)
     turns = all(rehearsal.turns(found[i][1]) for i in compressed)
     if head_dim is not None and turns and supplies_rope(decoder, attention, int(head_dim)):
         supplied.add("rope")

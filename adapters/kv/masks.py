@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokred.adapters.contract import host_object
+from tokred.adapters.contract import host_object, words
 from tokred.kernels.decode_attention import SENTINEL, visible_positions
 from tokred.kv.site import Padding
 
@@ -30,7 +30,7 @@ class MaskSpec:
         }
         self._stock: dict[str, Any] = {}
         self._moved: dict[torch.device, MaskSpec] = {}
-        mask = arguments.get("attention_mask")
+        mask = words.ATTENTION_MASK.of(arguments)
         self._padding = None if mask is None else Padding(mask)
         self._until: dict[int, Padding | None] = {}
         self._all_real: dict[tuple[int, int], bool] = {}
@@ -43,13 +43,15 @@ class MaskSpec:
         if device not in self._moved:
             mask = self.key_mask
             mask = None if mask is None else mask.to(device, **options)
-            self._moved[device] = MaskSpec({**self.arguments, "attention_mask": mask, "device": device})
+            self._moved[device] = MaskSpec(
+                {**self.arguments, words.ATTENTION_MASK.key(self.arguments): mask, "device": device}
+            )
         return self._moved[device]
 
     @property
     def key_mask(self) -> Tensor | None:
         """``[B, L]`` bool by slot, False on padding, as the caller gave it."""
-        mask: Tensor | None = self.arguments.get("attention_mask")
+        mask: Tensor | None = words.ATTENTION_MASK.of(self.arguments)
         return mask
 
     def padding(self, seen: int) -> Padding | None:
@@ -81,30 +83,26 @@ class MaskSpec:
             if implementation not in mapping:
                 return None
             arguments = dict(self.arguments)
-            if arguments.get("local_size") is None and arguments["kv_offset"]:
+            if words.LOCAL.of(arguments) is None and words.FIRST_KEY.at(arguments):
                 # Sizes of a layer that has evicted rows; this mask is for one that has not.
-                arguments["kv_length"] += arguments["kv_offset"]
-                arguments["kv_offset"] = 0
+                words.KEYS_TO_MASK.put(arguments, words.KEYS_TO_MASK.at(arguments) + words.FIRST_KEY.at(arguments))
+                words.FIRST_KEY.put(arguments, 0)
             self._stock[implementation] = mapping[implementation](**arguments)
         return self._stock[implementation]
 
-    def part(self, q_length: int, kv_length: int) -> MaskSpec:
-        """The specification for the first ``q_length`` queries and the slots until ``kv_length``."""
-        mask = self.key_mask
-        return MaskSpec(
-            {
-                **self.arguments,
-                "q_length": q_length,
-                "kv_length": kv_length,
-                "kv_offset": 0,
-                "attention_mask": None if mask is None else mask[:, :kv_length],
-            }
-        )
+    def part(self, queries: int, keys: int) -> MaskSpec:
+        """The specification for the first ``queries`` queries and the slots until ``keys``."""
+        mask, changed = self.key_mask, dict(self.arguments)
+        words.QUERIES_TO_MASK.put(changed, queries)
+        words.KEYS_TO_MASK.put(changed, keys)
+        words.FIRST_KEY.put(changed, 0)
+        words.ATTENTION_MASK.put(changed, None if mask is None else mask[:, :keys])
+        return MaskSpec(changed)
 
     @property
     def plain(self) -> bool:
         """True where every query sees exactly the real tokens up to its own."""
-        return self.arguments["mask_function"] is host_object("causal rule")
+        return words.RULE.at(self.arguments) is host_object("causal rule")
 
     def visible(self, first: int, count: int, positions: Tensor, ragged: bool) -> Tensor | None:
         """Mask of the rows of a compressed layer that each query sees.
@@ -134,7 +132,7 @@ class MaskSpec:
             index = positions.long().clamp(max=first + count - 1)[:, :, None]
             sample = torch.arange(b, device=positions.device)[:, None, None, None]
             head = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=positions.device)
-            seen = self.arguments["mask_function"](sample, head, query[:, None], index)
+            seen = words.RULE.at(self.arguments)(sample, head, query[:, None], index)
             seen = seen.expand(b, heads, count, n) & (positions != SENTINEL)[:, :, None]
             if self.key_mask is not None:
                 seen = seen & visible_positions(positions, None, self.key_mask)[:, :, None]

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from tokred.adapters.contract import STATE_NAMES, cache_argument, host_object
+from tokred.adapters.contract import STATE_NAMES, cache_argument, host_object, words
 from tokred.adapters.swap import host_class
 
 # Layers whose rows are tokens; a policy acts on those of the first kind.
@@ -29,14 +29,14 @@ _SHOWN = 12
 def layer_kinds(text: Any) -> list[str]:
     """The kind of cache that each layer of a decoder keeps, in the words of transformers' caches."""
     kinds = list(host_object("kinds of layers")(text)[0])
-    blocks = getattr(text, "layers_block_type", None)
-    if getattr(text, "layer_types", None) is None and blocks:
+    blocks = words.OLDER_KINDS.part(text)
+    if words.KINDS.part(text) is None and blocks:
         # Older configurations have words of their own, which caches do not ask for.
         kinds = ["linear_attention" if b in _RECURRENT else k for b, k in zip(blocks, kinds, strict=False)]
-    modes = getattr(text, "kv_sharing_modes", None)
+    modes = words.SHARING.part(text)
     kinds = [_bare_or_shared(k, i, modes) for i, k in enumerate(kinds)]
     # Older releases leave layers that share off the end.
-    return kinds + ["shared"] * (text.num_hidden_layers - len(kinds))
+    return kinds + ["shared"] * (words.DEPTH.need(text) - len(kinds))
 
 
 _RECURRENT = ("recurrent", "mamba", "mamba2", "linear_attention")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokred.adapters.contract import cache_argument, host_object, set_attention
+from tokred.adapters.contract import arguments, cache_argument, host_object, set_attention, words
 from tokred.adapters.kv.rope import layer_type_of
 from tokred.adapters.swap import host_class
 
@@ -111,7 +111,10 @@ class Rehearsal:
     def _heard(self, attention: nn.Module) -> _Heard | Exception | None:
         cls = host_class(attention)
         plain = {k: v for k, v in vars(attention).items() if isinstance(v, bool | int | float | str | None)}
-        key = cls, tuple(sorted((k, repr(v)) for k, v in plain.items() if k not in ("layer_idx", "training")))
+        key = (
+            cls,
+            tuple(sorted((k, repr(v)) for k, v in plain.items() if k not in (*words.LAYER_INDEX.names, "training"))),
+        )
         if key not in self._known:
             self._known[key] = self._try(cls, attention)
         return self._known[key]
@@ -120,7 +123,7 @@ class Rehearsal:
         host_object("registry of attention").register(_NAME, _attention)
         try:
             with torch.device("meta"), torch.random.fork_rng(devices=[]):
-                module = cls(self.config, attention.layer_idx)
+                module = cls(self.config, words.LAYER_INDEX.need(attention))
         except Exception:  # it is made in another way
             return None
         try:
@@ -136,13 +139,13 @@ class Rehearsal:
         names = list(inspect.signature(forward).parameters)[1:]
         if cache is None:
             return None
-        x = torch.empty(1, _TOKENS, self.config.hidden_size, device="meta")
-        given = {
-            cache: heard,
-            "attention_mask": _Mask(),
-            "position_embeddings": self._tables(attention, heard),
-            "position_ids": torch.empty(1, _TOKENS, dtype=torch.long, device="meta"),
+        x = torch.empty(1, _TOKENS, words.WIDTH.need(self.config), device="meta")
+        more = {
+            words.ATTENTION_MASK: _Mask(),
+            words.TABLES: self._tables(attention, heard),
+            words.POSITIONS: torch.empty(1, _TOKENS, dtype=torch.long, device="meta"),
         }
+        given = {cache: heard, **arguments(forward, more)}
         with torch.no_grad():
             module.eval()(x, **{k: v for k, v in given.items() if k in names}, **{_WATCH: heard})
         return heard

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokred.adapters.contract import cache_name
+from tokred.adapters.contract import arguments, cache_name, words
+from tokred.adapters.contract.spelling import Word
 from tokred.adapters.kv.cache import TokCache
 from tokred.adapters.kv.layer import TokLayer
 from tokred.adapters.swap import host_class
@@ -39,7 +40,7 @@ def repeat(module: nn.Module, given: dict[str, Any], cache: TokCache) -> None:
     if site is None:
         holder.notes[CONTEXT] = context
         return
-    recorded, mask = context.shape[1], given.get("attention_mask")
+    recorded, mask = context.shape[1], words.ATTENTION_MASK.of(given)
     seen = cache.get_seq_length()
     real = context.new_ones(context.shape[:2], dtype=torch.bool)
     if site.padding is not None:
@@ -60,7 +61,8 @@ def repeat(module: nn.Module, given: dict[str, Any], cache: TokCache) -> None:
 
 def _joined(noted: Tensor | None, given: dict[str, Any], embed: Callable[[Tensor], Tensor]) -> Tensor:
     """The noted tokens and those of this forward: ids ``[B, R]``, or embeddings ``[B, R, C]`` if any were given so."""
-    new: Tensor = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
+    ids: Tensor | None = words.INPUT_IDS.of(given)
+    new: Tensor = words.EMBEDS.at(given) if ids is None else ids
     new = new.detach()
     if noted is None:
         return new.clone() if new.ndim == 2 else new
@@ -83,17 +85,18 @@ def _mask(mask: Any, meant: Tensor | None, tokens: Tensor, seen: int) -> Tensor 
 def _feed(
     module: Any, given: dict[str, Any], cache: TokCache, tokens: Tensor, mask: Tensor | None, piece: Piece
 ) -> None:
-    arguments: dict[str, Any] = {
-        "input_ids" if tokens.ndim == 2 else "inputs_embeds": tokens,
-        "attention_mask": mask,
-        cache_name(host_class(module).forward): cache,
-        "use_cache": True,
+    forward = host_class(module).forward
+    new: dict[Word, Any] = {
+        words.INPUT_IDS if tokens.ndim == 2 else words.EMBEDS: tokens,
+        words.ATTENTION_MASK: mask,
+        words.CACHED: True,
     }
-    positions = given.get("position_ids")
+    positions = words.POSITIONS.of(given)
     if positions is not None:
         last = positions.amax(-1, keepdim=True)
         if last.ndim == 3 and len(last) > 2:
             # Several axes: text goes on behind the furthest of them, wherever an image has left the others.
             last = torch.cat([last[:-3], last[-3:].amax(0, keepdim=True).expand(3, -1, -1)])
-        arguments["position_ids"] = last + 1 + torch.arange(tokens.shape[1], device=last.device)
-    module.forward(**{k: v for k, v in arguments.items() if v is not None})
+        new[words.POSITIONS] = last + 1 + torch.arange(tokens.shape[1], device=last.device)
+    new = {word: value for word, value in new.items() if value is not None}
+    module.forward(**arguments(forward, new), **{cache_name(forward): cache})

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokred.adapters.contract import words
+
 
 class LayerRope:
     """One layer's rotary embedding in one forward.
@@ -50,13 +52,13 @@ class LayerRope:
 
 def supplies_rope(decoder: Any, attention: Any, head_dim: int) -> bool:
     """True for a decoder whose rotary embedding :class:`LayerRope` can undo: whole heads, turned in halves."""
-    embedding = getattr(decoder, "rotary_emb", None)
-    turn = getattr(sys.modules[type(attention).__module__], "rotate_half", None)
+    embedding = words.ROTARY.part(decoder)
+    turn = words.HALF_TURN.part(sys.modules[type(attention).__module__])
     if not isinstance(embedding, nn.Module) or turn is None:
         return False
     # Embeddings that follow the length, or have several axes, would change by being asked.
-    text = str(getattr(decoder.config, "rope_parameters", None))
-    if hasattr(embedding, "mrope_section") or any(word in text for word in ("mrope_section", "dynamic", "longrope")):
+    text = str(words.ROPE.part(decoder.config))
+    if words.AXES.on(embedding) or any(word in text for word in (*words.AXES.names, "dynamic", "longrope")):
         return False
     if turn(torch.arange(4.0)[None]).tolist() != [[-2.0, -3.0, 0.0, 1.0]]:
         return False
@@ -72,7 +74,7 @@ def supplies_rope(decoder: Any, attention: Any, head_dim: int) -> bool:
 
 def layer_type_of(embedding: Any, attention: Any) -> str | None:
     """The argument that the embedding takes besides positions: the layer's type, or None."""
-    if "layer_type" not in inspect.signature(embedding.forward).parameters:
+    if not words.LAYER_TYPE.among(inspect.signature(embedding.forward).parameters):
         return None
-    found = getattr(attention, "layer_type", None)
+    found = words.LAYER_TYPE.part(attention)
     return str(found) if found else "full_attention"

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tokred.adapters.contract import words
 from tokred.adapters.vlm.taps import in_flight
 from tokred.core.reduction import Reduction
 
@@ -357,7 +358,7 @@ def _seen_as_first(cache: Cache, layer: int) -> bool:
     if track is None or in_flight.own_sizes or track.inner(layer) is None:
         return False
     # A sliding layer that is full holds its window's rows alone, whatever came to layer 0.
-    window = getattr(cache.layers[layer], "sliding_window", None)
+    window = words.WINDOW.part(cache.layers[layer])
     return window is None or physical_length(cache) < window
 
 

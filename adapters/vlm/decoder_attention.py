@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tokred.adapters.contract import words
 from tokred.adapters.swap import host_class
 from tokred.adapters.vlm.columns import gather_columns
 from tokred.core.attention import Attention
@@ -39,29 +40,33 @@ class Input(NamedTuple):
     autocast: bool = False
 
 
+_PROJECTIONS = {"q": words.QUERY, "k": words.KEY, "v": words.VALUE}
+_NORMS = {"q": words.QUERY_NORM, "k": words.KEY_NORM}
+
+
 def attention_of(layer: Any) -> Any:
     """The attention module of a decoder layer."""
-    return getattr(layer, "self_attn", None)
+    return words.ATTENTION.part(layer)
 
 
 def norm_behind_attention(layer: Any) -> Any:
     """The norm before a decoder layer's MLP; None where it has none of a known name."""
-    return getattr(layer, "pre_feedforward_layernorm", getattr(layer, "post_attention_layernorm", None))
+    return words.NORM_OF_MLP.part(layer, words.NORM_BEHIND.part(layer))
 
 
 def supplies_rows(layer: Any) -> bool:
     """True where queries and keys of this decoder layer can be made as the layer makes them: by a norm before the
     attention, separate projections, and a rotary function of whole heads."""
     attention = attention_of(layer)
-    norm = getattr(layer, "input_layernorm", None)
+    norm = words.NORM_BEFORE.part(layer)
     if attention is None or not isinstance(norm, nn.Module):
         return False
-    if not all(isinstance(getattr(attention, n, None), nn.Module) for n in ("q_proj", "k_proj", "v_proj")):
+    if not all(isinstance(word.part(attention), nn.Module) for word in _PROJECTIONS.values()):
         return False
-    head_dim = getattr(attention, "head_dim", None)
-    for name in ("q_norm", "k_norm"):
+    head_dim = words.HEAD_WIDTH.part(attention)
+    for norm in _NORMS.values():
         # OLMo 2 norms all heads together before it splits them: what its layer does there is not repeated here.
-        weight = getattr(getattr(attention, name, None), "weight", None)
+        weight = getattr(norm.part(attention), "weight", None)
         if weight is not None and weight.shape[-1] != head_dim:
             return False
     return head_dim is not None and _rotary(attention) is not None
@@ -69,7 +74,7 @@ def supplies_rows(layer: Any) -> bool:
 
 def _rotary(attention: Any) -> Any:
     # Each family's module has its own function of this name (Cohere interleaves, others rotate halves).
-    return getattr(sys.modules[host_class(attention).__module__], "apply_rotary_pos_emb", None)
+    return words.TURN.part(sys.modules[host_class(attention).__module__])
 
 
 def _project(given: Input, which: str, first: int = 0, end: int | None = None) -> Tensor:
@@ -82,10 +87,10 @@ def _project(given: Input, which: str, first: int = 0, end: int | None = None) -
 
 def _projected(given: Input, which: str, first: int, end: int | None) -> Tensor:
     attention = attention_of(given.layer)
-    x = given.layer.input_layernorm(given.x[:, first:end])
-    heads: Tensor = getattr(attention, f"{which}_proj")(x).view(*x.shape[:2], -1, attention.head_dim)
-    norm = getattr(attention, f"{which}_norm", None)
-    if norm is not None and which != "v":
+    x = words.NORM_BEFORE.need(given.layer)(given.x[:, first:end])
+    heads: Tensor = _PROJECTIONS[which].need(attention)(x).view(*x.shape[:2], -1, words.HEAD_WIDTH.need(attention))
+    norm = _NORMS[which].part(attention) if which in _NORMS else None
+    if norm is not None:
         heads = norm(heads)
     heads = heads.transpose(1, 2)
     if which == "v":
@@ -113,7 +118,7 @@ def heads_of(given: Input, *, ran: bool) -> Attention:
     def keys() -> Tensor:
         # After the layer has run its cache holds the new keys; before, at most those of earlier turns. A cache of which
         # a policy has evicted rows holds other columns than the layer is given: then only the new ones are judged.
-        held = _held(given, attention.layer_idx)
+        held = _held(given, words.LAYER_INDEX.need(attention))
         if ran and held is not None and held.shape[2] == given.past + given.x.shape[1]:
             return held
         new = _project(given, "k")
@@ -135,9 +140,9 @@ def heads_of(given: Input, *, ran: bool) -> Attention:
     return Attention(
         queries,
         found,
-        scale=getattr(attention, "scaling", None),
-        softcap=getattr(attention, "attn_logit_softcapping", None),
-        window=getattr(attention, "sliding_window", None),
+        scale=words.SCALE.part(attention),
+        softcap=words.CAP.part(attention),
+        window=words.WINDOW.part(attention),
         mask=mask,
         causal=True,
         offset=past,
@@ -146,14 +151,14 @@ def heads_of(given: Input, *, ran: bool) -> Attention:
 
 def _held(given: Input, index: int) -> Tensor | None:
     """Keys of the layer's cache, where its rows are the layer's columns."""
-    layers = getattr(given.cache, "layers", None)
+    layers = words.LAYERS.part(given.cache)
     if layers is None or index >= len(layers):
         return None
     layer = layers[index]
     # Keys of a compressed or quantised cache cannot be read as they are.
-    if getattr(layer, "compressed", False) or hasattr(layer, "dequantize") or hasattr(layer, "_dequantize"):
+    if getattr(layer, "compressed", False) or hasattr(layer, "dequantize") or words.PACKED.on(layer):
         return None
-    keys = getattr(layer, "keys", None)
+    keys = words.KEYS.part(layer)
     return keys if isinstance(keys, Tensor) and keys.ndim == 4 else None
 
 

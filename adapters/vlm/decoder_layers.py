@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from tokred.adapters.contract import words
 from tokred.adapters.vlm.columns import Group, Packed, extended, gather_columns, last_real, pack_slots
 from tokred.adapters.vlm.decoder_attention import Input, LayerCount, Step, heads_of, norm_behind_attention, values_of
 from tokred.adapters.vlm.masks import MaskMaker
@@ -136,19 +137,19 @@ class Inner:
         """The arguments of a decoder layer, with the tokens that are left."""
         self.entered = True
         given = dict(kwargs)
-        x = args[0] if args else given.pop("hidden_states")
+        x = args[0] if args else words.STATES.pop(given)
         rest = args[1:]
-        stock = given.get("attention_mask")
+        stock = words.ATTENTION_MASK.of(given)
         if self.start is not None:
             x = self._reduce(layer, module, x, given)
         step = self._at(layer)
         old = None if self.forward.track is None else self.forward.track.inner(layer)
         if step is not self.start or old is not None:
             if step is not None and step is not self.start:
-                given["position_embeddings"] = step.move(given.get("position_embeddings"), 1)
-                given["position_ids"] = step.move(given.get("position_ids"), -1)
+                words.TABLES.put(given, step.move(words.TABLES.of(given), 1))
+                words.POSITIONS.put(given, step.move(words.POSITIONS.of(given), -1))
             window = self.settings.window_of(layer)
-            given["attention_mask"] = self._maker(layer)(stock, x, self.forward.cache, layer, window)
+            words.ATTENTION_MASK.put(given, self._maker(layer)(stock, x, self.forward.cache, layer, window))
         if self.start is not None:
             assert step is not None  # at least the start
             self.forward.counts[layer] = LayerCount(x.shape[1], step.real, step.counts)
@@ -267,7 +268,7 @@ class Inner:
 
         Such a layer numbers rows by what comes to it, and would take the next token for an earlier one.
         """
-        for held in getattr(self.forward.cache, "layers", [])[layer:]:
+        for held in words.LAYERS.part(self.forward.cache, [])[layer:]:
             if hasattr(held, "clock"):
                 held.clock.behind += count
 
@@ -282,7 +283,7 @@ class Inner:
         if forward.cache is not None:
             old = None if forward.track is None else forward.track.inner(layer)
             past = forward.past_columns - (0 if old is None else old.dropped)
-        tables = given.get("position_embeddings")
+        tables = words.TABLES.of(given)
         if before is not self.start:
             tables = before.move(tables, 1)
         mask = self._valid(layer, before)
@@ -368,7 +369,7 @@ class Inner:
             forward = self.forward
             old = None if forward.track is None else forward.track.inner(layer)
             past = forward.past_columns - (0 if old is None else old.dropped)
-            tables = given.get("position_embeddings")
+            tables = words.TABLES.of(given)
             self._entered = x.detach() if "stream" in method.reads else None
             cast = torch.is_autocast_enabled(x.device.type)
             self._before = Input(module, x.detach(), tables, forward.cache, past, self._valid(layer, step), cast)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tokred.adapters.contract import cache_of
+from tokred.adapters.contract import cache_of, words
 from tokred.adapters.vlm.columns import (
     Group,
     Packed,
@@ -64,7 +64,7 @@ class Forward:
         self.track: Track | None = track_of(self.cache)
         self.past = 0 if self.cache is None else int(self.cache.get_seq_length())
         self.past_columns = 0 if self.cache is None else physical_length(self.cache)
-        self.embeds: Tensor = given["inputs_embeds"]
+        self.embeds: Tensor = words.EMBEDS.at(given)
         self.length = self.embeds.shape[1]
         self.packed: Packed | None = None
         self.inner: Inner | None = None
@@ -94,7 +94,7 @@ class Forward:
         if self.packed is None:
             self._pass(new)
         if self.slides and not self.settings.repack and (self.packed is not None or self._outer() is not None):
-            new["attention_mask"] = slid(self, new)
+            words.ATTENTION_MASK.put(new, slid(self, new))
         if settings.inner is not None or self._has_inner():
             self.inner = Inner(self)
         return new
@@ -158,7 +158,8 @@ class Forward:
         left = self._left(method, Context(self.embeds, text, self.settings.project, method.reads))
         if left.gone is None:
             if left.embeds is not self.embeds:
-                new["inputs_embeds"] = self.embeds = left.embeds
+                self.embeds = left.embeds
+                words.EMBEDS.put(new, self.embeds)
             return
         keep = ~left.gone
         if real is None:
@@ -171,7 +172,8 @@ class Forward:
         engine = getattr(self.cache, "engine", None)
         if engine is not None and engine.prompt is not None:
             engine.prompt -= self.length - packed.columns.shape[1]
-        self.embeds = new["inputs_embeds"] = gather_columns(left.embeds, packed.columns)
+        self.embeds = gather_columns(left.embeds, packed.columns)
+        words.EMBEDS.put(new, self.embeds)
         self.visual = visual.gather(1, packed.columns) & packed.valid
         self._shorten(new, packed, visual)
 
@@ -237,32 +239,33 @@ class Forward:
 
     def _shorten(self, new: dict[str, Any], packed: Packed, visual: Tensor) -> None:
         """Positions, masks and whatever else has a column for every token."""
-        positions = new.get("position_ids")
+        positions = words.POSITIONS.of(new)
         if positions is None:
             positions = torch.arange(self.past, self.past + self.length, device=self.device).unsqueeze(0)
         if self.settings.repack:
             behind, first = self._behind(), 0 if self.past == 0 else positions[:, :1]
             start = first if behind is None else first - behind.unsqueeze(1)
-            new["position_ids"] = ids = start + (packed.valid.long().cumsum(1) - 1).clamp(min=0)
+            ids = start + (packed.valid.long().cumsum(1) - 1).clamp(min=0)
+            words.POSITIONS.put(new, ids)
             self.behind = positions[:, -1] - ids[:, -1]
         else:
-            new["position_ids"] = gather_columns(positions, packed.columns, -1)
-        mask = new.get("attention_mask")
+            words.POSITIONS.put(new, gather_columns(positions, packed.columns, -1))
+        mask = words.ATTENTION_MASK.of(new)
         # PaliGemma and Gemma 3 make masks for pairs of tokens outside the language model, since images see all of
         # themselves; generation makes them by kind of layer. Elsewhere the language model makes its own, from padding.
         if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
             before = self._held()
-            new["attention_mask"] = self._made(gather_any_mask(mask, packed, before, self.length), packed)
+            words.ATTENTION_MASK.put(new, self._made(gather_any_mask(mask, packed, before, self.length), packed))
             told = self.past > 0 and (self.call.physical is not None or self.call.mask is not None)
             self.mask = torch.cat([before, packed.valid], 1) if packed.ragged or told else None
         else:
             self._pad(new, packed.valid, packed.ragged)
         # Qwen 3 VL adds features of its tower after early layers, a row for each visual token that is there.
-        flat = new.get("visual_pos_masks")
+        flat = words.DEEP_PLACES.of(new)
         if flat is not None:
             kept = torch.zeros_like(visual).scatter(1, packed.columns, packed.valid)
-            new["deepstack_visual_embeds"] = [plane[kept[flat]] for plane in new["deepstack_visual_embeds"]]
-            new["visual_pos_masks"] = flat.gather(1, packed.columns) & packed.valid
+            words.DEEP_FEATURES.put(new, [plane[kept[flat]] for plane in words.DEEP_FEATURES.at(new)])
+            words.DEEP_PLACES.put(new, flat.gather(1, packed.columns) & packed.valid)
 
     def _made(self, mask: Masks, packed: Packed) -> Masks:
         """Masks that were left out since all was causal, where filler has to be hidden now."""
@@ -290,10 +293,10 @@ class Forward:
         outer = None if track is None else track.outer
         if given is None and not ragged and (outer is None or not outer.ragged):
             self.mask = None
-            new["attention_mask"] = None if valid is None or not ragged else valid
+            words.ATTENTION_MASK.put(new, None if valid is None or not ragged else valid)
             if valid is not None and self.cache is None:
                 # Without a cache, gaps in the positions would be read as several packed sequences.
-                new["attention_mask"] = valid
+                words.ATTENTION_MASK.put(new, valid)
             return
         # Three stretches: rows that earlier turns have left, of which the caller's mask says nothing; those that came
         # since; and this forward's.
@@ -314,11 +317,11 @@ class Forward:
                 valid = given[:, self.past : self.past + count].bool()
         parts.append(valid)
         self.mask = torch.cat(parts, 1)
-        new["attention_mask"] = self.mask if given is None else self.mask.to(given.dtype)
+        words.ATTENTION_MASK.put(new, self.mask if given is None else self.mask.to(given.dtype))
 
     def _pass(self, new: dict[str, Any]) -> None:
         """A forward whose tokens all reach layer 0: only what earlier turns dropped matters."""
-        track, mask = self.track, new.get("attention_mask")
+        track, mask = self.track, words.ATTENTION_MASK.of(new)
         outer = None if track is None else track.outer
         if outer is None or self.settings.facts.outer_masks:
             given = self.call.mask if self.call.physical is None else self.call.physical
@@ -330,10 +333,10 @@ class Forward:
             raise ValueError(PAIRS)
         behind = self._behind()
         if behind is not None:
-            positions = new.get("position_ids")
+            positions = words.POSITIONS.of(new)
             if positions is None:
                 positions = torch.arange(self.past, self.past + self.length, device=self.device).unsqueeze(0)
-            new["position_ids"] = positions - behind.unsqueeze(1)
+            words.POSITIONS.put(new, positions - behind.unsqueeze(1))
 
     # ------------------------------------------------------------------ after the language model
 

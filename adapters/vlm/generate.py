@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from tokred.adapters.contract import PREPARE_CACHE, cache_of
+from tokred.adapters.contract import PREPARE_CACHE, arguments, cache_of, words
 from tokred.adapters.kv.generate import prompt_length
 from tokred.adapters.swap import Hook, Standin
 from tokred.adapters.vlm.taps import in_flight
@@ -31,13 +31,13 @@ class CachePreparer(Standin):
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         name = self.settings.methods[0].name
-        chunk = getattr(generation_config, "prefill_chunk_size", None)
+        chunk = words.CHUNK.part(generation_config)
         if chunk is not None:
             raise ValueError(
                 f"prefill_chunk_size={chunk} hands over the prompt in pieces, of which {name} would see one at a "
                 "time: leave it out, or call tokred.remove(model) first"
             )
-        kind = getattr(generation_config, "cache_implementation", None)
+        kind = words.CACHE_KIND.part(generation_config)
         if kind not in (None, "dynamic", "dynamic_full", "offloaded"):
             static = "has rows for every token of the prompt, and"
             why = static if "static" in str(kind) else "is not known to hold prompts of which"
@@ -62,9 +62,9 @@ def refuse(cache: Cache | None) -> None:
     """
     if cache is None:
         return
-    kinds = {type(layer).__name__ for layer in getattr(cache, "layers", [])}
+    kinds = {type(layer).__name__ for layer in words.LAYERS.part(cache, [])}
     static = sorted(k for k in kinds if k.startswith("Static"))
-    if static or not hasattr(cache, "layers"):
+    if static or not words.LAYERS.on(cache):
         raise ValueError(
             f"a {type(cache).__name__} has rows for every token of the prompt, and pruned prompts have fewer: leave "
             "cache_implementation out (a DynamicCache), or call tokred.remove(model) first"
@@ -82,7 +82,7 @@ class EnterLoss(Hook):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[()], dict[str, Any]] | None:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        labels = given.get("labels")
+        labels = words.LABELS.of(given)
         in_flight.done = in_flight.labels = None
         if labels is None:
             return None
@@ -92,11 +92,11 @@ class EnterLoss(Hook):
                 f"labels need the last layer's states of all tokens, and {name} leaves some of the prompt's out: call "
                 "tokred.remove(model) first"
             )
-        if not (isinstance(given.get("logits_to_keep", 0), int) and given.get("logits_to_keep", 0) == 0):
+        if not (isinstance(words.KEPT_LOGITS.of(given, 0), int) and words.KEPT_LOGITS.of(given, 0) == 0):
             raise ValueError("labels need the logits of all tokens: leave logits_to_keep out")
         # The host would compare its few logits with all labels, and refuse.
         in_flight.labels = labels
-        return (), {**given, "labels": None}
+        return (), {**given, words.LABELS.key(given): None}
 
 
 class LeaveLoss(Hook):
@@ -110,10 +110,11 @@ class LeaveLoss(Hook):
         columns, valid = (None, None) if forward is None else (forward.loss_columns(), forward.loss_valid())
         if columns is not None and valid is not None:
             labels = labels.gather(1, columns).masked_fill(~valid, -100)
-        logits = output["logits"] if isinstance(output, dict) else output[0]
+        logits = words.LOGITS.at(output) if isinstance(output, dict) else output[0]
         size = module.config.get_text_config().vocab_size
-        loss = module.loss_function(logits=logits, labels=labels, vocab_size=size)
+        given = arguments(module.loss_function, {words.LOGITS: logits, words.LABELS: labels})
+        loss = module.loss_function(**given, vocab_size=size)
         if not isinstance(output, dict):
             return (loss, *output)
-        output["loss"] = loss
+        words.LOSS.put(output, loss)
         return output

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tokred.adapters.contract import cache_name, cache_of, host_object, with_cache
+from tokred.adapters.contract import cache_name, cache_of, host_object, with_cache, words
 from tokred.adapters.host import State
 from tokred.adapters.swap import Hook, host_class
 from tokred.adapters.vlm.columns import track_of
@@ -85,10 +85,11 @@ class VisualSettings(State):
 
     def window_of(self, layer: int) -> int | None:
         """Window of one layer: how many tokens it looks back, the own one included; None where it sees all."""
-        kinds = getattr(self.config, "layer_types", None)
+        kinds = words.KINDS.part(self.config)
         if kinds is not None and kinds[layer] != "sliding_attention":
             return None
-        return getattr(self.config, "sliding_window", None)
+        window: int | None = words.WINDOW.part(self.config)
+        return window
 
     def active(self, layer: int) -> bool:
         """True where the user lets the method act before this layer."""
@@ -106,21 +107,21 @@ class EnterCore(Hook):
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[()], dict[str, Any]] | None:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        call = Call(mask=_padding(given.get("attention_mask")))
-        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        call = Call(mask=_padding(words.ATTENTION_MASK.of(given)))
+        ids, embeds = words.INPUT_IDS.of(given), words.EMBEDS.of(given)
         if ids is None and embeds is None:
             return None
         in_flight.core = CoreRun(module, call, given, self.settings, in_flight.core)
         if not self.settings.facts.outer_masks:
             return None
-        tokens: Tensor = embeds if ids is None else ids  # type: ignore[assignment]
+        tokens: Tensor = embeds if ids is None else ids
         shape = tokens.shape
         # These hosts make their masks here, before the language model, for as many rows as the cache tells: the rows
         # that layer 0 really holds.
         call.physical = held_mask(cache_of(given), call.mask, shape)
         new = held_types(cache_of(given), given, shape, self.settings.facts.causal_type)
         if call.physical is not None:
-            new["attention_mask"] = call.physical
+            words.ATTENTION_MASK.put(new, call.physical, self.names)
         return ((), {**given, **new}) if new else None
 
 
@@ -158,14 +159,14 @@ class EnterLanguage(Hook):
         source = dict(given)
         # The language model may be called alone, or inside a model with vision that another patch holds.
         if run is None or run.settings is not settings:
-            call = Call(mask=_padding(given.get("attention_mask")))
+            call = Call(mask=_padding(words.ATTENTION_MASK.of(given)))
         else:
             call, source = run.call, run.given
-        if given.get("inputs_embeds") is None:
-            if given.get("input_ids") is None:
+        if words.EMBEDS.of(given) is None:
+            if words.INPUT_IDS.of(given) is None:
                 return None
-            given["inputs_embeds"] = module.get_input_embeddings()(given.pop("input_ids"))
-        given.pop("input_ids", None)
+            words.EMBEDS.put(given, module.get_input_embeddings()(words.INPUT_IDS.of(given)), self.names)
+        words.INPUT_IDS.pop(given)
         # The language model would make its cache inside, behind this hook, which has to hang the record on it.
         cache = cache_of(given)
         if cache is None and self._caches(module, given):
@@ -178,18 +179,22 @@ class EnterLanguage(Hook):
             fill(settings, settings.core, call, source)
         call.entered = True
         # Wrappers that spread a model over devices move arguments behind this hook.
-        device = given["inputs_embeds"].device
+        device = words.EMBEDS.at(given).device
         call.move(device)
         given = {k: _moved(v, device) for k, v in given.items()}
+        # What is put in below is put under the names that are here.
+        for word in (words.ATTENTION_MASK, words.POSITIONS):
+            if word.among(self.names):
+                given.setdefault(word.key(given, self.names), None)
         forward = Forward(settings, call, given)
         new = forward.prepare(given)
         in_flight.language = LanguageRun(module, forward, settings.layers, in_flight.language)
         return (), new
 
     def _caches(self, module: nn.Module, given: dict[str, Any]) -> bool:
-        use = given.get("use_cache")
-        use = getattr(self.settings.config, "use_cache", True) if use is None else use
-        return bool(use) and not (module.training and getattr(module, "gradient_checkpointing", False))
+        use = words.CACHED.of(given)
+        use = words.CACHED.part(self.settings.config, True) if use is None else use
+        return bool(use) and not (module.training and words.CHECKPOINTS.part(module, False))
 
 
 class LeaveLanguage(Hook):
@@ -249,13 +254,13 @@ def held_types(cache: Cache | None, given: dict[str, Any], shape: torch.Size, ca
     """
     track = track_of(cache)
     outer = None if track is None else track.outer
-    types = given.get("token_type_ids")
+    types = words.TYPES.of(given)
     if cache is None or track is None or outer is None or types is None:
         return {}
     behind = int(cache.get_seq_length()) + shape[1] - types.shape[1]
     if behind > 0:
         types = torch.nn.functional.pad(types, (0, behind), value=causal)
-    return {"token_type_ids": torch.cat([types.gather(1, outer.columns), types[:, track.covered :]], 1)}
+    return {words.TYPES.key(given): torch.cat([types.gather(1, outer.columns), types[:, track.covered :]], 1)}
 
 
 def _moved(value: Any, device: torch.device) -> Any:

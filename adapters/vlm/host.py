@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from tokred.adapters.changes import Changes
-from tokred.adapters.contract import PREPARE_CACHE
+from tokred.adapters.contract import PREPARE_CACHE, words
 from tokred.adapters.encoder.transformers import is_tower
 from tokred.adapters.host import Host, State
 from tokred.adapters.kv.host import match as match_language
@@ -151,15 +151,15 @@ class VisualHost(Host):
     @property
     def deepstack(self) -> int:
         """First layers after which features of the tower are added to the visual tokens."""
-        vision = getattr(getattr(self.core, "config", None), "vision_config", None)
-        return len(getattr(vision, "deepstack_visual_indexes", None) or ())
+        vision = words.VISION.part(getattr(self.core, "config", None))
+        return len(words.DEEP_LAYERS.part(vision) or ())
 
     @property
     def supplies_positions(self) -> frozenset[str]:
         """How positions may be handled: "keep" always, "repack" where they are plain numbers before the language
         model."""
-        text = str(getattr(self.language.config, "rope_parameters", ""))
-        plain = "mrope_section" not in text and self.stage == "projector"
+        text = str(words.ROPE.part(self.language.config, ""))
+        plain = words.AXES.name not in text and self.stage == "projector"
         return frozenset({"keep", "repack"} if plain else {"keep"})
 
     def hint(self, method: Method) -> str:
@@ -234,7 +234,7 @@ class VisualHost(Host):
         if hasattr(type(model), PREPARE_CACHE):
             changes.stand(model, PREPARE_CACHE, CachePreparer(model, settings))
         names = argument_names(model)
-        if "labels" in names:
+        if words.LABELS.among(names):
             changes.before(model, EnterLoss(settings, names), with_kwargs=True)
             changes.after(model, LeaveLoss(), with_kwargs=True, always_call=True)
 
@@ -249,13 +249,13 @@ class VisualHost(Host):
         fused = last_attention(core)
         if fused is not None:
             changes.before(fused, TablesTap(), with_kwargs=True)
-            changes.after(fused.qkv, FusedTap())
+            changes.after(words.TOGETHER.need(fused), FusedTap())
         if not self.facts.heads:
             return
         layers = tower_layers(core, self.facts)
         for i in _wanted(core, method, len(layers)):
             attention = tower_attention(layers[i])
-            heads = getattr(attention, "num_heads", None) or attention.num_attention_heads
+            heads = words.TOWER_HEADS.part(attention) or words.HEADS.need(attention)
             for which, projection in projections(attention).items():
                 changes.after(projection, HeadTap(i, which, heads))
 
@@ -335,7 +335,7 @@ def _generates(model: Any) -> bool:
 
 
 def _sees(config: Any) -> bool:
-    return getattr(config, "vision_config", None) is not None
+    return words.VISION.part(config) is not None
 
 
 def _decoder_layers(model: nn.Module, attentions: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:

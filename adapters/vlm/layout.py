@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tokred.adapters.contract import words
 from tokred.vlm.before_llm import Tile
 from tokred.vlm.tools.places import grid_places, sides
 from tokred.vlm.tools.tiles import Tiles
@@ -128,7 +129,7 @@ def clip_of(frames: list[Picture]) -> Picture:
 
 def lengths(output: Output) -> list[int]:
     """Tokens of each picture; a video's may come frame by frame."""
-    return [one.shape[:-1].numel() for one in output.pooler_output]
+    return [one.shape[:-1].numel() for one in words.FEATURES.need(output)]
 
 
 def square(n: int) -> tuple[int, int] | None:
@@ -177,7 +178,7 @@ def _within(part: Part, device: torch.device) -> Tensor:
 def plain(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: Tap) -> list[Picture]:
     """One part each, on the grid of the tower's patches where the numbers agree, else on a square one. Where class
     tokens are among the features they are no part of anything, and stay."""
-    pixels = given.get("pixel_values")
+    pixels = words.PIXELS.of(given)
     counts, found = lengths(output), []
     for i, n in enumerate(counts):
         grid = _patches(core, pixels)
@@ -192,7 +193,7 @@ def plain(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: Tap
 
 
 def _patches(core: PreTrainedModel, pixels: Tensor | None) -> tuple[int, int] | None:
-    patch = getattr(core.config.vision_config, "patch_size", None)
+    patch = words.PATCH.part(words.VISION.need(core.config))
     sides = (patch, patch) if isinstance(patch, int) else patch
     if sides is None or pixels is None or pixels.ndim < 4:
         return None
@@ -204,17 +205,17 @@ def tiled(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: Tap
     with a newline after each row."""
     from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
-    vision = core.config.vision_config
-    side = vision.image_size // vision.patch_size
+    vision = words.VISION.need(core.config)
+    side = words.IMAGE.need(vision) // words.PATCH.need(vision)
     base, rows, found = side * side, 0, []
     fits = tap.inputs is not None and tap.inputs.ndim == 3 and tap.inputs.shape[1] == base
-    for n, size in zip(lengths(output), given["image_sizes"], strict=True):
+    for n, size in zip(lengths(output), words.SIZES.at(given), strict=True):
         if n <= base + 1:
             whole = Part(Span.line(0, base), (side, side), tile=Tile(), tower=rows if fits else -1)
             found.append(Picture(n, (whole,) if n >= base else ()))
             rows += 1
             continue
-        high, wide = get_anyres_image_grid_shape(size, core.config.image_grid_pinpoints, vision.image_size)
+        high, wide = get_anyres_image_grid_shape(size, words.TILINGS.need(core.config), words.IMAGE.need(vision))
         places = torch.arange(high * side * wide * side).view(1, high * side, wide * side)
         left = unpad_image(places, size)[0]
         tiles = 1 + high * wide
@@ -280,8 +281,8 @@ def _columns(n: int, shape: torch.Size) -> int:
 def video(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: Tap) -> list[Picture]:
     """LLaVA-NeXT-Video: frames of pooled patches; in LLaVA-OneVision with a newline at the end."""
     # Older versions give videos to the getter under the name that images have.
-    pixels = given.get("pixel_values_videos")
-    frames = int((given["pixel_values"] if pixels is None else pixels).shape[1])
+    pixels = words.VIDEO_PIXELS.of(given)
+    frames = int((words.PIXELS.at(given) if pixels is None else pixels).shape[1])
     found = []
     for n in lengths(output):
         # The grid of a frame is a square one; one token more is the newline.
@@ -301,11 +302,11 @@ def closed_video(core: PreTrainedModel, given: dict[str, Any], output: Output, t
 def by_grid(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: Tap) -> list[Picture]:
     """Qwen's: frames, rows and columns of patches are given, of which 2 x 2 make a token."""
     # Qwen 3 VL's getter of videos calls that of images, with the videos' grids.
-    grids = given.get("image_grid_thw")
+    grids = words.IMAGE_GRIDS.of(given)
     kind = "image"
-    if grids is None or given.get("pixel_values_videos") is not None:
-        grids, kind = given["video_grid_thw"], "video"
-    side, found = core.visual.spatial_merge_size, []
+    if grids is None or words.VIDEO_PIXELS.of(given) is not None:
+        grids, kind = words.VIDEO_GRIDS.at(given), "video"
+    side, found = words.JOINED.need(core.visual), []
     for i, (n, (t, h, w)) in enumerate(zip(lengths(output), grids.tolist(), strict=True)):
         frames = t if kind == "video" else None
         found.append(Picture(n, (Part(Span.line(0, n), (h // side, w // side), frames, tower=i),)))
@@ -314,16 +315,16 @@ def by_grid(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: T
 
 def by_size(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: Tap) -> list[Picture]:
     """Mistral 3's: images of any size, whose patches are joined to cells."""
-    side, found = core.config.vision_config.patch_size * core.config.spatial_merge_size, []
-    for n, (high, wide) in zip(lengths(output), torch.as_tensor(given["image_sizes"]).tolist(), strict=True):
+    side, found = words.PATCH.need(words.VISION.need(core.config)) * words.JOINED.need(core.config), []
+    for n, (high, wide) in zip(lengths(output), torch.as_tensor(words.SIZES.at(given)).tolist(), strict=True):
         found.append(Picture(n, (Part(Span.line(0, n), (high // side, wide // side)),)))
     return found
 
 
 def by_sample(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: Tap) -> list[Picture]:
     """Idefics3 and SmolVLM: all tiles of a sample together."""
-    vision = core.config.vision_config
-    size = (vision.image_size // vision.patch_size) ** 2 // core.config.scale_factor**2
+    vision = words.VISION.need(core.config)
+    size = (words.IMAGE.need(vision) // words.PATCH.need(vision)) ** 2 // words.SHRINK.need(core.config) ** 2
     found = []
     for n in lengths(output):
         parts = [Part(Span.line(i, size), square(size)) for i in range(0, n, size)]

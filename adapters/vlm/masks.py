@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tokred.adapters.contract import attention_of, cache_name, host_object
+from tokred.adapters.contract import arguments, attention_of, cache_name, host_object, words
 from tokred.adapters.kv.attention import PREFIX
 from tokred.adapters.kv.masks import MaskSpec
 from tokred.adapters.vlm.columns import Packed, own_sizes
@@ -111,12 +111,11 @@ class MaskMaker:
 
     def _built(self, x: Tensor, cache: Cache | None, layer: int, sliding: bool) -> Mask:
         make = host_object("sliding mask" if sliding else "causal mask")
+        given = {words.EMBEDS: x, words.ATTENTION_MASK: self.valid, words.LAYER_INDEX: layer}
         with own_sizes():
             return make(  # type: ignore[no-any-return]
                 config=self.config,
-                inputs_embeds=x,
-                attention_mask=self.valid,
-                layer_idx=layer,
+                **arguments(make, given),
                 **{cache_name(make): cache},
             )
 
@@ -128,15 +127,14 @@ def slid(forward: Forward, new: dict[str, Any]) -> Masks:
         forward: see :class:`tokred.adapters.vlm.forward.Forward`.
         new: the language model's arguments, with the masks that it would be given.
     """
-    config, window, mask = forward.settings.config, forward.settings.window, new.get("attention_mask")
+    config, window, mask = forward.settings.config, forward.settings.window, words.ATTENTION_MASK.of(new)
     assert window is not None  # there are sliding layers, see Forward.slides
     given = isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.ndim == 4)
     if not given:
         make = host_object("masks of generation")
         mask = make(
             config=config,
-            inputs_embeds=forward.embeds,
-            attention_mask=mask,
+            **arguments(make, {words.EMBEDS: forward.embeds, words.ATTENTION_MASK: mask}),
             **{cache_name(make): forward.cache},
         )
     places, q = forward.places(), forward.embeds.shape[1]
@@ -200,8 +198,8 @@ def check_kernel(config: PreTrainedConfig, mask: Masks) -> None:
     name = attention_of(config).removeprefix(PREFIX)
     if "flash" in name or not (mask is None or isinstance(mask, Tensor | dict)):
         raise ValueError(
-            f"attention {name!r} counts the window of sliding layers ({config.sliding_window} tokens, less than the "
-            "prompt) in the tokens that are left, which would let it reach too far back: load the model with "
+            f"attention {name!r} counts the window of sliding layers ({words.WINDOW.need(config)} tokens, less than "
+            "the prompt) in the tokens that are left, which would let it reach too far back: load the model with "
             "attn_implementation='sdpa' or 'eager'"
         )
 
@@ -214,7 +212,7 @@ def _all_seen(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _held(cache: Cache | None, layer: int, q: int) -> int:
     """Rows that the layer's attention sees of earlier forwards."""
-    layers = getattr(cache, "layers", [])
+    layers = words.LAYERS.part(cache, [])
     return int(layers[layer].get_mask_sizes(q)[0]) - q if layer < len(layers) else 0
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from tokred.adapters.contract import parameters_at_hand
+from tokred.adapters.contract import parameters_at_hand, words
 from tokred.adapters.swap import Standin
 from tokred.adapters.vlm.taps import Call, Record, Tap, in_flight
 from tokred.errors import BypassedError
@@ -62,7 +62,7 @@ class Getter(Standin):
         finally:
             in_flight.tap = before
         given = dict(zip(self.__signature__.parameters, args, strict=False)) | kwargs
-        if hasattr(output, "pooler_output"):
+        if words.FEATURES.on(output):
             record = self.describe(self.core, given, output, tap, self.modality)
             run = in_flight.core
             if run is not None and run.module is self.core:
@@ -76,8 +76,8 @@ def remember(core: nn.Module, modality: str, output: BaseModelOutputWithPooling,
     """Note what a feature getter gave; the last one of each thread is known by its values too."""
     if record is None:
         return
-    features = list(output.pooler_output)
-    for key in (output, output.pooler_output, *features[:1]):
+    features = list(words.FEATURES.need(output))
+    for key in (output, words.FEATURES.need(output), *features[:1]):
         if isinstance(key, Tensor) or key is output:
             _KNOWN[key] = record
     record.marks = marks(_entering(core, record, features), _dtype(core)) if features else None
@@ -105,8 +105,8 @@ def record_of(core: nn.Module, modality: str, output: BaseModelOutputWithPooling
         modality: of the features.
         output: what holds them, with ``pooler_output``.
     """
-    features = list(output.pooler_output)
-    for key in (output, output.pooler_output, *features[:1]):
+    features = list(words.FEATURES.need(output))
+    for key in (output, words.FEATURES.need(output), *features[:1]):
         if (isinstance(key, Tensor) or key is output) and key in _KNOWN:
             found: Record = _KNOWN[key]
             return found
@@ -154,7 +154,7 @@ def fill(settings: VisualSettings, core: PreTrainedModel, call: Call, given: dic
     Raises:
         BypassedError: there are visual tokens, or may be, that the methods cannot be told of.
     """
-    ids, embeds, outputs = given.get("input_ids"), given.get("inputs_embeds"), given.get("mm_encoder_outputs") or {}
+    ids, embeds, outputs = words.INPUT_IDS.of(given), words.EMBEDS.of(given), words.ENCODED.of(given) or {}
     for _, name in settings.facts.getters:
         token, output = getattr(core.config, f"{name}_token_id", None), outputs.get(name)
         if output is None and name not in call.records:

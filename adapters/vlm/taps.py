@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tokred.adapters.contract import arguments, words
 from tokred.adapters.encoder.block import split_heads
 from tokred.adapters.swap import Hook, host_class
 from tokred.adapters.vlm.layout import Picture
@@ -240,7 +241,7 @@ class TablesTap(Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tap = in_flight.tap
-        tables = kwargs.get("position_embeddings")
+        tables = words.TABLES.of(kwargs)
         if tap is not None and tables is not None:
             tap.fused = Fused(module, None, tables)
 
@@ -258,18 +259,18 @@ def last_attention(core: PreTrainedModel) -> Any:
     """The attention of the tower's last block, where it is of this kind and attends to whole frames; else None."""
     # Qwen 2.5's blocks attend within windows, all but some; windowed columns say nothing about the whole frame.
     tower = getattr(core, "visual", None)
-    blocks = getattr(tower, "blocks", None)
+    blocks = words.BLOCKS.part(tower)
     if not isinstance(blocks, nn.ModuleList) or not len(blocks):
         return None
-    attention = getattr(blocks[-1], "attn", None)
-    if attention is None or not hasattr(attention, "qkv") or _rotary(attention) is None:
+    attention = words.SELF.part(blocks[-1])
+    if attention is None or not words.TOGETHER.on(attention) or _rotary(attention) is None:
         return None
-    whole = getattr(tower, "fullatt_block_indexes", None)
+    whole = words.WHOLE_BLOCKS.part(tower)
     return attention if whole is None or len(blocks) - 1 in whole else None
 
 
 def _rotary(attention: Any) -> Any:
-    return getattr(sys.modules[host_class(attention).__module__], "apply_rotary_pos_emb_vision", None)
+    return words.TOWER_TURN.part(sys.modules[host_class(attention).__module__])
 
 
 def received(fused: Fused, tower: Any, grids: Tensor, picture: int) -> Tensor:
@@ -283,26 +284,23 @@ def received(fused: Fused, tower: Any, grids: Tensor, picture: int) -> Tensor:
     """
     attention, projected, tables = fused
     assert projected is not None  # the attention has run
-    unit = int(tower.spatial_merge_size) ** 2
+    unit = int(words.JOINED.need(tower)) ** 2
     sizes = grids.prod(1).tolist()
     start, count = sum(sizes[:picture]), sizes[picture]
     some = slice(start, start + count)
     frames = int(grids[picture, 0])
-    q, k, _ = projected[some].reshape(count, 3, attention.num_heads, -1).permute(1, 0, 2, 3).unbind(0)
+    q, k, _ = projected[some].reshape(count, 3, words.TOWER_HEADS.need(attention), -1).permute(1, 0, 2, 3).unbind(0)
     q, k = _rotary(attention)(q, k, tables[0][some], tables[1][some])
     q, k = (t.reshape(frames, count // frames, *t.shape[1:]).transpose(1, 2) for t in (q, k))
-    scores = Attention(q, k, scale=getattr(attention, "scaling", None)).columns()
+    scores = Attention(q, k, scale=words.SCALE.part(attention)).columns()
     scores = scores.transpose(0, 1).reshape(scores.shape[1], count // unit, unit).sum(-1)
-    if not hasattr(tower, "fullatt_block_indexes"):
+    if not words.WHOLE_BLOCKS.on(tower):
         return scores
     from transformers.vision_utils import get_vision_window_index
 
     # Patches run in the order of their windows.
-    order, _ = get_vision_window_index(
-        grids,
-        spatial_merge_size=tower.spatial_merge_size,
-        window_size=tower.window_size,
-        patch_size=tower.patch_size,
-    )
+    sides = {word: word.need(tower) for word in (words.JOINED, words.SIDE, words.PATCH)}
+    cells = arguments(get_vision_window_index, sides)
+    order, _ = get_vision_window_index(grids, **cells)
     places = order[start // unit : (start + count) // unit].to(scores.device) - start // unit
     return torch.empty_like(scores).index_copy(1, places, scores)

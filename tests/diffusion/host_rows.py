@@ -12,7 +12,7 @@ from torch import nn
 import tokred
 from tests.diffusion.tiny import MODELS, inputs, run
 from tokred import adapters
-from tokred.adapters.diffusion.rotary import TABLES
+from tokred.adapters.contract import words
 
 LABELS = {
     "unet": "Unconditional",
@@ -125,7 +125,7 @@ def _rotates(model: nn.Module, host: Any, given: dict[str, Any]) -> bool:
     def look(module: nn.Module, args: Any, kwargs: Any) -> None:
         names = tuple(inspect.signature(type(module).forward).parameters)[1:]
         all_given = {**dict(zip(names, args, strict=False)), **kwargs}
-        found.append(any(all_given.get(name) is not None for name in TABLES))
+        found.append(any(all_given.get(name) is not None for name in words.TURNS.names))
 
     modules = [module for part in host.parts for _, module, what in part.sublayers if what not in ("mlp", "parallel")]
     handles = [module.register_forward_pre_hook(look, with_kwargs=True) for module in modules]

@@ -163,7 +163,7 @@ def gone() -> list[str]:
     """Names of hosts that are not there any more, in words."""
     from tokred.adapters import contract
 
-    return [f"{row.library}: {row.role} ({row.spelling})" for row in contract.kept() if not row.found]
+    return [f"{row.library} {row.version}: {row.role} ({row.spelling})" for row in contract.kept() if not row.found]
 
 
 def _standing(row: Library) -> str:

@@ -1,15 +1,19 @@
 """``contract``: what tokred takes for granted about host libraries, in one place.
 
-Adapters ask for things by *role* (the cache that a forward was given, the function behind a wrapper), and this file
+Adapters ask for things by *role* (the cache that a forward was given, the function behind a wrapper), and this package
 says what the hosts call them, since which version and until when. Where a type or an annotation tells more than a name,
 it is asked first, so that the next renaming is found without a new release of tokred.
+
+Private names, objects that are imported and wrappers stand in this file; public names of arguments, fields and
+attributes are rows of :mod:`tokred.adapters.contract.words`. Tables of families are rows as well, but those of a wing:
+``vlm/families.py``, ``encoder/transformers_*.py``, the layouts of ``diffusion/host.py``, inputs of denoisers in
+``diffusion/survey.py`` and ``clips.py``, and the models of ``tiny``. They say which parts one host's class has.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -19,32 +23,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tokred.adapters.contract.spelling import Spelling as Spelling
+from tokred.adapters.contract.spelling import arguments as arguments
+from tokred.adapters.contract.spelling import look, spells
+from tokred.adapters.contract.words import WORDS
 from tokred.core import environment
 from tokred.core.versions import release
 from tokred.errors import UnsupportedModelError
 
-
-class Spelling(NamedTuple):
-    """One spelling of a host's name.
-
-    Attributes:
-        name: as the host writes it.
-        library: that writes it.
-        since, until: first and last version that do; empty: all that are supported.
-    """
-
-    name: str
-    library: str
-    since: str = ""
-    until: str = ""
-
-
+_FORWARD = "transformers.models.llama.modeling_llama:LlamaModel.forward"
 # The cache among the arguments of forwards, attention modules, mask functions and ``model_kwargs`` of ``generate``, and
 # among the fields of outputs. transformers 5.24 takes the older names until 5.40 and renames them itself.
 CACHE = (
-    Spelling("cache", "transformers", since="5.24"),
-    Spelling("past_key_values", "transformers", until="5.39"),
-    Spelling("layer_past", "transformers", until="5.39"),
+    Spelling("cache", "transformers", since="5.24", where=_FORWARD),
+    Spelling("past_key_values", "transformers", until="5.39", where=_FORWARD),
+    Spelling("layer_past", "transformers", until="5.39", where=_FORWARD),
 )
 CACHE_NAMES = tuple(s.name for s in CACHE)
 
@@ -272,7 +265,7 @@ _BY_ROLE = {name.role: name for name in NAMES}
 @functools.cache
 def find_object(role: str) -> Any:
     """The host's class, function or table of this role, imported when it is first asked for; None: it has none."""
-    return next((found for s in _BY_ROLE[role].spellings if (found := _look(s.name)) is not None), None)
+    return next((found for s in _BY_ROLE[role].spellings if (found := look(s.name)) is not None), None)
 
 
 def host_object(role: str) -> Any:
@@ -285,15 +278,6 @@ def host_object(role: str) -> Any:
     if found is None:
         raise UnsupportedModelError(_absent(_BY_ROLE[role]))
     return found
-
-
-def _look(path: str) -> Any:
-    module, _, attribute = path.removesuffix("()").partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute, None)
-    except ImportError:
-        return None
-    return found() if found is not None and path.endswith("()") else found
 
 
 def _absent(name: Name) -> str:
@@ -370,25 +354,34 @@ class Kept(NamedTuple):
         role: in our words.
         spelling: that was found, or all that were looked for.
         found: whether it is there.
+        version: of the library, as installed.
     """
 
     library: str
     role: str
     spelling: str
     found: bool
+    version: str = ""
 
 
 def kept() -> list[Kept]:
-    """Every name of :data:`NAMES` whose library is installed and old enough to have it, and whether it is there."""
+    """Every name of the contract whose library is installed and new enough to have it, and whether it is there."""
+    words = [(word.role, word.spellings, "") for word in WORDS.values()]
+    cache = [("cache of a forward", CACHE, "")]
     rows = []
-    for name in NAMES:
-        library = name.spellings[0].library
-        if importlib.util.find_spec(library) is None:
-            continue
-        there = [s.name for s in name.spellings if _has(name, s.name)]
-        rows.append(Kept(library, name.role, " or ".join(there or [s.name for s in name.spellings]), bool(there)))
+    for role, spellings, owner in [*((n.role, n.spellings, n.owner) for n in NAMES), *cache, *words]:
+        for library in dict.fromkeys(s.library for s in spellings):
+            if importlib.util.find_spec(library) is None:
+                continue
+            version = environment.version(environment.package(library))
+            due = [s for s in spellings if s.library == library and release(version) >= release(s.since or "0")]
+            there = [s.name for s in due if _has(s, owner)]
+            if due:
+                rows.append(Kept(library, role, " or ".join(there or [s.name for s in due]), bool(there), version))
     return rows
 
 
-def _has(name: Name, spelling: str) -> bool:
-    return hasattr(_look(name.owner), spelling) if name.owner else _look(spelling) is not None
+def _has(spelling: Spelling, owner: str) -> bool:
+    if spelling.where:
+        return spells(spelling.where, spelling.name)
+    return hasattr(look(owner), spelling.name) if owner else look(spelling.name) is not None
