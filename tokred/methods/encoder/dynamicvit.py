@@ -68,7 +68,8 @@ class DynamicViT(BlockMethod):
         if self.over not in ("image", "batch"):
             raise ValueError(f"over is {self.over!r}; allowed are 'image', 'batch'")
         if self.at is not None:
-            if not isinstance(self.at, Sequence) or isinstance(self.at, str):
+            given: object = self.at
+            if not isinstance(given, list | tuple):
                 raise TypeError(f"at must be a list of blocks, got {self.at!r}")
             at = list(self.at)
             if any(isinstance(i, bool) or not isinstance(i, int) or i < 1 for i in at) or sorted(set(at)) != at:
