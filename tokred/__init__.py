@@ -67,6 +67,7 @@ _LAZY = {
     "BlockMethod": "tokred.encoder.method:BlockMethod",
     "Place": "tokred.core.place:Place",
     "bench": "tokred.bench",
+    "benchmark": "tokred.bench.benchmark:benchmark",
     "choose_tsp_layer": "tokred.analysis.tsp_layer:choose_tsp_layer",
     "kv": "tokred.kv",
     "learn": "tokred.learn",

@@ -24,6 +24,7 @@ from tokred.api import (
     supports,
     trace,
 )
+from tokred.bench.benchmark import benchmark
 from tokred.core.method import Method, from_dict
 from tokred.core.place import Place
 from tokred.core.reduction import Reduction
@@ -223,6 +224,7 @@ __all__ = [
     "applied",
     "apply",
     "bench",
+    "benchmark",
     "choose_tsp_layer",
     "explain",
     "flops",

@@ -116,10 +116,10 @@ def at_cost(model: nn.Module, shape: Sequence[int], name: str, macs: int) -> Arm
         return arm(model, shape, name, **{parameter: step / STEPS if share else step})
 
     low, high = 1, STEPS if share else max(2, full.tokens[0] // 2)
-    return _nearest(build, low, high, macs)
+    return nearest(build, low, high, macs)
 
 
-def _nearest(build: Callable[[int], Arm], low: int, high: int, macs: int) -> Arm:
+def nearest(build: Callable[[int], Arm], low: int, high: int, macs: int) -> Arm:
     """Bisection of a cost that only rises or only falls with the step."""
     first, last = build(low), build(high)
     rising = last.macs >= first.macs

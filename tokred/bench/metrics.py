@@ -42,6 +42,14 @@ METRICS: dict[str, Metric] = {
     "top1_difference": Metric(
         "share", "of right answers, minus the unpatched model's on the same images", INTERVAL, "top1_images"
     ),
+    "top5": Metric("share", "of right answers among the five likeliest", INTERVAL),
+    "quality": Metric("score", "by the user's own metric, which `scored_by` names", INTERVAL),
+    "difference": Metric(
+        "score",
+        "of the quality that `scored_by` names, minus the unpatched model's on the same inputs; of perplexities the "
+        "ratio, minus one",
+        INTERVAL,
+    ),
     "chance": Metric("share", "of the largest class", "", "top1_images"),
     "agreement": Metric("share", "of the unpatched model's answers", INTERVAL, "images"),
     "exact": Metric("share", "of answers that are right word for word", INTERVAL, "images"),
@@ -125,5 +133,5 @@ METRICS: dict[str, Metric] = {
 CONDITIONS = (
     "asked", "length", "batch", "tokens", "stage", "case", "input", "size", "width", "depth", "full_depth",
     "tower_depth", "moments", "rows", "weights", "answered_by", "data", "photos", "keeps", "visual", "text",
-    "decides", "goal", "memory", "quarter", "difficulty", "fed",
+    "decides", "goal", "memory", "quarter", "difficulty", "fed", "scored_by",
 )  # fmt: skip
