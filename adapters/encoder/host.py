@@ -134,7 +134,9 @@ class EncoderHost(Host):
         name, block = self.blocks[0]
         heads = contract.heads_of(block)
         # What queries are made of; blocks that fuse their matrices begin with the one that makes them, too.
-        found = [(wide, any(part in _ATTENTION for part in path.split("."))) for path, wide, _ in matrices(block)]
+        found = [
+            (wide, any(part in words.IN_BLOCK.names for part in path.split("."))) for path, wide, _ in matrices(block)
+        ]
         wide = [width for width, inside in found if inside] or [width for width, _ in found]
         if heads is None or not wide:
             lacks = "how many heads its attention has" if heads is None else "how wide its tokens are"
