@@ -67,7 +67,7 @@ class Host(ABC):
         """
 
     def model_facts(self) -> Facts:
-        """What a method with weights builds its module from; asked of hosts that supply ``"module"``.
+        """Facts from which a method with weights builds its module; asked of hosts that supply ``"module"``.
 
         Raises:
             UnsupportedModelError: it cannot be told.

@@ -192,7 +192,7 @@ class Support(NamedTuple):
 
 
 def supports(model: nn.Module) -> list[Support]:
-    """For every method: does it run on this model, and if not, why.
+    """Every method with an answer: does it run on this model, and if not, why.
 
     Never raises for an unsupported model: the reason stands in every row.
     """
@@ -256,7 +256,7 @@ def modules(model: Any) -> dict[str, nn.Module]:
 
 
 def parameters(model: Any) -> Iterator[nn.Parameter]:
-    """What the methods on ``model`` learn, for an optimiser, beside ``model.parameters()``."""
+    """Parameters that the methods on ``model`` learn, for an optimiser, beside ``model.parameters()``."""
     for module in modules(model).values():
         yield from module.parameters()
 

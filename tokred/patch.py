@@ -192,7 +192,7 @@ def losses_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def entries_of(model: nn.Module) -> list[Entry]:
-    """What is to be saved of a patched model.
+    """Entries to save for a patched model.
 
     Raises:
         NothingRecordedError: it is not patched.

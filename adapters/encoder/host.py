@@ -118,7 +118,7 @@ class EncoderHost(Host):
 
     @property
     def offered(self) -> frozenset[str]:
-        """What sites and the way of running blocks hand over."""
+        """Names of everything that sites, and the way of running blocks, hand over."""
         found = self.supplies | self.recipe.supplies
         if self.pooled or self.full != "none":
             # What reads all tokens would read those that are only softly gone as well.
@@ -126,7 +126,7 @@ class EncoderHost(Host):
         return found
 
     def model_facts(self) -> Facts:
-        """What a method with weights builds its module from.
+        """Facts from which a method with weights builds its module.
 
         Raises:
             UnsupportedModelError: the number of heads or the width cannot be told.

@@ -1,4 +1,4 @@
-"""What a patched model's own class does otherwise than its host's: intermediate tokens come at full length, and what a
+"""The class of a patched model, where it differs from its host's: intermediate tokens come at full length, and what a
 method learns goes wherever the model goes."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where a language model may go on with fewer tokens: ``choose_tsp_layer``."""
+"""``choose_tsp_layer``: the layer after which a language model may go on with fewer tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tokred.methods.vlm.fastkv import FastKV, FastKVPropagation
 
 
 class LayerDistance(NamedTuple):
-    """How far the last hidden state moves when tokens leave after ``layer``: relative L2, mean over prompts."""
+    """Distance that the last hidden state moves when tokens leave after ``layer``: relative L2, mean over prompts."""
 
     layer: int
     distance: float

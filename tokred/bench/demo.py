@@ -113,7 +113,7 @@ def measure(
 
 
 def ticks(arms: Sequence[Arm], count: int, batch: int) -> int:
-    """How often :func:`measure` will call ``tick``."""
+    """Number of times that :func:`measure` will call ``tick``."""
     return len(arms) * (count // batch + 1)
 
 

@@ -144,7 +144,7 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float], dtype
 
 
 def fit_head(classes: Sequence[str], outputs: int) -> list[int] | None:
-    """Which output of a head each class is; None where they do not fit, so that a probe has to be trained.
+    """The output of a head that each class is; None where they do not fit, so that a probe has to be trained.
 
     Three kinds of names fit: as many classes as the head has outputs (in sorted order, as torchvision's ``ImageFolder``
     numbers them); indices; and WordNet ids for a head of 1,000 ImageNet classes.

@@ -57,7 +57,7 @@ class Subject:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Of one image, with a batch of one."""
+        """Shape of one image, with a batch of one."""
         return (1, self.channels, *self.size)
 
 

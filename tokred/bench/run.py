@@ -53,7 +53,7 @@ class Options:
 
 
 def supported(subject: Subject, names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Which of the methods run on the model, and for the others why not."""
+    """Methods that run on the model, and for the others why not."""
     from tokred import supports
 
     rows = {row.method: row for row in supports(subject.model)}
@@ -156,7 +156,7 @@ def quality(
 
 
 def _hits(task: Task, seen: _Read, fitted: probe.Probe | None) -> Tensor:
-    """Which test images are answered right, by the probe or else by the model's head."""
+    """Mask of the test images that are answered right, by the probe or else by the model's head."""
     assert task.test is not None  # asked for by the caller
     assert task.test.labels is not None
     if fitted is not None:

@@ -39,7 +39,7 @@ class Task:
 
     @property
     def kind(self) -> str:
-        """How top-1 comes about."""
+        """The way in which top-1 comes about."""
         if self.test is None:
             return ""
         return "head" if self.train is None else "linear probe"

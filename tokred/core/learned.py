@@ -1,4 +1,4 @@
-"""What a method with weights of its own is told of its host, is given at a site, and is loaded with."""
+"""Methods with weights of their own: the facts of the host, the module at a site, and weights to load."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Facts:
     suffix: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values."""
+        """Plain values, for JSON."""
         return asdict(self)
 
     def fits(self, other: Facts) -> bool:
-        """Whether weights for ``other`` are weights for this: same class, depth and width."""
+        """True if weights for ``other`` are weights for this: same class, depth and width."""
         return all(getattr(self, name) == getattr(other, name) for name in _FINGERPRINT)
 
     def __str__(self) -> str:
@@ -45,7 +45,7 @@ class Facts:
 
 
 class Weights(NamedTuple):
-    """What was learned for a method.
+    """Weights that were learned for a method.
 
     Attributes:
         tensors: ``state_dict`` of its module.
@@ -58,7 +58,7 @@ class Weights(NamedTuple):
 
 @dataclass
 class Learned:
-    """What a site hands to a method with weights, and takes from it.
+    """The module that a site hands to a method with weights, and the losses that it takes from it.
 
     Attributes:
         module: that the method made for this model. Its ``training`` flag is the model's: soft decisions, or hard ones.
@@ -73,5 +73,5 @@ class Learned:
 
     @property
     def training(self) -> bool:
-        """Whether decisions are soft."""
+        """True while decisions are soft."""
         return self.module is not None and self.module.training

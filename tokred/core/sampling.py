@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def lazily(site: Site, name: str, i: int, rows: Tensor) -> Callable[[], Tensor | None]:
-    """What ``site`` has, of some tokens of one sample."""
+    """Attributes of ``site`` for some tokens of one sample, made when they are read."""
 
     def value() -> Tensor | None:
         found = site._find(name)

@@ -52,7 +52,7 @@ class _Steps:
 
 
 def check_dropped(case: Case, batch: dict[str, Tensor]) -> None:
-    """After the prompt, rows that were evicted are rows that no query wants."""
+    """Evicted rows equal rows that no query attends to, after the prompt."""
     model = case.build()
     tokred.apply(model, "snapkv", budget=9, window=4, pool=3)
     ours, cache = generated(model, batch)

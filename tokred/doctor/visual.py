@@ -25,7 +25,7 @@ def counts(model: nn.Module) -> tuple[int, int]:
 
 
 def check_dropped(case: Case, batch: Batch) -> None:
-    """From the layer on where they left, tokens are keys that no query wants, in the prompt and in every step after."""
+    """Tokens that left equal keys that no query attends to, from their layer on, in the prompt and in later steps."""
     model = case.build()
     tokred.apply(model, case.reducing)
     ours, cache = generated(model, batch)

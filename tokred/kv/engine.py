@@ -175,7 +175,7 @@ class Engine:
         return prompt if before < prompt < after and not self.idle and self.probe is None else None
 
     def observe(self, layer: Layer, site: CacheSite, before: int) -> None:
-        """Everything that happens to a layer after its attention, in a forward that began at ``before`` slots."""
+        """Act on a layer after its attention, in a forward that began at ``before`` slots: note, score, evict."""
         if self.probe is not None:
             with without_autocast(site.q):
                 self.probe.see(site)
@@ -232,7 +232,7 @@ class Engine:
             self.ledger.claim(site)
 
     def begin(self) -> None:
-        """A forward begins: forget layers that wait since one that broke off."""
+        """Begin a forward: forget layers that have been waiting since one that broke off."""
         self._pending, self._waiting = {}, {}
         self.allocator.begin()
 
@@ -265,7 +265,7 @@ class Engine:
     # ------------------------------------------------------------------ the end of a forward
 
     def finish(self) -> None:
-        """The end of a forward: decide what could not be decided layer by layer."""
+        """End a forward: decide what could not be decided layer by layer."""
         pending, self._pending = self._pending, {}
         if not pending:
             return

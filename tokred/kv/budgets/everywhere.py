@@ -86,6 +86,7 @@ class Together(Allocator):
         self.budget = budget
 
     def after_layer(self, layer: Judged) -> Mapping[int, Grant]:
+        """No grants yet: layers compete, so all have to be known."""
         return {}
 
     def after_forward(self, layers: Sequence[Judged], streams: Streams) -> Mapping[int, Grant]:

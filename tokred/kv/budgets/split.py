@@ -61,6 +61,7 @@ class Split(Budget):
             raise ValueError(f"gates has {len(self.gates)} rows, but {depth} layers are compressed")
 
     def share(self, n: int, place: Place | None, layer: int, depth: int) -> int:
+        """Rows of the largest head."""
         if any(self.retrieves(layer)):
             return n
         return min(n, self.sinks + self.recent)

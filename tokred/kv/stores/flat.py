@@ -40,6 +40,7 @@ class Flat(Store):
         return FlatShelf(self.waste)
 
     def note_bytes(self, heads: int, width: int, *, uneven: bool) -> int:
+        """Bytes of the offsets at which the heads begin."""
         return 8 * (heads + 1) if uneven else 0
 
     def tight(self) -> Flat:

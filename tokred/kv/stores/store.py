@@ -144,7 +144,7 @@ class Shelf(ABC):
     @property
     @abstractmethod
     def samples(self) -> int:
-        """``B``; there are rows."""
+        """``B``, once there are rows."""
 
     def show(self) -> tuple[Tensor | Made, Tensor | Made]:
         """Keys and values as a site takes them; a :class:`Made` where they have to be made."""

@@ -90,7 +90,7 @@ class VidToMe(AttentionMethod):
         return place.length - gone
 
     def reduce(self, site: Site) -> Reduction:
-        """Pass after pass."""
+        """Merge over the frames, pass after pass."""
         site = self.site(site)
         b, length = site.shape
         place = site.place

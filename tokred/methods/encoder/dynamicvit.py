@@ -68,6 +68,9 @@ class DynamicViT(BlockMethod):
         if self.over not in ("image", "batch"):
             raise ValueError(f"over is {self.over!r}; allowed are 'image', 'batch'")
         if self.at is not None:
+            given: object = self.at
+            if not isinstance(given, list | tuple):
+                raise TypeError(f"at must be a list of blocks, got {self.at!r}")
             at = list(self.at)
             if any(isinstance(i, bool) or not isinstance(i, int) or i < 1 for i in at) or sorted(set(at)) != at:
                 raise ValueError(f"at must be rising numbers of blocks, the first at least 1, got {self.at!r}")
@@ -166,7 +169,7 @@ class Predictors(nn.Module):
         self.stages = nn.ModuleList(Predictor(width) for _ in range(stages))
 
     def forward(self, stage: int, x: Tensor, previous: Tensor) -> Tensor:
-        """What the predictor of one stage says, see :class:`Predictor`."""
+        """Log-probabilities from the predictor of one stage, see :class:`Predictor`."""
         said: Tensor = self.stages[stage](x, previous)
         return said
 

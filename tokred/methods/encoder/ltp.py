@@ -223,7 +223,7 @@ def base_threshold(theta_final: float, layer: int, depth: int) -> float:
 
 
 def soft_mask(score: Tensor, theta: float | Tensor, temperature: float) -> Tensor:
-    """What tokens are multiplied by while thresholds are learned: ``sigmoid((score - theta) / temperature)``, float32.
+    """Factors of the tokens while thresholds are learned: ``sigmoid((score - theta) / temperature)``, float32.
 
     Source: Kim et al., KDD 2022, section 3.3.
     """

@@ -52,6 +52,7 @@ class Expected(Score):
         check_count(self.sinks, "sinks")
 
     def note_bytes(self, heads: int, width: int) -> int:
+        """Bytes of the statistics."""
         return 4 * (1 + heads * width * (1 + width))
 
     def observe(self, site: CacheSite) -> None:

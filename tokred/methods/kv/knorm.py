@@ -23,7 +23,6 @@ class KeyNorm(Score):
     name: ClassVar[str] = "key_norm"
 
     def __call__(self, site: CacheSite) -> Tensor:
-        """``-|k|``."""
         length: Tensor = site.k.float().norm(dim=-1)
         return -length
 

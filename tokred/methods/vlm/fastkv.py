@@ -1,5 +1,4 @@
-"""FastKV: later layers of a language model run on the prompt's critical tokens alone, and every layer's cache is
-compressed besides."""
+"""FastKV: later layers run on the prompt's critical tokens alone, and every layer's cache is compressed besides."""
 
 from __future__ import annotations
 

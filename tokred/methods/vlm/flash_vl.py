@@ -54,6 +54,7 @@ class FlashVL(ProjectorMethod):
 
     @property
     def frames_of_a_cell(self) -> int:
+        """One frame: each frame of a video is an image."""
         return 1
 
     def count(self, n: int) -> int:

@@ -156,7 +156,7 @@ class SAINTVisual(Budgeted):
         return (self.layer,)
 
     def choose(self, site: VisualSite) -> Reduction:
-        """Thin the graph."""
+        """Drop visual tokens that have many near-copies."""
         keys = site.layer_heads(self.layer)[1][:, :, site.prefix :]
         return SAINT(form="full", M=self.count(site.shape[1]), q=self.q).reduce(Site(k=keys.float()))
 

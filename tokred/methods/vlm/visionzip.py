@@ -85,7 +85,7 @@ class VisionZip(Budgeted):
         return total - contextual - (self.cls == "count"), contextual
 
     def count(self, n: int) -> int:
-        """Dominant and contextual tokens."""
+        """Number of dominant and contextual tokens together."""
         total = count_of(self.budget, n)
         return n if total == n else max(1, sum(self.split(total)))
 

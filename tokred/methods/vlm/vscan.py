@@ -148,7 +148,7 @@ class VScanLayer(LayerMethod):
         return count_of(self.budget, n) if place.layer == here else n
 
     def choose(self, site: LayerSite) -> Reduction:
-        """Keep the highest scores."""
+        """Keep the visual tokens with the highest scores."""
         counts = tuple(count_of(self.budget, n) for n in site.counts)
         return site.keep_visual(site.best_visual(site.row_scores(1, of="own"), counts), counts)
 

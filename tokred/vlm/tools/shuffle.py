@@ -89,7 +89,7 @@ class FlashConnector(nn.Module):
         self.layers = nn.Sequential(nn.Linear(wide, width), nn.GELU(), nn.Linear(width, width))
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """``(B, N, C)`` to ``(B, N / s^2, width)``."""
+        """Tokens ``(B, N, C)`` to ``(B, N / s^2, width)``."""
         out: Tensor = self.layers(self.norm(pixel_shuffle(x, grid, self.s, self.layout)))
         return out
 
@@ -98,7 +98,6 @@ class SquaredReLU(nn.Module):
     """The square of what is positive."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Elementwise."""
         return x.relu().square()
 
 
