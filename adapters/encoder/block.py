@@ -291,7 +291,7 @@ def _unmoved(state: TokenState) -> TokenState:
 
 def _check_traced(name: str, module: nn.Module) -> None:
     # Weights outside of the model are constants of a trace, which may not need gradients; torch prints them all.
-    tracing: bool = torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
     if tracing and any(p.requires_grad for p in module.parameters()):
         raise UnsupportedModelError(
             f"torch.jit.trace cannot hold the weights of {name!r} while they learn: use torch.export, or freeze them "
