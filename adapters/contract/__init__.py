@@ -42,25 +42,6 @@ CACHE = (
 CACHE_NAMES = tuple(s.name for s in CACHE)
 
 
-# The number of query heads, among the attributes of attention modules or of their ``config``.
-HEADS = (
-    Spelling("num_heads", "timm, torch, open_clip, transformers"),
-    Spelling("num_attention_heads", "transformers"),
-    Spelling("n_heads", "transformers (DistilBERT)"),
-)
-
-
-def heads_of(block: nn.Module) -> int | None:
-    """Query heads of the first attention inside ``block`` that says; None: none does."""
-    for module in block.modules():
-        for holder in (module, getattr(module, "config", None)):
-            for spelling in HEADS:
-                found = getattr(holder, spelling.name, None)
-                if isinstance(found, int):
-                    return found
-    return None
-
-
 # What forwards of language models without keys and values call their state.
 STATE_NAMES = ("cache_params", "state", "mems")
 

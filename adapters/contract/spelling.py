@@ -101,7 +101,7 @@ class Word:
         return default
 
     def need(self, owner: Any) -> Any:
-        """The same where it is known to be there.
+        """Attribute of an object that is known to have it.
 
         Raises:
             AttributeError: it is not, with the names that were looked for.
@@ -112,11 +112,11 @@ class Word:
         return found
 
     def among(self, names: Container[str]) -> bool:
-        """Whether some names (of arguments) have one of these."""
+        """True if some names (of arguments) have one of these."""
         return any(name in names for name in self.names)
 
     def on(self, owner: Any) -> bool:
-        """Whether an object has the attribute."""
+        """True if an object has the attribute."""
         return self.part(owner, _MISSING) is not _MISSING
 
 
@@ -133,7 +133,7 @@ def parameters(function: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def look(path: str) -> Any:
-    """What stands at ``module:attribute`` (``()`` behind it: what that makes), or the module; None: nothing does."""
+    """Object at ``module:attribute`` (``()`` behind it: what that makes), or the module; None: nothing does."""
     module, _, attribute = path.removesuffix("()").partition(":")
     try:
         found = importlib.import_module(module)
@@ -145,7 +145,7 @@ def look(path: str) -> Any:
 
 
 def spells(path: str, name: str) -> bool:
-    """Whether the code of a host's class or function (its parameters, attributes, fields, strings) spells a name."""
+    """True if the code of a host's class or function (its parameters, attributes, fields, strings) spells a name."""
     found = look(path)
     return found is not None and name in _spelled(found)
 

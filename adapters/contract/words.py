@@ -229,6 +229,12 @@ TEXT = _word("configuration of the text", "text_config T llava:LlavaConfig")
 VISION = _word("configuration of the tower", "vision_config T llava:LlavaConfig")
 DEPTH = _word("layers of a model", "num_hidden_layers T llama:LlamaConfig")
 WIDTH = _word("width of a model", "hidden_size T llama:LlamaConfig")
+QUERY_HEADS = _word(
+    "query heads of an attention or its configuration",
+    "num_heads M eva:EvaAttention",
+    "num_attention_heads T vit:ViTConfig",
+    "n_heads T distilbert:DistilBertConfig",
+)
 HEADS = _word("heads of a model", "num_attention_heads T llama:LlamaConfig")
 KINDS = _word("kinds of layers of a configuration", "layer_types T gemma3:Gemma3TextConfig")
 OLDER_KINDS = _word("kinds of blocks of a configuration", "layers_block_type T recurrent_gemma:RecurrentGemmaConfig")

@@ -289,12 +289,24 @@ def _unmoved(state: TokenState) -> TokenState:
     return state if moved else replace(state, mask=None, lengths=None)
 
 
+def _check_traced(name: str, module: nn.Module) -> None:
+    # Weights outside of the model are constants of a trace, which may not need gradients; torch prints them all.
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
+    if tracing and any(p.requires_grad for p in module.parameters()):
+        raise UnsupportedModelError(
+            f"torch.jit.trace cannot hold the weights of {name!r} while they learn: use torch.export, or freeze them "
+            "first with `for p in tokred.parameters(model): p.requires_grad_(False)`"
+        )
+
+
 def decide(settings: Settings, capture: Capture, state: TokenState, x: Tensor) -> tuple[Reduction, TokenState]:
     """The method's reduction at this block, and the state with what the method keeps for later blocks."""
     shared, hidden = settings.shared, capture.hidden
     if capture.causal:
         raise UnsupportedModelError("causal attention cannot carry fewer tokens: their order is not kept")
     learned = Learned(shared.module, state.gate)
+    if shared.module is not None:
+        _check_traced(shared.method.name, shared.module)
     if learned.training and hidden is not None:
         raise UnsupportedModelError(f"{shared.method.name!r} cannot learn on these inputs: {PADDED}")
     tapped = settings.tap.take() if settings.tap is not None else None

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from tokred.adapters import contract
 from tokred.adapters.changes import Changes, states_in
 from tokred.adapters.contract import words
 from tokred.adapters.encoder.block import KeyTap, Recipe, Settings
@@ -132,7 +131,8 @@ class EncoderHost(Host):
             UnsupportedModelError: the number of heads or the width cannot be told.
         """
         name, block = self.blocks[0]
-        heads = contract.heads_of(block)
+        holders = (h for module in block.modules() for h in (module, getattr(module, "config", None)))
+        heads = next((h for h in map(words.QUERY_HEADS.part, holders) if isinstance(h, int)), None)
         # What queries are made of; blocks that fuse their matrices begin with the one that makes them, too.
         found = [
             (wide, any(part in words.IN_BLOCK.names for part in path.split("."))) for path, wide, _ in matrices(block)

@@ -24,6 +24,12 @@ def test_a_trace_runs_and_trains_on_other_images(case):
     model = tokred.apply(build("vit"), case.partition("-")[0], **METHODS[case])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, that lengths become numbers
+        learned = list(tokred.parameters(model))
+        if learned:
+            with pytest.raises(tokred.UnsupportedModelError, match=r"torch\.export, or freeze them"):
+                torch.jit.trace(model, images())
+        for p in learned:
+            p.requires_grad_(False)
         # The gradients are on here, and off in the trace's own check of itself.
         traced = torch.jit.trace(model, images())
     for x in (images(), others()):
