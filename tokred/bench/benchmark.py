@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from tokred.core.method import Method
 from tokred.errors import NothingRemovedWarning, UnsupportedModelError
 
 SCENARIO = "benchmark"
+STATUS = Path("/proc/self/status")
 USUAL = {"block": "agreement", "cache": "perplexity"}
 # Columns that bear the names of a record's fields.
 MEASURED = (
@@ -139,7 +140,7 @@ def _path(out: Path) -> Path:
 
 def _check_memory() -> None:
     """Peak memory is read from the system, or by psutil where it has no /proc."""
-    if Path("/proc/self/status").exists():
+    if STATUS.exists():
         return
     try:
         import psutil  # noqa: F401
@@ -214,14 +215,12 @@ class _Run:
         base = Entry(BASE, "")
         try:
             with torch.inference_mode():
-                self.feed.run(self.model, self.batches.first)
+                output = self.feed.run(self.model, self.batches.first)
         except Exception as error:
             error.add_note("tokred: this is the unpatched model on the first batch of data")
             raise
+        self.score(output, self.batches.first, output)  # a metric that does not fit is found before any row
         with _telling(progress, self.score) as (total, tell):
-            # The unpatched model comes first, so that a metric that does not fit is found before anything else.
-            total(1 + len(wanted))
-            found = [tell(base, self._record(base, {}))]
             costs: list[tuple[Entry, Cost]] = []
             refused: dict[str, str] = {}
             for one in wanted:
@@ -232,6 +231,7 @@ class _Run:
             more = of_equal_work(self.stage, costs, self._cost_of) if baselines else []
             total(1 + len(wanted) + len(more))
             known = {one.label: cost for one, cost in costs}
+            found = [tell(base, self._record(base, _of_all(costs[0][1]) if costs else {}))]
             for one in (*wanted, *more):
                 found.append(tell(one, self._tried(one, known.get(one.label), refused.get(one.label))))
         return found
@@ -326,6 +326,14 @@ class _Run:
         return record | results.spread("speedup", timing.ratios(seconds)[-1])
 
 
+def _of_all(cost: Cost) -> Cost:
+    """The cost of the unpatched model, which every report tells beside that of its method."""
+    if "gmacs" in cost:
+        gmacs = cost["gmacs"] / cost["gmacs_share"]
+        return {"tokens_in": cost["tokens_in"], "tokens_out": cost["tokens_in"], "gmacs": gmacs, "gmacs_share": 1.0}
+    return {"bytes": cost["dense_bytes"], "dense_bytes": cost["dense_bytes"]}
+
+
 def _reason(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
@@ -342,29 +350,29 @@ def _row(one: Entry, record: dict[str, Any], score: Scorer) -> dict[str, Any]:
 
 
 @contextmanager
-def _telling(progress: bool, score: Scorer) -> Iterator[tuple[Any, Any]]:
+def _telling(progress: bool, score: Scorer) -> Iterator[tuple[Callable[[int], None], Callable[..., dict[str, Any]]]]:
     """Two functions: one says how many rows there will be, the other turns a record into a row and tells of it."""
-    count, bar = [0, 0], None
-    stack: AbstractContextManager[Any] = nullcontext()
+    count = [0, 0]
+    shown: Any = None
     if progress and sys.stderr.isatty():
         with suppress(ImportError):  # without rich, lines
             from rich.console import Console
             from rich.progress import Progress
 
-            stack = bar = Progress(console=Console(stderr=True), transient=True)
-    with stack:
-        task = None if bar is None else bar.add_task("unpatched", total=None)
+            shown = Progress(console=Console(stderr=True), transient=True)
+    with nullcontext() if shown is None else shown:
+        task = None if shown is None else shown.add_task("unpatched", total=None)
 
         def total(rows: int) -> None:
             count[1] = rows
-            if bar is not None:
-                bar.update(task, total=rows)
+            if shown is not None:
+                shown.update(task, total=rows)
 
         def tell(one: Entry, record: dict[str, Any]) -> dict[str, Any]:
             count[0] += 1
             row = _row(one, record, score)
-            if bar is not None:
-                bar.update(task, advance=1, description=one.label)
+            if shown is not None:
+                shown.update(task, advance=1, description=one.label)
             elif progress:
                 says = f"not measured: {row['reason']}"
                 if not row["reason"]:

@@ -68,7 +68,7 @@ def _typed(method: Method, name: str, value: Any) -> Any:
     if dataclasses.is_dataclass(value) and len(inside := dataclasses.fields(value)) == 1:
         raw = getattr(value, inside[0].name)
         with contextlib.suppress(TypeError, ValueError):
-            if dataclasses.replace(method, **{name: raw}) == method:
+            if dataclasses.replace(method, **{name: raw}) == method:  # type: ignore[type-var]
                 return raw
     return value
 
@@ -131,6 +131,7 @@ def of_equal_work(stage: str, found: Sequence[tuple[Entry, Cost]], probe: Probe)
     """
     made: dict[str, Entry] = {}
     done: list[tuple[str, float]] = []
+    met: set[tuple[str, float]] = set()
     for one, cost in found:
         share = work(cost)
         if one.baseline or share is None or share >= 1:
@@ -141,7 +142,10 @@ def of_equal_work(stage: str, found: Sequence[tuple[Entry, Cost]], probe: Probe)
             if any(name == other and abs(share - at) < SAME for other, at in done):
                 continue
             done.append((name, share))
-            chosen = _matched(name, cost, probe) if stage == "block" else _budget(name, share)
+            chosen, at = _matched(name, cost, probe) if stage == "block" else (_budget(name, share), share)
+            if (name, at) in met:  # a coarse grid has few sizes: one may be the nearest to several amounts of work
+                continue
+            met.add((name, at))
             made[chosen.label] = chosen
     present = {one.label for one, _ in found}
     return [one for label, one in made.items() if label not in present]
@@ -152,8 +156,8 @@ def _budget(name: str, share: float) -> Entry:
     return Entry(name, written(method), (method,), True)
 
 
-def _matched(name: str, target: Cost, probe: Probe) -> Entry:
-    """The setting of a baseline whose measured work comes nearest."""
+def _matched(name: str, target: Cost, probe: Probe) -> tuple[Entry, float]:
+    """The setting of a baseline whose measured work comes nearest, and that work."""
     parameter, share = knob(name)
     macs = round(1e9 * target["gmacs"])
 
@@ -162,9 +166,10 @@ def _matched(name: str, target: Cost, probe: Probe) -> Entry:
         return Arm(name, "", method, macs=round(1e9 * probe(method)["gmacs"]))
 
     try:
-        method = nearest(build, 1, STEPS - 1 if share else max(2, int(target["tokens_in"]) // 2), macs).method
+        found = nearest(build, 1, STEPS - 1 if share else max(2, int(target["tokens_in"]) // 2), macs)
+        method, at = found.method, float(found.macs)
     except (TypeError, ValueError):
         # No grid, say: it does not fit the model, and its row, which will fail like this one, says why.
-        method = api.make(name, **registered.get(name).example)
+        method, at = api.make(name, **registered.get(name).example), 0.0
     assert method is not None
-    return Entry(name, written(method), (method,), True)
+    return Entry(name, written(method), (method,), True), at

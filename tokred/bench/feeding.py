@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from tokred import api
+from tokred import adapters, api
+from tokred.adapters.contract import cache_argument, cache_name
 from tokred.bench.scoring import LABELS
 
 HELD = 2**28  # bytes of batches that are kept in memory, rather than read again for each row
@@ -66,6 +67,7 @@ class Batches:
     Attributes:
         count: how many there are.
         first: the first one, on the device.
+        batch: the one that :meth:`seek` made ready.
         prints: the fingerprint of each.
 
     Raises:
@@ -92,17 +94,21 @@ class Batches:
             raise ValueError("data yields no batch: the loader is empty")
         self.count = len(self.prints)
         self._held = held
-        self._at, self._source, self._batch = -1, iter(()), None
+        self._at = -1
+        self._source: Iterator[Any] = iter(())
+        self.batch: Any = None
 
     def _read(self) -> Iterator[Any]:
         generator = getattr(self._data, "generator", None)
-        state = generator.get_state() if isinstance(generator, torch.Generator) else None
+        state = None
+        if isinstance(generator, torch.Generator):
+            state = generator.get_state()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
             # A loader draws its order when the first batch is asked for.
             source = iter(self._data)
             ahead = next(source, None)
-        if state is not None:
+        if isinstance(generator, torch.Generator) and state is not None:
             generator.set_state(state)
         if ahead is not None:
             yield self._prepare(ahead)
@@ -111,7 +117,7 @@ class Batches:
 
     def restart(self) -> None:
         """Begin with the first batch again."""
-        self._at, self._batch = -1, None
+        self._at, self.batch = -1, None
 
     def seek(self, index: int) -> None:
         """Have batch ``index`` ready; indices beyond the last begin again with the first.
@@ -122,7 +128,7 @@ class Batches:
         while self._at < index:
             self._at += 1
             i = self._at % self.count
-            self._batch = moved(self._held[i] if self._held is not None else self._next(i), self._device)
+            self.batch = moved(self._held[i] if self._held is not None else self._next(i), self._device)
 
     def _next(self, i: int) -> Any:
         try:
@@ -139,10 +145,6 @@ class Batches:
                 "give list(data), or a loader that draws its order from torch and changes no sample at random"
             )
         return batch
-
-    @property
-    def batch(self) -> Any:
-        return self._batch
 
 
 class Feed(Protocol):
@@ -256,9 +258,15 @@ class Chunks:
             given["position_ids"] = (mask[:, :end].cumsum(1) - 1).clamp(min=0)[:, start:]
         if start == 0:
             given["logits_to_keep"] = 1  # of a prompt no logits are scored, and all of them may not fit
-        out = model(input_ids=ids[:, start:end], past_key_values=cache, use_cache=True, **given)
+        given[_cache_name(model)] = cache
+        out = model(input_ids=ids[:, start:end], use_cache=True, **given)
         logits: Tensor = out.logits
         return logits
+
+
+def _cache_name(model: nn.Module) -> str:
+    """Argument that takes the cache: of the model's own forward, else (``**kwargs``) of the one that it hands it to."""
+    return cache_argument(model.forward) or cache_name(type(adapters.find(model, "cache").model).forward)
 
 
 FEEDS: dict[str, Callable[[], Feed]] = {"block": Forward, "cache": Chunks}

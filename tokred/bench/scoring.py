@@ -255,7 +255,7 @@ class Tally:
         if metric.log:
             quality = Estimate(*(None if v is None else math.exp(v) for v in quality))  # type: ignore[arg-type]
             difference = Estimate(*(None if v is None else math.expm1(v) for v in difference))  # type: ignore[arg-type]
-        found = {f"{metric.field}_count": len(self.values), "difference_count": len(self.values)}
+        found: dict[str, float] = {f"{metric.field}_count": len(self.values), "difference_count": len(self.values)}
         for name, one in ((metric.field, quality), ("difference", difference)):
             ends = {name: one.value, f"{name}_low": one.low, f"{name}_high": one.high}
             found |= {k: v for k, v in ends.items() if v is not None}

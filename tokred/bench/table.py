@@ -106,6 +106,7 @@ class Benchmark:
         return f"{text} ({self.metric}, {len(known)} compared on {count} samples)."
 
     def _rival(self, row: dict[str, Any]) -> dict[str, Any] | None:
+        """The best random choice at equal work."""
         if row["baseline"] or row["work"] is None or row["method"] == BASE:
             return None
         near = [
@@ -113,7 +114,8 @@ class Benchmark:
             for r in self.measured
             if r["method"] in RANDOM and r["work"] is not None and abs(r["work"] - row["work"]) <= NEAR
         ]
-        return min(near, key=lambda r: abs(r["work"] - row["work"]), default=None)
+        sign = -1 if self.better == "lower" else 1
+        return max(near, key=lambda r: sign * r["difference"], default=None)
 
     def _gain(self, row: dict[str, Any], rival: dict[str, Any]) -> tuple[float, float] | None:
         """How much better a row is than another, and its standard error, as if the samples were not the same."""
