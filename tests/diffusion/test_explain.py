@@ -108,7 +108,7 @@ def test_pipelines_count_pixels():
 
     pipe = stable_diffusion()
     assert tokred.explain(pipe, "todo", (32, 48)).size == (16, 24)
-    with pytest.raises(ValueError, match="height and width must be an integer of at least 2"):
+    with pytest.raises(ValueError, match="height and width must be at least 2"):
         tokred.explain(pipe, "todo", 1)
 
 
