@@ -149,7 +149,7 @@ def _check_memory() -> None:
 
 
 def _name(model: nn.Module) -> str:
-    """What the model's configuration calls it, or else its class."""
+    """The model's name by its configuration, or else its class."""
     config = getattr(model, "config", None)
     found = getattr(config, "name_or_path", "") or getattr(model, "pretrained_cfg", {}).get("architecture", "")
     return str(found or type(model).__name__)
@@ -261,7 +261,7 @@ class _Run:
         return self._cost(Entry(method.name, "", (method,)))
 
     def _cost(self, one: Entry) -> Cost:
-        """What the method keeps of the first batch, by its report.
+        """The tokens, work or bytes that the method keeps of the first batch, by its report.
 
         Raises:
             Exception: whatever the method, or the model with it, refuses by.

@@ -74,7 +74,7 @@ def _typed(method: Method, name: str, value: Any) -> Any:
 
 
 def entry(given: Any) -> Entry:
-    """What the user names: a setting as text, a method object, or a list of these that act together.
+    """A row of what the user names: a setting as text, a method object, or a list of these that act together.
 
     Raises:
         UnknownMethodError, TypeError, ValueError: there is no such method, or a parameter does not fit.
@@ -168,7 +168,7 @@ def _matched(name: str, target: Cost, probe: Probe) -> tuple[Entry, float]:
     try:
         found = nearest(build, 1, STEPS - 1 if share else max(2, int(target["tokens_in"]) // 2), macs)
         method, at = found.method, float(found.macs)
-    except (TypeError, ValueError):
+    except Exception:
         # No grid, say: it does not fit the model, and its row, which will fail like this one, says why.
         method, at = api.make(name, **registered.get(name).example), 0.0
     assert method is not None
