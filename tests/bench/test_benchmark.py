@@ -162,6 +162,15 @@ def test_perplexity_of_the_unpatched_model_is_that_of_one_forward():
     assert random["work"] == pytest.approx(row["work"], abs=0.05)
 
 
+def test_baselines_hold_as_many_bytes_where_some_layers_slide():
+    """Their windows hold what they hold, so that budgets alone are no equal bytes."""
+    rows = named(quick(kv.build("gemma3"), "snapkv budget=0.4 window=4", [kv.prompt(64)], "agreement"))
+    own = rows.pop("snapkv budget=0.4 window=4")
+    rivals = [row for row in rows.values() if row["baseline"]]
+    assert [row["method"] for row in rivals] == ["random_evict", "streaming_llm"]
+    assert all(row["work"] == pytest.approx(own["work"], abs=0.03) for row in rivals)
+
+
 @pytest.mark.parametrize("method", ["knorm budget=0.5", "h2o budget=0.5"])
 def test_padding_on_the_left_changes_nothing(method):
     """A padded batch has the values of its texts; the policies choose among real rows."""
@@ -431,7 +440,10 @@ def test_intervals():
     assert same == pytest.approx((0, -half, half)), "no disagreement among twenty proves little"
     values = scoring.estimate([1.0, 2.0, 3.0, 6.0], [1.0] * 4)
     error = torch.tensor([1.0, 2.0, 3.0, 6.0]).std().item() / 2
-    assert values == pytest.approx((3.0, 3 - results.NORMAL * error, 3 + results.NORMAL * error))
+    assert values == pytest.approx((3.0, 3 - 3.182 * error, 3 + 3.182 * error)), "Student's t of three degrees"
+    assert [scoring.student(n) for n in (1, 31, 10**6)] == pytest.approx([12.706, 2.0395, 1.96], rel=2e-3)
+    share = Tally([1.0, 0.5], [1.0, 1.0], [1.0, 1.0]).record(Scorer("agreement", "higher"))
+    assert (share["agreement_low"], share["agreement_high"], share["difference_low"]) == (0, 1, -1)
     assert scoring.estimate([0.3], [4.0]) == (0.3, None, None)
     assert scoring.estimate([1.0, 4.0], [3.0, 1.0]).value == 1.75
     tally = Tally([math.log(11), math.log(22)], [math.log(10), math.log(20)], [5.0, 5.0])
@@ -446,6 +458,7 @@ def table(*rows: tuple, better: str = "higher", metric: str = "top1") -> Benchma
     for name, baseline, work, difference, half, speed in rows:
         row = dict.fromkeys(COLUMNS) | {"method": name, "setting": "", "baseline": baseline, "work": work}
         row |= {"quality": 0.8 + difference, "difference": difference, "speedup": speed, "samples": 500}
+        row |= {"tokens_in": 197, "tokens_out": 50}
         row |= {"difference_low": difference - half, "difference_high": difference + half, "reason": ""}
         made.append(row)
     return Benchmark(made, "model", "block", metric, better)
@@ -510,6 +523,12 @@ def test_the_result_in_all_forms(tmp_path):
     assert len(frame) == len(found.rows)
     path = found.plot(tmp_path / "new" / "plot.png")
     assert path.stat().st_size > 5000
+
+
+def test_tiny_differences_fit_a_line():
+    text = str(table(BASE_ROW, ("a_method_of_a_rather_long_name", False, 0.6, -9.1e-10, 5.13e-10, 1.5), metric="own"))
+    assert max(map(len, text.splitlines())) <= WIDTH
+    assert "-9.1e-10 ± 5e-10" in text
 
 
 def test_progress_is_a_line_a_row_where_it_is_piped(capsys):

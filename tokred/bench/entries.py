@@ -142,7 +142,7 @@ def of_equal_work(stage: str, found: Sequence[tuple[Entry, Cost]], probe: Probe)
             if any(name == other and abs(share - at) < SAME for other, at in done):
                 continue
             done.append((name, share))
-            chosen, at = _matched(name, cost, probe) if stage == "block" else (_budget(name, share), share)
+            chosen, at = _matched(name, cost, probe) if stage == "block" else _budget(name, share, probe)
             if (name, at) in met:  # a coarse grid has few sizes: one may be the nearest to several amounts of work
                 continue
             met.add((name, at))
@@ -151,9 +151,19 @@ def of_equal_work(stage: str, found: Sequence[tuple[Entry, Cost]], probe: Probe)
     return [one for label, one in made.items() if label not in present]
 
 
-def _budget(name: str, share: float) -> Entry:
-    method = api.make(name, budget=max(0.001, round(share, 3)))
-    return Entry(name, written(method), (method,), True)
+def _budget(name: str, share: float, probe: Probe) -> tuple[Entry, float]:
+    """The budget at which a policy's cache has this share of the bytes, and that share."""
+    method = api.make(name, budget=_rounded(share))
+    held = work(probe(method)) or 0.0
+    if abs(held - share) > SAME / 2 and held < 1 and share < 1:
+        # Layers of a sliding window hold what they hold, whatever the budget: the rest goes in proportion.
+        method = api.make(name, budget=_rounded(1 - (1 - share) * (1 - share) / (1 - held)))
+        held = work(probe(method)) or 0.0
+    return Entry(name, written(method), (method,), True), held
+
+
+def _rounded(share: float) -> float:
+    return min(1.0, max(0.001, round(share, 3)))
 
 
 def _matched(name: str, target: Cost, probe: Probe) -> tuple[Entry, float]:

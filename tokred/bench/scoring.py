@@ -122,6 +122,19 @@ class Estimate(NamedTuple):
     high: float | None
 
 
+# Student's t at 97.5 %, for 1, 2, ... degrees of freedom.
+_STUDENT = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+    2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+
+
+def student(freedom: int) -> float:
+    """Half of a 95 % interval in standard errors, when these come from few values themselves."""
+    # Beyond the table the first term of the expansion is exact to three digits.
+    return _STUDENT[freedom - 1] if freedom <= len(_STUDENT) else NORMAL + (NORMAL**3 + NORMAL) / (4 * freedom)
+
+
 def estimate(values: Sequence[float], weights: Sequence[float]) -> Estimate:
     """Weighted mean with its interval: Wilson's for rights and wrongs, else by the standard error."""
     total = sum(weights)
@@ -132,7 +145,7 @@ def estimate(values: Sequence[float], weights: Sequence[float]) -> Estimate:
     if n < 2:
         return Estimate(mean, None, None)
     squares = sum((w * (v - mean)) ** 2 for v, w in zip(values, weights, strict=True))
-    half = NORMAL * math.sqrt(squares * n / (n - 1)) / total
+    half = student(n - 1) * math.sqrt(squares * n / (n - 1)) / total
     return Estimate(mean, mean - half, mean + half)
 
 
@@ -241,6 +254,11 @@ def scorer(metric: Metric, stage: str, better: Better) -> Scorer:
     return Scorer(metric, "lower" if metric == "perplexity" else "higher")
 
 
+def _within(found: Estimate, least: float) -> Estimate:
+    """An estimate whose interval ends where shares do, or differences of shares."""
+    return Estimate(*(None if v is None else min(1.0, max(least, v)) for v in found))  # type: ignore[arg-type]
+
+
 @dataclass
 class Tally:
     """Values of an arm and of the unpatched model, sample by sample."""
@@ -249,12 +267,18 @@ class Tally:
     base: list[float] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
 
+    @staticmethod
+    def _share(metric: Scorer) -> bool:
+        return metric.own is None and metric.name in ("top1", "top5", "agreement")
+
     def record(self, metric: Scorer) -> dict[str, float]:
         """Fields of a record of results: the quality, and the difference to the unpatched model."""
         quality, difference = estimate(self.values, self.weights), paired(self.values, self.base, self.weights)
         if metric.log:
             quality = Estimate(*(None if v is None else math.exp(v) for v in quality))  # type: ignore[arg-type]
             difference = Estimate(*(None if v is None else math.expm1(v) for v in difference))  # type: ignore[arg-type]
+        if self._share(metric):
+            quality, difference = _within(quality, 0.0), _within(difference, -1.0)
         found: dict[str, float] = {f"{metric.field}_count": len(self.values), "difference_count": len(self.values)}
         for name, one in ((metric.field, quality), ("difference", difference)):
             ends = {name: one.value, f"{name}_low": one.low, f"{name}_high": one.high}

@@ -17,6 +17,7 @@ from tokred.bench.results import NORMAL
 WIDTH = 80
 RANDOM = ("random", "random_prune", "random_evict")
 SHARES = ("top1", "top5", "agreement")
+ROOM = 21  # characters of a difference with its interval
 HEADS = ("quality", "difference [95 %]", "speed", "kept", "MiB")
 NEAR = 0.05  # shares of work, or of bytes, that are called equal
 # Keys of every row; what was not measured is None.
@@ -195,7 +196,9 @@ class Benchmark:
             *(row[k] for k in ("difference", "difference_low", "difference_high") if row[k] is not None)
         )
         if ends:
-            difference += f" [{', '.join(end.removeprefix('+') for end in ends)}]"
+            between = f"{difference} [{', '.join(end.removeprefix('+') for end in ends)}]"
+            half = (row["difference_high"] - row["difference_low"]) / 2
+            difference = between if len(between) <= ROOM else f"{difference} ± {half:.1g}"
         if row["tokens_out"] is not None:
             kept = f"{row['tokens_in']:.0f} > {row['tokens_out']:.0f}"
         else:
@@ -214,8 +217,8 @@ class Benchmark:
     def __str__(self) -> str:
         def line(label: str, cells: Sequence[str]) -> str:
             quality, difference, speed, kept, memory = cells
-            short = label if len(label) <= 24 else f"{label[:23]}~"
-            return f"{short:<24} {quality:>8} {difference:>23} {speed:>6} {kept:>9} {memory:>5}".rstrip()
+            short = label if len(label) <= 26 else f"{label[:25]}~"
+            return f"{short:<26} {quality:>8} {difference:>{ROOM}} {speed:>6} {kept:>9} {memory:>5}".rstrip()
 
         lines = [*textwrap.wrap(self.title, WIDTH), line("", HEADS)]
         for row in self.rows:
