@@ -79,7 +79,12 @@ def main() -> None:
             found[run.__name__ + (" checkpointed" if checkpoint else "")] = run(rank, checkpoint)
     if rank == 0:
         torch.save(found, result)
+    dist.barrier()  # the one that has less to do must not take the connection away
     dist.destroy_process_group()
+    # Everything is done. Torch's threads may still abort the interpreter's end ("terminate called without an active
+    # exception"), now and then, which says nothing about what was computed.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
