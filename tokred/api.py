@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from torch import Tensor, nn
 
 from tokred import learn
+from tokred.core.checks import check_choice
 from tokred.core.method import Method
 from tokred.core.reduction import Reduction
 from tokred.core.registry import methods as registered
@@ -129,8 +130,7 @@ def apply(
     from tokred import adapters
 
     chosen = _several(method, parameters)
-    if expose not in ("auto", "none", "last", "all"):
-        raise ValueError(f"expose is {expose!r}; allowed are 'auto', 'none', 'last', 'all'")
+    check_choice(expose, "expose", ("auto", "none", "last", "all"))
     found = [(adapters.find_for(model, m).choose(windows), m) for m in chosen]
     for host, one in found:
         host.check(one, expose)

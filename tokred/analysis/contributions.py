@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from tokred.core.checks import check_choice
 from tokred.core.site import Site
 from tokred.encoder.importance import Attention, tokentm_class_row, tokentm_weights
 
@@ -51,8 +52,7 @@ def contributions(
     """
     from tokred.adapters.encoder.unpatched_run import record
 
-    if form not in ("joint", "per_head"):
-        raise ValueError(f"form is {form!r}; allowed are 'joint', 'per_head'")
+    check_choice(form, "form", ("joint", "per_head"))
     run = record(model, images, grad=target is not None)
     sites = [block.site for block in run.blocks if block.site is not None]
     attention: list[Attention] = [*sites]

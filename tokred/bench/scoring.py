@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokred.bench.results import NORMAL, wilson
+from tokred.core.checks import check_choice
 
 Better = Literal["higher", "lower"]
 Metric = str | Callable[[Any, Any], Any]
@@ -236,8 +237,7 @@ def scorer(metric: Metric, stage: str, better: Better) -> Scorer:
     Raises:
         TypeError, ValueError: it is neither, or does not fit the stage.
     """
-    if better not in ("higher", "lower"):
-        raise ValueError(f"better is {better!r}; allowed are 'higher', 'lower'")
+    check_choice(better, "better", ("higher", "lower"))
     if callable(metric):
         name = getattr(metric, "__name__", type(metric).__name__).strip("<>")
         return Scorer(name, better, metric)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 
-def check_choice(value: object, name: str, allowed: Sequence[str]) -> None:
+def check_choice(value: object, name: str, allowed: Collection[str]) -> None:
     """Refuse a value that is not among the allowed ones.
 
     Raises:

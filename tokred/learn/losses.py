@@ -7,6 +7,8 @@ from typing import Literal, get_args
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokred.core.checks import check_choice
+
 Over = Literal["image", "batch"]
 Kind = Literal["mse", "kl"]
 
@@ -28,8 +30,7 @@ def ratio_loss(decision: Tensor, target: float, *, over: Over = "image", mask: T
 
     Source: Rao et al., DynamicViT, NeurIPS 2021, equation 9; ``"batch"`` as in its released code.
     """
-    if over not in get_args(Over):
-        raise ValueError(f"over is {over!r}; allowed are 'image', 'batch'")
+    check_choice(over, "over", get_args(Over))
     decision = decision.float()
     share = decision.mean(1) if mask is None else (decision * mask).sum(1) / mask.sum(1).clamp_min(1)
     share = share.mean() if over == "batch" else share
@@ -67,8 +68,7 @@ def distill_tokens(own: Tensor, teacher: Tensor, gate: Tensor, *, kind: Kind = "
 
     Source: Rao et al., DynamicViT, NeurIPS 2021, equation 7; ``"mse"`` as in its released code.
     """
-    if kind not in get_args(Kind):
-        raise ValueError(f"kind is {kind!r}; allowed are 'mse', 'kl'")
+    check_choice(kind, "kind", get_args(Kind))
     if own.shape != teacher.shape or own.shape[:2] != gate.shape:
         raise ValueError(
             f"own {tuple(own.shape)} and teacher {tuple(teacher.shape)} must be alike (B, N, C), and gate (B, N), got "

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
+from tokred.core.checks import check_choice, is_count
 from tokred.core.registry import nearest
 from tokred.learn.losses import Kind
 
@@ -63,7 +64,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("batch", 1), ("warmup", 0), ("seed", 0)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if not is_count(value, least):
                 raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
         for name in ("lr", "lr_method", "weight_decay", "clip", "task", "logits", "tokens"):
             value = getattr(self, name)
@@ -71,8 +72,7 @@ class Recipe:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
-        if self.kind not in get_args(Kind):
-            raise ValueError(f"kind is {self.kind!r}; allowed are {', '.join(map(repr, get_args(Kind)))}")
+        check_choice(self.kind, "kind", get_args(Kind))
 
     def rate(self, step: int) -> float:
         """Factor of the learning rates in step ``step``, counted from 0."""

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from tokred.core.checks import check_count, check_ratio
+from tokred.core.checks import check_choice, check_count, check_ratio
 from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
@@ -71,10 +71,8 @@ class AsymRnR(AttentionMethod):
             raise ValueError(f"cell must name frames, rows and columns, got {self.cell!r}")
         for side in self.cell:
             check_count(side, "cell", 1)
-        if self.metric not in METRICS:
-            raise ValueError(f"metric is {self.metric!r}; allowed are {', '.join(map(repr, METRICS))}")
-        if self.combine not in ("replace", "mean"):
-            raise ValueError(f"combine is {self.combine!r}; allowed are 'replace', 'mean'")
+        check_choice(self.metric, "metric", METRICS)
+        check_choice(self.combine, "combine", ("replace", "mean"))
         if self.size_bias and self.combine != "mean":
             raise ValueError("size_bias is for combine='mean': a key that replaces others is no mean of them")
         check_sharing("block", self.refresh, self.first_full)

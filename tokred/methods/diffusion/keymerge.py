@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from tokred.core.checks import check_count, check_ratio
+from tokred.core.checks import check_choice, check_count, check_ratio
 from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
@@ -64,8 +64,7 @@ class KeyMerge(AttentionMethod):
         check_ratio(self.ratio)
         for name in ("cell", "max_downsample"):
             check_count(getattr(self, name), name, 1)
-        if self.choice not in CHOICES:
-            raise ValueError(f"choice is {self.choice!r}; allowed are {', '.join(map(repr, CHOICES))}")
+        check_choice(self.choice, "choice", CHOICES)
         check_sharing(self.share, self.refresh, self.first_full)
 
     @property

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tokred.core.checks import check_count, check_share
+from tokred.core.checks import check_choice, check_count, check_share
 from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
@@ -76,8 +76,7 @@ class ToDo(AttentionMethod):
         for factor in given:
             check_count(factor, "factors", 1)
         object.__setattr__(self, "factors", given)
-        if self.mode not in MODES:
-            raise ValueError(f"mode is {self.mode!r}; allowed are {', '.join(map(repr, MODES))}")
+        check_choice(self.mode, "mode", MODES)
         self._check_phase()
         check_sharing("resolution", self.refresh)
         for name in ("switch", "stop"):

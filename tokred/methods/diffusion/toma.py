@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tokred.core.checks import check_count, check_ratio
+from tokred.core.checks import check_choice, check_count, check_ratio
 from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
@@ -69,8 +69,7 @@ class ToMA(AttentionMethod):
             raise ValueError(f"tile must be at most 32, got {self.tile}: every pair of a tile's tokens is compared")
         if isinstance(self.tau, bool) or not isinstance(self.tau, int | float) or not self.tau >= 0:
             raise ValueError(f"tau must be a number of at least 0, got {self.tau!r}")
-        if self.cover not in COVERS:
-            raise ValueError(f"cover is {self.cover!r}; allowed are {', '.join(map(repr, COVERS))}")
+        check_choice(self.cover, "cover", COVERS)
         check_sharing(self.share, self.refresh, self.first_full)
 
     @property

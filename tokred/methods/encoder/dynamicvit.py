@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokred.core.checks import check_choice, is_count
 from tokred.core.learned import Facts
 from tokred.core.method import Parameters
 from tokred.core.place import Place
@@ -65,14 +66,13 @@ class DynamicViT(BlockMethod):
             fits = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
             if not fits or (value == 0 and name != "ratio_weight"):
                 raise ValueError(f"{name} must be a number above {low} and at most {high}, got {value!r}")
-        if self.over not in ("image", "batch"):
-            raise ValueError(f"over is {self.over!r}; allowed are 'image', 'batch'")
+        check_choice(self.over, "over", get_args(Over))
         if self.at is not None:
             given: object = self.at
             if not isinstance(given, list | tuple):
                 raise TypeError(f"at must be a list of blocks, got {self.at!r}")
             at = list(self.at)
-            if any(isinstance(i, bool) or not isinstance(i, int) or i < 1 for i in at) or sorted(set(at)) != at:
+            if not all(is_count(i, 1) for i in at) or sorted(set(at)) != at:
                 raise ValueError(f"at must be rising numbers of blocks, the first at least 1, got {self.at!r}")
             object.__setattr__(self, "at", tuple(at))
 
