@@ -117,6 +117,7 @@ from tokred.methods.vlm.visionzip import VisionZip
 from tokred.methods.vlm.vispruner import VisPruner
 from tokred.methods.vlm.visual_baselines import DownsampleVisual, RandomVisual, UniformVisual
 from tokred.methods.vlm.vscan import VScan, VScanLayer
+from tokred.tuning.run import tune
 
 __version__: str
 
@@ -246,5 +247,6 @@ __all__ = [
     "save",
     "supports",
     "trace",
+    "tune",
     "viz",
 ]

@@ -33,7 +33,7 @@ FLOORS: dict[str, int] = {
     "tokred.analysis": 8,
     "tokred": 9,
     "tokred.bench": 10,
-    "tokred.tune": 10,
+    "tokred.tuning": 10,
     "tokred.doctor": 10,
     "tokred.cli": 11,
 }
