@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
+import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from tokred import adapters, api
-from tokred.bench import results, timing
+from tokred import adapters
+from tokred.bench import feeds, results, timing
 from tokred.bench.arms import BASE
-from tokred.bench.entries import Cost, Entry, of_equal_work
+from tokred.bench.costs import Costs
+from tokred.bench.entries import Cost, Entry
 from tokred.bench.feeds import Batches, Feed, Unreadable, fingerprint
+from tokred.bench.outputs import Generated
+from tokred.bench.parts import PARTS, Parts, roles
 from tokred.bench.progress import telling
-from tokred.bench.scoring import Scorer, Tally
+from tokred.bench.rivals import of_equal_work
+from tokred.bench.scoring import Scorer, Tally, estimate
 from tokred.core.method import Method
-from tokred.errors import NothingRemovedWarning
+from tokred.errors import NothingRemovedWarning, UnsupportedModelError
 
 SCENARIO = "benchmark"
+TURN = 0.02  # share of its forwards that patching and unpatching may take
+GROUP = 16  # batches that an arm runs at most before it is the other's turn
 
 
 class Engine:
     """One benchmark: what all rows share.
 
     Args:
-        model: unpatched, in evaluation mode, on ``device``: a module, or a pipeline.
-        stage: of the methods; of several, with ``+`` between.
+        model: unpatched, in evaluation mode, on ``device``: a module, a pipeline, or a callable that holds modules.
+        stages: of the methods, those that the model offers.
         score: the metric.
         feed: how the model runs on a batch.
         batches: the data.
@@ -39,12 +44,15 @@ class Engine:
         seed: of the order.
         name: of the model.
         path: of the table that rows are written to, or None.
+
+    Attributes:
+        spent: seconds of runs of the model that were ``"timed"`` and ``"untimed"``.
     """
 
     def __init__(
         self,
         model: Any,
-        stage: str,
+        stages: Sequence[str],
         score: Scorer,
         feed: Feed,
         batches: Batches,
@@ -54,16 +62,20 @@ class Engine:
         name: str,
         path: Path | None,
     ) -> None:
-        self.model, self.stage, self.score, self.feed, self.batches = model, stage, score, feed, batches
+        self.model, self.score, self.feed, self.batches = model, score, feed, batches
         self.device, self.seed, self.name, self.path = device, seed, name, path
+        self.target: Any = feeds.target(model, stages)
         self.rounds = max(rounds, batches.count)
-        module: nn.Module = adapters.module_of(model)
-        dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+        self.spent = {"timed": 0.0, "untimed": 0.0}
+        self.costs = Costs(self.target, feed, self._untimed)
+        self.parts = Parts(device)
+        self.roles = roles(model, self.target, feed.name)
+        held = [x for one in feeds.modules(model) for x in (*one.parameters(), *one.buffers())]
+        dtype = next((x.dtype for x in held if x.is_floating_point()), torch.float32)
         self.where = results.here(device, dtype)
-        # Rows of other weights or data, under the same name, are no rows of this table.
-        weights = fingerprint([*module.parameters(), *module.buffers()])
-        self.head = {"scenario": SCENARIO, "model": name, "stage": stage, "scored_by": score.name}
-        self.head["case"] = fingerprint([f"{weights} {batches.prints} {feed.name} {feed.settings}"])
+        # Rows of other weights, data or runs, under the same name, are no rows of this table.
+        self.head = {"scenario": SCENARIO, "model": name, "scored_by": score.name}
+        self.head["case"] = fingerprint([f"{fingerprint(held)} {batches.prints} {feed.name} {feed.settings}"])
         self.there = {} if path is None else self._there(path)
 
     def _there(self, path: Path) -> dict[tuple[str, str], dict[str, Any]]:
@@ -77,33 +89,54 @@ class Engine:
         """All rows, the unpatched model's first."""
         base = Entry(BASE, "")
         try:
-            with torch.inference_mode():
-                output = self.feed.finish(self.feed.run(self.model, self.batches.first), self.batches.first)
+            output = self._untimed()
         except Exception as error:
             error.add_note("tokred: this is the unpatched model on the first batch of data")
             raise
+        output = self.feed.finish(self.model, output, self.batches.first)
         self.score(output, self.batches.first, output)  # a metric that does not fit is found before any row
         with telling(progress, self.score) as (total, tell):
             costs: list[tuple[Entry, Cost]] = []
             refused: dict[str, str] = {}
             for one in wanted:
                 try:
-                    costs.append((one, self.cost(one)))
+                    costs.append((one, self.costs.of(one)))
                 except Exception as error:
                     refused[one.label] = reason(error)
-            more = of_equal_work(self.stage, costs, self._cost_of) if baselines else []
+            more = self.rivals(costs) if baselines else []
             total(1 + len(wanted) + len(more))
             known = {one.label: cost for one, cost in costs}
-            found = [tell(base, self.record(base, _of_all(costs[0][1]) if costs else {}))]
+            found = [tell(base, self.record(base, self.costs.unpatched([*known.values()])))]
             for one in (*wanted, *more):
                 found.append(tell(one, self._tried(one, known.get(one.label), refused.get(one.label))))
         return found
+
+    def rivals(self, costs: Sequence[tuple[Entry, Cost]]) -> list[Entry]:
+        """Baselines of equal work for rows whose costs are known."""
+        try:
+            pictures = adapters.find(self.target, "projector") is not None
+        except UnsupportedModelError:
+            pictures = False
+
+        def probe(methods: Sequence[Method]) -> Cost:
+            return self.costs.of(Entry("rival", "", tuple(methods)))
+
+        return of_equal_work(costs, probe, pictures)
+
+    def _untimed(self, probe: bool = False) -> Any:
+        """A run of the model as it is now on the first batch; of a probe there is no output."""
+        start = time.perf_counter()
+        with torch.inference_mode():
+            output = (self.feed.probe if probe else self.feed.run)(self.model, self.batches.first)
+        timing.synchronise(self.device)
+        self.spent["untimed"] += time.perf_counter() - start
+        return output
 
     def _tried(self, one: Entry, cost: Cost | None, why: str | None) -> dict[str, Any]:
         """The record of a row; where the method cannot run, ``{"reason": ...}``."""
         if why is None:
             try:
-                return self.record(one, self.cost(one) if cost is None else cost)
+                return self.record(one, self.costs.of(one) if cost is None else cost)
             except Unreadable:
                 raise
             except Exception as error:
@@ -120,82 +153,111 @@ class Engine:
             results.write(self.path, [record], overwrite=True)
         return record
 
-    def _cost_of(self, method: Method) -> Cost:
-        return self.cost(Entry(method.name, "", (method,)))
-
-    def cost(self, one: Entry) -> Cost:
-        """The tokens, work or bytes that a row's methods keep of the first batch, by their report.
-
-        Raises:
-            Exception: whatever the method, or the model with it, refuses by.
-        """
-        others = one.stages - set(self.feed.stages)
-        if others:
-            raise ValueError(
-                f"it acts at stage {', '.join(sorted(others))}, which run {self.feed.name!r} does not measure: that is "
-                f"for {', '.join(self.feed.stages)}"
-            )
-        with torch.inference_mode(), one.applied(self.model):
-            self.feed.probe(self.model, self.batches.first)
-            report: Any = api.report(self.model)
-        layers = report.layers
-        if report.stage == "block":
-            ends = {"tokens_in": layers[0].tokens_in, "tokens_out": layers[-1].tokens_out}
-            return {**ends, "gmacs": report.macs / 1e9, "gmacs_share": report.macs / report.macs_unpatched}
-        rows = sum(layer.rows for layer in layers) / len(layers)
-        return {"rows_left": rows, "bytes": report.bytes, "dense_bytes": report.dense_bytes}
-
     def _measured(self, one: Entry) -> dict[str, Any]:
         """Quality, times and peak memory of a row, beside the unpatched model."""
-        batches, tally = self.batches, Tally()
-        arms = [Entry(BASE, ""), one] if one.methods else [one]
-        entered, outputs = [0] * len(arms), {}
-        batches.restart()
-
-        @contextmanager
-        def enter(arm: int) -> Iterator[None]:
-            # Entering is not timed: here the batch is fetched. The first time is the warm-up, on the first batch.
-            batches.seek(max(0, entered[arm] - 1))
-            entered[arm] += 1
-            with arms[arm].applied(self.model):
-                yield
-
-        def collect(arm: int, i: int, result: Any) -> None:
-            if i >= batches.count:  # a batch that came round again, to be timed
-                return
-            outputs[arm] = self.feed.finish(result, batches.batch)
-            if len(outputs) < len(arms):
-                return
-            dense, mine = outputs[0], outputs[len(arms) - 1]
-            values, weights = self.score(mine, batches.batch, dense)
-            base = self.score(dense, batches.batch, dense)[0]
-            if len(values) != len(base):
-                raise ValueError(f"metric returned {len(values)} values, and {len(base)} for the unpatched model")
-            tally.values += values
-            tally.base += base
-            tally.weights += weights
-            outputs.clear()
-
-        def run(i: int) -> Any:
-            return self.feed.run(self.model, batches.batch)
-
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NothingRemovedWarning)  # it was said when the cost was taken
-            entering = [partial(enter, arm) for arm in range(len(arms))]
-            seconds = timing.paired(entering, run, self.rounds, device=self.device, seed=self.seed, collect=collect)
-            with one.applied(self.model):
-                memory = timing.peak_memory(lambda: self.feed.run(self.model, batches.first), self.device)
-        record = {**tally.record(self.score), **memory.record(), "rounds": self.rounds}
+            pair = _Pair(self, one)
+            seconds = pair.run()
+            with one.applied(self.target):
+                memory = timing.peak_memory(self._untimed, self.device)
+        self.spent["timed"] += sum(map(sum, seconds))
+        record = {**pair.tally.record(self.score), **memory.record(), "rounds": self.rounds}
+        if pair.lengths:
+            mean = estimate(pair.lengths, [1.0] * len(pair.lengths))
+            ends = {"generated": mean.value, "generated_low": mean.low, "generated_high": mean.high}
+            record |= {name: value for name, value in ends.items() if value is not None}
+        for part in PARTS:
+            record |= results.spread(f"{part}_seconds", [found[part] for found in pair.parts if part in found])
         record |= results.spread("seconds", seconds[-1])
         return record | results.spread("speedup", timing.ratios(seconds)[-1])
 
 
-def _of_all(cost: Cost) -> Cost:
-    """The cost of the unpatched model, which every report tells beside that of its method."""
-    if "gmacs" in cost:
-        gmacs = cost["gmacs"] / cost["gmacs_share"]
-        return {"tokens_in": cost["tokens_in"], "tokens_out": cost["tokens_in"], "gmacs": gmacs, "gmacs_share": 1.0}
-    return {"bytes": cost["dense_bytes"], "dense_bytes": cost["dense_bytes"]}
+class _Pair:
+    """A row and the unpatched model on all batches.
+
+    Args:
+        engine: of the benchmark.
+        one: the row; without methods it is measured alone.
+
+    Attributes:
+        tally: values of the samples.
+        lengths: tokens of each answer that the row generated.
+        parts: seconds of the parts of each of the row's runs.
+    """
+
+    def __init__(self, engine: Engine, one: Entry) -> None:
+        self.engine, self.tally, self.methods = engine, Tally(), one.methods
+        self.arms = [Entry(BASE, ""), one] if one.methods else [one]
+        self.lengths: list[float] = []
+        self.parts: list[dict[str, float]] = []
+        self.outputs: dict[int, dict[int, Any]] = {}
+        self.window: dict[int, Any] = {}
+
+    def run(self) -> list[list[float]]:
+        """Seconds of each arm in each round; everything else is left in the attributes."""
+        engine = self.engine
+        engine.batches.restart()
+        turns, runs = zip(*(self._warm(arm) for arm in self.arms), strict=True)
+        # Arms take turns after so many batches that patching takes little of the time.
+        group = min(GROUP, max(1, int(sum(turns) / (TURN * sum(runs)))), engine.batches.together)
+        with engine.parts.watching(engine.roles, self.methods):
+            return timing.paired(
+                [partial(arm.applied, engine.target) for arm in self.arms],
+                self._run,
+                engine.rounds,
+                device=engine.device,
+                warmup=0,
+                seed=engine.seed,
+                collect=self._collect,
+                group=group,
+                ready=self._ready,
+            )
+
+    def _warm(self, arm: Entry) -> tuple[float, float]:
+        """Seconds of patching and unpatching, and of a run that warms up."""
+        start = time.perf_counter()
+        with arm.applied(self.engine.target):
+            middle = time.perf_counter()
+            self.engine._untimed()
+            end = time.perf_counter()
+        return time.perf_counter() - end + middle - start, end - middle
+
+    def _ready(self, arm: int, i: int) -> None:
+        """Have a batch at hand."""
+        if i not in self.window:
+            self.engine.batches.seek(i)
+            self.window[i] = self.engine.batches.batch
+
+    def _run(self, i: int) -> tuple[Any, Any]:
+        self.engine.parts.begin()
+        output = self.engine.feed.run(self.engine.model, self.window[i])
+        return output, self.engine.parts.end()
+
+    def _collect(self, arm: int, i: int, result: tuple[Any, Any]) -> None:
+        """Keep what a run gave; score it when both arms have seen the batch."""
+        engine, last = self.engine, len(self.arms) - 1
+        output, marks = result
+        if arm == last:
+            self.parts.append(engine.parts.seconds(marks))
+        new = i < engine.batches.count  # else one that came round again, to be timed
+        seen = self.outputs.setdefault(i, {})
+        seen[arm] = engine.feed.finish(engine.model, output, self.window[i]) if new else None
+        if len(seen) < len(self.arms):
+            return
+        batch = self.window.pop(i)
+        dense, mine = self.outputs.pop(i)[0], seen[last]
+        if not new:
+            return
+        values, weights = engine.score(mine, batch, dense)
+        base = engine.score(dense, batch, dense)[0]
+        if len(values) != len(base):
+            raise ValueError(f"metric returned {len(values)} values, and {len(base)} for the unpatched model")
+        self.tally.values += values
+        self.tally.base += base
+        self.tally.weights += weights
+        if isinstance(mine, Generated):
+            self.lengths += map(float, mine.lengths)
 
 
 def reason(error: Exception) -> str:

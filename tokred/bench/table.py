@@ -6,8 +6,8 @@ import html
 import math
 import statistics
 import textwrap
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,17 @@ from tokred.bench.arms import BASE
 from tokred.bench.results import NORMAL
 
 WIDTH = 80
-RANDOM = ("random", "random_prune", "random_evict")
+RANDOM = ("random", "random_prune", "random_evict", "random_visual", "random_latent_prune")
 SHARES = ("top1", "top5", "agreement")
 ROOM = 21  # characters of a difference with its interval
 HEADS = ("quality", "difference [95 %]", "speed", "kept", "MiB")
 NEAR = 0.05  # shares of work, or of bytes, that are called equal
 # Keys of every row; what was not measured is None.
 COLUMNS = (
-    "method", "setting", "baseline", "metric", "samples", "quality", "low", "high", "difference", "difference_low",
-    "difference_high", "speedup", "speedup_low", "speedup_high", "seconds", "peak_mib", "tokens_in", "tokens_out",
-    "rows", "bytes", "dense_bytes", "work", "reason",
+    "method", "setting", "stage", "baseline", "metric", "samples", "quality", "low", "high", "difference",
+    "difference_low", "difference_high", "speedup", "speedup_low", "speedup_high", "seconds", "tower_seconds",
+    "encoder_seconds", "selection_seconds", "prompt_seconds", "decode_seconds", "denoiser_seconds", "rest_seconds",
+    "peak_mib", "tokens_in", "tokens_out", "rows", "bytes", "dense_bytes", "work", "generated", "reason",
 )  # fmt: skip
 
 
@@ -35,13 +36,18 @@ class Benchmark:
     Attributes:
         rows: a dictionary a row, with the keys of :data:`COLUMNS`. ``low`` and ``high`` are the 95 % interval of
             ``quality``; ``difference`` is that to the unpatched model on the same samples (of perplexities the ratio,
-            minus one); ``speedup`` is a median with quartiles, ``seconds`` a median. ``work`` is the share of the
-            blocks' multiply-adds, or of the cache's bytes. ``reason`` says why a row was not measured.
+            minus one); ``speedup`` is a median with quartiles, ``seconds`` a median, and so are the seconds of
+            the run's parts, which add up to it. ``work`` is the share of the multiply-adds (of an encoder: of its
+            blocks), or of the cache's bytes, or their product. ``generated`` is the mean length of answers in tokens.
+            ``reason`` says why a row was not measured.
         model: its name.
-        stage: ``"block"`` or ``"cache"``.
+        stage: of the methods; of several, with ``+`` between.
         metric: name of the metric.
         better: the direction that is good.
         path: the table that the rows were written to, or None.
+        run: the kind of run.
+        spent: seconds of all there was to do, ``"whole"``, and of those in runs of the model that were ``"timed"``
+            and ``"untimed"``.
     """
 
     rows: list[dict[str, Any]]
@@ -50,6 +56,14 @@ class Benchmark:
     metric: str
     better: str
     path: Path | None = None
+    run: str = "forward"
+    spent: Mapping[str, float] = field(default_factory=dict, repr=False)
+
+    @property
+    def overhead(self) -> float | None:
+        """Time that measuring took beside the model's runs, as a share of these; None where nothing was run."""
+        runs = self.spent.get("timed", 0.0) + self.spent.get("untimed", 0.0)
+        return (self.spent["whole"] - runs) / runs if runs else None
 
     @property
     def measured(self) -> list[dict[str, Any]]:
@@ -83,7 +97,7 @@ class Benchmark:
     @property
     def summary(self) -> str:
         """A sentence that says whether any method beats a random choice at equal work."""
-        word = "work" if self.stage == "block" else "bytes"
+        word = "bytes" if self.stage == "cache" else "work"
         pairs = [(row, rival) for row in self.measured if (rival := self._rival(row)) is not None]
         if not pairs:
             return f"No method was measured beside a random choice at equal {word}: nothing says that choosing helps."
@@ -113,7 +127,10 @@ class Benchmark:
         near = [
             r
             for r in self.measured
-            if r["method"] in RANDOM and r["work"] is not None and abs(r["work"] - row["work"]) <= NEAR
+            if all(part in RANDOM for part in r["method"].split("+"))
+            and r["work"] is not None
+            and _places(r) == _places(row)
+            and abs(r["work"] - row["work"]) <= NEAR
         ]
         sign = -1 if self.better == "lower" else 1
         return max(near, key=lambda r: sign * r["difference"], default=None)
@@ -244,6 +261,11 @@ class Benchmark:
             f"<table><caption>{caption}</caption><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
             f"<p>{html.escape(self.summary)}</p>"
         )
+
+
+def _places(row: dict[str, Any]) -> set[str]:
+    """Where a row saves work: tokens that leave before a language model or inside it are the same tokens."""
+    return {"projector" if stage == "layer" else stage for stage in (row["stage"] or "").split("+")}
 
 
 def _label(row: dict[str, Any]) -> str:
