@@ -303,13 +303,7 @@ class _Run:
             if len(outputs) < len(arms):
                 return
             dense, mine = outputs[0], outputs[len(arms) - 1]
-            values, weights = self.score(mine, batches.batch, dense)
-            base = self.score(dense, batches.batch, dense)[0]
-            if len(values) != len(base):
-                raise ValueError(f"metric returned {len(values)} values, and {len(base)} for the unpatched model")
-            tally.values += values
-            tally.base += base
-            tally.weights += weights
+            tally.take(self.score, mine, batches.batch, dense)
             outputs.clear()
 
         def run(i: int) -> Any:

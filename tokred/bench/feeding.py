@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tokred import adapters, api
 from tokred.adapters.contract import cache_argument, cache_name
-from tokred.bench.scoring import LABELS
+from tokred.bench.scoring import arguments
 
 HELD = 2**28  # bytes of batches that are kept in memory, rather than read again for each row
 SHARE = 0.75  # of a text that is the prompt
@@ -173,8 +173,8 @@ class Forward:
 
     def run(self, model: nn.Module, batch: Any) -> Any:
         if isinstance(batch, Mapping):
-            # With labels, models of transformers compute a loss, which is none of the work that is compared.
-            return model(**{name: value for name, value in batch.items() if name not in LABELS})
+            # Given labels, models of transformers compute a loss, which is none of the work that is compared.
+            return model(**arguments(batch))
         return model(batch[0] if isinstance(batch, tuple | list) else batch)
 
     def probe(self, model: nn.Module, batch: Any) -> None:
