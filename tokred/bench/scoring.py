@@ -141,6 +141,12 @@ class Scorer:
         """Name of the value in the table of results."""
         return "quality" if self.own is not None else self.name
 
+    def against(self, batch: Any) -> str:
+        """What the outputs are compared with: ``"labels"``, a key of the batch, ``"the unpatched model"``, or empty."""
+        if self.own is not None or self.log:
+            return ""
+        return "labels" if self.name in ("top1", "top5") else "the unpatched model"
+
     def __call__(self, output: Any, batch: Any, dense: Any) -> tuple[list[float], list[float]]:
         """Values of the samples of a batch, and their weights.
 
