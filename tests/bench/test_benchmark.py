@@ -338,7 +338,7 @@ def test_bad_input_is_refused_before_anything_is_measured():
         (ValueError, "methods is empty", {"methods": []}),
         (ValueError, "benchmark measures those at block, cache", {"methods": ["tomesd"]}),
         (ValueError, "metric is 'top2'; allowed are 'top1'", {"metric": "top2"}),
-        (ValueError, "does not fit the stage 'block'", {"metric": "perplexity"}),
+        (ValueError, "does not fit the run", {"metric": "perplexity"}),
         (TypeError, "metric must be a name or a function", {"metric": 3}),
         (ValueError, "better is 'more'", {"better": "more"}),
         (ValueError, "rounds must be a whole number of at least 1, got 0", {"rounds": 0}),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tokred import adapters, api
 from tokred.adapters.contract import cache_argument, cache_name
-from tokred.bench.scoring import arguments
+from tokred.bench.read import arguments
 
 HELD = 2**28  # bytes of batches that are kept in memory, rather than read again for each row
 SHARE = 0.75  # of a text that is the prompt
