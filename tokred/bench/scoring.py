@@ -113,7 +113,7 @@ def scorer(metric: Metric, run: str | None, better: Better) -> Scorer:
         raise TypeError(f"metric must be a name or a function of (output, batch), got {type(metric).__name__}")
     if metric not in READY:
         raise ValueError(f"metric is {metric!r}; allowed are {', '.join(map(repr, READY))}, or a function")
-    fits = FITS.get({"block": "forward", "cache": "text"}.get(str(run), str(run)), (*READY,))
+    fits = FITS.get(str(run), (*READY,))
     if metric not in fits:
         raise ValueError(
             f"metric={metric!r} does not fit the run {run!r}, whose ready metrics are {', '.join(map(repr, fits))}"
