@@ -136,6 +136,7 @@ class Tally:
         weights: of the samples.
         groups: a key a sample; empty where each stands for itself.
         against: what the outputs were compared with; empty where the metric does not say.
+        log: True if values are logs of what is shown.
     """
 
     values: list[float] = field(default_factory=list)
@@ -143,6 +144,7 @@ class Tally:
     weights: list[float] = field(default_factory=list)
     groups: list[str] = field(default_factory=list)
     against: str = ""
+    log: bool = False
 
     def take(self, score: Scorer, output: Any, batch: Any, dense: Any) -> None:
         """Add the samples of a batch.
@@ -167,7 +169,7 @@ class Tally:
         against = score.against(batch)
         if self.values and against != self.against:
             raise ValueError(f"some batches of data are compared with {self.against}, and others with {against}")
-        self.against = against
+        self.against, self.log = against, score.log
         self.values += values
         self.base += base
         self.weights += weights
