@@ -122,7 +122,7 @@ def benchmark(
         stage = "+".join(stages)
         engine = Engine(model, stage, score, feed, batches, place, rounds, seed, name or _name(module), path)
         rows = engine.rows(wanted, baselines, progress)
-    return Benchmark(rows, engine.name, stage, score.name, score.better, path)
+    return Benchmark(rows, engine.name, stage, score.name, score.better, path, engine.samples, engine.against)
 
 
 def _stages(model: Any, wanted: Sequence[Entry]) -> list[str]:

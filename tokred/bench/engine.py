@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tokred import adapters, api
-from tokred.bench import results, timing
+from tokred.bench import results, samples, timing
 from tokred.bench.arms import BASE
 from tokred.bench.entries import Cost, Entry, of_equal_work
 from tokred.bench.feeds import Batches, Feed, Unreadable, fingerprint
@@ -64,11 +64,15 @@ class Engine:
         weights = fingerprint([*module.parameters(), *module.buffers()])
         self.head = {"scenario": SCENARIO, "model": name, "stage": stage, "scored_by": score.name}
         self.head["case"] = fingerprint([f"{weights} {batches.prints} {feed.name} {feed.settings}"])
+        self.known = self.head | {name: self.where[name] for name in ("device", "threads", "dtype")}
         self.there = {} if path is None else self._there(path)
+        self.samples: dict[str, Tally] = {}
+        self.stored = {} if path is None else samples.read(samples.beside(path), self.known)
+        self.against = ""
 
     def _there(self, path: Path) -> dict[tuple[str, str], dict[str, Any]]:
         """Records of earlier runs of the same benchmark, by method and setting."""
-        known = self.head | {name: self.where[name] for name in ("device", "threads", "dtype")}
+        known = self.known
         found = results.records(results.read(path), SCENARIO)
         mine = [r for r in found if all(str(r.get(k)) == str(v) for k, v in known.items()) and "speedup" in r]
         return {(r["method"], r["setting"]): r for r in mine}
@@ -83,6 +87,7 @@ class Engine:
             error.add_note("tokred: this is the unpatched model on the first batch of data")
             raise
         self.score(output, self.batches.first, output)  # a metric that does not fit is found before any row
+        self.against = self.score.against(self.batches.first)
         with telling(progress, self.score) as (total, tell):
             costs: list[tuple[Entry, Cost]] = []
             refused: dict[str, str] = {}
@@ -114,9 +119,13 @@ class Engine:
         """The record of a row, read from the table or measured and written to it."""
         found = self.there.get((one.name, one.setting))
         if found is not None:
+            if (one.name, one.setting) in self.stored:
+                self.samples[one.label] = self.stored[one.name, one.setting]
             return found
         record = {**self.head, "method": one.name, "setting": one.setting, **cost, **self._measured(one), **self.where}
         if self.path is not None:
+            head = {**self.known, "method": one.name, "setting": one.setting}
+            samples.write(samples.beside(self.path), head, self.samples[one.label])
             results.write(self.path, [record], overwrite=True)
         return record
 
@@ -167,13 +176,7 @@ class Engine:
             if len(outputs) < len(arms):
                 return
             dense, mine = outputs[0], outputs[len(arms) - 1]
-            values, weights = self.score(mine, batches.batch, dense)
-            base = self.score(dense, batches.batch, dense)[0]
-            if len(values) != len(base):
-                raise ValueError(f"metric returned {len(values)} values, and {len(base)} for the unpatched model")
-            tally.values += values
-            tally.base += base
-            tally.weights += weights
+            tally.take(self.score, mine, batches.batch, dense)
             outputs.clear()
 
         def run(i: int) -> Any:
@@ -185,6 +188,7 @@ class Engine:
             seconds = timing.paired(entering, run, self.rounds, device=self.device, seed=self.seed, collect=collect)
             with one.applied(self.model):
                 memory = timing.peak_memory(lambda: self.feed.run(self.model, batches.first), self.device)
+        self.samples[one.label] = tally
         record = {**tally.record(self.score), **memory.record(), "rounds": self.rounds}
         record |= results.spread("seconds", seconds[-1])
         return record | results.spread("speedup", timing.ratios(seconds)[-1])
