@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, Literal
@@ -142,7 +142,7 @@ class Scorer:
         return "quality" if self.own is not None else self.name
 
     def against(self, batch: Any) -> str:
-        """What the outputs are compared with: ``"labels"``, a key of the batch, ``"the unpatched model"``, or empty."""
+        """References of a batch: ``"labels"``, a key of the batch, ``"the unpatched model"``, or empty."""
         if self.own is not None or self.log:
             return ""
         return "labels" if self.name in ("top1", "top5") else "the unpatched model"
@@ -283,6 +283,17 @@ class Tally:
         self.base += base
         self.weights += weights
         self.groups += groups
+
+    @classmethod
+    def joined(cls, parts: Iterable[Tally]) -> Tally:
+        """The samples of several, one after another."""
+        out = cls()
+        for part in parts:
+            out.values += part.values
+            out.base += part.base
+            out.weights += part.weights
+            out.groups += part.groups
+        return out
 
     @property
     def keys(self) -> Groups:
