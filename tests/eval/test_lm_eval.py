@@ -228,7 +228,7 @@ def test_the_command(folder, tmp_path, capsys):
     assert (tmp_path / "out" / "lm_eval.csv").is_file()
     for wrong, words in (
         ("--metadata=[1", "not JSON"),
-        ("--metadata=[1]", "object of JSON"),
+        ("--metadata=[1]", "is an object"),
         ("-mnone_such", "none_such"),
     ):
         failed = CliRunner().invoke(evaluate_app, [*arguments, wrong])
@@ -261,7 +261,7 @@ def test_the_named_model_refuses_likelihoods(folder):
     lm = Patched(pretrained=place, method=POLICIES[0], device="cpu")
     request = type("Request", (), {"task_name": "hellaswag", "args": ("w1 w2", " w3")})()
     for ask in (lm.loglikelihood, lm.loglikelihood_rolling):
-        with pytest.raises(ValueError, match="hellaswag.*never reads the reduced cache"):
+        with pytest.raises(ValueError, match=r"hellaswag.*never reads the reduced cache"):
             ask([request])
     tokred.remove(lm.model)
     assert len(lm.loglikelihood([request], disable_tqdm=True)) == 1

@@ -65,9 +65,7 @@ def lm_eval_command(
         except json.JSONDecodeError as error:
             raise ValueError(f"--metadata is not JSON: {error}") from error
         if not isinstance(about, dict):
-            raise ValueError(
-                f"--metadata is an object of JSON, such as '{{\"max_seq_lengths\": [4096]}}', got {metadata}"
-            )
+            raise ValueError(f'--metadata is an object such as {{"max_seq_lengths": [4096]}}, got {metadata}')
         language.check(tasks, methods, include)
         loaded, tokenizer = language.load(model, device=device)
     found = language.lm_eval(

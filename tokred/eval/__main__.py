@@ -1,4 +1,4 @@
-"""lm-eval's own command line with the model ``tokred``: ``python -m tokred.eval run --model tokred --model_args ...``."""
+"""lm-eval's own command line with the model ``tokred``: ``python -m tokred.eval run --model tokred ...``."""
 
 from tokred.eval.needed import need
 

@@ -119,12 +119,11 @@ class Several(HFLM):  # type: ignore[misc]  # lm-eval has no types
         """One forward that is not timed; and the baselines, which cost what the methods do on this prompt."""
         ids, mask = self.tok_batch_encode([prompt], left_truncate_len=self.max_length - 1)
         given = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+        once = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": self.tokenizer.pad_token_id}
 
         def cost(one: Entry) -> Cost:
             with torch.inference_mode(), one.applied(self.model):
-                self.model.generate(
-                    **given, max_new_tokens=1, do_sample=False, pad_token_id=self.tokenizer.pad_token_id
-                )
+                self.model.generate(**given, **once)
                 report: Any = api.report(self.model)
             return {"bytes": report.bytes, "dense_bytes": report.dense_bytes}
 

@@ -1,7 +1,7 @@
 """``tokred.eval.lm_eval``: lm-eval's generating tasks on a language model, dense and with policies for its cache.
 
-All rows come from one pass: each batch of prompts is answered by the dense model and by the model with each method, in a
-random order, and lm-eval scores the answers of one after the other.
+All rows come from one pass: each batch of prompts is answered by the dense model and by the model with each method, in
+a random order, and lm-eval scores the answers of one after the other.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def _in_evaluation(model: nn.Module) -> Iterator[None]:
 
 
 def _top(loaded: Mapping[str, Any]) -> list[Any]:
-    """Groups and tasks that stand in no other group: what can be handed to lm-eval again, without reading data twice."""
+    """Groups and tasks that stand in no other group; lm-eval takes them again, and reads no data twice."""
     groups = dict(loaded.get("groups") or {})
     inside = {child for names in (loaded.get("group_map") or {}).values() for child in names}
     return [
@@ -193,8 +193,8 @@ def _top(loaded: Mapping[str, Any]) -> list[Any]:
 
 
 def _run(
-    model: nn.Module, tokenizer: Any, tasks: list[Any], wanted: list[Entry], baselines: bool, batch_size: int, seed: int,
-    options: dict[str, Any], name: str,
+    model: nn.Module, tokenizer: Any, tasks: list[Any], wanted: list[Entry], baselines: bool, batch_size: int,
+    seed: int, options: dict[str, Any], name: str,
 ) -> Harness:  # fmt: skip
     from lm_eval import simple_evaluate
 

@@ -1,4 +1,4 @@
-"""Tasks of lm-eval: which of them read a cache that a policy has reduced, told from their files before any data is read."""
+"""Tasks of lm-eval: which of them read a cache that a policy has reduced, told from their files alone."""
 
 from __future__ import annotations
 
@@ -124,9 +124,8 @@ def check_reading(found: Sequence[tuple[str, str | None]]) -> None:
     wrong = {name: kind for name, kind in found if kind != READING}
     if not wrong:
         return
-    names = ", ".join(
-        f"{name!r} ({kind or 'of several types, or of none that it names'})" for name, kind in list(wrong.items())[:6]
-    )
+    unsaid = "of several types, or of none that it names"
+    names = ", ".join(f"{name!r} ({kind or unsaid})" for name, kind in list(wrong.items())[:6])
     more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
     rest = len(found) - len(wrong)
     left = f" The other {rest} of the tasks would do." if rest else ""
