@@ -231,11 +231,16 @@ def samples(batch: Any) -> int:
     return next((len(x) for x in items if isinstance(x, Tensor) and x.ndim), 1)
 
 
-def scorer(metric: Metric, stage: str, better: Better) -> Scorer:
+def scorer(metric: Metric, run: str | None, better: Better) -> Scorer:
     """The metric that the user names or gives.
 
+    Args:
+        metric: a name, or a function.
+        run: the kind of run that it scores; None: not known yet.
+        better: direction of a function's values.
+
     Raises:
-        TypeError, ValueError: it is neither, or does not fit the stage.
+        TypeError, ValueError: it is neither, or does not fit the run.
     """
     check_choice(better, "better", ("higher", "lower"))
     if callable(metric):
@@ -245,10 +250,10 @@ def scorer(metric: Metric, stage: str, better: Better) -> Scorer:
         raise TypeError(f"metric must be a name or a function of (output, batch), got {type(metric).__name__}")
     if metric not in READY:
         raise ValueError(f"metric is {metric!r}; allowed are {', '.join(map(repr, READY))}, or a function")
-    fits = {"block": set(READY) - {"perplexity"}, "cache": {"agreement", "cosine", "perplexity"}}[stage]
+    fits = {"forward": set(READY) - {"perplexity"}, "text": {"agreement", "cosine", "perplexity"}}.get(str(run), READY)
     if metric not in fits:
         raise ValueError(
-            f"metric={metric!r} does not fit the stage {stage!r}, whose ready metrics are "
+            f"metric={metric!r} does not fit the run {run!r}, whose ready metrics are "
             f"{', '.join(repr(name) for name in READY if name in fits)}"
         )
     return Scorer(metric, "lower" if metric == "perplexity" else "higher")
