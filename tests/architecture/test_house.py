@@ -34,6 +34,7 @@ FLOORS: dict[str, int] = {
     "tokred": 9,
     "tokred.bench": 10,
     "tokred.tune": 10,
+    "tokred.eval": 10,
     "tokred.doctor": 10,
     "tokred.cli": 11,
 }

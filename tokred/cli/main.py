@@ -15,6 +15,7 @@ except ImportError as error:  # a script's entry point has no better place to sa
 
 from tokred.cli.console import out, progress, refusing, set_threads, written
 from tokred.cli.doctor import doctor_command  # needs typer
+from tokred.cli.evaluate import evaluate_app
 from tokred.cli.explain import explain_command
 from tokred.cli.viz import viz_command
 
@@ -310,3 +311,4 @@ def _options(device: str, dtype: str, **rest: Any) -> Any:
 app.command("doctor", short_help="Whether tokred works with what is installed here.")(doctor_command)
 app.command("explain", short_help="What a method could gain on a denoiser.")(explain_command)
 app.command("viz", short_help="What was merged into what, over the image, block by block.")(viz_command)
+app.add_typer(evaluate_app, name="eval", short_help="Harnesses of others, such as lm-eval.")
