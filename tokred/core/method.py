@@ -13,6 +13,7 @@ import torch
 from tokred.core.learned import Facts, Weights
 from tokred.core.reduction import Reduction
 from tokred.core.schedules import Constant, Inflect, PerLayer
+from tokred.core.settings import call
 from tokred.core.site import READS, Site, Stage
 
 if TYPE_CHECKING:
@@ -151,8 +152,15 @@ class Method(ABC):
         values = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.init}  # type: ignore[arg-type]
         return {"method": self.name, "version": self.version, "parameters": values}
 
+    def __repr__(self) -> str:
+        """The call that makes it, with what differs from the defaults: ``ToMe(r=13)``."""
+        return call(self)
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if "__repr__" not in cls.__dict__:
+            # ``dataclass`` writes one of its own into every class that has none in itself.
+            cls.__repr__ = Method.__repr__  # type: ignore[method-assign]
         declared = cls.__dict__.get("reads")
         if isinstance(declared, frozenset) and not declared <= set(READS):
             raise TypeError(f"{cls.__name__}.reads names {sorted(declared - set(READS))}; known are {READS}")
