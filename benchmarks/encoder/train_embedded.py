@@ -4,11 +4,11 @@
     python -m benchmarks encoder/train_embedded ... --export tokred/bench/data
 
 The first command trains, and goes on where it was stopped when it is given again; the second writes the weights and the
-held-out sample. What makes it fit a few hours of one or two CPU cores: the pictures grow. Training begins on crops of 40
-pixels, 25 patches, whose positions are a random window of the full grid; then come 56 and 80, and at the end all 196
+held-out sample. What makes it fit an hour or two of CPU: the pictures grow (``--stages``). Training begins on crops of
+40 pixels, 25 patches, whose positions are a random window of the full grid; larger ones follow, and at the end all 196
 patches of 112 pixels. No patch is ever dropped, so the model has not learnt to do without any. The blocks begin with
 weights of an earlier model (``--warm``), and the answers of a small convolutional network that sees the clean garments
-are learnt along with the labels.
+can be learnt along with the labels (``--teacher-epochs``).
 
 ``--fashion`` is a folder with the four IDX files (Debian's ``dataset-fashion-mnist``, MIT licence); ``--photos`` is
 ``skimage/data`` out of scikit-image's wheel; what of it travels with tokred is public domain (:mod:`.clutter`).
@@ -28,8 +28,7 @@ from torch import Tensor, nn
 
 from benchmarks.encoder import clutter
 
-# Pixels each way of the pictures, and how many of them; the learning rate falls over the last two stages.
-STAGES = ((40, 360_000), (56, 100_000), (80, 60_000), (112, 80_000))
+Stages = tuple[tuple[int, int], ...]  # pixels each way of the pictures, and how many of them
 BATCH, EVALUATED = 128, 1000
 
 
@@ -81,7 +80,8 @@ def soft_labels(data: Data, path: Path, epochs: int, log: Log) -> Tensor:
         model.eval()
         with torch.no_grad():
             answers = torch.cat([model(b[:, None].float() / 255).argmax(1) for b in data.held_garments.split(1000)])
-        log(f"teacher epoch {epoch + 1} of {epochs}: {(answers == data.held_labels).double().mean():.4f} of the test set")
+        top1 = (answers == data.held_labels).double().mean()
+        log(f"teacher epoch {epoch + 1} of {epochs}: {top1:.4f} of the test set")
         model.train()
     model.eval()
     with torch.no_grad():
@@ -107,7 +107,7 @@ class Data:
         return clutter.normalise(pictures), self.held_labels[:count]
 
     def batch(self, index: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """Training pictures ``(N, 3, size, size)`` of the garments ``index``, and which of them are mirrored ``(N,)``."""
+        """Training pictures ``(N, 3, size, size)`` of the garments ``index``, and which are mirrored ``(N,)``."""
         scenes = clutter.draw(index, self.photos, size)
         pictures = clutter.compose(scenes, self.garments, self.photos, size)
         return clutter.normalise(pictures), scenes.flip
@@ -186,25 +186,38 @@ def optimisers(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
     ]
 
 
-def stage(seen: int) -> int | None:
+def stages(text: str) -> Stages:
+    """``"40:200000,112:40000"`` as stages.
+
+    Raises:
+        ValueError: it is of another form, or a size does not go into patches of the full grid.
+    """
+    found = tuple((int(size), int(count)) for size, _, count in (part.partition(":") for part in text.split(",")))
+    for size, _ in found:
+        if size % clutter.PATCH or not 40 <= size <= clutter.SIZE:
+            raise ValueError(f"a stage's pixels are 40 to {clutter.SIZE} in steps of {clutter.PATCH}, got {size}")
+    return found
+
+
+def stage(seen: int, all_stages: Stages) -> int | None:
     """Which stage a run is in that has seen so many pictures; None after the last."""
-    for i, (_, count) in enumerate(STAGES):
+    for i, (_, count) in enumerate(all_stages):
         if seen < count:
             return i
         seen -= count
     return None
 
 
-def rate_at(seen: int) -> float:
-    """Learning rate as a share of its highest: up over 200 steps, level, then down to nothing over two stages."""
-    total, falling = sum(count for _, count in STAGES), sum(count for _, count in STAGES[-2:])
-    return min(1.0, (seen / BATCH + 1) / 200, (total - seen) / falling + 0.002)
+def rate_at(seen: int, all_stages: Stages) -> float:
+    """Learning rate as a share of its highest: up over 200 steps, level, then down to nothing after the first stage."""
+    total, falling = sum(count for _, count in all_stages), sum(count for _, count in all_stages[1:])
+    return min(1.0, (seen / BATCH + 1) / 200, (total - seen) / max(falling, 1) + 0.002)
 
 
 def train(args: argparse.Namespace, data: Data, log: Log) -> nn.Module:
     """Train until the last stage is over, with a checkpoint every ``--every`` seconds."""
     torch.manual_seed(args.seed)
-    soft = soft_labels(data, args.state / "soft_labels.pt", args.teacher_epochs, log)
+    soft = soft_labels(data, args.state / "soft_labels.pt", args.teacher_epochs, log) if args.teacher_epochs else None
     model = begin(args.warm)
     opts = optimisers(model, args.lr)
     seen, path = 0, args.state / "checkpoint.pt"
@@ -225,32 +238,34 @@ def train(args: argparse.Namespace, data: Data, log: Log) -> nn.Module:
     saved = told = time.monotonic()
     sums: list[float] = []
     model.train()
-    while (now := stage(seen)) is not None:
-        size = STAGES[now][0]
+    while (now := stage(seen, args.stages)) is not None:
+        size = args.stages[now][0]
         index = torch.randint(len(data.labels), (BATCH,))
         pictures, flip = data.batch(index, size)
         logits = forward(model, pictures, random_window=True)
-        hard = F.cross_entropy(logits, data.labels[index])
-        target = (soft[flip.long(), index] / 2).softmax(-1)
-        kl = F.kl_div((logits / 2).log_softmax(-1), target, reduction="batchmean") * 4
-        loss = 0.3 * hard + 0.7 * kl
+        loss = F.cross_entropy(logits, data.labels[index], label_smoothing=0.05)
+        sums.append(float(loss.detach()))
+        if soft is not None:
+            target = (soft[flip.long(), index] / 2).softmax(-1)
+            kl = F.kl_div((logits / 2).log_softmax(-1), target, reduction="batchmean") * 4
+            loss = 0.3 * loss + 0.7 * kl
         for opt in opts:
             opt.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for opt in opts:
             for group in opt.param_groups:
-                group["lr"] = args.lr * rate_at(seen)
+                group["lr"] = args.lr * rate_at(seen, args.stages)
             opt.step()
         seen += BATCH
-        sums.append(float(hard.detach()))
-        over = stage(seen) != now
+        over = stage(seen, args.stages) != now
         if over or time.monotonic() - saved > args.every:
             keep()
             saved = time.monotonic()
         if over or time.monotonic() - told > 2 * args.every:
             top1 = accuracy(model, *data.held(EVALUATED if over else 300, size))
-            text = f"stage {size} px, {seen} pictures, loss {sum(sums) / len(sums):.3f}, held out at {size} px {top1:.3f}"
+            mean = sum(sums) / len(sums)
+            text = f"{size} px, {seen} pictures, loss {mean:.3f}, held out at {size} px {top1:.3f}"
             if over:
                 text += f", at {clutter.SIZE} px {accuracy(model, *data.held(EVALUATED)):.3f}"
             log(text)
@@ -264,7 +279,10 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, required=True, help="scikit-image's folder of pictures")
     parser.add_argument("--state", type=Path, required=True, help="where checkpoint, soft labels and log are kept")
     parser.add_argument("--warm", type=Path, help="weights of an earlier embedded model, whose blocks are taken over")
-    parser.add_argument("--teacher-epochs", type=int, default=4)
+    parser.add_argument(
+        "--stages", type=stages, default="40:200000,80:30000,112:30000", help="pixels:pictures, from small to full"
+    )
+    parser.add_argument("--teacher-epochs", type=int, default=4, help="0: learn from the labels alone")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--every", type=float, default=120, help="seconds between two checkpoints")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

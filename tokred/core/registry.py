@@ -75,7 +75,7 @@ class Registry(Generic[C]):
         return target
 
     def resolve(self, name: str) -> str:
-        """The registered name that a spelling of papers stands for: ``"ToMe"``, ``"Expected-Attention"``, ``"PruMerge+"``.
+        """The registered name that a spelling of papers stands for: ``"ToMe"``, ``"Zero-TPrune"``, ``"PruMerge+"``.
 
         Names and names of classes are compared without regard to case, hyphens and spaces. What means nothing, or more
         than one name, comes back as it is.
