@@ -1,4 +1,4 @@
-"""What type checkers and editors read of ``tokred``: its own names, the classes of all methods, and their names.
+"""Files that type checkers and editors read of ``tokred``: its own names, the classes of all methods, and their names.
 
     python .ci/stub.py            # writes tokred/__init__.pyi and tokred/core/names.py
     python .ci/stub.py --check    # fails where one is out of date

@@ -82,14 +82,14 @@ def test_a_name_comes_before_a_folder_of_that_name(tmp_path: Path, monkeypatch: 
             {"method": "tome", "parameters": 3},
             {},
             ValueError,
-            "the parameters of 'tome' must be a mapping by their names",
+            "parameters of 'tome' must be a mapping by their names",
         ),
         ({"methods": []}, {}, TypeError, "the methods of a setting are a list of dicts"),
         (
             tokred.ToMe(r=3).to_dict(),
             {"r": 2},
             TypeError,
-            "the setting has its parameters; r cannot be given beside it",
+            "setting has its parameters; r cannot be given beside it",
         ),
         (3, {}, TypeError, "a method is a name, a class, an object, a dict, a folder, or a list of these, got 3"),
         (nn.Linear, {}, TypeError, "a method is a name, a class of methods or a Method object, got <class"),
@@ -187,9 +187,7 @@ def test_another_model_and_another_version_are_both_named(tmp_path: Path) -> Non
         tokred.apply(other, tokred.load(folder))
     text = (folder / "tokred.json").read_text()
     (folder / "tokred.json").write_text(text.replace(f'"tokred": "{tokred.__version__}"', '"tokred": "77.0"'))
-    with pytest.warns(
-        tokred.SettingWarning, match=rf"written by tokred 77.0, and this is the older {tokred.__version__}"
-    ):
+    with pytest.warns(tokred.SettingWarning, match=rf"by tokred 77.0, and this is the older {tokred.__version__}"):
         tokred.load(folder)
 
 

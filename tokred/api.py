@@ -107,7 +107,9 @@ def apply(
     check_choice(expose, "expose", ("auto", "none", "last", "all"))
     if on_reduction is not None and not callable(on_reduction):
         raise TypeError(f"on_reduction must be a function of the model, got {on_reduction!r}")
-    places = [_place(model, one, where, expose, windows, parameters) for one in chosen]
+    places = []
+    for one in chosen:  # no comprehension, which would be one more frame between a warning and the user
+        places.append(_place(model, one, where, expose, windows, parameters))
     taker = learn.chosen(chosen, module)
     own = [
         learn.build(p.method, p.host.model_facts, module if p.method is taker else None, like=p.host.model)

@@ -1,4 +1,4 @@
-"""What users give as a method: a name, a class, an object, a dict, a folder, or a list of these."""
+"""Methods as users give them: a name, a class, an object, a dict, a folder, or a list of these."""
 
 from __future__ import annotations
 

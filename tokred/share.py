@@ -160,7 +160,7 @@ def chosen_where(origin: Origin, blocks: Sequence[tuple[str, Any]], model: str, 
 
 
 def other_model(method: Method, model: str, depth: int) -> str | None:
-    """What to warn of where a loaded method is applied to another model than it was saved from; None: nothing."""
+    """A warning for a loaded method on another model than it was saved from; None: there is nothing to say."""
     # Weights say themselves what they were learned on, and fit nothing else.
     if method.origin is None or method.loaded is not None or method.origin.on(model, depth):
         return None

@@ -26,7 +26,7 @@ class Origin:
     windows: str = "auto"
 
     def to_dict(self) -> dict[str, Any]:
-        """What a folder keeps of it, beside the version: plain values, for JSON."""
+        """Plain values, for JSON; a folder keeps the version beside them."""
         return {
             "model": self.model,
             "depth": self.depth,

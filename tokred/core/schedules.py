@@ -19,7 +19,7 @@ class Constant:
 
     @property
     def shorthand(self) -> int:
-        """What users write for it; likewise below."""
+        """The form in which users write it; likewise below."""
         return self.value
 
     def at(self, layer: int, depth: int) -> int:

@@ -22,7 +22,7 @@ class Uniform(Budget):
 
     @property
     def shorthand(self) -> float | int | str:
-        """What users write for it where any budget can be given."""
+        """The form in which users write it where any budget can be given."""
         return self.amount
 
     def __post_init__(self) -> None:
