@@ -36,6 +36,7 @@ FLOORS: dict[str, int] = {
     "tokred.tune": 10,
     "tokred.doctor": 10,
     "tokred.cli": 11,
+    "tokred.__main__": 12,
 }
 WINGS = ("encoder", "diffusion", "vlm", "kv")
 LONGEST = 400
