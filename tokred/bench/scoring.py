@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokred.bench.results import NORMAL, wilson
+from tokred.bench.intervals import Estimate, Groups, estimate, paired
 from tokred.core.checks import check_choice
 
 Better = Literal["higher", "lower"]
 Metric = str | Callable[[Any, Any], Any]
 LABELS = ("labels", "label")
+GROUP = "group"
+REFERENCES = ("answers", "text", *LABELS)
 # Fields of a host's output, the most telling first.
 FIELDS = ("logits", "pooler_output", "image_embeds", "image_features", "text_embeds", "last_hidden_state")
 
@@ -115,60 +117,6 @@ READY: dict[str, Callable[[Any, Any, Any], Tensor]] = {
 }
 
 
-class Estimate(NamedTuple):
-    """A mean and its 95 % interval; the ends are None where a single value tells of none."""
-
-    value: float
-    low: float | None
-    high: float | None
-
-
-# Student's t at 97.5 %, for 1, 2, ... degrees of freedom.
-_STUDENT = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
-    2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
-
-
-def student(freedom: int) -> float:
-    """Half of a 95 % interval in standard errors, when these come from few values themselves."""
-    # Beyond the table the first term of the expansion is exact to three digits.
-    return _STUDENT[freedom - 1] if freedom <= len(_STUDENT) else NORMAL + (NORMAL**3 + NORMAL) / (4 * freedom)
-
-
-def estimate(values: Sequence[float], weights: Sequence[float]) -> Estimate:
-    """Weighted mean with its interval: Wilson's for rights and wrongs, else by the standard error."""
-    total = sum(weights)
-    mean = sum(w * v for v, w in zip(values, weights, strict=True)) / total
-    n = len(values)
-    if _counted(values, weights):
-        return Estimate(mean, *wilson(mean, n))
-    if n < 2:
-        return Estimate(mean, None, None)
-    squares = sum((w * (v - mean)) ** 2 for v, w in zip(values, weights, strict=True))
-    half = student(n - 1) * math.sqrt(squares * n / (n - 1)) / total
-    return Estimate(mean, mean - half, mean + half)
-
-
-def paired(values: Sequence[float], base: Sequence[float], weights: Sequence[float]) -> Estimate:
-    """The mean difference to the base on the same samples, with its interval.
-
-    Of rights and wrongs it is Agresti and Min's, which adds half a sample to each kind of disagreement: a few samples
-    without any are no proof that there is none.
-    """
-    differences = [v - b for v, b in zip(values, base, strict=True)]
-    if not (_counted(values, weights) and _counted(base, weights)):
-        return estimate([*differences], weights) if len(differences) > 1 else Estimate(differences[0], None, None)
-    n, won, lost = len(differences), differences.count(1.0), differences.count(-1.0)
-    middle = (won - lost) / (n + 2)
-    half = NORMAL * math.sqrt((won + lost + 1) - (won - lost) ** 2 / (n + 2)) / (n + 2)
-    return Estimate((won - lost) / n, max(-1.0, middle - half), min(1.0, middle + half))
-
-
-def _counted(values: Sequence[float], weights: Sequence[float]) -> bool:
-    return all(v in (0.0, 1.0) for v in values) and all(w == 1 for w in weights)
-
-
 @dataclass(frozen=True)
 class Scorer:
     """A metric with its name.
@@ -192,6 +140,12 @@ class Scorer:
     def field(self) -> str:
         """Name of the value in the table of results."""
         return "quality" if self.own is not None else self.name
+
+    def against(self, batch: Any) -> str:
+        """What the outputs are compared with: ``"labels"``, a key of the batch, ``"the unpatched model"``, or empty."""
+        if self.own is not None or self.log:
+            return ""
+        return "labels" if self.name in ("top1", "top5") else "the unpatched model"
 
     def __call__(self, output: Any, batch: Any, dense: Any) -> tuple[list[float], list[float]]:
         """Values of the samples of a batch, and their weights.
@@ -231,11 +185,16 @@ def samples(batch: Any) -> int:
     return next((len(x) for x in items if isinstance(x, Tensor) and x.ndim), 1)
 
 
-def scorer(metric: Metric, stage: str, better: Better) -> Scorer:
+def scorer(metric: Metric, run: str | None, better: Better) -> Scorer:
     """The metric that the user names or gives.
 
+    Args:
+        metric: a name, or a function.
+        run: the kind of run that it scores; None: not known yet.
+        better: direction of a function's values.
+
     Raises:
-        TypeError, ValueError: it is neither, or does not fit the stage.
+        TypeError, ValueError: it is neither, or does not fit the run.
     """
     check_choice(better, "better", ("higher", "lower"))
     if callable(metric):
@@ -245,10 +204,10 @@ def scorer(metric: Metric, stage: str, better: Better) -> Scorer:
         raise TypeError(f"metric must be a name or a function of (output, batch), got {type(metric).__name__}")
     if metric not in READY:
         raise ValueError(f"metric is {metric!r}; allowed are {', '.join(map(repr, READY))}, or a function")
-    fits = {"block": set(READY) - {"perplexity"}, "cache": {"agreement", "cosine", "perplexity"}}[stage]
+    fits = {"forward": set(READY) - {"perplexity"}, "text": {"agreement", "cosine", "perplexity"}}.get(str(run), READY)
     if metric not in fits:
         raise ValueError(
-            f"metric={metric!r} does not fit the stage {stage!r}, whose ready metrics are "
+            f"metric={metric!r} does not fit the run {run!r}, whose ready metrics are "
             f"{', '.join(repr(name) for name in READY if name in fits)}"
         )
     return Scorer(metric, "lower" if metric == "perplexity" else "higher")
@@ -256,16 +215,79 @@ def scorer(metric: Metric, stage: str, better: Better) -> Scorer:
 
 def _within(found: Estimate, least: float) -> Estimate:
     """An estimate whose interval ends where shares do, or differences of shares."""
-    return Estimate(*(None if v is None else min(1.0, max(least, v)) for v in found))  # type: ignore[arg-type]
+    return found.map(lambda v: min(1.0, max(least, v)))
+
+
+def arguments(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a model's forward in a batch: what metrics alone read (labels, answers, groups) is left out."""
+    aside = (*LABELS, GROUP, "answers")
+    # The key "text" holds references as strings; as a tensor it is an argument of dual encoders.
+    return {k: v for k, v in batch.items() if k not in aside and (k != "text" or isinstance(v, Tensor))}
+
+
+def grouped(batch: Any, count: int) -> list[str]:
+    """The key ``"group"`` of each of ``count`` values of a batch; empty where the batch has none.
+
+    Raises:
+        ValueError: there are as many keys as values only if each sample has a value.
+    """
+    found = batch.get(GROUP) if isinstance(batch, Mapping) else None
+    if found is None:
+        return []
+    keys = [str(key) for key in (found.tolist() if isinstance(found, Tensor) else found)]
+    if count == 1 and len(set(keys)) == 1:
+        return keys[:1]
+    if len(keys) != count:
+        raise ValueError(
+            f"batch[{GROUP!r}] has {len(keys)} keys and the metric {count} values: give a key a sample, and a metric "
+            "that returns a number a sample"
+        )
+    return keys
 
 
 @dataclass
 class Tally:
-    """Values of an arm and of the unpatched model, sample by sample."""
+    """Values of an arm and of the unpatched model, sample by sample.
+
+    Attributes:
+        values, base: of the arm and of the unpatched model.
+        weights: of the samples.
+        groups: a key a sample; empty where each stands for itself.
+    """
 
     values: list[float] = field(default_factory=list)
     base: list[float] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
+    groups: list[str] = field(default_factory=list)
+
+    def take(self, score: Scorer, output: Any, batch: Any, dense: Any) -> None:
+        """Add the samples of a batch.
+
+        Args:
+            score: the metric.
+            output: of the arm.
+            batch: as the data yield it.
+            dense: the unpatched model's output.
+
+        Raises:
+            TypeError, ValueError: the metric returned no numbers, or not as many for both; or some batches have groups.
+        """
+        values, weights = score(output, batch, dense)
+        base = score(dense, batch, dense)[0]
+        if len(values) != len(base):
+            raise ValueError(f"metric returned {len(values)} values, and {len(base)} for the unpatched model")
+        groups = grouped(batch, len(values))
+        if self.values and bool(groups) != bool(self.groups):
+            raise ValueError(f"some batches have {GROUP!r} and others have none")
+        self.values += values
+        self.base += base
+        self.weights += weights
+        self.groups += groups
+
+    @property
+    def keys(self) -> Groups:
+        """The groups, or None."""
+        return self.groups or None
 
     @staticmethod
     def _share(metric: Scorer) -> bool:
@@ -273,10 +295,10 @@ class Tally:
 
     def record(self, metric: Scorer) -> dict[str, float]:
         """Fields of a record of results: the quality, and the difference to the unpatched model."""
-        quality, difference = estimate(self.values, self.weights), paired(self.values, self.base, self.weights)
+        quality = estimate(self.values, self.weights, self.keys)
+        difference = paired(self.values, self.base, self.weights, self.keys)
         if metric.log:
-            quality = Estimate(*(None if v is None else math.exp(v) for v in quality))  # type: ignore[arg-type]
-            difference = Estimate(*(None if v is None else math.expm1(v) for v in difference))  # type: ignore[arg-type]
+            quality, difference = quality.map(math.exp), difference.map(math.expm1)
         if self._share(metric):
             quality, difference = _within(quality, 0.0), _within(difference, -1.0)
         found: dict[str, float] = {f"{metric.field}_count": len(self.values), "difference_count": len(self.values)}

@@ -6,13 +6,14 @@ import html
 import math
 import statistics
 import textwrap
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tokred.bench.arms import BASE
 from tokred.bench.results import NORMAL
+from tokred.bench.scoring import Tally
 
 WIDTH = 80
 RANDOM = ("random", "random_prune", "random_evict")
@@ -42,6 +43,8 @@ class Benchmark:
         metric: name of the metric.
         better: the direction that is good.
         path: the table that the rows were written to, or None.
+        samples: values of single samples, by ``"method setting"``; empty where they were not kept.
+        against: what outputs are compared with: ``"labels"``, ``"the unpatched model"``, a key of the batch, or empty.
     """
 
     rows: list[dict[str, Any]]
@@ -50,6 +53,8 @@ class Benchmark:
     metric: str
     better: str
     path: Path | None = None
+    samples: Mapping[str, Tally] = field(default_factory=dict, repr=False)
+    against: str = ""
 
     @property
     def measured(self) -> list[dict[str, Any]]:
