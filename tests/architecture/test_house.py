@@ -39,6 +39,7 @@ FLOORS: dict[str, int] = {
     "tokred.eval": 10,
     "tokred.doctor": 10,
     "tokred.cli": 11,
+    "tokred.__main__": 12,
 }
 WINGS = ("encoder", "diffusion", "vlm", "kv")
 LONGEST = 400
