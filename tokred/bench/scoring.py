@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -54,7 +54,7 @@ class Scorer:
         return "quality" if self.own is not None else self.name
 
     def against(self, batch: Any) -> str:
-        """What the outputs are compared with: ``"labels"``, a key of the batch, ``"the unpatched model"``, or empty."""
+        """References of a batch: ``"labels"``, a key of it, ``"the unpatched model"``, or empty."""
         if self.ready is not None:
             return self.ready.compared(batch)
         return self.own.against(batch) if isinstance(self.own, Object) else ""
@@ -174,6 +174,17 @@ class Tally:
         self.base += base
         self.weights += weights
         self.groups += keys
+
+    @classmethod
+    def joined(cls, parts: Iterable[Tally]) -> Tally:
+        """The samples of several, one after another."""
+        out = cls()
+        for part in parts:
+            out.values += part.values
+            out.base += part.base
+            out.weights += part.weights
+            out.groups += part.groups
+        return out
 
     @property
     def keys(self) -> Groups:
