@@ -17,6 +17,7 @@ from torch import nn
 
 from tokred.adapters import contract
 from tokred.adapters.changes import Changes
+from tokred.adapters.contract import members
 from tokred.adapters.swap import Hook, host_class, is_swapped
 from tokred.errors import BypassedError
 
@@ -158,7 +159,7 @@ def _end(key: str) -> int:
 _functions: tuple[Any, ...] = (_begin, _ran, _end)
 for _function in _functions:
     # What torch.compiler.assume_constant_result sets; that would import the compiler here.
-    _function._dynamo_marked_constant = True
+    setattr(_function, members.CONSTANT.name, True)
 
 
 def hang(model: nn.Module, watch: Watch, changes: Changes) -> None:

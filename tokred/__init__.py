@@ -72,6 +72,7 @@ _LAZY = {
     "Place": "tokred.core.place:Place",
     "bench": "tokred.bench",
     "benchmark": "tokred.bench.benchmark:benchmark",
+    "eval": "tokred.eval",
     "choose_tsp_layer": "tokred.analysis.tsp_layer:choose_tsp_layer",
     "kv": "tokred.kv",
     "learn": "tokred.learn",

@@ -1,6 +1,6 @@
 """The names of ``tokred`` with their types: written by .ci/stub.py, and not by hand."""
 
-from tokred import bench, kv, learn, methods
+from tokred import bench, eval, kv, learn, methods
 from tokred.analysis import viz
 from tokred.analysis.explain import Explanation, explain
 from tokred.analysis.tsp_layer import choose_tsp_layer
@@ -227,6 +227,7 @@ __all__ = [
     "bench",
     "benchmark",
     "choose_tsp_layer",
+    "eval",
     "explain",
     "flops",
     "from_dict",

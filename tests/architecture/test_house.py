@@ -36,8 +36,10 @@ FLOORS: dict[str, int] = {
     "tokred": 9,
     "tokred.bench": 10,
     "tokred.tune": 10,
+    "tokred.eval": 10,
     "tokred.doctor": 10,
     "tokred.cli": 11,
+    "tokred.__main__": 12,
 }
 WINGS = ("encoder", "diffusion", "vlm", "kv")
 LONGEST = 400

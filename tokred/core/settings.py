@@ -32,6 +32,9 @@ def parse_pairs(texts: Iterable[str]) -> dict[str, Any]:
         if key.strip() in found:
             raise ValueError(f"{key.strip()} is set twice")
         found[key.strip()] = parse_value(value.strip())
+        further = re.search(r",\s*([A-Za-z_]\w*)=", value)
+        if further is not None and isinstance(found[key.strip()], str):
+            raise ValueError(f"settings are separated by spaces, not commas: {key.strip()}={value!r}")
     return found
 
 
@@ -79,3 +82,17 @@ def source(value: Any) -> str:
     if type(value) is tuple:
         return f"({', '.join(map(source, value))}{',' if len(value) == 1 else ''})"
     return repr(value)
+
+
+def split_settings(text: str) -> list[str]:
+    """``"divprune budget=64 + snapkv budget=0.5"``, methods that act together, as ``["divprune budget=64", ...]``.
+
+    Raises:
+        ValueError: a part is empty, or is no setting.
+    """
+    parts = [part.strip() for part in re.split(r"\s\+(?=\s|$)|^\+\s", text)]
+    if not all(parts):
+        raise ValueError(f"methods that act together stand with ' + ' between them, got {text!r}")
+    for part in parts:
+        parse_setting(part)
+    return parts
