@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
-from torch import Tensor
-
 from tokred.core.site import STAGES
-
-# The names of a batch's right answers: of classes, or of texts.
-LABELS = ("labels", "label")
-ASIDE = (*LABELS, "answers", "group")
-
-
-def arguments(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a model in a batch, without those that metrics alone read."""
-    # The key "text" holds right answers as texts; as a tensor it is an argument of dual encoders.
-    return {k: v for k, v in batch.items() if k not in ASIDE and (k != "text" or isinstance(v, Tensor))}
 
 
 class Feed:

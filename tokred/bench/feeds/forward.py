@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from tokred.bench.feeds.batches import tensors
-from tokred.bench.feeds.feed import Feed, arguments
+from tokred.bench.feeds.feed import Feed
+from tokred.bench.read import arguments
 
 
 class Forward(Feed):
@@ -34,7 +35,7 @@ class Forward(Feed):
 
     def run(self, model: Any, batch: Any) -> Any:
         if isinstance(batch, Mapping):
-            # With labels, models of transformers compute a loss, which is none of the work that is compared.
+            # Given labels, models of transformers compute a loss, which is none of the work that is compared.
             return model(**{**self.more, **arguments(batch)})
         return model(batch[0] if isinstance(batch, tuple | list) else batch)
 

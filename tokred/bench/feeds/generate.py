@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from tokred.bench.feeds.batches import tensors
-from tokred.bench.feeds.feed import Feed, arguments
+from tokred.bench.feeds.feed import Feed
 from tokred.bench.feeds.reader import Reader
 from tokred.bench.outputs import Generated
+from tokred.bench.read import arguments
 
 NEW = 32  # tokens of an answer, where nobody says how many
 SEED = 0  # of models that sample: both arms draw alike

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokred.bench.feeds.feed import Feed, arguments
+from tokred.bench.feeds.feed import Feed
+from tokred.bench.read import arguments
 
 SEEDS = "seeds"  # of a batch's samples, by which both arms start from the same noise
 FIELDS = ("images", "frames", "image")
