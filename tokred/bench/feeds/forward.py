@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from tokred.bench.feeds.batches import tensors
-from tokred.bench.feeds.feed import LABELS, Feed
+from tokred.bench.feeds.feed import Feed
+from tokred.bench.scoring import arguments
 
 
 class Forward(Feed):
@@ -25,6 +26,6 @@ class Forward(Feed):
 
     def run(self, model: Any, batch: Any) -> Any:
         if isinstance(batch, Mapping):
-            # With labels, models of transformers compute a loss, which is none of the work that is compared.
-            return model(**{name: value for name, value in batch.items() if name not in LABELS})
+            # Given labels, models of transformers compute a loss, which is none of the work that is compared.
+            return model(**arguments(batch))
         return model(batch[0] if isinstance(batch, tuple | list) else batch)
