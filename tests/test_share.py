@@ -18,10 +18,10 @@ from torch import nn
 pytest.importorskip("timm")
 
 import tokred
-from tokred import share
 from tokred.adapters.tiny import diffusion, kv, timm, vlm
 from tokred.adapters.tiny import windows as windowed
 from tokred.core.names import MethodName
+from tokred.settings import share
 
 
 def images() -> torch.Tensor:
