@@ -176,7 +176,7 @@ DEBIAN = {
         0.8,
         "usr/share/games/fortunes",
         "see its copyright file",
-        tuple(["computers", "food", "law", "love", "medicine", "science", "sports", "politics", "education", "work"]),
+        ("computers", "food", "law", "love", "medicine", "science", "sports", "politics", "education", "work"),
     ),
 }
 
