@@ -45,6 +45,8 @@ LABELS = {
     "peak_mib": "peak memory (MiB)",
     "forward_mib": "memory of a forward (MiB)",
 }
+# Where the text beside a point stands, so that those of neighbouring lines do not cover one another.
+SLOTS = ((5, 5, "left"), (5, -10, "left"), (-5, -10, "right"), (-5, 5, "right"))
 
 
 def pareto(
@@ -111,6 +113,8 @@ class Look(NamedTuple):
     marker: str
     style: str
     size: float = 6
+    open: bool = False
+    slot: int = 0  # of :data:`SLOTS`
 
 
 def look(i: int) -> Look:
@@ -144,8 +148,9 @@ def _curve(
         notes: a column of texts.
     """
     xs, ys = rows[x].to_numpy(), times * rows[y].to_numpy()
+    face = "white" if drawn.open else drawn.colour
     axis.plot(xs, ys, color=drawn.colour, linestyle=drawn.style, marker=drawn.marker, markersize=drawn.size,
-              linewidth=1.5, label=name, zorder=3)  # fmt: skip
+              markerfacecolor=face, linewidth=1.5, label=name, zorder=3)  # fmt: skip
     for column, by, which in ((x, 1.0, "xerr"), (spread or y, times, "yerr")):
         if drawn.marker and f"{column}_low" in rows and rows[f"{column}_low"].notna().any():
             middle = rows[column].to_numpy()
@@ -153,7 +158,10 @@ def _curve(
             spans = [(by * end).clip(min=0) for end in ends]
             axis.errorbar(xs, ys, fmt="none", ecolor=drawn.colour, elinewidth=1, alpha=0.45, zorder=2, **{which: spans})
     for px, py, said in zip(xs, ys, rows[notes] if notes else (), strict=False):
-        axis.annotate(str(said), (px, py), textcoords="offset points", xytext=(5, 5), fontsize=7, color=drawn.colour)
+        *put, side = SLOTS[drawn.slot]
+        axis.annotate(
+            str(said), (px, py), textcoords="offset points", xytext=put, ha=side, fontsize=7, color=drawn.colour
+        )
 
 
 def _star(axis: Any, x: float, y: float) -> None:
@@ -257,7 +265,13 @@ def _draw(axis: Any, frame: pd.DataFrame, panel: Panel, by: str, names: Sequence
 
 
 def benchmark(
-    frame: pd.DataFrame, units: Units, title: str, joined: Sequence[tuple[Any, Any]] = (), base: str = BASE
+    frame: pd.DataFrame,
+    units: Units,
+    title: str,
+    joined: Sequence[tuple[Any, Any]] = (),
+    *,
+    base: str = BASE,
+    word: str = "work",
 ) -> Any:
     """A benchmark's rows: quality against speed-up, and against work where it is known; up and right is better.
 
@@ -267,52 +281,69 @@ def benchmark(
         title: above everything.
         joined: pairs of rows of equal work, which thin lines join.
         base: method of the unpatched model's row.
+        word: what there is less of: work, or bytes.
 
     Returns:
         A matplotlib figure.
     """
     times = 100.0 if units.percent else 1.0
-    frame = frame[frame["quality"].notna()].rename(columns={"low": "quality_low", "high": "quality_high"})
-    # Work is drawn as what is saved of it, so that right is better in both panels.
-    frame = frame.assign(saved=100 * (1 - frame["work"].astype(float)))
-    numbers = [
-        n for n in frame if n in ("quality", "quality_low", "quality_high") or str(n).startswith(("speedup", "differ"))
-    ]
-    frame = frame.astype(dict.fromkeys(numbers, float))
+    frame = _drawable(frame, units, base)
     dense, arms = frame[frame["method"] == base], frame[frame["method"] != base]
     columns = [("speedup", "times as fast as the unpatched model")]
     if arms["saved"].notna().any():
-        columns.append(("saved", "work saved (%)"))
+        columns.append(("saved", f"{word} saved (%)"))
     figure, axes = pyplot().subplots(
-        1, len(columns), figsize=(2.4 + 5.4 * len(columns), 4.8), squeeze=False, layout="constrained", sharey=True
+        1, len(columns), figsize=(2.4 + 5.0 * len(columns), 4.8), squeeze=False, layout="constrained", sharey=True
     )
     names = list(dict.fromkeys(arms["method"]))
     plain = [n for n in names if bool(arms.loc[arms["method"] == n, "baseline"].all())]
     own = [n for n in names if n not in plain]
     for axis, (x, xlabel) in zip(axes[0], columns, strict=True):
-        for a, b in joined:
+        for i, (a, b) in enumerate(joined):
             ends = [r["speedup"] if x == "speedup" else 100 * (1 - r["work"]) for r in (a, b)]
-            axis.plot(ends, [times * r["quality"] for r in (a, b)], color="#bbbbbb", linewidth=0.8, zorder=1)
+            said = "_" if i else f"to random, equal {word}"
+            axis.plot(
+                ends, [times * r["quality"] for r in (a, b)], color="#bbbbbb", linewidth=0.8, zorder=1, label=said
+            )
         for name in (*own, *plain):
             rows = arms[(arms["method"] == name) & arms[x].notna()].sort_values(x)
             if len(rows):
+                # Texts beside points would cover one another in both panels: one is enough.
+                notes = "setting" if name in own and x == "speedup" else ""
                 drawn = look(own.index(name)) if name in own else _grey(plain.index(name))
-                label = NAMES.get(name, name)
-                _curve(axis, rows, x, "quality", drawn, label, times=times, notes="setting" if name in own else "")
+                drawn = drawn._replace(slot=own.index(name) % len(SLOTS) if name in own else 0)
+                _curve(axis, rows, x, "quality", drawn, NAMES.get(name, name), times=times, spread="drawn", notes=notes)
         if len(dense):
             _star(axis, 1.0 if x == "speedup" else 0.0, times * float(dense["quality"].iloc[0]))
         _dress(axis, f"{xlabel} \u2192", "")
-    unit = " (%)" if units.percent else ""
-    arrow = "\u2191" if units.sign > 0 else "(lower is better) \u2191"
-    axes[0][0].set_ylabel(f"{units.metric}{unit} {arrow}")
+    direction = "" if units.sign > 0 else ", lower is better"
+    axes[0][0].set_ylabel(f"{units.metric}{' (%)' if units.percent else ''}{direction} \u2191")
     if units.sign < 0:
         axes[0][0].invert_yaxis()
     handles = dict(zip(*reversed(axes[0][0].get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles.keys(), frameon=False, fontsize=8, loc="outside right center")
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    note = "bars: 95 % interval of the difference to the unpatched model on the same samples; quartiles of the speed"
+    figure.supxlabel(note, fontsize=7.5, color="#555555", x=0.01, ha="left")
     return figure
 
 
+def _drawable(frame: pd.DataFrame, units: Units, base: str) -> pd.DataFrame:
+    """Measured rows as numbers, with the share of work that is ``saved``, and ``drawn``, the quality with its ends."""
+    frame = frame[frame["quality"].notna()]
+    numbers = [n for n in frame if str(n).split("_")[0] in ("quality", "speedup", "difference")]
+    frame = frame.astype(dict.fromkeys(numbers, float))
+    dense = frame.loc[frame["method"] == base, "quality"]
+    level = float(dense.iloc[0]) if len(dense) else float("nan")
+    ends = {}
+    for name in ("low", "high"):
+        end = frame[f"difference_{name}"]
+        # Around the row's own value: on a fixed base, whose own chance both share.
+        at = level * (1 + end) if units.ratio else level + end
+        ends[f"drawn_{name}"] = at.where(frame["method"] != base)
+    return frame.assign(saved=100 * (1 - frame["work"].astype(float)), drawn=frame["quality"], **ends)
+
+
 def _grey(i: int) -> Look:
-    """Of methods that choose nothing: greys, open to the eye beside any colour."""
-    return Look(("#555555", "#888888", "#aaaaaa")[i % 3], ("x", "+", "1", "2")[i % 4], (":", "--", "-.")[i % 3], 7)
+    """Of methods that choose nothing: greys with open markers, apart from any colour."""
+    return Look(("#555555", "#888888", "#aaaaaa")[i % 3], "xsov"[i % 4], (":", "--", "-.")[i % 3], 6, open=True)

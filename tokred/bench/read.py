@@ -143,6 +143,13 @@ def references(batch: Any, count: int) -> list[list[str]] | None:
     return [[one] if isinstance(one, str) else list(one) for one in found]
 
 
+def arguments(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a model's forward in a batch: what metrics alone read (labels, answers, groups) is left out."""
+    # The key "text" holds references as strings; as a tensor it is an argument of dual encoders.
+    aside = {GROUP, *REFERENCES} - {"text"}
+    return {k: v for k, v in batch.items() if k not in aside and (k != "text" or isinstance(v, Tensor))}
+
+
 def samples(batch: Any) -> int:
     """Samples of a batch: the first dimension of its first tensor; 1 where there is none."""
     items = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else [batch]

@@ -13,6 +13,7 @@ from torch import Tensor
 from tokred.bench.intervals import Estimate, Groups, estimate, paired
 from tokred.bench.objects import Object, is_object
 from tokred.bench.read import GROUP, groups, samples
+from tokred.bench.read import arguments as arguments
 from tokred.bench.ready import READY, Better, Ready
 from tokred.core.checks import check_choice
 
@@ -177,9 +178,16 @@ class Tally:
 
     @classmethod
     def joined(cls, parts: Iterable[Tally]) -> Tally:
-        """The samples of several, one after another."""
-        out = cls()
-        for part in parts:
+        """The samples of several, one after another.
+
+        Raises:
+            ValueError: some alone have groups, or are compared with something else than the others.
+        """
+        found = [part for part in parts if part.values]
+        if len({(part.against, bool(part.groups)) for part in found}) > 1:
+            raise ValueError(f"some parts of data have {GROUP!r}, or what is right, and others have none")
+        out = cls(against=found[0].against, log=found[0].log) if found else cls()
+        for part in found:
             out.values += part.values
             out.base += part.base
             out.weights += part.weights

@@ -30,7 +30,8 @@ def cells(row: Row, units: Units) -> list[str]:
     if row["tokens_out"] is not None:
         kept = f"{row['tokens_in']:.0f} > {row['tokens_out']:.0f}"
     else:
-        kept = "" if not row["dense_bytes"] else f"{row['bytes'] / row['dense_bytes']:.0%} bytes"
+        share = row["bytes"] / row["dense_bytes"] if row["dense_bytes"] else None
+        kept = "" if share is None else f"{share:.0%} bytes" if share < 0.995 else "all bytes"
     memory = "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
     base = row["method"] == BASE
     return [units.value(row["quality"]), "" if base else difference, f"{row['speedup']:.2f}x", kept, memory]

@@ -209,14 +209,13 @@ def best_in_words(row: Row, fit: Sequence[Row], loss: float, samples: Mapping[st
     if row["method"] == BASE and len(fit) == 1:
         return f"No method is sure to lose at most {most} of {units.metric}: the unpatched model stays."
     others = sorted((r for r in fit if r is not row), key=lambda r: -r["speedup"])
-    count = sum(r["method"] != BASE for r in fit)
-    text = f"{label(row)} is the fastest of {count + 1} that lose at most {most} of {units.metric}"
-    following = next((r for r in others if r["method"] != BASE or row["method"] == BASE), others[0])
-    text += f"; the next, {label(following)}, is {following['speedup']:.2f} times as fast as the unpatched model to "
-    text += f"{row['speedup']:.2f}"
+    # Behind a method the next method tells more than the unpatched model, to which every row has its difference.
+    following = next((r for r in others if r["method"] != BASE), others[0])
+    text = f"{label(row)} ({row['speedup']:.2f}x) is the fastest of {len(fit)} that lose at most {most} of "
+    text += f"{units.metric}; the next is {label(following)} ({following['speedup']:.2f}x)"
     if _level(row, following):
         text += ", and their quartiles overlap: the clock does not tell them apart"
-    if following["method"] != BASE and row["method"] != BASE:
+    if BASE not in (following["method"], row["method"]):
         text += f". {compare(row, following, samples, units)}"
     return f"{text}."
 

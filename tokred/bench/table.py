@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from tokred.bench import shown, standing
-from tokred.bench.arms import BASE
 from tokred.bench.scoring import Tally
 from tokred.bench.shown import HEADS as HEADS
 from tokred.bench.shown import WIDTH as WIDTH
@@ -155,8 +154,12 @@ class Benchmark:
     @property
     def summary(self) -> str:
         """A sentence that says whether any method beats a random choice at equal work, by paired differences."""
-        word = "bytes" if self.stage == "cache" else "work"
-        return standing.against_random(self.measured, self.samples, self.units, word)
+        return standing.against_random(self.measured, self.samples, self.units, self._word)
+
+    @property
+    def _word(self) -> str:
+        """What a row has less of than the unpatched model."""
+        return "bytes" if self.stage == "cache" else "work"
 
     # -------------------------------------------------------------------------------------------- forms
 
@@ -226,7 +229,8 @@ class Benchmark:
         joined = [(row, other) for row in self.measured if (other := standing.rival(row, self.measured, self.units))]
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        return plots.save(plots.benchmark(rows, self.units, f"{self.model}: {self.metric}", joined, BASE), target)
+        title = f"{self.model}: {self.metric}"
+        return plots.save(plots.benchmark(rows, self.units, title, joined, word=self._word), target)
 
     # ------------------------------------------------------------------------------------------ keeping
 
