@@ -250,6 +250,7 @@ def main() -> None:
     parser.add_argument("--policies", default=",".join(POLICIES), help="names, with commas")
     parser.add_argument("--budgets", default="0.25,0.5,0.125", help="shares, with commas, one after the other")
     parser.add_argument("--kinds", default=",".join(COUNTS), help="names, with commas")
+    parser.add_argument("--samples", type=int, help="at most so many of each kind")
     parser.add_argument("--quick", action="store_true", help="two samples of each kind")
     parser.add_argument("--rows", action="store_true", help="measure nothing: write rows of the values that are there")
     parser.add_argument("--threads", type=int, help="threads of torch")
@@ -261,7 +262,7 @@ def main() -> None:
         parser.error(f"unknown: {', '.join(unknown)}; known are {', '.join(POLICIES)} and {', '.join(COUNTS)}")
     if given.threads:
         torch.set_num_threads(given.threads)
-    counts = {k: 2 if given.quick else COUNTS[k] for k in kinds}
+    counts = {k: min(2 if given.quick else given.samples or COUNTS[k], COUNTS[k]) for k in kinds}
     there, where = read(given.values)
     if given.rows:
         save(records(there, where), "tasks", given)

@@ -21,7 +21,8 @@ def _policies(found: Results, metric: str, **fields: Any) -> dict[str, dict[str,
     return {name: out[name] for name in dict.fromkeys(order) if name in out}
 
 
-def _name(method: str) -> str:
+def name(method: str) -> str:
+    """A policy, or the full cache."""
     return "the full cache" if method == "unpatched" else f"`{method}`"
 
 
@@ -34,10 +35,10 @@ def kv_perplexity(found: Results) -> str:
         return f"{row['perplexity']:.2f}" if row else ""
 
     lines = []
-    for name, by in plain.items():
-        full = name == "unpatched"
+    for policy, by in plain.items():
+        full = policy == "unpatched"
         cells = [cell(by.get("1" if full and s == "0.5" else s)) for s in SHARES]
-        lines.append([_name(name), *cells, cell(padded.get(name, {}).get("1" if full else "0.25"))])
+        lines.append([name(policy), *cells, cell(padded.get(policy, {}).get("1" if full else "0.25"))])
     return table(["policy", "50 %", "25 %", "12.5 %", "5 %", "25 %, padded"], lines, 1)
 
 
@@ -61,6 +62,9 @@ def kv_perplexity_claims(found: Results) -> str:
         lines.append(
             f"- {said}. `random_evict` ({random:.2f}) is below {len(beaten)} of {len(rows) - 1}: {code(beaten)}."
         )
+    full = plain["unpatched"]["1"]["perplexity"]
+    over = [f"{percent(plain['kvzip'][s]['perplexity'] / full - 1)} % at {s}" for s in ("0.25", "0.125")]
+    lines.append(f"- `kvzip` has a perplexity above the full cache's by {' and '.join(over)}, without an interval too.")
     trials = sorted({r["loss"] for r in found.records("kv", "search")})
     mine = "score=reconstruction budget=all-share fate=merge share=0.25"
     rank = trials.index(results.one(found.records("kv", "search"), setting=mine)["loss"]) + 1
@@ -78,14 +82,14 @@ def kv_keys(found: Results) -> str:
     }
     columns = [(n, 1, s) for n in (1024, 2048, 4096) for s in SHARES[:3]] + [(2048, 4, "0.25")]
     lines = []
-    for name in _policies(found, "perplexity", length=4096, batch=1):
-        if name == "unpatched":
+    for policy in _policies(found, "perplexity", length=4096, batch=1):
+        if policy == "unpatched":
             continue
         cells = []
         for n, b, share in columns:
-            pair = [found_keys[n, b, asked].get(name, {}).get(share) for asked in ("after", "before")]
+            pair = [found_keys[n, b, asked].get(policy, {}).get(share) for asked in ("after", "before")]
             cells.append(" / ".join("" if r is None else f"{100 * r['retrieval']:.0f}" for r in pair))
-        lines.append([f"`{name}`", *cells])
+        lines.append([f"`{policy}`", *cells])
     header = ["policy", "1,024 tokens: 50 %", "25 %", "12.5 %", "2,048: 50 %", "25 %", "12.5 %", "4,096: 50 %"]
     return table([*header, "25 %", "12.5 %", "2,048 padded: 25 %"], lines, 1)
 
@@ -109,17 +113,21 @@ def kv_keys_claims(found: Results) -> str:
     rest = [n for n in values if n != best and n not in level]
     most = max(rest, key=lambda n: counts[n][0])
     text += f". Of all others none finds more than {counts[most][0]} (`{most}`); "
-    return text + f"`random_evict` finds {counts['random_evict'][0]}."
+    text += f"`random_evict` finds {counts['random_evict'][0]}."
+    whole = {r["length"]: r for r in found.records("kv", "quality", batch=1, asked="after", method="unpatched")}
+    shares = ", ".join(f"{percent(r['retrieval'], digits=0)} % at {n:,}" for n, r in sorted(whole.items()))
+    goal = [f"`{n}` {percent(right / full[0], digits=0)} %" for n, (right, _) in counts.items() if n in (best, *level)]
+    return f"{text}\n- By length the full cache finds {shares}. Of what it finds: {', '.join(goal)}."
 
 
 def kv_speed(found: Results) -> str:
     """Time and bytes at a quarter."""
     every = [_policies(found, "prefill_s", length=2048, batch=b) for b in (1, 4)]
     lines = []
-    for name in every[0]:
-        cells = [_name(name)]
+    for policy in every[0]:
+        cells = [name(policy)]
         for by in every:
-            r = by[name]["1" if name == "unpatched" else "0.25"]
+            r = by[policy]["1" if policy == "unpatched" else "0.25"]
             cells += [f"{r['prefill_s']:.1f}", f"{r['decode_tokens_per_s']:.1f}", f"{r['bytes_timed'] / 1e6:.1f}"]
         lines.append(cells)
     header = ["policy at 25 %", "prompt, s", "tokens/s", "MB", "batch of 4, padded: prompt, s", "tokens/s"]
@@ -159,3 +167,29 @@ def kvpress(found: Results) -> str:
         lines.append([*cells, f"{r['kvpress_ms']:.3g}", f"{r['score_ms']:.3g}"])
     header = ["policy", "largest difference of scores", "largest score", "rows that differ", "MB kvpress", "MB tokred"]
     return table([*header, "ms kvpress", "ms tokred"], lines, 1)
+
+
+def kv_scoring_claims(found: Results) -> str:
+    """Which scores of a window take at most 1 % of the prompt, and which policies more than a tenth."""
+    shares = {f"{r['method']} {r['setting'].replace('budget=0.25', '').strip()}".strip(): r["policy_share"]
+              for r in found.records("kv", "scoring")}  # fmt: skip
+    goal = [
+        f"{'met' if shares[n] <= 0.01 else 'missed'} by `{n}` ({percent(shares[n], digits=2)} %)"
+        for n in ("snapkv window=32", "snapkv")
+    ]
+    much = [f"`{n}` ({percent(share, digits=0)} %)" for n, share in shares.items() if share > 0.1]
+    return (
+        f"- The aim was 1 % for scores of SnapKV's kind: {', '.join(goal)}.\n"
+        f"- More than a tenth of the prompt's time again: {', '.join(much)}. They want the attention of all queries, "
+        "which is computed without its N x N matrix."
+    )
+
+
+def kv_decode_claims(found: Results) -> str:
+    """Where a token over a cut cache takes longer than over a dense one of as many rows, by the quartiles."""
+    lines = []
+    for method, text in (("even", "As many rows in every head"), ("flat", "Flat"), ("rectangle", "A rectangle")):
+        rows = found.records("kv", "decode", method=method)
+        slow = [f"{r['rows']:,} rows of {r['model']} ({between(r, 'ratio')})" for r in rows if r["ratio_low"] > 1]
+        lines.append(f"- {text}: slower than a dense cache, by its quartiles, at {', '.join(slow) or 'no length'}.")
+    return "\n".join(lines)

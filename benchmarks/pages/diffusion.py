@@ -74,8 +74,16 @@ def diffusion_claims(found: Results) -> str:
         f"{said(words(both, 'ToMeSD, fixed choice'))}.",
         f"`todo` with `nearest-exact` and 256 of 1,024 keys left ({exact.value:.1f} dB) is {compared(exact, quarter)} "
         f"`keymerge` with as many ({quarter.value:.1f} dB).",
+        "Which token of a cell is the destination decides much on this model: `tomesd` with a fixed one has "
+        f"{_swing(of('ToMeSD, fixed choice', 'psnr'))}.",
+        f"`todo` with `nearest` reads the first token of each cell, with `nearest-exact` the middle one: at factor 2 "
+        f"{_denoised(found, 'ToDo, nearest', '2')['psnr']:.1f} against {exact.value:.1f} dB.",
     ]
     return "\n".join(f"- {line}" for line in lines)
+
+
+def _swing(values: Sequence[Value]) -> str:
+    return ", ".join(f"{v.value:.0f} dB at {ratio}" for v, ratio in zip(values, RATIOS, strict=True))
 
 
 def keymerge(found: Results) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.pages import caches, diffusion, encoder, vlm
+from benchmarks.pages import caches, diffusion, encoder, tasks, vlm
 from benchmarks.pages.markdown import ROOT, Results, table
 from tokred.bench import results
 from tokred.bench.metrics import METRICS
@@ -36,11 +36,16 @@ def metrics(found: Results) -> str:
 
 
 _PARTS = (
-    provenance, metrics, encoder.demo, encoder.vit_speed, diffusion.diffusion, diffusion.diffusion_claims,
-    diffusion.diffusion_speed, vlm.vlm, vlm.vlm_claims, vlm.vlm_cost, caches.kv_perplexity, caches.kv_perplexity_claims,
-    caches.kv_keys, caches.kv_keys_claims, caches.kv_speed, caches.kv_scoring, caches.kv_decode, caches.kvpress,
+    provenance, metrics, encoder.demo, encoder.demo_claims, encoder.vit_speed, encoder.operators, diffusion.diffusion,
+    diffusion.diffusion_claims, diffusion.diffusion_speed, vlm.vlm, vlm.vlm_claims, vlm.vlm_cost, vlm.vlm_cost_claims,
+    tasks.kv_tasks_kept, tasks.kv_tasks, tasks.kv_tasks_claims, caches.kv_perplexity, caches.kv_perplexity_claims,
+    caches.kv_keys, caches.kv_keys_claims, caches.kv_speed, caches.kv_scoring, caches.kv_scoring_claims,
+    caches.kv_decode, caches.kv_decode_claims, caches.kvpress,
 )  # fmt: skip
 PAGES = {
     PAGE: {part.__name__: part for part in _PARTS},
     DOCS / "methods" / "diffusion" / "keymerge.md": {"keymerge": diffusion.keymerge},
+    DOCS / "methods" / "encoder" / "spatten.md": {"text": encoder.text, "text_claims": encoder.text_claims},
+    DOCS / "tutorials" / "audio.md": {"audio": encoder.audio, "audio_claims": encoder.audio_claims},
+    DOCS / "tutorials" / "segmentation.md": {"segmentation": encoder.segmentation},
 }

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from benchmarks.pages.markdown import Record, Results, beside, code, percent, ranked, table, value
+from itertools import pairwise
+
+from benchmarks.pages.markdown import Record, Results, beside, code, compared, percent, ranked, table, value
 
 BUDGETS = (64, 32, 16)
-CHANCE = 0.1
+CHANCE = 0.1  # one of ten classes
+BLIND = ("random_visual", "uniform_visual", "downsample_visual")
+AIM = 0.03  # of the prompt's time
 
 
 def _answers(found: Results, budget: int) -> dict[str, Record]:
@@ -38,7 +42,18 @@ def vlm_claims(found: Results) -> str:
         text += f"level with it: {code(level)}. "
         where = beside(values, "random_visual")
         text += f"A random choice has {values['random_visual'].value:.0f} %: better are {code(where['better than'])}, "
-        lines.append(text + f"worse {code(where['worse than'])}.")
+        text += f"worse {code(where['worse than'])}."
+        blind = [n for n in (best, *level) if n in BLIND]
+        lines.append(text + f" Blind choices among the first: {code(blind)}.")
+    every = {b: _answers(found, b) for b in BUDGETS}
+    for more, fewer in pairwise(BUDGETS):
+        for n in every[fewer]:
+            if n in every[more] and every[fewer][n]["exact"] > every[more][n]["exact"]:
+                a, b = (value(every[x][n], "exact", 100) for x in (fewer, more))
+                lines.append(
+                    f"- `{n}` has {a.value:.0f} % with {fewer} tokens and {b.value:.0f} % with {more}: "
+                    f"{compared(a, b)} itself with more."
+                )
     return "\n".join([*lines, f"- Chance is {100 * CHANCE:.0f} %: there are ten classes."])
 
 
@@ -56,3 +71,18 @@ def vlm_cost(found: Results) -> str:
         lines.append(cells)
     header = ["method", "LLaVA-1.5-7B, real depth: own work, ms", "share of the prompt", "Qwen2.5-VL-7B: own work, ms"]
     return table([*header, "share of the prompt"], lines, 1)
+
+
+def vlm_cost_claims(found: Results) -> str:
+    """Who takes more of the prompt's time than was aimed at, and pruned prompts beside short ones."""
+    rows = [r for r in found.records("vlm", "cost") if "share_of_full_depth" in r]
+    over = sorted({f"`{r['method']}` on {r['model']}" for r in rows if r["share_of_full_depth"] > AIM})
+    most = max(rows, key=lambda r: r["share_of_full_depth"])
+    times = sorted(r["times_short_full_depth"] for r in found.records("vlm", "cost") if "times_short_full_depth" in r)
+    kept = sorted({str(r["keeps"]) for r in rows if "keeps" in r}, reverse=True)
+    return (
+        f"- The aim was at most {percent(AIM, digits=0)} % of the prompt: missed by {', '.join(over) or 'none'}. The "
+        f"largest share is {percent(most['share_of_full_depth'], digits=2)} %, of `{most['method']}` on {most['model']}.\n"
+        f"- A pruned prompt takes {times[0]:.2f} to {times[-1]:.2f} times as long as an unpatched prompt that has only "
+        f"so many visual tokens, at {', '.join(kept)} of them and at full depth (aim: within 10 %)."
+    )

@@ -74,7 +74,6 @@ METRICS: dict[str, Metric] = {
     "perplexity": Metric("perplexity", "of the tokens behind a compressed prompt", INTERVAL, "tokens_scored"),
     "perplexity_ratio": Metric("x", "over the full cache's perplexity", INTERVAL),
     "retrieval": Metric("share", "of hidden keys that the answer begins with", INTERVAL, "keys"),
-    "overlap": Metric("share", "ROUGE-L of a summary with the full cache's", INTERVAL, "texts"),
     "apart": Metric("standard errors", "better than a random choice at the same budget, paired over samples"),
     "keys_found": Metric("share", "of the keys of a search"),
     "loss": Metric("loss", "log of the ratio of perplexities plus the share of keys lost, mean over budgets"),
