@@ -74,8 +74,9 @@ METRICS: dict[str, Metric] = {
     "mae": Metric("error", "mean absolute error against the unmerged image", INTERVAL, "samples"),
     "spectrum_db": Metric("dB", "distance of the radial spectra to the unmerged image's", INTERVAL, "samples"),
     "perplexity": Metric("perplexity", "of the tokens behind a compressed prompt", INTERVAL, "tokens_scored"),
-    "perplexity_ratio": Metric("x", "over the full cache's perplexity"),
+    "perplexity_ratio": Metric("x", "over the full cache's perplexity", INTERVAL),
     "retrieval": Metric("share", "of hidden keys that the answer begins with", INTERVAL, "keys"),
+    "apart": Metric("standard errors", "better than a random choice at the same budget, paired over samples"),
     "keys_found": Metric("share", "of the keys of a search"),
     "loss": Metric("loss", "log of the ratio of perplexities plus the share of keys lost, mean over budgets"),
     # Speed
