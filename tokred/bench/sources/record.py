@@ -130,7 +130,7 @@ class Source:
 
     @property
     def usual(self) -> Kind:
-        """What is usual for models of its kind."""
+        """The record of what is usual for models of its kind."""
         return KINDS[self.kind]
 
     @property
