@@ -473,7 +473,10 @@ BASE_ROW = ("unpatched", False, None, 0.0, 0.0, 1.0)
 
 def test_the_summary_says_whether_anything_beats_random():
     won = table(BASE_ROW, ("tome", False, 0.6, -0.01, 0.01, 1.5), ("random", True, 0.6, -0.1, 0.01, 1.5))
-    assert won.summary == "tome beats random at equal work, by 9.0 points (top1, 1 compared on 500 samples)."
+    assert won.summary == (
+        "tome beats random at equal work, by 9.0 points (top1, 1 compared on 500 samples; values of single samples "
+        "were not kept, so that the two count as measured on different samples)."
+    )
     level = table(BASE_ROW, ("tome", False, 0.6, -0.01, 0.01, 1.5), ("random", True, 0.6, -0.02, 0.01, 1.5))
     assert level.summary.startswith("No method beats a random choice at equal work beyond chance (top1, 1 compared")
     lost = table(BASE_ROW, ("tome", False, 0.6, -0.2, 0.01, 1.5), ("random", True, 0.6, -0.02, 0.01, 1.5))

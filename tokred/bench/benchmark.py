@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from tokred import adapters, api
-from tokred.bench import feeds, results
+from tokred.bench import feeds, ranks, results
+from tokred.bench import workers as spread
 from tokred.bench.engine import Engine
 from tokred.bench.entries import Entry, entries
 from tokred.bench.feeds import Batches, Feed
@@ -43,6 +44,8 @@ def benchmark(
     name: str | None = None,
     seed: int = 0,
     progress: bool = True,
+    ray: str | None = None,
+    workers: int | None = None,
     tokenizer: Any = None,
     max_new_tokens: int | None = None,
     batch_size: int | None = None,
@@ -75,6 +78,9 @@ def benchmark(
         device: where to measure; the model goes there and back. None: where it is.
         name: of the model, for the table; None: its configuration's, or its class's.
         seed: of the order, and of the loader's.
+        ray: measure rows as tasks of Ray: ``"local"`` on this machine, or the address of a cluster (``"auto"``,
+            ``"ray://host:10001"``). A row whose worker is lost is measured again on another one.
+        workers: rows that ``ray="local"`` measures at a time; None: two, or one a GPU.
         progress: a bar on a terminal, elsewhere a line a row, on standard error.
         tokenizer: turns texts into ids and generated ids into texts.
         max_new_tokens: of each answer that is generated.
@@ -106,6 +112,13 @@ def benchmark(
         scorer(metric, None, better)
     path = None if out is None else _path(Path(out))
     _check_memory()
+    processes = ranks.count()
+    if ray is not None:
+        spread.check(workers)
+        if processes > 1:
+            raise ValueError("ray= spreads rows from one process; here are several: leave out one of both")
+    elif workers is not None:
+        raise ValueError(f"workers is {workers!r}, but rows are spread by Ray alone: give ray='local' too")
     options = feeds.Options(tokenizer, max_new_tokens)
     chosen: list[tuple[Feed, Scorer]] = []
 
@@ -120,9 +133,20 @@ def benchmark(
         batches = Batches(data, place, prepare, seed, batch_size)
         feed, score = chosen[0]
         stage = "+".join(stages)
-        engine = Engine(model, stage, score, feed, batches, place, rounds, seed, name or _name(module), path)
-        rows = engine.rows(wanted, baselines, progress)
+        given = (model, stage, score, feed, batches, place, rounds, seed, name or _name(module), path)
+        engine = _engine(processes, ray, workers, given)
+        try:
+            rows = engine.rows(wanted, baselines, progress)
+        finally:
+            engine.close()
     return Benchmark(rows, engine.name, stage, score.name, score.better, path, engine.samples, engine.against)
+
+
+def _engine(processes: int, ray: str | None, workers: int | None, given: tuple[Any, ...]) -> Engine:
+    """Here alone, one of several processes, or on Ray."""
+    if ray is not None:
+        return spread.RayEngine(ray, workers, *given)
+    return ranks.RankEngine(*given) if processes > 1 else Engine(*given)
 
 
 def _stages(model: Any, wanted: Sequence[Entry]) -> list[str]:

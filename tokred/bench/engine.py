@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,6 +23,20 @@ from tokred.core.method import Method
 from tokred.errors import NothingRemovedWarning
 
 SCENARIO = "benchmark"
+
+
+class Todo(NamedTuple):
+    """A row that is to be measured.
+
+    Attributes:
+        entry: the row.
+        cost: what it keeps; None: not known yet.
+        why: a reason for which it cannot be measured.
+    """
+
+    entry: Entry
+    cost: Cost | None = None
+    why: str | None = None
 
 
 class Engine:
@@ -59,7 +73,7 @@ class Engine:
         self.rounds = max(rounds, batches.count)
         module: nn.Module = adapters.module_of(model)
         dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-        self.where = results.here(device, dtype)
+        self.where = self._where(dtype)
         # Rows of other weights or data, under the same name, are no rows of this table.
         weights = fingerprint([*module.parameters(), *module.buffers()])
         self.head = {"scenario": SCENARIO, "model": name, "stage": stage, "scored_by": score.name}
@@ -69,6 +83,15 @@ class Engine:
         self.samples: dict[str, Tally] = {}
         self.stored = {} if path is None else samples.read(samples.beside(path), self.known)
         self.against = ""
+
+    def _where(self, dtype: torch.dtype) -> dict[str, Any]:
+        """Where rows are measured, as records tell it."""
+        return results.here(self.device, dtype)
+
+    @property
+    def first(self) -> bool:
+        """True in the process that tells of progress."""
+        return True
 
     def _there(self, path: Path) -> dict[tuple[str, str], dict[str, Any]]:
         """Records of earlier runs of the same benchmark, by method and setting."""
@@ -88,7 +111,7 @@ class Engine:
             raise
         self.score(output, self.batches.first, output)  # a metric that does not fit is found before any row
         self.against = self.score.against(self.batches.first)
-        with telling(progress, self.score) as (total, tell):
+        with telling(progress and self.first, self.score) as (total, tell):
             costs: list[tuple[Entry, Cost]] = []
             refused: dict[str, str] = {}
             for one in wanted:
@@ -99,21 +122,38 @@ class Engine:
             more = of_equal_work(self.stage, costs, self._cost_of) if baselines else []
             total(1 + len(wanted) + len(more))
             known = {one.label: cost for one, cost in costs}
-            found = [tell(base, self.record(base, _of_all(costs[0][1]) if costs else {}))]
-            for one in (*wanted, *more):
-                found.append(tell(one, self._tried(one, known.get(one.label), refused.get(one.label))))
-        return found
+            todo = [Todo(base, _of_all(costs[0][1]) if costs else {})]
+            todo += [Todo(one, known.get(one.label), refused.get(one.label)) for one in (*wanted, *more)]
+            found = {one.label: tell(one, record) for one, record in self.each(todo)}
+        return [found[item.entry.label] for item in todo]
 
-    def _tried(self, one: Entry, cost: Cost | None, why: str | None) -> dict[str, Any]:
-        """The record of a row; where the method cannot run, ``{"reason": ...}``."""
+    def each(self, todo: Sequence[Todo]) -> Iterator[tuple[Entry, dict[str, Any]]]:
+        """Rows with their records, as they are finished."""
+        for item in todo:
+            yield item.entry, self.tried(item)
+
+    def tried(self, item: Todo) -> dict[str, Any]:
+        """The record of a row; where the method cannot run, ``{"reason": ...}``.
+
+        Raises:
+            Unreadable: the data is at fault.
+            Exception: the unpatched model's own row failed.
+        """
+        one, cost, why = item
         if why is None:
             try:
                 return self.record(one, self.cost(one) if cost is None else cost)
             except Unreadable:
                 raise
             except Exception as error:
+                if not one.methods:
+                    raise
                 why = reason(error)
         return {"reason": why}
+
+    def has(self, one: Entry) -> bool:
+        """True if an earlier run has measured the row."""
+        return (one.name, one.setting) in self.there
 
     def record(self, one: Entry, cost: Cost) -> dict[str, Any]:
         """The record of a row, read from the table or measured and written to it."""
@@ -122,12 +162,16 @@ class Engine:
             if (one.name, one.setting) in self.stored:
                 self.samples[one.label] = self.stored[one.name, one.setting]
             return found
-        record = {**self.head, "method": one.name, "setting": one.setting, **cost, **self._measured(one), **self.where}
+        record = {**self.head, "method": one.name, "setting": one.setting, **cost, **self.measured(one), **self.where}
+        self.write(one, record)
+        return record
+
+    def write(self, one: Entry, record: dict[str, Any]) -> None:
+        """Add a row to the table, its samples first."""
         if self.path is not None:
             head = {**self.known, "method": one.name, "setting": one.setting}
             samples.write(samples.beside(self.path), head, self.samples[one.label])
             results.write(self.path, [record], overwrite=True)
-        return record
 
     def _cost_of(self, method: Method) -> Cost:
         return self.cost(Entry(method.name, "", (method,)))
@@ -154,7 +198,7 @@ class Engine:
         rows = sum(layer.rows for layer in layers) / len(layers)
         return {"rows_left": rows, "bytes": report.bytes, "dense_bytes": report.dense_bytes}
 
-    def _measured(self, one: Entry) -> dict[str, Any]:
+    def measured(self, one: Entry) -> dict[str, Any]:
         """Quality, times and peak memory of a row, beside the unpatched model."""
         batches, tally = self.batches, Tally()
         arms = [Entry(BASE, ""), one] if one.methods else [one]
@@ -188,10 +232,18 @@ class Engine:
             seconds = timing.paired(entering, run, self.rounds, device=self.device, seed=self.seed, collect=collect)
             with one.applied(self.model):
                 memory = timing.peak_memory(lambda: self.feed.run(self.model, batches.first), self.device)
+        tally, seconds, memory = self.pooled(tally, seconds, memory)
         self.samples[one.label] = tally
         record = {**tally.record(self.score), **memory.record(), "rounds": self.rounds}
         record |= results.spread("seconds", seconds[-1])
         return record | results.spread("speedup", timing.ratios(seconds)[-1])
+
+    def pooled(self, tally: Tally, seconds: list[list[float]], memory: timing.Memory) -> tuple[Any, ...]:
+        """Samples, times and memory of a row, with those of other processes where there are any."""
+        return tally, seconds, memory
+
+    def close(self) -> None:
+        """Free what was begun to measure."""
 
 
 def _of_all(cost: Cost) -> Cost:

@@ -17,6 +17,7 @@ from tokred.cli.bench import bench_command
 from tokred.cli.console import INTERRUPTED
 from tokred.cli.demo import demo_command
 from tokred.cli.doctor import doctor_command
+from tokred.cli.evaluate import evaluate_app
 from tokred.cli.explain import explain_command
 from tokred.cli.lists import flops_command, list_command
 from tokred.cli.viz import viz_command
@@ -81,3 +82,4 @@ for name, command, summary in (
     ("doctor", doctor_command, "Whether tokred works with what is installed here."),
 ):
     app.command(name, short_help=summary)(command)
+app.add_typer(evaluate_app, name="eval", short_help="Harnesses of others, such as lm-eval.")

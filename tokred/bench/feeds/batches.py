@@ -211,9 +211,11 @@ class Batches:
         if not self.prints:
             raise ValueError("data yields no batch: the loader is empty")
         self.count = len(self.prints)
+        self._mine = list(range(self.count))
         self._held = held
         self._at = -1
         self._source: Iterator[Any] = iter(())
+        self._read_to = 0
         self.batch: Any = None
 
     def _read(self) -> Iterator[Any]:
@@ -233,6 +235,27 @@ class Batches:
             for item in source:
                 yield self._prepare(item)
 
+    @property
+    def held(self) -> list[Any] | None:
+        """All batches as a model's run takes them; None where they are read again for each row."""
+        return self._held
+
+    @property
+    def source(self) -> Any:
+        """The data that is read again."""
+        return self._data
+
+    def share(self, index: int, count: int) -> None:
+        """Keep each ``count``-th batch, from batch ``index`` on, for :meth:`seek`; :attr:`first` stays.
+
+        Raises:
+            ValueError: there are fewer batches than shares.
+        """
+        if len(self.prints) < count:
+            raise ValueError(f"data yields {len(self.prints)} batches, which {count} processes cannot share")
+        self._mine = list(range(index, len(self.prints), count))
+        self.count = len(self._mine)
+
     def restart(self) -> None:
         """Begin with the first batch again."""
         self._at, self.batch = -1, None
@@ -245,16 +268,18 @@ class Batches:
         """
         while self._at < index:
             self._at += 1
-            i = self._at % self.count
+            i = self._mine[self._at % self.count]
             self.batch = moved(self._held[i] if self._held is not None else self._next(i), self._device)
 
     def _next(self, i: int) -> Any:
         try:
-            if i == 0:
-                self._source = self._read()
-            batch = next(self._source)
+            if self._at % self.count == 0:
+                self._source, self._read_to = self._read(), 0
+            for _ in range(self._read_to, i):  # those of other processes
+                next(self._source)
+            batch, self._read_to = next(self._source), i + 1
         except StopIteration:
-            raise Unreadable(f"data yields {i} batches where it had {self.count} before") from None
+            raise Unreadable(f"data yields less than the {len(self.prints)} batches that it had before") from None
         except Exception as error:
             raise Unreadable(f"data failed at batch {i}: {type(error).__name__}: {error}") from error
         if fingerprint(leaves(batch)) != self.prints[i]:
