@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 import torch
 from torch import nn
 
+from tokred.adapters.contract import members
 from tokred.adapters.swap import host_class
 from tokred.core.method import Method
 from tokred.core.registry import methods as registered
@@ -21,6 +22,7 @@ from tokred.errors import MissingInputError, UnknownModelError, UnsupportedModel
 
 if TYPE_CHECKING:
     from tokred.adapters.encoder.host import EncoderHost
+    from tokred.adapters.host import Host
 
 # First package of a class's module -> the adapter that knows it, with its function where that is not ``match``.
 ADAPTERS = {
@@ -87,7 +89,7 @@ def find(model: nn.Module, stage: str = "block") -> Any:
         raise UnsupportedModelError("the model is TorchScript, which cannot be patched: apply tokred first, then trace")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if hasattr(model, "_orig_mod"):
+    if members.COMPILED.on(model):
         raise UnsupportedModelError("the model is compiled: apply tokred to the original model, then torch.compile it")
     if stage not in STAGES:
         raise MissingInputError(f"no adapter offers the stage {stage!r}; stages are {', '.join(STAGES)}")
@@ -173,11 +175,12 @@ def find_for(model: Any, method: Method) -> Any:
         ) from None
 
 
-def _other(model: nn.Module, stage: str) -> Any:
+def _other(model: nn.Module, stage: str) -> Host | None:
     for other in STAGES:
         if other != stage:
             try:
-                return find(model, other)
+                found: Host = find(model, other)
+                return found
             except UnsupportedModelError:
                 continue
     return None
@@ -185,7 +188,7 @@ def _other(model: nn.Module, stage: str) -> Any:
 
 def reasons(model: nn.Module) -> dict[str, tuple[Any, str]]:
     """For every method: the host that it runs on, or None, and how it runs or why it does not."""
-    found: dict[str, Any] = {}
+    found: dict[str, Host] = {}
     errors: dict[str, UnsupportedModelError] = {}
     for stage in STAGES:
         try:
@@ -194,7 +197,7 @@ def reasons(model: nn.Module) -> dict[str, tuple[Any, str]]:
             errors[stage] = error
     rows: dict[str, tuple[Any, str]] = {}
     for name in registered:
-        cls = registered.get(name)
+        cls: type[Method] = registered.get(name)
         host = found.get(cls.stage)
         if host is not None:
             missing = host.missing(cls)
@@ -205,7 +208,7 @@ def reasons(model: nn.Module) -> dict[str, tuple[Any, str]]:
     return rows
 
 
-def _why_not(stage: str, found: dict[str, Any], errors: dict[str, UnsupportedModelError]) -> str:
+def _why_not(stage: str, found: dict[str, Host], errors: dict[str, UnsupportedModelError]) -> str:
     """A refusal of the model itself says most; then what it offers instead; then that it is not known at all."""
     own = errors.get(stage)
     if own is not None and not isinstance(own, UnknownModelError):

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from tokred.adapters.contract import members
 from tokred.adapters.host import State
 from tokred.adapters.swap import SETTINGS, Body, Hook, Standin, Undo, is_swapped, restore, swap
 
@@ -130,8 +131,8 @@ def states_in(model: nn.Module) -> Iterator[tuple[nn.Module, State]]:
 def _hooks(module: nn.Module) -> tuple[tuple[Any, tuple[Any, ...]], ...]:
     """A module's hooks, and the tables that say more about them."""
     return (
-        (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
-        (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),
+        (members.HOOKS_BEFORE.need(module), (members.HOOKS_BEFORE_NAMED.need(module),)),
+        (members.HOOKS_AFTER.need(module), (members.HOOKS_AFTER_NAMED.need(module), members.HOOKS_ALWAYS.need(module))),
     )
 
 

@@ -99,7 +99,8 @@ class Host(ABC):
 
     def missing(self, method: Method | type[Method]) -> frozenset[str]:
         """Inputs that the method reads and this host cannot supply."""
-        reads = method.reads if isinstance(method, Method) else method().reads
+        one: Method = method if isinstance(method, Method) else method()
+        reads = one.reads
         return reads - self.offered
 
     def check_reads(self, method: Method) -> None:

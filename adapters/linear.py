@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokred.adapters.contract import words
+from tokred.adapters.contract import members, words
 from tokred.errors import UnsupportedModelError
 
 # What quantisers call them.
@@ -109,7 +109,7 @@ def weight_of(module: nn.Module, width: int, like: Tensor) -> Tensor:
 
 def _plain(module: Any) -> bool:
     """True for a module whose call does nothing but multiply by a weight that is in place."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    hooks = (members.HOOKS_AFTER.need(module), members.HOOKS_BEFORE.need(module))
     own = type(module) is nn.Linear and type(module.weight) in (Tensor, nn.Parameter) and "forward" not in vars(module)
     return own and not module.weight.is_meta and not any(hooks)
 
@@ -153,18 +153,18 @@ def value_transform(attn: Any, normed: Tensor, v: Tensor, heads: int, *, per_hea
         heads: query heads ``H``.
         per_head: keep the part of each head apart; their sum is the whole.
     """
-    bias = _value_bias(attn, normed)
+    projection, bias = members.LAST_OF_ATTENTION.need(attn), _value_bias(attn, normed)
     if bias is not None:
         v = v - bias.to(v.dtype).view(v.shape[1], 1, -1)
     if v.shape[1] != heads:
         v = v.repeat_interleave(heads // v.shape[1], 1)
     if not per_head:
-        return linear(attn.proj, v.transpose(1, 2).flatten(2))
+        return linear(projection, v.transpose(1, 2).flatten(2))
     parts = []
     for head in range(heads):
         alone = torch.zeros_like(v)
         alone[:, head] = v[:, head]
-        parts.append(linear(attn.proj, alone.transpose(1, 2).flatten(2)))
+        parts.append(linear(projection, alone.transpose(1, 2).flatten(2)))
     return torch.stack(parts, 1)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import nn
 
 from tokred.adapters import contract
 from tokred.adapters.changes import Changes
+from tokred.adapters.contract import members
 from tokred.adapters.swap import Hook, host_class, is_swapped
 from tokred.errors import BypassedError
 
@@ -118,6 +119,23 @@ class LeaveWatched(Hook):
             check_passed_by(module, self.watch, missing)
 
 
+class Call(Hook):
+    """Behind the forward of the model that a user patched: calls a function of theirs with the model.
+
+    A compiled forward runs no Python and calls nothing. Copies of the model call the same function.
+    """
+
+    def __init__(self, called: Callable[[nn.Module], object]) -> None:
+        self.called = called
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.called(module)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Call:
+        return Call(self.called)
+
+
 def _begin(key: str) -> int:
     _WATCHES[key].begin()
     return 0
@@ -141,7 +159,7 @@ def _end(key: str) -> int:
 _functions: tuple[Any, ...] = (_begin, _ran, _end)
 for _function in _functions:
     # What torch.compiler.assume_constant_result sets; that would import the compiler here.
-    _function._dynamo_marked_constant = True
+    setattr(_function, members.CONSTANT.name, True)
 
 
 def hang(model: nn.Module, watch: Watch, changes: Changes) -> None:

@@ -5,9 +5,11 @@ says what the hosts call them, since which version and until when. Where a type 
 it is asked first, so that the next renaming is found without a new release of tokred.
 
 Private names, objects that are imported and wrappers stand in this file; public names of arguments, fields and
-attributes are rows of :mod:`tokred.adapters.contract.words`. Tables of families are rows as well, but those of a wing:
-``vlm/families.py``, ``encoder/transformers_*.py``, the layouts of ``diffusion/host.py``, inputs of denoisers in
-``diffusion/survey.py`` and ``clips.py``, and the models of ``tiny``. They say which parts one host's class has.
+attributes are rows of :mod:`tokred.adapters.contract.words`, sub-modules and methods rows of
+:mod:`~tokred.adapters.contract.members`, values and names of classes rows of :mod:`~tokred.adapters.contract.terms`.
+Tables of families are rows as well, but those of a wing: ``vlm/families.py``, ``encoder/transformers_*.py``,
+``diffusion/families.py``, inputs of denoisers in ``diffusion/inputs.py`` and ``clips.py``, and the models of ``tiny``.
+They say which parts one host's class has.
 """
 
 from __future__ import annotations
@@ -346,7 +348,9 @@ class Kept(NamedTuple):
 
 
 def kept() -> list[Kept]:
-    """Every name of the contract whose library is installed and new enough to have it, and whether it is there."""
+    """Every name of the contract whose library is installed, of a version that has it, and whether it is there."""
+    from tokred.adapters.contract import members, terms  # noqa: F401  # their rows are among the words from here on
+
     words = [(word.role, word.spellings, "") for word in WORDS.values()]
     cache = [("cache of a forward", CACHE, "")]
     rows = []
@@ -355,11 +359,18 @@ def kept() -> list[Kept]:
             if importlib.util.find_spec(library) is None:
                 continue
             version = environment.version(environment.package(library))
-            due = [s for s in spellings if s.library == library and release(version) >= release(s.since or "0")]
+            due = [s for s in spellings if s.library == library and in_force(s, version)]
             there = [s.name for s in due if _has(s, owner)]
             if due:
                 rows.append(Kept(library, role, " or ".join(there or [s.name for s in due]), bool(there), version))
     return rows
+
+
+def in_force(spelling: Spelling, version: str) -> bool:
+    """True for a version that should have a spelling."""
+    numbers = spelling.until.count(".") + 1  # until 5.23 means all of 5.23
+    first, last = release(spelling.since or "0"), release(spelling.until or "0")[:numbers]
+    return first <= release(version) and (not spelling.until or release(version)[:numbers] <= last)
 
 
 def _has(spelling: Spelling, owner: str) -> bool:

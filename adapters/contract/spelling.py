@@ -111,6 +111,14 @@ class Word:
             raise AttributeError(f"{type(owner).__name__} has no {' or '.join(self.names)} ({self.role})")
         return found
 
+    def spelled(self, owner: Any) -> str:
+        """Spelling of the attribute that an object has; the newest where it has none."""
+        return next((name for name in self.names if getattr(owner, name, _MISSING) is not _MISSING), self.names[0])
+
+    def set(self, owner: Any, value: Any) -> None:
+        """Set the attribute, under the spelling that the object has."""
+        setattr(owner, self.spelled(owner), value)
+
     def among(self, names: Container[str]) -> bool:
         """True if some names (of arguments) have one of these."""
         return any(name in names for name in self.names)
@@ -145,15 +153,19 @@ def look(path: str) -> Any:
 
 
 def spells(path: str, name: str) -> bool:
-    """True if the code of a host's class or function (its parameters, attributes, fields, strings) spells a name."""
+    """True if the code of a host's class or function (its parameters, attributes, fields, strings), or a collection of
+    strings, spells a name."""
     found = look(path)
-    return found is not None and name in _spelled(found)
+    return found is not None and name in _spelled(path)
 
 
 @functools.cache
-def _spelled(found: Any) -> frozenset[str]:
+def _spelled(path: str) -> frozenset[str]:
+    found = look(path)
     if isinstance(found, ModuleType):
         return frozenset(vars(found))
+    if isinstance(found, tuple | list | dict | set):
+        return frozenset(one for one in found if isinstance(one, str))
     if not isinstance(found, type):
         return frozenset(_of_function(found))
     library = found.__module__.partition(".")[0]
@@ -164,6 +176,8 @@ def _spelled(found: Any) -> frozenset[str]:
             names |= {*vars(cls), *inspect.get_annotations(cls)}
             for value in vars(cls).values():
                 names.update(_of_function(value))
+                value = getattr(value, "value", value)  # of an enumeration
+                names |= {value} if isinstance(value, str) else set()
     return frozenset(names)
 
 

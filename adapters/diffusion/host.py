@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
 from tokred.adapters.changes import Changes
-from tokred.adapters.contract import words
+from tokred.adapters.contract import members, terms, words
 from tokred.adapters.diffusion import registries
 from tokred.adapters.diffusion.clips import EnterClip
+from tokred.adapters.diffusion.families import BLOCKS, DENOISERS, LISTS, OTHERS, SUBLAYERS, Denoiser, known_as
 from tokred.adapters.diffusion.rotary import EnterPacked
 from tokred.adapters.diffusion.session import EnterBlock, EnterDenoiser, LeaveBlock, LeaveDenoiser, Session
 from tokred.adapters.diffusion.sublayers import Kind, Spot
@@ -24,68 +25,6 @@ from tokred.core.method import Method
 from tokred.diffusion.method import AttentionMethod
 from tokred.diffusion.report import DenoiserReport, SublayerReport
 from tokred.errors import MissingInputError, NothingRecordedError, UnsupportedModelError
-
-
-class Denoiser(NamedTuple):
-    """A class of denoisers.
-
-    Attributes:
-        sample: name of the sample in its forward.
-        frames: dimension of the sample that counts the frames of a clip; 0: it is an image.
-        packed: the sample is a sequence of 2 x 2 patches, with the ids of their places beside it.
-        loose: attention without a block around it may be over the image's tokens.
-    """
-
-    sample: str = words.STATES.name
-    frames: int = 0
-    packed: bool = False
-    loose: bool = False
-
-
-class Layout(NamedTuple):
-    """A class of transformer blocks.
-
-    Attributes:
-        sublayers: attentions and MLPs over the tokens of the image, and their kinds.
-        first: where text and image attend together, the text stands first.
-        parallel: attention and MLP read one tensor, and share their last layer.
-    """
-
-    sublayers: tuple[tuple[str, Kind], ...]
-    first: bool = False
-    parallel: bool = False
-
-
-DENOISERS = {
-    "UNet2DModel": Denoiser("sample", loose=True),
-    "UNet2DConditionModel": Denoiser("sample", loose=True),
-    "DiTTransformer2DModel": Denoiser(),
-    "PixArtTransformer2DModel": Denoiser(),
-    "SD3Transformer2DModel": Denoiser(),
-    "FluxTransformer2DModel": Denoiser(packed=True),
-    "CogVideoXTransformer3DModel": Denoiser(frames=1),
-    "WanTransformer3DModel": Denoiser(frames=2),
-    "HunyuanVideoTransformer3DModel": Denoiser(frames=2),
-}
-_JOINT: tuple[tuple[str, Kind], ...] = (("attn", "joint"), ("ff", "mlp"))
-BLOCKS: dict[str, Layout] = {
-    "BasicTransformerBlock": Layout((("attn1", "attention"), ("attn2", "attention"), ("ff", "mlp"))),
-    "JointTransformerBlock": Layout((("attn", "joint"), ("attn2", "joint"), ("ff", "mlp"))),
-    "FluxTransformerBlock": Layout(_JOINT, first=True),
-    "FluxSingleTransformerBlock": Layout((("attn", "single"),), first=True, parallel=True),
-    "CogVideoXBlock": Layout((("attn1", "joint"), ("ff", "mlp")), first=True),
-    "WanTransformerBlock": Layout((("attn1", "attention"), ("attn2", "attention"), ("ffn", "mlp"))),
-    "HunyuanVideoTransformerBlock": Layout(_JOINT),
-    "HunyuanVideoSingleTransformerBlock": Layout((("attn", "joint"),), parallel=True),
-    # The tokens of their first frame are scaled by other gates, so the block cannot run on fewer as a whole.
-    "HunyuanVideoTokenReplaceTransformerBlock": Layout(_JOINT),
-    "HunyuanVideoTokenReplaceSingleTransformerBlock": Layout((("attn", "joint"),)),
-}
-
-# Sub-layers whose forwards are known; modules of other libraries in their places are taken as they are.
-_SUBLAYERS = ("Attention", "FeedForward", "FluxAttention", "WanAttention")
-# What diffusers calls its lists of transformer blocks.
-_LISTS = ("transformer_blocks", "single_transformer_blocks", "blocks")
 
 
 @dataclass
@@ -223,17 +162,17 @@ def part_of(pipe: Any) -> nn.Module | None:
     Raises:
         UnsupportedModelError: a pipeline without a denoiser, or with two.
     """
-    if not any(c.__name__ == "DiffusionPipeline" and c.__module__.startswith("diffusers.") for c in type(pipe).__mro__):
+    if known_as(type(pipe), terms.PIPELINE.names) is None:
         return None
-    if all(isinstance(getattr(pipe, name, None), nn.Module) for name in ("transformer", "transformer_2")):
+    if all(isinstance(word.part(pipe), nn.Module) for word in (members.TRANSFORMER, members.SECOND)):
         raise UnsupportedModelError(
             f"{type(pipe).__name__} has two denoisers: give it pipe.transformer and pipe.transformer_2 one by one"
         )
-    for name in ("unet", "transformer", "transformer_2"):
-        found = getattr(pipe, name, None)
+    for word in (members.UNET, members.TRANSFORMER, members.SECOND):
+        found = word.part(pipe)
         if isinstance(found, nn.Module):
             return found
-    have = ", ".join(pipe.components) or "nothing"
+    have = ", ".join(members.COMPONENTS.need(pipe)) or "nothing"
     raise UnsupportedModelError(f"{type(pipe).__name__} has no denoiser (unet or transformer); it has {have}")
 
 
@@ -245,13 +184,13 @@ def match(model: nn.Module) -> DenoiserHost | None:
     """
     cls = host_class(model)
     mine = [c.__name__ for c in cls.__mro__ if c.__module__.startswith("diffusers.")]
-    if "ModelMixin" not in mine:
+    if not terms.MIXIN.among(mine):
         return None
     known = known_as(cls, DENOISERS)
     if known is None:
         # VAEs, ControlNets and even a part of UNets are a ModelMixin too. Only a class that may be a denoiser is
         # refused; inside the others the search goes on.
-        if mine[0] == "Transformer2DModel" or not any(word in mine[0] for word in ("UNet", "Transformer")):
+        if mine[0] == OTHERS.part or not any(word in mine[0] for word in OTHERS.denoisers):
             return None
         raise UnsupportedModelError(
             f"diffusers' {cls.__name__} is not among the denoisers that tokred knows ({', '.join(DENOISERS)})"
@@ -265,16 +204,9 @@ def match(model: nn.Module) -> DenoiserHost | None:
             f"diffusers' {cls.__name__} has no attention here over the tokens of the image alone, which could run on "
             f"fewer of them (looked for {', '.join(BLOCKS)} and plain self-attention)"
         )
-    high, deep = _patches(getattr(model, "config", None), record)
+    high, deep = _patches(words.CONFIG.part(model), record)
     supplies = {"x", "grid", "q", "k", "v"} | ({"frames"} if record.frames else {"guidance"})
     return DenoiserHost(f"diffusers {cls.__name__}", model, parts, record, known, high, deep, frozenset(supplies))
-
-
-def known_as(cls: type, names: Container[str]) -> str | None:
-    """The name under which a class of diffusers, or a subclass of one, is known."""
-    return next(
-        (c.__name__ for c in cls.__mro__ if c.__module__.startswith("diffusers.") and c.__name__ in names), None
-    )
 
 
 def _same_forward(cls: type[nn.Module], known: str, where: str) -> None:
@@ -298,14 +230,14 @@ def _check_blocks(model: nn.Module, parts: list[Block]) -> None:
     """
     found = [f"{part.name}." for part in parts if not part.alone]
     for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or name.rpartition(".")[2] not in _LISTS:
+        if not isinstance(module, nn.ModuleList) or name.rpartition(".")[2] not in LISTS:
             continue
         for child, block in module.named_children():
             prefix = f"{name}.{child}."
             # Wrappers of other libraries hold the block that is known.
             if any(part.startswith(prefix) or prefix.startswith(part) for part in found):
                 continue
-            if any("Attention" in host_class(inner).__name__ for inner in block.modules()):
+            if any(terms.ATTENTION.name in host_class(inner).__name__ for inner in block.modules()):
                 raise UnsupportedModelError(
                     f"{prefix[:-1]} is a {host_class(block).__name__}, which is none of the blocks that tokred knows "
                     f"({', '.join(BLOCKS)})"
@@ -339,7 +271,7 @@ def _parts(model: nn.Module, loose: bool) -> list[Block]:
                 if isinstance(getattr(module, sub, None), nn.Module)
             ]
             for sub, part, _ in subs:
-                base = known_as(host_class(part), _SUBLAYERS)
+                base = known_as(host_class(part), SUBLAYERS)
                 if base is not None:
                     _same_forward(host_class(part), base, sub)
             # Its MLP is no module of its own, so the block itself is swapped; it comes last, because the survey takes
@@ -347,8 +279,8 @@ def _parts(model: nn.Module, loose: bool) -> list[Block]:
             if layout.parallel:
                 subs.append((name, module, "parallel"))
             found.append(Block(name, module, subs, False, layout.first))
-        elif loose and known_as(cls, ("Attention",)) and _plain(module):
-            _same_forward(cls, "Attention", name)
+        elif loose and (base := known_as(cls, terms.ATTENTION.names)) and _plain(module):
+            _same_forward(cls, base, name)
             found.append(Block(name, module, [(name, module, "attention")], True))
     return found
 

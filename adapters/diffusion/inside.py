@@ -67,11 +67,11 @@ class Inside(TorchFunctionMode):
         if not q.shape[-2] == k.shape[-2] == self.tokens + self.text:
             return func(*args, **kwargs)
         self.seen += 1
-        if self.samples not in (0, len(q)) and given.get("attn_mask") is not None:
+        if self.samples not in (0, len(q)) and given.get(words.SDPA_MASK) is not None:
             return func(*args, **kwargs)  # perturbed: every token looks at itself, which is no attention over others
         rows = slice(self.start, self.start + self.tokens)
         halves = self.decide(q[:, :, rows], k[:, :, rows], v[:, :, rows])
-        mask = given.get("attn_mask")
+        mask = given.get(words.SDPA_MASK)
         if halves.keys is not None:
             given["key"], given["value"] = self._merged(k, halves.keys), self._merged(v, halves.keys)
             mask = self._at(mask, halves.keys.representative, -1)
@@ -80,7 +80,7 @@ class Inside(TorchFunctionMode):
         if halves.queries is not None:
             given["query"] = self._merged(q, halves.queries)
             mask = self._at(mask, halves.queries.representative, -2)
-        out = func(**{**given, "attn_mask": mask})
+        out = func(**{**given, words.SDPA_MASK: mask})
         return out if halves.queries is None else self._restored(out, halves.queries)
 
     def _around(self, x: Tensor, image: Tensor, length: int) -> Tensor:

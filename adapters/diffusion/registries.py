@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from tokred.adapters.contract import find_object
+from tokred.adapters.contract import find_object, members
 from tokred.adapters.swap import host_class
 
 
@@ -24,5 +24,5 @@ def enter(module: nn.Module) -> None:
         known: Any = copy.copy(registry.get(host))
     except ValueError:
         return
-    registry.register(type(module), known)
-    known._cls = host
+    members.REGISTER.need(registry)(type(module), known)
+    members.KNOWN_CLASS.set(known, host)

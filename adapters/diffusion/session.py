@@ -216,7 +216,7 @@ class Session(State):
         shared = method.share == "resolution"
         # A plain tuple: older compilers keep no other as the key of what outlives the forward.
         slot = (*place, own.shape[0]) if shared else spot.block
-        plan = self.plans.get(slot)
+        plan: Plan | None = self.plans.get(slot)
         if plan is None or not plan.fits(own):
             layer = spot.block if not shared else place.factor
             if self.free:
@@ -259,7 +259,8 @@ class Session(State):
                     sides.append(None if made.trivial else made)
             found = Halves(sides[0], sides[1], method.proportional)
             self.plans[slot] = found
-        self._record(spot, "self", image, min((side.slots for side in found[:2] if side), default=place.length))
+        slots = [side.slots for side in (found.queries, found.keys) if side]
+        self._record(spot, "self", image, min(slots, default=place.length))
         return found
 
     def _known(self, place: SublayerPlace, slot: Any, batch: int) -> dict[str, Any]:

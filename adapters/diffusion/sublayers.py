@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tokred.adapters import contract
-from tokred.adapters.contract import words
+from tokred.adapters.contract import members, words
 from tokred.adapters.contract.spelling import Word
 from tokred.adapters.diffusion import rotary
 from tokred.adapters.diffusion.frames import samples_of
@@ -23,6 +23,7 @@ from tokred.adapters.diffusion.weights import Weighed
 from tokred.adapters.swap import SETTINGS
 from tokred.errors import UnsupportedModelError
 
+_KEYS_AND_VALUES = (members.TO_KEY, members.TO_VALUE)
 Kind = Literal["attention", "joint", "single", "mlp", "parallel"]
 
 
@@ -149,7 +150,7 @@ class Spot:
     def _other_kernel(self, module: Any, what: str) -> UnsupportedModelError:
         owner = words.SELF.part(module, module)
         return UnsupportedModelError(
-            f"the processor {type(owner.processor).__name__} of {self.name} does not run torch's "
+            f"the processor {type(words.PROCESSOR.part(owner)).__name__} of {self.name} does not run torch's "
             f"scaled_dot_product_attention (a processor or an attention back-end of its own), so {what}"
         )
 
@@ -159,8 +160,9 @@ class Spot:
         before = 0 if seen is None else max(x.shape[1] - seen.shape[1], 0)
         return x[:, before:] if before else x, before
 
-    def _projections(self, role: str) -> tuple[str, ...]:
-        return ("to_q", "to_k", "to_v", "to_qkv") if role == "self" else ("to_q",)
+    def _projections(self, role: str) -> tuple[Word, ...]:
+        every = (members.TO_QUERY, members.TO_KEY, members.TO_VALUE, members.TO_ALL)
+        return every if role == "self" else every[:1]
 
     def _viewed(self, module: Any, forward: Any, seen: View, call: Call, role: str) -> Tensor:
         """An attention whose processor is shown projections of fewer tokens."""
@@ -173,8 +175,8 @@ class Spot:
         y: Tensor = call.run(forward, seen)
         if y.shape != x.shape:
             raise UnsupportedModelError(
-                f"the processor {type(module.processor).__name__} of {self.name} does not use the module's own "
-                "projections, so tokens could not be reduced around it"
+                f"the processor {type(words.PROCESSOR.part(module)).__name__} of {self.name} does not use the module's "
+                "own projections, so tokens could not be reduced around it"
             )
         return y
 
@@ -183,12 +185,12 @@ class Spot:
         # Before their projections where nothing but those stands between, which saves the projections, too.
         plain = rotary.table_of(call.get) is None and not words.JOINED_PROJECTIONS.part(module, False)
         if plain and self.kind == "attention":
-            names = ("to_k", "to_v") if plan.part == "kv" else ("to_q",)
+            names = _KEYS_AND_VALUES if plan.part == "kv" else (members.TO_QUERY,)
             seen = view(module, plan, names, plan.part == "q", batch)
             return self._viewed(module, forward, seen, call, role)
         apart = call.get(words.TEXT_STATES) is None or words.ADDED_KEY.part(module) is not None
         if plain and plan.part == "kv" and self.kind == "joint" and apart and not perturbs(module):
-            return call.run(forward, view(module, plan, ("to_k", "to_v"), False, batch))
+            return call.run(forward, view(module, plan, _KEYS_AND_VALUES, False, batch))
         reduction, now = plan.reduction, self.session.now
         if rotary.table_of(call.get) is not None and not (now is not None and now.near):
             reduction = replace(reduction, mode="keep")  # vectors rotated by far places are not averaged
@@ -276,7 +278,7 @@ def body(host: Any) -> dict[str, Any]:
     original = host.forward  # the compiler follows a function, not the attribute of a class
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        spot = self.__dict__.get(SETTINGS)
+        spot: Spot | None = self.__dict__.get(SETTINGS)
         if spot is None:  # removed, but a wrapper that came later still calls this
             return original(self, *args, **kwargs)
         return spot.run(self, original, args, kwargs)

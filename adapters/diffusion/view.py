@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokred.adapters.contract import words
+from tokred.adapters.contract import members, words
+from tokred.adapters.contract.spelling import Word
 from tokred.adapters.diffusion.session import Plan
 from tokred.errors import UnsupportedModelError
 
@@ -140,22 +141,26 @@ class View:
         return getattr(self.__dict__["_module"], name)
 
 
-def view(module: Any, plan: Plan, names: tuple[str, ...], restore: bool, batch: Batch) -> View:
-    """``module`` with fewer tokens going into the projections ``names``."""
-    halves = {"to_k": "keys", "to_v": "values"} if plan.part == "kv" else {}
-    found = {name: getattr(module, name, None) for name in names}
-    replaced: dict[str, Any] = {
-        name: Merging(m, plan, batch, halves.get(name, "")) for name, m in found.items() if m is not None
-    }
+def view(module: Any, plan: Plan, projections: tuple[Word, ...], restore: bool, batch: Batch) -> View:
+    """``module`` with fewer tokens going into some of its projections."""
+    replaced: dict[str, Any] = {}
+    for word in projections:
+        own = word.part(module)
+        if own is not None:
+            side = "keys" if word is members.TO_KEY else "values" if word is members.TO_VALUE else ""
+            replaced[word.spelled(module)] = Merging(own, plan, batch, side if plan.part == "kv" else "")
     if restore:
-        replaced["to_out"] = (*module.to_out[:-1], Restoring(module.to_out[-1], plan, batch))
+        *before, last = members.TO_OUTPUT.need(module)
+        replaced[members.TO_OUTPUT.spelled(module)] = (*before, Restoring(last, plan, batch))
     return View(module, replaced)
 
 
 def watched(module: Any, batch: Batch) -> Any:
     """``module`` with a query projection that notes which samples it was called on."""
-    queries = getattr(module, "to_q", None)
-    return module if queries is None else View(module, {"to_q": Watched(queries, batch)})
+    queries = members.TO_QUERY.part(module)
+    if queries is None:
+        return module
+    return View(module, {members.TO_QUERY.spelled(module): Watched(queries, batch)})
 
 
 def perturbs(module: Any) -> bool:

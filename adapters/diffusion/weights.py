@@ -49,7 +49,7 @@ class Weighed(TorchFunctionMode):
         if self.batch is not None and samples != len(mask):
             mask = mask[self.batch.last_rows(samples)]
         mask = mask if mask.dtype == torch.bool else mask.to(given["query"].dtype)
-        return func(**{**given, "attn_mask": _both(given.get("attn_mask"), mask)})
+        return func(**{**given, words.SDPA_MASK: _both(given.get(words.SDPA_MASK), mask)})
 
 
 def _both(a: Tensor | None, b: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tokred.adapters.contract import words
+from tokred.adapters.contract import members, words
 from tokred.adapters.encoder.capture import Capture
 from tokred.adapters.encoder.masks import PADDED as PADDED
 from tokred.adapters.encoder.masks import refuse_padding as refuse_padding
@@ -163,7 +163,7 @@ def body(host: Any) -> dict[str, Any]:
     """Methods of a patched block's class."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        settings = self.__dict__.get(SETTINGS)
+        settings: Settings | None = self.__dict__.get(SETTINGS)
         if settings is None:  # removed, but a wrapper that came later still calls this
             return host.forward(self, *args, **kwargs)
         settings.shared.watch.ran(settings.site)
@@ -198,7 +198,7 @@ def run_block(block: Any, host_forward: Callable[..., Any], x: Tensor, args: Any
     rest = None
     if acts and recipe.split and method.where != "end":
         state, x = _first_half(block, settings, capture, state, x, kwargs)
-        y = x + branch(block, block.mlp(block.norm2(x)), 2)
+        y = x + branch(block, words.MLP.need(block)(members.NORM2.need(block)(x)), 1)
     else:
         with capture:
             out = host_forward(x, **kwargs)
@@ -219,11 +219,11 @@ def _first_half(
 ) -> tuple[TokenState, Tensor]:
     """Attention, its residual, and the reduction between it and the MLP."""
     shared = settings.shared
-    normed = block.norm1(x)
-    capture.transform = lambda: transformed(block.attn, normed, capture)
+    normed, attention = members.NORM1.need(block)(x), words.SELF.need(block)
+    capture.transform = lambda: transformed(attention, normed, capture)
     if shared.method.where != "queries":
         with capture:
-            x = x + branch(block, block.attn(normed, **kwargs), 1)
+            x = x + branch(block, attention(normed, **kwargs), 0)
         check_capture(capture, settings)
         step, state = decide(settings, capture, state, x)
         capture.release()
@@ -238,16 +238,16 @@ def _first_half(
     capture.decide = decision
     capture.size = state.size
     with capture:
-        y = block.attn(normed, **kwargs)
+        y = attention(normed, **kwargs)
     check_capture(capture, settings)
     taken, state = capture.step, known[0]
     capture.release()
     if taken is None or taken.trivial:
         state = state if taken is None else follow(shared, taken, state, x)[0]
-        return state, x + branch(block, y, 1)
+        return state, x + branch(block, y, 0)
     after, x = follow(shared, taken, state, x)
     # Answers come back at the old length, as the host reshapes them; those that count stand at the representatives.
-    return after, x + branch(block, taken.gather(y), 1)
+    return after, x + branch(block, taken.gather(y), 0)
 
 
 def look(
@@ -378,14 +378,13 @@ def check_capture(capture: Capture, settings: Settings) -> None:
 
 
 def branch(block: Any, y: Tensor, i: int) -> Tensor:
-    """Layer scale and stochastic depth of a residual branch, whichever the block has."""
-    scale = getattr(block, f"ls{i}", None)
-    gamma = getattr(block, f"gamma_{i}", None)
+    """Layer scale and stochastic depth of the first or second residual branch, whichever the block has."""
+    scale, gamma = members.SCALES[i].part(block), members.GAMMAS[i].part(block)
     if scale is not None:
         y = scale(y)
     if gamma is not None:
         y = gamma * y
-    out: Tensor = getattr(block, f"drop_path{i}")(y)
+    out: Tensor = members.DEPTHS[i].need(block)(y)
     return out
 
 

@@ -84,17 +84,17 @@ class Capture(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         call = {**dict(zip(words.SDPA, args, strict=False)), **(kwargs or {})}
         q, k, v = call.pop("query"), call.pop("key"), call.pop("value")
-        mask = call.get("attn_mask")
+        mask = call.get(words.SDPA_MASK)
         if self.representative is not None and mask is not None:
             mask = reduce_mask(mask, self.length, self.representative)
         if self.bias is not None:
-            if call.get("is_causal"):
+            if call.get(words.SDPA_CAUSAL):
                 raise UnsupportedModelError("causal attention cannot carry merged tokens: their order is not kept")
             mask = add_bias(mask, self.bias, q.dtype)
-        call["attn_mask"] = mask
+        call[words.SDPA_MASK] = mask
         if self.calls == 0:
-            self.heads, self.mask, self.causal = (q, k, v), mask, bool(call.get("is_causal"))
-            self.scale = call.get("scale")
+            self.heads, self.mask, self.causal = (q, k, v), mask, bool(call.get(words.SDPA_CAUSAL))
+            self.scale = call.get(words.SDPA_SCALE)
         self.calls += 1
         # Queries and keys are known from here on and not used yet: the only moment at which queries can be left out.
         if self.decide is not None and self.calls == 1:
@@ -115,10 +115,12 @@ class Capture(TorchFunctionMode):
     def _gated(self, q: Tensor, k: Tensor, v: Tensor, call: dict[str, Any]) -> Tensor:
         """The attention that sees keys as far as their gates are open."""
         assert self.gate is not None  # asked for only then
-        if call.get("is_causal"):
+        if call.get(words.SDPA_CAUSAL):
             raise UnsupportedModelError("causal attention cannot carry soft decisions: it hides pairs of tokens")
         dropout = float(call.get("dropout_p") or 0.0)
-        return gated_attention(q, k, v, self.gate, mask=call["attn_mask"], scale=call.get("scale"), dropout=dropout)
+        return gated_attention(
+            q, k, v, self.gate, mask=call[words.SDPA_MASK], scale=call.get(words.SDPA_SCALE), dropout=dropout
+        )
 
     def _fewer_queries(
         self, func: Any, step: Reduction, q: Tensor, k: Tensor, v: Tensor, call: dict[str, Any]
@@ -129,11 +131,11 @@ class Capture(TorchFunctionMode):
         b, h, n, d = q.shape
         mean = step.merge(q.transpose(1, 2).reshape(b, n, h * d), self.size, "mean")
         fewer = mean.view(b, step.slots, h, d).transpose(1, 2)
-        mask = call["attn_mask"]
+        mask = call[words.SDPA_MASK]
         if mask is not None and mask.shape[-2] == n:
             rows = step.representative[:, None, :, None]
             mask = mask.expand(b, -1, -1, -1)
-            call["attn_mask"] = mask.gather(2, rows.expand(-1, mask.shape[1], -1, mask.shape[3]))
+            call[words.SDPA_MASK] = mask.gather(2, rows.expand(-1, mask.shape[1], -1, mask.shape[3]))
         y: Tensor = func(fewer, k, v, **call)
         answer = y.transpose(1, 2).flatten(2)
         placed = Reduction.keep(step.representative, n, step.mask).unmerge(answer)
@@ -184,16 +186,16 @@ class MhaCapture(Capture):
             raise UnsupportedModelError(
                 "nn.MultiheadAttention with separate projections or extra keys cannot carry sizes"
             )
-        query, heads, mask = call["query"], call["num_heads"], call.get("attn_mask")
+        query, heads, mask = call["query"], call[words.MHA_HEADS], call.get(words.SDPA_MASK)
         b = query.shape[1]
         if self.representative is not None and mask is not None:
             # Masks of each head come as (B * H, N, N) here, and have to go back like that.
             if mask.ndim == 3:
                 mask = mask.reshape(b, heads, *mask.shape[1:])
             mask = reduce_mask(mask, self.length, self.representative)
-            call["attn_mask"] = mask.expand(b, heads, -1, -1).flatten(0, 1)
+            call[words.SDPA_MASK] = mask.expand(b, heads, -1, -1).flatten(0, 1)
         if self.bias is not None:
-            if call.get("is_causal"):
+            if call.get(words.SDPA_CAUSAL):
                 raise UnsupportedModelError("causal attention cannot carry merged tokens: their order is not kept")
             # As padding the bias is one row a sample; in attn_mask it would be written out for all heads and queries.
             padding = self.bias[:, 0, 0].to(query.dtype)
@@ -201,7 +203,7 @@ class MhaCapture(Capture):
             call["key_padding_mask"] = padding if before is None else before + padding
             mask = add_bias(mask, self.bias, query.dtype)
         if self.calls == 0:
-            self.call, self.mask, self.causal = call, mask, bool(call.get("is_causal"))
+            self.call, self.mask, self.causal = call, mask, bool(call.get(words.SDPA_CAUSAL))
         self.calls += 1
         return func(**call)
 
@@ -214,7 +216,7 @@ class MhaCapture(Capture):
             x = self.call[("query", "key", "value")[i]]
             y = F.linear(x, weight.chunk(3)[i], None if bias is None else bias.chunk(3)[i])
             # The function takes (M, B, C).
-            self.parts[i] = y.reshape(*y.shape[:2], self.call["num_heads"], -1).permute(1, 2, 0, 3)
+            self.parts[i] = y.reshape(*y.shape[:2], self.call[words.MHA_HEADS], -1).permute(1, 2, 0, 3)
         return self.parts[i]
 
 

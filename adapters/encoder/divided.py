@@ -19,11 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokred.adapters.contract import words
+from tokred.adapters.contract import members, terms, words
 from tokred.adapters.encoder.block import SETTINGS, Recipe, Settings, attention_bias, refuse_symbols
 from tokred.adapters.encoder.host import EncoderHost, argument_names
 from tokred.adapters.encoder.sides import convolution
 from tokred.adapters.encoder.state import LayerRecord, TokenState
+from tokred.adapters.encoder.transformers_tables import DIVIDED_NAMES
 from tokred.adapters.encoder.windows import project
 from tokred.adapters.linear import macs as macs_of
 from tokred.adapters.swap import host_class
@@ -31,13 +32,6 @@ from tokred.core.place import Place
 from tokred.core.site import Site
 from tokred.encoder.method import BlockMethod
 from tokred.errors import UnsupportedModelError
-
-KNOWN = {
-    "config", "num_frames", "image_size", "patch_size", "shape", "size", "attention_type", "attention",
-    "layernorm_before", "drop_path", "layernorm_after", "intermediate", "output", "reshape", "temporal_attention",
-    "temporal_layernorm", "temporal_dense", "unsqueeze", "repeat", "permute", "torch", "cat", "mean",
-    "qkv", "num_heads", "transpose", "scale", "softmax", "attn_drop",
-}  # fmt: skip
 
 
 def wide(x: Tensor, frames: int) -> Tensor:
@@ -99,7 +93,8 @@ class DividedRecipe(Recipe):
         late = settings.shared.method.where == "end"
         if acts and not late:
             state, x = self._reduce(block, settings, state, heads, x)
-        x = x + block.drop_path(block.output(block.intermediate(block.layernorm_after(x))))
+        hidden = members.MLP_FIRST.need(block)(members.MLP_NORM.need(block)(x))
+        x = x + members.DEPTH_OF_BOTH.need(block)(members.MLP_LAST.need(block)(hidden))
         if acts and late:
             state, x = self._reduce(block, settings, state, heads, x)
         return x, state
@@ -108,8 +103,9 @@ class DividedRecipe(Recipe):
         """Output of each position's attention over its frames, to be added to the tokens; zero for the class token."""
         b, c = x.shape[0], x.shape[-1]
         rows = x[:, 1:].reshape(-1, self.frames, c)
-        y = block.drop_path(block.temporal_attention(block.temporal_layernorm(rows))[0])
-        return F.pad(block.temporal_dense(y.reshape(b, -1, c)), (0, 0, 1, 0))
+        y = members.TIME.need(block)(members.TIME_NORM.need(block)(rows))[0]
+        y = members.DEPTH_OF_BOTH.need(block)(y)
+        return F.pad(members.TIME_OUTPUT.need(block)(y.reshape(b, -1, c)), (0, 0, 1, 0))
 
     def _space(
         self, block: Any, settings: Settings, state: TokenState, x: Tensor
@@ -118,13 +114,16 @@ class DividedRecipe(Recipe):
         b, c, t = x.shape[0], x.shape[-1], self.frames
         patches = x[:, 1:].reshape(b, -1, t, c).transpose(1, 2).reshape(b * t, -1, c)
         rows = torch.cat([x[:, :1].repeat_interleave(t, 0), patches], 1)
-        attention = block.attention.attention
-        heads = project(attention, block.layernorm_before(rows), words.TOWER_HEADS.need(attention))
+        around = members.SPACE.need(block)
+        attention = members.SPACE_ITSELF.need(around)
+        heads = project(attention, members.SPACE_NORM.need(block)(rows), words.TOWER_HEADS.need(attention))
         bias = attention_bias(state, settings.shared.method.proportional)
         mask = None if bias is None else bias.to(x.dtype).repeat_interleave(t, 0)
-        dropout = attention.attn_drop.p if attention.training else 0.0
-        y = F.scaled_dot_product_attention(*heads, attn_mask=mask, dropout_p=dropout, scale=attention.scale)
-        y = block.drop_path(block.attention.output(y.transpose(1, 2).flatten(2)))
+        scale = members.FACTOR.need(attention)
+        dropout = members.DROPOUT_INSIDE.need(attention).p if attention.training else 0.0
+        y = F.scaled_dot_product_attention(*heads, attn_mask=mask, dropout_p=dropout, scale=scale)
+        y = members.SPACE_OUTPUT.need(around)(y.transpose(1, 2).flatten(2))
+        y = members.DEPTH_OF_BOTH.need(block)(y)
         own = y[:, :1].reshape(b, t, c).mean(1, keepdim=True)
         return torch.cat([own, y[:, 1:].reshape(b, t, -1, c).transpose(1, 2).reshape(b, -1, c)], 1), heads
 
@@ -143,7 +142,7 @@ class DividedRecipe(Recipe):
             k=k,
             v=v,
             bias=None if bias is None else bias[:, 0, 0],
-            scale=block.attention.attention.scale,
+            scale=members.FACTOR.need(members.SPACE_ITSELF.need(members.SPACE.need(block))),
             sizes=state.size,
             mask=state.mask,
             prefix=1,
@@ -186,11 +185,11 @@ class DividedHost(EncoderHost):
 
     def macs(self, block: Any, before: int, after: int, middle: bool) -> int:
         """Multiply-adds of one clip in a block: attention and a matrix over time, attention in space, MLP."""
-        t, width = self.clip, int(block.temporal_dense.in_features)
-        time = t * (before - 1) * (macs_of(block.temporal_attention) + width * width + 2 * t * width)
-        space = t * before * (macs_of(block.attention) + 2 * before * width)
+        t, width = self.clip, int(members.TIME_OUTPUT.need(block).in_features)
+        time = t * (before - 1) * (macs_of(members.TIME.need(block)) + width * width + 2 * t * width)
+        space = t * before * (macs_of(members.SPACE.need(block)) + 2 * before * width)
         rows = 1 + t * ((after if middle else before) - 1)
-        return time + space + rows * (macs_of(block.intermediate) + macs_of(block.output))
+        return time + space + rows * (macs_of(members.MLP_FIRST.need(block)) + macs_of(members.MLP_LAST.need(block)))
 
 
 def divided_host(model: Any, around: Callable[[tuple[int, ...]], tuple[int, int]]) -> EncoderHost:
@@ -203,32 +202,35 @@ def divided_host(model: Any, around: Callable[[tuple[int, ...]], tuple[int, int]
     Raises:
         UnsupportedModelError: its attention is not divided, or its blocks are composed otherwise than is known here.
     """
-    config, blocks = model.config, list(model.encoder.layer)
-    if config.attention_type != "divided_space_time":
+    config, encoder = words.CONFIG.need(model), members.DIVIDED_ENCODER.need(model)
+    blocks, kind = list(members.DIVIDED_LAYERS.need(encoder)), words.DIVIDED.need(config)
+    if kind not in terms.IN_TIME_AND_SPACE.names:
         raise UnsupportedModelError(
-            f"transformers' TimeSformer runs attention_type={config.attention_type!r}, whose attention is written out "
-            "and takes no token sizes; only 'divided_space_time' is composed here"
+            f"transformers' TimeSformer runs attention_type={kind!r}, whose attention is written out "
+            f"and takes no token sizes; only {terms.IN_TIME_AND_SPACE.name!r} is composed here"
         )
     # The block is composed again here, so whatever a later version adds to its forward would be left out in silence.
-    for module in (blocks[0], blocks[0].attention.attention):
+    for module in (blocks[0], members.SPACE_ITSELF.need(members.SPACE.need(blocks[0]))):
         used = set(inspect.unwrap(host_class(module).forward).__code__.co_names)
-        if not used <= KNOWN:
+        if not used <= DIVIDED_NAMES:
             raise UnsupportedModelError(
                 f"the forward of {host_class(module).__name__} is not the one that is known here: it also uses "
-                f"{', '.join(sorted(used - KNOWN))}"
+                f"{', '.join(sorted(used - DIVIDED_NAMES))}"
             )
     size, patch = words.IMAGE.need(config), words.PATCH.need(config)
+    frames = words.FRAMES.need(config)
+    path = f"{members.DIVIDED_ENCODER.spelled(model)}.{members.DIVIDED_LAYERS.spelled(encoder)}"
     return DividedHost(
         family="transformers TimesformerModel",
         model=model,
-        blocks=[(f"encoder.layer.{i}", block) for i, block in enumerate(blocks)],
-        recipe=DividedRecipe(config.num_frames, argument_names(blocks[0])),
+        blocks=[(f"{path}.{i}", block) for i, block in enumerate(blocks)],
+        recipe=DividedRecipe(frames, argument_names(blocks[0])),
         prefix=1,
         supplies=frozenset({"x", "q", "k", "v", "class_attention", "attention", "grid"}),
         pooled=False,
         grid=(size // patch, size // patch),
-        origin=convolution(model.embeddings),
+        origin=convolution(members.EMBEDDINGS.need(model)),
         tokens=lambda shape: around(shape)[0] + 1,
         outside_macs=lambda shape: around(shape)[1],
-        clip=config.num_frames,
+        clip=frames,
     )

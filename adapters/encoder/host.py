@@ -131,7 +131,7 @@ class EncoderHost(Host):
             UnsupportedModelError: the number of heads or the width cannot be told.
         """
         name, block = self.blocks[0]
-        holders = (h for module in block.modules() for h in (module, getattr(module, "config", None)))
+        holders = (h for module in block.modules() for h in (module, words.CONFIG.part(module)))
         heads = next((h for h in map(words.QUERY_HEADS.part, holders) if isinstance(h, int)), None)
         # What queries are made of; blocks that fuse their matrices begin with the one that makes them, too.
         found = [

@@ -9,22 +9,24 @@ from typing import Any
 
 from torch import nn
 
+from tokred.adapters.contract import members
+from tokred.adapters.encoder.state import Shared
 from tokred.adapters.swap import SETTINGS
 
 
 def body(host: Any) -> dict[str, Any]:
     """Methods of a patched model's class: those that reshape intermediate tokens to a map get them at full length,
     since a short sequence would be scrambled."""
-    names = ("forward_intermediates", "get_intermediate_layers")
+    names = (*members.INTERMEDIATES.names, *members.LAYERS_BETWEEN.names)
     exposed = {name: _exposed(getattr(host, name)) for name in names if getattr(host, name, None) is not None}
     # What a method learns is no sub-module of the model, so it has to be taken along.
-    return {**exposed, **{name: _followed(getattr(host, name)) for name in ("train", "_apply")}}
+    return {**exposed, **{name: _followed(getattr(host, name)) for name in ("train", members.APPLY.name)}}
 
 
 def _exposed(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        shared = self.__dict__.get(SETTINGS)
+        shared: Shared | None = self.__dict__.get(SETTINGS)
         if shared is None:  # removed, but bound to this function before
             return original(self, *args, **kwargs)
         return shared.intermediates(original, (self, *args), kwargs)
@@ -36,7 +38,7 @@ def _followed(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         out = original(self, *args, **kwargs)
-        shared = self.__dict__.get(SETTINGS)
+        shared: Shared | None = self.__dict__.get(SETTINGS)
         if shared is not None and shared.module is not None:
             getattr(shared.module, original.__name__)(*args, **kwargs)
         return out

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokred.adapters.contract import words
+from tokred.adapters.contract import members, terms, words
 from tokred.adapters.encoder.block import Recipe
 from tokred.adapters.encoder.capture import Capture, MhaCapture
 from tokred.adapters.encoder.host import EncoderHost, argument_names
@@ -16,7 +16,6 @@ from tokred.adapters.encoder.state import TokenState
 from tokred.adapters.swap import host_class
 from tokred.errors import UnsupportedModelError
 
-TOWER = "open_clip.transformer.VisionTransformer"
 REFUSED = {"ModifiedResNet": "it is a convolutional network without tokens"}
 
 
@@ -69,22 +68,25 @@ def match(model: nn.Module) -> EncoderHost | None:
             raise UnsupportedModelError(
                 f"open_clip's {cls.__name__} cannot run with fewer tokens here: {REFUSED[base.__name__]}"
             )
-    if TOWER not in {f"{c.__module__}.{c.__qualname__}" for c in cls.__mro__}:
+    if not terms.CLIP_TOWER.among([c.__name__ for c in cls.__mro__ if c.__module__.startswith("open_clip.")]):
         return None
     return _host(model)
 
 
 def _host(model: Any) -> EncoderHost:
-    blocks = [(f"transformer.resblocks.{i}", block) for i, block in enumerate(model.transformer.resblocks)]
+    tower = members.TOWER_OF_CLIP.need(model)
+    path = f"{members.TOWER_OF_CLIP.spelled(model)}.{members.BLOCKS_OF_CLIP.spelled(tower)}"
+    blocks = [(f"{path}.{i}", block) for i, block in enumerate(members.BLOCKS_OF_CLIP.need(tower))]
     if not blocks:
         raise UnsupportedModelError("open_clip's VisionTransformer has no blocks")
-    if not words.BATCH_FIRST.part(model.transformer, True):
+    if not words.BATCH_FIRST.part(tower, True):
         raise UnsupportedModelError("open_clip's VisionTransformer runs with batch_first=False; build it with True")
     first = blocks[0][1]
-    recipe = MhaRecipe if isinstance(first.attn, nn.MultiheadAttention) else OwnRecipe
-    if recipe is OwnRecipe and not _fused(first.attn):
+    attention = words.SELF.need(first)
+    recipe = MhaRecipe if isinstance(attention, nn.MultiheadAttention) else OwnRecipe
+    if recipe is OwnRecipe and not _fused(attention):
         raise UnsupportedModelError(
-            f"the attention of {blocks[0][0]} ({type(first.attn).__name__}) is not fused (scaled cosine), so sizes "
+            f"the attention of {blocks[0][0]} ({type(attention).__name__}) is not fused (scaled cosine), so sizes "
             "could not reach it"
         )
     return EncoderHost(
@@ -97,7 +99,7 @@ def _host(model: Any) -> EncoderHost:
         # CoCa hands all tokens on to its text decoder, through an attentional pooler or as they are.
         pooled=_pools(model),
         pools=_pools,
-        origin=model.conv1,
+        origin=members.PATCHES_OF_CLIP.need(model),
         tokens=lambda shape: _tokens(model, shape),
         outside_macs=lambda shape: _outside(model, shape),
         grid=tuple(words.GRID.need(model)),
@@ -106,7 +108,11 @@ def _host(model: Any) -> EncoderHost:
 
 def _pools(model: Any) -> bool:
     """True where something behind the blocks reads all tokens."""
-    return words.POOLER.need(model) is not None or model.pool_type != "tok" or bool(model.output_tokens)
+    return (
+        words.POOLER.need(model) is not None
+        or members.POOL_OF_CLIP.need(model) not in terms.FIRST_TOKEN.names
+        or bool(members.TOKENS_OF_CLIP.need(model))
+    )
 
 
 def _fused(attention: Any) -> bool:
@@ -114,7 +120,7 @@ def _fused(attention: Any) -> bool:
 
 
 def _patches(model: Any, shape: tuple[int, ...]) -> int:
-    conv = copy.deepcopy(model.conv1).to("meta")
+    conv = copy.deepcopy(members.PATCHES_OF_CLIP.need(model)).to("meta")
     with torch.no_grad():
         return int(conv(torch.empty(1, *shape[-3:], device="meta")).flatten(2).shape[-1])
 
@@ -125,5 +131,5 @@ def _tokens(model: Any, shape: tuple[int, ...]) -> int:
 
 def _outside(model: Any, shape: tuple[int, ...]) -> int:
     """Patch embedding and projection; an attentional pooler is left out."""
-    projection = 0 if model.proj is None else model.proj.numel()
-    return _patches(model, shape) * int(model.conv1.weight.numel()) + int(projection)
+    matrix, patches = members.PROJECTION_OF_CLIP.need(model), members.PATCHES_OF_CLIP.need(model)
+    return _patches(model, shape) * int(patches.weight.numel()) + (0 if matrix is None else int(matrix.numel()))

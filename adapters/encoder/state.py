@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokred.adapters.contract import backward_pass
+from tokred.adapters.contract import backward_pass, members, words
 from tokred.adapters.encoder.sides import Note, Sides
 from tokred.adapters.host import State
 from tokred.adapters.watch import Watch
@@ -240,7 +240,12 @@ class Shared(State):
             state: TokenState | None = self.final  # set by the last block on the way
         finally:
             self.final = None
-        if state is None or not state.steps or self.restore != "none" or original.__name__ != "forward_intermediates":
+        if (
+            state is None
+            or not state.steps
+            or self.restore != "none"
+            or original.__name__ not in members.INTERMEDIATES.names
+        ):
             return out
 
         def short(y: Any) -> Any:
@@ -249,8 +254,8 @@ class Shared(State):
 
         if isinstance(out, tuple):
             return (short(out[0]), *out[1:])
-        if isinstance(out, dict) and "image_features" in out:
-            return {**out, "image_features": short(out["image_features"])}
+        if isinstance(out, dict) and words.MAPPED_FEATURES.among(out):
+            return {**out, words.MAPPED_FEATURES.key(out): short(words.MAPPED_FEATURES.at(out))}
         return out
 
     def keeps_dropped(self, state: TokenState) -> bool:

@@ -3,71 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from tokred.adapters.contract import words
+from tokred.adapters.contract import members, terms, words
 from tokred.adapters.encoder.block import Leaf, Recipe, refuse_padding
 from tokred.adapters.encoder.host import EncoderHost, argument_names, module_macs
 from tokred.adapters.encoder.sides import Sides, convolution, of_convolution
 from tokred.adapters.encoder.state import TokenState
+from tokred.adapters.encoder.timm_tables import (
+    FAMILIES,
+    GEMMA,
+    MAPPED,
+    REFUSED,
+    RELATIVE,
+    SAM,
+    SAM_NAMES,
+    SAM_PARTS,
+    SPLIT,
+    SPLIT_NAMES,
+)
 from tokred.adapters.encoder.window_host import window_host
-from tokred.adapters.encoder.windows import Parts
 from tokred.adapters.linear import features, macs
 from tokred.adapters.swap import host_class
 from tokred.errors import UnsupportedModelError
 from tokred.kernels.gather_rows import gather_rows
-
-# Block classes that are x + f(attn(norm1(x))), then x + g(mlp(norm2(x))): they may be split in the middle. The names
-# are all that their forward may use: a later version that does more is run whole and reduced at its end.
-SPLIT = {
-    "timm.models.vision_transformer.Block",
-    "timm.models.eva.EvaBlock",
-    "timm.models.beit.Block",
-    "timm.models.vision_transformer_relpos.RelPosBlock",
-    "timm.models.deepseek_vit.DeepseekVitBlock",
-}
-SPLIT_NAMES = {
-    "norm1", "attn", "ls1", "drop_path1", "gamma_1", "norm2", "mlp", "ls2", "drop_path2", "gamma_2",
-}  # fmt: skip
-
-FAMILIES = {
-    "timm.models.vision_transformer.VisionTransformer",
-    "timm.models.deit.VisionTransformerDistilled",
-    "timm.models.eva.Eva",
-    "timm.models.beit.Beit",
-    "timm.models.vision_transformer_relpos.VisionTransformerRelPos",
-}
-
-# Encoders of language models: what comes out is reshaped to a map or pooled by place, so it has to be of full length.
-GEMMA = "timm.models.gemma4_vit.Gemma4VitEncoder"
-MAPPED = {"timm.models.deepseek_vit.DeepseekVitEncoder", "timm.models.qwen3_vit.Qwen3VitEncoder", GEMMA}
-
-# Their attention adds a bias to each pair of tokens, so its columns do not follow from queries, keys and sizes.
-RELATIVE = {"Beit", "VisionTransformerRelPos"}
-
-# SAM's blocks, on a map: names that they and their attention use.
-SAM = "timm.models.vision_transformer_sam.VisionTransformerSAM"
-SAM_NAMES = {
-    "norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2", "window_size", "window_partition",
-    "window_unpartition", "shape", "reshape", "qkv", "view", "num_heads", "permute", "unbind", "q_norm", "k_norm",
-    "use_rel_pos", "get_decomposed_rel_pos_bias", "rel_pos_h", "rel_pos_w", "rope", "get_embed", "apply_rot_embed_cat",
-    "type_as", "fused_attn", "torch", "nn", "functional", "scaled_dot_product_attention", "attn_drop", "p", "training",
-    "scale", "transpose", "softmax", "proj", "proj_drop",
-}  # fmt: skip
-
-WINDOWED = "its attention runs in windows on a grid, which dropping tokens would break"
-REFUSED = {
-    "SwinTransformer": WINDOWED,
-    "SwinTransformerV2": WINDOWED,
-    "SwinTransformerV2Cr": WINDOWED,
-    "Hiera": "it pools mask units of a fixed grid between its stages",
-    "NaFlexVit": "its pooling uses the padding mask of the original length",
-    "Cait": "its talking-heads attention is not fused, so sizes could not reach it",
-    "Xcit": "it attends between channels, not between tokens",
-    "MultiScaleVit": "its attention pools keys and values on a grid",
-}
 
 
 def match(model: nn.Module) -> EncoderHost | None:
@@ -78,9 +40,9 @@ def match(model: nn.Module) -> EncoderHost | None:
     """
     cls = host_class(model)
     names = _names(model)
-    if MAPPED & set(_names(getattr(model, "encoder", None))):
+    if MAPPED & set(_names(members.ENCODER.part(model))):
         return None  # a classifier around such an encoder, which is found inside
-    if not any(n.startswith("timm.models.") for n in names) or not hasattr(model, "forward_features"):
+    if not any(n.startswith("timm.models.") for n in names) or not members.FEATURES_OF_MODEL.on(model):
         return None
     _trace_no_blocks()
     if SAM in names:
@@ -108,37 +70,47 @@ def _names(module: object) -> list[str]:
 
 def _sam(model: Any) -> EncoderHost:
     turned = words.ROPE_OF_MAP.part(model) is not None
-    parts = Parts("norm1", "attn", "norm2", "num_heads", rotate=rotate if turned else None)
+    parts = replace(SAM_PARTS, rotate=rotate if turned else None)
     return window_host(
         model,
-        [(f"blocks.{i}", block) for i, block in enumerate(model.blocks)],
+        _blocks(model),
         parts,
         frozenset(SAM_NAMES),
         family=f"timm {host_class(model).__name__}",
         map_of=lambda shape: _grid(model, shape),
-        around=lambda shape: _outside(model, shape) + module_macs(model.neck, 1, model.embed_dim, *_grid(model, shape)),
+        around=lambda shape: (
+            _outside(model, shape)
+            + module_macs(members.NECK.need(model), 1, members.WIDTH.need(model), *_grid(model, shape))
+        ),
     )
+
+
+def _blocks(model: Any) -> list[tuple[str, nn.Module]]:
+    """All blocks by name."""
+    return [(f"{words.BLOCKS.spelled(model)}.{i}", block) for i, block in enumerate(words.BLOCKS.need(model))]
 
 
 def rotate(attention: Any, rows: Tensor, representative: Tensor) -> Tensor:
     """Rotary embedding of queries or keys ``(B, H, M, D)`` at the places where they stand."""
     from timm.layers import apply_rot_embed_cat
 
-    turned: Tensor = apply_rot_embed_cat(rows, gather_rope(attention.rope.get_embed(), representative, 0))
+    turned: Tensor = apply_rot_embed_cat(
+        rows, gather_rope(members.TABLES_OF_ROPE.need(words.ROPE_OF_ATTENTION.need(attention))(), representative, 0)
+    )
     return turned
 
 
 def _host(model: Any) -> EncoderHost:
-    blocks = [(f"blocks.{i}", block) for i, block in enumerate(model.blocks)]
+    blocks = _blocks(model)
     if not blocks:
         raise UnsupportedModelError(f"timm's {type(model).__name__} has no blocks")
     _check_fused(blocks)
     first, names = blocks[0][1], set(_names(model))
     gemma = GEMMA in names
     rope = words.ROPE_OF_MODEL.part(model) is not None or gemma
-    positions: dict[str, Callable[..., Any]] = {"rope": gather_rope} if rope else {}
+    positions: dict[str, Callable[..., Any]] = {words.ROPE_OF_BLOCK.name: gather_rope} if rope else {}
     if gemma:
-        positions = {"rope_cos": gather_embeddings, "rope_sin": gather_embeddings}
+        positions = {word.name: gather_embeddings for word in (words.COSINES, words.SINES)}
     prefix = int(words.PREFIX.part(model, 1))
     supplies = {"x", "q", "k", "v"}
     if words.CLASS_TOKEN.part(model) is not None:
@@ -148,7 +120,7 @@ def _host(model: Any) -> EncoderHost:
     splits = all(_splits(b) for _, b in blocks)
     if splits:
         supplies.add("queries")
-        if all(features(getattr(b.attn, "proj", None)) is not None for _, b in blocks):
+        if all(features(members.LAST_OF_ATTENTION.part(words.SELF.need(b))) is not None for _, b in blocks):
             supplies.add("transform")
     grid, origin = words.GRID.part(words.PATCHES.need(model)), _origin(words.PATCHES.need(model), gemma)
     if origin is not None:
@@ -169,21 +141,24 @@ def _host(model: Any) -> EncoderHost:
         layout=_of_images if gemma else of_convolution if origin is not None else None,
         # Keys before rotary embedding: similarity should not depend on where two equal patches are.
         key_norms=[_key_norm(b) for _, b in blocks] if rope else [],
-        key_heads=int(first.attn.num_kv_heads) if gemma else None,
+        key_heads=int(members.KEY_HEADS.need(words.SELF.need(first))) if gemma else None,
         full="last" if MAPPED & names else "none",
     )
 
 
 def _pools(model: Any) -> bool:
     """True for a model whose head looks at all tokens, by an average, their maximum or attention."""
-    return words.POOLER.part(model) is not None or words.POOL.part(model, "token") != "token"
+    return (
+        words.POOLER.part(model) is not None
+        or words.POOL.part(model, terms.FIRST_TOKEN.name) not in terms.FIRST_TOKEN.names
+    )
 
 
 def _origin(embed: Any, gemma: bool) -> nn.Module | None:
     """The module whose output or input tells how patches stand."""
     if gemma:
         return embed  # type: ignore[no-any-return]
-    last = getattr(embed, "proj", None)
+    last = members.PATCH_PROJECTION.part(embed)
     # A convolution, or what wraps one; of a hybrid without projection, an identity on the map of its network.
     return last if isinstance(last, nn.Identity) or convolution(last) is not None else None
 
@@ -227,7 +202,7 @@ def _splits(block: nn.Module) -> bool:
 
 
 def _key_norm(block: Any) -> nn.Module:
-    attn = block.attn
+    attn = words.SELF.need(block)
     if not isinstance(words.KEY_NORM.part(attn), nn.Module):
         raise UnsupportedModelError(f"{type(attn).__name__} hides its keys before rotary embedding")
     norm: nn.Module = words.KEY_NORM.need(attn)
@@ -279,6 +254,6 @@ def _tokens(model: Any, shape: tuple[int, ...]) -> int:
 
 def _outside(model: Any, shape: tuple[int, ...]) -> int:
     """Patch embedding (counted on the meta device) and classifier."""
-    heads = [getattr(model, n, None) for n in ("head", "head_dist")]
+    heads = [word.part(model) for word in members.HEADS]
     head = sum(macs(m) for m in heads if isinstance(m, nn.Module))
     return module_macs(words.PATCHES.need(model), 1, *shape[-3:]) + head

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from tokred.adapters.contract import attention_of, words
+from tokred.adapters.contract import attention_of, members, terms, words
 from tokred.adapters.encoder import transformers_maps, transformers_text
 from tokred.adapters.encoder.block import Recipe, refuse_padding
 from tokred.adapters.encoder.host import EncoderHost, argument_names
 from tokred.adapters.encoder.sides import convolution, of_convolution
 from tokred.adapters.encoder.state import TokenState
+from tokred.adapters.encoder.text_tables import ENCODERS as TEXTS
 from tokred.adapters.encoder.transformers_tables import DEMANDS, ENCODERS, HEADS, Encoder
 from tokred.adapters.linear import macs
 from tokred.adapters.swap import host_class
@@ -49,8 +50,6 @@ REFUSED = {
 }
 # Trained on a part of the patches of each clip, always.
 MASKED = "VideoMAEForPreTraining"
-# What embeddings call the module that makes patches.
-PATCHES = ("patch_embeddings", "patch_embedding", "projection")
 INSTEAD = "apply a method for visual tokens, such as 'divprune', to the whole model"
 TOWER = (
     "it is the vision tower of a model with vision, and not among the encoders that are known to be right with fewer "
@@ -76,7 +75,7 @@ def match(model: nn.Module) -> EncoderHost | None:
         UnsupportedModelError: ``model`` is a transformers model that cannot be reduced rightly; the message says why.
     """
     names = _names(model)
-    if "PreTrainedModel" not in names or any(n.startswith("Timm") for n in names):
+    if not terms.PRETRAINED.among(names) or any(n.startswith("Timm") for n in names):
         return None  # a layer, or a wrapper around a timm model, which the timm adapter finds inside
     located = _locate(model)
     if located is None:
@@ -126,8 +125,8 @@ def _reason(model: Any, names: list[str]) -> str:
     reason = next((r for n in names for start, r in REFUSED.items() if n.startswith(start)), None)
     if reason is not None:
         return reason
-    config = model.config
-    if words.TEXT.on(config) and (hasattr(model, "generate") or hasattr(model, "language_model")):
+    config = words.CONFIG.need(model)
+    if words.TEXT.on(config) and (members.GENERATE.on(model) or members.LANGUAGE.on(model)):
         return LANGUAGE
     side = words.JOINED.part(config)
     if side is not None and side > 1:
@@ -138,7 +137,7 @@ def _reason(model: Any, names: list[str]) -> str:
         return f"it is the vision tower of a model with vision; {joined}; {INSTEAD}" if is_tower(model) else joined
     if is_tower(model):
         return TOWER
-    known = ENCODERS.keys() | transformers_maps.MAPS.keys() | transformers_text.ENCODERS.keys()
+    known = ENCODERS.keys() | transformers_maps.MAPS.keys() | TEXTS.keys()
     inside = [name for name, m in model.named_modules() for n in _names(m)[:1] if name and n in known]
     if inside:
         return f"{NO_FAMILY} (if you know that it is, apply to the encoder inside it: model.{inside[0]})"
@@ -149,8 +148,8 @@ def _reason(model: Any, names: list[str]) -> str:
 def is_tower(model: Any) -> bool:
     """True for a vision tower that is no encoder of its own, so that nothing can be done with it alone."""
     names = _names(model)
-    inside = words.PLACE_IN_MODEL.part(getattr(model, "config", None)) in words.VISION.names
-    if "PreTrainedModel" not in names or not (inside or any(n in TOWERS for n in names)):
+    inside = words.PLACE_IN_MODEL.part(words.CONFIG.part(model)) in words.VISION.names
+    if not terms.PRETRAINED.among(names) or not (inside or any(n in TOWERS for n in names)):
         return False
     return _locate(model) is None and transformers_maps.match(model) is None
 
@@ -172,9 +171,7 @@ def _host(model: Any, name: str, encoder: Any, demand: str) -> EncoderHost:
         family=f"transformers {name}",
         model=encoder,
         blocks=layers,
-        recipe=LayerRecipe(
-            row.positions, argument_names(layers[0][1]), getattr(encoder, "shared_position_bias", None) is not None
-        ),
+        recipe=LayerRecipe(row.positions, argument_names(layers[0][1]), members.SHARED_BIAS.part(encoder) is not None),
         prefix=prefix,
         suffix=suffix,
         supplies=_supplies(row, masked),
@@ -188,7 +185,7 @@ def _host(model: Any, name: str, encoder: Any, demand: str) -> EncoderHost:
         tokens=lambda shape: _embed(row, encoder, model, shape)[0] + prefix + suffix,
         outside_macs=lambda shape: _embed(row, encoder, model, shape)[1] + _head(model),
         key_norms=[] if row.keys is None else [_get(layer, row.keys) for _, layer in layers],
-        key_heads=None if row.keys is None else int(words.HEADS.need(encoder.config)),
+        key_heads=None if row.keys is None else int(words.HEADS.need(words.CONFIG.need(encoder))),
     )
 
 
@@ -209,16 +206,18 @@ def _supplies(row: Encoder, masked: bool) -> frozenset[str]:
 
 def _origin(encoder: Any) -> nn.Module | None:
     """The convolution that makes patches of images or clips."""
-    embeddings = getattr(encoder, "embeddings", None)
-    return next((c for name in PATCHES if (c := convolution(getattr(embeddings, name, None))) is not None), None)
+    embeddings = members.EMBEDDINGS.part(encoder)
+    made = (getattr(embeddings, name, None) for name in members.MAKERS.names)
+    return next((found for found in map(convolution, made) if found is not None), None)
 
 
 def _check_fused(encoder: Any, layers: list[tuple[str, nn.Module]]) -> None:
     if not layers:
         raise UnsupportedModelError(f"transformers' {type(encoder).__name__} has no layers")
-    configs: list[Any] = [m.config for _, layer in layers for m in layer.modules() if hasattr(m, "config")]
-    kinds = {attention_of(c) for c in (configs or [encoder.config])}
-    if kinds != {"sdpa"}:
+    inside = (words.CONFIG.part(m) for _, layer in layers for m in layer.modules())
+    configs = [config for config in inside if config is not None]
+    kinds = {attention_of(c) for c in (configs or [words.CONFIG.need(encoder)])}
+    if not kinds <= {*terms.FUSED_KERNEL.names}:
         raise UnsupportedModelError(
             f"{type(encoder).__name__} runs attn_implementation={', '.join(sorted(kinds))!r}, which takes no token "
             "sizes; call model.set_attn_implementation('sdpa') (or load it so) and apply again"
@@ -263,8 +262,5 @@ def _embed(row: Encoder, encoder: Any, model: Any, shape: tuple[int, ...]) -> tu
 
 def _head(model: Any) -> int:
     """Matrices applied once a sample: classifiers and projections of the class token."""
-    heads = [
-        getattr(model, n, None)
-        for n in ("classifier", "distillation_classifier", "cls_classifier", "visual_projection")
-    ]
+    heads = [getattr(model, name, None) for name in members.CLASSIFIERS.names]
     return sum(macs(m) for m in heads if isinstance(m, nn.Module))

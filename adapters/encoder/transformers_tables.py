@@ -230,3 +230,11 @@ HEADS: dict[str, tuple[str, Demand]] = {
 _TOWERS = ("Llava", "LlavaNext", "LlavaNextVideo", "LlavaOnevision", "PaliGemma", "Gemma3")
 HEADS |= {f"{name}Model": ("vision_tower", "all") for name in _TOWERS}
 HEADS |= {f"{name}ForConditionalGeneration": ("model.vision_tower", "all") for name in _TOWERS}
+
+# What the forwards of TimeSformer's blocks, which are composed anew, and of their attention use.
+DIVIDED_NAMES = {
+    "config", "num_frames", "image_size", "patch_size", "shape", "size", "attention_type", "attention",
+    "layernorm_before", "drop_path", "layernorm_after", "intermediate", "output", "reshape", "temporal_attention",
+    "temporal_layernorm", "temporal_dense", "unsqueeze", "repeat", "permute", "torch", "cat", "mean",
+    "qkv", "num_heads", "transpose", "scale", "softmax", "attn_drop",
+}  # fmt: skip

@@ -6,93 +6,24 @@ bare model's last hidden states, heads for tokens) gets full length back, a drop
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from tokred.adapters.contract import attention_of, words
+from tokred.adapters.contract import attention_of, terms, words
 from tokred.adapters.encoder.block import Recipe
 from tokred.adapters.encoder.host import EncoderHost, argument_names
 from tokred.adapters.encoder.masks import require, seen, visible
 from tokred.adapters.encoder.state import TokenState
+from tokred.adapters.encoder.text_tables import ENCODERS, HEADS, TextEncoder
 from tokred.adapters.linear import matrices
 from tokred.adapters.swap import host_class
 from tokred.errors import UnsupportedModelError
 
-Demand = str | Callable[[Any], str]
 LEFT = (
     "the batch is padded on the left, so the class token is not its first: pad on the right "
     "(tokenizer.padding_side = 'right'), or call tokred.remove(model) first"
 )
-
-
-@dataclass(frozen=True)
-class TextEncoder:
-    """One encoder class.
-
-    Attributes:
-        layers: where its list of layers is.
-        windowed: some layers attend within windows of positions, so their masks say more than what is padding.
-        positions: keyword arguments of a layer that follow the tokens, and how.
-        keys: sub-module of a layer that makes the keys before rotary embedding, fused with queries and values.
-    """
-
-    layers: str
-    windowed: bool = False
-    positions: dict[str, Callable[..., Any]] = field(default_factory=dict)
-
-
-def gather_tables(tables: tuple[Tensor, ...], representative: Tensor, prefix: int) -> tuple[Tensor, ...]:
-    """Cosine and sine tables ``(1 or B, N, D)`` at the rows that are left, ``(B, M, D)``."""
-    b = representative.shape[0]
-    index = representative.unsqueeze(-1)
-    return tuple(t.expand(b, -1, -1).gather(1, index.expand(-1, -1, t.shape[-1])) for t in tables)
-
-
-_BERT = TextEncoder("encoder.layer")
-ENCODERS = {
-    "BertModel": _BERT,
-    "RobertaModel": _BERT,
-    "XLMRobertaModel": _BERT,
-    "CamembertModel": _BERT,
-    "ElectraModel": _BERT,
-    "ErnieModel": _BERT,
-    "DistilBertModel": TextEncoder("transformer.layer"),
-    "ModernBertModel": TextEncoder("layers", windowed=True, positions={words.TABLES.name: gather_tables}),
-}
-
-
-def _modern(model: Any) -> str:
-    return "short" if model.config.classifier_pooling == "cls" else "last"
-
-
-# Start of the class names, where the encoder is, what the model does with the tokens by the rest of the name.
-_FAMILIES = {
-    "Bert": "bert",
-    "Roberta": "roberta",
-    "XLMRoberta": "roberta",
-    "Camembert": "roberta",
-    "Electra": "electra",
-    "Ernie": "ernie",
-    "DistilBert": "distilbert",
-    "ModernBert": "model",
-}
-_HEADS: dict[str, Demand] = {
-    "ForSequenceClassification": "short",
-    "ForMultipleChoice": "short",
-    "ForNextSentencePrediction": "short",
-    "ForTokenClassification": "last",
-    "ForQuestionAnswering": "last",
-    "ForMaskedLM": "last",
-    "ForPreTraining": "last",
-}
-HEADS: dict[str, tuple[str, Demand]] = {
-    family + head: (path, _modern if family == "ModernBert" and demand == "short" else demand)
-    for family, path in _FAMILIES.items()
-    for head, demand in _HEADS.items()
-}
 
 
 def match(model: Any) -> EncoderHost | None:
@@ -106,14 +37,14 @@ def match(model: Any) -> EncoderHost | None:
     path, demand = HEADS[head] if head is not None else ("", "last")
     encoder = getattr(model, path) if path else model
     name = next((c.__name__ for c in host_class(encoder).__mro__ if c.__name__ in ENCODERS), None)
-    if name is None or words.DECODER.part(encoder.config, False):
+    if name is None or words.DECODER.part(words.CONFIG.need(encoder), False):
         return None
     row = ENCODERS[name]
     layers = [(f"{row.layers}.{i}", layer) for i, layer in enumerate(encoder.get_submodule(row.layers))]
     if not layers:
         raise UnsupportedModelError(f"transformers' {name} has no layers")
-    kind = attention_of(encoder.config)
-    if kind != "sdpa":
+    kind = attention_of(words.CONFIG.need(encoder))
+    if kind not in terms.FUSED_KERNEL.names:
         raise UnsupportedModelError(
             f"{name} runs attn_implementation={kind!r}, where padding cannot follow the tokens; call "
             "model.set_attn_implementation('sdpa') (or load it so) and apply again"

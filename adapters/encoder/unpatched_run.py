@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tokred import adapters
-from tokred.adapters.contract import words
+from tokred.adapters.contract import members, words
 from tokred.adapters.encoder.block import SETTINGS
 from tokred.adapters.encoder.host import EncoderHost
 from tokred.adapters.linear import value_transform
@@ -81,7 +81,7 @@ def record(model: nn.Module, images: Tensor, *, grad: bool = False) -> Recorded:
         MissingInputError: its blocks do not tell what the attention does to single tokens, or attention's columns do
             not follow from queries and keys.
     """
-    host = adapters.find(model)
+    host: EncoderHost = adapters.find(model)
     missing = {"attention", "transform"} - host.supplies
     if missing:
         raise MissingInputError(
@@ -122,7 +122,7 @@ class _Watch(TorchFunctionMode):
                 q=call["query"].detach(),
                 k=call["key"].detach(),
                 v=call["value"].detach(),
-                scale=call.get("scale"),
+                scale=call.get(words.SDPA_SCALE),
                 prefix=host.prefix,
                 suffix=host.suffix,
                 class_token="class_attention" in host.supplies,
@@ -141,8 +141,8 @@ class _Watch(TorchFunctionMode):
                 block: Any = module
                 handles += [
                     block.register_forward_pre_hook(self._enter),
-                    block.norm1.register_forward_hook(self._normed),
-                    block.mlp.register_forward_hook(self._mlp),
+                    members.NORM1.need(block).register_forward_hook(self._normed),
+                    words.MLP.need(block).register_forward_hook(self._mlp),
                 ]
             yield
         finally:
@@ -150,7 +150,7 @@ class _Watch(TorchFunctionMode):
                 handle.remove()
 
     def _enter(self, block: Any, inputs: Any) -> None:
-        self.records.append(BlockRecord(block.attn, inputs[0].detach()))
+        self.records.append(BlockRecord(words.SELF.need(block), inputs[0].detach()))
 
     def _normed(self, module: Any, inputs: Any, output: Tensor) -> None:
         self.records[-1].normed = output.detach()

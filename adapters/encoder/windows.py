@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokred.adapters.contract import check_at_hand, parameters_at_hand, words
+from tokred.adapters.contract import check_at_hand, members, parameters_at_hand, words
+from tokred.adapters.contract.spelling import Word
 from tokred.adapters.encoder.block import SETTINGS, Recipe, Settings, attention_bias, refuse_symbols
 from tokred.adapters.encoder.capture import add_bias
 from tokred.adapters.encoder.state import TokenState
@@ -149,8 +150,8 @@ class WindowRecipe(Recipe):
         """The block's output, as the host's own block returns it."""
         if self.parts.channels_first:
             maps = maps.permute(0, 3, 1, 2)
-        if getattr(block, "use_residual_block", False):
-            maps = block.residual(maps)
+        if members.SECOND_BRANCH.part(block, False):
+            maps = members.CONVOLUTION_BEHIND.need(block)(maps)
         return (maps,) if self.parts.tupled else maps
 
     def _reduced(self, block: Any, settings: Settings, maps: Tensor, grid: Grid) -> tuple[Tensor | None, WindowState]:
@@ -163,7 +164,7 @@ class WindowRecipe(Recipe):
             q=heads[0],
             k=heads[1],
             v=heads[2],
-            scale=attention.scale,
+            scale=members.FACTOR.need(attention),
             grid=grid.shape,
             length=grid.area,
             layer=settings.layer,
@@ -174,10 +175,10 @@ class WindowRecipe(Recipe):
             return None, WindowState(grid.area, grid=grid)
         state = WindowState(grid.area, step.sizes(), step.representative, (step,), (None,), step.mask, grid=grid)
         y = self._attend(attention, heads, state, shared.method.proportional)
-        y = grid.join(residual(block, step.unmerge(y), ("ls1", "drop_path1")))
-        maps = maps + residual(block, y, ("drop_path",))
+        y = grid.join(residual(block, step.unmerge(y), (members.SCALES[0], members.DEPTHS[0])))
+        maps = maps + residual(block, y, (members.DEPTH_OF_BOTH,))
         y = self._mlp(block, maps, step, grid)
-        return maps + residual(block, y, ("ls2", "drop_path2", "drop_path")), state
+        return maps + residual(block, y, (members.SCALES[1], members.DEPTHS[1], members.DEPTH_OF_BOTH)), state
 
     def _attend(
         self, attention: Any, heads: tuple[Tensor, Tensor, Tensor], state: WindowState, proportional: bool
@@ -195,32 +196,34 @@ class WindowRecipe(Recipe):
         bias = attention_bias(state, proportional)
         if bias is not None:
             mask = add_bias(mask, bias, q.dtype)
-        dropout = attention.attn_drop.p if attention.training and hasattr(attention, "attn_drop") else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=attention.scale)
-        return residual(attention, y.transpose(1, 2).flatten(2), ("proj", "proj_drop"))
+        scale = members.FACTOR.need(attention)
+        inner = members.DROPOUT_INSIDE.part(attention)
+        dropout = inner.p if attention.training and inner is not None else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
+        return residual(attention, y.transpose(1, 2).flatten(2), (members.LAST_OF_ATTENTION, members.DROPOUT_BEHIND))
 
     def _mlp(self, block: Any, maps: Tensor, step: Reduction, grid: Grid) -> Tensor:
         """``(B, H, W, C)`` what the MLP adds. Where padding leaves more rows in the windows than the map has, it runs
         on the map."""
-        norm = getattr(block, self.parts.norm2)
+        norm, mlp = getattr(block, self.parts.norm2), words.MLP.need(block)
         if grid.padded and grid.number * step.slots >= grid.height * grid.width:
-            full: Tensor = block.mlp(norm(maps.flatten(1, 2))).view(maps.shape)
+            full: Tensor = mlp(norm(maps.flatten(1, 2))).view(maps.shape)
             return full
         short = step.merge(grid.split(maps), grid.weights(maps))
-        return grid.join(step.unmerge(block.mlp(norm(short))))
+        return grid.join(step.unmerge(mlp(norm(short))))
 
 
 def project(attention: Any, x: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """``(B, N, C)`` to queries, keys and values ``(B, H, N, D)``, after their norms."""
     b, n, _ = x.shape
     q, k, v = words.TOGETHER.need(attention)(x).view(b, n, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-    return residual(attention, q, words.QUERY_NORM.names), residual(attention, k, words.KEY_NORM.names), v
+    return residual(attention, q, (words.QUERY_NORM,)), residual(attention, k, (words.KEY_NORM,)), v
 
 
-def residual(holder: Any, y: Tensor, names: tuple[str, ...]) -> Tensor:
-    """The sub-modules of these names, one after the other, those that there are."""
-    for name in names:
-        module = getattr(holder, name, None)
+def residual(holder: Any, y: Tensor, steps: tuple[Word, ...]) -> Tensor:
+    """The sub-modules of these roles, one after the other, those that there are."""
+    for word in steps:
+        module = word.part(holder)
         y = y if module is None else module(y)
     return y
 
@@ -260,8 +263,8 @@ def decomposed_bias(q: Tensor, representative: Tensor, shape: tuple[int, int], a
 
 def relative_table(attention: Any, size: int, table: Tensor) -> Tensor:
     """``(size, size, D)`` by the host's own function: the embedding of each pair of positions."""
-    own = getattr(attention, "get_rel_pos", None)
+    own = members.RELATIVE_TABLE.part(attention)
     if own is None:  # older compilers do not know whether a method is true
-        own = vars(sys.modules[host_class(attention).__module__])["get_rel_pos"]
+        own = members.RELATIVE_TABLE.at(vars(sys.modules[host_class(attention).__module__]))
     found: Tensor = own(size, size, table)
     return found.to(table.dtype)

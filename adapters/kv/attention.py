@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokred.adapters.contract import attention_of, host_object, words
+from tokred.adapters.contract import attention_of, host_object, members, words
 from tokred.adapters.kv.layer import TokLayer
 from tokred.adapters.kv.masks import MaskSpec, mask_function
 from tokred.adapters.kv.rope import LayerRope
@@ -21,6 +21,7 @@ from tokred.kv.stores import Query
 
 PREFIX = "tokred:"
 SEAT = "tokred_seat"
+_SCALING, _DROPOUT = words.SCALE_OF_A_CALL.name, words.DROPOUT_OF_A_CALL.name
 
 
 class Seat(NamedTuple):
@@ -73,11 +74,11 @@ def attention(
     """
     seat: Seat | None = options.pop(SEAT, None)
     layer = None if seat is None else seat.layer
-    if options.get("cache") is not None:
+    if words.CACHE_OF_A_BATCH.of(options) is not None:
         raise UnsupportedModelError("continuous batching keeps a cache of its own: call tokred.remove(model) first")
     if seat is None or layer is None:
         # No cache, a layer that is not compressed, or another model that shares the configuration.
-        name = attention_of(module.config).removeprefix(PREFIX)
+        name = attention_of(words.CONFIG.need(module)).removeprefix(PREFIX)
         mask = attention_mask.stock(name) if isinstance(attention_mask, MaskSpec) else attention_mask
         return _stock(module, name, query, key, value, mask, scaling, dropout, options)
     layer.waiting = False
@@ -185,10 +186,10 @@ def _stock(
 ) -> tuple[Tensor, Tensor | None]:
     """The attention that the model had before the patch."""
     eager = words.EAGER.part(sys.modules[type(module).__module__])
-    function = host_object("attention functions").get_interface(implementation, eager)
+    function = members.INTERFACE.need(host_object("attention functions"))(implementation, eager)
     if function is None:
         raise UnsupportedModelError(f"{type(module).__module__} has no attention function {implementation!r}")
-    out, weights = function(module, query, key, value, mask, scaling=scaling, dropout=dropout, **options)
+    out, weights = function(module, query, key, value, mask, **{_SCALING: scaling, _DROPOUT: dropout}, **options)
     return out, weights
 
 
@@ -282,6 +283,6 @@ def register(implementation: str) -> str:
         The name that they are known by.
     """
     name = PREFIX + implementation.removeprefix(PREFIX)
-    host_object("registry of attention").register(name, attention)
-    host_object("registry of masks").register(name, mask_function)
+    for registry, function in (("registry of attention", attention), ("registry of masks", mask_function)):
+        members.REGISTER.need(host_object(registry))(name, function)
     return name

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from tokred.adapters.contract import host_object, words
+from tokred.adapters.contract import host_object, members, terms, words
 from tokred.adapters.kv.layer import TokLayer
 from tokred.errors import BypassedError, TokenStateError
 from tokred.kv.engine import Engine
@@ -15,6 +15,8 @@ from tokred.kv.stores import Flat, Rectangle, Store
 
 Cache: Any = host_object("any cache")
 DynamicCache: Any = host_object("cache of rows that grow")
+
+layers_of = words.LAYERS.need
 
 
 class LayerRows(NamedTuple):
@@ -37,6 +39,7 @@ class Snapshot(NamedTuple):
     session: dict[str, Any]
 
 
+@members.under_each_name
 class TokCache(DynamicCache):  # type: ignore[misc]
     """A dynamic cache with a policy; sliding-window layers are transformers' own.
 
@@ -49,7 +52,7 @@ class TokCache(DynamicCache):  # type: ignore[misc]
     def snapshot(self) -> Snapshot:
         """The present state. Costs no memory until the cache moves on: tensors are shared."""
         layers = tuple(
-            layer.snapshot() if isinstance(layer, TokLayer) else dict(layer.__dict__) for layer in self.layers
+            layer.snapshot() if isinstance(layer, TokLayer) else dict(layer.__dict__) for layer in layers_of(self)
         )
         return Snapshot(layers, self.engine.state())
 
@@ -59,14 +62,14 @@ class TokCache(DynamicCache):  # type: ignore[misc]
         Raises:
             ValueError: the snapshot is of a cache with another number of layers.
         """
-        if len(snapshot.layers) != len(self.layers):
-            raise ValueError(f"the snapshot has {len(snapshot.layers)} layers, the cache has {len(self.layers)}")
+        if len(snapshot.layers) != len(layers_of(self)):
+            raise ValueError(f"the snapshot has {len(snapshot.layers)} layers, the cache has {len(layers_of(self))}")
         self.restore_layers(snapshot)
         self.engine.load(snapshot.session)
 
     def restore_layers(self, snapshot: Snapshot) -> None:
         """Set the layers back to a snapshot, and let the engine go on."""
-        for layer, state in zip(self.layers, snapshot.layers, strict=True):
+        for layer, state in zip(layers_of(self), snapshot.layers, strict=True):
             if isinstance(layer, TokLayer):
                 layer.restore(state)
             else:
@@ -81,7 +84,7 @@ class TokCache(DynamicCache):  # type: ignore[misc]
         """
         count = int(tokens_to_remove)  # older transformers hand over a tensor
         if count < 0:
-            for layer in self.layers:
+            for layer in layers_of(self):
                 if isinstance(layer, TokLayer):
                     layer.check_crop(-count)
         super().crop(count)
@@ -92,7 +95,7 @@ class TokCache(DynamicCache):  # type: ignore[misc]
         Raises:
             TokenStateError: the one before broke off between two layers.
         """
-        layers = [layer for layer in self.layers if isinstance(layer, TokLayer)]
+        layers = [layer for layer in layers_of(self) if isinstance(layer, TokLayer)]
         if len({layer.seen + layer.clock.behind for layer in layers}) > 1:
             raise TokenStateError(
                 "the layers of the cache have seen different numbers of tokens: a forward broke off. Restore a "
@@ -107,8 +110,8 @@ class TokCache(DynamicCache):  # type: ignore[misc]
         ledger = self.engine.ledger
         if ledger is None:
             return
-        ours = {layer.index: -(-layer.nbytes // samples) for layer in self.layers if isinstance(layer, TokLayer)}
-        others = [layer for layer in self.layers if not isinstance(layer, TokLayer)]
+        ours = {layer.index: -(-layer.nbytes // samples) for layer in layers_of(self) if isinstance(layer, TokLayer)}
+        others = [layer for layer in layers_of(self) if not isinstance(layer, TokLayer)]
         ledger.open(ours, sum(_rows(0, layer).bytes for layer in others) // samples)
         ledger.queries = int(words.HEADS.need(config))
         # Windows keep one row less than their size, as a view of rows that they came with.
@@ -120,7 +123,7 @@ class TokCache(DynamicCache):  # type: ignore[misc]
         Raises:
             BypassedError: an attention took no part, so that the policy was not asked.
         """
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(layers_of(self)):
             if isinstance(layer, TokLayer) and (layer.armed or layer.waiting):
                 raise BypassedError(
                     f"the attention of layer {i} ran without the policy: if the model's attention implementation has "
@@ -135,7 +138,7 @@ class TokCache(DynamicCache):  # type: ignore[misc]
 
     def layer_rows(self) -> tuple[LayerRows, ...]:
         """Slots, rows and bytes of every layer."""
-        return rows_of(self.layers)
+        return rows_of(layers_of(self))
 
     @property
     def nbytes(self) -> int:
@@ -161,7 +164,7 @@ def _rows(index: int, layer: Any) -> LayerRows:
     if keys is None or values is None or keys.numel() == 0:
         return LayerRows(index, 0, 0, 0, 0)
     held = keys.nbytes + values.nbytes
-    return LayerRows(index, int(layer.get_seq_length()), keys.shape[2], held, held)
+    return LayerRows(index, int(members.LENGTH.need(layer)()), keys.shape[2], held, held)
 
 
 # Layouts that a caller can ask for, besides "auto": rows as they come, with empty ones or without.
@@ -189,7 +192,7 @@ def make_cache(config: Any, policy: CachePolicy, compressed: tuple[int, ...], la
         raise ValueError(
             f"layout is {layout!r}, but the policy's store {store.name!r} has a form of its own: leave it out"
         )
-    cache = TokCache(config=config)
+    cache = TokCache(**{words.CONFIG.name: config})
     _take_over(cache, policy, compressed, _LAYOUTS.get(layout, store))
     return cache
 
@@ -216,14 +219,14 @@ def adopt(cache: Any, config: Any, policy: CachePolicy, compressed: tuple[int, .
             f"rows cannot be evicted from a {kind}{more}: a policy whose store is {store.name!r} works on a "
             f"DynamicCache{_others(store)}, or on none at all (then the model makes its own)"
         )
-    if cache.get_seq_length() > 0:
+    seen = members.LENGTH.need(cache)()
+    if seen > 0:
         raise ValueError(
-            f"the cache holds {cache.get_seq_length()} tokens that {policy.name or 'the policy'} has not seen: start "
-            "from an empty one"
+            f"the cache holds {seen} tokens that {policy.name or 'the policy'} has not seen: start from an empty one"
         )
-    cache.layers = DynamicCache(config=config).layers
-    cache.layer_class_to_replicate = None
-    cache.offloading = False  # the store does what it was asked for
+    words.LAYERS.set(cache, words.LAYERS.need(DynamicCache(**{words.CONFIG.name: config})))
+    members.LAYER_CLASS.set(cache, None)
+    words.OFFLOADS.set(cache, False)  # the store does what it was asked for
     cache.__class__ = TokCache
     _take_over(cache, policy, compressed, store)
     return cache  # type: ignore[no-any-return]
@@ -232,9 +235,9 @@ def adopt(cache: Any, config: Any, policy: CachePolicy, compressed: tuple[int, .
 def _does(cache: Any) -> str:
     """The kind of a caller's cache, in the words of :attr:`tokred.kv.stores.Store.replaces`; empty where none fits."""
     if type(cache) is DynamicCache:
-        return "offloaded" if cache.offloading else "plain"
+        return "offloaded" if words.OFFLOADS.need(cache) else "plain"
     # Its layers are quantised ones by their class alone.
-    return "quantised" if type(cache).__name__ == "QuantizedCache" else ""
+    return "quantised" if type(cache).__name__ in terms.QUANTISED.names else ""
 
 
 def _others(store: Store) -> str:
@@ -243,10 +246,11 @@ def _others(store: Store) -> str:
     return "".join(f" (or one that is {kind})" for kind in found)
 
 
-def _take_over(cache: Any, policy: CachePolicy, compressed: tuple[int, ...], store: Store) -> None:
+def _take_over(cache: TokCache, policy: CachePolicy, compressed: tuple[int, ...], store: Store) -> None:
     if policy.parts.when.chunk and policy.parts.budget.headwise:
         store = policy.parts.store.tight()  # under a hard limit nobody counts on empty rows, whatever the layout
-    cache.engine = Engine(policy, len(compressed))
+    engine, layers = Engine(policy, len(compressed)), layers_of(cache)
+    cache.engine = engine
     shelves = store.shelves(len(compressed))
     for index, layer in enumerate(compressed):
-        cache.layers[layer] = TokLayer(cache.engine, index, store, shelves[index])
+        layers[layer] = TokLayer(engine, index, store, shelves[index])

@@ -13,6 +13,8 @@ from tokred.adapters.contract import (
     generation_cache_name,
     goes_on_in_chunks,
     mask_length,
+    members,
+    terms,
     words,
 )
 from tokred.adapters.kv.hooks import CacheSettings
@@ -49,13 +51,14 @@ def body(host: Any) -> dict[str, Any]:
 def _prepare(
     settings: CacheSettings, config: Any, model_kwargs: dict[str, Any], name: str, mode: Any, longest: int
 ) -> None:
-    assisted = str(getattr(mode, "value", mode)) == "assisted_generation"
+    assisted = str(getattr(mode, "value", mode)) in terms.WITH_DRAFTS.names
     given = cache_of(model_kwargs)
     _refuse(settings, config, assisted, given)
     cache = settings.cache() if given is None else settings.adopt(given)
     length = prompt_length(config, model_kwargs)
-    setattr(config, words.CHUNK.name, _chunk(settings, words.CHUNK.need(config), length, cache.get_seq_length()))
-    if cache.get_seq_length() == 0:
+    seen = members.LENGTH.need(cache)()
+    words.CHUNK.set(config, _chunk(settings, words.CHUNK.need(config), length, seen))
+    if seen == 0:
         engine = cache.engine
         engine.reset()
         engine.prompt = length
@@ -97,7 +100,7 @@ def _refuse(settings: CacheSettings, config: Any, assisted: bool, given: Any) ->
         ValueError: with what cannot go together and what to do.
     """
     name = settings.policy.name or "the policy"
-    if words.CACHE_KIND.need(config) not in (None, "dynamic"):
+    if words.CACHE_KIND.need(config) not in (None, *terms.GROWING.names):
         raise ValueError(
             f"cache_implementation={words.CACHE_KIND.need(config)!r} keeps rows that {name} cannot evict: leave it "
             "out, or call tokred.remove(model) first"
@@ -110,7 +113,7 @@ def _refuse(settings: CacheSettings, config: Any, assisted: bool, given: Any) ->
         )
     if not assisted:
         return
-    if given is not None and given.get_seq_length() > 0:
+    if given is not None and members.LENGTH.need(given)() > 0:
         raise ValueError(
             "assisted decoding and prompt lookup feed the whole prompt again, whatever the cache holds: start from an "
             "empty cache, or generate without them"

@@ -8,13 +8,13 @@ from __future__ import annotations
 import inspect
 import threading
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokred.adapters.contract import attention_of, cache_name, cache_of, set_attention, with_cache, words
+from tokred.adapters.contract import attention_of, cache_name, cache_of, members, set_attention, with_cache, words
 from tokred.adapters.host import State
 from tokred.adapters.kv.attention import PREFIX, SEAT, Seat, register
 from tokred.adapters.kv.cache import LayerRows, TokCache, adopt, make_cache, rows_of
@@ -23,6 +23,9 @@ from tokred.adapters.kv.repeat import repeat
 from tokred.adapters.kv.rope import LayerRope
 from tokred.adapters.swap import Hook, Undo, host_class
 from tokred.kv.policy import CachePolicy
+
+if TYPE_CHECKING:
+    from tokred.adapters.kv.masks import MaskSpec
 
 # The residual stream at the entry of the decoder layer that is running, by thread.
 _local = threading.local()
@@ -76,8 +79,8 @@ class CacheSettings(State, Undo):
             return
         if cache not in self._watched:
             self._watched.add(cache)
-            weakref.finalize(cache, self._gone, cache.layers).atexit = False
-        self._latest, self._layers = weakref.ref(cache), id(cache.layers)
+            weakref.finalize(cache, self._gone, words.LAYERS.need(cache)).atexit = False
+        self._latest, self._layers = weakref.ref(cache), id(words.LAYERS.need(cache))
 
     def _gone(self, layers: list[Any]) -> None:
         if id(layers) == self._layers:
@@ -171,7 +174,7 @@ class EnterAttention(Hook):
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         cache = cache_of(kwargs)
-        layer = cache.layers[self.index] if isinstance(cache, TokCache) else None
+        layer = words.LAYERS.need(cache)[self.index] if isinstance(cache, TokCache) else None
         if not isinstance(layer, TokLayer):
             seat = Seat(None, self.settings.implementation, 0, None, None)
             return args, {**kwargs, SEAT: seat}
@@ -191,7 +194,7 @@ class EnterLayer(Hook):
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         cache = cache_of(kwargs)
-        layer = cache.layers[self.index] if isinstance(cache, TokCache) else None
+        layer = words.LAYERS.need(cache)[self.index] if isinstance(cache, TokCache) else None
         _local.stream = None
         if not isinstance(layer, TokLayer):
             return
@@ -211,7 +214,8 @@ class EnterNorm(Hook):
         _local.stream = None
         if found is None:
             return
-        layer, before, spec = found
+        held: tuple[TokLayer, Tensor, MaskSpec] = found
+        layer, before, spec = held
         with torch.no_grad():
             engine, key = layer.engine, layer.index
             turned = F.cosine_similarity(before.float(), args[0].float(), dim=-1, eps=1e-8)  # [B, N]
@@ -268,9 +272,10 @@ def _check_length(mask: Any, given: dict[str, Any], cache: TokCache) -> None:
     new = tokens_of(given)
     if mask is None or new is None:
         return
-    wanted = cache.get_seq_length() + new.shape[1]
+    seen = members.LENGTH.need(cache)()
+    wanted = seen + new.shape[1]
     if mask.shape[1] < wanted:
         raise ValueError(
-            f"attention_mask covers {mask.shape[1]} tokens, but the cache has seen {cache.get_seq_length()} and "
+            f"attention_mask covers {mask.shape[1]} tokens, but the cache has seen {seen} and "
             f"{new.shape[1]} come: give the mask of all {wanted}, evicted ones included"
         )

@@ -5,18 +5,30 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
 from tokred.adapters.changes import Changes
-from tokred.adapters.contract import attention_of, cache_argument, exchanges_attention, set_attention, words
+from tokred.adapters.contract import (
+    attention_of,
+    cache_argument,
+    exchanges_attention,
+    members,
+    set_attention,
+    terms,
+    words,
+)
 from tokred.adapters.host import Host, State
 from tokred.adapters.kv.reasons import layer_kinds, odd_layers, without_cache
 from tokred.adapters.swap import host_class
 from tokred.core.method import Method
 from tokred.errors import MissingInputError, NothingRecordedError, UnsupportedModelError
 from tokred.kv.report import CacheReport
+
+if TYPE_CHECKING:
+    from tokred.adapters.kv.hooks import CacheSettings
+    from tokred.adapters.kv.rehearsal import Rehearsal
 
 # Attentions that repeat heads in an order of their own, behind their cache, and cannot be tried beforehand.
 _OTHER_HEADS = ("JetMoeAttention",)
@@ -115,7 +127,7 @@ class CacheHost(Host):
         set_attention(self.config, register(implementation))
         return settings
 
-    def report(self, state: Any, methods: Sequence[Method]) -> CacheReport:
+    def report(self, state: CacheSettings, methods: Sequence[Method]) -> CacheReport:
         """Slots, rows and bytes of every layer of the cache that ran last, as it is or was when it was freed."""
         if not state.last:
             raise NothingRecordedError("nothing is recorded: run one forward of the patched model with a cache first")
@@ -135,9 +147,9 @@ def match(model: nn.Module, *, decodes: bool = False, bounded: bool = False) -> 
     """
     cls: Any = host_class(model)
     names = [c.__name__ for c in cls.__mro__] if cls.__module__.startswith("transformers.") else []
-    if "PreTrainedModel" not in names:
+    if not terms.PRETRAINED.among(names):
         return None
-    config: Any = getattr(model, "config", None)
+    config: Any = words.CONFIG.part(model)
     if config is None:
         return None
     name = cls.__name__
@@ -155,7 +167,7 @@ def match(model: nn.Module, *, decodes: bool = False, bounded: bool = False) -> 
     if words.BOTH.part(config, False):
         raise refusal(name, "it is an encoder with a decoder, whose two caches are not supported yet")
     # A model with vision keeps what describes its decoder in a configuration of its own, inside.
-    text = config.get_text_config(decoder=True)
+    text = text_of(config)
     kinds = layer_kinds(text)
     odd = odd_layers(kinds)
     if odd:
@@ -185,6 +197,11 @@ def match(model: nn.Module, *, decodes: bool = False, bounded: bool = False) -> 
     )
 
 
+def text_of(config: Any) -> Any:
+    """The configuration of the decoder, in that of a model with vision or by itself."""
+    return members.TEXT_OF.need(config)(**{words.OF_DECODER.name: True})
+
+
 def refusal(name: str, why: str) -> UnsupportedModelError:
     return UnsupportedModelError(f"transformers' {name} cannot run with a cache that loses rows: {why}")
 
@@ -197,7 +214,7 @@ def _decodes(model: Any, config: Any) -> bool:
         return True
     kinds = [words.CAUSAL.need(m) for m in model.modules() if words.CAUSAL.on(m) and words.LAYER_INDEX.on(m)]
     # Encoders that could be made decoders take a cache too; attention that does not say which is taken for causal.
-    return any(kinds) if kinds else hasattr(model, "generate")
+    return any(kinds) if kinds else members.GENERATE.on(model)
 
 
 def _takes_cache(model: Any) -> bool:
@@ -206,8 +223,8 @@ def _takes_cache(model: Any) -> bool:
 
 def _sees_ahead(model: Any, config: Any) -> bool:
     """True for a model that generates but reads its prompt in both directions (PaliGemma), so that it is not causal."""
-    ahead = words.AHEAD.part(config.get_text_config(decoder=True))
-    return bool(ahead) and _takes_cache(model) and model.can_generate()
+    ahead = words.AHEAD.part(text_of(config))
+    return bool(ahead) and _takes_cache(model) and bool(members.CAN_GENERATE.need(model)())
 
 
 def _attentions(model: Any, text: Any) -> list[tuple[str, nn.Module]]:
@@ -216,9 +233,9 @@ def _attentions(model: Any, text: Any) -> list[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         index = words.LAYER_INDEX.part(module)
         if (
-            "Attention" in host_class(module).__name__
+            terms.ATTENTION.name in host_class(module).__name__
             and isinstance(index, int)
-            and getattr(module, "config", None) is text
+            and words.CONFIG.part(module) is text
         ):
             found[index] = (name, module)
     return [found[i] for i in sorted(found)]
@@ -227,14 +244,14 @@ def _attentions(model: Any, text: Any) -> list[tuple[str, nn.Module]]:
 def _decoder(model: Any, found: list[tuple[str, nn.Module]]) -> nn.Module:
     """The innermost pretrained model around the attention modules."""
     names = {c.__name__: c for c in host_class(model).__mro__}
-    base, inner = names["PreTrainedModel"], model
+    base, inner = terms.PRETRAINED.at(names), model
     for name, module in model.named_modules():
         if isinstance(module, base) and found[0][0].startswith(f"{name}." if name else ""):
             inner = module
     return inner  # type: ignore[no-any-return]
 
 
-def _check_attentions(name: str, text: Any, found: list[tuple[str, nn.Module]], rehearsal: Any) -> None:
+def _check_attentions(name: str, text: Any, found: list[tuple[str, nn.Module]], rehearsal: Rehearsal) -> None:
     if len(found) != words.DEPTH.need(text):
         raise refusal(
             name, f"{len(found)} attention modules are found for the {words.DEPTH.need(text)} layers of its cache"
@@ -255,7 +272,7 @@ def _check_attentions(name: str, text: Any, found: list[tuple[str, nn.Module]], 
 
 def _full_layers(name: str, kinds: list[str], bounded: bool) -> tuple[int, ...]:
     """Layers that attend to everything."""
-    full = tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
+    full = tuple(i for i, kind in enumerate(kinds) if kind in terms.FULL.names)
     if not full and not bounded:
         raise refusal(name, "all of its layers have a sliding window, so its cache is bounded already")
     return full
@@ -267,7 +284,7 @@ def _projection(attention: Any) -> str | None:
 
 def _norms(decoder: nn.Module, found: list[tuple[str, nn.Module]]) -> list[tuple[nn.Module, nn.Module] | None]:
     """For each layer the decoder layer, and the module that reads the stream after the attention."""
-    if words.PARALLEL.part(decoder.config, False):
+    if words.PARALLEL.part(words.CONFIG.need(decoder), False):
         return [None] * len(found)  # the norm reads the stream before the attention
     around = {id(child): m for m in decoder.modules() for child in m.children()}
     pairs: list[tuple[nn.Module, nn.Module] | None] = []
@@ -291,7 +308,7 @@ def _after_attention(layer: Any) -> nn.Module | None:
 
 
 def _supplies(
-    decoder: Any, found: list[tuple[str, nn.Module]], compressed: tuple[int, ...], rehearsal: Any
+    decoder: Any, found: list[tuple[str, nn.Module]], compressed: tuple[int, ...], rehearsal: Rehearsal
 ) -> frozenset[str]:
     from tokred.adapters.kv.rope import supplies_rope
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokred.adapters.contract import host_object
+from tokred.adapters.contract import host_object, members
 from tokred.core.reduction import Reduction
 from tokred.errors import TokenStateError, TokredError
 from tokred.kv.described import Made, plain_bytes
@@ -20,6 +20,7 @@ from tokred.kv.stores.store import Shelf, Store, missing
 CacheLayerMixin: Any = host_object("base of cache layers")
 
 
+@members.under_each_name
 class TokLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer's keys and values.
 

@@ -7,21 +7,27 @@ from typing import Any
 
 from torch import nn
 
-from tokred.adapters.contract import STATE_NAMES, cache_argument, host_object, words
+from tokred.adapters.contract import STATE_NAMES, cache_argument, host_object, terms, words
 from tokred.adapters.swap import host_class
 
 # Layers whose rows are tokens; a policy acts on those of the first kind.
-ROWS = ("full_attention", "sliding_attention", "chunked_attention")
+ROWS = terms.kinds(terms.FULL, terms.SLIDING, terms.CHUNKED)
+# Two kinds of tokred's own: layers that share a cache, and those without attention, which caches call by one name.
+_SHARED, _BARE = "shared", "bare"
+_BESIDE = "keep a recurrent state beside keys and values"
+_DOES = {
+    terms.CONVOLUTION: "keep a convolution state instead of keys and values",
+    terms.RECURRENT: "keep a recurrent state instead of keys and values",
+    terms.HYBRID: _BESIDE,
+    terms.HYBRID_SLIDING: _BESIDE,
+    terms.INDEXED: "keep an index beside keys and values, which chooses what they attend to",
+    terms.ONE_KEY: "keep one key for many tokens",
+    terms.ONE_KEY_AND_INDEX: "keep one key for several tokens, and an index of them",
+}
 _KEPT = {
-    "conv": "keep a convolution state instead of keys and values",
-    "linear_attention": "keep a recurrent state instead of keys and values",
-    "hybrid": "keep a recurrent state beside keys and values",
-    "hybrid_sliding": "keep a recurrent state beside keys and values",
-    "indexed_attention": "keep an index beside keys and values, which chooses what they attend to",
-    "heavily_compressed_attention": "keep one key for many tokens",
-    "compressed_sparse_attention": "keep one key for several tokens, and an index of them",
-    "shared": "attend to the keys and values of an earlier layer",
-    "bare": "have no attention",
+    **{name: does for word, does in _DOES.items() for name in word.names},
+    _SHARED: "attend to the keys and values of an earlier layer",
+    _BARE: "have no attention",
 }
 _SHOWN = 12
 
@@ -32,20 +38,20 @@ def layer_kinds(text: Any) -> list[str]:
     blocks = words.OLDER_KINDS.part(text)
     if words.KINDS.part(text) is None and blocks:
         # Older configurations have words of their own, which caches do not ask for.
-        kinds = ["linear_attention" if b in _RECURRENT else k for b, k in zip(blocks, kinds, strict=False)]
+        kinds = [terms.RECURRENT.name if b in _RECURRENT else k for b, k in zip(blocks, kinds, strict=False)]
     modes = words.SHARING.part(text)
     kinds = [_bare_or_shared(k, i, modes) for i, k in enumerate(kinds)]
     # Older releases leave layers that share off the end.
-    return kinds + ["shared"] * (words.DEPTH.need(text) - len(kinds))
+    return kinds + [_SHARED] * (words.DEPTH.need(text) - len(kinds))
 
 
-_RECURRENT = ("recurrent", "mamba", "mamba2", "linear_attention")
+_RECURRENT = terms.kinds(terms.OLDER_RECURRENT, terms.RECURRENT)
 
 
 def _bare_or_shared(kind: str, layer: int, modes: Any) -> str:
-    if kind != "dummy":
+    if kind not in terms.DUMMY.names:
         return kind
-    return "shared" if modes is not None and modes[layer] == "reuse" else "bare"
+    return _SHARED if modes is not None and modes[layer] in terms.REUSED.names else _BARE
 
 
 def odd_layers(kinds: list[str]) -> str:

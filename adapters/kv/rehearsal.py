@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokred.adapters.contract import arguments, cache_argument, host_object, set_attention, words
+from tokred.adapters.contract import arguments, cache_argument, host_object, members, set_attention, words
 from tokred.adapters.kv.rope import layer_type_of
 from tokred.adapters.swap import host_class
 
@@ -120,7 +120,7 @@ class Rehearsal:
         return self._known[key]
 
     def _try(self, cls: Any, attention: Any) -> _Heard | Exception | None:
-        host_object("registry of attention").register(_NAME, _attention)
+        members.REGISTER.need(host_object("registry of attention"))(_NAME, _attention)
         try:
             with torch.device("meta"), torch.random.fork_rng(devices=[]):
                 module = cls(self.config, words.LAYER_INDEX.need(attention))
@@ -161,7 +161,7 @@ class Rehearsal:
         except KeyError:  # these layers do not turn
             return None
         several = not isinstance(tables, Tensor)
-        turns = tuple(t.to("meta").as_subclass(_Turn) for t in (tables if several else (tables,)))
+        turns: tuple[_Turn, ...] = tuple(t.to("meta").as_subclass(_Turn) for t in (tables if several else (tables,)))
         for turn in turns:
             turn.heard = heard
         return turns if several else turns[0]

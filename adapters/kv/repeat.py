@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokred.adapters.contract import arguments, cache_name, words
+from tokred.adapters.contract import arguments, cache_name, members, words
 from tokred.adapters.contract.spelling import Word
 from tokred.adapters.kv.cache import TokCache
 from tokred.adapters.kv.layer import TokLayer
@@ -31,17 +31,17 @@ def repeat(module: nn.Module, given: dict[str, Any], cache: TokCache) -> None:
     repeats = engine.repeats
     if repeats is None or engine.probe is not None:
         return
-    holder = next((layer for layer in cache.layers if isinstance(layer, TokLayer)), None)
+    holder = next((layer for layer in words.LAYERS.need(cache) if isinstance(layer, TokLayer)), None)
     if holder is None or not engine.records(holder.clock, holder.seen):
         return
-    embed: Callable[[Tensor], Tensor] = module.get_input_embeddings()  # type: ignore[operator]
+    embed: Callable[[Tensor], Tensor] = members.EMBED.need(module)()  # type: ignore[operator]
     context = _joined(holder.notes.pop(CONTEXT, None), given, embed)
     site = engine.waiting
     if site is None:
         holder.notes[CONTEXT] = context
         return
     recorded, mask = context.shape[1], words.ATTENTION_MASK.of(given)
-    seen = cache.get_seq_length()
+    seen = members.LENGTH.need(cache)()
     real = context.new_ones(context.shape[:2], dtype=torch.bool)
     if site.padding is not None:
         real = site.padding.mask[:, -recorded:].to(context.device)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokred.adapters.contract import words
+from tokred.adapters.contract import terms, words
 
 
 class LayerRope:
@@ -57,8 +57,8 @@ def supplies_rope(decoder: Any, attention: Any, head_dim: int) -> bool:
     if not isinstance(embedding, nn.Module) or turn is None:
         return False
     # Embeddings that follow the length, or have several axes, would change by being asked.
-    text = str(words.ROPE.part(decoder.config))
-    if words.AXES.on(embedding) or any(word in text for word in (*words.AXES.names, "dynamic", "longrope")):
+    text = str(words.ROPE.part(words.CONFIG.need(decoder)))
+    if words.AXES.on(embedding) or any(word in text for word in (*words.AXES.names, *terms.BY_LENGTH.names)):
         return False
     if turn(torch.arange(4.0)[None]).tolist() != [[-2.0, -3.0, 0.0, 1.0]]:
         return False
@@ -77,4 +77,4 @@ def layer_type_of(embedding: Any, attention: Any) -> str | None:
     if not words.LAYER_TYPE.among(inspect.signature(embedding.forward).parameters):
         return None
     found = words.LAYER_TYPE.part(attention)
-    return str(found) if found else "full_attention"
+    return str(found) if found else terms.FULL.name

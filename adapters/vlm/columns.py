@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tokred.adapters.contract import words
+from tokred.adapters.contract import members, words
 from tokred.adapters.vlm.taps import in_flight
 from tokred.core.reduction import Reduction
 
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from transformers import Cache
+
+    from tokred.adapters.kv.cache import Snapshot, TokCache
 
 
 class Packed(NamedTuple):
@@ -124,6 +126,7 @@ def gather_columns(t: Tensor, columns: Tensor, dim: int = 1) -> Tensor:
     return t.gather(-1, columns.expand(*t.shape[:-2], b, m))
 
 
+length_of = members.LENGTH.need
 _TRACK = "_tokred_track"
 _STATE = "tokred_track"
 
@@ -267,7 +270,7 @@ def set_track(cache: Cache, track: Track) -> None:
 def physical_length(cache: Cache) -> int:
     """Columns that came to layer 0: the length that the cache's own class tells."""
     stock = getattr(type(cache), "tokred_stock", None)
-    return int(cache.get_seq_length() if stock is None else stock.get_seq_length(cache))
+    return int(length_of(cache)() if stock is None else length_of(stock)(cache))
 
 
 @functools.cache
@@ -277,48 +280,48 @@ def _subclass(host: type[Cache]) -> type[Cache]:
         # conversation's, or the first decoded token would stand where a dropped one stood.
         track = track_of(self)
         more = track.dropped if track is not None and layer_idx == 0 else 0
-        return host.get_seq_length(self, layer_idx) + more  # type: ignore[no-any-return]
+        return length_of(host)(self, layer_idx) + more  # type: ignore[no-any-return]
 
     def get_query_offset(self: Cache, layer_idx: int = 0) -> int | Tensor:
         layer = 0 if _seen_as_first(self, layer_idx) else layer_idx
-        return host.get_seq_length(self, layer)  # type: ignore[no-any-return]
+        return length_of(host)(self, layer)  # type: ignore[no-any-return]
 
     def get_mask_sizes(self: Cache, query_length: int, layer_idx: int) -> tuple[int, int]:
         # Masks are made once for all layers of a kind, sized by the first of that kind, which may be one that holds
         # fewer columns; the full mask is needed, of which MaskMaker cuts each layer's part out.
         if _seen_as_first(self, layer_idx):
-            return host.get_seq_length(self, 0) + query_length, 0
-        return host.get_mask_sizes(self, query_length, layer_idx)  # type: ignore[no-any-return]
+            return length_of(host)(self, 0) + query_length, 0
+        return members.MASK_SIZES.need(host)(self, query_length, layer_idx)  # type: ignore[no-any-return]
 
     def reset(self: Cache) -> None:
-        host.reset(self)
+        members.EMPTY.need(host)(self)
         self.__dict__.pop(_TRACK, None)
 
     def reorder_cache(self: Cache, beam_idx: Tensor) -> None:
-        host.reorder_cache(self, beam_idx)
+        members.REORDER.need(host)(self, beam_idx)
         _pick(self, beam_idx)
 
     def batch_repeat_interleave(self: Cache, repeats: int) -> None:
         before = _batch(self)
-        host.batch_repeat_interleave(self, repeats)
+        members.REPEAT.need(host)(self, repeats)
         if before:
             _pick(self, torch.arange(before).repeat_interleave(repeats))
 
     def batch_select_indices(self: Cache, indices: Tensor) -> None:
-        host.batch_select_indices(self, indices)
+        members.SELECT.need(host)(self, indices)
         _pick(self, indices)
 
     def crop(self: Cache, tokens_to_remove: int) -> None:
         track, count = track_of(self), -int(tokens_to_remove)
         if track is None or count <= 0:
-            host.crop(self, tokens_to_remove)
+            members.CROP.need(host)(self, tokens_to_remove)
             return
-        inside = count - (self.get_seq_length() - track.covered)
+        inside = count - (length_of(self)() - track.covered)
         # The copy is cut first, which may refuse: the cache is as it was then.
         trial = track.copy()
         if inside > 0:
             trial.cut(inside)
-        host.crop(self, tokens_to_remove)
+        members.CROP.need(host)(self, tokens_to_remove)
         self.__dict__[_TRACK] = trial
 
     body: dict[str, Callable[..., Any] | str | type | None] = {
@@ -326,14 +329,14 @@ def _subclass(host: type[Cache]) -> type[Cache]:
         "__qualname__": host.__qualname__,
         "__doc__": host.__doc__,
         "tokred_stock": host,
-        "get_seq_length": get_seq_length,
-        "get_query_offset": get_query_offset,
-        "get_mask_sizes": get_mask_sizes,
-        "reset": reset,
-        "reorder_cache": reorder_cache,
-        "batch_repeat_interleave": batch_repeat_interleave,
-        "batch_select_indices": batch_select_indices,
-        "crop": crop,
+        members.LENGTH.spelled(host): get_seq_length,
+        members.QUERY_OFFSET.spelled(host): get_query_offset,
+        members.MASK_SIZES.spelled(host): get_mask_sizes,
+        members.EMPTY.spelled(host): reset,
+        members.REORDER.spelled(host): reorder_cache,
+        members.REPEAT.spelled(host): batch_repeat_interleave,
+        members.SELECT.spelled(host): batch_select_indices,
+        members.CROP.spelled(host): crop,
     }
     # Caches under a policy can be set back; what left before the layers is set back with them.
     if hasattr(host, "snapshot"):
@@ -358,16 +361,17 @@ def _seen_as_first(cache: Cache, layer: int) -> bool:
     if track is None or in_flight.own_sizes or track.inner(layer) is None:
         return False
     # A sliding layer that is full holds its window's rows alone, whatever came to layer 0.
-    window = words.WINDOW.part(cache.layers[layer])
+    window = words.WINDOW.part(words.LAYERS.need(cache)[layer])
     return window is None or physical_length(cache) < window
 
 
-def _snapshots(host: Any) -> dict[str, Any]:
-    def snapshot(self: Cache) -> Any:
-        found, track = host.snapshot(self), track_of(self)
+def _snapshots(host: type[TokCache]) -> dict[str, Any]:
+    def snapshot(self: Cache) -> Snapshot:
+        found: Snapshot = host.snapshot(self)
+        track = track_of(self)
         return found._replace(session={**found.session, _STATE: None if track is None else track.copy()})
 
-    def restore(self: Cache, snapshot: Any) -> None:
+    def restore(self: Cache, snapshot: Snapshot) -> None:
         session = dict(snapshot.session)
         track = session.pop(_STATE, None)
         host.restore(self, snapshot._replace(session=session))

@@ -156,7 +156,7 @@ def _held(given: Input, index: int) -> Tensor | None:
         return None
     layer = layers[index]
     # Keys of a compressed or quantised cache cannot be read as they are.
-    if getattr(layer, "compressed", False) or hasattr(layer, "dequantize") or words.PACKED.on(layer):
+    if getattr(layer, "compressed", False) or words.PACKED.on(layer):
         return None
     keys = words.KEYS.part(layer)
     return keys if isinstance(keys, Tensor) and keys.ndim == 4 else None

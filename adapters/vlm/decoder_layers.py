@@ -25,6 +25,7 @@ from tokred.vlm.in_llm import LayerSite, Prompt
 
 if TYPE_CHECKING:
     from tokred.adapters.vlm.forward import Forward
+    from tokred.kv.engine import Clock
 
 
 class LayerList:
@@ -269,8 +270,9 @@ class Inner:
         Such a layer numbers rows by what comes to it, and would take the next token for an earlier one.
         """
         for held in words.LAYERS.part(self.forward.cache, [])[layer:]:
-            if hasattr(held, "clock"):
-                held.clock.behind += count
+            clock: Clock | None = getattr(held, "clock", None)
+            if clock is not None:
+                clock.behind += count
 
     def _left(self, packed: Packed, before: Step) -> Step:
         visual = before.visual.gather(1, packed.columns) & packed.valid

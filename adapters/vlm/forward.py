@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tokred.adapters.contract import cache_of, words
+from tokred.adapters.contract import cache_of, members, terms, words
 from tokred.adapters.vlm.columns import (
     Group,
     Packed,
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
     from tokred.adapters.vlm.hooks import VisualSettings
     from tokred.adapters.vlm.masks import Masks
+    from tokred.kv.engine import Engine
 
 
 class Forward:
@@ -62,7 +63,7 @@ class Forward:
         self.call = call
         self.cache = cache_of(given)
         self.track: Track | None = track_of(self.cache)
-        self.past = 0 if self.cache is None else int(self.cache.get_seq_length())
+        self.past = 0 if self.cache is None else int(members.LENGTH.need(self.cache)())
         self.past_columns = 0 if self.cache is None else physical_length(self.cache)
         self.embeds: Tensor = words.EMBEDS.at(given)
         self.length = self.embeds.shape[1]
@@ -169,7 +170,7 @@ class Forward:
             counts = tuple(keep.sum(1).tolist())
         self.packed = packed = left_pack(keep, counts)
         # A policy of the cache counts the prompt in rows that come to it.
-        engine = getattr(self.cache, "engine", None)
+        engine: Engine | None = getattr(self.cache, "engine", None)
         if engine is not None and engine.prompt is not None:
             engine.prompt -= self.length - packed.columns.shape[1]
         self.embeds = gather_columns(left.embeds, packed.columns)
@@ -275,7 +276,7 @@ class Forward:
         maker = MaskMaker(self.settings.config, None, everything, packed.valid, -1)
         window = self.settings.window
         return {
-            kind: maker(None, self.embeds, None, 0, window if "sliding" in kind else None) if one is None else one
+            kind: maker(None, self.embeds, None, 0, window if terms.WINDOWED in kind else None) if one is None else one
             for kind, one in mask.items()
         }
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from tokred.adapters.contract import PREPARE_CACHE, arguments, cache_of, words
+from tokred.adapters.contract import PREPARE_CACHE, arguments, cache_of, members, terms, words
 from tokred.adapters.kv.generate import prompt_length
 from tokred.adapters.swap import Hook, Standin
 from tokred.adapters.vlm.taps import in_flight
@@ -38,9 +38,9 @@ class CachePreparer(Standin):
                 "time: leave it out, or call tokred.remove(model) first"
             )
         kind = words.CACHE_KIND.part(generation_config)
-        if kind not in (None, "dynamic", "dynamic_full", "offloaded"):
+        if kind not in (None, *terms.GROWING.names, "dynamic_full", *terms.OFFLOADED.names):
             static = "has rows for every token of the prompt, and"
-            why = static if "static" in str(kind) else "is not known to hold prompts of which"
+            why = static if terms.STATIC.lower() in str(kind) else "is not known to hold prompts of which"
             raise ValueError(
                 f"cache_implementation={kind!r} {why} {name} leaves fewer: leave it out (a DynamicCache), or call "
                 "tokred.remove(model) first"
@@ -63,7 +63,7 @@ def refuse(cache: Cache | None) -> None:
     if cache is None:
         return
     kinds = {type(layer).__name__ for layer in words.LAYERS.part(cache, [])}
-    static = sorted(k for k in kinds if k.startswith("Static"))
+    static = sorted(k for k in kinds if k.startswith(terms.STATIC))
     if static or not words.LAYERS.on(cache):
         raise ValueError(
             f"a {type(cache).__name__} has rows for every token of the prompt, and pruned prompts have fewer: leave "
@@ -111,9 +111,9 @@ class LeaveLoss(Hook):
         if columns is not None and valid is not None:
             labels = labels.gather(1, columns).masked_fill(~valid, -100)
         logits = words.LOGITS.at(output) if isinstance(output, dict) else output[0]
-        size = module.config.get_text_config().vocab_size
-        given = arguments(module.loss_function, {words.LOGITS: logits, words.LABELS: labels})
-        loss = module.loss_function(**given, vocab_size=size)
+        text, function = members.TEXT_OF.need(words.CONFIG.need(module))(), members.LOSS_OF.need(module)
+        given = {words.LOGITS: logits, words.LABELS: labels, words.VOCABULARY: words.VOCABULARY.need(text)}
+        loss = function(**arguments(function, given))
         if not isinstance(output, dict):
             return (loss, *output)
         words.LOSS.put(output, loss)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tokred.adapters.contract import cache_name, cache_of, host_object, with_cache, words
+from tokred.adapters.contract import cache_name, cache_of, host_object, members, terms, with_cache, words
 from tokred.adapters.host import State
 from tokred.adapters.swap import Hook, host_class
 from tokred.adapters.vlm.columns import track_of
@@ -86,7 +86,7 @@ class VisualSettings(State):
     def window_of(self, layer: int) -> int | None:
         """Window of one layer: how many tokens it looks back, the own one included; None where it sees all."""
         kinds = words.KINDS.part(self.config)
-        if kinds is not None and kinds[layer] != "sliding_attention":
+        if kinds is not None and kinds[layer] not in terms.SLIDING.names:
             return None
         window: int | None = words.WINDOW.part(self.config)
         return window
@@ -165,12 +165,12 @@ class EnterLanguage(Hook):
         if words.EMBEDS.of(given) is None:
             if words.INPUT_IDS.of(given) is None:
                 return None
-            words.EMBEDS.put(given, module.get_input_embeddings()(words.INPUT_IDS.of(given)), self.names)
+            words.EMBEDS.put(given, members.EMBED.need(module)()(words.INPUT_IDS.of(given)), self.names)
         words.INPUT_IDS.pop(given)
         # The language model would make its cache inside, behind this hook, which has to hang the record on it.
         cache = cache_of(given)
         if cache is None and self._caches(module, given):
-            cache = host_object("cache of rows that grow")(config=settings.config)
+            cache = host_object("cache of rows that grow")(**{words.CONFIG.name: settings.config})
             given = with_cache(given, cache_name(host_class(module).forward), cache)
         refuse(cache)
         if call.end is None:
@@ -233,7 +233,7 @@ def held_mask(cache: Cache | None, mask: Tensor | None, shape: torch.Size) -> Te
     if cache is None or track is None or outer is None or (mask is None and not outer.ragged):
         return None
     if mask is None:
-        count = int(cache.get_seq_length()) + shape[1] - track.covered
+        count = int(members.LENGTH.need(cache)()) + shape[1] - track.covered
         later = torch.ones(shape[0], count, dtype=torch.bool, device=outer.valid.device)
     else:
         later = mask[:, track.covered :].bool()
@@ -257,7 +257,7 @@ def held_types(cache: Cache | None, given: dict[str, Any], shape: torch.Size, ca
     types = words.TYPES.of(given)
     if cache is None or track is None or outer is None or types is None:
         return {}
-    behind = int(cache.get_seq_length()) + shape[1] - types.shape[1]
+    behind = int(members.LENGTH.need(cache)()) + shape[1] - types.shape[1]
     if behind > 0:
         types = torch.nn.functional.pad(types, (0, behind), value=causal)
     return {words.TYPES.key(given): torch.cat([types.gather(1, outer.columns), types[:, track.covered :]], 1)}

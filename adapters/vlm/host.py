@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
 from tokred.adapters.changes import Changes
-from tokred.adapters.contract import PREPARE_CACHE, words
+from tokred.adapters.contract import PREPARE_CACHE, members, words
 from tokred.adapters.encoder.transformers import is_tower
 from tokred.adapters.host import Host, State
 from tokred.adapters.kv.host import match as match_language
@@ -36,6 +36,9 @@ from tokred.core.registry import methods as registered
 from tokred.errors import MissingInputError, NothingRecordedError, UnsupportedModelError
 from tokred.vlm.in_llm import LayerMethod
 from tokred.vlm.report import LayerTokens, VisualReport
+
+if TYPE_CHECKING:
+    from tokred.adapters.vlm.hooks import VisualSettings
 
 
 @dataclass
@@ -82,7 +85,7 @@ class VisualHost(Host):
         """The list that the language model takes its layers from."""
         wanted = [layer for _, layer in self.layers]
         for module in self.language.modules():
-            if isinstance(module, nn.ModuleList) and [*module._modules.values()] == wanted:
+            if isinstance(module, nn.ModuleList) and [*members.CHILDREN.need(module).values()] == wanted:
                 return module
         raise UnsupportedModelError(f"{self.family} keeps its decoder layers in no list")
 
@@ -151,27 +154,27 @@ class VisualHost(Host):
     @property
     def deepstack(self) -> int:
         """First layers after which features of the tower are added to the visual tokens."""
-        vision = words.VISION.part(getattr(self.core, "config", None))
+        vision = words.VISION.part(words.CONFIG.part(self.core))
         return len(words.DEEP_LAYERS.part(vision) or ())
 
     @property
     def supplies_positions(self) -> frozenset[str]:
         """How positions may be handled: "keep" always, "repack" where they are plain numbers before the language
         model."""
-        text = str(words.ROPE.part(self.language.config, ""))
+        text = str(words.ROPE.part(words.CONFIG.need(self.language), ""))
         plain = words.AXES.name not in text and self.stage == "projector"
         return frozenset({"keep", "repack"} if plain else {"keep"})
 
     def hint(self, method: Method) -> str:
         """Settings of the method that work instead, else other methods of the stage; the end of a message."""
         if self.core is None:
-            unknown = _sees(getattr(self.model, "config", None))
+            unknown = _sees(words.CONFIG.part(self.model))
             why = ": it has vision, but of a family whose image features tokred does not know" if unknown else ""
             return f"{why}; take 'fastkv', which lets tokens of text leave, or a policy of its cache such as 'snapkv'"
         for settings, other in getattr(method, "variants", tuple)():
             if not self.missing(other):
                 return f"; {method.name!r} with {settings} works"
-        some = (registered.get(name) for name in registered)
+        some: list[type[Method]] = [registered.get(name) for name in registered]
         found = [cls.name for cls in some if cls.stage == self.stage and not self.missing(cls)]
         return f"; here work {', '.join(found)}" if found else ""
 
@@ -185,7 +188,7 @@ class VisualHost(Host):
         settings = changes.state(hooks.VisualSettings)
         if settings is None:
             settings = hooks.VisualSettings(
-                self.family, self.facts, self.language.config, len(self.layers), self.core is not None
+                self.family, self.facts, words.CONFIG.need(self.language), len(self.layers), self.core is not None
             )
             self._hang(settings, changes)
         assert isinstance(method, PlacedMethod)  # of its stage
@@ -200,14 +203,14 @@ class VisualHost(Host):
             changes.swap(layers, list_body, LayerList())
         return settings
 
-    def report(self, state: Any, methods: Sequence[Method]) -> VisualReport:
+    def report(self, state: VisualSettings, methods: Sequence[Method]) -> VisualReport:
         """Tokens at every decoder layer's input, of the last prefill."""
         if not state.last:
             raise NothingRecordedError("nothing is recorded: run one forward of the patched model first")
         rows = tuple(LayerTokens(i, *row) for i, row in enumerate(state.last))
         return VisualReport(state.family, tuple(methods), state.before, rows)
 
-    def _hang(self, settings: Any, changes: Changes) -> None:
+    def _hang(self, settings: VisualSettings, changes: Changes) -> None:
         from tokred.adapters.kv.hooks import argument_names
         from tokred.adapters.vlm import hooks
         from tokred.adapters.vlm.generate import CachePreparer, EnterLoss, LeaveLoss
@@ -311,7 +314,7 @@ def _check_whole(model: Any, core: nn.Module | None, stage: str) -> None:
         UnsupportedModelError: a model whose outputs are tied to every token of the prompt, one with vision of a family
             that is not known, or a vision tower alone.
     """
-    config, name = getattr(model, "config", None), host_class(model).__name__
+    config, name = words.CONFIG.part(model), host_class(model).__name__
     if core is not None and core is not model and core in model.modules() and not _generates(model):
         path = next(where for where, module in model.named_modules() if module is core)
         raise UnsupportedModelError(
@@ -331,7 +334,7 @@ def _check_whole(model: Any, core: nn.Module | None, stage: str) -> None:
 
 
 def _generates(model: Any) -> bool:
-    return bool(getattr(model, "can_generate", lambda: False)())
+    return bool(members.CAN_GENERATE.part(model, lambda: False)())
 
 
 def _sees(config: Any) -> bool:

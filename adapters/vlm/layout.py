@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tokred.adapters.contract import words
+from tokred.adapters.contract import members, words
 from tokred.vlm.before_llm import Tile
 from tokred.vlm.tools.places import grid_places, sides
 from tokred.vlm.tools.tiles import Tiles
@@ -193,7 +193,7 @@ def plain(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: Tap
 
 
 def _patches(core: PreTrainedModel, pixels: Tensor | None) -> tuple[int, int] | None:
-    patch = words.PATCH.part(words.VISION.need(core.config))
+    patch = words.PATCH.part(words.VISION.need(words.CONFIG.need(core)))
     sides = (patch, patch) if isinstance(patch, int) else patch
     if sides is None or pixels is None or pixels.ndim < 4:
         return None
@@ -205,7 +205,8 @@ def tiled(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: Tap
     with a newline after each row."""
     from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
-    vision = words.VISION.need(core.config)
+    config = words.CONFIG.need(core)
+    vision = words.VISION.need(config)
     side = words.IMAGE.need(vision) // words.PATCH.need(vision)
     base, rows, found = side * side, 0, []
     fits = tap.inputs is not None and tap.inputs.ndim == 3 and tap.inputs.shape[1] == base
@@ -215,7 +216,9 @@ def tiled(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: Tap
             found.append(Picture(n, (whole,) if n >= base else ()))
             rows += 1
             continue
-        high, wide = get_anyres_image_grid_shape(size, words.TILINGS.need(core.config), words.IMAGE.need(vision))
+        high, wide = get_anyres_image_grid_shape(
+            size, words.TILINGS.need(words.CONFIG.need(core)), words.IMAGE.need(vision)
+        )
         places = torch.arange(high * side * wide * side).view(1, high * side, wide * side)
         left = unpad_image(places, size)[0]
         tiles = 1 + high * wide
@@ -306,7 +309,7 @@ def by_grid(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: T
     kind = "image"
     if grids is None or words.VIDEO_PIXELS.of(given) is not None:
         grids, kind = words.VIDEO_GRIDS.at(given), "video"
-    side, found = words.JOINED.need(core.visual), []
+    side, found = words.JOINED.need(members.TOWER.need(core)), []
     for i, (n, (t, h, w)) in enumerate(zip(lengths(output), grids.tolist(), strict=True)):
         frames = t if kind == "video" else None
         found.append(Picture(n, (Part(Span.line(0, n), (h // side, w // side), frames, tower=i),)))
@@ -315,7 +318,10 @@ def by_grid(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: T
 
 def by_size(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: Tap) -> list[Picture]:
     """Mistral 3's: images of any size, whose patches are joined to cells."""
-    side, found = words.PATCH.need(words.VISION.need(core.config)) * words.JOINED.need(core.config), []
+    side, found = (
+        words.PATCH.need(words.VISION.need(words.CONFIG.need(core))) * words.JOINED.need(words.CONFIG.need(core)),
+        [],
+    )
     for n, (high, wide) in zip(lengths(output), torch.as_tensor(words.SIZES.at(given)).tolist(), strict=True):
         found.append(Picture(n, (Part(Span.line(0, n), (high // side, wide // side)),)))
     return found
@@ -323,8 +329,10 @@ def by_size(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: T
 
 def by_sample(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: Tap) -> list[Picture]:
     """Idefics3 and SmolVLM: all tiles of a sample together."""
-    vision = words.VISION.need(core.config)
-    size = (words.IMAGE.need(vision) // words.PATCH.need(vision)) ** 2 // words.SHRINK.need(core.config) ** 2
+    vision = words.VISION.need(words.CONFIG.need(core))
+    size = (words.IMAGE.need(vision) // words.PATCH.need(vision)) ** 2 // words.SHRINK.need(
+        words.CONFIG.need(core)
+    ) ** 2
     found = []
     for n in lengths(output):
         parts = [Part(Span.line(i, size), square(size)) for i in range(0, n, size)]

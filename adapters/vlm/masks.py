@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tokred.adapters.contract import arguments, attention_of, cache_name, host_object, words
+from tokred.adapters.contract import arguments, attention_of, cache_name, host_object, members, terms, words
 from tokred.adapters.kv.attention import PREFIX
 from tokred.adapters.kv.masks import MaskSpec
 from tokred.adapters.vlm.columns import Packed, own_sizes
@@ -114,7 +114,7 @@ class MaskMaker:
         given = {words.EMBEDS: x, words.ATTENTION_MASK: self.valid, words.LAYER_INDEX: layer}
         with own_sizes():
             return make(  # type: ignore[no-any-return]
-                config=self.config,
+                **{words.CONFIG.name: self.config},
                 **arguments(make, given),
                 **{cache_name(make): cache},
             )
@@ -133,7 +133,7 @@ def slid(forward: Forward, new: dict[str, Any]) -> Masks:
     if not given:
         make = host_object("masks of generation")
         mask = make(
-            config=config,
+            **{words.CONFIG.name: config},
             **arguments(make, {words.EMBEDS: forward.embeds, words.ATTENTION_MASK: mask}),
             **{cache_name(make): forward.cache},
         )
@@ -146,7 +146,7 @@ def slid(forward: Forward, new: dict[str, Any]) -> Masks:
         return windowed(stock, places[:, places.shape[1] - count :], q, valid, window, given)
 
     if isinstance(mask, dict):
-        return {kind: one(stock) if "sliding" in kind else stock for kind, stock in mask.items()}
+        return {kind: one(stock) if terms.WINDOWED in kind else stock for kind, stock in mask.items()}
     return one(mask)
 
 
@@ -196,7 +196,7 @@ def check_kernel(config: PreTrainedConfig, mask: Masks) -> None:
         ValueError: with what would work.
     """
     name = attention_of(config).removeprefix(PREFIX)
-    if "flash" in name or not (mask is None or isinstance(mask, Tensor | dict)):
+    if terms.FLASH in name or not (mask is None or isinstance(mask, Tensor | dict)):
         raise ValueError(
             f"attention {name!r} counts the window of sliding layers ({words.WINDOW.need(config)} tokens, less than "
             "the prompt) in the tokens that are left, which would let it reach too far back: load the model with "
@@ -213,7 +213,7 @@ def _all_seen(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 def _held(cache: Cache | None, layer: int, q: int) -> int:
     """Rows that the layer's attention sees of earlier forwards."""
     layers = words.LAYERS.part(cache, [])
-    return int(layers[layer].get_mask_sizes(q)[0]) - q if layer < len(layers) else 0
+    return int(members.MASK_SIZES.need(layers[layer])(q)[0]) - q if layer < len(layers) else 0
 
 
 PAIRS = (

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from tokred.adapters.contract import parameters_at_hand, words
+from tokred.adapters.contract import members, parameters_at_hand, words
 from tokred.adapters.swap import Standin
 from tokred.adapters.vlm.taps import Call, Record, Tap, in_flight
 from tokred.errors import BypassedError
@@ -92,7 +92,7 @@ def _entering(core: PreTrainedModel, record: Record, features: list[Tensor]) -> 
     if sum(p.tokens for p in record.pictures) == len(rows):
         return rows
     with parameters_at_hand(core):
-        newline: Tensor = core.image_newline
+        newline: Tensor = members.NEWLINE.need(core)
         # Without it, embeddings that hold it are refused as unknown.
         return rows if newline.is_meta else torch.cat([rows, newline.detach()[None].to(rows)])
 
@@ -134,7 +134,7 @@ def marks(rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _dtype(core: PreTrainedModel) -> torch.dtype:
     """The type in which features stand among the embeddings."""
-    found: torch.dtype = core.get_input_embeddings().weight.dtype
+    found: torch.dtype = members.EMBED.need(core)().weight.dtype
     return found
 
 
@@ -156,7 +156,7 @@ def fill(settings: VisualSettings, core: PreTrainedModel, call: Call, given: dic
     """
     ids, embeds, outputs = words.INPUT_IDS.of(given), words.EMBEDS.of(given), words.ENCODED.of(given) or {}
     for _, name in settings.facts.getters:
-        token, output = getattr(core.config, f"{name}_token_id", None), outputs.get(name)
+        token, output = words.MODALITY_TOKENS[name].part(words.CONFIG.need(core)), outputs.get(name)
         if output is None and name not in call.records:
             continue
         if token is None:
@@ -189,11 +189,11 @@ def _fill_merged(
     # the features are looked for among the rows by their values, as the getters made them last.
     rows = None
     for _, name in settings.facts.getters:
-        token, record = getattr(core.config, f"{name}_token_id", None), last_record(core, name)
+        token, record = words.MODALITY_TOKENS[name].part(words.CONFIG.need(core)), last_record(core, name)
         if token is None:
             continue
         if rows is None:
-            rows = marks(embeds, core.get_input_embeddings().weight.dtype)
+            rows = marks(embeds, members.EMBED.need(core)().weight.dtype)
         known = record is not None and record.marks is not None and len(record.marks) > 0
         found = torch.isin(rows, record.marks.to(rows.device)) if known and record is not None else None  # type: ignore[union-attr]
         if ids is None:
@@ -241,14 +241,14 @@ def _check_record(settings: VisualSettings, name: str, record: Record | None) ->
 
 def _words(core: PreTrainedModel, embeds: Tensor, token: int) -> Tensor:
     """``(B, L)`` bool: where the embeddings are those of one word."""
-    mark = core.get_input_embeddings()(torch.full((), token, dtype=torch.long, device=embeds.device))
+    mark = members.EMBED.need(core)()(torch.full((), token, dtype=torch.long, device=embeds.device))
     found: Tensor = (embeds == mark.to(embeds.device)).all(-1)
     return found
 
 
 def _only_words(core: PreTrainedModel, embeds: Tensor, call: Call) -> bool:
     """True where everything but the visual tokens that are known, and padding, is a word."""
-    table = core.get_input_embeddings()
+    table = members.EMBED.need(core)()
     rows, dtype = marks(embeds, table.weight.dtype), table.weight.dtype
     left = torch.ones_like(rows, dtype=torch.bool)
     for one in call.modalities:

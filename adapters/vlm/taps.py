@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokred.adapters.contract import arguments, words
+from tokred.adapters.contract import arguments, members, words
 from tokred.adapters.encoder.block import split_heads
 from tokred.adapters.swap import Hook, host_class
 from tokred.adapters.vlm.layout import Picture
@@ -258,7 +258,7 @@ class FusedTap(Hook):
 def last_attention(core: PreTrainedModel) -> Any:
     """The attention of the tower's last block, where it is of this kind and attends to whole frames; else None."""
     # Qwen 2.5's blocks attend within windows, all but some; windowed columns say nothing about the whole frame.
-    tower = getattr(core, "visual", None)
+    tower = members.TOWER.part(core)
     blocks = words.BLOCKS.part(tower)
     if not isinstance(blocks, nn.ModuleList) or not len(blocks):
         return None

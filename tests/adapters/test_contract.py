@@ -4,47 +4,46 @@ from __future__ import annotations
 
 import ast
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
+from types import CodeType, SimpleNamespace
+from typing import get_args
 
 import pytest
+import torch
+from torch import nn
 
 import tokred
+from tests.adapters import spelled as syntax
 from tokred.adapters import contract
-from tokred.adapters.contract import words
+from tokred.adapters.contract import members, words
 from tokred.adapters.contract.spelling import Spelling, Word, arguments, spells
 from tokred.adapters.contract.words import WORDS
+from tokred.adapters.diffusion.sublayers import Kind
 from tokred.cli.doctor import gone
 from tokred.core import environment, versions
+from tokred.core.registry import methods
+from tokred.core.site import STAGES
 
 ADAPTERS = Path(__file__).resolve().parents[2] / "adapters"
 SOURCES = [p for p in ADAPTERS.rglob("*.py") if not {"contract", "tiny"} & {*p.relative_to(ADAPTERS).parts}]
 # Tables of families: rows that say which parts one host's class has, in the words of that class.
 TABLES = {
-    "diffusion/clips.py", "diffusion/geometry.py", "diffusion/survey.py", "encoder/transformers_maps.py",
+    "diffusion/clips.py", "diffusion/families.py", "diffusion/geometry.py", "diffusion/inputs.py",
+    "encoder/text_tables.py", "encoder/timm_tables.py", "encoder/transformers_maps.py",
     "encoder/transformers_tables.py", "vlm/families.py",
 }  # fmt: skip
-# Words that are tokred's own as well: kinds of sites and what they supply (strings), and fields of its classes.
-OWN_STRINGS = {"attention", "keys", "layers", "merged", "mlp", "rope", "softcap", "values"}
-OWN_FIELDS = {
-    "attention", "attn", "blocks", "keys", "labels", "layers", "merged", "mlp", "processor", "rope", "scaling",
-    "softcap", "values",
-}  # fmt: skip
-# What is spelled elsewhere for a reason, by file.
-EXCEPTIONS = {
-    # Torch's own functions for attention, which is documented and keeps its names.
-    "diffusion/inside.py": {"attn_mask"},
-    "diffusion/weights.py": {"attn_mask"},
-    "encoder/capture.py": {"attn_mask", "is_causal", "num_heads"},
-    # A subclass of the host's cache, which has the host's fields.
-    "kv/cache.py": {"offloading"},
-    # Layouts of blocks, and the lists that hold them.
-    "diffusion/host.py": {"attn", "blocks"},
-    # All that the code of known forwards names, to be compared with what is installed, and parts of these classes.
-    "encoder/divided.py": {"image_size", "num_heads", "patch_size", "qkv"},
-    "encoder/timm.py": {
-        "attn", "fused_attn", "k_norm", "num_heads", "q_norm", "qkv", "rel_pos_h", "rel_pos_w", "window_size",
-    },
+# What torch and Python document keeps its names: no host's, whatever has it.
+_MADE = (nn.Linear(1, 1), nn.Conv2d(1, 1, 1), nn.Embedding(1, 1), nn.ModuleList(), nn.Dropout(), torch.empty(0))
+DOCUMENTED = {name for one in _MADE for name in dir(one) if not name.startswith("_")}
+DOCUMENTED |= {name for kind in (str, dict, list, tuple, set, type, CodeType) for name in dir(kind)}
+DOCUMENTED |= {"__code__", "__dict__", "__name__", "_replace", "value"}
+KEYWORDS = {"always_call", "default", "device", "dim", "dtype", "keepdim", "key", "strict", "with_kwargs"}
+# Words that are tokred's own as well, as strings: its stages, what its sites hand over, kinds of sub-layers, and what
+# else it calls so. Where such a string reads something of an object or a dictionary, it counts as a host's nonetheless.
+OWN_STRINGS = {
+    *STAGES, *(one for name in methods for one in methods.get(name)().reads), *get_args(Kind), "attn", "config", "crop",
+    "keys", "offloaded", "projection", "scale", "softcap", "values", "visual",
 }  # fmt: skip
 
 
@@ -79,6 +78,25 @@ def test_hosts_that_are_installed_keep_every_name():
     assert [row for row in rows if not row.found] == []
 
 
+def test_each_spelling_stands_where_its_row_says_in_the_versions_of_which_it_says_so():
+    for word in WORDS.values():
+        for one in word.spellings:
+            if find_spec(one.library) is not None:
+                version = environment.version(environment.package(one.library))
+                assert spells(one.where, one.name) or not contract.in_force(one, version), one
+
+
+@pytest.mark.parametrize(("since", "until", "versions"), [
+    ("", "", (True, True, True, True)),
+    ("5.18", "", (False, True, True, True)),
+    ("", "5.23", (True, True, True, False)),
+    ("5.18.1", "5.23.0", (False, False, False, False)),
+])  # fmt: skip
+def test_a_spelling_is_in_force_from_its_first_to_its_last_version(since, until, versions):
+    row = Spelling("a", "transformers", since, until)
+    assert tuple(contract.in_force(row, v) for v in ("5.17.9", "5.18", "5.23.2", "5.24.0")) == versions
+
+
 def test_a_name_that_a_host_drops_is_told():
     gone = contract.Name("a lost thing", (contract.Spelling("torch.nn:Lost", "torch"),))
     contract._BY_ROLE["a lost thing"] = gone
@@ -90,7 +108,7 @@ def test_a_name_that_a_host_drops_is_told():
         contract.find_object.cache_clear()
 
 
-def spelled(path: Path) -> set[str]:
+def words_of(path: Path) -> set[str]:
     """Names that a file spells: attributes, and whole strings, docstrings aside."""
     tree = ast.parse(path.read_text("utf8"))
     found = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
@@ -103,36 +121,119 @@ def test_no_other_file_spells_a_private_name_of_a_host_or_a_cache():
     private |= {s.name for s, _ in contract.KEPT_FORWARDS} | {"_hf_hook", "_is_stateful", "_current_graph_task_id"}
     assert len(private) > 8
     for path in SOURCES:
-        assert not spelled(path) & private, path
+        assert not words_of(path) & private, path
 
 
-def public(path: Path) -> set[str]:
-    """Public names of hosts that a file spells: strings, attributes of other objects than itself, keywords of calls."""
-    names = {name for word in WORDS.values() for name in word.names}
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text("utf8"))):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            found |= {node.value} - OWN_STRINGS
-        elif isinstance(node, ast.Attribute) and not (isinstance(node.value, ast.Name) and node.value.id == "self"):
-            found |= {node.attr} - OWN_FIELDS
-        elif isinstance(node, ast.Call) and not ast.unparse(node.func).endswith("scaled_dot_product_attention"):
-            found |= {keyword.arg for keyword in node.keywords if keyword.arg} - OWN_FIELDS
-    return found & names
+NAMES = {name for word in WORDS.values() for name in word.names}
+# Fields of the library's classes, which it may look for on what need not be its own.
+OWN_FIELDS = {name for own in syntax.own_classes().values() for name in own.fields}
 
 
-def test_no_other_file_spells_a_public_name_of_a_host():
-    assert len(WORDS) > 80
-    spelling = {str(path.relative_to(ADAPTERS)): public(path) for path in SOURCES}
-    assert set(spelling) >= TABLES | set(EXCEPTIONS)
-    found = {file: names for file, names in spelling.items() if file not in TABLES and names}
-    assert found == EXCEPTIONS  # an exception that is not needed any more goes as well
+def of_hosts(path: Path) -> dict[str, syntax.Use]:
+    """Names of hosts that a file spells, each with one place: those of the contract, and those that are nobody's."""
+    found = {}
+    for use in syntax.uses(path):
+        known = {
+            "attribute": use.name in DOCUMENTED,
+            "argument": use.name in KEYWORDS,
+            "read": use.name in DOCUMENTED | OWN_FIELDS,
+            "key": True,  # of any dictionary
+            "string": use.name in OWN_STRINGS or "tokred." in use.text,
+            "definition": True,
+        }[use.kind]
+        mine = use.kind == "string" and known
+        if use.kind != "definition" and not mine and (use.name in NAMES or (use.kind != "string" and not known)):
+            found[use.name] = use
+    return found
 
 
-def test_the_look_at_sources_sees_each_way_of_spelling(tmp_path):
-    lines = "x.layer_idx; f(position_ids=1); y['attention_mask']; getattr(z, 'o_proj')\n"
-    lines += "self.head_dim; F.scaled_dot_product_attention(attn_mask=1)\n"
-    (tmp_path / "some.py").write_text(lines)
-    assert public(tmp_path / "some.py") == {"layer_idx", "position_ids", "attention_mask", "o_proj"}
+def test_no_other_file_spells_a_name_of_a_host():
+    assert len(WORDS) > 200
+    assert {str(path.relative_to(ADAPTERS)) for path in SOURCES} >= TABLES
+    for path in SOURCES:
+        if str(path.relative_to(ADAPTERS)) not in TABLES:
+            assert of_hosts(path) == {}, path
+
+
+def test_what_subclasses_of_a_hosts_class_define_is_in_the_contract():
+    from tokred.adapters.kv.cache import TokCache
+    from tokred.adapters.kv.layer import TokLayer
+
+    taken = {name for word in (*members.TAKEN_OVER, words.KEYS, words.VALUES) for name in word.names}
+    for file, cls in (("cache", TokCache), ("layer", TokLayer)):
+        host = {name for base in cls.__mro__[1:] for name in dir(base)}
+        defined = {use.name for use in syntax.uses(ADAPTERS / "kv" / f"{file}.py") if use.kind == "definition"}
+        assert len(defined & host) > 1
+        assert defined & host <= taken
+
+
+def test_a_class_takes_over_each_spelling_of_a_host(monkeypatch):
+    crop = Word("tokens taken back", (), ("shorten", "crop"))
+    monkeypatch.setattr(members, "TAKEN_OVER", (crop, members.LENGTH))
+
+    @members.under_each_name
+    class Rows:
+        def crop(self):
+            return 3
+
+    assert Rows().shorten() == Rows().crop() == 3
+    assert not hasattr(Rows, members.LENGTH.name)
+
+
+SEEN = """
+from torch import nn
+from tokred.adapters.encoder.host import BlockCost
+from tokred.adapters.kv.cache import Snapshot
+from tokred.adapters.kv.layer import TokLayer
+
+def one(self: nn.Module, x, y: dict[str, Any], own: BlockCost, layer: TokLayer, held: Snapshot, given: dict[str, int]):
+    own.attention, own.mlp, held.layers, layer.seen, layer.keys, given.keys(), given.values()
+    {}
+"""
+
+
+@pytest.mark.parametrize(("line", "name"), [
+    ("x.layer_idx", "layer_idx"),
+    ("x(position_ids=1)", "position_ids"),
+    ("y['attention_mask']", "attention_mask"),
+    ("y.get('attention_mask')", "attention_mask"),
+    ("'attention_mask' in y", "attention_mask"),
+    ("getattr(x, 'o_proj')", "o_proj"),
+    ("getattr(x, f'{x}.o_proj')", "o_proj"),
+    ("names = ('q_proj', 'o_proj')", "o_proj"),
+    ("self.layers", "layers"),
+    ("x.attention", "attention"),
+    ("x.attn.weight", "attn"),
+    ("hasattr(x, 'mlp')", "mlp"),
+    ("x.self_attn.mlp.blocks", "blocks"),
+    ("x.config.scaling", "scaling"),
+    ("y['labels']", "labels"),
+    ("x.keys", "keys"),
+    ("x.values", "values"),
+    ("x.processor", "processor"),
+    ("getattr(x, 'merged', False)", "merged"),
+    ("x.rope", "rope"),
+    ("y.get('softcap')", "softcap"),
+    ("x(config=1)", "config"),
+    ("x.model.config", "config"),
+    ("x.to_q(1)", "to_q"),
+    ("x.something_of_a_host", "something_of_a_host"),
+    ("hasattr(x, 'something_of_a_host')", "something_of_a_host"),
+    ("x(something_of_a_host=1)", "something_of_a_host"),
+    ("layer.is_sliding_window", "is_sliding_window"),
+    ("layer.is_initialized", None),
+    ("own.attention + own.mlp", None),
+    ("held.layers[0]", None),
+    ("'attention'", None),
+    ("{'keys': 1, 'mlp': 2}", None),
+    ("x.weight.shape", None),
+    ("x.register_forward_hook(1, with_kwargs=True)", None),
+    ("[one.attention for one in (own, own)]", None),
+])  # fmt: skip
+def test_the_look_at_sources_tells_a_hosts_from_tokreds_own(tmp_path, line, name):
+    (tmp_path / "some.py").write_text(SEEN.format(line))
+    found = set(of_hosts(tmp_path / "some.py"))
+    assert name in found if name else not found
 
 
 def test_a_word_is_found_under_each_of_its_spellings():
