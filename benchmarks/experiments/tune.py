@@ -44,7 +44,7 @@ def embedded_case(args: argparse.Namespace) -> dict[str, Any]:
     """The embedded model, images of Fashion-MNIST's test set that it has not seen, and the goal."""
     test = data.fashion_mnist("test")
     images = (test.images[: args.images].float() / 255 - MEAN) / STD
-    batches = [(images[i : i + 25], test.labels[i : i + 25]) for i in range(0, len(images), 25)]
+    batches = list(zip(images.split(10), test.labels[: len(images)].split(10), strict=True))
     return {"model": embedded.load(), "data": batches, "metric": "top1", "speedup": args.speedup or 3.0}
 
 
@@ -163,7 +163,9 @@ def main() -> None:
             case["methods"] = args.methods
         for seed in args.seeds:
             folder = None if args.folder is None else args.folder / name
-            given = {"trials": args.trials, "samples": args.samples, "rounds": args.rounds, "seed": seed, "out": folder}
+            given: dict[str, Any] = {"trials": args.trials, "samples": args.samples, "rounds": args.rounds}
+            given |= {"seed": seed, "out": folder}
+            given["front"] = args.plots is not None
             started = time.monotonic()
             found = tokred.tune(**case, **given, name=NAMES[name])
             print(f"seed {seed}, {time.monotonic() - started:.0f} s\n{found}\n", flush=True)

@@ -66,6 +66,7 @@ def tune(
     run: Run = "auto",
     better: Better = "higher",
     rounds: int = 15,
+    front: bool = True,
     device: torch.device | str | None = None,
     name: str | None = None,
     progress: bool = True,
@@ -99,6 +100,7 @@ def tune(
             of ``(model, batch)``.
         better: ``"higher"`` or ``"lower"`` values of a metric of one's own.
         rounds: times that finalists are timed in turns.
+        front: measure the chosen shape and the constant one at other speeds too.
         device: where to search; the model goes there and back. None: where it is.
         name: of the model, in words. None: its configuration's, or its class's.
         progress: lines on standard error.
@@ -144,7 +146,7 @@ def tune(
             random = _random(engine, clock, bases)
             found = Search(judge, clock, bases, wanted, trials, drawn, seed, _teller(progress, trials))
             found.go()
-            return _finished(found, random, rounds, name or name_of(model))
+            return _finished(found, random, rounds, name or name_of(model), front)
 
 
 def _stages(model: Any, texts: list[str] | None) -> list[str]:
@@ -246,7 +248,7 @@ def _check_reach(clock: Clock, bases: Sequence[Base], wanted: Goal) -> None:
         )
 
 
-def _finished(search: Search, random: Base | None, rounds: int, name: str) -> Tuned:
+def _finished(search: Search, random: Base | None, rounds: int, name: str, wider: bool) -> Tuned:
     """The finals, and the result.
 
     Raises:
@@ -265,7 +267,7 @@ def _finished(search: Search, random: Base | None, rounds: int, name: str) -> Tu
         one = next((one for one in entrants if one.role == role), None)
         if one is not None:
             rows.append(finals.row(role, one, rival))
-    front = _front(finals, best, rival, needed)
+    front = _front(finals, best, rival, needed) if wider else []
     met = _met(finals, best, wanted, needed)
     why = _why(search, rows, best, rival, met)
     score, tried = engine.score, len(search.tried)
