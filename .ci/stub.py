@@ -1,7 +1,7 @@
-"""The stub of ``tokred``, which type checkers and editors read: its own names and the classes of all methods.
+"""Files that type checkers and editors read of ``tokred``: its own names, the classes of all methods, and their names.
 
-    python .ci/stub.py            # writes tokred/__init__.pyi
-    python .ci/stub.py --check    # fails where it is out of date
+    python .ci/stub.py            # writes tokred/__init__.pyi and tokred/core/names.py
+    python .ci/stub.py --check    # fails where one is out of date
 
 ``tokred`` finds its methods by the table in ``tokred/methods/__init__.py`` when they are first used, which no type
 checker can follow. Nothing is imported here: both files are read.
@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "tokred"
 STUB = PACKAGE / "__init__.pyi"
+NAMES = PACKAGE / "core" / "names.py"
 LINE = 120
 
 
@@ -74,8 +75,27 @@ def text() -> str:
     return "\n".join(lines)
 
 
+def names() -> str:
+    """The literal type of the methods' names as it has to be."""
+    table = ast.parse((PACKAGE / "methods" / "__init__.py").read_text("utf-8"))
+    targets: dict[str, str] = ast.literal_eval(_assigned(table, "TARGETS"))
+    return "\n".join(
+        [
+            '"""``MethodName``: tokred\'s own methods, for completion: written by .ci/stub.py, not by hand."""',
+            "",
+            "from typing import Literal",
+            "",
+            "MethodName = Literal[",
+            *(f'    "{name}",' for name in sorted(targets)),
+            "]",
+            "",
+        ]
+    )
+
+
 if __name__ == "__main__":
-    if "--check" not in sys.argv[1:]:
-        STUB.write_text(text(), "utf-8")
-    elif not STUB.exists() or STUB.read_text("utf-8") != text():
-        sys.exit(f"{STUB} is out of date: run python .ci/stub.py")
+    for path, wanted in ((STUB, text()), (NAMES, names())):
+        if "--check" not in sys.argv[1:]:
+            path.write_text(wanted, "utf-8")
+        elif not path.exists() or path.read_text("utf-8") != wanted:
+            sys.exit(f"{path} is out of date: run python .ci/stub.py")

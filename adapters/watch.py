@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -117,6 +117,23 @@ class LeaveWatched(Hook):
         missing = self.watch.passed_by()
         if missing:
             check_passed_by(module, self.watch, missing)
+
+
+class Call(Hook):
+    """Behind the forward of the model that a user patched: calls a function of theirs with the model.
+
+    A compiled forward runs no Python and calls nothing. Copies of the model call the same function.
+    """
+
+    def __init__(self, called: Callable[[nn.Module], object]) -> None:
+        self.called = called
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.called(module)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Call:
+        return Call(self.called)
 
 
 def _begin(key: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -65,7 +66,7 @@ def test_list_has_every_method_and_library_on_one_line_each():
 
 
 def test_list_of_a_model():
-    text = run("list", "--model", "embedded").output
+    text = run("list", "embedded").output
     assert all(any(line.split()[:2] == [n, "yes"] for line in text.splitlines()) for n in ("tome", "pitome", "evit"))
 
 
@@ -80,41 +81,55 @@ def test_flops_are_those_of_the_function():
     from tokred.bench.data.model import build
 
     expected = tokred.flops(build(), "tome", (1, 1, 28, 28), r=13)
-    text = run("flops", "--method", "tome", "--set", "r=13").output
+    text = run("flops", "-m", "tome r=13").output
     assert f"{expected.gmacs:.3f} GMACs an image of 1x28x28" in text
     assert f"{197 - 12 * 13}" in text.splitlines()[-2]
     assert "of " not in run("flops").output.splitlines()[-1].partition("28x28")[2]
 
 
 def test_flops_takes_literals():
-    text = run("flops", "--method", "evit", "--set", "kappa=0.5", "--set", "blocks=(3, 6)").output
+    text = run("flops", "-m", "evit kappa=0.5 blocks=(3, 6)").output
     assert "197 -> 100" in text
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("flops", "--method", "tom"), "did you mean 'toma' or 'tome'"),
-        (("flops", "--model", "deit_smal"), "did you mean 'deit_small"),
-        (("flops", "--method", "tome", "--set", "r"), "key=value"),
-        (("flops", "--method", "tome", "--set", "s=1"), "has no parameter 's'"),
-        (("flops", "--method", "tome", "--set", "r=-1"), "must not be negative"),
-        (("flops", "--method", "evit", "--set", "kappa=7"), "kappa"),
-        (("flops", "--set", "r=1"), "needs a --method"),
-        (("bench", "--methods", "pitom"), "did you mean 'pitome'"),
+        (("flops", "-m", "tom"), "did you mean 'toma' or 'tome'"),
+        (("flops", "deit_smal"), "did you mean 'deit_small"),
+        (("flops", "-m", "tome r"), "key=value"),
+        (("flops", "-m", "tome r=13,metric=k"), "separated by spaces"),
+        (("flops", "-m", "tome s=1"), "has no parameter 's'"),
+        (("flops", "-m", "tome r=-1"), "must not be negative"),
+        (("flops", "-m", "evit kappa=7"), "kappa"),
+        (("flops", "-m", "divprune budget=4"), "tokred bench embedded -m 'divprune budget=4'"),
+        (("flops", "-m", "tome r=2 + evit kappa=0.7"), "one method at a time"),
+        (("flops", "-m", "tome r=2 + "), "' + ' between"),
+        (("flops", "sdxl"), "tokred explain sdxl"),
+        (("flops", "embedded", "--model", "resnet50"), "two models are named"),
+        (("list", "no/such/folder"), "no folder is named"),
+        (("list", "nowhere.at.all:build"), "no module 'nowhere.at.all'"),
+        (("list", "nowhere.py:build"), "nowhere.py is not there"),
+        (("bench", "-m", "pitom"), "did you mean 'pitome'"),
         (("bench", "--dtype", "int4"), "--dtype"),
         (("bench", "--device", "abacus"), "--device"),
         (("bench", "--shares", "2"), "between 0 and 1"),
-        (("bench", "--random-weights", "--methods", "none"), "nothing to measure"),
-        (("bench", "--random-weights", "--images", "no/such/folder"), "no/such/folder"),
-        (("bench", "--random-weights", "--methods", "none", "--setting", "tome 13"), "key=value"),
-        (("bench", "--model", "swin_tiny_patch4_window7_224", "--random-weights"), "windows"),
-        (("viz", "--random-weights", "--method", "tom"), "did you mean 'toma' or 'tome'"),
-        (("viz", "--random-weights", "--method", "tome s=1"), "has no parameter 's'"),
+        (("bench", "--random-weights", "--data", "no/such/folder"), "no/such/folder"),
+        (("bench", "--random-weights", "-m", "tome 13"), "key=value"),
+        (("bench", "--prompt", "a fox"), "--prompt is for pipelines"),
+        (("bench", "--checkpoint", "none.pth"), "for models of timm's"),
+        (("bench", "vit_tiny_patch16_224", "--checkpoint", "none.pth"), "none.pth is no file"),
+        (("bench", "swin_tiny_patch4_window7_224", "--random-weights"), "windows"),
+        (("explain", "embedded"), "explain is for denoisers"),
+        (("explain", "sd14"), "sd15"),
+        (("explain", "--size", "big"), "the size is a number"),
+        (("viz", "--random-weights", "-m", "tom"), "did you mean 'toma' or 'tome'"),
+        (("viz", "--random-weights", "-m", "tome s=1"), "has no parameter 's'"),
         (("viz", "--random-weights", "--image", "no/such.png"), "no/such.png is neither an image nor a folder"),
         (("viz", "--random-weights", "--layers", "0,12"), "the model has 12"),
         (("viz", "--random-weights", "--layers", "first"), "--layers is a list of blocks"),
-        (("viz", "--model", "swin_tiny_patch4_window7_224", "--random-weights"), "windows"),
+        (("viz", "swin_tiny_patch4_window7_224", "--random-weights"), "windows"),
+        (("demo", "-m", "tom"), "did you mean 'toma' or 'tome'"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(arguments, words):
@@ -136,7 +151,7 @@ def test_weights_that_cannot_be_downloaded(monkeypatch):
         raise OSError("no network\nat all")
 
     monkeypatch.setattr(timm, "create_model", fail)
-    line = refused("bench", "--model", "vit_tiny_patch16_224")
+    line = refused("bench", "vit_tiny_patch16_224")
     assert "no network" in line
     assert "--random-weights" in line
 
@@ -156,7 +171,7 @@ def test_viz_writes_a_page_and_a_picture(tmp_path):
     for i in range(3):
         image.linear_gradient("L").rotate(90 * i).save(tmp_path / "shades" / f"{i}.png")
     out = tmp_path / "out"
-    command = ["viz", "--random-weights", "--method", "tome", "--method", "random_prune r=8", "--layers", "0,11"]
+    command = ["viz", "--random-weights", "-m", "tome", "--method", "random_prune r=8", "--layers", "0,11"]
     command += ["--image", str(tmp_path / "shades"), "--count", "2", "--out", str(out)]
     done = run(*command)
     assert done.exit_code == 0, (done.output, done.exception)
@@ -177,7 +192,7 @@ def test_viz_of_the_embedded_model(tmp_path):
 
     if not (embedded.FOLDER / embedded.WEIGHTS).exists():
         pytest.skip("the weights are not in this copy")
-    done = run("viz", "--count", "1", "--method", "tome r=13", "--layers", "11", "--out", str(tmp_path))
+    done = run("viz", "--count", "1", "-m", "tome r=13", "--layers", "11", "--out", str(tmp_path))
     assert done.exit_code == 0, (done.output, done.exception)
     page = (tmp_path / "viz.html").read_text("utf-8")
     assert "Ankle boot" in page
@@ -188,7 +203,75 @@ def test_outside_a_checkout_the_zoo_is_explained(monkeypatch):
     from tokred.core import environment
 
     monkeypatch.setattr(environment, "checkout", lambda: None)
-    assert "checkout" in refused("bench", "--model", "dinov2")
+    assert "checkout" in refused("bench", "dinov2")
+
+
+def test_flops_says_when_fewer_tokens_can_be_removed_than_asked_for():
+    done = run("flops", "-m", "tome r=500")
+    assert "from block 0 on fewer tokens than r=500" in done.stderr
+
+
+def test_several_settings_are_counted_one_after_the_other_and_as_json():
+    found = json.loads(run("flops", "-m", "tome r=13", "-m", "evit kappa=0.7", "--json").stdout)
+    assert [one["setting"] for one in found] == ["tome r=13", "evit kappa=0.7"]
+    assert all(one["macs"] < one["macs_unpatched"] and len(one["blocks"]) == 12 for one in found)
+
+
+def test_lists_as_json():
+    rows = json.loads(run("list", "--json").stdout)
+    assert [row["name"] for row in rows] == tokred.list_methods()
+    found = json.loads(run("list", "embedded", "--json").stdout)
+    assert found["kind"] == "encoder"
+    assert {row["method"] for row in found["methods"] if row["works"]} >= {"tome", "evit"}
+
+
+def test_python_m_tokred():
+    done = subprocess.run([sys.executable, "-m", "tokred", "--version"], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == f"tokred {tokred.__version__}"
+
+
+def test_completion():
+    from tokred.cli.options import complete_method, complete_model
+
+    assert "deit_small_patch16_224" in complete_model("deit_small_p")
+    assert complete_model("emb") == ["embedded"]
+    assert complete_method("pit") == ["pitome"]
+    assert "tome r=" in complete_method("tome ")
+    assert complete_method("tome r=13 met") == ["tome r=13 metric="]
+    assert complete_method("divprune budget=64 + snap") == ["divprune budget=64 + snapkv"]
+    assert complete_method("nothing ") == []
+    assert "--install-completion" in run("--help").output
+
+
+def test_completion_of_folders(tmp_path):
+    from tokred.cli.options import complete_model
+
+    (tmp_path / "llama").mkdir()
+    assert complete_model(f"hf:{tmp_path}/ll") == [f"hf:{tmp_path}/llama"]
+    assert complete_model(f"{tmp_path}/ll") == [f"{tmp_path}/llama"]
+
+
+def test_the_demo_speaks_where_there_is_no_terminal(tmp_path):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("pandas")
+    from tokred.bench import embedded
+
+    if not (embedded.FOLDER / embedded.WEIGHTS).exists():
+        pytest.skip("the weights are not in this copy")
+    command = ["demo", "--images", "10", "--batch", "5", "-m", "tome r=16", "-m", "evit kappa=0.6"]
+    done = CliRunner().invoke(app, [*command, "--out", str(tmp_path)], env={"COLUMNS": "60"})
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert "measuring: 1 of 6" in done.stderr
+    assert "measuring: 6 of 6" in done.stderr
+    assert {p.name for p in tmp_path.iterdir()} == {"demo.csv", "demo.png", "merged.png"}
+
+
+def test_the_demo_asks_for_what_it_draws_with_before_it_measures(monkeypatch):
+    import importlib.util
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "pandas" else real(name, *a))
+    assert "pip install 'tokred[bench]'" in refused("demo", "--images", "50")
 
 
 def test_import_of_tokred_stays_cheap():

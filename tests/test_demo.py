@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import sys
 from dataclasses import replace
@@ -17,8 +18,6 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 pytest.importorskip("typer")
 
-from typer.testing import CliRunner
-
 import tokred
 from tokred.bench import arms, demo, embedded, probe, tasks, timing
 from tokred.bench import images as photos
@@ -29,7 +28,6 @@ from tokred.core.settings import parse_pairs, parse_setting
 
 COLUMNS = {
     "demo": ("method", "setting", "tokens_out", "gmacs", "top1", "top1_difference", "images_per_second", "speedup"),
-    "bench": ("top1", "cosine", "images_per_second", "speedup_low", "peak_mib", "forward_mib", "dtype"),
     "where": ("device", "threads", "versions", "commit", "date"),
 }
 
@@ -77,7 +75,10 @@ def test_the_demo_measures_and_writes(model, images, tmp_path):
     assert rows[0].top1_difference == 0
     assert rows[0].agreement == 1
     assert rows[0].timing.speedup == (1, 1, 1)
-    paths = demo.write(rows, model, *images, tmp_path, batch=4)
+    named = outputs.free(tmp_path, demo.FILES)
+    demo.save(named["demo.csv"], rows, 8, 4)
+    demo.draw(rows, model, *images, named, batch=4)
+    paths = list(named.values())
     assert [p.name for p in paths] == ["demo.csv", "demo.png", "merged.png"]
     written = rows_of(paths[0])
     assert len(written) == len(some)
@@ -117,33 +118,37 @@ def test_the_embedded_model_knows_its_sample():
         embedded.sample(10**6)
 
 
-def test_bench_from_the_command_line(tmp_path):
-    from tokred.cli.main import app
+def test_an_interrupted_demo_keeps_its_rounds(model, images):
+    rounds = demo.Rounds(model, demo.choose(model, methods=["tome r=16"]), *images, batch=2)
+    calls = []
 
-    command = [
-        "bench",
-        "--random-weights",
-        "--methods",
-        "none",
-        "--setting",
-        "tome r=16",
-        "--setting",
-        "random_prune r=12",
-    ]
-    command += ["--batch", "2", "--rounds", "2", "--images", str(_folder(tmp_path, 4)), "--out", str(tmp_path / "out")]
-    done = CliRunner().invoke(app, command)
-    assert done.exit_code == 0, (done.output, done.exception)
-    rows = rows_of(tmp_path / "out" / "bench-embedded.csv")
-    assert [r["method"] for r in rows] == ["unpatched", "tome", "random_prune"]
-    for row in rows:
-        assert set(COLUMNS["bench"] + COLUMNS["where"]) <= set(row)
-        assert float(row["peak_mib"]) > 0
-        assert row["answered_by"] == "linear-probe"
-        assert float(row["top1"]) >= 0
-        assert math.isfinite(float(row["speedup"]))
-    assert float(rows[0]["cosine"]) == pytest.approx(1)
-    assert float(rows[1]["cosine"]) < 1
-    assert_picture(tmp_path / "out" / "bench-embedded.png")
+    def stop() -> None:
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rounds.run(stop)
+    assert rounds.interrupted
+    assert rounds.images == 4
+    assert [row.arm.label for row in rounds.rows()] == ["unpatched", "tome r=16"]
+    rounds.run()
+    assert rounds.images == 8
+
+
+def test_the_demo_table_fits_narrow_terminals(model, images):
+    from rich.console import Console
+
+    from tokred.cli import tables
+
+    rows = demo.measure(model, demo.choose(model, methods=["tome r=16", "pitome ratio=0.9"]), *images, batch=4)
+    for width in (60, 80):
+        console = Console(width=width, record=True, file=io.StringIO())
+        console.print(tables.demo_table(rows, 8, width))
+        text = console.export_text()
+        assert "…" not in text
+        assert "pitome" in text
+        assert "(quartiles)" in text
 
 
 def _folder(root: Path, each: int) -> Path:

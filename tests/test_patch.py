@@ -148,7 +148,7 @@ def test_a_part_of_a_patched_model_tells_what_acts_on_it() -> None:
 
 def test_the_patch_says_what_it_is() -> None:
     patch = the_patch(tokred.apply(timm.build("vit"), "tome", r=2))
-    assert repr(patch).startswith("Patch(ToMe(r=Constant(value=2)")
+    assert repr(patch).startswith("Patch(ToMe(r=2)")
     assert repr(patch).endswith("on timm VisionTransformer)")
     assert patch.modules == {}
 

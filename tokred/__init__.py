@@ -10,6 +10,7 @@ when a kernel is first launched.
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import Any
 
 from tokred import methods as _methods  # registers the built-in names
@@ -22,15 +23,12 @@ from tokred.api import (
     flops,
     kv_cache,
     list_methods,
-    load,
     losses,
-    make,
     modules,
     parameters,
     patched,
     remove,
     report,
-    save,
     supports,
     trace,
 )
@@ -49,6 +47,7 @@ from tokred.errors import (
     NothingRecordedError,
     NothingRemovedWarning,
     PluginWarning,
+    SettingWarning,
     TokenStateError,
     TokredError,
     TokredWarning,
@@ -57,8 +56,12 @@ from tokred.errors import (
     UnsupportedModelError,
     UntestedVersionWarning,
 )
+from tokred.settings import load, make, push_to_hub, save
 
 __version__ = _versions.TOKRED
+
+# As libraries should: whoever wants its lines sets up logging, everybody else hears nothing.
+logging.getLogger("tokred").addHandler(logging.NullHandler())
 
 # Of the package's own names, those that are imported when they are first used. The types of all names stand in
 # ``__init__.pyi``, which .ci/stub.py writes from this file and the table of methods.
@@ -68,6 +71,7 @@ _LAZY = {
     "Place": "tokred.core.place:Place",
     "bench": "tokred.bench",
     "benchmark": "tokred.bench.benchmark:benchmark",
+    "eval": "tokred.eval",
     "choose_tsp_layer": "tokred.analysis.tsp_layer:choose_tsp_layer",
     "kv": "tokred.kv",
     "learn": "tokred.learn",
@@ -88,6 +92,7 @@ __all__ = [
     "PluginWarning",
     "Reduction",
     "Report",
+    "SettingWarning",
     "Site",
     "Support",
     "TokenStateError",
@@ -112,6 +117,7 @@ __all__ = [
     "modules",
     "parameters",
     "patched",
+    "push_to_hub",
     "register",
     "remove",
     "report",

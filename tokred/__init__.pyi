@@ -1,6 +1,6 @@
 """The names of ``tokred`` with their types: written by .ci/stub.py, and not by hand."""
 
-from tokred import bench, kv, learn, methods
+from tokred import bench, eval, kv, learn, methods
 from tokred.analysis import viz
 from tokred.analysis.explain import Explanation, explain
 from tokred.analysis.tsp_layer import choose_tsp_layer
@@ -12,15 +12,12 @@ from tokred.api import (
     flops,
     kv_cache,
     list_methods,
-    load,
     losses,
-    make,
     modules,
     parameters,
     patched,
     remove,
     report,
-    save,
     supports,
     trace,
 )
@@ -40,6 +37,7 @@ from tokred.errors import (
     NothingRecordedError,
     NothingRemovedWarning,
     PluginWarning,
+    SettingWarning,
     TokenStateError,
     TokredError,
     TokredWarning,
@@ -117,6 +115,7 @@ from tokred.methods.vlm.visionzip import VisionZip
 from tokred.methods.vlm.vispruner import VisPruner
 from tokred.methods.vlm.visual_baselines import DownsampleVisual, RandomVisual, UniformVisual
 from tokred.methods.vlm.vscan import VScan, VScanLayer
+from tokred.settings import load, make, push_to_hub, save
 
 __version__: str
 
@@ -189,6 +188,7 @@ __all__ = [
     "Report",
     "SAINTLayer",
     "SAINTVisual",
+    "SettingWarning",
     "Site",
     "SnapKV",
     "SpAtten",
@@ -226,6 +226,7 @@ __all__ = [
     "bench",
     "benchmark",
     "choose_tsp_layer",
+    "eval",
     "explain",
     "flops",
     "from_dict",
@@ -240,6 +241,7 @@ __all__ = [
     "modules",
     "parameters",
     "patched",
+    "push_to_hub",
     "register",
     "remove",
     "report",

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fnmatch
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from torch import Tensor, nn
@@ -15,17 +14,21 @@ from torch import Tensor, nn
 from tokred import learn
 from tokred.core.checks import check_choice
 from tokred.core.method import Method
+from tokred.core.origin import Origin
 from tokred.core.reduction import Reduction
 from tokred.core.registry import methods as registered
 from tokred.core.report import Report
 from tokred.core.site import STAGES, Stage
 from tokred.core.versions import TOKRED
-from tokred.errors import NothingRecordedError, NothingRemovedWarning
-from tokred.learn import store
-from tokred.patch import ATTRIBUTE, Patch, compose, entries_of, losses_of, parts_of, report_of, unpatch
+from tokred.errors import NothingRecordedError, NothingRemovedWarning, SettingWarning
+from tokred.patch import ATTRIBUTE, Patch, losses_of, parts_of, report_of, unpatch
+from tokred.settings import MethodLike, several, share
+from tokred.settings import make as make
+
+logger = logging.getLogger("tokred")
 
 ModelT = TypeVar("ModelT")  # a module, or a pipeline that holds one
-MethodLike = str | Method | Sequence[str | Method]
+Where = Callable[[str, nn.Module], bool]
 Expose = Literal["auto", "none", "last", "all"]
 Windows = Literal["auto", "global", "windowed", "all"]
 
@@ -55,48 +58,15 @@ def list_methods(pattern: str = "*", *, stage: Stage | None = None, model: nn.Mo
     return names
 
 
-def make(method: str | Method, **parameters: Any) -> Method:
-    """The method object of a name and its parameters.
-
-    Raises:
-        UnknownMethodError: no method has this name; the message has the nearest ones.
-        TypeError: a parameter that the method does not have; the message has those that it has.
-    """
-    if isinstance(method, Method):
-        if parameters:
-            raise TypeError(
-                f"{type(method).__name__} already has its parameters; {', '.join(parameters)} cannot be given beside it"
-            )
-        return method
-    if not isinstance(method, str):
-        raise TypeError(f"a method is a name or a Method object, got {method!r}")
-    cls = registered.get(method)
-    known = [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
-    unknown = [p for p in parameters if p not in known]
-    if unknown:
-        why = "".join(f"; {method!r} has {cls.lacks[p]}" for p in unknown if p in cls.lacks)
-        raise TypeError(f"{method!r} has no parameter {', '.join(map(repr, unknown))}; it has {', '.join(known)}{why}")
-    return cls(**parameters)
-
-
-def _several(method: MethodLike, parameters: dict[str, Any]) -> list[Method]:
-    """The methods of a call, one a stage, in the order of the stages."""
-    if isinstance(method, str | Method):
-        return compose(make(method, **parameters).members)
-    made = [one for m in method for one in make(m).members]
-    if made and parameters:
-        raise TypeError("parameters go with a single method's name; build the methods of a list as objects")
-    return compose(made)
-
-
 def apply(
     model: ModelT,
     method: MethodLike,
     *,
-    where: Callable[[str, nn.Module], bool] | None = None,
+    where: Where | None = None,
     expose: Expose = "auto",
     windows: Windows = "auto",
     module: nn.Module | None = None,
+    on_reduction: Callable[[nn.Module], object] | None = None,
     **parameters: Any,
 ) -> ModelT:
     """Patch ``model`` in place so that it runs with fewer tokens.
@@ -108,15 +78,19 @@ def apply(
     Args:
         model: a supported model, a module that holds one (a classifier around a backbone), or a pipeline of
             diffusers, whose denoiser is patched.
-        method: a method's name, with its parameters as keywords; a method object; or a list of them.
-        where: ``where(name, block) -> bool`` restricts the method to some blocks. None: all.
+        method: a method's name or class, with its parameters as keywords; a method object; its ``to_dict()``; a folder
+            that :func:`tokred.save` wrote; or a list of these.
+        where: ``where(name, block) -> bool`` restricts the method to some blocks. None: all, or those that a loaded
+            setting was saved with; the same holds for ``expose`` and ``windows`` at ``"auto"``.
         expose: which blocks return the full length again: ``"auto"`` the last one where the model's head pools over all
             tokens, ``"none"``, ``"last"``, or ``"all"`` (for hooks that read every block; costs time).
         windows: for models whose attention runs in windows (SAM, ViTDet): reduce inside the blocks of ``"global"``
             attention, inside each window of the ``"windowed"`` ones, or in ``"all"``. ``"auto"``: the global ones,
             where there are any.
         module: the weights of a method that has some, such as ``tokred.modules(model)`` gave before; None: those that
-            the method was loaded with by :func:`load`, else new ones.
+            the method was loaded with by :func:`tokred.load`, else new ones.
+        on_reduction: called with the model that was given after each of its forwards, except compiled ones: the place
+            for ``tokred.report(model)`` or ``tokred.trace(model)`` in a log of training. None: nothing is.
         parameters: the method's, when it is given by name.
 
     Returns:
@@ -129,26 +103,67 @@ def apply(
     """
     from tokred import adapters
 
-    chosen = _several(method, parameters)
+    chosen = several(method, parameters)
     check_choice(expose, "expose", ("auto", "none", "last", "all"))
-    found = [(adapters.find_for(model, m).choose(windows), m) for m in chosen]
-    for host, one in found:
-        host.check(one, expose)
-        if where is not None and not any(where(name, block) for name, block in host.blocks):
-            raise ValueError(f"where selects none of the {host.depth} blocks ({host.blocks[0][0]}, ...)")
-        layers = None if where is None else [i for i, named in enumerate(host.blocks) if where(*named)]
-        idle = one.why_idle(host.depth, layers)
-        if idle is not None and not idle.meant and idle.parameter not in parameters:
-            warnings.warn(idle.text, NothingRemovedWarning, stacklevel=2)
+    if on_reduction is not None and not callable(on_reduction):
+        raise TypeError(f"on_reduction must be a function of the model, got {on_reduction!r}")
+    places = []
+    for one in chosen:  # no comprehension, which would be one more frame between a warning and the user
+        places.append(_place(model, one, where, expose, windows, parameters))
     taker = learn.chosen(chosen, module)
-    own = [learn.build(one, host.model_facts, module if one is taker else None, like=host.model) for host, one in found]
+    own = [
+        learn.build(p.method, p.host.model_facts, module if p.method is taker else None, like=p.host.model)
+        for p in places
+    ]
     target = adapters.module_of(model)
     unpatch(target)
     patch = Patch()
-    for (host, one), built in zip(found, own, strict=True):
-        patch.add(host, one, where, expose, built)
+    for place, built in zip(places, own, strict=True):
+        patch.add(place.host, place.method, place.where, place.origin.expose, built, place.origin)
+    if on_reduction is not None:
+        patch.call_after(target, on_reduction)
     target.__dict__[ATTRIBUTE] = patch
+    logger.info("applied %r", patch)
     return model
+
+
+class _Place(NamedTuple):
+    """One method with the part of a model that it is going to act on, and how."""
+
+    method: Method
+    host: Any
+    where: Where | None
+    origin: Origin
+
+
+def _place(
+    model: Any, method: Method, where: Where | None, expose: str, windows: str, parameters: dict[str, Any]
+) -> _Place:
+    """Everything that can be asked before the model is touched; what a loaded setting knows stands in for defaults."""
+    from tokred import adapters
+    from tokred.adapters.swap import host_class
+
+    before = method.origin or Origin(TOKRED)
+    expose, windows = (before.expose if expose == "auto" else expose), before.windows if windows == "auto" else windows
+    host = adapters.find_for(model, method).choose(windows)
+    cls = host_class(host.model)
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    with share.told(method, name, host.depth):
+        host.check(method, expose)
+    if where is None:
+        kept = share.chosen_where(before, host.blocks, name, host.depth)
+        where = None if kept is None else lambda block, _: block in kept
+    names = None if where is None else tuple(block for block, module in host.blocks if where(block, module))
+    if names == ():
+        raise ValueError(f"where selects none of the {host.depth} blocks ({host.blocks[0][0]}, ...)")
+    layers = None if names is None else [i for i, (block, _) in enumerate(host.blocks) if block in names]
+    idle = method.why_idle(host.depth, layers)
+    if idle is not None and not idle.meant and idle.parameter not in parameters:
+        warnings.warn(idle.text, NothingRemovedWarning, stacklevel=3)
+    other = share.other_model(method, name, host.depth)
+    if other is not None:
+        warnings.warn(other, SettingWarning, stacklevel=3)
+    return _Place(method, host, where, Origin(TOKRED, name, host.depth, names, expose, windows))
 
 
 def remove(model: ModelT) -> ModelT:
@@ -156,6 +171,7 @@ def remove(model: ModelT) -> ModelT:
     from tokred import adapters
 
     unpatch(adapters.module_of(model))
+    logger.info("removed every patch from a %s", type(model).__name__)
     return model
 
 
@@ -270,32 +286,6 @@ def losses(model: Any) -> dict[str, Tensor]:
     from tokred import adapters
 
     return losses_of(adapters.module_of(model))
-
-
-def save(model: Any, folder: str | Path) -> Path:
-    """Write the methods on ``model``, their parameters and weights into ``folder``, for :func:`load`.
-
-    ``where``, ``expose`` and ``windows`` are not kept: give them again.
-
-    Raises:
-        NothingRecordedError: the model is not patched.
-        ImportError: there are weights, and safetensors is not installed.
-    """
-    from tokred import adapters
-
-    return store.write(folder, entries_of(adapters.module_of(model)), TOKRED)
-
-
-def load(folder: str | Path) -> Method | list[Method]:
-    """The method that :func:`save` wrote, with its weights, for ``tokred.apply(model, tokred.load(folder))``; a list
-    where several acted.
-
-    Raises:
-        FileNotFoundError, ValueError, UnknownMethodError, ImportError: the folder cannot be read here; the message says
-            why.
-    """
-    found = store.read(folder)
-    return found[0] if len(found) == 1 else found
 
 
 def kv_cache(model: nn.Module, *, prompt: int | None = None, steps: int | None = None, layout: str = "auto") -> Any:

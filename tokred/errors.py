@@ -54,3 +54,7 @@ class UntestedVersionWarning(TokredWarning):
 
 class PluginWarning(TokredWarning):
     """A method of another package cannot be used and is left out; the message says which and why."""
+
+
+class SettingWarning(TokredWarning):
+    """A saved setting is loaded by an older tokred, or applied to another model than it was made for."""

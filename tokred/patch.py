@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor, nn
 
 from tokred.core.method import Method
+from tokred.core.origin import Origin
 from tokred.core.report import Report, joined
 from tokred.core.site import STAGES
 from tokred.errors import NothingRecordedError
@@ -32,6 +33,7 @@ class Part(NamedTuple):
         module: the part of the model that is patched for it; may be the model itself.
         state: what the patched modules share, and tell of the last forward.
         undos: of every change that was made for it, in order.
+        origin: how it was applied, to be saved; None where that is not known any more.
 
     The host itself is found again when it is asked something: it holds functions of its adapter, which do not pickle.
     """
@@ -41,6 +43,7 @@ class Part(NamedTuple):
     module: nn.Module
     state: State
     undos: tuple[Undo, ...] = ()
+    origin: Origin | None = None
 
     @property
     def in_force(self) -> bool:
@@ -61,11 +64,13 @@ class Patch:
     Attributes:
         parts: in the order of the stages.
         modules: with weights of their own, by name, that methods bring along; not in the model's ``state_dict``.
+        undos: of what was changed for the user rather than for a method.
     """
 
     def __init__(self) -> None:
         self.parts: list[Part] = []
         self.modules: dict[str, nn.Module] = {}
+        self.undos: list[Undo] = []
 
     @property
     def methods(self) -> list[Method]:
@@ -79,9 +84,10 @@ class Patch:
         where: Callable[[str, nn.Module], bool] | None,
         expose: str,
         module: nn.Module | None = None,
+        origin: Origin | None = None,
     ) -> None:
         """Let a method act, with its module, on a host that has checked it. If that breaks off, everything done so far
-        is undone."""
+        is undone. ``origin`` says how it was applied."""
         from tokred.adapters.changes import Changes
 
         changes = Changes(part.state for part in self.parts)
@@ -93,10 +99,21 @@ class Patch:
             raise
         if module is not None:
             state.module = self.modules[method.name] = module
-        self.parts.append(Part(method, host.family, host.model, state, tuple(changes.undos)))
+        self.parts.append(Part(method, host.family, host.model, state, tuple(changes.undos), origin))
+
+    def call_after(self, model: nn.Module, called: Callable[[nn.Module], object]) -> None:
+        """Call ``called(model)`` after every forward of ``model``, until the patch is taken off."""
+        from tokred.adapters.changes import Changes
+        from tokred.adapters.watch import Call
+
+        changes = Changes()
+        changes.after(model, Call(called))
+        self.undos += changes.undos
 
     def undo(self) -> None:
         """Take back every change, the last one first."""
+        for one in reversed(self.undos):
+            one.undo()
         for part in reversed(self.parts):
             for one in reversed(part.undos):
                 one.undo()
@@ -202,8 +219,16 @@ def entries_of(model: nn.Module) -> list[Entry]:
     parts = parts_of(model)
     if not parts:
         raise NothingRecordedError("the model is not patched, so there is no setting to save: call tokred.apply first")
-    own = [(part, part.state.module) for part in parts]
-    return [
-        Entry(part.method, made, None if made is None else adapters.find(part.module, part.method.stage).model_facts())
-        for part, made in own
-    ]
+    found = []
+    for part in parts:
+        made = part.state.module
+        facts = None if made is None else adapters.find(part.module, part.method.stage).model_facts()
+        found.append(Entry(_whole(part.method), made, facts, part.origin))
+    # A method of several stages has as many parts, and is one setting.
+    return [one for i, one in enumerate(found) if one.method not in [other.method for other in found[:i]]]
+
+
+def _whole(method: Method) -> Method:
+    """The method that users know: of a member, the one of several stages that it is a member of."""
+    whole = getattr(method, "method", None)
+    return whole if isinstance(whole, Method) and method in whole.members else method

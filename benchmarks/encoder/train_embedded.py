@@ -1,62 +1,43 @@
-"""Train the small vision transformer that ships inside tokred, on the whole of Fashion-MNIST.
+"""Train the small vision transformer for the embedded model: garments of Fashion-MNIST in the clutter of photographs.
 
-The model has the token geometry of ViT-B/16 at 224: a 14 x 14 grid of patches and a class token, 197 in all, and
-12 blocks. Only its width is small, so that the weights fit in the package. Four things make it trainable on one CPU
-core in about an hour: a patch embedding of four convolutions (Xiao et al., Early Convolutions Help Transformers See
-Better, 2021), random patch dropout early on (short sequences first, the full ones at the end), distillation from a
-small convolutional network trained in the same run, and an initialisation of the attention that starts out local.
+    python -m benchmarks encoder/train_embedded --fashion FOLDER --photos FOLDER --state FOLDER
+    python -m benchmarks encoder/train_embedded ... --export tokred/bench/data
 
-    python -m benchmarks encoder/train_embedded --data /usr/share/datasets/fashion-mnist --out tokred/bench/data
+The first command trains, and goes on where it was stopped when it is given again; the second writes the weights and the
+held-out sample. What makes it fit an hour or two of CPU: the pictures grow (``--stages``). Training begins on crops of
+40 pixels, 25 patches, whose positions are a random window of the full grid; larger ones join them, and at the end all
+196 patches of 112 pixels. No patch is ever dropped, so the model has not learnt to do without any. The blocks begin with
+weights of an earlier model (``--warm``), and the answers of a small convolutional network that sees the clean garments
+can be learnt along with the labels (``--teacher-epochs``).
 
-The data set is Debian's ``dataset-fashion-mnist`` (MIT licence), or any folder with the four IDX files.
+``--fashion`` is a folder with the four IDX files (Debian's ``dataset-fashion-mnist``, MIT licence); ``--photos`` is
+``skimage/data`` out of scikit-image's wheel; what of it travels with tokred is public domain (:mod:`.clutter`).
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
-import json
-import math
+import os
 import time
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokred.bench.data.model import MEAN, MODEL, STD, build, conv
+from benchmarks.encoder import clutter
 
-
-def load(folder: Path, split: str) -> tuple[Tensor, Tensor]:
-    """Images ``(N, 28, 28)`` uint8 and labels ``(N,)`` int64 of one split ('train' or 't10k')."""
-    with gzip.open(folder / f"{split}-images-idx3-ubyte.gz") as f:
-        images = np.frombuffer(f.read(), np.uint8, offset=16).reshape(-1, 28, 28)
-    with gzip.open(folder / f"{split}-labels-idx1-ubyte.gz") as f:
-        labels = np.frombuffer(f.read(), np.uint8, offset=8)
-    return torch.from_numpy(images.copy()), torch.from_numpy(labels.astype(np.int64))
-
-
-def prepare(images: Tensor) -> Tensor:
-    """``(N, 28, 28)`` uint8 to normalised ``(N, 1, 28, 28)`` float32."""
-    return (images[:, None].float() / 255 - MEAN) / STD
-
-
-def augment(x: Tensor, pad: int = 2) -> Tensor:
-    """Mirror half of the images and shift each by up to ``pad`` pixels."""
-    b = x.shape[0]
-    x = torch.where(torch.rand(b, 1, 1, 1) < 0.5, x.flip(-1), x)
-    x = F.pad(x, (pad,) * 4, value=-MEAN / STD)
-    dy, dx = torch.randint(0, 2 * pad + 1, (2, b, 1, 1))
-    rows, cols = torch.arange(28).view(1, 28, 1) + dy, torch.arange(28).view(1, 1, 28) + dx
-    return x[torch.arange(b).view(b, 1, 1), 0, rows, cols][:, None]
+Stages = tuple[tuple[int, int], ...]  # pixels each way of the pictures, and how many of them
+BATCH, LARGE, EVALUATED = 128, 32, 1000
 
 
 class Teacher(nn.Module):
-    """A small residual convolutional network; only its soft labels are used."""
+    """A small residual convolutional network on clean garments ``(N, 1, 28, 28)``; only its soft labels are used."""
 
-    def __init__(self, width: int = 32):
+    def __init__(self, width: int = 16):
         super().__init__()
+        conv = clutter.conv
         self.stem = conv(1, width)
         self.down = nn.ModuleList([conv(width, 2 * width, 2), conv(2 * width, 4 * width, 2)])
         self.res = nn.ModuleList([nn.Sequential(conv(w, w), conv(w, w)) for w in (2 * width, 4 * width)])
@@ -67,178 +48,262 @@ class Teacher(nn.Module):
         for down, res in zip(self.down, self.res, strict=True):
             x = down(x)
             x = x + res(x)
-        return self.head(x.amax((2, 3)))
+        logits: Tensor = self.head(x.amax((2, 3)))
+        return logits
 
 
-def local_attention_(model: nn.Module) -> None:
-    """Start with attention to positions like one's own (Trockman and Kolter, Mimetic Initialization, 2023)."""
-    n, dim = model.pos_embed.shape[1] - 1, model.embed_dim
-    side = round(n**0.5)
-    omega = 1 / 10000 ** (torch.arange(dim // 4) / (dim // 4))
-    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    waves = [f(p.reshape(-1, 1) * omega) for p in (y, x) for f in (torch.sin, torch.cos)]
+def shifted(x: Tensor, pad: int = 2) -> Tensor:
+    """Mirror half of the garments ``(N, 1, 28, 28)`` and shift each by up to ``pad`` pixels."""
+    b = x.shape[0]
+    x = F.pad(torch.where(torch.rand(b, 1, 1, 1) < 0.5, x.flip(-1), x), (pad,) * 4)
+    dy, dx = torch.randint(0, 2 * pad + 1, (2, b, 1, 1))
+    rows, columns = torch.arange(28).view(1, 28, 1) + dy, torch.arange(28).view(1, 1, 28) + dx
+    return x[torch.arange(b).view(b, 1, 1), 0, rows, columns][:, None]
+
+
+def soft_labels(data: Data, path: Path, epochs: int, log: Log) -> Tensor:
+    """The teacher's logits ``(2, N, 10)`` on the garments as they are and mirrored; kept in ``path``."""
+    if path.exists():
+        kept: Tensor = torch.load(path)
+        return kept
+    x, y = data.garments[:, None].float() / 255, data.labels
+    model = Teacher().to(memory_format=torch.channels_last)
+    opt = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
+    rate = torch.optim.lr_scheduler.OneCycleLR(opt, 8e-3, total_steps=epochs * (len(x) // 256), pct_start=0.3)
+    for epoch in range(epochs):
+        for i in torch.randperm(len(x))[: len(x) // 256 * 256].view(-1, 256):
+            loss = F.cross_entropy(model(shifted(x[i])), y[i], label_smoothing=0.05)
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+            rate.step()
+        model.eval()
+        with torch.no_grad():
+            answers = torch.cat([model(b[:, None].float() / 255).argmax(1) for b in data.held_garments.split(1000)])
+        top1 = (answers == data.held_labels).double().mean()
+        log(f"teacher epoch {epoch + 1} of {epochs}: {top1:.4f} of the test set")
+        model.train()
+    model.eval()
     with torch.no_grad():
-        model.pos_embed.zero_()
-        model.pos_embed[0, 1:] = torch.cat(waves, 1)
-        for block in model.blocks:
-            heads, d = block.attn.num_heads, dim // block.attn.num_heads
-            wq, wk, wv = block.attn.qkv.weight.view(3, dim, dim)
-            for h in range(heads):
-                u, s, v = torch.linalg.svd(0.7 * torch.randn(dim, dim) / dim**0.5 + 0.7 * torch.eye(dim))
-                root = s[:d].sqrt()[:, None]
-                wq[h * d : (h + 1) * d], wk[h * d : (h + 1) * d] = root * u.T[:d], root * v[:d]
-            u, s, v = torch.linalg.svd(0.4 * torch.randn(dim, dim) / dim**0.5 - 0.4 * torch.eye(dim))
-            wv.copy_(s.sqrt()[:, None] * v)
-            block.attn.proj.weight.copy_(u * s.sqrt())
+        out = torch.stack([torch.cat([model(b) for b in v.split(1000)]) for v in (x, x.flip(-1))])
+    torch.save(out, path)
+    return out
 
 
-def batches(n: int, size: int):
-    order = torch.randperm(n)
-    for i in range(n // size):
-        yield order[i * size : (i + 1) * size]
+class Data:
+    """Garments and photographs to train on and to test on, no picture in both."""
+
+    def __init__(self, fashion: Path, photos: Path):
+        self.garments, self.labels = clutter.load(fashion, "train")
+        self.held_garments, self.held_labels = clutter.load(fashion, "t10k")
+        self.photos = clutter.photographs(photos, clutter.TRAINED_ON, (120, 200, 300))
+        self.held_photos = clutter.photographs(photos, clutter.HELD_OUT, (200,))
+
+    def held(self, count: int, size: int = clutter.SIZE) -> tuple[Tensor, Tensor]:
+        """The first ``count`` garments of the test set in scenes of their own: ``(N, 3, size, size)`` and ``(N,)``."""
+        g = torch.Generator().manual_seed(0)
+        scenes = clutter.draw(torch.arange(count), self.held_photos, size, g)
+        pictures = clutter.compose(scenes, self.held_garments, self.held_photos, size)
+        return clutter.normalise(pictures), self.held_labels[:count]
+
+    def batch(self, index: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """Training pictures ``(N, 3, size, size)`` of the garments ``index``, and which are mirrored ``(N,)``."""
+        scenes = clutter.draw(index, self.photos, size)
+        pictures = clutter.compose(scenes, self.garments, self.photos, size)
+        return clutter.normalise(pictures), scenes.flip
+
+
+class Log:
+    """Lines to the terminal and to a file, with the time of day."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __call__(self, text: str) -> None:
+        line = f"{time.strftime('%H:%M:%S')} {text}"
+        print(line, flush=True)
+        with self.path.open("a") as f:
+            f.write(line + "\n")
+
+
+def forward(model: Any, x: Tensor, random_window: bool = False) -> Tensor:
+    """Logits of pictures of any size up to the full one, whose patches sit in a window of the full grid.
+
+    The window of the position embedding is the middle one, or one of each picture's own.
+    """
+    patches = model.patch_embed(x)
+    b, side, full = x.shape[0], x.shape[-1] // clutter.PATCH, clutter.SIZE // clutter.PATCH
+    room = full - side
+    corner = torch.randint(room + 1, (b, 2)) if random_window else torch.full((b, 2), room // 2)
+    at = torch.arange(side)
+    index = ((corner[:, :1] + at)[:, :, None] * full + (corner[:, 1:] + at)[:, None, :]).flatten(1)
+    patches = patches + model.pos_embed[0, 1:][index]
+    first = (model.cls_token + model.pos_embed[:, :1]).expand(b, -1, -1)
+    logits: Tensor = model.forward_head(model.norm(model.blocks(torch.cat([first, patches], 1))))
+    return logits
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, x: Tensor, y: Tensor, limit: int | None = None) -> float:
+def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Share of right answers, the model in evaluation mode meanwhile."""
     model.eval()
-    hits = sum(
-        int((model(a).argmax(1) == b).sum()) for a, b in zip(x[:limit].split(500), y[:limit].split(500), strict=True)
-    )
-    return hits / len(y[:limit])
+    right = sum(int((forward(model, a).argmax(1) == b).sum()) for a, b in zip(x.split(100), y.split(100), strict=True))
+    model.train()
+    return right / len(y)
 
 
-def train_teacher(x: Tensor, y: Tensor, xt: Tensor, yt: Tensor, epochs: int) -> nn.Module:
-    model = Teacher().to(memory_format=torch.channels_last)
-    total = epochs * (len(x) // 256)
-    opt = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
-    sched = torch.optim.lr_scheduler.OneCycleLR(opt, 6e-3, total_steps=total, pct_start=0.3)
-    for epoch in range(epochs):
-        model.train()
-        for i in batches(len(x), 256):
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = F.cross_entropy(model(augment(x[i])), y[i], label_smoothing=0.05)
-            opt.zero_grad()
-            loss.backward()
-            opt.step()
-            sched.step()
-        print(f"teacher epoch {epoch}: test {accuracy(model, xt, yt):.4f}", flush=True)
-    return model.eval()
-
-
-def keep_share(progress: float) -> float:
-    """Share of the patches that a training step sees: a quarter for most of the run, all at its end."""
-    return 0.25 if progress < 0.75 else 0.5 if progress < 0.9 else 1.0
-
-
-def train_student(x: Tensor, y: Tensor, xt: Tensor, yt: Tensor, teacher: nn.Module, args: argparse.Namespace):
-    from timm.layers import PatchDropout
-
-    model = build()
-    local_attention_(model)
-    model.patch_embed.stem[0].load_state_dict(teacher.stem.state_dict())
-    model.patch_embed.stem[1].load_state_dict(teacher.down[0].state_dict())
-    model.patch_embed.res.load_state_dict(teacher.res[0].state_dict())
-    if args.warm:
+def begin(warm: Path | None) -> Any:
+    """A model whose position embedding and blocks are those of an earlier one, every block of eight from its depth."""
+    model: Any = clutter.build()
+    if warm:
         from safetensors.torch import load_file
 
-        model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(args.warm).items()})
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim <= 1]
-    opt = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], lr=args.lr
-    )
-    start, best = time.time(), 0.0
-    budget, step, last = args.minutes * 60, 0, start
-    done = False
-    while not done:
-        for i in batches(len(x), args.batch):
-            progress = (time.time() - start) / budget
-            done = progress >= 1
-            if done:
-                break
-            share = keep_share(progress)
-            model.patch_drop = PatchDropout(1 - share, num_prefix_tokens=1) if share < 1 else nn.Identity()
-            lr = args.lr * min(1.0, (step + 1) / 100) * (0.5 * (1 + math.cos(math.pi * progress)) + 0.005)
-            for group in opt.param_groups:
-                group["lr"] = lr
-            model.train()
-            image = augment(x[i])
-            with torch.autocast("cpu", torch.bfloat16):
-                with torch.no_grad():
-                    soft = (teacher(image).float() / 2).softmax(-1)
-                logits = model(image).float()
-            hard = F.cross_entropy(logits, y[i])
-            kl = F.kl_div((logits / 2).log_softmax(-1), soft, reduction="batchmean") * 4
-            loss = 0.3 * hard + 0.7 * kl
+        old = {k: v.float() for k, v in load_file(warm).items()}
+        depth = 1 + max(int(k.split(".")[1]) for k in old if k.startswith("blocks."))
+        state = {k: v for k, v in old.items() if k.split(".")[0] in {"cls_token", "pos_embed", "norm"}}
+        for i in range(len(model.blocks)):
+            source = f"blocks.{round(i * (depth - 1) / (len(model.blocks) - 1))}."
+            state |= {f"blocks.{i}." + k.removeprefix(source): v for k, v in old.items() if k.startswith(source)}
+        wrong = model.load_state_dict(state, strict=False)
+        assert not wrong.unexpected_keys, wrong.unexpected_keys
+    return model
+
+
+def optimisers(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices, AdamW for all else."""
+    matrices = [p for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    return [
+        torch.optim.Muon(matrices, lr=rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(
+            [
+                {"params": [p for p in rest if p.ndim > 1], "weight_decay": 0.05},
+                {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
+            ],
+            lr=rate,
+        ),
+    ]
+
+
+def stages(text: str) -> Stages:
+    """``"40:200000,112:40000"`` as stages.
+
+    Raises:
+        ValueError: it is of another form, or a size does not go into patches of the full grid.
+    """
+    found = tuple((int(size), int(count)) for size, _, count in (part.partition(":") for part in text.split(",")))
+    for size, _ in found:
+        if size % clutter.PATCH or not 40 <= size <= clutter.SIZE:
+            raise ValueError(f"a stage's pixels are 40 to {clutter.SIZE} in steps of {clutter.PATCH}, got {size}")
+    return found
+
+
+def stage(seen: int, all_stages: Stages) -> int | None:
+    """Which stage a run is in that has seen so many pictures; None after the last."""
+    for i, (_, count) in enumerate(all_stages):
+        if seen < count:
+            return i
+        seen -= count
+    return None
+
+
+def parts(now: int, all_stages: Stages) -> list[tuple[int, int]]:
+    """Sizes of the pictures of one step, and how many of each: behind the first stage, most are as small as there.
+
+    What garments look like is learnt from the small ones, and to find them in clutter from the large.
+    """
+    size = all_stages[now][0]
+    return [(size, BATCH)] if now == 0 else [(size, LARGE), (all_stages[0][0], BATCH - LARGE)]
+
+
+def rate_at(seen: int, all_stages: Stages) -> float:
+    """Learning rate as a share of its highest: up over 200 steps, level, then down to nothing after the first stage."""
+    total, falling = sum(count for _, count in all_stages), sum(count for _, count in all_stages[1:])
+    return min(1.0, (seen / BATCH + 1) / 200, (total - seen) / max(falling, 1) + 0.002)
+
+
+def train(args: argparse.Namespace, data: Data, log: Log) -> nn.Module:
+    """Train until the last stage is over, with a checkpoint every ``--every`` seconds."""
+    torch.manual_seed(args.seed)
+    soft = soft_labels(data, args.state / "soft_labels.pt", args.teacher_epochs, log) if args.teacher_epochs else None
+    model = begin(args.warm)
+    opts = optimisers(model, args.lr)
+    seen, path = 0, args.state / "checkpoint.pt"
+    if path.exists():
+        kept = torch.load(path)
+        model.load_state_dict(kept["model"])
+        for opt, state in zip(opts, kept["optimisers"], strict=True):
+            opt.load_state_dict(state)
+        seen = kept["seen"]
+        torch.manual_seed(args.seed + seen)
+        log(f"going on after {seen} pictures")
+
+    def keep() -> None:
+        state = {"model": model.state_dict(), "optimisers": [o.state_dict() for o in opts], "seen": seen}
+        torch.save(state, path.with_suffix(".new"))
+        os.replace(path.with_suffix(".new"), path)
+
+    saved = told = time.monotonic()
+    sums: list[float] = []
+    model.train()
+    while (now := stage(seen, args.stages)) is not None:
+        size = args.stages[now][0]
+        loss = torch.zeros(())
+        for pixels, count in parts(now, args.stages):
+            index = torch.randint(len(data.labels), (count,))
+            pictures, flip = data.batch(index, pixels)
+            logits = forward(model, pictures, random_window=True)
+            own = F.cross_entropy(logits, data.labels[index], label_smoothing=0.05)
+            if pixels == size:
+                sums.append(float(own.detach()))
+            if soft is not None:
+                target = (soft[flip.long(), index] / 2).softmax(-1)
+                kl = F.kl_div((logits / 2).log_softmax(-1), target, reduction="batchmean") * 4
+                own = 0.3 * own + 0.7 * kl
+            loss = loss + own * (count / BATCH)
+        for opt in opts:
             opt.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for opt in opts:
+            for group in opt.param_groups:
+                group["lr"] = args.lr * rate_at(seen, args.stages)
             opt.step()
-            step += 1
-            if time.time() - last > 180:
-                last = time.time()
-                acc = accuracy(model, xt, yt, 1000)
-                print(
-                    f"{(last - start) / 60:5.1f} min step {step} ({step * args.batch / len(x):.2f} epochs) "
-                    f"keep {share} "
-                    f"loss {float(loss.detach()):.3f} first 1000 test images {acc:.4f}",
-                    flush=True,
-                )
-                save(model, args.out, {"top1_first_1000": acc, "steps": step, "unfinished": True})
-    model.patch_drop = nn.Identity()
-    best = accuracy(model, xt, yt)
-    print(f"student: test {best:.4f} after {step} steps, {step * args.batch / len(x):.2f} epochs", flush=True)
-    save(model, args.out, {"top1": best, "steps": step, "epochs": round(step * args.batch / len(x), 2)})
-
-
-def save(model: nn.Module, out: Path, notes: dict) -> None:
-    """Half-precision weights with the architecture and the measured accuracy in the header."""
-    from safetensors.torch import save_file
-
-    out.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        k: (v.detach().half() if v.is_floating_point() else v).contiguous() for k, v in model.state_dict().items()
-    }
-    header = {"architecture": json.dumps(MODEL), "mean": str(MEAN), "std": str(STD), "notes": json.dumps(notes)}
-    save_file(tensors, str(out / "vit_fashion.safetensors"), metadata=header)
-
-
-def save_sample(folder: Path, out: Path, count: int) -> None:
-    images, labels = load(folder, "t10k")
-    np.savez_compressed(
-        out / "fashion_sample.npz", images=images[:count].numpy(), labels=labels[:count].numpy().astype(np.uint8)
-    )
+        seen += BATCH
+        over = stage(seen, args.stages) != now
+        if over or time.monotonic() - saved > args.every:
+            keep()
+            saved = time.monotonic()
+        if over or time.monotonic() - told > 2 * args.every:
+            top1 = accuracy(model, *data.held(EVALUATED if over else 300, size))
+            mean = sum(sums) / len(sums)
+            text = f"{size} px, {seen} pictures, loss {mean:.3f}, held out at {size} px {top1:.3f}"
+            if over:
+                text += f", at {clutter.SIZE} px {accuracy(model, *data.held(EVALUATED)):.3f}"
+            log(text)
+            told, sums = time.monotonic(), []
+    return model.eval()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
-    parser.add_argument("--out", type=Path, default=Path("tokred/bench/data"))
-    parser.add_argument("--minutes", type=float, default=60, help="wall-clock budget of the transformer's training")
-    parser.add_argument("--teacher-epochs", type=int, default=6)
-    parser.add_argument("--teacher", type=Path, help="where the teacher's weights are kept between runs")
-    parser.add_argument("--warm", type=Path, help="go on from the weights of an earlier run")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--fashion", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
+    parser.add_argument("--photos", type=Path, required=True, help="scikit-image's folder of pictures")
+    parser.add_argument("--state", type=Path, required=True, help="where checkpoint, soft labels and log are kept")
+    parser.add_argument("--warm", type=Path, help="weights of an earlier embedded model, whose blocks are taken over")
+    parser.add_argument(
+        "--stages", type=stages, default="40:64000,80:22000,112:42000", help="pixels:pictures, from small to full"
+    )
+    parser.add_argument("--teacher-epochs", type=int, default=4, help="0: learn from the labels alone")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--every", type=float, default=120, help="seconds between two checkpoints")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sample", type=int, default=2000, help="test images that go into the package")
     args = parser.parse_args()
-    torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
-    (x, y), (xt, yt) = load(args.data, "train"), load(args.data, "t10k")
-    x, xt = prepare(x), prepare(xt)
-    if args.teacher and args.teacher.exists():
-        teacher = Teacher()
-        teacher.load_state_dict(torch.load(args.teacher))
-        teacher = teacher.to(memory_format=torch.channels_last).eval()
-    else:
-        teacher = train_teacher(x, y, xt, yt, args.teacher_epochs)
-        if args.teacher:
-            torch.save(teacher.state_dict(), args.teacher)
-    args.out.mkdir(parents=True, exist_ok=True)
-    save_sample(args.data, args.out, args.sample)
-    train_student(x, y, xt, yt, teacher, args)
+    args.state.mkdir(parents=True, exist_ok=True)
+    train(args, Data(args.fashion, args.photos), Log(args.state / "log.txt"))
 
 
 if __name__ == "__main__":

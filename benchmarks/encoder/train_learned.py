@@ -20,9 +20,21 @@ import torch
 from torch import Tensor, nn
 
 import tokred
-from benchmarks.encoder.train_embedded import augment, load, prepare
+from benchmarks.encoder.clutter import load
+from benchmarks.encoder.train_embedded import shifted
 from tokred import adapters, learn
 from tokred.bench import embedded
+from tokred.bench.data.model import MEAN, STD
+
+
+def prepare(images: Tensor) -> Tensor:
+    """Garments ``(N, 28, 28)`` uint8 as the model wants them, ``(N, 1, 28, 28)`` float32."""
+    return (images[:, None].float() / 255 - MEAN) / STD
+
+
+def augment(x: Tensor) -> Tensor:
+    """Mirror half of the garments and shift each a little; what comes in at the edges is black."""
+    return shifted(x + MEAN / STD) - MEAN / STD
 
 
 @torch.no_grad()

@@ -29,13 +29,16 @@ FLOORS: dict[str, int] = {
     "tokred.methods": 4,
     "tokred.adapters": 5,
     "tokred.patch": 6,
+    "tokred.settings": 7,
     "tokred.api": 7,
     "tokred.analysis": 8,
     "tokred": 9,
     "tokred.bench": 10,
     "tokred.tune": 10,
+    "tokred.eval": 10,
     "tokred.doctor": 10,
     "tokred.cli": 11,
+    "tokred.__main__": 12,
 }
 WINGS = ("encoder", "diffusion", "vlm", "kv")
 LONGEST = 400

@@ -17,7 +17,8 @@ pytest.importorskip("timm")
 import tokred
 from tests.encoder.tiny_timm import build
 from tokred.bench import benchmark as engine
-from tokred.bench import feeding, results, scoring
+from tokred.bench import intervals, results
+from tokred.bench.feeds import batches as feeding
 from tokred.bench.scoring import Scorer, Tally
 from tokred.bench.table import COLUMNS, HEADS, WIDTH, Benchmark
 
@@ -330,19 +331,22 @@ def test_bad_input_is_refused_before_anything_is_measured():
     model.register_forward_hook(lambda *_: calls.append(1))
     bad = [
         (ValueError, "data yields no batch", {"data": []}),
-        (TypeError, "data must be an iterable of batches, such as a DataLoader, got Tensor", {"data": data[0][0]}),
+        (TypeError, "data must be an iterable of batches, such as a DataLoader, .* got Tensor", {"data": data[0][0]}),
         (TypeError, "data must be", {"data": 3}),
         (ValueError, "without a tensor", {"data": ["a.png"]}),
         (tokred.UnknownMethodError, "tomee", {"methods": ["tomee r=3"]}),
         (TypeError, "no parameter 'q'", {"methods": ["tome q=3"]}),
         (ValueError, "methods is empty", {"methods": []}),
-        (ValueError, "benchmark measures those at block, cache", {"methods": ["tomesd"]}),
+        (tokred.MissingInputError, "offers only stage 'block': take a method of that", {"methods": ["tomesd"]}),
+        (ValueError, "run is 'backward'; allowed are 'auto', 'forward'", {"run": "backward"}),
+        (ValueError, "max_new_tokens must be a whole number", {"max_new_tokens": 0}),
+        (ValueError, "batch_size must be a whole number", {"batch_size": 0}),
         (ValueError, "metric is 'top2'; allowed are 'top1'", {"metric": "top2"}),
-        (ValueError, "does not fit the stage 'block'", {"metric": "perplexity"}),
+        (ValueError, "does not fit the run 'forward'", {"metric": "perplexity"}),
         (TypeError, "metric must be a name or a function", {"metric": 3}),
         (ValueError, "better is 'more'", {"better": "more"}),
         (ValueError, "rounds must be a whole number of at least 1, got 0", {"rounds": 0}),
-        (TypeError, r"model must be a torch.nn.Module, got str", {"model": "vit"}),
+        (TypeError, r"model must be a torch.nn.Module, a pipeline of diffusers, or .* got str", {"model": "vit"}),
         (tokred.UnknownModelError, "Linear is of no family", {"model": nn.Linear(2, 2)}),
     ]
     for kind, says, change in bad:
@@ -434,18 +438,18 @@ def test_a_missing_library_names_its_extra(monkeypatch, tmp_path):
 def test_intervals():
     """Of rights and wrongs, of values, and of perplexities, whose differences are ratios."""
     even = [1.0, 0.0] * 10
-    assert scoring.estimate(even, [1.0] * 20)[1:] == pytest.approx(results.wilson(0.5, 20))
-    same = scoring.paired(even, even, [1.0] * 20)
+    assert intervals.estimate(even, [1.0] * 20)[1:] == pytest.approx(results.wilson(0.5, 20))
+    same = intervals.paired(even, even, [1.0] * 20)
     half = results.NORMAL / 22
     assert same == pytest.approx((0, -half, half)), "no disagreement among twenty proves little"
-    values = scoring.estimate([1.0, 2.0, 3.0, 6.0], [1.0] * 4)
+    values = intervals.estimate([1.0, 2.0, 3.0, 6.0], [1.0] * 4)
     error = torch.tensor([1.0, 2.0, 3.0, 6.0]).std().item() / 2
     assert values == pytest.approx((3.0, 3 - 3.182 * error, 3 + 3.182 * error)), "Student's t of three degrees"
-    assert [scoring.student(n) for n in (1, 31, 10**6)] == pytest.approx([12.706, 2.0395, 1.96], rel=2e-3)
+    assert [intervals.student(n) for n in (1, 31, 10**6)] == pytest.approx([12.706, 2.0395, 1.96], rel=2e-3)
     share = Tally([1.0, 0.5], [1.0, 1.0], [1.0, 1.0]).record(Scorer("agreement", "higher"))
     assert (share["agreement_low"], share["agreement_high"], share["difference_low"]) == (0, 1, -1)
-    assert scoring.estimate([0.3], [4.0]) == (0.3, None, None)
-    assert scoring.estimate([1.0, 4.0], [3.0, 1.0]).value == 1.75
+    assert intervals.estimate([0.3], [4.0]) == (0.3, None, None)
+    assert intervals.estimate([1.0, 4.0], [3.0, 1.0]).value == 1.75
     tally = Tally([math.log(11), math.log(22)], [math.log(10), math.log(20)], [5.0, 5.0])
     record = tally.record(Scorer("perplexity", "lower"))
     assert record["perplexity"] == pytest.approx(math.sqrt(11 * 22))
@@ -469,7 +473,10 @@ BASE_ROW = ("unpatched", False, None, 0.0, 0.0, 1.0)
 
 def test_the_summary_says_whether_anything_beats_random():
     won = table(BASE_ROW, ("tome", False, 0.6, -0.01, 0.01, 1.5), ("random", True, 0.6, -0.1, 0.01, 1.5))
-    assert won.summary == "tome beats random at equal work, by 9.0 points (top1, 1 compared on 500 samples)."
+    assert won.summary == (
+        "tome beats random at equal work, by 9.0 points (top1, 1 compared on 500 samples; values of single samples "
+        "were not kept, so that the two count as measured on different samples)."
+    )
     level = table(BASE_ROW, ("tome", False, 0.6, -0.01, 0.01, 1.5), ("random", True, 0.6, -0.02, 0.01, 1.5))
     assert level.summary.startswith("No method beats a random choice at equal work beyond chance (top1, 1 compared")
     lost = table(BASE_ROW, ("tome", False, 0.6, -0.2, 0.01, 1.5), ("random", True, 0.6, -0.02, 0.01, 1.5))

@@ -42,6 +42,10 @@ FORMS = [
 ]
 
 
+# What a representation may name: `from tokred import *` and `from tokred.kv import *`.
+NAMES = {name: getattr(room, name) for room in (tokred.kv, tokred) for name in room.__all__}
+
+
 @pytest.mark.parametrize("name", tokred.list_methods())
 def test_settings_are_written_down_and_read_back(name):
     cls = methods.get(name)
@@ -52,6 +56,53 @@ def test_settings_are_written_down_and_read_back(name):
         assert hash(again) == hash(method)
         assert repr(again) == repr(method)
         assert repr(method).startswith(f"{cls.__name__}(")
+        assert eval(repr(method), NAMES) == method
+
+
+def test_a_representation_says_what_differs_from_the_defaults():
+    assert repr(tokred.ToMe()) == "ToMe()"
+    assert repr(tokred.ToMe(r=13)) == "ToMe(r=13)"
+    assert repr(tokred.ToMe(r=(8, -1))) == "ToMe(r=(8, -1))"
+    assert repr(tokred.ToMe(r=(8, 0.5))) == "ToMe(r=(8, 0.5))"
+    assert repr(tokred.SnapKV(budget=0.25, window=32)) == "SnapKV(budget=0.25, window=32)"
+    assert repr(tokred.kv.Adaptive(9)) == "Adaptive(amount=9, layers=Uniform(amount=9))"
+    # A budget of 1 is one token, one of 1.0 everything.
+    assert repr(tokred.StreamingLLM(budget=1.0, sinks=0)) != repr(tokred.StreamingLLM(budget=1, sinks=0))
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("ToMe", "tome"),
+        ("PiToMe", "pitome"),
+        ("ToMe SD", "tomesd"),
+        ("SnapKV", "snapkv"),
+        ("PruMerge+", "prumerge_plus"),
+        ("Zero-TPrune", "zero_tprune"),
+        ("Expected-Attention", "expected_attention"),
+        ("KthMerge", "kth"),
+        ("RandomMerge", "random"),
+    ],
+)
+def test_names_are_read_as_papers_write_them(text, name):
+    assert methods.get(text) is methods.get(name)
+    assert tokred.make(text).name == name
+
+
+def test_a_spelling_of_nothing_is_refused_with_the_nearest():
+    with pytest.raises(tokred.UnknownMethodError, match="no method is named 'ToMee'; did you mean 'tome'"):
+        tokred.make("ToMee")
+    with pytest.raises(tokred.UnknownMethodError, match=r"no method is named '\+'"):
+        tokred.make("+")
+
+
+def test_a_spelling_of_two_names_means_neither():
+    registry = Registry("tokred.nothing")
+    registry.add("ab_c", "m:A")
+    registry.add("a_bc", "m:B")
+    assert registry.resolve("AB-C") == "AB-C"
+    registry.add("abc", "m:C")
+    assert registry.resolve("ABC") == "abc", "the name itself, but for its case"
 
 
 @pytest.mark.parametrize("name", tokred.list_methods())

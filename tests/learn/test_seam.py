@@ -220,13 +220,16 @@ def test_files_that_cannot_be_read_say_why(tmp_path):
         (folder / "tokred.json").write_text(text.replace(old, new))
 
     written('"format": 1', '"format": 7')
-    with pytest.raises(ValueError, match=r"has format 7, written by tokred .*; this tokred reads formats up to 1"):
+    with pytest.raises(ValueError, match=r"format 7, written by tokred .*; this is tokred .*, which reads .* up to 1"):
         tokred.load(folder)
     written('"version": 1', '"version": 9')
     with pytest.raises(ValueError, match="settings of 'dynamicvit' have version 9, this tokred reads up to 1"):
         tokred.load(folder)
     written('"rho"', '"share"')
-    with pytest.raises(ValueError, match=r"does not fit this tokred's 'dynamicvit': .*'share'"):
+    with pytest.raises(
+        ValueError,
+        match=r"by tokred .*, does not fit the 'dynamicvit' of this tokred .*: .*'share'",
+    ):
         tokred.load(folder)
     written('"dynamicvit"', '"dynamicvat"')
     with pytest.raises(tokred.UnknownMethodError, match="did you mean 'dynamicvit'"):

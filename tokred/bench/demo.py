@@ -6,6 +6,7 @@ batch, and the same forwards give the predictions and the times.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from tokred.bench import arms as arms_of
 from tokred.bench import embedded, plots, timing
 from tokred.bench import results as outputs
 from tokred.bench.arms import Arm
+from tokred.core.settings import parse_setting
 
 METHODS = ("tome", "pitome", "evit", "random")
 COUNTS, QUICK_COUNTS = (8, 12, 16), (8, 16)  # what two cores do in under two minutes
@@ -54,15 +56,99 @@ def choose(
     counts: Sequence[int] = COUNTS,
     methods: Sequence[str] = METHODS,
 ) -> list[Arm]:
-    """The unpatched model, methods with an ``r`` at each count, and the others where they cost as much as ToMe does."""
+    """The unpatched model and the arms that settings name.
+
+    Of a name alone: methods with an ``r`` at each count, and the others where they cost as much as ToMe does.
+    """
     chosen = [arms_of.unpatched(model, shape)]
     targets = [arms_of.arm(model, shape, "tome", r=r).macs for r in counts]
-    for name in methods:
-        if arms_of.knob(name)[0] == "r":
+    for text in methods:
+        name, parameters = parse_setting(text)
+        if parameters:
+            chosen.append(arms_of.arm(model, shape, name, **parameters))
+        elif arms_of.knob(name)[0] == "r":
             chosen += [arms_of.arm(model, shape, name, r=r) for r in counts]
         else:
             chosen += arms_of.ladder(model, shape, [name], targets)
-    return chosen
+    return list({arm.label: arm for arm in chosen}.values())
+
+
+class Rounds:
+    """A run of the demo, a batch a round: all arms on it, timed, in a new random order.
+
+    Args:
+        model: unpatched; it is so again after each round.
+        arms: the first is what the others are compared with.
+        images: ``(N, C, H, W)`` normalised.
+        labels: ``(N,)``.
+        batch: images of a round; those that do not fill a last batch are left out.
+        seed: of the arms' order.
+
+    Raises:
+        ValueError: there are fewer images than one batch.
+    """
+
+    def __init__(
+        self, model: nn.Module, arms: Sequence[Arm], images: Tensor, labels: Tensor, *, batch: int = 50, seed: int = 0
+    ) -> None:
+        self.model, self.arms, self.batch, self.seed = model, list(arms), batch, seed
+        self.total = len(images) // batch
+        if self.total < 1:
+            raise ValueError(f"a batch of {batch} needs as many images, got {len(images)}")
+        self._pixels, self._labels = images, labels
+        self._answers = torch.empty(len(arms), len(images), dtype=torch.int64)
+        self._seconds: list[list[float]] = []  # [round][arm]
+        self.interrupted = False
+
+    @property
+    def images(self) -> int:
+        """Images that every arm has classified."""
+        return len(self._seconds) * self.batch
+
+    def run(self, tick: Callable[[], None] | None = None) -> None:
+        """All rounds; ``tick`` is called after every arm of each. Ctrl-C ends them after those that are complete.
+
+        Raises:
+            KeyboardInterrupt: there was Ctrl-C.
+        """
+        entries = [lambda a=a: a.applied(self.model) for a in self.arms]
+        for i in range(len(self._seconds), self.total):
+            span = slice(i * self.batch, (i + 1) * self.batch)
+
+            def collect(arm: int, _: int, logits: Tensor, span: slice = span) -> None:
+                self._answers[arm, span] = logits.argmax(1)
+                if tick is not None:
+                    tick()
+
+            try:
+                found = timing.paired(
+                    entries,
+                    lambda _, x=self._pixels[span]: self.model(x),
+                    1,
+                    warmup=1 if i == 0 else 0,
+                    seed=self.seed + i,
+                    collect=collect,
+                )
+            except KeyboardInterrupt:
+                self.interrupted = True
+                raise
+            self._seconds.append([one[0] for one in found])
+
+    def rows(self) -> list[Row]:
+        """Figures of the rounds so far; empty where none is complete."""
+        if not self._seconds:
+            return []
+        count = self.images
+        answers, labels = self._answers[:, :count], self._labels[:count]
+        turned = [list(one) for one in zip(*self._seconds, strict=True)]
+        timings = timing.summarise(turned, [self.batch] * len(self._seconds))
+        hits = answers == labels
+        right = hits.double().mean(1).tolist()
+        error = ((hits != hits[0]).sum(1).double().sqrt() / count).tolist()
+        same = (answers == answers[0]).double().mean(1).tolist()
+        return [
+            Row(arm, right[i], right[i] - right[0], error[i], same[i], timings[i]) for i, arm in enumerate(self.arms)
+        ]
 
 
 def measure(
@@ -75,46 +161,19 @@ def measure(
     seed: int = 0,
     tick: Callable[[], None] | None = None,
 ) -> list[Row]:
-    """Classify all images with every arm, timed.
-
-    Args:
-        model: unpatched; it is so again afterwards.
-        arms: the first is what the others are compared with.
-        images: ``(N, C, H, W)`` normalised.
-        labels: ``(N,)``.
-        batch: images of a round; those that do not fill a last batch are left out.
-        seed: of the arms' order.
-        tick: called ``len(arms) * (rounds + 1)`` times.
+    """Classify all images with every arm, timed; see :class:`Rounds`.
 
     Raises:
         ValueError: there are fewer images than one batch.
     """
-    rounds = len(images) // batch
-    if rounds < 1:
-        raise ValueError(f"a batch of {batch} needs as many images, got {len(images)}")
-    images, labels = images[: rounds * batch], labels[: rounds * batch]
-    answers = torch.empty(len(arms), len(images), dtype=torch.int64)
-
-    def run(i: int) -> Tensor:
-        out: Tensor = model(images[i * batch : (i + 1) * batch])
-        return out
-
-    def collect(arm: int, i: int, logits: Tensor) -> None:
-        answers[arm, i * batch : (i + 1) * batch] = logits.argmax(1)
-
-    entries = [lambda a=a: a.applied(model) for a in arms]
-    seconds = timing.paired(entries, run, rounds, seed=seed, collect=collect, tick=tick)
-    timings = timing.summarise(seconds, [batch] * rounds)
-    hits = answers == labels
-    right = hits.double().mean(1).tolist()
-    error = ((hits != hits[0]).sum(1).double().sqrt() / len(labels)).tolist()
-    same = (answers == answers[0]).double().mean(1).tolist()
-    return [Row(arm, right[i], right[i] - right[0], error[i], same[i], timings[i]) for i, arm in enumerate(arms)]
+    rounds = Rounds(model, arms, images, labels, batch=batch, seed=seed)
+    rounds.run(tick)
+    return rounds.rows()
 
 
 def ticks(arms: Sequence[Arm], count: int, batch: int) -> int:
     """Number of times that :func:`measure` will call ``tick``."""
-    return len(arms) * (count // batch + 1)
+    return len(arms) * (count // batch)
 
 
 def records(rows: Sequence[Row], images: int, batch: int) -> list[dict[str, Any]]:
@@ -174,32 +233,37 @@ def _grid(model: Any) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
-def write(
-    rows: Sequence[Row],
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    folder: Path,
-    *,
-    batch: int = 50,
-    force: bool = False,
-) -> list[Path]:
-    """Write the table, the plot and the picture; returns their paths."""
-    paths = outputs.free(folder, FILES, force=force)
-    count = len(images) // batch * batch
-    flat = records(rows, count, batch)
-    paths["demo.csv"].unlink(missing_ok=True)
-    table = outputs.read(outputs.write(paths["demo.csv"], flat))
-    where = flat[0]
+def needs() -> None:
+    """Ask for what drawing needs before anything is measured.
+
+    Raises:
+        ImportError: matplotlib or pandas is not installed.
+    """
+    for name in ("matplotlib", "pandas"):
+        if importlib.util.find_spec(name) is None:
+            raise ImportError(f"the demo's pictures need {name}: pip install 'tokred[bench]'")
+
+
+def save(path: Path, rows: Sequence[Row], images: int, batch: int) -> Path:
+    """Write the table, which needs no other library, in place of one that is there."""
+    path.unlink(missing_ok=True)
+    return outputs.write(path, records(rows, images, batch))
+
+
+def draw(
+    rows: Sequence[Row], model: nn.Module, images: Tensor, labels: Tensor, paths: dict[str, Path], *, batch: int = 50
+) -> None:
+    """Draw the plot of a table that was saved, and the picture of what was merged."""
+    flat = records(rows, len(images) // batch * batch, batch)
+    count, where = flat[0]["images"], flat[0]
     figure = plots.pareto(
-        outputs.wide(table),
+        outputs.wide(outputs.read(paths["demo.csv"])),
         title="Fewer tokens: accuracy against speed",
         note=(
             f"Embedded ViT (197 tokens), {count} test images of Fashion-MNIST, batch {batch}, float32, "
             f"{where['threads']} threads, {where['device']}. Across: median and quartiles of {count // batch} rounds. "
-            "Up and down: 95 % interval of the difference to the unpatched model."
+            "Up and down: 95 % interval of the difference to the unpatched model. Up and right is better."
         ),
     )
     plots.save(figure, paths["demo.png"])
     plots.save(picture(model, images, labels), paths["merged.png"])
-    return list(paths.values())

@@ -116,12 +116,19 @@ def read(path: Path, size: tuple[int, int], channels: int, crop: float = 1.0) ->
     """
     from PIL import Image
 
-    high, wide = size
     try:
         with Image.open(path) as file:
             picture = file.convert("RGB" if channels == 3 else "L")
     except OSError as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
+    return fitted(picture, size, channels, crop)
+
+
+def fitted(picture: Any, size: tuple[int, int], channels: int, crop: float = 1.0) -> Tensor:
+    """A picture of PIL's as ``(C, H, W)`` uint8: the middle of it at the aspect of ``size``, resized."""
+    from PIL import Image
+
+    high, wide = size
     scale = min(picture.width / wide, picture.height / high) * crop
     half_w, half_h = wide * scale / 2, high * scale / 2
     x, y = picture.width / 2, picture.height / 2

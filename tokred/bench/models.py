@@ -1,11 +1,7 @@
-"""Models that a benchmark can be run on, by name: the embedded one, DINOv2 of the zoo, timm's, transformers'."""
+"""Models of images by name, with a function that reads their answers: for pictures, and for features beside logits."""
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import importlib.util
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from tokred.api import Expose
-from tokred.bench import embedded
-from tokred.core import environment
+from tokred.bench import sources
+from tokred.bench.sources import NoModelError as NoModelError
+from tokred.bench.sources import Options, Source
+from tokred.bench.sources.embedded_models import zoo as zoo
 
 
 class Answer(NamedTuple):
@@ -61,99 +59,72 @@ class Subject:
         return (1, self.channels, *self.size)
 
 
-class NoModelError(Exception):
-    """There is no such model, or its weights cannot be had; the message says what to do."""
-
-
 def load(name: str, *, size: int | None = None, random_weights: bool = False) -> Subject:
-    """A model by its name.
+    """A model of images by its name.
 
     Args:
-        name: ``embedded``, ``dinov2``, ``hf:`` and a transformers id or local folder, or a name of timm's.
+        name: see :func:`tokred.bench.sources.model`; of models of images and text, the tower that sees is taken.
         size: height and width of the images, where the model can be built for others than its own.
         random_weights: do not load weights: for speed alone.
 
     Raises:
-        NoModelError: see there.
+        NoModelError: there is no such model, or it is none of images.
     """
-    if name == "embedded":
-        return _embedded(random_weights)
-    if name == "dinov2":
-        return _dinov2(size or 224)
-    if name.startswith("hf:"):
-        return _transformers(name.removeprefix("hf:"), random_weights)
-    return _timm(name, size, random_weights)
+    return of(sources.model(name, Options(size=size, random_weights=random_weights)))
 
 
-def skeleton(name: str) -> tuple[nn.Module, tuple[int, int, int, int]]:
-    """A model without trained weights and the shape of its input, for questions about its structure.
+def of(source: Source) -> Subject:
+    """A model of images that was found by name.
 
     Raises:
-        NoModelError: there is no such model.
+        NoModelError: it is none of images.
     """
-    if name == "dinov2":
-        name = "vit_small_patch14_dinov2"
-    subject = load(name, random_weights=True)
-    return subject.model, subject.shape
-
-
-def _embedded(random_weights: bool) -> Subject:
-    from tokred.bench.data.model import MEAN, STD, build
-
-    try:
-        model: Any = build().eval() if random_weights else embedded.load()
-    except (OSError, ImportError, ValueError) as error:
-        raise NoModelError(str(error)) from error
+    seen = source.images
+    if seen is None or source.kind not in ("encoder", "dual encoder"):
+        raise NoModelError(
+            f"{source.name} is of kind {source.kind}, and this command is for encoders of images: `tokred list "
+            f"{source.name}` says which methods run on it, `tokred bench {source.name}` measures them"
+        )
+    model = _tower(source)
+    read = _dinov2(model) if source.name == "dinov2" and source.weights == "trained" else _read(source, model)
+    # At full length, merged tokens count in DINOv2's mean by their size, and the saliency head finds its grid.
+    expose: Expose = "last" if source.name == "dinov2" else "auto"
     return Subject(
-        "embedded", model, (28, 28), 1, (MEAN,), (STD,), 10, read_timm(model), weights=_origin(random_weights)
+        source.name,
+        model,
+        seen.size,
+        seen.channels,
+        seen.mean,
+        seen.std,
+        source.classes,
+        read,
+        expose,
+        seen.crop,
+        source.weights,
     )
 
 
-def _origin(random_weights: bool) -> str:
-    return "random" if random_weights else "trained"
+def _tower(source: Source) -> nn.Module:
+    """The tower that sees, of a model of two."""
+    if source.kind == "encoder":
+        return source.module
+    inner: Any = source.model
+    found: nn.Module = getattr(inner, "vision_model", None) or getattr(inner, "visual", inner)
+    return found.eval()
 
 
-def zoo(module: str) -> Any:
-    """A module of ``benchmarks.zoo``, which only a checkout of the repository has.
-
-    Raises:
-        NoModelError: tokred is installed as a package.
-    """
-    root = environment.checkout()
-    if root is None or not (root / "benchmarks" / "zoo").is_dir():
-        raise NoModelError(
-            "real weights and data of the zoo (dinov2, photos, textile, fashion) are read by benchmarks/zoo, "
-            "which only a checkout of tokred's repository has: run `pip install -e .` there, or give another --model "
-            "or --images FOLDER"
-        )
-    if "benchmarks" not in sys.modules:
-        # By its place: with the root on sys.path, its folder `kernels` would pass for another package of that name.
-        place = root / "benchmarks"
-        spec = importlib.util.spec_from_file_location(
-            "benchmarks", place / "__init__.py", submodule_search_locations=[str(place)]
-        )
-        if spec is None or spec.loader is None:
-            raise NoModelError(f"{place} cannot be imported")
-        sys.modules["benchmarks"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["benchmarks"])
-    return importlib.import_module(f"benchmarks.zoo.{module}")
-
-
-def _dinov2(size: int) -> Subject:
-    carriers, source = zoo("carriers"), zoo("dinov2")
-    data = zoo("data")
-    try:
-        model = source.load_timm(size)
-    except (carriers.MissingWeights, carriers.WrongHash, ValueError) as error:
-        raise NoModelError(str(error)) from error
+def _read(source: Source, model: nn.Module) -> Callable[[Tensor], Answer]:
+    if source.library == "transformers" or hasattr(model, "base_model"):
+        return _read_transformers(model, bool(source.classes))
+    if hasattr(model, "forward_features"):
+        return read_timm(model)
 
     def read(images: Tensor) -> Answer:
-        tokens = model.forward_features(images)
-        patches = tokens[:, 1:]
-        return Answer(None, torch.cat([tokens[:, 0], patches.mean(1)], 1), patches)
+        found = model(images)
+        pooled = found if isinstance(found, Tensor) else found[0]
+        return Answer(None, pooled.flatten(1), None)
 
-    # At full length, merged tokens count in the mean by their size, and the saliency head finds its grid.
-    return Subject("dinov2", model, (size, size), 3, data.MEAN, data.STD, 0, read, expose="last")
+    return read
 
 
 def read_timm(model: Any) -> Callable[[Tensor], Answer]:
@@ -168,82 +139,13 @@ def read_timm(model: Any) -> Callable[[Tensor], Answer]:
     return read
 
 
-def _timm(name: str, size: int | None, random_weights: bool) -> Subject:
-    try:
-        import timm
-    except ImportError as error:
-        raise NoModelError(f"{name!r} would be a model of timm's, which is not installed: pip install timm") from error
-    if not timm.is_model(name.partition(".")[0]) and "/" not in name:
-        known = ["embedded", "dinov2", *timm.list_models()]
-        near = [k for k in known if k.startswith(name)][:3] or difflib.get_close_matches(name, known, n=3)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "`embedded` is always there"
-        raise NoModelError(f"no model is named {name!r}; {hint} A model of transformers is written hf:NAME")
-    options: dict[str, Any] = {} if size is None else {"img_size": size}
-    try:
-        model: Any = timm.create_model(name, pretrained=not random_weights, **options).eval()
-    except OSError as error:
-        raise NoModelError(_no_download(name, error)) from error
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise NoModelError(f"timm cannot make {name!r}: {_first_line(error)}") from error
-    config = timm.data.resolve_data_config({}, model=model)
-    channels, high, wide = config["input_size"]
-    high, wide = (size, size) if size else (high, wide)
-    return Subject(
-        name,
-        model,
-        (int(high), int(wide)),
-        int(channels),
-        tuple(config["mean"]),
-        tuple(config["std"]),
-        int(getattr(model, "num_classes", 0)),
-        read_timm(model),
-        crop=float(config["crop_pct"]),
-        weights=_origin(random_weights),
-    )
+def _dinov2(model: Any) -> Callable[[Tensor], Answer]:
+    def read(images: Tensor) -> Answer:
+        tokens = model.forward_features(images)
+        patches = tokens[:, 1:]
+        return Answer(None, torch.cat([tokens[:, 0], patches.mean(1)], 1), patches)
 
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _no_download(name: str, error: Exception) -> str:
-    return (
-        f"the weights of {name!r} cannot be had ({_first_line(error)}). Without a network, use a model whose "
-        "weights are in the cache or in a local folder (hf:FOLDER), --model embedded, or --random-weights for speed"
-    )
-
-
-def _transformers(name: str, random_weights: bool) -> Subject:
-    try:
-        from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
-    except ImportError as error:
-        raise NoModelError("hf:NAME needs transformers: pip install transformers") from error
-    try:
-        config = AutoConfig.from_pretrained(name)
-        head = any(a.endswith("ForImageClassification") for a in config.architectures or ())
-        kind = AutoModelForImageClassification if head else AutoModel
-        model: Any = kind.from_config(config) if random_weights else kind.from_pretrained(name)
-    except OSError as error:
-        raise NoModelError(_no_download(f"hf:{name}", error)) from error
-    except ValueError as error:
-        raise NoModelError(f"transformers cannot make {name!r}: {_first_line(error)}") from error
-    # Of a model of images and text, the tower that sees.
-    model = getattr(model, "vision_model", model).eval()
-    config = model.config
-    size = getattr(config, "image_size", 224)
-    high, wide = (size, size) if isinstance(size, int) else tuple(size)[:2]
-    mean, std = _processor(name)
-    return Subject(
-        f"hf:{name}",
-        model,
-        (int(high), int(wide)),
-        int(getattr(config, "num_channels", 3)),
-        mean,
-        std,
-        int(config.num_labels) if head else 0,
-        _read_transformers(model, head),
-        weights=_origin(random_weights),
-    )
+    return read
 
 
 def _read_transformers(model: Any, head: bool) -> Callable[[Tensor], Answer]:
@@ -254,14 +156,3 @@ def _read_transformers(model: Any, head: bool) -> Callable[[Tensor], Answer]:
         return Answer(model(pixel_values=images).logits if head else None, features, None)
 
     return read
-
-
-def _processor(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation that the model's files name, or one half."""
-    from transformers import AutoImageProcessor
-
-    try:
-        found = AutoImageProcessor.from_pretrained(name)
-        return tuple(found.image_mean), tuple(found.image_std)
-    except (OSError, ValueError, ImportError, AttributeError, TypeError):
-        return (0.5,) * 3, (0.5,) * 3

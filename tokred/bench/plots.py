@@ -5,14 +5,16 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tokred.analysis.viz.canvas import COLOURS, MARKERS, grid, pyplot, save
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["COLOURS", "MARKERS", "Panel", "grid", "lines", "pareto", "pyplot", "save"]
+    from tokred.bench.standing import Units
+
+__all__ = ["COLOURS", "MARKERS", "Panel", "benchmark", "grid", "lines", "pareto", "pyplot", "save"]
 
 BASE = "unpatched"
 NAMES = {
@@ -43,6 +45,8 @@ LABELS = {
     "peak_mib": "peak memory (MiB)",
     "forward_mib": "memory of a forward (MiB)",
 }
+# Where the text beside a point stands, so that those of neighbouring lines do not cover one another.
+SLOTS = ((5, 5, "left"), (5, -10, "left"), (-5, -10, "right"), (-5, 5, "right"))
 
 
 def pareto(
@@ -91,44 +95,88 @@ def _panel(axis: Any, frame: pd.DataFrame, x: str, measure: str) -> None:
     arms = frame[(frame["method"] != BASE) & frame[measure].notna()]
     names = list(dict.fromkeys(frame.loc[frame["method"] != BASE, "method"]))
     if len(base):
-        bx, by = float(base[x].iloc[0]), scale * float(base[measure].iloc[0])
-        axis.axvline(bx, color="#999999", linewidth=0.8, linestyle=":")
-        axis.axhline(by, color="#999999", linewidth=0.8, linestyle=":")
-        axis.plot(bx, by, "*", color="black", markersize=15, label="unpatched", zorder=5, linestyle="none")
+        _star(axis, float(base[x].iloc[0]), scale * float(base[measure].iloc[0]))
+    # The interval of a difference on the same images tells more than that of the measure itself.
+    spread = f"{measure}_difference" if f"{measure}_difference_low" in frame else measure
     for i, name in enumerate(names):
         rows = arms[arms["method"] == name].sort_values("gmacs", ascending=False)
         if len(rows):
-            _line(axis, rows, x, measure, scale, i, NAMES.get(name, name))
-    axis.set_xlabel(LABELS.get(x, x))
-    axis.set_ylabel(LABELS.get(measure, measure))
+            notes = "setting" if i == 0 else ""
+            _curve(axis, rows, x, measure, look(i), NAMES.get(name, name), times=scale, spread=spread, notes=notes)
+    _dress(axis, LABELS.get(x, x), LABELS.get(measure, measure))
+
+
+class Look(NamedTuple):
+    """How a line is drawn."""
+
+    colour: str
+    marker: str
+    style: str
+    size: float = 6
+    open: bool = False
+    slot: int = 0  # of :data:`SLOTS`
+
+
+def look(i: int) -> Look:
+    """That of the i-th line: beyond eight, colours come again with other markers and broken lines."""
+    turn, colour = divmod(i, len(COLOURS))
+    return Look(COLOURS[colour], MARKERS[(i + 3 * turn) % len(MARKERS)], ("-", "--", ":", "-.")[turn % 4])
+
+
+def _curve(
+    axis: Any,
+    rows: pd.DataFrame,
+    x: str,
+    y: str,
+    drawn: Look,
+    name: str,
+    *,
+    times: float = 1.0,
+    spread: str = "",
+    notes: str = "",
+) -> None:
+    """One line with the intervals of both coordinates, where they are known, and texts beside its points.
+
+    Args:
+        axis: to draw on.
+        rows: its points, in their order.
+        x, y: columns.
+        drawn: its look; without a marker it has no intervals.
+        name: in the legend.
+        times: what values of ``y`` are multiplied by.
+        spread: the column whose ends are the interval of ``y``; empty: ``y`` itself.
+        notes: a column of texts.
+    """
+    xs, ys = rows[x].to_numpy(), times * rows[y].to_numpy()
+    face = "white" if drawn.open else drawn.colour
+    axis.plot(xs, ys, color=drawn.colour, linestyle=drawn.style, marker=drawn.marker, markersize=drawn.size,
+              markerfacecolor=face, linewidth=1.5, label=name, zorder=3)  # fmt: skip
+    for column, by, which in ((x, 1.0, "xerr"), (spread or y, times, "yerr")):
+        if drawn.marker and f"{column}_low" in rows and rows[f"{column}_low"].notna().any():
+            middle = rows[column].to_numpy()
+            ends = [middle - rows[f"{column}_low"].to_numpy(), rows[f"{column}_high"].to_numpy() - middle]
+            spans = [(by * end).clip(min=0) for end in ends]
+            axis.errorbar(xs, ys, fmt="none", ecolor=drawn.colour, elinewidth=1, alpha=0.45, zorder=2, **{which: spans})
+    for px, py, said in zip(xs, ys, rows[notes] if notes else (), strict=False):
+        *put, side = SLOTS[drawn.slot]
+        axis.annotate(
+            str(said), (px, py), textcoords="offset points", xytext=put, ha=side, fontsize=7, color=drawn.colour
+        )
+
+
+def _star(axis: Any, x: float, y: float) -> None:
+    """The unpatched model, with lines through it."""
+    axis.axvline(x, color="#999999", linewidth=0.8, linestyle=":")
+    axis.axhline(y, color="#999999", linewidth=0.8, linestyle=":")
+    axis.plot(x, y, "*", color="black", markersize=15, label=BASE, zorder=5, linestyle="none")
+
+
+def _dress(axis: Any, x: str, y: str) -> None:
+    axis.set(xlabel=x, ylabel=y)
     axis.grid(color="#dddddd", linewidth=0.6)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
     axis.margins(0.07)
-
-
-def _line(axis: Any, rows: pd.DataFrame, x: str, measure: str, scale: float, i: int, name: str) -> None:
-    turn = i // len(COLOURS)  # beyond eight methods, colours come again with other markers and broken lines
-    colour, marker = COLOURS[i % len(COLOURS)], MARKERS[(i + 3 * turn) % len(MARKERS)]
-    style = ("-", "--", ":", "-.")[turn % 4]
-    xs, ys = rows[x].to_numpy(), scale * rows[measure].to_numpy()
-    axis.plot(xs, ys, marker=marker, markersize=6, linewidth=1.6, color=colour, linestyle=style, label=name, zorder=3)
-    _bars(axis, rows, x, measure, scale, colour)
-    if i == 0:
-        for px, py, text in zip(xs, ys, rows["setting"], strict=True):
-            axis.annotate(text, (px, py), textcoords="offset points", xytext=(5, 6), fontsize=8, color=colour)
-
-
-def _bars(axis: Any, rows: pd.DataFrame, x: str, y: str, scale: float, colour: str) -> None:
-    """The intervals of both coordinates, where they are known."""
-    xs, ys = rows[x].to_numpy(), scale * rows[y].to_numpy()
-    paired = f"{y}_difference"
-    for name, by, which in ((x, 1.0, "xerr"), (paired if f"{paired}_low" in rows else y, scale, "yerr")):
-        if f"{name}_low" in rows and rows[f"{name}_low"].notna().any():
-            middle = rows[name].to_numpy()
-            ends = [middle - rows[f"{name}_low"].to_numpy(), rows[f"{name}_high"].to_numpy() - middle]
-            spans = [(by * end).clip(min=0) for end in ends]
-            axis.errorbar(xs, ys, fmt="none", ecolor=colour, elinewidth=1, alpha=0.45, zorder=2, **{which: spans})
 
 
 @dataclass(frozen=True)
@@ -198,18 +246,10 @@ def _draw(axis: Any, frame: pd.DataFrame, panel: Panel, by: str, names: Sequence
         axis.barh(order[by], panel.times * order[panel.y], color=COLOURS[0])
     for i, name in enumerate(names):
         rows = there[there[by] == name]
-        if not panel.x or not len(rows):
-            continue
-        rows = rows.sort_values(panel.order or panel.x)
-        turn, colour = divmod(i, len(COLOURS))
-        style = ("-", "--", ":", "-.")[turn % 4]
-        marker = MARKERS[(turn + colour) % len(MARKERS)] if marks else ""
-        axis.plot(rows[panel.x], panel.times * rows[panel.y], color=COLOURS[colour], linestyle=style, marker=marker,
-                  lw=1.1, ms=4, label=name)  # fmt: skip
-        if marks:
-            _bars(axis, rows, panel.x, panel.y, panel.times, COLOURS[colour])
-        for x, y, text in zip(rows[panel.x], rows[panel.y], rows[panel.notes] if panel.notes else (), strict=False):
-            axis.annotate(str(text), (x, panel.times * y), fontsize=6, xytext=(3, 3), textcoords="offset points")
+        if panel.x and len(rows):
+            drawn = look(i)._replace(size=4) if marks else look(i)._replace(marker="")
+            rows = rows.sort_values(panel.order or panel.x)
+            _curve(axis, rows, panel.x, panel.y, drawn, name, times=panel.times, notes=panel.notes)
     if panel.level is not None:
         draw = axis.axhline if panel.x else axis.axvline
         draw(panel.times * panel.level[0], color="black", linewidth=1, label=panel.level[1])
@@ -222,3 +262,88 @@ def _draw(axis: Any, frame: pd.DataFrame, panel: Panel, by: str, names: Sequence
         axis.set_xticks(*panel.ticks)
         axis.minorticks_off()
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def benchmark(
+    frame: pd.DataFrame,
+    units: Units,
+    title: str,
+    joined: Sequence[tuple[Any, Any]] = (),
+    *,
+    base: str = BASE,
+    word: str = "work",
+) -> Any:
+    """A benchmark's rows: quality against speed-up, and against work where it is known; up and right is better.
+
+    Args:
+        frame: of :meth:`~tokred.bench.table.Benchmark.to_pandas`.
+        units: of the metric.
+        title: above everything.
+        joined: pairs of rows of equal work, which thin lines join.
+        base: method of the unpatched model's row.
+        word: what there is less of: work, or bytes.
+
+    Returns:
+        A matplotlib figure.
+    """
+    times = 100.0 if units.percent else 1.0
+    frame = _drawable(frame, units, base)
+    dense, arms = frame[frame["method"] == base], frame[frame["method"] != base]
+    columns = [("speedup", "times as fast as the unpatched model")]
+    if arms["saved"].notna().any():
+        columns.append(("saved", f"{word} saved (%)"))
+    figure, axes = pyplot().subplots(
+        1, len(columns), figsize=(2.4 + 5.0 * len(columns), 4.8), squeeze=False, layout="constrained", sharey=True
+    )
+    names = list(dict.fromkeys(arms["method"]))
+    plain = [n for n in names if bool(arms.loc[arms["method"] == n, "baseline"].all())]
+    own = [n for n in names if n not in plain]
+    for axis, (x, xlabel) in zip(axes[0], columns, strict=True):
+        for i, (a, b) in enumerate(joined):
+            ends = [r["speedup"] if x == "speedup" else 100 * (1 - r["work"]) for r in (a, b)]
+            said = "_" if i else f"to random, equal {word}"
+            axis.plot(
+                ends, [times * r["quality"] for r in (a, b)], color="#bbbbbb", linewidth=0.8, zorder=1, label=said
+            )
+        for name in (*own, *plain):
+            rows = arms[(arms["method"] == name) & arms[x].notna()].sort_values(x)
+            if len(rows):
+                # Texts beside points would cover one another in both panels: one is enough.
+                notes = "setting" if name in own and x == "speedup" else ""
+                drawn = look(own.index(name)) if name in own else _grey(plain.index(name))
+                drawn = drawn._replace(slot=own.index(name) % len(SLOTS) if name in own else 0)
+                _curve(axis, rows, x, "quality", drawn, NAMES.get(name, name), times=times, spread="drawn", notes=notes)
+        if len(dense):
+            _star(axis, 1.0 if x == "speedup" else 0.0, times * float(dense["quality"].iloc[0]))
+        _dress(axis, f"{xlabel} \u2192", "")
+    direction = "" if units.sign > 0 else ", lower is better"
+    axes[0][0].set_ylabel(f"{units.metric}{' (%)' if units.percent else ''}{direction} \u2191")
+    if units.sign < 0:
+        axes[0][0].invert_yaxis()
+    handles = dict(zip(*reversed(axes[0][0].get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles.keys(), frameon=False, fontsize=8, loc="outside right center")
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    note = "bars: 95 % interval of the difference to the unpatched model on the same samples; quartiles of the speed"
+    figure.supxlabel(note, fontsize=7.5, color="#555555", x=0.01, ha="left")
+    return figure
+
+
+def _drawable(frame: pd.DataFrame, units: Units, base: str) -> pd.DataFrame:
+    """Measured rows as numbers, with the share of work that is ``saved``, and ``drawn``, the quality with its ends."""
+    frame = frame[frame["quality"].notna()]
+    numbers = [n for n in frame if str(n).split("_")[0] in ("quality", "speedup", "difference")]
+    frame = frame.astype(dict.fromkeys(numbers, float))
+    dense = frame.loc[frame["method"] == base, "quality"]
+    level = float(dense.iloc[0]) if len(dense) else float("nan")
+    ends = {}
+    for name in ("low", "high"):
+        end = frame[f"difference_{name}"]
+        # Around the row's own value: on a fixed base, whose own chance both share.
+        at = level * (1 + end) if units.ratio else level + end
+        ends[f"drawn_{name}"] = at.where(frame["method"] != base)
+    return frame.assign(saved=100 * (1 - frame["work"].astype(float)), drawn=frame["quality"], **ends)
+
+
+def _grey(i: int) -> Look:
+    """Of methods that choose nothing: greys with open markers, apart from any colour."""
+    return Look(("#555555", "#888888", "#aaaaaa")[i % 3], "xsov"[i % 4], (":", "--", "-.")[i % 3], 6, open=True)

@@ -146,7 +146,7 @@ def share(name: str, right: int, count: int) -> dict[str, float]:
     return between(name, right / count, *wilson(right / count, count))
 
 
-def wilson(value: float, count: int) -> tuple[float, float]:
+def wilson(value: float, count: float) -> tuple[float, float]:
     """The 95 % interval of a share of ``count`` independent answers."""
     scale = 1 + NORMAL**2 / count
     middle = (value + NORMAL**2 / (2 * count)) / scale

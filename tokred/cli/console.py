@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -22,6 +23,8 @@ out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 
 
 
 err = Console(stderr=True)
+INTERRUPTED = 130  # the exit status of what Ctrl-C ended
+EVERY = 5.0  # seconds between two lines of progress where there is no terminal
 
 
 @contextlib.contextmanager
@@ -39,7 +42,10 @@ def refusing() -> Iterator[None]:
 
 @contextlib.contextmanager
 def progress(total: int, text: str) -> Iterator[Callable[[], None]]:
-    """A bar on the terminal; the function that it hands out moves it on by one."""
+    """A bar on a terminal, elsewhere a line now and then; the function that it hands out moves it on by one."""
+    if not err.is_terminal:
+        yield _lines(total, text)
+        return
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -53,6 +59,22 @@ def progress(total: int, text: str) -> Iterator[Callable[[], None]]:
     with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=err, transient=True) as bar:
         task = bar.add_task(text, total=total)
         yield lambda: bar.advance(task)
+
+
+def _lines(total: int, text: str) -> Callable[[], None]:
+    """A function that says how far things are: at once, then every few seconds, and at the end."""
+    started = said = time.monotonic()
+    done = 0
+
+    def move() -> None:
+        nonlocal done, said
+        done += 1
+        now = time.monotonic()
+        if done in (1, total) or now - said >= EVERY:
+            said = now
+            print(f"{text}: {done} of {total} ({now - started:.0f} s)", file=sys.stderr, flush=True)
+
+    return move
 
 
 def set_threads(threads: int | None) -> None:

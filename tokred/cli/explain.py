@@ -3,60 +3,63 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from tokred.cli.options import Methods, Model, OldModel, one_model, settings, single
+
 
 def explain_command(
-    model: Annotated[
-        str,
-        typer.Option(
-            "--model",
-            "-m",
-            help="sd15, sd21, sdxl, dit-xl-2, pixart, sd3, sd35-medium, flux, cogvideox-2b, cogvideox-5b, wan-1.3b, "
-            "wan-14b, hunyuan-video, or a folder.",
-        ),
-    ] = "sd15",
-    method: Annotated[str, typer.Option("--method", help="A method of the stage attention.")] = "tomesd",
-    settings: Annotated[list[str] | None, typer.Option("--set", help="key=value, as often as needed.")] = None,
+    model: Model = None,
+    methods: Methods = None,
+    old: OldModel = None,
     size: Annotated[
         str, typer.Option(help="Pixels: 1024, or 1024x768 (height x width); of a clip: 49x480x720, frames first.")
     ] = "1024",
 ) -> None:
     """Say what a method could gain on a denoiser: tokens by resolution, attention's share, the ceiling of the speed-up.
 
-    Nothing is computed but shapes, and no weights are read. Needs diffusers.
+    MODEL is sd15, sd21, sdxl, dit-xl-2, pixart, sd3, sd35-medium, flux, cogvideox-2b, cogvideox-5b, wan-1.3b, wan-14b,
+    hunyuan-video, or the folder of a pipeline or a denoiser. Nothing is computed but shapes, and no weights are read.
+    Needs diffusers.
 
     \b
     Examples:
-      tokred explain --model sd15 --size 512
-      tokred explain --model sdxl --method tomesd --set max_downsample=2
-      tokred explain --model sd15 --method todo --set factors=4 --size 2048
-      tokred explain --model path/to/a/pipeline --size 1024x768
-      tokred explain --model cogvideox-5b --method todo --set factors=(1,2) --size 49x480x720
+      tokred explain sd15 --size 512
+      tokred explain sdxl -m "tomesd max_downsample=2"
+      tokred explain sd15 -m "todo factors=4" -m tomesd --size 2048
+      tokred explain path/to/a/pipeline --size 1024x768
+      tokred explain cogvideox-5b -m "todo factors=(1,2)" --size 49x480x720
     """
     from tokred.cli.console import refusing
 
     with refusing():
-        text = explained(model, method, settings or [], size)
-    print(text)
+        name = one_model(model, old, "sd15")
+        assert name is not None  # there is a default
+        texts = [explained(name, single(parts, "explain"), size) for parts in settings(methods) or [["tomesd"]]]
+    print("\n\n".join(texts))
 
 
-def explained(model: str, method: str, settings: list[str], size: str) -> str:
+def explained(model: str, setting: str, size: str) -> str:
     """The explanation as text.
 
     Raises:
-        ValueError: model, size or a setting is wrong.
+        ValueError: model, size or the setting is wrong.
         UnknownMethodError, TypeError, MissingInputError, UnsupportedModelError: as :func:`tokred.explain`.
     """
     from tokred import api
-    from tokred.adapters.diffusion.geometry import read, sample_size
+    from tokred.adapters.diffusion.geometry import GEOMETRIES, read, sample_size
     from tokred.analysis.explain import explain
-    from tokred.core.settings import parse_pairs
+    from tokred.core.settings import parse_setting
 
-    chosen = api.make(method, **parse_pairs(settings))
-    denoiser, pixels, frames = read(model)
+    name, parameters = parse_setting(setting)
+    chosen = api.make(name, **parameters)
+    where = model.removeprefix("diffusers:")
+    if where not in GEOMETRIES:
+        check_denoiser(model, where)
+    denoiser, pixels, frames = read(where)
     try:
         sample = sample_size(parse_size(size), pixels, frames)
     except ValueError as error:
@@ -65,6 +68,28 @@ def explained(model: str, method: str, settings: list[str], size: str) -> str:
         warnings.simplefilter("ignore", UserWarning)  # it stands in the text
         found = explain(denoiser, chosen, sample)
     return str(found)
+
+
+def check_denoiser(model: str, where: str) -> None:
+    """Refuse a model that is there, but is no denoiser.
+
+    Raises:
+        ValueError: it is of another kind; the message names the command for it.
+    """
+    from tokred.bench import sources
+    from tokred.bench.sources import named
+
+    if Path(where).is_dir() and not model.startswith("hf:") and named.split(where)[0] == "diffusers":
+        return
+    try:
+        kind = sources.skeleton(model).kind
+    except sources.NoModelError:
+        return  # the reader of denoisers says what there is
+    if kind not in ("denoiser", "pipeline"):
+        raise ValueError(
+            f"{model} is of kind {kind}, and explain is for denoisers: `tokred list {model}` says which methods run"
+            + (f", `tokred flops {model}` counts" if "encoder" in kind else f", `tokred bench {model}` measures")
+        )
 
 
 def parse_size(text: str) -> tuple[int, ...]:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich import box
 from rich.table import Table
-from torch import nn
+from rich.text import Text
 
 from tokred import api
-from tokred.bench import models as subjects
+from tokred.bench import sources
+from tokred.bench.sources import Source
 from tokred.core import environment
 from tokred.core.registry import methods as registered
-from tokred.core.settings import parse_pairs
+from tokred.core.settings import parse_setting
 
 if TYPE_CHECKING:
     from tokred.bench.demo import Row
+    from tokred.bench.table import Benchmark
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -49,14 +51,25 @@ def hosts_table() -> Table:
     return table
 
 
-def support_table(model: str) -> Table:
-    """Methods that run on a model, and why the others do not.
+def methods_rows() -> list[dict[str, str]]:
+    """Every method as a record."""
+    found = [(name, registered.get(name)) for name in registered]
+    return [{"name": n, "stage": c.stage, "summary": c.summary, "source": c.source} for n, c in found]
+
+
+def support(model: str) -> tuple[Source, list[api.Support]]:
+    """A model without weights, and which methods run on it.
 
     Raises:
         NoModelError: there is no such model.
     """
-    found, _ = subjects.skeleton(model)
-    rows = api.supports(found)
+    source = sources.skeleton(model)
+    return source, api.supports(source.module)
+
+
+def support_table(source: Source, rows: Sequence[api.Support]) -> Table:
+    """Methods that run on a model, and why the others do not."""
+    model = f"{source.name} ({source.kind})"
     if not any(row.works for row in rows) and len({row.reason for row in rows}) == 1:
         table = _table(f"No method runs on {model}")
         table.add_row(rows[0].reason)
@@ -67,32 +80,82 @@ def support_table(model: str) -> Table:
     return table
 
 
-def flops_table(model: str, method: str | None, settings: Sequence[str], size: int | None) -> tuple[Table, str]:
-    """Tokens and multiply-adds block by block, and a line with the sum.
+class Counted(NamedTuple):
+    """The costs of a model under a setting (empty: as it is), beside those of the model as it is."""
+
+    setting: str
+    shape: tuple[int, ...]
+    cost: api.Flops
+    base: api.Flops
+    notes: tuple[str, ...] = ()
+
+
+def count(model: str, settings: Sequence[str], size: int | None) -> list[Counted]:
+    """Multiply-adds of a model as it is, or under each of some settings.
 
     Raises:
         NoModelError: there is no such model.
-        UnknownMethodError, TypeError, ValueError, MissingInputError: method or settings do not fit.
+        UnknownMethodError, TypeError, ValueError, MissingInputError: it is no encoder, or a setting does not fit.
     """
-    parameters = parse_pairs(settings)
-    if method is None and parameters:
-        raise ValueError(f"--set {settings[0]} needs a --method")
-    found, shape = subjects.skeleton(model) if size is None else _resized(model, size)
-    base = api.flops(found, None, shape)
-    cost = base if method is None else api.flops(found, method, shape, **parameters)
-    title = " ".join([model, "unpatched" if method is None else f"with {method}", *settings])
-    table = _table(title, "block", "tokens", "GMACs")
+    source = sources.skeleton(model, size)
+    if source.kind in ("denoiser", "pipeline"):
+        raise ValueError(f"{model} is a {source.kind}: `tokred explain {model}` counts it; flops is for encoders")
+    if source.kind == "language model":
+        raise ValueError(
+            f"{model} is a language model, whose caches shrink: `tokred bench {model}` measures bytes, time and "
+            "perplexity, `tokred list` says which methods run; flops is for encoders"
+        )
+    made = [(text, api.make(name, **given)) for text, (name, given) in ((t, parse_setting(t)) for t in settings)]
+    for text, method in made:
+        if method.stage != "block":
+            raise ValueError(
+                f"flops counts the blocks of encoders, and {text.split()[0]!r} acts at stage {method.stage!r}: "
+                f"`tokred bench {model} -m {text!r}` measures it"
+            )
+    if source.shape is None:
+        raise ValueError(f"nothing says how large an input of {model} is ({source.kind}); tokred.flops takes a shape")
+    base = api.flops(source.module, None, source.shape)
+    if not made:
+        return [Counted("", source.shape, base, base)]
+    found = []
+    for text, method in made:
+        cost = api.flops(source.module, method, source.shape)
+        found.append(Counted(text, source.shape, cost, base, tuple(_capped(text, cost))))
+    return found
+
+
+def _capped(text: str, cost: api.Flops) -> list[str]:
+    """A note where fewer tokens than asked for could be removed."""
+    r = parse_setting(text)[1].get("r")
+    short = [row for row in cost.layers if isinstance(r, int) and row.tokens_in - row.tokens_out < r]
+    if not short:
+        return []
+    first = short[0]
+    return [f"{text}: from block {first.layer} on fewer tokens than r={r} are removed, for lack of tokens"]
+
+
+def cost_record(model: str, one: Counted) -> dict[str, Any]:
+    """A count as a record for JSON."""
+    return {
+        "model": model,
+        "setting": one.setting,
+        "shape": list(one.shape),
+        "macs": one.cost.macs,
+        "macs_unpatched": one.base.macs,
+        "blocks": [row._asdict() for row in one.cost.layers],
+    }
+
+
+def cost_table(model: str, one: Counted) -> tuple[Table, str]:
+    """Tokens and multiply-adds block by block, and a line with the sum."""
+    table = _table(f"{model} {f'with {one.setting}' if one.setting else 'unpatched'}", "block", "tokens", "GMACs")
     for name in ("block", "tokens", "GMACs"):
         next(c for c in table.columns if c.header == name).justify = "right"
-    for row in cost.layers:
+    for row in one.cost.layers:
         table.add_row(str(row.layer), f"{row.tokens_in} -> {row.tokens_out}", f"{row.macs / 1e9:.4f}")
-    share = "" if method is None else f", {cost.macs / base.macs:.0%} of {base.gmacs:.3f} unpatched"
-    return table, f"{cost.gmacs:.3f} GMACs an image of {'x'.join(map(str, shape[1:]))}{share}"
-
-
-def _resized(model: str, size: int) -> tuple[nn.Module, tuple[int, int, int, int]]:
-    subject = subjects.load("vit_small_patch14_dinov2" if model == "dinov2" else model, size=size, random_weights=True)
-    return subject.model, (1, subject.channels, size, size)
+    share = f", {one.cost.macs / one.base.macs:.0%} of {one.base.gmacs:.3f} unpatched" if one.setting else ""
+    unit = "an image" if len(one.shape) == 4 else "an input"
+    return table, f"{one.cost.gmacs:.3f} GMACs {unit} of {'x'.join(map(str, one.shape[1:]))}{share}"
 
 
 def _results(title: str, *columns: str) -> Table:
@@ -117,27 +180,26 @@ def _ratio(median: float, low: float, high: float) -> str:
     return f"{median:.2f} ({low:.2f}–{high:.2f})"
 
 
-def demo_table(rows: Sequence[Row], count: int) -> Table:
-    """The table that the demo prints."""
-    columns = ("tokens\nleft", "GMACs", "top-1\n%", "diff.\npoints", "images\nper s", "speed-up\n(quartiles)")
+def demo_table(rows: Sequence[Row], count: int, width: int = 120) -> Table:
+    """The table that the demo prints; on narrow terminals the least telling columns are left out."""
+    columns: dict[str, Callable[[Row], str]] = {
+        "tokens\nleft": lambda r: str(r.arm.tokens_out),
+        "GMACs": lambda r: f"{r.arm.macs / 1e9:.3f}",
+        "top-1\n%": lambda r: f"{100 * r.top1:.1f}",
+        "diff.\npoints": lambda r: "-" if r.arm.method is None else _difference(100 * r.top1_difference),
+        "images\nper s": lambda r: _rate(r.timing.images_per_second.median),
+        "speed-up\n(quartiles)": lambda r: "1" if r.arm.method is None else _ratio(*r.timing.speedup),
+    }
+    for least, name in ((76, "images\nper s"), (72, "GMACs"), (66, "tokens\nleft")):
+        if width < least:
+            del columns[name]
     table = _results(f"{count} test images of Fashion-MNIST, every row measured in this run", *columns)
     before = rows[0].arm.name
     for row in rows:
         if row.arm.name != before:
             table.add_section()
         before = row.arm.name
-        rate, ratio = row.timing
-        base = row.arm.method is None
-        table.add_row(
-            row.arm.name,
-            row.arm.setting or "-",
-            str(row.arm.tokens_out),
-            f"{row.arm.macs / 1e9:.3f}",
-            f"{100 * row.top1:.1f}",
-            "-" if base else _difference(100 * row.top1_difference),
-            _rate(rate.median),
-            "1" if base else _ratio(*ratio),
-        )
+        table.add_row(row.arm.name, row.arm.setting or "-", *(text(row) for text in columns.values()))
     return table
 
 
@@ -149,29 +211,12 @@ def within_chance(rows: Sequence[Row], count: int) -> str:
     )
 
 
-def bench_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """The table that a benchmark prints; measures that there is nothing of are left out."""
-    first = rows[0]
-    shown: dict[str, Callable[[dict[str, Any]], str]] = {
-        "tokens\nleft": lambda r: str(r["tokens_out"]),
-        "GMACs": lambda r: f"{r['gmacs']:.3g}",
-    }
-    if "top1" in first:
-        shown["top-1\n%"] = lambda r: f"{100 * r['top1']:.1f}"
-    shown["cosine"] = lambda r: f"{r['cosine']:.4f}"
-    if "saliency_mae" in first:
-        shown["saliency\nerror"] = lambda r: f"{r['saliency_mae']:.4f}"
-    shown["images\nper s"] = lambda r: _rate(r["images_per_second"])
-    shown["speed-up\n(quartiles)"] = lambda r: (
-        "1" if r is first else _ratio(r["speedup"], r["speedup_low"], r["speedup_high"])
-    )
-    shown["forward\nMiB"] = lambda r: f"{r['forward_mib']:.0f}"
-    title = f"{first['model']}, {first['input']} px, {first['tokens_in']} tokens, {first['device']}"
-    table = _results(title, *shown)
-    before = first["method"]
-    for row in rows:
-        if row["method"] != before:
-            table.add_section()
-        before = row["method"]
-        table.add_row(before, row["setting"] or "-", *(text(row) for text in shown.values()))
-    return table
+def coloured(result: Benchmark, width: int) -> Text:
+    """The table of a benchmark as text in colour: baselines dim, rows that were not measured red."""
+    dim = {f"{row['method']} {row['setting']}".strip() for row in result.rows if row["baseline"]}
+    lines = []
+    for line in result.text(width).splitlines():
+        style = "dim" if any(line.startswith(label[:25]) for label in dim) else ""
+        style = "red" if ": not measured." in line else "bold" if line.startswith("unpatched") else style
+        lines.append(Text(line, style))
+    return Text("\n").join(lines)

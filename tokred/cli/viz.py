@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tokred.cli.options import Methods, Model, OldModel, Threads, one_model, settings, single
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -21,13 +23,9 @@ SHARE = 0.6  # of the multiply-adds: what a method that is named alone, and woul
 
 
 def viz_command(
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="embedded, dinov2, timm's name, or hf:NAME.")
-    ] = "embedded",
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--method", help="Such as 'tome r=13', as often as needed: side by side. [default: tome]"),
-    ] = None,
+    model: Model = None,
+    methods: Methods = None,
+    old: OldModel = None,
     images: Annotated[
         list[Path] | None,
         typer.Option(
@@ -43,7 +41,7 @@ def viz_command(
     size: Annotated[
         int | None, typer.Option(min=1, help="Height and width of the images. [default: the model's]")
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch. [default: torch's]")] = None,
+    threads: Threads = None,
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="No trained weights: what merges then has little meaning.")
     ] = False,
@@ -57,12 +55,12 @@ def viz_command(
 
     \b
     Examples:
-      tokred viz                                                     the embedded model and its images, offline
-      tokred viz --method "tome r=13" --method "evit kappa=0.7"      side by side
-      tokred viz --method "random_prune r=8" --layers 0,5,11         chosen blocks in the PNG
-      tokred viz --model vit_base_patch16_224 --image cat.jpg --image my_photos --count 8
-      tokred viz --model hf:facebook/dinov2-small --image cat.jpg --method "pitome ratio=0.9" --out cat
-      tokred viz --model dinov2 --method tome --layers all           photos of the zoo, in a checkout
+      tokred viz                                             the embedded model and its images, offline
+      tokred viz -m "tome r=13" -m "evit kappa=0.7"          side by side
+      tokred viz -m "random_prune r=8" --layers 0,5,11       chosen blocks in the PNG
+      tokred viz vit_base_patch16_224 --image cat.jpg --image my_photos --count 8
+      tokred viz hf:facebook/dinov2-small --image cat.jpg -m "pitome ratio=0.9" --out cat
+      tokred viz dinov2 -m tome --layers all                 photos of the zoo, in a checkout
 
     \b
     Leaves in the folder, without overwriting an earlier run's:
@@ -80,8 +78,10 @@ def viz_command(
 
     set_threads(threads)
     with refusing():
-        subject = subjects.load(model, size=size, random_weights=random_weights)
-        chosen = choose(subject, settings or DEFAULT)
+        name = one_model(model, old, "embedded")
+        assert name is not None  # there is a default
+        subject = subjects.load(name, size=size, random_weights=random_weights)
+        chosen = choose(subject, [single(parts, "viz") for parts in settings(methods)] or DEFAULT)
         blocks = choose_blocks(layers, stages.check(subject.model, stages.choose(chosen)).depth)
         inputs, pixels, names = pictures(subject, images or [], count)
         outputs.free(folder, ())
@@ -98,12 +98,12 @@ def viz_command(
     drawn = viz.figure(recording, blocks)
     with refusing():
         paths = outputs.free(folder, FILES, force=force)
-        pages.write(recording, paths["viz.html"], title=f"{model}: what became of every patch")
+        pages.write(recording, paths["viz.html"], title=f"{name}: what became of every patch")
         plots.save(drawn, paths["viz.png"])
     written(list(paths.values()))
 
 
-def choose(subject: Subject, settings: Sequence[str]) -> list[str]:
+def choose(subject: Subject, texts: Sequence[str]) -> list[str]:
     """Settings that fit the model; a bare name that would remove nothing gets one.
 
     Raises:
@@ -116,7 +116,7 @@ def choose(subject: Subject, settings: Sequence[str]) -> list[str]:
     host = stages.check(subject.model, ())
     base = arms.unpatched(subject.model, subject.shape)
     found = []
-    for text in settings:
+    for text in texts:
         name, parameters = parse_setting(text)
         arm = arms.arm(subject.model, subject.shape, name, **parameters)
         if not parameters and not _acts(arm, host):

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 
 from tokred.core.learned import Facts, Weights
+from tokred.core.origin import Origin
 from tokred.core.reduction import Reduction
 from tokred.core.schedules import Constant, Inflect, PerLayer
+from tokred.core.settings import call
 from tokred.core.site import READS, Site, Stage
 
 if TYPE_CHECKING:
@@ -56,6 +58,7 @@ class Method(ABC):
         gradients: whether gradients pass through the decision; where they do not, bases record none around it.
         loaded: what :meth:`module` is loaded with when the method is applied; None: it starts anew. No parameter, so
             ``dataclasses.replace`` leaves it behind.
+        origin: where it was saved, and how it was applied there; None: it was not loaded. No parameter either.
         version: raised when a parameter changes meaning, so that stored settings can be read.
     """
 
@@ -70,6 +73,7 @@ class Method(ABC):
     gradients: ClassVar[bool] = False
     version: ClassVar[int] = 1
     loaded: Weights | None = None
+    origin: Origin | None = None
 
     @property
     def reads(self) -> frozenset[str]:
@@ -151,8 +155,15 @@ class Method(ABC):
         values = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.init}  # type: ignore[arg-type]
         return {"method": self.name, "version": self.version, "parameters": values}
 
+    def __repr__(self) -> str:
+        """The call that makes it, with what differs from the defaults: ``ToMe(r=13)``."""
+        return call(self)
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if "__repr__" not in cls.__dict__:
+            # ``dataclass`` writes one of its own into every class that has none in itself.
+            cls.__repr__ = Method.__repr__  # type: ignore[method-assign]
         declared = cls.__dict__.get("reads")
         if isinstance(declared, frozenset) and not declared <= set(READS):
             raise TypeError(f"{cls.__name__}.reads names {sorted(declared - set(READS))}; known are {READS}")
@@ -176,22 +187,28 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def from_dict(settings: dict[str, Any]) -> Method:
+def from_dict(settings: Mapping[str, Any]) -> Method:
     """The method that :meth:`Method.to_dict` wrote down.
 
     Raises:
         UnknownMethodError: no such method is registered.
+        TypeError: the settings are no mapping with a name under ``"method"`` and a mapping under ``"parameters"``.
         ValueError: the settings were written by a newer version of the method.
     """
     from tokred.core.registry import methods
 
+    if not isinstance(settings, Mapping) or not isinstance(settings.get("method"), str):
+        raise TypeError(f'settings are {{"method": name, "parameters": {{...}}}}, as to_dict() gives, got {settings!r}')
+    given = settings.get("parameters", {})
+    if not isinstance(given, Mapping):
+        raise TypeError(f"the parameters of {settings['method']!r} must be a mapping by their names, got {given!r}")
     cls = methods.get(settings["method"])
     if settings.get("version", 1) > cls.version:
         raise ValueError(
             f"settings of {settings['method']!r} have version {settings['version']}, "
             f"this tokred reads up to {cls.version}"
         )
-    values = dict(settings["parameters"])
+    values = dict(given)
     for key, value in values.items():
         if isinstance(value, dict) and set(value) == {"inflect"}:
             values[key] = tuple(value["inflect"])

@@ -56,12 +56,12 @@ class Registry(Generic[C]):
         self._targets[name] = target
 
     def get(self, name: str) -> type[C]:
-        """The class registered under ``name``.
+        """The class registered under ``name``, or under another spelling of it as :meth:`resolve` reads them.
 
         Raises:
             UnknownMethodError: there is none; the message has the nearest names.
         """
-        self._discover()
+        name = self.resolve(name)
         self._import_plugin(name)
         target = self._targets.get(name)
         if target is None:
@@ -73,6 +73,21 @@ class Registry(Generic[C]):
         if isinstance(target, str):
             target = self._targets[name] = _imported(target)
         return target
+
+    def resolve(self, name: str) -> str:
+        """The registered name that a spelling of papers stands for: ``"ToMe"``, ``"Zero-TPrune"``, ``"PruMerge+"``.
+
+        Names and names of classes are compared without regard to case, hyphens and spaces. What means nothing, or more
+        than one name, comes back as it is.
+        """
+        self._discover()
+        for near in (name, name.lower()):
+            if near in self._targets:
+                return near
+        wanted = _bare(name)
+        found = {own for own in self._targets if _bare(own) == wanted}
+        found = found or {own for cls, own in self.names_by_class().items() if _bare(cls) == wanted}
+        return found.pop() if len(found) == 1 else name
 
     def names_by_class(self) -> dict[str, str]:
         """The registered name of every class, by the class's own; nothing is imported."""
@@ -150,6 +165,11 @@ class Registry(Generic[C]):
 def _imported(target: str) -> Any:
     module, _, attribute = target.partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def _bare(name: str) -> str:
+    """A name without what papers and code write differently."""
+    return "".join(c for c in name.lower().replace("+", "plus") if c.isalnum())
 
 
 def nearest(name: str, known: Iterable[str], most: int = 3) -> list[str]:

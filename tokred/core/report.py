@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from tokred.core.frames import frame
 from tokred.core.method import Method
 from tokred.core.site import STAGES, Stage
 
@@ -97,13 +98,7 @@ class Report(ABC):
         Raises:
             ImportError: pandas is not installed.
         """
-        try:
-            import pandas as pd
-        except ImportError as error:
-            raise ImportError(
-                "Report.to_pandas needs pandas: pip install 'tokred[bench]', or use Report.rows"
-            ) from error
-        return pd.DataFrame(self.rows, columns=list(COLUMNS))
+        return frame(self.rows, COLUMNS, "Report")
 
     def __str__(self) -> str:
         own = [self.title, *self.table, self.summary]

@@ -17,6 +17,11 @@ class Constant:
 
     value: int
 
+    @property
+    def shorthand(self) -> int:
+        """The form in which users write it; likewise below."""
+        return self.value
+
     def at(self, layer: int, depth: int) -> int:
         """Amount at ``layer`` of ``depth``."""
         return self.value
@@ -37,6 +42,10 @@ class Inflect:
     value: int
     inflect: float
 
+    @property
+    def shorthand(self) -> tuple[int, float]:
+        return self.value, int(self.inflect) if self.inflect == int(self.inflect) else self.inflect
+
     def at(self, layer: int, depth: int) -> int:
         """Amount at ``layer`` of ``depth``; a single layer gets ``value``."""
         if depth <= 1:
@@ -54,6 +63,10 @@ class PerLayer:
     """One amount a layer; layers beyond the end get 0."""
 
     values: tuple[int, ...]
+
+    @property
+    def shorthand(self) -> list[int]:
+        return list(self.values)
 
     def at(self, layer: int, depth: int) -> int:
         """Amount at ``layer``."""

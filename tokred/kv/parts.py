@@ -18,6 +18,7 @@ from tokred.core.checks import check_count as check_count
 from tokred.core.reduction import Reduction
 from tokred.core.registry import parts
 from tokred.core.schedules import kept
+from tokred.core.settings import call
 from tokred.kv.allocators import Allocator, AtOnce
 from tokred.kv.repeat import Repeats
 from tokred.kv.select import Counts
@@ -37,6 +38,12 @@ class Part(ABC):  # noqa: B024 - its kinds have abstract methods
         super().__init_subclass__(**kwargs)
         if cls.__dict__.get("name"):
             parts.add(cls.name, cls)
+        if "__repr__" not in cls.__dict__:
+            cls.__repr__ = Part.__repr__  # type: ignore[method-assign]  # which dataclass then leaves alone
+
+    def __repr__(self) -> str:
+        """The call that makes it, with what differs from the defaults."""
+        return call(self, short=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The part as plain values."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any
 
 from tokred.kv.fates import Evict
 from tokred.kv.parts import Budget, Fate, Score, When, as_part
@@ -27,10 +26,6 @@ class Preset(CachePolicy):
     """
 
     store: Store | str | None = dataclasses.field(default=None, kw_only=True)
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        cls.__repr__ = _written  # type: ignore[method-assign,assignment]  # which dataclass then leaves alone
 
     def __post_init__(self) -> None:
         if self.store is not None:
@@ -62,13 +57,6 @@ class Preset(CachePolicy):
         store = _FLAT if self.store is None else self.store
         assert isinstance(store, Store)  # made so above
         return Parts(self.make_score(), self.make_budget(), self.make_fate(), self.make_when(), sinks, recent, store)
-
-
-def _written(preset: Preset) -> str:
-    """The preset as it is called: fields of its own first, and the store where it has been chosen."""
-    names = [f.name for f in dataclasses.fields(preset) if f.name != "store"]
-    names += ["store"] if preset.store is not None else []
-    return f"{type(preset).__qualname__}({', '.join(f'{n}={getattr(preset, n)!r}' for n in names)})"
 
 
 @dataclass(frozen=True)

@@ -20,5 +20,10 @@ class Uniform(Budget):
 
     amount: float | int | str = 0.5
 
+    @property
+    def shorthand(self) -> float | int | str:
+        """The form in which users write it where any budget can be given."""
+        return self.amount
+
     def __post_init__(self) -> None:
         check_amount(self.amount)

@@ -1,0 +1,69 @@
+"""``Feed``: one kind of run, the way in which a model is given a batch and answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
+
+from tokred.core.site import STAGES
+
+
+class Feed:
+    """One kind of run.
+
+    Attributes:
+        name: as ``run`` of :func:`tokred.benchmark` names it.
+        stages: whose methods can act in such a run.
+        usual: the metric where none is asked for.
+    """
+
+    name: ClassVar[str]
+    stages: ClassVar[tuple[str, ...]] = STAGES
+    usual: ClassVar[str] = "agreement"
+
+    @property
+    def settings(self) -> str:
+        """Settings on which outputs depend beside model and data, as text."""
+        return ""
+
+    def prepare(self, item: Any, index: int = 0) -> Any:
+        """The batch that an item of the data is; ``index`` counts them."""
+        return item
+
+    def around(self, model: Any) -> AbstractContextManager[None]:
+        """The state of the model while it is measured, patched or not."""
+        return nullcontext()
+
+    def run(self, model: Any, batch: Any) -> Any:
+        """The output of the model on a batch: what is timed."""
+        raise NotImplementedError
+
+    def finish(self, model: Any, output: Any, batch: Any) -> Any:
+        """The output as metrics take it; not timed."""
+        return output
+
+    def probe(self, model: Any, batch: Any) -> None:
+        """The least run of a patched model after which its report tells what was kept."""
+        self.run(model, batch)
+
+
+class Own(Feed):
+    """The user's own function ``run(model, batch) -> output``.
+
+    Args:
+        function: it is called with the model, patched or not, and an item of the data.
+    """
+
+    name = "own"
+
+    def __init__(self, function: Callable[[Any, Any], Any]) -> None:
+        self.function = function
+
+    @property
+    def settings(self) -> str:
+        """Name of the function."""
+        return str(getattr(self.function, "__qualname__", type(self.function).__name__))
+
+    def run(self, model: Any, batch: Any) -> Any:
+        return self.function(model, batch)
