@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import re
 import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from importlib import metadata
@@ -36,14 +38,20 @@ def packages() -> set[str]:
     return found
 
 
-def test_every_package_is_listed() -> None:
+def set_up() -> dict[str, Any]:
+    """Everything that setup.py hands to setuptools."""
     setuptools = pytest.importorskip("setuptools")
-    assert "packages" not in PROJECT["tool"]["setuptools"], "setup.py finds them"
     found: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setuptools, "setup", lambda **given: found.update(given))
         patch.chdir(ROOT)
         runpy.run_path(str(ROOT / "setup.py"))
+    return found
+
+
+def test_every_package_is_listed() -> None:
+    assert "packages" not in PROJECT["tool"]["setuptools"], "setup.py finds them"
+    found = set_up()
     assert packages() == set(found["packages"])
     assert len(packages()) == len(found["packages"])
     assert found["package_dir"] == {name: folder for folder, name in FOLDERS.items()}
@@ -78,6 +86,7 @@ def test_type_marker() -> None:
 def test_the_stub_is_the_generated_one() -> None:
     stub = runpy.run_path(str(ROOT / ".ci" / "stub.py"))
     assert (ROOT / "tokred" / "__init__.pyi").read_text("utf-8") == stub["text"](), "run python .ci/stub.py"
+    assert (ROOT / "tokred" / "core" / "names.py").read_text("utf-8") == stub["names"](), "run python .ci/stub.py"
     assert "*.pyi" in PROJECT["tool"]["setuptools"]["package-data"]["tokred"]
 
 
@@ -103,6 +112,92 @@ def test_version_stands_once() -> None:
     import tokred
 
     assert tokred.__version__ == PROJECT["project"]["version"]
+
+
+def test_the_long_description_has_no_link_into_the_repository() -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    found = set_up()
+    text = found["long_description"]
+    assert found["long_description_content_type"] == "text/markdown"
+    assert PROJECT["project"]["dynamic"] == ["readme"]
+    assert [m for m in re.findall(r"\]\(([^)\s]+)\)", text) if not m.startswith(("https://", "#"))] == []
+    assert "![" not in text
+    code = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+    assert code.findall(text) == code.findall(readme), "code stays as it is"
+    # Nothing is lost but addresses and pictures.
+    bare = re.sub(r"\W+", "", re.sub(r"!?\[([^\]]*)\]\([^)\s]+\)", r"\1", readme))
+    pictures = "".join(re.sub(r"\W+", "", alt) for alt in re.findall(r"!\[([^\]]*)\]", readme))
+    assert len(bare) - len(pictures) == len(re.sub(r"\W+", "", re.sub(r"\[([^\]]*)\]\([^)\s]+\)", r"\1", text)))
+
+
+def test_licences_of_everything_inside_are_declared() -> None:
+    assert PROJECT["project"]["license"] == "Apache-2.0 AND MIT"
+    files = [p for pattern in PROJECT["project"]["license-files"] for p in ROOT.glob(pattern)]
+    assert {ROOT / "LICENSE", *(ROOT / "tokred" / "bench" / "data").glob("LICENSE-*")} == set(files)
+    assert any("Permission is hereby granted, free of charge" in p.read_text("utf-8") for p in files)
+
+
+def test_pythons_agree() -> None:
+    named = [c.rpartition(" ")[2] for c in PROJECT["project"]["classifiers"] if re.search(r":: 3\.\d+$", c)]
+    assert named == ["3.11", "3.12", "3.13", "3.14"]
+    assert PROJECT["project"]["requires-python"] == f">={named[0]}"
+    assert PROJECT["tool"]["ruff"]["target-version"] == "py" + named[0].replace(".", "")
+    workflow = (ROOT / ".github" / "workflows" / "checks.yml").read_text("utf-8")
+    matrix = re.search(r"python: \[(.*)\]", workflow)
+    assert matrix
+    assert [v.strip(' "') for v in matrix[1].split(",")] == named
+    assert "- run: .ci/run\n" in workflow
+    assert all(f"python{v}" in (ROOT / ".ci" / "run").read_text("utf-8") for v in named)
+
+
+def test_issue_templates_ask_for_the_doctor() -> None:
+    folder = ROOT / ".github" / "ISSUE_TEMPLATE"
+    for name in ("bug", "model"):
+        text = (folder / f"{name}.yml").read_text("utf-8")
+        after = text[text.index("tokred doctor --json") :]
+        assert "required: true" in after, "it is not asked in vain"
+    yaml = pytest.importorskip("yaml")
+    for file in (*folder.glob("*.yml"), *(ROOT / ".github" / "workflows").glob("*.yml"), ROOT / "CITATION.cff"):
+        assert isinstance(yaml.safe_load(file.read_text("utf-8")), dict), file.name
+
+
+def test_the_citation_is_of_this_version() -> None:
+    assert f"version: {PROJECT['project']['version']}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
+
+
+def built(kind: str, source: Path, out: Path) -> Path:
+    """The one archive that setuptools builds of a copy of the checkout, since it writes into what it builds."""
+    (needed,) = (Requirement(r) for r in PROJECT["build-system"]["requires"])
+    found = metadata.version("setuptools")
+    if not needed.specifier.contains(found):
+        pytest.skip(f"the build asks for {needed}, which pip gets by itself; setuptools {found} is installed")
+    code = f"import sys; from setuptools import build_meta; print(build_meta.build_{kind}(sys.argv[1]))"
+    command = [sys.executable, "-c", code, str(out)]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    (archive,) = out.glob("tokred-*.*")
+    return archive
+
+
+@pytest.mark.slow
+def test_the_source_archive_is_the_checkout(tmp_path: Path) -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if tracked.returncode:
+        pytest.skip("this is no git checkout, so nothing says which files belong to it")
+    files = [f for f in tracked.stdout.splitlines() if (ROOT / f).is_file()]
+    source, out = tmp_path / "source", tmp_path / "out"
+    for file in files:
+        (source / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / file, source / file)
+    with tarfile.open(built("sdist", source, out)) as archive:
+        inside = {name.partition("/")[2] for name in archive.getnames()}
+        info = next(m for m in archive.getmembers() if m.name.count("/") == 1 and m.name.endswith("PKG-INFO"))
+        about = archive.extractfile(info)
+        assert about is not None
+        text = about.read().decode()
+    assert {f for f in files if not f.startswith("CHANGES.")} <= inside
+    assert "License-Expression: Apache-2.0 AND MIT" in text
+    assert "](docs/" not in text
 
 
 def run(code: str) -> str:
@@ -140,10 +235,6 @@ def test_import_patches_nothing() -> None:
 
 @pytest.mark.slow
 def test_wheel_holds_everything(tmp_path: Path) -> None:
-    (needed,) = (Requirement(r) for r in PROJECT["build-system"]["requires"])
-    found = metadata.version("setuptools")
-    if not needed.specifier.contains(found):
-        pytest.skip(f"the build asks for {needed}, which pip gets by itself; setuptools {found} is installed")
     # setuptools builds in the source tree; a copy keeps the checkout clean.
     source = tmp_path / "source"
     source.mkdir()
@@ -151,17 +242,7 @@ def test_wheel_holds_everything(tmp_path: Path) -> None:
         shutil.copy2(ROOT / name, source)
     for name in FOLDERS:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    code = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
-        cwd=source,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    (wheel,) = tmp_path.glob("tokred-*.whl")
+    wheel = built("wheel", source, tmp_path)
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {str(Path(n).parent).replace("/", ".") for n in names if n.endswith("/__init__.py")} == packages()
     for top, package in FOLDERS.items():

@@ -17,7 +17,7 @@ from tokred.core import environment
 from tokred.errors import UntestedVersionWarning
 
 # Of tokred itself.
-TOKRED = "0.1.0"
+TOKRED = "0.2.0"
 
 Standing = Literal["tested", "older", "newer", "missing", "unknown"]
 
