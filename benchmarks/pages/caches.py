@@ -209,8 +209,8 @@ def kv_memory(found: Results) -> str:
     whole = [f"`{n}` ({share[n]:.1f})" for n in sorted(names, key=lambda n: -share[n]) if share[n] > 1]
     less = sum(x <= 0.6 for x in share.values())
     return (
-        f"From {before:,} to {last:,} tokens it grows by a factor of {grows[most]:.2f} at most (`{most}`), not with the "
-        f"square of the length; the attention of all queries to all keys would take {matrix:.0f} GiB. {less} of "
+        f"From {before:,} to {last:,} tokens it grows by a factor of {grows[most]:.2f} at most (`{most}`), not with "
+        f"the square of the length; the attention of all queries to all keys would take {matrix:.0f} GiB. {less} of "
         f"{len(names)} policies need at most 0.6 of what the layer's keys and values take; more than all of it need "
         f"{', '.join(whole) or 'none'}."
     )
@@ -224,6 +224,6 @@ def kv_limit(found: Results) -> str:
     limit = int(rows[0]["setting"].split("limit=")[1].split()[0]) / 2**20
     tokens = max(r["tokens"] for r in rows)
     return (
-        f"On the left of the picture below SmolLM2-135M with `{rows[0]['method']}` holds {most:.0f} MiB at most under a "
-        f"limit of {limit:.0f}, through {tokens:,} tokens, for which a full cache takes {full / 1024:.1f} GiB."
+        f"On the left of the picture below SmolLM2-135M with `{rows[0]['method']}` holds {most:.0f} MiB at most under "
+        f"a limit of {limit:.0f}, through {tokens:,} tokens, for which a full cache takes {full / 1024:.1f} GiB."
     )
