@@ -146,15 +146,14 @@ def bench_command(
 
 
 def show(result: Benchmark, given: Data, out: Any) -> None:
-    """The table: in colour on a terminal, as plain text elsewhere."""
+    """The table: in colour on a terminal, as plain text of 80 columns elsewhere."""
     from tokred.cli import tables
 
     if not out.is_terminal:
-        print(f"{given.name}\n{result}")
+        print(f"{result}\nData: {given.name}.")
         return
-    out.print(tables.bench_table(result))
-    for line in (*tables.not_measured(result), result.summary, f"Data: {given.name}"):
-        out.print(line, highlight=False, width=80)
+    out.print(tables.coloured(result, max(60, min(out.width, 80))), soft_wrap=True)
+    out.print(f"Data: {given.name}.", highlight=False)
 
 
 def document(result: Benchmark, source: Source, given: Data, table: Path) -> dict[str, Any]:

@@ -155,8 +155,13 @@ def equip(source: Source, config: Any) -> None:
     if source.kind in ("language model", "text encoder"):
         source.tokenizer = _tried(t.AutoTokenizer, source.origin)
     elif source.kind in ("vision-language model", "speech"):
-        source.processor = _tried(t.AutoProcessor, source.origin)
-        own = getattr(source.processor, "tokenizer", None)
+        part = "image_processor" if source.kind.startswith("vision") else "feature_extractor"
+        found = _tried(t.AutoProcessor, source.origin)
+        # Where there is no processor, transformers hands out a part of it, such as the tokenizer.
+        if not hasattr(found, part):
+            found = None if source.kind.startswith("vision") else _tried(t.AutoFeatureExtractor, source.origin)
+        source.processor = found
+        own = getattr(found, "tokenizer", None)
         source.tokenizer = own if own is not None else _tried(t.AutoTokenizer, source.origin)
     elif source.kind == "audio encoder":
         source.processor = _tried(t.AutoFeatureExtractor, source.origin)

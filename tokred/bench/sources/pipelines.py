@@ -48,7 +48,10 @@ def load(name: str, options: Options) -> Source:
     if options.random_weights:
         raise ValueError("--random-weights is not for pipelines: give the folder of the denoiser alone")
     try:
-        model: Any = diffusers.DiffusionPipeline.from_pretrained(name, torch_dtype=options.dtype)
+        # Cast afterwards: the argument for it has another name in newer versions.
+        model: Any = diffusers.DiffusionPipeline.from_pretrained(name)
+        if options.dtype != torch.float32:
+            model.to(options.dtype)
     except OSError as error:
         raise no_download(f"diffusers:{name}", error) from error
     except (ValueError, ImportError, AttributeError, TypeError) as error:
@@ -76,7 +79,7 @@ def _denoiser(diffusers: Any, name: str, part: str | None, options: Options) -> 
             with torch.device("meta") if options.shapes else nullcontext():
                 model: Any = cast(cls.from_config(config), options.dtype)
         else:
-            model = cls.from_pretrained(name, torch_dtype=options.dtype)
+            model = cast(cls.from_pretrained(name), options.dtype)
     except OSError as error:
         raise no_download(f"diffusers:{name}", error) from error
     except (ValueError, ImportError, AttributeError, TypeError) as error:

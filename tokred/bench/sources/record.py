@@ -48,7 +48,7 @@ KINDS: dict[str, Kind] = {
         "a JSON-lines or CSV file with the fields image, question and answer, or hfds:NAME with such columns",
     ),
     "speech": Kind("generate", "wer", "overlap", ("pitome", "downsample"), "a folder of recordings (.wav)"),
-    "denoiser": Kind("forward", "psnr", "psnr", ("tomesd", "todo"), "noise"),
+    "denoiser": Kind("forward", "cosine", "cosine", ("tomesd", "todo"), "noise"),
     "pipeline": Kind("pipeline", "psnr", "psnr", ("tomesd", "todo"), "a text file with a prompt a line, or --prompt"),
 }  # fmt: skip
 
@@ -130,7 +130,7 @@ class Source:
 
     @property
     def usual(self) -> Kind:
-        """What is usual for models of its kind."""
+        """The record of what is usual for models of its kind."""
         return KINDS[self.kind]
 
     @property
