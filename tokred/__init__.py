@@ -56,8 +56,7 @@ from tokred.errors import (
     UnsupportedModelError,
     UntestedVersionWarning,
 )
-from tokred.settings import make
-from tokred.share import load, push_to_hub, save
+from tokred.settings import load, make, push_to_hub, save
 
 __version__ = _versions.TOKRED
 

@@ -29,7 +29,6 @@ FLOORS: dict[str, int] = {
     "tokred.methods": 4,
     "tokred.adapters": 5,
     "tokred.patch": 6,
-    "tokred.share": 7,
     "tokred.settings": 7,
     "tokred.api": 7,
     "tokred.analysis": 8,

@@ -97,7 +97,7 @@ def _configured(
 
 
 def _of_class(config: Mapping[str, Any], path: Path | None) -> str | None:
-    """What a task that is a class of its own says; None where it says nothing, or cannot be imported."""
+    """The type that a task of a class of its own says; None where it says nothing, or cannot be imported."""
     kind = config["class"]
     if isinstance(kind, str) and path is not None:
         from lm_eval.tasks._yaml_loader import load_yaml

@@ -77,7 +77,7 @@ def _accuracy(name: str, share: float | None) -> dict[str, float | None]:
 
 
 def _about(model: Any) -> dict[str, Any]:
-    """What timm says of a model of its own."""
+    """Facts that timm tells of a model of its own."""
     config = getattr(model, "pretrained_cfg", None)
     if not config or "input_size" not in config:
         raise TypeError(f"model must be a model of timm, got {type(model).__name__} without a pretrained_cfg")

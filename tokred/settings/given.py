@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokred import share
 from tokred.core.method import Method
 from tokred.core.names import MethodName
 from tokred.core.registry import methods as registered
 from tokred.patch import compose
+from tokred.settings import share
 
 OneMethod = MethodName | str | type[Method] | Method
 Setting = OneMethod | Mapping[str, Any] | Path
