@@ -18,10 +18,10 @@ from torch import nn
 pytest.importorskip("timm")
 
 import tokred
-from tokred import share
 from tokred.adapters.tiny import diffusion, kv, timm, vlm
 from tokred.adapters.tiny import windows as windowed
 from tokred.core.names import MethodName
+from tokred.settings import share
 
 
 def images() -> torch.Tensor:
@@ -199,6 +199,20 @@ def test_settings_are_written_where_they_can_be(tmp_path: Path) -> None:
         tokred.save("tome", tmp_path)
     with pytest.raises(ValueError, match="revision is for repositories of the hub"):
         tokred.load(tokred.save(tokred.ToMe(r=2), tmp_path / "x"), revision="main")
+
+
+def test_a_folder_with_files_of_others(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    (tmp_path / "weights.safetensors").write_text("a model's own")
+    with pytest.raises(FileExistsError, match=r"weights.safetensors is there, and of no setting of tokred"):
+        tokred.save(tokred.apply(vit(), "dynamicvit", rho=0.6), tmp_path)
+    tokred.save(tokred.ToMe(r=2), tmp_path)
+    assert (tmp_path / "weights.safetensors").read_text() == "a model's own"
+
+
+def test_a_dict_that_a_user_wrote_is_a_setting(tmp_path: Path) -> None:
+    (tmp_path / "tokred.json").write_text(json.dumps(tokred.ToMe(r=2).to_dict()))
+    assert tokred.load(tmp_path) == tokred.ToMe(r=2)
 
 
 def test_a_method_with_weights_is_saved_with_its_model(tmp_path: Path) -> None:

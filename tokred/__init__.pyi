@@ -115,8 +115,8 @@ from tokred.methods.vlm.visionzip import VisionZip
 from tokred.methods.vlm.vispruner import VisPruner
 from tokred.methods.vlm.visual_baselines import DownsampleVisual, RandomVisual, UniformVisual
 from tokred.methods.vlm.vscan import VScan, VScanLayer
-from tokred.settings import make
-from tokred.share import load, push_to_hub, save
+from tokred.settings import load, make, push_to_hub, save
+from tokred.tuning.run import tune
 
 __version__: str
 
@@ -249,5 +249,6 @@ __all__ = [
     "save",
     "supports",
     "trace",
+    "tune",
     "viz",
 ]

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
-from tokred import learn, share
+from tokred import learn
 from tokred.core.checks import check_choice
 from tokred.core.method import Method
 from tokred.core.origin import Origin
@@ -22,7 +22,7 @@ from tokred.core.site import STAGES, Stage
 from tokred.core.versions import TOKRED
 from tokred.errors import NothingRecordedError, NothingRemovedWarning, SettingWarning
 from tokred.patch import ATTRIBUTE, Patch, losses_of, parts_of, report_of, unpatch
-from tokred.settings import MethodLike, several
+from tokred.settings import MethodLike, several, share
 from tokred.settings import make as make
 
 logger = logging.getLogger("tokred")

@@ -5,10 +5,10 @@
 
 The first command trains, and goes on where it was stopped when it is given again; the second writes the weights and the
 held-out sample. What makes it fit an hour or two of CPU: the pictures grow (``--stages``). Training begins on crops of
-40 pixels, 25 patches, whose positions are a random window of the full grid; larger ones follow, and at the end all 196
-patches of 112 pixels. No patch is ever dropped, so the model has not learnt to do without any. The blocks begin with
-weights of an earlier model (``--warm``), and the answers of a small convolutional network that sees the clean garments
-can be learnt along with the labels (``--teacher-epochs``).
+40 pixels, 25 patches, whose positions are a random window of the full grid; larger ones join them, and at the end all
+196 patches of 112 pixels. No patch is ever dropped, so the model has not learnt to do without any. The blocks begin
+with weights of an earlier model (``--warm``), and the answers of a small convolutional network that sees the clean
+garments can be learnt along with the labels (``--teacher-epochs``).
 
 ``--fashion`` is a folder with the four IDX files (Debian's ``dataset-fashion-mnist``, MIT licence); ``--photos`` is
 ``skimage/data`` out of scikit-image's wheel; what of it travels with tokred is public domain (:mod:`.clutter`).
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from benchmarks.encoder import clutter
 
 Stages = tuple[tuple[int, int], ...]  # pixels each way of the pictures, and how many of them
-BATCH, EVALUATED = 128, 1000
+BATCH, LARGE, EVALUATED = 128, 32, 1000
 
 
 class Teacher(nn.Module):
@@ -208,6 +208,15 @@ def stage(seen: int, all_stages: Stages) -> int | None:
     return None
 
 
+def parts(now: int, all_stages: Stages) -> list[tuple[int, int]]:
+    """Sizes of the pictures of one step, and how many of each: behind the first stage, most are as small as there.
+
+    What garments look like is learnt from the small ones, and to find them in clutter from the large.
+    """
+    size = all_stages[now][0]
+    return [(size, BATCH)] if now == 0 else [(size, LARGE), (all_stages[0][0], BATCH - LARGE)]
+
+
 def rate_at(seen: int, all_stages: Stages) -> float:
     """Learning rate as a share of its highest: up over 200 steps, level, then down to nothing after the first stage."""
     total, falling = sum(count for _, count in all_stages), sum(count for _, count in all_stages[1:])
@@ -240,15 +249,19 @@ def train(args: argparse.Namespace, data: Data, log: Log) -> nn.Module:
     model.train()
     while (now := stage(seen, args.stages)) is not None:
         size = args.stages[now][0]
-        index = torch.randint(len(data.labels), (BATCH,))
-        pictures, flip = data.batch(index, size)
-        logits = forward(model, pictures, random_window=True)
-        loss = F.cross_entropy(logits, data.labels[index], label_smoothing=0.05)
-        sums.append(float(loss.detach()))
-        if soft is not None:
-            target = (soft[flip.long(), index] / 2).softmax(-1)
-            kl = F.kl_div((logits / 2).log_softmax(-1), target, reduction="batchmean") * 4
-            loss = 0.3 * loss + 0.7 * kl
+        loss = torch.zeros(())
+        for pixels, count in parts(now, args.stages):
+            index = torch.randint(len(data.labels), (count,))
+            pictures, flip = data.batch(index, pixels)
+            logits = forward(model, pictures, random_window=True)
+            own = F.cross_entropy(logits, data.labels[index], label_smoothing=0.05)
+            if pixels == size:
+                sums.append(float(own.detach()))
+            if soft is not None:
+                target = (soft[flip.long(), index] / 2).softmax(-1)
+                kl = F.kl_div((logits / 2).log_softmax(-1), target, reduction="batchmean") * 4
+                own = 0.3 * own + 0.7 * kl
+            loss = loss + own * (count / BATCH)
         for opt in opts:
             opt.zero_grad()
         loss.backward()
@@ -280,7 +293,7 @@ def main() -> None:
     parser.add_argument("--state", type=Path, required=True, help="where checkpoint, soft labels and log are kept")
     parser.add_argument("--warm", type=Path, help="weights of an earlier embedded model, whose blocks are taken over")
     parser.add_argument(
-        "--stages", type=stages, default="40:200000,80:30000,112:30000", help="pixels:pictures, from small to full"
+        "--stages", type=stages, default="40:64000,80:22000,112:42000", help="pixels:pictures, from small to full"
     )
     parser.add_argument("--teacher-epochs", type=int, default=4, help="0: learn from the labels alone")
     parser.add_argument("--lr", type=float, default=2e-3)

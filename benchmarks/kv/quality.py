@@ -113,7 +113,7 @@ def arms(names: Sequence[str], budgets: Sequence[float]) -> list[Arm]:
     return [Arm(BASE, ""), *every]
 
 
-def _stepwise(arm: Arm) -> bool:
+def stepwise(arm: Arm) -> bool:
     """Whether rows go while tokens are generated."""
     policy: Any = arm.method
     return policy is not None and bool(policy.parts.when.every)
@@ -220,7 +220,7 @@ def perplexity(
             held = held_bytes(cache)
             total, squares, at = 0.0, 0.0, n - 1
             while at < length - 1:
-                step = min(chunk if _stepwise(arm) else length, length - 1 - at)
+                step = min(chunk if stepwise(arm) else length, length - 1 - at)
                 logits = _forward(model, windows[:, at : at + step], cache, mask, keep=0)
                 goal = target[:, at - n + 1 : at - n + 1 + step]
                 losses = F.cross_entropy(logits.flatten(0, 1).float(), goal.flatten(), reduction="none").double()

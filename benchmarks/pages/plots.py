@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from benchmarks.pages.diffusion import FAMILIES, MODES, RATIOS
 from benchmarks.pages.markdown import Results
-from benchmarks.pages.tables import FAMILIES, MODES, RATIOS
 from tokred.bench import plots, results
 from tokred.bench import run as bench
 from tokred.bench.plots import Panel

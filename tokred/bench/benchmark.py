@@ -7,6 +7,7 @@ result.best(loss=0.01)
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,18 +97,18 @@ def benchmark(
         UnknownMethodError: there is no such method.
         ImportError: what is needed to measure here is not installed.
     """
-    module = adapters.module_of(model)
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module or a pipeline of diffusers, got {type(model).__name__}")
+    began = time.perf_counter()
+    held = feeds.modules(model)
     for given, called in ((rounds, "rounds"), (1 if max_new_tokens is None else max_new_tokens, "max_new_tokens")):
         if isinstance(given, bool) or not isinstance(given, int) or given < 1:
             raise ValueError(f"{called} must be a whole number of at least 1, got {given!r}")
     feeds.check(run)
-    before = api.patched(model)
+    wanted = entries(methods)
+    target = feeds.target(model, [s for one in wanted for s in one.stages])
+    before = api.patched(target)
     if before:
         raise ValueError(f"the model is already patched with {before[0]!r}; call tokred.remove(model) first")
-    wanted = entries(methods)
-    stages = _stages(model, wanted)
+    stages = _stages(target, wanted)
     if metric is not None:
         scorer(metric, None, better)
     path = None if out is None else _path(Path(out))
@@ -122,24 +123,28 @@ def benchmark(
     options = feeds.Options(tokenizer, max_new_tokens)
     chosen: list[tuple[Feed, Scorer]] = []
 
-    def prepare(item: Any) -> Any:
+    def prepare(item: Any, index: int) -> Any:
         # The first item says how to run, and so whether the metric fits, before the others are read.
         if not chosen:
             feed = feeds.choose(run, model, stages, item, options)
             chosen.append((feed, scorer(feed.usual if metric is None else metric, feed.name, better)))
-        return chosen[0][0].prepare(item)
+        return chosen[0][0].prepare(item, index)
 
-    with _as_it_was(module, device) as place:
+    with _as_it_was(held, device) as place:
         batches = Batches(data, place, prepare, seed, batch_size)
         feed, score = chosen[0]
         stage = "+".join(stages)
-        given = (model, stage, score, feed, batches, place, rounds, seed, name or _name(module), path)
+        given = (model, stage, score, feed, batches, place, rounds, seed, name or _name(model), path)
         engine = _engine(processes, ray, workers, given)
         try:
-            rows = engine.rows(wanted, baselines, progress)
+            with feed.around(model):
+                rows = engine.rows(wanted, baselines, progress)
         finally:
             engine.close()
-    return Benchmark(rows, engine.name, stage, score.name, score.better, path, engine.samples, engine.against)
+    spent = {"whole": time.perf_counter() - began, **engine.spent}
+    return Benchmark(
+        rows, engine.name, stage, score.name, score.better, path, engine.samples, engine.against, feed.name, spent
+    )
 
 
 def _engine(processes: int, ray: str | None, workers: int | None, given: tuple[Any, ...]) -> Engine:
@@ -149,7 +154,7 @@ def _engine(processes: int, ray: str | None, workers: int | None, given: tuple[A
     return ranks.RankEngine(*given) if processes > 1 else Engine(*given)
 
 
-def _stages(model: Any, wanted: Sequence[Entry]) -> list[str]:
+def _stages(target: Any, wanted: Sequence[Entry]) -> list[str]:
     """The stages of the methods at which the model can be patched, in their order.
 
     Raises:
@@ -161,13 +166,13 @@ def _stages(model: Any, wanted: Sequence[Entry]) -> list[str]:
         if not any(stage in one.stages for one in wanted):
             continue
         try:
-            adapters.find(model, stage)
+            adapters.find(target, stage)
         except UnsupportedModelError as error:
             refusal = refusal or error
         else:
             found.append(stage)
     if not found:
-        adapters.find_for(model, wanted[0].methods[0])  # it says best what the model offers instead
+        adapters.find_for(target, wanted[0].methods[0])  # it says best what the model offers instead
         assert refusal is not None
         raise refusal
     return found
@@ -193,29 +198,32 @@ def _check_memory() -> None:
         raise ImportError("benchmark needs psutil to measure memory here: pip install 'tokred[bench]'") from error
 
 
-def _name(model: nn.Module) -> str:
+def _name(model: Any) -> str:
     """The model's name by its configuration, or else its class."""
     config = getattr(model, "config", None)
-    found = getattr(config, "name_or_path", "") or getattr(model, "pretrained_cfg", {}).get("architecture", "")
-    return str(found or type(model).__name__)
+    names = [getattr(config, "name_or_path", ""), getattr(config, "_name_or_path", "")]
+    names.append((getattr(model, "pretrained_cfg", None) or {}).get("architecture", ""))
+    return next((str(found) for found in names if found), type(model).__name__)
 
 
 @contextmanager
-def _as_it_was(model: nn.Module, device: torch.device | str | None) -> Iterator[torch.device]:
-    """The model in evaluation mode on a device; mode and device are put back, whatever happens."""
-    homes = {p.device for p in model.parameters()}
-    home = next((p.device for p in model.parameters()), torch.device("cpu"))
+def _as_it_was(held: Sequence[nn.Module], device: torch.device | str | None) -> Iterator[torch.device]:
+    """Modules in evaluation mode on a device; modes and device are put back, whatever happens."""
+    found = [p.device for one in held for p in one.parameters()]
+    home = next(iter(found), torch.device("cpu"))
     place = home if device is None else torch.device(device)
-    if place != home and len(homes) > 1:
-        raise ValueError(f"device is {place}, but the model's parts lie on {', '.join(sorted(map(str, homes)))}")
-    modes = {module: module.training for module in model.modules()}
+    if place != home and len(set(found)) > 1:
+        raise ValueError(f"device is {place}, but the model's parts lie on {', '.join(sorted(map(str, set(found))))}")
+    modes = {module: module.training for one in held for module in one.modules()}
     try:
-        model.eval()
-        if place != home:
-            model.to(place)
+        for one in held:
+            one.eval()
+            if place != home:
+                one.to(place)
         yield place
     finally:
-        if place != home:
-            model.to(home)
+        for one in held:
+            if place != home:
+                one.to(home)
         for module, training in modes.items():
             module.training = training

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
-from tokred import adapters, api
-from tokred.bench import results, samples, timing
+from tokred import adapters
+from tokred.bench import feeds, results, samples, timing
 from tokred.bench.arms import BASE
-from tokred.bench.entries import Cost, Entry, of_equal_work
+from tokred.bench.costs import Costs
+from tokred.bench.entries import Cost, Entry
 from tokred.bench.feeds import Batches, Feed, Unreadable, fingerprint
+from tokred.bench.intervals import estimate
+from tokred.bench.pair import Pair
+from tokred.bench.parts import PARTS, Parts, roles
 from tokred.bench.progress import telling
+from tokred.bench.rivals import of_equal_work
 from tokred.bench.scoring import Scorer, Tally
 from tokred.core.method import Method
-from tokred.errors import NothingRemovedWarning
+from tokred.errors import NothingRemovedWarning, UnsupportedModelError
 
 SCENARIO = "benchmark"
 
@@ -43,8 +46,8 @@ class Engine:
     """One benchmark: what all rows share.
 
     Args:
-        model: unpatched, in evaluation mode, on ``device``: a module, or a pipeline.
-        stage: of the methods; of several, with ``+`` between.
+        model: unpatched, in evaluation mode, on ``device``: a module, a pipeline, or a callable that holds modules.
+        stage: of the methods, where the model offers it; of several, with ``+`` between.
         score: the metric.
         feed: how the model runs on a batch.
         batches: the data.
@@ -53,6 +56,9 @@ class Engine:
         seed: of the order.
         name: of the model.
         path: of the table that rows are written to, or None.
+
+    Attributes:
+        spent: seconds of runs of the model that were ``"timed"`` and ``"untimed"``.
     """
 
     def __init__(
@@ -70,14 +76,18 @@ class Engine:
     ) -> None:
         self.model, self.stage, self.score, self.feed, self.batches = model, stage, score, feed, batches
         self.device, self.seed, self.name, self.path = device, seed, name, path
+        self.target: Any = feeds.target(model, stage.split("+"))
         self.rounds = max(rounds, batches.count)
-        module: nn.Module = adapters.module_of(model)
-        dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+        self.spent = {"timed": 0.0, "untimed": 0.0}
+        self.costs = Costs(self.target, feed, self.untimed)
+        self.parts = Parts(device)
+        self.roles = roles(model, self.target, feed.name)
+        held = [x for one in feeds.modules(model) for x in (*one.parameters(), *one.buffers())]
+        dtype = next((x.dtype for x in held if x.is_floating_point()), torch.float32)
         self.where = self._where(dtype)
-        # Rows of other weights or data, under the same name, are no rows of this table.
-        weights = fingerprint([*module.parameters(), *module.buffers()])
-        self.head = {"scenario": SCENARIO, "model": name, "stage": stage, "scored_by": score.name}
-        self.head["case"] = fingerprint([f"{weights} {batches.prints} {feed.name} {feed.settings}"])
+        # Rows of other weights, data or runs, under the same name, are no rows of this table.
+        self.head = {"scenario": SCENARIO, "model": name, "scored_by": score.name}
+        self.head["case"] = fingerprint([f"{fingerprint(held)} {batches.prints} {feed.name} {feed.settings}"])
         self.known = self.head | {name: self.where[name] for name in ("device", "threads", "dtype")}
         self.there = {} if path is None else self._there(path)
         self.samples: dict[str, Tally] = {}
@@ -104,11 +114,11 @@ class Engine:
         """All rows, the unpatched model's first."""
         base = Entry(BASE, "")
         try:
-            with torch.inference_mode():
-                output = self.feed.finish(self.feed.run(self.model, self.batches.first), self.batches.first)
+            output = self.untimed()
         except Exception as error:
             error.add_note("tokred: this is the unpatched model on the first batch of data")
             raise
+        output = self.feed.finish(self.model, output, self.batches.first)
         self.score(output, self.batches.first, output)  # a metric that does not fit is found before any row
         self.against = self.score.against(self.batches.first)
         with telling(progress and self.first, self.score) as (total, tell):
@@ -119,13 +129,34 @@ class Engine:
                     costs.append((one, self.cost(one)))
                 except Exception as error:
                     refused[one.label] = reason(error)
-            more = of_equal_work(self.stage, costs, self._cost_of) if baselines else []
+            more = self.rivals(costs) if baselines else []
             total(1 + len(wanted) + len(more))
             known = {one.label: cost for one, cost in costs}
-            todo = [Todo(base, _of_all(costs[0][1]) if costs else {})]
+            todo = [Todo(base, self.costs.unpatched([*known.values()]))]
             todo += [Todo(one, known.get(one.label), refused.get(one.label)) for one in (*wanted, *more)]
             found = {one.label: tell(one, record) for one, record in self.each(todo)}
         return [found[item.entry.label] for item in todo]
+
+    def rivals(self, costs: Sequence[tuple[Entry, Cost]]) -> list[Entry]:
+        """Baselines of equal work for rows whose costs are known."""
+        try:
+            pictures = adapters.find(self.target, "projector") is not None
+        except UnsupportedModelError:
+            pictures = False
+
+        def probe(methods: Sequence[Method]) -> Cost:
+            return self.cost(Entry("rival", "", tuple(methods)))
+
+        return of_equal_work(costs, probe, pictures)
+
+    def untimed(self, probe: bool = False) -> Any:
+        """A run of the model as it is now on the first batch; of a probe there is no output."""
+        start = time.perf_counter()
+        with torch.inference_mode():
+            output = (self.feed.probe if probe else self.feed.run)(self.model, self.batches.first)
+        timing.synchronise(self.device)
+        self.spent["untimed"] += time.perf_counter() - start
+        return output
 
     def each(self, todo: Sequence[Todo]) -> Iterator[tuple[Entry, dict[str, Any]]]:
         """Rows with their records, as they are finished."""
@@ -173,85 +204,43 @@ class Engine:
             samples.write(samples.beside(self.path), head, self.samples[one.label])
             results.write(self.path, [record], overwrite=True)
 
-    def _cost_of(self, method: Method) -> Cost:
-        return self.cost(Entry(method.name, "", (method,)))
-
     def cost(self, one: Entry) -> Cost:
         """The tokens, work or bytes that a row's methods keep of the first batch, by their report.
 
         Raises:
             Exception: whatever the method, or the model with it, refuses by.
         """
-        others = one.stages - set(self.feed.stages)
-        if others:
-            raise ValueError(
-                f"it acts at stage {', '.join(sorted(others))}, which run {self.feed.name!r} does not measure: that is "
-                f"for {', '.join(self.feed.stages)}"
-            )
-        with torch.inference_mode(), one.applied(self.model):
-            self.feed.probe(self.model, self.batches.first)
-            report: Any = api.report(self.model)
-        layers = report.layers
-        if report.stage == "block":
-            ends = {"tokens_in": layers[0].tokens_in, "tokens_out": layers[-1].tokens_out}
-            return {**ends, "gmacs": report.macs / 1e9, "gmacs_share": report.macs / report.macs_unpatched}
-        rows = sum(layer.rows for layer in layers) / len(layers)
-        return {"rows_left": rows, "bytes": report.bytes, "dense_bytes": report.dense_bytes}
+        return self.costs.of(one)
 
     def measured(self, one: Entry) -> dict[str, Any]:
         """Quality, times and peak memory of a row, beside the unpatched model."""
-        batches, tally = self.batches, Tally()
-        arms = [Entry(BASE, ""), one] if one.methods else [one]
-        entered, outputs = [0] * len(arms), {}
-        batches.restart()
-
-        @contextmanager
-        def enter(arm: int) -> Iterator[None]:
-            # Entering is not timed: here the batch is fetched. The first time is the warm-up, on the first batch.
-            batches.seek(max(0, entered[arm] - 1))
-            entered[arm] += 1
-            with arms[arm].applied(self.model):
-                yield
-
-        def collect(arm: int, i: int, result: Any) -> None:
-            if i >= batches.count:  # a batch that came round again, to be timed
-                return
-            outputs[arm] = self.feed.finish(result, batches.batch)
-            if len(outputs) < len(arms):
-                return
-            dense, mine = outputs[0], outputs[len(arms) - 1]
-            tally.take(self.score, mine, batches.batch, dense)
-            outputs.clear()
-
-        def run(i: int) -> Any:
-            return self.feed.run(self.model, batches.batch)
-
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NothingRemovedWarning)  # it was said when the cost was taken
-            entering = [partial(enter, arm) for arm in range(len(arms))]
-            seconds = timing.paired(entering, run, self.rounds, device=self.device, seed=self.seed, collect=collect)
-            with one.applied(self.model):
-                memory = timing.peak_memory(lambda: self.feed.run(self.model, batches.first), self.device)
-        tally, seconds, memory = self.pooled(tally, seconds, memory)
+            pair = Pair(self, one)
+            seconds = pair.run()
+            with one.applied(self.target):
+                memory = timing.peak_memory(self.untimed, self.device)
+        self.spent["timed"] += sum(map(sum, seconds))
+        tally, seconds, memory, pair.lengths = self.pooled(pair.tally, seconds, memory, pair.lengths)
         self.samples[one.label] = tally
         record = {**tally.record(self.score), **memory.record(), "rounds": self.rounds}
+        if pair.lengths:
+            mean = estimate(pair.lengths, [1.0] * len(pair.lengths))
+            ends = {"generated": mean.value, "generated_low": mean.low, "generated_high": mean.high}
+            record |= {name: value for name, value in ends.items() if value is not None}
+        for part in PARTS:
+            record |= results.spread(f"{part}_seconds", [found[part] for found in pair.parts if part in found])
         record |= results.spread("seconds", seconds[-1])
         return record | results.spread("speedup", timing.ratios(seconds)[-1])
 
-    def pooled(self, tally: Tally, seconds: list[list[float]], memory: timing.Memory) -> tuple[Any, ...]:
-        """Samples, times and memory of a row, with those of other processes where there are any."""
-        return tally, seconds, memory
+    def pooled(
+        self, tally: Tally, seconds: list[list[float]], memory: timing.Memory, lengths: list[float]
+    ) -> tuple[Any, ...]:
+        """Samples, times, memory and lengths of a row, with those of other processes where there are any."""
+        return tally, seconds, memory, lengths
 
     def close(self) -> None:
         """Free what was begun to measure."""
-
-
-def _of_all(cost: Cost) -> Cost:
-    """The cost of the unpatched model, which every report tells beside that of its method."""
-    if "gmacs" in cost:
-        gmacs = cost["gmacs"] / cost["gmacs_share"]
-        return {"tokens_in": cost["tokens_in"], "tokens_out": cost["tokens_in"], "gmacs": gmacs, "gmacs_share": 1.0}
-    return {"bytes": cost["dense_bytes"], "dense_bytes": cost["dense_bytes"]}
 
 
 def reason(error: Exception) -> str:

@@ -1,10 +1,10 @@
-"""Entries of a benchmark: the methods that the user names, and the baselines that cost as much."""
+"""Entries of a benchmark: the methods that the user names, a row each."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -12,14 +12,13 @@ from typing import Any
 from torch import nn
 
 from tokred import api
-from tokred.bench.arms import BASE, STEPS, Arm, knob, nearest
+from tokred.bench.arms import BASE
 from tokred.core.method import Method
-from tokred.core.registry import methods as registered
 from tokred.core.settings import parse_setting
+from tokred.core.site import STAGES
 
 Cost = dict[str, Any]  # fields of a record: tokens, multiply-adds, bytes
-Probe = Callable[[Method], Cost]
-SAME = 0.02  # settings whose work differs by less share their baselines
+RANDOM = ("random", "random_prune", "random_evict", "random_visual", "random_latent_prune")
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,11 @@ class Entry:
     @property
     def stages(self) -> set[str]:
         return {m.stage for m in self.methods}
+
+    @property
+    def stage(self) -> str:
+        """The stages in their order, with ``+`` between; empty for the model as it is."""
+        return "+".join(stage for stage in STAGES if stage in self.stages)
 
     def applied(self, model: nn.Module) -> AbstractContextManager[object]:
         """The model in the state of this row."""
@@ -97,7 +101,7 @@ def entry(given: Any) -> Entry:
         made = api.make(given)
         setting = written(made)
     name = made.name or type(made).__name__
-    return Entry(name, setting, tuple(made.members), name in ("random", "random_prune", "random_evict"))
+    return Entry(name, setting, tuple(made.members), name in RANDOM)
 
 
 def entries(methods: Any) -> list[Entry]:
@@ -115,71 +119,8 @@ def entries(methods: Any) -> list[Entry]:
 
 
 def work(cost: Cost) -> float | None:
-    """The share of the unpatched model's multiply-adds, or bytes of the cache."""
-    if "gmacs_share" in cost:
-        return float(cost["gmacs_share"])
-    return cost["bytes"] / cost["dense_bytes"] if cost.get("dense_bytes") else None
-
-
-def of_equal_work(stage: str, found: Sequence[tuple[Entry, Cost]], probe: Probe) -> list[Entry]:
-    """For each amount of work among the entries, the baselines of the stage whose work comes nearest.
-
-    Args:
-        stage: of the benchmark.
-        found: entries that run, with their costs.
-        probe: the cost of a method, measured on the first batch.
-    """
-    made: dict[str, Entry] = {}
-    done: list[tuple[str, float]] = []
-    met: set[tuple[str, float]] = set()
-    for one, cost in found:
-        share = work(cost)
-        if one.baseline or share is None or share >= 1:
-            continue
-        drops = any(getattr(m, "drops", False) for m in one.methods)
-        names = ("random_prune" if drops else "random", "downsample")
-        for name in names if stage == "block" else ("random_evict", "streaming_llm"):
-            if any(name == other and abs(share - at) < SAME for other, at in done):
-                continue
-            done.append((name, share))
-            chosen, at = _matched(name, cost, probe) if stage == "block" else _budget(name, share, probe)
-            if (name, at) in met:  # a coarse grid has few sizes: one may be the nearest to several amounts of work
-                continue
-            met.add((name, at))
-            made[chosen.label] = chosen
-    present = {one.label for one, _ in found}
-    return [one for label, one in made.items() if label not in present]
-
-
-def _budget(name: str, share: float, probe: Probe) -> tuple[Entry, float]:
-    """The budget at which a policy's cache has this share of the bytes, and that share."""
-    method = api.make(name, budget=_rounded(share))
-    held = work(probe(method)) or 0.0
-    if abs(held - share) > SAME / 2 and held < 1 and share < 1:
-        # Layers of a sliding window hold what they hold, whatever the budget: the rest goes in proportion.
-        method = api.make(name, budget=_rounded(1 - (1 - share) * (1 - share) / (1 - held)))
-        held = work(probe(method)) or 0.0
-    return Entry(name, written(method), (method,), True), held
-
-
-def _rounded(share: float) -> float:
-    return min(1.0, max(0.001, round(share, 3)))
-
-
-def _matched(name: str, target: Cost, probe: Probe) -> tuple[Entry, float]:
-    """The setting of a baseline whose measured work comes nearest, and that work."""
-    parameter, share = knob(name)
-    macs = round(1e9 * target["gmacs"])
-
-    def build(step: int) -> Arm:
-        method = api.make(name, **{parameter: step / STEPS if share else step})
-        return Arm(name, "", method, macs=round(1e9 * probe(method)["gmacs"]))
-
-    try:
-        found = nearest(build, 1, STEPS - 1 if share else max(2, int(target["tokens_in"]) // 2), macs)
-        method, at = found.method, float(found.macs)
-    except Exception:
-        # No grid, say: it does not fit the model, and its row, which will fail like this one, says why.
-        method, at = api.make(name, **registered.get(name).example), 0.0
-    assert method is not None
-    return Entry(name, written(method), (method,), True), at
+    """The share of the unpatched model's multiply-adds, or bytes of the cache, or the product of both."""
+    found = [float(cost["gmacs_share"])] if "gmacs_share" in cost else []
+    if cost.get("dense_bytes"):
+        found.append(cost["bytes"] / cost["dense_bytes"])
+    return math.prod(found) if found else None

@@ -8,20 +8,22 @@ from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 from tokred.bench.entries import Entry, work
+from tokred.bench.parts import PARTS
 from tokred.bench.scoring import Scorer
 from tokred.bench.table import COLUMNS
 
 # Columns that bear the names of a record's fields.
 MEASURED = (
     "difference", "difference_low", "difference_high", "speedup", "speedup_low", "speedup_high", "seconds", "peak_mib",
-    "tokens_in", "tokens_out", "bytes", "dense_bytes",
+    "tokens_in", "tokens_out", "bytes", "dense_bytes", "generated", *(f"{part}_seconds" for part in PARTS),
 )  # fmt: skip
 
 
 def row_of(one: Entry, record: dict[str, Any], score: Scorer) -> dict[str, Any]:
     """A row of the table, with the keys of :data:`~tokred.bench.table.COLUMNS`, from a record of results."""
     row: dict[str, Any] = dict.fromkeys(COLUMNS)
-    row |= {"method": one.name, "setting": one.setting, "baseline": one.baseline, "metric": score.name, "reason": ""}
+    row |= {"method": one.name, "setting": one.setting, "stage": one.stage, "baseline": one.baseline}
+    row |= {"metric": score.name, "reason": ""}
     if "reason" in record:
         return row | {"reason": record["reason"]}
     field = score.field

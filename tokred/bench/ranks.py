@@ -98,17 +98,17 @@ class RankEngine(Engine):
                 gather(reason(error))
             raise
 
-    def pooled(self, tally: Tally, seconds: list[list[float]], memory: Memory) -> tuple[Any, ...]:
-        """Samples and times of all processes; the memory of the one that took most.
+    def pooled(self, tally: Tally, seconds: list[list[float]], memory: Memory, lengths: list[float]) -> tuple[Any, ...]:
+        """Samples, times and lengths of all processes; the memory of the one that took most.
 
         Raises:
             OtherProcessError: one of them failed.
         """
         self._pooled = True
-        found: list[Any] = gather((tally, seconds, memory))
+        found: list[Any] = gather((tally, seconds, memory, lengths))
         wrong = next((one for one in found if isinstance(one, str)), None)
         if wrong is not None:
             raise OtherProcessError(wrong)
-        tallies, times, memories = zip(*found, strict=True)
+        tallies, times, memories, several = zip(*found, strict=True)
         arms = [[t for process in times for t in process[arm]] for arm in range(len(seconds))]
-        return Tally.joined(tallies), arms, max(memories)
+        return Tally.joined(tallies), arms, max(memories), [n for one in several for n in one]

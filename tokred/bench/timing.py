@@ -77,6 +77,8 @@ def paired(
     seed: int = 0,
     collect: Callable[[int, int, T], None] | None = None,
     tick: Callable[[], None] | None = None,
+    group: int = 1,
+    ready: Callable[[int, int], None] | None = None,
 ) -> list[list[float]]:
     """Seconds of each arm in each round.
 
@@ -89,6 +91,8 @@ def paired(
         seed: of the order.
         collect: ``collect(arm, round, result)``, outside the timed part.
         tick: called after every timed run and every arm's warm-up: ``len(arms) * (rounds + 1)`` times in all.
+        group: rounds that an arm runs before it is the next one's turn, where entering takes long beside running.
+        ready: ``ready(arm, round)``, before the timed part.
 
     Returns:
         ``[arm][round]``.
@@ -107,18 +111,24 @@ def paired(
         try:
             gc.collect()
             gc.disable()
-            for i in range(rounds):
+            for begin in range(0, rounds, group):
                 shuffle(order)
                 for arm in order:
+                    found: list[T] = []
+                    turn = range(begin, min(begin + group, rounds))
                     with arms[arm]():
-                        synchronise(device)
-                        start = time.perf_counter()
-                        result = run(i)
-                        synchronise(device)
-                        seconds[arm][i] = time.perf_counter() - start
-                    if collect is not None:
-                        collect(arm, i, result)
-                    tick()
+                        for i in turn:
+                            if ready is not None:
+                                ready(arm, i)
+                            synchronise(device)
+                            start = time.perf_counter()
+                            found.append(run(i))
+                            synchronise(device)
+                            seconds[arm][i] = time.perf_counter() - start
+                    for i, result in zip(turn, found, strict=True):
+                        if collect is not None:
+                            collect(arm, i, result)
+                        tick()
         finally:
             if collecting:
                 gc.enable()

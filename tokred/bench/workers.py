@@ -55,7 +55,7 @@ def check(workers: int | None) -> None:
         raise ValueError(f"workers must be a whole number of at least 1, got {workers!r}")
 
 
-def _as_is(item: Any) -> Any:
+def _as_is(item: Any, index: int) -> Any:
     return item
 
 

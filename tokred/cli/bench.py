@@ -56,6 +56,10 @@ def bench_command(
     threads: Threads = None,
     seed: Annotated[int, typer.Option(help="Of the choice of samples and the order of the rows.")] = 0,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="No trained weights: speed only.")] = False,
+    ray: Annotated[
+        str | None, typer.Option(help="Rows as tasks of Ray: local, or the address of a cluster such as auto.")
+    ] = None,
+    ray_workers: Annotated[int | None, typer.Option(min=1, help="Rows at a time with --ray local.")] = None,
     folder: Annotated[Path, typer.Option("--out", help="Folder for table and plot.")] = Path("tokred-bench"),
     force: Annotated[bool, typer.Option("--force", help="Measure anew what is in the table already.")] = False,
     as_json: Json = False,
@@ -129,6 +133,8 @@ def bench_command(
                 device=place,
                 name=name,
                 seed=seed,
+                ray=ray,
+                workers=ray_workers,
                 **extra,
             )
     except KeyboardInterrupt:
@@ -146,15 +152,14 @@ def bench_command(
 
 
 def show(result: Benchmark, given: Data, out: Any) -> None:
-    """The table: in colour on a terminal, as plain text elsewhere."""
+    """The table: in colour on a terminal, as plain text of 80 columns elsewhere."""
     from tokred.cli import tables
 
     if not out.is_terminal:
-        print(f"{given.name}\n{result}")
+        print(f"{result}\nData: {given.name}.")
         return
-    out.print(tables.bench_table(result))
-    for line in (*tables.not_measured(result), result.summary, f"Data: {given.name}"):
-        out.print(line, highlight=False, width=80)
+    out.print(tables.coloured(result, max(60, min(out.width, 80))), soft_wrap=True)
+    out.print(f"Data: {given.name}.", highlight=False)
 
 
 def document(result: Benchmark, source: Source, given: Data, table: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from tokred import api
 from tokred.bench import sources
@@ -210,28 +211,12 @@ def within_chance(rows: Sequence[Row], count: int) -> str:
     )
 
 
-def bench_table(result: Benchmark) -> Table:
-    """The table of a benchmark for a terminal of 80 columns."""
-    from tokred.bench.table import HEADS
-
-    table = Table(
-        title=result.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, width=80
-    )
-    table.add_column("method", overflow="fold", ratio=1)
-    for name in HEADS:
-        table.add_column(name, justify="right", no_wrap=True)
-    best = result.measured[0]["method"]
-    for i, row in enumerate(result.rows):
-        label = f"{row['method']} {row['setting']}".strip()
-        style = "bold" if row["method"] == best and i == 0 else "dim" if row["baseline"] else ""
-        if row["quality"] is None:
-            table.add_row(label, "-", *[""] * (len(HEADS) - 1), style="red")
-        else:
-            table.add_row(label, *result.cells(row), style=style)
-    return table
-
-
-def not_measured(result: Benchmark) -> list[str]:
-    """A line for each row that has no number, with the reason."""
-    rows = [row for row in result.rows if row["quality"] is None]
-    return [f"{row['method']} {row['setting']}".strip() + f": not measured. {row['reason']}" for row in rows]
+def coloured(result: Benchmark, width: int) -> Text:
+    """The table of a benchmark as text in colour: baselines dim, rows that were not measured red."""
+    dim = {f"{row['method']} {row['setting']}".strip() for row in result.rows if row["baseline"]}
+    lines = []
+    for line in result.text(width).splitlines():
+        style = "dim" if any(line.startswith(label[:25]) for label in dim) else ""
+        style = "red" if ": not measured." in line else "bold" if line.startswith("unpatched") else style
+        lines.append(Text(line, style))
+    return Text("\n").join(lines)

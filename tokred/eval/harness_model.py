@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from tokred import api
 from tokred.bench.arms import BASE
-from tokred.bench.entries import Cost, Entry, of_equal_work
+from tokred.bench.entries import Cost, Entry
+from tokred.bench.rivals import of_equal_work
 from tokred.bench.timing import spread, synchronise
 from tokred.core.method import Method
 from tokred.eval.needed import typed_methods
@@ -144,7 +145,7 @@ class Several(HFLM):  # type: ignore[misc]  # lm-eval has no types
             with suppress(Exception):
                 known.append((one, cost(one)))
         if self._baselines:
-            self.arms += of_equal_work("cache", known, lambda method: cost(Entry(method.name, "", (method,))))
+            self.arms += of_equal_work(known, lambda methods: cost(Entry("rival", "", tuple(methods))))
 
     def _ask(self, one: Entry, requests: list[Any], indices: list[int], answers: list[str]) -> None:
         self._seconds = 0.0

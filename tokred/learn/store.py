@@ -60,7 +60,10 @@ def write(folder: str | Path, entries: Sequence[Entry]) -> Path:
     text = json.dumps(found, indent=2) + "\n"
     save_file = _safetensors().save_file if tensors else None
     path.mkdir(parents=True, exist_ok=True)
-    (path / WEIGHTS).unlink(missing_ok=True)
+    if (path / SETTINGS).exists():  # else a file of this name is somebody else's
+        (path / WEIGHTS).unlink(missing_ok=True)
+    elif save_file is not None and (path / WEIGHTS).exists():
+        raise FileExistsError(f"{path / WEIGHTS} is there, and of no setting of tokred: give another folder")
     if save_file is not None:
         save_file(tensors, str(path / WEIGHTS), metadata={"format": str(FORMAT)})
     (path / SETTINGS).write_text(text, "utf-8")
@@ -81,6 +84,8 @@ def read(folder: str | Path) -> list[Method]:
         raise FileNotFoundError(f"{path} holds no {SETTINGS}: give a folder that tokred.save has written")
     try:
         found: dict[str, Any] = json.loads((path / SETTINGS).read_text("utf-8"))
+        if isinstance(found, dict) and "method" in found:  # the dict of one method, as users wrote it themselves
+            found = {"format": FORMAT, "methods": [found]}
         number, rows = found["format"], found["methods"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path / SETTINGS} is not a setting of tokred: {error!r}") from None

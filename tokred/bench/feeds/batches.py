@@ -169,7 +169,7 @@ class Batches:
         data: what :func:`loader` makes batches of. An iterator, which is read once only, and small data are kept in
             memory.
         device: where batches go.
-        prepare: makes of each item what a model's run takes.
+        prepare: makes of each item, and its number, what a model's run takes.
         seed: of loaders that shuffle.
         batch_size: of data that yields samples.
 
@@ -178,6 +178,7 @@ class Batches:
         first: the first one, on the device.
         batch: the one that :meth:`seek` made ready.
         prints: the fingerprint of each.
+        together: how many of them may be kept at a time.
 
     Raises:
         TypeError: the data cannot be iterated over.
@@ -188,7 +189,7 @@ class Batches:
         self,
         data: Any,
         device: torch.device,
-        prepare: Callable[[Any], Any],
+        prepare: Callable[[Any, int], Any],
         seed: int = 0,
         batch_size: int | None = None,
     ) -> None:
@@ -196,10 +197,11 @@ class Batches:
         once = isinstance(self._data, Iterator) or getattr(self._data, "once", False)
         held: list[Any] | None = []
         self.prints: list[str] = []
-        size = 0
+        size, largest = 0, 1
         for batch in self._read():
             self.prints.append(fingerprint(leaves(batch)))
-            size += nbytes(batch)
+            size += (own := nbytes(batch))
+            largest = max(largest, own)
             if once and size > ONCE:
                 raise ValueError(
                     f"data is an iterator, which can be read only once, and holds more than {ONCE / 2**30:g} GiB: give "
@@ -210,7 +212,7 @@ class Batches:
                 self.first = moved(batch, device)
         if not self.prints:
             raise ValueError("data yields no batch: the loader is empty")
-        self.count = len(self.prints)
+        self.count, self.together = len(self.prints), max(1, HELD // largest)
         self._mine = list(range(self.count))
         self._held = held
         self._at = -1
@@ -231,9 +233,9 @@ class Batches:
         if isinstance(generator, torch.Generator) and state is not None:
             generator.set_state(state)
         if ahead is not None:
-            yield self._prepare(ahead)
-            for item in source:
-                yield self._prepare(item)
+            yield self._prepare(ahead, 0)
+            for i, item in enumerate(source, 1):
+                yield self._prepare(item, i)
 
     @property
     def held(self) -> list[Any] | None:

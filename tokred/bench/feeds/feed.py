@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
+
+import torch
 
 from tokred.core.site import STAGES
 
-# The names of a batch's right answers: of classes, or of texts.
-LABELS = ("labels", "label", "answers", "answer")
+
+@contextmanager
+def drawn(seed: int) -> Iterator[None]:
+    """Random numbers of torch that begin with a seed, and go on as before afterwards."""
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
+        torch.manual_seed(seed)
+        yield
 
 
 class Feed:
@@ -29,15 +37,19 @@ class Feed:
         """Settings on which outputs depend beside model and data, as text."""
         return ""
 
-    def prepare(self, item: Any) -> Any:
-        """The batch that an item of the data is."""
+    def prepare(self, item: Any, index: int = 0) -> Any:
+        """The batch that an item of the data is; ``index`` counts them."""
         return item
+
+    def around(self, model: Any) -> AbstractContextManager[None]:
+        """The state of the model while it is measured, patched or not."""
+        return nullcontext()
 
     def run(self, model: Any, batch: Any) -> Any:
         """The output of the model on a batch: what is timed."""
         raise NotImplementedError
 
-    def finish(self, output: Any, batch: Any) -> Any:
+    def finish(self, model: Any, output: Any, batch: Any) -> Any:
         """The output as metrics take it; not timed."""
         return output
 

@@ -5,18 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from tokred.bench.feeds.batches import tensors
 from tokred.bench.feeds.feed import Feed
-from tokred.bench.scoring import arguments
+from tokred.bench.read import arguments
 
 
 class Forward(Feed):
-    """One forward on tensors, ``(inputs, labels)``, or a dictionary of the forward's arguments."""
+    """One forward on tensors, ``(inputs, labels)``, or a dictionary of the forward's arguments.
+
+    Args:
+        more: arguments of every forward; those of a batch come first.
+    """
 
     name = "forward"
     stages = ("block", "projector", "layer", "attention")
 
-    def prepare(self, item: Any) -> Any:
+    def __init__(self, more: Mapping[str, Any] | None = None) -> None:
+        self.more = dict(more or {})
+
+    def prepare(self, item: Any, index: int = 0) -> Any:
         if not any(True for _ in tensors(item)):
             raise ValueError(
                 "a batch of data is a tensor, (inputs, labels), or a dict of the forward's arguments, "
@@ -27,5 +36,10 @@ class Forward(Feed):
     def run(self, model: Any, batch: Any) -> Any:
         if isinstance(batch, Mapping):
             # Given labels, models of transformers compute a loss, which is none of the work that is compared.
-            return model(**arguments(batch))
+            return model(**{**self.more, **arguments(batch)})
         return model(batch[0] if isinstance(batch, tuple | list) else batch)
+
+    def finish(self, model: Any, output: Any, batch: Any) -> Any:
+        """The output; of a denoiser its sample."""
+        sample = getattr(output, "sample", None)
+        return sample if isinstance(sample, Tensor) else output

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tokred import adapters, api
 from tokred.adapters.contract import cache_argument, cache_name
 from tokred.bench.feeds.feed import Feed
+from tokred.bench.feeds.reader import Reader
 
 SHARE = 0.75  # of a text that is the prompt
 CHUNK = 8  # tokens fed at once to policies that evict while tokens are generated
@@ -26,12 +27,17 @@ class Text(Feed):
     stages = ("layer", "cache")
     usual = "perplexity"
 
-    def prepare(self, item: Any) -> dict[str, Any]:
+    def __init__(self, tokenizer: Any = None) -> None:
+        self.reader = Reader(tokenizer)
+
+    def prepare(self, item: Any, index: int = 0) -> dict[str, Any]:
         """A dictionary with ``input_ids`` ``(B, N)``.
 
         Raises:
             ValueError, TypeError: there are no token ids, too few, or padding on the right.
         """
+        if self.reader.tool is not None and _texts(item):
+            item = self.reader.read(item)
         if isinstance(item, list | tuple) and item and all(isinstance(i, int) for i in item):
             item = torch.tensor([item])
         elif isinstance(item, list | tuple) and item and isinstance(item[0], Tensor):
@@ -41,7 +47,7 @@ class Text(Feed):
         if not isinstance(item, Mapping) or not isinstance(item.get("input_ids"), Tensor):
             raise TypeError(
                 f"a batch of data for a language model is a dict with 'input_ids' (B, N), or token ids, "
-                f"got {type(item).__name__}: tokenise texts first"
+                f"got {type(item).__name__}: tokenise texts first, or give tokenizer"
             )
         batch = dict(item)
         ids = batch["input_ids"] if batch["input_ids"].ndim > 1 else batch["input_ids"][None]
@@ -101,6 +107,10 @@ class Text(Feed):
         out = model(input_ids=ids[:, start:end], use_cache=True, **given)
         logits: Tensor = out.logits
         return logits
+
+
+def _texts(item: Any) -> bool:
+    return isinstance(item, str) or (isinstance(item, list | tuple) and all(isinstance(one, str) for one in item))
 
 
 def _cache_name(model: nn.Module) -> str:

@@ -17,6 +17,7 @@ from tokred.bench.sources.record import (
     first_line,
     no_download,
     no_settings,
+    quiet,
 )
 
 # Tables of transformers by the kind of model that their classes are, the most telling first: a class of a model with
@@ -51,9 +52,11 @@ def load(name: str, options: Options) -> Source:
         NoModelError: transformers is not installed or does not know it, or configuration or weights cannot be had.
     """
     try:
+        import transformers
         from transformers import AutoConfig
     except ImportError as error:
         raise NoModelError("hf:NAME needs transformers: pip install transformers") from error
+    quiet(transformers)
     try:
         config = AutoConfig.from_pretrained(name)
     except OSError as error:
@@ -155,8 +158,13 @@ def equip(source: Source, config: Any) -> None:
     if source.kind in ("language model", "text encoder"):
         source.tokenizer = _tried(t.AutoTokenizer, source.origin)
     elif source.kind in ("vision-language model", "speech"):
-        source.processor = _tried(t.AutoProcessor, source.origin)
-        own = getattr(source.processor, "tokenizer", None)
+        part = "image_processor" if source.kind.startswith("vision") else "feature_extractor"
+        found = _tried(t.AutoProcessor, source.origin)
+        # Where there is no processor, transformers hands out a part of it, such as the tokenizer.
+        if not hasattr(found, part):
+            found = None if source.kind.startswith("vision") else _tried(t.AutoFeatureExtractor, source.origin)
+        source.processor = found
+        own = getattr(found, "tokenizer", None)
         source.tokenizer = own if own is not None else _tried(t.AutoTokenizer, source.origin)
     elif source.kind == "audio encoder":
         source.processor = _tried(t.AutoFeatureExtractor, source.origin)

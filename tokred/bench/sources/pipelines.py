@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tokred.bench.sources.record import NoModelError, Options, Source, cast, first_line, no_download, no_settings
+from tokred.bench.sources.record import NoModelError, Options, Source, cast, first_line, no_download, no_settings, quiet
 
 PARTS = ("unet", "transformer")
 
@@ -32,6 +32,7 @@ def load(name: str, options: Options) -> Source:
         import diffusers
     except ImportError as error:
         raise NoModelError("diffusers:NAME needs diffusers: pip install diffusers") from error
+    quiet(diffusers)
     if name in known():
         return _by_heart(name, options)
     if (Path(name) / "config.json").is_file():
@@ -48,7 +49,10 @@ def load(name: str, options: Options) -> Source:
     if options.random_weights:
         raise ValueError("--random-weights is not for pipelines: give the folder of the denoiser alone")
     try:
-        model: Any = diffusers.DiffusionPipeline.from_pretrained(name, torch_dtype=options.dtype)
+        # Cast afterwards: the argument for it has another name in newer versions.
+        model: Any = diffusers.DiffusionPipeline.from_pretrained(name)
+        if options.dtype != torch.float32:
+            model.to(options.dtype)
     except OSError as error:
         raise no_download(f"diffusers:{name}", error) from error
     except (ValueError, ImportError, AttributeError, TypeError) as error:
@@ -76,7 +80,7 @@ def _denoiser(diffusers: Any, name: str, part: str | None, options: Options) -> 
             with torch.device("meta") if options.shapes else nullcontext():
                 model: Any = cast(cls.from_config(config), options.dtype)
         else:
-            model = cls.from_pretrained(name, torch_dtype=options.dtype)
+            model = cast(cls.from_pretrained(name), options.dtype)
     except OSError as error:
         raise no_download(f"diffusers:{name}", error) from error
     except (ValueError, ImportError, AttributeError, TypeError) as error:

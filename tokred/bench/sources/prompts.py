@@ -61,10 +61,15 @@ def data(source: Source, spec: str | None, wanted: Any) -> Data:
             raise ValueError(f"--size: {source.name} makes images of one size")
         fixed |= {"height": wanted.size, "width": wanted.size}
 
-    def make(some: Sequence[Any]) -> dict[str, Any]:
-        return {argument: list(some), **fixed} if argument else {"batch_size": len(some), **fixed}
+    # By its place, a prompt has the same noise whatever the batch.
+    seeded = [(one, 1000 * wanted.seed + i) for i, one in enumerate(items)]
 
-    batches = Lazily(items, wanted.batch or 1, make)
+    def make(some: Sequence[tuple[Any, int]]) -> dict[str, Any]:
+        given = [one for one, _ in some]
+        named: dict[str, Any] = {argument: given} if argument else {"batch_size": len(some)}
+        return {**named, **fixed, "seeds": [seed for _, seed in some]}
+
+    batches = Lazily(seeded, wanted.batch or 1, make)
     return Data(batches, f"{len(items)} prompts", "psnr", "pipeline", source.model, notes=notes)
 
 
@@ -115,10 +120,12 @@ def noise(source: Source, spec: str | None, wanted: Any) -> Data:
     def make(some: Sequence[int]) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(wanted.seed + some[0])
         step = 1 + 998 * some[0] // max(1, count - 1)
-        return {k: _filled(k, v, len(some), step, generator, dtype) for k, v in given.items()}
+        # A tuple, since the records of diffusers have their tensor under a name of their own.
+        filled = {k: _filled(k, v, len(some), step, generator, dtype) for k, v in given.items()}
+        return {**filled, "return_dict": False}
 
     batches = Lazily(list(range(count)), batch, make)
-    return Data(batches, "noise", "psnr", "forward", source.model)
+    return Data(batches, "noise", "cosine", "forward", source.model)
 
 
 def _filled(name: str, given: Any, batch: int, step: int, generator: torch.Generator, dtype: torch.dtype) -> Any:

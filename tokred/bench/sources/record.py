@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,7 +49,7 @@ KINDS: dict[str, Kind] = {
         "a JSON-lines or CSV file with the fields image, question and answer, or hfds:NAME with such columns",
     ),
     "speech": Kind("generate", "wer", "overlap", ("pitome", "downsample"), "a folder of recordings (.wav)"),
-    "denoiser": Kind("forward", "psnr", "psnr", ("tomesd", "todo"), "noise"),
+    "denoiser": Kind("forward", "cosine", "cosine", ("tomesd", "todo"), "noise"),
     "pipeline": Kind("pipeline", "psnr", "psnr", ("tomesd", "todo"), "a text file with a prompt a line, or --prompt"),
 }  # fmt: skip
 
@@ -130,7 +131,7 @@ class Source:
 
     @property
     def usual(self) -> Kind:
-        """What is usual for models of its kind."""
+        """The record of what is usual for models of its kind."""
         return KINDS[self.kind]
 
     @property
@@ -192,6 +193,12 @@ def cast(model: Any, dtype: torch.dtype) -> Any:
     """The model in a type, touched only where it has another: some libraries warn otherwise."""
     found = next((p.dtype for p in model.parameters()), dtype)
     return model if found == dtype else model.to(dtype)
+
+
+def quiet(library: Any) -> None:
+    """No bars of transformers or diffusers while weights are loaded, where there is no terminal to draw them on."""
+    if not sys.stderr.isatty():
+        library.utils.logging.disable_progress_bar()
 
 
 def first_line(error: BaseException) -> str:

@@ -76,7 +76,7 @@ def encoder(source: Source, spec: str | None, wanted: Any) -> Data:
 
 
 def extractor(source: Source) -> Any:
-    """What makes features of sound.
+    """The part of a processor that makes features of sound.
 
     Raises:
         ValueError: the model came without.

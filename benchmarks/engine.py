@@ -1,0 +1,90 @@
+"""``tokred.benchmark`` as the benchmarks here use it: several measures of one model, as records of one table."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tokred
+from tokred.bench import results
+
+Record = dict[str, Any]
+# Columns of the engine's rows that are metrics of the table by the same names.
+SAME = (
+    "speedup",
+    "speedup_low",
+    "speedup_high",
+    "seconds",
+    "peak_mib",
+    "tokens_in",
+    "tokens_out",
+    "bytes",
+    "generated",
+)
+
+
+def measured(
+    model: Any,
+    methods: Sequence[Any],
+    data: Any,
+    metrics: Mapping[str, str | Callable[[Any, Any], Any]],
+    *,
+    name: str,
+    data_from: str = "",
+    values: Path | None = None,
+    more: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> list[Record]:
+    """Rows of methods by several metrics, the unpatched model's first; those that cannot run are told and left out.
+
+    Args:
+        model, methods, data: as :func:`tokred.benchmark` takes them.
+        metrics: from the names of metrics in the table to what the engine takes. The first one's run is timed.
+        name: of the model.
+        data_from: packages that the data come from, as :func:`benchmarks.zoo.carriers.cited` names them.
+        values: a folder for the engine's own tables, by which a run that was broken off goes on.
+        more: fields of every record.
+        options: more arguments of :func:`tokred.benchmark`.
+    """
+    found: dict[tuple[str, str], Record] = {}
+    for field, metric in metrics.items():
+        out = None if values is None else values / f"{field}.csv"
+        table = tokred.benchmark(model, methods, data, metric, name=name, out=out, baselines=False, **options)
+        module = getattr(model, "unet", None) or getattr(model, "transformer", None) or model
+        first = next(module.parameters())
+        source = results.here(options.get("device") or first.device, first.dtype)
+        source["versions"] = f"{source['versions']} {data_from}".strip()
+        for row in table.rows:
+            if row["quality"] is None:
+                print(f"{row['method']} {row['setting']}: {row['reason']}", file=sys.stderr, flush=True)
+                continue
+            key = (row["method"], row["setting"])
+            head = {"model": name, "method": row["method"], "setting": row["setting"], **(more or {}), **source}
+            record = found.setdefault(key, {**head, **_costs(row), "rounds": max(options.get("rounds", 5), 1)})
+            record |= _ends(field, row, "quality", "low", "high") | {f"{field}_count": row["samples"]}
+            if f"{field}_difference" in results.METRICS:
+                ends = _ends(f"{field}_difference", row, "difference", "difference_low", "difference_high")
+                record |= {**ends, f"{field}_difference_count": row["samples"]}
+    return list(found.values())
+
+
+def _costs(row: Mapping[str, Any]) -> Record:
+    """Work, speed and memory of a row."""
+    costs = {column: row[column] for column in SAME if row.get(column) is not None}
+    costs = {k: v for k, v in costs.items() if k.removesuffix("_low").removesuffix("_high") in results.METRICS}
+    return costs | ({"gmacs_share": row["work"]} if row.get("work") is not None and row["rows"] is None else {})
+
+
+def _ends(field: str, row: Mapping[str, Any], *columns: str) -> Record:
+    names = (field, f"{field}_low", f"{field}_high")
+    return {n: row[c] for n, c in zip(names, columns, strict=True) if row[c] is not None}
+
+
+def threads(count: int | None) -> None:
+    """Let torch use so many threads."""
+    if count:
+        torch.set_num_threads(count)
