@@ -87,7 +87,7 @@ def test_chance_and_blind_choices_are_said():
     from benchmarks.pages import vlm as page
     from benchmarks.zoo import vlm
 
-    assert page.CHANCE == 1 / len(vlm.CLASSES)
+    assert 1 / len(vlm.CLASSES) == page.CHANCE
     *lines, chance = page.vlm_claims(FOUND).splitlines()
     assert chance == "- Chance is 10 %: there are ten classes."
     rows = {budget: FOUND.records("vlm", "answers", setting=f"budget={budget}") for budget in page.BUDGETS}
