@@ -128,7 +128,7 @@ def kv_tasks(found: Results, folder: Path) -> list[Path]:
     for kind in (k for k in tasks.WINDOWS if (frame["data"] == k).any()):
         column = f"ratio, {kind}"
         frame = frame.assign(**{column: frame["perplexity_ratio"].where(frame["data"] == kind)})
-        panels.append(Panel("", column, column, "times the full cache's perplexity", kind, level=(1.0, "full cache")))
+        panels.append(Panel("", column, "times the full cache's perplexity", " ", kind, level=(1.0, "full cache")))
     return [plots.save(plots.lines(frame, panels), folder / "kv_tasks.png")] if panels else []
 
 
