@@ -75,6 +75,7 @@ _LAZY = {
     "choose_tsp_layer": "tokred.analysis.tsp_layer:choose_tsp_layer",
     "kv": "tokred.kv",
     "learn": "tokred.learn",
+    "tune": "tokred.tuning.run:tune",
     "viz": "tokred.analysis.viz",
 }
 _TARGETS = {**_LAZY, **{target.partition(":")[2]: target for target in _methods.TARGETS.values()}}

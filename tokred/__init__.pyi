@@ -116,6 +116,7 @@ from tokred.methods.vlm.vispruner import VisPruner
 from tokred.methods.vlm.visual_baselines import DownsampleVisual, RandomVisual, UniformVisual
 from tokred.methods.vlm.vscan import VScan, VScanLayer
 from tokred.settings import load, make, push_to_hub, save
+from tokred.tuning.run import tune
 
 __version__: str
 
@@ -248,5 +249,6 @@ __all__ = [
     "save",
     "supports",
     "trace",
+    "tune",
     "viz",
 ]

@@ -41,7 +41,7 @@ class Costs:
         return self._whole
 
     def _counted(self) -> float:
-        """The same of the model as it is now."""
+        """Multiply-adds of the model as it is now."""
         counter = FlopCounterMode(display=False, custom_mapping={} if _CPU is None else {_CPU: _attention})
         with counter:
             self.probe(True)
@@ -89,7 +89,7 @@ class Costs:
         last = layers[-1].visual
         return {
             "tokens_in": part.before,
-            "tokens_out": real[-1],
+            "tokens_out": layers[-1].columns,
             "tokens_left": sum(last) / len(last),
             "tokens_mean": sum(real) / len(real),
             "visual_mean": part.visual,

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from tokred.core.registry import parts as _parts
-from tokred.kv.budgets import Adaptive, Global, Growing, Preference, Pyramid, Split, Squeeze, Uniform
+from tokred.kv.budgets import Adaptive, Global, Growing, Layered, Preference, Pyramid, Split, Squeeze, Uniform
 from tokred.kv.fates import Evict, Merge
 from tokred.kv.parts import Budget, Fate, Part, Score, When
 from tokred.kv.policy import CachePolicy, Parts
@@ -41,6 +41,7 @@ __all__ = [
     "KeyNorm",
     "LagRelative",
     "LastQuery",
+    "Layered",
     "Merge",
     "Observed",
     "Padding",

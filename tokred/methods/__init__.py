@@ -116,6 +116,7 @@ PARTS = {
     "global": "tokred.kv.budgets.everywhere:Global",
     "growing": "tokred.kv.budgets.growing:Growing",
     "half": "tokred.kv.stores.half:Half",
+    "layered": "tokred.kv.budgets.layered:Layered",
     "merge": "tokred.kv.fates:Merge",
     "preference": "tokred.kv.budgets.preference:Preference",
     "pyramid": "tokred.kv.budgets.pyramid:Pyramid",

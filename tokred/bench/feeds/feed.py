@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
+import torch
+
 from tokred.core.site import STAGES
+
+
+@contextmanager
+def drawn(seed: int) -> Iterator[None]:
+    """Random numbers of torch that begin with a seed, and go on as before afterwards."""
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
+        torch.manual_seed(seed)
+        yield
 
 
 class Feed:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokred.bench.feeds.batches import tensors
-from tokred.bench.feeds.feed import Feed
+from tokred.bench.feeds.feed import Feed, drawn
 from tokred.bench.feeds.reader import Reader
 from tokred.bench.outputs import Generated
 from tokred.bench.read import arguments
@@ -69,8 +69,7 @@ class Generate(Feed):
             given.setdefault("max_length", None)  # transformers warns of the two together at every call
         if not given["do_sample"]:
             return model.generate(**given)
-        with torch.random.fork_rng():
-            torch.manual_seed(SEED)
+        with drawn(SEED):
             return model.generate(**given)
 
     def finish(self, model: Any, output: Any, batch: Any) -> Generated:

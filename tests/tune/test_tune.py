@@ -1,0 +1,264 @@
+"""``tokred.tune``: finds planted schedules, holds samples out, says what it found, and can be gone on with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("timm")
+
+import tokred
+from tests.encoder.tiny_timm import build
+from tests.tune.planted import clock, harm, images, level  # noqa: F401 - a fixture
+from tokred.core.schedules import amounts
+from tokred.tuning import Tuned
+from tokred.tuning.engine import Engine
+from tokred.tuning.finals import pareto
+from tokred.tuning.judge import FILE, Judge
+
+pytestmark = pytest.mark.usefixtures("clock")
+
+
+def search(model=None, data=None, metric=level, **options) -> Tuned:
+    """A search among ToMe's schedules, quiet and small."""
+    given = {"methods": ["tome"], "trials": 30, "samples": 32, "rounds": 3, "progress": False, "run": harm}
+    given |= {"speedup": 1.25} if not {"speedup", "loss", "memory"} & set(options) else {}
+    return tokred.tune(model or build("vit"), images() if data is None else data, metric, **{**given, **options})
+
+
+@pytest.mark.parametrize("how", ["greedy", "optuna"])
+def test_a_planted_schedule_is_found(how):
+    """Tokens that leave late do little harm here, so that as many as possible do; the constant schedule is far off."""
+    if how == "optuna":
+        pytest.importorskip("optuna")
+    model = build("vit")
+    found = search(model, search=how)
+    depth = len(model.blocks)
+    r = amounts(found.method.r, depth)
+    assert sum(r[: depth // 2]) < sum(r[depth // 2 :])
+    chosen, constant = found.row("chosen"), found.row("constant")
+    assert found.met
+    assert chosen["difference"] > 0.8 * constant["difference"]  # both are negative
+    assert chosen["gain"] > 0
+    assert chosen["gain_low"] > 0
+    assert chosen["speedup"] >= 1.25 * 0.98
+    assert chosen["beside"] >= 0.97
+    assert not tokred.patched(model)
+
+
+def test_what_it_says():
+    found = search()
+    text = " ".join(found.why)
+    assert f"Chosen: {found.setting}" in text
+    assert "of the best constant" not in text
+    assert "better than the best constant setting, tome r=" in text
+    assert "beyond chance" in text
+    assert "The goal, at least 1.25 times as fast, is met" in text
+    assert "tokens in" in text
+    shown = str(found)
+    assert all(word in shown for word in ("chosen", "best constant", "random", "unpatched", "held-out"))
+    assert max(map(len, shown.splitlines())) <= 80
+    page = found._repr_html_()
+    assert "<table>" in page
+    assert "best constant" in page
+
+
+def test_a_result_is_applied_saved_and_loaded(tmp_path):
+    model = build("vit")
+    found = search(model, metric="cosine", run="auto", trials=12, methods=["tome", "random"])
+    x = images()[0][0]
+    with torch.inference_mode():
+        dense = model(x)
+        mine = found.apply(model)(x)
+        assert not torch.equal(dense, mine)
+        tokred.remove(model)
+        assert torch.equal(model(x), dense)
+        folder = found.save(tmp_path / "best")
+        again = Tuned.load(folder)
+        assert again == found
+        tokred.apply(model, tokred.load(folder))
+        assert torch.equal(model(x), mine)
+    with pytest.raises(FileNotFoundError, match=r"holds no tuned.json"):
+        Tuned.load(tmp_path)
+    (folder / "tuned.json").write_text("{}")
+    with pytest.raises(ValueError, match="is not what"):
+        Tuned.load(folder)
+
+
+def test_a_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("pandas")
+    found = search(trials=12)
+    assert found.plot(tmp_path / "new" / "tuned.png").stat().st_size > 1000
+    assert {"chosen", "constant", "unpatched"} <= set(found.to_pandas()["role"])
+
+
+def test_held_out_samples_are_not_searched_on():
+    """They differ from those of the search, both are the same for the same seed, and every sample is on one side."""
+    data = images()
+
+    def sides(seed: int) -> tuple[set, set]:
+        from tokred.bench.scoring import scorer
+
+        engine = Engine(
+            build("vit"), "block", data, scorer("cosine", "block", "higher"), torch.device("cpu"), count=24, seed=seed
+        )
+        return tuple({float(x.sum()) for piece in part for x in piece[0]} for part in (engine.pieces, engine.held))
+
+    mine, held = sides(0)
+    every = {float(x.sum()) for batch in data for x in batch[0]}
+    assert not mine & held
+    assert mine | held == every
+    assert 16 <= len(mine) <= 32
+    assert sides(0) == (mine, held)
+    assert sides(1) != (mine, held)
+
+
+def test_a_search_goes_on_from_its_file(tmp_path, monkeypatch):
+    """The second one measures nothing of what the first has judged, and ends alike."""
+    counts = [0]
+    judge = Engine.judge
+
+    def counted(self, method, pieces):
+        counts[0] += 1
+        return judge(self, method, pieces)
+
+    monkeypatch.setattr(Engine, "judge", counted)
+    first = search(out=tmp_path, trials=25)
+    done, counts[0] = counts[0], 0
+    assert done > 25
+    with (tmp_path / FILE).open("a") as f:
+        f.write('{"head": "cut o')  # as a machine that goes away leaves it
+    second = search(out=tmp_path, trials=25)
+    assert counts[0] == 0
+    assert second == first
+    other = search(out=tmp_path, trials=25, seed=1)
+    assert counts[0] > 0
+    assert other.tried == first.tried
+    assert all(
+        json.loads(line)["kind"]
+        for line in (tmp_path / FILE).read_text().splitlines()
+        if line.startswith('{"head": "x')
+    )
+    with pytest.raises(ValueError, match="which is a file"):
+        search(out=tmp_path / FILE)
+
+
+def test_an_interrupt_gives_the_best_so_far(monkeypatch):
+    calls = [0]
+    piece = Judge.piece
+
+    def broken(self, label, method, split, index):
+        calls[0] += split == "tune"
+        if calls[0] == 40:
+            calls[0] += 1
+            raise KeyboardInterrupt
+        return piece(self, label, method, split, index)
+
+    monkeypatch.setattr(Judge, "piece", broken)
+    found = search()
+    assert found.tried < 30
+    assert "until it was interrupted" in found.why[0]
+    assert found.row("chosen")["samples"] >= 16
+    calls[0] = 39
+    with pytest.raises(KeyboardInterrupt):  # nothing is known yet
+        search()
+
+
+def test_by_loss():
+    """The fastest that loses at most so much; nothing does where none may be lost, and the nearest is told."""
+    whole = search(speedup=1.25).row("chosen")["difference"]
+    found = search(loss=-1.2 * whole)
+    assert found.row("chosen")["difference"] >= 1.25 * whole
+    assert found.row("chosen")["speedup"] >= 1.2
+    assert found.met
+    none = search(loss=0.0, trials=20)
+    assert not none.met
+    assert "Nothing that was tried meets the goal" in none.why[-1]
+
+
+def test_the_front_has_no_row_that_another_beats():
+    found = search()
+    assert found.front
+    assert found.front == pareto(found.front, "higher")
+    slow = {"speedup": 1.0, "quality": 0.5}
+    fast = {"speedup": 2.0, "quality": 0.6}
+    assert pareto([slow, fast], "higher") == [fast]
+    assert pareto([slow, fast], "lower") == [slow, fast]
+
+
+def test_settings_that_a_user_fixes():
+    found = search(methods=["tome metric=x"], trials=12, metric="cosine", run="auto")
+    assert found.method.metric == "x"
+    assert "metric=x" in found.setting
+
+
+def test_methods_without_a_schedule():
+    """Blocks that act, or the first and last of them, are searched instead."""
+    for name in ("evit", "pitome", "downsample"):
+        found = search(methods=name, trials=14, metric="cosine", run="auto", speedup=1.1)
+        assert found.method.name == name
+        assert found.tried > 1
+
+
+BAD = {
+    "no goal": ({"speedup": None}, ValueError, "give one goal"),
+    "two goals": ({"speedup": 1.5, "loss": 0.1}, ValueError, "got speedup and loss"),
+    "slower": ({"speedup": 0.9}, ValueError, "more than 1"),
+    "text": ({"speedup": "fast"}, TypeError, "speedup must be a number"),
+    "negative": ({"loss": -1}, ValueError, "at least 0"),
+    "all memory": ({"memory": 1.5}, ValueError, "between 0 and 1"),
+    "memory of an encoder": ({"memory": 0.5}, ValueError, "share of a cache's bytes"),
+    "out of reach": ({"speedup": 100.0}, ValueError, "speedup=100 is out of reach: the strongest setting of 'tome'"),
+    "amount": ({"methods": ["tome r=4"]}, ValueError, "sets r, which is what tune has to find"),
+    "nothing to vary": ({"methods": ["zero_tprune"]}, ValueError, "none of"),
+    "empty": ({"methods": []}, TypeError, "methods must be names"),
+    "unknown": ({"methods": ["tomee"]}, tokred.UnknownMethodError, "tome"),
+    "another stage": ({"methods": ["snapkv"]}, tokred.UnsupportedModelError, "VisionTransformer"),
+    "few samples": ({"data": images(8)}, ValueError, "data has 8 samples"),
+    "no samples": ({"data": []}, ValueError, "yields no batch"),
+    "no data": ({"data": 3}, TypeError, "iterable of batches"),
+    "no number": ({"metric": lambda output, batch: "good"}, TypeError, "metric must return a number"),
+    "unknown metric": ({"metric": "top2"}, ValueError, "top2"),
+    "search": ({"search": "grid"}, ValueError, "search"),
+    "trials": ({"trials": 0}, ValueError, "trials"),
+    "run": ({"run": 3}, TypeError, "run must be"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case):
+    options, kind, text = BAD[case]
+    with pytest.raises(kind, match=text):
+        search(**options)
+
+
+def test_a_patched_model_is_refused():
+    model = tokred.apply(build("vit"), "tome", r=2)
+    with pytest.raises(ValueError, match="already patched"):
+        search(model)
+
+
+def test_the_model_is_as_it_was_after_an_error():
+    model = build("vit").train()
+    with pytest.raises(TypeError, match="must return a number"):
+        search(model, metric=lambda output, batch: None)
+    assert model.training
+    assert not tokred.patched(model)
+
+
+def test_optuna_missing(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ImportError, match=r"pip install 'tokred\[tune\]'"):
+        search(search="optuna")
+    assert search(search="auto", trials=8).tried
+
+
+def test_out_is_a_folder(tmp_path: Path):
+    search(out=tmp_path / "a" / "b", trials=6)
+    assert (tmp_path / "a" / "b" / FILE).exists()

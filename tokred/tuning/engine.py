@@ -1,0 +1,272 @@
+"""All that a search asks of the benchmark's engine: how a model runs on a batch, what a metric makes of it, and times.
+
+The user's samples are divided here, by a seed: some are searched on, the others are held out until the end.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokred import adapters, api
+from tokred.bench import timing
+from tokred.bench.feeding import FEEDS, fingerprint, moved, tensors
+from tokred.bench.scoring import Scorer, answer, samples
+from tokred.core.method import Method
+from tokred.errors import NothingRemovedWarning, UnsupportedModelError
+
+PIECES = 8  # parts of the samples that are searched on, between which a bad setting can be given up
+LEAST = 16  # samples, of which half are held out
+HELD = 2**30  # bytes of the unpatched model's outputs that are kept
+
+
+class Judged(NamedTuple):
+    """One piece of data under one setting, sample by sample.
+
+    Attributes:
+        guide: what the search goes by, lower is better.
+        values: of the user's metric.
+        weights: of the values.
+    """
+
+    guide: list[float]
+    values: list[float]
+    weights: list[float]
+
+
+def stage_of(model: nn.Module, stages: Sequence[str]) -> str:
+    """The first of some stages at which tokred knows the model.
+
+    Raises:
+        UnsupportedModelError: it knows it at none.
+    """
+    refusal: UnsupportedModelError | None = None
+    for stage in stages:
+        try:
+            adapters.find(model, stage)  # type: ignore[arg-type]
+        except UnsupportedModelError as error:
+            refusal = refusal or error
+        else:
+            return stage
+    assert refusal is not None  # there is at least one stage
+    raise refusal
+
+
+def cut(batch: Any, rows: Sequence[int]) -> Any:
+    """Some samples of a batch: rows of every tensor, and of every list, that has as many as the batch."""
+    n = samples(batch)
+
+    def some(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[torch.as_tensor(rows)] if value.ndim and len(value) == n else value
+        if isinstance(value, list) and len(value) == n and not any(isinstance(v, Tensor) for v in value):
+            return [value[i] for i in rows]
+        return value
+
+    if isinstance(batch, Mapping):
+        return {name: some(value) for name, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return tuple(some(value) for value in batch)
+    return some(batch)
+
+
+class Engine:
+    """A model, the user's data and metric: runs, judgements and times.
+
+    Args:
+        model: in evaluation mode, on ``device``, unpatched.
+        stage: at which methods act.
+        data: an iterable of batches, which is read once.
+        score: the metric.
+        device: where to run.
+        count: samples to search on, at most; never more than half.
+        seed: of the division.
+        run: the user's own ``run(model, batch)``; None: the stage's.
+
+    Raises:
+        TypeError, ValueError: there are too few samples, or the metric does not fit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stage: str,
+        data: Any,
+        score: Scorer,
+        device: torch.device,
+        *,
+        count: int = 400,
+        seed: int = 0,
+        run: Callable[[Any, Any], Any] | None = None,
+    ) -> None:
+        self.model, self.stage, self.score, self.device, self.seed = model, stage, score, device, seed
+        self._feed = FEEDS[stage]() if run is None else None
+        self._run = run
+        batches = self._read(data, 5 * count)
+        self.timed = batches[0]
+        self.pieces, self.held = self._divided(batches, count)
+        self.prints = fingerprint(x for batch in batches for x in tensors(batch))
+        self._dense: dict[int, Any] = {}
+        self._base: dict[int, Judged] = {}
+        self._bytes = 0
+
+    def _read(self, data: Any, count: int) -> list[Any]:
+        """Batches with at least ``count`` samples, where there are so many; all have the same chance."""
+        wrong = isinstance(data, str | bytes | Mapping | Tensor)
+        if wrong or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
+            raise TypeError(f"data must be an iterable of batches, such as a DataLoader, got {type(data).__name__}")
+        rng, kept, seen = random.Random(self.seed), [], 0
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            for item in data:
+                batch = item if self._feed is None else self._feed.prepare(item)
+                seen += 1
+                most = max(1, -(-count // max(1, samples(batch))))
+                if len(kept) < most:
+                    kept.append(batch)
+                elif (at := rng.randrange(seen)) < len(kept):
+                    kept[at] = batch
+        if not kept:
+            raise ValueError("data yields no batch: the loader is empty")
+        return kept
+
+    def _divided(self, batches: list[Any], count: int) -> tuple[list[Any], list[Any]]:
+        """The pieces that are searched on, and those held out."""
+        sizes = [samples(batch) for batch in batches]
+        total = sum(sizes)
+        if total < LEAST:
+            raise ValueError(
+                f"data has {total} samples, of which half are held out: tune needs at least {LEAST} to tell settings "
+                "apart, and a few hundred to do so well"
+            )
+        rng, share = random.Random(self.seed + 1), min(0.5, count / total)
+        mine: list[Any] = []
+        held: list[Any] = []
+        if max(sizes) == 1:  # whole batches go to one side
+            order = list(range(len(batches)))
+            rng.shuffle(order)
+            few = max(1, round(share * total))
+            return [batches[i] for i in order[:few]], [batches[i] for i in order[few:]]
+        for batch, n in zip(batches, sizes, strict=True):
+            rows = list(range(n))
+            rng.shuffle(rows)
+            # Chance decides on the half sample, so that many small batches are not all rounded the same way.
+            few = min(n, int(share * n + rng.random()))
+            if few:
+                mine.append(cut(batch, sorted(rows[:few])))
+            if few < n:
+                held.append(cut(batch, sorted(rows[few:])))
+        while len(mine) < PIECES and max(map(samples, mine)) > 1:
+            mine = [part for piece in mine for part in _halves(piece)]
+        return mine, held
+
+    # ------------------------------------------------------------------ runs
+
+    def run(self, batch: Any) -> Any:
+        """The output of the model, in whatever state it is, on a batch."""
+        batch = moved(batch, self.device)
+        if self._run is not None:
+            return self._run(self.model, batch)
+        assert self._feed is not None
+        return self._feed.run(self.model, batch)
+
+    def report(self, method: Method, batch: Any) -> Any:
+        """The report of a method after the least run that tells what it keeps."""
+        with torch.inference_mode(), api.applied(self.model, method):
+            if self._feed is None:
+                self.run(batch)
+            else:
+                self._feed.probe(self.model, moved(batch, self.device))
+            return api.report(self.model)
+
+    def base(self, piece: Any) -> Judged:
+        """The unpatched model on a piece."""
+        key = id(piece)
+        if key not in self._base:
+            with torch.inference_mode():
+                output = self.run(piece)
+                values, weights = self.score(output, moved(piece, self.device), output)
+            self._dense[key] = self._kept(output)
+            self._base[key] = Judged(self._guided(output, self._dense[key], values), values, weights)
+        return self._base[key]
+
+    def _kept(self, output: Any) -> Tensor | None:
+        """The tensor of an unpatched output that others are compared with."""
+        if self.score.log:
+            return None
+        try:
+            found = answer(output)
+        except TypeError:
+            return None
+        self._bytes += found.nbytes
+        if self._bytes > HELD:
+            raise ValueError(
+                f"the unpatched model's outputs, which others are compared with, take more than {HELD >> 30} GiB: give "
+                "fewer samples, or a metric that needs none, such as 'perplexity'"
+            )
+        return found
+
+    def judge(self, method: Method, pieces: Sequence[Any]) -> list[Judged]:
+        """Each of some pieces under a method.
+
+        Raises:
+            Exception: whatever the method, or the model with it, refuses by.
+        """
+        bases = [self.base(piece) for piece in pieces]
+        found = []
+        with torch.inference_mode(), quiet(), api.applied(self.model, method):
+            for piece, base in zip(pieces, bases, strict=True):
+                output = self.run(piece)
+                dense = self._dense[id(piece)]
+                values, weights = self.score(output, moved(piece, self.device), dense)
+                if len(values) != len(base.values):
+                    raise ValueError(
+                        f"metric returned {len(values)} values, and {len(base.values)} for the unpatched model"
+                    )
+                found.append(Judged(self._guided(output, dense, values), values, weights))
+        return found
+
+    def _guided(self, output: Any, dense: Tensor | None, values: list[float]) -> list[float]:
+        """Losses of the samples that tell settings apart on few of them.
+
+        Right or wrong says little about a sample; how far its output has moved says more. Where the metric is a share
+        of right answers that is the divergence from the unpatched model's, where it is the user's own the angle.
+        """
+        sign = 1.0 if self.score.better == "lower" else -1.0
+        coarse = self.score.own is not None or self.score.name in ("top1", "top5", "agreement")
+        if not coarse or dense is None:
+            return [sign * v for v in values]
+        x = answer(output)
+        if x.shape != dense.shape or len(x) != len(values):
+            return [sign * v for v in values]
+        if self.score.own is None and x.ndim == 2:
+            log, target = x.float().log_softmax(-1), dense.float().log_softmax(-1)
+            return F.kl_div(log, target, reduction="none", log_target=True).sum(-1).double().tolist()  # type: ignore[no-any-return]
+        cosine = F.cosine_similarity(x.float().flatten(1), dense.float().flatten(1), dim=-1)
+        return (1 - cosine).double().tolist()  # type: ignore[no-any-return]
+
+    def times(self, methods: Sequence[Method], rounds: int, seed: int = 0) -> list[list[float]]:
+        """Seconds ``[1 + method][round]`` of the unpatched model and of some methods, in turns on one batch."""
+        arms: list[timing.Enter] = [partial(nullcontext, self.model)]
+        arms += [partial(api.applied, self.model, method) for method in methods]
+        with quiet():
+            return timing.paired(arms, lambda _: self.run(self.timed), rounds, device=self.device, seed=seed)
+
+
+def _halves(piece: Any) -> list[Any]:
+    n = samples(piece)
+    return [piece] if n < 2 else [cut(piece, range(n // 2)), cut(piece, range(n // 2, n))]
+
+
+def quiet() -> warnings.catch_warnings[None]:
+    """Without the warning that a setting removes nothing, which in a search is no mistake."""
+    found: warnings.catch_warnings[None] = warnings.catch_warnings(action="ignore", category=NothingRemovedWarning)
+    return found

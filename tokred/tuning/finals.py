@@ -1,0 +1,214 @@
+"""The finals: the best shapes, the best constant schedule and a random choice, timed beside each other and held out.
+
+Predicted speeds choose what is tried; measured ones decide. A finalist that is not as fast as it should be is made so,
+and timed again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tokred.bench.scoring import estimate, samples
+from tokred.bench.timing import Spread, ratios, spread
+from tokred.core.method import Method
+from tokred.tuning.engine import cut
+from tokred.tuning.goal import Goal
+from tokred.tuning.judge import Trial, blended, difference
+from tokred.tuning.search import Search, Spent
+from tokred.tuning.space import Base
+
+TOLERANCE = 0.015  # of a speed: so near two settings are equally fast
+ATTEMPTS = 3  # at making finalists as fast as they should be
+FINALISTS = 3
+NEAR = 0.05  # a constant schedule that is at most so much faster than was asked for sets the speed for the others
+
+
+@dataclass
+class Finalist:
+    """One setting of the finals.
+
+    Attributes:
+        role: ``"searched"``, ``"constant"`` or ``"random"``.
+        trial: the setting.
+        speed: measured, as a multiple of the unpatched model's.
+        seconds: of each round, and of the unpatched model in the same.
+        memory: share of the bytes of the cache; None where there is none.
+    """
+
+    role: str
+    trial: Trial
+    speed: Spread = field(default_factory=lambda: Spread(1.0, 1.0, 1.0))
+    seconds: tuple[float, ...] = ()
+    memory: float | None = None
+
+
+class Finals:
+    """Measures what a search found.
+
+    Args:
+        search: that is over.
+        random: the base of a random choice; None: there is none.
+        rounds: of timing.
+    """
+
+    def __init__(self, search: Search, random: Base | None, rounds: int) -> None:
+        self.search, self.rounds, self._random = search, rounds, random
+        self.engine = search.judge.engine
+
+    def entrants(self) -> list[Finalist]:
+        """The settings that are measured: the best constant one first.
+
+        Raises:
+            ValueError: no constant setting could be run.
+        """
+        found = self.search.here
+        constant = [t for t in found if t.plan.constant]
+        shaped = [t for t in found if not t.plan.constant]
+        base = self.search.judge.base("tune")
+        scores = dict(zip((t.label for t in found), blended(found, base, self.engine.score), strict=True))
+        constant.sort(key=lambda t: scores[t.label])
+        shaped.sort(key=lambda t: scores[t.label])
+        chosen = [Finalist("constant", t) for t in constant[:1]]
+        chosen += [Finalist("searched", t) for t in shaped[:FINALISTS]]
+        if self._random is not None:
+            trial = self._at(self._random.constant, self.search.level)
+            if trial is not None:
+                chosen.append(Finalist("random", trial))
+        return chosen
+
+    def _at(self, plan: Any, level: float) -> Trial | None:
+        """The judged trial of a plan at a level; it does not count among those of the search."""
+        step = self.search.step(plan, level)
+        if step is None:
+            step = plan.steps
+        limit, self.search.trials = self.search.trials, 10**9
+        try:
+            trial = self.search.made(plan, step)
+            return None if trial is None else self.search.run(trial)
+        except Spent:  # pragma: no cover - there is no limit
+            return None
+        finally:
+            self.search.trials = limit
+
+    def measure(self, entrants: list[Finalist]) -> float:
+        """Time all, and bring them to one speed; returns that speed."""
+        needed = self.search.level
+        for attempt in range(ATTEMPTS):
+            self._time(entrants, seed=attempt)
+            if self.search.goal.kind == "memory":
+                break
+            first = entrants[0]
+            if first.role == "constant" and needed < first.speed.median <= needed * (1 + NEAR):
+                needed = first.speed.median
+            changed = False
+            for one in entrants:
+                self.search.clock.correct(one.trial.plan, one.trial.step, one.speed.median)
+                off = one.speed.median / needed - 1
+                low = -TOLERANCE / 3 if one.role == "searched" else -TOLERANCE
+                if low <= off <= TOLERANCE or attempt + 1 == ATTEMPTS:
+                    continue
+                trial = self._at(one.trial.plan, needed)
+                if trial is not None and trial.label != one.trial.label:
+                    one.trial, changed = trial, True
+            if not changed:
+                break
+        return needed
+
+    def _time(self, entrants: Sequence[Finalist], seed: int) -> None:
+        methods: list[Method] = [one.trial.method for one in entrants]
+        seconds = self.engine.times(methods, self.rounds, seed=seed)
+        for one, mine, faster in zip(entrants, seconds[1:], ratios(seconds)[1:], strict=True):
+            one.seconds, one.speed = tuple(mine), spread(faster)
+            if self.engine.stage == "cache":
+                one.memory = self.memory(one.trial.method)
+
+    def memory(self, method: Method) -> float:
+        """The share of the bytes that a full cache would have."""
+        few = cut(self.engine.timed, range(min(2, samples(self.engine.timed))))
+        report = self.engine.report(method, few)
+        return float(report.bytes / report.dense_bytes)
+
+    def winner(self, entrants: Sequence[Finalist], needed: float) -> Finalist:
+        """The one that loses least of those that are fast (or small) enough; else the nearest."""
+        goal, base = self.search.goal, self.search.judge.base("tune")
+        running = [one for one in entrants if one.role != "random"]
+        trials = [one.trial for one in running]
+        others = [t for t in self.search.here if t.label not in {x.label for x in trials}]
+        scores = blended([*trials, *others], base, self.engine.score)[: len(trials)]
+        fit = [i for i, one in enumerate(running) if fits(one, goal, needed)]
+        if not fit:
+            if goal.kind == "memory":
+                return min(running, key=lambda one: one.memory or 1.0)
+            return max(running, key=lambda one: one.speed.median)
+        return running[min(fit, key=lambda i: scores[i])]
+
+    # ------------------------------------------------------------------ rows
+
+    def row(self, role: str, one: Finalist, rival: Finalist | None) -> dict[str, Any]:
+        """A row of the held-out table, beside the unpatched model and the best constant schedule."""
+        judge, score = self.search.judge, self.engine.score
+        held, dense = judge.held(one.trial.label, one.trial.method), judge.base("held")
+        found = {**self._quality(held, dense), "role": role, "method": one.trial.plan.base.name}
+        found["setting"] = one.trial.label.partition(" ")[2]
+        found |= {"speedup": one.speed.median, "speedup_low": one.speed.low, "speedup_high": one.speed.high}
+        found |= {"memory": one.memory, "predicted": one.trial.speed}
+        if rival is not None and rival is not one:
+            other = judge.held(rival.trial.label, rival.trial.method)
+            gain = difference(held, other, score)
+            found |= dict(zip(("gain", "gain_low", "gain_high"), gain, strict=True))
+            beside = spread([a / b for a, b in zip(rival.seconds, one.seconds, strict=True)])
+            found |= {"beside": beside.median, "beside_low": beside.low, "beside_high": beside.high}
+        return found
+
+    def unpatched(self) -> dict[str, Any]:
+        """The row of the model as it is."""
+        dense = self.search.judge.base("held")
+        found = {**self._quality(dense, dense), "role": "unpatched", "method": "unpatched", "setting": ""}
+        return found | {"speedup": 1.0, "speedup_low": 1.0, "speedup_high": 1.0}
+
+    def _quality(self, held: Any, dense: Any) -> dict[str, Any]:
+        score = self.engine.score
+        values, weights = ([v for piece in held for v in piece[i]] for i in (1, 2))
+        quality = estimate(values, weights)
+        found = difference(held, dense, score)
+        shown = [None if v is None else math.exp(v) if score.log else v for v in quality]
+        return {
+            **dict(zip(("quality", "low", "high"), shown, strict=True)),
+            **dict(zip(("difference", "difference_low", "difference_high"), found, strict=True)),
+            "samples": len(values),
+        }
+
+    def front(self, best: Finalist, rival: Finalist, levels: Sequence[float]) -> list[dict[str, Any]]:
+        """Rows of the chosen shape and of the constant one at other speeds, timed together."""
+        pairs = []
+        for level in levels:
+            for role, one in (("searched", best), ("constant", rival)):
+                if role == "constant" and rival is best:
+                    continue
+                trial = self._at(one.trial.plan, level)
+                if trial is not None and trial.label not in {p.trial.label for p in pairs}:
+                    pairs.append(Finalist(role, trial))
+        if not pairs:
+            return []
+        self._time(pairs, seed=99)
+        return [self.row(one.role, one, None) for one in pairs]
+
+
+def fits(one: Finalist, goal: Goal, needed: float) -> bool:
+    """True if a finalist is as fast, or as small, as it has to be."""
+    if goal.kind == "memory":
+        return one.memory is not None and one.memory <= goal.value * (1 + TOLERANCE)
+    return one.speed.median >= needed * (1 - TOLERANCE)
+
+
+def pareto(rows: Sequence[dict[str, Any]], better: str) -> list[dict[str, Any]]:
+    """The rows that no other beats in speed and in quality, the slowest first."""
+    sign = 1 if better == "higher" else -1
+    kept: list[dict[str, Any]] = []
+    for row in sorted(rows, key=lambda r: (-r["speedup"], -sign * r["quality"])):
+        if not kept or sign * row["quality"] > sign * kept[-1]["quality"]:
+            kept.append(row)
+    return kept[::-1]
