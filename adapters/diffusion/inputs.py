@@ -1,4 +1,4 @@
-"""What denoisers are given: arguments of a forward at batch 1, on the meta device, by class."""
+"""Inputs of denoisers: arguments of a forward at batch 1, on the meta device, by class."""
 
 from __future__ import annotations
 

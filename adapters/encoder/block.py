@@ -198,7 +198,7 @@ def run_block(block: Any, host_forward: Callable[..., Any], x: Tensor, args: Any
     rest = None
     if acts and recipe.split and method.where != "end":
         state, x = _first_half(block, settings, capture, state, x, kwargs)
-        y = x + branch(block, words.MLP.need(block)(members.NORM2.need(block)(x)), 1)
+        y = x + branch(block, words.MLP.need(block)(members.NORM2.need(block)(x)), 2)
     else:
         with capture:
             out = host_forward(x, **kwargs)
@@ -223,7 +223,7 @@ def _first_half(
     capture.transform = lambda: transformed(attention, normed, capture)
     if shared.method.where != "queries":
         with capture:
-            x = x + branch(block, attention(normed, **kwargs), 0)
+            x = x + branch(block, attention(normed, **kwargs), 1)
         check_capture(capture, settings)
         step, state = decide(settings, capture, state, x)
         capture.release()
@@ -244,10 +244,10 @@ def _first_half(
     capture.release()
     if taken is None or taken.trivial:
         state = state if taken is None else follow(shared, taken, state, x)[0]
-        return state, x + branch(block, y, 0)
+        return state, x + branch(block, y, 1)
     after, x = follow(shared, taken, state, x)
     # Answers come back at the old length, as the host reshapes them; those that count stand at the representatives.
-    return after, x + branch(block, taken.gather(y), 0)
+    return after, x + branch(block, taken.gather(y), 1)
 
 
 def look(
@@ -379,12 +379,12 @@ def check_capture(capture: Capture, settings: Settings) -> None:
 
 def branch(block: Any, y: Tensor, i: int) -> Tensor:
     """Layer scale and stochastic depth of the first or second residual branch, whichever the block has."""
-    scale, gamma = members.SCALES[i].part(block), members.GAMMAS[i].part(block)
+    scale, gamma = members.SCALES[i - 1].part(block), members.GAMMAS[i - 1].part(block)
     if scale is not None:
         y = scale(y)
     if gamma is not None:
         y = gamma * y
-    out: Tensor = members.DEPTHS[i].need(block)(y)
+    out: Tensor = members.DEPTHS[i - 1].need(block)(y)
     return out
 
 

@@ -24,8 +24,8 @@ from tokred.core.reduction import Reduction
 from tokred.vlm.in_llm import LayerSite, Prompt
 
 if TYPE_CHECKING:
+    from tokred.adapters.kv.layer import TokLayer
     from tokred.adapters.vlm.forward import Forward
-    from tokred.kv.engine import Clock
 
 
 class LayerList:
@@ -270,9 +270,9 @@ class Inner:
         Such a layer numbers rows by what comes to it, and would take the next token for an earlier one.
         """
         for held in words.LAYERS.part(self.forward.cache, [])[layer:]:
-            clock: Clock | None = getattr(held, "clock", None)
-            if clock is not None:
-                clock.behind += count
+            if hasattr(held, "clock"):
+                ours: TokLayer = held
+                ours.clock.behind += count
 
     def _left(self, packed: Packed, before: Step) -> Step:
         visual = before.visual.gather(1, packed.columns) & packed.valid

@@ -44,9 +44,9 @@ from tokred.errors import BypassedError, MissingInputError
 if TYPE_CHECKING:
     from transformers import Cache
 
+    from tokred.adapters.kv.cache import TokCache
     from tokred.adapters.vlm.hooks import VisualSettings
     from tokred.adapters.vlm.masks import Masks
-    from tokred.kv.engine import Engine
 
 
 class Forward:
@@ -170,9 +170,10 @@ class Forward:
             counts = tuple(keep.sum(1).tolist())
         self.packed = packed = left_pack(keep, counts)
         # A policy of the cache counts the prompt in rows that come to it.
-        engine: Engine | None = getattr(self.cache, "engine", None)
-        if engine is not None and engine.prompt is not None:
-            engine.prompt -= self.length - packed.columns.shape[1]
+        if hasattr(self.cache, "engine"):
+            ours: TokCache = self.cache
+            if ours.engine.prompt is not None:
+                ours.engine.prompt -= self.length - packed.columns.shape[1]
         self.embeds = gather_columns(left.embeds, packed.columns)
         words.EMBEDS.put(new, self.embeds)
         self.visual = visual.gather(1, packed.columns) & packed.valid

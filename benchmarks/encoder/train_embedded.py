@@ -6,9 +6,9 @@
 The first command trains, and goes on where it was stopped when it is given again; the second writes the weights and the
 held-out sample. What makes it fit an hour or two of CPU: the pictures grow (``--stages``). Training begins on crops of
 40 pixels, 25 patches, whose positions are a random window of the full grid; larger ones join them, and at the end all
-196 patches of 112 pixels. No patch is ever dropped, so the model has not learnt to do without any. The blocks begin with
-weights of an earlier model (``--warm``), and the answers of a small convolutional network that sees the clean garments
-can be learnt along with the labels (``--teacher-epochs``).
+196 patches of 112 pixels. No patch is ever dropped, so the model has not learnt to do without any. The blocks begin
+with weights of an earlier model (``--warm``), and the answers of a small convolutional network that sees the clean
+garments can be learnt along with the labels (``--teacher-epochs``).
 
 ``--fashion`` is a folder with the four IDX files (Debian's ``dataset-fashion-mnist``, MIT licence); ``--photos`` is
 ``skimage/data`` out of scikit-image's wheel; what of it travels with tokred is public domain (:mod:`.clutter`).

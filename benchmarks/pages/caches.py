@@ -193,3 +193,37 @@ def kv_decode_claims(found: Results) -> str:
         slow = [f"{r['rows']:,} rows of {r['model']} ({between(r, 'ratio')})" for r in rows if r["ratio_low"] > 1]
         lines.append(f"- {text}: slower than a dense cache, by its quartiles, at {', '.join(slow) or 'no length'}.")
     return "\n".join(lines)
+
+
+def kv_memory(found: Results) -> str:
+    """How memory of scoring and compressing grows, and who takes most beside the layer's keys and values."""
+    rows = found.records("kv", "memory")
+    lengths = sorted({r["tokens"] for r in rows})
+    extra = {(r["method"], r["tokens"]): r for r in rows}
+    last, before = lengths[-1], lengths[-2]
+    names = [r["method"] for r in rows if r["tokens"] == last]
+    grows = {n: extra[n, last]["extra_bytes"] / extra[n, before]["extra_bytes"] for n in names}
+    most = max(grows, key=lambda n: grows[n])
+    matrix = max(r["matrix_bytes"] for r in rows) / 2**30
+    share = {n: extra[n, last]["extra_bytes"] / extra[n, last]["dense_bytes"] for n in names}
+    whole = [f"`{n}` ({share[n]:.1f})" for n in sorted(names, key=lambda n: -share[n]) if share[n] > 1]
+    less = sum(x <= 0.6 for x in share.values())
+    return (
+        f"From {before:,} to {last:,} tokens it grows by a factor of {grows[most]:.2f} at most (`{most}`), not with "
+        f"the square of the length; the attention of all queries to all keys would take {matrix:.0f} GiB. {less} of "
+        f"{len(names)} policies need at most 0.6 of what the layer's keys and values take; more than all of it need "
+        f"{', '.join(whole) or 'none'}."
+    )
+
+
+def kv_limit(found: Results) -> str:
+    """What a policy held under a limit, beside a full cache."""
+    rows = found.records("kv", "limit", model="smollm2-135m")
+    rows = [r for r in rows if "most_bytes" in r]
+    most, full = (max(r[n] for r in rows) / 2**20 for n in ("most_bytes", "dense_bytes"))
+    limit = int(rows[0]["setting"].split("limit=")[1].split()[0]) / 2**20
+    tokens = max(r["tokens"] for r in rows)
+    return (
+        f"On the left of the picture below SmolLM2-135M with `{rows[0]['method']}` holds {most:.0f} MiB at most under "
+        f"a limit of {limit:.0f}, through {tokens:,} tokens, for which a full cache takes {full / 1024:.1f} GiB."
+    )

@@ -46,6 +46,9 @@ PAGES = {
     PAGE: {part.__name__: part for part in _PARTS},
     DOCS / "methods" / "diffusion" / "keymerge.md": {"keymerge": diffusion.keymerge},
     DOCS / "methods" / "encoder" / "spatten.md": {"text": encoder.text, "text_claims": encoder.text_claims},
+    DOCS / "methods" / "encoder" / "ltp.md": {"text": encoder.text, "text_claims": encoder.text_claims},
+    DOCS / "methods" / "kv" / "kv.md": {"kv_memory": caches.kv_memory},
+    DOCS / "tutorials" / "kv.md": {"kv_limit": caches.kv_limit},
     DOCS / "tutorials" / "audio.md": {"audio": encoder.audio, "audio_claims": encoder.audio_claims},
     DOCS / "tutorials" / "segmentation.md": {"segmentation": encoder.segmentation},
 }

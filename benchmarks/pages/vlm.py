@@ -82,7 +82,8 @@ def vlm_cost_claims(found: Results) -> str:
     kept = sorted({str(r["keeps"]) for r in rows if "keeps" in r}, reverse=True)
     return (
         f"- The aim was at most {percent(AIM, digits=0)} % of the prompt: missed by {', '.join(over) or 'none'}. The "
-        f"largest share is {percent(most['share_of_full_depth'], digits=2)} %, of `{most['method']}` on {most['model']}.\n"
+        f"largest share is {percent(most['share_of_full_depth'], digits=2)} %, "
+        f"of `{most['method']}` on {most['model']}.\n"
         f"- A pruned prompt takes {times[0]:.2f} to {times[-1]:.2f} times as long as an unpatched prompt that has only "
         f"so many visual tokens, at {', '.join(kept)} of them and at full depth (aim: within 10 %)."
     )

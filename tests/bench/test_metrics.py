@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+import tokred
 from tokred.bench import ready, samples, texts
 from tokred.bench.metrics import METRICS
 from tokred.bench.outputs import Generated
+from tokred.bench.read import DENSE
 from tokred.bench.ready import READY
 from tokred.bench.scoring import FITS, Scorer, Tally, scorer
 
@@ -36,6 +39,16 @@ def test_every_ready_metric_is_a_column_of_results():
         assert one.ends[0] < one.ends[1]
         assert one.better in ("higher", "lower")
     assert all(set(names) <= set(READY) for names in FITS.values())
+
+
+def test_the_page_lists_every_ready_metric():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "evaluate.md").read_text("utf8")
+    against = {"labels": "labels", "dense": DENSE, "references": f"references, else {DENSE}", "": ""}
+    lines = [line for line in page.splitlines() if line.startswith('| `"')]
+    assert lines == [
+        f'| `"{name}"` | {one.reads} | {against[one.against]} | {one.better} | {one.doc} |'
+        for name, one in READY.items()
+    ]
 
 
 # ----------------------------------------------------------------------------------------- tensors
@@ -280,3 +293,68 @@ def test_samples_survive_an_interruption(tmp_path):
     samples.write(path, {**head, "method": "tome", "setting": "r=2"}, two)
     assert samples.read(path, head)["tome", "r=2"] == two, "measured again"
     assert samples.read(tmp_path / "none.jsonl", head) == {}
+
+
+# --------------------------------------------------------------------------------- through a benchmark
+
+
+def small(batches: int = 2):
+    """A tiny vision transformer and its batches, two samples of a group."""
+    pytest.importorskip("timm")
+    from tests.encoder.tiny_timm import build
+
+    g = torch.Generator().manual_seed(0)
+    groups = ["a", "a", "b", "b"]
+    data = [
+        {"x": torch.randn(4, 3, 40, 40, generator=g), "labels": torch.randint(0, 7, (4,), generator=g), "group": groups}
+        for _ in range(batches)
+    ]
+    return build("vit"), data
+
+
+def quick(model, methods, data, metric, **options):
+    return tokred.benchmark(model, methods, data, metric, **{"rounds": 1, "progress": False, **options})
+
+
+def test_a_benchmark_of_groups_resumes_with_its_samples(tmp_path):
+    model, data = small()
+    first = quick(model, "tome r=4", data, "top1", out=tmp_path)
+    assert first.against == "labels"
+    again = quick(model, "tome r=4", data, "top1", out=tmp_path)
+    assert again.samples == first.samples
+    assert set(again.samples) == {f"{row['method']} {row['setting']}".strip() for row in again.rows}
+    assert first.samples["tome r=4"].groups == ["a", "a", "b", "b"] * 2
+    found = again.compare("tome", "random")
+    assert (found.paired, found.samples) == (True, 8)
+    assert again.compare("unpatched", "unpatched").difference.value == 0
+    # Without the file the rows are there, and are compared as if the samples were different ones.
+    (tmp_path / "benchmark.samples.jsonl").unlink()
+    late = quick(model, "tome r=4", data, "top1", out=tmp_path)
+    assert not late.samples
+    assert not late.compare("tome", "random").paired
+    assert "were not kept" in late.compare("tome", "random").note
+
+
+def test_images_and_texts_through_a_benchmark():
+    """A run of the user's own returns images, or texts, of which the ready metrics are made."""
+    torchmetrics = pytest.importorskip("torchmetrics")
+    model, data = small(1)
+
+    def picture(model, batch):
+        grey = model(batch["x"]).sigmoid()[:, None, None]
+        return torch.nn.functional.interpolate(grey, (16, 16)).expand(-1, 3, -1, -1)
+
+    def words(model, batch):
+        found = model(batch["x"]).topk(3).indices.tolist()
+        return Generated(torch.tensor(found), (3,) * len(found), tuple(" ".join(map(str, row)) for row in found))
+
+    for metric, run, base in (("psnr", picture, 100), ("ssim", picture, 1), ("wer", words, 0), ("exact", words, 1)):
+        found = quick(model, "tome r=8", data, metric, run=run, baselines=False)
+        assert found.rows[0]["quality"] == pytest.approx(base)
+        assert found.against == "the unpatched model"
+        assert found.rows[1]["samples"] == 4
+        assert "nan" not in str(found)
+    bare = [{"x": batch["x"]} for batch in data]
+    own = quick(model, "tome r=8", bare, torchmetrics.MeanSquaredError(), run=picture, baselines=False)
+    assert (own.metric, own.better, own.against) == ("MeanSquaredError", "lower", "the unpatched model")
+    assert (own.rows[0]["quality"], own.rows[1]["samples"]) == (0, 1)

@@ -79,7 +79,7 @@ def test_batches_are_shared_without_rest():
     import torch
 
     def read(held: bool, index: int, count: int) -> list[float]:
-        batches = Batches(data(), torch.device("cpu"), lambda item: item)
+        batches = Batches(data(), torch.device("cpu"), lambda item, index: item)
         if not held:
             batches._held = None
         batches.share(index, count)

@@ -159,7 +159,6 @@ def test_best_says_whether_chance_may_order_it():
 
 def test_the_front():
     found = made()
-    assert [row["method"] for row in found.pareto()] == ["downsample", "random", "pitome", "tome"] or True
     for cost in COSTS:
         for row in (front := found.pareto(cost) if cost != "bytes" else []):
             sign = -1 if COSTS[cost] else 1
@@ -233,7 +232,7 @@ def test_kept_and_read_again(tmp_path):
     with pytest.raises(FileNotFoundError):
         Benchmark.load(tmp_path)
     (tmp_path / "benchmark.json").write_text("[1]")
-    with pytest.raises(ValueError, match="not written by Benchmark.save of this version"):
+    with pytest.raises(ValueError, match=r"not written by Benchmark\.save of this version"):
         Benchmark.load(tmp_path)
 
 
@@ -257,7 +256,8 @@ def test_the_picture_of_every_stage(metric, stage, tmp_path):
     grey = [lines[name].get_color() for name in ("random merging", "down-sampling")]
     assert all(len({c[1:3], c[3:5], c[5:7]}) == 1 for c in grey)
     assert lines["ToMe"].get_color() == plots.COLOURS[0]
-    assert len({lines[name].get_marker() for name in ("ToMe", "PiToMe", "random merging", "down-sampling")}) == 4
+    drawn = [lines[name] for name in ("ToMe", "PiToMe", "random merging", "down-sampling")]
+    assert len({(line.get_marker(), line.get_markerfacecolor()) for line in drawn}) == 4
     assert sum(line.get_color() == "#bbbbbb" for line in left.lines) == 2
     plots.pyplot().close(figure)
     for row in found.rows:

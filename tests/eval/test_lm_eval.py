@@ -194,6 +194,12 @@ def test_a_missing_extra_is_named(model, monkeypatch):
         tokred.eval.lm_eval(model, "gsm8k", "snapkv budget=0.3")
 
 
+def test_an_older_lm_eval_is_named(model, monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.4.9.2")
+    with pytest.raises(ImportError, match=r"lm-eval 0\.4\.12 or newer, and 0\.4\.9\.2 is installed"):
+        tokred.eval.lm_eval(model, "gsm8k", "snapkv budget=0.3")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A model with its tokenizer in a folder, and the task in a file beside it."""
@@ -213,7 +219,6 @@ def test_the_command(folder, tmp_path, capsys):
 
     arguments = [
         "lm-eval",
-        "--model",
         f"hf:{folder / 'llama'}",
         "-m",
         POLICIES[0],
@@ -222,7 +227,7 @@ def test_the_command(folder, tmp_path, capsys):
     ]
     done = CliRunner().invoke(evaluate_app, [*arguments, "--limit", "3", "--json", "--out", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
-    rows = json.loads(done.stdout[done.stdout.index("[{") :])
+    rows = json.loads(done.stdout)["rows"]
     assert [row["method"] for row in rows] == ["unpatched", "snapkv", "random_evict", "streaming_llm"]
     assert rows[0]["samples"] == 3
     assert (tmp_path / "out" / "lm_eval.csv").is_file()
@@ -246,7 +251,7 @@ def test_lm_evals_own_command_line_knows_the_model(folder, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     (log,) = tmp_path.rglob("samples_words_*.jsonl")
     theirs = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
-    loaded, tokenizer = language.load(f"hf:{folder / 'llama'}", device="cpu")
+    loaded, tokenizer = language.load(f"hf:{folder / 'llama'}")
     found = tokred.eval.lm_eval(
         loaded, str(folder / "words.yaml"), POLICIES[0], tokenizer, batch_size=2, baselines=False
     )

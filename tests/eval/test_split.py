@@ -136,3 +136,23 @@ def test_a_table_without_the_columns(tmp_path):
     for log in (frame, tmp_path / "log.csv"):
         with pytest.raises(ValueError, match="no column correct"):
             tokred.eval.vtc_split(log)
+
+
+def test_a_benchmark_of_this_process():
+    """Down-sampling is among its rows by itself."""
+    pytest.importorskip("timm")
+    torch = pytest.importorskip("torch")
+    from tests.encoder.tiny_timm import build
+
+    model = build("vit")
+    with torch.inference_mode():
+        images = torch.randn(12, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+        labels = model(images).argmax(1)
+    labels = torch.cat([(labels[:2] + 1) % 7, labels[2:]])
+    result = tokred.benchmark(model, ["tome r=4"], [(images, labels)], "top1", rounds=1, progress=False)
+    split = tokred.eval.vtc_split(result)
+    found = rows(split)
+    assert split.downsample.startswith("downsample")
+    assert split.left_out == 2
+    assert sum(found["tome r=4", group]["samples"] for group in "AB") == 10
+    assert found["tome r=4", "all"]["accuracy"] == next(r for r in result.rows if r["method"] == "tome")["quality"]

@@ -7,6 +7,7 @@ result.best(loss=0.01)
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -137,7 +138,7 @@ def benchmark(
         given = (model, stage, score, feed, batches, place, rounds, seed, name or name_of(model), path)
         engine = _engine(processes, ray, workers, given)
         try:
-            with feed.around(model):
+            with feed.around(model), _without_old():
                 rows = engine.rows(wanted, baselines, progress)
         finally:
             engine.close()
@@ -204,6 +205,17 @@ def name_of(model: Any) -> str:
     names = [getattr(config, "name_or_path", ""), getattr(config, "_name_or_path", "")]
     names.append((getattr(model, "pretrained_cfg", None) or {}).get("architecture", ""))
     return next((str(found) for found in names if found), type(model).__name__)
+
+
+@contextmanager
+def _without_old() -> Iterator[None]:
+    """Garbage is looked for among what is made from now on: each row begins with a search."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager

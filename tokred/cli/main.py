@@ -66,6 +66,7 @@ def top(
       tokred tune deit_small_patch16_224 --data photos --speedup 1.5
       tokred viz -m "tome r=13"                       what was merged into what, as a page and PNG
       tokred explain sdxl --size 1024                 what a method could gain on a denoiser
+      tokred eval lm-eval hf:FOLDER --tasks ruler -m "snapkv budget=0.25"
       tokred doctor                                   whether everything works with what is installed here
 
     "tokred COMMAND --help" has examples of each. Exit status: 0; 1 where something is broken; 2 where the input is

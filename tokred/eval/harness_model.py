@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+from tqdm import tqdm
 
 from tokred import api
 from tokred.bench.arms import BASE
@@ -51,13 +52,21 @@ class Several(HFLM):  # type: ignore[misc]  # lm-eval has no types
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, wanted: Sequence[Entry], *, batch_size: int, baselines: bool, seed: int
+        self,
+        model: Any,
+        tokenizer: Any,
+        wanted: Sequence[Entry],
+        *,
+        batch_size: int,
+        baselines: bool,
+        seed: int,
+        progress: bool = True,
     ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         self.arms = [DENSE, *wanted]
         self.position = 0
         self.refused: dict[str, str] = {}
-        self._baselines, self._draw = baselines, random.Random(seed)
+        self._baselines, self._draw, self._progress = baselines, random.Random(seed), progress
         self._answers: dict[str, list[str]] = {}
         self._asked: list[tuple[Any, ...]] = []
         self._seconds = 0.0
@@ -93,7 +102,7 @@ class Several(HFLM):  # type: ignore[misc]  # lm-eval has no types
         chunks = self._chunks(requests)
         self._warm_up(requests[chunks[0][0]].args[0])
         answers = {one.label: [""] * len(requests) for one in self.arms}
-        for indices in chunks:
+        for indices in tqdm(chunks, desc=f"{len(self.arms)} rows", unit="batch", disable=not self._progress):
             order = list(self.arms)
             self._draw.shuffle(order)
             for one in order:

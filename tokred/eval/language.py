@@ -7,25 +7,27 @@ a random order, and lm-eval scores the answers of one after the other.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from tokred import adapters, api
 from tokred.bench import results
 from tokred.bench.entries import Entry, entries
-from tokred.bench.scoring import paired
+from tokred.bench.intervals import paired
+from tokred.core.versions import release
 from tokred.eval import tasks as known
 from tokred.eval.needed import need
 from tokred.eval.table import COLUMNS, Harness
 
 # A task of several lengths, such as RULER's, marks the samples of other lengths so.
 ABSENT = -1
+LEAST = (0, 4, 12)  # its index of tasks is not the one of earlier versions
 
 
 def lm_eval(
@@ -42,6 +44,7 @@ def lm_eval(
     metadata: Mapping[str, Any] | None = None,
     name: str | None = None,
     seed: int = 0,
+    progress: bool = True,
     **options: Any,
 ) -> Harness:
     """Run tasks of lm-eval on a model in memory, dense and with each method; the model is afterwards as it was.
@@ -60,6 +63,7 @@ def lm_eval(
         metadata: for tasks that make their own data; RULER's lengths, say: ``{"max_seq_lengths": [4096]}``.
         name: of the model, for the table; None: its configuration's.
         seed: of the order of the methods.
+        progress: a bar on standard error.
         options: of ``lm_eval.simple_evaluate``: ``num_fewshot``, ``apply_chat_template``, ``gen_kwargs``,
             ``bootstrap_iters``, ...
 
@@ -89,9 +93,14 @@ def lm_eval(
     if out is not None:
         results.free(Path(out), ())
     loaded = _top(manager.load(listed))
+    from tokred.eval.harness_model import Several
+
     with _in_evaluation(model):
-        found = _run(model, _tokenizer(model, tokenizer), loaded, wanted, baselines, batch_size, seed,
-                     {"limit": limit, "task_manager": manager, **options}, name or _name(model))  # fmt: skip
+        several = Several(
+            model, _tokenizer(model, tokenizer), wanted, batch_size=batch_size, baselines=baselines, seed=seed,
+            progress=progress,
+        )  # fmt: skip
+        found = _run(several, loaded, {"limit": limit, "task_manager": manager, **options}, name or _name(model))
     if out is not None:
         paths = results.free(Path(out), ("lm_eval.csv", "samples.jsonl"))
         found.write(*paths.values())
@@ -107,6 +116,12 @@ def check(
         ImportError, TypeError, ValueError, UnknownMethodError: as :func:`lm_eval`.
     """
     need("lm_eval", "tokred.eval.lm_eval")
+    version = importlib.metadata.version("lm_eval")
+    if release(version) < LEAST:
+        raise ImportError(
+            f"tokred.eval.lm_eval needs lm-eval {'.'.join(map(str, LEAST))} or newer, and {version} is installed: "
+            "pip install 'tokred[eval]'"
+        )
     listed = known.listed(tasks)
     wanted = entries(methods)
     manager = known.manager(listed, include, metadata or {})
@@ -114,13 +129,13 @@ def check(
     return listed, wanted, manager
 
 
-def load(name: str, tokenizer: Any = None, device: str | None = None) -> tuple[nn.Module, Any]:
+def load(name: str, tokenizer: Any = None, dtype: Any = "auto") -> tuple[nn.Module, Any]:
     """A language model of transformers and its tokenizer.
 
     Args:
         name: ``"hf:"`` and a folder or an id.
         tokenizer: None: the model's.
-        device: None: the first GPU, where there is one.
+        dtype: of the weights; ``"auto"``: their own.
 
     Raises:
         ValueError: the name does not begin with ``hf:``.
@@ -130,9 +145,8 @@ def load(name: str, tokenizer: Any = None, device: str | None = None) -> tuple[n
     if not name.startswith("hf:"):
         raise ValueError(f"model is {name!r}; a language model is written hf:FOLDER or hf:ID")
     place = name.removeprefix("hf:")
-    model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype="auto")
-    place_on = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.eval().to(place_on), tokenizer or transformers.AutoTokenizer.from_pretrained(place)
+    model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=dtype)
+    return model.eval(), tokenizer or transformers.AutoTokenizer.from_pretrained(place)
 
 
 def _whole(**given: Any) -> None:
@@ -192,15 +206,10 @@ def _top(loaded: Mapping[str, Any]) -> list[Any]:
     ]
 
 
-def _run(
-    model: nn.Module, tokenizer: Any, tasks: list[Any], wanted: list[Entry], baselines: bool, batch_size: int,
-    seed: int, options: dict[str, Any], name: str,
-) -> Harness:  # fmt: skip
+def _run(several: Any, tasks: list[Any], options: dict[str, Any], name: str) -> Harness:
+    """The rows of all arms of a :class:`~tokred.eval.harness_model.Several`."""
     from lm_eval import simple_evaluate
 
-    from tokred.eval.harness_model import Several
-
-    several = Several(model, tokenizer, wanted, batch_size=batch_size, baselines=baselines, seed=seed)
     rows: list[dict[str, Any]] = []
     samples: list[dict[str, Any]] = []
     dense: dict[str, Any] = {}
@@ -212,7 +221,7 @@ def _run(
         if one.label in several.refused:
             rows.append(_row(name, one, reason=several.refused[one.label]))
         else:
-            found = simple_evaluate(model=several, tasks=tasks, batch_size=batch_size, **options)
+            found = simple_evaluate(model=several, tasks=tasks, batch_size=several.batch_size, **options)
             dense = dense or found
             rows += _rows(name, one, found, dense, several)
             samples += _samples(one, found, several)
@@ -250,7 +259,8 @@ def _rows(model: str, one: Entry, found: Any, dense: Any, several: Any) -> list[
             row = _row(model, one, task=task, metric=metric, filter=filtered, score=score)
             row["stderr"] = _number(scores.get(f"{metric}_stderr,{filtered}"))
             row["samples"] = scores.get("sample_len")
-            row["better"] = {True: "higher", False: "lower"}.get(better.get(metric), "")
+            high = better.get(metric)
+            row["better"] = "" if high is None else "higher" if high else "lower"
             row |= _difference(task, metric, filtered, found, dense) | several.measured(one.label, task)
             rows.append(row)
     return rows

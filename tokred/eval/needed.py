@@ -7,6 +7,7 @@ from typing import Any
 
 from tokred.bench.entries import Entry, entry
 from tokred.core.method import Method
+from tokred.core.settings import split_settings
 
 
 def need(module: str, what: str, install: str = "pip install 'tokred[eval]'") -> Any:
@@ -27,7 +28,7 @@ def typed_methods(text: str) -> list[Method]:
     Raises:
         UnknownMethodError, TypeError, ValueError: there is no such method, or a parameter does not fit.
     """
-    parts = [part.strip() for part in text.split(" + ")]
+    parts = split_settings(text)
     found: Entry = entry(parts if len(parts) > 1 else parts[0])
     if not found.methods:
         raise ValueError(f"method is {text!r}, which names no method: such as 'snapkv budget=0.25'")

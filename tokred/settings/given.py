@@ -36,20 +36,18 @@ def make(method: OneMethod, **parameters: Any) -> Method:
                 f"{type(method).__name__} already has its parameters; {', '.join(parameters)} cannot be given beside it"
             )
         return method
-    if isinstance(method, str):
-        cls = registered.get(method)
-    elif isinstance(method, type) and issubclass(method, Method) and dataclasses.is_dataclass(method):
-        cls = method
-    else:
+    cls: Any = registered.get(method) if isinstance(method, str) else method
+    if not (isinstance(cls, type) and issubclass(cls, Method) and dataclasses.is_dataclass(cls)):
         raise TypeError(f"a method is a name, a class of methods or a Method object, got {method!r}")
-    known = [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
+    known = [f.name for f in dataclasses.fields(cls) if f.init]
     unknown = [p for p in parameters if p not in known]
     if unknown:
         why = "".join(f"; {cls.name!r} has {cls.lacks[p]}" for p in unknown if p in cls.lacks)
         raise TypeError(
             f"{cls.name!r} has no parameter {', '.join(map(repr, unknown))}; it has {', '.join(known)}{why}"
         )
-    return cls(**parameters)
+    made: Method = cls(**parameters)
+    return made
 
 
 def _made(setting: Setting, parameters: dict[str, Any]) -> list[Method]:

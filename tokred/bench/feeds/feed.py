@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
+import torch
+
+from tokred.bench.read import samples
 from tokred.core.site import STAGES
+
+
+@contextmanager
+def drawn(seed: int) -> Iterator[None]:
+    """Random numbers of torch that begin with a seed, and go on as before afterwards."""
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
+        torch.manual_seed(seed)
+        yield
 
 
 class Feed:
@@ -43,9 +54,14 @@ class Feed:
         """The output as metrics take it; not timed."""
         return output
 
-    def probe(self, model: Any, batch: Any) -> None:
-        """The least run of a patched model after which its report tells what was kept."""
+    def probe(self, model: Any, batch: Any) -> int:
+        """The least run of a patched model after which its report tells what was kept, and samples that it had."""
         self.run(model, batch)
+        return samples(batch)
+
+    def one(self, batch: Any) -> Any:
+        """The first sample of a batch, where it can be cut out; else all of it."""
+        return batch
 
 
 class Own(Feed):

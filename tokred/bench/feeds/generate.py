@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from tokred.bench.feeds.batches import tensors
-from tokred.bench.feeds.feed import Feed
+from tokred.bench.feeds.feed import Feed, drawn
 from tokred.bench.feeds.reader import Reader
 from tokred.bench.outputs import Generated
-from tokred.bench.read import arguments
+from tokred.bench.read import arguments, samples
 
 NEW = 32  # tokens of an answer, where nobody says how many
 SEED = 0  # of models that sample: both arms draw alike
@@ -69,8 +69,7 @@ class Generate(Feed):
             given.setdefault("max_length", None)  # transformers warns of the two together at every call
         if not given["do_sample"]:
             return model.generate(**given)
-        with torch.random.fork_rng():
-            torch.manual_seed(SEED)
+        with drawn(SEED):
             return model.generate(**given)
 
     def finish(self, model: Any, output: Any, batch: Any) -> Generated:
@@ -89,10 +88,11 @@ class Generate(Feed):
         texts = self.reader.texts([row[:k] for row, k in zip(rows, lengths, strict=True)])
         return Generated(ids[:, : max(lengths)], lengths, texts)
 
-    def probe(self, model: Any, batch: Any) -> None:
+    def probe(self, model: Any, batch: Any) -> int:
         """The prompt, and one token."""
         given = {name: value for name, value in batch.items() if name not in ("max_length", "min_new_tokens")}
         self._generate(model, given, max_new_tokens=1)
+        return samples(batch)
 
 
 def _limited(model: Any) -> bool:

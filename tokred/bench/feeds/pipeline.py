@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokred.bench.feeds.feed import Feed
+from tokred.bench.feeds.feed import Feed, drawn
 from tokred.bench.read import arguments
 
 SEEDS = "seeds"  # of a batch's samples, by which both arms start from the same noise
@@ -65,8 +65,7 @@ class Pipeline(Feed):
             given["generator"] = made if len(made) > 1 else made[0]
         if "output_type" in self.takes:
             given = {"output_type": "pt", **given}
-        with torch.random.fork_rng():
-            torch.manual_seed(seeds[0])  # of whatever draws from torch itself
+        with drawn(seeds[0]):  # of whatever draws from torch itself
             return model(**given)
 
     def finish(self, model: Any, output: Any, batch: Any) -> Tensor:
@@ -93,28 +92,35 @@ class Pipeline(Feed):
                 else:
                     setattr(model, BAR, before)
 
-    def probe(self, model: Any, batch: Any) -> None:
+    def probe(self, model: Any, batch: Any) -> int:
         """One sample, where the arguments can be cut to one."""
-        self.run(model, _first(batch))
+        cut = _first(batch)
+        self.run(model, cut)
+        return _samples(cut)
+
+
+def _per_sample(batch: Mapping[str, Any]) -> tuple[int, set[str]]:
+    """How many prompts, or classes, a batch has, and the names of the lists that have one for each."""
+    lists = {k: len(v) for k, v in batch.items() if isinstance(v, list | tuple) and k != SEEDS}
+    count = next((lists[k] for k in ("prompt", *lists) if k in lists), 1)
+    return count, {k for k, n in lists.items() if n == count}
 
 
 def _samples(batch: Mapping[str, Any]) -> int:
     """Pictures that a call makes."""
-    prompts = batch.get("prompt")
-    count = len(prompts) if isinstance(prompts, list | tuple) else int(batch.get("batch_size", 1))
+    count = _per_sample(batch)[0] * int(batch.get("batch_size", 1))
     return count * int(batch.get("num_images_per_prompt") or 1)
 
 
 def _first(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The batch with its first sample alone; whole where something else than prompts belongs to the samples."""
-    prompts = batch.get("prompt")
-    count = len(prompts) if isinstance(prompts, list | tuple) else 1
-    several = {k for k, v in batch.items() if isinstance(v, list | tuple | Tensor) and len(v) == count and count > 1}
-    cut = dict(batch)
-    if several - set(cut) or any(isinstance(batch[k], Tensor) for k in several):
-        return cut
-    cut |= {k: batch[k][:1] for k in several}
-    return cut | {SEEDS: batch[SEEDS][:1]} if _samples(cut) == 1 else cut
+    """The batch with its first sample alone; whole where tensors may belong to the samples as well."""
+    count, names = _per_sample(batch)
+    if any(isinstance(value, Tensor) for value in batch.values()):
+        return dict(batch)
+    cut = {k: v[:1] if k in names and count > 1 else v for k, v in batch.items()}
+    if "batch_size" in cut:
+        cut["batch_size"] = 1
+    return {**cut, SEEDS: batch[SEEDS][: _samples(cut)]}
 
 
 def pictures(output: Any) -> Tensor:

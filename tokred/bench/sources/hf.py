@@ -17,6 +17,7 @@ from tokred.bench.sources.record import (
     first_line,
     no_download,
     no_settings,
+    quiet,
 )
 
 # Tables of transformers by the kind of model that their classes are, the most telling first: a class of a model with
@@ -51,9 +52,11 @@ def load(name: str, options: Options) -> Source:
         NoModelError: transformers is not installed or does not know it, or configuration or weights cannot be had.
     """
     try:
+        import transformers
         from transformers import AutoConfig
     except ImportError as error:
         raise NoModelError("hf:NAME needs transformers: pip install transformers") from error
+    quiet(transformers)
     try:
         config = AutoConfig.from_pretrained(name)
     except OSError as error:

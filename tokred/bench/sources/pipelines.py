@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tokred.bench.sources.record import NoModelError, Options, Source, cast, first_line, no_download, no_settings
+from tokred.bench.sources.record import NoModelError, Options, Source, cast, first_line, no_download, no_settings, quiet
 
 PARTS = ("unet", "transformer")
 
@@ -32,6 +32,7 @@ def load(name: str, options: Options) -> Source:
         import diffusers
     except ImportError as error:
         raise NoModelError("diffusers:NAME needs diffusers: pip install diffusers") from error
+    quiet(diffusers)
     if name in known():
         return _by_heart(name, options)
     if (Path(name) / "config.json").is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -192,6 +193,12 @@ def cast(model: Any, dtype: torch.dtype) -> Any:
     """The model in a type, touched only where it has another: some libraries warn otherwise."""
     found = next((p.dtype for p in model.parameters()), dtype)
     return model if found == dtype else model.to(dtype)
+
+
+def quiet(library: Any) -> None:
+    """No bars of transformers or diffusers while weights are loaded, where there is no terminal to draw them on."""
+    if not sys.stderr.isatty():
+        library.utils.logging.disable_progress_bar()
 
 
 def first_line(error: BaseException) -> str:
