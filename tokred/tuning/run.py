@@ -141,9 +141,9 @@ def tune(
         judge = Judge(engine, memo)
         clock = Clock(engine, lambda key, found: _timed(engine, memo, key, found))
         with engine.feed.around(model):
-            bases = _bases(engine, clock, texts or list(USUAL[stage]), texts is not None, progress)
+            bases = _bases(engine, clock, wanted, texts or list(USUAL[stage]), texts is not None, progress)
             _check_reach(clock, bases, wanted)
-            random = _random(engine, clock, bases)
+            random = _random(engine, clock, wanted, bases)
             found = Search(judge, clock, bases, wanted, trials, drawn, seed, _teller(progress, trials))
             found.go()
             return _finished(found, random, rounds, name or name_of(model), front)
@@ -185,7 +185,7 @@ def _size(engine: Engine) -> tuple[int, int]:
     return len(few), int(few[0].tokens_in) - host.prefix - getattr(host, "suffix", 0)
 
 
-def _bases(engine: Engine, clock: Clock, texts: list[str], named: bool, progress: bool) -> list[Base]:
+def _bases(engine: Engine, clock: Clock, wanted: Goal, texts: list[str], named: bool, progress: bool) -> list[Base]:
     """The methods that the model runs, each timed at a handful of settings.
 
     Raises:
@@ -202,12 +202,12 @@ def _bases(engine: Engine, clock: Clock, texts: list[str], named: bool, progress
                 raise
             continue
         try:
-            clock.calibrate(base)
+            clock.calibrate(base, wanted)
         except Exception as error:  # whatever the model refuses the method by
             left.append(f"{text}: {' '.join(str(error).split()) or type(error).__name__}")
             continue
         found.append(base)
-        _say(progress, f"timed {text}")
+        _say(progress, f"{text} runs here" if wanted.kind == "memory" else f"timed {text}")
     for line in left:
         _say(progress or named, f"left out: {line}")
     if not found:
@@ -215,7 +215,7 @@ def _bases(engine: Engine, clock: Clock, texts: list[str], named: bool, progress
     return found
 
 
-def _random(engine: Engine, clock: Clock, bases: Sequence[Base]) -> Base | None:
+def _random(engine: Engine, clock: Clock, wanted: Goal, bases: Sequence[Base]) -> Base | None:
     """The base of a random choice, where there is one that the model runs."""
     text = RANDOM.get(engine.stage)
     if text is None:
@@ -225,7 +225,7 @@ def _random(engine: Engine, clock: Clock, bases: Sequence[Base]) -> Base | None:
         return known
     found = base_of(text, bases[0].depth, bases[0].free)
     with suppress(Exception):  # without it the table has a row less
-        clock.calibrate(found)
+        clock.calibrate(found, wanted)
         return found
     return None
 

@@ -237,8 +237,19 @@ class Plan:
             budget = Adaptive(share) if self.weights is None else Adaptive(share, layers=budget)
         return api.make(self.base.name, **{**dict(self.base.fixed), self.base.knob: budget})
 
-    def moves(self) -> Iterator[Plan]:
-        """The plans beside this one: a layer's part moved to another, halved, doubled or taken away."""
+    def earlier(self) -> Iterator[Plan]:
+        """The plan bent towards the first blocks, more and more: it is faster, since more blocks have fewer tokens."""
+        if self.base.kind == "listed" and self.weights is not None:
+            for decay in (0.15, 0.3, 0.6, 1.2):
+                bent = [w * math.exp(-decay * i) for i, w in enumerate(self.weights)]
+                first = next(i for i, w in enumerate(bent) if w > 0)
+                for to in {first, 0}:
+                    moved = [0.0] * len(bent)
+                    moved[: len(bent) - (first - to)] = bent[first - to :]
+                    yield Plan(self.base, _normed(moved), self.options)
+
+    def moves(self, step: int) -> Iterator[Plan]:
+        """The plans beside this one at a step: a layer's part moved to another, halved, doubled or taken away."""
         base, d = self.base, self.base.depth
         if base.kind == "cache":
             if dict(self.options).get("heads") == "global":
@@ -251,7 +262,9 @@ class Plan:
                         yield Plan(base, _normed(changed), self.options)
             return
         if base.kind == "listed":
-            yield from self._shifted(self.weights or _normed([1.0] * d))
+            # What a block cannot remove makes a constant schedule one of its own shape.
+            real = amounts(self.weights, step, base.free) if self.weights else constant_amounts(step, d, base.free)
+            yield from self._shifted(_normed([float(r) for r in real]))
             return
         for name, value in self.options:
             near: list[Any] = []
@@ -298,6 +311,15 @@ def amounts(weights: tuple[float, ...], total: int, free: int) -> list[int]:
         r = min(max(0, round(wanted) - done), (free - done) // 2) if weight > 0 else 0
         found.append(r)
         done += r
+    return found
+
+
+def constant_amounts(r: int, depth: int, free: int) -> list[int]:
+    """Tokens that each block removes where each should remove ``r``, and none can remove more than half."""
+    found = []
+    for _ in range(depth):
+        found.append(min(r, free // 2))
+        free -= found[-1]
     return found
 
 
