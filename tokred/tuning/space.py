@@ -243,7 +243,7 @@ class Plan:
             for decay in (0.15, 0.3, 0.6, 1.2):
                 bent = [w * math.exp(-decay * i) for i, w in enumerate(self.weights)]
                 first = next(i for i, w in enumerate(bent) if w > 0)
-                for to in {first, 0}:
+                for to in dict.fromkeys((first, 0)):
                     moved = [0.0] * len(bent)
                     moved[: len(bent) - (first - to)] = bent[first - to :]
                     yield Plan(self.base, _normed(moved), self.options)
@@ -277,7 +277,9 @@ class Plan:
             else:
                 near = [v for v in (value - 1, value + 1) if 0 <= v <= d]
             for other in near:
-                yield Plan(base, None, tuple((n, other if n == name else v) for n, v in self.options))
+                changed = {**dict(self.options), name: other}
+                if not changed.get("start", 0) >= changed.get("stop", d):
+                    yield Plan(base, None, tuple(changed.items()))
 
     def _shifted(self, weights: tuple[float, ...]) -> Iterator[Plan]:
         for i, w in enumerate(weights):
@@ -356,7 +358,10 @@ def base_of(text: str, depth: int, free: int) -> Base:
     if parameter in fixed:
         raise Rejected(f"{text!r} sets {parameter}, which is what tune has to find: leave it out")
     api.make(name, **fixed)  # whatever does not fit is said before anything is measured
-    # A parameter that keeps things says so where it removes nothing at its largest.
+    # A share that keeps things removes nothing at 1, one that removes things at 0; a method that says neither is known
+    # by the parameter's name.
     nothing = (cls.nothing or {}).get(parameter)
-    rising = not (nothing is not None and nothing == 1) and parameter not in ("kappa", "keep", "ratio", "gamma")
+    rising = nothing == 0 if nothing is not None else parameter not in ("kappa", "keep", "budget")
+    if kind == "count" and isinstance(nothing, float):  # tokens or a share, of which the share fits every input
+        kind = "share"
     return Base(text, name, tuple(fixed.items()), parameter, kind, depth, free, rising)
