@@ -62,19 +62,11 @@ def stable_diffusion() -> Any:
     )  # fmt: skip
     words = saved.tokenizer()
     words.model_max_length = 8
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=99,
-            hidden_size=12,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=8,
-            eos_token_id=2,
-            pad_token_id=0,
-            bos_token_id=1,
-        )  # fmt: skip
-    )
+    config = CLIPTextConfig(
+        vocab_size=99, hidden_size=12, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=8, eos_token_id=2, pad_token_id=0, bos_token_id=1,
+    )  # fmt: skip
+    text = CLIPTextModel(config)
     return StableDiffusionPipeline(
         vae=vae, text_encoder=text, tokenizer=words, unet=diffusion.build("sd15"),
         scheduler=DDIMScheduler(steps_offset=1, clip_sample=False), safety_checker=None, feature_extractor=None,
