@@ -67,8 +67,9 @@ def benchmark(
             ``"attention_mask"``, padded on the left. It is read once before, and once for each row unless it is small.
             A function that returns such an iterable each time, or a dataset of samples, goes as well.
         metric: ``"top1"``, ``"top5"``, ``"agreement"`` (with the unpatched model's answers; no labels are needed),
-            ``"cosine"`` (to its outputs), ``"perplexity"``, or a function of ``(output, batch)`` that returns a number,
-            or a tensor with one for each sample. None: ``"agreement"``, or ``"perplexity"`` for language models.
+            ``"cosine"`` (to its outputs), ``"perplexity"``, or another of :data:`tokred.bench.ready.READY`; a metric
+            object of torchmetrics; or a function of ``(output, batch)`` that returns a number, or a tensor with one for
+            each sample. None: ``"agreement"``, or ``"perplexity"`` for language models.
         run: how the model runs on a batch: ``"forward"``, ``"text"``, or a function of ``(model, batch)`` that returns
             the output; ``"auto"``: by model, methods and data.
         out: a folder, or a ``.csv`` file, to which each row is added when it is measured. Rows that are there already,
