@@ -21,6 +21,8 @@ from tests.bench.test_models import MINE
 from tokred.bench import results
 from tokred.cli.main import app
 
+SETTING = "tome r=2 prop_attn=False"
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
@@ -31,8 +33,9 @@ def root(tmp_path_factory):
 def run(tmp_path):
     """``tokred bench`` with few rounds, into a folder of the test; the JSON document, or the whole answer."""
 
-    def bench(*arguments, plain: bool = False, code: int = 0):
+    def bench(*arguments, plain: bool = False, plot: bool = False, code: int = 0):
         command = ["bench", *map(str, arguments), "--rounds", "1", "--out", str(tmp_path / "out")]
+        command += [] if plot else ["--no-plot"]
         done = CliRunner().invoke(app, command if plain else [*command, "--json"], env={"COLUMNS": "80"})
         assert done.exit_code == code, (done.stdout, done.stderr, done.exception)
         return done if plain else json.loads(done.stdout)
@@ -50,7 +53,9 @@ def test_a_fine_tuned_timm_model_and_a_folder(run, root, tmp_path):
     torch.manual_seed(0)
     torch.save(timm.create_model("test_vit", num_classes=2).state_dict(), root / "mine.pth")
     folder = saved.pictures(root / "pictures")
-    found = run("test_vit", "--checkpoint", root / "mine.pth", "--data", folder, "-m", "tome r=8", "-m", "tome r=12")
+    found = run(
+        "test_vit", "--checkpoint", root / "mine.pth", "--data", folder, "-m", "tome r=8", "-m", "tome r=12", plot=True
+    )
     assert (found["kind"], found["metric"], found["run"]) == ("encoder", "top1", "forward")
     assert {"unpatched", "tome r=8", "tome r=12", "random r=8"} <= set(labels(found))
     assert all(row["samples"] == 8 and row["speedup"] > 0 for row in found["rows"] if not row["reason"])
@@ -86,7 +91,9 @@ def test_the_same_command_goes_on_where_it_stopped(run, tmp_path):
 def test_functions_of_the_users_own(run, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(MINE)
-    found = run(f"{file}:model", "--data", f"{file}:batches", "--metric", f"{file}:score", "-m", "tome r=8")
+    found = run(
+        f"{file}:model", "--data", f"{file}:batches", "--metric", f"{file}:score", "-m", "tome r=8", "--no-baselines"
+    )
     assert found["metric"] == "score"
     assert found["rows"][0]["samples"] == 4
     done = run(f"{file}:model", "--data", f"{file}:batches", "--metric", f"{file}:nothing", plain=True, code=2)
@@ -94,15 +101,16 @@ def test_functions_of_the_users_own(run, tmp_path):
 
 
 def test_a_transformers_classifier(run, root):
-    found = run(
-        saved.vit(root / "vit"), "--data", saved.pictures(root / "vit-pictures"), "-m", "tome r=2 prop_attn=False"
-    )
+    folder = saved.pictures(root / "vit-pictures")
+    found = run(saved.vit(root / "vit"), "--data", folder, "-m", SETTING, "--no-baselines")
     assert found["metric"] == "top1"
-    assert "tome r=2 prop_attn=False" in labels(found)
+    assert labels(found) == ["unpatched", SETTING]
 
 
 def test_two_towers_by_the_names_of_the_folders(run, root):
-    found = run(saved.clip(root / "clip"), "--data", saved.pictures(root / "clip-pictures"), "-m", "tome r=2")
+    found = run(
+        saved.clip(root / "clip"), "--data", saved.pictures(root / "clip-pictures"), "-m", "tome r=2", "--no-baselines"
+    )
     assert (found["kind"], found["metric"]) == ("dual encoder", "top1")
     assert "zero-shot" in found["notes"][0]
 
@@ -124,13 +132,20 @@ def test_a_text_encoder(run, root):
 
 
 def test_an_audio_encoder(run, root):
-    found = run(saved.ast(root / "ast"), "--data", saved.recordings(root / "ast-sounds"), "-m", "pitome ratio=0.8")
+    found = run(
+        saved.ast(root / "ast"),
+        "--data",
+        saved.recordings(root / "ast-sounds"),
+        "-m",
+        "pitome ratio=0.8",
+        "--no-baselines",
+    )
     assert (found["kind"], found["metric"]) == ("audio encoder", "agreement")
 
 
 def test_a_denoiser_alone(run, root):
     pytest.importorskip("diffusers")
-    found = run(saved.unet(root / "unet"), "--count", 2, "-m", "tomesd ratio=0.5")
+    found = run(saved.unet(root / "unet"), "--count", 2, "-m", "tomesd ratio=0.5", "--no-baselines")
     assert (found["kind"], found["metric"]) == ("denoiser", "cosine")
     assert found["rows"][1]["method"] == "tomesd"
     assert found["rows"][1]["quality"] < 1
@@ -139,7 +154,7 @@ def test_a_denoiser_alone(run, root):
 def test_a_pipeline(run, root):
     pytest.importorskip("diffusers")
     model = saved.pipeline(root / "pipeline")
-    found = run(model, "--count", 2, "--steps", 2, "-m", "tomesd ratio=0.5", "-m", "todo factors=2")
+    found = run(model, "--count", 2, "--steps", 2, "-m", "tomesd ratio=0.5", "-m", "todo factors=2", "--no-baselines")
     assert (found["kind"], found["metric"], found["run"]) == ("pipeline", "psnr", "pipeline")
     assert found["rows"][1]["samples"] == 2
 
@@ -147,7 +162,9 @@ def test_a_pipeline(run, root):
 def test_a_model_with_vision_and_questions(run, root):
     model, questions = saved.llava(root / "llava"), saved.questions(root / "vqa")
     both = "divprune budget=8 + snapkv budget=0.5"
-    found = run(model, "--data", questions, "-m", both, "-m", "divprune budget=8", "--max-new-tokens", 3)
+    found = run(
+        model, "--data", questions, "-m", both, "-m", "divprune budget=8", "--max-new-tokens", 3, "--no-baselines"
+    )
     assert (found["kind"], found["metric"], found["run"]) == ("vision-language model", "contains", "generate")
     row = next(row for row in found["rows"] if row["method"] == "divprune+snapkv")
     assert row["samples"] == 2

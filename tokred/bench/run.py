@@ -1,7 +1,8 @@
-"""``tokred bench``: quality, speed and memory of methods on one model, every arm against the unpatched model.
+"""An encoder's features, top-1 and saliency map under methods, with paired times: what a forward's output tells not.
 
-Quality and speed of a row are of the same model at the same input size. Times are paired (:mod:`tokred.bench.timing`);
-quality is measured apart from them, on all images.
+:func:`tokred.benchmark` scores outputs; here the features in front of the head and the restored patch tokens are
+compared too, of models that :mod:`tokred.bench.models` reads. Times are paired (:mod:`tokred.bench.timing`); quality is
+measured apart from them, on all images.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from tokred.bench.tasks import Task
 from tokred.core.settings import parse_setting
 
 SHARES = (0.85, 0.7, 0.55, 0.4)
-METHODS = ("tome", "pitome", "evit", "random")
 MEASURES = ("top1", "cosine", "saliency_mae")
 SCENARIO = "bench"
 Tick = Callable[[], None]
@@ -264,18 +264,3 @@ def plot(found: Sequence[dict[str, Any]], path: Path) -> Path:
         note += f". Top-1: {first['answered_by']}, {first['top1_images']} images of {first['data']}"
     title = f"{first['model']}: quality against speed, each point paired with the unpatched model"
     return plots.save(plots.pareto(frame, shown, title=title, note=note), path)
-
-
-def write(found: Sequence[dict[str, Any]], folder: Path, stem: str, *, force: bool, append: bool) -> list[Path]:
-    """Write CSV and plot; returns their paths.
-
-    With ``append`` the rows go to those of an existing CSV file of the same name, in place of older ones of the same
-    setting; else they go into a new one, so that nothing is lost.
-    """
-    table, picture = f"{stem}.csv", f"{stem}.png"
-    if append and outputs.is_table(folder / table):
-        written = outputs.write(folder / table, found, overwrite=True)
-        return [written, plot(found, outputs.free(folder, [picture], force=force)[picture])]
-    paths = outputs.free(folder, [table, picture], force=force)
-    paths[table].unlink(missing_ok=True)
-    return [outputs.write(paths[table], found), plot(found, paths[picture])]

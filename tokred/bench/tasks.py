@@ -109,7 +109,7 @@ def _zoo(subject: Subject, data: str, count: int, seed: int) -> Task:
     carriers, source = zoo("carriers"), zoo("data")
     size = subject.size[0]
     if subject.size[0] != subject.size[1]:
-        raise ValueError(f"the zoo's images are square, but {subject.name} takes {subject.size}; use --images FOLDER")
+        raise ValueError(f"the zoo's images are square, but {subject.name} takes {subject.size}; give a folder")
     try:
         found = source.photos(size, ("sklearn", "skimage", "imagenet"))
         seen = Images(found.images, None, (), f"{len(found.images)} photos")

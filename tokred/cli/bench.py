@@ -62,6 +62,7 @@ def bench_command(
     ray_workers: Annotated[int | None, typer.Option(min=1, help="Rows at a time with --ray local.")] = None,
     folder: Annotated[Path, typer.Option("--out", help="Folder for table and plot.")] = Path("tokred-bench"),
     force: Annotated[bool, typer.Option("--force", help="Measure anew what is in the table already.")] = False,
+    plot: Annotated[bool, typer.Option(help="Draw quality against speed beside the table.")] = True,
     as_json: Json = False,
 ) -> None:
     """Measure methods on your model and data: quality, speed and memory, each row beside the unpatched model.
@@ -113,7 +114,7 @@ def bench_command(
         given = sources.data(source, data, wanted)
         chosen, left = amounts.chosen(source, typed, wanted_shares)
         table = table_path(folder, name, force)
-    for line in (*given.notes, *left, *plot_hint()):
+    for line in (*given.notes, *left, *(plot_hint() if plot else [])):
         print(f"tokred: {line}", file=sys.stderr)
     extra = dict(given.options)
     if given.run == "generate":
@@ -141,7 +142,7 @@ def bench_command(
         there = f"the rows so far are in {table}: the same command goes on" if table.exists() else "no row was measured"
         print(f"tokred: interrupted; {there}", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
-    files = [table, *plotted(result, table)]
+    files = [table, *(plotted(result, table) if plot else [])]
     if as_json:
         print(json.dumps(document(result, source, given, table), indent=2))
     else:

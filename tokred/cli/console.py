@@ -29,13 +29,16 @@ EVERY = 5.0  # seconds between two lines of progress where there is no terminal
 
 @contextlib.contextmanager
 def refusing() -> Iterator[None]:
-    """Say what is wrong with the input in one line, and leave with code 2; for checks only, never around the work."""
-    from tokred.bench.models import NoModelError
+    """Say what is wrong with the input in one line, and leave with code 2."""
+    from tokred.bench.sources import NoModelError
 
     try:
         yield
     except (TokredError, NoModelError, ValueError, TypeError, OSError, ImportError) as error:
-        text = " ".join(str(error).split()) or type(error).__name__
+        if os.environ.get("TOKRED_DEBUG") == "1":  # where a line does not tell enough
+            raise
+        text = "; ".join([str(error) or type(error).__name__, *getattr(error, "__notes__", ())])
+        text = " ".join(text.split())
         print(f"tokred: {text}", file=sys.stderr)
         raise typer.Exit(2) from error
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -57,8 +56,10 @@ def load(name: str, options: Options) -> Source:
         given["num_classes"] = classes
     trained = not (options.shapes or options.random_weights or options.checkpoint)
     try:
-        with torch.device("meta") if options.shapes else nullcontext():
-            model: Any = timm.create_model(name, pretrained=trained, **given).eval()
+        model: Any = (
+            _hollow(timm, name, **given) if options.shapes else timm.create_model(name, pretrained=trained, **given)
+        )
+        model.eval()
     except OSError as error:
         raise no_download(name, error) from error
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
@@ -77,10 +78,18 @@ def load(name: str, options: Options) -> Source:
     )
 
 
+def _hollow(timm: Any, name: str, **given: Any) -> Any:
+    """The model without weights; of a timm that cannot build it so, with random ones."""
+    try:
+        with torch.device("meta"):
+            return timm.create_model(name, **given)
+    except (RuntimeError, NotImplementedError):
+        return timm.create_model(name, **given)
+
+
 def _outputs(timm: Any, name: str, options: Options) -> int:
     """The number of outputs that the head of a checkpoint has."""
-    with torch.device("meta"):
-        plain = timm.create_model(name)
+    plain = _hollow(timm, name)
     head = plain.default_cfg.get("classifier") if hasattr(plain, "default_cfg") else None
     weights = _weights(timm, options)
     found = weights.get(f"{head}.weight") if isinstance(head, str) else None
