@@ -51,7 +51,13 @@ def main(given: list[str]) -> None:
         print(f"python -m benchmarks NAME [options]\n\n{lines}")
         return
     sys.argv = [f"benchmarks {name}", *given[1:]]
-    runpy.run_module(f"benchmarks.{name.replace('/', '.')}", run_name="__main__")
+    from benchmarks.zoo.carriers import MissingWeights, WrongHash
+
+    try:
+        runpy.run_module(f"benchmarks.{name.replace('/', '.')}", run_name="__main__")
+    except (MissingWeights, WrongHash) as error:
+        # The message has the command that gets what is missing; where it was raised tells nobody more.
+        sys.exit(f"{type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":

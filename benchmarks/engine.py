@@ -11,6 +11,8 @@ import torch
 
 import tokred
 from tokred.bench import results
+from tokred.bench.entries import entry
+from tokred.bench.metrics import METRICS
 
 Record = dict[str, Any]
 # Columns of the engine's rows that are metrics of the table by the same names.
@@ -29,7 +31,7 @@ SAME = (
 
 def measured(
     model: Any,
-    methods: Sequence[Any],
+    methods: Sequence[Any] | Mapping[str, Any],
     data: Any,
     metrics: Mapping[str, str | Callable[[Any, Any], Any]],
     *,
@@ -42,40 +44,43 @@ def measured(
     """Rows of methods by several metrics, the unpatched model's first; those that cannot run are told and left out.
 
     Args:
-        model, methods, data: as :func:`tokred.benchmark` takes them.
-        metrics: from the names of metrics in the table to what the engine takes. The first one's run is timed.
+        model, data: as :func:`tokred.benchmark` takes them.
+        methods: likewise, or from what stands in the table, ``"cat budget=64"``, to each.
+        metrics: from the names of metrics in the table to what the engine takes, which measures one at a time. Speed
+            is that of the first one's run.
         name: of the model.
         data_from: packages that the data come from, as :func:`benchmarks.zoo.carriers.cited` names them.
         values: a folder for the engine's own tables, by which a run that was broken off goes on.
         more: fields of every record.
         options: more arguments of :func:`tokred.benchmark`.
     """
-    found: dict[tuple[str, str], Record] = {}
+    chosen = methods if isinstance(methods, Mapping) else {entry(one).label: one for one in methods}
+    labels = {entry(one).label: label for label, one in chosen.items()}
+    found: dict[str, Record] = {}
     for field, metric in metrics.items():
         out = None if values is None else values / f"{field}.csv"
-        table = tokred.benchmark(model, methods, data, metric, name=name, out=out, baselines=False, **options)
-        module = getattr(model, "unet", None) or getattr(model, "transformer", None) or model
-        first = next(module.parameters())
+        table = tokred.benchmark(
+            model, [*chosen.values()], data, metric, name=name, out=out, baselines=False, **options
+        )
+        first = next(model.parameters())
         source = results.here(options.get("device") or first.device, first.dtype)
         source["versions"] = f"{source['versions']} {data_from}".strip()
         for row in table.rows:
+            label = f"{row['method']} {row['setting']}".strip()
             if row["quality"] is None:
-                print(f"{row['method']} {row['setting']}: {row['reason']}", file=sys.stderr, flush=True)
+                print(f"{label}: {row['reason']}", file=sys.stderr, flush=True)
                 continue
-            key = (row["method"], row["setting"])
-            head = {"model": name, "method": row["method"], "setting": row["setting"], **(more or {}), **source}
-            record = found.setdefault(key, {**head, **_costs(row), "rounds": max(options.get("rounds", 5), 1)})
+            method, _, setting = labels.get(label, label).partition(" ")
+            head = {"model": name, "method": method, "setting": setting, **(more or {}), **source}
+            record = found.setdefault(label, {**head, **_costs(row), "rounds": options.get("rounds", 5)})
             record |= _ends(field, row, "quality", "low", "high") | {f"{field}_count": row["samples"]}
-            if f"{field}_difference" in results.METRICS:
-                ends = _ends(f"{field}_difference", row, "difference", "difference_low", "difference_high")
-                record |= {**ends, f"{field}_difference_count": row["samples"]}
     return list(found.values())
 
 
 def _costs(row: Mapping[str, Any]) -> Record:
     """Work, speed and memory of a row."""
     costs = {column: row[column] for column in SAME if row.get(column) is not None}
-    costs = {k: v for k, v in costs.items() if k.removesuffix("_low").removesuffix("_high") in results.METRICS}
+    costs = {k: v for k, v in costs.items() if k.removesuffix("_low").removesuffix("_high") in METRICS}
     return costs | ({"gmacs_share": row["work"]} if row.get("work") is not None and row["rows"] is None else {})
 
 

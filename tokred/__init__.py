@@ -14,6 +14,7 @@ import logging
 from typing import Any
 
 from tokred import methods as _methods  # registers the built-in names
+from tokred.adapters.contract import cache_kwargs
 from tokred.analysis.explain import Explanation, explain
 from tokred.api import (
     Flops,
@@ -106,6 +107,7 @@ __all__ = [
     "__version__",
     "applied",
     "apply",
+    "cache_kwargs",
     "explain",
     "flops",
     "from_dict",

@@ -91,6 +91,20 @@ def with_cache(given: Mapping[str, Any], name: str, cache: Any) -> dict[str, Any
     return {**{k: v for k, v in given.items() if k not in CACHE_NAMES}, name: cache}
 
 
+def cache_kwargs(cache: Any) -> dict[str, Any]:
+    """A cache as the keyword argument by which models of the installed transformers take it, in a forward and in
+    ``generate``: ``cache`` from 5.24 on, ``past_key_values`` before.
+
+    Args:
+        cache: of :func:`tokred.kv_cache`, or any of transformers.
+
+    Example:
+        >>> model.generate(ids, **tokred.cache_kwargs(cache))
+    """
+    version = environment.version("transformers")
+    return {next(s.name for s in CACHE if in_force(s, version)): cache}
+
+
 def generation_cache_name(model_kwargs: Mapping[str, Any], model: nn.Module) -> str:
     """Key of the cache in ``model_kwargs`` of ``generate``: the one in use, else the one of the model's forward."""
     used = next((name for name in CACHE_NAMES if name in model_kwargs), None)

@@ -142,7 +142,15 @@ class View:
 
 
 def view(module: Any, plan: Plan, projections: tuple[Word, ...], restore: bool, batch: Batch) -> View:
-    """``module`` with fewer tokens going into some of its projections."""
+    """``module`` with fewer tokens going into some of its projections.
+
+    Raises:
+        UnsupportedModelError: it has one of them under no name that is known. The others would run on fewer tokens
+            than this one, which need not fail.
+    """
+    lost = [word.name for word in projections if word is not members.TO_ALL and not word.on(module)]
+    if lost and not members.TO_ALL.on(module):
+        raise UnsupportedModelError(f"{batch.name} ({type(module).__name__}) has no {' and no '.join(lost)}")
     replaced: dict[str, Any] = {}
     for word in projections:
         own = word.part(module)

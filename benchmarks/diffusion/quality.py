@@ -3,8 +3,7 @@
 The denoiser is the terrain UNet of ``benchmarks/zoo`` (one step, 28 self-attention layers on 1,024, 256 and 64 tokens;
 methods act on the 1,024, AsymRnR on all). What needs steps, guidance or frames has nothing to show here. For every arm
 and every seed: PSNR, mean absolute error and the distance of the radial power spectra, against the unpatched model's
-image; in the same runs, interleaved in one process in an order shuffled anew in each round, images per second and the
-ratio to the unpatched model; peak memory afterwards.
+image, and beside them speed and peak memory, by ``tokred.benchmark``.
 
     python -m benchmarks.zoo.fetch terrain
     python -m benchmarks diffusion/quality --threads 2 --out benchmarks/results/diffusion.csv --overwrite
@@ -17,7 +16,6 @@ ratio to the unpatched model; peak memory afterwards.
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,9 +24,12 @@ import torch
 from torch import Tensor
 
 import tokred
+from benchmarks.engine import measured, threads
 from benchmarks.saving import save, saving
-from tokred.bench import plots, results, timing
-from tokred.bench.arms import Arm, typed
+from benchmarks.zoo import carriers
+from tokred.bench import plots
+from tokred.bench.arms import BASE
+from tokred.bench.entries import entry
 
 RATIOS = (0.25, 0.5, 0.6, 0.75)
 FINEST = 4  # how much coarser the finest attention of the terrain UNet is than its image
@@ -36,9 +37,9 @@ DIFFICULTY = 50.0
 SHOWN = ("=0.5", "factors=(1,1,2)")  # on the contact sheet
 
 
-def arms(quick: bool) -> list[Arm]:
-    """The unpatched model first."""
-    found = ["unpatched"]
+def settings(quick: bool) -> list[str]:
+    """Every method at every amount."""
+    found = []
     for ratio in (0.5,) if quick else RATIOS:
         at = f"ratio={ratio} max_downsample={FINEST}"
         found += [
@@ -56,7 +57,7 @@ def arms(quick: bool) -> list[Arm]:
     for factor in (2,) if quick else (2, 3, 4):
         for mode in ("nearest",) if quick else ("nearest", "nearest-exact", "average"):
             found.append(f"todo factors=(1,1,{factor}) mode={mode}")
-    return [typed(text) for text in found]
+    return found
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
@@ -83,66 +84,68 @@ def spectrum_distance(x: Tensor, y: Tensor) -> Tensor:
     return (radial_spectrum(x) - radial_spectrum(y)).abs().mean(1)
 
 
-def measure(model: Any, chosen: Sequence[Arm], samples: int, batch: int) -> tuple[list[dict[str, Any]], list[Tensor]]:
-    """A row an arm, and its images ``(samples, 1, 128, 128)``."""
-    device = next(model.parameters()).device
-    rounds = samples // batch
-    images: list[dict[int, Tensor]] = [{} for _ in chosen]
+def batches(model: Any, samples: int, size: int) -> list[dict[str, Tensor]]:
+    """Seeds ``(size,)``, of which the first one draws the noise of them all, and the unpatched model's images."""
+    found = []
+    for start in range(0, samples, size):
+        seeds = torch.arange(start, start + size)
+        found.append({"seeds": seeds, "reference": model.sample(size, DIFFICULTY, seed=start // size).float()})
+    return found
 
-    def run(i: int) -> Tensor:
-        out: Tensor = model.sample(batch, DIFFICULTY, seed=i)
+
+METRICS = {
+    "psnr": lambda output, batch: psnr(output.float(), batch["reference"]),
+    "mae": lambda output, batch: (output.float() - batch["reference"]).abs().flatten(1).mean(1),
+    "spectrum_db": lambda output, batch: spectrum_distance(output.float(), batch["reference"]),
+}
+
+
+def measure(
+    model: Any, chosen: Sequence[str], samples: int, batch: int, values: Path | None = None
+) -> list[dict[str, Any]]:
+    """A row a setting, the unpatched model's first."""
+
+    def image(unet: Any, given: dict[str, Tensor]) -> Tensor:
+        out: Tensor = model.sample(batch, DIFFICULTY, seed=int(given["seeds"][0]) // batch)
         return out
 
-    def collect(arm: int, i: int, out: Tensor) -> None:
-        images[arm][i] = out.float().cpu()
-
-    enters = [lambda arm=arm: arm.applied(model.unet) for arm in chosen]
-    seconds = timing.paired(enters, run, rounds, device=device, collect=collect)
-    speeds = timing.summarise(seconds, [batch] * rounds)
-    made = [torch.cat([found[i] for i in range(rounds)]) for found in images]
-    where = {"batch": batch, "difficulty": DIFFICULTY, "rounds": rounds, "samples": samples}
-    where |= results.here(device, next(model.parameters()).dtype)
-    rows = []
-    for arm, speed, out in zip(chosen, speeds, made, strict=True):
-        row: dict[str, Any] = {"model": "terrain", "method": arm.name, "setting": arm.setting, **where}
-        row["tokens_in"], row["tokens_left"] = tokens(model, arm)
-        if arm.method is not None:
-            row |= _mean("psnr", psnr(out, made[0])) | _mean("mae", (out - made[0]).abs().flatten(1).mean(1))
-            row |= _mean("spectrum_db", spectrum_distance(out, made[0]))
-        row |= results.between("images_per_second", *speed.images_per_second)
-        row |= results.between("speedup", *speed.speedup)
-        with arm.applied(model.unet):
-            row |= timing.peak_memory(lambda: run(0), device).record()
-        rows.append(row)
-    return rows, made
+    more = {"batch": batch, "difficulty": DIFFICULTY, "samples": samples}
+    data = batches(model, samples, batch)
+    source = {"name": "terrain", "data_from": carriers.cited("terrain"), "more": more, "values": values}
+    rows = measured(model.unet, chosen, data, METRICS, run=image, rounds=samples // batch, **source)
+    for row in rows:
+        row["tokens_in"], row["tokens_left"] = tokens(model, row)
+        row.pop("tokens_out", None)
+        for field in [f"{n}{end}" for n in METRICS for end in ("", "_low", "_high", "_count")]:
+            if row["method"] == BASE:  # beside itself
+                row.pop(field, None)
+    return rows
 
 
-def _mean(name: str, values: Tensor) -> dict[str, float]:
-    """With its interval over samples."""
-    n = len(values)
-    return results.mean(name, float(values.mean()), float(values.std() / math.sqrt(n)) if n > 1 else 0.0)
-
-
-def tokens(model: Any, arm: Arm) -> tuple[int, int]:
+def tokens(model: Any, row: dict[str, Any]) -> tuple[int, int]:
     """Tokens of the finest attention, and how many are left of them."""
-    with arm.applied(model.unet), torch.inference_mode():
-        if arm.method is None:
-            return 1024, 1024
+    if row["method"] == BASE:
+        return 1024, 1024
+    with entry(f"{row['method']} {row['setting']}").applied(model.unet), torch.inference_mode():
         model.sample(1)
-        found = max(tokred.report(model.unet).sublayers, key=lambda row: row.tokens)
+        found = max(tokred.report(model.unet).sublayers, key=lambda layer: layer.tokens)
     return found.tokens, found.left
 
 
-def contact_sheet(chosen: Sequence[Arm], images: Sequence[Tensor], path: Path, columns: int = 6) -> Path:
-    """A row an arm: the same seeds, and how far the first one is off."""
-    columns = min(columns, len(images[0]))
+@torch.inference_mode()
+def contact_sheet(model: Any, chosen: Sequence[str], path: Path, columns: int = 6) -> Path:
+    """A row a setting: the same seeds, and how far the first one is off."""
+    images = []
+    for setting in chosen:
+        with entry(setting).applied(model.unet):
+            images.append(model.sample(columns, DIFFICULTY).float().cpu())
     figure, axes = plots.grid(len(chosen), columns + 1, 1.25)
-    for row, (arm, found) in enumerate(zip(chosen, images, strict=True)):
+    for row, (setting, found) in enumerate(zip(chosen, images, strict=True)):
         for column in range(columns):
             axes[row, column].imshow(found[column, 0], cmap="terrain", vmin=-1, vmax=1)
         off = (found[0, 0] - images[0][0, 0]).abs()
         axes[row, columns].imshow(off, cmap="magma", vmin=0, vmax=0.3)
-        label = arm.label.replace(" ", "\n", 2)
+        label = setting.replace(" ", "\n", 2)
         axes[row, 0].set_ylabel(label, fontsize=5.5, rotation=0, ha="right", va="center")
     for axis in axes.flat:
         axis.set_xticks([])
@@ -160,28 +163,22 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--pictures", type=Path, help="folder for a contact sheet")
+    parser.add_argument("--values", type=Path, help="folder of tables by which a run that was broken off goes on")
     saving(parser)
     given = parser.parse_args()
     samples = given.samples or (8 if given.quick else 64)
     batch = min(given.batch, samples // 2 if given.quick else samples)
     if samples % batch:
         parser.error(f"--samples {samples} is no multiple of --batch {batch}")
-    if given.threads:
-        torch.set_num_threads(given.threads)
+    threads(given.threads)
     from benchmarks.zoo import terrain
 
-    model, chosen = terrain.load().to(given.device), arms(given.quick)
-    rows, images = measure(model, chosen, samples, batch)
-    save(rows, "quality", given)
+    model, chosen = terrain.load().to(given.device), settings(given.quick)
+    save(measure(model, chosen, samples, batch, given.values), "quality", given)
     if given.pictures is not None:
         given.pictures.mkdir(parents=True, exist_ok=True)
-        shown = [i for i, arm in enumerate(chosen) if not arm.setting or any(s in arm.setting for s in SHOWN)]
-        sheet = given.pictures / "diffusion_samples.png"
-        contact_sheet([chosen[i] for i in shown], [images[i] for i in shown], sheet)
-    for row in rows:
-        quality = f"{row['psnr']:6.2f} dB {row['mae']:.4f} {row['spectrum_db']:6.3f} dB" if "psnr" in row else ""
-        speed = f"{row['images_per_second']:7.2f} images/s {row['speedup']:.3f}x"
-        print(f"{row['method']:<20} {row['setting']:<44} {row['tokens_left']:>5} {quality:<28} {speed}")
+        shown = [BASE, *(one for one in chosen if any(part in one for part in SHOWN))]
+        contact_sheet(model, shown, given.pictures / "diffusion_samples.png")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     python -m benchmarks encoder/text --out benchmarks/results/encoder.csv --overwrite
 
 A probe (scikit-learn's ridge regression on topics) is fitted to embeddings of the unpatched model and read with those
-of the patched one: what is lost is the encoder's doing. Texts of like lengths are in one batch, padded. Nothing was
-trained, so LTP's thresholds rise linearly, as before any learning.
+of the patched one: what is lost is the encoder's doing. Texts of like lengths are in one batch, padded; work is
+counted at the tokens of each text alone. Nothing was trained, so LTP's thresholds rise linearly, as before learning.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from torch import Tensor
 from benchmarks.engine import Record, measured, threads
 from benchmarks.saving import save, saving
 from benchmarks.zoo import carriers, data, minilm
+from tokred.adapters import find
+from tokred.adapters.encoder.host import shared_of
 from tokred.bench import probe
+from tokred.bench.entries import entry
 
 SETTINGS = (
     "spatten keep=0.5 first=1", "spatten keep=0.25 first=1", "spatten keep=0.1 first=1",
@@ -57,6 +60,27 @@ def batches(model: Any, tokenizer: Any, texts: Sequence[str], labels: Tensor) ->
     return found
 
 
+@torch.inference_mode()
+def work(model: Any, setting: str, read: Sequence[Batch]) -> int:
+    """Multiply-adds of the layers at each text's own tokens: what a batch's padding would hide."""
+    host, total = find(model), 0
+    with entry(setting or "unpatched").applied(model):
+        for batch in read:
+            embedding(model, batch)
+            shared = [found[2] for found in shared_of(model)]
+            before = batch["attention_mask"].sum(1).tolist()
+            for layer, (_, block) in enumerate(host.blocks):
+                state = shared[0].records[layer].state if shared else None
+                after = before
+                if state is not None and state.representative is not None:
+                    mask = torch.ones_like(state.representative) if state.mask is None else state.mask
+                    after = mask.sum(1).tolist()
+                cost = host.cost(block)
+                total += sum(cost.macs(b, a, False) for b, a in zip(before, after, strict=True))
+                before = after
+    return total
+
+
 def measure(settings: Sequence[str], train: int, test: int, rounds: int, values: Path | None = None) -> list[Record]:
     """One row a setting, the unpatched model first."""
     model, tokenizer = minilm.load()
@@ -72,10 +96,11 @@ def measure(settings: Sequence[str], train: int, test: int, rounds: int, values:
     def accuracy(output: Tensor, batch: Batch) -> Tensor:
         return (torch.from_numpy(fitted.predict(output.double().numpy())) == batch["topic"]).double()
 
-    return measured(
+    read = batches(model, tokenizer, texts[train:], labels[train:])
+    rows = measured(
         model,
         settings,
-        batches(model, tokenizer, texts[train:], labels[train:]),
+        read,
         {"cosine": cosine, "accuracy": accuracy},
         run=embedding,
         name="all-MiniLM-L6-v2",
@@ -83,6 +108,10 @@ def measure(settings: Sequence[str], train: int, test: int, rounds: int, values:
         rounds=rounds,
         values=values,
     )
+    whole = work(model, "", read)
+    for row in rows:
+        row["gmacs_share"] = work(model, f"{row['method']} {row['setting']}".strip(), read) / whole
+    return rows
 
 
 def main() -> None:

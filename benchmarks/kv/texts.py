@@ -81,7 +81,7 @@ class Sample:
         return mask
 
     def batch(self) -> dict[str, Tensor]:
-        """The sample for :func:`tokred.benchmark`: ``input_ids`` ``(1, 4 * PROMPT / 3)``, and ``answer``, of the last
+        """The sample for :func:`tokred.benchmark`: ``input_ids`` ``(1, 4 * PROMPT / 3)``, and ``scored``, of the last
         quarter, ``(1, FOLLOWS)``: 0 where nothing is scored, else the number of the answer that the token belongs to.
         """
         number = torch.zeros(FOLLOWS, dtype=torch.long)
@@ -89,28 +89,29 @@ class Sample:
             number[start:end] = i + 1
         # What follows the last answer is not scored, whatever it is.
         rest = torch.cat([self.follows, self.follows.new_full((FOLLOWS - len(self.follows),), int(self.follows[-1]))])
-        return {"input_ids": torch.cat([self.prompt, rest])[None], "answer": number[None]}
+        return {"input_ids": torch.cat([self.prompt, rest])[None], "scored": number[None]}
 
 
-def losses(output: Any, batch: Mapping[str, Any]) -> list[float]:
-    """A metric for :func:`tokred.benchmark`: the mean negative log-likelihood of the scored tokens of each sample."""
+def losses(output: Any, batch: Mapping[str, Any]) -> Tensor:
+    """A metric for :func:`tokred.benchmark`: ``(B,)`` mean negative log-likelihood of the scored tokens; lower is
+    better."""
     logits = (output if isinstance(output, Tensor) else output.logits).float()
     target = batch["input_ids"][:, -logits.shape[1] :]
     nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
-    scored = batch["answer"] > 0
-    return ((nll * scored).sum(1) / scored.sum(1)).tolist()
+    scored = batch["scored"] > 0
+    return (nll * scored).sum(1) / scored.sum(1)
 
 
-def found(output: Any, batch: Mapping[str, Any]) -> list[float]:
-    """A metric for :func:`tokred.benchmark`: the share of each sample's answers whose every token is the likeliest."""
+def found(output: Any, batch: Mapping[str, Any]) -> Tensor:
+    """A metric for :func:`tokred.benchmark`: ``(B,)`` shares of answers whose every token is the likeliest."""
     logits = output if isinstance(output, Tensor) else output.logits
     target = batch["input_ids"][:, -logits.shape[1] :]
-    right, number = logits.argmax(-1) == target, batch["answer"]
+    right, number = logits.argmax(-1) == target, batch["scored"]
     shares = []
     for row, of in zip(right, number, strict=True):
         each = [bool(row[of == i].all()) for i in range(1, int(of.max()) + 1)]
         shares.append(sum(each) / len(each))
-    return shares
+    return torch.tensor(shares)
 
 
 def overlap(text: str, reference: str) -> float:
@@ -220,11 +221,12 @@ class Maker:
         every = [f"{a} {b}" for a in NAMES for b in NAMES if a != b]
         things, parts, left = dict[str, str](), list[Tensor](), PROMPT
         for name in rng.sample(every, PROMPT // 8):
-            line = self.ids(f"The number of {name} is {_number(rng)}\n".replace("  ", " "))
+            number = _number(rng)
+            line = self.ids(f"The number of {name} is {number}\n")
             if len(line) > left:
                 break
             parts.append(line)
-            things[name] = self.tokenizer.decode(line).split(" is ")[1].strip()
+            things[name] = number
             left -= len(line)
         head = self.stretch(self.prose[:1], 0, rng, left - 2) if left > 2 else torch.zeros(0, dtype=torch.long)
         prompt = torch.cat([head, self.ids("\n").expand(left - len(head)), *parts])

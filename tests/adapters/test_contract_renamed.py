@@ -17,9 +17,9 @@ from tokred.adapters.tiny.weights import livelier
 transformers = pytest.importorskip("transformers")
 
 
-def spell(monkeypatch: pytest.MonkeyPatch, word: Word, name: str) -> None:
+def spell(monkeypatch: pytest.MonkeyPatch, word: Word, name: str, library: str = "transformers") -> None:
     """Give a row of the contract one more spelling."""
-    row = Spelling(name, "transformers", since="99.0")
+    row = Spelling(name, library, since="99.0")
     changed = Word(word.role, (row, *word.spellings), (name, *word.names))
     monkeypatch.setitem(word.__dict__, "spellings", changed.spellings)
     monkeypatch.setitem(word.__dict__, "names", changed.names)

@@ -83,6 +83,22 @@ def test_a_part_that_is_not_marked_is_found_out():
         markdown.filled("<!-- results: gone -->\n<!-- end of gone -->", {}, FOUND)
 
 
+def test_chance_and_blind_choices_are_said():
+    from benchmarks.pages import vlm as page
+    from benchmarks.zoo import vlm
+
+    assert 1 / len(vlm.CLASSES) == page.CHANCE
+    *lines, chance = page.vlm_claims(FOUND).splitlines()
+    assert chance == "- Chance is 10 %: there are ten classes."
+    rows = {budget: FOUND.records("vlm", "answers", setting=f"budget={budget}") for budget in page.BUDGETS}
+    for budget, line in zip(page.BUDGETS, lines, strict=False):
+        best = max(rows[budget], key=lambda r: r["exact"])["method"]
+        assert f"With {budget} tokens, `{best}` answers most" in line
+        blind = line.partition("Blind choices among the first: ")[2]
+        assert (f"`{best}`" in blind) == (best in page.BLIND)
+    assert any("`random_visual` answers most" in line for line in lines)
+
+
 def test_plots_are_drawn_from_the_tables(tmp_path: Path):
     from benchmarks.pages import plots
 

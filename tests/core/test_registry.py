@@ -42,8 +42,10 @@ FORMS = [
 ]
 
 
-# What a representation may name: `from tokred import *` and `from tokred.kv import *`.
-NAMES = {name: getattr(room, name) for room in (tokred.kv, tokred) for name in room.__all__}
+# What a representation may name: the methods in `tokred`, and what `from tokred.kv import *` brings.
+NAMES = {name: getattr(tokred.kv, name) for name in tokred.kv.__all__} | {
+    name: getattr(tokred, name) for name in (target.partition(":")[2] for target in tokred.methods.TARGETS.values())
+}
 
 
 @pytest.mark.parametrize("name", tokred.list_methods())

@@ -96,6 +96,17 @@ def test_a_benchmark_of_both_ways(model):
         assert (dense["samples"], mine["metric"]) == (6, "string_match")
 
 
+def test_a_prompt_with_its_question_is_what_generate_takes(model):
+    """Where the question stands inside, the benchmark's own way of generating gives the same scores."""
+    found = qa(batch_size=2)
+    options = {"rounds": 1, "progress": False, "baselines": False}
+    ours, theirs = (
+        tokred.benchmark(model, ["snapkv budget=0.3 window=4"], found, found.string_match, **options, **how)
+        for how in ({"run": found.run}, {"run": "generate", "tokenizer": TOKENIZER})
+    )
+    assert [row["quality"] for row in ours.rows] == [row["quality"] for row in theirs.rows]
+
+
 def test_rulers_score():
     match = tokred.eval.string_match
     assert match("The keys are 12 and ABC.", ["12", "abc"]) == 1

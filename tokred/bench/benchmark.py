@@ -7,6 +7,7 @@ result.best(loss=0.01)
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -130,14 +131,14 @@ def benchmark(
             chosen.append((feed, scorer(feed.usual if metric is None else metric, feed.name, better)))
         return chosen[0][0].prepare(item, index)
 
-    with _as_it_was(held, device) as place:
+    with prepared(held, device) as place:
         batches = Batches(data, place, prepare, seed, batch_size)
         feed, score = chosen[0]
         stage = "+".join(stages)
-        given = (model, stage, score, feed, batches, place, rounds, seed, name or _name(model), path)
+        given = (model, stage, score, feed, batches, place, rounds, seed, name or name_of(model), path)
         engine = _engine(processes, ray, workers, given)
         try:
-            with feed.around(model):
+            with feed.around(model), _without_old():
                 rows = engine.rows(wanted, baselines, progress)
         finally:
             engine.close()
@@ -198,7 +199,7 @@ def _check_memory() -> None:
         raise ImportError("benchmark needs psutil to measure memory here: pip install 'tokred[bench]'") from error
 
 
-def _name(model: Any) -> str:
+def name_of(model: Any) -> str:
     """The model's name by its configuration, or else its class."""
     config = getattr(model, "config", None)
     names = [getattr(config, "name_or_path", ""), getattr(config, "_name_or_path", "")]
@@ -207,7 +208,18 @@ def _name(model: Any) -> str:
 
 
 @contextmanager
-def _as_it_was(held: Sequence[nn.Module], device: torch.device | str | None) -> Iterator[torch.device]:
+def _without_old() -> Iterator[None]:
+    """Garbage is looked for among what is made from now on: each row begins with a search."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@contextmanager
+def prepared(held: Sequence[nn.Module], device: torch.device | str | None) -> Iterator[torch.device]:
     """Modules in evaluation mode on a device; modes and device are put back, whatever happens."""
     found = [p.device for one in held for p in one.parameters()]
     home = next(iter(found), torch.device("cpu"))

@@ -28,29 +28,30 @@ class Costs:
     Args:
         target: the module that methods act on.
         feed: how the model is run.
-        probe: ``probe(True)`` runs the model as it is now on the first batch, as little as its report needs.
+        probe: ``probe(single)`` runs the model as it is now on the first batch, or on its first sample alone, as little
+            as its report needs, and returns how many samples it had.
     """
 
-    def __init__(self, target: Any, feed: Feed, probe: Callable[[bool], Any]) -> None:
+    def __init__(self, target: Any, feed: Feed, probe: Callable[[bool], int]) -> None:
         self.target, self.feed, self.probe = target, feed, probe
         self._whole: float | None = None
 
     @property
     def whole(self) -> float:
-        """Multiply-adds of the unpatched model's probe, in units of 1e9."""
+        """Multiply-adds of a sample in the unpatched model's probe, in units of 1e9."""
         if self._whole is None:
-            self._whole = self._counted()
+            self._whole = self._counted(False)
         return self._whole
 
-    def _counted(self) -> float:
-        """Multiply-adds of the model as it is now."""
+    def _counted(self, single: bool) -> float:
+        """Multiply-adds of a sample in the model as it is now."""
         counter = FlopCounterMode(display=False, custom_mapping={} if _CPU is None else {_CPU: _attention})
         with counter:
-            self.probe(True)
-        return counter.get_total_flops() / 2e9
+            samples = self.probe(single)
+        return float(counter.get_total_flops() / 2e9 / samples)
 
-    def of(self, one: Entry) -> Cost:
-        """Fields of a record: what the row's methods leave, by their report.
+    def of(self, one: Entry, single: bool = False) -> Cost:
+        """Fields of a record: what the row's methods leave of the first batch, or its first sample, by their report.
 
         Raises:
             ValueError: a method acts where such a run does not come by.
@@ -66,9 +67,9 @@ class Costs:
         dense = self.whole if counted else 0.0
         with one.applied(self.target):
             if counted:
-                macs = self._counted()
+                macs = self._counted(single)
             else:
-                self.probe(True)
+                self.probe(single)
             report: Any = api.report(self.target)
         cost: Cost = {"gmacs": macs, "gmacs_share": macs / dense} if counted else {}
         for part in report.parts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,7 +79,7 @@ class Engine:
         self.target: Any = feeds.target(model, stage.split("+"))
         self.rounds = max(rounds, batches.count)
         self.spent = {"timed": 0.0, "untimed": 0.0}
-        self.costs = Costs(self.target, feed, self.untimed)
+        self.costs = Costs(self.target, feed, self.probe)
         self.parts = Parts(device)
         self.roles = roles(model, self.target, feed.name)
         held = [x for one in feeds.modules(model) for x in (*one.parameters(), *one.buffers())]
@@ -145,15 +145,27 @@ class Engine:
             pictures = False
 
         def probe(methods: Sequence[Method]) -> Cost:
-            return self.cost(Entry("rival", "", tuple(methods)))
+            return self.cost(Entry("rival", "", tuple(methods)), single=True)
 
         return of_equal_work(costs, probe, pictures)
 
-    def untimed(self, probe: bool = False) -> Any:
-        """A run of the model as it is now on the first batch; of a probe there is no output."""
+    def untimed(self) -> Any:
+        """The output of the model as it is now on the first batch."""
+        return self._counted(lambda: self.feed.run(self.model, self.batches.first))
+
+    def probe(self, single: bool = False) -> int:
+        """Run the model as it is now as little as a report needs, and return the number of samples that it was given.
+
+        Args:
+            single: on the first sample of the first batch, where it can be cut out.
+        """
+        batch = self.feed.one(self.batches.first) if single else self.batches.first
+        return int(self._counted(lambda: self.feed.probe(self.model, batch)))
+
+    def _counted(self, run: Callable[[], Any]) -> Any:
         start = time.perf_counter()
         with torch.inference_mode():
-            output = (self.feed.probe if probe else self.feed.run)(self.model, self.batches.first)
+            output = run()
         timing.synchronise(self.device)
         self.spent["untimed"] += time.perf_counter() - start
         return output
@@ -204,22 +216,24 @@ class Engine:
             samples.write(samples.beside(self.path), head, self.samples[one.label])
             results.write(self.path, [record], overwrite=True)
 
-    def cost(self, one: Entry) -> Cost:
+    def cost(self, one: Entry, single: bool = False) -> Cost:
         """The tokens, work or bytes that a row's methods keep of the first batch, by their report.
+
+        Args:
+            one: the row.
+            single: the first sample is enough.
 
         Raises:
             Exception: whatever the method, or the model with it, refuses by.
         """
-        return self.costs.of(one)
+        return self.costs.of(one, single)
 
     def measured(self, one: Entry) -> dict[str, Any]:
         """Quality, times and peak memory of a row, beside the unpatched model."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NothingRemovedWarning)  # it was said when the cost was taken
             pair = Pair(self, one)
-            seconds = pair.run()
-            with one.applied(self.target):
-                memory = timing.peak_memory(self.untimed, self.device)
+            seconds, memory = pair.run()
         self.spent["timed"] += sum(map(sum, seconds))
         tally, seconds, memory, pair.lengths = self.pooled(pair.tally, seconds, memory, pair.lengths)
         self.samples[one.label] = tally

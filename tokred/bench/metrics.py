@@ -52,6 +52,11 @@ METRICS: dict[str, Metric] = {
         "ratio, minus one",
         INTERVAL,
     ),
+    "gain": Metric(
+        "score",
+        "quality minus the best constant schedule's on the same inputs; of perplexities as `difference`",
+        INTERVAL,
+    ),
     "chance": Metric("share", "of the largest class", "", "top1_images"),
     "agreement": Metric("share", "of the unpatched model's answers", INTERVAL, "images"),
     "exact": Metric("share", "of answers that are right word for word", INTERVAL, "images"),
@@ -81,6 +86,7 @@ METRICS: dict[str, Metric] = {
     "loss": Metric("loss", "log of the ratio of perplexities plus the share of keys lost, mean over budgets"),
     # Speed
     "images_per_second": _time("images/s", "of whole forwards"),
+    "beside": _time("x", "times as fast as the best constant schedule of the same round"),
     "speedup": _time("x", "times as fast as the base of the same round"),
     "of_ceiling": _time("x", "speed over that of the model that slices off as many tokens"),
     "seconds": _time("s", "of a forward or a denoising step"),
@@ -131,6 +137,7 @@ METRICS: dict[str, Metric] = {
     "bytes_timed": Metric("bytes", "the same after the prompts that are timed"),
     "kvpress_bytes": Metric("bytes", "that kvpress's cache holds after the same prompt"),
     "most_bytes": Metric("bytes", "held at any layer since the row before"),
+    "bytes_share": Metric("share", "of the bytes that a full cache would hold"),
     "dense_bytes": Metric("bytes", "of a cache that keeps everything"),
     "extra_bytes": Metric("bytes", "that scoring and compressing add to what is in use"),
     "matrix_bytes": Metric("bytes", "that the attention of all queries to all keys would take"),

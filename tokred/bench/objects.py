@@ -52,7 +52,7 @@ class Object:
         return None if higher is None else "higher" if higher else "lower"
 
     def against(self, batch: Any) -> str:
-        """What outputs are compared with: the batch's labels or texts, else the unpatched model's output."""
+        """Its references in a batch: the batch's labels or texts, else the unpatched model's output."""
         if key := key_of_references(batch):
             return key
         try:
@@ -83,7 +83,7 @@ class Object:
 
 
 def _alike(output: Any, dense: Any) -> tuple[Any, Any]:
-    """What two outputs hold: images, texts, or tensors."""
+    """Images, texts or tensors of two outputs."""
     for read in (images, texts):
         try:
             return read(output), read(dense)

@@ -40,15 +40,15 @@ class Pair:
         self.outputs: dict[int, dict[int, Any]] = {}
         self.window: dict[int, Any] = {}
 
-    def run(self) -> list[list[float]]:
-        """Seconds of each arm in each round; everything else is left in the attributes."""
+    def run(self) -> tuple[list[list[float]], timing.Memory]:
+        """Seconds of each arm in each round, and the row's peak memory; everything else is left in the attributes."""
         engine = self.engine
         engine.batches.restart()
-        turns, runs = zip(*(self._warm(arm) for arm in self.arms), strict=True)
+        memory, turn, seconds = self._warm()
         # Arms take turns after so many batches that patching takes little of the time.
-        group = min(GROUP, max(1, int(sum(turns) / (TURN * sum(runs)))), engine.batches.together)
+        group = min(GROUP, max(1, int(turn / (TURN * len(self.arms) * seconds))), engine.batches.together)
         with engine.parts.watching(engine.roles, self.methods):
-            return timing.paired(
+            found = timing.paired(
                 [partial(arm.applied, engine.target) for arm in self.arms],
                 self._run,
                 engine.rounds,
@@ -59,15 +59,22 @@ class Pair:
                 group=group,
                 ready=self._ready,
             )
+        return found, memory
 
-    def _warm(self, arm: Entry) -> tuple[float, float]:
-        """Seconds of patching and unpatching, and of a run that warms up."""
+    def _warm(self) -> tuple[timing.Memory, float, float]:
+        """Peak memory in the run that warms up, seconds of patching and unpatching, and of that run.
+
+        The unpatched model has been run before.
+        """
+        engine = self.engine
         start = time.perf_counter()
-        with arm.applied(self.engine.target):
-            middle = time.perf_counter()
-            self.engine.untimed()
+        with self.arms[-1].applied(engine.target):
+            begin = time.perf_counter()
+            before = engine.spent["untimed"]
+            memory = timing.peak_memory(engine.untimed, engine.device)
+            seconds = engine.spent["untimed"] - before
             end = time.perf_counter()
-        return time.perf_counter() - end + middle - start, end - middle
+        return memory, time.perf_counter() - end + begin - start, seconds
 
     def _ready(self, arm: int, i: int) -> None:
         """Have a batch at hand."""

@@ -96,13 +96,11 @@ def _panel(axis: Any, frame: pd.DataFrame, x: str, measure: str) -> None:
     names = list(dict.fromkeys(frame.loc[frame["method"] != BASE, "method"]))
     if len(base):
         _star(axis, float(base[x].iloc[0]), scale * float(base[measure].iloc[0]))
-    # The interval of a difference on the same images tells more than that of the measure itself.
-    spread = f"{measure}_difference" if f"{measure}_difference_low" in frame else measure
     for i, name in enumerate(names):
         rows = arms[arms["method"] == name].sort_values("gmacs", ascending=False)
         if len(rows):
             notes = "setting" if i == 0 else ""
-            _curve(axis, rows, x, measure, look(i), NAMES.get(name, name), times=scale, spread=spread, notes=notes)
+            _curve(axis, rows, x, measure, look(i), NAMES.get(name, name), times=scale, notes=notes)
     _dress(axis, LABELS.get(x, x), LABELS.get(measure, measure))
 
 
@@ -144,14 +142,16 @@ def _curve(
         drawn: its look; without a marker it has no intervals.
         name: in the legend.
         times: what values of ``y`` are multiplied by.
-        spread: the column whose ends are the interval of ``y``; empty: ``y`` itself.
+        spread: the column whose ends are the interval of ``y``; empty: the difference on the same images, which tells
+            more than the measure itself, or else ``y``.
         notes: a column of texts.
     """
     xs, ys = rows[x].to_numpy(), times * rows[y].to_numpy()
     face = "white" if drawn.open else drawn.colour
     axis.plot(xs, ys, color=drawn.colour, linestyle=drawn.style, marker=drawn.marker, markersize=drawn.size,
               markerfacecolor=face, linewidth=1.5, label=name, zorder=3)  # fmt: skip
-    for column, by, which in ((x, 1.0, "xerr"), (spread or y, times, "yerr")):
+    spread = spread or (f"{y}_difference" if f"{y}_difference_low" in rows else y)
+    for column, by, which in ((x, 1.0, "xerr"), (spread, times, "yerr")):
         if drawn.marker and f"{column}_low" in rows and rows[f"{column}_low"].notna().any():
             middle = rows[column].to_numpy()
             ends = [middle - rows[f"{column}_low"].to_numpy(), rows[f"{column}_high"].to_numpy() - middle]

@@ -79,9 +79,9 @@ class RankEngine(Engine):
         """True in the process that speaks and writes."""
         return dist.get_rank() == 0
 
-    def cost(self, one: Entry) -> Cost:
+    def cost(self, one: Entry, single: bool = False) -> Cost:
         """As the first process finds it, so that all choose the same rows."""
-        mine = _outcome(lambda: Engine.cost(self, one)) if self.first else (None, "")
+        mine = _outcome(lambda: Engine.cost(self, one, single)) if self.first else (None, "")
         found, why = gather(mine)[0]
         if found is None:
             raise OtherProcessError(why) if not self.first else ValueError(why)

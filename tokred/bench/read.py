@@ -1,4 +1,4 @@
-"""What metrics read: of an output its tensor, images or texts; of a batch its labels, references and groups."""
+"""Readings of metrics: of an output its tensor, images or texts; of a batch its labels, references and groups."""
 
 from __future__ import annotations
 

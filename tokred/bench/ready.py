@@ -59,7 +59,7 @@ class Ready:
     check: Callable[[], object] = lambda: None
 
     def compared(self, batch: Any) -> str:
-        """What it compares with, in words."""
+        """Words for its references: the labels, a key of the batch, the unpatched model, or empty."""
         if self.against == "references":
             return key_of_references(batch) or DENSE
         return {"labels": "labels", "dense": DENSE, "": ""}[self.against]

@@ -22,6 +22,8 @@ Metric = str | Callable[[Any, Any], Any]
 FITS = {
     "forward": ("top1", "top5", "agreement", "cosine", "miou", "psnr", "ssim", "lpips"),
     "text": ("agreement", "cosine", "perplexity"),
+    "generate": ("agreement", "exact", "contains", "contains_all", "overlap", "wer"),
+    "pipeline": ("psnr", "ssim", "lpips", "cosine"),
 }
 
 

@@ -158,7 +158,7 @@ class Benchmark:
 
     @property
     def _word(self) -> str:
-        """What a row has less of than the unpatched model."""
+        """The thing of which a row has less than the unpatched model: work, or bytes."""
         return "bytes" if self.stage == "cache" else "work"
 
     # -------------------------------------------------------------------------------------------- forms
@@ -255,7 +255,7 @@ class Benchmark:
 
     @classmethod
     def load(cls, path: str | Path) -> Benchmark:
-        """What :meth:`save` kept.
+        """The result that :meth:`save` kept.
 
         Args:
             path: of the folder, or of ``benchmark.json``.

@@ -21,7 +21,7 @@ def _within(text: str, i: int) -> bool:
 
 
 def normal(text: str) -> str:
-    """As :func:`words`, without articles; an answer that is nothing but an article (a choice "A") stays."""
+    """The text of :func:`words` without articles; an answer that is nothing but an article (a choice "A") stays."""
     plain = words(text)
     return " ".join(w for w in plain.split() if w not in ARTICLES) or plain
 

@@ -20,6 +20,7 @@ from tokred.cli.doctor import doctor_command
 from tokred.cli.evaluate import evaluate_app
 from tokred.cli.explain import explain_command
 from tokred.cli.lists import flops_command, list_command
+from tokred.cli.tune import tune_command
 from tokred.cli.viz import viz_command
 
 app = typer.Typer(
@@ -62,6 +63,7 @@ def top(
       tokred flops deit_small_patch16_224 -m "tome r=13"
       tokred bench deit_small_patch16_224 --data photos -m "tome r=13" -m "evit kappa=0.7"
       tokred bench hf:path/to/a/llama --data book.txt -m "snapkv budget=0.25"
+      tokred tune deit_small_patch16_224 --data photos --speedup 1.5
       tokred viz -m "tome r=13"                       what was merged into what, as a page and PNG
       tokred explain sdxl --size 1024                 what a method could gain on a denoiser
       tokred eval lm-eval hf:FOLDER --tasks ruler -m "snapkv budget=0.25"
@@ -76,6 +78,7 @@ def top(
 for name, command, summary in (
     ("demo", demo_command, "Accuracy against speed on the embedded model, offline."),
     ("bench", bench_command, "Quality, speed and memory of methods on your model and data."),
+    ("tune", tune_command, "Find the method and the schedule that suit your model."),
     ("list", list_command, "Methods and families of models, one line each."),
     ("flops", flops_command, "Tokens and multiply-adds, without running anything."),
     ("explain", explain_command, "What a method could gain on a denoiser."),

@@ -259,7 +259,8 @@ def _rows(model: str, one: Entry, found: Any, dense: Any, several: Any) -> list[
             row = _row(model, one, task=task, metric=metric, filter=filtered, score=score)
             row["stderr"] = _number(scores.get(f"{metric}_stderr,{filtered}"))
             row["samples"] = scores.get("sample_len")
-            row["better"] = {True: "higher", False: "lower"}.get(better.get(metric), "")
+            high = better.get(metric)
+            row["better"] = "" if high is None else "higher" if high else "lower"
             row |= _difference(task, metric, filtered, found, dense) | several.measured(one.label, task)
             rows.append(row)
     return rows

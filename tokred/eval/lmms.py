@@ -39,7 +39,7 @@ def patched(base: type[Any]) -> type[Any]:
         base: the class; once made, its objects hold the model in ``model``.
     """
 
-    class Patched(base):
+    class Patched(base):  # type: ignore[misc]  # lmms-eval has no types
         """Applies ``method``, ``"divprune budget=0.25"`` or several, once the model is loaded."""
 
         is_simple = False

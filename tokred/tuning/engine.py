@@ -7,24 +7,25 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokred import adapters, api
-from tokred.bench import timing
-from tokred.bench.feeding import FEEDS, fingerprint, moved, tensors
-from tokred.bench.scoring import Scorer, answer, samples
+from tokred.bench import feeds, timing
+from tokred.bench.read import answer, samples
+from tokred.bench.scoring import Better, Metric, scorer
 from tokred.core.method import Method
 from tokred.errors import NothingRemovedWarning, UnsupportedModelError
 
 PIECES = 8  # parts of the samples that are searched on, between which a bad setting can be given up
 LEAST = 16  # samples, of which half are held out
+COARSE = ("top1", "top5", "agreement")
 HELD = 2**30  # bytes of the unpatched model's outputs that are kept
 
 
@@ -42,7 +43,7 @@ class Judged(NamedTuple):
     weights: list[float]
 
 
-def stage_of(model: nn.Module, stages: Sequence[str]) -> str:
+def stage_of(model: Any, stages: Sequence[str]) -> str:
     """The first of some stages at which tokred knows the model.
 
     Raises:
@@ -51,7 +52,7 @@ def stage_of(model: nn.Module, stages: Sequence[str]) -> str:
     refusal: UnsupportedModelError | None = None
     for stage in stages:
         try:
-            adapters.find(model, stage)  # type: ignore[arg-type]
+            adapters.find(feeds.target(model, [stage]), stage)  # type: ignore[arg-type]
         except UnsupportedModelError as error:
             refusal = refusal or error
         else:
@@ -82,61 +83,76 @@ class Engine:
     """A model, the user's data and metric: runs, judgements and times.
 
     Args:
-        model: in evaluation mode, on ``device``, unpatched.
+        model: in evaluation mode, on ``device``, unpatched: a module, a pipeline, or a callable that holds modules.
         stage: at which methods act.
-        data: an iterable of batches, which is read once.
-        score: the metric.
+        data: an iterable of batches, as for :func:`tokred.benchmark`.
+        metric: name or function; None: what is usual for the kind of run.
+        better: direction of a function's values.
         device: where to run.
         count: samples to search on, at most; never more than half.
         seed: of the division.
-        run: the user's own ``run(model, batch)``; None: the stage's.
+        run: kind of run, or a function of ``(model, batch)``.
+        options: of the run.
+        batch_size: of data that yields samples.
+
+    Attributes:
+        target: the module that methods are applied to.
+        pieces, held: batches that are searched on, and those that are held out.
+        timed: the batch that is timed.
+        feed, score: the kind of run, and the metric.
 
     Raises:
-        TypeError, ValueError: there are too few samples, or the metric does not fit.
+        TypeError, ValueError: there are too few samples, or the metric or the run does not fit.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         stage: str,
         data: Any,
-        score: Scorer,
+        metric: Metric | None,
         device: torch.device,
         *,
+        better: Better = "higher",
         count: int = 400,
         seed: int = 0,
-        run: Callable[[Any, Any], Any] | None = None,
+        run: feeds.Run = "auto",
+        options: feeds.Options = feeds.Options(),  # noqa: B008 - a tuple
+        batch_size: int | None = None,
     ) -> None:
-        self.model, self.stage, self.score, self.device, self.seed = model, stage, score, device, seed
-        self._feed = FEEDS[stage]() if run is None else None
-        self._run = run
-        batches = self._read(data, 5 * count)
+        self.model, self.stage, self.device, self.seed = model, stage, device, seed
+        self.target: Any = feeds.target(model, [stage])
+        chosen: list[feeds.Feed] = []
+
+        def prepare(item: Any, index: int) -> Any:
+            if not chosen:
+                chosen.append(feeds.choose(run, model, [stage], item, options))
+                # A metric that does not fit is found before the rest of the data is read.
+                self.score = scorer(chosen[0].usual if metric is None else metric, chosen[0].name, better)
+            return chosen[0].prepare(item, index)
+
+        batches = self._some(feeds.Batches(data, device, prepare, seed, batch_size), 5 * count)
+        self.feed = chosen[0]
         self.timed = batches[0]
         self.pieces, self.held = self._divided(batches, count)
-        self.prints = fingerprint(x for batch in batches for x in tensors(batch))
+        self.prints = feeds.fingerprint(x for batch in batches for x in feeds.leaves(batch))
         self._dense: dict[int, Any] = {}
         self._base: dict[int, Judged] = {}
         self._bytes = 0
+        # Whether the metric says right or wrong, no more; the unpatched model's first samples tell.
+        self._coarse: bool | None = True if self.score.name in COARSE and self.score.own is None else None
 
-    def _read(self, data: Any, count: int) -> list[Any]:
-        """Batches with at least ``count`` samples, where there are so many; all have the same chance."""
-        wrong = isinstance(data, str | bytes | Mapping | Tensor)
-        if wrong or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
-            raise TypeError(f"data must be an iterable of batches, such as a DataLoader, got {type(data).__name__}")
-        rng, kept, seen = random.Random(self.seed), [], 0
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            for item in data:
-                batch = item if self._feed is None else self._feed.prepare(item)
-                seen += 1
-                most = max(1, -(-count // max(1, samples(batch))))
-                if len(kept) < most:
-                    kept.append(batch)
-                elif (at := rng.randrange(seen)) < len(kept):
-                    kept[at] = batch
-        if not kept:
-            raise ValueError("data yields no batch: the loader is empty")
-        return kept
+    def _some(self, found: feeds.Batches, count: int) -> list[Any]:
+        """Batches with at least ``count`` samples, where there are so many, drawn from all."""
+        most = max(1, -(-count // max(1, samples(found.first))))
+        chosen = range(found.count)
+        if found.count > most:
+            chosen = sorted(random.Random(self.seed).sample(chosen, most))  # type: ignore[assignment]
+        batches = []
+        for index in chosen:
+            found.seek(index)
+            batches.append(found.batch)
+        return batches
 
     def _divided(self, batches: list[Any], count: int) -> tuple[list[Any], list[Any]]:
         """The pieces that are searched on, and those held out."""
@@ -172,40 +188,33 @@ class Engine:
 
     def run(self, batch: Any) -> Any:
         """The output of the model, in whatever state it is, on a batch."""
-        batch = moved(batch, self.device)
-        if self._run is not None:
-            return self._run(self.model, batch)
-        assert self._feed is not None
-        return self._feed.run(self.model, batch)
+        return self.feed.run(self.model, batch)
 
     def report(self, method: Method, batch: Any) -> Any:
         """The report of a method after the least run that tells what it keeps."""
-        with torch.inference_mode(), api.applied(self.model, method):
-            if self._feed is None:
-                self.run(batch)
-            else:
-                self._feed.probe(self.model, moved(batch, self.device))
-            return api.report(self.model)
+        with torch.inference_mode(), quiet(), api.applied(self.target, method):
+            self.feed.probe(self.model, batch)
+            return api.report(self.target)
 
     def base(self, piece: Any) -> Judged:
         """The unpatched model on a piece."""
         key = id(piece)
         if key not in self._base:
             with torch.inference_mode():
-                output = self.run(piece)
-                values, weights = self.score(output, moved(piece, self.device), output)
+                output = self.feed.finish(self.model, self.run(piece), piece)
+                values, weights = self.score(output, piece, output)
             self._dense[key] = self._kept(output)
             self._base[key] = Judged(self._guided(output, self._dense[key], values), values, weights)
         return self._base[key]
 
-    def _kept(self, output: Any) -> Tensor | None:
-        """The tensor of an unpatched output that others are compared with."""
+    def _kept(self, output: Any) -> Any:
+        """What is kept of an unpatched output, which others are compared with: its tensor, or else all of it."""
         if self.score.log:
             return None
         try:
             found = answer(output)
         except TypeError:
-            return None
+            return output
         self._bytes += found.nbytes
         if self._bytes > HELD:
             raise ValueError(
@@ -222,11 +231,11 @@ class Engine:
         """
         bases = [self.base(piece) for piece in pieces]
         found = []
-        with torch.inference_mode(), quiet(), api.applied(self.model, method):
+        with torch.inference_mode(), quiet(), api.applied(self.target, method):
             for piece, base in zip(pieces, bases, strict=True):
-                output = self.run(piece)
+                output = self.feed.finish(self.model, self.run(piece), piece)
                 dense = self._dense[id(piece)]
-                values, weights = self.score(output, moved(piece, self.device), dense)
+                values, weights = self.score(output, piece, dense)
                 if len(values) != len(base.values):
                     raise ValueError(
                         f"metric returned {len(values)} values, and {len(base.values)} for the unpatched model"
@@ -237,17 +246,18 @@ class Engine:
     def _guided(self, output: Any, dense: Tensor | None, values: list[float]) -> list[float]:
         """Losses of the samples that tell settings apart on few of them.
 
-        Right or wrong says little about a sample; how far its output has moved says more. Where the metric is a share
-        of right answers that is the divergence from the unpatched model's, where it is the user's own the angle.
+        Right or wrong says little about a sample; how far its output has moved says more: the divergence of the
+        classes' probabilities from the unpatched model's, or the angle to its output.
         """
         sign = 1.0 if self.score.better == "lower" else -1.0
-        coarse = self.score.own is not None or self.score.name in ("top1", "top5", "agreement")
-        if not coarse or dense is None:
+        if self._coarse is None:
+            self._coarse = all(v in (0.0, 1.0) for v in values)
+        if not self._coarse or not isinstance(dense, Tensor):
             return [sign * v for v in values]
         x = answer(output)
-        if x.shape != dense.shape or len(x) != len(values):
+        if x.shape != dense.shape or x.ndim < 2 or len(x) != len(values):
             return [sign * v for v in values]
-        if self.score.own is None and x.ndim == 2:
+        if x.ndim == 2 and self.score.name in COARSE:
             log, target = x.float().log_softmax(-1), dense.float().log_softmax(-1)
             return F.kl_div(log, target, reduction="none", log_target=True).sum(-1).double().tolist()  # type: ignore[no-any-return]
         cosine = F.cosine_similarity(x.float().flatten(1), dense.float().flatten(1), dim=-1)
@@ -256,7 +266,7 @@ class Engine:
     def times(self, methods: Sequence[Method], rounds: int, seed: int = 0) -> list[list[float]]:
         """Seconds ``[1 + method][round]`` of the unpatched model and of some methods, in turns on one batch."""
         arms: list[timing.Enter] = [partial(nullcontext, self.model)]
-        arms += [partial(api.applied, self.model, method) for method in methods]
+        arms += [partial(api.applied, self.target, method) for method in methods]
         with quiet():
             return timing.paired(arms, lambda _: self.run(self.timed), rounds, device=self.device, seed=seed)
 

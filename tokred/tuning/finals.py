@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tokred.bench.scoring import estimate, samples
+from tokred.bench.intervals import estimate
+from tokred.bench.read import samples
 from tokred.bench.timing import Spread, ratios, spread
 from tokred.core.method import Method
 from tokred.tuning.engine import cut

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tokred.bench.scoring import Estimate, Scorer, paired
+from tokred.bench.intervals import Estimate, paired
+from tokred.bench.scoring import Scorer
 from tokred.core.method import Method
 from tokred.tuning.engine import Engine, Judged
 from tokred.tuning.space import Plan
@@ -153,7 +154,7 @@ def difference(mine: Sequence[Judged], other: Sequence[Judged], score: Scorer) -
     )
     found = paired(values, base, weights)
     if score.log:
-        return Estimate(*(None if v is None else math.expm1(v) for v in found))  # type: ignore[arg-type]
+        return found.map(math.expm1)
     return found
 
 

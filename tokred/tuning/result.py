@@ -12,10 +12,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from tokred import api
+from tokred import api, settings
 from tokred.core.method import Method, from_dict
-from tokred.core.versions import TOKRED
-from tokred.learn import store
 from tokred.tuning.goal import Goal
 from tokred.tuning.space import setting_of
 
@@ -78,7 +76,7 @@ class Tuned:
 
     def save(self, folder: str | Path) -> Path:
         """Write everything into a folder, which :meth:`load` reads, and :func:`tokred.load` for the method alone."""
-        path = store.write(folder, [store.Entry(self.method)], TOKRED)
+        path = settings.save(self.method, folder)
         found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         found |= {"method": self.method.to_dict(), "goal": [self.goal.kind, self.goal.value]}
         (path / FILE).write_text(json.dumps(found, indent=1) + "\n", "utf-8")

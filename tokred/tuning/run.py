@@ -8,17 +8,18 @@ best.apply(model)
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from tokred import adapters, api
-from tokred.bench.feeding import FEEDS, fingerprint
-from tokred.bench.scoring import Better, Metric, scorer
+from tokred.bench import feeds
+from tokred.bench.benchmark import name_of, prepared
+from tokred.bench.feeds import Run
+from tokred.bench.scoring import Better, Metric
 from tokred.core.checks import check_choice, check_count
 from tokred.core.method import Method
 from tokred.core.registry import methods as registered
@@ -37,14 +38,19 @@ from tokred.tuning.speed import Clock, ratio
 USUAL = {
     "block": ("tome", "pitome", "tofu", "evit", "downsample"),
     "cache": ("snapkv window=16", "expected_attention", "keydiff"),
+    "attention": ("tomesd", "keymerge"),
+    "projector": ("divprune", "visionzip"),
+    "layer": ("fastv",),
 }
-RANDOM = {"block": "random", "cache": "random_evict"}
-METRIC = {"block": "agreement", "cache": "perplexity"}
+RANDOM = {
+    "block": "random", "cache": "random_evict", "attention": "random_latent_prune", "projector": "random_visual",
+}  # fmt: skip
+COUNTED = 256  # steps of an amount in tokens, where those of the model are not counted beforehand
 FRONT = (0.5, 0.75, 1.25)  # of the way from the unpatched model's speed to the goal's
 
 
 def tune(
-    model: nn.Module,
+    model: Any,
     data: Any,
     metric: Metric | None = None,
     *,
@@ -57,12 +63,15 @@ def tune(
     search: Literal["auto", "greedy", "optuna"] = "auto",
     seed: int = 0,
     out: str | Path | None = None,
-    run: Callable[[Any, Any], Any] | Literal["auto"] = "auto",
+    run: Run = "auto",
     better: Better = "higher",
     rounds: int = 15,
     device: torch.device | str | None = None,
     name: str | None = None,
     progress: bool = True,
+    tokenizer: Any = None,
+    max_new_tokens: int | None = None,
+    batch_size: int | None = None,
 ) -> Tuned:
     """Search for the setting that suits a model, on the user's data and this machine; the model is left as it was.
 
@@ -86,13 +95,14 @@ def tune(
             moves. ``"auto"``: Optuna where it is installed.
         seed: of the division of the samples, and of the search.
         out: a folder where everything that is measured is kept; the same search goes on from there.
-        run: ``run(model, batch)`` returns the output; ``"auto"``: a forward, or for language models a prompt and its
-            continuation.
+        run: how the model runs on a batch, as for :func:`tokred.benchmark`: ``"auto"``, or a kind of run, or a function
+            of ``(model, batch)``.
         better: ``"higher"`` or ``"lower"`` values of a metric of one's own.
         rounds: times that finalists are timed in turns.
         device: where to search; the model goes there and back. None: where it is.
         name: of the model, in words. None: its configuration's, or its class's.
         progress: lines on standard error.
+        tokenizer, max_new_tokens, batch_size: as for :func:`tokred.benchmark`.
 
     Returns:
         The setting, with the held-out table and reasons: see :class:`~tokred.tuning.result.Tuned`. After an interrupt
@@ -106,78 +116,48 @@ def tune(
         ImportError: Optuna is asked for and not installed.
     """
     wanted = goal(speedup, loss, memory)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    modules = feeds.modules(model)
     for what, value in (("trials", trials), ("samples", samples), ("rounds", rounds)):
         check_count(value, what, 1)
     check_choice(search, "search", ("auto", "greedy", "optuna"))
-    if run != "auto" and not callable(run):
-        raise TypeError(f"run must be 'auto' or a function of (model, batch), got {run!r}")
-    before = api.patched(model)
+    feeds.check(run)
+    texts = None if methods is None else [methods] if isinstance(methods, str) else list(methods)
+    stage = stage_of(model, _stages(model, texts))
+    before = api.patched(feeds.target(model, [stage]))
     if before:
         raise ValueError(f"the model is already patched with {before[0]!r}; call tokred.remove(model) first")
-    texts = None if methods is None else [methods] if isinstance(methods, str) else list(methods)
-    stage = stage_of(model, _stages(texts))
     if wanted.kind == "memory" and stage != "cache":
         raise ValueError("memory is the share of a cache's bytes, and these methods have none: give speedup= or loss=")
-    score = scorer(METRIC[stage] if metric is None else metric, stage, better)
     drawn = sampler(search, seed)
-    with _prepared(model, device) as place:
-        own = None if run == "auto" else run
-        engine = Engine(model, stage, data, score, place, count=samples, seed=seed, run=own)  # type: ignore[arg-type]
-        weights = fingerprint([*model.parameters(), *model.buffers()])
-        memo = Memo(
-            None if out is None else Path(out), f"{weights} {engine.prints} {score.name} {place} {samples} {seed}"
-        )
+    with prepared(modules, device) as place:
+        given: dict[str, Any] = {"count": samples, "seed": seed, "run": run, "better": better}
+        options = feeds.Options(tokenizer, max_new_tokens)
+        engine = Engine(model, stage, data, metric, place, **given, options=options, batch_size=batch_size)
+        weights = feeds.fingerprint(x for one in modules for x in (*one.parameters(), *one.buffers()))
+        what = f"{engine.feed.name} {engine.feed.settings} {engine.score.name}"
+        memo = Memo(None if out is None else Path(out), f"{weights} {engine.prints} {what} {place} {samples} {seed}")
         judge = Judge(engine, memo)
         clock = Clock(engine, lambda key, found: _timed(engine, memo, key, found))
-        bases = _bases(engine, clock, texts or list(USUAL[stage]), texts is not None, progress)
-        _check_reach(clock, bases, wanted)
-        random = _random(engine, clock, bases)
-        found = Search(judge, clock, bases, wanted, trials, drawn, seed, _teller(progress, trials))
-        found.go()
-        return _finished(found, random, rounds, name or _name(model))
+        with engine.feed.around(model):
+            bases = _bases(engine, clock, texts or list(USUAL[stage]), texts is not None, progress)
+            _check_reach(clock, bases, wanted)
+            random = _random(engine, clock, bases)
+            found = Search(judge, clock, bases, wanted, trials, drawn, seed, _teller(progress, trials))
+            found.go()
+            return _finished(found, random, rounds, name or name_of(model))
 
 
-def _stages(texts: list[str] | None) -> list[str]:
-    """The stages of the named methods that can be searched.
+def _stages(model: Any, texts: list[str] | None) -> list[str]:
+    """The stages to look for the model at: of the first named method, or else those with usual methods.
 
     Raises:
-        TypeError, ValueError: there is none.
+        TypeError, UnknownMethodError: ``texts`` are no names of methods.
     """
     if texts is None:
-        return list(FEEDS)
+        return [*USUAL] if not hasattr(model, "generate") else ["cache", *(s for s in USUAL if s != "cache")]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise TypeError(f"methods must be names such as ['tome', 'tome metric=x'], got {texts!r}")
-    found = [registered.get(parse_setting(text)[0]).stage for text in texts]
-    stages = [stage for stage in FEEDS if stage in found]
-    if not stages:
-        raise ValueError(f"methods act at {', '.join(sorted(set(found)))}; tune searches those at {', '.join(FEEDS)}")
-    return stages
-
-
-@contextmanager
-def _prepared(model: nn.Module, device: torch.device | str | None) -> Iterator[torch.device]:
-    """The model in evaluation mode on a device; both are put back, whatever happens."""
-    home = next((p.device for p in model.parameters()), torch.device("cpu"))
-    place = home if device is None else torch.device(device)
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        if place != home:
-            model.to(place)
-        yield place
-    finally:
-        if place != home:
-            model.to(home)
-        for module, training in modes.items():
-            module.training = training
-
-
-def _name(model: nn.Module) -> str:
-    config = getattr(model, "config", None)
-    found = getattr(config, "name_or_path", "") or getattr(model, "pretrained_cfg", {}).get("architecture", "")
-    return str(found or type(model).__name__)
+    return [registered.get(parse_setting(texts[0])[0]).stage]
 
 
 def _timed(engine: Engine, memo: Memo, key: str, methods: Sequence[Method]) -> list[float]:
@@ -192,12 +172,13 @@ def _timed(engine: Engine, memo: Memo, key: str, methods: Sequence[Method]) -> l
 
 
 def _size(engine: Engine) -> tuple[int, int]:
-    """Depth of the model, and tokens that may be removed."""
-    host: Any = adapters.find(engine.model, engine.stage)  # type: ignore[arg-type]
+    """Depth of the model, and tokens that may be removed; zeros at stages whose methods have no schedule to search."""
     if engine.stage == "cache":
         report = engine.report(api.make("streaming_llm", budget=0.9), engine.timed)
-        return len(report.layers), 0
-    host = host.choose("auto")
+        return len(next(part for part in report.parts if part.stage == "cache").layers), 0
+    if engine.stage != "block":
+        return 0, COUNTED
+    host: Any = adapters.find(engine.target, "block").choose("auto")
     few = engine.report(api.make("tome", r=1), engine.timed).layers
     return len(few), int(few[0].tokens_in) - host.prefix - getattr(host, "suffix", 0)
 
@@ -233,8 +214,10 @@ def _bases(engine: Engine, clock: Clock, texts: list[str], named: bool, progress
 
 
 def _random(engine: Engine, clock: Clock, bases: Sequence[Base]) -> Base | None:
-    """The base of a random choice, where the model runs it."""
-    text = RANDOM[engine.stage]
+    """The base of a random choice, where there is one that the model runs."""
+    text = RANDOM.get(engine.stage)
+    if text is None:
+        return None
     known = next((base for base in bases if base.text == text), None)
     if known is not None:
         return known

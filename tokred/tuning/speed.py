@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 
 from tokred import adapters
-from tokred.bench.feeding import tensors
-from tokred.bench.scoring import samples
+from tokred.bench.feeds.batches import tensors
+from tokred.bench.read import samples
 from tokred.core.method import Method
 from tokred.tuning.engine import Engine, cut
 from tokred.tuning.space import Base, Plan, spaced
@@ -25,6 +25,14 @@ RIDGE = 3e-3  # weight of what is assumed before anything is measured
 # What is assumed: of a forward of blocks a tenth is fixed, and the rest goes by tokens. Of a cache nearly all is fixed.
 SUPPOSED = {"block": (0.1, 0.4, 0.1, 0.4), "cache": (0.9, 0.1)}
 OWN_WORK = {"block": (0.05, 0.02), "cache": (0.02,)}
+
+
+def supposed(stage: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The parts that are assumed, and those of a method's own work; of stages that are not listed those of blocks."""
+    known = stage if stage in SUPPOSED else "block"
+    return SUPPOSED[known], OWN_WORK[known]
+
+
 Timed = Callable[[str, Sequence[Method]], list[float]]
 
 
@@ -49,7 +57,7 @@ class Clock:
     def __init__(self, engine: Engine, timed: Timed) -> None:
         self.engine, self._timed = engine, timed
         self._seen: list[Seen] = []
-        self._common: list[float] = list(SUPPOSED[engine.stage])
+        self._common: list[float] = list(supposed(engine.stage)[0])
         self._own: dict[str, list[float]] = {}
         self._corrections: dict[tuple[Base, object, object], float] = {}
         self._counts: dict[str, bool] = {}
@@ -62,7 +70,7 @@ class Clock:
         if self.engine.stage == "cache":
             return (1.0, 1 - step / (plan.steps + 1)), (1.0,)
         method = plan.at(step)
-        if not self._counts.get(plan.base.text, True):
+        if not self._counts.get(plan.base.text, self.engine.stage == "block"):
             kept = 1 - step / (plan.steps + 1)
             return (1.0, kept, kept * kept, kept), (1.0, kept * kept)
         layers = self._layers(method)
@@ -76,7 +84,7 @@ class Clock:
 
     @cached_property
     def _host(self) -> Any:
-        return adapters.find(self.engine.model).choose("auto")
+        return adapters.find(self.engine.target).choose("auto")
 
     def _layers(self, method: Method) -> list[tuple[int, int]]:
         """Tokens that enter and leave each block, counted without a forward."""
@@ -126,7 +134,7 @@ class Clock:
     def fit(self) -> None:
         """Find the parts that explain what was measured: least squares without negative ones."""
         names = sorted({seen.base for seen in self._seen})
-        common, own = SUPPOSED[self.engine.stage], OWN_WORK[self.engine.stage]
+        common, own = supposed(self.engine.stage)
         width = len(common) + len(names) * len(own)
         rows, wanted = [], []
         for seen in self._seen:
@@ -139,8 +147,7 @@ class Clock:
             wanted.append(1.0)
         rows.append([1.0] * len(common) + [0.0] * (width - len(common)))  # the unpatched model itself
         wanted.append(1.0)
-        supposed = [*common, *own * len(names)]
-        found = nonnegative(rows, wanted, supposed, RIDGE)
+        found = nonnegative(rows, wanted, [*common, *own * len(names)], RIDGE)
         self._common = found[: len(common)]
         for i, name in enumerate(names):
             at = len(common) + i * len(own)
@@ -161,7 +168,7 @@ class Clock:
         known = self._predicted.get((plan, step))
         if known is None:
             parts, own = self.parts(plan, step)
-            mine = self._own.get(plan.base.text, OWN_WORK[self.engine.stage])
+            mine = self._own.get(plan.base.text, supposed(self.engine.stage)[1])
             ratio = sum(a * b for a, b in zip(parts, self._common, strict=True))
             ratio += sum(a * b for a, b in zip(own, mine, strict=True))
             factor = self._corrections.get((plan.base, plan.weights, plan.options), 1.0)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-HELD = 2**28  # bytes of batches that are kept in memory, rather than read again for each row
+HELD = 2**30  # bytes of batches that are kept in memory, rather than read again for each row
 ONCE = 2**31  # bytes that are kept of data that can be read only once
 SAMPLES = 8  # of a batch, where a dataset yields samples and no size is asked for
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from tokred.bench.read import samples
 from tokred.core.site import STAGES
 
 
@@ -53,9 +54,14 @@ class Feed:
         """The output as metrics take it; not timed."""
         return output
 
-    def probe(self, model: Any, batch: Any) -> None:
-        """The least run of a patched model after which its report tells what was kept."""
+    def probe(self, model: Any, batch: Any) -> int:
+        """The least run of a patched model after which its report tells what was kept, and samples that it had."""
         self.run(model, batch)
+        return samples(batch)
+
+    def one(self, batch: Any) -> Any:
+        """The first sample of a batch, where it can be cut out; else all of it."""
+        return batch
 
 
 class Own(Feed):

@@ -43,3 +43,18 @@ class Forward(Feed):
         """The output; of a denoiser its sample."""
         sample = getattr(output, "sample", None)
         return sample if isinstance(sample, Tensor) else output
+
+    def one(self, batch: Any) -> Any:
+        """The first sample of a batch of tensors that all count its samples in their first dimension."""
+        found = [*tensors(batch)]
+        if len({len(x) if x.ndim else 0 for x in found}) != 1 or not found[0].ndim:
+            return batch
+        return _cut(batch)
+
+
+def _cut(batch: Any) -> Any:
+    if isinstance(batch, Tensor):
+        return batch[:1]
+    if isinstance(batch, Mapping):
+        return {name: _cut(value) for name, value in batch.items()}
+    return type(batch)(_cut(value) for value in batch) if isinstance(batch, tuple | list) else batch

@@ -12,7 +12,7 @@ from tokred.bench.feeds.batches import tensors
 from tokred.bench.feeds.feed import Feed, drawn
 from tokred.bench.feeds.reader import Reader
 from tokred.bench.outputs import Generated
-from tokred.bench.read import arguments
+from tokred.bench.read import arguments, samples
 
 NEW = 32  # tokens of an answer, where nobody says how many
 SEED = 0  # of models that sample: both arms draw alike
@@ -88,10 +88,11 @@ class Generate(Feed):
         texts = self.reader.texts([row[:k] for row, k in zip(rows, lengths, strict=True)])
         return Generated(ids[:, : max(lengths)], lengths, texts)
 
-    def probe(self, model: Any, batch: Any) -> None:
+    def probe(self, model: Any, batch: Any) -> int:
         """The prompt, and one token."""
         given = {name: value for name, value in batch.items() if name not in ("max_length", "min_new_tokens")}
         self._generate(model, given, max_new_tokens=1)
+        return samples(batch)
 
 
 def _limited(model: Any) -> bool:

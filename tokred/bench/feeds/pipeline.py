@@ -92,9 +92,11 @@ class Pipeline(Feed):
                 else:
                     setattr(model, BAR, before)
 
-    def probe(self, model: Any, batch: Any) -> None:
+    def probe(self, model: Any, batch: Any) -> int:
         """One sample, where the arguments can be cut to one."""
-        self.run(model, _first(batch))
+        cut = _first(batch)
+        self.run(model, cut)
+        return _samples(cut)
 
 
 def _per_sample(batch: Mapping[str, Any]) -> tuple[int, set[str]]:

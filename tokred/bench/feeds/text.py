@@ -91,9 +91,10 @@ class Text(Feed):
         parts = [self._forward(model, ids, mask, i, min(i + step, end), cache) for i in range(n, end, step)]
         return torch.cat(parts, 1)
 
-    def probe(self, model: nn.Module, batch: Any) -> None:
+    def probe(self, model: Any, batch: Any) -> int:
         ids = batch["input_ids"]
         self._forward(model, ids, batch["attention_mask"], 0, self.prompt(ids), self.cache(model)[0])
+        return len(ids)
 
     @staticmethod
     def _forward(model: nn.Module, ids: Tensor, mask: Tensor | None, start: int, end: int, cache: Any) -> Tensor:
