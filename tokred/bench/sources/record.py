@@ -139,7 +139,7 @@ class Source:
         """Shape of one input with a batch of one, where the model says it; None where it does not."""
         if self.images is not None:
             return (1, self.images.channels, *self.images.size)
-        config = getattr(self.model, "config", None)
+        config: Any = getattr(self.model, "config", None)
         inner = getattr(config, "vision_config", config)
         bins = getattr(config, "num_mel_bins", None)
         if self.kind == "text encoder":
