@@ -39,7 +39,9 @@ KINDS: dict[str, Kind] = {
     "text encoder": Kind("forward", "cosine", "cosine", _BLOCKS, "a text file, JSON lines, or hfds:NAME"),
     "dual encoder": Kind("forward", "top1", "cosine", _BLOCKS, "a folder of images, hfds:NAME, or noise"),
     "audio encoder": Kind("forward", "cosine", "cosine", _BLOCKS, "a folder of recordings (.wav), or noise"),
-    "video encoder": Kind("forward", "agreement", "agreement", _BLOCKS, "noise, or module:function that yields clips"),
+    "video encoder": Kind(
+        "forward", "agreement", "agreement", _BLOCKS, "a folder with a folder of frames for each clip, or noise",
+    ),
     "language model": Kind(
         "text", "perplexity", "perplexity", ("snapkv", "expected_attention", "keydiff"),
         "a text file, JSON lines with a field text, or hfds:NAME",
