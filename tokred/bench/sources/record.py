@@ -16,7 +16,7 @@ class NoModelError(Exception):
 
 
 class Kind(NamedTuple):
-    """What is usual for a kind of model.
+    """The usual run, metrics, methods and data of a kind of model.
 
     Attributes:
         run: how :func:`tokred.benchmark` runs it.
