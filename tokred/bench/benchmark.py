@@ -54,27 +54,31 @@ def benchmark(
 ) -> Benchmark:
     """Measure methods on a model that is in memory; the model is afterwards as it was.
 
-    Every method runs on the same batches as the unpatched model, in the same process, batch by batch in a random order
-    of the two, so that whatever else the machine does meets both. Encoders run one forward a batch. Language models,
-    for policies of the cache, read three quarters of each text as a prompt and are scored on the rest.
+    Every method runs on the same batches as the unpatched model, in the same process, in turns in a random order of the
+    two, so that whatever else the machine does meets both.
 
     Args:
-        model: an encoder of timm, transformers or open_clip, or a module that holds one; or a language model of
-            transformers. Unpatched; it is put into evaluation mode meanwhile.
-        methods: settings as they are typed (``"tome r=13"``), method objects, or lists of these that act together.
-        data: an iterable of batches, such as a DataLoader: tensors, ``(inputs, labels)``, or dicts of the forward's
-            arguments, with ``"labels"``. For language models token ids ``(B, N)``, or dicts with ``"input_ids"`` and
-            ``"attention_mask"``, padded on the left. It is read once before, and once for each row unless it is small.
-            A function that returns such an iterable each time, or a dataset of samples, goes as well.
+        model: an encoder of timm, transformers or open_clip, or a module that holds one; a language model, a model with
+            vision or an encoder-decoder of transformers; a denoiser or a pipeline of diffusers; or a callable that
+            holds modules as attributes. Unpatched; it is put into evaluation mode meanwhile.
+        methods: settings as they are typed (``"tome r=13"``), method objects, or lists of these that act together. They
+            may act at several stages, where one kind of run fits all of them.
+        data: an iterable of batches, such as a DataLoader; a function that returns one each time; or a dataset of
+            samples. A batch is what the run takes: tensors, ``(inputs, labels)`` or a dict of the forward's arguments;
+            token ids ``(B, N)``, or a dict with ``"input_ids"`` and ``"attention_mask"``, padded on the left; a dict of
+            ``generate``'s arguments, with ``"answers"``; prompts, or a dict of a pipeline's arguments. It is read once
+            before, and once for each row unless it is small.
         metric: ``"top1"``, ``"top5"``, ``"agreement"`` (with the unpatched model's answers; no labels are needed),
-            ``"cosine"`` (to its outputs), ``"perplexity"``, or a function of ``(output, batch)`` that returns a number,
-            or a tensor with one for each sample. None: ``"agreement"``, or ``"perplexity"`` for language models.
-        run: how the model runs on a batch: ``"forward"``, ``"text"``, or a function of ``(model, batch)`` that returns
-            the output; ``"auto"``: by model, methods and data.
+            ``"cosine"`` (to its outputs), ``"perplexity"``, or another of :data:`tokred.bench.ready.READY`; a metric
+            object of torchmetrics; or a function of ``(output, batch)`` that returns a number, or a tensor with one for
+            each sample. None: ``"agreement"``, or ``"perplexity"`` for language models.
+        run: how the model runs on a batch: ``"forward"``, ``"text"`` (three quarters of a text are the prompt, the rest
+            is scored), ``"generate"``, ``"pipeline"``, or a function of ``(model, batch)`` that returns the output;
+            ``"auto"``: by model, methods and data, as :func:`tokred.bench.feeds.fitting` says.
         out: a folder, or a ``.csv`` file, to which each row is added when it is measured. Rows that are there already,
             of the same model, data, metric and device, are not measured again.
-        baselines: measure, for each amount of work among the methods, a random choice and down-sampling (for caches:
-            random eviction and a window of the newest tokens) at the same work.
+        baselines: measure, for each amount of work among the methods, a random choice and down-sampling of each stage
+            (for caches: random eviction and a window of the newest tokens) at the same work.
         better: ``"higher"`` or ``"lower"`` values of a metric of one's own.
         rounds: times that each pair is at least timed; batches come round again where there are fewer.
         device: where to measure; the model goes there and back. None: where it is.
@@ -84,8 +88,8 @@ def benchmark(
             ``"ray://host:10001"``). A row whose worker is lost is measured again on another one.
         workers: rows that ``ray="local"`` measures at a time; None: two, or one a GPU.
         progress: a bar on a terminal, elsewhere a line a row, on standard error.
-        tokenizer: turns texts into ids and generated ids into texts.
-        max_new_tokens: of each answer that is generated.
+        tokenizer: or a processor: turns texts (pictures, sounds) into tensors, and generated ids into texts.
+        max_new_tokens: of each answer that is generated; None: as the batch or the model says, or else 32.
         batch_size: of data that yields samples: datasets of torch and Hugging Face (None: 8), or any iterable.
 
     Returns:

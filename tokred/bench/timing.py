@@ -13,7 +13,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -104,7 +104,7 @@ def paired(
     collecting = gc.isenabled()
     with torch.inference_mode():
         for enter in arms:
-            with enter():
+            with enter() if warmup else nullcontext():
                 for _ in range(warmup):
                     run(0)
             tick()

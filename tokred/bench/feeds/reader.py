@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -67,7 +68,8 @@ class Reader:
             rate = getattr(getattr(self.tool, "feature_extractor", self.tool), "sampling_rate", None)
             made = self.tool(sounds, sampling_rate=rate, return_tensors="pt", **given)
         elif "images" in given:
-            made = self.tool(**given, padding=True, return_tensors="pt")
+            with self._left(len(given.get("text", ()))):
+                made = self.tool(**given, padding=True, return_tensors="pt")
         else:
             made = self.ids(given["text"])
         return {**batch, **made}
@@ -75,16 +77,22 @@ class Reader:
     def ids(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """``input_ids`` and ``attention_mask`` ``(B, N)`` of texts, padded on the left."""
         tool = getattr(self.tool, "tokenizer", self.tool)
+        with self._left(len(texts)):
+            return dict(tool(list(texts), padding=len(texts) > 1, return_tensors="pt"))
+
+    @contextmanager
+    def _left(self, count: int) -> Iterator[None]:
+        """The tokenizer pads on the left: with fillers behind a prompt, its answer would go on from those."""
+        tool = getattr(self.tool, "tokenizer", self.tool)
         side, pad = tool.padding_side, tool.pad_token
-        # A text's end is what is read last: with fillers behind it, the answer would go on from those.
         tool.padding_side = "left"
-        if pad is None and len(texts) > 1:
+        if pad is None and count > 1:
             tool.pad_token = tool.eos_token
         try:
-            return dict(tool(list(texts), padding=len(texts) > 1, return_tensors="pt"))
+            yield
         finally:
             tool.padding_side = side
-            if pad is None and len(texts) > 1:
+            if pad is None and count > 1:
                 tool.pad_token = None
 
     def texts(self, ids: Sequence[Sequence[int]]) -> tuple[str, ...] | None:
