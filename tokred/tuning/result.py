@@ -19,6 +19,7 @@ from tokred.tuning.space import setting_of
 
 M = TypeVar("M", bound=nn.Module)
 FILE = "tuned.json"
+ROOM = 20  # characters of a difference with its interval
 SHARES = ("top1", "top5", "agreement")
 ROLES = {"unpatched": "unpatched", "chosen": "chosen", "constant": "best constant", "random": "random"}
 
@@ -116,7 +117,11 @@ class Tuned:
         hundred = self._percent or self.metric == "perplexity"
         found = [row[k] for k in (name, f"{name}_low", f"{name}_high") if row.get(k) is not None]
         shown = [f"{100 * v:+.1f}" if hundred else f"{v:+.2g}" for v in found]
-        return shown[0] if len(shown) < 3 else f"{shown[0]} [{shown[1]}, {shown[2]}]"
+        if len(shown) < 3:
+            return shown[0]
+        between = f"{shown[0]} [{shown[1]}, {shown[2]}]"
+        half = (found[2] - found[1]) / 2 * (100 if hundred else 1)
+        return between if len(between) <= ROOM else f"{shown[0]} ± {half:.1g}"
 
     def _cells(self, row: dict[str, Any]) -> list[str]:
         memory = "" if row.get("memory") is None else f"{row['memory']:.0%}"
