@@ -1,6 +1,7 @@
 """The names of ``tokred`` with their types: written by .ci/stub.py, and not by hand."""
 
 from tokred import bench, eval, kv, learn, methods
+from tokred.adapters.contract import cache_kwargs
 from tokred.analysis import viz
 from tokred.analysis.explain import Explanation, explain
 from tokred.analysis.tsp_layer import choose_tsp_layer
@@ -226,6 +227,7 @@ __all__ = [
     "apply",
     "bench",
     "benchmark",
+    "cache_kwargs",
     "choose_tsp_layer",
     "eval",
     "explain",

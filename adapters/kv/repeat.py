@@ -34,7 +34,7 @@ def repeat(module: nn.Module, given: dict[str, Any], cache: TokCache) -> None:
     holder = next((layer for layer in words.LAYERS.need(cache) if isinstance(layer, TokLayer)), None)
     if holder is None or not engine.records(holder.clock, holder.seen):
         return
-    embed: Callable[[Tensor], Tensor] = members.EMBED.need(module)()  # type: ignore[operator]
+    embed: Callable[[Tensor], Tensor] = members.EMBED.need(module)()
     context = _joined(holder.notes.pop(CONTEXT, None), given, embed)
     site = engine.waiting
     if site is None:

@@ -125,6 +125,18 @@ def ast(folder: Path) -> Path:
     return folder
 
 
+def videomae(folder: Path) -> Path:
+    import transformers as t
+
+    torch.manual_seed(0)
+    config = t.VideoMAEConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=32, patch_size=8,
+        num_frames=4, num_labels=3,
+    )  # fmt: skip
+    t.VideoMAEForVideoClassification(config).save_pretrained(folder)
+    return folder
+
+
 def unet(folder: Path) -> Path:
     from tokred.adapters.tiny import diffusion
 

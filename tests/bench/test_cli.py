@@ -205,3 +205,19 @@ def test_a_metric_that_does_not_fit_is_refused_in_one_line(run):
     done = run("test_vit", "--random-weights", "--metric", "perplexity", "-m", "tome r=8", plain=True, code=2)
     assert len([line for line in done.stderr.splitlines() if line.startswith("tokred: ")]) == 1
     assert "perplexity" in done.stderr
+
+
+def test_a_model_that_fails_on_the_data_says_so_in_one_line(run, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(MINE + "\n\ndef wrong():\n    return [torch.zeros(2, 1, 32, 32)]\n")
+    done = run(f"{file}:model", "--data", f"{file}:wrong", "-m", "tome r=8", plain=True, code=2)
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("tokred: ")]
+    assert "the unpatched model on the first batch" in line
+
+
+def test_a_probe_is_named_beside_its_numbers(run, root):
+    pytest.importorskip("sklearn")
+    folder = saved.pictures(root / "probed")
+    done = run("test_vit", "--random-weights", "--data", folder, "-m", "tome r=8", "--no-baselines", plain=True)
+    assert "Note: top-1 is that of a linear probe" in done.stdout
+    assert "tested on 4 others" in " ".join(done.stdout.split())

@@ -358,3 +358,46 @@ def test_images_and_texts_through_a_benchmark():
     own = quick(model, "tome r=8", bare, torchmetrics.MeanSquaredError(), run=picture, baselines=False)
     assert (own.metric, own.better, own.against) == ("MeanSquaredError", "lower", "the unpatched model")
     assert (own.rows[0]["quality"], own.rows[1]["samples"]) == (0, 1)
+
+
+class Numbers:
+    """A tokenizer that writes tokens as numbers."""
+
+    def batch_decode(self, rows, skip_special_tokens):
+        return [" ".join(map(str, row)) for row in rows]
+
+
+@pytest.mark.parametrize("metric", ["exact", "contains", "overlap", "wer", "agreement"])
+def test_answers_that_are_generated(metric):
+    """Beside right ones, where the batches have them; else beside the unpatched model's."""
+    pytest.importorskip("torchmetrics")
+    kv = pytest.importorskip("tokred.adapters.tiny.kv")
+    model, prompts = kv.build("llama"), [kv.prompt(30, 2, seed=s) for s in range(2)]
+    with torch.inference_mode():
+        answers = [
+            Numbers().batch_decode(model.generate(ids, do_sample=False, max_new_tokens=4)[:, 30:].tolist(), True)
+            for ids in prompts
+        ]
+    options = {"run": "generate", "tokenizer": Numbers(), "max_new_tokens": 4, "baselines": False}
+    methods = ["snapkv budget=1.0", "snapkv budget=0.3 window=4"]
+    bare = quick(model, methods, [{"input_ids": ids} for ids in prompts], metric, **options)
+    right = [{"input_ids": ids, "answers": words} for ids, words in zip(prompts, answers, strict=True)]
+    known = quick(model, methods, right, metric, **options)
+    assert bare.against == "the unpatched model"
+    assert known.against == ("the unpatched model" if metric == "agreement" else "answers")
+    best = 0 if metric == "wer" else 1
+    for a, b in zip(bare.rows, known.rows, strict=True):
+        assert a["quality"] == b["quality"], "the right answers are the unpatched model's"
+        assert a["difference"] == pytest.approx(a["quality"] - best)
+    assert bare.rows[1]["quality"] == best, "a budget of everything changes nothing"
+    assert (bare.rows[2]["quality"] != best) == (bare.rows[2]["difference"] != 0)
+
+
+def test_metrics_that_fit_no_such_run():
+    for metric, run, says in (
+        ("top1", "generate", "does not fit the run 'generate', whose ready metrics are 'agreement', 'exact'"),
+        ("exact", "pipeline", "does not fit the run 'pipeline', whose ready metrics are 'psnr', 'ssim'"),
+        ("wer", "forward", "does not fit the run 'forward'"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            scorer(metric, run, "higher")

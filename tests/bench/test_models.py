@@ -23,6 +23,7 @@ KINDS = {
     "llava": ("vision-language model", "divprune"),
     "whisper": ("speech", "pitome"),
     "ast": ("audio encoder", "pitome"),
+    "videomae": ("video encoder", "tome"),
     "unet": ("denoiser", "tomesd"),
     "pipeline": ("denoiser", "tomesd"),
 }

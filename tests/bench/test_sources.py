@@ -192,6 +192,22 @@ def test_questions_about_pictures(root):
         sources.data(source, str(root / "vqa" / "lost.jsonl"))
 
 
+def test_clips_are_folders_of_frames(root):
+    source = sources.model(str(saved.videomae(root / "videomae")))
+    folder = saved.pictures(root / "clips", 7)
+    found = sources.data(source, str(folder), sources.Wanted(batch=2))
+    (batch,) = found.batches
+    assert batch["pixel_values"].shape == (2, 4, 3, 32, 32)
+    levels = batch["pixel_values"].mean((2, 3, 4))
+    assert bool((levels.diff(dim=1) > 0).all()), "frames stand in the order of their names"
+    with torch.inference_mode():
+        assert source.model(**batch).logits.shape == (2, 3)
+    with pytest.raises(FileNotFoundError, match="holds no clip"):
+        sources.data(source, str(saved.recordings(root / "no-clips")))
+    with pytest.raises(ValueError, match="give --data with a folder with a folder of frames"):
+        sources.data(source)
+
+
 def test_recordings(root):
     source = sources.model(str(saved.whisper(root / "whisper")))
     found = sources.data(source, str(saved.recordings(root / "recordings")))

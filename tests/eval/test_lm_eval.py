@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("datasets")
@@ -122,6 +123,47 @@ def test_a_row_tells_time_length_and_what_the_cache_held(model, tmp_path):
     assert list(found.to_pandas()["method"]) == list(rows)
 
 
+def of_two_lengths(doc, results):
+    """A score for each length, as RULER's tasks have: those of the other lengths are marked by -1."""
+    length = "16" if len(doc["text"].split()) > 20 else "8"
+    return {"8": -1.0, "16": -1.0} | {length: float(results[0].split()[-1] == doc["answer"].split()[-1])}
+
+
+def over_those_of_the_length(values):
+    there = [value for value in values if value != -1]
+    return sum(there) / len(there) if there else -1
+
+
+def test_groups_and_tasks_of_several_lengths(model, tmp_path):
+    task = scored(model, tmp_path)
+    more = {"aggregation": over_those_of_the_length, "higher_is_better": True}
+    lengths = {
+        **task, "task": "lengths", "process_results": of_two_lengths,
+        "metric_list": [{"metric": length, **more} for length in ("8", "16", "32")],
+    }  # fmt: skip
+    children = [{**task, "task": name} for name in ("one", "two")]
+    group = {"group": "both", "task": children, "aggregate_metric_list": [{"metric": "exact_match"}]}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "both.yaml").write_text(yaml.safe_dump(group), "utf-8")
+    found = tokred.eval.lm_eval(
+        model, ["both", lengths], POLICIES[0], tiny.tokenizer(), baselines=False, include=tmp_path / "mine"
+    )
+    rows = {(r["task"], r["metric"], r["method"]): r for r in found.rows}
+    assert {key[:2] for key in rows} == {
+        ("both", "exact_match"), ("both::one", "exact_match"), ("both::two", "exact_match"), ("lengths", "8"),
+        ("lengths", "16"),
+    }  # fmt: skip
+    whole = rows["both", "exact_match", "snapkv"]
+    assert whole["score"] == rows["both::one", "exact_match", "snapkv"]["score"]
+    assert whole["difference"] == pytest.approx(whole["score"] - 1)
+    assert (whole["difference_low"], whole["speedup"]) == (None, None), "a group has no samples of its own"
+    for length in ("8", "16"):
+        mine = rows["lengths", length, "snapkv"]
+        assert mine["difference"] == pytest.approx(mine["score"] - rows["lengths", length, "unpatched"]["score"])
+        assert rows["lengths", length, "unpatched"]["score"] == 1
+    assert "both::two" in str(found)
+
+
 def test_tasks_that_read_no_reduced_cache_are_refused_before_anything_is_loaded(index, monkeypatch):
     likely = {"task": "likely", "dataset_path": "json", "output_type": "loglikelihood"}
     fine = {"task": "fine", "dataset_path": "json", "output_type": "generate_until"}
@@ -203,8 +245,6 @@ def test_an_older_lm_eval_is_named(model, monkeypatch):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A model with its tokenizer in a folder, and the task in a file beside it."""
-    import yaml
-
     place = tmp_path_factory.mktemp("model")
     tiny.model().save_pretrained(place / "llama")
     tiny.tokenizer().save_pretrained(place / "llama")
@@ -241,6 +281,7 @@ def test_the_command(folder, tmp_path, capsys):
         assert words in failed.stderr + failed.stdout
 
 
+@pytest.mark.slow
 def test_lm_evals_own_command_line_knows_the_model(folder, tmp_path):
     command = [
         sys.executable, "-m", "tokred.eval", "run", "--model", "tokred",

@@ -70,8 +70,9 @@ def benchmark(
             ``generate``'s arguments, with ``"answers"``; prompts, or a dict of a pipeline's arguments. It is read once
             before, and once for each row unless it is small.
         metric: ``"top1"``, ``"top5"``, ``"agreement"`` (with the unpatched model's answers; no labels are needed),
-            ``"cosine"`` (to its outputs), ``"perplexity"``, or a function of ``(output, batch)`` that returns a number,
-            or a tensor with one for each sample. None: ``"agreement"``, or ``"perplexity"`` for language models.
+            ``"cosine"`` (to its outputs), ``"perplexity"``, or another of :data:`tokred.bench.ready.READY`; a metric
+            object of torchmetrics; or a function of ``(output, batch)`` that returns a number, or a tensor with one for
+            each sample. None: ``"agreement"``, or ``"perplexity"`` for language models.
         run: how the model runs on a batch: ``"forward"``, ``"text"`` (three quarters of a text are the prompt, the rest
             is scored), ``"generate"``, ``"pipeline"``, or a function of ``(model, batch)`` that returns the output;
             ``"auto"``: by model, methods and data, as :func:`tokred.bench.feeds.fitting` says.

@@ -115,6 +115,10 @@ class Rounds:
         for i in range(len(self._seconds), self.total):
             span = slice(i * self.batch, (i + 1) * self.batch)
 
+            def run(_: int, span: slice = span) -> Tensor:
+                found: Tensor = self.model(self._pixels[span])
+                return found
+
             def collect(arm: int, _: int, logits: Tensor, span: slice = span) -> None:
                 self._answers[arm, span] = logits.argmax(1)
                 if tick is not None:
@@ -123,7 +127,7 @@ class Rounds:
             try:
                 found = timing.paired(
                     entries,
-                    lambda _, x=self._pixels[span]: self.model(x),
+                    run,
                     1,
                     warmup=1 if i == 0 else 0,
                     seed=self.seed + i,

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from tokred.bench.read import DENSE, LABELS, answer, images, key_of_references, labels, references, texts
+from tokred.bench.ready import Better
 
 # Metrics of these modules are about a whole set: the mean over batches is none of theirs.
 WHOLE = ("fid", "kid", "inception", "mifid", "perceptual_path_length", "mean_ap", "bleu", "sacre_bleu")
@@ -46,7 +47,7 @@ class Object:
             )
 
     @property
-    def better(self) -> str | None:
+    def better(self) -> Better | None:
         """The direction that is good, if the metric says it."""
         higher = getattr(self.metric, "higher_is_better", None)
         return None if higher is None else "higher" if higher else "lower"
@@ -63,19 +64,19 @@ class Object:
 
     def __call__(self, output: Any, batch: Any, dense: Any) -> Any:
         """The metric's value of a batch."""
-        against = self.against(batch)
         fresh = self.metric.clone()
         fresh.reset()
-        given = answer(output) if against == LABELS[0] and not key_of_references(batch) else None
-        if given is not None:
-            right: Any = labels(batch)
-        elif key_of_references(batch):
+        given: Any
+        right: Any
+        if key_of_references(batch):
             given = texts(output)
-            right = references(batch, len(given))
+            several = references(batch, len(given)) or []
             # Most take one reference a sample.
-            right = [one[0] for one in right] if all(len(one) == 1 for one in right) else right
-        else:
+            right = [one[0] for one in several] if all(len(one) == 1 for one in several) else several
+        elif self.against(batch) == DENSE:
             given, right = _alike(output, dense)
+        else:
+            given, right = answer(output), labels(batch)
         if isinstance(given, Tensor):
             fresh, right = fresh.to(given.device), right.to(given.device)
         fresh.update(given, right)

@@ -67,8 +67,9 @@ def texts(output: Any) -> list[str]:
         return [found]
     if isinstance(found, tuple | list) and found:
         parts = [one.get("text") if isinstance(one, Mapping) else one for one in found]
-        if all(isinstance(part, str) for part in parts):
-            return parts
+        strings = [part for part in parts if isinstance(part, str)]
+        if len(strings) == len(parts):
+            return strings
     raise TypeError(f"the model returns {type(output).__name__}, in which there is no text, which this metric reads")
 
 

@@ -12,10 +12,14 @@ from torch import Tensor
 
 from tokred.bench.intervals import Estimate, Groups, estimate, paired
 from tokred.bench.objects import Object, is_object
-from tokred.bench.read import GROUP, groups, samples
-from tokred.bench.read import arguments as arguments
+from tokred.bench.read import GROUP, arguments, groups, samples
 from tokred.bench.ready import READY, Better, Ready
 from tokred.core.checks import check_choice
+
+__all__ = [
+    "FITS", "READY", "Better", "Estimate", "Metric", "Scorer", "Tally", "arguments", "estimate", "paired", "samples",
+    "scorer",
+]  # fmt: skip
 
 Metric = str | Callable[[Any, Any], Any]
 # Metrics that say something of each kind of run; of others, an output that a metric cannot read is refused.

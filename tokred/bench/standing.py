@@ -151,7 +151,7 @@ def _unpaired(a: Row, b: Row, units: Units) -> Estimate:
 
 def places(row: Row) -> set[str]:
     """Where a row saves work: tokens that leave before a language model or inside it are the same tokens."""
-    return {"projector" if stage == "layer" else stage for stage in (row["stage"] or "").split("+")}
+    return {"projector" if stage == "layer" else stage for stage in (row.get("stage") or "").split("+")}
 
 
 def rival(row: Row, rows: Sequence[Row], units: Units) -> Row | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -156,11 +157,13 @@ def show(result: Benchmark, given: Data, out: Any) -> None:
     """The table: in colour on a terminal, as plain text of 80 columns elsewhere."""
     from tokred.cli import tables
 
+    about = [f"Data: {given.name}.", *(f"Note: {note}." for note in given.notes)]
+    lines = [line for text in about for line in textwrap.wrap(text, 80)]
     if not out.is_terminal:
-        print(f"{result}\nData: {given.name}.")
+        print("\n".join([str(result), *lines]))
         return
     out.print(tables.coloured(result, max(60, min(out.width, 80))), soft_wrap=True)
-    out.print(f"Data: {given.name}.", highlight=False)
+    out.print("\n".join(lines), highlight=False, markup=False)
 
 
 def document(result: Benchmark, source: Source, given: Data, table: Path) -> dict[str, Any]:

@@ -32,14 +32,17 @@ def refusing() -> Iterator[None]:
     """Say what is wrong with the input in one line, and leave with code 2."""
     from tokred.bench.sources import NoModelError
 
+    known = (TokredError, NoModelError, ValueError, TypeError, OSError, ImportError)
     try:
         yield
-    except (TokredError, NoModelError, ValueError, TypeError, OSError, ImportError) as error:
-        if os.environ.get("TOKRED_DEBUG") == "1":  # where a line does not tell enough
+    except Exception as error:
+        notes = getattr(error, "__notes__", ())
+        # Of an error of the user's model the benchmark notes where it came up; others are tokred's own mistakes.
+        if os.environ.get("TOKRED_DEBUG") == "1" or not (isinstance(error, known) or notes):
             raise
-        text = "; ".join([str(error) or type(error).__name__, *getattr(error, "__notes__", ())])
-        text = " ".join(text.split())
-        print(f"tokred: {text}", file=sys.stderr)
+        name = "" if isinstance(error, known) else f"{type(error).__name__}: "
+        text = "; ".join([f"{name}{error}" if str(error) else type(error).__name__, *notes])
+        print(f"tokred: {' '.join(text.split())}", file=sys.stderr)
         raise typer.Exit(2) from error
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.min_width = min(len(title), 80)  # a title is folded at the table's width
     for name in columns:
         table.add_column(name, overflow="fold")
     return table

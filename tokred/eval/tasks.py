@@ -29,14 +29,16 @@ def listed(tasks: Any) -> list[Any]:
 
 
 def manager(tasks: Sequence[Any], include: str | Path | None, metadata: Mapping[str, Any]) -> Any:
-    """lm-eval's ``TaskManager``; its own tasks are read, which takes seconds, only where one is named."""
+    """lm-eval's ``TaskManager``; its own tasks are read, which takes seconds, only where one of them is named."""
     from lm_eval.tasks import TaskManager
 
-    named = any(isinstance(one, str) and not Path(one).is_file() for one in tasks)
-    named = named or any(isinstance(one, Mapping) and "group" in one for one in tasks)
-    return TaskManager(
-        include_path=None if include is None else str(include), include_defaults=named, metadata=dict(metadata)
-    )
+    where = None if include is None else str(include)
+    own = TaskManager(include_path=where, include_defaults=False, metadata=dict(metadata))
+    try:
+        leaves(tasks, own.task_index)
+    except ValueError:
+        return TaskManager(include_path=where, metadata=dict(metadata))
+    return own
 
 
 def leaves(tasks: Sequence[Any], index: Mapping[str, Any]) -> list[tuple[str, str | None]]:

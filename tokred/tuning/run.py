@@ -66,6 +66,7 @@ def tune(
     run: Run = "auto",
     better: Better = "higher",
     rounds: int = 15,
+    front: bool = True,
     device: torch.device | str | None = None,
     name: str | None = None,
     progress: bool = True,
@@ -99,6 +100,7 @@ def tune(
             of ``(model, batch)``.
         better: ``"higher"`` or ``"lower"`` values of a metric of one's own.
         rounds: times that finalists are timed in turns.
+        front: measure the chosen shape and the constant one at other speeds too.
         device: where to search; the model goes there and back. None: where it is.
         name: of the model, in words. None: its configuration's, or its class's.
         progress: lines on standard error.
@@ -139,12 +141,12 @@ def tune(
         judge = Judge(engine, memo)
         clock = Clock(engine, lambda key, found: _timed(engine, memo, key, found))
         with engine.feed.around(model):
-            bases = _bases(engine, clock, texts or list(USUAL[stage]), texts is not None, progress)
+            bases = _bases(engine, clock, wanted, texts or list(USUAL[stage]), texts is not None, progress)
             _check_reach(clock, bases, wanted)
-            random = _random(engine, clock, bases)
+            random = _random(engine, clock, wanted, bases)
             found = Search(judge, clock, bases, wanted, trials, drawn, seed, _teller(progress, trials))
             found.go()
-            return _finished(found, random, rounds, name or name_of(model))
+            return _finished(found, random, rounds, name or name_of(model), front)
 
 
 def _stages(model: Any, texts: list[str] | None) -> list[str]:
@@ -183,7 +185,7 @@ def _size(engine: Engine) -> tuple[int, int]:
     return len(few), int(few[0].tokens_in) - host.prefix - getattr(host, "suffix", 0)
 
 
-def _bases(engine: Engine, clock: Clock, texts: list[str], named: bool, progress: bool) -> list[Base]:
+def _bases(engine: Engine, clock: Clock, wanted: Goal, texts: list[str], named: bool, progress: bool) -> list[Base]:
     """The methods that the model runs, each timed at a handful of settings.
 
     Raises:
@@ -200,12 +202,12 @@ def _bases(engine: Engine, clock: Clock, texts: list[str], named: bool, progress
                 raise
             continue
         try:
-            clock.calibrate(base)
+            clock.calibrate(base, wanted)
         except Exception as error:  # whatever the model refuses the method by
             left.append(f"{text}: {' '.join(str(error).split()) or type(error).__name__}")
             continue
         found.append(base)
-        _say(progress, f"timed {text}")
+        _say(progress, f"{text} runs here" if wanted.kind == "memory" else f"timed {text}")
     for line in left:
         _say(progress or named, f"left out: {line}")
     if not found:
@@ -213,7 +215,7 @@ def _bases(engine: Engine, clock: Clock, texts: list[str], named: bool, progress
     return found
 
 
-def _random(engine: Engine, clock: Clock, bases: Sequence[Base]) -> Base | None:
+def _random(engine: Engine, clock: Clock, wanted: Goal, bases: Sequence[Base]) -> Base | None:
     """The base of a random choice, where there is one that the model runs."""
     text = RANDOM.get(engine.stage)
     if text is None:
@@ -223,7 +225,7 @@ def _random(engine: Engine, clock: Clock, bases: Sequence[Base]) -> Base | None:
         return known
     found = base_of(text, bases[0].depth, bases[0].free)
     with suppress(Exception):  # without it the table has a row less
-        clock.calibrate(found)
+        clock.calibrate(found, wanted)
         return found
     return None
 
@@ -246,7 +248,7 @@ def _check_reach(clock: Clock, bases: Sequence[Base], wanted: Goal) -> None:
         )
 
 
-def _finished(search: Search, random: Base | None, rounds: int, name: str) -> Tuned:
+def _finished(search: Search, random: Base | None, rounds: int, name: str, wider: bool) -> Tuned:
     """The finals, and the result.
 
     Raises:
@@ -265,7 +267,7 @@ def _finished(search: Search, random: Base | None, rounds: int, name: str) -> Tu
         one = next((one for one in entrants if one.role == role), None)
         if one is not None:
             rows.append(finals.row(role, one, rival))
-    front = _front(finals, best, rival, needed)
+    front = _front(finals, best, rival, needed) if wider else []
     met = _met(finals, best, wanted, needed)
     why = _why(search, rows, best, rival, met)
     score, tried = engine.score, len(search.tried)

@@ -92,6 +92,8 @@ class Search:
         """Try a plan at the level; the better one of it and the best is the best from then on."""
         try:
             step = self.step(plan, self.level)
+            if step is None:
+                plan, step = self._bent(plan)
         except (TypeError, ValueError):  # the shape does not fit the method or the model
             return None
         trial = None if step is None else self.made(plan, step)
@@ -102,6 +104,14 @@ class Search:
         if trial.complete and (self.best is None or trial.loss < self.best.loss):
             self.best = trial
         return trial
+
+    def _bent(self, plan: Plan) -> tuple[Plan, int | None]:
+        """The least change to a plan that is too slow at every step, after which it is not."""
+        for other in plan.earlier():
+            step = self.step(other, self.level)
+            if step is not None:
+                return other, step
+        return plan, None
 
     def run(self, trial: Trial, *, race: bool = False) -> Trial:
         """Judge a trial, unless that has been done."""
@@ -169,7 +179,7 @@ class Search:
         """Moves from the best plan, and from there on, until none helps."""
         while self.best is not None:
             start = self.best
-            moves = list(start.plan.moves())
+            moves = list(start.plan.moves(start.step))
             self._rng.shuffle(moves)
             for plan in moves:
                 if len(self.tried) >= until:

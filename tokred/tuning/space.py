@@ -237,8 +237,19 @@ class Plan:
             budget = Adaptive(share) if self.weights is None else Adaptive(share, layers=budget)
         return api.make(self.base.name, **{**dict(self.base.fixed), self.base.knob: budget})
 
-    def moves(self) -> Iterator[Plan]:
-        """The plans beside this one: a layer's part moved to another, halved, doubled or taken away."""
+    def earlier(self) -> Iterator[Plan]:
+        """The plan bent towards the first blocks, more and more: it is faster, since more blocks have fewer tokens."""
+        if self.base.kind == "listed" and self.weights is not None:
+            for decay in (0.15, 0.3, 0.6, 1.2):
+                bent = [w * math.exp(-decay * i) for i, w in enumerate(self.weights)]
+                first = next(i for i, w in enumerate(bent) if w > 0)
+                for to in dict.fromkeys((first, 0)):
+                    moved = [0.0] * len(bent)
+                    moved[: len(bent) - (first - to)] = bent[first - to :]
+                    yield Plan(self.base, _normed(moved), self.options)
+
+    def moves(self, step: int) -> Iterator[Plan]:
+        """The plans beside this one at a step: a layer's part moved to another, halved, doubled or taken away."""
         base, d = self.base, self.base.depth
         if base.kind == "cache":
             if dict(self.options).get("heads") == "global":
@@ -251,7 +262,9 @@ class Plan:
                         yield Plan(base, _normed(changed), self.options)
             return
         if base.kind == "listed":
-            yield from self._shifted(self.weights or _normed([1.0] * d))
+            # What a block cannot remove makes a constant schedule one of its own shape.
+            real = amounts(self.weights, step, base.free) if self.weights else constant_amounts(step, d, base.free)
+            yield from self._shifted(_normed([float(r) for r in real]))
             return
         for name, value in self.options:
             near: list[Any] = []
@@ -264,7 +277,9 @@ class Plan:
             else:
                 near = [v for v in (value - 1, value + 1) if 0 <= v <= d]
             for other in near:
-                yield Plan(base, None, tuple((n, other if n == name else v) for n, v in self.options))
+                changed = {**dict(self.options), name: other}
+                if not changed.get("start", 0) >= changed.get("stop", d):
+                    yield Plan(base, None, tuple(changed.items()))
 
     def _shifted(self, weights: tuple[float, ...]) -> Iterator[Plan]:
         for i, w in enumerate(weights):
@@ -301,6 +316,15 @@ def amounts(weights: tuple[float, ...], total: int, free: int) -> list[int]:
     return found
 
 
+def constant_amounts(r: int, depth: int, free: int) -> list[int]:
+    """Tokens that each block removes where each should remove ``r``, and none can remove more than half."""
+    found = []
+    for _ in range(depth):
+        found.append(min(r, free // 2))
+        free -= found[-1]
+    return found
+
+
 class Rejected(ValueError):
     """A base that the model cannot run, or that has nothing to vary."""
 
@@ -334,7 +358,10 @@ def base_of(text: str, depth: int, free: int) -> Base:
     if parameter in fixed:
         raise Rejected(f"{text!r} sets {parameter}, which is what tune has to find: leave it out")
     api.make(name, **fixed)  # whatever does not fit is said before anything is measured
-    # A parameter that keeps things says so where it removes nothing at its largest.
+    # A share that keeps things removes nothing at 1, one that removes things at 0; a method that says neither is known
+    # by the parameter's name.
     nothing = (cls.nothing or {}).get(parameter)
-    rising = not (nothing is not None and nothing == 1) and parameter not in ("kappa", "keep", "ratio", "gamma")
+    rising = nothing == 0 if nothing is not None else parameter not in ("kappa", "keep", "budget")
+    if kind == "count" and isinstance(nothing, float):  # tokens or a share, of which the share fits every input
+        kind = "share"
     return Base(text, name, tuple(fixed.items()), parameter, kind, depth, free, rising)

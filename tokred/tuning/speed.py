@@ -19,6 +19,7 @@ from tokred.bench.feeds.batches import tensors
 from tokred.bench.read import samples
 from tokred.core.method import Method
 from tokred.tuning.engine import Engine, cut
+from tokred.tuning.goal import Goal
 from tokred.tuning.space import Base, Plan, spaced
 
 RIDGE = 3e-3  # weight of what is assumed before anything is measured
@@ -108,13 +109,20 @@ class Clock:
 
     # ------------------------------------------------------------------ measuring
 
-    def calibrate(self, base: Base) -> None:
+    def calibrate(self, base: Base, goal: Goal) -> None:
         """Measure a handful of settings of a base, and fit.
+
+        Args:
+            base: the method.
+            goal: of the search; where it is in bytes no speed has to be predicted, and the base is only tried.
 
         Raises:
             Exception: whatever the model refuses the base by.
         """
         constant = base.constant
+        if goal.kind == "memory":
+            self.engine.report(constant.at(constant.steps // 2), self.engine.timed)
+            return
         if self.engine.stage == "block":
             self._counts[base.text] = self._counted(constant, max(1, constant.steps // 4))
         plans = [(constant, share) for share in (0.1, 0.25, 0.5)]

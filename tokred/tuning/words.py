@@ -21,8 +21,10 @@ def shape(method: Method) -> str:
         return ""
     name, amounts = found
     if name != "tokens removed":
-        thirds = _thirds(amounts)
-        return f"Of the rows that stay, {_shares(thirds)} of the layers hold"
+        first, second, third = (f"{v:.0%}" for v in _thirds(amounts))
+        return (
+            f"Of the rows that stay, the first third of the layers holds {first}, the second {second}, the last {third}"
+        )
     acting = [i for i, v in enumerate(amounts) if v]
     blocks = ", ".join(map(str, acting))
     most = f"in all {len(amounts)} blocks" if len(acting) == len(amounts) else f"in blocks {blocks} of {len(amounts)}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokred.bench.sources import made, pictures, prompts, questions, sounds, texts
+from tokred.bench.sources import clips, made, pictures, prompts, questions, sounds, texts
 from tokred.bench.sources.record import Data, Source
 
 
@@ -44,7 +44,7 @@ READERS = {
     "vision-language model": questions.data,
     "speech": sounds.speech,
     "audio encoder": sounds.encoder,
-    "video encoder": prompts.clips,
+    "video encoder": clips.data,
     "denoiser": prompts.noise,
     "pipeline": prompts.data,
 }

@@ -168,6 +168,8 @@ def equip(source: Source, config: Any) -> None:
         source.tokenizer = own if own is not None else _tried(t.AutoTokenizer, source.origin)
     elif source.kind == "audio encoder":
         source.processor = _tried(t.AutoFeatureExtractor, source.origin)
+    elif source.kind == "video encoder":
+        source.processor = _tried(t.AutoImageProcessor, source.origin)
     elif source.kind in ("encoder", "dual encoder"):
         if source.kind == "dual encoder":
             source.tokenizer = _tried(t.AutoTokenizer, source.origin)

@@ -1,4 +1,4 @@
-"""Prompts for pipelines, and noise for denoisers and models of clips."""
+"""Prompts for pipelines, and noise for denoisers."""
 
 from __future__ import annotations
 
@@ -143,32 +143,3 @@ def _filled(name: str, given: Any, batch: int, step: int, generator: torch.Gener
     if not given.is_floating_point():
         return torch.zeros(shape, dtype=given.dtype)
     return torch.randn(shape, generator=generator).to(dtype)
-
-
-def clips(source: Source, spec: str | None, wanted: Any) -> Data:
-    """Noise for a model of clips.
-
-    Raises:
-        ValueError: data is named that is none of the user's own batches.
-    """
-    if spec not in (None, "noise"):
-        raise ValueError(
-            f"clips are given as module:function that yields the forward's arguments, or noise, got {spec}"
-        )
-    config: Any = getattr(source.model, "config", None)
-    size, frames = getattr(config, "image_size", 224), int(getattr(config, "num_frames", 16))
-    high, wide = (size, size) if isinstance(size, int) else tuple(size)[:2]
-    channels = int(getattr(config, "num_channels", 3))
-    dtype = next(source.module.parameters()).dtype
-
-    def make(some: Sequence[int]) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(wanted.seed + some[0])
-        return {
-            source.model.main_input_name: torch.randn(len(some), frames, channels, high, wide, generator=generator).to(
-                dtype
-            )
-        }
-
-    batches = Lazily(list(range(wanted.count or 4)), wanted.batch or 1, make)
-    metric = "agreement" if source.classes else "cosine"
-    return Data(batches, "noise", metric, "forward", source.model)

@@ -16,7 +16,7 @@ class NoModelError(Exception):
 
 
 class Kind(NamedTuple):
-    """What is usual for a kind of model.
+    """The usual run, metrics, methods and data of a kind of model.
 
     Attributes:
         run: how :func:`tokred.benchmark` runs it.
@@ -39,7 +39,9 @@ KINDS: dict[str, Kind] = {
     "text encoder": Kind("forward", "cosine", "cosine", _BLOCKS, "a text file, JSON lines, or hfds:NAME"),
     "dual encoder": Kind("forward", "top1", "cosine", _BLOCKS, "a folder of images, hfds:NAME, or noise"),
     "audio encoder": Kind("forward", "cosine", "cosine", _BLOCKS, "a folder of recordings (.wav), or noise"),
-    "video encoder": Kind("forward", "agreement", "agreement", _BLOCKS, "noise, or module:function that yields clips"),
+    "video encoder": Kind(
+        "forward", "agreement", "agreement", _BLOCKS, "a folder with a folder of frames for each clip, or noise",
+    ),
     "language model": Kind(
         "text", "perplexity", "perplexity", ("snapkv", "expected_attention", "keydiff"),
         "a text file, JSON lines with a field text, or hfds:NAME",
@@ -139,7 +141,7 @@ class Source:
         """Shape of one input with a batch of one, where the model says it; None where it does not."""
         if self.images is not None:
             return (1, self.images.channels, *self.images.size)
-        config = getattr(self.model, "config", None)
+        config: Any = getattr(self.model, "config", None)
         inner = getattr(config, "vision_config", config)
         bins = getattr(config, "num_mel_bins", None)
         if self.kind == "text encoder":

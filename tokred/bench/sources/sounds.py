@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import random
 import wave
@@ -183,7 +184,7 @@ def _wave(sound: Path | bytes) -> tuple[Tensor, int]:
 
 def _other(sound: Path) -> tuple[Tensor, int]:
     try:
-        import soundfile
+        soundfile = importlib.import_module("soundfile")
     except ImportError as error:
         raise ImportError(f"{sound} needs soundfile: pip install soundfile, or give WAV files") from error
     x, rate = soundfile.read(str(sound), dtype="float32", always_2d=True)
@@ -199,4 +200,5 @@ def resampled(x: Tensor, own: int, rate: int) -> Tensor:
     bins = count // 2 + 1
     kept = torch.zeros(bins, dtype=spectrum.dtype)
     kept[: min(bins, len(spectrum))] = spectrum[:bins]
-    return torch.fft.irfft(kept, n=count) * (count / len(x))
+    found: Tensor = torch.fft.irfft(kept, n=count) * (count / len(x))
+    return found
