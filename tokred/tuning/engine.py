@@ -209,7 +209,7 @@ class Engine:
         return self._base[key]
 
     def _kept(self, output: Any) -> Any:
-        """What is kept of an unpatched output, which others are compared with: its tensor, or else all of it."""
+        """The part of an unpatched output that others are compared with: its tensor, or else all of it."""
         if self.score.log:
             return None
         try:

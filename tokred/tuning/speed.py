@@ -98,7 +98,7 @@ class Clock:
         return tuple(next(tensors(self.engine.timed)).shape)
 
     def _counted(self, plan: Plan, step: int) -> bool:
-        """Whether the tokens that are counted beforehand are those of a real forward."""
+        """True if the tokens that are counted beforehand are those of a real forward."""
         try:
             layers = self._layers(plan.at(step))
         except Exception:  # an input that no shape tells the tokens of

@@ -52,7 +52,7 @@ def amount(value: float, metric: str) -> str:
 
 
 def against(chosen: Row, rival: Row | None, word: str, metric: str, better: str, name: str) -> str:
-    """Whether the chosen row beats another one beyond chance.
+    """A sentence on the chosen row beside another one: better or worse, beyond chance or not.
 
     Args:
         chosen, rival: rows; the gain of the chosen one is over this rival.
@@ -89,7 +89,7 @@ def against(chosen: Row, rival: Row | None, word: str, metric: str, better: str,
 
 
 def reached(goal: Goal, chosen: Row, met: bool, metric: str) -> str:
-    """Whether the goal is reached on the samples that were held out."""
+    """A sentence that says if the goal is reached on the samples that were held out."""
     if goal.kind == "speedup":
         found = f"{chosen['speedup']:.2f}x [{chosen['speedup_low']:.2f}, {chosen['speedup_high']:.2f}]"
     elif goal.kind == "memory":
