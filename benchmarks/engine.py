@@ -68,7 +68,7 @@ def measured(
         for row in table.rows:
             label = f"{row['method']} {row['setting']}".strip()
             if row["quality"] is None:
-                print(f"{label}: {row['reason']}", file=sys.stderr, flush=True)
+                print(f"{labels.get(label, label)}: {row['reason']}", file=sys.stderr, flush=True)
                 continue
             method, _, setting = labels.get(label, label).partition(" ")
             head = {"model": name, "method": method, "setting": setting, **(more or {}), **source}

@@ -202,6 +202,10 @@ def _numbers(kind: str, mine: Sequence[Value], base: Sequence[Value]) -> dict[st
     row: dict[str, Any] = {"bytes": round(sum(v.held for v in mine) / len(mine)), "bytes_count": len(mine)}
     if kind not in WINDOWS:
         ends = [None if x is None else min(1.0, max(0.0, x)) for x in quality]
+        if name == "retrieval":
+            # Contexts that all agree are no certainty: no narrower than if all answers were independent.
+            low, high = results.wilson(quality.value, round(sum(weights)))
+            ends[1:] = [low if ends[1] is None else min(low, ends[1]), high if ends[2] is None else max(high, ends[2])]
         return row | {**_ends(name, ends), f"{name}_count": round(sum(weights))}
     row |= {**_ends(name, [None if x is None else math.exp(x) for x in quality]), "perplexity_count": len(mine)}
     if mine != base:

@@ -71,7 +71,27 @@ def kv_tasks_kept(found: Results) -> str:
     header = ["task", "samples", "full cache", "random", "farthest from random", "at", "its figure"]
     text = f"Kept are {', '.join(kept) or 'none'}. Dropped, since no policy is {KEPT:g} standard errors better than a "
     text += f"random choice at any budget: {', '.join(dropped) or 'none'}."
-    return f"{table([*header, 'standard errors apart', ''], lines, 1)}\n\n{text}"
+    return f"{_there(found)}\n\n{table([*header, 'standard errors apart', ''], lines, 1)}\n\n{text}"
+
+
+def _there(found: Results) -> str:
+    """What was measured, and what was not yet."""
+    rows = [r for r in found.records("kv", "tasks") if r["method"] != "unpatched"]
+    shares = [text for share, text in SHARES.items() if any(r["setting"] == f"budget={share}" for r in rows)]
+    known = dict.fromkeys(r["method"] for r in found.records("kv", "quality") if r["method"] != "unpatched")
+    there = {r["method"] for r in rows}
+    kinds = {r["data"] for r in rows}
+    counts = sorted({r["apart_count"] for r in rows if "apart_count" in r})
+    some = {n for n in there if {r["data"] for r in rows if r["method"] == n} < kinds}
+    text = f"Measured are {', '.join(shares) or 'no part'} of the cache, with {_range(counts)} samples a task"
+    missing = [f"`{n}`" for n in known if n not in there]
+    text += f"; not yet: {', '.join(k for k in (*WINDOWS, *KEYS, 'summary') if k not in kinds) or 'no task'}"
+    text += f"; of no task: {', '.join(missing)}" if missing else ""
+    return text + (f"; of some tasks only: {code(sorted(some))}." if some else ".")
+
+
+def _range(counts: Sequence[int]) -> str:
+    return "no" if not counts else str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
 
 
 def _kept(found: Results) -> list[tuple[str, str]]:

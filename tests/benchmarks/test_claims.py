@@ -17,7 +17,7 @@ PAGES = [p for p in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 # Paragraphs that stay as they are typed, by how they begin.
 ALLOWED = {
     # What an interval is for, with a number that is an example.
-    "docs/evaluate.md": ("`print(result)` is a table",),
+    "docs/evaluate.md": ("`print(result)` is a table", "`print(found)` says which one is better"),
     # Published figures, of others' tables.
     "docs/methods/diffusion/ibtm.md": ("Measured by others on SD 3.5",),
     "docs/methods/diffusion/toma.md": ("The authors: SDXL",),
