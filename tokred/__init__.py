@@ -14,7 +14,6 @@ import logging
 from typing import Any
 
 from tokred import methods as _methods  # registers the built-in names
-from tokred.adapters.contract import cache_kwargs
 from tokred.analysis.explain import Explanation, explain
 from tokred.api import (
     Flops,
@@ -72,6 +71,7 @@ _LAZY = {
     "Place": "tokred.core.place:Place",
     "bench": "tokred.bench",
     "benchmark": "tokred.bench.benchmark:benchmark",
+    "cache_kwargs": "tokred.adapters.contract:cache_kwargs",
     "eval": "tokred.eval",
     "choose_tsp_layer": "tokred.analysis.tsp_layer:choose_tsp_layer",
     "kv": "tokred.kv",
@@ -107,7 +107,6 @@ __all__ = [
     "__version__",
     "applied",
     "apply",
-    "cache_kwargs",
     "explain",
     "flops",
     "from_dict",

@@ -1,4 +1,4 @@
-"""Scenes for the embedded model: one garment of Fashion-MNIST at a random place on a crop of a photograph.
+"""Scenes for the next embedded model: one garment of Fashion-MNIST at a random place on a crop of a photograph.
 
 The model that is trained on them, :func:`build`, has ViT-B/16's token geometry (14 x 14 patches and a class token) on
 112 pixels. A garment of 28 pixels touches 16 to 25 of the 196 patches: what is lost of them is lost for the answer.

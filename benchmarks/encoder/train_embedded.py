@@ -17,6 +17,7 @@ garments can be learnt along with the labels (``--teacher-epochs``).
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import time
 from pathlib import Path
@@ -27,9 +28,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.encoder import clutter
+from benchmarks.encoder.clutter import MEAN, MODEL, PATCH, SIZE, STD, build, compose, conv, normalise
 
 Stages = tuple[tuple[int, int], ...]  # pixels each way of the pictures, and how many of them
-BATCH, LARGE, EVALUATED = 128, 32, 1000
+BATCH, LARGE, EVALUATED = 128, 16, 1000
 
 
 class Teacher(nn.Module):
@@ -37,7 +39,6 @@ class Teacher(nn.Module):
 
     def __init__(self, width: int = 16):
         super().__init__()
-        conv = clutter.conv
         self.stem = conv(1, width)
         self.down = nn.ModuleList([conv(width, 2 * width, 2), conv(2 * width, 4 * width, 2)])
         self.res = nn.ModuleList([nn.Sequential(conv(w, w), conv(w, w)) for w in (2 * width, 4 * width)])
@@ -99,18 +100,18 @@ class Data:
         self.photos = clutter.photographs(photos, clutter.TRAINED_ON, (120, 200, 300))
         self.held_photos = clutter.photographs(photos, clutter.HELD_OUT, (200,))
 
-    def held(self, count: int, size: int = clutter.SIZE) -> tuple[Tensor, Tensor]:
+    def held(self, count: int, size: int = SIZE) -> tuple[Tensor, Tensor]:
         """The first ``count`` garments of the test set in scenes of their own: ``(N, 3, size, size)`` and ``(N,)``."""
         g = torch.Generator().manual_seed(0)
         scenes = clutter.draw(torch.arange(count), self.held_photos, size, g)
-        pictures = clutter.compose(scenes, self.held_garments, self.held_photos, size)
-        return clutter.normalise(pictures), self.held_labels[:count]
+        pictures = compose(scenes, self.held_garments, self.held_photos, size)
+        return normalise(pictures), self.held_labels[:count]
 
     def batch(self, index: Tensor, size: int) -> tuple[Tensor, Tensor]:
         """Training pictures ``(N, 3, size, size)`` of the garments ``index``, and which are mirrored ``(N,)``."""
         scenes = clutter.draw(index, self.photos, size)
-        pictures = clutter.compose(scenes, self.garments, self.photos, size)
-        return clutter.normalise(pictures), scenes.flip
+        pictures = compose(scenes, self.garments, self.photos, size)
+        return normalise(pictures), scenes.flip
 
 
 class Log:
@@ -132,7 +133,7 @@ def forward(model: Any, x: Tensor, random_window: bool = False) -> Tensor:
     The window of the position embedding is the middle one, or one of each picture's own.
     """
     patches = model.patch_embed(x)
-    b, side, full = x.shape[0], x.shape[-1] // clutter.PATCH, clutter.SIZE // clutter.PATCH
+    b, side, full = x.shape[0], x.shape[-1] // PATCH, SIZE // PATCH
     room = full - side
     corner = torch.randint(room + 1, (b, 2)) if random_window else torch.full((b, 2), room // 2)
     at = torch.arange(side)
@@ -154,7 +155,7 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 def begin(warm: Path | None) -> Any:
     """A model whose position embedding and blocks are those of an earlier one, every block of eight from its depth."""
-    model: Any = clutter.build()
+    model: Any = build()
     if warm:
         from safetensors.torch import load_file
 
@@ -194,8 +195,8 @@ def stages(text: str) -> Stages:
     """
     found = tuple((int(size), int(count)) for size, _, count in (part.partition(":") for part in text.split(",")))
     for size, _ in found:
-        if size % clutter.PATCH or not 40 <= size <= clutter.SIZE:
-            raise ValueError(f"a stage's pixels are 40 to {clutter.SIZE} in steps of {clutter.PATCH}, got {size}")
+        if size % PATCH or not 40 <= size <= SIZE:
+            raise ValueError(f"a stage's pixels are 40 to {SIZE} in steps of {PATCH}, got {size}")
     return found
 
 
@@ -280,10 +281,37 @@ def train(args: argparse.Namespace, data: Data, log: Log) -> nn.Module:
             mean = sum(sums) / len(sums)
             text = f"{size} px, {seen} pictures, loss {mean:.3f}, held out at {size} px {top1:.3f}"
             if over:
-                text += f", at {clutter.SIZE} px {accuracy(model, *data.held(EVALUATED)):.3f}"
+                text += f", at {SIZE} px {accuracy(model, *data.held(EVALUATED)):.3f}"
             log(text)
             told, sums = time.monotonic(), []
     return model.eval()
+
+
+def export(args: argparse.Namespace, data: Data, log: Log) -> None:
+    """Write the weights of the checkpoint, in half precision, and the sample of held-out scenes."""
+    import numpy as np
+    from safetensors.torch import save_file
+
+    kept = torch.load(args.state / "checkpoint.pt")
+    state = {k: v.half() if v.is_floating_point() else v for k, v in kept["model"].items()}
+    g = torch.Generator().manual_seed(0)
+    scenes = clutter.draw(torch.arange(args.sample), data.held_photos, SIZE, g)
+    labels = data.held_labels[: args.sample]
+    arrays = {name: value.numpy() for name, value in scenes._asdict().items()}
+    arrays |= {f"photo_{i}": photo.numpy() for i, photo in enumerate(data.held_photos)}
+    arrays |= {"garments": data.held_garments[: args.sample].numpy(), "labels": labels.numpy().astype(np.uint8)}
+    model = build().eval()
+    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+    right = 0
+    for part in torch.arange(args.sample).split(100):
+        some = type(scenes)(*(value[part] for value in scenes))
+        pictures = normalise(compose(some, data.held_garments, data.held_photos))
+        right += round(accuracy(model, pictures, labels[part]) * len(part))
+    notes = {"top1": right / args.sample, "images": args.sample, "trained_on": kept["seen"]}
+    header = {"architecture": json.dumps(MODEL), "mean": str(MEAN), "std": str(STD), "notes": json.dumps(notes)}
+    save_file({k: v.contiguous() for k, v in state.items()}, str(args.export / "vit_clutter.safetensors"), header)
+    np.savez_compressed(args.export / "clutter_sample.npz", **arrays)
+    log(f"exported: {notes['top1']:.4f} of {args.sample} held-out scenes")
 
 
 def main() -> None:
@@ -297,13 +325,15 @@ def main() -> None:
     )
     parser.add_argument("--teacher-epochs", type=int, default=4, help="0: learn from the labels alone")
     parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--export", type=Path, help="write weights and sample into this folder instead of training")
+    parser.add_argument("--sample", type=int, default=2000, help="scenes of the sample")
     parser.add_argument("--every", type=float, default=120, help="seconds between two checkpoints")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.state.mkdir(parents=True, exist_ok=True)
-    train(args, Data(args.fashion, args.photos), Log(args.state / "log.txt"))
+    (export if args.export else train)(args, Data(args.fashion, args.photos), Log(args.state / "log.txt"))
 
 
 if __name__ == "__main__":

@@ -34,10 +34,7 @@ class Sample(NamedTuple):
 def _file(name: str) -> Path:
     path = FOLDER / name
     if not path.exists():
-        raise FileNotFoundError(
-            f"{path} is not there: this copy of tokred was built without it; "
-            "`python -m benchmarks encoder/train_embedded --out tokred/bench/data` makes it anew"
-        )
+        raise FileNotFoundError(f"{path} is not there: this copy of tokred was built without it; install tokred anew")
     return path
 
 
