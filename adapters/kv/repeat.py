@@ -38,6 +38,7 @@ def repeat(module: nn.Module, given: dict[str, Any], cache: TokCache) -> None:
     context = _joined(holder.notes.pop(CONTEXT, None), given, embed)
     site = engine.waiting
     if site is None:
+        # Nothing waits for its score yet: more of the prompt is to come, or nothing has to go.
         holder.notes[CONTEXT] = context
         return
     recorded, mask = context.shape[1], words.ATTENTION_MASK.of(given)

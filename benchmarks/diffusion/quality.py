@@ -93,11 +93,22 @@ def batches(model: Any, samples: int, size: int) -> list[dict[str, Tensor]]:
     return found
 
 
-METRICS = {
-    "psnr": lambda output, batch: psnr(output.float(), batch["reference"]),
-    "mae": lambda output, batch: (output.float() - batch["reference"]).abs().flatten(1).mean(1),
-    "spectrum_db": lambda output, batch: spectrum_distance(output.float(), batch["reference"]),
-}
+def nearness(output: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """``(B,)`` dB, beside the unpatched model's images."""
+    return psnr(output.float(), batch["reference"])
+
+
+def distance(output: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """``(B,)`` mean absolute error."""
+    return (output.float() - batch["reference"]).abs().flatten(1).mean(1)
+
+
+def spectra(output: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """``(B,)`` distance of the radial spectra in dB."""
+    return spectrum_distance(output.float(), batch["reference"])
+
+
+METRICS = {"psnr": nearness, "mae": distance, "spectrum_db": spectra}
 
 
 def measure(

@@ -7,9 +7,8 @@
 The model is ``benchmarks/zoo/vlm.py``: DINOv2, a projector, SmolLM2-135M; it names the piece of clothing in a scene. It
 was trained with all tokens, none dropped. An answer is right if it is the class's name, word for word.
 
-``tokens_left`` is the mean number of visual tokens at the input of the last layer, ``tokens_mean`` the mean over the
-inputs of all layers, text included, of the first batch. Times are those of whole answers, paired with the unpatched
-model's.
+``tokens_left`` is the number of visual tokens at the input of the last layer, for the first batch. Times are those of
+whole answers, paired with the unpatched model's.
 """
 
 from __future__ import annotations
@@ -128,7 +127,11 @@ def main() -> None:
     data = batches(model, tokenizer, vlm.scenes("test", count, seed=1), given.batch)
     source = {"name": "dinov2-smollm2-135m", "data_from": carriers.cited("dinov2", "smollm2", "fashion")}
     options = {"run": "generate", "tokenizer": tokenizer, "max_new_tokens": 6, "rounds": rounds, "values": given.values}
-    save(measured(model, chosen, data, {"exact": exact}, **source, **options), "answers", given)
+    rows = measured(model, chosen, data, {"exact": exact}, **source, **options)
+    text = data[0]["input_ids"].shape[1] - FULL
+    for row in rows:
+        row["tokens_left"] = row["tokens_out"] - text
+    save(rows, "answers", given)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ from tokred.bench import workers as spread
 from tokred.bench.engine import Engine
 from tokred.bench.entries import Entry, entries
 from tokred.bench.feeds import Batches, Feed
-from tokred.bench.scoring import Better, Metric, Scorer, scorer
+from tokred.bench.ready import Better
+from tokred.bench.scoring import Metric, Scorer, scorer
 from tokred.bench.table import Benchmark
 from tokred.core.site import STAGES
 from tokred.errors import UnsupportedModelError
@@ -104,9 +105,9 @@ def benchmark(
     """
     began = time.perf_counter()
     held = feeds.modules(model)
-    for given, called in ((rounds, "rounds"), (1 if max_new_tokens is None else max_new_tokens, "max_new_tokens")):
-        if isinstance(given, bool) or not isinstance(given, int) or given < 1:
-            raise ValueError(f"{called} must be a whole number of at least 1, got {given!r}")
+    for value, called in ((rounds, "rounds"), (1 if max_new_tokens is None else max_new_tokens, "max_new_tokens")):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{called} must be a whole number of at least 1, got {value!r}")
     feeds.check(run)
     wanted = entries(methods)
     target = feeds.target(model, [s for one in wanted for s in one.stages])

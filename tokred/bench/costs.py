@@ -12,8 +12,9 @@ from tokred import api
 from tokred.bench.entries import Cost, Entry
 from tokred.bench.feeds import Feed
 
-# Attention on a CPU, which torch's counter of operations leaves out.
-_CPU = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+# Attention as torch runs it: on a CPU, which its counter of operations leaves out, and on CUDA.
+_NAMES = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+_FUSED = [getattr(torch.ops.aten, f"_scaled_dot_product_{name}", None) for name in _NAMES]
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
@@ -45,7 +46,7 @@ class Costs:
 
     def _counted(self, single: bool) -> float:
         """Multiply-adds of a sample in the model as it is now."""
-        counter = FlopCounterMode(display=False, custom_mapping={} if _CPU is None else {_CPU: _attention})
+        counter = FlopCounterMode(display=False, custom_mapping={op: _attention for op in _FUSED if op is not None})
         with counter:
             samples = self.probe(single)
         return float(counter.get_total_flops() / 2e9 / samples)

@@ -43,7 +43,7 @@ class Parts:
         """Write down that from now on the part on top of the stack is at work."""
         now: Any = time.perf_counter()
         if self.cuda:
-            now = torch.cuda.Event(enable_timing=True)
+            now = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             now.record()
         self.marks.append((self.stack[-1] if self.stack else REST, now))
 

@@ -80,7 +80,7 @@ class RankEngine(Engine):
         return dist.get_rank() == 0
 
     def cost(self, one: Entry, single: bool = False) -> Cost:
-        """As the first process finds it, so that all choose the same rows."""
+        """Cost of a row as the first process finds it, so that all choose the same rows."""
         mine = _outcome(lambda: Engine.cost(self, one, single)) if self.first else (None, "")
         found, why = gather(mine)[0]
         if found is None:
@@ -88,8 +88,7 @@ class RankEngine(Engine):
         return found
 
     def measured(self, one: Entry) -> dict[str, Any]:
-        """As of :class:`~tokred.bench.engine.Engine`, with the samples of all processes; a row that fails in one fails
-        in all."""
+        """Quality and times of a row over the samples of all processes; a row that fails in one fails in all."""
         self._pooled = False
         try:
             return super().measured(one)

@@ -19,7 +19,8 @@ from torch import Tensor
 from tokred import adapters, api
 from tokred.bench import feeds, timing
 from tokred.bench.read import answer, samples
-from tokred.bench.scoring import Better, Metric, scorer
+from tokred.bench.ready import Better
+from tokred.bench.scoring import Metric, scorer
 from tokred.core.method import Method
 from tokred.errors import NothingRemovedWarning, UnsupportedModelError
 
@@ -52,7 +53,7 @@ def stage_of(model: Any, stages: Sequence[str]) -> str:
     refusal: UnsupportedModelError | None = None
     for stage in stages:
         try:
-            adapters.find(feeds.target(model, [stage]), stage)  # type: ignore[arg-type]
+            adapters.find(feeds.target(model, [stage]), stage)
         except UnsupportedModelError as error:
             refusal = refusal or error
         else:
@@ -259,9 +260,9 @@ class Engine:
             return [sign * v for v in values]
         if x.ndim == 2 and self.score.name in COARSE:
             log, target = x.float().log_softmax(-1), dense.float().log_softmax(-1)
-            return F.kl_div(log, target, reduction="none", log_target=True).sum(-1).double().tolist()  # type: ignore[no-any-return]
+            return F.kl_div(log, target, reduction="none", log_target=True).sum(-1).double().tolist()
         cosine = F.cosine_similarity(x.float().flatten(1), dense.float().flatten(1), dim=-1)
-        return (1 - cosine).double().tolist()  # type: ignore[no-any-return]
+        return (1 - cosine).double().tolist()
 
     def times(self, methods: Sequence[Method], rounds: int, seed: int = 0) -> list[list[float]]:
         """Seconds ``[1 + method][round]`` of the unpatched model and of some methods, in turns on one batch."""

@@ -184,7 +184,7 @@ class Finals:
 
     def front(self, best: Finalist, rival: Finalist, levels: Sequence[float]) -> list[dict[str, Any]]:
         """Rows of the chosen shape and of the constant one at other speeds, timed together."""
-        pairs = []
+        pairs: list[Finalist] = []
         for level in levels:
             for role, one in (("searched", best), ("constant", rival)):
                 if role == "constant" and rival is best:

@@ -19,7 +19,8 @@ from tokred import adapters, api
 from tokred.bench import feeds
 from tokred.bench.benchmark import name_of, prepared
 from tokred.bench.feeds import Run
-from tokred.bench.scoring import Better, Metric
+from tokred.bench.ready import Better
+from tokred.bench.scoring import Metric
 from tokred.core.checks import check_choice, check_count
 from tokred.core.method import Method
 from tokred.core.registry import methods as registered
@@ -325,6 +326,8 @@ def _teller(progress: bool, trials: int) -> Callable[[Trial, int], None]:
     best: list[float] = []
 
     def tell(trial: Trial, count: int) -> None:
+        if count > trials:  # the finals' settings, which are brought to their speed
+            return
         first = trial.complete and (not best or trial.loss < best[-1])
         if first:
             best.append(trial.loss)

@@ -277,9 +277,9 @@ class Plan:
             else:
                 near = [v for v in (value - 1, value + 1) if 0 <= v <= d]
             for other in near:
-                changed = {**dict(self.options), name: other}
-                if not changed.get("start", 0) >= changed.get("stop", d):
-                    yield Plan(base, None, tuple(changed.items()))
+                options = {**dict(self.options), name: other}
+                if not options.get("start", 0) >= options.get("stop", d):
+                    yield Plan(base, None, tuple(options.items()))
 
     def _shifted(self, weights: tuple[float, ...]) -> Iterator[Plan]:
         for i, w in enumerate(weights):

@@ -15,7 +15,8 @@ from tokred.core.site import STAGES
 @contextmanager
 def drawn(seed: int) -> Iterator[None]:
     """Random numbers of torch that begin with a seed, and go on as before afterwards."""
-    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
+    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if used else []):
         torch.manual_seed(seed)
         yield
 

@@ -154,4 +154,5 @@ def _of_pil(picture: Any) -> Tensor:
     kind = "L" if picture.mode in ("L", "1") else "RGB"
     raw = torch.frombuffer(bytearray(picture.convert(kind).tobytes()), dtype=torch.uint8)
     wide, high = picture.size
-    return raw.view(high, wide, -1).permute(2, 0, 1).float() / 255
+    found: Tensor = raw.view(high, wide, -1).permute(2, 0, 1).float() / 255
+    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from tokred.kv.budgets.squeeze import spread_exactly
 from tokred.kv.parts import Budget, check_amount
@@ -35,10 +35,11 @@ class Layered(Budget):
         check_amount(self.amount)
         if self.weights is None:
             return
-        if isinstance(self.weights, str) or not hasattr(self.weights, "__iter__"):
-            raise TypeError(f"weights must be one number for each layer, got {self.weights!r}")
+        given: Any = self.weights
+        if isinstance(given, str) or not hasattr(given, "__iter__"):
+            raise TypeError(f"weights must be one number for each layer, got {given!r}")
         found = []
-        for i, weight in enumerate(self.weights):
+        for i, weight in enumerate(given):
             if isinstance(weight, bool) or not isinstance(weight, int | float):
                 raise TypeError(f"weights[{i}] must be a number, got {weight!r}")
             if not 0 <= weight < math.inf:
