@@ -153,6 +153,7 @@ class RayEngine(Engine):
         """The record of a row that a worker finished, written to the table; or why there is none."""
         import ray
 
+        record: dict[str, Any]
         try:
             record, tally = ray.get(reference)
         except ray.exceptions.RayTaskError as error:

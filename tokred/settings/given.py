@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tokred.core.method import Method
 from tokred.core.names import MethodName
@@ -16,6 +16,11 @@ from tokred.settings import share
 OneMethod = MethodName | str | type[Method] | Method
 Setting = OneMethod | Mapping[str, Any] | Path
 MethodLike = Setting | Sequence[Setting]
+
+
+def _makes_methods(cls: Any) -> bool:
+    """True of a class of methods."""
+    return isinstance(cls, type) and issubclass(cls, Method) and dataclasses.is_dataclass(cls)
 
 
 def make(method: OneMethod, **parameters: Any) -> Method:
@@ -36,8 +41,9 @@ def make(method: OneMethod, **parameters: Any) -> Method:
                 f"{type(method).__name__} already has its parameters; {', '.join(parameters)} cannot be given beside it"
             )
         return method
-    cls: Any = registered.get(method) if isinstance(method, str) else method
-    if not (isinstance(cls, type) and issubclass(cls, Method) and dataclasses.is_dataclass(cls)):
+    # Whatever users give: the annotation is no promise.
+    cls = cast(Any, registered.get(method) if isinstance(method, str) else method)
+    if not _makes_methods(cls):
         raise TypeError(f"a method is a name, a class of methods or a Method object, got {method!r}")
     known = [f.name for f in dataclasses.fields(cls) if f.init]
     unknown = [p for p in parameters if p not in known]
