@@ -3,7 +3,7 @@
     python -m benchmarks.zoo.fetch dinov2 smollm2 handbook fashion
     python -m benchmarks experiments/tune --only embedded --out benchmarks/results/tune.csv
     python -m benchmarks experiments/tune --only dinov2 smollm2 --seeds 0 1 2 --out benchmarks/results/tune.csv
-    python -m benchmarks experiments/tune --plot docs/img/tune.png --out benchmarks/results/tune.csv
+    python -m benchmarks experiments/tune --plots docs/img --out benchmarks/results/tune.csv
 
 Three models, a division of the samples and a search for each seed:
 
