@@ -1,4 +1,4 @@
-"""The table that README and the home page begin with: one setting a task, what it gains and loses, and chance beside it."""
+"""The table that README and the home page begin with: one setting a task, its gain and loss, and chance beside it."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ def _speech(found: Results) -> list[str]:
 def _denoised(found: Results) -> list[str]:
     rows = [r for r in found.records("diffusion", "quality") if r["setting"] == "ratio=0.5 max_downsample=4"]
     merged, drawn = (results.one(rows, method=m) for m in ("keymerge", "random_latent_prune"))
-    lost, instead = (Xfor r in (merged, drawn))
-    return ["draw, UNet of 1,024 tokens", f"`keymerge {merged['setting']}`", _faster(merged), lost, instead, "diffusion: quality"]
+    lost, instead = (f"PSNR {r['psnr']:.0f} dB" for r in (merged, drawn))
+    take = f"`keymerge {merged['setting']}`"
+    return ["draw, UNet of 1,024 tokens", take, _faster(merged), lost, instead, "diffusion: quality"]
 
 
 def _large(found: Results) -> list[str]:
