@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.pages import caches, diffusion, encoder, tasks, vlm
+from benchmarks.pages import caches, diffusion, encoder, face, tasks, vlm
 from benchmarks.pages.markdown import ROOT, Results, table
 from tokred.bench import results
 from tokred.bench.metrics import METRICS
@@ -44,6 +44,8 @@ _PARTS = (
 )  # fmt: skip
 PAGES = {
     PAGE: {part.__name__: part for part in _PARTS},
+    ROOT / "README.md": {"face": face.face},
+    DOCS / "index.md": {"face": face.face},
     DOCS / "methods" / "diffusion" / "keymerge.md": {"keymerge": diffusion.keymerge},
     DOCS / "methods" / "encoder" / "spatten.md": {"text": encoder.text, "text_claims": encoder.text_claims},
     DOCS / "methods" / "encoder" / "ltp.md": {"text": encoder.text, "text_claims": encoder.text_claims},

@@ -82,12 +82,17 @@ def apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_blocks_run(path: Path) -> None:
+    text = path.read_text("utf-8")
     for host in ("timm", "transformers", "diffusers"):
-        if re.search(rf"^\s*(import|from) {host}\b", path.read_text("utf-8"), re.MULTILINE):
+        if re.search(rf"^\s*(import|from) {host}\b", text, re.MULTILINE):
             pytest.importorskip(host)
+    for models in re.findall(
+        r"^from tokred\.adapters\.tiny import .*?\b(diffusion|kv|transformers|vlm)\b", text, re.MULTILINE
+    ):
+        pytest.importorskip("diffusers" if models == "diffusion" else "transformers")
     namespace: dict[str, object] = {"__name__": "__page__"}
     printed, numbers = None, as_pinned()
-    for block in blocks(path.read_text("utf-8")):
+    for block in blocks(text):
         where = f"{path.relative_to(ROOT)}:{block.line}"
         if block.info == "python":
             if block.note.startswith("not run"):
