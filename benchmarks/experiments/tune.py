@@ -90,8 +90,12 @@ class Reader:
 
     def rest(self, model: Any, ids: Tensor, cache: Any) -> Tensor:
         """Logits of what stands behind the prompt."""
-        found: Tensor = model(ids[:, self.prompt : -1], past_key_values=cache).logits
+        found: Tensor = model(ids[:, self.prompt : -1], **tokred.cache_kwargs(cache)).logits
         return found
+
+    def probe(self, model: Any, batch: Any) -> None:
+        """The prompt alone, after which the cache holds what the policy left of it."""
+        self.read[self.key(batch["input_ids"])].fill(tokred.kv_cache(model))
 
 
 def smollm2_case(args: argparse.Namespace) -> dict[str, Any]:
