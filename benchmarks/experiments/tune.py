@@ -94,8 +94,10 @@ class Reader:
         return found
 
     def probe(self, model: Any, batch: Any) -> None:
-        """The prompt alone, after which the cache holds what the policy left of it."""
-        self.read[self.key(batch["input_ids"])].fill(tokred.kv_cache(model))
+        """The prompt and one token, after which the cache holds what the policy left of it."""
+        ids = batch["input_ids"]
+        cache = self.read[self.key(ids)].fill(tokred.kv_cache(model))
+        model(ids[:, self.prompt : self.prompt + 1], **tokred.cache_kwargs(cache))
 
 
 def smollm2_case(args: argparse.Namespace) -> dict[str, Any]:

@@ -24,7 +24,8 @@ from tokred.tuning.space import Base
 TOLERANCE = 0.015  # of a speed: so near two settings are equally fast
 ATTEMPTS = 3  # at making finalists as fast as they should be
 FINALISTS = 3
-NEAR = 0.1  # a constant schedule that is at most so much faster than was asked for sets the speed for the others
+NEAR = 0.05  # a constant schedule that is at most so much faster than was asked for sets the speed for the others
+FAR = 0.1  # beyond so much the chosen shape is not brought to its speed either: that would remove too much for the goal
 LEVEL = (-0.005, 0.02)  # how much faster than the constant setting a chosen one may be measured: from level upwards
 REFITS = 5
 
@@ -134,7 +135,7 @@ class Finals:
         if rival.role != "constant" or best is rival or self.search.goal.kind != "speedup":
             return
         shown = [one for one in entrants if one is best or one is rival or one.role == "random"]
-        if rival.speed.median > self.search.level * (1 + NEAR):  # to remove so much more would serve nobody
+        if rival.speed.median > self.search.level * (1 + FAR):
             return
         tries: list[tuple[float, list[Finalist]]] = []
         for attempt in range(REFITS):
