@@ -90,8 +90,14 @@ class Reader:
 
     def rest(self, model: Any, ids: Tensor, cache: Any) -> Tensor:
         """Logits of what stands behind the prompt."""
-        found: Tensor = model(ids[:, self.prompt : -1], past_key_values=cache).logits
+        found: Tensor = model(ids[:, self.prompt : -1], **tokred.cache_kwargs(cache)).logits
         return found
+
+    def probe(self, model: Any, batch: Any) -> None:
+        """The prompt and one token, after which the cache holds what the policy left of it."""
+        ids = batch["input_ids"]
+        cache = self.read[self.key(ids)].fill(tokred.kv_cache(model))
+        model(ids[:, self.prompt : self.prompt + 1], **tokred.cache_kwargs(cache))
 
 
 def smollm2_case(args: argparse.Namespace) -> dict[str, Any]:
