@@ -347,7 +347,7 @@ def test_methods_that_do_not_fit_are_refused(tmp_path):
         viz.page(model, x, "evit", tmp_path / "a.html")
     with pytest.raises(ValueError, match="no method is given"):
         viz.page(model, x, [], tmp_path / "a.html")
-    with pytest.raises(TypeError, match="a name or a Method"):
+    with pytest.raises(TypeError, match="a name, a class of methods or a Method"):
         viz.page(model, x, [3], tmp_path / "a.html")
     with pytest.raises(ValueError, match="already patched"):
         viz.page(tokred.apply(model, "tome", r=2), x, "tome r=2", tmp_path / "a.html")

@@ -130,17 +130,17 @@ def test_command_line(tmp_path: Path):
         return done.exit_code, done.output
 
     sd15().save_pretrained(tmp_path / "unet")
-    code, text = ask("--model", str(tmp_path), "--size", "16", "--set", "ratio=0.25")
+    code, text = ask("--model", str(tmp_path), "--size", "16", "-m", "tomesd ratio=0.25")
     assert code == 0
     assert "256 -> 192" in text
     assert "ceiling of the speed-up" in text
-    code, text = ask("--model", "wan-1.3b", "--method", "todo", "--set", "factors=(1,2)", "--size", "49x480x832")
+    code, text = ask("--model", "wan-1.3b", "-m", "todo factors=(1,2)", "--size", "49x480x832")
     assert code == 0
     assert "20280 -> 5070" in text
     MODELS["wan"]().save_pretrained(tmp_path / "clips" / "transformer")
     (tmp_path / "clips" / "vae").mkdir()
     (tmp_path / "clips" / "vae" / "config.json").write_text('{"scale_factor_spatial": 8, "scale_factor_temporal": 4}')
-    todo = ("--method", "todo", "--set", "factors=(1,2)")
+    todo = ("-m", "todo factors=(1,2)")
     code, text = ask("--model", str(tmp_path / "clips"), *todo, "--size", "9x128x96")
     assert "sample 3 x 16 x 12" in text
     for arguments, words in (

@@ -58,6 +58,8 @@ def call(made: Any, *, short: bool = True) -> str:
         made: the object.
         short: whether objects among its parameters are written as what users give for them, as in ``r=13``.
     """
+    if not dataclasses.is_dataclass(made):  # methods of users need not be
+        return f"{type(made).__name__}()"
     fields = [f for f in dataclasses.fields(made) if f.init]
     required = any(f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING for f in fields)
     usual = None if required else type(made)()

@@ -143,8 +143,8 @@ def pictures(output: Any) -> Tensor:
         raise TypeError(f"run='pipeline' reads pictures, and the output is {type(output).__name__}")
     if output.ndim == 5:  # (B, F, C, H, W)
         output = output.transpose(1, 2).flatten(2, 3)
-    pictures: Tensor = output.float()
-    return pictures
+    values: Tensor = output.float()
+    return values
 
 
 def _arrays(values: Sequence[Any]) -> bool:
