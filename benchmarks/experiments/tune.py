@@ -3,7 +3,7 @@
     python -m benchmarks.zoo.fetch dinov2 smollm2 handbook fashion
     python -m benchmarks experiments/tune --only embedded --out benchmarks/results/tune.csv
     python -m benchmarks experiments/tune --only dinov2 smollm2 --seeds 0 1 2 --out benchmarks/results/tune.csv
-    python -m benchmarks experiments/tune --plot docs/img/tune.png --out benchmarks/results/tune.csv
+    python -m benchmarks experiments/tune --plots docs/img --out benchmarks/results/tune.csv
 
 Three models, a division of the samples and a search for each seed:
 
@@ -90,8 +90,14 @@ class Reader:
 
     def rest(self, model: Any, ids: Tensor, cache: Any) -> Tensor:
         """Logits of what stands behind the prompt."""
-        found: Tensor = model(ids[:, self.prompt : -1], past_key_values=cache).logits
+        found: Tensor = model(ids[:, self.prompt : -1], **tokred.cache_kwargs(cache)).logits
         return found
+
+    def probe(self, model: Any, batch: Any) -> None:
+        """The prompt and one token, after which the cache holds what the policy left of it."""
+        ids = batch["input_ids"]
+        cache = self.read[self.key(ids)].fill(tokred.kv_cache(model))
+        model(ids[:, self.prompt : self.prompt + 1], **tokred.cache_kwargs(cache))
 
 
 def smollm2_case(args: argparse.Namespace) -> dict[str, Any]:

@@ -262,6 +262,7 @@ def _finished(search: Search, random: Base | None, rounds: int, name: str, wider
         raise ValueError(f"no setting of {', '.join(repr(b.text) for b in search.bases)} could be brought to {wanted}")
     needed = finals.measure(entrants)
     best = finals.winner(entrants, needed)
+    finals.level(best, entrants)
     rival = next((one for one in entrants if one.role == "constant"), None)
     rows = [finals.unpatched(), finals.row("chosen", best, rival)]
     for role in ("constant", "random"):

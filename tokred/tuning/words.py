@@ -10,7 +10,7 @@ from tokred.core.method import Method
 from tokred.tuning.goal import Goal
 from tokred.tuning.picture import schedule_of
 
-EQUAL = 0.03  # speeds that differ by less are called equal
+EQUAL = 0.02  # speeds that differ by less are called equal
 Row = dict[str, Any]
 
 

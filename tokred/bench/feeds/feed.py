@@ -69,7 +69,8 @@ class Own(Feed):
     """The user's own function ``run(model, batch) -> output``.
 
     Args:
-        function: it is called with the model, patched or not, and an item of the data.
+        function: it is called with the model, patched or not, and an item of the data. Where it has a function
+            ``probe`` of the same, that is called for reports of what was kept, and may run less.
     """
 
     name = "own"
@@ -84,3 +85,7 @@ class Own(Feed):
 
     def run(self, model: Any, batch: Any) -> Any:
         return self.function(model, batch)
+
+    def probe(self, model: Any, batch: Any) -> int:
+        getattr(self.function, "probe", self.function)(model, batch)
+        return samples(batch)
