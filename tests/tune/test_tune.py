@@ -175,7 +175,7 @@ def test_an_interrupt_gives_the_best_so_far(monkeypatch):
 
 @pytest.mark.parametrize("dear", [1.0, 1.02])
 def test_time_is_equal(monkeypatch, dear):
-    """The chosen shape is brought to the constant setting's measured speed: one that is 5.6 % faster than was asked for,
+    """The chosen shape is brought to the constant setting's measured speed: one that is 5.6 % faster than was asked,
     since four tokens a block are more than enough and three too few; and where a shape looked faster than it is."""
 
     def times(self, methods, rounds, seed=0):

@@ -79,9 +79,9 @@ def check_denoiser(model: str, where: str) -> None:
     from tokred.bench import sources
     from tokred.bench.sources import named
 
-    if Path(where).is_dir() and not model.startswith("hf:") and named.split(where)[0] == "diffusers":
-        return
     try:
+        if Path(where).is_dir() and not model.startswith("hf:") and named.split(where)[0] == "diffusers":
+            return
         kind = sources.skeleton(model).kind
     except sources.NoModelError:
         return  # the reader of denoisers says what there is
