@@ -44,8 +44,8 @@ def images(count: int = 64, batch: int = 8, seed: int = 0) -> list[tuple[Tensor,
     ]
 
 
-def harm(model: nn.Module, batch: Any) -> Tensor:
-    """An output that gets worse by each removed token, most in the first blocks: ``(B, 1)``, 0 is unpatched."""
+def harm(model: nn.Module, batch: Any, *, first: bool = True) -> Tensor:
+    """An output that is worse by each removed token, most in the first (or last) blocks: ``(B, 1)``, 0 is unpatched."""
     from tokred.adapters import find
 
     model(batch[0][:1])  # a report tells of a forward
@@ -54,7 +54,7 @@ def harm(model: nn.Module, batch: Any) -> Tensor:
     bad = 0.0
     for method in found:
         per = amounts(method.r, depth) if hasattr(method, "r") else [0] * depth
-        bad += sum(r * (depth - i) ** 2 for i, r in enumerate(per))
+        bad += sum(r * (depth - i if first else i + 1) ** 2 for i, r in enumerate(per))
     x = batch[0]
     return -bad * (1 + 0.1 * x.flatten(1).mean(1, keepdim=True))
 

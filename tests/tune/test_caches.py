@@ -78,3 +78,27 @@ def test_perplexity_of_texts(tmp_path):
 def test_a_speed_that_no_cache_reaches():
     with pytest.raises(ValueError, match="out of reach"):
         search(speedup=3.0)
+
+
+def test_what_is_held_is_read_off_where_the_run_says():
+    """A run adds rows of its own after the prompt, and its ``probe`` does not. Without one nothing is small enough, and
+    what loses least is chosen all the same."""
+
+    def run(model, batch):
+        found = torch.tensor([rows_of(model)[-1] + 1e-4 * float(batch.sum() % 7)])
+        cache = tokred.kv_cache(model) if tokred.patched(model) else None
+        out = model(torch.ones(1, 20, dtype=torch.long), use_cache=True, **tokred.cache_kwargs(cache))
+        cache = getattr(out, next(iter(tokred.cache_kwargs(None))))
+        model(torch.ones(1, 20, dtype=torch.long), **tokred.cache_kwargs(cache))
+        return found
+
+    def probe(model, batch):
+        model(torch.ones(1, 20, dtype=torch.long), **tokred.cache_kwargs(tokred.kv_cache(model)))
+
+    given = {"metric": lambda output, batch: output, "memory": 0.5, "trials": 8}
+    plain = search(run=run, **given)
+    assert not plain.met
+    assert plain.row("chosen")["memory"] > 0.6
+    assert plain.row("chosen")["quality"] > plain.row("constant")["quality"]
+    run.probe = probe
+    assert search(run=run, **given).row("chosen")["memory"] < 0.55  # of 20 rows, and where they stood

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -173,10 +174,10 @@ def test_an_interrupt_gives_the_best_so_far(monkeypatch):
         search()
 
 
-@pytest.mark.parametrize("dear", [1.0, 1.02])
+@pytest.mark.parametrize("dear", [1.0, 1.03])
 def test_time_is_equal(monkeypatch, dear):
-    """The chosen shape is brought to the constant setting's measured speed: one that is 5.6 % faster than was asked,
-    since four tokens a block are more than enough and three too few; and where a shape looked faster than it is."""
+    """The chosen shape is brought to the constant setting's measured speed, which is 5.6 % more than was asked for,
+    since four tokens a block are more than enough and three too few; also where a shape looked faster than it is."""
 
     def times(self, methods, rounds, seed=0):
         def share(engine, method):
@@ -186,7 +187,7 @@ def test_time_is_equal(monkeypatch, dear):
         return counted(share)(self, methods, rounds, seed)
 
     monkeypatch.setattr(Engine, "times", times)
-    found = search(search="greedy", speedup=1.15)
+    found = search(search="greedy", speedup=1.15, run=partial(harm, first=False))
     chosen, constant = found.row("chosen"), found.row("constant")
     assert constant["setting"] == "r=4"
     assert constant["speedup"] > 1.15 * 1.05
