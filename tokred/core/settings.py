@@ -62,7 +62,8 @@ def call(made: Any, *, short: bool = True) -> str:
         return f"{type(made).__name__}()"
     fields = [f for f in dataclasses.fields(made) if f.init]
     required = any(f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING for f in fields)
-    usual = None if required else type(made)()
+    cls: Any = type(made)
+    usual = None if required else cls()
     said = []
     for f in fields:
         value, default = getattr(made, f.name), f.default if usual is None else getattr(usual, f.name)
