@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,23 @@ def test_whisper_and_recordings(tmp_path):
 # ------------------------------------------------------------------------------------ real weights
 
 
+def real(test):
+    """A test on weights of the zoo, which says how to get them where they are missing."""
+
+    @functools.wraps(test)
+    def run():
+        from benchmarks.zoo.carriers import MissingWeights
+
+        try:
+            test()
+        except MissingWeights as error:
+            pytest.skip(str(error))
+
+    return run
+
+
 @pytest.mark.weights
+@real
 def test_smollm2_and_a_text():
     from benchmarks.zoo import data, smollm2
 
@@ -135,6 +152,7 @@ def test_smollm2_and_a_text():
 
 
 @pytest.mark.weights
+@real
 def test_the_small_model_with_vision_and_questions():
     from benchmarks.zoo import vlm
 
@@ -156,6 +174,7 @@ def test_the_small_model_with_vision_and_questions():
 
 
 @pytest.mark.weights
+@real
 def test_whisper_and_real_recordings():
     from benchmarks.zoo import data, whisper
 
@@ -172,6 +191,7 @@ def test_whisper_and_real_recordings():
 
 
 @pytest.mark.weights
+@real
 def test_the_terrain_model_and_noise():
     from benchmarks.zoo import terrain
 
