@@ -200,9 +200,7 @@ def digest(folder: Path, patterns: Sequence[str]) -> str:
     found = sorted({p for pattern in patterns for p in folder.glob(pattern) if p.is_file()})
     whole = hashlib.sha256()
     for path in found:
-        stat = path.stat()
-        one = _sha256(str(path), stat.st_size, stat.st_mtime_ns)
-        whole.update(f"{path.relative_to(folder).as_posix()} {one}\n".encode())
+        whole.update(f"{path.relative_to(folder).as_posix()} {_hash_of(path)}\n".encode())
     return whole.hexdigest()
 
 
@@ -212,12 +210,7 @@ def verify_archive(path: Path, package: Debian) -> None:
     Raises:
         WrongHash: the file is another one.
     """
-    stat = path.stat()
-    found = _sha256(str(path), stat.st_size, stat.st_mtime_ns)
-    if not found.startswith(package.sha256):
-        raise WrongHash(
-            f"{path.name} starts with SHA-256 {found[:16]}, but {package.pin} is pinned to {package.sha256}"
-        )
+    _verify(path, path.name, package)
 
 
 def cited(*names: str) -> str:
@@ -236,13 +229,20 @@ def verify_wheel(path: Path, wheel: Wheel) -> None:
     Raises:
         WrongHash: the file is another one.
     """
-    stat = path.stat()
-    digest = _sha256(str(path), stat.st_size, stat.st_mtime_ns)
-    if not digest.startswith(wheel.sha256):
+    _verify(path, str(path), wheel, ": it was changed or broke off while downloading. Delete it and fetch it again.")
+
+
+def _verify(path: Path, shown: str, carrier: Debian | Wheel, advice: str = "") -> None:
+    found = _hash_of(path)
+    if not found.startswith(carrier.sha256):
         raise WrongHash(
-            f"{path} starts with SHA-256 {digest[:16]}, but {wheel.pin} is pinned to {wheel.sha256}: it was changed or "
-            f"broke off while downloading. Delete it and fetch it again."
+            f"{shown} starts with SHA-256 {found[:16]}, but {carrier.pin} is pinned to {carrier.sha256}{advice}"
         )
+
+
+def _hash_of(path: Path) -> str:
+    stat = path.stat()
+    return _sha256(str(path), stat.st_size, stat.st_mtime_ns)
 
 
 def find_wheel(wheel: Wheel, folder: Path | None = None) -> Path | None:

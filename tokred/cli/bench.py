@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tokred.cli.console import INTERRUPTED
-from tokred.cli.options import Json, Methods, Model, OldModel, Threads, one_model, settings
+from tokred.cli.options import (
+    Better,
+    DataName,
+    Json,
+    Methods,
+    MetricName,
+    Model,
+    OldModel,
+    Threads,
+    one_model,
+    settings,
+)
 
 if TYPE_CHECKING:
     from tokred.bench.sources import Data, Source
@@ -25,16 +36,11 @@ ANSWER = {"vision-language model": 16, "speech": 128}
 
 def bench_command(
     model: Model = None,
-    data: Annotated[
-        str | None,
-        typer.Option("--data", "-d", help="A folder, a file, hfds:NAME[:CONFIG][:SPLIT], noise, or module:function."),
-    ] = None,
+    data: DataName = None,
     methods: Methods = None,
     old: OldModel = None,
-    metric: Annotated[
-        str | None, typer.Option(help="A ready metric, or module:function of (output, batch). [default: by the data]")
-    ] = None,
-    better: Annotated[str, typer.Option(help="higher or lower, of a metric of your own.")] = "higher",
+    metric: MetricName = None,
+    better: Better = "higher",
     shares: Annotated[
         str, typer.Option(help="Of the work, or the cache: amounts of methods named without settings.")
     ] = "0.75,0.5",

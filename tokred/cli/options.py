@@ -67,6 +67,14 @@ Methods = Annotated[
         autocompletion=complete_method,
     ),
 ]
+DataName = Annotated[
+    str | None,
+    typer.Option("--data", "-d", help="A folder, a file, hfds:NAME[:CONFIG][:SPLIT], noise, or module:function."),
+]
+MetricName = Annotated[
+    str | None, typer.Option(help="A ready metric, or module:function of (output, batch). [default: by the data]")
+]
+Better = Annotated[str, typer.Option(help="higher or lower, of a metric of your own.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of torch on the CPU. [default: torch's]")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable, on standard output.")]
 

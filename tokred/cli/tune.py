@@ -12,7 +12,7 @@ import typer
 
 from tokred.cli.bench import check_device, metric_of, plot_hint, stem, type_of
 from tokred.cli.console import INTERRUPTED
-from tokred.cli.options import Json, Model, Threads, one_model
+from tokred.cli.options import Better, DataName, Json, MetricName, Model, Threads, one_model
 
 if TYPE_CHECKING:
     from tokred.tuning import Tuned
@@ -20,10 +20,7 @@ if TYPE_CHECKING:
 
 def tune_command(
     model: Model = None,
-    data: Annotated[
-        str | None,
-        typer.Option("--data", "-d", help="A folder, a file, hfds:NAME[:CONFIG][:SPLIT], noise, or module:function."),
-    ] = None,
+    data: DataName = None,
     methods: Annotated[
         list[str] | None,
         typer.Option(
@@ -36,10 +33,8 @@ def tune_command(
     speedup: Annotated[float | None, typer.Option(help="At least so many times as fast.")] = None,
     loss: Annotated[float | None, typer.Option(help="At most so much lost, in the metric's units.")] = None,
     memory: Annotated[float | None, typer.Option(help="At most this share of the cache's bytes.")] = None,
-    metric: Annotated[
-        str | None, typer.Option(help="A ready metric, or module:function of (output, batch). [default: by the data]")
-    ] = None,
-    better: Annotated[str, typer.Option(help="higher or lower, of a metric of your own.")] = "higher",
+    metric: MetricName = None,
+    better: Better = "higher",
     trials: Annotated[int, typer.Option(min=1, help="Settings to try at most.")] = 150,
     samples: Annotated[int, typer.Option(min=1, help="To search on at most; as many or more are held out.")] = 400,
     search: Annotated[str, typer.Option(help="auto, optuna or greedy.")] = "auto",
