@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 import transformers
 
 import tokred
+from tests.kinds import CACHES, each
 from tests.kv.masked import farthest
 from tests.kv.tiny import FAMILIES, POLICIES, Scatter, build, llava, padded, prompt
 from tokred.kernels.decode_attention import SENTINEL
@@ -26,7 +27,7 @@ def no_grad():
         yield
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=each(FAMILIES, CACHES))
 def model(request):
     return build(request.param)
 
@@ -91,7 +92,7 @@ def evicting(model, batch):
 
 
 @pytest.mark.parametrize("batch", ["one", "padded"])
-@pytest.mark.parametrize("family", [*FAMILIES, "gemma2"])
+@pytest.mark.parametrize("family", each([*FAMILIES, "gemma2"], CACHES))
 def test_evicting_any_rows_equals_masking_them(family, batch):
     ours, rounding = evicting(build(family), batch)
     assert ours < 2 * rounding < 1e-5
@@ -99,7 +100,7 @@ def test_evicting_any_rows_equals_masking_them(family, batch):
 
 # Gemma 2's own attention takes its softmax in float32.
 @pytest.mark.parametrize("batch", ["one", "padded"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each(FAMILIES, CACHES))
 def test_in_double_precision_evicting_equals_masking_to_the_last_digits(family, batch):
     assert evicting(build(family, torch.float64), batch)[0] < 1e-12
 
