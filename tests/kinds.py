@@ -80,6 +80,11 @@ DENOISERS = {
     "wan": "clips, rotated, text by cross-attention",
     "hunyuan_first_frame": "clips, text last and masked, gates of the first frame",
 }
+# Of those that libraries put hooks around.
+WRAPPED = {
+    "sd15": "a UNet, without caches",
+    "flux": "a transformer of double and single blocks, with caches",
+}
 VISION_LANGUAGE = {
     "llava": "one run of tokens an image",
     "llava_next": "tiles with ends of lines",
