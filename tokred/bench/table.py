@@ -220,12 +220,9 @@ class Benchmark:
             ImportError: matplotlib or pandas is not installed.
         """
         rows = self.to_pandas()
-        try:
-            from tokred.bench import plots
+        from tokred.bench import plots
 
-            plots.pyplot()
-        except ImportError as error:
-            raise ImportError("Benchmark.plot needs matplotlib: pip install 'tokred[bench]'") from error
+        plots.check("Benchmark.plot")
         joined = [(row, other) for row in self.measured if (other := standing.rival(row, self.measured, self.units))]
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
