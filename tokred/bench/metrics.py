@@ -45,6 +45,9 @@ METRICS: dict[str, Metric] = {
         "share", "of right answers, minus the unpatched model's on the same images", INTERVAL, "top1_images"
     ),
     "top5": Metric("share", "of right answers among the five likeliest", INTERVAL),
+    "probe": Metric(
+        "share", "of right answers of linear probes, each fitted on the other half of the samples", INTERVAL
+    ),
     "quality": Metric("score", "by the user's own metric, which `scored_by` names", INTERVAL),
     "difference": Metric(
         "score",

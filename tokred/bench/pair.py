@@ -27,13 +27,14 @@ class Pair:
         one: the row; without methods it is measured alone.
 
     Attributes:
-        tally: values of the samples.
+        tallies: values of the samples, by each metric.
         lengths: tokens of each answer that the row generated.
         parts: seconds of the parts of each of the row's runs.
     """
 
     def __init__(self, engine: Engine, one: Entry) -> None:
-        self.engine, self.tally, self.methods = engine, Tally(), one.methods
+        self.engine, self.methods = engine, one.methods
+        self.tallies = [Tally() for _ in engine.scores]
         self.arms = [Entry(BASE, ""), one] if one.methods else [one]
         self.lengths: list[float] = []
         self.parts: list[dict[str, float]] = []
@@ -102,6 +103,7 @@ class Pair:
         dense, mine = self.outputs.pop(i)[0], seen[last]
         if not new:
             return
-        self.tally.take(engine.score, mine, batch, dense)
+        for score, tally in zip(engine.scores, self.tallies, strict=True):
+            tally.take(score, mine, batch, dense)
         if isinstance(mine, Generated):
             self.lengths += map(float, mine.lengths)
