@@ -22,6 +22,7 @@ FOLDER = Path(__file__).parent / "data"
 WEIGHTS, SAMPLE = "vit_fashion.safetensors", "fashion_sample.npz"
 CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 SHAPE = (1, 1, 28, 28)
+NAME = "test images of Fashion-MNIST"
 
 
 class Sample(NamedTuple):

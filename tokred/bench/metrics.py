@@ -45,9 +45,7 @@ METRICS: dict[str, Metric] = {
         "share", "of right answers, minus the unpatched model's on the same images", INTERVAL, "top1_images"
     ),
     "top5": Metric("share", "of right answers among the five likeliest", INTERVAL),
-    "probe": Metric(
-        "share", "of right answers of linear probes, each fitted on the other half of the samples", INTERVAL
-    ),
+    "probe": Metric("share", "of right answers of linear probes, fitted on the other half of the samples", INTERVAL),
     "quality": Metric("score", "by the user's own metric, which `scored_by` names", INTERVAL),
     "difference": Metric(
         "score",
@@ -65,16 +63,16 @@ METRICS: dict[str, Metric] = {
     "exact": Metric("share", "of answers that are right word for word", INTERVAL, "images"),
     "cosine": Metric("cosine", "of features with the unpatched model's, mean over inputs", INTERVAL, "cosine_images"),
     "cosine_lowest": Metric("cosine", "the same, of the worst input", "", "cosine_images"),
-    "saliency_mae": Metric("error", "mean absolute error of the restored saliency map", "", "cosine_images"),
-    "saliency_correlation": Metric("correlation", "of the restored saliency map", "", "cosine_images"),
-    "saliency_iou": Metric("share", "overlap of the salient parts", "", "cosine_images"),
+    "saliency_mae": Metric("error", "mean absolute error of the restored saliency map", INTERVAL, "cosine_images"),
+    "saliency_correlation": Metric("correlation", "of the restored saliency map", INTERVAL, "cosine_images"),
+    "saliency_iou": Metric("share", "overlap of the salient parts", INTERVAL, "cosine_images"),
     "accuracy": Metric("share", "of topics that the linear probe names", INTERVAL, "texts"),
     "contains": Metric("share", "of answers in which a right one occurs", INTERVAL),
     "contains_all": Metric("share", "of right answers that occur in the model's, mean over samples", INTERVAL),
     "overlap": Metric("share", "F1 of the longest common subsequence of words with the reference (ROUGE-L)", INTERVAL),
     "wer": Metric("share", "wrong words over words of the references, of all samples together", INTERVAL),
     "miou": Metric("share", "overlap of class maps, mean over the classes of a sample and over samples", INTERVAL),
-    "word_error": Metric("share", "of the unmerged transcripts' words that are wrong", "", "words"),
+    "word_error": Metric("share", "of the unmerged transcripts' words that are wrong", INTERVAL, "words"),
     "unchanged": Metric("share", "of transcripts that are the unmerged model's, word for word", INTERVAL, "prompts"),
     "psnr": Metric("dB", "against the unmerged image of the same seed, mean over samples", INTERVAL, "samples"),
     "ssim": Metric("similarity", "structural, to the unpatched model's image, mean over samples", INTERVAL),

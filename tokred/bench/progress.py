@@ -15,7 +15,8 @@ from tokred.bench.table import COLUMNS
 # Columns that bear the names of a record's fields.
 MEASURED = (
     "difference", "difference_low", "difference_high", "speedup", "speedup_low", "speedup_high", "seconds", "peak_mib",
-    "tokens_in", "tokens_out", "bytes", "dense_bytes", "generated", *(f"{part}_seconds" for part in PARTS),
+    "forward_mib", "tokens_in", "tokens_out", "bytes", "dense_bytes", "generated",
+    *(f"{part}_seconds" for part in PARTS),
 )  # fmt: skip
 
 

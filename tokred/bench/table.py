@@ -23,7 +23,7 @@ COLUMNS = (
     "method", "setting", "stage", "baseline", "metric", "samples", "quality", "low", "high", "difference",
     "difference_low", "difference_high", "speedup", "speedup_low", "speedup_high", "seconds", "tower_seconds",
     "encoder_seconds", "selection_seconds", "prompt_seconds", "decode_seconds", "denoiser_seconds", "rest_seconds",
-    "peak_mib", "tokens_in", "tokens_out", "rows", "bytes", "dense_bytes", "work", "generated", "reason",
+    "peak_mib", "forward_mib", "tokens_in", "tokens_out", "rows", "bytes", "dense_bytes", "work", "generated", "reason",
 )  # fmt: skip
 # What a row costs, and whether less of it is better.
 COSTS = {"speedup": False, "seconds": True, "work": True, "bytes": True, "peak_mib": True}
