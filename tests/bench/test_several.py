@@ -151,6 +151,25 @@ def test_wrong_lists_are_refused(metric, better, says):
         scorers(metric, None, better)
 
 
+def test_the_unpatched_model_need_not_run_beside_every_batch(monkeypatch):
+    """With ``pairs`` its outputs are kept; where they do not fit, it runs."""
+    from tokred.bench import engine
+
+    model, calls = build("vit"), []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    found = {}
+    for name, options, room in (("all", {}, 2**24), ("two", {"pairs": 2}, 2**24), ("none", {"pairs": 2}, 0)):
+        monkeypatch.setattr(engine, "KEPT", room)
+        calls.clear()
+        result = tokred.benchmark(model, ["tome r=2", "tome r=4"], labelled(8), [apart, "agreement"], **QUICK | options)
+        found[name] = (len(calls), [(row["quality"], row["difference_low"]) for row in result.rows])
+    assert found["all"] == found["none"]
+    assert found["two"][1] == found["all"][1]
+    assert found["all"][0] - found["two"][0] == 2 * 6, "two rows of eight batches"
+    with pytest.raises(ValueError, match="pairs must be a whole number of at least 1, got 0"):
+        tokred.benchmark(model, "tome r=2", labelled(1), pairs=0)
+
+
 # ------------------------------------------------------------------------------- what metrics are given
 
 

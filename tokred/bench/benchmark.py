@@ -44,6 +44,7 @@ def benchmark(
     baselines: bool = True,
     better: Better | Mapping[str, Better] = "higher",
     rounds: int = 5,
+    pairs: int | None = None,
     device: torch.device | str | None = None,
     name: str | None = None,
     seed: int = 0,
@@ -87,6 +88,8 @@ def benchmark(
             (for caches: random eviction and a window of the newest tokens) at the same work.
         better: ``"higher"`` or ``"lower"`` values of a metric of one's own; a dict where several differ.
         rounds: times that each pair is at least timed; batches come round again where there are fewer.
+        pairs: times that a row is at most timed beside the unpatched model: in other runs its outputs are those of its
+            own row, where all of them fit into 16 MiB. None: beside every run of the row.
         device: where to measure; the model goes there and back. None: where it is.
         name: of the model, for the table; None: its configuration's, or its class's.
         seed: of the order, and of the loader's.
@@ -110,8 +113,8 @@ def benchmark(
     """
     began = time.perf_counter()
     held = feeds.modules(model)
-    for value, called in ((rounds, "rounds"), (1 if max_new_tokens is None else max_new_tokens, "max_new_tokens")):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    for value, called in ((rounds, "rounds"), (pairs, "pairs"), (max_new_tokens, "max_new_tokens")):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{called} must be a whole number of at least 1, got {value!r}")
     feeds.check(run, read)
     wanted = entries(methods)
@@ -145,7 +148,7 @@ def benchmark(
         batches = Batches(data, place, prepare, seed, batch_size)
         feed, scores = chosen[0]
         stage = "+".join(stages)
-        given = (model, stage, scores, feed, batches, place, rounds, seed, name or name_of(model), path)
+        given = (model, stage, scores, feed, batches, place, rounds, seed, name or name_of(model), path, pairs)
         engine = _engine(processes, ray, workers, given)
         try:
             with feed.around(model), _without_old():

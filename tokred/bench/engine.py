@@ -18,6 +18,7 @@ from tokred.bench.arms import BASE
 from tokred.bench.costs import Costs
 from tokred.bench.entries import Cost, Entry
 from tokred.bench.feeds import Batches, Feed, Unreadable, fingerprint
+from tokred.bench.feeds.batches import nbytes
 from tokred.bench.intervals import estimate
 from tokred.bench.pair import Pair
 from tokred.bench.parts import PARTS, Parts, roles
@@ -28,6 +29,7 @@ from tokred.core.method import Method
 from tokred.errors import NothingRemovedWarning, UnsupportedModelError
 
 SCENARIO = "benchmark"
+KEPT = 2**24  # bytes of the unpatched model's outputs, fewer than readings of memory can tell
 Key = tuple[str, str]  # method and setting
 Record = dict[str, Any]
 T = TypeVar("T")
@@ -61,8 +63,10 @@ class Engine:
         seed: of the order.
         name: of the model.
         path: of the table that rows are written to, or None.
+        pairs: times that a pair is at most timed, where outputs of the unpatched model can be kept; None: no limit.
 
     Attributes:
+        kept: outputs of the unpatched model by number of batch, while they are small.
         spent: seconds of runs of the model that were ``"timed"`` and ``"untimed"``.
         samples: for each row, by its label, values of single samples by each metric.
     """
@@ -79,9 +83,12 @@ class Engine:
         seed: int,
         name: str,
         path: Path | None,
+        pairs: int | None = None,
     ) -> None:
         self.model, self.stage, self.scores, self.feed, self.batches = model, stage, tuple(scores), feed, batches
-        self.device, self.seed, self.name, self.path = device, seed, name, path
+        self.device, self.seed, self.name, self.path, self.pairs = device, seed, name, path, pairs
+        self.kept: dict[int, Any] = {}
+        self._room = KEPT
         self.target: Any = feeds.target(model, stage.split("+"))
         self.rounds = max(rounds, batches.count)
         self.spent = {"timed": 0.0, "untimed": 0.0}
@@ -277,7 +284,9 @@ class Engine:
             pair = Pair(self, one)
             seconds, memory = pair.run()
         self.spent["timed"] += sum(map(sum, seconds))
-        tallies, seconds, memory, pair.lengths = self.pooled(pair.tallies, seconds, memory, pair.lengths)
+        both = [arm[: len(seconds[0])] for arm in seconds]
+        times = [timing.ratios(both)[-1], seconds[-1]]
+        tallies, (ratios, mine), memory, pair.lengths = self.pooled(pair.tallies, times, memory, pair.lengths)
         self.samples[one.label] = tallies
         record: Record = {**memory.record(), "rounds": self.rounds}
         if pair.lengths:
@@ -286,14 +295,20 @@ class Engine:
             record |= {name: value for name, value in ends.items() if value is not None}
         for part in PARTS:
             record |= results.spread(f"{part}_seconds", [found[part] for found in pair.parts if part in found])
-        record |= results.spread("seconds", seconds[-1])
-        return record | results.spread("speedup", timing.ratios(seconds)[-1])
+        record |= results.spread("seconds", mine)
+        return record | results.spread("speedup", ratios) | {"speedup_count": len(ratios)}
+
+    def keep(self, index: int, output: Any) -> None:
+        """Keep the unpatched model's output of a batch, where rows are not to be paired with it each time."""
+        if self.pairs is not None and index not in self.kept and self._room > 0:
+            self._room -= nbytes(output)
+            self.kept[index] = output
 
     def pooled(
-        self, tallies: list[Tally], seconds: list[list[float]], memory: timing.Memory, lengths: list[float]
+        self, tallies: list[Tally], times: list[list[float]], memory: timing.Memory, lengths: list[float]
     ) -> tuple[Any, ...]:
-        """Samples, times, memory and lengths of a row, with those of other processes where there are any."""
-        return tallies, seconds, memory, lengths
+        """Samples, ratios and times, memory and lengths of a row, with those of other processes where there are any."""
+        return tallies, times, memory, lengths
 
     def close(self) -> None:
         """Free what was begun to measure."""

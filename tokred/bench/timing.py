@@ -79,6 +79,7 @@ def paired(
     tick: Callable[[], None] | None = None,
     group: int = 1,
     ready: Callable[[int, int], None] | None = None,
+    until: Sequence[int] | None = None,
 ) -> list[list[float]]:
     """Seconds of each arm in each round.
 
@@ -93,13 +94,15 @@ def paired(
         tick: called after every timed run and every arm's warm-up: ``len(arms) * (rounds + 1)`` times in all.
         group: rounds that an arm runs before it is the next one's turn, where entering takes long beside running.
         ready: ``ready(arm, round)``, before the timed part.
+        until: of each arm, after how many rounds it rests; None: none does.
 
     Returns:
         ``[arm][round]``.
     """
     device = torch.device(device)
     order, shuffle = list(range(len(arms))), random.Random(seed).shuffle
-    seconds = [[0.0] * rounds for _ in arms]
+    ends = [rounds] * len(arms) if until is None else until
+    seconds = [[0.0] * end for end in ends]
     tick = tick or (lambda: None)
     collecting = gc.isenabled()
     with torch.inference_mode():
@@ -115,7 +118,9 @@ def paired(
                 shuffle(order)
                 for arm in order:
                     found: list[T] = []
-                    turn = range(begin, min(begin + group, rounds))
+                    turn = range(begin, min(begin + group, ends[arm]))
+                    if not turn:
+                        continue
                     with arms[arm]():
                         for i in turn:
                             if ready is not None:

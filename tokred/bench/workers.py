@@ -38,6 +38,7 @@ class Shared(NamedTuple):
     seed: int
     name: str
     threads: int
+    pairs: int | None
 
 
 def check(workers: int | None) -> None:
@@ -67,7 +68,7 @@ def _engine(shared: Shared) -> Engine:
     prepare = _as_is if shared.prepared else shared.feed.prepare
     batches = Batches(shared.data, device, prepare, shared.seed)
     given = (shared.model, shared.stage, shared.scores, shared.feed, batches, device, shared.rounds, shared.seed)
-    return Engine(*given, shared.name, None)
+    return Engine(*given, shared.name, None, shared.pairs)
 
 
 def _measure(key: str, boxed: list[Any], one: Entry, cost: Cost | None) -> tuple[list[Record], list[Tally] | None]:
@@ -173,7 +174,7 @@ class RayEngine(Engine):
         data = self.batches.source if held is None else held
         return Shared(
             self.model, self.stage, self.scores, self.feed, data, held is not None, str(self.device), self.rounds,
-            self.seed, self.name, self.threads,
+            self.seed, self.name, self.threads, self.pairs,
         )  # fmt: skip
 
     def close(self) -> None:
