@@ -33,13 +33,6 @@ class Spread(NamedTuple):
     high: float
 
 
-class Timing(NamedTuple):
-    """One arm: images per second, and how many times as fast as the base arm of the same round."""
-
-    images_per_second: Spread
-    speedup: Spread
-
-
 class Memory(NamedTuple):
     """Peak memory of a forward in MiB: in all, and above what was in use before; and how it was measured."""
 
@@ -223,24 +216,6 @@ def seconds_of(run: Callable[[], T], device: torch.device | str = "cpu") -> tupl
     with watch("run"):
         found = run()
     return watch.total(), found
-
-
-def summarise(seconds: Sequence[Sequence[float]], images: Sequence[int], base: int = 0) -> list[Timing]:
-    """Turn the seconds of :func:`paired` into rates and ratios.
-
-    Args:
-        seconds: ``[arm][round]``.
-        images: how many images each round had.
-        base: the arm that the others are compared with.
-    """
-    reference = seconds[base]
-    return [
-        Timing(
-            spread([n / s for n, s in zip(images, arm, strict=True)]),
-            spread([b / s for b, s in zip(reference, arm, strict=True)]),
-        )
-        for arm in seconds
-    ]
 
 
 def peak_memory(run: Callable[[], object], device: torch.device | str = "cpu") -> Memory:
