@@ -241,6 +241,13 @@ def test_what_cannot_be_read_is_refused(read, kind, says):
         tokred.benchmark(model, "tome r=4", labelled(1), "cosine", read=read, **QUICK)
 
 
+def test_features_are_no_answers():
+    with pytest.raises(
+        ValueError, match="metric='top1' does not fit read 'features', whose ready metrics are 'cosine'"
+    ):
+        tokred.benchmark(build("vit"), "tome r=4", labelled(1), "top1", read="features", **QUICK)
+
+
 def test_a_probe_is_fitted_to_the_other_half():
     """Of classes that stand apart it is right; of labels that mean nothing it is not, though it has seen them all."""
     pytest.importorskip("sklearn")

@@ -26,6 +26,7 @@ Metric = str | Callable[..., Any]
 Metrics = Metric | Sequence[Metric] | Mapping[str, Metric]
 # Metrics that say something of each kind of run; of others, an output that a metric cannot read is refused.
 FITS = {
+    "features": ("cosine", "probe"),
     "forward": ("top1", "top5", "agreement", "cosine", "probe", "miou", "psnr", "ssim", "lpips"),
     "text": ("agreement", "cosine", "perplexity"),
     "generate": ("agreement", "exact", "contains", "contains_all", "overlap", "wer"),
@@ -183,7 +184,8 @@ def scorer(metric: Metric, run: str | None, better: Better) -> Scorer:
     fits = FITS.get(str(run), (*READY,))
     if metric not in fits:
         raise ValueError(
-            f"metric={metric!r} does not fit the run {run!r}, whose ready metrics are {', '.join(map(repr, fits))}"
+            f"metric={metric!r} does not fit {'read' if run == 'features' else 'the run'} {run!r}, whose ready metrics "
+            f"are {', '.join(map(repr, fits))}"
         )
     READY[metric].check()
     return Scorer(metric, READY[metric].better)

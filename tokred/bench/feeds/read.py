@@ -51,9 +51,9 @@ class Read(Feed):
             self._module(model)
 
     @property
-    def kind(self) -> None:
-        """Of any kind."""
-        return None
+    def kind(self) -> str | None:
+        """Features, or of any kind."""
+        return FEATURES if self.read == FEATURES else None
 
     @property
     def settings(self) -> str:
