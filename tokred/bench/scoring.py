@@ -56,6 +56,11 @@ class Scorer:
         return READY[self.name] if self.own is None else None
 
     @property
+    def whole(self) -> bool:
+        """True if it is the user's own and reads the unpatched model's output, of whatever kind."""
+        return self.own is not None and not isinstance(self.own, Object) and wants_dense(self.own)
+
+    @property
     def log(self) -> bool:
         """True if values are logs of what is shown, and differences are relative to the unpatched model's."""
         return self.own is None and self.name == "perplexity"
