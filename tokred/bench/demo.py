@@ -60,7 +60,7 @@ def measure(
     labels: Tensor,
     path: Path,
     *,
-    batch: int = 50,
+    batch: int = 25,
     seed: int = 0,
     progress: bool = True,
 ) -> Benchmark:
@@ -76,7 +76,7 @@ def measure(
         seed: of the order in which a method and the unpatched model take turns.
         progress: a bar, or a line a row, on standard error.
     """
-    batches = list(zip(images.split(batch), labels.split(batch), strict=True))
+    batches = list(zip(torch.split(images, batch), torch.split(labels, batch), strict=True))
     settings = [arm.label for arm in arms if arm.method is not None]
     return benchmark(
         model, settings, batches, ["top1", "agreement"], out=path, baselines=False, rounds=PAIRS, pairs=PAIRS,

@@ -20,6 +20,7 @@ from tokred.core.settings import parse_setting
 from tokred.core.site import STAGES
 from tokred.core.versions import TOKRED
 
+HOW = ("expose", "windows")  # options of tokred.apply that a setting may have
 Cost = dict[str, Any]  # fields of a record: tokens, multiply-adds, bytes
 RANDOM = ("random", "random_prune", "random_evict", "random_visual", "random_latent_prune")
 
@@ -100,7 +101,7 @@ def entry(given: Any) -> Entry:
         name, parameters = parse_setting(given)
         if name == BASE:
             return Entry(BASE, "")
-        how = {key: parameters.pop(key) for key in ("expose", "windows") if key in parameters}
+        how: dict[str, Any] = {key: parameters.pop(key) for key in HOW if key in parameters}
         made = _how(api.make(name, **parameters), how)
         setting = " ".join(given.split()[1:])
     else:

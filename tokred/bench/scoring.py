@@ -87,7 +87,8 @@ class Scorer:
         if self.own is None:
             scores = (self.fitted or READY[self.name].each)(output, batch, dense)
             return self._checked([*scores.values]), [*(scores.weights or [1.0] * len(scores.values))]
-        found: Any = self.own(output, batch, dense) if wants_dense(self.own) else self.own(output, batch)
+        own: Callable[..., Any] = self.own
+        found: Any = own(output, batch, dense) if wants_dense(own) else own(output, batch)
         if isinstance(found, Tensor) and found.ndim <= 1 and found.numel() and not found.is_complex():
             values = found.detach().double().reshape(-1).tolist()
             single = found.ndim == 0
@@ -136,7 +137,7 @@ def scorers(metrics: Metrics, run: str | None, better: Better | Mapping[str, Bet
     if isinstance(metrics, Mapping):
         found = [_named(name, one, run, _direction(better, name)) for name, one in metrics.items()]
     else:
-        several = metrics if isinstance(metrics, list | tuple) else [metrics]
+        several: Sequence[Any] = metrics if isinstance(metrics, list | tuple) else [metrics]
         found = [scorer(one, run, _direction(better, _name(one))) for one in several]
     names = [one.name for one in found]
     if not names or len(set(names)) < len(names):

@@ -16,7 +16,7 @@ from tokred.cli.options import Methods, Threads, settings, single
 def demo_command(
     quick: Annotated[bool, typer.Option("--quick", help="Two settings a method and 500 images.")] = False,
     images: Annotated[int | None, typer.Option(min=10, help="Test images to classify. [default: 1000]")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images of a forward.")] = 50,
+    batch: Annotated[int, typer.Option(min=1, help="Images of a forward.")] = 25,
     methods: Methods = None,
     threads: Threads = None,
     seed: Annotated[int, typer.Option(help="Of the order in which methods take turns.")] = 0,
@@ -60,17 +60,20 @@ def demo_command(
         paths = outputs.free(folder, demo.FILES, force=force)
         table = paths["demo.csv"]
         table.unlink(missing_ok=True)
-    given = {"batch": batch, "seed": seed}
+
+    def measure(some: list[demo.Arm], progress: bool = True) -> demo.Benchmark:
+        return demo.measure(model, some, *sample, table, batch=batch, seed=seed, progress=progress)
+
     interrupted = False
     try:
         with refusing():
-            result = demo.measure(model, arms, *sample, table, **given)
+            result = measure(arms)
     except KeyboardInterrupt:
         interrupted, arms = True, demo.measured(table, arms)
         print(f"tokred: interrupted after {len(arms)} rows", file=sys.stderr)
         if len(arms) < 2:
             raise typer.Exit(INTERRUPTED) from None
-        result = demo.measure(model, arms, *sample, table, **given, progress=False)
+        result = measure(arms, False)
     width = max(60, min(out.width, 80))
     out.print(tables.coloured(result, width), soft_wrap=True)
     about = f"Data: {len(sample.labels)} {embedded.NAME}. Every row was measured in this run."

@@ -130,7 +130,7 @@ def head_of(model: Any) -> nn.Module:
     return found
 
 
-def _pooled(features: Any) -> Tensor:
+def _pooled(features: Tensor) -> Tensor:
     """Features ``(B, F)``: of tokens ``(B, N, C)`` the first, of maps ``(B, C, H, W)`` the mean."""
     if features.ndim == 4:
         return features.flatten(2).mean(-1)
