@@ -261,9 +261,11 @@ def test_the_demo_speaks_where_there_is_no_terminal(tmp_path):
     command = ["demo", "--images", "10", "--batch", "5", "-m", "tome r=16", "-m", "evit kappa=0.6"]
     done = CliRunner().invoke(app, [*command, "--out", str(tmp_path)], env={"COLUMNS": "60"})
     assert done.exit_code == 0, (done.output, done.exception)
-    assert "measuring: 1 of 6" in done.stderr
-    assert "measuring: 6 of 6" in done.stderr
-    assert {p.name for p in tmp_path.iterdir()} == {"demo.csv", "demo.png", "merged.png"}
+    assert "1/3 unpatched: top1 " in done.stderr
+    assert "3/3 evit kappa=0.6: top1 " in done.stderr
+    assert max(map(len, done.stdout.splitlines()[:-1])) <= 60
+    files = {"demo.csv", "demo.samples.jsonl", "demo.png", "merged.png"}
+    assert {p.name for p in tmp_path.iterdir()} == files
 
 
 def test_the_demo_asks_for_what_it_draws_with_before_it_measures(monkeypatch):
