@@ -50,7 +50,7 @@ def demo_command(
     from tokred.bench import demo, embedded
     from tokred.bench import results as outputs
     from tokred.cli import tables
-    from tokred.cli.console import out, refusing, set_threads, written
+    from tokred.cli.console import columns, out, refusing, set_threads, written
 
     set_threads(threads)
     with refusing():
