@@ -5,12 +5,16 @@ from __future__ import annotations
 import sys
 import textwrap
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tokred.cli.console import INTERRUPTED
 from tokred.cli.options import Methods, Threads, settings, single
+
+if TYPE_CHECKING:
+    from tokred.bench.arms import Arm
+    from tokred.bench.table import Benchmark
 
 
 def demo_command(
@@ -61,7 +65,7 @@ def demo_command(
         table = paths["demo.csv"]
         table.unlink(missing_ok=True)
 
-    def measure(some: list[demo.Arm], progress: bool = True) -> demo.Benchmark:
+    def measure(some: list[Arm], progress: bool = True) -> Benchmark:
         return demo.measure(model, some, *sample, table, batch=batch, seed=seed, progress=progress)
 
     interrupted = False
