@@ -40,7 +40,7 @@ def model():
 @pytest.fixture(scope="module")
 def images():
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(8, 1, 28, 28, generator=generator), torch.tensor([9, 0, 8, 7, 3, 1, 2, 9])
+    return torch.randn(8, *embedded.SHAPE[1:], generator=generator), torch.tensor([9, 0, 8, 7, 3, 1, 2, 9])
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -118,7 +118,7 @@ def test_an_interrupted_demo_keeps_its_rows(model, images, tmp_path, monkeypatch
 @pytest.mark.skipif(not (embedded.FOLDER / embedded.WEIGHTS).exists(), reason="the weights are not in this copy")
 def test_the_embedded_model_knows_its_sample():
     sample = embedded.sample(200)
-    assert sample.images.shape == (200, 1, 28, 28)
+    assert sample.images.shape == (200, 3, 112, 112)
     with torch.inference_mode():
         top1 = (embedded.load()(sample.images).argmax(1) == sample.labels).double().mean().item()
     assert top1 > 0.75
