@@ -43,7 +43,7 @@ def model():
 @pytest.fixture(scope="module")
 def images():
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(8, 1, 28, 28, generator=generator), torch.tensor([9, 0, 8, 7, 3, 1, 2, 9])
+    return torch.randn(8, *embedded.SHAPE[1:], generator=generator), torch.tensor([9, 0, 8, 7, 3, 1, 2, 9])
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -109,7 +109,7 @@ def test_top1_is_that_of_a_plain_loop(model, images):
 @pytest.mark.skipif(not (embedded.FOLDER / embedded.WEIGHTS).exists(), reason="the weights are not in this copy")
 def test_the_embedded_model_knows_its_sample():
     sample = embedded.sample(200)
-    assert sample.images.shape == (200, 1, 28, 28)
+    assert sample.images.shape == (200, 3, 112, 112)
     with torch.inference_mode():
         top1 = (embedded.load()(sample.images).argmax(1) == sample.labels).double().mean().item()
     assert top1 > 0.75

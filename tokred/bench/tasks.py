@@ -75,10 +75,10 @@ def _choose(subject: Subject, data: str | None, count: int, seed: int) -> Task:
         return _folder(subject, Path(data), count, seed)
     if subject.name == "embedded" and data is None:
         try:
-            sample = embedded.sample()
+            sample = embedded.sample(min(count, 2000))
         except FileNotFoundError as error:
             raise NoModelError(str(error)) from error
-        test = Images(sample.images[:count], sample.labels[:count], embedded.CLASSES, "Fashion-MNIST test sample")
+        test = Images(sample.images, sample.labels, embedded.CLASSES, embedded.NAME)
         return Task(test, test, None, list(range(10)))
     if data is None and subject.weights == "random":
         return Task(_noise(subject))

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tokred import api
-from tokred.bench import sources
+from tokred.bench import embedded, sources
 from tokred.bench.sources import Source
 from tokred.core import environment
 from tokred.core.registry import methods as registered
@@ -194,7 +194,7 @@ def demo_table(rows: Sequence[Row], count: int, width: int = 120) -> Table:
     for least, name in ((76, "images\nper s"), (72, "GMACs"), (66, "tokens\nleft")):
         if width < least:
             del columns[name]
-    table = _results(f"{count} test images of Fashion-MNIST, every row measured in this run", *columns)
+    table = _results(f"{count} {embedded.NAME}, every row measured in this run", *columns)
     before = rows[0].arm.name
     for row in rows:
         if row.arm.name != before:
