@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import textwrap
 from pathlib import Path
@@ -78,7 +79,8 @@ def demo_command(
         if len(arms) < 2:
             raise typer.Exit(INTERRUPTED) from None
         result = measure(arms, False)
-    width = max(60, min(out.width, 80))
+    told = os.environ.get("COLUMNS", "")
+    width = max(60, min(int(told) if told.isdigit() else out.width, 80))
     out.print(tables.coloured(result, width), soft_wrap=True)
     about = f"Data: {len(sample.labels)} {embedded.NAME}. Every row was measured in this run."
     print("\n".join(textwrap.wrap(about, width)))
