@@ -72,7 +72,7 @@ def test_what_is_not_known_is_empty(measured):
 
 
 def test_bad_input(measured, tmp_path):
-    model, one, five = measured
+    model, one, five, _ = measured
     with pytest.raises(ValueError, match="metric='top1', got 'top5'"):
         tokred.eval.timm_columns(five)
     with pytest.raises(ValueError, match="top5 must be a result"):
