@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import tokred
 from tokred.cli.main import app
 
-COMMANDS = ("demo", "bench", "tune", "viz", "list", "flops", "explain", "doctor")
+COMMANDS = ("demo", "bench", "tune", "calibrate", "viz", "app", "list", "flops", "explain", "doctor")
 
 
 def run(*arguments: str):
@@ -171,7 +171,7 @@ def test_viz_writes_a_page_and_a_picture(tmp_path):
     for i in range(3):
         image.linear_gradient("L").rotate(90 * i).save(tmp_path / "shades" / f"{i}.png")
     out = tmp_path / "out"
-    command = ["viz", "--random-weights", "-m", "tome", "--method", "random_prune r=8", "--layers", "0,7"]
+    command = ["viz", "--random-weights", "-m", "tome", "--method", "random_prune r=8", "--layers", "1,8"]
     command += ["--image", str(tmp_path / "shades"), "--count", "2", "--out", str(out)]
     done = run(*command)
     assert done.exit_code == 0, (done.output, done.exception)
@@ -192,7 +192,7 @@ def test_viz_of_the_embedded_model(tmp_path):
 
     if not (embedded.FOLDER / embedded.WEIGHTS).exists():
         pytest.skip("the weights are not in this copy")
-    done = run("viz", "--count", "1", "-m", "tome r=13", "--layers", "7", "--out", str(tmp_path))
+    done = run("viz", "--count", "1", "-m", "tome r=13", "--layers", "8", "--out", str(tmp_path))
     assert done.exit_code == 0, (done.output, done.exception)
     page = (tmp_path / "viz.html").read_text("utf-8")
     assert "Ankle boot" in page

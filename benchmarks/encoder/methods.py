@@ -334,11 +334,11 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--quick", action="store_true", help="the embedded model, two methods, 40 images, one round")
+    parser.add_argument("--quick", action="store_true", help="the embedded model, two methods, 20 images, one round")
     saving(parser)
     args = parser.parse_args()
     if args.quick:
-        args.only, args.methods, args.count, args.rounds = ["embedded"], "downsample,evit", 40, 1
+        args.only, args.methods, args.count, args.rounds = ["embedded"], "downsample,evit", 20, 1
         for name in ("downsample", "evit"):
             CANDIDATES[name] = candidates(name)[::9]
     threads(args.threads)

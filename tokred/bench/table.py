@@ -265,12 +265,9 @@ class Benchmark:
             ImportError: matplotlib or pandas is not installed.
         """
         rows = frame(self.chosen, COLUMNS, "Benchmark")
-        try:
-            from tokred.bench import plots
+        from tokred.bench import plots
 
-            plots.pyplot()
-        except ImportError as error:
-            raise ImportError("Benchmark.plot needs matplotlib: pip install 'tokred[bench]'") from error
+        plots.check("Benchmark.plot")
         joined = [(row, other) for row in self.measured if (other := standing.rival(row, self.measured, self.units))]
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)

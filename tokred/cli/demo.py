@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import textwrap
 from pathlib import Path
@@ -51,7 +50,7 @@ def demo_command(
     from tokred.bench import demo, embedded
     from tokred.bench import results as outputs
     from tokred.cli import tables
-    from tokred.cli.console import out, refusing, set_threads, written
+    from tokred.cli.console import columns, out, refusing, set_threads, written
 
     set_threads(threads)
     with refusing():
@@ -79,8 +78,7 @@ def demo_command(
         if len(arms) < 2:
             raise typer.Exit(INTERRUPTED) from None
         result = measure(arms, False)
-    told = os.environ.get("COLUMNS", "")
-    width = max(60, min(int(told) if told.isdigit() else out.width, 80))
+    width = columns(60, 80)
     out.print(tables.coloured(result, width), soft_wrap=True)
     about = f"Data: {len(sample.labels)} {embedded.NAME}. Every row was measured in this run."
     print("\n".join(textwrap.wrap(about, width)))
