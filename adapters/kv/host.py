@@ -287,8 +287,9 @@ def _check_attentions(
         parameters = inspect.signature(forward).parameters
         if cache_argument(forward) is None or not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             raise refusal(name, f"{where} does not hand its arguments on to the attention function")
-        if words.SINKS.part(module) is not None:
-            raise refusal(name, f"{where} has sinks of its own in the softmax, which scores would have to honour")
+        sinks = words.SINKS.part(module)
+        if sinks is not None and sinks.shape != (words.HEADS.need(words.CONFIG.need(module)),):
+            raise refusal(name, f"{where} has sinks that are not one logit a head")
         why = rehearsal.objection(module)
         if host_class(module).__name__ in _OTHER_HEADS:
             why = "attends to other keys and values than its cache holds"

@@ -58,6 +58,8 @@ FAMILIES: dict[str, Family] = {
     "gpt_neox": Family("GPTNeoX", SMALL),
     "smollm3": Family("SmolLM3", SMALL),
     "glm4": Family("Glm4", SMALL),
+    # A logit in every softmax that belongs to no key.
+    "gpt_oss": Family("GptOss", {**GEMMA, **MIXTURE, "num_local_experts": 4}, attention="eager"),
     # Layers that keep a state beside layers that keep rows.
     "qwen3_next": Family("Qwen3Next", {
         **HYBRID, **MIXTURE, **LINEAR, "layer_types": ["linear_attention", "full_attention"] * 2,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tokred.core.attention import Attention
+from tokred.kv.newest import with_sink
 from tokred.kv.site import CacheSite
 
 # The state of a layer's rows that holds what they received from the tokens that repeat.
@@ -143,9 +144,12 @@ class Probe:
             own = torch.arange(rows, rows + n, device=site.device)
             index = torch.cat([sinks[i], chunk, own])
             k = site.k[some].index_select(2, index)
-            attention = Attention(site.q[some, :, :n], k, scale=site.scale, softcap=site.softcap, causal=True)
+            q, first = site.q[some, :, :n], len(sinks[i])
+            if site.sinks is not None:
+                q, k, _, _ = with_sink(q, k, site.sinks, site.scale, None, None)
+                first += 1
+            attention = Attention(q, k, scale=site.scale, softcap=site.softcap, causal=True)
             found = attention.statistics(group="max").max
-            first = len(sinks[i])
             best[some, :, chunk] = found[:, :, first : first + len(chunk)].to(best.dtype)
 
     def scores(self, layer: int, site: CacheSite, before: Tensor | None) -> Tensor:
