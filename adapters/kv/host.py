@@ -22,6 +22,7 @@ from tokred.adapters.contract import (
 from tokred.adapters.host import Host, State
 from tokred.adapters.kv.reasons import ROWS, layer_kinds, odd_layers, own_cache, without_cache
 from tokred.adapters.swap import host_class
+from tokred.core.learned import Facts
 from tokred.core.method import Method
 from tokred.errors import MissingInputError, NothingRecordedError, UnsupportedModelError
 from tokred.kv.report import CacheReport
@@ -85,6 +86,18 @@ class CacheHost(Host):
         more = f" ({', '.join(others)} stay as they are)" if others else ""
         return f"{self.family}, cache of {self.depth} layers{more}"
 
+    def model_facts(self) -> Facts:
+        """Facts of the decoder, from which a policy builds its module."""
+        cls = host_class(self.decoder)
+        heads = int(words.HEADS.need(self.config))
+        return Facts(
+            model=f"{cls.__module__}.{cls.__qualname__}",
+            depth=self.depth,
+            width=int(words.WIDTH.need(self.config)),
+            heads=heads,
+            key_heads=int(words.KEY_HEADS.part(self.config) or heads),
+        )
+
     def check(self, method: Method, expose: str = "auto") -> None:
         """Everything that can be known before the model is touched.
 
@@ -98,8 +111,12 @@ class CacheHost(Host):
             )
         if expose not in ("auto", "none"):
             raise ValueError(f"expose is for methods of blocks; a cache policy takes 'auto' alone, got {expose!r}")
+        from tokred.kv.policy import CachePolicy
+
         self.check_reads(method)
         method.check(self.depth)
+        if isinstance(method, CachePolicy):
+            method.fits(self.model_facts())
 
     def missing(self, method: Method | type[Method]) -> frozenset[str]:
         """Inputs that the method reads and this host cannot supply; a limit of bytes wants to count all layers."""
@@ -342,6 +359,8 @@ def _supplies(
     from tokred.adapters.kv.rope import supplies_rope
 
     supplied = {"q", "k", "v"}
+    if all(words.STATES.among(inspect.signature(host_class(m).forward).parameters) for _, m in found.values()):
+        supplied |= {"hidden", "module"}
     if all(_projection(m) is not None for _, m in found.values()):
         supplied.add("projection")
     attention: Any = found[compressed[0] if compressed else next(iter(found))][1]

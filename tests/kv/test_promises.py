@@ -126,6 +126,7 @@ def smaller(method: str) -> dict:
         "pyramidkv": {"budget": 9, "window": 2}, "adakv": {"budget": 9, "score": tokred.kv.Window(4)},
         "cake": {"budget": 9, "window": 4}, "lagkv": {"budget": 9, "lag": 4}, "rpc": {"period": 8, "window": 2},
         "limited": {"limit": "1 MiB", "chunk": 32}, "kvzip": {"chunk": 9}, "duoattention": {},
+        "kvzap": {"tau": 0.0, "recent": 4, "hidden": 4}, "triattention": {"stats": "prompt", "least": 1, "budget": 4},
     }.get(method, {"budget": 9})  # fmt: skip
 
 
@@ -146,7 +147,7 @@ def test_what_is_promised_runs(name):
         assert made.shape == (1, 24)
         rows = [row.rows for row in tokred.report(model).layers]
         assert rows[-1] == (12 if method == "snapkv" else 9)
-    for method in ("expected_attention", "criticalkv", "squeezeattention", "kvzip", "cake"):
+    for method in ("expected_attention", "criticalkv", "squeezeattention", "kvzip", "cake", "kvzap", "triattention"):
         if promised[method]:
             tokred.apply(model, method, **smaller(method))
             assert model(ids).logits.isfinite().all(), method

@@ -15,6 +15,7 @@ from torch import Tensor
 from tokred.core.attention import Attention
 from tokred.kv.newest import with_sink
 from tokred.kv.site import CacheSite
+from tokred.kv.values import value_lengths
 
 # The state of a layer's rows that holds what they received from the tokens that repeat.
 REPEATED = "repeated"
@@ -22,6 +23,8 @@ REPEATED = "repeated"
 CONTEXT = "context"
 # Attention is at most one: rows that are not repeated stand above all others.
 UNREPEATED = 2.0
+# Queries whose attention is held at once.
+_BLOCK = 64
 
 
 class Repeats(NamedTuple):
@@ -33,6 +36,8 @@ class Repeats(NamedTuple):
         first: token ids of the instruction before the first piece.
         later: token ids of the instruction before each other piece.
         overlap: tokens of the piece before that follow the later instruction.
+        plus: each weight is divided by the length of what its query was made of, and multiplied by that of what its
+            value adds to the stream.
     """
 
     chunk: int
@@ -40,6 +45,7 @@ class Repeats(NamedTuple):
     first: tuple[int, ...] = ()
     later: tuple[int, ...] = ()
     overlap: int = 8
+    plus: bool = False
 
 
 class Piece(NamedTuple):
@@ -146,8 +152,15 @@ class Probe:
             k = site.k[some].index_select(2, index)
             q, first = site.q[some, :, :n], len(sinks[i])
             if site.sinks is not None:
+                assert site.scale is not None  # since the site was made
                 q, k, _, _ = with_sink(q, k, site.sinks, site.scale, None, None)
                 first += 1
+            if self.repeats.plus:
+                rows_of = slice(first, first + len(chunk))
+                found = _weighed(site, some, q, k)[:, :, rows_of] * value_lengths(site)[some, :, chunk]
+                found = found.unflatten(1, (site.heads, -1)).amax(2)
+                best[some, :, chunk] = found.to(best.dtype)
+                continue
             attention = Attention(q, k, scale=site.scale, softcap=site.softcap, causal=True)
             found = attention.statistics(group="max").max
             best[some, :, chunk] = found[:, :, first : first + len(chunk)].to(best.dtype)
@@ -164,7 +177,8 @@ class Probe:
         found = self.best.get(layer)
         found = torch.zeros(shape, device=site.device) if found is None else found
         found = found if before is None else torch.maximum(found, before)
-        return found.masked_fill(site.token < self.repeats.sinks, UNREPEATED)
+        # Products with lengths have no bound.
+        return found.masked_fill(site.token < self.repeats.sinks, torch.inf if self.repeats.plus else UNREPEATED)
 
 
 def _sink_rows(site: CacheSite, sinks: int, rows: int) -> list[Tensor]:
@@ -175,3 +189,30 @@ def _sink_rows(site: CacheSite, sinks: int, rows: int) -> list[Tensor]:
     if first.shape[0] == 1:
         return [first[0].nonzero().view(-1)] * site.shape[0]
     return [row.nonzero().view(-1) for row in first]
+
+
+def _weighed(site: CacheSite, some: slice, q: Tensor, k: Tensor) -> Tensor:
+    """``[b, H, S]`` float32: for each row the largest weight, divided by the length of what its query was made of.
+
+    Args:
+        site: of the forward that repeats.
+        some: samples.
+        q: ``[b, H, M, D]`` queries of the tokens that they are fed.
+        k: ``[b, Hk, S, D]`` the rows that these share their attention out among, their own in the end.
+    """
+    b, heads, count, width = q.shape
+    q, length = q.float(), site.hidden[some, :count].float().norm(dim=-1)
+    rows, keys = k.shape[2], k.float().unsqueeze(2)
+    place = torch.arange(rows, device=q.device)
+    best = q.new_zeros(b, heads, rows)
+    scale: float = site.scale  # type: ignore[assignment]
+    for start in range(0, count, _BLOCK):
+        part = q[:, :, start : start + _BLOCK]
+        logits = part.reshape(b, k.shape[1], -1, part.shape[2], width) @ keys.mT * scale
+        if site.softcap:
+            logits = torch.tanh(logits / site.softcap) * site.softcap
+        own = rows - count + start + torch.arange(part.shape[2], device=q.device)
+        weights = logits.masked_fill(place > own[:, None], -torch.inf).softmax(-1).flatten(1, 2)
+        weights = weights / length[:, None, start : start + _BLOCK, None].clamp(min=1e-12)
+        best = torch.maximum(best, weights.amax(2))
+    return best
