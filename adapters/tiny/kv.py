@@ -82,7 +82,7 @@ FAMILIES: dict[str, Family] = {
         "num_experts_per_tok": 2, "shared_intermediate_size": 32,
     }),
 }  # fmt: skip
-# Refused with the reason by releases of transformers that write its attention out.
+# Refused, with the reason.
 REFUSED: dict[str, Family] = {
     "gptj": Family("GPTJ", {
         "vocab_size": 97, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8,

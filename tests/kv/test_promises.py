@@ -74,7 +74,7 @@ REFUSED = {
     "Rwkv": ({"vocab_size": 97, "hidden_size": 48, "attention_hidden_size": 48, "num_hidden_layers": 2},
              "keep a recurrent state ('state') instead of keys and values"),
     "RecurrentGemma": ({"lru_width": 48, "attention_window_size": 8, "num_hidden_layers": 3},
-                       "all of its layers with rows have a sliding window"),
+                       "all of its layers that keep rows have a sliding window"),
     "Gemma3n": ({"intermediate_size": 64, "activation_sparsity_pattern": [0.0] * 4, "layer_types": HALVES,
                  "laurel_rank": 8, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 16,
                  "vocab_size_per_layer_input": 97, "sliding_window": 8},
