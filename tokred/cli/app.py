@@ -91,12 +91,14 @@ def listening(host: str, port: int | None) -> int:
     Raises:
         ValueError: it is in use, or there is no such address on this machine.
     """
+    try:
+        socket.getaddrinfo(host, None)
+    except socket.gaierror as error:
+        raise ValueError(f"--host {host} is no address: {error.strerror}") from error
     for number in range(PORT, PORT + PORTS) if port is None else (port,):
         try:
             with socket.create_server((host, number)) as server:
                 return int(server.getsockname()[1])
-        except socket.gaierror as error:
-            raise ValueError(f"--host {host} is no address: {error.strerror}") from error
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 continue

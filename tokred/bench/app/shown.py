@@ -70,7 +70,7 @@ def blocks(trial: Trial) -> str:
 
 
 def error(text: str) -> str:
-    """What is wrong with the input, for the page."""
+    """A mistake in the input, told on the page."""
     return f'<div class="tokred-error" role="alert">{html.escape(" ".join(text.split()))}</div>'
 
 
