@@ -65,8 +65,8 @@ def app_command(
     from tokred.bench.app.page import Page, gradio
     from tokred.bench.app.trials import Trials, class_names
     from tokred.bench.models import load
-    from tokred.cli.bench import check_device
     from tokred.cli.console import refusing, set_threads
+    from tokred.cli.options import check_device
 
     set_threads(threads)
     with refusing():

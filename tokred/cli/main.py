@@ -15,6 +15,7 @@ except ImportError as error:  # a script's entry point has no better place to sa
 # They need typer.
 from tokred.cli.app import app_command
 from tokred.cli.bench import bench_command
+from tokred.cli.calibrate import calibrate_command
 from tokred.cli.console import INTERRUPTED
 from tokred.cli.demo import demo_command
 from tokred.cli.doctor import doctor_command
@@ -65,6 +66,7 @@ def top(
       tokred bench deit_small_patch16_224 --data photos -m "tome r=13" -m "evit kappa=0.7"
       tokred bench hf:path/to/a/llama --data book.txt -m "snapkv budget=0.25"
       tokred tune deit_small_patch16_224 --data photos --speedup 1.5
+      tokred calibrate hf:FOLDER book.txt -o queries.safetensors
       tokred viz -m "tome r=13"                       what was merged into what, as a page and PNG
       tokred app                                      try methods on pictures, in the browser
       tokred explain sdxl --size 1024                 what a method could gain on a denoiser
@@ -81,6 +83,7 @@ for name, command, summary in (
     ("demo", demo_command, "Accuracy against speed on the embedded model, offline."),
     ("bench", bench_command, "Quality, speed and memory of methods on your model and data."),
     ("tune", tune_command, "Find the method and the schedule that suit your model."),
+    ("calibrate", calibrate_command, "Statistics of a language model that some cache policies need."),
     ("list", list_command, "Methods and families of models, one line each."),
     ("flops", flops_command, "Tokens and multiply-adds, without running anything."),
     ("explain", explain_command, "What a method could gain on a denoiser."),
