@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import tokred
 from tokred.bench import embedded
 from tokred.bench.app import amounts, page, shown
-from tokred.bench.app.trials import Trials, class_names
+from tokred.bench.app.trials import Trials, of
 from tokred.bench.models import Subject
 from tokred.cli import app as command
 from tokred.cli.main import app
@@ -30,10 +30,9 @@ NASTY = "<img src=x onerror=\"alert('1')\">"
 
 @pytest.fixture(scope="module")
 def trials() -> Trials:
-    from tokred.bench import models
+    from tokred.bench import sources
 
-    subject = models.load("embedded")
-    return Trials(subject, classes=class_names(subject))
+    return of(sources.model("embedded"))
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +44,11 @@ def faced(trials) -> page.Page:
 def small() -> Trials:
     """On a model without a classifier."""
     from tests.encoder.tiny_timm import build
-    from tokred.bench import models
 
     model = build("vit")
     model.reset_classifier(0)
     size = model.patch_embed.img_size
-    return Trials(Subject("tiny", model, size, 3, (0.5,) * 3, (0.5,) * 3, 0, models.read_timm(model)))
+    return Trials(Subject("tiny", model, size, 3, (0.5,) * 3, (0.5,) * 3, model))
 
 
 def refused(*arguments: str) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tokred.cli.options import Model, Threads
+from tokred.cli.options import Model, Threads, check_device
 
 if TYPE_CHECKING:
     from tokred.bench.app.trials import Picture, Trials
@@ -73,12 +73,11 @@ def app_command(
         gradio()  # before a model is loaded
         number = listening(host, port)
         place = torch.device(check_device(device))
-        subject = load(model or "embedded", size=size, random_weights=random_weights)
-        trials = Trials(subject, place, class_names(subject))
+        trials = tried.of(found(model or "embedded", Options(size=size, random_weights=random_weights)), place)
         page = Page(trials, gallery(trials, images or [], count))
         blocks = layout.build(page)
         address = layout.launch(blocks, host, number, share=share, browser=not no_browser)
-    print(f"tokred app: {subject.name} at {address} (Ctrl-C ends it)", flush=True)
+    print(f"tokred app: {trials.subject.name} at {address} (Ctrl-C ends it)", flush=True)
     try:
         threading.Event().wait()
     finally:
