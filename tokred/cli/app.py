@@ -63,17 +63,17 @@ def app_command(
 
     from tokred.bench.app import layout
     from tokred.bench.app.page import Page, gradio
-    from tokred.bench.app.trials import Trials, class_names
-    from tokred.bench.models import load
+    from tokred.bench.app.trials import of
+    from tokred.bench.sources import Options
+    from tokred.bench.sources import model as found
     from tokred.cli.console import refusing, set_threads
-    from tokred.cli.options import check_device
 
     set_threads(threads)
     with refusing():
         gradio()  # before a model is loaded
         number = listening(host, port)
         place = torch.device(check_device(device))
-        trials = tried.of(found(model or "embedded", Options(size=size, random_weights=random_weights)), place)
+        trials = of(found(model or "embedded", Options(size=size, random_weights=random_weights)), place)
         page = Page(trials, gallery(trials, images or [], count))
         blocks = layout.build(page)
         address = layout.launch(blocks, host, number, share=share, browser=not no_browser)
