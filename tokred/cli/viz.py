@@ -236,7 +236,7 @@ def _packaged(count: int) -> tuple[Tensor, Tensor, list[str]]:
     from tokred.bench.models import NoModelError
 
     try:
-        images, labels = embedded.sample()
+        images, labels = embedded.sample(max(200, min(count, 2000)))
     except (FileNotFoundError, ImportError) as error:
         raise NoModelError(f"{error}; or give --image FILE_OR_FOLDER") from error
     kinds = labels.tolist()
