@@ -22,6 +22,7 @@ from tokred.adapters.contract import (
 from tokred.adapters.host import Host, State
 from tokred.adapters.kv.reasons import layer_kinds, odd_layers, without_cache
 from tokred.adapters.swap import host_class
+from tokred.core.learned import Facts
 from tokred.core.method import Method
 from tokred.errors import MissingInputError, NothingRecordedError, UnsupportedModelError
 from tokred.kv.report import CacheReport
@@ -79,6 +80,18 @@ class CacheHost(Host):
         more = f" ({sliding} sliding-window layers stay as they are)" if sliding else ""
         return f"{self.family}, cache of {self.depth} layers{more}"
 
+    def model_facts(self) -> Facts:
+        """Facts of the decoder, from which a policy builds its module."""
+        cls = host_class(self.decoder)
+        heads = int(words.HEADS.need(self.config))
+        return Facts(
+            model=f"{cls.__module__}.{cls.__qualname__}",
+            depth=self.depth,
+            width=int(words.WIDTH.need(self.config)),
+            heads=heads,
+            key_heads=int(words.KEY_HEADS.part(self.config) or heads),
+        )
+
     def check(self, method: Method, expose: str = "auto") -> None:
         """Everything that can be known before the model is touched.
 
@@ -92,8 +105,12 @@ class CacheHost(Host):
             )
         if expose not in ("auto", "none"):
             raise ValueError(f"expose is for methods of blocks; a cache policy takes 'auto' alone, got {expose!r}")
+        from tokred.kv.policy import CachePolicy
+
         self.check_reads(method)
         method.check(self.depth)
+        if isinstance(method, CachePolicy):
+            method.fits(self.model_facts())
 
     def patch(
         self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str, changes: Changes
@@ -313,6 +330,8 @@ def _supplies(
     from tokred.adapters.kv.rope import supplies_rope
 
     supplied = {"q", "k", "v"}
+    if all(words.STATES.among(inspect.signature(host_class(m).forward).parameters) for _, m in found):
+        supplied |= {"hidden", "module"}
     if all(_projection(m) is not None for _, m in found):
         supplied.add("projection")
     attention: Any = found[compressed[0] if compressed else 0][1]

@@ -11,7 +11,19 @@ from __future__ import annotations
 from typing import Any
 
 from tokred.core.registry import parts as _parts
-from tokred.kv.budgets import Adaptive, Global, Growing, Layered, Preference, Pyramid, Split, Squeeze, Uniform
+from tokred.kv.budgets import (
+    Adaptive,
+    Generated,
+    Global,
+    Growing,
+    Layered,
+    Preference,
+    Pyramid,
+    Split,
+    Squeeze,
+    Threshold,
+    Uniform,
+)
 from tokred.kv.fates import Evict, Merge
 from tokred.kv.parts import Budget, Fate, Part, Score, When
 from tokred.kv.policy import CachePolicy, Parts
@@ -31,6 +43,8 @@ __all__ = [
     "Expected",
     "Fate",
     "Flat",
+    "Foretold",
+    "Generated",
     "Global",
     "Growing",
     "Gumbel",
@@ -54,10 +68,13 @@ __all__ = [
     "Recency",
     "Reconstruction",
     "Rectangle",
+    "Redundancy",
     "Score",
     "Split",
     "Squeeze",
     "Store",
+    "Threshold",
+    "Trigonometric",
     "Uniform",
     "When",
     "Window",
