@@ -92,6 +92,7 @@ from tokred.methods.kv.kvzap import KVzap
 from tokred.methods.kv.kvzip import KVzip
 from tokred.methods.kv.lagkv import LagKV
 from tokred.methods.kv.limited import Limited
+from tokred.methods.kv.lukv import LUKV
 from tokred.methods.kv.observed_attention import ObservedAttention
 from tokred.methods.kv.pyramidkv import PyramidKV
 from tokred.methods.kv.random_evict import RandomEvict
@@ -133,6 +134,7 @@ __all__ = [
     "H2O",
     "IBTM",
     "LTP",
+    "LUKV",
     "PPT",
     "RKV",
     "RPC",

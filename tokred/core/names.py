@@ -37,6 +37,7 @@ MethodName = Literal[
     "lagkv",
     "limited",
     "ltp",
+    "lukv",
     "nemotron",
     "observed_attention",
     "pitome",

@@ -13,6 +13,7 @@ from typing import Any
 from tokred.core.registry import parts as _parts
 from tokred.kv.budgets import (
     Adaptive,
+    Curves,
     Generated,
     Global,
     Growing,
@@ -38,6 +39,7 @@ __all__ = [
     "CacheSite",
     "ColumnSum",
     "Critical",
+    "Curves",
     "Dispersion",
     "Evict",
     "Expected",

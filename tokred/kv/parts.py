@@ -166,6 +166,13 @@ class Budget(Part):
             ValueError: with what does not fit.
         """
 
+    def fits(self, facts: Facts, score: Score) -> None:
+        """Refuse a model, or a policy's score, that what the budget knows is not of.
+
+        Raises:
+            ValueError: naming both.
+        """
+
     def mean(self, n: int, place: Place | None, depth: int) -> int:
         """Rows per layer and head of a sample of ``n`` tokens, before they are distributed."""
         if isinstance(self.amount, str):

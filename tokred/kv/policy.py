@@ -78,7 +78,9 @@ class CachePolicy(Method):
         Raises:
             ValueError: naming both.
         """
-        self.parts.score.fits(facts)
+        parts = self.parts
+        parts.score.fits(facts)
+        parts.budget.fits(facts, parts.score)
 
     def check(self, depth: int) -> None:
         """Refuse a budget that does not fit the number of compressed layers, and a store that cannot do all it must.

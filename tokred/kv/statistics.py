@@ -20,7 +20,7 @@ _HEADER = "tokred"
 
 
 class Statistics(NamedTuple):
-    """What was measured of a model.
+    """Numbers that were measured of a model.
 
     Attributes:
         kind: what of, such as ``"queries"``.

@@ -46,6 +46,7 @@ TARGETS = {
     "kvzip": "tokred.methods.kv.kvzip:KVzip",
     "lagkv": "tokred.methods.kv.lagkv:LagKV",
     "limited": "tokred.methods.kv.limited:Limited",
+    "lukv": "tokred.methods.kv.lukv:LUKV",
     "observed_attention": "tokred.methods.kv.observed_attention:ObservedAttention",
     "pyramidkv": "tokred.methods.kv.pyramidkv:PyramidKV",
     "random_evict": "tokred.methods.kv.random_evict:RandomEvict",
@@ -117,6 +118,7 @@ SCORES = {
 # The other parts of cache policies: budgets, fates, times, stores.
 PARTS = {
     "adaptive": "tokred.kv.budgets.adaptive:Adaptive",
+    "curves": "tokred.kv.budgets.curves:Curves",
     "evict": "tokred.kv.fates:Evict",
     "flat": "tokred.kv.stores.flat:Flat",
     "generated": "tokred.kv.budgets.generated:Generated",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tokred.kv.budgets.adaptive import Adaptive
+from tokred.kv.budgets.curves import Curves
 from tokred.kv.budgets.everywhere import Global
 from tokred.kv.budgets.generated import Generated
 from tokred.kv.budgets.growing import Growing
@@ -16,6 +17,7 @@ from tokred.kv.budgets.uniform import Uniform
 
 __all__ = [
     "Adaptive",
+    "Curves",
     "Generated",
     "Global",
     "Growing",

@@ -75,11 +75,12 @@ class Redundancy(Score):
         """``[B, Hk, K]``: of heads that share a key the largest logit counts, before the softmax."""
         q, votes = newest.voters(site, self.size)
         b, heads, n = site.extent
+        group, count = q.shape[1] // heads, q.shape[2]
         scale: float = site.scale  # type: ignore[assignment]
-        logits = q.float().reshape(b, heads, -1, q.shape[-1]) @ site.k.float().mT * scale
+        logits = q.float().reshape(b, heads, group * count, q.shape[-1]) @ site.k.float().mT * scale
         if site.softcap:
             logits = torch.tanh(logits / site.softcap) * site.softcap
-        logits = logits.view(b, heads, -1, q.shape[2], n).amax(2)
+        logits = logits.view(b, heads, group, count, n).amax(2)
         if site.weights is not None:
             logits = logits + site.alpha * site.weights.log().unsqueeze(2)
         hidden = site.stands_behind(self.size)
