@@ -294,7 +294,7 @@ def benchmark(
     if arms["saved"].notna().any():
         columns.append(("saved", f"{word} saved (%)"))
     figure, axes = subplots(
-        1, len(columns), figsize=(2.4 + 5.0 * len(columns), 4.8), squeeze=False, layout="constrained", sharey=True
+        1, len(columns), figsize=(2.2 + 3.9 * len(columns), 4.6), squeeze=False, layout="constrained", sharey=True
     )
     names = list(dict.fromkeys(arms["method"]))
     plain = [n for n in names if bool(arms.loc[arms["method"] == n, "baseline"].all())]
