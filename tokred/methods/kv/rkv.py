@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -163,7 +163,7 @@ class RKV(KVPreset):
     def __post_init__(self) -> None:
         check_count(self.every, "every", 1)
         if self.keep_prompt:
-            given = self.budget
+            given: Any = self.budget  # also as it was written down
             if isinstance(given, int) and not isinstance(given, bool):
                 given = Generated(given)
             elif isinstance(given, dict):
