@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import tokred
 from tokred.cli.main import app
 
-COMMANDS = ("demo", "bench", "tune", "calibrate", "viz", "list", "flops", "explain", "doctor")
+COMMANDS = ("demo", "bench", "tune", "calibrate", "viz", "app", "list", "flops", "explain", "doctor")
 
 
 def run(*arguments: str):
@@ -171,7 +171,7 @@ def test_viz_writes_a_page_and_a_picture(tmp_path):
     for i in range(3):
         image.linear_gradient("L").rotate(90 * i).save(tmp_path / "shades" / f"{i}.png")
     out = tmp_path / "out"
-    command = ["viz", "--random-weights", "-m", "tome", "--method", "random_prune r=8", "--layers", "0,7"]
+    command = ["viz", "--random-weights", "-m", "tome", "--method", "random_prune r=8", "--layers", "1,8"]
     command += ["--image", str(tmp_path / "shades"), "--count", "2", "--out", str(out)]
     done = run(*command)
     assert done.exit_code == 0, (done.output, done.exception)
@@ -192,7 +192,7 @@ def test_viz_of_the_embedded_model(tmp_path):
 
     if not (embedded.FOLDER / embedded.WEIGHTS).exists():
         pytest.skip("the weights are not in this copy")
-    done = run("viz", "--count", "1", "-m", "tome r=13", "--layers", "7", "--out", str(tmp_path))
+    done = run("viz", "--count", "1", "-m", "tome r=13", "--layers", "8", "--out", str(tmp_path))
     assert done.exit_code == 0, (done.output, done.exception)
     page = (tmp_path / "viz.html").read_text("utf-8")
     assert "Ankle boot" in page
@@ -261,9 +261,11 @@ def test_the_demo_speaks_where_there_is_no_terminal(tmp_path):
     command = ["demo", "--images", "10", "--batch", "5", "-m", "tome r=16", "-m", "evit kappa=0.6"]
     done = CliRunner().invoke(app, [*command, "--out", str(tmp_path)], env={"COLUMNS": "60"})
     assert done.exit_code == 0, (done.output, done.exception)
-    assert "measuring: 1 of 6" in done.stderr
-    assert "measuring: 6 of 6" in done.stderr
-    assert {p.name for p in tmp_path.iterdir()} == {"demo.csv", "demo.png", "merged.png"}
+    assert "1/3 unpatched: top1 " in done.stderr
+    assert "3/3 evit kappa=0.6: top1 " in done.stderr
+    assert max(map(len, done.stdout.splitlines()[:-1])) <= 60
+    files = {"demo.csv", "demo.samples.jsonl", "demo.png", "merged.png"}
+    assert {p.name for p in tmp_path.iterdir()} == files
 
 
 def test_the_demo_asks_for_what_it_draws_with_before_it_measures(monkeypatch):

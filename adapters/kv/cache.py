@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from tokred.adapters.contract import host_object, members, terms, words
@@ -140,6 +141,11 @@ class TokCache(DynamicCache):  # type: ignore[misc]
         """Slots, rows and bytes of every layer."""
         return rows_of(layers_of(self))
 
+    def holds(self) -> tuple[Tensor, ...]:
+        """``[B, Hk, seen]`` bool of every layer, on the CPU: the slots that each head holds a row of. For looking at:
+        it waits for the device."""
+        return tuple(_holds(layer) for layer in layers_of(self))
+
     @property
     def nbytes(self) -> int:
         """Bytes that all layers hold."""
@@ -165,6 +171,21 @@ def _rows(index: int, layer: Any) -> LayerRows:
         return LayerRows(index, 0, 0, 0, 0)
     held = keys.nbytes + values.nbytes
     return LayerRows(index, int(members.LENGTH.need(layer)()), keys.shape[2], held, held)
+
+
+def _holds(layer: Any) -> Tensor:
+    keys: Tensor | None = words.KEYS.part(layer)
+    if keys is None or keys.numel() == 0:
+        return torch.zeros(0, 0, 0, dtype=torch.bool)
+    b, heads, rows = keys.shape[:3]
+    seen = layer.seen if isinstance(layer, TokLayer) else int(members.LENGTH.need(layer)())
+    slots = layer.positions if isinstance(layer, TokLayer) else None
+    if slots is None:  # a window's rows are the newest ones, and elsewhere all are there
+        return (torch.arange(seen) >= seen - rows).expand(b, heads, -1)
+    # Empty rows have a slot that no token has; they go to a column that is cut off.
+    slots = slots.cpu().long()
+    there = torch.zeros(b, heads, seen + 1, dtype=torch.bool)
+    return there.scatter(2, torch.where((slots < 0) | (slots >= seen), seen, slots), True)[..., :seen]
 
 
 # Layouts that a caller can ask for, besides "auto": rows as they come, with empty ones or without.

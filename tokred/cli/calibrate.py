@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tokred.cli.bench import check_device, type_of
-from tokred.cli.options import MODEL, complete_model
+from tokred.cli.options import MODEL, check_device, complete_model, type_of
 
 
 def calibrate_command(

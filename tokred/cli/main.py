@@ -13,6 +13,7 @@ except ImportError as error:  # a script's entry point has no better place to sa
     raise SystemExit(f"tokred's command line needs {error.name}: pip install 'tokred[cli]'") from error
 
 # They need typer.
+from tokred.cli.app import app_command
 from tokred.cli.bench import bench_command
 from tokred.cli.calibrate import calibrate_command
 from tokred.cli.console import INTERRUPTED
@@ -67,6 +68,7 @@ def top(
       tokred tune deit_small_patch16_224 --data photos --speedup 1.5
       tokred calibrate hf:FOLDER book.txt -o queries.safetensors
       tokred viz -m "tome r=13"                       what was merged into what, as a page and PNG
+      tokred app                                      try methods on pictures, in the browser
       tokred explain sdxl --size 1024                 what a method could gain on a denoiser
       tokred eval lm-eval hf:FOLDER --tasks ruler -m "snapkv budget=0.25"
       tokred doctor                                   whether everything works with what is installed here
@@ -86,6 +88,7 @@ for name, command, summary in (
     ("flops", flops_command, "Tokens and multiply-adds, without running anything."),
     ("explain", explain_command, "What a method could gain on a denoiser."),
     ("viz", viz_command, "What was merged into what, over the image, block by block."),
+    ("app", app_command, "Try methods on pictures, in the browser."),
     ("doctor", doctor_command, "Whether tokred works with what is installed here."),
 ):
     app.command(name, short_help=summary)(command)

@@ -1,4 +1,4 @@
-"""What each layer of a cache gains by more rows, and shapes that follow from it.
+"""Gains of a cache's layers by more rows, and shapes that follow from them.
 
 A shape by a few knots over the depth cannot say "layers 3 and 17". So the search asks each layer: at the best shape so
 far it alone holds everything, and a quarter of the samples says how much is gained. Rows then go where they gain most.
