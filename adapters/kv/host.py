@@ -47,6 +47,7 @@ class CacheHost(Host):
         attentions: attention module of each layer, in order.
         compressed: layers that attend to everything; the others have a sliding window, and bounded caches already.
         supplies: what sites hand over.
+        key_heads: key/value heads of a compressed layer, where a rehearsal showed them; None: as the configuration says.
         note: what a user should know.
     """
 
@@ -58,6 +59,7 @@ class CacheHost(Host):
     compressed: tuple[int, ...]
     supplies: frozenset[str]
     norms: list[tuple[nn.Module, nn.Module] | None] = field(default_factory=list)
+    key_heads: int | None = None
     note: str = ""
     stage: str = "cache"
 
@@ -89,7 +91,7 @@ class CacheHost(Host):
             depth=self.depth,
             width=int(words.WIDTH.need(self.config)),
             heads=heads,
-            key_heads=int(words.KEY_HEADS.part(self.config) or heads),
+            key_heads=self.key_heads or int(words.KEY_HEADS.part(self.config) or heads),
         )
 
     def check(self, method: Method, expose: str = "auto") -> None:
@@ -211,6 +213,7 @@ def match(model: nn.Module, *, decodes: bool = False, bounded: bool = False) -> 
         compressed=compressed,
         supplies=_supplies(decoder, found, compressed, rehearsal),
         norms=_norms(decoder, found),
+        key_heads=rehearsal.key_heads(found[compressed[0] if compressed else 0][1]),
     )
 
 

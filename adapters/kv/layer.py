@@ -256,9 +256,7 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def rewrite(self, values: Tensor, weights: Tensor) -> None:
         """Give rows other values ``[B, Hk, K, Dv]`` and weights ``[B, Hk, K]``; :meth:`apply` follows."""
-        positions = self.positions
-        # Slots are asked for only where rows lie flat, which they do after an eviction.
-        self.shelf.rewrite(values, weights.int() if positions is None else positions)
+        self.shelf.rewrite(values, self.positions)
         self.weights = weights
 
     def settle(self, site: CacheSite | None) -> None:

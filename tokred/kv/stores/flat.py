@@ -134,7 +134,7 @@ class FlatShelf(RectangleShelf):
             index = torch.arange(step.slots, device=merged.device).expand(merged.shape)
             self._lie(flatten(None, self._keys, self._values, merged, index, counts, step.mask))
 
-    def rewrite(self, values: Tensor, slots: Tensor) -> None:
+    def rewrite(self, values: Tensor, slots: Tensor | None) -> None:
         if self.flat is not None:
             self._keys, self._slots, self.flat = self.keys, slots, None
         super().rewrite(values, slots)

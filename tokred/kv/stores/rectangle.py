@@ -94,7 +94,7 @@ class RectangleShelf(Shelf):
         self._keys, self._values = step.merge(keys, weights), step.merge(values, weights)
         self._slots = without_empty(merged_slots(step, slots), step.mask).contiguous()
 
-    def rewrite(self, values: Tensor, slots: Tensor) -> None:
+    def rewrite(self, values: Tensor, slots: Tensor | None) -> None:
         self._values = values
 
     def crop(self, count: int) -> None:

@@ -197,8 +197,8 @@ class Shelf(ABC):
         """Hold only what ``step`` makes of the rows, weighted by ``weights`` ``[B, Hk, K]``; otherwise :meth:`take`."""
         raise NotImplementedError(f"{type(self).__name__} cannot {ABILITIES['merge']}")
 
-    def rewrite(self, values: Tensor, slots: Tensor) -> None:
-        """Hold other ``values`` ``[B, Hk, K, D]`` for the rows as they are; ``slots`` as :meth:`take`."""
+    def rewrite(self, values: Tensor, slots: Tensor | None) -> None:
+        """Hold other ``values`` ``[B, Hk, K, D]`` for the rows as they are, whose ``slots`` are :meth:`positions`."""
         raise NotImplementedError(f"{type(self).__name__} cannot {ABILITIES['rewrite']}")
 
     def crop(self, count: int) -> None:

@@ -13,8 +13,8 @@ from tokred.core.method import Parameters
 from tokred.core.registry import register
 from tokred.kv import newest
 from tokred.kv.budgets import Generated
-from tokred.kv.parts import Score, When, check_count
-from tokred.kv.policy import BudgetLike, as_budget
+from tokred.kv.parts import Budget, Score, When, as_part, check_count
+from tokred.kv.policy import BudgetLike
 from tokred.kv.pooling import check_pool, pooled
 from tokred.kv.preset import KVPreset
 from tokred.kv.site import CacheSite
@@ -167,7 +167,7 @@ class RKV(KVPreset):
             if isinstance(given, int) and not isinstance(given, bool):
                 given = Generated(given)
             elif isinstance(given, dict):
-                given = as_budget(given)
+                given = as_part(given, Budget, "budget")  # type: ignore[type-abstract]
             if not isinstance(given, Generated):
                 raise ValueError(f"with keep_prompt, budget must be a number of generated rows, got {self.budget!r}")
             object.__setattr__(self, "budget", given)
