@@ -51,9 +51,9 @@ class TokCache(DynamicCache):  # type: ignore[misc]
     engine: Engine
 
     def snapshot(self) -> Snapshot:
-        """The present state. Costs no memory until the cache moves on: tensors are shared."""
+        """The present state. Rows cost no memory until the cache moves on: tensors are shared; states are copied."""
         layers = tuple(
-            layer.snapshot() if isinstance(layer, TokLayer) else dict(layer.__dict__) for layer in layers_of(self)
+            layer.snapshot() if isinstance(layer, TokLayer) else _own(layer.__dict__) for layer in layers_of(self)
         )
         return Snapshot(layers, self.engine.state())
 
@@ -75,7 +75,7 @@ class TokCache(DynamicCache):  # type: ignore[misc]
                 layer.restore(state)
             else:
                 layer.__dict__.clear()
-                layer.__dict__.update(state)
+                layer.__dict__.update(_own(state))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the newest ``-tokens_to_remove`` tokens, of all layers or of none.
@@ -162,9 +162,23 @@ def rows_of(layers: list[Any]) -> tuple[LayerRows, ...]:
     return tuple(_rows(i, layer) for i, layer in enumerate(layers))
 
 
+def _own(state: dict[str, Any]) -> dict[str, Any]:
+    """A layer's attributes, with copies of states that transformers writes into in place: those that it numbers."""
+    return {
+        name: {i: x.clone() if isinstance(x, Tensor) else x for i, x in value.items()}
+        if isinstance(value, dict)
+        else value
+        for name, value in state.items()
+    }
+
+
 def _rows(index: int, layer: Any) -> LayerRows:
     if isinstance(layer, TokLayer):
         return LayerRows(index, layer.seen, layer.held, layer.nbytes, layer.dense_bytes)
+    numbered = [x for value in vars(layer).values() if isinstance(value, dict) for x in value.values()]
+    states = sum(x.nbytes for x in numbered if isinstance(x, Tensor))
+    if states:
+        return LayerRows(index, 0, 0, states, states)
     keys: Tensor | None = words.KEYS.part(layer)
     values: Tensor | None = words.VALUES.part(layer)
     if keys is None or values is None or keys.numel() == 0:

@@ -107,13 +107,8 @@ def test_every_method_that_runs_is_tried_at_an_amount(trials, faced):
         assert [c.name for c in amounts.controls(setting)]
         if has:
             amount.add(name)
-            less = faced.settle(name, 0.9)[0]
-            cost = [
-                tokred.flops(
-                    subject.model, tokred.analysis.viz.recording.choose(f"{name} {p}")[0][1], subject.shape
-                ).macs
-                for p in (parameters, less)
-            ]
+            less = amounts.setting(name, faced.settle(name, 0.9)[0])
+            cost = [tokred.flops(subject.model, trials.arm(one).method, subject.shape).macs for one in (setting, less)]
             assert cost[0] <= cost[1] <= full
     assert {"tome", "pitome", "evit", "vomix"} <= amount
     assert "ltp" not in amount
@@ -126,6 +121,11 @@ def test_amounts_cost_what_they_say(trials):
         for keep in (0.8, 0.5):
             arm = trials.arm(f"{name} {amounts.settle(subject, name, keep)}")
             assert tokred.flops(subject.model, arm.method, subject.shape).macs / full == pytest.approx(keep, abs=0.03)
+
+
+def test_keep_of_one_keeps_all(trials):
+    assert amounts.settle(trials.subject, "tome", 1.0) == "r=0"
+    assert amounts.settle(trials.subject, "evit", 1.0) == "kappa=1"
 
 
 def test_parameters_as_controls():
@@ -215,6 +215,23 @@ def test_bad_input_of_the_command_gets_one_line(tmp_path, monkeypatch):
     assert "windows" in refused("swin_tiny_patch4_window7_224", "--random-weights")
     assert "no/such.png is neither" in refused("-i", "no/such.png")
     assert "--device must be" in refused("--device", "toaster")
+
+
+def test_nothing_is_public_unless_asked(monkeypatch):
+    pytest.importorskip("gradio")
+    from tokred.bench.app import layout
+
+    seen = []
+
+    def launch(blocks, host, port, **options):
+        seen.append((host, port, options))
+        raise OSError("not now")
+
+    monkeypatch.setattr(layout, "launch", launch)
+    assert refused("--port", "0", "--random-weights") == "tokred: not now"
+    (host, port, options) = seen[0]
+    assert (host, options) == ("127.0.0.1", {"share": False, "browser": False})
+    assert port > 0
 
 
 def test_a_missing_extra_is_named_before_anything_is_loaded(monkeypatch):

@@ -29,7 +29,7 @@ def demo_command(
 ) -> None:
     """Measure accuracy against speed on the embedded model: offline, in under two minutes on two cores.
 
-    Every row is measured here and now: ToMe and random merging at several r, PiToMe and EViT where they cost as many
+    Every row is measured here and now: ToMe and random pruning at several r, PiToMe and EViT where they cost as many
     multiply-adds, all on the same batches as the unpatched model, which every speed-up is the ratio to. A method that
     is named without settings is measured at those amounts.
 

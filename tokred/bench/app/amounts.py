@@ -55,7 +55,7 @@ def settle(subject: Subject, name: str, keep: float) -> str | None:
         return None
     full = arms.unpatched(subject.model, subject.shape)
     top = STEPS if share else max(2, full.tokens_in // 2)
-    allowed = [step for step in range(1, top + 1) if _allowed(name, parameter, _value(step, share))]
+    allowed = [step for step in range(top + 1) if _allowed(name, parameter, _value(step, share))]
     if not allowed:
         return None
 

@@ -31,6 +31,8 @@ STYLE = (
     + """
 .gradio-container {max-width: 1320px !important; margin: 0 auto !important;}
 footer {display: none !important;}
+#before img, #after img {width: 100%; height: auto; image-rendering: pixelated;}
+#left {margin-top: -10px;}
 """
 )
 
@@ -49,7 +51,7 @@ def build(page: Page) -> Any:
         gr.Markdown(f"# tokred: {html.escape(subject.name)}\n{INTRO}")
         chosen, kept, good = gr.State(0 if page.pictures else None), gr.State(None), gr.State("")
         with gr.Row():
-            with gr.Column(scale=2, min_width=300):
+            with gr.Column(scale=2, min_width=360):
                 with gr.Tabs():
                     with gr.Tab("Its pictures", visible=bool(page.pictures)):
                         gallery = gr.Gallery(
@@ -175,6 +177,10 @@ def theme(gr: Any) -> Any:
         primary_hue="teal",
         font=["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"],
         font_mono=["ui-monospace", "Consolas", "monospace"],
+    ).set(
+        # Its own grey is too light to be read.
+        body_text_color_subdued="*neutral_600",
+        block_info_text_color="*neutral_600",
     )
 
 
@@ -213,7 +219,6 @@ def _still(name: str) -> dict[str, Any]:
         "buttons": [],
         "elem_id": name,
         "min_width": 120,
-        "height": 300,
     }
 
 
