@@ -49,6 +49,7 @@ class CacheHost(Host):
         attentions: name and attention module of each layer that keeps rows, by layer, in order.
         compressed: layers that attend to everything; the others have a sliding window, and bounded caches already.
         supplies: what sites hand over.
+        key_heads: key/value heads of a compressed layer, where a rehearsal showed them; None: as the config says.
         norms: by layer, the decoder layer and the module that reads the stream after its attention, or None.
         states: layers without rows: they keep a state of one size, or nothing.
         key_heads: of the keys in the cache; 0: as the configuration says.
@@ -62,6 +63,7 @@ class CacheHost(Host):
     attentions: dict[int, tuple[str, nn.Module]]
     compressed: tuple[int, ...]
     supplies: frozenset[str]
+    key_heads: int | None = None
     norms: dict[int, tuple[nn.Module, nn.Module] | None] = field(default_factory=dict)
     states: int = 0
     key_heads: int = 0
@@ -236,6 +238,7 @@ def match(model: nn.Module, *, decodes: bool = False, bounded: bool = False, sta
         compressed=compressed,
         supplies=_supplies(decoder, found, compressed, rehearsal),
         norms=_norms(decoder, found),
+        key_heads=rehearsal.key_heads(found[compressed[0] if compressed else next(iter(found))][1]),
         states=len(kinds) - len(found),
         key_heads=rehearsal.key_heads(next(iter(found.values()))[1]),
     )
