@@ -63,7 +63,6 @@ class CacheHost(Host):
     attentions: dict[int, tuple[str, nn.Module]]
     compressed: tuple[int, ...]
     supplies: frozenset[str]
-    key_heads: int | None = None
     norms: dict[int, tuple[nn.Module, nn.Module] | None] = field(default_factory=dict)
     states: int = 0
     key_heads: int = 0
@@ -240,7 +239,6 @@ def match(model: nn.Module, *, decodes: bool = False, bounded: bool = False, sta
         norms=_norms(decoder, found),
         key_heads=rehearsal.key_heads(found[compressed[0] if compressed else next(iter(found))][1]),
         states=len(kinds) - len(found),
-        key_heads=rehearsal.key_heads(next(iter(found.values()))[1]),
     )
 
 

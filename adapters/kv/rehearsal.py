@@ -118,11 +118,6 @@ class Rehearsal:
         heard = self._heard(attention)
         return not isinstance(heard, _Heard) or not heard.calls or heard.turned
 
-    def key_heads(self, attention: nn.Module) -> int | None:
-        """Heads of the rows that the module gives its cache; None where the rehearsal did not show them."""
-        heard = self._heard(attention)
-        return heard.rows[0].shape[1] if isinstance(heard, _Heard) and heard.rows is not None else None
-
     def _heard(self, attention: nn.Module) -> _Heard | Exception | None:
         cls = host_class(attention)
         plain = {k: v for k, v in vars(attention).items() if isinstance(v, bool | int | float | str | None)}

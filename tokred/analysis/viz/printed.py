@@ -48,7 +48,9 @@ def draw_visual(drawing: VisualDrawing, stages: Sequence[int]) -> Any:
         mask = run.mask(view)
         for stage, axis in zip(stages, line, strict=True):
             alone = stage == 0
-            picture = enlarge(fine(view.pixels, view.grid), view.grid) if alone else kept(view.pixels, mask[stage], view.grid)
+            picture = (
+                enlarge(fine(view.pixels, view.grid), view.grid) if alone else kept(view.pixels, mask[stage], view.grid)
+            )
             axis.imshow(picture)
             axis.set_xticks([])
             axis.set_yticks([])

@@ -104,7 +104,9 @@ def _views(one: Shown, places: Tensor, frames: Drawable, given: Tensor | None, n
             continue  # pooled to something that is no grid
         for t, own in enumerate(columns.view(count, -1)):
             more = f", frame {t + 1}" if part.frames else f", part {i + 1}" if part.tile or i else ""
-            drawn = frames.of(part, number, i, t) if given is None else given[min(t * len(given) // count, len(given) - 1)]
+            drawn = (
+                frames.of(part, number, i, t) if given is None else given[min(t * len(given) // count, len(given) - 1)]
+            )
             found.append(View(one.sample, name + more, part.grid, own, _fit(drawn, part.grid)))
     if tiles:
         assert tiles[0].corner is not None
@@ -117,7 +119,9 @@ def _views(one: Shown, places: Tensor, frames: Drawable, given: Tensor | None, n
             own = places[one.first + part.where.offsets(places.device)].view(part.grid)
             whole[top : top + part.grid[0], left : left + part.grid[1]] = own
         drawn = frames.row(tiles[0].whole) if given is None else given[0]
-        found.append(View(one.sample, f"{name}, tiles", (rows, columns_of), whole.flatten(), _fit(drawn, (rows, columns_of))))
+        found.append(
+            View(one.sample, f"{name}, tiles", (rows, columns_of), whole.flatten(), _fit(drawn, (rows, columns_of)))
+        )
     return found
 
 
@@ -189,7 +193,9 @@ def _checked(given: Any) -> Tensor:
     x = torch.as_tensor(given)
     x = x[None] if x.ndim == 3 else x
     if x.ndim != 4 or x.shape[1] not in (1, 3):
-        raise ValueError(f"pixels must be (1 or 3, H, W) or (T, 1 or 3, H, W) each, got {tuple(torch.as_tensor(given).shape)}")
+        raise ValueError(
+            f"pixels must be (1 or 3, H, W) or (T, 1 or 3, H, W) each, got {tuple(torch.as_tensor(given).shape)}"
+        )
     return as_bytes(x)
 
 
