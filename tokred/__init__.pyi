@@ -85,14 +85,18 @@ from tokred.methods.kv.expected_attention import ExpectedAttention
 from tokred.methods.kv.h2o import H2O
 from tokred.methods.kv.keydiff import KeyDiff
 from tokred.methods.kv.keyformer import Keyformer
+from tokred.methods.kv.kivi import KIVI
 from tokred.methods.kv.knorm import KNorm
 from tokred.methods.kv.kv import KVPolicy
 from tokred.methods.kv.kvzip import KVzip
 from tokred.methods.kv.lagkv import LagKV
 from tokred.methods.kv.limited import Limited
+from tokred.methods.kv.mikv import MiKV
+from tokred.methods.kv.mustafar import Mustafar
 from tokred.methods.kv.observed_attention import ObservedAttention
 from tokred.methods.kv.pyramidkv import PyramidKV
 from tokred.methods.kv.random_evict import RandomEvict
+from tokred.methods.kv.rotated import Oscar, Turbo
 from tokred.methods.kv.rpc import RPC
 from tokred.methods.kv.snapkv import SnapKV
 from tokred.methods.kv.squeezeattention import SqueezeAttention
@@ -128,6 +132,7 @@ __all__ = [
     "CAT",
     "H2O",
     "IBTM",
+    "KIVI",
     "LTP",
     "PPT",
     "RPC",
@@ -168,12 +173,15 @@ __all__ = [
     "LagKV",
     "Limited",
     "Method",
+    "MiKV",
     "MissingInputError",
     "MovedWarning",
+    "Mustafar",
     "Nemotron",
     "NothingRecordedError",
     "NothingRemovedWarning",
     "ObservedAttention",
+    "Oscar",
     "PiToMe",
     "Place",
     "PluginWarning",
@@ -209,6 +217,7 @@ __all__ = [
     "TokredError",
     "TokredWarning",
     "TopV",
+    "Turbo",
     "UniformVisual",
     "UnknownMethodError",
     "UnknownModelError",

@@ -17,9 +17,10 @@ from tokred.kv.parts import Budget, Fate, Part, Score, When
 from tokred.kv.policy import CachePolicy, Parts
 from tokred.kv.preset import KVPreset, Preset
 from tokred.kv.site import CacheSite, Padding
-from tokred.kv.stores import Flat, Half, Rectangle, Store
+from tokred.kv.stores import KIVI, Flat, Half, MiKV, Mustafar, Oscar, Rectangle, Store, Turbo
 
 __all__ = [
+    "KIVI",
     "Adaptive",
     "Budget",
     "CachePolicy",
@@ -43,7 +44,10 @@ __all__ = [
     "LastQuery",
     "Layered",
     "Merge",
+    "MiKV",
+    "Mustafar",
     "Observed",
+    "Oscar",
     "Padding",
     "Part",
     "Parts",
@@ -58,6 +62,7 @@ __all__ = [
     "Split",
     "Squeeze",
     "Store",
+    "Turbo",
     "Uniform",
     "When",
     "Window",
