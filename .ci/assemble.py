@@ -42,8 +42,11 @@ on_config.mkdocs_priority = 100  # type: ignore[attr-defined]
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Hook of mkdocs: docstrings name functions as ``:func:`apply```; the role is not for readers of pages."""
-    return re.sub(r":(?:attr|class|data|func|meth|mod):(?=<code>)", "", html)
+    """Hook of mkdocs: docstrings name functions as ``:func:`apply```, a role that is not for readers; pictures open."""
+    html = re.sub(r":(?:attr|class|data|func|meth|mod):(?=<code>)", "", html)
+    # A picture that is wider than its column can be seen at its own size.
+    picture = r'(?<!<a href=")(<img [^>]*?src="([^"]+\.png)"[^>]*>)(?!</a>)'
+    return re.sub(picture, r'<a class="picture" href="\2">\1</a>', html)
 
 
 if __name__ == "__main__":

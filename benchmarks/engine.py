@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import tokred
-from tokred.bench import results
+from tokred.bench import feeds, results
 from tokred.bench.entries import entry
 from tokred.bench.metrics import METRICS
 
@@ -21,7 +21,9 @@ SAME = (
     "speedup_low",
     "speedup_high",
     "seconds",
+    "encoder_seconds",
     "peak_mib",
+    "forward_mib",
     "tokens_in",
     "tokens_out",
     "bytes",
@@ -33,7 +35,7 @@ def measured(
     model: Any,
     methods: Sequence[Any] | Mapping[str, Any],
     data: Any,
-    metrics: Mapping[str, str | Callable[[Any, Any], Any]],
+    metrics: Mapping[str, str | Callable[..., Any]],
     *,
     name: str,
     data_from: str = "",
@@ -46,34 +48,44 @@ def measured(
     Args:
         model, data: as :func:`tokred.benchmark` takes them.
         methods: likewise, or from what stands in the table, ``"cat budget=64"``, to each.
-        metrics: from the names of metrics in the table to what the engine takes, which measures one at a time. Speed
-            is that of the first one's run.
+        metrics: from the names of metrics in the table to what the engine takes, all in one pass. Where the table knows
+            a metric's difference to the unpatched model, or its value of the worst sample, these are there too.
         name: of the model.
         data_from: packages that the data come from, as :func:`benchmarks.zoo.carriers.cited` names them.
-        values: a folder for the engine's own tables, by which a run that was broken off goes on.
+        values: a folder for the engine's own table, by which a run that was broken off goes on.
         more: fields of every record.
         options: more arguments of :func:`tokred.benchmark`.
     """
     chosen = methods if isinstance(methods, Mapping) else {entry(one).label: one for one in methods}
     labels = {entry(one).label: label for label, one in chosen.items()}
+    out = None if values is None else values / "values.csv"
+    table = tokred.benchmark(
+        model, [*chosen.values()], data, [*metrics.values()], name=name, out=out, baselines=False, **options
+    )
+    first = next(feeds.modules(model)[0].parameters())
+    source = results.here(options.get("device") or first.device, first.dtype)
+    source["versions"] = f"{source['versions']} {data_from}".strip()
     found: dict[str, Record] = {}
-    for field, metric in metrics.items():
-        out = None if values is None else values / f"{field}.csv"
-        table = tokred.benchmark(
-            model, [*chosen.values()], data, metric, name=name, out=out, baselines=False, **options
-        )
-        first = next(model.parameters())
-        source = results.here(options.get("device") or first.device, first.dtype)
-        source["versions"] = f"{source['versions']} {data_from}".strip()
-        for row in table.rows:
+    for field, metric in zip(metrics, table.metrics, strict=True):
+        judged = table.by(metric)
+        for row in judged.rows:
             label = f"{row['method']} {row['setting']}".strip()
             if row["quality"] is None:
-                print(f"{labels.get(label, label)}: {row['reason']}", file=sys.stderr, flush=True)
+                if metric == table.metric:
+                    print(f"{labels.get(label, label)}: {row['reason']}", file=sys.stderr, flush=True)
                 continue
             method, _, setting = labels.get(label, label).partition(" ")
             head = {"model": name, "method": method, "setting": setting, **(more or {}), **source}
             record = found.setdefault(label, {**head, **_costs(row), "rounds": options.get("rounds", 5)})
-            record |= _ends(field, row, "quality", "low", "high") | {f"{field}_count": row["samples"]}
+            tally = judged.samples.get(label)
+            # Words, tokens: where samples have weights, these are what was counted.
+            count = row["samples"] if tally is None else round(sum(tally.weights))
+            record |= _ends(field, row, "quality", "low", "high") | {f"{field}_count": count}
+            if f"{field}_difference" in METRICS:
+                ends = ("difference", "difference_low", "difference_high")
+                record |= _ends(f"{field}_difference", row, *ends)
+            if f"{field}_lowest" in METRICS and tally is not None:
+                record[f"{field}_lowest"] = min(tally.values)
     return list(found.values())
 
 

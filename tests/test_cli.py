@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import tokred
 from tokred.cli.main import app
 
-COMMANDS = ("demo", "bench", "tune", "viz", "list", "flops", "explain", "doctor")
+COMMANDS = ("demo", "bench", "tune", "calibrate", "viz", "app", "list", "flops", "explain", "doctor")
 
 
 def run(*arguments: str):
@@ -80,11 +80,11 @@ def test_list_of_a_model_that_cannot_run():
 def test_flops_are_those_of_the_function():
     from tokred.bench.data.model import build
 
-    expected = tokred.flops(build(), "tome", (1, 1, 28, 28), r=13)
+    expected = tokred.flops(build(), "tome", (1, 3, 112, 112), r=13)
     text = run("flops", "-m", "tome r=13").output
-    assert f"{expected.gmacs:.3f} GMACs an image of 1x28x28" in text
-    assert f"{197 - 12 * 13}" in text.splitlines()[-2]
-    assert "of " not in run("flops").output.splitlines()[-1].partition("28x28")[2]
+    assert f"{expected.gmacs:.3f} GMACs an image of 3x112x112" in text
+    assert f"{197 - 8 * 13}" in text.splitlines()[-2]
+    assert "of " not in run("flops").output.splitlines()[-1].partition("112x112")[2]
 
 
 def test_flops_takes_literals():
@@ -126,7 +126,7 @@ def test_flops_takes_literals():
         (("viz", "--random-weights", "-m", "tom"), "did you mean 'toma' or 'tome'"),
         (("viz", "--random-weights", "-m", "tome s=1"), "has no parameter 's'"),
         (("viz", "--random-weights", "--image", "no/such.png"), "no/such.png is neither an image nor a folder"),
-        (("viz", "--random-weights", "--layers", "0,12"), "the model has 12"),
+        (("viz", "--random-weights", "--layers", "0,8"), "the model has 8"),
         (("viz", "--random-weights", "--layers", "first"), "--layers is a list of blocks"),
         (("viz", "swin_tiny_patch4_window7_224", "--random-weights"), "windows"),
         (("demo", "-m", "tom"), "did you mean 'toma' or 'tome'"),
@@ -171,7 +171,7 @@ def test_viz_writes_a_page_and_a_picture(tmp_path):
     for i in range(3):
         image.linear_gradient("L").rotate(90 * i).save(tmp_path / "shades" / f"{i}.png")
     out = tmp_path / "out"
-    command = ["viz", "--random-weights", "-m", "tome", "--method", "random_prune r=8", "--layers", "0,11"]
+    command = ["viz", "--random-weights", "-m", "tome", "--method", "random_prune r=8", "--layers", "1,8"]
     command += ["--image", str(tmp_path / "shades"), "--count", "2", "--out", str(out)]
     done = run(*command)
     assert done.exit_code == 0, (done.output, done.exception)
@@ -192,7 +192,7 @@ def test_viz_of_the_embedded_model(tmp_path):
 
     if not (embedded.FOLDER / embedded.WEIGHTS).exists():
         pytest.skip("the weights are not in this copy")
-    done = run("viz", "--count", "1", "-m", "tome r=13", "--layers", "11", "--out", str(tmp_path))
+    done = run("viz", "--count", "1", "-m", "tome r=13", "--layers", "8", "--out", str(tmp_path))
     assert done.exit_code == 0, (done.output, done.exception)
     page = (tmp_path / "viz.html").read_text("utf-8")
     assert "Ankle boot" in page
@@ -214,7 +214,7 @@ def test_flops_says_when_fewer_tokens_can_be_removed_than_asked_for():
 def test_several_settings_are_counted_one_after_the_other_and_as_json():
     found = json.loads(run("flops", "-m", "tome r=13", "-m", "evit kappa=0.7", "--json").stdout)
     assert [one["setting"] for one in found] == ["tome r=13", "evit kappa=0.7"]
-    assert all(one["macs"] < one["macs_unpatched"] and len(one["blocks"]) == 12 for one in found)
+    assert all(one["macs"] < one["macs_unpatched"] and len(one["blocks"]) == 8 for one in found)
 
 
 def test_lists_as_json():
@@ -261,9 +261,11 @@ def test_the_demo_speaks_where_there_is_no_terminal(tmp_path):
     command = ["demo", "--images", "10", "--batch", "5", "-m", "tome r=16", "-m", "evit kappa=0.6"]
     done = CliRunner().invoke(app, [*command, "--out", str(tmp_path)], env={"COLUMNS": "60"})
     assert done.exit_code == 0, (done.output, done.exception)
-    assert "measuring: 1 of 6" in done.stderr
-    assert "measuring: 6 of 6" in done.stderr
-    assert {p.name for p in tmp_path.iterdir()} == {"demo.csv", "demo.png", "merged.png"}
+    assert "1/3 unpatched: top1 " in done.stderr
+    assert "3/3 evit kappa=0.6: top1 " in done.stderr
+    assert max(map(len, done.stdout.splitlines()[:-1])) <= 60
+    files = {"demo.csv", "demo.samples.jsonl", "demo.png", "merged.png"}
+    assert {p.name for p in tmp_path.iterdir()} == files
 
 
 def test_the_demo_asks_for_what_it_draws_with_before_it_measures(monkeypatch):

@@ -1,11 +1,9 @@
-"""The demo and the benchmark on a few images: columns, finite ratios, pictures that show something, files kept."""
+"""The demo on a few images, and what it is made of: columns, ratios, pictures that show something, files kept."""
 
 from __future__ import annotations
 
-import io
 import math
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +17,14 @@ pytest.importorskip("rich")
 pytest.importorskip("typer")
 
 import tokred
-from tokred.bench import arms, demo, embedded, probe, tasks, timing
+from tokred.bench import arms, demo, embedded, probe, results, timing
 from tokred.bench import images as photos
-from tokred.bench import models as subjects
 from tokred.bench import results as outputs
-from tokred.bench import run as bench
+from tokred.cli import tables
 from tokred.core.settings import parse_pairs, parse_setting
 
 COLUMNS = {
-    "demo": ("method", "setting", "tokens_out", "gmacs", "top1", "top1_difference", "images_per_second", "speedup"),
+    "demo": ("method", "setting", "tokens_out", "gmacs", "top1", "difference", "seconds", "speedup"),
     "where": ("device", "threads", "versions", "commit", "date"),
 }
 
@@ -43,7 +40,7 @@ def model():
 @pytest.fixture(scope="module")
 def images():
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(8, 1, 28, 28, generator=generator), torch.tensor([9, 0, 8, 7, 3, 1, 2, 9])
+    return torch.randn(8, *embedded.SHAPE[1:], generator=generator), torch.tensor([9, 0, 8, 7, 3, 1, 2, 9])
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -62,25 +59,26 @@ def assert_picture(path: Path) -> None:
         assert len(picture.convert("RGB").getcolors(2**24)) > 50
 
 
-def test_the_demo_measures_and_writes(model, images, tmp_path):
+def test_the_demo_measures_and_writes(model, images, tmp_path, capsys):
     chosen = demo.choose(model, counts=(8, 16), methods=("tome", "pitome", "evit", "random"))
     assert [a.label for a in chosen[:3]] == ["unpatched", "tome r=8", "tome r=16"]
     for target in chosen[1:3]:
         near = [a for a in chosen if abs(a.macs - target.macs) < 0.02 * target.macs]
         assert {a.name for a in near} == {"tome", "pitome", "evit", "random"}
-    some = [chosen[0], *(a for a in chosen if a.tokens_out < 60)]
-    calls = []
-    rows = demo.measure(model, some, *images, batch=4, tick=lambda: calls.append(1))
-    assert len(calls) == demo.ticks(some, 8, 4)
-    assert rows[0].top1_difference == 0
-    assert rows[0].agreement == 1
-    assert rows[0].timing.speedup == (1, 1, 1)
+    some = [chosen[0], *(a for a in chosen if a.tokens_out < 80)]
     named = outputs.free(tmp_path, demo.FILES)
-    demo.save(named["demo.csv"], rows, 8, 4)
-    demo.draw(rows, model, *images, named, batch=4)
+    result = demo.measure(model, some, *images, named["demo.csv"], batch=4)
+    told = capsys.readouterr().err.splitlines()
+    assert [line.partition(":")[0] for line in told] == [f"{i}/{len(some)} {a.label}" for i, a in enumerate(some, 1)]
+    assert [row["method"] for row in result.by("agreement").rows] == [a.name for a in some]
+    assert (result.by("agreement").rows[0]["quality"], result.rows[0]["difference"]) == (1, 0)
+    for width in (60, 80):
+        assert max(map(len, tables.coloured(result, width).plain.splitlines())) <= width
+    assert "at equal work" in result.summary
+    demo.draw(result, model, *images, named)
     paths = list(named.values())
     assert [p.name for p in paths] == ["demo.csv", "demo.png", "merged.png"]
-    written = rows_of(paths[0])
+    written = [r for r in rows_of(paths[0]) if r["scored_by"] == "top1"]
     assert len(written) == len(some)
     for row in written:
         assert set(COLUMNS["demo"] + COLUMNS["where"]) <= set(row)
@@ -89,66 +87,44 @@ def test_the_demo_measures_and_writes(model, images, tmp_path):
     for path in paths[1:]:
         assert_picture(path)
     assert outputs.free(tmp_path, demo.FILES)["demo.csv"].name == "demo-2.csv"
-
-
-def test_the_model_is_unpatched_after_the_demo(model, images):
-    with torch.inference_mode():
-        before = model(images[0])
-        demo.measure(model, demo.choose(model, counts=(16,), methods=("tome",)), *images, batch=8)
-        assert torch.equal(model(images[0]), before)
-
-
-def test_top1_is_that_of_a_plain_loop(model, images):
-    arm = arms.arm(model, embedded.SHAPE, "tome", r=16)
-    rows = demo.measure(model, [arms.unpatched(model, embedded.SHAPE), arm], *images, batch=4)
     with torch.inference_mode(), tokred.applied(model, "tome", r=16):
         expected = (model(images[0]).argmax(1) == images[1]).double().mean().item()
-    assert rows[1].top1 == expected
+    assert next(row for row in result.rows if row["setting"] == "r=16")["quality"] == expected
+    assert not tokred.patched(model)
+
+
+def test_an_interrupted_demo_keeps_its_rows(model, images, tmp_path, monkeypatch):
+    """What was measured is in the table, and is the result without being measured again."""
+    table, chosen = tmp_path / "demo.csv", demo.choose(model, methods=["tome r=16", "pitome ratio=0.9"])
+    own, calls = results.write, []
+
+    def write(*args, **options):
+        calls.append(1)
+        own(*args, **options)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(results, "write", write)
+    with pytest.raises(KeyboardInterrupt):
+        demo.measure(model, chosen, *images, table, batch=4, progress=False)
+    assert not tokred.patched(model)
+    there = demo.measured(table, chosen)
+    assert [arm.label for arm in there] == ["unpatched", "tome r=16"]
+    result = demo.measure(model, there, *images, table, batch=4, progress=False)
+    assert len(calls) == 2
+    assert [row["method"] for row in result.measured] == ["unpatched", "tome"]
 
 
 @pytest.mark.skipif(not (embedded.FOLDER / embedded.WEIGHTS).exists(), reason="the weights are not in this copy")
 def test_the_embedded_model_knows_its_sample():
     sample = embedded.sample(200)
-    assert sample.images.shape == (200, 1, 28, 28)
+    assert sample.images.shape == (200, 3, 112, 112)
     with torch.inference_mode():
         top1 = (embedded.load()(sample.images).argmax(1) == sample.labels).double().mean().item()
     assert top1 > 0.75
     assert "top1" in str(embedded.notes())
     with pytest.raises(ValueError, match="images are embedded"):
         embedded.sample(10**6)
-
-
-def test_an_interrupted_demo_keeps_its_rounds(model, images):
-    rounds = demo.Rounds(model, demo.choose(model, methods=["tome r=16"]), *images, batch=2)
-    calls = []
-
-    def stop() -> None:
-        calls.append(1)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        rounds.run(stop)
-    assert rounds.interrupted
-    assert rounds.images == 4
-    assert [row.arm.label for row in rounds.rows()] == ["unpatched", "tome r=16"]
-    rounds.run()
-    assert rounds.images == 8
-
-
-def test_the_demo_table_fits_narrow_terminals(model, images):
-    from rich.console import Console
-
-    from tokred.cli import tables
-
-    rows = demo.measure(model, demo.choose(model, methods=["tome r=16", "pitome ratio=0.9"]), *images, batch=4)
-    for width in (60, 80):
-        console = Console(width=width, record=True, file=io.StringIO())
-        console.print(tables.demo_table(rows, 8, width))
-        text = console.export_text()
-        assert "…" not in text
-        assert "pitome" in text
-        assert "(quartiles)" in text
 
 
 def _folder(root: Path, each: int) -> Path:
@@ -164,17 +140,17 @@ def _folder(root: Path, each: int) -> Path:
 
 def test_folders_of_images(tmp_path):
     folder = _folder(tmp_path, 3)
-    found = photos.load(folder, (28, 28), 1, crop=0.9, count=100)
-    assert found.images.shape == (6, 1, 28, 28)
+    found = photos.find(folder)
+    pictures = [photos.read(path, (28, 28), 1, 0.9) for path in found.files]
+    assert [tuple(x.shape) for x in pictures] == [(1, 28, 28)] * 6
     assert found.classes == ("bright", "dark")
-    assert found.labels is not None
-    assert [int(x.float().mean()) > 128 for x in found.images] == [label == 0 for label in found.labels.tolist()]
-    flat = photos.load(folder / "dark", (10, 20), 3, crop=1, count=2)
-    assert flat.images.shape == (2, 3, 10, 20)
-    assert flat.labels is None
+    assert [int(x.float().mean()) > 128 for x in pictures] == [label == 0 for label in found.labels]
+    flat = photos.find(folder / "dark")
+    assert photos.read(flat.files[0], (10, 20), 3).shape == (3, 10, 20)
+    assert (flat.labels, flat.classes) == ([-1] * 3, ())
     (folder / "dark" / "broken.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"broken\.png"):
-        photos.load(folder, (28, 28), 3, crop=1, count=100)
+        photos.read(folder / "dark" / "broken.png", (28, 28), 3)
     with pytest.raises(FileNotFoundError):
         photos.find(tmp_path / "nowhere")
 
@@ -204,11 +180,11 @@ def test_the_probe_separates_what_can_be_separated():
         probe.fit(features, torch.zeros(90, dtype=torch.int64))
 
 
-def test_a_probe_says_which_extra_it_needs(model, tmp_path, monkeypatch):
+def test_a_probe_says_which_extra_it_needs(model, images, monkeypatch):
     """Before anything is measured."""
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(ImportError, match=r"scikit-learn: pip install 'tokred\[bench\]'"):
-        tasks.choose(subjects.load("embedded", random_weights=True), str(_folder(tmp_path, 4)))
+        tokred.benchmark(model, "tome r=3", [images], "probe", read="features")
 
 
 def test_a_class_that_was_not_seen_is_never_answered():
@@ -244,9 +220,10 @@ def test_paired_timing_is_shuffled_and_complete():
     seconds = timing.paired([nullcontext] * 3, lambda i: i, 6, collect=lambda arm, i, _: seen.append((i, arm)))
     assert sorted(seen) == [(i, arm) for i in range(6) for arm in range(3)]
     assert seen != sorted(seen)
-    timed = timing.summarise(seconds, [10] * 6)
-    assert timed[0].speedup == (1, 1, 1)
-    assert all(t.images_per_second.low <= t.images_per_second.median <= t.images_per_second.high for t in timed)
+    ratios = timing.ratios(seconds)
+    assert timing.spread(ratios[0]) == (1, 1, 1)
+    for found in map(timing.spread, ratios):
+        assert found.low <= found.median <= found.high
 
 
 def test_peak_memory_sees_what_a_forward_needs():
@@ -254,21 +231,3 @@ def test_peak_memory_sees_what_a_forward_needs():
     assert found.peak > 0
     if "high-water" in found.kind:
         assert 60 < found.forward < 200
-
-
-@pytest.mark.slow
-@pytest.mark.weights
-def test_dinov2_of_the_zoo_has_every_measure():
-    try:
-        subject = subjects.load("dinov2", size=98)
-        task = tasks.choose(subject, "textile", count=6)
-    except subjects.NoModelError as error:
-        pytest.skip(str(error))
-    task = replace(task, photos=task.photos.subset(torch.arange(4)))
-    chosen = bench.choose(subject, [], ["tome r=3"])
-    rows = bench.quality(subject, task, chosen, bench.Options(batch=4))
-    assert rows[0]["saliency_mae"] == 0
-    assert rows[0]["cosine"] == pytest.approx(1)
-    assert 0 < rows[1]["saliency_mae"] < 0.3
-    assert 0.3 < rows[1]["cosine"] < 1
-    assert {"top1", "saliency_iou", "saliency_correlation"} <= set(rows[1])

@@ -110,8 +110,8 @@ def test_after_a_block_and_at_the_end():
         viz.after(model)
     tokred.apply(model, "tome", r=10)
     with torch.inference_mode():
-        model(torch.randn(2, 1, 28, 28))
-    assert [viz.after(model, i).slots for i in (0, 2, 11)] == [187, 167, 77]
+        model(torch.randn(2, 3, 112, 112))
+    assert [viz.after(model, i).slots for i in (0, 2, 7)] == [187, 167, 117]
     assert torch.equal(viz.after(model).index, tokred.trace(model).index)
     with pytest.raises(ValueError, match="must lie in 0"):
-        viz.after(model, 12)
+        viz.after(model, 8)

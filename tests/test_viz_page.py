@@ -369,21 +369,19 @@ def test_labels_of_methods():
 
 
 def test_the_figure_has_an_axis_for_each_image_method_and_block():
-    plots = pytest.importorskip("tokred.bench.plots")
     pytest.importorskip("matplotlib")
     recording = stages.record(build("vit"), images(2), ["tome r=5", "random_prune r=4"], names=["a", "$b_c$$"])
-    figure = viz.figure(recording, [0, 2])
+    figure = viz.figure(recording, [1, 3])
     figure.canvas.draw()  # a name is no formula
     axes = figure.get_axes()
     assert len(axes) == 4 * 3
-    assert [a.get_title() for a in axes[:3]] == ["5 x 5 patches", "after block 0", "after block 2"]
+    assert [a.get_title() for a in axes[:3]] == ["5 x 5 patches", "after block 1", "after block 3"]
     assert [a.get_xlabel() for a in axes[:3]] == ["26 tokens", "21 tokens", "11 tokens"]
-    plots.pyplot().close(figure)
-    for blocks in ([3], [-1], []):
-        with pytest.raises(ValueError, match=r"0\.\.2"):
+    for blocks in ([4], [0], []):
+        with pytest.raises(ValueError, match=r"1\.\.3"):
             viz.figure(recording, blocks)
-    assert viz.spaced(12) == [2, 5, 8, 11]
-    assert viz.spaced(2) == [0, 1]
+    assert viz.spaced(12) == [3, 6, 9, 12]
+    assert viz.spaced(2) == [1, 2]
 
 
 def test_painted_groups_are_painted_reductions():
@@ -432,15 +430,16 @@ def test_the_page_says_what_was_recorded(tmp_path):
                 size = groups.count(group)
                 if group < 0:
                     first = next(s for s in range(4) if int(run.groups[0, s, patch]) < 0)
-                    assert text.endswith(f": pruned in block {first - 1}.")
+                    assert text.endswith(f": pruned in block {first}.")
                 elif size == 1:
                     assert text.endswith(": a token of its own.")
                 else:
                     assert f": one of {size} patches of a token" in text
                     assert ("this very patch" in text) == (group == patch)
     assert said["left"] == ""
-    assert [where for where, _ in said["keys"]] == ["after block 1"] * 2 + ["after block 0"] * 3
+    assert [where for where, _ in said["keys"]] == ["after block 2"] * 2 + ["after block 1"] * 3
     assert said["keys"][3][1].startswith("Patch at row 1, column 1: ")
     assert said["keys"][4][1] == ""
-    assert said["others"] == ["after block 0", "after block 0", "the image", "after block 0"]
+    assert said["others"] == ["after block 1", "after block 1", "the image", "after block 1"]
+    assert said["played"] == ["after block 1", "after block 2", "after block 3"]
     assert min(said["drawn"].values()) > 0

@@ -45,6 +45,7 @@ const sections = data.images.map((image, i) => {
   byId["slider-" + i] = new Element("input");
   byId["slider-" + i].value = data.depth;
   byId["where-" + i] = new Element("span");
+  byId["play-" + i] = new Element("button");
   const canvases = image.runs.map((_, m) => {
     const parts = { ".count": new Element("span"), ".group": new Element("p") };
     const canvas = new Element("canvas");
@@ -57,7 +58,13 @@ const sections = data.images.map((image, i) => {
 const page = new Element("document");
 page.getElementById = (id) => byId[id];
 page.querySelector = (selector) => sections[Number(selector.match(/\d+/)[0])];
-vm.runInNewContext(fs.readFileSync(process.argv[2], "utf8"), { document: page, Image: Picture, Element: Element });
+const timers = new Map();
+const clock = {
+  setInterval: (tick) => { timers.set(timers.size + 1, tick); return timers.size; },
+  clearInterval: (id) => { timers.delete(id); }
+};
+const world = { document: page, Image: Picture, Element: Element, ...clock };
+vm.runInNewContext(fs.readFileSync(process.argv[2], "utf8"), world);
 
 const columns = data.grid[1], count = data.grid[0] * columns;
 const slider = byId["slider-0"], canvases = sections[0].canvases;
@@ -97,4 +104,11 @@ byId.together.checked = false;
 slider.value = "0";
 slider.fire("input");
 others.push(...data.images.map((_, i) => byId["where-" + i].textContent));
-console.log(JSON.stringify({ texts: texts, counts: counts, left: left, keys: keys, others: others, drawn: drawn }));
+// Played from the first stage to the last, where it stops by itself.
+const played = [];
+byId["play-0"].fire("click");
+for (let i = 0; i < 9 && timers.size; i += 1) {
+  timers.forEach((tick) => tick());
+  played.push(byId["where-0"].textContent);
+}
+console.log(JSON.stringify({ texts: texts, counts: counts, left: left, keys: keys, others: others, played: played, drawn: drawn }));

@@ -71,6 +71,7 @@ _LAZY = {
     "Place": "tokred.core.place:Place",
     "bench": "tokred.bench",
     "benchmark": "tokred.bench.benchmark:benchmark",
+    "calibrate": "tokred.analysis.calibrate:calibrate",
     "cache_kwargs": "tokred.adapters.contract:cache_kwargs",
     "eval": "tokred.eval",
     "choose_tsp_layer": "tokred.analysis.tsp_layer:choose_tsp_layer",

@@ -3,6 +3,7 @@
 from tokred import bench, eval, kv, learn, methods
 from tokred.adapters.contract import cache_kwargs
 from tokred.analysis import viz
+from tokred.analysis.calibrate import calibrate
 from tokred.analysis.explain import Explanation, explain
 from tokred.analysis.tsp_layer import choose_tsp_layer
 from tokred.api import (
@@ -88,20 +89,24 @@ from tokred.methods.kv.keyformer import Keyformer
 from tokred.methods.kv.kivi import KIVI
 from tokred.methods.kv.knorm import KNorm
 from tokred.methods.kv.kv import KVPolicy
+from tokred.methods.kv.kvzap import KVzap
 from tokred.methods.kv.kvzip import KVzip
 from tokred.methods.kv.lagkv import LagKV
 from tokred.methods.kv.limited import Limited
+from tokred.methods.kv.lukv import LUKV
 from tokred.methods.kv.mikv import MiKV
 from tokred.methods.kv.mustafar import Mustafar
 from tokred.methods.kv.observed_attention import ObservedAttention
 from tokred.methods.kv.pyramidkv import PyramidKV
 from tokred.methods.kv.random_evict import RandomEvict
+from tokred.methods.kv.rkv import RKV
 from tokred.methods.kv.rotated import Oscar, Turbo
 from tokred.methods.kv.rpc import RPC
 from tokred.methods.kv.snapkv import SnapKV
 from tokred.methods.kv.squeezeattention import SqueezeAttention
 from tokred.methods.kv.streaming_llm import StreamingLLM
 from tokred.methods.kv.tova import TOVA
+from tokred.methods.kv.triattention import TriAttention
 from tokred.methods.kv.zeromerge import ZeroMerge
 from tokred.methods.vlm.cat import CAT
 from tokred.methods.vlm.cdpruner import CDPruner
@@ -134,7 +139,9 @@ __all__ = [
     "IBTM",
     "KIVI",
     "LTP",
+    "LUKV",
     "PPT",
+    "RKV",
     "RPC",
     "SAINT",
     "SDTM",
@@ -165,6 +172,7 @@ __all__ = [
     "HiRED",
     "KNorm",
     "KVPolicy",
+    "KVzap",
     "KVzip",
     "KeyDiff",
     "KeyMerge",
@@ -217,6 +225,7 @@ __all__ = [
     "TokredError",
     "TokredWarning",
     "TopV",
+    "TriAttention",
     "Turbo",
     "UniformVisual",
     "UnknownMethodError",
@@ -237,6 +246,7 @@ __all__ = [
     "bench",
     "benchmark",
     "cache_kwargs",
+    "calibrate",
     "choose_tsp_layer",
     "eval",
     "explain",

@@ -271,6 +271,7 @@ QUERY_HEADS = row(
     "n_heads T distilbert:DistilBertConfig",
 )
 HEADS = row("heads of a model", "num_attention_heads T llama:LlamaConfig")
+KEY_HEADS = row("key/value heads of a model", "num_key_value_heads T llama:LlamaConfig")
 KINDS = row("kinds of layers of a configuration", "layer_types T gemma3:Gemma3TextConfig")
 OLDER_KINDS = row("kinds of blocks of a configuration", "layers_block_type T recurrent_gemma:RecurrentGemmaConfig")
 ROPE = row("parameters of a rotary embedding", "rope_parameters T llama:LlamaConfig")

@@ -11,6 +11,7 @@ from torch import nn
 
 from tokred.adapters.contract import members
 from tokred.adapters.encoder.state import Shared
+from tokred.adapters.followed import followed
 from tokred.adapters.swap import SETTINGS
 
 
@@ -19,8 +20,7 @@ def body(host: Any) -> dict[str, Any]:
     since a short sequence would be scrambled."""
     names = (*members.INTERMEDIATES.names, *members.LAYERS_BETWEEN.names)
     exposed = {name: _exposed(getattr(host, name)) for name in names if getattr(host, name, None) is not None}
-    # What a method learns is no sub-module of the model, so it has to be taken along.
-    return {**exposed, **{name: _followed(getattr(host, name)) for name in ("train", members.APPLY.name)}}
+    return {**exposed, **followed(host)}
 
 
 def _exposed(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -30,17 +30,5 @@ def _exposed(original: Callable[..., Any]) -> Callable[..., Any]:
         if shared is None:  # removed, but bound to this function before
             return original(self, *args, **kwargs)
         return shared.intermediates(original, (self, *args), kwargs)
-
-    return method
-
-
-def _followed(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        out = original(self, *args, **kwargs)
-        shared: Shared | None = self.__dict__.get(SETTINGS)
-        if shared is not None and shared.module is not None:
-            getattr(shared.module, original.__name__)(*args, **kwargs)
-        return out
 
     return method

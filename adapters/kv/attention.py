@@ -14,6 +14,7 @@ from tokred.adapters.kv.layer import TokLayer
 from tokred.adapters.kv.masks import MaskSpec, mask_function
 from tokred.adapters.kv.rope import LayerRope
 from tokred.adapters.linear import weight_of
+from tokred.core.learned import Learned
 from tokred.errors import UnsupportedModelError
 from tokred.kernels.decode_attention import decode_attention
 from tokred.kv.site import CacheSite
@@ -33,6 +34,8 @@ class Seat(NamedTuple):
         depth: compressed layers.
         projection: name of the module's output projection, or None.
         rope: the layer's rotary embedding in this forward, or None.
+        hidden: ``[B, M, C]`` what the module was given.
+        learned: the policy's module, and where it leaves losses.
     """
 
     layer: TokLayer | None
@@ -40,6 +43,8 @@ class Seat(NamedTuple):
     depth: int
     projection: str | None
     rope: LayerRope | None
+    hidden: Tensor | None = None
+    learned: Learned | None = None
 
 
 class _Call(NamedTuple):
@@ -99,7 +104,8 @@ def attention(
     drafts = layer.detach_newest(layer.seen - cut)
     count = cut - before
     rope = None if seat.rope is None else seat.rope.part(count)
-    first = call._replace(spec=call.spec.part(count, cut), seat=seat._replace(rope=rope))
+    begun = None if seat.hidden is None else seat.hidden[:, :count]
+    first = call._replace(spec=call.spec.part(count, cut), seat=seat._replace(rope=rope, hidden=begun))
     prompt, _ = _attend_and_act(first, layer, query[:, :, :count], *layer.newest, before)
     layer.append(*drafts)
     rest, _ = _attend_and_act(call, layer, query[:, :, count:], *layer.newest, cut)
@@ -168,6 +174,8 @@ def _site(call: _Call, layer: TokLayer, query: Tensor) -> CacheSite:
         notes=layer.notes,
         projection=None if name is None else lambda: weight_of(getattr(call.module, name), width, query),
         rope=call.seat.rope,
+        hidden=None if call.seat.hidden is None else call.seat.hidden.detach(),
+        learned=call.seat.learned,
         layer=layer.index,
         depth=call.seat.depth,
     )

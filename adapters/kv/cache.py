@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from tokred.adapters.contract import host_object, members, terms, words
@@ -50,9 +51,9 @@ class TokCache(DynamicCache):  # type: ignore[misc]
     engine: Engine
 
     def snapshot(self) -> Snapshot:
-        """The present state. Costs no memory until the cache moves on: tensors are shared."""
+        """The present state. Rows cost no memory until the cache moves on: tensors are shared; states are copied."""
         layers = tuple(
-            layer.snapshot() if isinstance(layer, TokLayer) else dict(layer.__dict__) for layer in layers_of(self)
+            layer.snapshot() if isinstance(layer, TokLayer) else _own(layer.__dict__) for layer in layers_of(self)
         )
         return Snapshot(layers, self.engine.state())
 
@@ -74,7 +75,7 @@ class TokCache(DynamicCache):  # type: ignore[misc]
                 layer.restore(state)
             else:
                 layer.__dict__.clear()
-                layer.__dict__.update(state)
+                layer.__dict__.update(_own(state))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the newest ``-tokens_to_remove`` tokens, of all layers or of none.
@@ -140,6 +141,11 @@ class TokCache(DynamicCache):  # type: ignore[misc]
         """Slots, rows and bytes of every layer."""
         return rows_of(layers_of(self))
 
+    def holds(self) -> tuple[Tensor, ...]:
+        """``[B, Hk, seen]`` bool of every layer, on the CPU: the slots that each head holds a row of. For looking at:
+        it waits for the device."""
+        return tuple(_holds(layer) for layer in layers_of(self))
+
     @property
     def nbytes(self) -> int:
         """Bytes that all layers hold."""
@@ -156,15 +162,44 @@ def rows_of(layers: list[Any]) -> tuple[LayerRows, ...]:
     return tuple(_rows(i, layer) for i, layer in enumerate(layers))
 
 
+def _own(state: dict[str, Any]) -> dict[str, Any]:
+    """A layer's attributes, with copies of states that transformers writes into in place: those that it numbers."""
+    return {
+        name: {i: x.clone() if isinstance(x, Tensor) else x for i, x in value.items()}
+        if isinstance(value, dict)
+        else value
+        for name, value in state.items()
+    }
+
+
 def _rows(index: int, layer: Any) -> LayerRows:
     if isinstance(layer, TokLayer):
         return LayerRows(index, layer.seen, layer.held, layer.nbytes, layer.dense_bytes)
+    numbered = [x for value in vars(layer).values() if isinstance(value, dict) for x in value.values()]
+    states = sum(x.nbytes for x in numbered if isinstance(x, Tensor))
+    if states:
+        return LayerRows(index, 0, 0, states, states)
     keys: Tensor | None = words.KEYS.part(layer)
     values: Tensor | None = words.VALUES.part(layer)
     if keys is None or values is None or keys.numel() == 0:
         return LayerRows(index, 0, 0, 0, 0)
     held = keys.nbytes + values.nbytes
     return LayerRows(index, int(members.LENGTH.need(layer)()), keys.shape[2], held, held)
+
+
+def _holds(layer: Any) -> Tensor:
+    keys: Tensor | None = words.KEYS.part(layer)
+    if keys is None or keys.numel() == 0:
+        return torch.zeros(0, 0, 0, dtype=torch.bool)
+    b, heads, rows = keys.shape[:3]
+    seen = layer.seen if isinstance(layer, TokLayer) else int(members.LENGTH.need(layer)())
+    slots = layer.positions if isinstance(layer, TokLayer) else None
+    if slots is None:  # a window's rows are the newest ones, and elsewhere all are there
+        return (torch.arange(seen) >= seen - rows).expand(b, heads, -1)
+    # Empty rows have a slot that no token has; they go to a column that is cut off.
+    slots = slots.cpu().long()
+    there = torch.zeros(b, heads, seen + 1, dtype=torch.bool)
+    return there.scatter(2, torch.where((slots < 0) | (slots >= seen), seen, slots), True)[..., :seen]
 
 
 # Layouts that a caller can ask for, besides "auto": rows as they come, with empty ones or without.

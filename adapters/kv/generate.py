@@ -17,16 +17,17 @@ from tokred.adapters.contract import (
     terms,
     words,
 )
+from tokred.adapters.followed import followed
 from tokred.adapters.kv.hooks import CacheSettings
 from tokred.adapters.swap import SETTINGS
 from tokred.kv.stores.store import missing
 
 
 def body(host: Any) -> dict[str, Any]:
-    """Methods of the subclass that a generating model is given."""
+    """Methods of the subclass that a model is given: how caches are prepared, and what goes along with it."""
     original = getattr(host, PREPARE_CACHE, None)
     if original is None:
-        return {}
+        return followed(host)
 
     def prepare(
         self: nn.Module,
@@ -45,7 +46,7 @@ def body(host: Any) -> dict[str, Any]:
         return original(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
 
     prepare.__name__ = PREPARE_CACHE
-    return {PREPARE_CACHE: prepare}
+    return {**followed(host), PREPARE_CACHE: prepare}
 
 
 def _prepare(

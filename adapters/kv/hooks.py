@@ -22,6 +22,7 @@ from tokred.adapters.kv.layer import TokLayer
 from tokred.adapters.kv.repeat import repeat
 from tokred.adapters.kv.rope import LayerRope
 from tokred.adapters.swap import Hook, Undo, host_class
+from tokred.core.learned import Learned
 from tokred.kv.policy import CachePolicy
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class CacheSettings(State, Undo):
         self.config = config
         self.compressed = compressed
         self.implementation = implementation
+        self._lessons: list[Learned] = []  # of the layers of a forward in training
         self._forget()
 
     def _forget(self, left: tuple[LayerRows, ...] = ()) -> None:
@@ -58,11 +60,12 @@ class CacheSettings(State, Undo):
 
     def __getstate__(self) -> dict[str, Any]:
         """The settings without the cache, and with a record of its rows instead."""
-        named = ("policy", "config", "compressed", "implementation")
+        named = ("policy", "config", "compressed", "implementation", "module")
         return {**{name: getattr(self, name) for name in named}, "left": self.last}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Register the attention function again, which another process does not know yet."""
+        self._lessons = []
         self._forget(state.pop("left"))
         self.__dict__.update(state)
         register(self.implementation)
@@ -81,6 +84,26 @@ class CacheSettings(State, Undo):
             self._watched.add(cache)
             weakref.finalize(cache, self._gone, words.LAYERS.need(cache)).atexit = False
         self._latest, self._layers = weakref.ref(cache), id(words.LAYERS.need(cache))
+
+    def begin(self) -> None:
+        """Begin a forward: one in training leaves losses."""
+        self._lessons = []
+        training = self.module is not None and self.module.training
+        self.losses = {} if training else None
+
+    def learn(self) -> Learned:
+        """The policy's module for one layer, which may leave terms of a loss there."""
+        made = Learned(self.module)
+        if self.losses is not None:
+            self._lessons.append(made)
+        return made
+
+    def collect(self) -> None:
+        """End a forward: add the terms of all layers up."""
+        for name, term in ((n, t) for one in self._lessons for n, t in one.losses.items()):
+            assert self.losses is not None  # or nothing would have been noted
+            self.losses[name] = self.losses[name] + term if name in self.losses else term
+        self._lessons = []
 
     def _gone(self, layers: list[Any]) -> None:
         if id(layers) == self._layers:
@@ -127,6 +150,7 @@ class EnterDecoder(Hook):
         cache = self.settings.cache() if cache is None else self.settings.adopt(cache)
         _check_length(words.ATTENTION_MASK.of(given), given, cache)
         _check_chunk(given, self.settings.policy)
+        self.settings.begin()
         cache.begin()
         cache.account(_new(given)[0], self.settings.config)
         return (), with_cache(given, cache_name(host_class(module).forward), cache)
@@ -144,6 +168,7 @@ class LeaveDecoder(Hook):
             with torch.no_grad():
                 repeat(module, kwargs, cache)
                 cache.finish()
+            self.settings.collect()
             self.settings.ran(cache)
 
 
@@ -183,7 +208,10 @@ class EnterAttention(Hook):
         if self.embedding is not None and tables is not None:
             rope = LayerRope(self.embedding, self.layer_type, tables)
         depth = len(self.settings.compressed)
-        return args, {**kwargs, SEAT: Seat(layer, self.settings.implementation, depth, self.projection, rope)}
+        hidden = args[0] if args else words.STATES.of(kwargs)
+        learned = self.settings.learn()
+        seat = Seat(layer, self.settings.implementation, depth, self.projection, rope, hidden, learned)
+        return args, {**kwargs, SEAT: seat}
 
 
 class EnterLayer(Hook):

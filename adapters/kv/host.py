@@ -20,8 +20,9 @@ from tokred.adapters.contract import (
     words,
 )
 from tokred.adapters.host import Host, State
-from tokred.adapters.kv.reasons import layer_kinds, odd_layers, without_cache
+from tokred.adapters.kv.reasons import ROWS, layer_kinds, odd_layers, own_cache, without_cache
 from tokred.adapters.swap import host_class
+from tokred.core.learned import Facts
 from tokred.core.method import Method
 from tokred.errors import MissingInputError, NothingRecordedError, UnsupportedModelError
 from tokred.kv.report import CacheReport
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 # Attentions that repeat heads in an order of their own, behind their cache, and cannot be tried beforehand.
 _OTHER_HEADS = ("JetMoeAttention",)
+# What a hard limit reads.
+_BYTES = "the bytes of all layers"
 
 
 @dataclass
@@ -43,9 +46,11 @@ class CacheHost(Host):
         model: the module that the user gave, or a part of it; generates, where it can.
         decoder: the module whose forward takes the cache.
         config: of the decoder.
-        attentions: attention module of each layer, in order.
+        attentions: name and attention module of each layer that keeps rows, by layer, in order.
         compressed: layers that attend to everything; the others have a sliding window, and bounded caches already.
         supplies: what sites hand over.
+        norms: by layer, the decoder layer and the module that reads the stream after its attention, or None.
+        states: layers without rows: they keep a state of one size, or nothing.
         note: what a user should know.
     """
 
@@ -53,10 +58,11 @@ class CacheHost(Host):
     model: nn.Module
     decoder: nn.Module
     config: Any
-    attentions: list[tuple[str, nn.Module]]
+    attentions: dict[int, tuple[str, nn.Module]]
     compressed: tuple[int, ...]
     supplies: frozenset[str]
-    norms: list[tuple[nn.Module, nn.Module] | None] = field(default_factory=list)
+    norms: dict[int, tuple[nn.Module, nn.Module] | None] = field(default_factory=dict)
+    states: int = 0
     note: str = ""
     stage: str = "cache"
 
@@ -76,8 +82,21 @@ class CacheHost(Host):
     def how(self) -> str:
         """How methods run here, for the table of support."""
         sliding = len(self.attentions) - self.depth
-        more = f" ({sliding} sliding-window layers stay as they are)" if sliding else ""
+        others = [f"{n} {what}" for n, what in ((sliding, "sliding-window layers"), (self.states, "without rows")) if n]
+        more = f" ({', '.join(others)} stay as they are)" if others else ""
         return f"{self.family}, cache of {self.depth} layers{more}"
+
+    def model_facts(self) -> Facts:
+        """Facts of the decoder, from which a policy builds its module."""
+        cls = host_class(self.decoder)
+        heads = int(words.HEADS.need(self.config))
+        return Facts(
+            model=f"{cls.__module__}.{cls.__qualname__}",
+            depth=self.depth,
+            width=int(words.WIDTH.need(self.config)),
+            heads=heads,
+            key_heads=int(words.KEY_HEADS.part(self.config) or heads),
+        )
 
     def check(self, method: Method, expose: str = "auto") -> None:
         """Everything that can be known before the model is touched.
@@ -92,8 +111,24 @@ class CacheHost(Host):
             )
         if expose not in ("auto", "none"):
             raise ValueError(f"expose is for methods of blocks; a cache policy takes 'auto' alone, got {expose!r}")
+        from tokred.kv.policy import CachePolicy
+
         self.check_reads(method)
         method.check(self.depth)
+        if isinstance(method, CachePolicy):
+            method.fits(self.model_facts())
+
+    def missing(self, method: Method | type[Method]) -> frozenset[str]:
+        """Inputs that the method reads and this host cannot supply; a limit of bytes wants to count all layers."""
+        one: Any = method if isinstance(method, Method) else method()
+        counts = self.states and one.stage == self.stage and one.parts.when.chunk
+        return super().missing(one) | (frozenset({_BYTES}) if counts else frozenset())
+
+    def hint(self, method: Method) -> str:
+        """What the limit does not know of, where that is what is missing."""
+        if _BYTES not in self.missing(method):
+            return ""
+        return f": {self.states} of its layers keep states, whose size is not known before the first forward"
 
     def patch(
         self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str, changes: Changes
@@ -112,7 +147,7 @@ class CacheHost(Host):
         changes.before(self.decoder, hooks.EnterDecoder(settings, names), with_kwargs=True)
         changes.after(self.decoder, hooks.LeaveDecoder(settings), with_kwargs=True)
         embedding = words.ROTARY.part(self.decoder) if "rope" in self.supplies else None
-        for i, (_, attention) in enumerate(self.attentions):
+        for i, (_, attention) in self.attentions.items():
             layer_type = None if embedding is None else layer_type_of(embedding, attention)
             hook = hooks.EnterAttention(settings, i, _projection(attention), embedding, layer_type)
             changes.before(attention, hook, with_kwargs=True)
@@ -134,13 +169,14 @@ class CacheHost(Host):
         return CacheReport(self.family, state.policy, state.last)
 
 
-def match(model: nn.Module, *, decodes: bool = False, bounded: bool = False) -> CacheHost | None:
+def match(model: nn.Module, *, decodes: bool = False, bounded: bool = False, states: bool = True) -> CacheHost | None:
     """The host record of a decoder-only language model of transformers; None when ``model`` is none.
 
     Args:
         model: to be looked at.
         decodes: whether it is known to be one, so that its attention need not say so.
         bounded: whether one is welcome of which all layers have a sliding window, so that none loses rows to a policy.
+        states: whether one is welcome of which some layers keep a state of their own instead of rows.
 
     Raises:
         UnsupportedModelError: it is one, but its cache cannot lose rows rightly; the message says why.
@@ -166,24 +202,28 @@ def match(model: nn.Module, *, decodes: bool = False, bounded: bool = False) -> 
         return None
     if words.BOTH.part(config, False):
         raise refusal(name, "it is an encoder with a decoder, whose two caches are not supported yet")
+    from tokred.adapters.kv.rehearsal import Rehearsal
+
     # A model with vision keeps what describes its decoder in a configuration of its own, inside.
     text = text_of(config)
     kinds = layer_kinds(text)
-    odd = odd_layers(kinds)
+    odd = odd_layers(kinds, beside=states)
     if odd:
         raise refusal(name, odd)
-    found = _attentions(model, text)
-    if not exchanges_attention(model) or not found:
+    found = {i: one for i, one in _attentions(model, text).items() if i >= len(kinds) or kinds[i] in ROWS}
+    decoder = _decoder(model, found) if found else model
+    rehearsal = Rehearsal(text, words.ROTARY.part(decoder))
+    # Some models use the attention function and do not say so.
+    if not found or not (exchanges_attention(model) or all(rehearsal.heard(m) for _, m in found.values())):
         raise refusal(
             name, "its attention cannot be exchanged (it has no attention back-end), so a policy would never be asked"
         )
     if words.LATENTS.part(text):
         raise refusal(name, "its cache holds latents that keys are made of anew, which scores of keys do not fit")
-    decoder = _decoder(model, found)
-    from tokred.adapters.kv.rehearsal import Rehearsal
-
-    rehearsal = Rehearsal(text, words.ROTARY.part(decoder))
-    _check_attentions(name, text, found, rehearsal)
+    own = own_cache(model)
+    if own:
+        raise refusal(name, own)
+    _check_attentions(name, kinds, found, rehearsal)
     compressed = _full_layers(name, kinds, bounded)
     return CacheHost(
         family=f"transformers {name}",
@@ -194,6 +234,7 @@ def match(model: nn.Module, *, decodes: bool = False, bounded: bool = False) -> 
         compressed=compressed,
         supplies=_supplies(decoder, found, compressed, rehearsal),
         norms=_norms(decoder, found),
+        states=len(kinds) - len(found),
     )
 
 
@@ -227,7 +268,7 @@ def _sees_ahead(model: Any, config: Any) -> bool:
     return bool(ahead) and _takes_cache(model) and bool(members.CAN_GENERATE.need(model)())
 
 
-def _attentions(model: Any, text: Any) -> list[tuple[str, nn.Module]]:
+def _attentions(model: Any, text: Any) -> dict[int, tuple[str, nn.Module]]:
     """Attention modules of the decoder, by layer."""
     found: dict[int, tuple[str, nn.Module]] = {}
     for name, module in model.named_modules():
@@ -238,25 +279,27 @@ def _attentions(model: Any, text: Any) -> list[tuple[str, nn.Module]]:
             and words.CONFIG.part(module) is text
         ):
             found[index] = (name, module)
-    return [found[i] for i in sorted(found)]
+    return {i: found[i] for i in sorted(found)}
 
 
-def _decoder(model: Any, found: list[tuple[str, nn.Module]]) -> nn.Module:
+def _decoder(model: Any, found: dict[int, tuple[str, nn.Module]]) -> nn.Module:
     """The innermost pretrained model around the attention modules."""
+    first = next(iter(found.values()))[0]
     names = {c.__name__: c for c in host_class(model).__mro__}
     base, inner = terms.PRETRAINED.at(names), model
     for name, module in model.named_modules():
-        if isinstance(module, base) and found[0][0].startswith(f"{name}." if name else ""):
+        if isinstance(module, base) and first.startswith(f"{name}." if name else ""):
             inner = module
     return inner  # type: ignore[no-any-return]
 
 
-def _check_attentions(name: str, text: Any, found: list[tuple[str, nn.Module]], rehearsal: Rehearsal) -> None:
-    if len(found) != words.DEPTH.need(text):
-        raise refusal(
-            name, f"{len(found)} attention modules are found for the {words.DEPTH.need(text)} layers of its cache"
-        )
-    for where, module in found:
+def _check_attentions(
+    name: str, kinds: list[str], found: dict[int, tuple[str, nn.Module]], rehearsal: Rehearsal
+) -> None:
+    wanted = [i for i, kind in enumerate(kinds) if kind in ROWS]
+    if list(found) != wanted:
+        raise refusal(name, f"{len(found)} attention modules are found for the {len(wanted)} layers of its cache")
+    for where, module in found.values():
         forward = host_class(module).forward
         parameters = inspect.signature(forward).parameters
         if cache_argument(forward) is None or not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
@@ -274,7 +317,7 @@ def _full_layers(name: str, kinds: list[str], bounded: bool) -> tuple[int, ...]:
     """Layers that attend to everything."""
     full = tuple(i for i, kind in enumerate(kinds) if kind in terms.FULL.names)
     if not full and not bounded:
-        raise refusal(name, "all of its layers have a sliding window, so its cache is bounded already")
+        raise refusal(name, "all of its layers with rows have a sliding window, so its cache is bounded already")
     return full
 
 
@@ -282,16 +325,18 @@ def _projection(attention: Any) -> str | None:
     return next((n for n in words.OUTPUT.names if isinstance(getattr(attention, n, None), nn.Module)), None)
 
 
-def _norms(decoder: nn.Module, found: list[tuple[str, nn.Module]]) -> list[tuple[nn.Module, nn.Module] | None]:
+def _norms(
+    decoder: nn.Module, found: dict[int, tuple[str, nn.Module]]
+) -> dict[int, tuple[nn.Module, nn.Module] | None]:
     """For each layer the decoder layer, and the module that reads the stream after the attention."""
     if words.PARALLEL.part(words.CONFIG.need(decoder), False):
-        return [None] * len(found)  # the norm reads the stream before the attention
+        return dict.fromkeys(found)  # the norm reads the stream before the attention
     around = {id(child): m for m in decoder.modules() for child in m.children()}
-    pairs: list[tuple[nn.Module, nn.Module] | None] = []
-    for _, attention in found:
+    pairs: dict[int, tuple[nn.Module, nn.Module] | None] = {}
+    for i, (_, attention) in found.items():
         layer = around.get(id(attention))
         reader = None if layer is None else _after_attention(layer)
-        pairs.append(None if layer is None or reader is None else (layer, reader))
+        pairs[i] = None if layer is None or reader is None else (layer, reader)
     return pairs
 
 
@@ -308,18 +353,20 @@ def _after_attention(layer: Any) -> nn.Module | None:
 
 
 def _supplies(
-    decoder: Any, found: list[tuple[str, nn.Module]], compressed: tuple[int, ...], rehearsal: Rehearsal
+    decoder: Any, found: dict[int, tuple[str, nn.Module]], compressed: tuple[int, ...], rehearsal: Rehearsal
 ) -> frozenset[str]:
     from tokred.adapters.kv.rope import supplies_rope
 
     supplied = {"q", "k", "v"}
-    if all(_projection(m) is not None for _, m in found):
+    if all(words.STATES.among(inspect.signature(host_class(m).forward).parameters) for _, m in found.values()):
+        supplied |= {"hidden", "module"}
+    if all(_projection(m) is not None for _, m in found.values()):
         supplied.add("projection")
-    attention: Any = found[compressed[0] if compressed else 0][1]
+    attention: Any = found[compressed[0] if compressed else next(iter(found))][1]
     head_dim = words.HEAD_WIDTH.part(attention)
     turns = all(rehearsal.turns(found[i][1]) for i in compressed)
     if head_dim is not None and turns and supplies_rope(decoder, attention, int(head_dim)):
         supplied.add("rope")
-    if all(pair is not None for pair in _norms(decoder, found)):
+    if all(pair is not None for pair in _norms(decoder, found).values()):
         supplied.add("stream")
     return frozenset(supplied)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
 from torch import nn
@@ -12,6 +13,8 @@ from tokred.adapters.swap import host_class
 
 # Layers whose rows are tokens; a policy acts on those of the first kind.
 ROWS = terms.kinds(terms.FULL, terms.SLIDING, terms.CHUNKED)
+# Layers that keep a state of one size, however many tokens come, and nothing of each; they stay as they are.
+STATES = terms.kinds(terms.CONVOLUTION, terms.RECURRENT)
 # Two kinds of tokred's own: layers that share a cache, and those without attention, which caches call by one name.
 _SHARED, _BARE = "shared", "bare"
 _BESIDE = "keep a recurrent state beside keys and values"
@@ -54,11 +57,17 @@ def _bare_or_shared(kind: str, layer: int, modes: Any) -> str:
     return _SHARED if modes is not None and modes[layer] in terms.REUSED.names else _BARE
 
 
-def odd_layers(kinds: list[str]) -> str:
-    """A sentence on layers that keep something else than rows of tokens; empty where there are none."""
+def odd_layers(kinds: list[str], beside: bool = False) -> str:
+    """A sentence on layers that keep something else than rows of tokens; empty where there are none.
+
+    Args:
+        kinds: of all layers.
+        beside: whether layers with a state of their own, or with nothing, are welcome where others keep rows.
+    """
+    fine = (*ROWS, *STATES, _BARE) if beside and not set(ROWS).isdisjoint(kinds) else ROWS
     listed: dict[str, list[int]] = {}
     for i, kind in enumerate(kinds):
-        if kind not in ROWS:
+        if kind not in fine:
             does = _KEPT.get(kind, f"are of the kind {kind!r}, whose cache is no rows of tokens")
             listed.setdefault(does, []).append(i)
     return ", and ".join(_sentence(layers, does) for does, layers in listed.items())
@@ -76,6 +85,16 @@ def _named(layers: list[int]) -> str:
     shown = ",".join(map(str, layers[:_SHOWN]))
     more = f",... ({len(layers)} in all)" if len(layers) > _SHOWN else ""
     return f"layers {shown}{more}" if len(layers) > 1 else f"layer {shown}"
+
+
+def own_cache(model: nn.Module) -> str:
+    """Why no cache of tokred's takes the place of a model's; empty where it takes any."""
+    home = sys.modules[host_class(model).__module__]
+    base: Any = host_object("any cache")
+    for name, kind in vars(home).items():
+        if isinstance(kind, type) and issubclass(kind, base) and kind.__module__ == home.__name__:
+            return f"it keeps what its layers remember in a cache of a class of its own, {name}"
+    return ""
 
 
 def without_cache(model: nn.Module) -> str:

@@ -103,6 +103,11 @@ class Rehearsal:
             return "attends to other keys and values than its cache holds"
         return ""
 
+    def heard(self, attention: nn.Module) -> bool:
+        """True where the rehearsal showed that the module calls the attention function, whatever its model says."""
+        found = self._heard(attention)
+        return isinstance(found, _Heard) and bool(found.calls)
+
     def turns(self, attention: nn.Module) -> bool:
         """True unless the rehearsal showed that the module leaves queries and keys without rotation."""
         heard = self._heard(attention)

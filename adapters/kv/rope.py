@@ -49,6 +49,17 @@ class LayerRope:
         cos, sin = self.embedding(like, positions, *extra)
         return cos[0].float().mean(0), sin[0].float().mean(0)
 
+    def turns(self) -> tuple[Tensor, float]:
+        """Angle ``[D/2]`` float32 from one position to the next, and the factor of the tables."""
+        device = self.tables[0].device
+        extra = () if self.layer_type is None else (self.layer_type,)
+        # In float32, whatever the model runs in: later angles are multiples of this one.
+        cos, sin = self.embedding(
+            torch.zeros(1, 1, 1, device=device), torch.ones(1, 1, dtype=torch.long, device=device), *extra
+        )
+        cos, sin = (t[0, 0, : t.shape[-1] // 2].float() for t in (cos, sin))
+        return torch.atan2(sin, cos), float(torch.hypot(sin[0], cos[0]))
+
 
 def supplies_rope(decoder: Any, attention: Any, head_dim: int) -> bool:
     """True for a decoder whose rotary embedding :class:`LayerRope` can undo: whole heads, turned in halves."""

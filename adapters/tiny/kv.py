@@ -36,6 +36,12 @@ GEMMA: dict[str, Any] = {
     **SMALL, "num_hidden_layers": 4, "sliding_window": 8, "query_pre_attn_scalar": 16,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
 }  # fmt: skip
+HYBRID: dict[str, Any] = {**SMALL, "num_hidden_layers": 4}
+MIXTURE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+LINEAR: dict[str, Any] = {
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+}  # fmt: skip
+MAMBA: dict[str, Any] = {"mamba_n_heads": 6, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8}
 FAMILIES: dict[str, Family] = {
     "llama": Family("Llama", SMALL),
     "qwen2": Family("Qwen2", SMALL),
@@ -52,8 +58,29 @@ FAMILIES: dict[str, Family] = {
     "gpt_neox": Family("GPTNeoX", SMALL),
     "smollm3": Family("SmolLM3", SMALL),
     "glm4": Family("Glm4", SMALL),
+    # Layers that keep a state beside layers that keep rows.
+    "qwen3_next": Family("Qwen3Next", {
+        **HYBRID, **MIXTURE, **LINEAR, "layer_types": ["linear_attention", "full_attention"] * 2,
+        "shared_expert_intermediate_size": 32,
+    }),
+    "qwen3_5": Family("Qwen3_5", {
+        **HYBRID, **LINEAR, "layer_types": ["linear_attention", "full_attention"] * 2,
+    }, "Qwen3_5TextConfig"),
+    "olmo_hybrid": Family("OlmoHybrid", {
+        **HYBRID, **LINEAR, "linear_num_value_heads": 2, "layer_types": ["linear_attention", "full_attention"] * 2,
+    }),
+    "lfm2": Family("Lfm2", {**HYBRID, "layer_types": ["conv", "full_attention", "conv", "full_attention"]}),
+    "jamba": Family("Jamba", {
+        **HYBRID, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
+        "num_experts": 4, "num_experts_per_tok": 2, "use_mamba_kernels": False,
+    }),
+    "bamba": Family("Bamba", {**HYBRID, **MAMBA, "attn_layer_indices": [1, 3]}),
+    "granite_hybrid": Family("GraniteMoeHybrid", {
+        **HYBRID, **MAMBA, "layer_types": ["mamba", "attention"] * 2, "num_local_experts": 4,
+        "num_experts_per_tok": 2, "shared_intermediate_size": 32,
+    }),
 }  # fmt: skip
-# Refused, with the reason.
+# Refused with the reason by releases of transformers that write its attention out.
 REFUSED: dict[str, Family] = {
     "gptj": Family("GPTJ", {
         "vocab_size": 97, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8,

@@ -288,12 +288,12 @@ def _match(model: nn.Module, stage: str) -> VisualHost | None:
     _check_whole(model, core, stage)
     if core is None and stage == "projector":
         return None
-    found = match_language(model, decodes=core is not None, bounded=True)
+    found = match_language(model, decodes=core is not None, bounded=True, states=False)
     if found is None:
         return None
     facts = Facts() if core is None else FACTS[host_class(core).__name__]
     language: Any = found.decoder
-    layers = [(name, module) for name, module in _decoder_layers(model, found.attentions)]
+    layers = [(name, module) for name, module in _decoder_layers(model, list(found.attentions.values()))]
     if len(layers) != len(found.attentions):
         raise cache_refusal(cls.__name__, "its decoder layers are not known")
     supplies = _supplies_layer(layers) if stage == "layer" else _supplies_projector(core, facts)

@@ -84,28 +84,24 @@ def spectrum_distance(x: Tensor, y: Tensor) -> Tensor:
     return (radial_spectrum(x) - radial_spectrum(y)).abs().mean(1)
 
 
-def batches(model: Any, samples: int, size: int) -> list[dict[str, Tensor]]:
-    """Seeds ``(size,)``, of which the first one draws the noise of them all, and the unpatched model's images."""
-    found = []
-    for start in range(0, samples, size):
-        seeds = torch.arange(start, start + size)
-        found.append({"seeds": seeds, "reference": model.sample(size, DIFFICULTY, seed=start // size).float()})
-    return found
+def batches(samples: int, size: int) -> list[Tensor]:
+    """Seeds ``(size,)``, of which the first one draws the noise of them all."""
+    return [torch.arange(start, start + size) for start in range(0, samples, size)]
 
 
-def nearness(output: Tensor, batch: dict[str, Tensor]) -> Tensor:
+def nearness(output: Tensor, batch: Tensor, dense: Tensor) -> Tensor:
     """``(B,)`` dB, beside the unpatched model's images."""
-    return psnr(output.float(), batch["reference"])
+    return psnr(output.float(), dense.float())
 
 
-def distance(output: Tensor, batch: dict[str, Tensor]) -> Tensor:
+def distance(output: Tensor, batch: Tensor, dense: Tensor) -> Tensor:
     """``(B,)`` mean absolute error."""
-    return (output.float() - batch["reference"]).abs().flatten(1).mean(1)
+    return (output.float() - dense.float()).abs().flatten(1).mean(1)
 
 
-def spectra(output: Tensor, batch: dict[str, Tensor]) -> Tensor:
+def spectra(output: Tensor, batch: Tensor, dense: Tensor) -> Tensor:
     """``(B,)`` distance of the radial spectra in dB."""
-    return spectrum_distance(output.float(), batch["reference"])
+    return spectrum_distance(output.float(), dense.float())
 
 
 METRICS = {"psnr": nearness, "mae": distance, "spectrum_db": spectra}
@@ -116,12 +112,12 @@ def measure(
 ) -> list[dict[str, Any]]:
     """A row a setting, the unpatched model's first."""
 
-    def image(unet: Any, given: dict[str, Tensor]) -> Tensor:
-        out: Tensor = model.sample(batch, DIFFICULTY, seed=int(given["seeds"][0]) // batch)
+    def image(unet: Any, seeds: Tensor) -> Tensor:
+        out: Tensor = model.sample(batch, DIFFICULTY, seed=int(seeds[0]) // batch)
         return out
 
     more = {"batch": batch, "difficulty": DIFFICULTY, "samples": samples}
-    data = batches(model, samples, batch)
+    data = batches(samples, batch)
     source = {"name": "terrain", "data_from": carriers.cited("terrain"), "more": more, "values": values}
     rows = measured(model.unet, chosen, data, METRICS, run=image, rounds=samples // batch, **source)
     for row in rows:

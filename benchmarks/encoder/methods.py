@@ -1,10 +1,13 @@
 """Every vision method beside every other: at equal multiply-adds, at equal measured time, and what choosing costs.
 
-Two scenarios:
+Three scenarios:
 
 - ``methods``, on the embedded model and on DINOv2 (``--probe 150 --rounds 7`` in the committed table): quality, speed
-  and memory, every method at a few shares of the model's multiply-adds. Where the number of tokens depends on the
-  image, the multiply-adds are those of the images that were tried, not an estimate.
+  and memory by ``tokred.benchmark``, every method at a few shares of the model's multiply-adds. Where the number of
+  tokens depends on the image, the multiply-adds are those of the images that were tried, not an estimate. DINOv2 is
+  judged by a linear probe on Fashion-MNIST, and on photos by its features and by the map that a saliency decoder, which
+  was trained on it, draws from its tokens at full length.
+- ``bench``: a few settings of DINOv2 at 224 pixels, by the same map.
 - ``overhead``: ViT-S/16 at 224, batch 8, random weights, near 60 % of the multiply-adds: the share of the forward that
   each method's own work takes, deciding and merging, timed inside the forward.
 
@@ -13,6 +16,7 @@ Two scenarios:
     python -m benchmarks.zoo.fetch dinov2 skimage fashion
     python -m benchmarks encoder/methods --threads 2 --out benchmarks/results/encoder.csv --overwrite    # everything
     python -m benchmarks encoder/methods --only embedded --methods tome,saint --count 400
+    python -m benchmarks encoder/methods --only maps
     python -m benchmarks encoder/methods --quick
 """
 
@@ -20,20 +24,21 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import tokred
+from benchmarks.engine import Record, measured, threads
 from benchmarks.saving import save, saving
+from benchmarks.zoo import carriers, data, dinov2
+from benchmarks.zoo.evaluate import map_error
 from tokred.bench import arms as arms_of
-from tokred.bench import images as photos
-from tokred.bench import models as subjects
-from tokred.bench import results, tasks, timing
-from tokred.bench import run as bench
+from tokred.bench import embedded, probe, results, timing
 from tokred.bench.arms import Arm
 from tokred.core.registry import methods as registered
 from tokred.core.settings import parse_setting
@@ -95,8 +100,11 @@ OVERHEAD = {
 }  # fmt: skip
 
 
+SETTINGS = ("tome r=8", "tome r=12", "tome r=20", "random r=12", "random_prune r=12")  # of the scenario "bench"
+
+
 @torch.inference_mode()
-def tried(model: nn.Module, text: str, images: torch.Tensor) -> Arm | None:
+def tried(model: nn.Module, text: str, images: Tensor) -> Arm | None:
     """An arm with the multiply-adds and tokens that it really took on some images; None where it does not fit."""
     name, parameters = parse_setting(text)
     try:
@@ -113,7 +121,7 @@ def tried(model: nn.Module, text: str, images: torch.Tensor) -> Arm | None:
     return Arm(name, setting, method, report.layers[0].tokens_in, report.layers[-1].tokens_out, macs)
 
 
-def near_shares(model: nn.Module, names: Sequence[str], images: torch.Tensor, shares: Sequence[float]) -> list[Arm]:
+def near_shares(model: nn.Module, names: Sequence[str], images: Tensor, shares: Sequence[float]) -> list[Arm]:
     """The unpatched model, and for each method the settings nearest to the shares of its multiply-adds."""
     base = arms_of.unpatched(model, images.shape)
     chosen = [base]
@@ -126,27 +134,146 @@ def near_shares(model: nn.Module, names: Sequence[str], images: torch.Tensor, sh
     return chosen
 
 
-def run_bench(model: str, names: Sequence[str], args: argparse.Namespace) -> None:
-    """Quality, speed and memory of one model."""
-    size = None if model == "embedded" else args.size
-    subject = subjects.load(model, size=size)
-    runs, left = bench.supported(subject, names)
-    for line in left:
-        print(f"left out: {line}", file=sys.stderr)
-    task = tasks.choose(subject, None, count=args.count if model == "embedded" else args.probe)
-    seen = task.test if task.test is not None else task.photos
-    sample = photos.normalise(seen.images[:8], subject.mean, subject.std, torch.float32)
-    arms = near_shares(subject.model, runs, sample, SHARES[model])
-    options = bench.Options(batch=args.batch, rounds=args.rounds)
-    total, done = bench.ticks(task, arms, options), 0
+# ------------------------------------------------------------------------------------------ what is judged
 
-    def tick() -> None:
-        nonlocal done
-        done += 1
-        if done % 50 == 0 or done == total:
-            print(f"{model}: {done} of {total}", file=sys.stderr)
 
-    save((row | {"scenario": "methods"} for row in bench.run(subject, task, arms, options, tick)), "", args)
+def classified(model: Any, batch: Any) -> dict[str, Tensor]:
+    """Features ``(B, F)`` in front of the head, and the logits of them."""
+    features = model.forward_head(model.forward_features(batch[0]), pre_logits=True)
+    return {"features": features, "logits": model.head(features)}
+
+
+def encoded(model: Any, batch: Any) -> Tensor:
+    """Tokens ``(B, N, C)``; of full length where the setting says ``expose=last``."""
+    found: Tensor = model.forward_features(batch[0])
+    return found
+
+
+def described(tokens: Tensor) -> Tensor:
+    """DINOv2's features ``(B, 2 C)``: the class token, and the mean of the patches."""
+    return torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1)
+
+
+def cosine(output: Mapping[str, Tensor], batch: Any, dense: Mapping[str, Tensor]) -> Tensor:
+    """``(B,)`` of features."""
+    return F.cosine_similarity(output["features"], dense["features"], dim=1)
+
+
+def map_measure(name: str) -> Callable[..., Tensor]:
+    """A measure of a map beside the unpatched model's, picture by picture."""
+
+    def measure(output: Mapping[str, Tensor], batch: Any, dense: Mapping[str, Tensor]) -> Tensor:
+        pairs = zip(dense["map"].split(1), output["map"].split(1), strict=True)
+        return torch.tensor([getattr(map_error(a, b), name) for a, b in pairs])
+
+    measure.__name__ = f"saliency_{name}"
+    return measure
+
+
+MAPS = {f"saliency_{name}": map_measure(name) for name in ("mae", "correlation", "iou")}
+
+
+def on_photos(model: nn.Module, chosen: Mapping[str, str], size: int, **options: Any) -> list[Record]:
+    """Features and maps of DINOv2 on photos, beside the unpatched model's."""
+    found = data.normalise(data.photos(size, ("sklearn", "skimage", "imagenet")).images)
+    head = dinov2.load_saliency_head()
+
+    def read(tokens: Tensor, batch: Any) -> dict[str, Tensor]:
+        return {"features": described(tokens), "map": head(tokens[:, 1:], size)}
+
+    batches = [(part,) for part in found.split(9)]
+    more = {"input": f"{size}x{size}", "weights": "trained", "photos": f"{len(found)} photos"}
+    metrics = {"cosine": cosine, **MAPS}
+    source = {"name": "dinov2", "data_from": carriers.cited("dinov2", "skimage"), "more": more}
+    return measured(model, chosen, batches, metrics, run=encoded, read=read, **source, **options)
+
+
+def probed(model: nn.Module, chosen: Mapping[str, str], args: argparse.Namespace) -> list[Record]:
+    """Top-1 of a linear probe on DINOv2's features, fitted to the unpatched model's of other pictures."""
+    train, test = (
+        data.as_rgb(data.split(data.fashion_mnist(part), args.probe, 0)[0], args.size) for part in ("train", "test")
+    )
+    with torch.inference_mode():
+        seen = [described(encoded(model, (data.normalise(part),))) for part in train.images.split(args.batch)]
+    fitted = probe.fit(torch.cat(seen), train.labels)
+
+    def top1(tokens: Tensor, batch: Any) -> Tensor:
+        return (fitted.logits(described(tokens)).argmax(1) == batch[1]).double()
+
+    parts = zip(data.normalise(test.images).split(args.batch), test.labels.split(args.batch), strict=True)
+    more = {"answered_by": "linear probe", "data": "Fashion-MNIST", "batch": args.batch, "chance": chance(test.labels)}
+    source = {"name": "dinov2", "data_from": carriers.cited("dinov2", "skimage", "fashion"), "more": more}
+    return measured(model, chosen, [*parts], {"top1": top1}, run=encoded, rounds=args.rounds, **source)
+
+
+def chance(labels: Tensor) -> float:
+    """Share of the largest class."""
+    return labels.bincount().max().item() / len(labels)
+
+
+# ---------------------------------------------------------------------------------------------- scenarios
+
+
+def run_embedded(names: Sequence[str], args: argparse.Namespace) -> None:
+    """Quality, speed and memory of the embedded model."""
+    model, sample = embedded.load(), embedded.sample(args.count)
+    arms = near_shares(model, runs_on(model, names), sample.images[:8], SHARES["embedded"])
+    batches = [*zip(sample.images.split(args.batch), sample.labels.split(args.batch), strict=True)]
+    more = {"input": "x".join(map(str, embedded.SHAPE[2:])), "weights": "trained", "answered_by": "head"}
+    more |= {"data": embedded.NAME, "photos": embedded.NAME, "batch": args.batch, "chance": chance(sample.labels)}
+    metrics = {"top1": "top1", "cosine": cosine}
+    rows = measured(
+        model, {arm.label: arm.label for arm in arms[1:]}, batches, metrics, name="embedded", more=more,
+        run=classified, rounds=args.rounds,
+    )  # fmt: skip
+    save(finished(rows, arms, args), "methods", args)
+
+
+def run_dinov2(names: Sequence[str], args: argparse.Namespace) -> None:
+    """The same of DINOv2: a probe, by which speed is measured too, and photos."""
+    model = dinov2.load_timm(args.size)
+    sample = data.normalise(data.as_rgb(data.split(data.fashion_mnist("test"), 8, 0)[0], args.size).images)
+    arms = near_shares(model, runs_on(model, names), sample, SHARES["dinov2"])
+    chosen = {arm.label: f"{arm.label} expose=last" for arm in arms[1:]}
+    seen = {key(row): row for row in on_photos(model, chosen, args.size, rounds=1)}
+    rows = [{**seen.get(key(row), {}), **row} for row in probed(model, chosen, args)]
+    save(finished(rows, arms, args), "methods", args)
+
+
+def run_maps(args: argparse.Namespace) -> None:
+    """The maps of a few settings at 224 pixels."""
+    model = dinov2.load_timm(224)
+    chosen = {text: f"{text} expose=last" for text in SETTINGS}
+    arms = [arms_of.unpatched(model, (1, 3, 224, 224))]
+    arms += [arms_of.arm(model, (1, 3, 224, 224), name, **given) for name, given in map(parse_setting, SETTINGS)]
+    rows = on_photos(model, chosen, 224, rounds=args.rounds)
+    save(finished(rows, arms, argparse.Namespace(batch=9)), "bench", args)
+
+
+def runs_on(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Methods that run on the model; of the others it is told why not."""
+    rows = {row.method: row for row in tokred.supports(model)}
+    for name in names:
+        if not rows[name].works:
+            print(f"left out: {name}: {rows[name].reason}", file=sys.stderr)
+    return [name for name in names if rows[name].works]
+
+
+def key(row: Mapping[str, Any]) -> str:
+    """Method and setting."""
+    return f"{row['method']} {row['setting']}".strip()
+
+
+def finished(rows: Sequence[Record], arms: Sequence[Arm], args: argparse.Namespace) -> list[Record]:
+    """Rows with the work that their settings took on the images that were tried, and their rate."""
+    of = {arm.label: arm for arm in arms}
+    for row in rows:
+        arm = of[key(row)]
+        row |= {"tokens_in": arm.tokens_in, "tokens_out": arm.tokens_out, "gmacs": arm.macs / 1e9}
+        row |= {"gmacs_share": arm.macs / arms[0].macs, "images_per_second": args.batch / row.pop("seconds")}
+        if "chance" in row:
+            row["top1_images"] = row["top1_count"]
+    return [*rows]
 
 
 @torch.inference_mode()
@@ -188,10 +315,18 @@ def run_overhead(names: Sequence[str], args: argparse.Namespace) -> None:
     save(rows[1:], "overhead", args)
 
 
+PARTS: dict[str, Callable[[Sequence[str], argparse.Namespace], None]] = {
+    "overhead": run_overhead,
+    "embedded": run_embedded,
+    "dinov2": run_dinov2,
+    "maps": lambda names, args: run_maps(args),
+}
+
+
 def main() -> int:
     """Run what is asked for; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=["embedded", "dinov2", "overhead"], help="default: all three")
+    parser.add_argument("--only", nargs="+", choices=[*PARTS], help="default: all")
     parser.add_argument("--methods", help="with commas; default: all")
     parser.add_argument("--count", type=int, default=1000, help="images of the embedded sample")
     parser.add_argument("--probe", type=int, default=200, help="labelled images to test DINOv2's probe on")
@@ -199,24 +334,20 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--quick", action="store_true", help="the embedded model, two methods, 40 images, one round")
+    parser.add_argument("--quick", action="store_true", help="the embedded model, two methods, 20 images, one round")
     saving(parser)
     args = parser.parse_args()
     if args.quick:
-        args.only, args.methods, args.count, args.rounds = ["embedded"], "downsample,evit", 40, 1
+        args.only, args.methods, args.count, args.rounds = ["embedded"], "downsample,evit", 20, 1
         for name in ("downsample", "evit"):
             CANDIDATES[name] = candidates(name)[::9]
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    threads(args.threads)
     names = args.methods.split(",") if args.methods else every_method()
     unknown = [n for n in names if n not in every_method()]
     if unknown:
         parser.error(f"--methods names {', '.join(unknown)}; known are {', '.join(every_method())}")
-    for part in args.only or ["overhead", "embedded", "dinov2"]:
-        if part == "overhead":
-            run_overhead(names, args)
-        else:
-            run_bench(part, names, args)
+    for part in args.only or PARTS:
+        PARTS[part](names, args)
     return 0
 
 

@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.encoder import clutter
-from benchmarks.encoder.clutter import MEAN, MODEL, PATCH, SIZE, STD, build, compose, conv, normalise
+from tokred.bench.data.model import MEAN, MODEL, PATCH, SIZE, STD, build, conv
+from tokred.bench.data.scenes import compose, normalise
 
 Stages = tuple[tuple[int, int], ...]  # pixels each way of the pictures, and how many of them
 BATCH, LARGE, EVALUATED = 128, 16, 1000

@@ -1,9 +1,10 @@
 """Train a method with weights on the embedded default by a recipe, and measure it beside methods without.
 
-    python -m benchmarks encoder/train_learned dynamicvit --data /usr/share/datasets/fashion-mnist --out trained
+    python -m benchmarks encoder/train_learned dynamicvit --fashion FOLDER --photos FOLDER --out trained
 
-The training images are those of Debian's ``dataset-fashion-mnist`` (MIT licence), or any folder with the four IDX
-files. Accuracy is top-1 on the first ``--test`` test images; tokens are the mean that every image has after the last
+The training pictures are drawn as for the embedded model itself, see ``encoder/train_embedded`` for the two folders.
+Accuracy is top-1 on the first ``--test`` pictures of the sample that travels with tokred;
+tokens are the mean that every image has after the last
 block, and work is the multiply-adds of all blocks of one image, as a share of the dense model's.
 """
 
@@ -20,21 +21,10 @@ import torch
 from torch import Tensor, nn
 
 import tokred
-from benchmarks.encoder.clutter import load
-from benchmarks.encoder.train_embedded import shifted
+from benchmarks.encoder.train_embedded import Data
 from tokred import adapters, learn
 from tokred.bench import embedded
-from tokred.bench.data.model import MEAN, STD
-
-
-def prepare(images: Tensor) -> Tensor:
-    """Garments ``(N, 28, 28)`` uint8 as the model wants them, ``(N, 1, 28, 28)`` float32."""
-    return (images[:, None].float() / 255 - MEAN) / STD
-
-
-def augment(x: Tensor) -> Tensor:
-    """Mirror half of the garments and shift each a little; what comes in at the edges is black."""
-    return shifted(x + MEAN / STD) - MEAN / STD
+from tokred.bench.data.model import SIZE
 
 
 @torch.no_grad()
@@ -78,7 +68,7 @@ def setting(name: str, share: float, model: nn.Module) -> tokred.Method:
     return best
 
 
-def train(name: str, args: argparse.Namespace, x: Tensor, y: Tensor) -> nn.Module:
+def train(name: str, args: argparse.Namespace, data: Data) -> nn.Module:
     """The embedded default, trained by a recipe."""
     recipe = learn.recipe(name)
     if args.steps:
@@ -98,7 +88,8 @@ def train(name: str, args: argparse.Namespace, x: Tensor, y: Tensor) -> nn.Modul
         gate = tokred.trace(model).gate
         return torch.cat([torch.zeros_like(gate[:, :1]), gate[:, 1:]], 1)  # without the class token
 
-    batches = ((augment(a), b) for a, b in learn.endless(x, y, recipe.batch, recipe.seed))
+    order = torch.arange(len(data.labels))
+    batches = ((data.batch(i, SIZE)[0], b) for i, b in learn.endless(order, data.labels, recipe.batch, recipe.seed))
     learn.fit(
         model, batches, recipe, modules=tokred.modules(model).values(), losses=tokred.losses, teacher=teacher,
         tokens="norm", gate=patches, each=each,
@@ -109,7 +100,8 @@ def train(name: str, args: argparse.Namespace, x: Tensor, y: Tensor) -> nn.Modul
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe", help="a recipe of tokred by its name, or the path of a TOML file")
-    parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
+    parser.add_argument("--fashion", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
+    parser.add_argument("--photos", type=Path, required=True, help="scikit-image's folder of pictures")
     parser.add_argument("--out", type=Path, help="folder for the trained weights and settings")
     parser.add_argument("--steps", type=int, default=0, help="instead of the recipe's")
     parser.add_argument("--test", type=int, default=2000, help="test images")
@@ -117,11 +109,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore", tokred.NothingRemovedWarning)
-    (x, y), (xt, yt) = load(args.data, "train"), load(args.data, "t10k")
-    xt, yt = prepare(xt[: args.test]), yt[: args.test]
+    xt, yt = embedded.sample(args.test)
     plain = embedded.load()
     rows = [("dense", measure(plain, xt, yt))]
-    model = train(args.recipe, args, prepare(x), y)
+    model = train(args.recipe, args, Data(args.fashion, args.photos))
     rows.append((f"{args.recipe}, trained", measure(model, xt, yt)))
     share = rows[-1][1][2]
     if args.out:

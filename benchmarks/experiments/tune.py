@@ -33,7 +33,6 @@ from benchmarks.kv import feed
 from benchmarks.saving import save, saving
 from benchmarks.zoo import data, dinov2, smollm2
 from tokred.bench import embedded, results, timing
-from tokred.bench.data.model import MEAN, STD
 from tokred.tuning import Tuned
 
 MODELS = ("embedded", "dinov2", "smollm2")
@@ -41,10 +40,9 @@ NAMES = {"embedded": "embedded", "dinov2": "dinov2", "smollm2": "smollm2-135m"}
 
 
 def embedded_case(args: argparse.Namespace) -> dict[str, Any]:
-    """The embedded model, images of Fashion-MNIST's test set that it has not seen, and the goal."""
-    test = data.fashion_mnist("test")
-    images = (test.images[: args.images].float() / 255 - MEAN) / STD
-    batches = list(zip(images.split(10), test.labels[: len(images)].split(10), strict=True))
+    """The embedded model, pictures that it has not seen, and the goal."""
+    images, labels = embedded.sample(min(args.images, 2000))
+    batches = list(zip(images.split(10), labels.split(10), strict=True))
     return {"model": embedded.load(), "data": batches, "metric": args.metric, "speedup": args.speedup or 2.5}
 
 

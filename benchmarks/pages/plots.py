@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from benchmarks.pages import tasks
+from benchmarks.pages import tasks, tune
 from benchmarks.pages.diffusion import FAMILIES, MODES, RATIOS
 from benchmarks.pages.markdown import Results
 from tokred.bench import plots, results
-from tokred.bench import run as bench
 from tokred.bench.plots import Panel
 
 MIB = 2**-20
+MEASURES = ("top1", "cosine", "saliency_mae")
 KV = ("perplexity", "retrieval", "bytes", "bytes_window", "bytes_timed", "prefill_s", "decode_tokens_per_s")
 
 
@@ -21,7 +22,7 @@ def draw(found: Results, folder: Path) -> list[Path]:
     """All plots whose scenario has rows."""
     (folder / "kv").mkdir(parents=True, exist_ok=True)
     made = []
-    for part in (methods, demo, diffusion, vlm, kv_tasks, kv_quality, kv_limit, kv_memory):
+    for part in (methods, demo, diffusion, vlm, kv_tasks, kv_quality, kv_limit, kv_memory, tune.plot):
         made += part(found, folder)
     return made
 
@@ -36,8 +37,23 @@ def methods(found: Results, folder: Path) -> list[Path]:
     for model in ("embedded", "dinov2"):
         records = found.records("encoder", "methods", model=model)
         if records:
-            made.append(bench.plot(records, folder / f"methods_{model}.png"))
+            made.append(plots.save(_methods(records), folder / f"methods_{model}.png"))
     return made
+
+
+def _methods(records: list[dict[str, Any]]) -> Any:
+    """A front of each measure that the records have, each point with its interval."""
+    frame = pd.DataFrame(records)
+    shown = tuple(m for m in MEASURES if m in frame and frame[m].notna().any())
+    first = records[0]
+    note = (
+        f"{first['model']}, {first['input']} px, {first['tokens_in']} tokens, batch {first['batch']}, "
+        f"{first['dtype']}, {first['device']}, {first['threads']} threads, tokred at {first['commit'] or 'a package'}"
+    )
+    if first.get("top1") is not None:
+        note += f". Top-1: {first['answered_by']}, {first['top1_images']} images of {first['data']}"
+    title = f"{first['model']}: quality against speed, each point paired with the unpatched model"
+    return plots.pareto(frame, shown, title=title, note=note)
 
 
 def demo(found: Results, folder: Path) -> list[Path]:

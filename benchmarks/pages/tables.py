@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.pages import caches, diffusion, encoder, face, tasks, vlm
+from benchmarks.pages import caches, diffusion, encoder, face, tasks, tune, vlm
 from benchmarks.pages.markdown import ROOT, Results, table
 from tokred.bench import results
 from tokred.bench.metrics import METRICS
@@ -50,6 +50,7 @@ PAGES = {
     DOCS / "methods" / "encoder" / "spatten.md": {"text": encoder.text, "text_claims": encoder.text_claims},
     DOCS / "methods" / "encoder" / "ltp.md": {"text": encoder.text, "text_claims": encoder.text_claims},
     DOCS / "methods" / "kv" / "kv.md": {"kv_memory": caches.kv_memory},
+    DOCS / "tune.md": {"tune": tune.tune, "tune_claims": tune.tune_claims},
     DOCS / "tutorials" / "kv.md": {"kv_limit": caches.kv_limit},
     DOCS / "tutorials" / "audio.md": {"audio": encoder.audio, "audio_claims": encoder.audio_claims},
     DOCS / "tutorials" / "segmentation.md": {"segmentation": encoder.segmentation},

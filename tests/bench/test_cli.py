@@ -64,6 +64,25 @@ def test_a_fine_tuned_timm_model_and_a_folder(run, root, tmp_path):
     assert {f"{r['method']} {r['setting']}".strip() for r in table} == set(labels(found))
 
 
+def test_several_metrics_and_how_a_setting_is_applied(run, root):
+    command = [
+        "test_vit",
+        "--num-classes",
+        2,
+        "--random-weights",
+        "--data",
+        saved.pictures(root / "few"),
+        "--no-baselines",
+    ]
+    found = run(*command, "--metric", "top1,cosine", "-m", "tome r=8 expose=last")
+    assert found["metrics"] == ["top1", "cosine"]
+    assert [(row["setting"], row["metric"]) for row in found["rows"][2:]] == [
+        ("r=8 expose=last", "top1"), ("r=8 expose=last", "cosine"),
+    ]  # fmt: skip
+    done = run(*command, "--metric", "top1", "--read", "features", "-m", "tome", plain=True, code=2)
+    assert "does not fit read 'features'" in done.stderr
+
+
 def test_the_table_fits_80_columns_and_progress_is_on_standard_error(run):
     done = run("test_vit", "--random-weights", "--count", 2, "-m", "tome r=8", "--no-baselines", plain=True)
     assert max(map(len, done.stdout.partition("Written to")[0].splitlines())) <= 80

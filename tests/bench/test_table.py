@@ -259,12 +259,10 @@ def test_the_picture_of_every_stage(metric, stage, tmp_path):
     drawn = [lines[name] for name in ("ToMe", "PiToMe", "random merging", "down-sampling")]
     assert len({(line.get_marker(), line.get_markerfacecolor()) for line in drawn}) == 4
     assert sum(line.get_color() == "#bbbbbb" for line in left.lines) == 2
-    plots.pyplot().close(figure)
     for row in found.rows:
         row["work"] = None
     alone = plots.benchmark(found.to_pandas(), found.units, "title")
     assert len(alone.axes) == 1
-    plots.pyplot().close(alone)
     assert found.plot(tmp_path / "new" / "a.png").stat().st_size > 5000
 
 

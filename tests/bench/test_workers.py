@@ -55,27 +55,27 @@ def test_rows_are_those_of_one_process(cluster, tmp_path):
 
 
 def test_a_killed_worker_costs_no_row(cluster, tmp_path):
-    """Forty rows on two workers, one of which dies in the middle: each is there, and measured once."""
+    """Thirteen rows on two workers, one of which dies in the middle: each is there, and measured once."""
     killed, count = tmp_path / "killed", tmp_path / "count"
 
     def own(output, batch):
         with count.open("a") as f:
             f.write("x")
-        if not killed.exists() and count.stat().st_size > 150:
+        if not killed.exists() and count.stat().st_size > 40:
             killed.write_text(str(os.getpid()))
             os.kill(os.getpid(), signal.SIGKILL)
         return output.float().mean(1)
 
-    settings = [f"tome r={r} metric={metric}" for r in range(1, 14) for metric in ("k", "q", "v")]
+    settings = [f"tome r={r} metric={metric}" for r in range(1, 5) for metric in ("k", "q", "v")]
     result = benchmark(tmp_path / "out", settings, own)
     assert killed.exists()
     assert [f"{row['method']} {row['setting']}".strip() for row in result.rows] == ["unpatched", *settings]
     assert [row["reason"] for row in result.rows if row["reason"]] == []
     table = results.records(results.read(tmp_path / "out" / "benchmark.csv"), "benchmark")
     assert sorted(f"{r['method']} {r['setting']}".strip() for r in table) == sorted(["unpatched", *settings])
-    assert len(table) == 40
+    assert len(table) == 13
     lines = (tmp_path / "out" / "benchmark.samples.jsonl").read_text().splitlines()
-    assert len(lines) == len({json.dumps(json.loads(line)["row"]) for line in lines}) == 40
+    assert len(lines) == len({json.dumps(json.loads(line)["row"]) for line in lines}) == 13
 
 
 def test_rows_that_are_there_are_not_measured_again(cluster, tmp_path):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import tokred
 from tests.diffusion.tiny import MODELS, inputs, run
+from tests.kinds import DENOISERS, each
 from tokred.adapters.diffusion.inside import Halves, Inside
 from tokred.diffusion.grid import clip_destinations
 from tokred.diffusion.site import AttentionSite, SublayerPlace
@@ -148,7 +149,7 @@ def test_images_have_cells_of_one_frame():
     assert tokred.AsymRnR(cell=(1, 9, 2)).left(SublayerPlace(48, (8, 6), 1)) == 48
 
 
-@pytest.mark.parametrize("kind", list(MODELS))
+@pytest.mark.parametrize("kind", each(list(MODELS), DENOISERS))
 def test_queries_alone_and_keys_alone(kind: str):
     model, given = MODELS[kind](), inputs(kind)
     before = run(model, given)

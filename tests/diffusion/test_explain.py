@@ -10,13 +10,14 @@ import torch
 
 import tokred
 from tests.diffusion.tiny import CLIPS, FRAMES, MODELS, inputs, run, sd15, unet
+from tests.kinds import DENOISERS, each
 from tokred.adapters import find
 from tokred.adapters.diffusion.geometry import build
 from tokred.adapters.diffusion.survey import survey
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", list(MODELS))
+@pytest.mark.parametrize("kind", each(list(MODELS), DENOISERS))
 def test_tokens_are_those_of_a_forward(kind: str):
     model, given = MODELS[kind](), inputs(kind)
     before, size = run(model, given), (FRAMES, 16, 16) if kind in CLIPS else 16

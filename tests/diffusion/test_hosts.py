@@ -14,6 +14,7 @@ import torch
 
 import tokred
 from tests.diffusion.tiny import CLIPS, FRAMES, MODELS, half, inputs, run, sd15, sd_small, sdxl, unet
+from tests.kinds import DENOISERS, each
 from tests.registered import examples, nothings
 
 ALL = list(MODELS)
@@ -26,7 +27,7 @@ IMAGES = [name for name in METHODS if name != "vidtome"]
 NOTHING: dict[str, dict[str, Any]] = nothings("attention")
 
 
-@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("kind", each(ALL, DENOISERS))
 def test_nothing_to_reduce_is_bit_equal(kind: str):
     model, given = MODELS[kind](), inputs(kind)
     before = run(model, given)
@@ -40,7 +41,7 @@ def test_nothing_to_reduce_is_bit_equal(kind: str):
             assert tokred.report(model).reduced == 0
 
 
-@pytest.mark.parametrize(("kind", "name"), PAIRS)
+@pytest.mark.parametrize(("kind", "name"), each(PAIRS, DENOISERS))
 def test_reduced_and_removed(kind: str, name: str):
     model, given = MODELS[kind](), inputs(kind)
     before, text, keys = run(model, given), repr(model), list(model.state_dict())
@@ -69,7 +70,7 @@ def test_reduced_and_removed(kind: str, name: str):
     assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()] == hooks
 
 
-@pytest.mark.parametrize(("kind", "name"), PAIRS)
+@pytest.mark.parametrize(("kind", "name"), each(PAIRS, DENOISERS))
 def test_guidance_in_one_batch_or_in_two_calls(kind: str, name: str):
     model, given = MODELS[kind](), inputs(kind, batch=3)
     tokred.apply(model, name, **METHODS[name])
@@ -102,7 +103,7 @@ def test_more_tokens_are_closer():
 
 
 @pytest.mark.filterwarnings("ignore:.*reduced nothing")
-@pytest.mark.parametrize("kind", ["unet", "sd15", "dit", "pixart", "sd3", "flux", *CLIPS])
+@pytest.mark.parametrize("kind", each(["unet", "sd15", "dit", "pixart", "sd3", "flux", *CLIPS], DENOISERS))
 def test_a_plan_that_changes_nothing_is_the_identity_up_to_rounding(kind: str, monkeypatch: pytest.MonkeyPatch):
     """Every token a slot of its own, in another order: norms, residuals and text are as in the host."""
     model, given = MODELS[kind](), inputs(kind)
@@ -130,7 +131,7 @@ def test_odd_sizes(size: tuple[int, int], name: str):
     assert grids == {size[0] * size[1], -(-size[0] // 2) * -(-size[1] // 2)}
 
 
-@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("kind", each(ALL, DENOISERS))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(kind: str, dtype: torch.dtype):
     model, given = MODELS[kind]().to(dtype), half(inputs(kind), dtype)
@@ -330,7 +331,7 @@ def test_flux():
         run(model, {**given, **twice, "img_ids": torch.cat([given["img_ids"]] * 2)})
 
 
-@pytest.mark.parametrize("kind", list(CLIPS))
+@pytest.mark.parametrize("kind", each(list(CLIPS), DENOISERS))
 def test_clips_are_reduced_frame_by_frame(kind: str):
     model, given = MODELS[kind](), inputs(kind, (12, 20))
     tokred.apply(model, "tomesd", max_downsample=2, ratio=0.5)
@@ -404,12 +405,15 @@ def test_training_through_a_patched_denoiser():
 
 @pytest.mark.parametrize(
     ("kind", "name", "parameters"),
-    [
-        ("sd15", "tomesd", {"merge_crossattn": True}),
-        ("flux", "tomesd", {"max_downsample": 2, "merge_mlp": True}),
-        ("wan", "todo", {"factors": (1, 2)}),
-        ("wan", "catome", {"threshold": 0.3, "max_downsample": 8}),  # padded: samples differ in what is left
-    ],
+    each(
+        [
+            ("sd15", "tomesd", {"merge_crossattn": True}),
+            ("flux", "tomesd", {"max_downsample": 2, "merge_mlp": True}),
+            ("wan", "todo", {"factors": (1, 2)}),
+            ("wan", "catome", {"threshold": 0.3, "max_downsample": 8}),  # padded: samples differ in what is left
+        ],
+        {kind: DENOISERS[kind] for kind in ("flux", "wan")},
+    ),
 )
 def test_compiled(kind: str, name: str, parameters: dict[str, Any]):
     model, given = sd_small() if kind == "sd15" else MODELS[kind](), inputs(kind)

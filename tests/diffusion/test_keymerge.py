@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import tokred
 from tests.diffusion.tiny import MODELS, inputs, run, sd15
+from tests.kinds import DENOISERS, each
 from tokred.diffusion.grid import typical_tokens
 from tokred.diffusion.site import AttentionSite, SublayerPlace
 
@@ -68,7 +69,7 @@ def test_odd_tokens_are_no_destinations():
         assert tokred.KeyMerge(choice=choice).reduce(site(x, (9, 7))).slots == 16
 
 
-@pytest.mark.parametrize("kind", list(MODELS))
+@pytest.mark.parametrize("kind", each(list(MODELS), DENOISERS))
 @pytest.mark.parametrize("queries", [False, True])
 @pytest.mark.filterwarnings("ignore:.*reduced nothing")
 def test_another_order_changes_nothing_in_a_denoiser(kind: str, queries: bool, monkeypatch: pytest.MonkeyPatch):

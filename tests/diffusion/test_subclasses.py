@@ -10,6 +10,7 @@ from torch import nn
 
 import tokred
 from tests.diffusion.tiny import MODELS, inputs, run, sd15
+from tests.kinds import DENOISERS, each
 from tokred import adapters
 
 
@@ -39,7 +40,7 @@ def test_dreamlite():
     assert not any(row.works for row in tokred.supports(model))
 
 
-@pytest.mark.parametrize("kind", list(MODELS))
+@pytest.mark.parametrize("kind", each(list(MODELS), DENOISERS))
 def test_forwards_that_were_changed(kind: str):
     model = MODELS[kind]()
     model.__class__ = derived(model, forward=forward)
@@ -57,7 +58,7 @@ def test_forwards_that_were_changed(kind: str):
             refused(model, f"{name} is a My.*, which changes the forward")
 
 
-@pytest.mark.parametrize("kind", list(MODELS))
+@pytest.mark.parametrize("kind", each(list(MODELS), DENOISERS))
 def test_another_block(kind: str):
     """One whose class is not known would be passed by."""
     for part in adapters.find(MODELS[kind](), "attention").parts:

@@ -7,10 +7,11 @@ import torch
 
 import tokred
 from tests.diffusion.tiny import MODELS, inputs, run
+from tests.kinds import DENOISERS, each
 
 
 @pytest.mark.filterwarnings("ignore:.*reduced nothing")
-@pytest.mark.parametrize("kind", list(MODELS))
+@pytest.mark.parametrize("kind", each(list(MODELS), DENOISERS))
 def test_promises_are_kept(kind: str):
     """Every method with its defaults, over steps enough for each to act, with both sides of guidance in a batch."""
     given = inputs(kind)

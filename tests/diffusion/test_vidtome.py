@@ -10,6 +10,7 @@ import torch
 
 import tokred
 from tests.diffusion.tiny import CLIPS, MODELS, inputs, run
+from tests.kinds import DENOISERS, each
 from tokred.diffusion.site import AttentionSite, SublayerPlace
 
 
@@ -76,7 +77,7 @@ def test_a_single_frame_and_small_shares():
     assert tokred.VidToMe(ratio=0.01).reduce(site(torch.randn(1, 24, 3), 2, (3, 4))).trivial
 
 
-@pytest.mark.parametrize("kind", list(CLIPS))
+@pytest.mark.parametrize("kind", each(list(CLIPS), DENOISERS))
 def test_clips(kind: str):
     model, given = MODELS[kind](), inputs(kind)
     tokred.apply(model, "vidtome", ratio=0.5, max_downsample=8, first_full=0)

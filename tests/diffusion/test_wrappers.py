@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import tokred
 from tests.diffusion.tiny import MODELS, inputs, run
+from tests.kinds import WRAPPED, each
 from tokred import adapters
 
 hooks = pytest.importorskip("diffusers.hooks")
@@ -126,7 +127,7 @@ PAIRS += CACHED
 OTHERS = [("flux", name) for name in ("group offload of blocks", *CACHES) if name != "faster"]
 
 
-@pytest.mark.parametrize(("kind", "name"), PAIRS)
+@pytest.mark.parametrize(("kind", "name"), each(PAIRS, WRAPPED))
 def test_nothing_to_reduce(kind: str, name: str):
     wrap, idle = ALL[name], patch("tomesd", ratio=0.0)
     expected = image(made(kind, wrap), kind)
@@ -137,7 +138,10 @@ def test_nothing_to_reduce(kind: str, name: str):
 
 @pytest.mark.parametrize(
     ("kind", "name", "method"),
-    [(*pair, "tomesd") for pair in PAIRS] + [(*pair, method) for pair in OTHERS for method in ("todo", "asymrnr")],
+    each(
+        [(*pair, "tomesd") for pair in PAIRS] + [(*pair, method) for pair in OTHERS for method in ("todo", "asymrnr")],
+        WRAPPED,
+    ),
 )
 def test_both_orders(kind: str, name: str, method: str):
     wrap, reduce = ALL[name], patch(method)
@@ -156,7 +160,7 @@ def test_both_orders(kind: str, name: str, method: str):
     assert same(image(made(kind, reduce, wrap, reduce), kind), out), "applied once more: reduced once"
 
 
-@pytest.mark.parametrize(("kind", "name"), PAIRS)
+@pytest.mark.parametrize(("kind", "name"), each(PAIRS, WRAPPED))
 def test_removed_in_the_middle(kind: str, name: str):
     """With hooks that still hold the forward of the patch: what the hooks give on the model as it was."""
     wrap, reduce = ALL[name], patch("tomesd")
@@ -165,7 +169,7 @@ def test_removed_in_the_middle(kind: str, name: str):
     assert same(image(made(kind, wrap, reduce, tokred.remove), kind), expected)
 
 
-@pytest.mark.parametrize(("kind", "name"), [*CACHED, ("flux", "first block, never")])
+@pytest.mark.parametrize(("kind", "name"), each([*CACHED, ("flux", "first block, never")], WRAPPED))
 def test_caches_taken_off_in_the_middle(kind: str, name: str):
     wrap, reduce = ALL[name], patch("tomesd")
     expected = image(made(kind, reduce), kind)

@@ -151,7 +151,7 @@ def test_readme_has_two_commands() -> None:
     commands = COMMAND.findall((ROOT / "README.md").read_text("utf-8"))
     assert len(commands) == 2
     assert commands[0].endswith(".venv/bin/tokred demo")
-    assert 'pytest -n auto -m "not weights"' in commands[1]
+    assert 'pytest -n auto -m "not weights and not hosts"' in commands[1]
 
 
 def test_ci_extracts_the_commands_of_the_readme() -> None:

@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 import tokred
 from tests.encoder.tiny_timm import needs
 from tests.encoder.tiny_transformers import FAMILIES, build, read
+from tests.kinds import TRANSFORMERS, each
 from tokred.core.reduction import Reduction
 
 ENCODERS = {
@@ -94,7 +95,7 @@ POSITIONED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("family", POSITIONED)
+@pytest.mark.parametrize("family", each(POSITIONED, TRANSFORMERS))
 def test_tokens_take_their_positions_along(family):
     """In another order, each with its position data, tokens give the same output; dense outputs in the old order."""
     model, inputs = build(family), FAMILIES[family].inputs(2)

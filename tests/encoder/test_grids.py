@@ -15,6 +15,7 @@ pytest.importorskip("timm")
 
 import tokred
 from tests.encoder import tiny_timm, tiny_transformers
+from tests.kinds import TIMM, TRANSFORMERS, each
 from tokred.adapters.tiny import open_clip as open_clip_tiny
 from tokred.adapters.tiny import timm as timm_tiny
 from tokred.adapters.tiny import transformers as transformers_tiny
@@ -95,7 +96,7 @@ def test_timm_pads_its_images():
     assert told(model, lambda: model(torch.randn(2, 3, 31, 66))) == [((4, 9), None, 36)] * 3
 
 
-@pytest.mark.parametrize("family", [*tiny_timm.FAMILIES])
+@pytest.mark.parametrize("family", each([*tiny_timm.FAMILIES], TIMM))
 def test_timm_of_a_size_that_is_set_later(family):
     model = tiny_timm.build(family)
     try:
@@ -270,7 +271,7 @@ ALWAYS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("family", INTERPOLATING)
+@pytest.mark.parametrize("family", each(INTERPOLATING, TRANSFORMERS))
 def test_transformers_interpolate(family):
     model, x = tiny_transformers.build(family), tiny_transformers.FAMILIES[family].inputs(2)
     if "interpolate_pos_encoding" not in inspect.signature(model.forward).parameters:
@@ -282,7 +283,7 @@ def test_transformers_interpolate(family):
         assert len(seen) >= 3
 
 
-@pytest.mark.parametrize("family", ALWAYS)
+@pytest.mark.parametrize("family", each(ALWAYS, TRANSFORMERS))
 def test_transformers_take_any_size(family):
     model = tiny_transformers.build(family)
     for size, grid in (((32, 72), (4, 9)), ((16, 144), (2, 18))):

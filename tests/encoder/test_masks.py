@@ -14,6 +14,7 @@ pytest.importorskip("timm")
 import tokred
 from tests.encoder import tiny_open_clip, tiny_timm
 from tests.encoder.test_timm import METHODS
+from tests.kinds import TIMM, each
 
 HIDDEN = [[3, 4, 11, 20], [7], []]  # of 26 tokens, per sample
 
@@ -83,7 +84,7 @@ def test_forms_of_one_mask(form, name):
         assert groups_of(model, seen) == groups
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each(FAMILIES, TIMM))
 def test_the_masked_model_in_pairs_of_equal_patches(family):
     """Visible patches in equal pairs, and hidden ones like one of them: merging all pairs leaves every output."""
     model, _, _ = ready(family)

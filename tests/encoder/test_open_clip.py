@@ -14,6 +14,7 @@ pytest.importorskip("open_clip")
 import tokred
 from tests.encoder.laws import assert_equal, assert_same, snapshot
 from tests.encoder.tiny_open_clip import CUSTOM, FAMILIES, PATCH, SIZE, build, inputs, outputs
+from tests.kinds import OPEN_CLIP, each
 
 OWN = [f for f in FAMILIES if f != "timm trunk"]
 
@@ -23,7 +24,7 @@ def run(family, model, b=3):
         return outputs(model, *inputs(family, b))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each(FAMILIES, OPEN_CLIP))
 def test_nothing_to_remove_is_bit_equal_and_removal_restores_everything(family):
     model = build(family)
     before = snapshot(model)
@@ -40,7 +41,7 @@ def test_nothing_to_remove_is_bit_equal_and_removal_restores_everything(family):
     assert_equal(run(family, model), y)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each(FAMILIES, OPEN_CLIP))
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
@@ -64,7 +65,7 @@ def test_runs_with_the_announced_tokens_and_without_batch_mates(family, name, pa
         torch.testing.assert_close(a[:1] if a.ndim else a, b[:1] if b.ndim else b, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("family", [f for f in OWN if "sine" not in f])
+@pytest.mark.parametrize("family", each([f for f in OWN if "sine" not in f], OPEN_CLIP))
 @pytest.mark.parametrize("training", [False, True])
 def test_merging_duplicates_changes_nothing(family, training):
     """In eval mode torch would take its fused encoder path, which knows no sizes; in training it never does."""
@@ -111,7 +112,7 @@ def test_what_is_captured_is_what_the_attention_uses():
         torch.testing.assert_close(capture.key_bias(), bias[:, 0].expand(-1, 3, -1))
 
 
-@pytest.mark.parametrize("family", OWN)
+@pytest.mark.parametrize("family", each(OWN, OPEN_CLIP))
 def test_the_text_tower_is_not_touched(family):
     model = build(family)
     text = [m for n, m in model.named_modules() if n and not n.startswith("visual")]

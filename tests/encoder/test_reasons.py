@@ -15,6 +15,7 @@ import transformers
 import tokred
 from tests.encoder import tiny_transformers
 from tests.encoder.tiny_transformers import BERT, COMMON, FAMILIES, IMAGE, SIGLIP2, VIDEO
+from tests.kinds import TRANSFORMERS, each
 
 SMALL = {"tome": {"r": 3}, "evit": {"kappa": 0.6, "blocks": (1,)}, "downsample": {"keep": 0.5}}
 # Classes and settings that no family of the tiny models has: the class, its configuration, options, inputs.
@@ -55,7 +56,7 @@ def made(label: str) -> tuple[nn.Module, dict[str, Any]]:
     return getattr(transformers, name)(getattr(transformers, config)(**options)).eval(), inputs(2)
 
 
-@pytest.mark.parametrize("label", [*(f for f in FAMILIES if f not in OTHERS), *OTHERS])
+@pytest.mark.parametrize("label", each([*(f for f in FAMILIES if f not in OTHERS), *OTHERS], TRANSFORMERS))
 def test_a_promise_is_kept_and_a_refusal_is_one(label):
     model, x = made(label)
     promised = {row.method: row for row in tokred.supports(model)}

@@ -14,10 +14,13 @@ pytest.importorskip("timm")
 import tokred
 from tests.encoder.laws import assert_same, snapshot
 from tests.encoder.tiny_timm import FAMILIES, SIZE, build, images, without_weights
+from tests.kinds import TIMM, each
 from tests.registered import examples, nothings
 from tokred.adapters import find
 
 ROPE = [f for f in FAMILIES if "rope" in f]
+# Nothing but what is in a token tells it from others.
+ALIKE = [f for f in FAMILIES if f not in ROPE and "relpos" not in f and "beit" not in f]
 METHODS = {
     **examples("block"),
     # Other forms of a method, which take other ways through its code or through the hosts'.
@@ -30,7 +33,7 @@ METHODS = {
 NOTHING = nothings("block")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each(FAMILIES, TIMM))
 def test_nothing_to_remove_is_bit_equal_and_removal_restores_everything(family):
     model, x = build(family), images()
     before = snapshot(model)
@@ -50,7 +53,7 @@ def test_nothing_to_remove_is_bit_equal_and_removal_restores_everything(family):
         assert torch.equal(model(x), y)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each(FAMILIES, TIMM))
 @pytest.mark.parametrize("case", METHODS)
 def test_runs_with_the_announced_tokens_and_without_batch_mates(family, case):
     model, x = build(family), images()
@@ -88,7 +91,7 @@ def _lacks(model, family: str, name: str, parameters: dict) -> str | None:
     return min(found & tokred.make(name, **parameters).reads, default=None)
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ROPE and "relpos" not in f and "beit" not in f])
+@pytest.mark.parametrize("family", each(ALIKE, TIMM))
 def test_merging_duplicates_changes_nothing(family):
     """Tokens without position data, each there twice: merging every pair must leave all outputs as they were."""
     model = build(family)
@@ -105,7 +108,7 @@ def test_merging_duplicates_changes_nothing(family):
     torch.testing.assert_close(merged, y, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ROPE)
+@pytest.mark.parametrize("family", each(ROPE, TIMM))
 def test_rope_tables_follow_their_tokens(family):
     """Pruning with gathered tables equals running the same tokens with the same rows, block by block."""
     model, x = build(family), images(2)
@@ -135,7 +138,7 @@ def test_rope_tables_follow_their_tokens(family):
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ROPE)
+@pytest.mark.parametrize("family", each(ROPE, TIMM))
 def test_rope_tables_follow_through_two_reductions(family):
     """The rows of the second are rows of the first: positions compose."""
     model, x = build(family), images(2)

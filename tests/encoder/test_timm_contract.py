@@ -16,6 +16,7 @@ import timm
 
 import tokred
 from tests.encoder.tiny_timm import needs
+from tests.kinds import TIMM_MODELS, each
 
 SMALL: dict[str, Any] = {"depth": 3, "embed_dim": 48, "num_heads": 3, "num_classes": 7}
 # Name, options beside SMALL, side of an image, another size that it takes when it is built or set for it.
@@ -67,7 +68,7 @@ def short(model: nn.Module) -> bool:
 
 
 @pytest.mark.parametrize("r", AMOUNTS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", each(MODELS, TIMM_MODELS))
 def test_forward_of_other_sizes(name, r):
     """Sizes that are built for, set later, and taken as they come."""
     size = MODELS[name][2]
@@ -103,7 +104,7 @@ def test_forward_of_dynamic_sizes(name, r):
 
 
 @pytest.mark.parametrize("r", AMOUNTS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", each(MODELS, TIMM_MODELS))
 def test_backward_reaches_what_it_reaches_without_a_patch(name, r):
     model = create(name).train()
     model(images(name)).sum().backward()
@@ -117,7 +118,7 @@ def test_backward_reaches_what_it_reaches_without_a_patch(name, r):
 
 
 @pytest.mark.parametrize("r", AMOUNTS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", each(MODELS, TIMM_MODELS))
 def test_features_and_head_make_the_forward(name, r):
     model, x = create(name), images(name)
     with torch.no_grad():
@@ -135,7 +136,7 @@ def test_features_and_head_make_the_forward(name, r):
 
 @pytest.mark.parametrize("expose", ["auto", "none", "last", "all"])
 @pytest.mark.parametrize("r", AMOUNTS)
-@pytest.mark.parametrize("name", FLAT)
+@pytest.mark.parametrize("name", each(FLAT, TIMM_MODELS))
 def test_one_length_of_final_features(name, r, expose):
     """``forward_features``, ``forward_intermediates`` and the forward itself end with the same tokens."""
     model, x = create(name), images(name)
@@ -157,7 +158,7 @@ def test_one_length_of_final_features(name, r, expose):
         assert torch.equal(again, features), "asking for maps leaves nothing behind"
 
 
-@pytest.mark.parametrize("name", FLAT)
+@pytest.mark.parametrize("name", each(FLAT, TIMM_MODELS))
 def test_a_dictionary_of_features(name):
     model, x = create(name), images(name)
     tokred.apply(model, "tome", r=2)
@@ -171,7 +172,7 @@ def test_a_dictionary_of_features(name):
 
 
 @pytest.mark.parametrize("r", AMOUNTS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", each(MODELS, TIMM_MODELS))
 def test_features_only(name, r):
     model = create(name, features_only=True)
     with torch.no_grad():
@@ -183,7 +184,7 @@ def test_features_only(name, r):
 
 
 @pytest.mark.parametrize("r", AMOUNTS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", each(MODELS, TIMM_MODELS))
 def test_without_a_classifier(name, r):
     model, x = create(name, num_classes=0), images(name)
     with torch.no_grad():
@@ -261,7 +262,7 @@ def test_a_head_that_stops_pooling_and_methods_that_drop():
         assert torch.equal(tokred.apply(model, "random_prune", r=2)(x), y), "over those that are left"
 
 
-@pytest.mark.parametrize("name", FLAT)
+@pytest.mark.parametrize("name", each(FLAT, TIMM_MODELS))
 def test_blocks_that_are_taken_out(name):
     model, x = create(name), images(name)
     tokred.apply(model, "tome", r=2)
@@ -289,7 +290,7 @@ def test_attention_that_is_switched():
 
 
 @pytest.mark.parametrize("r", AMOUNTS)
-@pytest.mark.parametrize("name", FLAT)
+@pytest.mark.parametrize("name", each(FLAT, TIMM_MODELS))
 def test_fx_takes_blocks_as_leaves(name, r):
     from timm.models import create_feature_extractor, get_graph_node_names
 
@@ -325,7 +326,7 @@ def test_other_tracers_are_told():
 
 
 @pytest.mark.parametrize("r", AMOUNTS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", each(MODELS, TIMM_MODELS))
 def test_script_is_refused_and_names_what_works(name, r):
     model = tokred.apply(create(name), "tome", r=r)
     with warnings.catch_warnings():

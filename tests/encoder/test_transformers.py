@@ -14,6 +14,7 @@ pytest.importorskip("transformers")
 import tokred
 from tests.encoder.laws import assert_equal, assert_same, snapshot
 from tests.encoder.tiny_transformers import FAMILIES, PATCH, SIZE, build, read
+from tests.kinds import TRANSFORMERS, each
 
 NOTHING = {"tome": {"r": 0}, "pitome": {"ratio": 1.0}, "evit": {"kappa": 1.0}}
 METHODS = {"tome": {"r": 4}, "pitome": {"ratio": 0.8}, "evit": {"kappa": 0.6, "blocks": (1,)}, "random_prune": {"r": 2}}
@@ -25,7 +26,7 @@ def run(family, model, b=3):
         return read(family, model(**FAMILIES[family].inputs(b)))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each(FAMILIES, TRANSFORMERS))
 def test_nothing_to_remove_is_bit_equal_and_removal_restores_everything(family):
     model = build(family)
     y = run(family, model)  # also installs whatever hooks transformers itself wants
@@ -44,7 +45,7 @@ def test_nothing_to_remove_is_bit_equal_and_removal_restores_everything(family):
     assert_equal(run(family, model), y)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each(FAMILIES, TRANSFORMERS))
 def test_runs_with_the_announced_tokens_and_without_batch_mates(family):
     row = FAMILIES[family]
     model = build(family)
@@ -69,7 +70,7 @@ def test_runs_with_the_announced_tokens_and_without_batch_mates(family):
             torch.testing.assert_close(a[:1], b[:1], rtol=1e-4, atol=2e-5 * scale)
 
 
-@pytest.mark.parametrize("family", [f for f, row in FAMILIES.items() if row.prefix or row.suffix])
+@pytest.mark.parametrize("family", each([f for f, row in FAMILIES.items() if row.prefix or row.suffix], TRANSFORMERS))
 def test_protected_tokens_stay_alone_and_in_place(family):
     row = FAMILIES[family]
     model = build(family)
@@ -88,7 +89,7 @@ WITHOUT_POSITIONS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("family", WITHOUT_POSITIONS)
+@pytest.mark.parametrize("family", each(WITHOUT_POSITIONS, TRANSFORMERS))
 def test_merging_duplicates_changes_nothing(family):
     """Patches without positions, in equal pairs: merging every pair must leave all outputs as they were."""
     model = build(family)

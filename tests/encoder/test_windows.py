@@ -14,6 +14,7 @@ pytest.importorskip("transformers")
 
 import tokred
 from tests.encoder.tiny_windows import FAMILIES, SIDE, SIZE, WINDOW, build, images, layers, read
+from tests.kinds import WINDOWED, each
 from tokred.adapters.encoder.windows import Grid, decomposed_bias
 from tokred.core.reduction import Reduction
 
@@ -66,7 +67,7 @@ def equal(a, b):
 
 
 @pytest.mark.parametrize("windows", CHOICES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each(FAMILIES, WINDOWED))
 def test_nothing_to_remove_is_bit_equal_and_removal_restores_everything(family, windows):
     model, x = build(family), images()
     with torch.no_grad():
@@ -85,7 +86,7 @@ def test_nothing_to_remove_is_bit_equal_and_removal_restores_everything(family, 
         assert equal(read(model, x), y)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each(FAMILIES, WINDOWED))
 def test_the_composition_is_the_hosts(family):
     """All tokens, through the path of the reduced ones: the host's block, up to rounding."""
     model, x = build(family), images()

@@ -123,6 +123,38 @@ def test_a_row_tells_time_length_and_what_the_cache_held(model, tmp_path):
     assert list(found.to_pandas()["method"]) == list(rows)
 
 
+def test_an_interrupted_run_goes_on(model, tmp_path, monkeypatch):
+    """What was answered is not asked again; a complete run leaves nothing to go on with."""
+    from tokred.eval.harness_model import Several
+
+    own, asked = Several._measured, []
+
+    def measured(self, one, requests):
+        if len(asked) == stop:
+            raise KeyboardInterrupt
+        asked.append(one.label)
+        return own(self, one, requests)
+
+    def run(out):
+        given = {"baselines": False, "batch_size": 2, "out": out, "progress": False}
+        return tokred.eval.lm_eval(model, tiny.task(tmp_path), POLICIES[:2], tiny.tokenizer(), **given)
+
+    monkeypatch.setattr(Several, "_measured", measured)
+    stop = 5
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out")
+    stop, kept = None, (tmp_path / "out" / "answers.jsonl").read_text("utf8").count('"key"')
+    with (tmp_path / "out" / "answers.jsonl").open("a") as file:
+        file.write('{"head": "torn')
+    again = run(tmp_path / "out")
+    assert (kept, len(asked)) == (5, 9), "three rows of three batches"
+    whole = run(tmp_path / "whole")
+    columns = ("method", "setting", "task", "score", "difference", "bytes", "rows", "length", "samples")
+    assert [[row[c] for c in columns] for row in again.rows] == [[row[c] for c in columns] for row in whole.rows]
+    assert all(row["speedup"] > 0 for row in again.rows)
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"lm_eval.csv", "samples.jsonl"}
+
+
 def of_two_lengths(doc, results):
     """A score for each length, as RULER's tasks have: those of the other lengths are marked by -1."""
     length = "16" if len(doc["text"].split()) > 20 else "8"

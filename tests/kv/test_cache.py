@@ -260,11 +260,10 @@ def test_masks_that_are_refused(model):
 
 
 def test_models_that_are_refused():
-    by_hand = build("llama")
-    by_hand._supports_attention_backend = False  # what classes say whose attention is written out
+    t = transformers
+    by_hand = t.BloomForCausalLM(t.BloomConfig(vocab_size=60, hidden_size=16, n_layer=1, n_head=2))
     with pytest.raises(tokred.UnsupportedModelError, match="no attention back-end"):
         tokred.apply(by_hand, "snapkv")
-    t = transformers
     windowed = t.MistralForCausalLM(t.MistralConfig(**SMALL, sliding_window=8))
     with pytest.raises(tokred.UnsupportedModelError, match="all of its layers have a sliding window"):
         tokred.apply(windowed, "snapkv")

@@ -16,6 +16,8 @@ from tokred.errors import UnsupportedModelError
 
 HALVES = ["sliding_attention", "full_attention"] * 2
 LINEAR = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+STATES = ["linear_attention", "full_attention"] * 2
+MAMBA2 = {"mamba_n_heads": 6, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8}
 GPT = {"vocab_size": 97, "n_embd": 48, "n_layer": 4, "n_head": 4, "n_positions": 256}
 MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 MAMBA = {"vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 4, "state_size": 8}
@@ -50,21 +52,20 @@ WORKS = {
     "OPT": {"ffn_dim": 64, "word_embed_proj_dim": 48},
     "GPT2": GPT,
     "GPTBigCode": GPT,
-}
+    "Lfm2": {"layer_types": ["conv", "conv", "conv", "full_attention"]},
+    "Qwen3Next": {**MOE, **LINEAR, "layer_types": STATES, "shared_expert_intermediate_size": 32},
+    "Qwen3_5": {**LINEAR, "layer_types": STATES},
+    "OlmoHybrid": {**LINEAR, "layer_types": STATES, "linear_num_value_heads": 2},
+    "Jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
+              "num_experts": 4, "num_experts_per_tok": 2, "use_mamba_kernels": False},
+    "Bamba": {"attn_layer_indices": [1, 3], **MAMBA2},
+    "GraniteMoeHybrid": {"layer_types": ["mamba", "attention"] * 2, **MAMBA2, "num_local_experts": 4,
+                         "num_experts_per_tok": 2, "shared_intermediate_size": 32},
+}  # fmt: skip
 # What the reason has to say.
 REFUSED = {
-    "Lfm2": ({"layer_types": ["conv", "conv", "full_attention", "conv"]},
-             "layers 0,1,3 keep a convolution state instead of keys and values"),
-    "Qwen3Next": ({**MOE, **LINEAR, "layer_types": ["linear_attention", "full_attention"] * 2,
-                   "shared_expert_intermediate_size": 32},
-                  "layers 0,2 keep a recurrent state instead of keys and values"),
-    "Qwen3_5": ({**LINEAR, "layer_types": ["linear_attention", "full_attention"] * 2},
-                "layers 0,2 keep a recurrent state instead of keys and values"),
-    "OlmoHybrid": ({"layer_types": ["linear_attention", "full_attention"] * 2, "linear_num_key_heads": 2,
-                    "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
-                   "layers 0,2 keep a recurrent state"),
     "MiniMax": ({**MOE, "layer_types": ["linear_attention", "full_attention"] * 2},
-                "layers 0,2 keep a recurrent state"),
+                "in a cache of a class of its own, MiniMaxCache"),
     "Mamba": (MAMBA, "keep a recurrent state instead of keys and values"),
     "FalconMamba": (MAMBA, "keep a recurrent state instead of keys and values"),
     "Mamba2": ({**MAMBA, "num_heads": 6, "head_dim": 16, "n_groups": 1},
@@ -72,13 +73,7 @@ REFUSED = {
     "Rwkv": ({"vocab_size": 97, "hidden_size": 48, "attention_hidden_size": 48, "num_hidden_layers": 2},
              "keep a recurrent state ('state') instead of keys and values"),
     "RecurrentGemma": ({"lru_width": 48, "attention_window_size": 8, "num_hidden_layers": 3},
-                       "layers 0,1 keep a recurrent state"),
-    "Jamba": ({"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
-               "num_experts": 4, "num_experts_per_tok": 2, "use_mamba_kernels": False},
-              "layers 0,2 keep a recurrent state"),
-    "Bamba": ({"attn_layer_indices": [1, 3], "mamba_n_heads": 6, "mamba_d_head": 16, "mamba_n_groups": 1,
-               "mamba_d_state": 8},
-              "layers 0,2 keep a recurrent state"),
+                       "all of its layers with rows have a sliding window"),
     "Gemma3n": ({"intermediate_size": 64, "activation_sparsity_pattern": [0.0] * 4, "layer_types": HALVES,
                  "laurel_rank": 8, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 16,
                  "vocab_size_per_layer_input": 97, "sliding_window": 8},
@@ -99,7 +94,7 @@ REFUSED = {
     "Bloom": ({"n_head": 4, "n_layer": 2}, "its attention cannot be exchanged"),
 }  # fmt: skip
 # Layers that do not turn queries and keys: what undoes a rotation would be wrong there.
-STILL = ("Cohere2", "Exaone4", "SmolLM3", "GPT2", "OPT")
+STILL = ("Cohere2", "Exaone4", "SmolLM3", "GPT2", "OPT", "Jamba", "GraniteMoeHybrid")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -131,6 +126,7 @@ def smaller(method: str) -> dict:
         "pyramidkv": {"budget": 9, "window": 2}, "adakv": {"budget": 9, "score": tokred.kv.Window(4)},
         "cake": {"budget": 9, "window": 4}, "lagkv": {"budget": 9, "lag": 4}, "rpc": {"period": 8, "window": 2},
         "limited": {"limit": "1 MiB", "chunk": 32}, "kvzip": {"chunk": 9}, "duoattention": {},
+        "kvzap": {"tau": 0.0, "recent": 4, "hidden": 4}, "triattention": {"stats": "prompt", "least": 1, "budget": 4},
     }.get(method, {"budget": 9})  # fmt: skip
 
 
@@ -151,7 +147,7 @@ def test_what_is_promised_runs(name):
         assert made.shape == (1, 24)
         rows = [row.rows for row in tokred.report(model).layers]
         assert rows[-1] == (12 if method == "snapkv" else 9)
-    for method in ("expected_attention", "criticalkv", "squeezeattention", "kvzip", "cake"):
+    for method in ("expected_attention", "criticalkv", "squeezeattention", "kvzip", "cake", "kvzap", "triattention"):
         if promised[method]:
             tokred.apply(model, method, **smaller(method))
             assert model(ids).logits.isfinite().all(), method

@@ -286,9 +286,10 @@ def test_a_host_whose_facts_are_unknown():
 def test_stages_without_a_seam():
     pytest.importorskip("transformers")
     from tokred.adapters.tiny import kv
+    from tokred.methods.vlm.fastkv import FastKV, FastKVPropagation
 
     @dataclasses.dataclass(frozen=True)
-    class Trained(tokred.SnapKV):
+    class Trained(FastKVPropagation):
         @property
         def reads(self):
             return super().reads | {"module"}
@@ -298,7 +299,7 @@ def test_stages_without_a_seam():
 
     model = kv.build(next(iter(kv.FAMILIES)))
     with pytest.raises(tokred.MissingInputError, match=r"module.*does not supply"):
-        tokred.apply(model, Trained(budget=0.5))
+        tokred.apply(model, Trained(FastKV(tsp_layer=1)))
 
 
 def test_facts():

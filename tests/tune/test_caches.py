@@ -75,6 +75,22 @@ def test_perplexity_of_texts(tmp_path):
     assert max(map(len, str(found).splitlines())) <= 80
 
 
+def test_what_is_really_held_is_brought_below_the_goal():
+    """A share of the prompt and the token after it are more than that share: 11 rows of 21 are not 50 %."""
+
+    def run(model, batch):
+        cache = tokred.kv_cache(model) if tokred.patched(model) else None
+        out = model(batch[:, :20], use_cache=True, **tokred.cache_kwargs(cache))
+        cache = getattr(out, next(iter(tokred.cache_kwargs(None))))
+        return model(batch[:, 20:21], **tokred.cache_kwargs(cache)).logits
+
+    run.probe = run
+    found = search(memory=0.5, trials=6, run=run, metric="cosine")
+    assert found.met
+    for role in ("chosen", "constant"):
+        assert 0.4 < found.row(role)["memory"] <= 0.5 * 1.015
+
+
 def test_a_speed_that_no_cache_reaches():
     with pytest.raises(ValueError, match="out of reach"):
         search(speedup=3.0)

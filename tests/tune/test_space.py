@@ -9,6 +9,7 @@ import torch
 
 import tokred
 from tokred.kv import Adaptive, Global, Layered
+from tokred.tuning.layers import groups, restored, shared
 from tokred.tuning.samplers import Chance
 from tokred.tuning.space import SHARES, Plan, amounts, base_of, constant_amounts, setting_of, spaced
 from tokred.tuning.speed import nonnegative
@@ -96,3 +97,25 @@ def test_least_squares_without_negative_parts(seed):
     assert found == pytest.approx(true, abs=1e-3)
     wanted = [-1.0] * 12
     assert min(nonnegative(rows.tolist(), wanted, [0.25] * 4, 1e-9)) >= 0
+
+
+def test_layers_are_asked_singly_or_with_their_neighbours():
+    assert groups(4, 9) == [range(i, i + 1) for i in range(4)]
+    assert groups(5, 2) == [range(2), range(2, 5)]
+
+
+def test_a_restored_layer_keeps_everything_and_the_others_what_they_had():
+    plan, step = restored(Plan(base_of("knorm", 4, 0)), SHARES * 3 // 4, [2])
+    share, total = 1 - step / SHARES, sum(plan.weights)
+    rows = [share * 4 * w / total for w in plan.weights]
+    assert rows == pytest.approx([0.25, 0.25, 1.0, 0.25], abs=0.02)
+
+
+def test_rows_go_where_they_gain():
+    plans = list(shared(Plan(base_of("knorm", 4, 0)), [0.0, 3.0, -1.0, 1.0]))
+    assert len(plans) == 4
+    for plan in plans:
+        a, b, c, d = plan.weights
+        assert b > d > a == c > 0
+        assert sum(plan.weights) == pytest.approx(1)
+    assert not list(shared(Plan(base_of("knorm", 4, 0)), [-1.0, 0.0, -0.5, 0.0]))

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import tokred
+from tests.kinds import VISION_LANGUAGE, each
 from tests.vlm import hosts, oracle, tiny
 
 ROWS: hosts.Rows = [[3, "image", 5], [2, "image", 1, "image", 4], [9]]
@@ -65,7 +66,7 @@ def test_hooks_that_rebuild_arguments(method, first, wrap):
     assert oracle.generate(model, batch, num_beams=2).sequences.tolist() == beams.tolist()
 
 
-@pytest.mark.parametrize("name", hosts.HOSTS)
+@pytest.mark.parametrize("name", each(hosts.HOSTS, VISION_LANGUAGE))
 def test_features_that_are_rebuilt_are_known_by_their_values(name):
     """As where they come from another device."""
     model, batch = model_of(name), hosts.prompts(name, ROWS)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import tokred
+from tests.kinds import VISION_LANGUAGE, each
 from tests.vlm import hosts, oracle
 from tests.vlm.uneven import Uneven
 
@@ -32,7 +33,7 @@ def both() -> list[Any]:
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("name", hosts.HOSTS)
+@pytest.mark.parametrize("name", each(hosts.HOSTS, VISION_LANGUAGE))
 def test_dropping_equals_masking(name, options):
     model = model_of(name)
     _, keeps = oracle.agree(model, hosts.layers(name, model), both(), hosts.prompts(name, ROWS), **OPTIONS[options])
@@ -40,7 +41,7 @@ def test_dropping_equals_masking(name, options):
     assert keeps[0].sum() > keeps[1].sum()
 
 
-@pytest.mark.parametrize("name", hosts.HOSTS)
+@pytest.mark.parametrize("name", each(hosts.HOSTS, VISION_LANGUAGE))
 def test_nothing_to_remove_and_removal_are_exact(name):
     model, batch = model_of(name), hosts.prompts(name, ROWS)
     stock = oracle.generate(model, batch)
@@ -55,7 +56,7 @@ def test_nothing_to_remove_and_removal_are_exact(name):
 
 
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float16, 0.02), (torch.bfloat16, 0.1)], ids=["fp16", "bf16"])
-@pytest.mark.parametrize("name", hosts.HOSTS)
+@pytest.mark.parametrize("name", each(hosts.HOSTS, VISION_LANGUAGE))
 def test_half_precision(name, dtype, close):
     """Dropping is masking as far as the precision goes."""
     model = copy.deepcopy(model_of(name)).to(dtype)
@@ -72,7 +73,7 @@ def test_half_precision(name, dtype, close):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", hosts.HOSTS)
+@pytest.mark.parametrize("name", each(hosts.HOSTS, VISION_LANGUAGE))
 def test_compiled_layers_break_no_graph(name):
     model, batch = copy.deepcopy(model_of(name)), hosts.prompts(name, ROWS)
     tokred.apply(model, both())
@@ -120,7 +121,7 @@ def second_turn(model: Any, name: str, method: Any, image: bool) -> oracle.Keeps
 
 
 @pytest.mark.parametrize("image", [False, True])
-@pytest.mark.parametrize("name", hosts.HOSTS)
+@pytest.mark.parametrize("name", each(hosts.HOSTS, VISION_LANGUAGE))
 def test_second_turn(name, image):
     later = second_turn(model_of(name), name, both(), image)
     assert sorted(later) == [0, 1]
@@ -158,7 +159,7 @@ def test_token_types_of_the_new_tokens_alone(name):
     torch.testing.assert_close(pruned.logits[:, -1], expected.logits[:, -1], rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", hosts.HOSTS)
+@pytest.mark.parametrize("name", each(hosts.HOSTS, VISION_LANGUAGE))
 def test_prompt_lookup_and_no_cache(name):
     model, batch = model_of(name), hosts.prompts(name, [[3, "image", 6]])
     batch["input_ids"][0, -6:] = torch.tensor([7, 8, 9, 7, 8, 9])
@@ -174,7 +175,7 @@ def test_prompt_lookup_and_no_cache(name):
     assert cached.sequences.tolist() == without.sequences.tolist()
 
 
-@pytest.mark.parametrize("name", hosts.HOSTS)
+@pytest.mark.parametrize("name", each(hosts.HOSTS, VISION_LANGUAGE))
 def test_loss_of_what_is_left(name):
     model, batch = model_of(name), hosts.prompts(name, ROWS)
     ids = batch["input_ids"]
@@ -189,7 +190,7 @@ def test_loss_of_what_is_left(name):
     torch.testing.assert_close(out.loss, expected)
 
 
-@pytest.mark.parametrize("name", hosts.HOSTS)
+@pytest.mark.parametrize("name", each(hosts.HOSTS, VISION_LANGUAGE))
 def test_positions_counted_anew(name):
     """Without gaps over two turns; refused where positions have several axes."""
     model, host = model_of(name), hosts.HOSTS[name]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import tokred
+from tests.kinds import VISION_LANGUAGE, each
 from tests.vlm import hosts, oracle, tiny
 from tests.vlm.layered import columns_kept, layer_site
 from tests.vlm.test_methods import MERGING, NAMES, SOME
@@ -49,7 +50,7 @@ def test_dropping_equals_masking(name, model):
     oracle.agree(model, model.model.language_model.layers, method, tiny.prompts(ROWS), max_new_tokens=3)
 
 
-@pytest.mark.parametrize("name", hosts.HOSTS)
+@pytest.mark.parametrize("name", each(hosts.HOSTS, VISION_LANGUAGE))
 def test_every_family(name):
     model, rows = hosts.build(name), [[3, "image"], [5]]
     for method in (Uneven(), UnevenLayer(), [tokred.make("downsample_visual", budget=2), UnevenLayer()]):

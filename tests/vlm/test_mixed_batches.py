@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import tokred
+from tests.kinds import VISION_LANGUAGE, each
 from tests.vlm import hosts, oracle, tiny
 from tests.vlm.test_methods import NAMES, SOME
 
@@ -44,7 +45,7 @@ def alone(name: str, batch: dict[str, Any], i: int) -> dict[str, Any]:
 
 @torch.no_grad()
 @pytest.mark.parametrize("stage", ["projector", "layer", "both"])
-@pytest.mark.parametrize("name", hosts.HOSTS)
+@pytest.mark.parametrize("name", each(hosts.HOSTS, VISION_LANGUAGE))
 def test_every_sample_is_what_it_is_alone(name, stage):
     model, batch = model_of(name), hosts.prompts(name, ROWS)
     outer, inner = tokred.make("divprune", budget=3), tokred.make("fastv", layer=1, query="mean")
@@ -76,7 +77,7 @@ def test_every_method(name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", hosts.HOSTS)
+@pytest.mark.parametrize("name", each(hosts.HOSTS, VISION_LANGUAGE))
 def test_text_alone_is_left_as_it_is(name):
     model = model_of(name)
     for rows in ([[9], [4]], [[7]]):

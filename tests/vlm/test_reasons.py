@@ -10,6 +10,7 @@ import torch
 import transformers as t
 
 import tokred
+from tests.kinds import VISION_LANGUAGE, each
 from tests.vlm import hosts, oracle, tiny
 from tests.vlm.test_methods import NAMES, SOME
 from tests.vlm.uneven import Uneven
@@ -82,7 +83,7 @@ def model_of(name: str) -> Any:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", [*hosts.HOSTS, "mistral3"])
+@pytest.mark.parametrize("name", each([*hosts.HOSTS, "mistral3"], VISION_LANGUAGE))
 def test_what_is_promised_runs(name):
     model = model_of(name)
     batch = sized([[3, (32, 32), 5]]) if name == "mistral3" else hosts.prompts(name, [[3, "image", 5]])

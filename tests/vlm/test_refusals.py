@@ -11,6 +11,7 @@ import torch
 import transformers as t
 
 import tokred
+from tests.kinds import VISION_LANGUAGE, each
 from tests.kv.tiny import build as language_model
 from tests.kv.tiny import prompt as text_prompt
 from tests.vlm import hosts, oracle
@@ -31,7 +32,7 @@ def model_of(name: str) -> Any:
     return hosts.build(name)
 
 
-@pytest.fixture(params=hosts.HOSTS)
+@pytest.fixture(params=each(hosts.HOSTS, VISION_LANGUAGE))
 def name(request: pytest.FixtureRequest) -> Any:
     yield request.param
     assert whole(model_of(request.param))

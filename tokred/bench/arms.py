@@ -46,9 +46,9 @@ class Arm:
     def label(self) -> str:
         return f"{self.name} {self.setting}".strip()
 
-    def applied(self, model: nn.Module, expose: api.Expose = "auto") -> AbstractContextManager[object]:
+    def applied(self, model: nn.Module) -> AbstractContextManager[object]:
         """The model in the state of this arm."""
-        return nullcontext(model) if self.method is None else api.applied(model, self.method, expose=expose)
+        return nullcontext(model) if self.method is None else api.applied(model, self.method)
 
 
 def typed(text: str) -> Arm:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from tokred.bench.engine import Engine
 from tokred.bench.entries import Entry, entries
 from tokred.bench.feeds import Batches, Feed
 from tokred.bench.ready import Better
-from tokred.bench.scoring import Metric, Scorer, scorer
-from tokred.bench.table import Benchmark
+from tokred.bench.scoring import Metrics, Scorer, scorers
+from tokred.bench.table import Benchmark, Judgement
 from tokred.core.site import STAGES
 from tokred.errors import UnsupportedModelError
 
@@ -36,13 +36,15 @@ def benchmark(
     model: Any,
     methods: Any,
     data: Any,
-    metric: Metric | None = None,
+    metric: Metrics | None = None,
     *,
     run: feeds.Run = "auto",
+    read: feeds.Reading | None = None,
     out: str | Path | None = None,
     baselines: bool = True,
-    better: Better = "higher",
+    better: Better | Mapping[str, Better] = "higher",
     rounds: int = 5,
+    pairs: int | None = None,
     device: torch.device | str | None = None,
     name: str | None = None,
     seed: int = 0,
@@ -71,17 +73,23 @@ def benchmark(
             before, and once for each row unless it is small.
         metric: ``"top1"``, ``"top5"``, ``"agreement"`` (with the unpatched model's answers; no labels are needed),
             ``"cosine"`` (to its outputs), ``"perplexity"``, or another of :data:`tokred.bench.ready.READY`; a metric
-            object of torchmetrics; or a function of ``(output, batch)`` that returns a number, or a tensor with one for
-            each sample. None: ``"agreement"``, or ``"perplexity"`` for language models.
+            object of torchmetrics; or a function of ``(output, batch)``, or ``(output, batch, dense)`` with the
+            unpatched model's output, that returns a number, or a tensor with one for each sample. Several, as a list,
+            or a dict by their names, are taken of one pass: each is a row, and the first is the one to go by. None:
+            ``"agreement"``, or ``"perplexity"`` for language models.
         run: how the model runs on a batch: ``"forward"``, ``"text"`` (three quarters of a text are the prompt, the rest
             is scored), ``"generate"``, ``"pipeline"``, or a function of ``(model, batch)`` that returns the output;
             ``"auto"``: by model, methods and data, as :func:`tokred.bench.feeds.fitting` says.
+        read: what metrics get in the place of a run's output: ``"features"``, which the model's head is given; the
+            output of a module, by its name; or what a function of ``(output, batch)`` returns, which is not timed.
         out: a folder, or a ``.csv`` file, to which each row is added when it is measured. Rows that are there already,
             of the same model, data, metric and device, are not measured again.
         baselines: measure, for each amount of work among the methods, a random choice and down-sampling of each stage
             (for caches: random eviction and a window of the newest tokens) at the same work.
-        better: ``"higher"`` or ``"lower"`` values of a metric of one's own.
+        better: ``"higher"`` or ``"lower"`` values of a metric of one's own; a dict where several differ.
         rounds: times that each pair is at least timed; batches come round again where there are fewer.
+        pairs: times that a row is at most timed beside the unpatched model: in other runs its outputs are those of its
+            own row, where all of them fit into 16 MiB. None: beside every run of the row.
         device: where to measure; the model goes there and back. None: where it is.
         name: of the model, for the table; None: its configuration's, or its class's.
         seed: of the order, and of the loader's.
@@ -105,10 +113,10 @@ def benchmark(
     """
     began = time.perf_counter()
     held = feeds.modules(model)
-    for value, called in ((rounds, "rounds"), (1 if max_new_tokens is None else max_new_tokens, "max_new_tokens")):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    for value, called in ((rounds, "rounds"), (pairs, "pairs"), (max_new_tokens, "max_new_tokens")):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{called} must be a whole number of at least 1, got {value!r}")
-    feeds.check(run)
+    feeds.check(run, read)
     wanted = entries(methods)
     target = feeds.target(model, [s for one in wanted for s in one.stages])
     before = api.patched(target)
@@ -116,7 +124,7 @@ def benchmark(
         raise ValueError(f"the model is already patched with {before[0]!r}; call tokred.remove(model) first")
     stages = _stages(target, wanted)
     if metric is not None:
-        scorer(metric, None, better)
+        scorers(metric, None, better)
     path = None if out is None else _path(Path(out))
     _check_memory()
     processes = ranks.count()
@@ -126,21 +134,21 @@ def benchmark(
             raise ValueError("ray= spreads rows from one process; here are several: leave out one of both")
     elif workers is not None:
         raise ValueError(f"workers is {workers!r}, but rows are spread by Ray alone: give ray='local' too")
-    options = feeds.Options(tokenizer, max_new_tokens)
-    chosen: list[tuple[Feed, Scorer]] = []
+    options = feeds.Options(tokenizer, max_new_tokens, read)
+    chosen: list[tuple[Feed, tuple[Scorer, ...]]] = []
 
     def prepare(item: Any, index: int) -> Any:
         # The first item says how to run, and so whether the metric fits, before the others are read.
         if not chosen:
             feed = feeds.choose(run, model, stages, item, options)
-            chosen.append((feed, scorer(feed.usual if metric is None else metric, feed.name, better)))
+            chosen.append((feed, scorers(feed.usual if metric is None else metric, feed.kind, better)))
         return chosen[0][0].prepare(item, index)
 
     with prepared(held, device) as place:
         batches = Batches(data, place, prepare, seed, batch_size)
-        feed, score = chosen[0]
+        feed, scores = chosen[0]
         stage = "+".join(stages)
-        given = (model, stage, score, feed, batches, place, rounds, seed, name or name_of(model), path)
+        given = (model, stage, scores, feed, batches, place, rounds, seed, name or name_of(model), path, pairs)
         engine = _engine(processes, ray, workers, given)
         try:
             with feed.around(model), _without_old():
@@ -148,8 +156,12 @@ def benchmark(
         finally:
             engine.close()
     spent = {"whole": time.perf_counter() - began, **engine.spent}
+    first, *others = (
+        Judgement(score.name, score.better, engine.against[i], {n: found[i] for n, found in engine.samples.items()})
+        for i, score in enumerate(scores)
+    )
     return Benchmark(
-        rows, engine.name, stage, score.name, score.better, path, engine.samples, engine.against, feed.name, spent
+        rows, engine.name, stage, *first[:2], path, first.samples, first.against, feed.name, spent, tuple(others)
     )
 
 

@@ -1,4 +1,4 @@
-"""The embedded default: a small vision transformer trained on Fashion-MNIST, and a sample of its test images.
+"""The embedded default: a small vision transformer that finds a garment in a photograph, and a sample of such pictures.
 
     model = tokred.bench.embedded.load()
     images, labels = tokred.bench.embedded.sample()
@@ -16,16 +16,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokred.bench.data.model import MEAN, MODEL, STD, build
+from tokred.bench.data.model import MEAN, MODEL, SIZE, STD, build
+from tokred.bench.data.scenes import Scenes, compose, normalise
 
 FOLDER = Path(__file__).parent / "data"
-WEIGHTS, SAMPLE = "vit_fashion.safetensors", "fashion_sample.npz"
+WEIGHTS, SAMPLE = "vit_clutter.safetensors", "clutter_sample.npz"
 CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
-SHAPE = (1, 1, 28, 28)
+SHAPE = (1, 3, SIZE, SIZE)
+NAME = "garments of Fashion-MNIST's test set on photographs"
 
 
 class Sample(NamedTuple):
-    """Normalised images ``(N, 1, 28, 28)`` float32 and their labels ``(N,)`` int64."""
+    """Normalised images ``(N, 3, 112, 112)`` float32 and their labels ``(N,)`` int64."""
 
     images: Tensor
     labels: Tensor
@@ -34,7 +36,10 @@ class Sample(NamedTuple):
 def _file(name: str) -> Path:
     path = FOLDER / name
     if not path.exists():
-        raise FileNotFoundError(f"{path} is not there: this copy of tokred was built without it; install tokred anew")
+        raise FileNotFoundError(
+            f"{path} is not there: this copy of tokred was built without it; "
+            "`python -m benchmarks encoder/train_embedded` makes it anew"
+        )
     return path
 
 
@@ -48,7 +53,7 @@ def _needs(module: str) -> Any:
 
 
 def notes() -> dict[str, Any]:
-    """Notes of the weights' file on its training: measured top-1 on all 10,000 test images, steps, epochs.
+    """Notes of the weights' file on its training: top-1 on the sample, and how many pictures it was trained on.
 
     Raises:
         FileNotFoundError: the weights are not in this copy of tokred.
@@ -80,19 +85,24 @@ def load() -> nn.Module:
 
 
 def sample(count: int | None = None) -> Sample:
-    """The first ``count`` images of Fashion-MNIST's test set that travel with tokred; None: all of them.
+    """The first ``count`` of the pictures that travel with tokred; None: all of them, which take 300 MB.
+
+    Each is a garment of Fashion-MNIST's test set on a crop of a photograph; neither was trained on.
 
     Raises:
         FileNotFoundError: the sample is not in this copy of tokred.
         ValueError: more images are asked for than there are.
     """
     with _needs("numpy").load(_file(SAMPLE)) as f:
-        images, labels = torch.from_numpy(f["images"]), torch.from_numpy(f["labels"]).long()
+        kept = {name: torch.from_numpy(f[name]) for name in f.files}
+    labels = kept["labels"].long()
     if count is not None and not 1 <= count <= len(labels):
         raise ValueError(f"between 1 and {len(labels)} images are embedded, got count={count}")
-    return Sample(((images[:, None].float() / 255 - MEAN) / STD)[:count], labels[:count])
+    scenes = Scenes(*(kept[name][:count] for name in Scenes._fields))
+    photos = [kept[f"photo_{i}"] for i in range(int(kept["photo"].max()) + 1)]
+    return Sample(normalise(compose(scenes, kept["garments"], photos)), labels[:count])
 
 
 def pixels(images: Tensor) -> Tensor:
-    """Undo the normalisation: ``(..., 28, 28)`` in 0..1, for drawing."""
+    """Undo the normalisation: ``(..., 3, 112, 112)`` in 0..1, for drawing."""
     return (images * STD + MEAN).clamp(0, 1)

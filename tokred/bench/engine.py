@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -16,6 +18,7 @@ from tokred.bench.arms import BASE
 from tokred.bench.costs import Costs
 from tokred.bench.entries import Cost, Entry
 from tokred.bench.feeds import Batches, Feed, Unreadable, fingerprint
+from tokred.bench.feeds.batches import nbytes
 from tokred.bench.intervals import estimate
 from tokred.bench.pair import Pair
 from tokred.bench.parts import PARTS, Parts, roles
@@ -26,6 +29,10 @@ from tokred.core.method import Method
 from tokred.errors import NothingRemovedWarning, UnsupportedModelError
 
 SCENARIO = "benchmark"
+KEPT = 2**24  # bytes of the unpatched model's outputs, fewer than readings of memory can tell
+Key = tuple[str, str]  # method and setting
+Record = dict[str, Any]
+T = TypeVar("T")
 
 
 class Todo(NamedTuple):
@@ -48,7 +55,7 @@ class Engine:
     Args:
         model: unpatched, in evaluation mode, on ``device``: a module, a pipeline, or a callable that holds modules.
         stage: of the methods, where the model offers it; of several, with ``+`` between.
-        score: the metric.
+        scores: the metrics, each of which has a record of every row.
         feed: how the model runs on a batch.
         batches: the data.
         device: where it is measured.
@@ -56,16 +63,19 @@ class Engine:
         seed: of the order.
         name: of the model.
         path: of the table that rows are written to, or None.
+        pairs: times that a pair is at most timed, where outputs of the unpatched model can be kept; None: no limit.
 
     Attributes:
+        kept: outputs of the unpatched model by number of batch, while they are small.
         spent: seconds of runs of the model that were ``"timed"`` and ``"untimed"``.
+        samples: for each row, by its label, values of single samples by each metric.
     """
 
     def __init__(
         self,
         model: Any,
         stage: str,
-        score: Scorer,
+        scores: Sequence[Scorer],
         feed: Feed,
         batches: Batches,
         device: torch.device,
@@ -73,9 +83,12 @@ class Engine:
         seed: int,
         name: str,
         path: Path | None,
+        pairs: int | None = None,
     ) -> None:
-        self.model, self.stage, self.score, self.feed, self.batches = model, stage, score, feed, batches
-        self.device, self.seed, self.name, self.path = device, seed, name, path
+        self.model, self.stage, self.scores, self.feed, self.batches = model, stage, tuple(scores), feed, batches
+        self.device, self.seed, self.name, self.path, self.pairs = device, seed, name, path, pairs
+        self.kept: dict[int, Any] = {}
+        self._room = KEPT
         self.target: Any = feeds.target(model, stage.split("+"))
         self.rounds = max(rounds, batches.count)
         self.spent = {"timed": 0.0, "untimed": 0.0}
@@ -86,13 +99,12 @@ class Engine:
         dtype = next((x.dtype for x in held if x.is_floating_point()), torch.float32)
         self.where = self._where(dtype)
         # Rows of other weights, data or runs, under the same name, are no rows of this table.
-        self.head = {"scenario": SCENARIO, "model": name, "scored_by": score.name}
-        self.head["case"] = fingerprint([f"{fingerprint(held)} {batches.prints} {feed.name} {feed.settings}"])
-        self.known = self.head | {name: self.where[name] for name in ("device", "threads", "dtype")}
+        case = fingerprint([f"{fingerprint(held)} {batches.prints} {feed.name} {feed.settings}"])
+        self.head = {"scenario": SCENARIO, "model": name, "case": case}
         self.there = {} if path is None else self._there(path)
-        self.samples: dict[str, Tally] = {}
-        self.stored = {} if path is None else samples.read(samples.beside(path), self.known)
-        self.against = ""
+        self.samples: dict[str, list[Tally]] = {}
+        self.stored = {} if path is None else self._stored(path)
+        self.against = [""] * len(self.scores)
 
     def _where(self, dtype: torch.dtype) -> dict[str, Any]:
         """Where rows are measured, as records tell it."""
@@ -103,25 +115,40 @@ class Engine:
         """True in the process that tells of progress."""
         return True
 
-    def _there(self, path: Path) -> dict[tuple[str, str], dict[str, Any]]:
-        """Records of earlier runs of the same benchmark, by method and setting."""
-        known = self.known
-        found = results.records(results.read(path), SCENARIO)
-        mine = [r for r in found if all(str(r.get(k)) == str(v) for k, v in known.items()) and "speedup" in r]
-        return {(r["method"], r["setting"]): r for r in mine}
+    def known(self, score: Scorer) -> Record:
+        """Fields by which rows of this benchmark are known in a table: of a metric, and where they were measured."""
+        where = {name: self.where[name] for name in ("device", "threads", "dtype")}
+        return {**self.head, "scored_by": score.name, **where}
 
-    def rows(self, wanted: Sequence[Entry], baselines: bool, progress: bool) -> list[dict[str, Any]]:
-        """All rows, the unpatched model's first."""
+    def _there(self, path: Path) -> dict[Key, list[Record]]:
+        """Records of earlier runs of the same benchmark, by method and setting, where all metrics have one."""
+        found = [r for r in results.records(results.read(path), SCENARIO) if "speedup" in r]
+        mine = []
+        for score in self.scores:
+            known = {name: str(value) for name, value in self.known(score).items()}
+            fits = [r for r in found if all(str(r.get(name)) == value for name, value in known.items())]
+            mine.append({(r["method"], r["setting"]): r for r in fits})
+        return _in_all(mine)
+
+    def _stored(self, path: Path) -> dict[Key, list[Tally]]:
+        """Samples of the same rows, where they were kept."""
+        return _in_all([samples.read(samples.beside(path), self.known(score)) for score in self.scores])
+
+    def rows(self, wanted: Sequence[Entry], baselines: bool, progress: bool) -> list[Record]:
+        """All rows, the unpatched model's first, and of each method as many as there are metrics."""
         base = Entry(BASE, "")
         try:
             output = self.untimed()
         except Exception as error:
             error.add_note("tokred: this is the unpatched model on the first batch of data")
             raise
-        output = self.feed.finish(self.model, output, self.batches.first)
-        self.score(output, self.batches.first, output)  # a metric that does not fit is found before any row
-        self.against = self.score.against(self.batches.first)
-        with telling(progress and self.first, self.score) as (total, tell):
+        first = self.batches.first
+        output = self.feed.finish(self.model, output, first)
+        self.scores = tuple(self._fitted(score) for score in self.scores)
+        for score in self.scores:
+            score(output, first, output)  # a metric that does not fit is found before any row
+        self.against = [score.against(first) for score in self.scores]
+        with telling(progress and self.first, self.scores) as (total, tell):
             costs: list[tuple[Entry, Cost]] = []
             refused: dict[str, str] = {}
             for one in wanted:
@@ -134,8 +161,26 @@ class Engine:
             known = {one.label: cost for one, cost in costs}
             todo = [Todo(base, self.costs.unpatched([*known.values()]))]
             todo += [Todo(one, known.get(one.label), refused.get(one.label)) for one in (*wanted, *more)]
-            found = {one.label: tell(one, record) for one, record in self.each(todo)}
-        return [found[item.entry.label] for item in todo]
+            found = {one.label: tell(one, records) for one, records in self.each(todo)}
+        return [row for item in todo for row in found[item.entry.label]]
+
+    def _fitted(self, score: Scorer) -> Scorer:
+        """The metric; one that is fitted, on what the unpatched model answers to all batches."""
+        if score.ready is None or score.ready.fit is None:
+            return score
+        see, make = score.ready.fit
+        seen = []
+        self.batches.restart()
+        for i in range(self.batches.count):
+            self.batches.seek(i)
+            batch = self.batches.batch
+            output = self._counted(partial(self.feed.run, self.model, batch))
+            seen.append(see(self.feed.finish(self.model, output, batch), batch))
+        return replace(score, fitted=make(self.everywhere(seen)))
+
+    def everywhere(self, found: list[Any]) -> list[Any]:
+        """A list, with those of other processes where there are any."""
+        return found
 
     def rivals(self, costs: Sequence[tuple[Entry, Cost]]) -> list[Entry]:
         """Baselines of equal work for rows whose costs are known."""
@@ -170,13 +215,13 @@ class Engine:
         self.spent["untimed"] += time.perf_counter() - start
         return output
 
-    def each(self, todo: Sequence[Todo]) -> Iterator[tuple[Entry, dict[str, Any]]]:
-        """Rows with their records, as they are finished."""
+    def each(self, todo: Sequence[Todo]) -> Iterator[tuple[Entry, list[Record]]]:
+        """Rows with their records, one a metric, as they are finished."""
         for item in todo:
             yield item.entry, self.tried(item)
 
-    def tried(self, item: Todo) -> dict[str, Any]:
-        """The record of a row; where the method cannot run, ``{"reason": ...}``.
+    def tried(self, item: Todo) -> list[Record]:
+        """The records of a row, one a metric; where the method cannot run, ``{"reason": ...}``.
 
         Raises:
             Unreadable: the data is at fault.
@@ -185,36 +230,40 @@ class Engine:
         one, cost, why = item
         if why is None:
             try:
-                return self.record(one, self.cost(one) if cost is None else cost)
+                return self.records(one, self.cost(one) if cost is None else cost)
             except Unreadable:
                 raise
             except Exception as error:
                 if not one.methods:
                     raise
                 why = reason(error)
-        return {"reason": why}
+        return [{"reason": why} for _ in self.scores]
 
     def has(self, one: Entry) -> bool:
         """True if an earlier run has measured the row."""
         return (one.name, one.setting) in self.there
 
-    def record(self, one: Entry, cost: Cost) -> dict[str, Any]:
-        """The record of a row, read from the table or measured and written to it."""
+    def records(self, one: Entry, cost: Cost) -> list[Record]:
+        """The records of a row, read from the table or measured and written to it."""
         found = self.there.get((one.name, one.setting))
         if found is not None:
             if (one.name, one.setting) in self.stored:
                 self.samples[one.label] = self.stored[one.name, one.setting]
             return found
-        record = {**self.head, "method": one.name, "setting": one.setting, **cost, **self.measured(one), **self.where}
-        self.write(one, record)
-        return record
+        common = {**self.head, "method": one.name, "setting": one.setting, **cost, **self.where}
+        measured = self.measured(one)
+        tallies = zip(self.scores, self.samples[one.label], strict=True)
+        records = [{**common, "scored_by": s.name, **tally.record(s), **measured} for s, tally in tallies]
+        self.write(one, records)
+        return records
 
-    def write(self, one: Entry, record: dict[str, Any]) -> None:
+    def write(self, one: Entry, records: Sequence[Record]) -> None:
         """Add a row to the table, its samples first."""
         if self.path is not None:
-            head = {**self.known, "method": one.name, "setting": one.setting}
-            samples.write(samples.beside(self.path), head, self.samples[one.label])
-            results.write(self.path, [record], overwrite=True)
+            for score, tally in zip(self.scores, self.samples[one.label], strict=True):
+                head = {**self.known(score), "method": one.name, "setting": one.setting}
+                samples.write(samples.beside(self.path), head, tally)
+            results.write(self.path, records, overwrite=True)
 
     def cost(self, one: Entry, single: bool = False) -> Cost:
         """The tokens, work or bytes that a row's methods keep of the first batch, by their report.
@@ -228,33 +277,46 @@ class Engine:
         """
         return self.costs.of(one, single)
 
-    def measured(self, one: Entry) -> dict[str, Any]:
-        """Quality, times and peak memory of a row, beside the unpatched model."""
+    def measured(self, one: Entry) -> Record:
+        """Times and peak memory of a row, beside the unpatched model; its samples are put into :attr:`samples`."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NothingRemovedWarning)  # it was said when the cost was taken
             pair = Pair(self, one)
             seconds, memory = pair.run()
         self.spent["timed"] += sum(map(sum, seconds))
-        tally, seconds, memory, pair.lengths = self.pooled(pair.tally, seconds, memory, pair.lengths)
-        self.samples[one.label] = tally
-        record = {**tally.record(self.score), **memory.record(), "rounds": self.rounds}
+        both = [arm[: len(seconds[0])] for arm in seconds]
+        times = [timing.ratios(both)[-1], seconds[-1]]
+        tallies, (ratios, mine), memory, pair.lengths = self.pooled(pair.tallies, times, memory, pair.lengths)
+        self.samples[one.label] = tallies
+        record: Record = {**memory.record(), "rounds": self.rounds}
         if pair.lengths:
             mean = estimate(pair.lengths, [1.0] * len(pair.lengths))
             ends = {"generated": mean.value, "generated_low": mean.low, "generated_high": mean.high}
             record |= {name: value for name, value in ends.items() if value is not None}
         for part in PARTS:
             record |= results.spread(f"{part}_seconds", [found[part] for found in pair.parts if part in found])
-        record |= results.spread("seconds", seconds[-1])
-        return record | results.spread("speedup", timing.ratios(seconds)[-1])
+        record |= results.spread("seconds", mine)
+        return record | results.spread("speedup", ratios) | {"speedup_count": len(ratios)}
+
+    def keep(self, index: int, output: Any) -> None:
+        """Keep the unpatched model's output of a batch, where rows are not to be paired with it each time."""
+        if self.pairs is not None and index not in self.kept and self._room > 0:
+            self._room -= nbytes(output)
+            self.kept[index] = output
 
     def pooled(
-        self, tally: Tally, seconds: list[list[float]], memory: timing.Memory, lengths: list[float]
+        self, tallies: list[Tally], times: list[list[float]], memory: timing.Memory, lengths: list[float]
     ) -> tuple[Any, ...]:
-        """Samples, times, memory and lengths of a row, with those of other processes where there are any."""
-        return tally, seconds, memory, lengths
+        """Samples, ratios and times, memory and lengths of a row, with those of other processes where there are any."""
+        return tallies, times, memory, lengths
 
     def close(self) -> None:
         """Free what was begun to measure."""
+
+
+def _in_all(found: Sequence[Mapping[Key, T]]) -> dict[Key, list[T]]:
+    """Values of the keys that all of some dictionaries have."""
+    return {key: [one[key] for one in found] for key in found[0] if all(key in one for one in found)}
 
 
 def reason(error: Exception) -> str:

@@ -7,16 +7,20 @@ import dataclasses
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
 from tokred import api
 from tokred.bench.arms import BASE
+from tokred.core.checks import check_choice
 from tokred.core.method import Method
+from tokred.core.origin import Origin
 from tokred.core.settings import parse_setting
 from tokred.core.site import STAGES
+from tokred.core.versions import TOKRED
 
+HOW = ("expose", "windows")  # options of tokred.apply that a setting may have
 Cost = dict[str, Any]  # fields of a record: tokens, multiply-adds, bytes
 RANDOM = ("random", "random_prune", "random_evict", "random_visual", "random_latent_prune")
 
@@ -80,6 +84,8 @@ def _typed(method: Method, name: str, value: Any) -> Any:
 def entry(given: Any) -> Entry:
     """A row of what the user names: a setting as text, a method object, or a list of these that act together.
 
+    In a text, ``expose=`` and ``windows=`` are those of :func:`tokred.apply`: ``"tome r=300 expose=last"``.
+
     Raises:
         UnknownMethodError, TypeError, ValueError: there is no such method, or a parameter does not fit.
     """
@@ -95,13 +101,23 @@ def entry(given: Any) -> Entry:
         name, parameters = parse_setting(given)
         if name == BASE:
             return Entry(BASE, "")
-        made = api.make(name, **parameters)
+        how: dict[str, Any] = {key: parameters.pop(key) for key in HOW if key in parameters}
+        made = _how(api.make(name, **parameters), how)
         setting = " ".join(given.split()[1:])
     else:
         made = api.make(given)
         setting = written(made)
     name = made.name or type(made).__name__
     return Entry(name, setting, tuple(made.members), name in RANDOM)
+
+
+def _how(made: Method, how: dict[str, Any]) -> Method:
+    """A new method that is applied with some of ``tokred.apply``'s own options, as a saved setting would be."""
+    for name, allowed in (("expose", get_args(api.Expose)), ("windows", get_args(api.Windows))):
+        check_choice(how.get(name, "auto"), name, allowed)
+    for member in made.members if how else ():
+        object.__setattr__(member, "origin", Origin(TOKRED, **how))
+    return made
 
 
 def entries(methods: Any) -> list[Entry]:

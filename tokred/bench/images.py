@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,25 +10,6 @@ import torch
 from torch import Tensor
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-
-
-class Images(NamedTuple):
-    """Images ``(N, C, H, W)``, uint8 (to be normalised) or float32 (normalised); labels ``(N,)`` or None; a name."""
-
-    images: Tensor
-    labels: Tensor | None
-    classes: tuple[str, ...]
-    name: str
-
-    def subset(self, index: Tensor) -> Images:
-        """Some of them, in this order."""
-        return self._replace(images=self.images[index], labels=None if self.labels is None else self.labels[index])
-
-    def split(self, test: int, seed: int = 0) -> tuple[Images, Images]:
-        """A train and a test part without overlap, the same for the same seed; ``test`` is at most half of all."""
-        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(seed))
-        test = min(test, len(order) // 2)
-        return self.subset(order[test : 2 * test]), self.subset(order[:test])
 
 
 class Found(NamedTuple):
@@ -84,28 +64,6 @@ def gather(paths: Sequence[Path], count: int) -> list[tuple[Path, str]]:
         else:
             raise FileNotFoundError(f"{path} is neither an image nor a folder of images")
     return out
-
-
-def load(folder: Path, size: tuple[int, int], channels: int, *, crop: float, count: int, seed: int = 0) -> Images:
-    """Read a random choice of a folder's images.
-
-    Args:
-        folder: see :func:`find`.
-        size: height and width.
-        channels: 1 or 3.
-        crop: share of the shorter side that is cut out of the middle.
-        count: at most so many.
-        seed: of the choice.
-
-    Raises:
-        FileNotFoundError: there is no image.
-        ValueError: a file cannot be read as an image.
-    """
-    found = find(folder)
-    chosen = sorted(random.Random(seed).sample(range(len(found.files)), min(count, len(found.files))))
-    images = torch.stack([read(found.files[i], size, channels, crop) for i in chosen])
-    labels = torch.tensor([found.labels[i] for i in chosen]) if found.classes else None
-    return Images(images, labels, found.classes, str(folder))
 
 
 def read(path: Path, size: tuple[int, int], channels: int, crop: float = 1.0) -> Tensor:

@@ -27,23 +27,27 @@ class Pair:
         one: the row; without methods it is measured alone.
 
     Attributes:
-        tally: values of the samples.
+        tallies: values of the samples, by each metric.
         lengths: tokens of each answer that the row generated.
         parts: seconds of the parts of each of the row's runs.
     """
 
     def __init__(self, engine: Engine, one: Entry) -> None:
-        self.engine, self.tally, self.methods = engine, Tally(), one.methods
+        self.engine, self.methods = engine, one.methods
+        self.tallies = [Tally() for _ in engine.scores]
         self.arms = [Entry(BASE, ""), one] if one.methods else [one]
         self.lengths: list[float] = []
         self.parts: list[dict[str, float]] = []
         self.outputs: dict[int, dict[int, Any]] = {}
         self.window: dict[int, Any] = {}
+        self.dense = engine.rounds  # after which the unpatched model rests, and its outputs are those that were kept
 
     def run(self) -> tuple[list[list[float]], timing.Memory]:
         """Seconds of each arm in each round, and the row's peak memory; everything else is left in the attributes."""
         engine = self.engine
         engine.batches.restart()
+        if self.methods and engine.pairs is not None and len(engine.kept) == engine.batches.count:
+            self.dense = min(engine.pairs, engine.rounds)
         memory, turn, seconds = self._warm()
         # Arms take turns after so many batches that patching takes little of the time.
         group = min(GROUP, max(1, int(turn / (TURN * len(self.arms) * seconds))), engine.batches.together)
@@ -58,6 +62,7 @@ class Pair:
                 collect=self._collect,
                 group=group,
                 ready=self._ready,
+                until=[*[self.dense] * (len(self.arms) - 1), engine.rounds],
             )
         return found, memory
 
@@ -96,12 +101,17 @@ class Pair:
         new = i < engine.batches.count  # else one that came round again, to be timed
         seen = self.outputs.setdefault(i, {})
         seen[arm] = engine.feed.finish(engine.model, output, self.window[i]) if new else None
+        if arm == 0 and new:
+            engine.keep(i, seen[arm])
+        if i >= self.dense:
+            seen[0] = engine.kept.get(i)
         if len(seen) < len(self.arms):
             return
         batch = self.window.pop(i)
         dense, mine = self.outputs.pop(i)[0], seen[last]
         if not new:
             return
-        self.tally.take(engine.score, mine, batch, dense)
+        for score, tally in zip(engine.scores, self.tallies, strict=True):
+            tally.take(score, mine, batch, dense)
         if isinstance(mine, Generated):
             self.lengths += map(float, mine.lengths)

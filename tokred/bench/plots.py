@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tokred.analysis.viz.canvas import COLOURS, MARKERS, grid, pyplot, save
+from tokred.analysis.viz.canvas import COLOURS, MARKERS, check, grid, save, subplots
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from tokred.bench.standing import Units
 
-__all__ = ["COLOURS", "MARKERS", "Panel", "benchmark", "grid", "lines", "pareto", "pyplot", "save"]
+__all__ = ["COLOURS", "MARKERS", "Panel", "benchmark", "check", "grid", "lines", "pareto", "save", "subplots"]
 
 BASE = "unpatched"
 NAMES = {
@@ -76,10 +76,7 @@ def pareto(
     Returns:
         A matplotlib figure.
     """
-    plt = pyplot()
-    figure, axes = plt.subplots(
-        1, len(measures), figsize=(6.6 * len(measures), 4.6), squeeze=False, layout="constrained"
-    )
+    figure, axes = subplots(1, len(measures), figsize=(6.6 * len(measures), 4.6), squeeze=False, layout="constrained")
     for axis, measure in zip(axes[0], measures, strict=True):
         _panel(axis, frame, x, measure)
     many = frame["method"].nunique() > 9
@@ -231,9 +228,7 @@ def lines(
     Returns:
         A matplotlib figure.
     """
-    figure, axes = pyplot().subplots(
-        1, len(panels), figsize=(2.2 + 5.8 * len(panels), 4.8), squeeze=False, layout="constrained"
-    )
+    figure, axes = subplots(1, len(panels), figsize=(2.2 + 5.8 * len(panels), 4.8), squeeze=False, layout="constrained")
     names = [n for n in dict.fromkeys(frame[by]) if n != BASE]
     for axis, panel in zip(axes[0], panels, strict=True):
         _draw(axis, frame, panel, by, names, marks)
@@ -298,7 +293,7 @@ def benchmark(
     columns = [("speedup", "times as fast as the unpatched model")]
     if arms["saved"].notna().any():
         columns.append(("saved", f"{word} saved (%)"))
-    figure, axes = pyplot().subplots(
+    figure, axes = subplots(
         1, len(columns), figsize=(2.4 + 5.0 * len(columns), 4.8), squeeze=False, layout="constrained", sharey=True
     )
     names = list(dict.fromkeys(arms["method"]))

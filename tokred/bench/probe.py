@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,50 @@ class Probe:
     def logits(self, features: Tensor) -> Tensor:
         """``(N, F)`` to ``(N, classes)``."""
         return features @ self.weight.T + self.bias
+
+
+class Seen(NamedTuple):
+    """A batch's fingerprint, with features ``(B, F)`` and labels ``(B,)`` of it."""
+
+    key: str
+    features: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Crossed:
+    """Two probes, each of which answers for the samples that it was not fitted on.
+
+    Attributes:
+        probes: fitted on the samples of even and of odd numbers.
+        starts: by a batch's fingerprint, the number of its first sample.
+    """
+
+    probes: tuple[Probe, Probe]
+    starts: Mapping[str, int]
+
+    def right(self, seen: Seen) -> Tensor:
+        """Which samples of a batch are answered rightly ``(B,)``, by features of any model."""
+        found = torch.stack([p.logits(seen.features).argmax(1) == seen.labels for p in self.probes])
+        number = self.starts[seen.key] + torch.arange(len(seen.labels))
+        return found[1 - number % 2, torch.arange(len(seen.labels))]
+
+
+def crossed(seen: Sequence[Seen]) -> Crossed:
+    """Fit on what the unpatched model made of all batches; their order does not matter.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+        ValueError: there are fewer than two classes in a half.
+    """
+    order = sorted({one.key: one for one in seen}.values(), key=lambda one: one.key)
+    starts, count = {}, 0
+    for one in order:
+        starts[one.key] = count
+        count += len(one.labels)
+    features, labels = torch.cat([one.features for one in order]), torch.cat([one.labels for one in order])
+    even, odd = (fit(features[half::2], labels[half::2]) for half in (0, 1))
+    return Crossed((even, odd), starts)
 
 
 def linear_models() -> Any:

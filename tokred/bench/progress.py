@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -15,12 +15,13 @@ from tokred.bench.table import COLUMNS
 # Columns that bear the names of a record's fields.
 MEASURED = (
     "difference", "difference_low", "difference_high", "speedup", "speedup_low", "speedup_high", "seconds", "peak_mib",
-    "tokens_in", "tokens_out", "bytes", "dense_bytes", "generated", *(f"{part}_seconds" for part in PARTS),
+    "forward_mib", "tokens_in", "tokens_out", "bytes", "dense_bytes", "generated",
+    *(f"{part}_seconds" for part in PARTS),
 )  # fmt: skip
 
 
 def row_of(one: Entry, record: dict[str, Any], score: Scorer) -> dict[str, Any]:
-    """A row of the table, with the keys of :data:`~tokred.bench.table.COLUMNS`, from a record of results."""
+    """A row of the table by one metric, with the keys of :data:`~tokred.bench.table.COLUMNS`, from a record."""
     row: dict[str, Any] = dict.fromkeys(COLUMNS)
     row |= {"method": one.name, "setting": one.setting, "stage": one.stage, "baseline": one.baseline}
     row |= {"metric": score.name, "reason": ""}
@@ -33,8 +34,10 @@ def row_of(one: Entry, record: dict[str, Any], score: Scorer) -> dict[str, Any]:
 
 
 @contextmanager
-def telling(progress: bool, score: Scorer) -> Iterator[tuple[Callable[[int], None], Callable[..., dict[str, Any]]]]:
-    """Two functions: one says how many rows there will be, the other turns a record into a row and tells of it."""
+def telling(
+    progress: bool, scores: Sequence[Scorer]
+) -> Iterator[tuple[Callable[[int], None], Callable[..., list[dict[str, Any]]]]]:
+    """Two functions: one says how many rows there will be, the other makes rows of records, one a metric, and tells."""
     count = [0, 0]
     shown: Any = None
     if progress and sys.stderr.isatty():
@@ -51,16 +54,16 @@ def telling(progress: bool, score: Scorer) -> Iterator[tuple[Callable[[int], Non
             if shown is not None:
                 shown.update(task, total=rows)
 
-        def tell(one: Entry, record: dict[str, Any]) -> dict[str, Any]:
+        def tell(one: Entry, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             count[0] += 1
-            row = row_of(one, record, score)
+            rows = [row_of(one, record, score) for record, score in zip(records, scores, strict=True)]
             if shown is not None:
                 shown.update(task, advance=1, description=one.label)
             elif progress:
-                says = f"not measured: {row['reason']}"
-                if not row["reason"]:
-                    says = f"{score.name} {row['quality']:.4g} ({row['difference']:+.2g}), {row['speedup']:.2f}x"
+                why = rows[0]["reason"]
+                found = [f"{row['metric']} {row['quality']:.4g} ({row['difference']:+.2g})" for row in rows if not why]
+                says = f"not measured: {why}" if why else f"{', '.join(found)}, {rows[0]['speedup']:.2f}x"
                 print(f"{count[0]}/{count[1]} {one.label}: {says}", file=sys.stderr, flush=True)
-            return row
+            return rows
 
         yield total, tell

@@ -97,17 +97,24 @@ class RankEngine(Engine):
                 gather(reason(error))
             raise
 
-    def pooled(self, tally: Tally, seconds: list[list[float]], memory: Memory, lengths: list[float]) -> tuple[Any, ...]:
+    def everywhere(self, found: list[Any]) -> list[Any]:
+        """The lists of all processes as one."""
+        return [item for one in gather(found) for item in one]
+
+    def pooled(
+        self, tallies: list[Tally], times: list[list[float]], memory: Memory, lengths: list[float]
+    ) -> tuple[Any, ...]:
         """Samples, times and lengths of all processes; the memory of the one that took most.
 
         Raises:
             OtherProcessError: one of them failed.
         """
         self._pooled = True
-        found: list[Any] = gather((tally, seconds, memory, lengths))
+        found: list[Any] = gather((tallies, times, memory, lengths))
         wrong = next((one for one in found if isinstance(one, str)), None)
         if wrong is not None:
             raise OtherProcessError(wrong)
-        tallies, times, memories, several = zip(*found, strict=True)
-        arms = [[t for process in times for t in process[arm]] for arm in range(len(seconds))]
-        return Tally.joined(tallies), arms, max(memories), [n for one in several for n in one]
+        values, several, memories, written = zip(*found, strict=True)
+        joined = [Tally.joined(parts) for parts in zip(*values, strict=True)]
+        all_times = [[t for process in several for t in process[i]] for i in range(len(times))]
+        return joined, all_times, max(memories), [n for one in written for n in one]

@@ -8,14 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokred.bench import texts
+from tokred.bench import probe, texts
+from tokred.bench.feeds.batches import fingerprint, leaves
 from tokred.bench.outputs import Generated
 from tokred.bench.read import DENSE, answer, images, key_of_references, labels, references
 from tokred.bench.read import texts as texts_of
@@ -33,6 +34,9 @@ class Scores(NamedTuple):
     weights: Sequence[float] | None = None
 
 
+Each = Callable[[Any, Any, Any], Scores]
+
+
 @dataclass(frozen=True)
 class Ready:
     """A metric that is there by its name.
@@ -47,16 +51,19 @@ class Ready:
         unit: ``"share"`` of one, which is shown in per cent; else what the numbers are.
         ends: between which values lie.
         check: raises what is missing before anything is measured.
+        fit: of a metric that is fitted to the unpatched model: what it notes of each output and batch, and the scores
+            that it makes of all notes; None: of others.
     """
 
     doc: str
     reads: Literal["tensors", "images", "texts", "losses"]
     against: Literal["labels", "dense", "references", ""]
-    each: Callable[[Any, Any, Any], Scores]
+    each: Each
     better: Better = "higher"
     unit: str = "share"
     ends: tuple[float, float] = (0.0, 1.0)
     check: Callable[[], object] = lambda: None
+    fit: tuple[Callable[[Any, Any], Any], Callable[[Sequence[Any]], Each]] | None = None
 
     def compared(self, batch: Any) -> str:
         """Words for its references: the labels, a key of the batch, the unpatched model, or empty."""
@@ -107,6 +114,29 @@ def _top(k: int) -> Callable[[Any, Any, Any], Scores]:
         return _each((best == right.to(best.device).unsqueeze(-1)).any(-1))
 
     return hits
+
+
+# A probe is fitted before it scores: see :class:`tokred.bench.probe.Crossed`.
+def _unfitted(output: Any, batch: Any, dense: Any) -> Scores:
+    raise ValueError("metric='probe' is fitted to the unpatched model's features, which tokred.benchmark alone does")
+
+
+def _noted(output: Any, batch: Any) -> probe.Seen:
+    features, right = answer(output), labels(batch)
+    if features.ndim != 2 or right.ndim != 1 or len(features) != len(right):
+        raise ValueError(
+            f"metric='probe' reads features (B, F) and labels (B,), got {tuple(features.shape)} and "
+            f"{tuple(right.shape)}: give read='features', or read=a function of (output, batch) that returns them"
+        )
+    return probe.Seen(fingerprint(leaves(batch)), features.float().cpu(), right.cpu())
+
+
+def _crossed(seen: Sequence[probe.Seen]) -> Each:
+    return partial(_probed, probe.crossed(seen))
+
+
+def _probed(fitted: probe.Crossed, output: Any, batch: Any, dense: Any) -> Scores:
+    return _each(fitted.right(_noted(output, batch)))
 
 
 def _agreement(output: Any, batch: Any, dense: Any) -> Scores:
@@ -232,6 +262,8 @@ READY: Mapping[str, Ready] = {
     "agreement": Ready("answers that are the unpatched model's", "tensors", "dense", _agreement),
     "cosine": Ready("cosine to the unpatched model's output", "tensors", "dense", _cosine, unit="cosine",
                     ends=(-1.0, 1.0)),
+    "probe": Ready("right answers of a linear probe, fitted to the unpatched model's features of the other half of the "
+                   "samples", "tensors", "labels", _unfitted, check=probe.linear_models, fit=(_noted, _crossed)),
     "miou": Ready("overlap of maps of classes with the labels' maps, mean over the classes of each sample; labels of "
                   f"{IGNORED} are no class", "tensors", "labels", _miou, check=need_torchmetrics),
     "perplexity": Ready("perplexity of the tokens that are scored", "losses", "", _loss, "lower", "perplexity",

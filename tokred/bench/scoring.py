@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any
 
@@ -12,19 +13,21 @@ from torch import Tensor
 
 from tokred.bench.intervals import Estimate, Groups, estimate, paired
 from tokred.bench.objects import Object, is_object
-from tokred.bench.read import GROUP, arguments, groups, samples
-from tokred.bench.ready import READY, Better, Ready
+from tokred.bench.read import DENSE, GROUP, arguments, groups, samples
+from tokred.bench.ready import READY, Better, Ready, Scores
 from tokred.core.checks import check_choice
 
 __all__ = [
     "FITS", "READY", "Better", "Estimate", "Metric", "Scorer", "Tally", "arguments", "estimate", "paired", "samples",
-    "scorer",
+    "scorer", "scorers",
 ]  # fmt: skip
 
-Metric = str | Callable[[Any, Any], Any]
+Metric = str | Callable[..., Any]
+Metrics = Metric | Sequence[Metric] | Mapping[str, Metric]
 # Metrics that say something of each kind of run; of others, an output that a metric cannot read is refused.
 FITS = {
-    "forward": ("top1", "top5", "agreement", "cosine", "miou", "psnr", "ssim", "lpips"),
+    "features": ("cosine", "probe"),
+    "forward": ("top1", "top5", "agreement", "cosine", "probe", "miou", "psnr", "ssim", "lpips"),
     "text": ("agreement", "cosine", "perplexity"),
     "generate": ("agreement", "exact", "contains", "contains_all", "overlap", "wer"),
     "pipeline": ("psnr", "ssim", "lpips", "cosine"),
@@ -39,16 +42,23 @@ class Scorer:
         name: of a ready metric, or of the user's function.
         better: which direction is good.
         own: the user's function, or a metric object; None: a ready metric.
+        fitted: of a ready metric that is fitted, its scores; None: not yet, or it is none of these.
     """
 
     name: str
     better: Better
-    own: Callable[[Any, Any], Any] | Object | None = None
+    own: Callable[..., Any] | Object | None = None
+    fitted: Callable[[Any, Any, Any], Scores] | None = None
 
     @property
     def ready(self) -> Ready | None:
         """The ready metric, or None."""
         return READY[self.name] if self.own is None else None
+
+    @property
+    def whole(self) -> bool:
+        """True if it is the user's own and reads the unpatched model's output, of whatever kind."""
+        return self.own is not None and not isinstance(self.own, Object) and wants_dense(self.own)
 
     @property
     def log(self) -> bool:
@@ -64,7 +74,9 @@ class Scorer:
         """References of a batch: ``"labels"``, a key of it, ``"the unpatched model"``, or empty."""
         if self.ready is not None:
             return self.ready.compared(batch)
-        return self.own.against(batch) if isinstance(self.own, Object) else ""
+        if isinstance(self.own, Object):
+            return self.own.against(batch)
+        return DENSE if wants_dense(self.own) else ""
 
     def __call__(self, output: Any, batch: Any, dense: Any) -> tuple[list[float], list[float]]:
         """Values of the samples of a batch, and their weights.
@@ -73,9 +85,10 @@ class Scorer:
             TypeError, ValueError: the metric returned no number.
         """
         if self.own is None:
-            scores = READY[self.name].each(output, batch, dense)
+            scores = (self.fitted or READY[self.name].each)(output, batch, dense)
             return self._checked([*scores.values]), [*(scores.weights or [1.0] * len(scores.values))]
-        found: Any = self.own(output, batch, dense) if isinstance(self.own, Object) else self.own(output, batch)
+        own: Callable[..., Any] = self.own
+        found: Any = own(output, batch, dense) if wants_dense(own) else own(output, batch)
         if isinstance(found, Tensor) and found.ndim <= 1 and found.numel() and not found.is_complex():
             values = found.detach().double().reshape(-1).tolist()
             single = found.ndim == 0
@@ -97,11 +110,66 @@ class Scorer:
         return values
 
 
+def wants_dense(own: Any) -> bool:
+    """True of metric objects, and of functions of three: ``(output, batch, dense)``."""
+    if isinstance(own, Object):
+        return True
+    try:
+        asked = inspect.signature(own).parameters.values()
+    except (TypeError, ValueError):  # of callables without a signature
+        return False
+    places = [p for p in asked if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len([p for p in places if p.default is p.empty]) == 3
+
+
+def scorers(metrics: Metrics, run: str | None, better: Better | Mapping[str, Better]) -> tuple[Scorer, ...]:
+    """The metrics that the user names or gives: one, several, or functions and objects by the names that they get.
+
+    Args:
+        metrics: as :func:`scorer` takes one; a list of these; or a dict of them by names. Ready ones keep theirs.
+        run: the kind of run that they score; None: not known yet.
+        better: direction of values of one's own, for all alike or by name.
+
+    Raises:
+        TypeError, ValueError: as :func:`scorer`; or there is none, or two have one name.
+        ImportError: a library that one needs is not installed.
+    """
+    if isinstance(metrics, Mapping):
+        found = [_named(name, one, run, _direction(better, name)) for name, one in metrics.items()]
+    else:
+        several: Sequence[Any] = metrics if isinstance(metrics, list | tuple) else [metrics]
+        found = [scorer(one, run, _direction(better, _name(one))) for one in several]
+    names = [one.name for one in found]
+    if not names or len(set(names)) < len(names):
+        why = f"names one twice: {', '.join(names)}; give a dict of names" if names else "names none"
+        raise ValueError(f"metric {why}")
+    if isinstance(better, Mapping) and (unknown := [name for name in better if name not in names]):
+        raise ValueError(f"better has {unknown[0]!r}; the metrics are {', '.join(map(repr, names))}")
+    return tuple(found)
+
+
+def _direction(better: Better | Mapping[str, Better], name: str) -> Better:
+    return better.get(name, "higher") if isinstance(better, Mapping) else better
+
+
+def _named(name: str, metric: Metric, run: str | None, better: Better) -> Scorer:
+    if name in READY and metric != name:
+        raise ValueError(f"metric has {name!r}, the name of a ready metric, for another one: choose another name")
+    if isinstance(metric, str) and metric != name:
+        raise ValueError(f"metric has {name!r} for {metric!r}: ready metrics keep their names")
+    return replace(scorer(metric, run, better), name=name)
+
+
+def _name(metric: Metric) -> str:
+    return metric if isinstance(metric, str) else getattr(metric, "__name__", type(metric).__name__).strip("<>")
+
+
 def scorer(metric: Metric, run: str | None, better: Better) -> Scorer:
     """The metric that the user names or gives.
 
     Args:
-        metric: a name, a metric object of torchmetrics, or a function.
+        metric: a name, a metric object of torchmetrics, or a function of ``(output, batch)`` or of ``(output, batch,
+            dense)``, whose last one is the unpatched model's output.
         run: the kind of run that it scores; None: not known yet.
         better: direction of a function's values.
 
@@ -114,8 +182,7 @@ def scorer(metric: Metric, run: str | None, better: Better) -> Scorer:
         found = Object(metric)
         return Scorer(found.__name__, found.better or better, found)
     if callable(metric):
-        name = getattr(metric, "__name__", type(metric).__name__).strip("<>")
-        return Scorer(name, better, metric)
+        return Scorer(_name(metric), better, metric)
     if not isinstance(metric, str):
         raise TypeError(f"metric must be a name or a function of (output, batch), got {type(metric).__name__}")
     if metric not in READY:
@@ -123,7 +190,8 @@ def scorer(metric: Metric, run: str | None, better: Better) -> Scorer:
     fits = FITS.get(str(run), (*READY,))
     if metric not in fits:
         raise ValueError(
-            f"metric={metric!r} does not fit the run {run!r}, whose ready metrics are {', '.join(map(repr, fits))}"
+            f"metric={metric!r} does not fit {'read' if run == 'features' else 'the run'} {run!r}, whose ready metrics "
+            f"are {', '.join(map(repr, fits))}"
         )
     READY[metric].check()
     return Scorer(metric, READY[metric].better)

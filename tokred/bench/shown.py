@@ -17,6 +17,8 @@ HEADS = ("quality", "difference [95 %]", "speed", "kept", "MiB")
 WIDTHS = (8, ROOM, 6, 9, 5)
 SHORT = 3  # columns that a narrow table shows
 PART = "_seconds"
+# Of a further metric: its units, a title, and its measured rows.
+More = tuple[Units, str, Sequence[Row]]
 COLUMN = 9  # characters of a column of the second table
 MIB = 2**20
 
@@ -51,8 +53,10 @@ def parts(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
     return found
 
 
-def text(rows: Sequence[Row], units: Units, title: str, summary: str, width: int = WIDTH) -> str:
-    """The table of at most ``width`` characters a line, the parts of the time below it, and the summary."""
+def text(
+    rows: Sequence[Row], units: Units, title: str, summary: str, width: int = WIDTH, others: Sequence[More] = ()
+) -> str:
+    """The table of at most ``width`` characters a line, then further metrics, the parts of the time, the summary."""
     columns = len(HEADS) if width >= WIDTH else SHORT
     # What the columns, and a space before each, leave.
     first = min(width, WIDTH) - sum(WIDTHS[:columns]) - columns
@@ -68,6 +72,9 @@ def text(rows: Sequence[Row], units: Units, title: str, summary: str, width: int
         else:
             reason = f"{label(row)}: not measured. {row['reason']}"
             lines += textwrap.wrap(reason, width, subsequent_indent="    ")
+    for own, head, found in others:
+        lines += textwrap.wrap(head, width)
+        lines += [line(label(row), cells(row, own)[:2], WIDTHS) for row in found]
     there = [row for row in rows if row["quality"] is not None]
     more, fits = parts(there), (min(width, WIDTH) - first) // (COLUMN + 1)
     for i in range(0, len(more), fits):
@@ -79,9 +86,9 @@ def text(rows: Sequence[Row], units: Units, title: str, summary: str, width: int
     return "\n".join([*lines, *textwrap.wrap(summary, width)])
 
 
-def page(rows: Sequence[Row], units: Units, title: str, summary: str) -> str:
+def page(rows: Sequence[Row], units: Units, title: str, summary: str, others: Sequence[More] = ()) -> str:
     """The same as HTML."""
-    heads, lines = _whole(rows, units)
+    heads, lines = _whole(rows, units, others)
     top = "".join(f"<th>{html.escape(head)}</th>" for head in heads)
     body = ""
     for row, found in zip(rows, lines, strict=True):
@@ -96,9 +103,9 @@ def page(rows: Sequence[Row], units: Units, title: str, summary: str) -> str:
     )
 
 
-def markdown(rows: Sequence[Row], units: Units, title: str, summary: str) -> str:
+def markdown(rows: Sequence[Row], units: Units, title: str, summary: str, others: Sequence[More] = ()) -> str:
     """The same as Markdown: the title, the table, and the summary."""
-    heads, lines = _whole(rows, units)
+    heads, lines = _whole(rows, units, others)
 
     def line(values: Sequence[str]) -> str:
         return "| " + " | ".join(v.replace("|", "\\|").replace("\n", " ") for v in values) + " |"
@@ -111,10 +118,15 @@ def markdown(rows: Sequence[Row], units: Units, title: str, summary: str) -> str
     return "\n".join([f"{title}.", "", *table, "", summary])
 
 
-def _whole(rows: Sequence[Row], units: Units) -> tuple[list[str], list[list[str]]]:
-    """Heads, and the cells of every row with its parts; none for rows that were not measured."""
+def _whole(rows: Sequence[Row], units: Units, others: Sequence[More]) -> tuple[list[str], list[list[str]]]:
+    """Heads, and the cells of every row with further metrics and its parts; none for rows that were not measured."""
     there = [row for row in rows if row["quality"] is not None]
     more = parts(there)
+    extra: list[tuple[str, list[str]]] = []
+    for own, _, found in others:
+        values, differences = zip(*(cells(row, own)[:2] for row in found), strict=True)
+        extra += [(own.metric, [*values]), (f"{own.metric}, {HEADS[1]}", [*differences])]
+    more = [*extra, *more]
     heads = ["method", *HEADS, *(f"{head} s" if f"{head}{PART}" in there[0] else head for head, _ in more)]
     made = {id(row): [*cells(row, units), *(texts[k] for _, texts in more)] for k, row in enumerate(there)}
     return heads, [made.get(id(row), []) for row in rows]

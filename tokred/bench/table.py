@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokred.bench import shown, standing
 from tokred.bench.scoring import Tally
@@ -23,15 +23,28 @@ COLUMNS = (
     "method", "setting", "stage", "baseline", "metric", "samples", "quality", "low", "high", "difference",
     "difference_low", "difference_high", "speedup", "speedup_low", "speedup_high", "seconds", "tower_seconds",
     "encoder_seconds", "selection_seconds", "prompt_seconds", "decode_seconds", "denoiser_seconds", "rest_seconds",
-    "peak_mib", "tokens_in", "tokens_out", "rows", "bytes", "dense_bytes", "work", "generated", "reason",
+    "peak_mib", "forward_mib", "tokens_in", "tokens_out", "rows", "bytes", "dense_bytes", "work", "generated", "reason",
 )  # fmt: skip
 # What a row costs, and whether less of it is better.
 COSTS = {"speedup": False, "seconds": True, "work": True, "bytes": True, "peak_mib": True}
 
 
+class Judgement(NamedTuple):
+    """A metric of a benchmark: its name, the direction that is good, what outputs are compared with, and values of
+    single samples by ``"method setting"``."""
+
+    metric: str
+    better: str
+    against: str = ""
+    samples: Mapping[str, Tally] = {}
+
+
 @dataclass(frozen=True)
 class Benchmark:
     """The measured rows of a model: the unpatched model first, then the methods and the baselines of equal work.
+
+    Where several metrics were taken, each method has a row of each, and all answers go by the first metric;
+    ``result.by("ssim")`` is the result by another one.
 
     Attributes:
         rows: a dictionary a row, with the keys of :data:`COLUMNS`. ``low`` and ``high`` are the 95 % interval of
@@ -42,7 +55,7 @@ class Benchmark:
             ``reason`` says why a row was not measured.
         model: its name.
         stage: of the methods; of several, with ``+`` between.
-        metric: name of the metric.
+        metric: name of the metric; of several the first one's.
         better: the direction that is good.
         path: the table that the rows were written to, or None.
         samples: values of single samples, by ``"method setting"``; empty where they were not kept.
@@ -50,6 +63,7 @@ class Benchmark:
         run: the kind of run.
         spent: seconds of all there was to do, ``"whole"``, and of those in runs of the model that were ``"timed"``
             and ``"untimed"``.
+        others: further metrics.
     """
 
     rows: list[Row]
@@ -62,6 +76,29 @@ class Benchmark:
     against: str = ""
     run: str = "forward"
     spent: Mapping[str, float] = field(default_factory=dict, repr=False)
+    others: tuple[Judgement, ...] = field(default=(), repr=False)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of all metrics, the first one first."""
+        return (self.metric, *(one.metric for one in self.others))
+
+    def by(self, metric: str) -> Benchmark:
+        """The result by one of several metrics alone.
+
+        Raises:
+            ValueError: it was not taken.
+        """
+        check_choice(metric, "metric", self.metrics)
+        first = Judgement(self.metric, self.better, self.against, self.samples)
+        found = next(one for one in (first, *self.others) if one.metric == metric)
+        rows = [row for row in self.rows if row["metric"] == metric]
+        return replace(self, rows=rows, others=(), **found._asdict())
+
+    @property
+    def chosen(self) -> list[Row]:
+        """Rows by the first metric."""
+        return [row for row in self.rows if row["metric"] == self.metric] if self.others else self.rows
 
     @property
     def overhead(self) -> float | None:
@@ -76,8 +113,8 @@ class Benchmark:
 
     @property
     def measured(self) -> list[Row]:
-        """Rows that have numbers."""
-        return [row for row in self.rows if row["quality"] is not None]
+        """Rows that have numbers, by the first metric."""
+        return [row for row in self.chosen if row["quality"] is not None]
 
     # ------------------------------------------------------------------------------------------ answers
 
@@ -124,10 +161,12 @@ class Benchmark:
 
     def _row(self, given: Row | str, name: str) -> Row:
         text = given if isinstance(given, str) else standing.label(given)
-        exact = [row for row in self.rows if standing.label(row) == text]
-        found = exact or [row for row in self.rows if row["method"] == text]
+        if not isinstance(given, str) and self.others and given["metric"] != self.metric:
+            raise ValueError(f"{name} is a row of {given['metric']!r}: result.by({given['metric']!r}) compares these")
+        exact = [row for row in self.chosen if standing.label(row) == text]
+        found = exact or [row for row in self.chosen if row["method"] == text]
         if len(found) != 1:
-            known = ", ".join(repr(standing.label(row)) for row in self.rows)
+            known = ", ".join(repr(standing.label(row)) for row in self.chosen)
             raise ValueError(f"{name} is {text!r}, and {len(found)} rows are; the rows are {known}")
         if found[0]["quality"] is None:
             raise ValueError(f"{name} is {text!r}, which was not measured: {found[0]['reason']}")
@@ -186,18 +225,24 @@ class Benchmark:
         """
         if isinstance(width, bool) or not isinstance(width, int) or width < shown.NARROW:
             raise ValueError(f"width is a number of characters, at least {shown.NARROW}, got {width!r}")
-        return shown.text(self.rows, self.units, self.title, self.summary, width)
+        return shown.text(self.chosen, self.units, self.title, self.summary, width, self._more)
+
+    @property
+    def _more(self) -> list[shown.More]:
+        """The other metrics: units, title and measured rows."""
+        found = [self.by(one.metric) for one in self.others]
+        return [(one.units, one.title.partition(": ")[2], one.measured) for one in found]
 
     def __str__(self) -> str:
         return self.text()
 
     def to_markdown(self) -> str:
         """The table for a page, and below it the summary."""
-        return shown.markdown(self.rows, self.units, self.title, self.summary)
+        return shown.markdown(self.chosen, self.units, self.title, self.summary, self._more)
 
     def _repr_html_(self) -> str:
         """A table for notebooks, with the summary below."""
-        return shown.page(self.rows, self.units, self.title, self.summary)
+        return shown.page(self.chosen, self.units, self.title, self.summary, self._more)
 
     def to_pandas(self) -> Any:
         """:attr:`rows` as a ``pandas.DataFrame``.
@@ -219,13 +264,10 @@ class Benchmark:
         Raises:
             ImportError: matplotlib or pandas is not installed.
         """
-        rows = self.to_pandas()
-        try:
-            from tokred.bench import plots
+        rows = frame(self.chosen, COLUMNS, "Benchmark")
+        from tokred.bench import plots
 
-            plots.pyplot()
-        except ImportError as error:
-            raise ImportError("Benchmark.plot needs matplotlib: pip install 'tokred[bench]'") from error
+        plots.check("Benchmark.plot")
         joined = [(row, other) for row in self.measured if (other := standing.rival(row, self.measured, self.units))]
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -248,7 +290,8 @@ class Benchmark:
         names = ("model", "stage", "metric", "better", "against", "run", "rows")
         kept = {"format": FORMAT, **{name: getattr(self, name) for name in names}, "spent": dict(self.spent)}
         kept["path"] = None if self.path is None else str(self.path)
-        kept["samples"] = {name: asdict(tally) for name, tally in self.samples.items()}
+        kept["samples"] = _plain(self.samples)
+        kept["others"] = [one._asdict() | {"samples": _plain(one.samples)} for one in self.others]
         (target / FILE).write_text(json.dumps(kept), "utf8")
         (target / FILE).with_suffix(".md").write_text(f"{self.to_markdown()}\n", "utf8")
         return target / FILE
@@ -274,6 +317,15 @@ class Benchmark:
         if not known:
             raise ValueError(f"{source} was not written by Benchmark.save of this version")
         rows = [dict.fromkeys(COLUMNS) | row for row in kept.pop("rows")]
-        samples = {name: Tally(**tally) for name, tally in kept.pop("samples").items()}
-        where = kept.pop("path")
-        return cls(rows, **kept, path=None if where is None else Path(where), samples=samples)
+        samples, where = _tallies(kept.pop("samples")), kept.pop("path")
+        others = [Judgement(**{**one, "samples": _tallies(one["samples"])}) for one in kept.pop("others", ())]
+        there = None if where is None else Path(where)
+        return cls(rows, **kept, path=there, samples=samples, others=tuple(others))
+
+
+def _plain(samples: Mapping[str, Tally]) -> dict[str, Any]:
+    return {name: asdict(tally) for name, tally in samples.items()}
+
+
+def _tallies(found: Mapping[str, Any]) -> dict[str, Tally]:
+    return {name: Tally(**tally) for name, tally in found.items()}

@@ -33,13 +33,6 @@ class Spread(NamedTuple):
     high: float
 
 
-class Timing(NamedTuple):
-    """One arm: images per second, and how many times as fast as the base arm of the same round."""
-
-    images_per_second: Spread
-    speedup: Spread
-
-
 class Memory(NamedTuple):
     """Peak memory of a forward in MiB: in all, and above what was in use before; and how it was measured."""
 
@@ -79,6 +72,7 @@ def paired(
     tick: Callable[[], None] | None = None,
     group: int = 1,
     ready: Callable[[int, int], None] | None = None,
+    until: Sequence[int] | None = None,
 ) -> list[list[float]]:
     """Seconds of each arm in each round.
 
@@ -93,13 +87,15 @@ def paired(
         tick: called after every timed run and every arm's warm-up: ``len(arms) * (rounds + 1)`` times in all.
         group: rounds that an arm runs before it is the next one's turn, where entering takes long beside running.
         ready: ``ready(arm, round)``, before the timed part.
+        until: of each arm, after how many rounds it rests; None: none does.
 
     Returns:
         ``[arm][round]``.
     """
     device = torch.device(device)
     order, shuffle = list(range(len(arms))), random.Random(seed).shuffle
-    seconds = [[0.0] * rounds for _ in arms]
+    ends = [rounds] * len(arms) if until is None else until
+    seconds = [[0.0] * end for end in ends]
     tick = tick or (lambda: None)
     collecting = gc.isenabled()
     with torch.inference_mode():
@@ -115,7 +111,9 @@ def paired(
                 shuffle(order)
                 for arm in order:
                     found: list[T] = []
-                    turn = range(begin, min(begin + group, rounds))
+                    turn = range(begin, min(begin + group, ends[arm]))
+                    if not turn:
+                        continue
                     with arms[arm]():
                         for i in turn:
                             if ready is not None:
@@ -218,24 +216,6 @@ def seconds_of(run: Callable[[], T], device: torch.device | str = "cpu") -> tupl
     with watch("run"):
         found = run()
     return watch.total(), found
-
-
-def summarise(seconds: Sequence[Sequence[float]], images: Sequence[int], base: int = 0) -> list[Timing]:
-    """Turn the seconds of :func:`paired` into rates and ratios.
-
-    Args:
-        seconds: ``[arm][round]``.
-        images: how many images each round had.
-        base: the arm that the others are compared with.
-    """
-    reference = seconds[base]
-    return [
-        Timing(
-            spread([n / s for n, s in zip(images, arm, strict=True)]),
-            spread([b / s for b, s in zip(reference, arm, strict=True)]),
-        )
-        for arm in seconds
-    ]
 
 
 def peak_memory(run: Callable[[], object], device: torch.device | str = "cpu") -> Memory:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tokred.bench import results
-from tokred.bench.engine import Engine, Todo, reason
+from tokred.bench.engine import Engine, Record, Todo, reason
 from tokred.bench.entries import Cost, Entry
 from tokred.bench.feeds import Batches, Unreadable
 from tokred.bench.scoring import Tally
@@ -29,7 +29,7 @@ class Shared(NamedTuple):
 
     model: Any
     stage: str
-    score: Any
+    scores: Any
     feed: Any
     data: Any
     prepared: bool
@@ -38,6 +38,7 @@ class Shared(NamedTuple):
     seed: int
     name: str
     threads: int
+    pairs: int | None
 
 
 def check(workers: int | None) -> None:
@@ -66,12 +67,12 @@ def _engine(shared: Shared) -> Engine:
     shared.model.to(device)
     prepare = _as_is if shared.prepared else shared.feed.prepare
     batches = Batches(shared.data, device, prepare, shared.seed)
-    given = (shared.model, shared.stage, shared.score, shared.feed, batches, device, shared.rounds, shared.seed)
-    return Engine(*given, shared.name, None)
+    given = (shared.model, shared.stage, shared.scores, shared.feed, batches, device, shared.rounds, shared.seed)
+    return Engine(*given, shared.name, None, shared.pairs)
 
 
-def _measure(key: str, boxed: list[Any], one: Entry, cost: Cost | None) -> tuple[dict[str, Any], Tally | None]:
-    """A row's record and samples; runs on a worker.
+def _measure(key: str, boxed: list[Any], one: Entry, cost: Cost | None) -> tuple[list[Record], list[Tally] | None]:
+    """A row's records and samples; runs on a worker.
 
     Args:
         key: of the benchmark.
@@ -85,8 +86,8 @@ def _measure(key: str, boxed: list[Any], one: Entry, cost: Cost | None) -> tuple
         _built.clear()
         _built[key] = _engine(ray.get(boxed[0]))
     engine = _built[key]
-    record = engine.tried(Todo(one, cost))
-    return record, engine.samples.get(one.label)
+    records = engine.tried(Todo(one, cost))
+    return records, engine.samples.get(one.label)
 
 
 def _here(threads: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -126,7 +127,7 @@ class RayEngine(Engine):
         found: dict[str, Any] = ray.get(ray.remote(**self._remote)(_here).remote(self.threads, str(self.device), dtype))
         return found
 
-    def each(self, todo: Sequence[Todo]) -> Iterator[tuple[Entry, dict[str, Any]]]:
+    def each(self, todo: Sequence[Todo]) -> Iterator[tuple[Entry, list[Record]]]:
         """The rows in the order in which workers finish them."""
         import ray
 
@@ -149,30 +150,31 @@ class RayEngine(Engine):
             for reference in waiting:  # after an interruption
                 ray.cancel(reference, force=True)
 
-    def _taken(self, one: Entry, reference: Any) -> dict[str, Any]:
-        """The record of a row that a worker finished, written to the table; or why there is none."""
+    def _taken(self, one: Entry, reference: Any) -> list[Record]:
+        """The records of a row that a worker finished, written to the table; or why there is none."""
         import ray
 
-        record: dict[str, Any]
+        records: list[Record]
         try:
-            record, tally = ray.get(reference)
+            records, tallies = ray.get(reference)
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, Unreadable) or not one.methods:
                 raise error.cause from None
-            return {"reason": reason(error.cause)}
+            return [{"reason": reason(error.cause)} for _ in self.scores]
         except ray.exceptions.RayError as error:
-            return {"reason": f"its worker was lost {RETRIES + 1} times: {reason(error)}"}
-        if tally is not None:
-            self.samples[one.label] = tally
-            self.write(one, record)
-        return record
+            why = f"its worker was lost {RETRIES + 1} times: {reason(error)}"
+            return [{"reason": why} for _ in self.scores]
+        if tallies is not None:
+            self.samples[one.label] = tallies
+            self.write(one, records)
+        return records
 
     def _shared(self) -> Shared:
         held = self.batches.held
         data = self.batches.source if held is None else held
         return Shared(
-            self.model, self.stage, self.score, self.feed, data, held is not None, str(self.device), self.rounds,
-            self.seed, self.name, self.threads,
+            self.model, self.stage, self.scores, self.feed, data, held is not None, str(self.device), self.rounds,
+            self.seed, self.name, self.threads, self.pairs,
         )  # fmt: skip
 
     def close(self) -> None:

@@ -15,21 +15,25 @@ from tokred.cli.console import INTERRUPTED
 from tokred.cli.options import (
     Better,
     DataName,
+    Device,
+    DType,
     Json,
     Methods,
-    MetricName,
+    MetricNames,
     Model,
     OldModel,
+    Size,
     Threads,
+    check_device,
     one_model,
     settings,
+    type_of,
 )
 
 if TYPE_CHECKING:
     from tokred.bench.sources import Data, Source
     from tokred.bench.table import Benchmark
 
-TYPES = ("float32", "bfloat16", "float16")
 # Tokens of an answer, where none are asked for: a few words, or a recording's text.
 ANSWER = {"vision-language model": 16, "speech": 128}
 
@@ -39,7 +43,10 @@ def bench_command(
     data: DataName = None,
     methods: Methods = None,
     old: OldModel = None,
-    metric: MetricName = None,
+    metric: MetricNames = None,
+    read: Annotated[
+        str | None, typer.Option(help="What metrics get: features, or a module. [default: the output]")
+    ] = None,
     better: Better = "higher",
     shares: Annotated[
         str, typer.Option(help="Of the work, or the cache: amounts of methods named without settings.")
@@ -52,14 +59,12 @@ def bench_command(
     rounds: Annotated[int, typer.Option(min=1, help="Times that each pair is at least timed.")] = 5,
     steps: Annotated[int | None, typer.Option(min=1, help="Of a pipeline. [default: its own]")] = None,
     new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Of an answer.")] = None,
-    size: Annotated[
-        int | None, typer.Option(min=1, help="Height and width of images, where the model takes others.")
-    ] = None,
+    size: Size = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Weights of a fine-tuned model of timm's.")] = None,
     classes: Annotated[int | None, typer.Option("--num-classes", min=1, help="Of its head.")] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    dtype: Annotated[str, typer.Option(help=f"{', '.join(TYPES)}.")] = "float32",
+    device: Device = "cpu",
+    dtype: DType = "float32",
     threads: Threads = None,
     seed: Annotated[int, typer.Option(help="Of the choice of samples and the order of the rows.")] = 0,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="No trained weights: speed only.")] = False,
@@ -85,6 +90,7 @@ def bench_command(
       tokred bench deit_small_patch16_224 --data photos -m "tome r=13" -m "evit kappa=0.7"
       tokred bench vit_base_patch16_224 --data imagenet/val -m tome --device cuda --dtype bfloat16 --batch 256
       tokred bench vit_small_patch16_224 --checkpoint mine.pth --data photos --workers 4
+      tokred bench vit_small_patch16_224 --data photos --metric probe,cosine --read features -m tome
       tokred bench open_clip:ViT-B-32/openai --data photos           zero-shot, by the folders' names
       tokred bench deit_small_patch16_224 --random-weights -m tome   speed alone
     Language models: perplexity of a text behind a prompt whose cache is reduced.
@@ -111,10 +117,10 @@ def bench_command(
     with refusing():
         name = one_model(model, old, "embedded")
         assert name is not None  # there is a default
-        typed = settings(methods)
+        typed = settings(methods, placed=True)
         wanted_shares = parse_shares(shares)
         place = check_device(device)
-        scored = None if metric is None else metric_of(metric)
+        scored = None if metric is None else metrics_of(metric)
         options = sources.Options(size, checkpoint, classes, random_weights, dtype=type_of(dtype))
         source = sources.model(name, options)
         wanted = sources.Wanted(count, batch, length, workers, seed, tuple(prompts or ()), steps, size)
@@ -134,6 +140,7 @@ def bench_command(
                 given.batches,
                 scored or given.metric,
                 run=given.run,
+                read=read,
                 out=table,
                 baselines=baselines,
                 better=better,  # type: ignore[arg-type]
@@ -182,6 +189,7 @@ def document(result: Benchmark, source: Source, given: Data, table: Path) -> dic
         "run": given.run,
         "stage": result.stage,
         "metric": result.metric,
+        "metrics": list(result.metrics),
         "better": result.better,
         "summary": result.summary,
         "notes": given.notes,
@@ -244,34 +252,14 @@ def parse_shares(text: str) -> list[float]:
     return found
 
 
-def type_of(text: str) -> Any:
-    """A type of torch's.
+def metrics_of(text: str) -> Any:
+    """One metric, or a list of several with commas between.
 
     Raises:
-        ValueError: it is none of :data:`TYPES`.
+        NoModelError, ValueError: as :func:`metric_of`.
     """
-    import torch
-
-    if text not in TYPES:
-        raise ValueError(f"--dtype must be {', '.join(TYPES)}, got {text!r}")
-    return getattr(torch, text)
-
-
-def check_device(text: str) -> str:
-    """The device, which has to be there.
-
-    Raises:
-        ValueError: it is none, or torch sees no such device.
-    """
-    import torch
-
-    try:
-        where = torch.device(text)
-    except RuntimeError as error:
-        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {text!r}") from error
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda was asked for, but torch sees no CUDA device")
-    return text
+    found = [metric_of(part.strip()) for part in text.split(",")]
+    return found if len(found) > 1 else found[0]
 
 
 def metric_of(text: str) -> Any:

@@ -21,10 +21,15 @@ except ImportError as error:  # a script's entry point has no better place to sa
 # A pipe has no width of its own: wide enough for every table.
 out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)
 
-
 err = Console(stderr=True)
 INTERRUPTED = 130  # the exit status of what Ctrl-C ended
 EVERY = 5.0  # seconds between two lines of progress where there is no terminal
+
+
+def columns(least: int, most: int) -> int:
+    """Columns that a table may take: those of ``COLUMNS``, or else of the terminal, within bounds."""
+    given = os.environ.get("COLUMNS", "")
+    return max(least, min(int(given) if given.isdigit() else out.width, most))
 
 
 @contextlib.contextmanager

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tokred.cli.console import INTERRUPTED
 from tokred.cli.options import Methods, Threads, settings, single
 
+if TYPE_CHECKING:
+    from tokred.bench.arms import Arm
+    from tokred.bench.table import Benchmark
+
 
 def demo_command(
     quick: Annotated[bool, typer.Option("--quick", help="Two settings a method and 500 images.")] = False,
     images: Annotated[int | None, typer.Option(min=10, help="Test images to classify. [default: 1000]")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images of a forward.")] = 50,
+    batch: Annotated[int, typer.Option(min=1, help="Images of a forward.")] = 25,
     methods: Methods = None,
     threads: Threads = None,
     seed: Annotated[int, typer.Option(help="Of the order in which methods take turns.")] = 0,
@@ -24,7 +29,7 @@ def demo_command(
 ) -> None:
     """Measure accuracy against speed on the embedded model: offline, in under two minutes on two cores.
 
-    Every row is measured here and now: ToMe and random merging at several r, PiToMe and EViT where they cost as many
+    Every row is measured here and now: ToMe and random pruning at several r, PiToMe and EViT where they cost as many
     multiply-adds, all on the same batches as the unpatched model, which every speed-up is the ratio to. A method that
     is named without settings is measured at those amounts.
 
@@ -38,14 +43,14 @@ def demo_command(
 
     \b
     Leaves in the folder, without overwriting an earlier run's:
-      demo.csv     one row a setting, with device, versions and commit
-      demo.png     top-1 against images per second
+      demo.csv     a row a number, with device, versions and commit, written as it is measured
+      demo.png     top-1 against speed and against work
       merged.png   images with the patches that became one token
     """
     from tokred.bench import demo, embedded
     from tokred.bench import results as outputs
     from tokred.cli import tables
-    from tokred.cli.console import out, progress, refusing, set_threads, written
+    from tokred.cli.console import columns, out, refusing, set_threads, written
 
     set_threads(threads)
     with refusing():
@@ -57,20 +62,27 @@ def demo_command(
         arms = demo.choose(model, counts=demo.QUICK_COUNTS if quick else demo.COUNTS, methods=named)
         demo.needs()
         paths = outputs.free(folder, demo.FILES, force=force)
-    rounds = demo.Rounds(model, arms, sample.images, sample.labels, batch=batch, seed=seed)
+        table = paths["demo.csv"]
+        table.unlink(missing_ok=True)
+
+    def measure(some: list[Arm], progress: bool = True) -> Benchmark:
+        return demo.measure(model, some, *sample, table, batch=batch, seed=seed, progress=progress)
+
+    interrupted = False
     try:
-        with progress(demo.ticks(arms, len(sample.labels), batch), "measuring") as tick:
-            rounds.run(tick)
+        with refusing():
+            result = measure(arms)
     except KeyboardInterrupt:
-        print(f"tokred: interrupted after {rounds.images} images", file=sys.stderr)
-        if not rounds.images:
+        interrupted, arms = True, demo.measured(table, arms)
+        print(f"tokred: interrupted after {len(arms)} rows", file=sys.stderr)
+        if len(arms) < 2:
             raise typer.Exit(INTERRUPTED) from None
-    rows, count = rounds.rows(), rounds.images
-    out.print(tables.demo_table(rows, count, out.width))
-    print(tables.within_chance(rows, count))
-    with refusing():
-        demo.save(paths["demo.csv"], rows, count, batch)
-        demo.draw(rows, model, sample.images[:count], sample.labels[:count], paths, batch=batch)
+        result = measure(arms, False)
+    width = columns(60, 80)
+    out.print(tables.coloured(result, width), soft_wrap=True)
+    about = f"Data: {len(sample.labels)} {embedded.NAME}. Every row was measured in this run."
+    print("\n".join(textwrap.wrap(about, width)))
+    demo.draw(result, model, *sample, paths)
     written(list(paths.values()))
-    if rounds.interrupted:
+    if interrupted:
         raise typer.Exit(INTERRUPTED)

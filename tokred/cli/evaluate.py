@@ -10,7 +10,18 @@ from typing import Annotated, Any
 import typer
 
 from tokred.cli.console import refusing, set_threads, written
-from tokred.cli.options import Json, Methods, Model, OldModel, Threads, one_model, settings
+from tokred.cli.options import (
+    Device,
+    Json,
+    Methods,
+    Model,
+    OldModel,
+    Threads,
+    check_device,
+    one_model,
+    settings,
+    type_of,
+)
 
 evaluate_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="The harnesses of others, on models with fewer tokens."
@@ -40,7 +51,7 @@ def lm_eval_command(
     baselines: Annotated[bool, typer.Option(help="Random eviction and a window, of as many bytes.")] = True,
     include: Annotated[Path | None, typer.Option("--include-path", help="A folder with more tasks.")] = None,
     metadata: Annotated[str, typer.Option(help="JSON for tasks that make their data, such as RULER's.")] = "{}",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    device: Device = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: the weights' own.")] = "auto",
     threads: Threads = None,
     seed: Annotated[int, typer.Option(help="Of the order of the methods.")] = 0,
@@ -59,7 +70,6 @@ def lm_eval_command(
                   --tasks ruler,longbench --metadata '{"max_seq_lengths": [4096]}' --json
       tokred eval lm-eval hf:models/SmolLM2-360M -m "kvzip budget=0.5" --tasks mine.yaml --include-path my_tasks
     """
-    from tokred.cli.bench import check_device, type_of
     from tokred.eval import language
 
     set_threads(threads)
@@ -68,7 +78,7 @@ def lm_eval_command(
         if name is None:
             raise ValueError("no model is named: hf: and a folder or an id")
         about = _object(metadata)
-        wanted = [parts if len(parts) > 1 else parts[0] for parts in settings(methods)]
+        wanted = [parts if len(parts) > 1 else parts[0] for parts in settings(methods, placed=True)]
         language.check(tasks, wanted, include)
         place, kind = check_device(device), dtype if dtype == "auto" else type_of(dtype)
         loaded, tokenizer = language.load(name, dtype=kind)

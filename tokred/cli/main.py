@@ -13,7 +13,9 @@ except ImportError as error:  # a script's entry point has no better place to sa
     raise SystemExit(f"tokred's command line needs {error.name}: pip install 'tokred[cli]'") from error
 
 # They need typer.
+from tokred.cli.app import app_command
 from tokred.cli.bench import bench_command
+from tokred.cli.calibrate import calibrate_command
 from tokred.cli.console import INTERRUPTED
 from tokred.cli.demo import demo_command
 from tokred.cli.doctor import doctor_command
@@ -64,7 +66,9 @@ def top(
       tokred bench deit_small_patch16_224 --data photos -m "tome r=13" -m "evit kappa=0.7"
       tokred bench hf:path/to/a/llama --data book.txt -m "snapkv budget=0.25"
       tokred tune deit_small_patch16_224 --data photos --speedup 1.5
+      tokred calibrate hf:FOLDER book.txt -o queries.safetensors
       tokred viz -m "tome r=13"                       what was merged into what, as a page and PNG
+      tokred app                                      try methods on pictures, in the browser
       tokred explain sdxl --size 1024                 what a method could gain on a denoiser
       tokred eval lm-eval hf:FOLDER --tasks ruler -m "snapkv budget=0.25"
       tokred doctor                                   whether everything works with what is installed here
@@ -79,10 +83,12 @@ for name, command, summary in (
     ("demo", demo_command, "Accuracy against speed on the embedded model, offline."),
     ("bench", bench_command, "Quality, speed and memory of methods on your model and data."),
     ("tune", tune_command, "Find the method and the schedule that suit your model."),
+    ("calibrate", calibrate_command, "Statistics of a language model that some cache policies need."),
     ("list", list_command, "Methods and families of models, one line each."),
     ("flops", flops_command, "Tokens and multiply-adds, without running anything."),
     ("explain", explain_command, "What a method could gain on a denoiser."),
     ("viz", viz_command, "What was merged into what, over the image, block by block."),
+    ("app", app_command, "Try methods on pictures, in the browser."),
     ("doctor", doctor_command, "Whether tokred works with what is installed here."),
 ):
     app.command(name, short_help=summary)(command)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import glob
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+TYPES = ("float32", "bfloat16", "float16")
 SCHEMES = ("hf:", "diffusers:", "open_clip:")
 
 
@@ -74,7 +75,16 @@ DataName = Annotated[
 MetricName = Annotated[
     str | None, typer.Option(help="A ready metric, or module:function of (output, batch). [default: by the data]")
 ]
+MetricNames = Annotated[
+    str | None,
+    typer.Option(
+        "--metric", help="A ready metric, module:function of (output, batch), or several with commas. [by the data]"
+    ),
+]
 Better = Annotated[str, typer.Option(help="higher or lower, of a metric of your own.")]
+Size = Annotated[int | None, typer.Option(min=1, help="Height and width of images, where the model takes others.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+DType = Annotated[str, typer.Option(help=f"{', '.join(TYPES)}.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of torch on the CPU. [default: torch's]")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable, on standard output.")]
 
@@ -90,13 +100,18 @@ def one_model(model: str | None, old: str | None, default: str | None) -> str | 
     return model or old or default
 
 
-def settings(texts: Sequence[str] | None) -> list[list[str]]:
+def settings(texts: Sequence[str] | None, *, placed: bool = False) -> list[list[str]]:
     """The methods that are typed, each as the settings that act together in it; every one exists and is well-formed.
+
+    Args:
+        texts: as they are typed.
+        placed: whether they may say how they are applied, ``expose=last``, beside their parameters.
 
     Raises:
         UnknownMethodError, TypeError, ValueError: one is not; the message says what is.
     """
     from tokred import api
+    from tokred.bench.entries import entry
     from tokred.core.settings import parse_setting, split_settings
 
     found = []
@@ -104,7 +119,10 @@ def settings(texts: Sequence[str] | None) -> list[list[str]]:
         parts = split_settings(text)
         for part in parts:
             name, parameters = parse_setting(part)
-            api.make(name, **parameters)
+            if placed:
+                entry(part)
+            else:
+                api.make(name, **parameters)
         found.append(parts)
     return found
 
@@ -118,3 +136,33 @@ def single(parts: Sequence[str], command: str) -> str:
     if len(parts) > 1:
         raise ValueError(f"{command} takes one method at a time, got {' + '.join(parts)!r}")
     return parts[0]
+
+
+def type_of(text: str) -> Any:
+    """A type of torch's.
+
+    Raises:
+        ValueError: it is none of :data:`TYPES`.
+    """
+    import torch
+
+    if text not in TYPES:
+        raise ValueError(f"--dtype must be {', '.join(TYPES)}, got {text!r}")
+    return getattr(torch, text)
+
+
+def check_device(text: str) -> str:
+    """The device, which has to be there.
+
+    Raises:
+        ValueError: it is none, or torch sees no such device.
+    """
+    import torch
+
+    try:
+        where = torch.device(text)
+    except RuntimeError as error:
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {text!r}") from error
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda was asked for, but torch sees no CUDA device")
+    return text

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -18,7 +17,6 @@ from tokred.core.registry import methods as registered
 from tokred.core.settings import parse_setting
 
 if TYPE_CHECKING:
-    from tokred.bench.demo import Row
     from tokred.bench.table import Benchmark
 
 
@@ -157,59 +155,6 @@ def cost_table(model: str, one: Counted) -> tuple[Table, str]:
     share = f", {one.cost.macs / one.base.macs:.0%} of {one.base.gmacs:.3f} unpatched" if one.setting else ""
     unit = "an image" if len(one.shape) == 4 else "an input"
     return table, f"{one.cost.gmacs:.3f} GMACs {unit} of {'x'.join(map(str, one.shape[1:]))}{share}"
-
-
-def _results(title: str, *columns: str) -> Table:
-    """A table of numbers: method and setting on the left, everything else on the right."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for name in ("method", "setting"):
-        table.add_column(name, no_wrap=True)
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
-
-
-def _rate(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _difference(value: float) -> str:
-    return "0.0" if abs(value) < 0.05 else f"{value:+.1f}"
-
-
-def _ratio(median: float, low: float, high: float) -> str:
-    return f"{median:.2f} ({low:.2f}–{high:.2f})"
-
-
-def demo_table(rows: Sequence[Row], count: int, width: int = 120) -> Table:
-    """The table that the demo prints; on narrow terminals the least telling columns are left out."""
-    columns: dict[str, Callable[[Row], str]] = {
-        "tokens\nleft": lambda r: str(r.arm.tokens_out),
-        "GMACs": lambda r: f"{r.arm.macs / 1e9:.3f}",
-        "top-1\n%": lambda r: f"{100 * r.top1:.1f}",
-        "diff.\npoints": lambda r: "-" if r.arm.method is None else _difference(100 * r.top1_difference),
-        "images\nper s": lambda r: _rate(r.timing.images_per_second.median),
-        "speed-up\n(quartiles)": lambda r: "1" if r.arm.method is None else _ratio(*r.timing.speedup),
-    }
-    for least, name in ((76, "images\nper s"), (72, "GMACs"), (66, "tokens\nleft")):
-        if width < least:
-            del columns[name]
-    table = _results(f"{count} test images of Fashion-MNIST, every row measured in this run", *columns)
-    before = rows[0].arm.name
-    for row in rows:
-        if row.arm.name != before:
-            table.add_section()
-        before = row.arm.name
-        table.add_row(row.arm.name, row.arm.setting or "-", *(text(row) for text in columns.values()))
-    return table
-
-
-def within_chance(rows: Sequence[Row], count: int) -> str:
-    """A sentence on how large a difference has to be to mean something: two standard errors, at least two images."""
-    widest = max(2 / count, *(2 * row.top1_error for row in rows))
-    return (
-        f"One image is {100 / count:.2g} points; differences of less than about {100 * widest:.1f} are within chance."
-    )
 
 
 def coloured(result: Benchmark, width: int) -> Text:

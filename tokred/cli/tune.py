@@ -10,9 +10,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokred.cli.bench import check_device, metric_of, plot_hint, stem, type_of
+from tokred.cli.bench import metric_of, plot_hint, stem
 from tokred.cli.console import INTERRUPTED
-from tokred.cli.options import Better, DataName, Json, MetricName, Model, Threads, one_model
+from tokred.cli.options import (
+    Better,
+    DataName,
+    Device,
+    DType,
+    Json,
+    MetricName,
+    Model,
+    Size,
+    Threads,
+    check_device,
+    one_model,
+    type_of,
+)
 
 if TYPE_CHECKING:
     from tokred.tuning import Tuned
@@ -44,11 +57,9 @@ def tune_command(
     batch: Annotated[int | None, typer.Option(min=1, help="Of a forward. [default: 16 images, else 1]")] = None,
     length: Annotated[int, typer.Option(min=8, help="Tokens of a window of text, at most.")] = 1024,
     rounds: Annotated[int, typer.Option(min=1, help="Times that finalists are timed.")] = 15,
-    size: Annotated[
-        int | None, typer.Option(min=1, help="Height and width of images, where the model takes others.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "float32",
+    size: Size = None,
+    device: Device = "cpu",
+    dtype: DType = "float32",
     threads: Threads = None,
     seed: Annotated[int, typer.Option(help="Of the division of the samples, and of the search.")] = 0,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="No trained weights.")] = False,

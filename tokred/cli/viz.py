@@ -1,4 +1,4 @@
-"""``tokred viz``: pictures of what was merged into what, and a page with a slider over the blocks."""
+"""``tokred viz``: pictures of what became of tokens, and a page with a slider over the layers."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tokred.adapters.encoder.host import EncoderHost
+    from tokred.analysis.viz.drawing import Drawing
     from tokred.bench.arms import Arm
     from tokred.bench.models import Subject
 
@@ -35,8 +36,17 @@ def viz_command(
         ),
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="Images of a folder, at most.")] = 4,
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", "-p", help="Of a language model, a model of images and text, or a pipeline."),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option("--text", help="A text for a language model; --prompt follows it.")
+    ] = None,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of that text, at most.")] = 600,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the answer, at most.")] = 32,
     layers: Annotated[
-        str | None, typer.Option(help="Blocks in the PNG: 0,5,11 or all; the page has all. [default: four]")
+        str | None, typer.Option(help="Blocks in an encoder's PNG: 1,6,12 or all; the page has all. [default: four]")
     ] = None,
     size: Annotated[
         int | None, typer.Option(min=1, help="Height and width of the images. [default: the model's]")
@@ -48,42 +58,88 @@ def viz_command(
     folder: Annotated[Path, typer.Option("--out", help="Folder for the results.")] = Path("tokred-viz"),
     force: Annotated[bool, typer.Option("--force", help="Overwrite the files of an earlier run.")] = False,
 ) -> None:
-    """Draw what was merged into what, block by block, and what was pruned: as a page with a slider, and as a PNG.
+    """Draw what became of tokens, layer by layer: as a page with a slider, and as a PNG.
 
-    Several methods stand side by side. A method that is named without a setting and would remove nothing is set to
-    about 60 % of the model's multiply-adds. Blocks are numbered from 0.
+    Over images, what was merged into what, and what was pruned; over a text, what a language model's cache still
+    holds. Several methods stand side by side. A method that is named without a setting and would remove nothing is set
+    to about 60 % of the model's multiply-adds, or a quarter of the cache. Blocks and layers are numbered from 1.
 
     \b
     Examples:
       tokred viz                                             the embedded model and its images, offline
       tokred viz -m "tome r=13" -m "evit kappa=0.7"          side by side
-      tokred viz -m "random_prune r=8" --layers 0,5,11       chosen blocks in the PNG
+      tokred viz -m "random_prune r=8" --layers 1,6,12       chosen blocks in the PNG
       tokred viz vit_base_patch16_224 --image cat.jpg --image my_photos --count 8
       tokred viz hf:facebook/dinov2-small --image cat.jpg -m "pitome ratio=0.9" --out cat
       tokred viz dinov2 -m tome --layers all                 photos of the zoo, in a checkout
+      tokred viz hf:FOLDER -m "snapkv budget=0.25" --text book.txt --prompt "Who is the murderer?"
 
     \b
     Leaves in the folder, without overwriting an earlier run's:
-      viz.html   one file that needs nothing else: slider, groups under the pointer, tokens left, multiply-adds
-      viz.png    the image, and what is left of it after some blocks
+      viz.html   one file that needs nothing else: sliders, the token under the pointer, what is left, answers
+      viz.png    the same for print, at some of the layers
     """
-    from tokred.analysis.viz import draw as viz
-    from tokred.analysis.viz import pages
-    from tokred.analysis.viz import recording as stages
-    from tokred.bench import images as photos
     from tokred.bench import models as subjects
-    from tokred.bench import plots
-    from tokred.bench import results as outputs
-    from tokred.cli.console import progress, refusing, set_threads, written
+    from tokred.bench import sources
+    from tokred.cli import viz_kinds
+    from tokred.cli.console import refusing, set_threads
 
     set_threads(threads)
     with refusing():
         name = one_model(model, old, "embedded")
         assert name is not None  # there is a default
-        subject = subjects.load(name, size=size, random_weights=random_weights)
-        chosen = choose(subject, [single(parts, "viz") for parts in settings(methods)] or DEFAULT)
+        typed = settings(methods)
+        source = sources.model(name, sources.Options(size=size, random_weights=random_weights))
+        if source.kind not in ("encoder", "dual encoder"):
+            outputs_free(folder)
+            given = viz_kinds.Given(images or [], prompt, text, length, tokens)
+            drawing = viz_kinds.draw(source, typed, given)
+            write(drawing, folder, f"{name}: {drawing.heading[0].lower()}{drawing.heading[1:]}", force)
+            return
+        subject = subjects.of(source)
+    draw_encoder(subject, [single(parts, "viz") for parts in typed], images or [], count, layers, folder, force)
+
+
+def outputs_free(folder: Path) -> None:
+    """Refuse a folder that cannot be written, before anything runs."""
+    from tokred.bench import results as outputs
+
+    outputs.free(folder, ())
+
+
+def write(drawing: Drawing, folder: Path, title: str, force: bool) -> None:
+    """The page and the figure of a drawing."""
+    from tokred.bench import results as outputs
+    from tokred.cli.console import written
+
+    paths = outputs.free(folder, FILES, force=force)
+    drawing.save(paths["viz.html"], title=title)
+    drawing.save(paths["viz.png"])
+    written(list(paths.values()))
+
+
+def draw_encoder(
+    subject: Subject,
+    typed: Sequence[str],
+    images: Sequence[Path],
+    count: int,
+    layers: str | None,
+    folder: Path,
+    force: bool,
+) -> None:
+    """The page and the figure of an encoder of images; arguments are options of the command."""
+    from tokred.analysis.viz import draw as viz
+    from tokred.analysis.viz import pages
+    from tokred.analysis.viz import recording as stages
+    from tokred.bench import images as photos
+    from tokred.bench import plots
+    from tokred.bench import results as outputs
+    from tokred.cli.console import progress, refusing, written
+
+    with refusing():
+        chosen = choose(subject, typed or DEFAULT)
         blocks = choose_blocks(layers, stages.check(subject.model, stages.choose(chosen)).depth)
-        inputs, pixels, names = pictures(subject, images or [], count)
+        inputs, pixels, names = pictures(subject, images, count)
         outputs.free(folder, ())
     with progress(stages.ticks(len(chosen), len(names)), "running") as tick:
         recording = stages.record(
@@ -98,7 +154,7 @@ def viz_command(
     drawn = viz.figure(recording, blocks)
     with refusing():
         paths = outputs.free(folder, FILES, force=force)
-        pages.write(recording, paths["viz.html"], title=f"{name}: what became of every patch")
+        pages.write(recording, paths["viz.html"], title=f"{subject.name}: what became of every patch")
         plots.save(drawn, paths["viz.png"])
     written(list(paths.values()))
 
@@ -136,7 +192,7 @@ def _acts(arm: Arm, host: EncoderHost) -> bool:
 
 
 def choose_blocks(text: str | None, depth: int) -> list[int] | None:
-    """``"0,5,11"`` or ``"all"`` as numbers of blocks; None stays None.
+    """``"1,6,12"`` or ``"all"`` as numbers of blocks, from 1; None stays None.
 
     Raises:
         ValueError: a block is no number, or not there.
@@ -144,13 +200,13 @@ def choose_blocks(text: str | None, depth: int) -> list[int] | None:
     if text is None:
         return None
     if text.strip() == "all":
-        return list(range(depth))
+        return list(range(1, depth + 1))
     try:
         found = [int(part) for part in text.split(",") if part.strip()]
     except ValueError as error:
-        raise ValueError(f"--layers is a list of blocks such as 0,5,11, or all, got {text!r}") from error
-    if not found or min(found) < 0 or max(found) >= depth:
-        raise ValueError(f"--layers must name blocks in 0..{depth - 1} (the model has {depth}), got {text!r}")
+        raise ValueError(f"--layers is a list of blocks such as 1,6,12, or all, got {text!r}") from error
+    if not found or min(found) < 1 or max(found) > depth:
+        raise ValueError(f"--layers must name blocks in 1..{depth} (the model has {depth}), got {text!r}")
     return list(dict.fromkeys(found))
 
 
@@ -180,7 +236,7 @@ def _packaged(count: int) -> tuple[Tensor, Tensor, list[str]]:
     from tokred.bench.models import NoModelError
 
     try:
-        images, labels = embedded.sample()
+        images, labels = embedded.sample(max(200, min(count, 2000)))
     except (FileNotFoundError, ImportError) as error:
         raise NoModelError(f"{error}; or give --image FILE_OR_FOLDER") from error
     kinds = labels.tolist()

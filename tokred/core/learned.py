@@ -23,6 +23,7 @@ class Facts:
         width: channels ``C`` of a token.
         heads: query heads ``H`` of the first layer.
         prefix, suffix: leading and trailing tokens that are never reduced.
+        key_heads: key/value heads ``Hk`` of a decoder; 0: as many as query heads.
     """
 
     model: str
@@ -31,10 +32,11 @@ class Facts:
     heads: int
     prefix: int = 0
     suffix: int = 0
+    key_heads: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
+        """Plain values, for JSON; key/value heads only where they were told."""
+        return {name: value for name, value in asdict(self).items() if name != "key_heads" or value}
 
     def fits(self, other: Facts) -> bool:
         """True if weights for ``other`` are weights for this: same class, depth and width."""

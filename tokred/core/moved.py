@@ -88,7 +88,6 @@ MOVED: dict[str, tuple[str, ...]] = {
     "tokred.stages": ("tokred.analysis.viz.recording",),
     "tokred.subjects": ("tokred.bench.models",),
     "tokred.tables": ("tokred.cli.tables",),
-    "tokred.tasks": ("tokred.bench.tasks",),
     "tokred.tiles": ("tokred.core.tiles",),
     "tokred.timing": ("tokred.bench.timing",),
     "tokred.versions": ("tokred.core.versions",),

@@ -58,9 +58,11 @@ def check_dropped(case: Case, batch: dict[str, Tensor]) -> None:
     ours, cache = generated(model, batch)
     n = batch["input_ids"].shape[1]
     biases = [_bias(getattr(layer, "positions", None), n) for layer in cache.layers]
+    # Layers that keep no rows have no attention that could be hidden from.
     tokred.remove(model)
     mode, handles = Weighed(), []
-    for (_, attention), bias in zip(adapters.find(model, "cache").attentions, biases, strict=True):
+    for i, (_, attention) in adapters.find(model, "cache").attentions.items():
+        bias = biases[i]
         if bias is not None:
             hook = _Steps(mode, bias)
             handles += [attention.register_forward_pre_hook(hook), attention.register_forward_hook(hook.end)]

@@ -24,6 +24,7 @@ from tokred.bench.entries import Cost, Entry
 from tokred.bench.rivals import of_equal_work
 from tokred.bench.timing import spread, synchronise
 from tokred.core.method import Method
+from tokred.eval.answers import Answers, key_of
 from tokred.eval.needed import typed_methods
 
 DENSE = Entry(BASE, "")
@@ -61,6 +62,7 @@ class Several(HFLM):  # type: ignore[misc]  # lm-eval has no types
         baselines: bool,
         seed: int,
         progress: bool = True,
+        kept: Answers | None = None,
     ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         self.arms = [DENSE, *wanted]
@@ -68,6 +70,7 @@ class Several(HFLM):  # type: ignore[misc]  # lm-eval has no types
         self.refused: dict[str, str] = {}
         self._baselines, self._draw, self._progress = baselines, random.Random(seed), progress
         self._answers: dict[str, list[str]] = {}
+        self._kept = kept or Answers(None)
         self._asked: list[tuple[Any, ...]] = []
         self._seconds = 0.0
         # For each arm and task: seconds of each batch, samples of each batch, what the cache held.
@@ -148,28 +151,41 @@ class Several(HFLM):  # type: ignore[misc]  # lm-eval has no types
             self.arms += of_equal_work(known, lambda methods: cost(Entry("rival", "", tuple(methods))))
 
     def _ask(self, one: Entry, requests: list[Any], indices: list[int], answers: list[str]) -> None:
+        key = key_of(one.label, requests)
+        found = self._kept.get(key)
+        if found is None:
+            found = self._measured(one, requests)
+            if found is None:
+                return
+            self._kept.put(key, found)
+        task = str(requests[0].task_name)
+        said = found["answers"]
+        numbers = {name: value for name, value in found.items() if name != "answers"}
+        self._batches[one.label, task].append({**numbers, "samples": len(requests), "indices": tuple(indices)})
+        for i, request, answer in zip(indices, requests, said, strict=True):
+            answers[i] = answer
+            length = len(self.tokenizer(answer, add_special_tokens=False)["input_ids"])
+            self._lengths[one.label, task].append((request.doc_id, length))
+
+    def _measured(self, one: Entry, requests: list[Any]) -> dict[str, Any] | None:
+        """A row's answers to a batch, and what they took; None where it cannot run, which is noted."""
         self._seconds = 0.0
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
         try:
             with one.applied(self.model):
-                found = super().generate_until(requests, disable_tqdm=True)
+                said = super().generate_until(requests, disable_tqdm=True)
                 held = self._held(len(requests)) if one.methods else {}
         except Exception as error:
             if not one.methods:
                 raise
             self.refused[one.label] = " ".join(str(error).split()) or type(error).__name__
-            return
-        task = str(requests[0].task_name)
-        record: dict[str, Any] = {"seconds": self._seconds, "samples": len(requests), "indices": tuple(indices), **held}
+            return None
+        found: dict[str, Any] = {"answers": said, "seconds": self._seconds, **held}
         if cuda:
-            record["peak_mib"] = torch.cuda.max_memory_allocated(self.device) / 2**20
-        self._batches[one.label, task].append(record)
-        for i, request, answer in zip(indices, requests, found, strict=True):
-            answers[i] = answer
-            length = len(self.tokenizer(answer, add_special_tokens=False)["input_ids"])
-            self._lengths[one.label, task].append((request.doc_id, length))
+            found["peak_mib"] = torch.cuda.max_memory_allocated(self.device) / 2**20
+        return found
 
     def _held(self, samples: int) -> dict[str, float]:
         """Rows of a layer, and bytes for a sample, that the cache holds after the last ``generate``."""

@@ -19,9 +19,11 @@ from torch import nn
 from tokred import adapters, api
 from tokred.bench import results
 from tokred.bench.entries import Entry, entries
+from tokred.bench.feeds import fingerprint
 from tokred.bench.intervals import paired
 from tokred.core.versions import release
 from tokred.eval import tasks as known
+from tokred.eval.answers import Answers
 from tokred.eval.needed import need
 from tokred.eval.table import COLUMNS, Harness
 
@@ -58,7 +60,8 @@ def lm_eval(
         limit: samples of each task; below 1 a share of them. None: all.
         batch_size: prompts of one ``generate``, padded on the left.
         baselines: measure random eviction and a window of the newest tokens as well, of as many bytes as each method.
-        out: a folder for ``lm_eval.csv`` and ``samples.jsonl``; files that are there are not overwritten.
+        out: a folder for ``lm_eval.csv`` and ``samples.jsonl``; files that are there are not overwritten. Answers are
+            kept there while the run is on: the same call after an interruption asks only what was not answered.
         include: a folder with more tasks.
         metadata: for tasks that make their own data; RULER's lengths, say: ``{"max_seq_lengths": [4096]}``.
         name: of the model, for the table; None: its configuration's.
@@ -96,14 +99,16 @@ def lm_eval(
     from tokred.eval.harness_model import Several
 
     with _in_evaluation(model):
+        kept = Answers(None if out is None else Path(out), _case(model))
         several = Several(
             model, _tokenizer(model, tokenizer), wanted, batch_size=batch_size, baselines=baselines, seed=seed,
-            progress=progress,
+            progress=progress, kept=kept,
         )  # fmt: skip
         found = _run(several, loaded, {"limit": limit, "task_manager": manager, **options}, name or _name(model))
     if out is not None:
         paths = results.free(Path(out), ("lm_eval.csv", "samples.jsonl"))
         found.write(*paths.values())
+        kept.clear()
     return found
 
 
@@ -173,6 +178,13 @@ def _folder(model: Any, tokenizer: Any) -> str:
 
 def _name(model: nn.Module) -> str:
     return str(getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__)
+
+
+def _case(model: nn.Module) -> str:
+    """Name of a model's weights, and of the machine that it is measured on."""
+    first = next(model.parameters())
+    where = results.here(first.device, first.dtype)
+    return fingerprint([fingerprint(model.parameters()), *(str(where[n]) for n in ("device", "threads", "dtype"))])
 
 
 def _tokenizer(model: nn.Module, given: Any) -> Any:

@@ -11,7 +11,20 @@ from __future__ import annotations
 from typing import Any
 
 from tokred.core.registry import parts as _parts
-from tokred.kv.budgets import Adaptive, Global, Growing, Layered, Preference, Pyramid, Split, Squeeze, Uniform
+from tokred.kv.budgets import (
+    Adaptive,
+    Curves,
+    Generated,
+    Global,
+    Growing,
+    Layered,
+    Preference,
+    Pyramid,
+    Split,
+    Squeeze,
+    Threshold,
+    Uniform,
+)
 from tokred.kv.fates import Evict, Merge
 from tokred.kv.parts import Budget, Fate, Part, Score, When
 from tokred.kv.policy import CachePolicy, Parts
@@ -27,11 +40,14 @@ __all__ = [
     "CacheSite",
     "ColumnSum",
     "Critical",
+    "Curves",
     "Dispersion",
     "Evict",
     "Expected",
     "Fate",
     "Flat",
+    "Foretold",
+    "Generated",
     "Global",
     "Growing",
     "Gumbel",
@@ -58,10 +74,13 @@ __all__ = [
     "Recency",
     "Reconstruction",
     "Rectangle",
+    "Redundancy",
     "Score",
     "Split",
     "Squeeze",
     "Store",
+    "Threshold",
+    "Trigonometric",
     "Turbo",
     "Uniform",
     "When",

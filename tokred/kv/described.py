@@ -60,6 +60,10 @@ class Rope(Protocol):
     def mean(self, start: int, count: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[D]`` of ``count`` positions from ``start`` on, averaged."""
 
+    def turns(self) -> tuple[Tensor, float]:
+        """Angle ``[D/2]`` float32 by which each pair of channels turns from one position to the next, and the factor
+        that queries and keys are multiplied by."""
+
 
 class Made(NamedTuple):
     """Keys or values that are put together only when someone reads them.

@@ -123,6 +123,7 @@ class Engine:
         when: the policy's times, as this number of layers needs them.
         ledger: of the bytes held, under a hard limit; else None.
         probe: reads the attention of forwards that repeat the context; None in all other forwards.
+        learning: whether the score's module was in training in the last forward.
     """
 
     def __init__(self, policy: CachePolicy, depth: int) -> None:
@@ -139,7 +140,7 @@ class Engine:
         self.ledger: Ledger | None = ledger_of(policy, self.when, depth)
         self.prompt: int | None = None
         self.steps: int | None = None
-        self.drafting = False
+        self.drafting = self.learning = False
         self.probe: Probe | None = None
         self.streams: dict[int, tuple[Tensor, Tensor]] = {}
         self._waiting: dict[int, _Waiting] = {}
@@ -182,6 +183,7 @@ class Engine:
             layer.settle(site)
             return
         clock, after, when = layer.clock, site.seen, self.when
+        self.learning = site.learned.training
         if clock.prompt < 0:
             clock.prompt = self._prompt(clock, after)
         several = after - before > 1 and not self.drafting
@@ -241,7 +243,8 @@ class Engine:
     @property
     def repeats(self) -> Repeats | None:
         """The way in which the context is to be fed again; None: it need not be."""
-        return None if self.idle else self.parts.score.repeats
+        score = self.parts.score
+        return None if self.idle else score.lessons if self.learning else score.repeats
 
     def records(self, clock: Clock, after: int) -> bool:
         """True if the tokens of a forward that ended at ``after`` slots will have to be repeated."""
@@ -285,7 +288,7 @@ class Engine:
     def reset(self) -> None:
         """Forget the cache's past."""
         self.prompt = self.steps = None
-        self.drafting = False
+        self.drafting = self.learning = False
         self.streams, self._pending, self._waiting = {}, {}, {}
         self.allocator.begin()
 
@@ -312,7 +315,7 @@ class Engine:
             layer, site: which.
             decide: the budget is decided anew, and not only kept to.
         """
-        if self.parts.score.repeats is None:
+        if self.repeats is None:
             self._shrink(layer, site, decide)
             return
         if decide:

@@ -12,9 +12,10 @@ import re
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokred.core.checks import check_count as check_count
+from tokred.core.learned import Facts
 from tokred.core.reduction import Reduction
 from tokred.core.registry import parts
 from tokred.core.schedules import kept
@@ -85,6 +86,25 @@ class Score(Part):
         return None
 
     @property
+    def lessons(self) -> Repeats | None:
+        """The way in which the context is fed again while the score's module is in training; None: it is not."""
+        return None
+
+    def module(self, facts: Facts) -> nn.Module | None:
+        """A new module with the weights that the score learns, for one model; None: it has none.
+
+        Such a score reads ``"module"``, and finds it at ``site.learned``.
+        """
+        return None
+
+    def fits(self, facts: Facts) -> None:
+        """Refuse a model that what the score knows is not of.
+
+        Raises:
+            ValueError: naming both.
+        """
+
+    @property
     def needs(self) -> frozenset[str]:
         """:attr:`reads`, and what a wrapped score reads."""
         return self.reads
@@ -144,6 +164,13 @@ class Budget(Part):
 
         Raises:
             ValueError: with what does not fit.
+        """
+
+    def fits(self, facts: Facts, score: Score) -> None:
+        """Refuse a model, or a policy's score, that what the budget knows is not of.
+
+        Raises:
+            ValueError: naming both.
         """
 
     def mean(self, n: int, place: Place | None, depth: int) -> int:

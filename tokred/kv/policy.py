@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokred.core.checks import check_share
+from tokred.core.learned import Facts
 from tokred.core.method import Method, Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.schedules import kept
@@ -66,6 +67,20 @@ class CachePolicy(Method):
         """Score, budget and store say what they take from the host."""
         parts = self.parts
         return parts.score.needs | parts.budget.reads | parts.store.reads
+
+    def module(self, facts: Facts) -> nn.Module | None:
+        """The module of the score, where it has weights."""
+        return self.parts.score.module(facts)
+
+    def fits(self, facts: Facts) -> None:
+        """Refuse a model that what score or budget know is not of.
+
+        Raises:
+            ValueError: naming both.
+        """
+        parts = self.parts
+        parts.score.fits(facts)
+        parts.budget.fits(facts, parts.score)
 
     def check(self, depth: int) -> None:
         """Refuse a budget that does not fit the number of compressed layers, and a store that cannot do all it must.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tokred.core.attention import Attention
 from tokred.kv.site import CacheSite
+from tokred.kv.values import value_lengths
 
 # The state of a layer's rows that holds what they received from the tokens that repeat.
 REPEATED = "repeated"
@@ -21,6 +22,8 @@ REPEATED = "repeated"
 CONTEXT = "context"
 # Attention is at most one: rows that are not repeated stand above all others.
 UNREPEATED = 2.0
+# Queries whose attention is held at once.
+_BLOCK = 64
 
 
 class Repeats(NamedTuple):
@@ -32,6 +35,8 @@ class Repeats(NamedTuple):
         first: token ids of the instruction before the first piece.
         later: token ids of the instruction before each other piece.
         overlap: tokens of the piece before that follow the later instruction.
+        plus: each weight is divided by the length of what its query was made of, and multiplied by that of what its
+            value adds to the stream.
     """
 
     chunk: int
@@ -39,6 +44,7 @@ class Repeats(NamedTuple):
     first: tuple[int, ...] = ()
     later: tuple[int, ...] = ()
     overlap: int = 8
+    plus: bool = False
 
 
 class Piece(NamedTuple):
@@ -143,9 +149,15 @@ class Probe:
             own = torch.arange(rows, rows + n, device=site.device)
             index = torch.cat([sinks[i], chunk, own])
             k = site.k[some].index_select(2, index)
+            first = len(sinks[i])
+            if self.repeats.plus:
+                rows_of = slice(first, first + len(chunk))
+                found = _weighed(site, some, n, k)[:, :, rows_of] * value_lengths(site)[some, :, chunk]
+                found = found.unflatten(1, (site.heads, -1)).amax(2)
+                best[some, :, chunk] = found.to(best.dtype)
+                continue
             attention = Attention(site.q[some, :, :n], k, scale=site.scale, softcap=site.softcap, causal=True)
             found = attention.statistics(group="max").max
-            first = len(sinks[i])
             best[some, :, chunk] = found[:, :, first : first + len(chunk)].to(best.dtype)
 
     def scores(self, layer: int, site: CacheSite, before: Tensor | None) -> Tensor:
@@ -160,7 +172,8 @@ class Probe:
         found = self.best.get(layer)
         found = torch.zeros(shape, device=site.device) if found is None else found
         found = found if before is None else torch.maximum(found, before)
-        return found.masked_fill(site.token < self.repeats.sinks, UNREPEATED)
+        # Products with lengths have no bound.
+        return found.masked_fill(site.token < self.repeats.sinks, torch.inf if self.repeats.plus else UNREPEATED)
 
 
 def _sink_rows(site: CacheSite, sinks: int, rows: int) -> list[Tensor]:
@@ -171,3 +184,30 @@ def _sink_rows(site: CacheSite, sinks: int, rows: int) -> list[Tensor]:
     if first.shape[0] == 1:
         return [first[0].nonzero().view(-1)] * site.shape[0]
     return [row.nonzero().view(-1) for row in first]
+
+
+def _weighed(site: CacheSite, some: slice, count: int, k: Tensor) -> Tensor:
+    """``[b, H, S]`` float32: for each row the largest weight, divided by the length of what its query was made of.
+
+    Args:
+        site: of the forward that repeats.
+        some: samples.
+        count: tokens that they are fed.
+        k: ``[b, Hk, S, D]`` the rows that these share their attention out among, their own in the end.
+    """
+    q, length = site.q[some, :, :count].float(), site.hidden[some, :count].float().norm(dim=-1)
+    b, heads, _, width = q.shape
+    rows, keys = k.shape[2], k.float().unsqueeze(2)
+    place = torch.arange(rows, device=q.device)
+    best = q.new_zeros(b, heads, rows)
+    scale: float = site.scale  # type: ignore[assignment]
+    for start in range(0, count, _BLOCK):
+        part = q[:, :, start : start + _BLOCK]
+        logits = part.reshape(b, k.shape[1], -1, part.shape[2], width) @ keys.mT * scale
+        if site.softcap:
+            logits = torch.tanh(logits / site.softcap) * site.softcap
+        own = rows - count + start + torch.arange(part.shape[2], device=q.device)
+        weights = logits.masked_fill(place > own[:, None], -torch.inf).softmax(-1).flatten(1, 2)
+        weights = weights / length[:, None, start : start + _BLOCK, None].clamp(min=1e-12)
+        best = torch.maximum(best, weights.amax(2))
+    return best

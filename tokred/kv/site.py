@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tokred.core.attention import Attention
+from tokred.core.learned import Learned
 from tokred.core.site import Site
 from tokred.errors import MissingInputError
 from tokred.kernels.column_scores import ColumnStatistics
@@ -52,6 +53,8 @@ class CacheSite(Site):
         steps: tokens that will be generated, where that is known.
         projection: gives the matrix ``[C, H * Dv]`` of the attention's output projection.
         rope: the rotary embedding.
+        hidden: ``[B, M, C]`` what the attention was given, of which its queries, keys and values are made.
+        learned: the policy's module, where it has one, and losses that it takes from it.
         layer, depth: which of the layers that are compressed this is.
     """
 
@@ -77,12 +80,15 @@ class CacheSite(Site):
         steps: int | None = None,
         projection: Callable[[], Tensor] | None = None,
         rope: Rope | None = None,
+        hidden: Tensor | None = None,
+        learned: Learned | None = None,
         layer: int = 0,
         depth: int = 1,
     ) -> None:
         like = k.like if isinstance(k, Made) else k
         scale = like.shape[-1] ** -0.5 if scale is None else scale
-        super().__init__(q=q, scale=scale, layer=layer, depth=depth)
+        super().__init__(q=q, scale=scale, layer=layer, depth=depth, learned=learned)
+        self._values["hidden"] = hidden
         self._hold(k, v)
         self.slots = positions
         self.seen = like.shape[2] if seen is None else seen
@@ -307,6 +313,11 @@ class CacheSite(Site):
         return self._projection()
 
     @property
+    def hidden(self) -> Tensor:
+        """``[B, M, C]`` what the attention was given in this forward, after the layer's norm."""
+        return self._get("hidden")
+
+    @property
     def rope(self) -> Rope:
         """The rotary embedding.
 
@@ -345,13 +356,15 @@ class CacheSite(Site):
     def without_queries(self) -> CacheSite:
         """A copy that holds no queries: for choices that come later."""
         other = copy.copy(self)
-        other._values = {**self._values, "q": None}
+        # What a module in training learns from waits with it.
+        hidden = self._values["hidden"] if self.learned.training else None
+        other._values = {**self._values, "q": None, "hidden": hidden}
         return other
 
     def without_tensors(self) -> CacheSite:
         """A copy that holds neither queries nor rows, until :meth:`at` says which rows there are."""
         other = self.without_queries()
-        other._values = {**other._values, "k": None, "v": None}
+        other._values = {**other._values, "k": None, "v": None, "hidden": None}
         other._like = tuple(like(x, tuple(x.shape)) for x in self._like)
         other._measured = {}
         for name in ("real", "token", "order"):

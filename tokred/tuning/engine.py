@@ -210,8 +210,8 @@ class Engine:
 
     def _kept(self, output: Any) -> Any:
         """The part of an unpatched output that others are compared with: its tensor, or else all of it."""
-        if self.score.log:
-            return None
+        if self.score.log or self.score.whole:
+            return output if self.score.whole else None
         try:
             found = answer(output)
         except TypeError:

@@ -19,7 +19,7 @@ from tokred.tuning.engine import cut
 from tokred.tuning.goal import Goal
 from tokred.tuning.judge import Trial, blended, difference
 from tokred.tuning.search import Search, Spent
-from tokred.tuning.space import Base
+from tokred.tuning.space import SHARES, Base
 
 TOLERANCE = 0.015  # of a speed: so near two settings are equally fast
 ATTEMPTS = 3  # at making finalists as fast as they should be
@@ -86,8 +86,10 @@ class Finals:
     def _at(self, plan: Any, level: float) -> Trial | None:
         """The judged trial of a plan at a level; it does not count among those of the search."""
         step = self.search.step(plan, level)
-        if step is None:
-            step = plan.steps
+        return self._made(plan, plan.steps if step is None else step)
+
+    def _made(self, plan: Any, step: int) -> Trial | None:
+        """The judged trial of a plan at a step; it does not count among those of the search."""
         limit, self.search.trials = self.search.trials, 10**9
         try:
             trial = self.search.made(plan, step)
@@ -98,8 +100,11 @@ class Finals:
             self.search.trials = limit
 
     def measure(self, entrants: list[Finalist]) -> float:
-        """Time all, and bring them to one speed; returns that speed."""
+        """Time all, and bring them to one speed (or below the goal's bytes); returns that speed."""
         needed = self.search.level
+        if self.search.goal.kind == "memory":
+            for one in entrants:
+                self._shrink(one)
         for attempt in range(ATTEMPTS):
             self._time(entrants, seed=attempt)
             if self.search.goal.kind == "memory":
@@ -120,6 +125,23 @@ class Finals:
             if not changed:
                 break
         return needed
+
+    def _shrink(self, one: Finalist) -> None:
+        """Make a policy's share smaller until the bytes that are really held are those of the goal.
+
+        Rows that were read since, and indices of rows by head, take bytes that a share does not count. A run that holds
+        far more than its share has rows that no policy governs, and is left as it is.
+        """
+        wanted = self.search.goal.value
+        for _ in range(ATTEMPTS):
+            held = self.memory(one.trial.method)
+            if not wanted * (1 + TOLERANCE) < held <= wanted * (1 + FAR):
+                return
+            share = 1 - one.trial.step / SHARES
+            trial = self._made(one.trial.plan, SHARES - max(1, int(share * wanted / held * SHARES)))
+            if trial is None or trial.label == one.trial.label:
+                return
+            one.trial = trial
 
     def level(self, best: Finalist, entrants: Sequence[Finalist]) -> None:
         """Bring the chosen shape to the speed that the constant setting is measured at, and time both together.

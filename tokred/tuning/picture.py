@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokred.analysis.viz.canvas import pyplot, save
+from tokred.analysis.viz.canvas import check, save, subplots
 from tokred.core.schedules import PerLayer
 
 if TYPE_CHECKING:
@@ -26,12 +26,9 @@ def schedule_of(method: Any) -> tuple[str, list[float]] | None:
 
 def draw(tuned: Tuned, path: Path) -> Path:
     """Draw and save; returns the path."""
-    try:
-        plt = pyplot()
-    except ImportError as error:
-        raise ImportError("Tuned.plot needs matplotlib: pip install 'tokred[tune]'") from error
+    check("Tuned.plot", "tune")
     scheduled = schedule_of(tuned.method)
-    figure, axes = plt.subplots(1, 2 if scheduled else 1, figsize=(10 if scheduled else 5.5, 4), layout="constrained")
+    figure, axes = subplots(1, 2 if scheduled else 1, figsize=(10 if scheduled else 5.5, 4), layout="constrained")
     left = axes[0] if scheduled else axes
     times = 100.0 if tuned.metric in ("top1", "top5", "agreement") else 1.0
     styles = {"chosen": ("o", "C0"), "constant": ("s", "C1"), "random": ("x", "0.5"), "unpatched": ("D", "0.2")}

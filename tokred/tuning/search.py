@@ -10,8 +10,10 @@ import random
 from collections.abc import Callable, Sequence
 
 from tokred.core.schedules import kept
+from tokred.tuning.engine import Judged
 from tokred.tuning.goal import Goal
 from tokred.tuning.judge import Judge, Trial, lost
+from tokred.tuning.layers import groups, restored, shared
 from tokred.tuning.samplers import Chance, Learned
 from tokred.tuning.space import SHARES, Base, Plan, setting_of
 from tokred.tuning.speed import Clock
@@ -62,6 +64,12 @@ class Search:
         self.best: Trial | None = None
         self.stopped = False
         self._here: list[str] = []
+        self._asked = 0.0  # trials' worth of samples that layers were asked on
+
+    @property
+    def used(self) -> int:
+        """Trials, and what the questions to single layers came to."""
+        return len(self.tried) + round(self._asked)
 
     # ------------------------------------------------------------------ one setting
 
@@ -83,7 +91,7 @@ class Search:
         known = self.tried.get(label)
         if known is not None:
             return known
-        if len(self.tried) >= self.trials:
+        if self.used >= self.trials:
             raise Spent
         speed = 1.0 if self.goal.kind == "memory" else self.clock.speed(plan, step)
         return Trial(plan, step, method, label, speed)
@@ -157,16 +165,44 @@ class Search:
             self.attempt(first)
         for base in self.bases:
             for plan in base.known():
-                if len(self.tried) < until:
+                if self.used < until:
                     self.attempt(plan)
+        self._by_layers(until)
         shaped = [base for base in self.bases if any(True for _ in base.known())]
-        drawn = len(self.tried) + round(DRAWN * max(0, until - len(self.tried)))
+        drawn = self.used + round(DRAWN * max(0, until - self.used))
         misses = 0
-        while shaped and len(self.tried) < drawn and misses < 50:
+        while shaped and self.used < drawn and misses < 50:
             before = len(self.tried)
             self._draw(shaped)
             misses = 0 if len(self.tried) > before else misses + 1
         self._climb(until)
+
+    def _by_layers(self, until: int) -> None:
+        """Ask each layer of a cache what it gains by more rows, and try the shapes that follow.
+
+        At most a third of the trials that are left go into the questions; where that is too little for single layers,
+        neighbours are asked together.
+        """
+        best, pieces = self.best, self.judge.engine.pieces
+        if best is None or best.plan.base.kind != "cache" or dict(best.plan.options).get("heads") == "global":
+            return
+        few = max(1, len(pieces) // 4)
+        asked = groups(best.plan.base.depth, (until - self.used) * len(pieces) // (3 * few))
+        if len(asked) < 2:
+            return
+        gains = [0.0] * best.plan.base.depth
+        before = _mean(best.judged[:few])
+        for layers in asked:
+            plan, step = restored(best.plan, best.step, layers)
+            method = plan.at(step)
+            label = f"{plan.base.name} {setting_of(method)}".strip()
+            after = _mean([self.judge.piece(label, method, "tune", i) for i in range(few)])
+            self._asked += few / len(pieces)
+            for i in layers:
+                gains[i] = (before - after) / len(layers)
+        for plan in shared(best.plan, gains):
+            if self.used < until:
+                self.attempt(plan)
 
     def _draw(self, bases: Sequence[Base]) -> None:
         dice = self.sampler.ask()
@@ -182,7 +218,7 @@ class Search:
             moves = list(start.plan.moves(start.step))
             self._rng.shuffle(moves)
             for plan in moves:
-                if len(self.tried) >= until:
+                if self.used >= until:
                     return
                 self.attempt(plan)
                 if self.best is not start:
@@ -216,3 +252,9 @@ class Search:
             else:
                 high = middle
         return found
+
+
+def _mean(judged: Sequence[Judged]) -> float:
+    """Mean of the guide over some pieces."""
+    found = [value for piece in judged for value in piece.guide]
+    return sum(found) / len(found)

@@ -156,7 +156,7 @@ def spaced(base: Base, start: int, stop: int, count: int, slope: float) -> Plan:
     for i, block in enumerate(chosen):
         along = 2 * i / (len(chosen) - 1) - 1 if len(chosen) > 1 else 0.0
         weights[block] = 1 + slope * along + 1e-6
-    return Plan(base, _normed(weights))
+    return Plan(base, normed(weights))
 
 
 def bent(base: Base, knots: tuple[float, ...], heads: str) -> Plan:
@@ -166,7 +166,7 @@ def bent(base: Base, knots: tuple[float, ...], heads: str) -> Plan:
         at = layer / max(1, base.depth - 1) * (len(knots) - 1)
         i = min(int(at), len(knots) - 2)
         weights.append(math.exp(knots[i] + (at - i) * (knots[i + 1] - knots[i])))
-    return Plan(base, _normed(weights), (("heads", heads),))
+    return Plan(base, normed(weights), (("heads", heads),))
 
 
 def _blocks(start: int, stop: int, count: int) -> tuple[int, ...]:
@@ -176,7 +176,8 @@ def _blocks(start: int, stop: int, count: int) -> tuple[int, ...]:
     return tuple(sorted({start + round(i * (span - 1) / max(1, count - 1)) for i in range(count)}))
 
 
-def _normed(weights: list[float]) -> tuple[float, ...]:
+def normed(weights: list[float]) -> tuple[float, ...]:
+    """Weights that add up to 1."""
     total = sum(weights)
     return tuple(w / total for w in weights)
 
@@ -246,7 +247,7 @@ class Plan:
                 for to in dict.fromkeys((first, 0)):
                     moved = [0.0] * len(bent)
                     moved[: len(bent) - (first - to)] = bent[first - to :]
-                    yield Plan(self.base, _normed(moved), self.options)
+                    yield Plan(self.base, normed(moved), self.options)
 
     def moves(self, step: int) -> Iterator[Plan]:
         """The plans beside this one at a step: a layer's part moved to another, halved, doubled or taken away."""
@@ -254,17 +255,17 @@ class Plan:
         if base.kind == "cache":
             if dict(self.options).get("heads") == "global":
                 return
-            weights = self.weights or _normed([1.0] * d)
+            weights = self.weights or normed([1.0] * d)
             for width in (max(1, d // 6), max(1, d // 15)):
                 for start in range(0, d, width):
                     for factor in (1.6, 1 / 1.6):
                         changed = [w * factor if start <= i < start + width else w for i, w in enumerate(weights)]
-                        yield Plan(base, _normed(changed), self.options)
+                        yield Plan(base, normed(changed), self.options)
             return
         if base.kind == "listed":
             # What a block cannot remove makes a constant schedule one of its own shape.
             real = amounts(self.weights, step, base.free) if self.weights else constant_amounts(step, d, base.free)
-            yield from self._shifted(_normed([float(r) for r in real]))
+            yield from self._shifted(normed([float(r) for r in real]))
             return
         for name, value in self.options:
             near: list[Any] = []
@@ -295,7 +296,7 @@ class Plan:
 
     def _with(self, weights: tuple[float, ...], changes: dict[int, float]) -> Plan:
         changed = [changes.get(i, w) for i, w in enumerate(weights)]
-        return Plan(self.base, _normed(changed) if sum(changed) > 0 else weights, self.options)
+        return Plan(self.base, normed(changed) if sum(changed) > 0 else weights, self.options)
 
 
 def amounts(weights: tuple[float, ...], total: int, free: int) -> list[int]:

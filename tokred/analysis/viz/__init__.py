@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tokred.analysis.viz.cached import CacheDrawing, cache
 from tokred.analysis.viz.draw import (
     after,
     edges,
@@ -14,11 +15,15 @@ from tokred.analysis.viz.draw import (
     sheet,
     spaced,
 )
+from tokred.analysis.viz.drawing import Drawing
 from tokred.analysis.viz.recording import Recording, record
 
 __all__ = [
+    "CacheDrawing",
+    "Drawing",
     "Recording",
     "after",
+    "cache",
     "edges",
     "enlarge",
     "figure",

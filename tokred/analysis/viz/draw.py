@@ -29,10 +29,14 @@ PATCH_PIXELS = 16  # a patch is drawn at least this large, so that an outline le
 
 
 def after(model: nn.Module, layer: int | None = None) -> Reduction:
-    """The whereabouts of every token after block ``layer`` in the last forward of a patched model; None: at the end.
+    """The whereabouts of every token after a block of the last forward of a patched model.
 
     As :func:`tokred.trace`, but tokens that were pruned count as dropped also where a slot stands in for them when the
     full length is restored.
+
+    Args:
+        model: patched.
+        layer: index of the block, from 0 as in ``tokred.report(model)`` and in methods' parameters; None: the last one.
 
     Raises:
         NothingRecordedError: the model is not patched, or no uncompiled forward has run since.
@@ -154,22 +158,22 @@ def figure(recording: Recording, blocks: Sequence[int] | None = None) -> Any:
 
     Args:
         recording: of :func:`record`.
-        blocks: numbers of blocks; None: up to four, evenly spaced, the last one among them.
+        blocks: numbers of blocks, from 1; None: up to four, evenly spaced, the last one among them.
 
     Raises:
         ValueError: there is no such block.
     """
     shown = spaced(recording.depth) if blocks is None else list(blocks)
-    if not shown or min(shown) < 0 or max(shown) >= recording.depth:
-        raise ValueError(f"blocks must lie in 0..{recording.depth - 1}, got {shown}")
+    if not shown or min(shown) < 1 or max(shown) > recording.depth:
+        raise ValueError(f"blocks must lie in 1..{recording.depth}, got {shown}")
     pictures: list[list[Picture]] = []
     notes, names = list[list[str]](), list[str]()
     for i, name in enumerate(recording.names):
         image = recording.pixels[i]
         for run in recording.runs:
-            painted = [paint_groups(image, run.groups[i, block + 1], recording.grid) for block in shown]
+            painted = [paint_groups(image, run.groups[i, block], recording.grid) for block in shown]
             pictures.append([enlarge(image, recording.grid), *painted])
-            notes.append([f"{int(run.tokens[i, stage])} tokens" for stage in (0, *(block + 1 for block in shown))])
+            notes.append([f"{int(run.tokens[i, stage])} tokens" for stage in (0, *shown)])
             text = f"{name}\n{run.label}" if len(recording.runs) > 1 else name
             names.append(text.replace("$", r"\$"))  # no formula
     rows, columns = recording.grid
@@ -182,8 +186,8 @@ def figure(recording: Recording, blocks: Sequence[int] | None = None) -> Any:
 
 
 def spaced(depth: int, count: int = 4) -> list[int]:
-    """Some blocks of ``depth``, evenly spaced, the last one among them."""
-    return sorted({-(-depth * i // count) - 1 for i in range(1, count + 1)})
+    """Some blocks of ``depth``, numbered from 1, evenly spaced, the last one among them."""
+    return sorted({-(-depth * i // count) for i in range(1, count + 1)})
 
 
 def page(

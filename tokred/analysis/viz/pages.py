@@ -36,11 +36,12 @@ def render(recording: Recording, title: str) -> str:
     """The page as text; every name in it is escaped."""
     parts = {
         "title": html.escape(title),
+        "style": (TEMPLATE.parent / "style.css").read_text("utf8"),
         "intro": html.escape(_intro(recording)),
         "soft": _soft(recording),
         "columns": "one" if len(recording.runs) == 1 else "several",
         "images": "\n".join(_section(recording, i) for i in range(len(recording.names))),
-        "data": _json(data(recording)),
+        "data": as_json(data(recording)),
     }
     return PLACE.sub(lambda found: parts[found[1]], TEMPLATE.read_text("utf-8"))
 
@@ -108,7 +109,7 @@ def _chunk(kind: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
-def _json(found: dict[str, Any]) -> str:
+def as_json(found: dict[str, Any]) -> str:
     """JSON that cannot end the script element that it stands in."""
     text = json.dumps(found, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
@@ -135,8 +136,9 @@ def _section(recording: Recording, i: int) -> str:
     return f"""<section aria-labelledby="name-{i}" data-image="{i}">
 <h2 id="name-{i}">{name}</h2>
 <p class="slider"><label for="slider-{i}">Stage</label>
+<button type="button" class="play" id="play-{i}" aria-label="Play or stop: {name}">Play</button>
 <input type="range" id="slider-{i}" min="0" max="{depth}" value="{depth}" step="1">
-<span class="where" id="where-{i}">after block {depth - 1}</span></p>
+<span class="where" id="where-{i}">after block {depth}</span></p>
 <div class="methods">
 {figures}
 </div>
@@ -166,7 +168,7 @@ def _table(recording: Recording, i: int) -> str:
             f"<td>{int(run.tokens[i, stage])}</td><td>{int(run.macs[i, stage]) / 1e9:.3f}</td>"
             for run in recording.runs
         )
-        rows.append(f'<tr><th scope="row">{"image" if stage == 0 else stage - 1}</th>{cells}</tr>')
+        rows.append(f'<tr><th scope="row">{"image" if stage == 0 else stage}</th>{cells}</tr>')
     body = "\n".join(rows)
     return f"""<details><summary>Numbers</summary>
 <div class="wide"><table>

@@ -24,7 +24,7 @@ BATCH = 8
 
 @dataclass(frozen=True)
 class Run:
-    """One method on all images. Stage 0 is before the first block, stage ``s`` after block ``s - 1``.
+    """One method on all images. Stage 0 is before the first block, stage ``s`` after block ``s``, from 1.
 
     Attributes:
         label: method and setting.

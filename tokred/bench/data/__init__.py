@@ -1,1 +1,1 @@
-"""The embedded default: weights and a sample of Fashion-MNIST."""
+"""The embedded default: weights, and a sample of Fashion-MNIST on photographs."""

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from tokred.adapters.contract import words
+from tokred.bench.feeds import read as reads
 from tokred.bench.feeds.batches import Batches as Batches
 from tokred.bench.feeds.batches import Unreadable as Unreadable
 from tokred.bench.feeds.batches import fingerprint as fingerprint
@@ -20,16 +21,18 @@ from tokred.bench.feeds.generate import Generate
 from tokred.bench.feeds.held import modules as modules
 from tokred.bench.feeds.held import target as target
 from tokred.bench.feeds.pipeline import Pipeline
+from tokred.bench.feeds.read import Reading as Reading
 from tokred.bench.feeds.text import Text
 
 Run = str | Callable[[Any, Any], Any]
 
 
 class Options(NamedTuple):
-    """Options of runs: a tokenizer or processor, and the most tokens that are generated."""
+    """Options of runs: a tokenizer or processor, the most tokens that are generated, and what metrics read."""
 
     tokenizer: Any = None
     max_new_tokens: int | None = None
+    read: Reading | None = None
 
 
 # ``RUNS[name](model, options)``.
@@ -51,12 +54,14 @@ def _last(model: Any) -> dict[str, Any]:
     return {words.KEPT_LOGITS.name: 1}
 
 
-def check(run: Run) -> None:
-    """Refuse what is no kind of run.
+def check(run: Run, read: Any = None) -> None:
+    """Refuse what is no kind of run, or nothing that can be read of one.
 
     Raises:
         ValueError: there is no run of that name.
+        TypeError: ``read`` is no name and no function.
     """
+    reads.check(read)
     if not callable(run) and run not in (*RUNS, "auto"):
         allowed = ", ".join(map(repr, ("auto", *RUNS)))
         raise ValueError(f"run is {run!r}; allowed are {allowed}, or a function of (model, batch)")
@@ -73,8 +78,14 @@ def choose(run: Run, model: Any, stages: Collection[str], item: Any, options: Op
         options: of the run.
 
     Raises:
-        ValueError: the model cannot do such a run, or it cannot be told which one is meant.
+        ValueError: the model cannot do such a run, it cannot be told which one is meant, or what is to be read of it is
+            not there.
     """
+    feed = _chosen(run, model, stages, item, options)
+    return feed if options.read is None else reads.Read(feed, options.read, model)
+
+
+def _chosen(run: Run, model: Any, stages: Collection[str], item: Any, options: Options) -> Feed:
     if not isinstance(run, str):
         return Own(run)
     name = fitting(model, set(stages), item, options) if run == "auto" else run

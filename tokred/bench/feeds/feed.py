@@ -35,6 +35,11 @@ class Feed:
     usual: ClassVar[str] = "agreement"
 
     @property
+    def kind(self) -> str | None:
+        """The kind of output that metrics get, by the run's name; None: of any."""
+        return self.name
+
+    @property
     def settings(self) -> str:
         """Settings on which outputs depend beside model and data, as text."""
         return ""

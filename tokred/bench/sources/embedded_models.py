@@ -19,17 +19,17 @@ def embedded(name: str, options: Options) -> Source:
         NoModelError: its weights, or what reads them, are not here.
         ValueError: another size of images is asked for.
     """
-    from tokred.bench.data.model import MEAN, STD, build
+    from tokred.bench.data.model import MEAN, SIZE, STD, build
 
-    if options.size not in (None, 28):
-        raise ValueError(f"--size {options.size}: the embedded model takes images of 28 x 28 only")
+    if options.size not in (None, SIZE):
+        raise ValueError(f"--size {options.size}: the embedded model takes images of {SIZE} x {SIZE} only")
     try:
         # It is small, so that questions about its structure need no meta device, on which older timm cannot build it.
         hollow = options.shapes or options.random_weights
         model: Any = build().eval() if hollow else packaged.load()
     except (OSError, ImportError, ValueError) as error:
         raise NoModelError(str(error)) from error
-    reading = Reading((28, 28), 1, (MEAN,), (STD,))
+    reading = Reading((SIZE, SIZE), 3, (MEAN,) * 3, (STD,) * 3)
     return Source(name, model, "encoder", "timm", reading, classes=10, weights=options.weights, origin=name)
 
 

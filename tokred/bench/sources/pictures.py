@@ -162,7 +162,7 @@ def found(source: Source, reading: Reading, spec: str | None) -> tuple[Any, tupl
         spec = usual(source)
     if spec == "embedded":
         sample = embedded.sample()
-        return TensorDataset(sample.images, sample.labels), embedded.CLASSES, "Fashion-MNIST test sample"
+        return TensorDataset(sample.images, sample.labels), embedded.CLASSES, embedded.NAME
     if spec == NOISE:
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(64, reading.channels, *reading.size, generator=generator)

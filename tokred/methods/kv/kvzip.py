@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from tokred.core.checks import check_choice
 from tokred.core.method import Parameters
 from tokred.core.registry import register
 from tokred.errors import MissingInputError
@@ -35,6 +36,8 @@ class Reconstruction(Score):
         later: token ids before each other piece, such as those of "Repeat the part of the previous context exactly,
             starting with"; None: as ``instruction``.
         overlap: tokens of the piece before, which follow the later instruction and say where it starts.
+        norm: "plus": each weight is divided by the length of what its query was made of, and multiplied by the length
+            of what its value adds to the stream (KVzip+ of the paper on KVzap, arXiv 2601.07891); "none".
 
     Source: Kim et al., KVzip, NeurIPS 2025 (arXiv 2505.23416).
     """
@@ -49,9 +52,11 @@ class Reconstruction(Score):
     instruction: tuple[int, ...] | None = None
     later: tuple[int, ...] | None = None
     overlap: int = 8
+    norm: str = "none"
 
     def __post_init__(self) -> None:
         check_count(self.chunk, "chunk", 1)
+        check_choice(self.norm, "norm", ("none", "plus"))
         check_count(self.sinks, "sinks")
         check_count(self.overlap, "overlap")
         for name in ("instruction", "later"):
@@ -61,7 +66,13 @@ class Reconstruction(Score):
     def repeats(self) -> Repeats:
         """The pieces and what comes before them."""
         first = self.instruction or ()
-        return Repeats(self.chunk, self.sinks, first, first if self.later is None else self.later, self.overlap)
+        later, plus = first if self.later is None else self.later, self.norm == "plus"
+        return Repeats(self.chunk, self.sinks, first, later, self.overlap, plus)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Queries and keys, and what lengths are taken of."""
+        return self.reads | ({"v", "projection", "hidden"} if self.norm == "plus" else set())
 
     def __call__(self, site: CacheSite) -> Tensor:
         """The attention that forwards which repeat have found.
@@ -114,6 +125,7 @@ class KVzip(KVPreset):
         later: token ids before each other piece; None: as ``instruction``.
         overlap: tokens of the piece before, which follow the later instruction and say where it starts.
         turns: repeat and choose again at the end of later turns, or of each chunk of a prompt.
+        norm: "plus" for KVzip+, see :class:`Reconstruction`; "none".
 
     Source: Kim et al., KVzip, NeurIPS 2025 (arXiv 2505.23416).
     """
@@ -128,6 +140,7 @@ class KVzip(KVPreset):
     later: tuple[int, ...] | None = None
     overlap: int = 8
     turns: bool = False
+    norm: str = "none"
 
     def __post_init__(self) -> None:
         budget = self.budget
@@ -155,4 +168,4 @@ class KVzip(KVPreset):
         return cls(instruction=ids[0], later=ids[1], **parameters)
 
     def make_score(self) -> Reconstruction:
-        return Reconstruction(self.chunk, self.sinks, self.instruction, self.later, self.overlap)
+        return Reconstruction(self.chunk, self.sinks, self.instruction, self.later, self.overlap, self.norm)

@@ -1,0 +1,61 @@
+"""Run the notebooks anew and keep their outputs.
+
+    python docs/notebooks/run.py             # all of them, in place
+    python docs/notebooks/run.py kv vlm      # some
+
+Needs `pip install -e '.[dev]'`. Every notebook runs in a kernel and an empty folder of its own. What would differ from
+one run to the next without anything being different (times of execution, versions of the kernel) is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).resolve().parent
+NAMES = tuple(sorted(path.stem for path in FOLDER.glob("*.ipynb")))
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+SECONDS = 300  # for a cell
+
+
+def executed(path: Path) -> Any:
+    """The notebook of ``path`` with the outputs of a run of its own, as an object of nbformat.
+
+    Raises:
+        nbclient.exceptions.CellExecutionError: a cell fails; the message has its traceback.
+    """
+    import nbclient
+    import nbformat
+
+    book = nbformat.read(path, as_version=4)
+    with tempfile.TemporaryDirectory() as folder:
+        resources = {"metadata": {"path": folder}}
+        nbclient.NotebookClient(book, timeout=SECONDS, kernel_name="python3", resources=resources).execute()
+    book.metadata = nbformat.from_dict(METADATA)
+    for cell in book.cells:
+        cell.metadata = nbformat.from_dict({k: v for k, v in cell.metadata.items() if k == "tags"})
+        for output in cell.get("outputs", ()):
+            if output.output_type in ("display_data", "execute_result"):
+                output.metadata = nbformat.from_dict({})
+    return book
+
+
+def main() -> None:
+    """Run and write those that are named."""
+    import nbformat
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", choices=[*NAMES, []], metavar="NAME", help=f"of {', '.join(NAMES)}")
+    for name in parser.parse_args().names or NAMES:
+        path = FOLDER / f"{name}.ipynb"
+        nbformat.write(executed(path), path)
+        print(f"{path.name}: {path.stat().st_size / 1000:.0f} kB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Drawings of ``tokred viz`` for models that are no encoders: what each kind is given, and how it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokred.analysis.viz.drawing import Drawing
+    from tokred.bench.sources import Source
+
+BUDGET = (0.25,)  # of a cache: what a policy that is named alone is set to
+
+
+@dataclass(frozen=True)
+class Given:
+    """Options of the command line that say what a model is run on.
+
+    Attributes:
+        images: files.
+        prompt: of a pipeline, or the question.
+        text: file of a text for a language model.
+        length: tokens of that text, at most.
+        tokens: to generate.
+        steps: of a pipeline.
+        size: of its images.
+    """
+
+    images: Sequence[Path] = ()
+    prompt: str | None = None
+    text: Path | None = None
+    length: int = 600
+    tokens: int = 32
+    steps: int | None = None
+    size: int | None = None
+
+
+def draw(source: Source, typed: Sequence[Sequence[str]], given: Given) -> Drawing:
+    """The drawing of a model that is no encoder of images.
+
+    Args:
+        source: the model.
+        typed: methods, each the list of those that act together; empty: the one that is most usual.
+        given: what it is run on.
+
+    Raises:
+        NoModelError: models of its kind are not drawn.
+        ValueError, FileNotFoundError, ...: something that it needs is missing or does not fit.
+    """
+    from tokred.bench.sources import NoModelError
+
+    drawers: dict[str, Callable[[Any, list[str], Given], Drawing]] = {"language model": _text}
+    if source.kind not in drawers:
+        raise NoModelError(
+            f"{source.name} is of kind {source.kind}, and viz draws encoders of images, {', '.join(drawers)}s"
+        )
+    return drawers[source.kind](source, chosen(source, typed), given)
+
+
+def chosen(source: Source, typed: Sequence[Sequence[str]]) -> list[str]:
+    """Settings as text; a method that is named alone gets an amount.
+
+    Raises:
+        UnknownMethodError, ValueError: a method does not exist.
+    """
+    from tokred.bench.sources import amounts
+    from tokred.core.settings import parse_setting
+
+    found = []
+    for parts in typed or [[source.usual.methods[0]]]:
+        bare = len(parts) == 1 and not parse_setting(parts[0])[1]
+        found.append(amounts.spread(source, parts[0], BUDGET)[0] if bare else " + ".join(parts))
+    return list(dict.fromkeys(found))
+
+
+def _text(source: Source, methods: list[str], given: Given) -> Drawing:
+    from tokred.analysis import viz
+    from tokred.bench.sources import texts
+
+    if given.text is None and given.prompt is None:
+        raise ValueError(f"{source.name} reads texts: give --text FILE, --prompt TEXT, or both, the text first")
+    tokenizer = texts.needed(source)
+    parts = [] if given.text is None else [_cut(_read(given.text), tokenizer, given.length)]
+    prompt = "\n\n".join([*parts, *([] if given.prompt is None else [given.prompt])])
+    if getattr(tokenizer, "chat_template", None):
+        turn = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]  # the template has them already
+        return viz.cache(source.model, ids, methods, tokenizer=tokenizer, tokens=given.tokens)
+    return viz.cache(source.model, prompt, methods, tokenizer=tokenizer, tokens=given.tokens)
+
+
+def _read(path: Path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(f"--text {path} is no file")
+    text = path.read_text("utf8", errors="replace").strip()
+    if not text:
+        raise ValueError(f"--text {path} is empty")
+    return text
+
+
+def _cut(text: str, tokenizer: Any, length: int) -> str:
+    """The first tokens of a text, as text again."""
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return text if len(ids) <= length else str(tokenizer.decode(ids[:length]))
