@@ -123,12 +123,14 @@ class CacheHost(Host):
 
     def missing(self, method: Method | type[Method]) -> frozenset[str]:
         """Inputs that the method reads and this host cannot supply; a limit of bytes wants to count all layers."""
-        one: Any = method if isinstance(method, Method) else method()
-        counts = self.states and one.stage == self.stage and one.parts.when.chunk
+        from tokred.kv.policy import CachePolicy
+
+        one: Method = method if isinstance(method, Method) else method()
+        counts = self.states and isinstance(one, CachePolicy) and one.parts.when.chunk
         return super().missing(one) | (frozenset({_BYTES}) if counts else frozenset())
 
     def hint(self, method: Method) -> str:
-        """What the limit does not know of, where that is what is missing."""
+        """The end of a refusal: what a limit does not know of, where that is what is missing."""
         if _BYTES not in self.missing(method):
             return ""
         return f": {self.states} of its layers keep states, whose size is not known before the first forward"
