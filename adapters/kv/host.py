@@ -119,7 +119,7 @@ class CacheHost(Host):
         self.check_reads(method)
         method.check(self.depth)
         if isinstance(method, CachePolicy):
-            method.fits(self.model_facts())
+            method.fits(self.model_facts)
 
     def missing(self, method: Method | type[Method]) -> frozenset[str]:
         """Inputs that the method reads and this host cannot supply; a limit of bytes wants to count all layers."""
