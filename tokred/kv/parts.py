@@ -228,12 +228,14 @@ class Fate(Part):
 
     Attributes:
         merges: whether rows are averaged into others, so that a store has to be able to.
+        rewrites: whether rows that stay are given other values and weights, so that a store has to be able to.
         alpha: the attention adds ``alpha * ln(weight)`` to the logits of rows that stand for several tokens.
         merge_score: how the per-row state of merged rows is combined.
     """
 
     kind = "fate"
     merges: ClassVar[bool] = False
+    rewrites: ClassVar[bool] = False
 
     @property
     def alpha(self) -> float:

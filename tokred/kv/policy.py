@@ -102,6 +102,8 @@ class CachePolicy(Method):
             needs["take"] = "eviction"
         if parts.fate.merges:
             needs["merge"] = f"the fate {parts.fate.name!r}"
+        if parts.fate.rewrites:
+            needs["rewrite"] = f"the fate {parts.fate.name!r}"
         if parts.budget.headwise and not parts.budget.full:
             needs["ragged"] = f"the budget {parts.budget.name!r}"
             if parts.when.chunk:

@@ -98,6 +98,8 @@ class Curves(Budget):
         if self.full:
             return counts
         table = self.table()
+        if table.shape[1] != site.depth:
+            raise ValueError(f"curves has {table.shape[1]} layers, the policy acts on {site.depth}: leave where= out")
         if table.shape[2] != site.heads:
             raise ValueError(f"curves has {table.shape[2]} heads in a layer, the cache has {site.heads}")
         found = [self._layer(n, site.place, site.layer, site.depth) for n in lengths]
