@@ -49,6 +49,7 @@ class CacheHost(Host):
         attentions: name and attention module of each layer that keeps rows, by layer, in order.
         compressed: layers that attend to everything; the others have a sliding window, and bounded caches already.
         supplies: what sites hand over.
+        key_heads: key/value heads of a compressed layer, where a rehearsal showed them; None: as the config says.
         norms: by layer, the decoder layer and the module that reads the stream after its attention, or None.
         states: layers without rows: they keep a state of one size, or nothing.
         key_heads: of the keys in the cache; 0: as the configuration says.
@@ -118,7 +119,7 @@ class CacheHost(Host):
         self.check_reads(method)
         method.check(self.depth)
         if isinstance(method, CachePolicy):
-            method.fits(self.model_facts())
+            method.fits(self.model_facts)
 
     def missing(self, method: Method | type[Method]) -> frozenset[str]:
         """Inputs that the method reads and this host cannot supply; a limit of bytes wants to count all layers."""
@@ -238,8 +239,8 @@ def match(model: nn.Module, *, decodes: bool = False, bounded: bool = False, sta
         compressed=compressed,
         supplies=_supplies(decoder, found, compressed, rehearsal),
         norms=_norms(decoder, found),
+        key_heads=rehearsal.key_heads(found[compressed[0] if compressed else next(iter(found))][1]),
         states=len(kinds) - len(found),
-        key_heads=rehearsal.key_heads(next(iter(found.values()))[1]),
     )
 
 

@@ -38,6 +38,7 @@ class Repeats(NamedTuple):
         overlap: tokens of the piece before that follow the later instruction.
         plus: each weight is divided by the length of what its query was made of, and multiplied by that of what its
             value adds to the stream.
+        keep: queries of the tokens that repeat, at most, which are kept for a fit; 0: none.
     """
 
     chunk: int
@@ -46,6 +47,7 @@ class Repeats(NamedTuple):
     later: tuple[int, ...] = ()
     overlap: int = 8
     plus: bool = False
+    keep: int = 0
 
 
 class Piece(NamedTuple):
@@ -129,6 +131,7 @@ class Probe:
         self.recorded = recorded
         self.piece: Piece | None = None
         self.best: dict[int, Tensor] = {}
+        self.queries: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def see(self, site: CacheSite) -> None:
         """Take note of one layer's attention in a forward that repeats :attr:`piece`."""
@@ -139,6 +142,10 @@ class Probe:
         best = self.best.get(site.layer)
         if best is None or best.shape[2] != rows:
             best = self.best[site.layer] = torch.zeros(*site.k.shape[:2], rows, device=site.device)
+        if self.repeats.keep:
+            meant = torch.arange(m, device=site.device) < torch.tensor(piece.fed, device=site.device)[:, None]
+            self.queries.setdefault(site.layer, []).append((site.q, meant))
+            return
         sinks = _sink_rows(site, self.repeats.sinks, rows)
         uniform = site.padding is None and not site.ragged
         for i in range(1) if uniform else range(len(piece.fed)):
@@ -158,12 +165,21 @@ class Probe:
             if self.repeats.plus:
                 rows_of = slice(first, first + len(chunk))
                 found = _weighed(site, some, q, k)[:, :, rows_of] * value_lengths(site)[some, :, chunk]
-                found = found.unflatten(1, (site.heads, -1)).amax(2)
+                found = found.view(found.shape[0], site.heads, -1, found.shape[2]).amax(2)
                 best[some, :, chunk] = found.to(best.dtype)
                 continue
             attention = Attention(q, k, scale=site.scale, softcap=site.softcap, causal=True)
             found = attention.statistics(group="max").max
             best[some, :, chunk] = found[:, :, first : first + len(chunk)].to(best.dtype)
+
+    def reference(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Queries ``[B, H, n, D]`` of a layer, evenly chosen if there are many, and ``[B, n]`` bool, which are some."""
+        found = self.queries[layer]
+        q, meant = torch.cat([one for one, _ in found], 2), torch.cat([one for _, one in found], 1)
+        if q.shape[2] > self.repeats.keep:
+            some = torch.linspace(0, q.shape[2] - 1, self.repeats.keep, device=q.device).round().long()
+            q, meant = q.index_select(2, some), meant.index_select(1, some)
+        return q, meant
 
     def scores(self, layer: int, site: CacheSite, before: Tensor | None) -> Tensor:
         """``[B, Hk, K]`` float32 for the rows of a layer.
