@@ -52,6 +52,7 @@ class CacheHost(Host):
         key_heads: key/value heads of a compressed layer, where a rehearsal showed them; None: as the config says.
         norms: by layer, the decoder layer and the module that reads the stream after its attention, or None.
         states: layers without rows: they keep a state of one size, or nothing.
+        key_heads: of the keys in the cache; 0: as the configuration says.
         note: what a user should know.
     """
 
@@ -62,9 +63,9 @@ class CacheHost(Host):
     attentions: dict[int, tuple[str, nn.Module]]
     compressed: tuple[int, ...]
     supplies: frozenset[str]
-    key_heads: int | None = None
     norms: dict[int, tuple[nn.Module, nn.Module] | None] = field(default_factory=dict)
     states: int = 0
+    key_heads: int = 0
     note: str = ""
     stage: str = "cache"
 
@@ -122,12 +123,14 @@ class CacheHost(Host):
 
     def missing(self, method: Method | type[Method]) -> frozenset[str]:
         """Inputs that the method reads and this host cannot supply; a limit of bytes wants to count all layers."""
-        one: Any = method if isinstance(method, Method) else method()
-        counts = self.states and one.stage == self.stage and one.parts.when.chunk
+        from tokred.kv.policy import CachePolicy
+
+        one: Method = method if isinstance(method, Method) else method()
+        counts = self.states and isinstance(one, CachePolicy) and one.parts.when.chunk
         return super().missing(one) | (frozenset({_BYTES}) if counts else frozenset())
 
     def hint(self, method: Method) -> str:
-        """What the limit does not know of, where that is what is missing."""
+        """The end of a refusal: what a limit does not know of, where that is what is missing."""
         if _BYTES not in self.missing(method):
             return ""
         return f": {self.states} of its layers keep states, whose size is not known before the first forward"
@@ -307,8 +310,9 @@ def _check_attentions(
         parameters = inspect.signature(forward).parameters
         if cache_argument(forward) is None or not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             raise refusal(name, f"{where} does not hand its arguments on to the attention function")
-        if words.SINKS.part(module) is not None:
-            raise refusal(name, f"{where} has sinks of its own in the softmax, which scores would have to honour")
+        sinks = words.SINKS.part(module)
+        if sinks is not None and sinks.shape != (words.HEADS.need(words.CONFIG.need(module)),):
+            raise refusal(name, f"{where} has sinks that are not one logit a head")
         why = rehearsal.objection(module)
         if host_class(module).__name__ in _OTHER_HEADS:
             why = "attends to other keys and values than its cache holds"
@@ -320,7 +324,8 @@ def _full_layers(name: str, kinds: list[str], bounded: bool) -> tuple[int, ...]:
     """Layers that attend to everything."""
     full = tuple(i for i, kind in enumerate(kinds) if kind in terms.FULL.names)
     if not full and not bounded:
-        raise refusal(name, "all of its layers with rows have a sliding window, so its cache is bounded already")
+        some = "" if set(kinds) <= set(ROWS) else " that keep rows"
+        raise refusal(name, f"all of its layers{some} have a sliding window, so its cache is bounded already")
     return full
 
 

@@ -108,15 +108,15 @@ class Rehearsal:
         found = self._heard(attention)
         return isinstance(found, _Heard) and bool(found.calls)
 
+    def key_heads(self, attention: nn.Module) -> int:
+        """Heads of keys that the module gives its cache, whatever its configuration says; 0 where it is not known."""
+        found = self._heard(attention)
+        return found.rows[0].shape[1] if isinstance(found, _Heard) and found.rows is not None else 0
+
     def turns(self, attention: nn.Module) -> bool:
         """True unless the rehearsal showed that the module leaves queries and keys without rotation."""
         heard = self._heard(attention)
         return not isinstance(heard, _Heard) or not heard.calls or heard.turned
-
-    def key_heads(self, attention: nn.Module) -> int | None:
-        """Heads of the rows that the module gives its cache; None where the rehearsal did not show them."""
-        heard = self._heard(attention)
-        return heard.rows[0].shape[1] if isinstance(heard, _Heard) and heard.rows is not None else None
 
     def _heard(self, attention: nn.Module) -> _Heard | Exception | None:
         cls = host_class(attention)

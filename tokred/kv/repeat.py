@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tokred.core.attention import Attention
+from tokred.kv.newest import with_sink
 from tokred.kv.site import CacheSite
 from tokred.kv.values import value_lengths
 
@@ -156,14 +157,18 @@ class Probe:
             own = torch.arange(rows, rows + n, device=site.device)
             index = torch.cat([sinks[i], chunk, own])
             k = site.k[some].index_select(2, index)
-            first = len(sinks[i])
+            q, first = site.q[some, :, :n], len(sinks[i])
+            if site.sinks is not None:
+                assert site.scale is not None  # since the site was made
+                q, k, _, _ = with_sink(q, k, site.sinks, site.scale, None, None)
+                first += 1
             if self.repeats.plus:
                 rows_of = slice(first, first + len(chunk))
-                found = _weighed(site, some, n, k)[:, :, rows_of] * value_lengths(site)[some, :, chunk]
+                found = _weighed(site, some, q, k)[:, :, rows_of] * value_lengths(site)[some, :, chunk]
                 found = found.view(found.shape[0], site.heads, -1, found.shape[2]).amax(2)
                 best[some, :, chunk] = found.to(best.dtype)
                 continue
-            attention = Attention(site.q[some, :, :n], k, scale=site.scale, softcap=site.softcap, causal=True)
+            attention = Attention(q, k, scale=site.scale, softcap=site.softcap, causal=True)
             found = attention.statistics(group="max").max
             best[some, :, chunk] = found[:, :, first : first + len(chunk)].to(best.dtype)
 
@@ -202,17 +207,17 @@ def _sink_rows(site: CacheSite, sinks: int, rows: int) -> list[Tensor]:
     return [row.nonzero().view(-1) for row in first]
 
 
-def _weighed(site: CacheSite, some: slice, count: int, k: Tensor) -> Tensor:
+def _weighed(site: CacheSite, some: slice, q: Tensor, k: Tensor) -> Tensor:
     """``[b, H, S]`` float32: for each row the largest weight, divided by the length of what its query was made of.
 
     Args:
         site: of the forward that repeats.
         some: samples.
-        count: tokens that they are fed.
+        q: ``[b, H, M, D]`` queries of the tokens that they are fed.
         k: ``[b, Hk, S, D]`` the rows that these share their attention out among, their own in the end.
     """
-    q, length = site.q[some, :, :count].float(), site.hidden[some, :count].float().norm(dim=-1)
-    b, heads, _, width = q.shape
+    b, heads, count, width = q.shape
+    q, length = q.float(), site.hidden[some, :count].float().norm(dim=-1)
     rows, keys = k.shape[2], k.float().unsqueeze(2)
     place = torch.arange(rows, device=q.device)
     best = q.new_zeros(b, heads, rows)
