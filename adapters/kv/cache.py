@@ -178,7 +178,7 @@ def rows_of(layers: list[Any]) -> tuple[LayerRows, ...]:
 
 
 def _states(layer: Any) -> list[Tensor]:
-    """What a layer keeps instead of rows: transformers numbers it."""
+    """States that a layer keeps instead of rows: transformers numbers them."""
     if isinstance(layer, TokLayer):
         return []
     numbered = [x for value in vars(layer).values() if isinstance(value, dict) for x in value.values()]

@@ -119,16 +119,18 @@ class CacheHost(Host):
         self.check_reads(method)
         method.check(self.depth)
         if isinstance(method, CachePolicy):
-            method.fits(self.model_facts())
+            method.fits(self.model_facts)
 
     def missing(self, method: Method | type[Method]) -> frozenset[str]:
         """Inputs that the method reads and this host cannot supply; a limit of bytes wants to count all layers."""
-        one: Any = method if isinstance(method, Method) else method()
-        counts = self.states and one.stage == self.stage and one.parts.when.chunk
+        from tokred.kv.policy import CachePolicy
+
+        one: Method = method if isinstance(method, Method) else method()
+        counts = self.states and isinstance(one, CachePolicy) and one.parts.when.chunk
         return super().missing(one) | (frozenset({_BYTES}) if counts else frozenset())
 
     def hint(self, method: Method) -> str:
-        """What the limit does not know of, where that is what is missing."""
+        """The end of a refusal: what a limit does not know of, where that is what is missing."""
         if _BYTES not in self.missing(method):
             return ""
         return f": {self.states} of its layers keep states, whose size is not known before the first forward"

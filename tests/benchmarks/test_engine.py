@@ -48,6 +48,7 @@ def test_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert all({"top1_difference", "top1_difference_low"} <= r.keys() for r in rows)
     alone = tokred.benchmark(model, "evit kappa=0.5", batches, "cosine", baselines=False, **QUICK)
     _, again = measured(model, ["evit kappa=0.5"], batches, {"cosine": "cosine"}, name="embedded", **QUICK)
+    assert again["rounds"] == 2, "a pair is timed on every batch"
     assert again["cosine_lowest"] == min(alone.samples["evit kappa=0.5"].values)
     assert not tokred.patched(model)
     assert torch.equal(images, embedded.sample(12)[0])

@@ -31,9 +31,10 @@ from tokred.kv.parts import Budget, Fate, Part, Score, When
 from tokred.kv.policy import CachePolicy, Parts
 from tokred.kv.preset import KVPreset, Preset
 from tokred.kv.site import CacheSite, Padding
-from tokred.kv.stores import Flat, Half, Rectangle, Store
+from tokred.kv.stores import KIVI, Flat, Half, MiKV, Mustafar, Oscar, Rectangle, Store, Turbo
 
 __all__ = [
+    "KIVI",
     "Adaptive",
     "Budget",
     "CachePolicy",
@@ -62,7 +63,10 @@ __all__ = [
     "Layered",
     "Matched",
     "Merge",
+    "MiKV",
+    "Mustafar",
     "Observed",
+    "Oscar",
     "Padding",
     "Part",
     "Parts",
@@ -80,6 +84,7 @@ __all__ = [
     "Store",
     "Threshold",
     "Trigonometric",
+    "Turbo",
     "Uniform",
     "When",
     "Window",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -72,8 +72,11 @@ class CachePolicy(Method):
         """The module of the score, where it has weights."""
         return self.parts.score.module(facts)
 
-    def fits(self, facts: Facts) -> None:
+    def fits(self, facts: Callable[[], Facts]) -> None:
         """Refuse a model that what score or budget know is not of.
+
+        Args:
+            facts: asks the model; only where something is known.
 
         Raises:
             ValueError: naming both.

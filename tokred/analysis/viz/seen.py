@@ -77,21 +77,21 @@ def views_of(forward: Forward, inputs: Mapping[str, Any], pixels: Sequence[Any] 
     for modality in forward.call.modalities:
         places = modality.visual.nonzero()[:, 1].cpu()
         frames = _drawable(inputs, core)
-        for one in shown(modality):
+        for order, one in enumerate(shown(modality)):
             given = None
             if pixels is not None:
                 if number >= len(pixels):
                     raise ValueError(f"pixels must be one a picture: there are more than {len(pixels)} in the prompts")
                 given = _checked(pixels[number])
-            found += _views(one, places, frames, given, number)
+            found += _views(one, places, frames, given, order)
             number += 1
     if pixels is not None and number != len(pixels):
         raise ValueError(f"pixels must be one a picture: there are {number} in the prompts, got {len(pixels)}")
     return sorted(found, key=lambda view: view.sample)
 
 
-def _views(one: Shown, places: Tensor, frames: Drawable, given: Tensor | None, number: int) -> list[View]:
-    """The views of one picture."""
+def _views(one: Shown, places: Tensor, frames: Drawable, given: Tensor | None, order: int) -> list[View]:
+    """The views of one picture, the ``order``-th of its kind."""
     name = f"picture {one.image + 1}"
     found: list[View] = []
     tiles = [part for part in one.picture.parts if part.corner is not None]
@@ -105,7 +105,7 @@ def _views(one: Shown, places: Tensor, frames: Drawable, given: Tensor | None, n
         for t, own in enumerate(columns.view(count, -1)):
             more = f", frame {t + 1}" if part.frames else f", part {i + 1}" if part.tile or i else ""
             drawn = (
-                frames.of(part, number, i, t) if given is None else given[min(t * len(given) // count, len(given) - 1)]
+                frames.of(part, order, i, t) if given is None else given[min(t * len(given) // count, len(given) - 1)]
             )
             found.append(View(one.sample, name + more, part.grid, own, _fit(drawn, part.grid)))
     if tiles:
@@ -140,14 +140,14 @@ class Drawable:
         """One row of the tower's batch; None where it is not known."""
         return self.rows[index] if 0 <= index < len(self.rows) else None
 
-    def of(self, part: Part, number: int, i: int, frame: int) -> Tensor | None:
-        """The picture under one frame of a part, of picture ``number``."""
+    def of(self, part: Part, order: int, i: int, frame: int) -> Tensor | None:
+        """The picture under one frame of a part ``i``, of the picture ``order`` of its kind."""
         if part.clip:
             return self.row(part.clip[frame])
-        if part.frames and number < len(self.clips):
-            clip = self.clips[number]
+        if part.frames and order < len(self.clips):
+            clip = self.clips[order]
             return clip[min(frame * len(clip) // part.frames, len(clip) - 1)]
-        return self.row(part.tower if part.tower >= 0 else number + i)
+        return self.row(part.tower if part.tower >= 0 else order + i)
 
 
 def _drawable(inputs: Mapping[str, Any], core: Any) -> Drawable:

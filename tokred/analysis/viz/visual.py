@@ -155,8 +155,10 @@ class VisualDrawing(Drawing):
         label = html.escape(run.label)
         views = "\n".join(
             f'<div><canvas data-panel="{panel + j}" tabindex="0" role="application" aria-roledescription="tokens" '
-            f'aria-label="{html.escape(self.views[i].name)}, {label}" aria-describedby="caption-{number} group-{number}">'
-            f"</canvas>" + (f"<p>{html.escape(self.views[i].name)}</p>" if len(mine) > 1 else "") + "</div>"
+            f'aria-label="{html.escape(self.views[i].name)}, {label}" '
+            f'aria-describedby="caption-{number} group-{number}"></canvas>'
+            + (f"<p>{html.escape(self.views[i].name)}</p>" if len(mine) > 1 else "")
+            + "</div>"
             for j, i in enumerate(mine)
         )
         return f"""<figure data-figure="{number}">
@@ -182,18 +184,19 @@ def vlm(
 
     Args:
         model: a model of transformers with vision, unpatched; it is so again afterwards.
-        inputs: arguments of ``generate``: ``input_ids``, ``attention_mask``, ``pixel_values`` and the like, of one prompt
-            or of several. Frames of a clip that come as images are told by :func:`tokred.vlm.clips` around the call.
-        methods: settings such as ``"divprune budget=64"``, or ``"divprune budget=64 + fastv layer=2"`` for methods that
-            act together, method objects, or several of them, side by side.
+        inputs: arguments of ``generate``: ``input_ids``, ``attention_mask``, ``pixel_values`` and the like, of one
+            prompt or of several. Frames of a clip that come as images are told by :func:`tokred.vlm.clips` around the
+            call.
+        methods: settings such as ``"divprune budget=64"``, or ``"divprune budget=64 + fastv layer=2"`` for methods
+            that act together, method objects, or several of them, side by side.
         tokenizer: of the model, or its processor; without one, texts are shown as numbers.
-        pixels: what to draw: an image ``(1 or 3, H, W)`` or a clip ``(T, 3, H, W)`` for each picture in the order of the
-            prompts, uint8 or floats in 0..1. None: the inputs, each stretched to its own range.
+        pixels: what to draw: an image ``(1 or 3, H, W)`` or a clip ``(T, 3, H, W)`` for each picture in the order of
+            the prompts, uint8 or floats in 0..1. None: the inputs, each stretched to its own range.
         tokens: to generate, greedily.
 
     Raises:
-        ValueError: there are no ids, ``tokens`` is less than 1, ``pixels`` are not one a picture, or the model is patched
-            already.
+        ValueError: there are no ids, ``tokens`` is less than 1, ``pixels`` are not one a picture, or the model is
+            patched already.
         MissingInputError: no method acts before or between the decoder layers.
         NothingRecordedError: the prompts have no pictures.
         UnknownMethodError, TypeError, UnsupportedModelError: as :func:`tokred.apply`.

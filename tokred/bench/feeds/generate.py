@@ -64,11 +64,11 @@ class Generate(Feed):
         if self.new is None or before is None:
             yield
             return
-        config.max_length = None  # type: ignore[union-attr]  # it has one
+        config.max_length = None
         try:
             yield
         finally:
-            config.max_length = before  # type: ignore[union-attr]
+            config.max_length = before
 
     def run(self, model: Any, batch: Any) -> Any:
         return self._generate(model, batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -86,7 +87,7 @@ class Trigonometric(Score):
         """Bytes of the statistics of a prompt."""
         return 4 * (1 + heads * width // 2 * 3 + width // 2) if self.stats == _PROMPT else 0
 
-    def fits(self, facts: Facts) -> None:
+    def fits(self, facts: Callable[[], Facts]) -> None:
         """Refuse to go without statistics, and statistics of another model.
 
         Raises:
@@ -98,7 +99,7 @@ class Trigonometric(Score):
                 "(or stats='prompt', for those of each prompt, of which nothing has been measured)"
             )
         if self.stats != _PROMPT:
-            statistics.check_model(self.stats, self._file().facts, facts)
+            statistics.check_model(self.stats, self._file().facts, facts())
 
     def observe(self, site: CacheSite) -> None:
         """Add the queries of a prompt to its statistics."""
