@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tokred.analysis.viz import CacheDrawing, LatentDrawing, VisualDrawing
 
 WANTED = "Which option of mdadm avoids the synchronization phase?"
-COLOURS = 64  # of a picture: these are drawings, which pack well in few
+COLOURS = 192  # of a picture: these are drawings, which pack well in few
 
 
 def kv() -> CacheDrawing:
@@ -28,7 +28,7 @@ def kv() -> CacheDrawing:
     turn = [{"role": "user", "content": f"{piece[: piece.rindex('. ') + 1]}\n\n{WANTED}"}]
     prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    methods = ["snapkv budget=0.25 window=16", "streaming_llm budget=0.25"]
+    methods = ["snapkv budget=0.25", "streaming_llm budget=0.25"]
     return viz.cache(model, ids, methods, tokenizer=tokenizer, tokens=40)
 
 
@@ -47,8 +47,7 @@ def diffusion() -> LatentDrawing:
     from benchmarks.zoo import terrain
 
     model = terrain.load()
-    methods = ["tomesd ratio=0.5 max_downsample=8", "todo factors=2"]
-    return viz.denoiser(model, lambda net: net.sample(1), methods)
+    return viz.denoiser(model, lambda net: net.sample(1), "tomesd ratio=0.5 max_downsample=8")
 
 
 KINDS = {"kv": kv, "vlm": vlm, "diffusion": diffusion}

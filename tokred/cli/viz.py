@@ -71,7 +71,7 @@ def viz_command(
     Examples:
       tokred viz                                             the embedded model and its images, offline
       tokred viz -m "tome r=13" -m "evit kappa=0.7"          side by side
-      tokred viz -m "random_prune r=8" --layers 1,6,12       chosen blocks in the PNG
+      tokred viz -m "random_prune r=8" --layers 1,4,8        chosen blocks in the PNG
       tokred viz vit_base_patch16_224 --image cat.jpg --image my_photos --count 8
       tokred viz hf:facebook/dinov2-small --image cat.jpg -m "pitome ratio=0.9" --out cat
       tokred viz dinov2 -m tome --layers all                 photos of the zoo, in a checkout
