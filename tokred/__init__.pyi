@@ -79,6 +79,7 @@ from tokred.methods.encoder.vomix import VoMix
 from tokred.methods.encoder.vtm import VTM
 from tokred.methods.encoder.zero_tprune import ZeroTPrune
 from tokred.methods.kv.adakv import AdaKV
+from tokred.methods.kv.attention_matching import AttentionMatching
 from tokred.methods.kv.cake import CAKE
 from tokred.methods.kv.criticalkv import CriticalKV
 from tokred.methods.kv.duoattention import DuoAttention
@@ -86,6 +87,7 @@ from tokred.methods.kv.expected_attention import ExpectedAttention
 from tokred.methods.kv.h2o import H2O
 from tokred.methods.kv.keydiff import KeyDiff
 from tokred.methods.kv.keyformer import Keyformer
+from tokred.methods.kv.kivi import KIVI
 from tokred.methods.kv.knorm import KNorm
 from tokred.methods.kv.kv import KVPolicy
 from tokred.methods.kv.kvzap import KVzap
@@ -93,10 +95,13 @@ from tokred.methods.kv.kvzip import KVzip
 from tokred.methods.kv.lagkv import LagKV
 from tokred.methods.kv.limited import Limited
 from tokred.methods.kv.lukv import LUKV
+from tokred.methods.kv.mikv import MiKV
+from tokred.methods.kv.mustafar import Mustafar
 from tokred.methods.kv.observed_attention import ObservedAttention
 from tokred.methods.kv.pyramidkv import PyramidKV
 from tokred.methods.kv.random_evict import RandomEvict
 from tokred.methods.kv.rkv import RKV
+from tokred.methods.kv.rotated import Oscar, Turbo
 from tokred.methods.kv.rpc import RPC
 from tokred.methods.kv.snapkv import SnapKV
 from tokred.methods.kv.squeezeattention import SqueezeAttention
@@ -133,6 +138,7 @@ __all__ = [
     "CAT",
     "H2O",
     "IBTM",
+    "KIVI",
     "LTP",
     "LUKV",
     "PPT",
@@ -144,6 +150,7 @@ __all__ = [
     "VTM",
     "AdaKV",
     "AsymRnR",
+    "AttentionMatching",
     "AttentionSite",
     "BlockMethod",
     "BypassedError",
@@ -176,12 +183,15 @@ __all__ = [
     "LagKV",
     "Limited",
     "Method",
+    "MiKV",
     "MissingInputError",
     "MovedWarning",
+    "Mustafar",
     "Nemotron",
     "NothingRecordedError",
     "NothingRemovedWarning",
     "ObservedAttention",
+    "Oscar",
     "PiToMe",
     "Place",
     "PluginWarning",
@@ -218,6 +228,7 @@ __all__ = [
     "TokredWarning",
     "TopV",
     "TriAttention",
+    "Turbo",
     "UniformVisual",
     "UnknownMethodError",
     "UnknownModelError",

@@ -33,8 +33,10 @@ REFUSED = {
     "cake": "while those still hold a chunk's",
     "duoattention": "retrieval heads keep everything",
     "fastkv": "between layers too",
+    "kivi": "evicts nothing",
     "kvzip": "reads again",
     "rpc": "generated rows alone",
+    **dict.fromkeys(("mikv", "mustafar", "oscar", "turbo"), "evicts nothing"),
     "limited": "has one already",
 }
 ABLE = [n for n in tokred.list_methods() if tokred.make(n).stage == "cache" and n not in REFUSED]

@@ -26,13 +26,15 @@ from tokred.kv.budgets import (
     Uniform,
 )
 from tokred.kv.fates import Evict, Merge
+from tokred.kv.fitting import Fit
 from tokred.kv.parts import Budget, Fate, Part, Score, When
 from tokred.kv.policy import CachePolicy, Parts
 from tokred.kv.preset import KVPreset, Preset
 from tokred.kv.site import CacheSite, Padding
-from tokred.kv.stores import Flat, Half, Rectangle, Store
+from tokred.kv.stores import KIVI, Flat, Half, MiKV, Mustafar, Oscar, Rectangle, Store, Turbo
 
 __all__ = [
+    "KIVI",
     "Adaptive",
     "Budget",
     "CachePolicy",
@@ -44,6 +46,7 @@ __all__ = [
     "Evict",
     "Expected",
     "Fate",
+    "Fit",
     "Flat",
     "Foretold",
     "Generated",
@@ -58,8 +61,12 @@ __all__ = [
     "LagRelative",
     "LastQuery",
     "Layered",
+    "Matched",
     "Merge",
+    "MiKV",
+    "Mustafar",
     "Observed",
+    "Oscar",
     "Padding",
     "Part",
     "Parts",
@@ -77,6 +84,7 @@ __all__ = [
     "Store",
     "Threshold",
     "Trigonometric",
+    "Turbo",
     "Uniform",
     "When",
     "Window",

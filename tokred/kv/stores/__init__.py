@@ -4,7 +4,24 @@ from __future__ import annotations
 
 from tokred.kv.stores.flat import Flat
 from tokred.kv.stores.half import Half
+from tokred.kv.stores.kivi import KIVI
+from tokred.kv.stores.mikv import MiKV
+from tokred.kv.stores.mustafar import Mustafar
 from tokred.kv.stores.rectangle import Rectangle
+from tokred.kv.stores.rotated import Oscar, Turbo
 from tokred.kv.stores.store import ABILITIES, Query, Shelf, Store
 
-__all__ = ["ABILITIES", "Flat", "Half", "Query", "Rectangle", "Shelf", "Store"]
+__all__ = [
+    "ABILITIES",
+    "KIVI",
+    "Flat",
+    "Half",
+    "MiKV",
+    "Mustafar",
+    "Oscar",
+    "Query",
+    "Rectangle",
+    "Shelf",
+    "Store",
+    "Turbo",
+]

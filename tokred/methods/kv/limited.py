@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tokred.core.method import Parameters, from_dict
 from tokred.core.registry import methods, register
+from tokred.kv.keeping import Keeping
 from tokred.kv.parts import When, check_count, parse_bytes
 from tokred.kv.policy import CachePolicy, Parts
 from tokred.kv.site import CacheSite
@@ -75,6 +76,8 @@ def refusal(policy: CachePolicy) -> str:
         return "it has one already"
     if len(policy.members) > 1:
         return "it acts between layers too, on the whole prompt"
+    if isinstance(policy, Keeping):
+        return f"it evicts nothing; give its store to one that does, as in store={policy.parts.store.name!r}"
     parts = policy.parts
     if getattr(parts.score, "repeats", None) is not None:
         return "its score needs the whole context, which it reads again"

@@ -1,0 +1,217 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, misc"
+"""Loops over packed rows on a CPU, compiled by numba once and kept on disk. Needs the extra ``tokred[cpu]``.
+
+A few rows at a time are unpacked into the first cache and multiplied with all queries of a head there; rows of a whole
+cache are never in memory. Numbers of bits and sizes of groups are constants of the compiled code: so short inner loops
+become a few vector operations only where their lengths are known.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokred.kernels.packed_rows.reference import PackedRows, bytes_of
+
+# float16 as the upper bits of a float32 has an exponent that is 112 too small.
+_EXPONENT = np.float32(2.0**112)
+# Rows that are restored together.
+_ROWS = 16
+
+
+@functools.cache
+def _token_scores(bits, group, width, parallel):
+    """Products of queries with rows whose groups run along tokens; scales are multiplied into the queries."""
+    per, size, mask = 8 // bits, group * bits // 8, (1 << bits) - 1
+
+    @numba.njit(parallel=parallel, fastmath=True, cache=True, nogil=True)
+    def run(q, codes, scale, zero, units, splits, out):
+        pairs, heads = q.shape[0], q.shape[1]
+        share = (units + splits - 1) // splits
+        for task in numba.prange(pairs * splits):
+            p = task // splits
+            begin = (task % splits) * share
+            halves = np.empty((2, width), np.int32)
+            wide = halves.view(np.float32)
+            scaled = np.empty((heads, width), np.float32)
+            base = np.empty(heads, np.float32)
+            rows = np.empty((per, width), np.float32)
+            for u in range(begin, min(begin + share, units)):
+                for c in range(width):
+                    a, b = np.int32(scale[p, u, c]), np.int32(zero[p, u, c])
+                    halves[0, c] = ((a & 0x8000) << 16) | ((a & 0x7FFF) << 13)
+                    halves[1, c] = ((b & 0x8000) << 16) | ((b & 0x7FFF) << 13)
+                for h in range(heads):
+                    total = np.float32(0.0)
+                    for c in range(width):
+                        total += q[p, h, c] * (wide[1, c] * _EXPONENT)
+                        scaled[h, c] = q[p, h, c] * (wide[0, c] * _EXPONENT)
+                    base[h] = total
+                for j in range(size):
+                    for m in range(per):
+                        for c in range(width):
+                            rows[m, c] = np.float32((codes[p, u, j, c] >> (bits * m)) & mask)
+                    for h in range(heads):
+                        for m in range(per):
+                            total = np.float32(0.0)
+                            for c in range(width):
+                                total += scaled[h, c] * rows[m, c]
+                            out[p, h, u * group + m * size + j] = total + base[h]
+
+    return run
+
+
+def _tile(bits, group, width):
+    """A function that restores a few rows whose groups run along channels; ``halves`` is scratch, ``wide`` the same
+    memory as float32."""
+    per, size, mask, groups = 8 // bits, group * bits // 8, (1 << bits) - 1, width // group
+
+    @numba.njit(fastmath=True, inline="always")
+    def restore(codes, scale, zero, p, t, n, halves, wide, rows):
+        for k in range(n):
+            for g in range(groups):
+                a, b = np.int32(scale[p, t + k, g]), np.int32(zero[p, t + k, g])
+                halves[0, k, g] = ((a & 0x8000) << 16) | ((a & 0x7FFF) << 13)
+                halves[1, k, g] = ((b & 0x8000) << 16) | ((b & 0x7FFF) << 13)
+        for k in range(n):
+            for g in range(groups):
+                a, b = wide[0, k, g] * _EXPONENT, wide[1, k, g] * _EXPONENT
+                for m in range(per):
+                    for i in range(size):
+                        code = np.float32((codes[p, t + k, g * size + i] >> (bits * m)) & mask)
+                        rows[k, g * group + m * size + i] = code * a + b
+
+    return restore
+
+
+@functools.cache
+def _channel_scores(bits, group, width, parallel):
+    """Products of queries with rows whose groups run along channels."""
+    restore, groups = _tile(bits, group, width), width // group
+
+    @numba.njit(parallel=parallel, fastmath=True, cache=True, nogil=True)
+    def run(q, codes, scale, zero, count, splits, out):
+        pairs, heads = q.shape[0], q.shape[1]
+        share = (count + splits - 1) // splits
+        for task in numba.prange(pairs * splits):
+            p = task // splits
+            begin = (task % splits) * share
+            end = min(begin + share, count)
+            halves = np.empty((2, _ROWS, groups), np.int32)
+            wide = halves.view(np.float32)
+            rows = np.empty((_ROWS, width), np.float32)
+            for t in range(begin, end, _ROWS):
+                n = min(_ROWS, end - t)
+                restore(codes, scale, zero, p, t, n, halves, wide, rows)
+                for h in range(heads):
+                    for k in range(n):
+                        total = np.float32(0.0)
+                        for c in range(width):
+                            total += q[p, h, c] * rows[k, c]
+                        out[p, h, t + k] = total
+
+    return run
+
+
+@functools.cache
+def _channel_sums(bits, group, width, parallel):
+    """Sums by weights of rows whose groups run along channels; one for each share of the rows."""
+    restore, groups = _tile(bits, group, width), width // group
+
+    @numba.njit(parallel=parallel, fastmath=True, cache=True, nogil=True)
+    def run(weights, codes, scale, zero, count, splits, out):
+        pairs, heads = weights.shape[0], weights.shape[1]
+        share = (count + splits - 1) // splits
+        for task in numba.prange(pairs * splits):
+            p, s = task // splits, task % splits
+            begin = s * share
+            end = min(begin + share, count)
+            halves = np.empty((2, _ROWS, groups), np.int32)
+            wide = halves.view(np.float32)
+            rows = np.empty((_ROWS, width), np.float32)
+            total = np.zeros((heads, width), np.float32)
+            for t in range(begin, end, _ROWS):
+                n = min(_ROWS, end - t)
+                restore(codes, scale, zero, p, t, n, halves, wide, rows)
+                for h in range(heads):
+                    # Four rows at a time: a sum is read and written once for them.
+                    for k in range(0, n - n % 4, 4):
+                        w0, w1 = weights[p, h, t + k], weights[p, h, t + k + 1]
+                        w2, w3 = weights[p, h, t + k + 2], weights[p, h, t + k + 3]
+                        for c in range(width):
+                            total[h, c] += (w0 * rows[k, c] + w1 * rows[k + 1, c]) + (
+                                w2 * rows[k + 2, c] + w3 * rows[k + 3, c]
+                            )
+                    for k in range(n - n % 4, n):
+                        w = weights[p, h, t + k]
+                        for c in range(width):
+                            total[h, c] += w * rows[k, c]
+            for h in range(heads):
+                for c in range(width):
+                    out[p, s, h, c] = total[h, c]
+
+    return run
+
+
+def scores(q: Tensor, rows: PackedRows) -> Tensor:
+    """``[B, Hk, G, P]`` float32; arguments as in ``scores_reference``."""
+    b, heads, g, d = q.shape
+    out = torch.empty(b * heads, g, rows.count)
+    units = rows.codes.shape[2]
+    splits = _splits(b * heads, units)
+    run = (_token_scores if rows.tokens else _channel_scores)(rows.bits, rows.group, d, splits > 0)
+    run(q.float().reshape(b * heads, g, d).numpy(), *_arrays(rows), units, max(splits, 1), out.numpy())
+    return out.view(b, heads, g, -1)
+
+
+def sums(weights: Tensor, rows: PackedRows) -> Tensor:
+    """``[B, Hk, G, D]`` float32; arguments as in ``sums_reference``."""
+    b, heads, g, count = weights.shape
+    splits, d = _splits(b * heads, count), rows.width
+    run = _channel_sums(rows.bits, rows.group, d, splits > 0)
+    out = torch.empty(b * heads, max(splits, 1), g, d)
+    given = weights.float().reshape(b * heads, g, count).numpy()
+    run(given, *_arrays(rows), count, max(splits, 1), out.numpy())
+    return out.sum(1).view(b, heads, g, d)
+
+
+def _splits(pairs: int, units: int) -> int:
+    """Shares of the rows of each head: enough for all threads, and none without work; 0 for a single thread, which
+    does not wake others up."""
+    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    if threads == 1:
+        return 0
+    numba.set_num_threads(threads)
+    return max(1, min(units, -(-4 * threads // pairs)))
+
+
+def _arrays(rows: PackedRows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Codes and the bits of scales and zeros as arrays of pairs, with whatever stands behind the rows that are meant:
+    loops over an array without gaps are those that become vector operations."""
+    codes = rows.codes if rows.tokens else rows.codes.flatten(3)
+    assert codes.shape[-2 if rows.tokens else -1] or not bytes_of(rows.group, rows.bits)
+    halves = (x.view(torch.int16) for x in (rows.scale, rows.zero))
+    return tuple(_whole(x).numpy() for x in (codes, *halves))  # type: ignore[return-value]
+
+
+def _whole(x: Tensor) -> Tensor:
+    """``[B * Hk, C, ...]`` without gaps: the buffer that ``x`` is the beginning of, if it is one, else a copy."""
+    b, heads, _, *inner = x.shape
+    size = 1
+    for n in inner:
+        size *= n
+    pair = x.stride(1)
+    room = pair // max(size, 1)
+    whole = (b * heads, room, *inner)
+    strides = torch.empty(whole, device="meta").stride()
+    fits = (
+        x.stride()[2:] == strides[1:]
+        and pair % max(size, 1) == 0
+        and x.stride(0) == heads * pair
+        and x.untyped_storage().nbytes() >= (x.storage_offset() + b * heads * pair) * x.element_size()
+    )
+    return x.as_strided(whole, strides) if fits else x.contiguous().flatten(0, 1)

@@ -1,0 +1,54 @@
+"""``Keeping``: a policy that evicts nothing, and holds rows in a form of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tokred.core.method import Parameters
+from tokred.kv.budgets import Uniform
+from tokred.kv.parts import Score
+from tokred.kv.policy import CachePolicy, Parts
+from tokred.kv.site import CacheSite
+from tokred.kv.stores import Store
+
+
+@dataclass(frozen=True)
+class _Alike(Score):
+    """No row before another: nobody asks."""
+
+    def __call__(self, site: CacheSite) -> Tensor:
+        return torch.zeros(site.extent, device=site.device)
+
+
+@dataclass(frozen=True)
+class Keeping(CachePolicy):
+    """Base of formats under the name of their paper. A subclass has the fields of its store, and says which that is.
+
+    To evict rows as well, give the store to a policy that does: ``tokred.apply(model, "snapkv", store="kivi")``.
+    """
+
+    drops: ClassVar[bool] = False
+    nothing: ClassVar[Parameters | None] = None
+    form: ClassVar[type[Store]]
+
+    def __post_init__(self) -> None:
+        self.made()  # which refuses what does not fit
+
+    def made(self) -> Store:
+        """The store."""
+        return self.form(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init})
+
+    def removes(self, depth: int, layers: Iterable[int] | None = None) -> bool:
+        """Bytes, always."""
+        return True
+
+    @property
+    def parts(self) -> Parts:
+        """All rows, in the store."""
+        return Parts(_Alike(), Uniform(1.0), store=self.made())

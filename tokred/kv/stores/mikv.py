@@ -1,0 +1,254 @@
+"""MiKV: rows that have received much attention in full precision, all others in few bits."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tokred.core.checks import check_count, check_share
+from tokred.core.reduction import Reduction
+from tokred.kv.described import POSITION, plain_bytes
+from tokred.kv.site import CacheSite
+from tokred.kv.stores.codecs import Affine, AsTheyCome, Codec, Parts, check_bits, group_for
+from tokred.kv.stores.coded import HOLES, Coded, CodedShelf, Form
+from tokred.kv.stores.grown import Grown
+from tokred.kv.stores.sides import ROOM, Side, Window
+
+BITS = (2, 3, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class MiKV(Coded):
+    """The newest rows, and those that have received most attention since they came, stay as they are. All others are
+    rounded, channels of one token together; keys after their channels were brought to the size of the queries' ones.
+
+    Nothing comes back to full precision. Attention is counted over all queries, as H2O does.
+
+    Args:
+        high: share of the rows in full precision, rounded up.
+        low: bits of the others: 2, 3, 4, 8, or 16, which rounds nothing.
+        group: channels that share a scale; None: half a head.
+        balance: whether keys are balanced; None: if ``low`` is 2.
+        recent: share of those in full precision that are the newest.
+        block: rows that are rounded at a time.
+
+    Source: Yang et al., No Token Left Behind, arXiv 2402.18096.
+    """
+
+    name: ClassVar[str] = "mikv"
+    can: ClassVar[frozenset[str]] = frozenset({"take", "ragged", "attend"})
+    reads: ClassVar[frozenset[str]] = frozenset({"q", "k"})
+
+    high: float = 0.2
+    low: int = 2
+    group: int | None = None
+    balance: bool | None = None
+    recent: float = 0.5
+    block: int = 1
+
+    def __post_init__(self) -> None:
+        check_share(self.high, "high")
+        check_share(self.recent, "recent", zero=True)
+        check_bits(self.low, "low", BITS)
+        check_count(self.block, "block", 1)
+        if self.group is not None:
+            check_count(self.group, "group", 2)
+
+    @property
+    def balances(self) -> bool:
+        """Whether keys are balanced."""
+        return self.low == 2 if self.balance is None else self.balance
+
+    def forms(self, keys: Tensor, values: Tensor) -> tuple[Form, Form]:
+        return self._form(keys.shape[-1], "key heads"), self._form(values.shape[-1], "value heads")
+
+    def _form(self, width: int, what: str) -> Form:
+        group = group_for(width, width // 2 if self.group is None else self.group, what)
+        codec: Codec = AsTheyCome() if self.low == 16 else Affine(self.low, group)
+        return Form(codec, Window(0, self.block))
+
+    def open(self) -> MiKVShelf:
+        return MiKVShelf(self)
+
+    def row_bytes(self, keys: Tensor, values: Tensor) -> int:
+        """Of the mean row: full precision by its share, codes with those of evicted rows, and what is noted."""
+        forms, full = self.forms(keys, values), plain_bytes(keys) + plain_bytes(values)
+        low = sum(form.codec.row_bits(x) for form, x in zip(forms, (keys, values), strict=True)) / 8
+        return math.ceil(self.high * full + (1 - self.high) * low / (1 - HOLES)) + 3 * POSITION
+
+    def fresh_bytes(self, keys: Tensor, values: Tensor) -> int:
+        return plain_bytes(keys) + plain_bytes(values) + 3 * POSITION
+
+    def note_bytes(self, heads: int, width: int, *, uneven: bool) -> int:
+        """The balance, rows that wait to be rounded, and room."""
+        return heads * (2 * width + 2 * 4 * width * (self.block + 2 * ROOM))
+
+    def full(self, count: int) -> int:
+        """Rows in full precision of ``count``."""
+        return math.ceil(round(self.high * count, 9))
+
+
+@dataclass(frozen=True, eq=False)
+class Balanced(Codec):
+    """Keys that are multiplied by a factor for each channel before they are rounded; queries are divided by it.
+
+    Args:
+        inner: of the products.
+        factors: ``[B, Hk, 1, D]`` float32, of numbers that float16 has.
+    """
+
+    inner: Codec
+    factors: Tensor
+
+    def encode(self, rows: Tensor, real: Tensor | None) -> Parts:
+        return self.inner.encode(rows.float() * self.factors, real)
+
+    def decode(self, parts: Parts, dtype: torch.dtype) -> Tensor:
+        return (self.inner.decode(parts, torch.float32) / self.factors).to(dtype)
+
+    def row_bits(self, rows: Tensor) -> int:
+        return self.inner.row_bits(rows)
+
+    def why_slow(self, query: Tensor) -> str | None:
+        return self.inner.why_slow(query)
+
+    def scores(self, query: Tensor, parts: Parts) -> Tensor:
+        return self.inner.scores(query / self.factors, parts)
+
+    def select(self, index: Tensor) -> Balanced:
+        return dataclasses.replace(self, factors=self.factors.index_select(0, index))
+
+
+class MiKVShelf(CodedShelf):
+    """A log whose codes are of rows from anywhere, and whose end is what is important or new.
+
+    Args:
+        store: what it belongs to.
+    """
+
+    store: MiKV
+
+    def __init__(self, store: MiKV) -> None:
+        super().__init__(store)
+        self._received: Tensor | None = None  # [B, Hk, n] float32, attention to the rows in full precision
+        self._weights: Tensor | None = None  # [B, Hk, n] of this step, where attend has it
+        self._path: Tensor | None = None  # [B, Hk, K] rows of this forward's site that are left of an eviction
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        super().append(keys, values)
+        new = torch.zeros(*keys.shape[:3], device=keys.device)
+        self._received = new if self._received is None else torch.cat([self._received, new], 2)
+        self._weights = self._path = None
+
+    def answered(self, weights: Tensor) -> None:
+        self._weights = weights[:, :, :, self._sides[0].encoded :].sum(2)
+
+    def settle(self, site: CacheSite | None) -> None:
+        self._count(site)
+        keys = self._sides[0]
+        left = self.store.full(self.width)
+        count = (keys.tail.count - left) // self.store.block * self.store.block
+        if count > 0:
+            if self.store.balances and not isinstance(keys.codec, Balanced) and self.store.low != 16:
+                self._balance(site)
+            self._demote(count)
+
+    def _count(self, site: CacheSite | None) -> None:
+        """Add the attention of this forward to what rows in full precision have received."""
+        encoded, received = self._sides[0].encoded, self._received
+        assert received is not None  # there are rows
+        if self._weights is not None:
+            self._received = received + self._weights
+        elif site is not None:
+            found = site.columns(group="sum")
+            if self._path is not None:
+                found = found.gather(2, self._path)
+            if self._index is None:
+                self._received = received + found[:, :, encoded:]
+            else:
+                log = torch.zeros(*found.shape[:2], self._sides[0].count + 1, device=found.device)
+                places = torch.where(self._index < 0, log.shape[2] - 1, self._index).long()
+                self._received = received + log.scatter_(2, places, found)[:, :, encoded:-1]
+        self._weights = None
+
+    def _balance(self, site: CacheSite | None) -> None:
+        """Factors by the largest number of each channel, in queries of this forward and in keys."""
+        if site is None:
+            return
+        k, q = site.k.float().abs(), site.q.float().abs()
+        b, heads, _, d = k.shape
+        if site.real is not None:
+            k = k * site.real[..., None]
+        if site.padding is not None:
+            q = q * site.padding.mask[:, None, -q.shape[2] :, None]
+        most = q.amax(2).view(b, heads, -1, d).amax(2)
+        factors = (most / k.amax(2)).sqrt()
+        factors = torch.where(factors.isfinite() & (factors > 0), factors, 1.0).clamp(1e-4, 1e4).half().float()
+        side = self._sides[0]
+        self._sides = side._replace(codec=Balanced(side.codec, factors.unsqueeze(2))), self._sides[1]
+
+    def _demote(self, count: int) -> None:
+        """Round the ``count`` rows that have received least and are none of the newest."""
+        tail, encoded, received = self._sides[0].tail.count, self._sides[0].encoded, self._received
+        assert received is not None  # there are rows
+        left = tail - count
+        recent = min(left, int(self.store.full(self.width) * self.store.recent))
+        worth, seen = received.clone(), self._log_mask()
+        if seen is not None:
+            worth = worth.masked_fill(~seen[:, :, encoded:], -torch.inf)
+        worth[:, :, tail - recent :] = torch.inf
+        order = worth.sort(dim=-1, descending=True, stable=True).indices  # of equals the older one stays
+        stay, go = order[..., :left].sort(-1).values, order[..., left:].sort(-1).values
+        sides = []
+        for side in self._sides:
+            new = side.codec.encode(_of(side.tail.rows, go), None)
+            old = side.parts
+            parts = (
+                tuple(map(Grown.of, new)) if not old else tuple(o.append(x, 128) for o, x in zip(old, new, strict=True))
+            )
+            sides.append(Side(side.codec, side.window, Grown.of(_of(side.tail.rows, stay)), None, parts))
+        places = torch.empty_like(order, dtype=torch.int32)
+        later = torch.arange(tail, dtype=torch.int32, device=order.device) + encoded
+        places.scatter_(2, torch.cat([go, stay], 2), later.expand(order.shape).contiguous())
+        index = self._index
+        if index is None:
+            index = places if seen is None else places.masked_fill(~seen, -1)
+        else:
+            moved = places.gather(2, (index - encoded).clamp(min=0).long())
+            index = torch.where(index < encoded, index, moved)
+        self._sides, self._index, self._seen = tuple(sides), index, None
+        self._received = received.gather(2, stay)
+
+    def take(self, step: Reduction, slots: Tensor) -> None:
+        index = step.representative
+        places = self._places(index, None)
+        encoded, received = self._sides[0].encoded, self._received
+        super().take(step, slots)
+        if self._index is None and received is not None:
+            # All are in full precision again; of those that were not, nothing is known.
+            known = received.gather(2, (places - encoded).clamp(min=0).long())
+            self._received = torch.where(places < encoded, 0.0, known)
+        self._path = index if self._path is None else self._path.gather(2, index)
+
+    def detach(self, count: int) -> tuple[Tensor, Tensor]:
+        rows = super().detach(count)
+        assert self._received is not None  # there were rows
+        self._received = self._received[:, :, : self._received.shape[2] - count]
+        return rows
+
+    def select(self, index: Tensor, listed: Callable[[], list[int]]) -> None:
+        super().select(index, listed)
+        for name in ("_received", "_weights", "_path"):
+            value = getattr(self, name)
+            if value is not None:
+                setattr(self, name, value.index_select(0, index))
+
+
+def _of(rows: Tensor, index: Tensor) -> Tensor:
+    return rows.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, rows.shape[-1]))
