@@ -289,7 +289,7 @@ def walk(view, expect, faced) -> None:
     expect(numbers).to_contain_text("quartiles")
 
     view.locator("#method input").click()
-    view.get_by_role("option", name="evit:").click()
+    view.get_by_role("option", name="evit", exact=True).click()
     expect(answers).to_contain_text("Answer with evit kappa=")
     expect(numbers).to_contain_text("quartiles")
     expect(view.locator("#error")).not_to_contain_text("=")
