@@ -6,58 +6,76 @@ elsewhere; outputs are the committed ones. The notebook itself can be downloaded
 
 from __future__ import annotations
 
+import base64
 import json
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
 ENDING = ".ipynb"
 # In a folder of the repository a link leads to the notebook, on the site to its page.
 LINK = re.compile(r"\]\(([^)\s#]+)\.ipynb(#[^)]*)?\)")
+WIDTH = 96  # characters of a printed line; a kernel's own page folds longer ones as well
+# Tables and pictures need the room that a list of headings would take.
+HEAD = "---\nhide: [toc]\n---\n\n"
 
 
-def page(path: Path) -> str:
-    """The Markdown of a notebook.
+def page(path: Path) -> tuple[str, dict[str, bytes]]:
+    """The Markdown of a notebook, and its pictures by the names of their files.
 
     Args:
         path: of the notebook, with its outputs.
     """
+    pictures: dict[str, bytes] = {}
     cells = json.loads(path.read_text("utf8"))["cells"]
-    title, *rest = [text for cell in cells for text in _cell(cell)]
+    title, *rest = [text for cell in cells for text in _cell(cell, path.stem, pictures)]
     note = f"[Download this notebook]({path.name}) and run it: it needs `pip install 'tokred[all]'`, and no network."
-    return "\n\n".join([title, note, *rest]) + "\n"
+    return HEAD + "\n\n".join([title, note, *rest]) + "\n", pictures
 
 
-def _cell(cell: dict[str, Any]) -> list[str]:
+def _cell(cell: dict[str, Any], name: str, pictures: dict[str, bytes]) -> list[str]:
     source = "".join(cell["source"])
     if cell["cell_type"] == "markdown":
         # The first cell's heading stands above the note on where the notebook is.
         heading, newline, below = source.partition("\n")
         return [heading, below.strip()] if heading.startswith("# ") and newline else [source]
-    return [f"```python\n{source}\n```", *(text for output in cell["outputs"] for text in _output(output))]
+    shown = [_output(output, name, pictures) for output in cell["outputs"]]
+    return [f"```python\n{source}\n```", *shown]
 
 
-def _output(output: dict[str, Any]) -> list[str]:
+def _output(output: dict[str, Any], name: str, pictures: dict[str, bytes]) -> str:
     """The richest form of an output that a page can show."""
     if output["output_type"] == "stream":
-        return [f"```text\n{''.join(output['text']).rstrip()}\n```"]
-    data = {kind: "".join(value) for kind, value in output["data"].items() if kind != "application/json"}
+        return _printed("".join(output["text"]))
+    data = {kind: "".join(value) for kind, value in output["data"].items() if kind.startswith(("text/", "image/"))}
     if "text/html" in data:
         # An empty line would end the block of HTML.
-        return ['<div class="output">' + re.sub(r"\n\s*\n", "\n", data["text/html"]) + "</div>"]
+        return "<div>" + re.sub(r"\n\s*\n", "\n", data["text/html"]) + "</div>"
     if "image/png" in data:
-        return [f'<p class="output"><img alt="" src="data:image/png;base64,{data["image/png"].strip()}"></p>']
-    return [f"```text\n{data['text/plain']}\n```"]
+        file = f"{name}-{len(pictures) + 1}.png"
+        pictures[file] = base64.b64decode(data["image/png"])
+        return f"[![the picture that this cell draws]({file})]({file})"
+    return _printed(data["text/plain"])
+
+
+def _printed(text: str) -> str:
+    lines = [folded for line in text.rstrip().splitlines() for folded in textwrap.wrap(line, WIDTH) or [""]]
+    short = "\n".join(lines) if max(map(len, text.splitlines()), default=0) > WIDTH else text.rstrip()
+    return f"```text\n{short}\n```"
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Hook of mkdocs: a page beside each notebook."""
+    """Hook of mkdocs: a page beside each notebook, and its pictures."""
     from mkdocs.structure.files import File
 
     for file in list(files):
         if file.src_uri.endswith(ENDING):
-            name = file.src_uri.removesuffix(ENDING) + ".md"
-            files.append(File.generated(config, name, content=page(Path(file.abs_src_path))))
+            name, folder = file.src_uri.removesuffix(ENDING) + ".md", file.src_uri.rpartition("/")[0]
+            text, pictures = page(Path(file.abs_src_path))
+            files.append(File.generated(config, name, content=text))
+            for picture, content in pictures.items():
+                files.append(File.generated(config, f"{folder}/{picture}", content=content))
     return files
 
 

@@ -39,7 +39,6 @@ WINGS = {
         "They act at the stage `cache`: rows leave the keys and values of a language model.",
     ),
 }
-BARE = "{members: false, show_root_heading: false, show_root_toc_entry: false}"  # under a heading of the page
 ABOUT = "Every command with every option. What they are for: [the command line](../command-line.md)."
 NO_VALUE = "-"
 WIDTH = 84  # columns of code that a page shows without a scroll bar
@@ -52,10 +51,9 @@ COMPLETION = {
 
 def page_of(wing: str, name: str) -> str:
     """Where a method is explained, seen from its reference page."""
-    folder = ROOT / "docs" / "methods" / wing
-    if wing == "kv":
-        return f"../../methods/kv/kv.md#{name}"
-    return f"../../methods/{wing}/{name if (folder / f'{name}.md').exists() else 'random_visual'}.md"
+    if name != "kv" and (ROOT / "docs" / "methods" / wing / f"{name}.md").exists():
+        return f"../../methods/{wing}/{name}.md"
+    return f"../../methods/kv/kv.md#{name}" if wing == "kv" else "../../methods/vlm/random_visual.md"
 
 
 def scores() -> Iterator[str]:
@@ -81,8 +79,8 @@ def methods() -> dict[Path, str]:
                 classes.setdefault(target.partition(":")[2], []).append(name)
         for owner in sorted(classes, key=str.lower):
             links = ", ".join(f"[`{name}`]({page_of(wing, name)})" for name in classes[owner])
-            lines += [f"## {owner} {{ #tokred.{owner} }}", f"By name: {links}, whose page says when it fails."]
-            lines.append(f"::: tokred.{owner}\n    options: {BARE}")
+            lines.append(f"::: tokred.{owner}\n    options: {{members: false, heading_level: 2}}")
+            lines.append(f"By name: {links}, whose page says when it fails.")
         if wing == "kv":
             lines += ["## Scores", "Parts of policies, for policies of one's own; names of `tokred.kv` as well."]
             lines += [f"::: {path}\n    options: {{members: false}}" for path in sorted(scores())]

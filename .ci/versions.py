@@ -27,6 +27,8 @@ LIBRARIES = ("torch", "triton", "timm", "transformers", "diffusers", "open_clip"
 # torch pins what it needs of these itself, and other builds of torch need others. tokred is what is being installed.
 LEFT_OUT = re.compile(r"(nvidia|cuda)[-_]|tokred$|pip$")
 MARKERS = {"triton": "sys_platform == 'linux'"}
+# What is needed on other systems alone, so that no environment of ours holds it.
+ELSEWHERE = {"appnope": "appnope==0.1.4; sys_platform == 'darwin'"}
 HEAD = """\
 # What the tests ran with, for `pip install -c constraints.txt`: so that a release of tomorrow cannot break a set-up of
 # today. It installs nothing; a package that is not needed on a platform is not installed there. torch brings its own
@@ -87,7 +89,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def pins() -> list[str]:
     """Every package of this environment."""
-    found = {}
+    found = dict(ELSEWHERE)
     for one in metadata.distributions():
         if not LEFT_OUT.match(one.name.lower()):
             where = marker(one)

@@ -65,6 +65,8 @@ def measured(
     first = next(feeds.modules(model)[0].parameters())
     source = results.here(options.get("device") or first.device, first.dtype)
     source["versions"] = f"{source['versions']} {data_from}".strip()
+    # A pair is timed on every batch.
+    rounds = max(options.get("rounds", 5), len(data) if hasattr(data, "__len__") else 1)
     found: dict[str, Record] = {}
     for field, metric in zip(metrics, table.metrics, strict=True):
         judged = table.by(metric)
@@ -76,7 +78,7 @@ def measured(
                 continue
             method, _, setting = labels.get(label, label).partition(" ")
             head = {"model": name, "method": method, "setting": setting, **(more or {}), **source}
-            record = found.setdefault(label, {**head, **_costs(row), "rounds": options.get("rounds", 5)})
+            record = found.setdefault(label, {**head, **_costs(row), "rounds": rounds})
             tally = judged.samples.get(label)
             # Words, tokens: where samples have weights, these are what was counted.
             count = row["samples"] if tally is None else round(sum(tally.weights))

@@ -101,6 +101,7 @@ CACHES = {
     "qwen3": "norms of queries and keys",
     "gemma3": "sliding layers among full ones",
     "gemma2": "capped logits, eager",
+    "gpt_oss": "sinks in the softmax, eager",
     "qwen3_5": "layers with a state among full ones",
 }
 

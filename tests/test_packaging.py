@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tomllib
+import venv
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -233,16 +236,20 @@ def test_import_patches_nothing() -> None:
     assert run(code).strip() == "True"
 
 
-@pytest.mark.slow
-def test_wheel_holds_everything(tmp_path: Path) -> None:
-    # setuptools builds in the source tree; a copy keeps the checkout clean.
-    source = tmp_path / "source"
+def wheel_of_a_copy(folder: Path) -> Path:
+    """A wheel, built of a copy: setuptools builds in the source tree, and the checkout is kept clean."""
+    source = folder / "source"
     source.mkdir()
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy2(ROOT / name, source)
     for name in FOLDERS:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    wheel = built("wheel", source, tmp_path)
+    return built("wheel", source, folder)
+
+
+@pytest.mark.slow
+def test_wheel_holds_everything(tmp_path: Path) -> None:
+    wheel = wheel_of_a_copy(tmp_path)
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {str(Path(n).parent).replace("/", ".") for n in names if n.endswith("/__init__.py")} == packages()
     for top, package in FOLDERS.items():
@@ -255,3 +262,40 @@ def test_wheel_holds_everything(tmp_path: Path) -> None:
             assert f"tokred/bench/data/{file.name}" in names
     assert any(n.endswith("/licenses/LICENSE") for n in names)
     assert not [n for n in names if n.startswith(("kernels/", "adapters/", "tests/", "benchmarks/"))]
+
+
+@pytest.mark.hosts
+@pytest.mark.slow
+def test_the_wheel_installs_in_an_empty_environment_and_runs_from_another_folder(tmp_path: Path) -> None:
+    wheel = wheel_of_a_copy(tmp_path)
+    with zipfile.ZipFile(wheel) as archive:
+        about = archive.read(next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))).decode()
+    description = about.partition("\n\n")[2]
+    assert description.startswith("# tokred")
+    assert [m for m in re.findall(r"\]\(([^)\s]+)\)", description) if not m.startswith(("https://", "#"))] == []
+
+    home, elsewhere = tmp_path / "environment", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    venv.create(home, with_pip=False)
+    python = home / ("Scripts" if os.name == "nt" else "bin") / "python"
+    bare = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
+
+    def called(*command: object) -> str:
+        given = [str(part) for part in command]
+        done = subprocess.run(given, cwd=elsewhere, env=bare, capture_output=True, text=True, timeout=240, check=False)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return done.stdout
+
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python)
+    called(*pip, "install", "--no-index", "--no-deps", wheel)
+    assert [line.partition("==")[0] for line in called(*pip, "freeze").splitlines()] == ["tokred"]
+    # What it depends on comes from where the tests run: behind its own packages, so that nothing of it is hidden.
+    own = Path(called(python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").strip())
+    (own / "borrowed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    code = "import torch, tokred; print(tokred.__file__); print(len(tokred.list_methods()), tokred.make('tome', r=13))"
+    where, told = called(python, "-c", code).splitlines()
+    assert Path(where).is_relative_to(own)
+    assert told.endswith("ToMe(r=13)")
+    pytest.importorskip("typer")
+    assert called(python.with_name("tokred"), "--version").split() == ["tokred", PROJECT["project"]["version"]]
+    assert "tome" in called(python, "-m", "tokred", "list")

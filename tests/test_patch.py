@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import html
 import io
 import json
 from typing import Any
@@ -205,6 +206,7 @@ def test_every_report_shows_in_a_notebook(report: Report) -> None:
     found = report._repr_html_()
     assert found.count("<table>") == found.count("</table>") == len(report.parts)
     assert found.count("<tr>") == len(report.rows) + len(report.parts)
+    assert f"<p><strong>{html.escape(report.title)}</strong></p>" in found
     assert str(report).splitlines()[0] == report.title
 
 

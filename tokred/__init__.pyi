@@ -79,6 +79,7 @@ from tokred.methods.encoder.vomix import VoMix
 from tokred.methods.encoder.vtm import VTM
 from tokred.methods.encoder.zero_tprune import ZeroTPrune
 from tokred.methods.kv.adakv import AdaKV
+from tokred.methods.kv.attention_matching import AttentionMatching
 from tokred.methods.kv.cake import CAKE
 from tokred.methods.kv.criticalkv import CriticalKV
 from tokred.methods.kv.duoattention import DuoAttention
@@ -149,6 +150,7 @@ __all__ = [
     "VTM",
     "AdaKV",
     "AsymRnR",
+    "AttentionMatching",
     "AttentionSite",
     "BlockMethod",
     "BypassedError",

@@ -61,6 +61,11 @@ class _Call(NamedTuple):
     def softcap(self) -> float | None:
         return words.SOFTCAP.of(self.options) or None
 
+    @property
+    def sinks(self) -> Tensor | None:
+        found: Tensor | None = words.SINKS.part(self.module)
+        return found
+
 
 def attention(
     module: nn.Module,
@@ -132,7 +137,7 @@ def _attend(
     one = query.shape[2] == 1 and spec.plain and layer.weights is None
     if not layer.shelf.complete:
         # The store has more rows than it has handed over, and may know how to attend to all of them.
-        if one and not call.dropout:
+        if one and not call.dropout and call.sinks is None:
             padding = partial(_padding, spec, layer.seen)
             heads = layer.shelf.attend(Query(query, call.scaling, call.softcap, padding))
             if heads is not None:
@@ -170,6 +175,7 @@ def _site(call: _Call, layer: TokLayer, query: Tensor) -> CacheSite:
         alpha=layer.engine.parts.fate.alpha,
         scale=call.scaling,
         softcap=call.softcap,
+        sinks=call.sinks,
         rows=layer.rows,
         notes=layer.notes,
         projection=None if name is None else lambda: weight_of(getattr(call.module, name), width, query),
@@ -208,7 +214,7 @@ def _compressed(call: _Call, layer: TokLayer, query: Tensor, key: Tensor, value:
         b, heads, n = key.shape[:3]
         positions = torch.arange(n, dtype=torch.int32, device=key.device).expand(b, heads, n)
     dropout = call.dropout
-    if count == 1 and spec.plain and layer.weights is None and not dropout:
+    if count == 1 and spec.plain and layer.weights is None and not dropout and call.sinks is None:
         # One query over rows that all lie behind it: only padding and empty rows are hidden.
         mask = spec.key_mask
         if layer.compressed and spec.later(layer.settled, layer.seen) is None:
@@ -220,7 +226,7 @@ def _compressed(call: _Call, layer: TokLayer, query: Tensor, key: Tensor, value:
     bias = None
     if layer.weights is not None:
         bias = (layer.engine.parts.fate.alpha * layer.weights.log())[:, :, None]
-    return attend(query, key, value, mask, bias, call.scaling, call.softcap, dropout)
+    return attend(query, key, value, mask, bias, call.scaling, call.softcap, dropout, call.sinks)
 
 
 def attend(
@@ -232,6 +238,7 @@ def attend(
     scaling: float | None,
     softcap: float | None,
     dropout: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention with a mask and a bias for each key/value head.
 
@@ -243,6 +250,7 @@ def attend(
         scaling: factor of the logits; None: ``D ** -0.5``.
         softcap: cap of the logits before the bias.
         dropout: of the weights.
+        sinks: ``[H]`` logits that take part in every query's softmax and have no value, or None.
 
     Returns:
         ``[B, Q, H, D]``.
@@ -258,29 +266,43 @@ def attend(
     # With one query a head, the heads that share keys take the place of queries: no key is repeated or read twice.
     if count == 1:
         query = query.reshape(b, heads, group, d)
+        sinks = None if sinks is None else sinks.view(1, heads, group, 1)
     elif group > 1:
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
         if both is not None and both.shape[1] > 1:
             both = both.repeat_interleave(group, 1)
-    # Torch's fused attention knows no cap.
-    if softcap is None:
+    sinks = sinks.view(1, h, 1, 1) if sinks is not None and count > 1 else sinks
+    # Torch's fused attention knows no cap, and no sinks.
+    if softcap is None and sinks is None:
         out = nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=both, dropout_p=dropout, scale=scaling
         )
     else:
-        out = _eager(query, key, value, both, d**-0.5 if scaling is None else scaling, softcap, dropout)
+        out = _eager(query, key, value, both, d**-0.5 if scaling is None else scaling, softcap, dropout, sinks)
     return out.reshape(b, h, count, value.shape[-1]).transpose(1, 2).contiguous()
 
 
 def _eager(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float, dropout: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    dropout: float,
+    sinks: Tensor | None,
 ) -> Tensor:
     dtype = torch.promote_types(query.dtype, torch.float32)
     logits = query.to(dtype) @ key.to(dtype).mT * scaling
-    logits = torch.tanh(logits / softcap) * softcap
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
     if mask is not None:
         logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
-    weights = nn.functional.dropout(logits.softmax(-1), dropout, training=dropout > 0)
+    if sinks is None:
+        weights = logits.softmax(-1)
+    else:
+        weights = torch.cat([logits, sinks.to(dtype).expand(*logits.shape[:3], 1)], -1).softmax(-1)[..., :-1]
+    weights = nn.functional.dropout(weights, dropout, training=dropout > 0)
     return (weights @ value.to(dtype)).to(query.dtype)
 
 

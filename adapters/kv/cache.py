@@ -88,7 +88,22 @@ class TokCache(DynamicCache):  # type: ignore[misc]
             for layer in layers_of(self):
                 if isinstance(layer, TokLayer):
                     layer.check_crop(-count)
-        super().crop(count)
+        if not any(map(_states, layers_of(self))):
+            super().crop(count)
+            return
+        # States know whether they can go back, and some only when they are asked to.
+        lost = [i for i, layer in enumerate(layers_of(self)) if _states(layer) and not members.CROPS.need(layer)]
+        if count < 0 and lost:
+            raise ValueError(
+                f"cannot crop: the state of layer {lost[0]} holds all tokens as one; take cache.snapshot() before, and "
+                "cache.restore() it"
+            )
+        before = self.snapshot()
+        try:
+            super().crop(count)
+        except RuntimeError as error:
+            self.restore(before)
+            raise ValueError(f"cannot crop: {error}") from error
 
     def begin(self) -> None:
         """Begin a forward.
@@ -162,6 +177,14 @@ def rows_of(layers: list[Any]) -> tuple[LayerRows, ...]:
     return tuple(_rows(i, layer) for i, layer in enumerate(layers))
 
 
+def _states(layer: Any) -> list[Tensor]:
+    """States that a layer keeps instead of rows: transformers numbers them."""
+    if isinstance(layer, TokLayer):
+        return []
+    numbered = [x for value in vars(layer).values() if isinstance(value, dict) for x in value.values()]
+    return [x for x in numbered if isinstance(x, Tensor)]
+
+
 def _own(state: dict[str, Any]) -> dict[str, Any]:
     """A layer's attributes, with copies of states that transformers writes into in place: those that it numbers."""
     return {
@@ -175,8 +198,7 @@ def _own(state: dict[str, Any]) -> dict[str, Any]:
 def _rows(index: int, layer: Any) -> LayerRows:
     if isinstance(layer, TokLayer):
         return LayerRows(index, layer.seen, layer.held, layer.nbytes, layer.dense_bytes)
-    numbered = [x for value in vars(layer).values() if isinstance(value, dict) for x in value.values()]
-    states = sum(x.nbytes for x in numbered if isinstance(x, Tensor))
+    states = sum(x.nbytes for x in _states(layer))
     if states:
         return LayerRows(index, 0, 0, states, states)
     keys: Tensor | None = words.KEYS.part(layer)

@@ -140,17 +140,22 @@ class EnterDecoder(Hook):
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         cache = cache_of(given)
+        self.settings.begin()
         if cache is None:
             use = words.CACHED.of(given)
             use = words.CACHED.part(self.settings.config, True) if use is None else use
             if not use or (module.training and words.CHECKPOINTS.part(module, False)):
+                if self.settings.losses is not None:
+                    raise ValueError(
+                        "the policy's network is in training, and learns from the cache: call the model with "
+                        "use_cache=True, and without gradient checkpointing"
+                    )
                 return args, kwargs
         _check_samples(given)
         _check_mask(words.ATTENTION_MASK.of(given))
         cache = self.settings.cache() if cache is None else self.settings.adopt(cache)
         _check_length(words.ATTENTION_MASK.of(given), given, cache)
         _check_chunk(given, self.settings.policy)
-        self.settings.begin()
         cache.begin()
         cache.account(_new(given)[0], self.settings.config)
         return (), with_cache(given, cache_name(host_class(module).forward), cache)

@@ -49,8 +49,10 @@ class CacheHost(Host):
         attentions: name and attention module of each layer that keeps rows, by layer, in order.
         compressed: layers that attend to everything; the others have a sliding window, and bounded caches already.
         supplies: what sites hand over.
+        key_heads: key/value heads of a compressed layer, where a rehearsal showed them; None: as the config says.
         norms: by layer, the decoder layer and the module that reads the stream after its attention, or None.
         states: layers without rows: they keep a state of one size, or nothing.
+        key_heads: of the keys in the cache; 0: as the configuration says.
         note: what a user should know.
     """
 
@@ -63,6 +65,7 @@ class CacheHost(Host):
     supplies: frozenset[str]
     norms: dict[int, tuple[nn.Module, nn.Module] | None] = field(default_factory=dict)
     states: int = 0
+    key_heads: int = 0
     note: str = ""
     stage: str = "cache"
 
@@ -95,7 +98,7 @@ class CacheHost(Host):
             depth=self.depth,
             width=int(words.WIDTH.need(self.config)),
             heads=heads,
-            key_heads=int(words.KEY_HEADS.part(self.config) or heads),
+            key_heads=self.key_heads or int(words.KEY_HEADS.part(self.config) or heads),
         )
 
     def check(self, method: Method, expose: str = "auto") -> None:
@@ -116,16 +119,18 @@ class CacheHost(Host):
         self.check_reads(method)
         method.check(self.depth)
         if isinstance(method, CachePolicy):
-            method.fits(self.model_facts())
+            method.fits(self.model_facts)
 
     def missing(self, method: Method | type[Method]) -> frozenset[str]:
         """Inputs that the method reads and this host cannot supply; a limit of bytes wants to count all layers."""
-        one: Any = method if isinstance(method, Method) else method()
-        counts = self.states and one.stage == self.stage and one.parts.when.chunk
+        from tokred.kv.policy import CachePolicy
+
+        one: Method = method if isinstance(method, Method) else method()
+        counts = self.states and isinstance(one, CachePolicy) and one.parts.when.chunk
         return super().missing(one) | (frozenset({_BYTES}) if counts else frozenset())
 
     def hint(self, method: Method) -> str:
-        """What the limit does not know of, where that is what is missing."""
+        """The end of a refusal: what a limit does not know of, where that is what is missing."""
         if _BYTES not in self.missing(method):
             return ""
         return f": {self.states} of its layers keep states, whose size is not known before the first forward"
@@ -234,6 +239,7 @@ def match(model: nn.Module, *, decodes: bool = False, bounded: bool = False, sta
         compressed=compressed,
         supplies=_supplies(decoder, found, compressed, rehearsal),
         norms=_norms(decoder, found),
+        key_heads=rehearsal.key_heads(found[compressed[0] if compressed else next(iter(found))][1]),
         states=len(kinds) - len(found),
     )
 
@@ -304,8 +310,9 @@ def _check_attentions(
         parameters = inspect.signature(forward).parameters
         if cache_argument(forward) is None or not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             raise refusal(name, f"{where} does not hand its arguments on to the attention function")
-        if words.SINKS.part(module) is not None:
-            raise refusal(name, f"{where} has sinks of its own in the softmax, which scores would have to honour")
+        sinks = words.SINKS.part(module)
+        if sinks is not None and sinks.shape != (words.HEADS.need(words.CONFIG.need(module)),):
+            raise refusal(name, f"{where} has sinks that are not one logit a head")
         why = rehearsal.objection(module)
         if host_class(module).__name__ in _OTHER_HEADS:
             why = "attends to other keys and values than its cache holds"
@@ -317,7 +324,8 @@ def _full_layers(name: str, kinds: list[str], bounded: bool) -> tuple[int, ...]:
     """Layers that attend to everything."""
     full = tuple(i for i, kind in enumerate(kinds) if kind in terms.FULL.names)
     if not full and not bounded:
-        raise refusal(name, "all of its layers with rows have a sliding window, so its cache is bounded already")
+        some = "" if set(kinds) <= set(ROWS) else " that keep rows"
+        raise refusal(name, f"all of its layers{some} have a sliding window, so its cache is bounded already")
     return full
 
 

@@ -254,6 +254,11 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
         self.ragged = step.mask is not None
         self.settled = self.seen
 
+    def rewrite(self, values: Tensor, weights: Tensor) -> None:
+        """Give rows other values ``[B, Hk, K, Dv]`` and weights ``[B, Hk, K]``; :meth:`apply` follows."""
+        self.shelf.rewrite(values, self.positions)
+        self.weights = weights
+
     def settle(self, site: CacheSite | None) -> None:
         """The attention is over, and the policy has acted."""
         self.shelf.settle(site)

@@ -108,6 +108,11 @@ class Rehearsal:
         found = self._heard(attention)
         return isinstance(found, _Heard) and bool(found.calls)
 
+    def key_heads(self, attention: nn.Module) -> int:
+        """Heads of keys that the module gives its cache, whatever its configuration says; 0 where it is not known."""
+        found = self._heard(attention)
+        return found.rows[0].shape[1] if isinstance(found, _Heard) and found.rows is not None else 0
+
     def turns(self, attention: nn.Module) -> bool:
         """True unless the rehearsal showed that the module leaves queries and keys without rotation."""
         heard = self._heard(attention)

@@ -58,6 +58,8 @@ FAMILIES: dict[str, Family] = {
     "gpt_neox": Family("GPTNeoX", SMALL),
     "smollm3": Family("SmolLM3", SMALL),
     "glm4": Family("Glm4", SMALL),
+    # A logit in every softmax that belongs to no key.
+    "gpt_oss": Family("GptOss", {**GEMMA, **MIXTURE, "num_local_experts": 4}, attention="eager"),
     # Layers that keep a state beside layers that keep rows.
     "qwen3_next": Family("Qwen3Next", {
         **HYBRID, **MIXTURE, **LINEAR, "layer_types": ["linear_attention", "full_attention"] * 2,
@@ -80,7 +82,7 @@ FAMILIES: dict[str, Family] = {
         "num_experts_per_tok": 2, "shared_intermediate_size": 32,
     }),
 }  # fmt: skip
-# Refused with the reason by releases of transformers that write its attention out.
+# Refused, with the reason.
 REFUSED: dict[str, Family] = {
     "gptj": Family("GPTJ", {
         "vocab_size": 97, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8,

@@ -146,7 +146,7 @@ def questions(count: int, seed: int = 0) -> Questions:
     """
     g = torch.Generator().manual_seed(seed)
     colours, masks = torch.tensor(list(COLOURS.values())), (1 + _patterns()) / 2
-    pixels = 0.3 + 0.03 * torch.randn(count, 3, SIDE * PATCH, SIDE * PATCH, generator=g)
+    pixels = 0.3 + 0.02 * torch.randn(count, 3, SIDE * PATCH, SIDE * PATCH, generator=g)
     slope = torch.linspace(-0.1, 0.1, SIDE * PATCH)
     pixels = pixels + slope[:, None] * torch.rand(count, 1, 1, 1, generator=g)
     ids, answers, places = [], [], []

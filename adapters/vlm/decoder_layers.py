@@ -143,7 +143,7 @@ class Inner:
         stock = words.ATTENTION_MASK.of(given)
         if self.start is not None:
             x = self._reduce(layer, module, x, given)
-        step = self._at(layer)
+        step = self.at(layer)
         old = None if self.forward.track is None else self.forward.track.inner(layer)
         if step is not self.start or old is not None:
             if step is not None and step is not self.start:
@@ -167,7 +167,7 @@ class Inner:
 
     def group(self, first: int) -> Group:
         """The group of the layers from ``first`` on, after this forward."""
-        forward, step = self.forward, self._at(first)
+        forward, step = self.forward, self.at(first)
         old = None if forward.track is None else forward.track.inner(first)
         columns = torch.arange(self.width, device=forward.device).expand(forward.batch, -1)
         if step is not None:
@@ -181,7 +181,8 @@ class Inner:
 
     # ------------------------------------------------------------------ masks
 
-    def _at(self, layer: int) -> Step | None:
+    def at(self, layer: int) -> Step | None:
+        """The tokens that a layer runs on; None where this forward is none to act on, and nothing has left."""
         found = [first for first in self._steps if first <= layer]
         return self._steps[max(found)] if found else self.start
 
@@ -217,7 +218,7 @@ class Inner:
         return torch.cat([before, now], 1)
 
     def _maker(self, layer: int) -> MaskMaker:
-        forward, step = self.forward, self._at(layer)
+        forward, step = self.forward, self.at(layer)
         # Layers since the same step, with the same columns of earlier forwards, share their masks.
         key = max((f for f in self._steps if f <= layer), default=0)
         old = None if forward.track is None else forward.track.inner(layer)
@@ -247,7 +248,7 @@ class Inner:
     # ------------------------------------------------------------------ reducing
 
     def _reduce(self, layer: int, module: nn.Module, x: Tensor, given: dict[str, Any]) -> Tensor:
-        method, before = self.settings.inner, self._at(layer - 1)
+        method, before = self.settings.inner, self.at(layer - 1)
         assert before is not None  # this forward is one to act on
         assert method is not None  # as above
         n = max(before.counts) if self.settings.by_visual else max(before.real)
@@ -360,7 +361,7 @@ class Inner:
 
     def _watch(self, layer: int, module: nn.Module, x: Tensor, given: dict[str, Any]) -> None:
         """Keep the input of this layer, where the method that acts before the next one reads its queries and keys."""
-        method, step = self.settings.inner, self._at(layer)
+        method, step = self.settings.inner, self.at(layer)
         assert step is not None  # this forward is one to act on
         self._before = self._entered = None
         assert method is not None  # as above

@@ -41,6 +41,7 @@ class VisualSettings(State):
         projector, layers: the projector, and the list of decoder layers.
         chosen: decoder layers before which the method of ``layer`` may act; None: all.
         last: tokens at every layer's input in the last prefill, of a prompt of ``before``.
+        watched: called with every forward of more than one token when it is over, by who draws it; None: nobody does.
     """
 
     def __init__(self, family: str, facts: Facts, config: PreTrainedConfig, depth: int, visual: bool) -> None:
@@ -57,6 +58,7 @@ class VisualSettings(State):
         self.layers: nn.Module | None = None
         self.last: tuple[LayerCount, ...] = ()
         self.before = 0
+        self.watched: Callable[[Forward], None] | None = None
 
     @property
     def methods(self) -> list[PlacedMethod]:
@@ -217,6 +219,8 @@ class LeaveLanguage(Hook):
         if forward.length > 1 and not torch.compiler.is_compiling():
             self.settings.last = forward.tokens()
             self.settings.before = forward.length
+            if self.settings.watched is not None:
+                self.settings.watched(forward)
 
 
 def held_mask(cache: Cache | None, mask: Tensor | None, shape: torch.Size) -> Tensor | None:

@@ -4,7 +4,7 @@
     python docs/notebooks/run.py kv vlm      # some
 
 Needs `pip install -e '.[dev]'`. Every notebook runs in a kernel and an empty folder of its own. What would differ from
-one run to the next without anything being different (times of execution, versions of the kernel) is left out.
+one run to the next without anything being different (times of execution, the kernel's version) is left out.
 """
 
 from __future__ import annotations
@@ -39,9 +39,12 @@ def executed(path: Path) -> Any:
     book.metadata = nbformat.from_dict(METADATA)
     for cell in book.cells:
         cell.metadata = nbformat.from_dict({k: v for k, v in cell.metadata.items() if k == "tags"})
-        for output in cell.get("outputs", ()):
-            if output.output_type in ("display_data", "execute_result"):
-                output.metadata = nbformat.from_dict({})
+        if cell.cell_type == "code":
+            # Warnings of libraries name files of the machine.
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            for output in cell.outputs:
+                if "metadata" in output:
+                    output.metadata = nbformat.from_dict({})
     return book
 
 
@@ -50,8 +53,12 @@ def main() -> None:
     import nbformat
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", choices=[*NAMES, []], metavar="NAME", help=f"of {', '.join(NAMES)}")
-    for name in parser.parse_args().names or NAMES:
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; none: all")
+    names = parser.parse_args().names or NAMES
+    for name in names:
+        if name not in NAMES:
+            parser.error(f"there is no notebook {name!r}; there are {', '.join(NAMES)}")
+    for name in names:
         path = FOLDER / f"{name}.ipynb"
         nbformat.write(executed(path), path)
         print(f"{path.name}: {path.stat().st_size / 1000:.0f} kB")

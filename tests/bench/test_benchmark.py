@@ -522,9 +522,13 @@ def test_the_result_in_all_forms(tmp_path):
     assert "unpatched" in text
     assert "snapkv: not measured." in text
     assert "pitome ratio=0.85" in text
-    page = found._repr_html_()
+    page, folded, parts = found._repr_html_().partition("<details>")
+    assert folded
     assert page.count("<tr>") == len(found.rows) + 1
     assert all(f"<th>{head}</th>" in page for head in HEADS)
+    assert f'<td colspan="{len(HEADS)}" style="white-space: normal">not measured.' in page
+    assert parts.count("<tr>") == len(found.measured) + 1
+    assert "<th>selection s</th><th>rest s</th>" in parts
     frame = found.to_pandas()
     assert list(frame.columns) == list(COLUMNS)
     assert len(frame) == len(found.rows)

@@ -104,18 +104,21 @@ def test_a_model_with_vision_and_questions(tmp_path):
     assert all(row["generated"] == 3 for row in result.rows)
 
 
-def test_whisper_and_recordings(tmp_path):
+def test_whisper_and_recordings(tmp_path, capfd):
     from transformers import AutoTokenizer, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
     folder = saved.whisper(tmp_path / "whisper")
     model, tokenizer = WhisperForConditionalGeneration.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     features = WhisperFeatureExtractor.from_pretrained(folder)
+    model.generation_config.max_length = 40  # as real ones have
     sounds = [torch.randn(32000, generator=torch.Generator().manual_seed(i)).numpy() for i in range(2)]
     heard = [{**features(x, sampling_rate=16000, return_tensors="pt"), "text": "a red fox"} for x in sounds]
     result = tokred.benchmark(model, ["tome r=8"], heard, "wer", tokenizer=tokenizer, max_new_tokens=4, **QUICK)
     drawn(result.plot(tmp_path / "speech.png"), result)
     assert result.against == "text"
     assert result.rows[1]["encoder_seconds"] > 0
+    assert model.generation_config.max_length == 40
+    assert "max_length" not in capfd.readouterr().err, "no warning at every call"
 
 
 # ------------------------------------------------------------------------------------ real weights

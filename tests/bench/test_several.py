@@ -197,6 +197,11 @@ def test_features_modules_and_functions_are_read():
         found = tokred.benchmark(model, "tome r=4", data, None, read=read, run=run, **QUICK)
         assert found.metric == "cosine"
         assert found.rows[1]["quality"] == pytest.approx(expected, abs=1e-6)
+
+    def through_a_module(output, batch):
+        return model.head(output[:, 0])  # its weights take gradients elsewhere
+
+    assert tokred.benchmark(model, "tome r=4", data, "cosine", read=through_a_module, run=tokens, **QUICK).measured
     assert not model.head._forward_pre_hooks
     assert not model.head_drop._forward_hooks
 

@@ -13,6 +13,8 @@ import tokred
 from benchmarks.engine import measured
 from tokred.bench import embedded, results
 
+QUICK: dict[str, Any] = {"rounds": 1, "progress": False}
+
 
 def confident(output: Tensor, batch: Any) -> Tensor:
     return output.softmax(-1).amax(-1)
@@ -42,6 +44,11 @@ def test_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert rows[1]["gmacs_share"] < 1 == rows[0]["gmacs_share"]
     assert rows[0]["top1_count"] == 12
-    assert {p.name for p in (tmp_path / "values").glob("*.csv")} == {"top1.csv", "quality.csv"}
+    assert {p.name for p in (tmp_path / "values").glob("*.csv")} == {"values.csv"}
+    assert all({"top1_difference", "top1_difference_low"} <= r.keys() for r in rows)
+    alone = tokred.benchmark(model, "evit kappa=0.5", batches, "cosine", baselines=False, **QUICK)
+    _, again = measured(model, ["evit kappa=0.5"], batches, {"cosine": "cosine"}, name="embedded", **QUICK)
+    assert again["rounds"] == 2, "a pair is timed on every batch"
+    assert again["cosine_lowest"] == min(alone.samples["evit kappa=0.5"].values)
     assert not tokred.patched(model)
     assert torch.equal(images, embedded.sample(12)[0])

@@ -123,6 +123,12 @@ def test_every_fence_is_read(path: Path) -> None:
     assert infos <= {"python", "bash", "text", "toml", "yaml", "csv", "json"}, "an info string that no test knows"
 
 
+@pytest.mark.parametrize("path", [p for p in PAGES if p.name != "README.md"], ids=lambda p: str(p.relative_to(ROOT)))
+def test_code_fits_between_the_sidebars(path: Path) -> None:
+    lines = [line for b in blocks(path.read_text("utf-8")) if b.info != "text" for line in b.text.split("\n")]
+    assert [line for line in lines if len(line) > 100] == [], "at 1,400 pixels it needs a scroll bar"
+
+
 # They stand on the page of random_visual.
 BASELINES = {"uniform_visual", "downsample_visual"}
 

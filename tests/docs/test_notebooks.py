@@ -157,12 +157,23 @@ def test_there_is_one_for_each_wing() -> None:
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
 def test_pages_of_the_site_have_all_cells(path: Path) -> None:
-    found, page = book(path), load(ROOT / ".ci" / "notebooks.py").page(path)
-    assert page.startswith("# ")
+    found, (page, pictures) = book(path), load(ROOT / ".ci" / "notebooks.py").page(path)
+    assert re.match(r"---\nhide: \[toc\]\n---\n\n# ", page)
     assert page.count("```python\n") == sum(cell["cell_type"] == "code" for cell in found["cells"])
-    assert page.count("<img") == sum("png" in kinds(cell) for cell in found["cells"] if cell["cell_type"] == "code")
+    drawn = sum("png" in kinds(cell) for cell in found["cells"] if cell["cell_type"] == "code")
+    assert len(pictures) == drawn
+    assert all(f"]({name})]({name})" in page and data.startswith(b"\x89PNG") for name, data in pictures.items())
     assert f"({path.name})" in page
     assert f"notebooks/{path.stem}.md" in (ROOT / "mkdocs.yml").read_text("utf8")
     # Links are the site's: each leads to a page that is there.
     for target in re.findall(r"\]\((\.\./[\w/-]+\.md)", page):
         assert (FOLDER / target).is_file(), target
+
+
+def test_figures_show_themselves_whatever_the_back_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    from tokred.analysis.viz.draw import sheet
+
+    monkeypatch.setattr(matplotlib, "use", lambda *_: pytest.fail("the back-end is the user's choice"))
+    figure = sheet([[torch.zeros(8, 8, 3, dtype=torch.uint8).numpy()]], ["a title"])
+    assert figure._repr_png_().startswith(b"\x89PNG")

@@ -25,16 +25,15 @@ def measured():
     torch.manual_seed(0)
     model = timm.create_model("test_vit", num_classes=7)
     data = [(torch.randn(4, 3, 160, 160), torch.randint(0, 7, (4,))) for _ in range(2)]
-    one, five = (
-        tokred.benchmark(model, ["tome r=8", "snapkv"], data, m, rounds=1, progress=False) for m in ("top1", "top5")
-    )
-    return model, one, five
+    both = tokred.benchmark(model, ["tome r=8", "snapkv"], data, ["top1", "top5"], rounds=1, progress=False)
+    return model, both.by("top1"), both.by("top5"), both
 
 
 def test_columns_are_timms(measured, tmp_path):
-    model, one, five = measured
+    model, one, five, both = measured
     file = tmp_path / "out" / "results.csv"
     rows = tokred.eval.timm_columns(one, file, model=model, batch_size=4, top5=five)
+    assert tokred.eval.timm_columns(both, model=model, batch_size=4) == rows, "of one pass"
     for head in PUBLISHED:
         assert set(head.split(",")) <= set(timm_table.COLUMNS)
     assert tuple(PUBLISHED[0].split(",")) == timm_table.ACCURACY
@@ -57,7 +56,7 @@ def test_columns_are_timms(measured, tmp_path):
 
 def test_rows_join_timms_on_model(measured):
     pandas = pytest.importorskip("pandas")
-    model, one, _ = measured
+    model, one, *_ = measured
     theirs = pandas.DataFrame({"model": ["test_vit.r160_in1k", "other"], "top1": [40.1, 70.0]})
     joined = pandas.DataFrame(tokred.eval.timm_columns(one, model=model)).merge(
         theirs, on="model", suffixes=("", "_pub")
@@ -73,7 +72,7 @@ def test_what_is_not_known_is_empty(measured):
 
 
 def test_bad_input(measured, tmp_path):
-    model, one, five = measured
+    model, one, five, _ = measured
     with pytest.raises(ValueError, match="metric='top1', got 'top5'"):
         tokred.eval.timm_columns(five)
     with pytest.raises(ValueError, match="top5 must be a result"):

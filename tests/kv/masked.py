@@ -35,7 +35,10 @@ def masked_reference(model, evicted, first):
             logits = logits.masked_fill(part.repeat_interleave(group, 1), -torch.inf)
         if mask is not None:
             logits = logits.masked_fill(~mask, -torch.inf)
-        weights = logits.softmax(-1).nan_to_num(0.0)
+        sinks = getattr(module, "sinks", None)
+        if sinks is not None:
+            logits = torch.cat([logits, sinks.view(1, -1, 1, 1).expand(*logits.shape[:3], 1)], -1)
+        weights = logits.softmax(-1).nan_to_num(0.0)[..., : v.shape[2]]
         return (weights @ v.repeat_interleave(group, 1)).transpose(1, 2), None
 
     def mask_of(**arguments):

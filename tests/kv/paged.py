@@ -161,7 +161,7 @@ class PagedPolicy:
         self.sessions: dict[int, tuple[Engine, list[Held]]] = {}
         if self.needs - OFFERED:
             raise ValueError(f"{policy.name} needs {', '.join(sorted(self.needs - OFFERED))}, which is not offered")
-        if parts.budget.headwise or parts.fate.merges or parts.score.repeats is not None:
+        if parts.budget.headwise or parts.fate.merges or parts.fate.rewrites or parts.score.repeats is not None:
             raise ValueError(f"{policy.name} cannot run here: heads would hold different numbers of rows, or others")
 
     def request_init(self, request: int, prompt: int) -> None:

@@ -85,12 +85,12 @@ def test_kvzip_plus_is_a_policy():
 # ---------------------------------------------------------------- the network
 
 
-@pytest.mark.parametrize(("kind", "count"), [("mlp", 3 * (48 * 8 + 8 + 8 * 2 + 2)), ("linear", 3 * (48 * 2 + 2))])
-def test_a_network_for_every_layer(kind, count):
-    made = Foretold(kind, hidden=8).module(Facts("llama", 3, 48, 4, key_heads=2))
+@pytest.mark.parametrize(("network", "count"), [("mlp", 3 * (48 * 8 + 8 + 8 * 2 + 2)), ("linear", 3 * (48 * 2 + 2))])
+def test_a_network_for_every_layer(network, count):
+    made = Foretold(network, hidden=8).module(Facts("llama", 3, 48, 4, key_heads=2))
     assert sum(p.numel() for p in made.parameters()) == count
     assert made(1, torch.randn(2, 5, 48)).shape == (2, 2, 5)
-    again = Foretold(kind, hidden=8).module(Facts("llama", 3, 48, 4, key_heads=2))
+    again = Foretold(network, hidden=8).module(Facts("llama", 3, 48, 4, key_heads=2))
     assert torch.equal(again(1, torch.ones(1, 1, 48)), made(1, torch.ones(1, 1, 48)))
     assert {p.dtype for p in made.to(torch.bfloat16).half().parameters()} == {torch.float32}
 
@@ -227,6 +227,17 @@ def test_the_loss_is_the_distance_from_the_whole_attention():
     assert all(p.grad is not None for p in module.parameters())
     assert all(p.grad is None for p in model.parameters())
     [h.remove() for h in handles]
+
+
+def test_without_a_cache_or_with_some_layers_nothing_is_learned():
+    model, ids = build("llama"), prompt(20)
+    tokred.apply(model, "kvzap", **SMALL)
+    tokred.modules(model)["kvzap"].train()
+    with pytest.raises(ValueError, match="call the model with use_cache=True"):
+        model(ids, use_cache=False)
+    tokred.apply(model, "kvzap", **SMALL, where=lambda name, module: "layers.1" in name)
+    with pytest.raises(ValueError, match="the network has 3 layers, and the policy acts on 1: apply it without where="):
+        model(ids)
 
 
 def test_it_learns_by_its_recipe_and_is_saved(tmp_path):

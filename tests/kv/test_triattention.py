@@ -222,6 +222,28 @@ def test_a_file_is_made_of_a_text(llama, tmp_path):
         tokred.calibrate(llama, [])
 
 
+@pytest.mark.hosts
+@pytest.mark.parametrize("family", ["qwen3", "gemma3", "mistral"])
+def test_centres_are_those_of_the_queries_as_they_are_turned(family):
+    """Behind the norm of queries, where a model has one; of the layers that policies act on."""
+    from tests.kv.tiny import build, prompt
+    from tokred.adapters import find
+
+    model, ids, seen = build(family, torch.float64), prompt(24), {}
+    blocks = [attention for _, attention in find(model, "cache").blocks]
+    found = tokred.calibrate(model, [ids])
+    for i, attention in enumerate(blocks):
+        last = attention.q_norm if hasattr(attention, "q_norm") else attention.q_proj
+        last.register_forward_hook(lambda module, args, out, i=i: seen.update({i: out}))
+    with torch.no_grad():
+        model(ids, use_cache=False)
+    for i in range(len(blocks)):
+        q = seen[i].reshape(24, 4, -1) if seen[i].ndim == 3 else seen[i][0]
+        q = q if q.shape[0] == 24 else q.transpose(0, 1)
+        z = torch.complex(*q.double().chunk(2, -1))
+        assert torch.allclose(found.tensors["centre"][i], torch.view_as_real(z.mean(0)).float(), atol=1e-5)
+
+
 def test_a_file_of_another_model_is_refused(llama, tmp_path):
     from tests.kv.tiny import build, prompt
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tokred.bench import embedded, plots
 from tokred.bench import results as outputs
 from tokred.bench.arms import Arm
 from tokred.bench.benchmark import benchmark
+from tokred.bench.shown import PART
 from tokred.bench.table import Benchmark
 from tokred.core.settings import parse_setting
 
@@ -61,7 +63,7 @@ def measure(
     labels: Tensor,
     path: Path,
     *,
-    batch: int = 25,
+    batch: int = 50,
     seed: int = 0,
     progress: bool = True,
 ) -> Benchmark:
@@ -83,6 +85,13 @@ def measure(
         model, settings, batches, ["top1", "agreement"], out=path, baselines=False, rounds=PAIRS, pairs=PAIRS,
         name="embedded", seed=seed, progress=progress,
     )  # fmt: skip
+
+
+def brief(result: Benchmark) -> Benchmark:
+    """Result by top-1 as the demo prints it: without the parts of the time, which the table on disk keeps."""
+    found = result.by("top1")
+    rows = [{name: value for name, value in row.items() if not name.endswith(PART)} for row in found.rows]
+    return replace(found, rows=rows)
 
 
 def measured(path: Path, arms: Sequence[Arm]) -> list[Arm]:

@@ -143,10 +143,12 @@ class Engine:
             error.add_note("tokred: this is the unpatched model on the first batch of data")
             raise
         first = self.batches.first
-        output = self.feed.finish(self.model, output, first)
-        self.scores = tuple(self._fitted(score) for score in self.scores)
-        for score in self.scores:
-            score(output, first, output)  # a metric that does not fit is found before any row
+        # As in the rows: what metrics read may run through modules of the user's.
+        with torch.inference_mode():
+            output = self.feed.finish(self.model, output, first)
+            self.scores = tuple(self._fitted(score) for score in self.scores)
+            for score in self.scores:
+                score(output, first, output)  # a metric that does not fit is found before any row
         self.against = [score.against(first) for score in self.scores]
         with telling(progress and self.first, self.scores) as (total, tell):
             costs: list[tuple[Entry, Cost]] = []

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from tokred.bench.arms import BASE
 from tokred.bench.intervals import Estimate
 from tokred.bench.standing import Row, Units, label
+from tokred.core.frames import page as notebook
 
 WIDTH = 80
 NARROW = 60
@@ -87,20 +88,20 @@ def text(
 
 
 def page(rows: Sequence[Row], units: Units, title: str, summary: str, others: Sequence[More] = ()) -> str:
-    """The same as HTML."""
+    """The same as HTML; the parts of the time are folded away, so that the table fits a page."""
     heads, lines = _whole(rows, units, others)
-    top = "".join(f"<th>{html.escape(head)}</th>" for head in heads)
-    body = ""
-    for row, found in zip(rows, lines, strict=True):
-        if row["quality"] is not None:
-            filled = "".join(f"<td>{html.escape(cell)}</td>" for cell in found)
-        else:
-            filled = f'<td colspan="{len(heads) - 1}">not measured. {html.escape(row["reason"])}</td>'
-        body += f"<tr><td>{html.escape(label(row))}</td>{filled}</tr>"
-    return (
-        f"<table><caption>{html.escape(title)}</caption><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
-        f"<p>{html.escape(summary)}</p>"
-    )
+    there = [row for row in rows if row["quality"] is not None]
+    main = len(heads) - len(parts(there))
+    table = [
+        [label(row), *(found[: main - 1] if found else [f"not measured. {row['reason']}"])]
+        for row, found in zip(rows, lines, strict=True)
+    ]
+    shown = notebook(title, heads[:main], table)
+    if main < len(heads):
+        rest = [[label(row), *found[main - 1 :]] for row, found in zip(rows, lines, strict=True) if found]
+        folded = notebook("", [heads[0], *heads[main:]], rest)
+        shown += f"<details><summary>parts of the time, and what was written and held</summary>{folded}</details>"
+    return f"{shown}<p>{html.escape(summary)}</p>"
 
 
 def markdown(rows: Sequence[Row], units: Units, title: str, summary: str, others: Sequence[More] = ()) -> str:

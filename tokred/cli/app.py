@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tokred.cli.options import Model, Threads
+from tokred.cli.options import Model, Threads, check_device
 
 if TYPE_CHECKING:
     from tokred.bench.app.trials import Picture, Trials
@@ -63,22 +63,21 @@ def app_command(
 
     from tokred.bench.app import layout
     from tokred.bench.app.page import Page, gradio
-    from tokred.bench.app.trials import Trials, class_names
-    from tokred.bench.models import load
+    from tokred.bench.app.trials import of
+    from tokred.bench.sources import Options
+    from tokred.bench.sources import model as found
     from tokred.cli.console import refusing, set_threads
-    from tokred.cli.options import check_device
 
     set_threads(threads)
     with refusing():
         gradio()  # before a model is loaded
         number = listening(host, port)
         place = torch.device(check_device(device))
-        subject = load(model or "embedded", size=size, random_weights=random_weights)
-        trials = Trials(subject, place, class_names(subject))
+        trials = of(found(model or "embedded", Options(size=size, random_weights=random_weights)), place)
         page = Page(trials, gallery(trials, images or [], count))
         blocks = layout.build(page)
         address = layout.launch(blocks, host, number, share=share, browser=not no_browser)
-    print(f"tokred app: {subject.name} at {address} (Ctrl-C ends it)", flush=True)
+    print(f"tokred app: {trials.subject.name} at {address} (Ctrl-C ends it)", flush=True)
     try:
         threading.Event().wait()
     finally:
@@ -91,12 +90,14 @@ def listening(host: str, port: int | None) -> int:
     Raises:
         ValueError: it is in use, or there is no such address on this machine.
     """
+    try:
+        socket.getaddrinfo(host, None)
+    except socket.gaierror as error:
+        raise ValueError(f"--host {host} is no address: {error.strerror}") from error
     for number in range(PORT, PORT + PORTS) if port is None else (port,):
         try:
             with socket.create_server((host, number)) as server:
                 return int(server.getsockname()[1])
-        except socket.gaierror as error:
-            raise ValueError(f"--host {host} is no address: {error.strerror}") from error
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 continue

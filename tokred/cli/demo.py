@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def demo_command(
     quick: Annotated[bool, typer.Option("--quick", help="Two settings a method and 500 images.")] = False,
     images: Annotated[int | None, typer.Option(min=10, help="Test images to classify. [default: 1000]")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images of a forward.")] = 25,
+    batch: Annotated[int, typer.Option(min=1, help="Images of a forward.")] = 50,
     methods: Methods = None,
     threads: Threads = None,
     seed: Annotated[int, typer.Option(help="Of the order in which methods take turns.")] = 0,
@@ -79,7 +79,7 @@ def demo_command(
             raise typer.Exit(INTERRUPTED) from None
         result = measure(arms, False)
     width = columns(60, 80)
-    out.print(tables.coloured(result, width), soft_wrap=True)
+    out.print(tables.coloured(demo.brief(result), width), soft_wrap=True)
     about = f"Data: {len(sample.labels)} {embedded.NAME}. Every row was measured in this run."
     print("\n".join(textwrap.wrap(about, width)))
     demo.draw(result, model, *sample, paths)

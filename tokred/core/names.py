@@ -7,6 +7,7 @@ MethodName = Literal[
     "algm",
     "asymrnr",
     "ats",
+    "attention_matching",
     "cake",
     "cat",
     "catome",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from tokred.core.frames import frame
+from tokred.core.frames import frame, page
 from tokred.core.method import Method
 from tokred.core.site import STAGES, Stage
 
@@ -107,23 +107,16 @@ class Report(ABC):
     def _repr_html_(self) -> str:
         """A table for notebooks, of the columns that say something."""
         found = [c for c in COLUMNS[2:] if any(row[c] is not None for row in self.own_rows)]
-        heads = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in found)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{_cell(row[name])}</td>" for name in found) + "</tr>" for row in self.own_rows
-        )
-        own = (
-            f"<table><caption>{html.escape(self.title)}</caption><thead><tr>{heads}</tr></thead>"
-            f"<tbody>{body}</tbody></table><p>{html.escape(self.summary)}</p>"
-        )
+        heads = [name.replace("_", " ") for name in found]
+        body = [[_cell(row[name]) for name in found] for row in self.own_rows]
+        own = page(self.title, heads, body) + f"<p>{html.escape(self.summary)}</p>"
         return own + "".join(one._repr_html_() for one in self.more)
 
 
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    return (
-        f"{value:.2f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else html.escape(value)
-    )
+    return f"{value:.2f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def joined(reports: Sequence[Report]) -> Report:

@@ -34,7 +34,7 @@ class Answers:
                 self._known[found["key"]] = found["value"]
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """What was kept, or None."""
+        """The value that was kept, or None."""
         return self._known.get(key)
 
     def put(self, key: str, value: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ def timm_columns(
         model: the model of timm that was measured, for ``param_count``, ``img_size``, ``crop_pct``, ``interpolation``
             and ``infer_gmacs``.
         batch_size: images of a batch, for ``infer_batch_size`` and ``infer_samples_per_sec``.
-        top5: a result of the same methods with the metric ``"top5"``.
+        top5: a result of the same methods with the metric ``"top5"``; None: ``result`` by it, if it was taken too.
 
     Returns:
         A dictionary a row that was measured, with the keys of :data:`COLUMNS`.
@@ -39,6 +39,8 @@ def timm_columns(
     Raises:
         TypeError, ValueError: a result has another metric, or an argument is wrong.
     """
+    if top5 is None and "top5" in getattr(result, "metrics", ()):
+        top5 = result.by("top5")
     for given, name, metric in ((result, "result", "top1"), (top5, "top5", "top5")):
         if given is not None and getattr(given, "metric", None) != metric:
             raise ValueError(

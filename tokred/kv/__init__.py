@@ -26,6 +26,7 @@ from tokred.kv.budgets import (
     Uniform,
 )
 from tokred.kv.fates import Evict, Merge
+from tokred.kv.fitting import Fit
 from tokred.kv.parts import Budget, Fate, Part, Score, When
 from tokred.kv.policy import CachePolicy, Parts
 from tokred.kv.preset import KVPreset, Preset
@@ -45,6 +46,7 @@ __all__ = [
     "Evict",
     "Expected",
     "Fate",
+    "Fit",
     "Flat",
     "Foretold",
     "Generated",
@@ -59,6 +61,7 @@ __all__ = [
     "LagRelative",
     "LastQuery",
     "Layered",
+    "Matched",
     "Merge",
     "MiKV",
     "Mustafar",

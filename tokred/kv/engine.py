@@ -14,6 +14,7 @@ from torch import Tensor
 from tokred.core.reduction import Reduction
 from tokred.kernels.dispatch import without_autocast
 from tokred.kv.allocators import Grant
+from tokred.kv.fitting import FITTED, REFERENCE
 from tokred.kv.limit import Ledger, ledger_of
 from tokred.kv.policy import CachePolicy
 from tokred.kv.repeat import CONTEXT, REPEATED, Probe, Repeats
@@ -79,6 +80,9 @@ class Layer(Protocol):
     def apply(self, step: Reduction, merge_score: str) -> None:
         """Replace the rows by what ``step`` makes of them."""
 
+    def rewrite(self, values: Tensor, weights: Tensor) -> None:
+        """Give rows other values ``[B, Hk, K, Dv]``, and weights ``[B, Hk, K]``; :meth:`apply` follows."""
+
     def settle(self, site: CacheSite | None) -> None:
         """Rows that came with this forward may take their lasting form."""
 
@@ -132,7 +136,7 @@ class Engine:
         self.depth = depth
         self.when = self.parts.when.paced(depth)
         # Float32 numbers that stay with each row: accumulated scores, and weights and marks of merged rows.
-        state = self.parts.score.numbers + 3 * (self.parts.fate.room > 0)
+        state = self.parts.score.numbers + 3 * (self.parts.fate.room > 0) + self.parts.fate.rewrites
         if self.when.chunk:
             # Scores that wait for the end of the forward, of double precision at most.
             state += 2 * self.parts.budget.deferred
@@ -260,6 +264,8 @@ class Engine:
         waiting, self._waiting = self._waiting, {}
         for i, (layer, site, decide) in sorted(waiting.items()):
             layer.rows[REPEATED] = probe.scores(i, site, layer.rows.get(REPEATED))
+            if i in probe.queries:
+                layer.notes.update(zip(REFERENCE, probe.reference(i), strict=True))
             site.rows, site.notes = layer.rows, layer.notes
             self._shrink(layer, site, decide)
             if self.when.over(layer.clock.prompt, site.seen):
@@ -343,7 +349,10 @@ class Engine:
             layer.clock.measured = grant.measured
         with without_autocast(score):
             step = self.policy.shrink(site, score, grant.rows, grant.counts)
+        fitted = [layer.notes.pop(name) for name in FITTED if name in layer.notes]
         if not step.trivial:
+            if fitted:
+                layer.rewrite(*fitted)
             layer.apply(step, self.parts.fate.merge_score)
 
     def _write(self, layer: Layer, site: CacheSite) -> None:

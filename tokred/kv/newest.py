@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -50,6 +51,33 @@ def row_order(site: CacheSite, q: Tensor, last: int | None) -> Tensor | None:
     """
     together = last is None or q.shape[2] == 1 or (last <= site.q.shape[2] and not site.loose)
     return None if together else site.order
+
+
+def with_sink(
+    q: Tensor, k: Tensor, sinks: Tensor, scale: float, mask: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Queries, keys, mask and bias with a first key whose logit is the head's sink, whatever the query.
+
+    A dimension more does it: queries have the logit there, and of the keys the first alone a one. In float32, so that
+    the logit is what the softmax of the host sees.
+
+    Args:
+        q: ``[B, H, M, D]``.
+        k: ``[B, Hk, K, D]``.
+        sinks: ``[H]``.
+        scale: of the logits.
+        mask: ``[B, 1 or Hk, K]`` bool, or None.
+        bias: ``[B, Hk, K]``, or None.
+
+    Returns:
+        ``[B, H, M, D + 1]``, ``[B, Hk, K + 1, D + 1]``, and mask and bias of ``K + 1`` keys.
+    """
+    b, h, m, _ = q.shape
+    logit = (sinks.detach().float() / scale).view(1, h, 1, 1).expand(b, h, m, 1)
+    k = F.pad(k.float(), (0, 1, 1, 0))
+    k[:, :, 0, -1] = 1
+    mask = None if mask is None else F.pad(mask, (1, 0), value=True)
+    return torch.cat([q.float(), logit], -1), k, mask, None if bias is None else F.pad(bias, (1, 0))
 
 
 def ordered(x: Tensor, order: Tensor | None) -> Tensor:

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
@@ -97,8 +98,11 @@ class Score(Part):
         """
         return None
 
-    def fits(self, facts: Facts) -> None:
+    def fits(self, facts: Callable[[], Facts]) -> None:
         """Refuse a model that what the score knows is not of.
+
+        Args:
+            facts: asks the model; only where something is known.
 
         Raises:
             ValueError: naming both.
@@ -166,8 +170,11 @@ class Budget(Part):
             ValueError: with what does not fit.
         """
 
-    def fits(self, facts: Facts, score: Score) -> None:
+    def fits(self, facts: Callable[[], Facts], score: Score) -> None:
         """Refuse a model, or a policy's score, that what the budget knows is not of.
+
+        Args:
+            facts: asks the model; only where something is known.
 
         Raises:
             ValueError: naming both.
@@ -228,12 +235,14 @@ class Fate(Part):
 
     Attributes:
         merges: whether rows are averaged into others, so that a store has to be able to.
+        rewrites: whether rows that stay are given other values and weights, so that a store has to be able to.
         alpha: the attention adds ``alpha * ln(weight)`` to the logits of rows that stand for several tokens.
         merge_score: how the per-row state of merged rows is combined.
     """
 
     kind = "fate"
     merges: ClassVar[bool] = False
+    rewrites: ClassVar[bool] = False
 
     @property
     def alpha(self) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -72,8 +72,11 @@ class CachePolicy(Method):
         """The module of the score, where it has weights."""
         return self.parts.score.module(facts)
 
-    def fits(self, facts: Facts) -> None:
+    def fits(self, facts: Callable[[], Facts]) -> None:
         """Refuse a model that what score or budget know is not of.
+
+        Args:
+            facts: asks the model; only where something is known.
 
         Raises:
             ValueError: naming both.
@@ -102,6 +105,8 @@ class CachePolicy(Method):
             needs["take"] = "eviction"
         if parts.fate.merges:
             needs["merge"] = f"the fate {parts.fate.name!r}"
+        if parts.fate.rewrites:
+            needs["rewrite"] = f"the fate {parts.fate.name!r}"
         if parts.budget.headwise and not parts.budget.full:
             needs["ragged"] = f"the budget {parts.budget.name!r}"
             if parts.when.chunk:

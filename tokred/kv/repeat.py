@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tokred.core.attention import Attention
+from tokred.kv.newest import with_sink
 from tokred.kv.site import CacheSite
 from tokred.kv.values import value_lengths
 
@@ -37,6 +38,7 @@ class Repeats(NamedTuple):
         overlap: tokens of the piece before that follow the later instruction.
         plus: each weight is divided by the length of what its query was made of, and multiplied by that of what its
             value adds to the stream.
+        keep: queries of the tokens that repeat, at most, which are kept for a fit; 0: none.
     """
 
     chunk: int
@@ -45,6 +47,7 @@ class Repeats(NamedTuple):
     later: tuple[int, ...] = ()
     overlap: int = 8
     plus: bool = False
+    keep: int = 0
 
 
 class Piece(NamedTuple):
@@ -128,6 +131,7 @@ class Probe:
         self.recorded = recorded
         self.piece: Piece | None = None
         self.best: dict[int, Tensor] = {}
+        self.queries: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def see(self, site: CacheSite) -> None:
         """Take note of one layer's attention in a forward that repeats :attr:`piece`."""
@@ -138,6 +142,10 @@ class Probe:
         best = self.best.get(site.layer)
         if best is None or best.shape[2] != rows:
             best = self.best[site.layer] = torch.zeros(*site.k.shape[:2], rows, device=site.device)
+        if self.repeats.keep:
+            meant = torch.arange(m, device=site.device) < torch.tensor(piece.fed, device=site.device)[:, None]
+            self.queries.setdefault(site.layer, []).append((site.q, meant))
+            return
         sinks = _sink_rows(site, self.repeats.sinks, rows)
         uniform = site.padding is None and not site.ragged
         for i in range(1) if uniform else range(len(piece.fed)):
@@ -149,16 +157,29 @@ class Probe:
             own = torch.arange(rows, rows + n, device=site.device)
             index = torch.cat([sinks[i], chunk, own])
             k = site.k[some].index_select(2, index)
-            first = len(sinks[i])
+            q, first = site.q[some, :, :n], len(sinks[i])
+            if site.sinks is not None:
+                assert site.scale is not None  # since the site was made
+                q, k, _, _ = with_sink(q, k, site.sinks, site.scale, None, None)
+                first += 1
             if self.repeats.plus:
                 rows_of = slice(first, first + len(chunk))
-                found = _weighed(site, some, n, k)[:, :, rows_of] * value_lengths(site)[some, :, chunk]
-                found = found.unflatten(1, (site.heads, -1)).amax(2)
+                found = _weighed(site, some, q, k)[:, :, rows_of] * value_lengths(site)[some, :, chunk]
+                found = found.view(found.shape[0], site.heads, -1, found.shape[2]).amax(2)
                 best[some, :, chunk] = found.to(best.dtype)
                 continue
-            attention = Attention(site.q[some, :, :n], k, scale=site.scale, softcap=site.softcap, causal=True)
+            attention = Attention(q, k, scale=site.scale, softcap=site.softcap, causal=True)
             found = attention.statistics(group="max").max
             best[some, :, chunk] = found[:, :, first : first + len(chunk)].to(best.dtype)
+
+    def reference(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Queries ``[B, H, n, D]`` of a layer, evenly chosen if there are many, and ``[B, n]`` bool, which are some."""
+        found = self.queries[layer]
+        q, meant = torch.cat([one for one, _ in found], 2), torch.cat([one for _, one in found], 1)
+        if q.shape[2] > self.repeats.keep:
+            some = torch.linspace(0, q.shape[2] - 1, self.repeats.keep, device=q.device).round().long()
+            q, meant = q.index_select(2, some), meant.index_select(1, some)
+        return q, meant
 
     def scores(self, layer: int, site: CacheSite, before: Tensor | None) -> Tensor:
         """``[B, Hk, K]`` float32 for the rows of a layer.
@@ -186,17 +207,17 @@ def _sink_rows(site: CacheSite, sinks: int, rows: int) -> list[Tensor]:
     return [row.nonzero().view(-1) for row in first]
 
 
-def _weighed(site: CacheSite, some: slice, count: int, k: Tensor) -> Tensor:
+def _weighed(site: CacheSite, some: slice, q: Tensor, k: Tensor) -> Tensor:
     """``[b, H, S]`` float32: for each row the largest weight, divided by the length of what its query was made of.
 
     Args:
         site: of the forward that repeats.
         some: samples.
-        count: tokens that they are fed.
+        q: ``[b, H, M, D]`` queries of the tokens that they are fed.
         k: ``[b, Hk, S, D]`` the rows that these share their attention out among, their own in the end.
     """
-    q, length = site.q[some, :, :count].float(), site.hidden[some, :count].float().norm(dim=-1)
-    b, heads, _, width = q.shape
+    b, heads, count, width = q.shape
+    q, length = q.float(), site.hidden[some, :count].float().norm(dim=-1)
     rows, keys = k.shape[2], k.float().unsqueeze(2)
     place = torch.arange(rows, device=q.device)
     best = q.new_zeros(b, heads, rows)

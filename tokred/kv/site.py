@@ -45,6 +45,7 @@ class CacheSite(Site):
         weights: ``[B, Hk, K]`` float32, how many tokens each row stands for; None: one each.
         alpha: the attention adds ``alpha * ln(weights)`` to the logits.
         scale, softcap: of the attention's logits.
+        sinks: ``[H]`` logits that take part in the softmax of every query and belong to no row; None: there are none.
         rows: state that a score keeps for every row, ``[B, Hk, K]`` each; travels with the rows.
         notes: state of another shape, by sample first.
         prompt: real tokens of each sample's prompt; None: all so far.
@@ -72,6 +73,7 @@ class CacheSite(Site):
         alpha: float = 1.0,
         scale: float | None = None,
         softcap: float | None = None,
+        sinks: Tensor | None = None,
         rows: dict[str, Tensor] | None = None,
         notes: dict[str, Any] | None = None,
         prompt: tuple[int, ...] | None = None,
@@ -97,6 +99,7 @@ class CacheSite(Site):
         self.weights = weights
         self.alpha = alpha
         self.softcap = softcap
+        self.sinks = sinks
         self.rows = {} if rows is None else rows
         self.notes = {} if notes is None else notes
         self.prompt = self.lengths if prompt is None else prompt
@@ -269,19 +272,21 @@ class CacheSite(Site):
             ``[B, Hk, K]`` float32 (``[B, H, K]`` for "none"); zero on padding and empty rows.
         """
         attention, order = self._attend(last, candidates, causal)
-        return newest.as_they_stand(attention.columns(weight, group=group), order)
+        return newest.as_they_stand(self._of_rows(attention.columns(weight, group=group)), order)
 
     def statistics(self, last: int | None = None, *, group: str = "none") -> ColumnStatistics:
         """Sum, sum of squares, maximum and entropy of what every row received from the ``last`` queries."""
         if (last, group) not in self._measured:  # a score and a budget may ask for the same
             attention, order = self._attend(last)
             found = attention.statistics(group=group)
-            self._measured[last, group] = ColumnStatistics(*(newest.as_they_stand(x, order) for x in found))
+            self._measured[last, group] = ColumnStatistics(
+                *(newest.as_they_stand(self._of_rows(x), order) for x in found)
+            )
         return self._measured[last, group]
 
     @property
     def attention(self) -> Attention:
-        """Attention of the queries of this forward to all rows; padding neither votes nor is seen."""
+        """Attention of this forward's queries to the sinks, if any, and all rows; padding neither votes nor is seen."""
         return self._attend(None)[0]
 
     def _attend(
@@ -296,8 +301,15 @@ class CacheSite(Site):
         real, weights = (None if x is None else newest.ordered(x, order) for x in (real, weights))
         bias = None if weights is None else self.alpha * weights.log()
         k, cap = newest.ordered(self.k, order), self.softcap
+        if self.sinks is not None:
+            assert self.scale is not None  # since it was made
+            q, k, real, bias = newest.with_sink(q, k, self.sinks, self.scale, real, bias)
         made = Attention(q, k, bias=bias, scale=self.scale, mask=real, votes=votes, softcap=cap, causal=causal)
         return made, order
+
+    def _of_rows(self, found: Tensor) -> Tensor:
+        """``[B, Hk or H, K]``, without what the sinks received."""
+        return found if self.sinks is None else found[..., 1:]
 
     # ------------------------------------------------------------------ the rest
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from tokred import api, settings
+from tokred.core.frames import page
 from tokred.core.method import Method, from_dict
 from tokred.tuning.goal import Goal
 from tokred.tuning.space import setting_of
@@ -152,15 +153,11 @@ class Tuned:
     def _repr_html_(self) -> str:
         """A table for notebooks, with the reasons below."""
         heads = ("", "setting", "quality", "to unpatched [95 %]", "to constant [95 %]", "speed", "bytes")
-        body = ""
-        for row in self.rows:
-            setting = f"{row['method']} {row['setting']}".strip()
-            cells = [ROLES[row["role"]], setting, *self._cells(row)]
-            body += f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>"
-        head = "".join(f"<th>{html.escape(text)}</th>" for text in heads)
+        cells = [
+            [ROLES[row["role"]], f"{row['method']} {row['setting']}".strip(), *self._cells(row)] for row in self.rows
+        ]
         why = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in self.why)
-        caption = html.escape(self.title)
-        return f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{why}"
+        return page(self.title, heads, cells) + why
 
     def to_pandas(self) -> Any:
         """:attr:`rows` and :attr:`front` as one ``pandas.DataFrame``.

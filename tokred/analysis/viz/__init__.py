@@ -17,11 +17,13 @@ from tokred.analysis.viz.draw import (
 )
 from tokred.analysis.viz.drawing import Drawing
 from tokred.analysis.viz.recording import Recording, record
+from tokred.analysis.viz.visual import VisualDrawing, vlm
 
 __all__ = [
     "CacheDrawing",
     "Drawing",
     "Recording",
+    "VisualDrawing",
     "after",
     "cache",
     "edges",
@@ -34,4 +36,5 @@ __all__ = [
     "record",
     "sheet",
     "spaced",
+    "vlm",
 ]

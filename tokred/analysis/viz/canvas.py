@@ -40,10 +40,10 @@ def subplots(rows: int, columns: int, **options: Any) -> tuple[Any, Any]:
         ImportError: matplotlib is not installed.
     """
     check("a figure")
-    from matplotlib.figure import Figure
+    from tokred.analysis.viz.shown import Shown
 
     own = {name: options.pop(name) for name in ("figsize", "layout", "dpi") if name in options}
-    figure = Figure(**own)
+    figure = Shown(**own)
     return figure, figure.subplots(rows, columns, **options)
 
 

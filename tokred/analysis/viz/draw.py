@@ -90,7 +90,13 @@ def paint(
 
 
 def paint_groups(
-    image: Tensor, index: Tensor, grid: tuple[int, int], slots: int | None = None, *, outline: bool = True
+    image: Tensor,
+    index: Tensor,
+    grid: tuple[int, int],
+    slots: int | None = None,
+    *,
+    outline: bool = True,
+    mean: bool = True,
 ) -> Picture:
     """:func:`paint` from the groups themselves.
 
@@ -100,6 +106,7 @@ def paint_groups(
         grid: rows and columns of patches.
         slots: how many groups there may be; None: as many as patches.
         outline: whether to outline the groups.
+        mean: fill each group with its mean colour; else the image stays as it is, but for what was dropped.
 
     Raises:
         ValueError: the image is none, or the groups are not one a patch.
@@ -111,7 +118,7 @@ def paint_groups(
     slots = len(index) if slots is None else slots
     canvas, high, wide = _enlarge(image, rows, columns)
     groups = index.view(rows, columns).repeat_interleave(high, 0).repeat_interleave(wide, 1)
-    out = _fill(canvas, groups, slots)
+    out = _fill(canvas, groups, slots) if mean else canvas
     out = torch.where((groups < 0)[..., None], _crossed(canvas, high, wide), out)
     if outline:
         colours = torch.tensor(palette(slots), dtype=torch.float32)
@@ -293,5 +300,5 @@ def _crossed(canvas: Tensor, high: int, wide: int) -> Tensor:
     """The image darkened, with a diagonal through every patch."""
     h, w, _ = canvas.shape
     y, x = torch.arange(h) % high, torch.arange(w) % wide
-    line = (y[:, None] * wide - x[None, :] * high).abs() < max(high, wide)
+    line = (y[:, None] * wide - x[None, :] * high).abs() < max(high, wide) * max(1, min(high, wide) // 12)
     return torch.where(line[..., None], canvas * 0.25 + 96, canvas * 0.25)

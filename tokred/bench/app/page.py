@@ -55,7 +55,7 @@ def gradio() -> Any:
 
 @dataclass
 class Page:
-    """What the page's events call; nothing in it knows a browser.
+    """The functions that the page's events call; nothing in it knows a browser.
 
     Attributes:
         trials: the model.

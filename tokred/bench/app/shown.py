@@ -31,14 +31,14 @@ def answers(trial: Trial) -> str:
             _tile(
                 "Answer",
                 f"cosine {trial.cosine:.3f}",
-                "The model has no classifier: its pooled features with the method, beside those without (1: the same).",
+                "The model has no classifier: its output with the method, beside that without (1: the same).",
             )
         )
     same = trial.before[0].name == trial.after[0].name
     said = "the same answer" if same else "another answer"
     return _grid(
         _guesses("Answer of the whole model", trial.before, ""),
-        _guesses(f"Answer with {trial.setting}", trial.after, f"{said}; cosine of the features {trial.cosine:.3f}"),
+        _guesses(f"Answer with {trial.setting}", trial.after, f"{said}; cosine of the logits {trial.cosine:.3f}"),
     )
 
 
@@ -70,7 +70,7 @@ def blocks(trial: Trial) -> str:
 
 
 def error(text: str) -> str:
-    """What is wrong with the input, for the page."""
+    """A mistake in the input, told on the page."""
     return f'<div class="tokred-error" role="alert">{html.escape(" ".join(text.split()))}</div>'
 
 

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from tokred import api
 from tokred.analysis.viz import recording as stages
-from tokred.bench import images, timing
+from tokred.bench import images, models, timing
 from tokred.bench.arms import BASE, Arm
-from tokred.bench.models import Answer, Subject
-from tokred.bench.sources import pictures
+from tokred.bench.models import Subject
+from tokred.bench.read import answer
+from tokred.bench.sources import Source, pictures
 from tokred.core.registry import methods as registered
 from tokred.core.settings import parse_setting
 from tokred.errors import UnsupportedModelError
@@ -79,7 +80,7 @@ class Trial:
         setting: the method with its parameters, as typed.
         recording: what each block left, with tokens and multiply-adds.
         before, after: the likeliest classes, unpatched and patched; empty where the model has no classifier.
-        cosine: of the pooled features, unpatched with patched.
+        cosine: of the logits or else the pooled features, unpatched with patched.
         notes: warnings that came up.
     """
 
@@ -109,7 +110,8 @@ class Trials:
     Args:
         subject: the model, unpatched; it is so again after every trial.
         device: to run it on.
-        classes: names of the head's outputs; empty: numbers.
+        outputs: of its classifier; 0: it has none.
+        classes: names of these; empty: numbers.
 
     Raises:
         UnsupportedModelError: what happens in its blocks cannot be shown, or no method runs on it.
@@ -117,6 +119,7 @@ class Trials:
 
     subject: Subject
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    outputs: int = 0
     classes: Sequence[str] = ()
 
     def __post_init__(self) -> None:
@@ -181,14 +184,13 @@ class Trials:
         x = picture.input[None].to(self.device)
         with self._lock, torch.inference_mode(), warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            dense = subject.read(x)
-            # How the tokens are exposed to the head is not how they are drawn, so that these are two forwards.
-            with arm.applied(model, subject.expose):
-                reduced = subject.read(x)
+            dense = answer(subject.read(x))
+            with arm.applied(model):
+                reduced = answer(subject.read(x))
             recording = stages.record(
                 model, x, [arm.label], pixels=picture.pixels[None], names=[picture.name], forward=subject.read
             )
-        cosine = F.cosine_similarity(dense.features.double().flatten(), reduced.features.double().flatten(), dim=0)
+        cosine = F.cosine_similarity(dense.double().flatten(), reduced.double().flatten(), dim=0)
         notes = dict.fromkeys(str(one.message) for one in said if not issubclass(one.category, DeprecationWarning))
         return Trial(arm.label, recording, self._best(dense), self._best(reduced), float(cosine), tuple(notes))
 
@@ -207,9 +209,9 @@ class Trials:
         """
         arms, model = [Arm(BASE, ""), self.arm(setting)], self.subject.model
         x = picture.input[None].to(self.device).repeat(batch, 1, 1, 1)
-        enter = [partial(arm.applied, model, self.subject.expose) for arm in arms]
+        enter = [partial(arm.applied, model) for arm in arms]
         measure: Callable[[int], list[list[float]]] = lambda rounds: timing.paired(  # noqa: E731
-            enter, lambda _: model(x), rounds, device=self.device, warmup=0
+            enter, lambda _: self.subject.read(x), rounds, device=self.device, warmup=0
         )
         with self._lock, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # `run` has told them
@@ -220,10 +222,10 @@ class Trials:
         ratio = timing.spread(timing.ratios(found)[1])
         return Clock(ratio, timing.spread(found[0]), timing.spread(found[1]), batch, rounds, self._place())
 
-    def _best(self, answer: Answer) -> tuple[Guess, ...]:
-        if answer.logits is None:
+    def _best(self, logits: Tensor) -> tuple[Guess, ...]:
+        if not self.outputs or logits.shape != (1, self.outputs):
             return ()
-        shares = answer.logits[0].float().softmax(-1)
+        shares = logits[0].float().softmax(-1)
         best = shares.topk(min(BEST, len(shares)))
         named = len(self.classes) == len(shares)
         found = zip(best.indices.tolist(), best.values.tolist(), strict=True)
@@ -240,17 +242,26 @@ class Trials:
         )
 
 
-def class_names(subject: Subject) -> tuple[str, ...]:
+def of(source: Source, device: torch.device | None = None) -> Trials:
+    """Trials of a model that was found by name.
+
+    Raises:
+        NoModelError: it is none of images.
+        UnsupportedModelError: as :class:`Trials`.
+    """
+    return Trials(models.of(source), device or torch.device("cpu"), source.classes, class_names(source))
+
+
+def class_names(source: Source) -> tuple[str, ...]:
     """Names of the outputs of a model's head; empty where nobody knows them."""
-    if subject.name == "embedded":
+    if source.name == "embedded":
         from tokred.bench import embedded
 
         return tuple(embedded.CLASSES)
-    config: Any = getattr(subject.model, "config", None)
-    names = getattr(config, "id2label", None)
+    names = getattr(getattr(source.model, "config", None), "id2label", None)
     if names:
         return tuple(str(names[i]) for i in sorted(names))
-    return _imagenet() if subject.classes == 1000 else ()
+    return _imagenet() if source.classes == 1000 else ()
 
 
 def _imagenet() -> tuple[str, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -54,6 +55,20 @@ class Generate(Feed):
         if isinstance(mask, Tensor) and mask.ndim == 2 and "input_ids" in batch and not bool(mask[:, -1].all()):
             raise ValueError("attention_mask: prompts are padded on the left, so that answers stand behind them")
         return batch
+
+    @contextmanager
+    def around(self, model: Any) -> Iterator[None]:
+        """Where a number of tokens is asked for, no longest text of the model's own, of which each call would warn."""
+        config = getattr(model, "generation_config", None)
+        before = getattr(config, "max_length", None)
+        if self.new is None or before is None:
+            yield
+            return
+        config.max_length = None
+        try:
+            yield
+        finally:
+            config.max_length = before
 
     def run(self, model: Any, batch: Any) -> Any:
         return self._generate(model, batch)

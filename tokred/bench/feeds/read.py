@@ -99,7 +99,7 @@ class Read(Feed):
         return seen[0]
 
     def finish(self, model: Any, output: Any, batch: Any) -> Any:
-        """What metrics read."""
+        """The part that metrics read."""
         if not isinstance(self.read, str):
             return self.read(self.inner.finish(model, output, batch), batch)
         return _pooled(output) if self.read == FEATURES else output

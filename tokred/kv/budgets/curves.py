@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -57,7 +57,7 @@ class Curves(Budget):
         if found != depth:
             raise ValueError(f"curves has {found} layers, but {depth} layers are compressed")
 
-    def fits(self, facts: Facts, score: Score) -> None:
+    def fits(self, facts: Callable[[], Facts], score: Score) -> None:
         """Refuse curves of another model, or of another score than the policy's.
 
         Raises:
@@ -66,7 +66,7 @@ class Curves(Budget):
         if not isinstance(self.curves, str):
             return
         file = self._file(self.curves)
-        statistics.check_model(self.curves, file.facts, facts)
+        statistics.check_model(self.curves, file.facts, facts())
         made, own = file.about["score"], score.to_dict()
         if made != own:
             raise ValueError(f"the curves in {self.curves} were made for the score {made}, but this policy's is {own}")
@@ -98,6 +98,8 @@ class Curves(Budget):
         if self.full:
             return counts
         table = self.table()
+        if table.shape[1] != site.depth:
+            raise ValueError(f"curves has {table.shape[1]} layers, the policy acts on {site.depth}: leave where= out")
         if table.shape[2] != site.heads:
             raise ValueError(f"curves has {table.shape[2]} heads in a layer, the cache has {site.heads}")
         found = [self._layer(n, site.place, site.layer, site.depth) for n in lengths]

@@ -29,7 +29,7 @@ class Flat(Store):
     """
 
     name: ClassVar[str] = "flat"
-    can: ClassVar[frozenset[str]] = frozenset({"take", "merge", "ragged", "tight", "crop", "attend"})
+    can: ClassVar[frozenset[str]] = frozenset({"take", "merge", "rewrite", "ragged", "tight", "crop", "attend"})
 
     waste: float = 0.15
 
@@ -133,6 +133,11 @@ class FlatShelf(RectangleShelf):
         if counts is not None and step.mask is not None and merged is not None:
             index = torch.arange(step.slots, device=merged.device).expand(merged.shape)
             self._lie(flatten(None, self._keys, self._values, merged, index, counts, step.mask))
+
+    def rewrite(self, values: Tensor, slots: Tensor | None) -> None:
+        if self.flat is not None:
+            self._keys, self._slots, self.flat = self.keys, slots, None
+        super().rewrite(values, slots)
 
     def _lie(self, flat: FlatRows) -> None:
         self.flat, self._keys, self._values, self._slots = flat, None, None, None

@@ -20,7 +20,7 @@ class Rectangle(Store):
     """Keys and values of the model's type, as many rows in every head as in the longest."""
 
     name: ClassVar[str] = "rectangle"
-    can: ClassVar[frozenset[str]] = frozenset({"take", "merge", "ragged", "crop"})
+    can: ClassVar[frozenset[str]] = frozenset({"take", "merge", "rewrite", "ragged", "crop"})
 
     def open(self) -> Shelf:
         return RectangleShelf()
@@ -93,6 +93,9 @@ class RectangleShelf(Shelf):
         assert values is not None
         self._keys, self._values = step.merge(keys, weights), step.merge(values, weights)
         self._slots = without_empty(merged_slots(step, slots), step.mask).contiguous()
+
+    def rewrite(self, values: Tensor, slots: Tensor | None) -> None:
+        self._values = values
 
     def crop(self, count: int) -> None:
         if count == 0 or self._keys is None or self._values is None:

@@ -22,6 +22,7 @@ from tokred.kv.site import CacheSite
 ABILITIES = {
     "take": "free the rows that are evicted",
     "merge": "average rows into others",
+    "rewrite": "hold other values than came",
     "ragged": "hold different numbers of rows in heads or samples",
     "tight": "hold uneven heads without empty rows",
     "crop": "take the newest rows back",
@@ -195,6 +196,10 @@ class Shelf(ABC):
     def merge(self, step: Reduction, slots: Tensor, weights: Tensor | None) -> None:
         """Hold only what ``step`` makes of the rows, weighted by ``weights`` ``[B, Hk, K]``; otherwise :meth:`take`."""
         raise NotImplementedError(f"{type(self).__name__} cannot {ABILITIES['merge']}")
+
+    def rewrite(self, values: Tensor, slots: Tensor | None) -> None:
+        """Hold other ``values`` ``[B, Hk, K, D]`` for the rows as they are, whose ``slots`` are :meth:`positions`."""
+        raise NotImplementedError(f"{type(self).__name__} cannot {ABILITIES['rewrite']}")
 
     def crop(self, count: int) -> None:
         """Take the newest ``count`` rows back, all of which came after the last eviction."""

@@ -132,7 +132,12 @@ def noisy_columns(site: CacheSite, tau: Tensor | float, draw: object) -> Tensor:
         x = (x if noise is None else x + noise) / tau
         seen = columns[:stop] <= torch.arange(n - m + part.start, stop, device=q.device)[:, None]
         seen = seen if real is None else seen & real[..., :stop]
-        p = x.masked_fill(~seen, -1e30).softmax(-1).masked_fill(~seen, 0.0)
+        x = x.masked_fill(~seen, -1e30)
+        if site.sinks is not None:
+            sink = (site.sinks.detach().float().view(1, h, 1, 1) / tau).expand(*x.shape[:3], 1)
+            p = torch.cat([x, sink], -1).softmax(-1)[..., :-1].masked_fill(~seen, 0.0)
+        else:
+            p = x.softmax(-1).masked_fill(~seen, 0.0)
         total[..., :stop] += (p if votes is None else p * votes[:, :, part]).sum(2)
     summed: Tensor = total.view(b, site.heads, group, n).sum(2)
     return summed

@@ -54,7 +54,7 @@ class Surrogate(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # Goes where the model goes, and stays in float32.
-        return super()._apply(lambda t: t.to(fn(t.new_empty(0)).device), recurse)
+        return super()._apply(lambda t: t.to(fn(t.new_empty(0)).device), recurse)  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Foretold(Score):
     as a loss.
 
     Args:
-        kind: "mlp" or "linear".
+        network: "mlp" or "linear".
         hidden: channels inside, for "mlp".
         sinks: first tokens, which training leaves out.
         chunk: tokens that one forward repeats in training; a text within it is judged by attention to all of it.
@@ -78,13 +78,13 @@ class Foretold(Score):
     accumulates: ClassVar[bool] = True
     numbers: ClassVar[int] = 1
 
-    kind: str = "mlp"
+    network: str = "mlp"
     hidden: int = 512
     sinks: int = 4
     chunk: int = 2048
 
     def __post_init__(self) -> None:
-        check_choice(self.kind, "kind", KINDS)
+        check_choice(self.network, "network", KINDS)
         check_count(self.hidden, "hidden", 1)
         check_count(self.sinks, "sinks")
         check_count(self.chunk, "chunk", 1)
@@ -102,7 +102,7 @@ class Foretold(Score):
         """A new network, the same for the same sizes."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            hidden = self.hidden if self.kind == "mlp" else 0
+            hidden = self.hidden if self.network == "mlp" else 0
             return Surrogate(facts.depth, facts.width, facts.key_heads or facts.heads, hidden)
 
     def observe(self, site: CacheSite) -> None:
@@ -129,13 +129,25 @@ class Foretold(Score):
         if site.real is not None:
             meant = meant & site.real[..., -new:]
         with torch.enable_grad():
-            found = self._network(site)(site.layer, site.hidden.detach())
+            found: Tensor = self._network(site)(site.layer, site.hidden.detach())
             apart = (found - target.clamp(min=_LEAST).log()).masked_fill(~meant, 0.0)
-            return apart.square().sum() / meant.sum().clamp(min=1) / site.depth
+            distance: Tensor = apart.square().sum() / meant.sum().clamp(min=1) / site.depth
+            return distance
 
     def _network(self, site: CacheSite) -> nn.Module:
-        assert site.learned.module is not None  # the host supplies what is read
-        return site.learned.module
+        """The module.
+
+        Raises:
+            ValueError: it is of another number of layers than the policy acts on.
+        """
+        found = site.learned.module
+        assert isinstance(found, Surrogate)  # the host supplies what is read
+        if len(found.layers) != site.depth:
+            raise ValueError(
+                f"the network has {len(found.layers)} layers, and the policy acts on {site.depth}: apply it "
+                "without where="
+            )
+        return found
 
 
 @register("kvzap")
@@ -153,7 +165,7 @@ class KVzap(Preset):
         every: generated tokens between judgements, which changes only how soon rows go; 0: the prompt alone is judged.
         turns: also at the end of later turns, or of each chunk of a prompt.
         least, most: bounds of a head's rows, see :class:`tokred.kv.Threshold`.
-        kind: of the network, "mlp" or "linear".
+        network: "mlp" or "linear".
         hidden: its channels inside, for "mlp".
 
     Source: Jegou and Jeblick, KVzap, arXiv 2601.07891, sections 3 and 4.
@@ -171,11 +183,11 @@ class KVzap(Preset):
     turns: bool = True
     least: int = 1
     most: int | str | None = None
-    kind: str = "mlp"
+    network: str = "mlp"
     hidden: int = 512
 
     def make_score(self) -> Score:
-        return Foretold(self.kind, self.hidden, self.sinks)
+        return Foretold(self.network, self.hidden, self.sinks)
 
     def make_budget(self) -> Budget:
         return Threshold(self.tau, self.least, self.most)

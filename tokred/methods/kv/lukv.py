@@ -61,7 +61,7 @@ class Utility(Score):
         lengths = value_lengths(site)
         whole = lengths[..., : min(site.prompt)].sum((1, 2), keepdim=True)
         used = site.statistics(group="none").max * lengths / whole
-        used = used.unflatten(1, (site.heads, -1)).amax(2)
+        used = used.view(used.shape[0], site.heads, -1, used.shape[2]).amax(2)
         before = site.rows.get(UTILITY)
         site.rows[UTILITY] = used if before is None else torch.maximum(before, used)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,8 +13,8 @@ from tokred.core.method import Parameters
 from tokred.core.registry import register
 from tokred.kv import newest
 from tokred.kv.budgets import Generated
-from tokred.kv.parts import Score, When, check_count
-from tokred.kv.policy import BudgetLike, as_budget
+from tokred.kv.parts import Budget, Score, When, as_part, check_count
+from tokred.kv.policy import BudgetLike
 from tokred.kv.pooling import check_pool, pooled
 from tokred.kv.preset import KVPreset
 from tokred.kv.site import CacheSite
@@ -163,11 +163,11 @@ class RKV(KVPreset):
     def __post_init__(self) -> None:
         check_count(self.every, "every", 1)
         if self.keep_prompt:
-            given = self.budget
+            given: Any = self.budget  # also as it was written down
             if isinstance(given, int) and not isinstance(given, bool):
                 given = Generated(given)
             elif isinstance(given, dict):
-                given = as_budget(given)
+                given = as_part(given, Budget, "budget")  # type: ignore[type-abstract]
             if not isinstance(given, Generated):
                 raise ValueError(f"with keep_prompt, budget must be a number of generated rows, got {self.budget!r}")
             object.__setattr__(self, "budget", given)

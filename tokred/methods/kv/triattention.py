@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -86,7 +87,7 @@ class Trigonometric(Score):
         """Bytes of the statistics of a prompt."""
         return 4 * (1 + heads * width // 2 * 3 + width // 2) if self.stats == _PROMPT else 0
 
-    def fits(self, facts: Facts) -> None:
+    def fits(self, facts: Callable[[], Facts]) -> None:
         """Refuse to go without statistics, and statistics of another model.
 
         Raises:
@@ -98,7 +99,7 @@ class Trigonometric(Score):
                 "(or stats='prompt', for those of each prompt, of which nothing has been measured)"
             )
         if self.stats != _PROMPT:
-            statistics.check_model(self.stats, self._file().facts, facts)
+            statistics.check_model(self.stats, self._file().facts, facts())
 
     def observe(self, site: CacheSite) -> None:
         """Add the queries of a prompt to its statistics."""
@@ -132,8 +133,8 @@ class Trigonometric(Score):
         b, heads, _ = site.extent
         keys = torch.stack(site.k.float().chunk(2, -1), -1)  # [B, Hk, K, D/2, 2]
         group = known.centre.shape[1] // heads
-        centre = known.centre.unflatten(1, (heads, group))
-        spread = known.length.unflatten(1, (heads, group)) - centre.norm(dim=-1)
+        centre = known.centre.view(-1, heads, group, *known.centre.shape[2:])
+        spread = known.length.view(-1, heads, group, known.length.shape[2]) - centre.norm(dim=-1)
         rest = factor * torch.einsum("bhgf,bhkf->bhgk", spread.expand(b, -1, -1, -1), keys.norm(dim=-1))
         found = None
         for turned in self._ahead(site, centre, frequencies):
@@ -182,6 +183,11 @@ class Trigonometric(Score):
             count, total, length, _ = (site.notes[name] for name in NOTES)
             return Centres(total / count[:, None, None, None], length / count[:, None, None])
         file = self._file()
+        if file.facts.depth != site.depth:
+            raise ValueError(
+                f"the statistics in {self.stats} are of {file.facts.depth} layers, the policy acts on {site.depth}: "
+                "apply it without where="
+            )
         known, device = file.tensors["frequencies"][site.layer], site.device
         if known.shape != frequencies.shape or not torch.allclose(known, frequencies.cpu(), rtol=1e-4, atol=1e-9):
             raise ValueError(
@@ -255,4 +261,5 @@ class TriAttention(Preset):
 
 def concentration(known: Centres) -> Tensor:
     """``[B or 1, H, D/2]`` in [0, 1]: how near queries lie to their centre; where it is 1, the series says it all."""
-    return known.centre.norm(dim=-1) / known.length.clamp(min=math.ulp(0.0))
+    found: Tensor = known.centre.norm(dim=-1) / known.length.clamp(min=math.ulp(0.0))
+    return found
