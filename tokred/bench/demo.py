@@ -88,7 +88,7 @@ def measure(
 
 
 def brief(result: Benchmark) -> Benchmark:
-    """What the demo prints: the result by top-1, without the parts of the time, which the table on disk keeps."""
+    """Result by top-1 as the demo prints it: without the parts of the time, which the table on disk keeps."""
     found = result.by("top1")
     rows = [{name: value for name, value in row.items() if not name.endswith(PART)} for row in found.rows]
     return replace(found, rows=rows)
