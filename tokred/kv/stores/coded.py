@@ -131,7 +131,14 @@ class CodedShelf(Shelf):
     def _shown(self, which: int) -> Made:
         tail = self._sides[which].tail.buffer
         shape = (*tail.shape[:2], self.width, tail.shape[3])
-        return Made(like(tail, shape, self._type), lambda: self._made(which).detach())
+        # Of now: rows may go before somebody asks.
+        side, index, dtype = self._sides[which], self._index, self._type
+
+        def made() -> Tensor:
+            rows = side.restored(dtype).detach()
+            return rows if index is None else _picked(rows, index)
+
+        return Made(like(tail, shape, dtype), made)
 
     @property
     def moved(self) -> bool:
