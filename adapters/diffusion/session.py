@@ -275,8 +275,8 @@ class Session(State):
         slots = [side.slots for side in (found.queries, found.keys) if side]
         self._record(spot, "self", image, min(slots, default=place.length))
         if self.watched is not None:
-            for side, made in zip(_SIDES, (found.queries, found.keys), strict=True):
-                self.watched.saw(spot, side, place, made)
+            for side, half in zip(_SIDES, (found.queries, found.keys), strict=True):
+                self.watched.saw(spot, side, place, half)
         return found
 
     def _known(self, place: SublayerPlace, slot: Any, batch: int) -> dict[str, Any]:

@@ -172,7 +172,7 @@ def class_names(subject: Subject) -> Sequence[str] | None:
     if subject.name == "embedded":
         return embedded.CLASSES
     known = getattr(getattr(subject.model, "config", None), "id2label", None)
-    return None if not known or not subject.classes else [str(known[i]) for i in range(subject.classes)]
+    return None if not known else [str(known[i]) for i in range(len(known))]
 
 
 def choose(subject: Subject, texts: Sequence[str]) -> list[str]:

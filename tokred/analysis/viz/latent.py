@@ -56,7 +56,7 @@ class LatentMap(NamedTuple):
     @property
     def left(self) -> int:
         """Tokens that the sub-layer ran on."""
-        return len(self.groups[self.groups >= 0].unique())
+        return len(torch.unique(self.groups[self.groups >= 0]))
 
 
 @dataclass(frozen=True)
