@@ -366,7 +366,7 @@ def picture_of(output: Any) -> Tensor:
         if array.ndim < 3 or array.shape[-1] not in (1, 3, 4):
             raise TypeError(f"what came out is no picture, but a {type(output).__name__}: let run return images")
         output = torch.from_numpy(array.copy()).movedim(-1, -3)
-    x = output.detach().cpu()
+    x: Tensor = output.detach().cpu()
     while x.ndim > 4:
         x = x[0]
     if x.ndim == 4:
