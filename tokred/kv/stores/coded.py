@@ -276,7 +276,7 @@ class CodedShelf(Shelf):
             logits = logits.masked_fill(~mask[:, :, None], -torch.inf)
         if padding is not None:
             n = padding.shape[1]
-            old, new = logits.split([logits.shape[-1] - n, n], -1)
+            old, new = logits.split([logits.shape[-1] - n, n], -1)  # type: ignore[no-untyped-call]
             logits = torch.cat([old, new.masked_fill(~padding[:, None, None], -torch.inf)], -1)
         weights = logits.softmax(-1)
         if padding is not None:
