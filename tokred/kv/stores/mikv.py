@@ -62,7 +62,7 @@ class MiKV(Coded):
 
     @property
     def balances(self) -> bool:
-        """Whether keys are balanced."""
+        """Balance: whether keys are balanced."""
         return self.low == 2 if self.balance is None else self.balance
 
     def forms(self, keys: Tensor, values: Tensor) -> tuple[Form, Form]:
