@@ -21,7 +21,7 @@ from benchmarks.pages.markdown import (
 
 PAGE = ROOT / "docs" / "methods" / "comparison.md"
 MODELS = {
-    "embedded": "The embedded model of tokred 0.1",
+    "embedded": "The embedded model",
     "dinov2": "DINOv2 ViT-S/14",
 }
 PLAIN = ("tome", "downsample")
