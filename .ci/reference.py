@@ -134,7 +134,8 @@ def rows(command: Any) -> Iterator[str]:
             default = ("on" if parameter.default else "off") if value == "" else str(parameter.default)
         else:
             default = f"`{parameter.default}`"
-        yield f"| {spelled}{f' `{value}`' if value else ''} | {default} | {text} |"
+        # Brackets of a help text are no links.
+        yield f"| {spelled}{f' `{value}`' if value else ''} | {default} | {text.replace('[', chr(92) + '[')} |"
 
 
 def shell(lines: Sequence[str]) -> Iterator[str]:

@@ -189,6 +189,28 @@ def test_counts_are_those_of_the_report():
     assert [g is None for g in pages.data(recording)["images"][0]["runs"][1]["groups"]] == [True, True, False, True]
 
 
+def test_answers_stand_beside_those_of_the_unpatched_model(tmp_path):
+    model, x = build("vit"), images(2)
+    assert stages.record(model, x, "tome r=5").answers == ()
+    classes = [f"<kind {i}>" for i in range(model(x).shape[1])]
+    recording = stages.record(model, x, "tome r=8", classes=classes)
+    with torch.inference_mode():
+        plain = model(x).softmax(1).max(1)
+        with tokred.applied(model, "tome", r=8):
+            patched = model(x).softmax(1).max(1)
+    for answers, (likely, which) in ((recording.answers, plain), (recording.runs[0].answers, patched)):
+        wanted = [f"<kind {i}> ({100 * p:.0f} %)" for i, p in zip(which.tolist(), likely.tolist(), strict=True)]
+        assert list(answers) == wanted
+    page = Page(pages.render(recording, "page"))
+    said = [text for attributes, text in page.all("p") if attributes.get("class") == "answer"]
+    assert [text.split(" unpatched")[0] for text in said] == [f"Answer {one}" for one in recording.runs[0].answers]
+    assert [text for _, text in page.all("span") if text.startswith("unpatched: ")] == [
+        f"unpatched: {one}" for one in recording.answers
+    ]
+    with pytest.raises(ValueError, match="classes has 1 names"):
+        stages.record(model, x, "tome r=8", classes=["one"])
+
+
 def test_images_of_a_ragged_batch_are_drawn_and_counted_alone():
     model, x = build("vit"), images(4)
     together = stages.record(model, x, Uneven())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -71,6 +71,16 @@ class SpotRecord(NamedTuple):
     left: int
 
 
+class Watching(Protocol):
+    """A viewer of sub-layers while they run: a drawing of what becomes of tokens."""
+
+    def begin(self) -> None:
+        """A step begins."""
+
+    def saw(self, spot: Spot, role: str, place: SublayerPlace, reduction: Reduction | None) -> None:
+        """A sub-layer runs on what ``reduction`` leaves of the tokens of a place; None: on all."""
+
+
 class Session(State):
     """State of one denoiser. Copies and pickles start without plans.
 
@@ -107,9 +117,10 @@ class Session(State):
         self.channels = 0
         self.steps.forget()
         self.records: dict[tuple[int, str], SpotRecord] = {}
+        self.watched: Watching | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        transient = ("size", "frames", "key", "inputs", "now", "plans", "channels", "steps", "records")
+        transient = ("size", "frames", "key", "inputs", "now", "plans", "channels", "steps", "records", "watched")
         return {k: v for k, v in self.__dict__.items() if k not in transient}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -133,6 +144,8 @@ class Session(State):
         compiling = torch.compiler.is_compiling()
         if not compiling:
             self.records = {}
+            if self.watched is not None:
+                self.watched.begin()
         if compiling and self.method.stepwise and not self.free:
             raise UnsupportedModelError(
                 f"{self.method} depends on which step it is, which a compiled forward does not know: see its page"
@@ -261,6 +274,9 @@ class Session(State):
             self.plans[slot] = found
         slots = [side.slots for side in (found.queries, found.keys) if side]
         self._record(spot, "self", image, min(slots, default=place.length))
+        if self.watched is not None:
+            for side, half in zip(_SIDES, (found.queries, found.keys), strict=True):
+                self.watched.saw(spot, side, place, half)
         return found
 
     def _known(self, place: SublayerPlace, slot: Any, batch: int) -> dict[str, Any]:
@@ -288,6 +304,8 @@ class Session(State):
     def note(self, spot: Spot, role: str, x: Tensor, plan: Plan | None) -> None:
         """Remember what a sub-layer ran on."""
         self._record(spot, role, x, None if plan is None else plan.reduction.slots)
+        if self.watched is not None:
+            self.watched.saw(spot, role, self.place(x), None if plan is None else plan.reduction)
 
     def _record(self, spot: Spot, role: str, x: Tensor, left: int | None) -> None:
         if torch.compiler.is_compiling():

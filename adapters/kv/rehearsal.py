@@ -165,11 +165,14 @@ class Rehearsal:
         if self.rope is None:
             return None
         extra = layer_type_of(self.rope, attention)
-        zeros = torch.zeros(1, _TOKENS, 1), torch.zeros(1, _TOKENS, dtype=torch.long)
+        x, zeros = torch.zeros(1, _TOKENS, 1), torch.zeros(1, _TOKENS, dtype=torch.long)
+        more = [] if extra is None else [extra]
         try:
-            tables = self.rope(*zeros, *([] if extra is None else [extra]))
+            tables = self.rope(x, zeros, *more)
         except KeyError:  # these layers do not turn
             return None
+        except IndexError:  # positions have three axes here
+            tables = self.rope(x, zeros.expand(3, 1, _TOKENS), *more)
         several = not isinstance(tables, Tensor)
         turns: tuple[_Turn, ...] = tuple(t.to("meta").as_subclass(_Turn) for t in (tables if several else (tables,)))
         for turn in turns:

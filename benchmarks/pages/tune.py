@@ -109,15 +109,13 @@ def tune_claims(found: Results) -> str:
 
 def plot(found: Results, folder: Path) -> list[Path]:
     """What the constant and the chosen setting lose in each search, a panel a model."""
-    from tokred.analysis.viz.canvas import pyplot, save
+    from tokred.analysis.viz.canvas import save, subplots
 
     every = pairs(found)
     models = list(dict.fromkeys(pair.model for pair in every))
     if not models:
         return []
-    figure, axes = pyplot().subplots(
-        1, len(models), figsize=(4 * len(models), 3.4), layout="constrained", squeeze=False
-    )
+    figure, axes = subplots(1, len(models), figsize=(4 * len(models), 3.4), layout="constrained", squeeze=False)
     for axis, model in zip(axes[0], models, strict=True):
         mine = [pair for pair in every if pair.model == model]
         metric = str(mine[0].chosen["scored_by"])
@@ -132,11 +130,12 @@ def plot(found: Results, folder: Path) -> list[Path]:
         axis.set_xticks(range(len(mine)), [f"seed {pair.seed}\n{_beside(pair)}" for pair in mine], fontsize=8)
         axis.set_xlim(-0.5, len(mine) - 0.5)
         units = {"top1": "top-1, points", "perplexity": "perplexity, %"}.get(metric, metric)
-        axis.set_ylabel(f"{units}: difference to the unpatched model")
+        axis.set_ylabel(f"{units}, to the unpatched", fontsize=8)
         axis.set_title(f"{model}, held-out samples", fontsize=9)
         axis.legend(fontsize=8)
+        axis.set_xlabel("below the seed: speed over the constant setting's", fontsize=7)
     return [save(figure, folder / "tune.png")]
 
 
 def _beside(pair: Pair) -> str:
-    return f"{pair.chosen.get('beside', 1.0):.2f}x the constant's speed"
+    return f"{pair.chosen.get('beside', 1.0):.2f}x"

@@ -186,7 +186,7 @@ def _splits(pairs: int, units: int) -> int:
     if threads == 1:
         return 0
     numba.set_num_threads(threads)
-    return max(1, min(units, -(-4 * threads // pairs)))
+    return max(1, min(units, -(-4 * threads // pairs)))  # type: ignore[no-any-return]
 
 
 def _arrays(rows: PackedRows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

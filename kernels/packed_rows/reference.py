@@ -36,7 +36,7 @@ class PackedRows(NamedTuple):
     tokens: bool
 
     @property
-    def count(self) -> int:
+    def count(self) -> int:  # type: ignore[override]
         """Rows ``P`` of each head."""
         return self.codes.shape[2] * (self.group if self.tokens else 1)
 
@@ -61,12 +61,12 @@ def pack(codes: Tensor, bits: int, dim: int) -> Tensor:
         shape[dim] = width * per - n
         codes = torch.cat([codes, codes.new_zeros(shape)], dim)
     if bits in EVEN:
-        parts = codes.unflatten(dim, (per, width)).unbind(dim)
+        parts = codes.unflatten(dim, (per, width)).unbind(dim)  # type: ignore[no-untyped-call]
         out = parts[0].clone()
         for i, part in enumerate(parts[1:], 1):
             out |= part << bits * i
-        return out
-    parts = codes.unflatten(dim, (width, per)).long().unbind(dim + 1)
+        return out  # type: ignore[no-any-return]
+    parts = codes.unflatten(dim, (width, per)).long().unbind(dim + 1)  # type: ignore[no-untyped-call]
     number = sum(part << bits * i for i, part in enumerate(parts))
     assert isinstance(number, Tensor)  # eight parts
     return torch.stack([(number >> 8 * i & 255).to(torch.uint8) for i in range(bits)], dim + 1).flatten(dim, dim + 1)
@@ -80,7 +80,7 @@ def unpack(packed: Tensor, bits: int, dim: int, count: int) -> Tensor:
     if bits in EVEN:
         out = torch.cat([packed >> bits * i & mask for i in range(8 // bits)], dim)
     else:
-        parts = packed.unflatten(dim, (-1, bits)).long().unbind(dim + 1)
+        parts = packed.unflatten(dim, (-1, bits)).long().unbind(dim + 1)  # type: ignore[no-untyped-call]
         number = sum(part << 8 * i for i, part in enumerate(parts))
         out = torch.stack([(number >> bits * i & mask).to(torch.uint8) for i in range(8)], dim + 1)
         out = out.flatten(dim, dim + 1)

@@ -148,7 +148,7 @@ def test_parameters_as_controls():
         ("s=1", "has no parameter"),
         ("13", "key=value"),
         ("evit kappa=0.7", "the method is chosen above"),
-        ("metric=k, r=13", "separated by spaces"),
+        ("metric=k,r=13", "separated by spaces"),
     ],
 )
 def test_wrong_parameters_are_told_on_the_page(faced, parameters, words):
@@ -192,9 +192,16 @@ def test_models_without_a_classifier_show_the_cosine(small):
     assert "no classifier" in shown.answers(trial)
 
 
-def test_pictures_where_a_model_brings_none(trials):
+def test_pictures_where_a_model_brings_none(small):
     pytest.importorskip("sklearn")
-    assert command.photographs(trials) == []  # it sees no colours
+    found = command.photographs(small)
+    assert [p.name for p in found] == ["china", "flower"]
+    assert {p.input.shape for p in found} == {(3, *small.subject.size)}
+    small.subject.channels = 1
+    try:
+        assert command.photographs(small) == []
+    finally:
+        small.subject.channels = 3
 
 
 def test_bad_input_of_the_command_gets_one_line(tmp_path, monkeypatch):
@@ -282,7 +289,7 @@ def walk(view, expect, faced) -> None:
     expect(numbers).to_contain_text("quartiles")
 
     view.locator("#method input").click()
-    view.get_by_role("option", name="evit:").click()
+    view.get_by_role("option", name="evit", exact=True).click()
     expect(answers).to_contain_text("Answer with evit kappa=")
     expect(numbers).to_contain_text("quartiles")
     expect(view.locator("#error")).not_to_contain_text("=")

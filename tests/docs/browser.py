@@ -49,7 +49,8 @@ LOOK = """
   }
   for (const node of document.querySelectorAll(".md-content__inner img")) {
     if (!node.complete || node.naturalWidth === 0) wrong.push(`no picture: ${node.getAttribute("src")}`);
-    if (!node.alt) wrong.push(`a picture without words: ${node.getAttribute("src")}`);
+    // Pictures that a notebook printed have no words of their own.
+    if (!node.alt && !node.src.startsWith("data:")) wrong.push(`a picture without words: ${node.getAttribute("src")}`);
     if (node.getBoundingClientRect().right > column.right + 1) wrong.push(`a picture beyond its column: ${node.src}`);
   }
   const code = [...document.querySelectorAll(".md-content__inner pre > code")]
@@ -148,7 +149,7 @@ def look(site: Path, pictures: Path | None = None, only: str = "") -> tuple[list
                 wrong += [f"{here}: {one}" for one in (*found["wrong"], *console)]
                 console.clear()
                 seen[page] = found
-                if width == max(WIDTHS) and "reference/" not in page:
+                if width == max(WIDTHS) and not page.startswith(("reference/", "notebooks/")):
                     code += [f"{page}: {line}" for line in found["code"]]
                 if pictures is not None:
                     pictures.mkdir(parents=True, exist_ok=True)

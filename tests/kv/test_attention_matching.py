@@ -136,6 +136,11 @@ def test_bad_input(given, text):
         tokred.AttentionMatching(**given)
 
 
+def test_a_fit_without_the_score_that_it_needs():
+    with pytest.raises(tokred.MissingInputError, match="the score 'matched' leaves, and had none"):
+        tokred.KVPolicy(score="key_norm", budget=3, fate="fit").reduce(site())
+
+
 # ---------------------------------------------------------------- on a model
 
 

@@ -45,6 +45,7 @@ def viz_command(
     ] = None,
     length: Annotated[int, typer.Option(min=2, help="Tokens of that text, at most.")] = 600,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of the answer, at most.")] = 32,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of a pipeline. [default: the pipeline's]")] = None,
     layers: Annotated[
         str | None, typer.Option(help="Blocks in an encoder's PNG: 1,6,12 or all; the page has all. [default: four]")
     ] = None,
@@ -60,18 +61,22 @@ def viz_command(
 ) -> None:
     """Draw what became of tokens, layer by layer: as a page with a slider, and as a PNG.
 
-    Over images, what was merged into what, and what was pruned; over a text, what a language model's cache still
-    holds. Several methods stand side by side. A method that is named without a setting and would remove nothing is set
-    to about 60 % of the model's multiply-adds, or a quarter of the cache. Blocks and layers are numbered from 1.
+    Over images, what was merged into what, and what was pruned; over the pictures of a question, what a model of
+    images and text still sees; over a text, what a language model's cache still holds; over a sample, what a denoiser
+    computes as one. Several methods stand side by side. A method that is named without a setting and would remove
+    nothing is set to about 60 % of the model's multiply-adds, or a quarter of the cache. Blocks and layers are numbered
+    from 1.
 
     \b
     Examples:
       tokred viz                                             the embedded model and its images, offline
       tokred viz -m "tome r=13" -m "evit kappa=0.7"          side by side
-      tokred viz -m "random_prune r=8" --layers 1,6,12       chosen blocks in the PNG
+      tokred viz -m "random_prune r=8" --layers 1,4,8        chosen blocks in the PNG
       tokred viz vit_base_patch16_224 --image cat.jpg --image my_photos --count 8
       tokred viz hf:facebook/dinov2-small --image cat.jpg -m "pitome ratio=0.9" --out cat
       tokred viz dinov2 -m tome --layers all                 photos of the zoo, in a checkout
+      tokred viz hf:FOLDER -m "divprune budget=64" --image cat.jpg --prompt "What is on the sofa?"
+      tokred viz diffusers:FOLDER -m "tomesd ratio=0.5" --prompt "a lake at sunrise" --steps 20
       tokred viz hf:FOLDER -m "snapkv budget=0.25" --text book.txt --prompt "Who is the murderer?"
 
     \b
@@ -92,7 +97,7 @@ def viz_command(
         source = sources.model(name, sources.Options(size=size, random_weights=random_weights))
         if source.kind not in ("encoder", "dual encoder"):
             outputs_free(folder)
-            given = viz_kinds.Given(images or [], prompt, text, length, tokens)
+            given = viz_kinds.Given(images or [], prompt, text, length, tokens, steps, size, count)
             drawing = viz_kinds.draw(source, typed, given)
             write(drawing, folder, f"{name}: {drawing.heading[0].lower()}{drawing.heading[1:]}", force)
             return
@@ -150,6 +155,7 @@ def draw_encoder(
             names=names,
             forward=subject.read,
             tick=tick,
+            classes=class_names(subject),
         )
     drawn = viz.figure(recording, blocks)
     with refusing():
@@ -157,6 +163,16 @@ def draw_encoder(
         pages.write(recording, paths["viz.html"], title=f"{subject.name}: what became of every patch")
         plots.save(drawn, paths["viz.png"])
     written(list(paths.values()))
+
+
+def class_names(subject: Subject) -> Sequence[str] | None:
+    """Names of a model's classes, where they are known."""
+    from tokred.bench import embedded
+
+    if subject.name == "embedded":
+        return embedded.CLASSES
+    known = getattr(getattr(subject.model, "config", None), "id2label", None)
+    return None if not known else [str(known[i]) for i in range(len(known))]
 
 
 def choose(subject: Subject, texts: Sequence[str]) -> list[str]:

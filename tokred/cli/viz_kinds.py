@@ -26,6 +26,7 @@ class Given:
         tokens: to generate.
         steps: of a pipeline.
         size: of its images.
+        count: images of a folder, at most.
     """
 
     images: Sequence[Path] = ()
@@ -35,6 +36,7 @@ class Given:
     tokens: int = 32
     steps: int | None = None
     size: int | None = None
+    count: int = 4
 
 
 def draw(source: Source, typed: Sequence[Sequence[str]], given: Given) -> Drawing:
@@ -51,7 +53,12 @@ def draw(source: Source, typed: Sequence[Sequence[str]], given: Given) -> Drawin
     """
     from tokred.bench.sources import NoModelError
 
-    drawers: dict[str, Callable[[Any, list[str], Given], Drawing]] = {"language model": _text}
+    drawers: dict[str, Callable[[Any, list[str], Given], Drawing]] = {
+        "language model": _text,
+        "vision-language model": _pictures,
+        "denoiser": _denoiser,
+        "pipeline": _pipeline,
+    }
     if source.kind not in drawers:
         raise NoModelError(
             f"{source.name} is of kind {source.kind}, and viz draws encoders of images, {', '.join(drawers)}s"
@@ -90,6 +97,50 @@ def _text(source: Source, methods: list[str], given: Given) -> Drawing:
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]  # the template has them already
         return viz.cache(source.model, ids, methods, tokenizer=tokenizer, tokens=given.tokens)
     return viz.cache(source.model, prompt, methods, tokenizer=tokenizer, tokens=given.tokens)
+
+
+def _pictures(source: Source, methods: list[str], given: Given) -> Drawing:
+    from tokred.analysis import viz
+    from tokred.bench import images as photos
+    from tokred.bench.sources import pictures, questions
+
+    if not given.images or given.prompt is None:
+        raise ValueError(f"{source.name} answers questions about pictures: give --image FILE and --prompt TEXT")
+    if source.processor is None:
+        raise ValueError(
+            f"{source.name} came without a processor: save one beside the weights, or let the function that makes the "
+            "model return (model, processor)"
+        )
+    files = [file for file, _ in photos.gather(given.images, given.count)]
+    opened = [pictures.picture(file) for file in files]
+    # What is drawn are the model's inputs: processors crop and stretch, and tokens stand for what is left.
+    batch = questions.asked(source, opened, [given.prompt] * len(opened))
+    return viz.vlm(
+        source.model,
+        batch,
+        methods,
+        tokenizer=source.tokenizer or source.processor,
+        tokens=given.tokens,
+    )
+
+
+def _denoiser(source: Source, methods: list[str], given: Given) -> Drawing:
+    from tokred.analysis import viz
+    from tokred.bench.sources import Wanted, prompts
+
+    batch = next(iter(prompts.noise(source, None, Wanted(count=1, size=given.size)).batches))
+    return viz.denoiser(source.model, batch, methods)
+
+
+def _pipeline(source: Source, methods: list[str], given: Given) -> Drawing:
+    from tokred.analysis import viz
+    from tokred.bench.sources import Wanted, prompts
+
+    words = () if given.prompt is None else (given.prompt,)
+    wanted = Wanted(count=1, prompts=words, steps=given.steps, size=given.size)
+    batch = dict(next(iter(prompts.data(source, None, wanted).batches)))
+    (seed,) = batch.pop("seeds")
+    return viz.denoiser(source.model, batch, methods, seed=seed)
 
 
 def _read(path: Path) -> str:

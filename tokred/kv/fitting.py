@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tokred.core.reduction import Reduction
+from tokred.errors import MissingInputError
 from tokred.kv.parts import Fate, check_count
 from tokred.kv.select import Counts, keep, kept_mask
 from tokred.kv.site import CacheSite
@@ -56,6 +57,10 @@ class Fit(Fate):
         kept = kept_mask(score, site.real, guard, counts)
         free = torch.ones_like(kept) if guard is None else ~guard.expand_as(kept)
         free = free if site.real is None else free & site.real
+        if REFERENCE[0] not in site.notes:
+            raise MissingInputError(
+                "the fate 'fit' serves queries that the score 'matched' leaves, and had none: take both"
+            )
         queries, meant = (site.notes.pop(name) for name in REFERENCE)
         site.notes.update(zip(FITTED, self.fitted(site, kept & free, free, queries, meant), strict=True))
         return keep(score, site.real, guard, counts, exact=site.slots is None or site.real is None)

@@ -16,16 +16,19 @@ from tokred.analysis.viz.draw import (
     spaced,
 )
 from tokred.analysis.viz.drawing import Drawing
+from tokred.analysis.viz.latent import LatentDrawing, denoiser
 from tokred.analysis.viz.recording import Recording, record
 from tokred.analysis.viz.visual import VisualDrawing, vlm
 
 __all__ = [
     "CacheDrawing",
     "Drawing",
+    "LatentDrawing",
     "Recording",
     "VisualDrawing",
     "after",
     "cache",
+    "denoiser",
     "edges",
     "enlarge",
     "figure",

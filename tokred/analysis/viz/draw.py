@@ -181,6 +181,9 @@ def figure(recording: Recording, blocks: Sequence[int] | None = None) -> Any:
             painted = [paint_groups(image, run.groups[i, block], recording.grid) for block in shown]
             pictures.append([enlarge(image, recording.grid), *painted])
             notes.append([f"{int(run.tokens[i, stage])} tokens" for stage in (0, *shown)])
+            if run.answers:
+                notes[-1][0] += f"\n{recording.answers[i]}".replace("$", r"\$")
+                notes[-1][-1] += f"\n{run.answers[i]}".replace("$", r"\$")
             text = f"{name}\n{run.label}" if len(recording.runs) > 1 else name
             names.append(text.replace("$", r"\$"))  # no formula
     rows, columns = recording.grid
@@ -207,6 +210,7 @@ def page(
     names: Sequence[str] | None = None,
     forward: Callable[[Tensor], Any] | None = None,
     grid: tuple[int, int] | None = None,
+    classes: Sequence[str] | None = None,
     title: str = "What became of every patch",
 ) -> Path:
     """Run methods on images and write one HTML page that needs nothing else, with a slider over the blocks.
@@ -218,7 +222,7 @@ def page(
         images: ``(B, C, H, W)`` as the model takes them.
         methods: settings such as ``"tome r=13"``, method objects, or several of them, side by side.
         path: of the file.
-        pixels: what to draw, see :func:`record`, as for ``names``, ``forward`` and ``grid``.
+        pixels: what to draw, see :func:`record`, as for ``names``, ``forward``, ``grid`` and ``classes``.
         title: of the page.
 
     Returns:
@@ -230,7 +234,8 @@ def page(
     """
     from tokred.analysis.viz import pages
 
-    recording = record(model, images, methods, pixels=pixels, names=names, forward=forward, grid=grid)
+    given: dict[str, Any] = {"pixels": pixels, "names": names, "forward": forward, "grid": grid, "classes": classes}
+    recording = record(model, images, methods, **given)
     return pages.write(recording, path, title=title)
 
 

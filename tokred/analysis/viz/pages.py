@@ -153,7 +153,17 @@ def _figure(recording: Recording, i: int, m: int) -> str:
 <canvas data-method="{m}" tabindex="0" role="application" aria-roledescription="patches" aria-label="{name}, {method}"
  aria-describedby="caption-{i}-{m} group-{i}-{m}"></canvas>
 <p class="group" id="group-{i}-{m}" aria-live="polite"></p>
+{_answer(recording, i, m)}
 </figure>"""
+
+
+def _answer(recording: Recording, i: int, m: int) -> str:
+    """The class of one image under a method, and that of the unpatched model."""
+    run = recording.runs[m]
+    if not run.answers:
+        return ""
+    after, before = html.escape(run.answers[i]), html.escape(recording.answers[i])
+    return f'<p class="answer"><b>Answer</b> {after} <span class="same">unpatched: {before}</span></p>'
 
 
 def _table(recording: Recording, i: int) -> str:

@@ -13,6 +13,7 @@ from tokred.analysis.viz import canvas
 from tokred.analysis.viz.draw import enlarge, paint_groups
 
 if TYPE_CHECKING:
+    from tokred.analysis.viz.latent import LatentDrawing
     from tokred.analysis.viz.visual import VisualDrawing
 
 
@@ -64,4 +65,32 @@ def draw_visual(drawing: VisualDrawing, stages: Sequence[int]) -> Any:
     answer = textwrap.shorten(drawing.answers[0] or "(nothing)", 30 * len(stages), placeholder=" …")
     head = f"{asked} — unpatched: {answer}" if len(drawing.questions) == 1 else drawing.family
     figure.suptitle(plain(textwrap.fill(head, 24 * len(stages))), fontsize=9, x=0.01, ha="left")
+    return figure
+
+
+def draw_latent(drawing: LatentDrawing, sites: Sequence[int], step: int) -> Any:
+    """The figure of :meth:`tokred.analysis.viz.latent.LatentDrawing.figure`."""
+    column = drawing.steps.index(step)
+    high, wide = drawing.pixels.shape[-2:]
+    size = (2.1 * (2 + len(sites)) + 0.2, (2.1 * high / wide + 0.35) * len(drawing.runs) + 0.35)
+    figure, axes = canvas.subplots(len(drawing.runs), 2 + len(sites), figsize=size, squeeze=False, layout="constrained")
+    for run, line in zip(drawing.runs, axes, strict=True):
+        pictures = [enlarge(fine(p, (1, 1)), (1, 1)) for p in (drawing.pixels, run.pixels)]
+        titles = ["unpatched", run.label]
+        for site in sites:
+            k, where = run.at[site][column], drawing.sites[site]
+            if k is None:
+                pictures.append(pictures[1])
+                titles.append(f"block {where.block}, {where.role}: all tokens")
+                continue
+            found = run.maps[k]
+            pictures.append(paint_groups(fine(run.pixels, found.grid, 512), found.groups, found.grid))
+            titles.append(f"block {where.block}, {where.role}: {found.left} of {len(found.groups)}")
+        for axis, picture, title in zip(line, pictures, titles, strict=True):
+            axis.imshow(picture, aspect="auto")
+            axis.set_box_aspect(high / wide)
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.set_title(plain(textwrap.fill(title, 30)), fontsize=8)
+    figure.suptitle(f"{drawing.family}, step {step} of {drawing.count}", fontsize=9, x=0.01, ha="left")
     return figure

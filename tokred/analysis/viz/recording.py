@@ -33,6 +33,7 @@ class Run:
         tokens: ``(B, stages)`` int64, real tokens of each image, protected ones included, padding not.
         macs: ``(B, stages)`` int64, multiply-adds of the blocks so far, at the tokens of each image alone.
         soft: tokens were handed out in shares; each patch is then in the group that got the largest one.
+        answers: the class that the model gives each image, with its probability; empty where it gives none.
     """
 
     label: str
@@ -40,6 +41,7 @@ class Run:
     tokens: Tensor
     macs: Tensor
     soft: bool
+    answers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Recording:
         length: tokens before the first block.
         base: multiply-adds of the unpatched blocks so far, one number a stage.
         runs: one a method.
+        answers: of the unpatched model, as those of the runs.
     """
 
     family: str
@@ -63,6 +66,7 @@ class Recording:
     length: int
     base: tuple[int, ...]
     runs: tuple[Run, ...]
+    answers: tuple[str, ...] = ()
 
     @property
     def depth(self) -> int:
@@ -86,6 +90,7 @@ def record(
     grid: tuple[int, int] | None = None,
     batch: int = BATCH,
     tick: Callable[[], None] | None = None,
+    classes: Sequence[str] | None = None,
 ) -> Recording:
     """Run every method on the images and note what each block left.
 
@@ -100,6 +105,8 @@ def record(
         grid: rows and columns of patches; None: the model's, or that of square patches over the image.
         batch: images of a forward.
         tick: called :func:`ticks` times.
+        classes: names of the model's classes; None: its answers are noted, by number, only where its output has
+            ``logits``.
 
     Raises:
         ValueError: images, names, pixels or grid do not fit each other, the model's tokens form no grid over the images
@@ -114,20 +121,42 @@ def record(
     runs, length, place = list[Run](), 0, (0, 0)
     base: tuple[int, ...] = (0,)
     for label, method in chosen:
-        parts = []
+        parts, said = [], list[str]()
         with api.applied(model, method), torch.inference_mode():
             shared = _shared(host.model)
             for part in torch.split(images, batch):
-                model(part) if forward is None else forward(part)
+                said += answers_of(model(part) if forward is None else forward(part), classes)
                 length = shared.last().length
                 place = place_of(host, length, (images.shape[-2], images.shape[-1]), grid)
                 parts.append(_read(host, shared, len(part), place[0] * place[1]))
                 if tick is not None:
                     tick()
         groups, tokens, macs = (torch.cat(found) for found in zip(*(p[:3] for p in parts), strict=True))
-        runs.append(Run(label, groups, tokens, macs, any(p[3] for p in parts)))
+        runs.append(Run(label, groups, tokens, macs, any(p[3] for p in parts), tuple(said)))
         base = _unpatched(host, length)
-    return Recording(host.family, as_bytes(drawn), named, place, length, base, tuple(runs))
+    plain: list[str] = []
+    with torch.inference_mode():
+        for part in torch.split(images, batch) if runs[0].answers else ():
+            plain += answers_of(model(part) if forward is None else forward(part), classes)
+    return Recording(host.family, as_bytes(drawn), named, place, length, base, tuple(runs), tuple(plain))
+
+
+def answers_of(output: Any, classes: Sequence[str] | None) -> list[str]:
+    """The likeliest class of each image with its probability, as text; empty where an output has no logits ``(B, C)``.
+
+    Raises:
+        ValueError: there are not as many names as classes.
+    """
+    logits = getattr(output, "logits", None)
+    if logits is None and classes is not None and isinstance(output, Tensor):
+        logits = output
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
+        return []
+    if classes is not None and len(classes) != logits.shape[1]:
+        raise ValueError(f"classes has {len(classes)} names, but the model {logits.shape[1]} classes")
+    likely, which = logits.float().softmax(1).max(1)
+    names = [f"class {i}" if classes is None else classes[i] for i in which.tolist()]
+    return [f"{name} ({p:.0%})".replace("%", " %") for name, p in zip(names, likely.tolist(), strict=True)]
 
 
 def ticks(methods: int, images: int, batch: int = BATCH) -> int:

@@ -151,7 +151,7 @@ class Drawable:
 
 
 def _drawable(inputs: Mapping[str, Any], core: Any) -> Drawable:
-    """What can be drawn of the inputs: images as they are, patches of Qwen's put together again."""
+    """The inputs as pictures: images as they are, patches of Qwen's put together again."""
     images, videos = words.PIXELS.of(dict(inputs)), words.VIDEO_PIXELS.of(dict(inputs))
     grids, of_videos = words.IMAGE_GRIDS.of(dict(inputs)), words.VIDEO_GRIDS.of(dict(inputs))
     rows: list[Tensor] = []

@@ -7,7 +7,7 @@ import io
 from matplotlib.figure import Figure
 
 
-class Shown(Figure):  # type: ignore[misc]
+class Shown(Figure):  # type: ignore[misc, unused-ignore]
     """A figure of matplotlib that knows how it looks."""
 
     def _repr_png_(self) -> bytes:

@@ -161,7 +161,7 @@ def build(page: Page) -> Any:
 
         with slot:
 
-            @gr.render(inputs=[good], triggers=[good.change])
+            @gr.render(inputs=[good], triggers=[good.change])  # type: ignore[untyped-decorator]
             def parameters(setting: str) -> None:
                 for one in amounts.controls(setting) if setting else ():
                     made, event = _control(gr, one)

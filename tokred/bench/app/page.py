@@ -17,7 +17,8 @@ BATCHES = (1, 4, 16, 64)  # copies of the picture in a forward that is timed
 USUAL_BATCH = 16
 FIRST = "tome"
 UPLOAD = "20mb"
-WRONG = (TokredError, NoModelError, ValueError, TypeError, OSError, ImportError)
+# RuntimeError: torch's, such as too little memory for so many copies.
+WRONG = (TokredError, NoModelError, ValueError, TypeError, OSError, ImportError, RuntimeError)
 
 INTRO = "Pick a picture, a method and an amount: what became of every patch, what the model answers, and what it costs."
 COLOURS = (

@@ -20,6 +20,8 @@ STYLE = """
 .tokred-error {border-left: 4px solid #b42318; background: #fef3f2; color: #7a271a; padding: 10px 14px;
   border-radius: 4px; overflow-wrap: anywhere;}
 .tokred-note {font-size: 0.9rem; overflow-wrap: anywhere;}
+.tokred-blocks {overflow-x: auto; max-width: 100%;}
+.tokred-blocks :is(td, th) {padding: 3px 8px !important;}
 .tokred-captions {display: grid; grid-template-columns: 1fr 1fr; gap: 16px; text-align: center; font-size: 0.9rem;}
 """
 
@@ -61,12 +63,13 @@ def blocks(trial: Trial) -> str:
     """Tokens and multiply-adds of every block, as a table."""
     run, base = trial.recording.runs[0], trial.recording.base
     rows = "".join(
-        f'<tr><th scope="row">{i}</th><td>{int(run.tokens[0, i])}</td><td>{int(run.tokens[0, i + 1])}</td>'
+        f'<tr><th scope="row">{i + 1}</th><td>{int(run.tokens[0, i])}</td><td>{int(run.tokens[0, i + 1])}</td>'
         f"<td>{_share(int(run.macs[0, i + 1] - run.macs[0, i]), base[i + 1] - base[i])}</td></tr>"
         for i in range(trial.recording.depth)
     )
     heads = "".join(f'<th scope="col">{h}</th>' for h in ("block", "tokens in", "tokens out", "multiply-adds"))
-    return f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
+    table = f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
+    return f'<div class="tokred-blocks">{table}</div>'
 
 
 def error(text: str) -> str:

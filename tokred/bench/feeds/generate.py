@@ -61,7 +61,7 @@ class Generate(Feed):
         """Where a number of tokens is asked for, no longest text of the model's own, of which each call would warn."""
         config = getattr(model, "generation_config", None)
         before = getattr(config, "max_length", None)
-        if self.new is None or before is None:
+        if self.new is None or config is None or before is None:
             yield
             return
         config.max_length = None

@@ -91,16 +91,17 @@ class Affine(Codec):
     def encode(self, rows: Tensor, real: Tensor | None) -> Parts:
         rows, dim = rows.float(), 3 if self.tokens else 4
         if self.tokens:
-            rows = rows.unflatten(2, (-1, self.group))
-            rows = rows if real is None else _without(rows, real.unflatten(2, (-1, self.group)))
+            rows = rows.unflatten(2, (-1, self.group))  # type: ignore[no-untyped-call]
+            rows = rows if real is None else _without(rows, real.unflatten(2, (-1, self.group)))  # type: ignore[no-untyped-call]
         else:
-            rows = rows.unflatten(3, (-1, self.group))
+            rows = rows.unflatten(3, (-1, self.group))  # type: ignore[no-untyped-call]
         scale, zero, codes = affine(rows, self.bits, dim)
         return pack(codes, self.bits, dim), scale.squeeze(dim), zero.squeeze(dim)
 
     def packed(self, parts: Parts) -> PackedRows:
         """The parts, as kernels take them."""
-        return PackedRows(*parts, self.bits, self.group, self.tokens)
+        codes, scale, zero = parts
+        return PackedRows(codes, scale, zero, self.bits, self.group, self.tokens)
 
     def decode(self, parts: Parts, dtype: torch.dtype) -> Tensor:
         return restore(self.packed(parts), dtype)

@@ -131,7 +131,14 @@ class CodedShelf(Shelf):
     def _shown(self, which: int) -> Made:
         tail = self._sides[which].tail.buffer
         shape = (*tail.shape[:2], self.width, tail.shape[3])
-        return Made(like(tail, shape, self._type), lambda: self._made(which).detach())
+        # Of now: rows may go before somebody asks.
+        side, index, dtype = self._sides[which], self._index, self._type
+
+        def made() -> Tensor:
+            rows = side.restored(dtype).detach()
+            return rows if index is None else _picked(rows, index)
+
+        return Made(like(tail, shape, dtype), made)
 
     @property
     def moved(self) -> bool:
@@ -269,7 +276,7 @@ class CodedShelf(Shelf):
             logits = logits.masked_fill(~mask[:, :, None], -torch.inf)
         if padding is not None:
             n = padding.shape[1]
-            old, new = logits.split([logits.shape[-1] - n, n], -1)
+            old, new = logits.split([logits.shape[-1] - n, n], -1)  # type: ignore[no-untyped-call]
             logits = torch.cat([old, new.masked_fill(~padding[:, None, None], -torch.inf)], -1)
         weights = logits.softmax(-1)
         if padding is not None:

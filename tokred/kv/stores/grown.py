@@ -31,7 +31,7 @@ class Grown(NamedTuple):
         return cls(rows, 0, rows.shape[2], [rows.shape[2]])
 
     @property
-    def count(self) -> int:
+    def count(self) -> int:  # type: ignore[override]
         """Rows ``n``."""
         return self.stop - self.start
 

@@ -87,7 +87,7 @@ def _bits(mask: Tensor) -> Tensor:
     if n % 8:
         mask = torch.cat([mask, mask.new_zeros(*mask.shape[:-1], 8 - n % 8)], -1)
     weight = 1 << torch.arange(7, -1, -1, device=mask.device)
-    return (mask.unflatten(-1, (-1, 8)) * weight).sum(-1).to(torch.uint8)
+    return (mask.unflatten(-1, (-1, 8)) * weight).sum(-1).to(torch.uint8)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _mask(bits: Tensor, width: int) -> Tensor:

@@ -110,7 +110,7 @@ def hadamard(width: int, device: str = "cpu") -> Tensor:
     made = torch.ones(1, 1)
     while made.shape[0] < width:
         made = torch.cat([torch.cat([made, made], 1), torch.cat([made, -made], 1)])
-    return (made * width**-0.5).to(device)
+    return (made * width**-0.5).to(device)  # type: ignore[no-any-return]
 
 
 def check_width(width: int, what: str, store: str) -> None:
@@ -189,7 +189,7 @@ class Directions(Codec):
     def levels(self, device: torch.device) -> Tensor:
         """``[2 ** bits]`` float32, rising."""
         above = torch.tensor(LEVELS[self.bits], device=device)
-        return torch.cat([-above.flip(0), above]) * self.width**-0.5
+        return torch.cat([-above.flip(0), above]) * self.width**-0.5  # type: ignore[no-any-return]
 
     def encode(self, rows: Tensor, real: Tensor | None) -> Parts:
         rows = rows.float()

@@ -74,7 +74,7 @@ class Side(NamedTuple):
         return 0 if self.first is None else self.first.shape[2]
 
     @property
-    def count(self) -> int:
+    def count(self) -> int:  # type: ignore[override]
         """All rows."""
         return self.apart + self.encoded + self.tail.count
 
@@ -165,8 +165,8 @@ class Side(NamedTuple):
 
     def sums(self, weights: Tensor) -> Tensor:
         """``[B, Hk, G, D]`` float32: sums of all rows by float32 weights ``[B, Hk, G, n]``."""
-        first, middle, last = weights.split([self.apart, self.encoded, self.tail.count], -1)
+        first, middle, last = weights.split([self.apart, self.encoded, self.tail.count], -1)  # type: ignore[no-untyped-call]
         out = last @ self.tail.rows.float()
         if self.parts:
             out = out + self.codec.sums(middle, self.coded)
-        return out if self.first is None else out + first @ self.first.float()
+        return out if self.first is None else out + first @ self.first.float()  # type: ignore[no-any-return]

@@ -76,6 +76,8 @@ class Matched(Score):
         return self._received(site, guard)
 
     def _received(self, site: CacheSite, guard: Tensor | None) -> Tensor:
+        if REFERENCE[0] not in site.notes:  # a prompt of sinks alone, of which nothing was repeated
+            return torch.zeros(site.extent, device=site.device)
         q, meant = (site.notes[name] for name in REFERENCE)
         free, real = None if guard is None else ~guard, site.real
         mask = free if real is None else real if free is None else real & free

@@ -167,7 +167,7 @@ class RKV(KVPreset):
             if isinstance(given, int) and not isinstance(given, bool):
                 given = Generated(given)
             elif isinstance(given, dict):
-                given = as_part(given, Budget, "budget")  # type: ignore[type-abstract]
+                given = as_part(given, Budget, "budget")
             if not isinstance(given, Generated):
                 raise ValueError(f"with keep_prompt, budget must be a number of generated rows, got {self.budget!r}")
             object.__setattr__(self, "budget", given)

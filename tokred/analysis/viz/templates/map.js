@@ -126,7 +126,7 @@
   function described(panel, map) {
     const group = map.groups[panel.token], here = "Token at " + named(map, panel.token) + ": ";
     if (group < 0) {
-      if (axes.length > 1) return here + "gone.";
+      if (axes.length > 1) return here + (data.merges ? "left out here." : "gone.");
       const first = panel.at.findIndex(function (index) {
         return index !== null && maps[index].groups[panel.token] < 0;
       });
