@@ -28,7 +28,11 @@ __all__ = ["apart"]
 FOLDER = ROOT / "docs" / "notebooks"
 PATHS = sorted(FOLDER.glob("*.ipynb"))
 # What a notebook's own number is in an ordinary run; no output of a cell without the tag may depend on it.
-FEW = {"count = 200": "count = 12", "count = 24": "count = 6", "rounds=3": "rounds=1"}
+FEW = {
+    "count = 200": "count = 12", "count = 24": "count = 6", "count = 48": "count = 12", "rounds=3": "rounds=1",
+    "steps = 200": "steps = 3", "inference_steps=10": "inference_steps=2",
+    'inference_steps": 10': 'inference_steps": 2',
+}  # fmt: skip
 
 
 def book(path: Path) -> dict[str, Any]:
