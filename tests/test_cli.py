@@ -268,6 +268,28 @@ def test_the_demo_speaks_where_there_is_no_terminal(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == files
 
 
+def test_the_demo_runs_without_the_libraries_of_other_hosts(tmp_path):
+    """Those that the extra ``bench`` does not bring."""
+    pytest.importorskip("matplotlib")
+    absent = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("transformers", "diffusers", "open_clip", "accelerate"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+sys.argv = ["tokred", "demo", "--images", "20", "--batch", "10", "-m", "tome r=16", "--out", sys.argv[1]]
+from tokred.cli.main import main
+
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", absent, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "merged.png").exists()
+
+
 def test_the_demo_asks_for_what_it_draws_with_before_it_measures(monkeypatch):
     import importlib.util
 

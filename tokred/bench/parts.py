@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from tokred import adapters
-from tokred.adapters.kv import hooks
 from tokred.bench.timing import entering
 from tokred.core.method import Method
 from tokred.errors import UnsupportedModelError
@@ -129,6 +128,9 @@ def _deciders(methods: Sequence[Method]) -> list[tuple[Any, str]]:
     found: dict[tuple[int, str], tuple[Any, str]] = {}
     for method in methods:
         if method.stage == "cache":
+            # Not above: these need transformers, which other kinds of model are measured without.
+            from tokred.adapters.kv import hooks
+
             pairs: list[tuple[Any, str]] = [(CacheEngine, "observe"), (CacheEngine, "finish"), (hooks, "repeat")]
         else:
             pairs = [(type(method), "reduce")]
