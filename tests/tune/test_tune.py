@@ -19,7 +19,7 @@ from tokred.core.schedules import amounts
 from tokred.tuning import Tuned
 from tokred.tuning.engine import Engine
 from tokred.tuning.finals import pareto
-from tokred.tuning.judge import FILE, Judge
+from tokred.tuning.judge import FILE, Judge, Memo, difference
 
 pytestmark = pytest.mark.usefixtures("clock")
 
@@ -121,6 +121,34 @@ def test_held_out_samples_are_not_searched_on():
     assert 16 <= len(mine) <= 32
     assert sides(0) == (mine, held)
     assert sides(1) != (mine, held)
+
+
+def test_a_group_stays_on_one_side_and_counts_as_one_draw():
+    """Pictures that belong together would otherwise be searched on and held out, and their intervals be too narrow."""
+
+    def engine(data):
+        return Engine(build("vit"), "block", data, "cosine", torch.device("cpu"), count=24, run=run)
+
+    def run(model, batch):
+        return model(batch["image"])
+
+    g = torch.Generator().manual_seed(0)
+    few = [torch.randn(3, 40, 40, generator=g) for _ in range(6)]
+    # Twelve copies of each of six pictures, in other batches.
+    data = [{"image": torch.stack(few), "group": [f"picture {i}" for i in range(6)]} for _ in range(12)]
+    found = engine(data)
+    sides = [{key for piece in part for key in piece["group"]} for part in (found.pieces, found.held)]
+    assert not sides[0] & sides[1]
+    assert len(sides[0] | sides[1]) == 6
+    judge, method = Judge(found, Memo(None, "")), tokred.make("tome", r=3)
+    held, keys = judge.held("tome r=3", method), judge.groups("held")
+    alone, together = (difference(held, judge.base("held"), found.score, by) for by in (None, keys))
+    assert together.value == alone.value
+    assert together.high - together.low > 2 * (alone.high - alone.low)
+    plain = [{"image": batch["image"]} for batch in data]
+    assert Judge(engine(plain), Memo(None, "")).groups("held") is None
+    with pytest.raises(ValueError, match="all samples are of one group, 'a'"):
+        engine([{**batch, "group": "a"} for batch in data])
 
 
 def test_a_search_goes_on_from_its_file(tmp_path, monkeypatch):

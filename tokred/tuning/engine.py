@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tokred import adapters, api
 from tokred.bench import feeds, timing
-from tokred.bench.read import answer, samples
+from tokred.bench.read import answer, groups, samples
 from tokred.bench.ready import Better
 from tokred.bench.scoring import Metric, scorer
 from tokred.core.method import Method
@@ -167,6 +167,15 @@ class Engine:
         rng, share = random.Random(self.seed + 1), min(0.5, count / total)
         mine: list[Any] = []
         held: list[Any] = []
+        keys = [keys_of(batch, n) for batch, n in zip(batches, sizes, strict=True)]
+        if any(keys):
+            chosen = _some_groups([key for part in keys for key in part], share, rng)
+            for batch, part in zip(batches, keys, strict=True):
+                for side, wanted in ((mine, True), (held, False)):
+                    rows = [i for i, key in enumerate(part) if (key in chosen) is wanted]
+                    if rows:
+                        side.append(batch if len(rows) == len(part) else cut(batch, rows))
+            return mine, held
         if max(sizes) == 1:  # whole batches go to one side
             order = list(range(len(batches)))
             rng.shuffle(order)
@@ -270,6 +279,34 @@ class Engine:
         arms += [partial(api.applied, self.target, method) for method in methods]
         with quiet():
             return timing.paired(arms, lambda _: self.run(self.timed), rounds, device=self.device, seed=seed)
+
+
+def keys_of(batch: Any, count: int) -> list[str]:
+    """The group of each of ``count`` samples of a batch; empty where the batch names none.
+
+    Raises:
+        ValueError: there are neither as many keys as samples, nor one key for all.
+    """
+    try:
+        return groups(batch, 1) * count
+    except ValueError:
+        return groups(batch, count)
+
+
+def _some_groups(keys: Sequence[str], share: float, rng: random.Random) -> set[str]:
+    """Groups of about a share of the samples, at least one, and never all: a group stays on one side.
+
+    Raises:
+        ValueError: all samples are of one group.
+    """
+    every = sorted(set(keys))
+    if len(every) < 2:
+        raise ValueError(f"all samples are of one group, {every[0]!r}: nothing can be held out")
+    rng.shuffle(every)
+    chosen = {every.pop()}
+    while len(every) > 1 and sum(key in chosen for key in keys) < share * len(keys):
+        chosen.add(every.pop())
+    return chosen
 
 
 def _halves(piece: Any) -> list[Any]:

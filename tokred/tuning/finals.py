@@ -218,7 +218,7 @@ class Finals:
         found |= {"memory": one.memory, "predicted": one.trial.speed}
         if rival is not None and rival is not one:
             other = judge.held(rival.trial.label, rival.trial.method)
-            gain = difference(held, other, score)
+            gain = difference(held, other, score, judge.groups("held"))
             found |= dict(zip(("gain", "gain_low", "gain_high"), gain, strict=True))
             beside = spread([a / b for a, b in zip(rival.seconds, one.seconds, strict=True)])
             found |= {"beside": beside.median, "beside_low": beside.low, "beside_high": beside.high}
@@ -231,10 +231,10 @@ class Finals:
         return found | {"speedup": 1.0, "speedup_low": 1.0, "speedup_high": 1.0}
 
     def _quality(self, held: Any, dense: Any) -> dict[str, Any]:
-        score = self.engine.score
+        score, groups = self.engine.score, self.search.judge.groups("held")
         values, weights = ([v for piece in held for v in piece[i]] for i in (1, 2))
-        quality = estimate(values, weights)
-        found = difference(held, dense, score)
+        quality = estimate(values, weights, groups)
+        found = difference(held, dense, score, groups)
         shown = [None if v is None else math.exp(v) if score.log else v for v in quality]
         return {
             **dict(zip(("quality", "low", "high"), shown, strict=True)),

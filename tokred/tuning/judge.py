@@ -12,7 +12,7 @@ from typing import Any
 from tokred.bench.intervals import Estimate, paired
 from tokred.bench.scoring import Scorer
 from tokred.core.method import Method
-from tokred.tuning.engine import Engine, Judged
+from tokred.tuning.engine import Engine, Judged, keys_of
 from tokred.tuning.space import Plan
 
 FILE = "tune.jsonl"
@@ -111,6 +111,12 @@ class Judge:
         """The unpatched model."""
         return [self.engine.base(piece) for piece in (self.engine.pieces if split == "tune" else self.engine.held)]
 
+    def groups(self, split: str) -> list[str] | None:
+        """The group of each value of a split; None where the data name none."""
+        pieces = self.engine.pieces if split == "tune" else self.engine.held
+        found = [keys_of(piece, len(base.values)) for piece, base in zip(pieces, self.base(split), strict=True)]
+        return [key for part in found for key in part] or None
+
     def held(self, label: str, method: Method) -> list[Judged]:
         """All samples that were held out."""
         return [self.piece(label, method, "held", i) for i in range(len(self.engine.held))]
@@ -147,12 +153,20 @@ def worse(mine: Sequence[Judged], best: Sequence[Judged], errors: float = 2.0) -
     return mean > errors * spread and mean > 0
 
 
-def difference(mine: Sequence[Judged], other: Sequence[Judged], score: Scorer) -> Estimate:
-    """The metric minus another's on the same samples, with its 95 % interval; of perplexities the ratio minus one."""
+def difference(
+    mine: Sequence[Judged], other: Sequence[Judged], score: Scorer, groups: Sequence[str] | None = None
+) -> Estimate:
+    """The metric minus another's on the same samples, with its 95 % interval; of perplexities the ratio minus one.
+
+    Args:
+        mine, other: pieces in the same order.
+        score: of the metric.
+        groups: a key a value: values of one group count as one draw.
+    """
     values, base, weights = (
         [v for piece in found for v in piece[i]] for found, i in ((mine, 1), (other, 1), (mine, 2))
     )
-    found = paired(values, base, weights)
+    found = paired(values, base, weights, groups)
     if score.log:
         return found.map(math.expm1)
     return found
