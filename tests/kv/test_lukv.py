@@ -111,7 +111,7 @@ def test_padded_samples_have_their_own_rows():
 @pytest.mark.parametrize(
     ("given", "kind", "text"),
     [
-        ({"curves": 3.5}, FileNotFoundError, "there is no file '3.5'"),
+        ({"curves": 3.5}, TypeError, "curves must be the name of a file, got 3.5"),
         ({"curves": (((0.5, 1.5),),)}, ValueError, r"a share in \[0, 1\]"),
         ({"curves": (((0.5,), (0.5, 0.5)),)}, ValueError, "for each point and layer"),
         ({"curves": (0.5,)}, TypeError, "curves must be a file, or shares"),

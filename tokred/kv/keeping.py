@@ -45,8 +45,9 @@ class Keeping(CachePolicy):
         return self.form(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init})
 
     def removes(self, depth: int, layers: Iterable[int] | None = None) -> bool:
-        """Bytes, always."""
-        return True
+        """Bytes, unless the settings are those that round nothing."""
+        exact = type(self).nothing
+        return exact is None or any(getattr(self, name) != value for name, value in exact.items())
 
     @property
     def parts(self) -> Parts:

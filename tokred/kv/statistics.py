@@ -19,6 +19,17 @@ FORMAT = 1
 _HEADER = "tokred"
 
 
+def file_name(given: Any, what: str) -> str:
+    """The name of a file as text.
+
+    Raises:
+        TypeError: it is neither text nor a path.
+    """
+    if not isinstance(given, str | os.PathLike):
+        raise TypeError(f"{what} must be the name of a file, got {given!r}")
+    return str(os.fspath(given))
+
+
 class Statistics(NamedTuple):
     """Numbers that were measured of a model.
 

@@ -47,7 +47,7 @@ class Curves(Budget):
         if self.curves is None or isinstance(self.curves, tuple | list):
             object.__setattr__(self, "curves", None if self.curves is None else _points(self.curves))
         else:
-            object.__setattr__(self, "curves", str(self.curves))
+            object.__setattr__(self, "curves", statistics.file_name(self.curves, "curves"))
 
     def check(self, depth: int) -> None:
         """One row of heads a layer."""

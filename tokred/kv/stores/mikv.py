@@ -59,6 +59,8 @@ class MiKV(Coded):
         check_count(self.block, "block", 1)
         if self.group is not None:
             check_count(self.group, "group", 2)
+        if not isinstance(self.balance, bool | None):
+            raise TypeError(f"balance must be True, False or None, got {self.balance!r}")
 
     @property
     def balances(self) -> bool:

@@ -68,8 +68,7 @@ class Trigonometric(Score):
     least: int = 256
 
     def __post_init__(self) -> None:
-        if self.stats is not None:
-            object.__setattr__(self, "stats", str(self.stats))
+        object.__setattr__(self, "stats", None if self.stats is None else statistics.file_name(self.stats, "stats"))
         check_count(self.offset_max, "offset_max", 1)
         check_choice(self.offsets, "offsets", ("mean", "max"))
         check_count(self.least, "least", 1)
@@ -236,8 +235,7 @@ class TriAttention(Preset):
     recent: int = 0
 
     def __post_init__(self) -> None:
-        if self.stats is not None:
-            object.__setattr__(self, "stats", str(self.stats))
+        object.__setattr__(self, "stats", None if self.stats is None else statistics.file_name(self.stats, "stats"))
         check_choice(self.prompt, "prompt", ("keep", "compete"))
         check_count(self.budget, "budget", 1)
         check_count(self.every, "every", 1)
