@@ -63,7 +63,7 @@ def packed_sums(weights: Tensor, rows: PackedRows) -> Tensor:
     return _sums_op(weights, *rows)  # type: ignore[no-any-return]
 
 
-def why_not_kernel(q: Tensor, bits: int, group: int) -> str | None:
+def why_not_kernel(q: Tensor, bits: int = 2, group: int = 32) -> str | None:
     """Why a query ``[..., D]`` would not reach the Triton kernels; None: it would."""
     return why_not(q, lambda: refusals(q, bits, group, q.shape[-1]))
 
