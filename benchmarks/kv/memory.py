@@ -38,9 +38,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+# Policies that score nothing, and those that need a file of the model first.
+APART = ("kivi", "mikv", "mustafar", "oscar", "turbo", "lukv", "triattention")
+
+
 def policies() -> list[str]:
-    """Names of all policies that are registered."""
-    return [name for name in tokred.list_methods() if tokred.make(name).stage == "cache"]
+    """Names of all policies that are registered and judge rows by themselves."""
+    return [name for name in tokred.list_methods() if tokred.make(name).stage == "cache" and name not in APART]
 
 
 @functools.cache

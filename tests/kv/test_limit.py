@@ -37,6 +37,10 @@ REFUSED = {
     "kvzip": "reads again",
     "rpc": "generated rows alone",
     **dict.fromkeys(("mikv", "mustafar", "oscar", "turbo"), "evicts nothing"),
+    "attention_matching": "which it reads again",
+    "kvzap": "as many as score high",
+    "lukv": "layers that keep more than the mean",
+    "triattention": "generated rows alone",
     "limited": "has one already",
 }
 ABLE = [n for n in tokred.list_methods() if tokred.make(n).stage == "cache" and n not in REFUSED]

