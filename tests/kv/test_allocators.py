@@ -18,10 +18,10 @@ from tokred.kv.allocators import Allocator, Grant, Judged
 
 
 @dataclass(frozen=True)
-class Threshold(Budget):
+class Barrier(Budget):
     """Whatever scores above ``least`` stays."""
 
-    name: ClassVar[str] = "threshold"
+    name: ClassVar[str] = "barrier"
     headwise: ClassVar[bool] = True
     why_no_limit: ClassVar[str | None] = "its rows are as many as score well"
 
@@ -41,7 +41,7 @@ class Threshold(Budget):
 class Above(Allocator):
     """Counts them."""
 
-    def __init__(self, budget: Threshold) -> None:
+    def __init__(self, budget: Barrier) -> None:
         self.budget = budget
 
     def after_layer(self, layer: Judged) -> dict[int, Grant]:
@@ -59,7 +59,7 @@ def no_grad():
 
 def test_a_threshold_by_hand():
     k = torch.tensor([[[1.0, 0], [0, 3], [2, 2], [0, 0.5]], [[4, 0], [4, 0], [4, 0], [4, 0]]])[None]
-    policy = tokred.KVPolicy(score=KeyNorm(), budget=Threshold(-2.0), recent=1)
+    policy = tokred.KVPolicy(score=KeyNorm(), budget=Barrier(-2.0), recent=1)
     step = policy.reduce(CacheSite(k=k, v=k))
     kept = [step.representative[0, h][step.mask[0, h]].tolist() for h in range(2)]
     assert kept == [[0, 3], [3]]
@@ -74,7 +74,7 @@ def test_a_threshold_keeps_what_scores_above_it(batch, store):
     dense = tokred.kv_cache(model)
     model(ids, attention_mask=mask, past_key_values=dense)
     least = -float(torch.cat([layer.keys.norm(dim=-1).flatten() for layer in dense.layers]).median())
-    tokred.apply(model, tokred.KVPolicy(score=KeyNorm(), budget=Threshold(least), recent=2, store=store))
+    tokred.apply(model, tokred.KVPolicy(score=KeyNorm(), budget=Barrier(least), recent=2, store=store))
     cache = tokred.kv_cache(model)
     model(ids, attention_mask=mask, past_key_values=cache)
     lengths = set()
@@ -93,9 +93,9 @@ def test_a_threshold_keeps_what_scores_above_it(batch, store):
 
 def test_a_threshold_is_refused_where_others_are():
     with pytest.raises(ValueError, match="its rows are as many as score well"):
-        tokred.Limited(tokred.KVPolicy(score=KeyNorm(), budget=Threshold()))
-    policy = tokred.KVPolicy(score=KeyNorm(), budget="threshold")
-    assert policy.budget == Threshold()
+        tokred.Limited(tokred.KVPolicy(score=KeyNorm(), budget=Barrier()))
+    policy = tokred.KVPolicy(score=KeyNorm(), budget="barrier")
+    assert policy.budget == Barrier()
 
 
 def judged(layer: int, depth: int, score: torch.Tensor | None = None) -> Judged:
