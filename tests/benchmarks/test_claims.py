@@ -77,8 +77,12 @@ def test_what_is_no_claim(text: str) -> None:
 
 def test_figures_of_the_readme_are_those_of_the_table() -> None:
     rows = markdown.Results().records("encoder", "demo")
-    base, tome = rows[0], results.one(rows, method="tome", setting="r=16")
+    base, tome, random = rows[0], *(results.one(rows, method=m, setting="r=25") for m in ("tome", "random_prune"))
     text = re.sub(r"\s+", " ", (ROOT / "README.md").read_text("utf8"))
-    said = f"ToMe at `r=16` runs {tome['speedup']:.1f} times as fast as the unpatched model at the same top-1 "
-    assert said + f"({100 * tome['top1']:.1f} against {100 * base['top1']:.1f} %" in text
+    assert f"ToMe at `r=25` takes {100 * tome['gmacs'] / base['gmacs']:.0f} % of the multiply-adds" in text
+    said = f"{100 * tome['top1']:.1f} instead of {100 * base['top1']:.1f} % of top-1"
+    assert f"runs {tome['speedup']:.1f} times as fast at {said}" in text
+    assert f"random pruning of as much leaves {100 * random['top1']:.1f} %" in text
+    assert abs(random["gmacs"] / tome["gmacs"] - 1) < 0.02
     assert results.level(markdown.value(tome, "top1"), markdown.value(base, "top1"))
+    assert not results.level(markdown.value(random, "top1"), markdown.value(base, "top1"))
