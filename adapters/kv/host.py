@@ -49,10 +49,9 @@ class CacheHost(Host):
         attentions: name and attention module of each layer that keeps rows, by layer, in order.
         compressed: layers that attend to everything; the others have a sliding window, and bounded caches already.
         supplies: what sites hand over.
-        key_heads: key/value heads of a compressed layer, where a rehearsal showed them; None: as the config says.
         norms: by layer, the decoder layer and the module that reads the stream after its attention, or None.
         states: layers without rows: they keep a state of one size, or nothing.
-        key_heads: of the keys in the cache; 0: as the configuration says.
+        key_heads: key/value heads of a compressed layer, where a rehearsal showed them; 0: as the configuration says.
         note: what a user should know.
     """
 

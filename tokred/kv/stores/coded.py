@@ -15,7 +15,7 @@ from tokred.kernels.decode_attention import SENTINEL
 from tokred.kv.described import POSITION, Made, like, plain_bytes
 from tokred.kv.site import CacheSite
 from tokred.kv.stores.codecs import Codec
-from tokred.kv.stores.rectangle import merged_slots, newest_slots, without_empty
+from tokred.kv.stores.rectangle import merged_slots, up_to_date, without_empty
 from tokred.kv.stores.sides import ROOM, Side, Window
 from tokred.kv.stores.store import Query, Shelf, Store
 
@@ -145,14 +145,8 @@ class CodedShelf(Shelf):
         return self._slots is not None
 
     def positions(self, seen: int) -> Tensor | None:
-        known = self._slots
-        if known is None:
-            return None
-        count = self.width - known.shape[2]
-        if count:
-            new = newest_slots(seen, count, known.device).expand(*known.shape[:2], count)
-            known = self._slots = torch.cat([known, new], 2)
-        return known
+        self._slots = up_to_date(self._slots, self.width, seen)
+        return self._slots
 
     # ------------------------------------------------------------------ what happens to them
 

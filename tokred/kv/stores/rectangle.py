@@ -64,15 +64,8 @@ class RectangleShelf(Shelf):
         return self._slots is not None
 
     def positions(self, seen: int) -> Tensor | None:
-        known = self._slots
-        if known is None:
-            return None
-        count = self.width - known.shape[2]
-        if count:
-            # Written down when someone asks: a step that nobody looks at need not.
-            new = newest_slots(seen, count, known.device).expand(*known.shape[:2], count)
-            known = self._slots = torch.cat([known, new], 2)
-        return known
+        self._slots = up_to_date(self._slots, self.width, seen)
+        return self._slots
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         if self._keys is None or self._values is None:
@@ -119,6 +112,18 @@ class RectangleShelf(Shelf):
 def newest_slots(seen: int, count: int, device: torch.device) -> Tensor:
     """``[count]`` int32: the newest of ``seen`` slots."""
     return torch.arange(seen - count, seen, dtype=torch.int32, device=device)
+
+
+def up_to_date(known: Tensor | None, width: int, seen: int) -> Tensor | None:
+    """Slots ``[B, Hk, K]`` of all ``width`` rows, by those that are known of the first; None where none has moved.
+
+    They are written down when someone asks: a step that nobody looks at need not.
+    """
+    count = 0 if known is None else width - known.shape[2]
+    if known is None or not count:
+        return known
+    new = newest_slots(seen, count, known.device).expand(*known.shape[:2], count)
+    return torch.cat([known, new], 2)
 
 
 def merged_slots(step: Reduction, slots: Tensor) -> Tensor:
