@@ -5,6 +5,7 @@ from tokred.adapters.contract import cache_kwargs
 from tokred.analysis import viz
 from tokred.analysis.calibrate import calibrate
 from tokred.analysis.explain import Explanation, explain
+from tokred.analysis.information import horizon
 from tokred.analysis.tsp_layer import choose_tsp_layer
 from tokred.api import (
     Flops,
@@ -119,6 +120,7 @@ from tokred.methods.vlm.flash_vl import FlashVL, Nemotron
 from tokred.methods.vlm.hired import HiRED
 from tokred.methods.vlm.prumerge import PruMerge, PruMergePlus
 from tokred.methods.vlm.pyramiddrop import PyramidDrop
+from tokred.methods.vlm.random_deep import RandomDeep
 from tokred.methods.vlm.saint_vlm import SAINTLayer, SAINTVisual
 from tokred.methods.vlm.sparsevlm import SparseVLM
 from tokred.methods.vlm.topv import TopV
@@ -199,6 +201,7 @@ __all__ = [
     "PruMergePlus",
     "PyramidDrop",
     "PyramidKV",
+    "RandomDeep",
     "RandomEvict",
     "RandomLatentPrune",
     "RandomMerge",
@@ -254,6 +257,7 @@ __all__ = [
     "explain",
     "flops",
     "from_dict",
+    "horizon",
     "kv",
     "kv_cache",
     "learn",

@@ -52,6 +52,7 @@ MethodName = Literal[
     "pyramiddrop",
     "pyramidkv",
     "random",
+    "random_deep",
     "random_evict",
     "random_latent_prune",
     "random_prune",

@@ -54,6 +54,7 @@ TARGETS = {
     "observed_attention": "tokred.methods.kv.observed_attention:ObservedAttention",
     "oscar": "tokred.methods.kv.rotated:Oscar",
     "pyramidkv": "tokred.methods.kv.pyramidkv:PyramidKV",
+    "random_deep": "tokred.methods.vlm.random_deep:RandomDeep",
     "random_evict": "tokred.methods.kv.random_evict:RandomEvict",
     "rkv": "tokred.methods.kv.rkv:RKV",
     "rpc": "tokred.methods.kv.rpc:RPC",
