@@ -121,6 +121,7 @@ from tokred.methods.vlm.hired import HiRED
 from tokred.methods.vlm.prumerge import PruMerge, PruMergePlus
 from tokred.methods.vlm.pyramiddrop import PyramidDrop
 from tokred.methods.vlm.random_deep import RandomDeep
+from tokred.methods.vlm.restore import Restore
 from tokred.methods.vlm.saint_vlm import SAINTLayer, SAINTVisual
 from tokred.methods.vlm.sparsevlm import SparseVLM
 from tokred.methods.vlm.topv import TopV
@@ -209,6 +210,7 @@ __all__ = [
     "RandomVisual",
     "Reduction",
     "Report",
+    "Restore",
     "SAINTLayer",
     "SAINTVisual",
     "SettingWarning",

@@ -36,7 +36,7 @@ Lazy = Tensor | Callable[[], Tensor | None] | None
 READS = (
     "x", "q", "k", "v", "class_attention", "attention", "queries", "heads", "carried", "module", "gates", "transform",
     "grid", "frames", "motion", "text", "projection", "rope", "stream", "guidance", "tower", "tower_layers", "project",
-    "rows", "rows_before", "hidden",
+    "rows", "rows_before", "hidden", "calibration",
 )  # fmt: skip
 
 

@@ -56,6 +56,7 @@ TARGETS = {
     "pyramidkv": "tokred.methods.kv.pyramidkv:PyramidKV",
     "random_deep": "tokred.methods.vlm.random_deep:RandomDeep",
     "random_evict": "tokred.methods.kv.random_evict:RandomEvict",
+    "restore": "tokred.methods.vlm.restore:Restore",
     "rkv": "tokred.methods.kv.rkv:RKV",
     "rpc": "tokred.methods.kv.rpc:RPC",
     "snapkv": "tokred.methods.kv.snapkv:SnapKV",
