@@ -263,6 +263,7 @@ OTHERS = (
     "oscar",
     "turbo",
     "offloaded",
+    "shadowkv",
 )
 NAMES = [n for n in tokred.list_methods() if tokred.make(n).stage == "cache" and n not in OTHERS]
 

@@ -10,6 +10,7 @@ from tokred.kv.stores.mustafar import Mustafar
 from tokred.kv.stores.offload import Offloaded
 from tokred.kv.stores.rectangle import Rectangle
 from tokred.kv.stores.rotated import Oscar, Turbo
+from tokred.kv.stores.shadow import ShadowKV
 from tokred.kv.stores.store import ABILITIES, Query, Shelf, Store
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Oscar",
     "Query",
     "Rectangle",
+    "ShadowKV",
     "Shelf",
     "Store",
     "Turbo",

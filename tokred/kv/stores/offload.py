@@ -71,6 +71,10 @@ class Away(NamedTuple):
         away = in_host_memory(keys), in_host_memory(values)
         return cls(*away, torch.cuda.current_stream(keys.device).record_event() if keys.is_cuda else None)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Away:
+        """Copies of rows that are there: an event cannot be copied."""
+        return Away(*(same_memory(x, x) for x in self.rows))
+
     @property
     def rows(self) -> Rows:
         """Keys and values; waits until they are there."""
@@ -81,12 +85,12 @@ class Away(NamedTuple):
     def first(self, count: int) -> Away:
         """The first ``count`` rows."""
         keys, values = self.rows
-        return Away(_copied(keys, keys[:, :, :count]), _copied(values, values[:, :, :count]))
+        return Away(same_memory(keys, keys[:, :, :count]), same_memory(values, values[:, :, :count]))
 
     def select(self, index: Tensor) -> Away:
         """The rows of other samples: ``index`` ``[B']`` of the old ones."""
         index = index.cpu()
-        return Away(*(_copied(x, x.index_select(0, index)) for x in self.rows))
+        return Away(*(same_memory(x, x.index_select(0, index)) for x in self.rows))
 
     def fetch(self, device: torch.device) -> Fetch:
         """Begin to bring the rows to a device."""
@@ -328,9 +332,9 @@ def in_host_memory(rows: Tensor) -> Tensor:
     return torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows, non_blocking=True)
 
 
-def _copied(like: Tensor, rows: Tensor) -> Tensor:
-    """A contiguous copy in host memory, pinned as ``like`` is."""
-    if not like.is_pinned():
+def same_memory(like: Tensor, rows: Tensor) -> Tensor:
+    """A contiguous copy of rows, pinned if ``like`` is."""
+    if rows.is_cuda or not like.is_pinned():
         return rows.clone(memory_format=torch.contiguous_format)
     return torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows)
 
