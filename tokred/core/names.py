@@ -44,6 +44,7 @@ MethodName = Literal[
     "mustafar",
     "nemotron",
     "observed_attention",
+    "offloaded",
     "oscar",
     "pitome",
     "ppt",
