@@ -62,14 +62,11 @@ def load_cache(model: nn.Module, path: str | Path) -> Any:
 
     place, file = _Place(model), saved.Saved(path, "layers")
     file.check_model(place.fingerprint)
-    there = file.known.get("policy")
-    here = place.policy
-    file.check("policy", here, _said(here), _said(there))
-    file.check(
-        "learned", place.learned, f"one whose weights are {place.learned}", f"weights {file.known.get('learned')}"
-    )
-    file.check("compressed", place.compressed, f"one on layers {place.compressed}", str(file.known["compressed"]))
-    cache = place.empty(file.known["layout"])
+    known = file.known
+    file.check("policy", place.policy, _said(place.policy), _said(known.get("policy")))
+    file.check("learned", place.learned, f"one with weights {place.learned}", f"one with weights {known['learned']}")
+    file.check("compressed", place.compressed, f"one on layers {place.compressed}", f"one on {known['compressed']}")
+    cache = place.empty(known["layout"])
     file.fill(cache, place.devices)
     return cache
 
