@@ -2,6 +2,7 @@
 
 from tokred import bench, eval, kv, learn, methods
 from tokred.adapters.contract import cache_kwargs
+from tokred.adapters.kv.reuse.chunks import ChunkStore
 from tokred.analysis import viz
 from tokred.analysis.calibrate import calibrate
 from tokred.analysis.explain import Explanation, explain
@@ -131,6 +132,7 @@ from tokred.methods.vlm.vispruner import VisPruner
 from tokred.methods.vlm.visual_baselines import DownsampleVisual, RandomVisual, UniformVisual
 from tokred.methods.vlm.vscan import VScan, VScanLayer
 from tokred.settings import load, make, push_to_hub, save
+from tokred.settings.caches import blend, load_cache, save_cache
 from tokred.tuning.run import tune
 
 __version__: str
@@ -161,6 +163,7 @@ __all__ = [
     "CAToMe",
     "CDPruner",
     "CacheReport",
+    "ChunkStore",
     "CriticalKV",
     "DivPrune",
     "Downsample",
@@ -254,6 +257,7 @@ __all__ = [
     "apply",
     "bench",
     "benchmark",
+    "blend",
     "cache_kwargs",
     "calibrate",
     "choose_tsp_layer",
@@ -267,6 +271,7 @@ __all__ = [
     "learn",
     "list_methods",
     "load",
+    "load_cache",
     "losses",
     "make",
     "methods",
@@ -278,6 +283,7 @@ __all__ = [
     "remove",
     "report",
     "save",
+    "save_cache",
     "supports",
     "trace",
     "tune",

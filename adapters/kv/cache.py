@@ -256,6 +256,13 @@ def make_cache(config: Any, policy: CachePolicy, compressed: tuple[int, ...], la
     return cache
 
 
+def layout_of(cache: TokCache) -> str:
+    """The layout that :func:`make_cache` was asked for."""
+    store = next((layer.store for layer in layers_of(cache) if isinstance(layer, TokLayer)), None)
+    own = cache.engine.parts.store
+    return next((name for name, one in _LAYOUTS.items() if one == store != own), "auto")
+
+
 def adopt(cache: Any, config: Any, policy: CachePolicy, compressed: tuple[int, ...]) -> TokCache:
     """Make the caller's cache one of ours, in place.
 
