@@ -31,7 +31,7 @@ from tokred.kv.parts import Budget, Fate, Part, Score, When
 from tokred.kv.policy import CachePolicy, Parts
 from tokred.kv.preset import KVPreset, Preset
 from tokred.kv.site import CacheSite, Padding
-from tokred.kv.stores import KIVI, Flat, Half, MiKV, Mustafar, Oscar, Rectangle, Store, Turbo
+from tokred.kv.stores import KIVI, Flat, Half, MiKV, Mustafar, NSNQuant, Oscar, Rectangle, Store, Turbo
 
 __all__ = [
     "KIVI",
@@ -65,6 +65,7 @@ __all__ = [
     "Merge",
     "MiKV",
     "Mustafar",
+    "NSNQuant",
     "Observed",
     "Oscar",
     "Padding",
