@@ -99,6 +99,7 @@ from tokred.methods.kv.limited import Limited
 from tokred.methods.kv.lukv import LUKV
 from tokred.methods.kv.mikv import MiKV
 from tokred.methods.kv.mustafar import Mustafar
+from tokred.methods.kv.nsnquant import NSNQuant
 from tokred.methods.kv.observed_attention import ObservedAttention
 from tokred.methods.kv.offloaded import Offloaded
 from tokred.methods.kv.pyramidkv import PyramidKV
@@ -194,6 +195,7 @@ __all__ = [
     "MissingInputError",
     "MovedWarning",
     "Mustafar",
+    "NSNQuant",
     "Nemotron",
     "NothingRecordedError",
     "NothingRemovedWarning",

@@ -129,9 +129,12 @@ class CacheHost(Host):
         return super().missing(one) | (frozenset({_BYTES}) if counts else frozenset())
 
     def hint(self, method: Method) -> str:
-        """The end of a refusal: what a limit does not know of, where that is what is missing."""
-        if _BYTES not in self.missing(method):
-            return ""
+        """The end of a refusal: what a limit does not know of, or what the store can do without."""
+        from tokred.kv.policy import CachePolicy
+
+        missing = self.missing(method)
+        if _BYTES not in missing:
+            return method.parts.store.hint(missing) if isinstance(method, CachePolicy) else ""
         return f": {self.states} of its layers keep states, whose size is not known before the first forward"
 
     def patch(

@@ -43,6 +43,7 @@ MethodName = Literal[
     "mikv",
     "mustafar",
     "nemotron",
+    "nsnquant",
     "observed_attention",
     "offloaded",
     "oscar",

@@ -51,6 +51,7 @@ TARGETS = {
     "lukv": "tokred.methods.kv.lukv:LUKV",
     "mikv": "tokred.methods.kv.mikv:MiKV",
     "mustafar": "tokred.methods.kv.mustafar:Mustafar",
+    "nsnquant": "tokred.methods.kv.nsnquant:NSNQuant",
     "observed_attention": "tokred.methods.kv.observed_attention:ObservedAttention",
     "offloaded": "tokred.methods.kv.offloaded:Offloaded",
     "oscar": "tokred.methods.kv.rotated:Oscar",
