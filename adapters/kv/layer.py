@@ -36,6 +36,7 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
         settled: slots when rows were last evicted; the cache cannot be cropped below.
         ragged: whether there may be empty rows.
         weights: ``[B, Hk, K]`` float32, how many tokens each row stands for; None: one each.
+        lent: what other layers attend to in this forward, see :mod:`tokred.adapters.kv.sharing`; None: none does.
         rows, notes: state of the policy, by row ``[B, Hk, K]`` and of other shapes.
     """
 
@@ -52,6 +53,7 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
         self._empty = self.shelf.snapshot()
         self.armed = False  # the patched model has said that it will add to this layer
         self.waiting = False  # it has, and its attention is to come
+        self.lent: list[Any] | None = None
         self._clear()
 
     def _clear(self) -> None:

@@ -152,6 +152,7 @@ class Rehearsal:
         x = torch.empty(1, _TOKENS, words.WIDTH.need(self.config), device="meta")
         more = {
             words.ATTENTION_MASK: _Mask(),
+            words.SHARED_ROWS: {},
             words.TABLES: self._tables(attention, heard),
             words.POSITIONS: torch.empty(1, _TOKENS, dtype=torch.long, device="meta"),
         }

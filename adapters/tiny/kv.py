@@ -36,6 +36,10 @@ GEMMA: dict[str, Any] = {
     **SMALL, "num_hidden_layers": 4, "sliding_window": 8, "query_pre_attn_scalar": 16,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
 }  # fmt: skip
+SHARING: dict[str, Any] = {
+    **GEMMA, "num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 97,
+}  # fmt: skip
 HYBRID: dict[str, Any] = {**SMALL, "num_hidden_layers": 4}
 MIXTURE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 LINEAR: dict[str, Any] = {
@@ -60,6 +64,13 @@ FAMILIES: dict[str, Family] = {
     "glm4": Family("Glm4", SMALL),
     # A logit in every softmax that belongs to no key.
     "gpt_oss": Family("GptOss", {**GEMMA, **MIXTURE, "num_local_experts": 4}, attention="eager"),
+    # Layers that attend to the rows of an earlier layer.
+    "gemma3n": Family("Gemma3n", {
+        **SHARING, "activation_sparsity_pattern": [0.0] * 6, "laurel_rank": 8,
+    }, "Gemma3nTextConfig"),
+    "gemma4": Family("Gemma4", {
+        **SHARING, "global_head_dim": 24, "num_global_key_value_heads": 1,
+    }, "Gemma4TextConfig"),
     # Layers that keep a state beside layers that keep rows.
     "qwen3_next": Family("Qwen3Next", {
         **HYBRID, **MIXTURE, **LINEAR, "layer_types": ["linear_attention", "full_attention"] * 2,
