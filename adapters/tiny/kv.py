@@ -19,12 +19,14 @@ class Family(NamedTuple):
         options: of the configuration.
         config: class of the configuration, where it is called otherwise.
         attention: implementation, where it is not the usual one.
+        unscaled: whether its logits are not divided by anything, so that trained norms of queries have to be small.
     """
 
     name: str
     options: dict[str, Any]
     config: str = ""
     attention: str = ""
+    unscaled: bool = False
 
 
 SMALL: dict[str, Any] = {
@@ -70,7 +72,7 @@ FAMILIES: dict[str, Family] = {
     }, "Gemma3nTextConfig"),
     "gemma4": Family("Gemma4", {
         **SHARING, "global_head_dim": 24, "num_global_key_value_heads": 1,
-    }, "Gemma4TextConfig"),
+    }, "Gemma4TextConfig", unscaled=True),
     # Layers that keep a state beside layers that keep rows.
     "qwen3_next": Family("Qwen3Next", {
         **HYBRID, **MIXTURE, **LINEAR, "layer_types": ["linear_attention", "full_attention"] * 2,
@@ -117,6 +119,9 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **more: 
     config = getattr(t, row.config or f"{row.name}Config")(**{**copy.deepcopy(row.options), **more})
     kind = getattr(t, f"{row.name}ForCausalLM")
     model = kind._from_config(config, attn_implementation=row.attention) if row.attention else kind(config)
+    if row.unscaled:
+        for norm in (part for label, part in model.named_parameters() if "q_norm" in label):
+            norm.data.mul_(SMALL["head_dim"] ** -0.5)
     return livelier(model).to(dtype).eval()
 
 
