@@ -283,6 +283,8 @@ BOTH = row(
 )
 AHEAD = row("whether prompts see ahead", "use_bidirectional_attention T gemma3:Gemma3TextConfig")
 LATENTS = row("rank of latents in a cache", "kv_lora_rank T deepseek_v3:DeepseekV3Config")
+UP = row("projection of latents to keys and values", "kv_b_proj T deepseek_v3:DeepseekV3Attention")
+PLAIN_WIDTH = row("numbers of a key that are not rotated", "qk_nope_head_dim T deepseek_v3:DeepseekV3Config")
 SHARING = row(
     "layers that share a cache",
     Spelling("kv_sharing_modes", "transformers", since="5.24", where="transformers:Gemma4TextConfig"),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tokred.adapters.contract import attention_of, host_object, members, words
+from tokred.adapters.kv.latents import LatentSite, carried, expanded
 from tokred.adapters.kv.layer import TokLayer
 from tokred.adapters.kv.masks import MaskSpec, mask_function
 from tokred.adapters.kv.rope import LayerRope
@@ -38,6 +39,7 @@ class Seat(NamedTuple):
         hidden: ``[B, M, C]`` what the module was given.
         learned: the policy's module, and where it leaves losses.
         borrows: whether the module has no rows of its own and attends to those of ``layer``, which has run before it.
+        latents: whether the rows are latents, of which the module makes its keys and values.
     """
 
     layer: TokLayer | None
@@ -48,6 +50,7 @@ class Seat(NamedTuple):
     hidden: Tensor | None = None
     learned: Learned | None = None
     borrows: bool = False
+    latents: bool = False
 
 
 class _Call(NamedTuple):
@@ -96,7 +99,8 @@ def attention(
         return _stock(module, name, query, key, value, mask, scaling, dropout, options)
     if not seat.borrows:
         layer.waiting = False
-        if key is not layer.newest[0] and key.shape[:3] != layer.newest[0].shape[:3]:
+        rows, made = layer.newest[0].shape, key.shape
+        if key is not layer.newest[0] and (rows[:3] != made[:3] if not seat.latents else rows[2] != made[2]):
             raise UnsupportedModelError(f"{type(module).__name__} attends to other keys than its cache holds")
     if not isinstance(attention_mask, MaskSpec) or words.EXTRA_BIAS.of(options) is not None:
         raise UnsupportedModelError(
@@ -117,10 +121,17 @@ def attention(
     rope = None if seat.rope is None else seat.rope.part(count)
     begun = None if seat.hidden is None else seat.hidden[:, :count]
     first = call._replace(spec=call.spec.part(count, cut), seat=seat._replace(rope=rope, hidden=begun))
-    prompt, _ = _attend_and_act(first, layer, query[:, :, :count], *layer.newest, before)
+    prompt, _ = _attend_and_act(first, layer, query[:, :, :count], *_keys_of(call, *layer.newest), before)
     layer.append(*drafts)
-    rest, _ = _attend_and_act(call, layer, query[:, :, count:], *layer.newest, cut)
+    rest, _ = _attend_and_act(call, layer, query[:, :, count:], *_keys_of(call, *layer.newest), cut)
     return torch.cat([prompt, rest], 1), None
+
+
+def _keys_of(call: _Call, keys: Tensor | None, values: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Keys and values that queries meet, of the rows of a layer that has some."""
+    assert keys is not None
+    assert values is not None
+    return expanded(call.module, keys, values) if call.seat.latents else (keys, values)
 
 
 def _attend_and_act(
@@ -129,7 +140,7 @@ def _attend_and_act(
     out = _attend(call, layer, query, key, value, before)
     engine = layer.engine
     if layer.lent is not None:
-        layer.lent.append(_lend(layer, key, value, before, query.shape[2]))
+        layer.lent.append(_lend(call, layer, key, value, before, query.shape[2]))
     if engine.watches(layer.clock, layer.seen):
         with torch.no_grad():
             engine.observe(layer, _site(call, layer, query), before)
@@ -138,10 +149,10 @@ def _attend_and_act(
     return out
 
 
-def _lend(layer: TokLayer, key: Tensor, value: Tensor, before: int, count: int) -> Lent:
+def _lend(call: _Call, layer: TokLayer, key: Tensor, value: Tensor, before: int, count: int) -> Lent:
     """The rows that the layer's own queries have just attended to."""
     if not layer.shelf.complete:
-        key, value = layer.keys, layer.values  # type: ignore[assignment]  # there are rows
+        key, value = _keys_of(call, layer.keys, layer.values)
     state = layer.positions, layer.weights, layer.compressed, layer.ragged, layer.seen, layer.settled, layer.engine
     return Lent(key, value, *state, before, count)
 
@@ -176,12 +187,12 @@ def _attend(
     spec = call.spec
     if not layer.shelf.complete:
         # The store has more rows than it has handed over, and may know how to attend to all of them.
-        if _one(call, layer, query) and not call.dropout and call.sinks is None:
+        if _one(call, layer, query) and not (call.dropout or call.seat.latents) and call.sinks is None:
             padding = partial(_padding, spec, layer.seen)
             heads = layer.shelf.attend(Query(query, call.scaling, call.softcap, padding))
             if heads is not None:
                 return heads.transpose(1, 2).contiguous(), None
-        key, value = layer.keys, layer.values  # type: ignore[assignment]  # there are rows
+        key, value = _keys_of(call, layer.keys, layer.values)
     return _over(call, layer, query, key, value, before)
 
 
@@ -215,8 +226,9 @@ def _padding(spec: MaskSpec, seen: int, count: int) -> Tensor | None:
 def _site(call: _Call, layer: TokLayer, query: Tensor) -> CacheSite:
     name, width = call.seat.projection, query.shape[1] * layer.newest[1].shape[3]
     keys, values = layer.shown()
-    return CacheSite(
-        q=query.detach(),
+    kind: type[CacheSite] = LatentSite if call.seat.latents else CacheSite
+    return kind(
+        q=(carried(call.module, query) if call.seat.latents else query).detach(),
         k=keys,
         v=values,
         positions=layer.positions,
@@ -262,8 +274,10 @@ def _stock(
 def _compressed(call: _Call, layer: TokLayer | Lent, query: Tensor, key: Tensor, value: Tensor, before: int) -> Tensor:
     """``[B, Q, H, D]``: attention over rows that hold the slots ``layer.positions``."""
     spec, positions, count = call.spec, layer.positions, query.shape[2]
-    if positions is None:
-        b, heads, n = key.shape[:3]
+    b, heads, n = key.shape[:3]
+    if positions is not None:
+        positions = positions.expand(b, heads, n)  # all heads' keys may be made of one row
+    else:
         positions = torch.arange(n, dtype=torch.int32, device=key.device).expand(b, heads, n)
     dropout = call.dropout
     if _one(call, layer, query) and not dropout and call.sinks is None:

@@ -27,6 +27,7 @@ from tokred.adapters.contract import (
 from tokred.adapters.host import State
 from tokred.adapters.kv.attention import PREFIX, SEAT, Seat, register
 from tokred.adapters.kv.cache import LayerRows, TokCache, adopt, make_cache, rows_of
+from tokred.adapters.kv.latents import read
 from tokred.adapters.kv.layer import TokLayer
 from tokred.adapters.kv.repeat import repeat
 from tokred.adapters.kv.rope import LayerRope
@@ -199,6 +200,7 @@ class EnterAttention(Hook):
         embedding: the decoder's rotary embedding, where it can be handed over.
         layer_type: what the embedding takes besides positions, or None.
         lends: whether other layers attend to this one's rows.
+        latents: whether rows are latents.
     """
 
     def __init__(
@@ -209,9 +211,11 @@ class EnterAttention(Hook):
         embedding: nn.Module | None,
         layer_type: str | None,
         lends: bool = False,
+        latents: bool = False,
     ) -> None:
         self.settings = settings
         self.lends = lends
+        self.latents = latents
         self.layer_type = layer_type
         self.index = index
         self.projection = projection
@@ -225,13 +229,16 @@ class EnterAttention(Hook):
             return args, {**kwargs, SEAT: seat}
         layer.armed = True
         layer.lent = [] if self.lends else None
+        layer.view = read if self.latents else None
         rope, tables = None, words.TABLES.of(kwargs)
         if self.embedding is not None and tables is not None:
             rope = LayerRope(self.embedding, self.layer_type, tables)
         depth = len(self.settings.compressed)
         hidden = args[0] if args else words.STATES.of(kwargs)
         learned = self.settings.learn()
-        seat = Seat(layer, self.settings.implementation, depth, self.projection, rope, hidden, learned)
+        seat = Seat(
+            layer, self.settings.implementation, depth, self.projection, rope, hidden, learned, latents=self.latents
+        )
         return args, {**kwargs, SEAT: seat}
 
 

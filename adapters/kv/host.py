@@ -20,6 +20,7 @@ from tokred.adapters.contract import (
     words,
 )
 from tokred.adapters.host import Host, State
+from tokred.adapters.kv.latents import makes_latents
 from tokred.adapters.kv.reasons import ROWS, SHARED, layer_kinds, odd_layers, own_cache, without_cache
 from tokred.adapters.kv.sharing import owners
 from tokred.adapters.kv.supplies import norms, projection, supplies
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 _OTHER_HEADS = ("JetMoeAttention",)
 # What a hard limit reads.
 _BYTES = "the bytes of all layers"
+# What rows of latents have none of, because each head has its own.
+_OF_HEADS = frozenset({"v", "projection", "rope"})
+_ROWS = "rows that are keys and values themselves"
 
 
 @dataclass
@@ -54,6 +58,7 @@ class CacheHost(Host):
         norms: by layer, the decoder layer and the module that reads the stream after its attention, or None.
         readers: layers without rows of their own, by layer: name, attention module, and the compressed layer whose rows
             they attend to.
+        latents: whether rows are latents, of which the keys and values of all heads are made.
         states: layers without rows: they keep a state of one size, or nothing.
         key_heads: key/value heads of a compressed layer, where a rehearsal showed them; 0: as the configuration says.
         note: what a user should know.
@@ -68,6 +73,7 @@ class CacheHost(Host):
     supplies: frozenset[str]
     norms: dict[int, tuple[nn.Module, nn.Module] | None] = field(default_factory=dict)
     readers: dict[int, tuple[str, nn.Module, int]] = field(default_factory=dict)
+    latents: bool = False
     states: int = 0
     key_heads: int = 0
     note: str = ""
@@ -135,11 +141,17 @@ class CacheHost(Host):
 
         one: Method = method if isinstance(method, Method) else method()
         counts = (self.states or self.readers) and isinstance(one, CachePolicy) and one.parts.when.chunk
-        return super().missing(one) | (frozenset({_BYTES}) if counts else frozenset())
+        # A store that looks at queries divides their channels by those of the keys that it holds.
+        direct = isinstance(one, CachePolicy) and ("q" in one.parts.store.reads or one.parts.fate.rewrites)
+        more = {_BYTES: counts, _ROWS: self.latents and direct}
+        return super().missing(one) | frozenset(name for name, wanted in more.items() if wanted)
 
     def hint(self, method: Method) -> str:
         """The end of a refusal: what a limit does not know of, where that is what is missing."""
-        if _BYTES not in self.missing(method):
+        missing = self.missing(method)
+        if self.latents and missing & (_OF_HEADS | {_ROWS}):
+            return ": its cache holds latents, of which each head makes keys and values of its own"
+        if _BYTES not in missing:
             return ""
         if self.readers:
             return ": layers that read another's rows keep them until the forward ends, whatever has been evicted"
@@ -167,7 +179,9 @@ class CacheHost(Host):
             changes.before(attention, hooks.EnterReader(settings, owner), with_kwargs=True)
         for i, (_, attention) in self.attentions.items():
             layer_type = None if embedding is None else layer_type_of(embedding, attention)
-            hook = hooks.EnterAttention(settings, i, projection(attention), embedding, layer_type, i in lenders)
+            hook = hooks.EnterAttention(
+                settings, i, projection(attention), embedding, layer_type, i in lenders, self.latents
+            )
             changes.before(attention, hook, with_kwargs=True)
         if "stream" in method.reads:
             for i in chosen:
@@ -237,8 +251,9 @@ def match(model: nn.Module, *, decodes: bool = False, bounded: bool = False, sta
         raise refusal(
             name, "its attention cannot be exchanged (it has no attention back-end), so a policy would never be asked"
         )
-    if words.LATENTS.part(text):
-        raise refusal(name, "its cache holds latents that keys are made of anew, which scores of keys do not fit")
+    latents = bool(words.LATENTS.part(text))
+    if latents and not all(makes_latents(m) for _, m in found.values()):
+        raise refusal(name, "its cache holds latents, and its attention does not say how keys are made of them")
     own = own_cache(model)
     if own:
         raise refusal(name, own)
@@ -257,10 +272,11 @@ def match(model: nn.Module, *, decodes: bool = False, bounded: bool = False, sta
         config=text,
         attentions=found,
         compressed=compressed,
-        supplies=supplies(decoder, found, compressed, rehearsal),
+        supplies=supplies(decoder, found, compressed, rehearsal) - (_OF_HEADS if latents else frozenset()),
         norms=norms(decoder, found),
         key_heads=rehearsal.key_heads(found[compressed[0] if compressed else next(iter(found))][1]),
         readers=readers,
+        latents=latents,
         states=len(kinds) - len(found) - kinds.count(SHARED),
     )
 

@@ -37,6 +37,7 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
         ragged: whether there may be empty rows.
         weights: ``[B, Hk, K]`` float32, how many tokens each row stands for; None: one each.
         lent: what other layers attend to in this forward, see :mod:`tokred.adapters.kv.sharing`; None: none does.
+        view: makes what a site takes of the rows, where they are not keys and values themselves; None: they are.
         rows, notes: state of the policy, by row ``[B, Hk, K]`` and of other shapes.
     """
 
@@ -54,6 +55,7 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
         self.armed = False  # the patched model has said that it will add to this layer
         self.waiting = False  # it has, and its attention is to come
         self.lent: list[Any] | None = None
+        self.view: Callable[..., tuple[Tensor | Made, Tensor | Made]] | None = None
         self._clear()
 
     def _clear(self) -> None:
@@ -100,7 +102,7 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def shown(self) -> tuple[Tensor | Made, Tensor | Made]:
         """Keys and values as a site takes them."""
-        return self.shelf.show()
+        return self.shelf.show() if self.view is None else self.view(*self.shelf.show())
 
     @property
     def compressed(self) -> bool:

@@ -43,6 +43,12 @@ SHARING: dict[str, Any] = {
     "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 97,
 }  # fmt: skip
 HYBRID: dict[str, Any] = {**SMALL, "num_hidden_layers": 4}
+LATENT: dict[str, Any] = {
+    **{name: value for name, value in SMALL.items() if name != "head_dim"}, "num_key_value_heads": 4,
+    "q_lora_rank": 16, "kv_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 16,
+    "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+}  # fmt: skip
 MIXTURE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 LINEAR: dict[str, Any] = {
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
@@ -73,6 +79,9 @@ FAMILIES: dict[str, Family] = {
     "gemma4": Family("Gemma4", {
         **SHARING, "global_head_dim": 24, "num_global_key_value_heads": 1,
     }, "Gemma4TextConfig", unscaled=True),
+    # One latent a token, of which all heads make keys and values.
+    "deepseek_v3": Family("DeepseekV3", LATENT),
+    "deepseek_v2": Family("DeepseekV2", {**LATENT, "head_dim": 8}),
     # Layers that keep a state beside layers that keep rows.
     "qwen3_next": Family("Qwen3Next", {
         **HYBRID, **MIXTURE, **LINEAR, "layer_types": ["linear_attention", "full_attention"] * 2,

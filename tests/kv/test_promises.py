@@ -22,6 +22,9 @@ GPT = {"vocab_size": 97, "n_embd": 48, "n_layer": 4, "n_head": 4, "n_positions":
 MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 SHARED = {"layer_types": HALVES, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 16,
           "vocab_size_per_layer_input": 97, "sliding_window": 8}  # fmt: skip
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
+          "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 4, "head_dim": 8,
+          "num_key_value_heads": 4}  # fmt: skip
 MAMBA = {"vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 4, "state_size": 8}
 
 # Class, and what its configuration needs besides the usual sizes.
@@ -57,6 +60,8 @@ WORKS = {
     "GptOss": {"layer_types": HALVES, **MOE, "sliding_window": 8},
     "Gemma3n": {**SHARED, "activation_sparsity_pattern": [0.0] * 4, "laurel_rank": 8},
     "Gemma4": {**SHARED, "global_head_dim": 24},
+    "DeepseekV2": LATENT,
+    "DeepseekV3": LATENT,
     "Lfm2": {"layer_types": ["conv", "conv", "conv", "full_attention"]},
     "Qwen3Next": {**MOE, **LINEAR, "layer_types": STATES, "shared_expert_intermediate_size": 32},
     "Qwen3_5": {**LINEAR, "layer_types": STATES},
@@ -83,10 +88,6 @@ REFUSED = {
     "DiffLlama": ({}, "attends to other keys and values than its cache holds"),
     "JetMoe": ({"kv_channels": 12, "num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2},
                "attends to other keys and values than its cache holds"),
-    "DeepseekV2": ({"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
-                    "v_head_dim": 16, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
-                    "first_k_dense_replace": 4, "head_dim": 8},
-                   "its cache holds latents"),
     "Falcon": ({"num_kv_heads": 2}, "its attention cannot be exchanged"),
     "Bloom": ({"n_head": 4, "n_layer": 2}, "its attention cannot be exchanged"),
 }  # fmt: skip

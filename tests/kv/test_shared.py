@@ -89,7 +89,9 @@ def test_a_context_is_repeated_over_shared_rows():
     assert [row.rows for row in tokred.report(model).layers][3] < 20
 
 
-@pytest.mark.parametrize("store", [Half(), pytest.param(KIVI(residual_length=4, group_size=4), marks=pytest.mark.hosts)])
+@pytest.mark.parametrize(
+    "store", [Half(), pytest.param(KIVI(residual_length=4, group_size=4), marks=pytest.mark.hosts)]
+)
 def test_rows_in_another_form_are_lent_as_they_are_read(store, monkeypatch):
     model, seen = build("gemma4"), []
     tokred.apply(model, "snapkv", budget=9, window=4, store=store)
