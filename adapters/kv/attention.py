@@ -163,7 +163,7 @@ def _borrow(call: _Call, layer: TokLayer, query: Tensor) -> tuple[Tensor, Tensor
     Raises:
         UnsupportedModelError: the other layer has not run in this forward.
     """
-    lent = layer.lent or []
+    lent: list[Lent] = layer.lent or []
     # Where nothing else is wanted of a model it gives these layers the newest queries alone.
     skip = sum(one.count for one in lent) - query.shape[2]
     if not lent or skip < 0:
@@ -226,6 +226,7 @@ def _padding(spec: MaskSpec, seen: int, count: int) -> Tensor | None:
 def _site(call: _Call, layer: TokLayer, query: Tensor) -> CacheSite:
     name, width = call.seat.projection, query.shape[1] * layer.newest[1].shape[3]
     keys, values = layer.shown()
+    # Of latents every head makes keys of its own, but queries can be brought to them instead.
     kind: type[CacheSite] = LatentSite if call.seat.latents else CacheSite
     return kind(
         q=(carried(call.module, query) if call.seat.latents else query).detach(),

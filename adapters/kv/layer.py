@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from tokred.kv.described import Made, plain_bytes
 from tokred.kv.engine import Clock, Engine
 from tokred.kv.site import CacheSite
 from tokred.kv.stores.store import Shelf, Store, missing
+
+if TYPE_CHECKING:
+    from tokred.adapters.kv.sharing import Lent
 
 CacheLayerMixin: Any = host_object("base of cache layers")
 
@@ -54,7 +57,7 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
         self._empty = self.shelf.snapshot()
         self.armed = False  # the patched model has said that it will add to this layer
         self.waiting = False  # it has, and its attention is to come
-        self.lent: list[Any] | None = None
+        self.lent: list[Lent] | None = None
         self.view: Callable[..., tuple[Tensor | Made, Tensor | Made]] | None = None
         self._clear()
 

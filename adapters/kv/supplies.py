@@ -1,4 +1,4 @@
-"""What sites of a language model hand over, and which modules read the stream behind its attentions."""
+"""Supplies of a language model: inputs that its sites hand over, and modules that read the stream behind attentions."""
 
 from __future__ import annotations
 
