@@ -147,6 +147,8 @@ class TokCache(DynamicCache):  # type: ignore[misc]
                     f"the attention of layer {i} ran without the policy: if the model's attention implementation has "
                     "been switched since, call tokred.apply again"
                 )
+            if isinstance(layer, TokLayer):
+                layer.lent = None
         self.engine.finish()
 
     def reset(self) -> None:

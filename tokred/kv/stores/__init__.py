@@ -21,6 +21,7 @@ __all__ = [
     "Half",
     "MiKV",
     "Mustafar",
+    "NSNQuant",
     "Offloaded",
     "Oscar",
     "Query",
