@@ -11,6 +11,7 @@ ratios are out of reach of some formats, and have no row.
 
 ======= ============================================================================================
 prose   perplexity of the 128 tokens after the prompt
+table   perplexity of the values of a table in the prompt, whose rows come once more in another order
 several four of eight hidden numbers, each asked for with the right answers to those before it
 answer  one of eight hidden numbers, asked for in a chat: whether the answer has it, and its length
 ======= ============================================================================================
@@ -46,15 +47,29 @@ from tokred.bench import results
 from tokred.bench.arms import BASE
 from tokred.bench.scoring import estimate, paired
 
-# Samples of a kind in the order in which they are measured: a run that is broken off has some of every kind.
-ROUNDS = (
-    ("prose", 0, 2), ("several", 0, 2), ("answer", 0, 4), ("prose", 2, 4), ("several", 2, 4), ("prose", 4, 6),
-    ("several", 4, 6), ("prose", 6, 8), ("answer", 4, 8), ("several", 6, 8), ("prose", 8, 10), ("several", 8, 10),
+class Round(NamedTuple):
+    """Samples of one kind from ``start`` to ``end``, of arms at these ratios."""
+
+    kind: str
+    start: int
+    end: int
+    goals: tuple[int, ...] = (8, 16, 4, 32, 2, 0)
+
+
+# Samples from and to, in the order in which they are measured: a run that is broken off has some of every kind. Then
+# more of them at the ratios that something is claimed of.
+CLAIMED = (8, 16)
+ROUNDS: tuple[Round, ...] = (
+    Round("prose", 0, 2), Round("several", 0, 2), Round("table", 0, 2), Round("answer", 0, 4, CLAIMED),
+    Round("prose", 2, 4, CLAIMED), Round("several", 2, 4, CLAIMED), Round("table", 2, 4, CLAIMED),
+    Round("prose", 4, 6, CLAIMED), Round("several", 4, 6, CLAIMED), Round("table", 4, 6, CLAIMED),
+    Round("prose", 6, 8, CLAIMED), Round("several", 6, 8, CLAIMED), Round("prose", 8, 10, CLAIMED),
+    Round("answer", 4, 8, CLAIMED), Round("prose", 2, 6), Round("several", 2, 6), Round("table", 2, 6),
 )  # fmt: skip
-QUICK = (("prose", 0, 1), ("answer", 0, 1))
-KINDS = ("prose", "several", "answer")
+QUICK = (Round("prose", 0, 1), Round("answer", 0, 1))
+KINDS = ("prose", "table", "several", "answer")
 CHUNK = 32  # tokens that are fed at once to caches that change while tokens come
-LONGEST = 24  # tokens of an answer
+LONGEST = 20  # tokens of an answer
 MOST = 0.9  # share of the arms that have to have a sample
 
 
@@ -102,14 +117,21 @@ def _step(arm: Held) -> int:
     return CHUNK if changes else WHOLE
 
 
-def _prompt(model: Any, group: Sequence[Sample]) -> feed.Prompt:
+def read_prompts(model: Any, group: Sequence[Sample]) -> feed.Prompt:
+    """The prompts of a group, read densely."""
     return feed.read(model, torch.stack([s.prompt for s in group]))[0]
 
 
 @torch.inference_mode()
-def measure(model: Any, tokenizer: Any, group: Sequence[Sample], first: int, every: Sequence[Held]) -> Iterator[Value]:
-    """Values of samples of one kind, of which ``first`` is the index of the first; of arms that fail none."""
-    prompt, kind = _prompt(model, group), group[0].kind
+def measure(
+    model: Any, tokenizer: Any, group: Sequence[Sample], first: int, every: Sequence[Held],
+    prompt: feed.Prompt | None = None,
+) -> Iterator[Value]:  # fmt: skip
+    """Values of samples of one kind, of which ``first`` is the index of the first; of arms that fail none.
+
+    ``prompt``: what the group reads, if it was read before.
+    """
+    prompt, kind = prompt or read_prompts(model, group), group[0].kind
     n, longest = prompt.length, max(len(s.follows) for s in group)
     # What follows the last answer is not scored, whatever it is.
     rest = torch.stack([torch.cat([s.follows, s.follows[-1:].expand(longest - len(s.follows))]) for s in group])
@@ -147,13 +169,13 @@ def _answers(model: Any, tokenizer: Any, logits: Tensor, cache: Any) -> list[tup
 
 
 @torch.inference_mode()
-def solve(model: Any, group: Sequence[Sample], names: Sequence[str], goals: Sequence[int]) -> list[Held]:
-    """All arms, the unpatched model first: open settings solved on the prompts of a group."""
-    prompt = _prompt(model, group)
+def solve(model: Any, prompt: feed.Prompt, names: Sequence[str], goals: Sequence[int]) -> list[Held]:
+    """All arms, the unpatched model first: open settings solved on some prompts."""
+    samples = prompt.layers[0].k.shape[0]
 
     def held(method: Any) -> int:
         with _patched(model, method):
-            return round(feed.held_bytes(prompt.fill(tokred.kv_cache(model), prompt.length - 1)) / len(group))
+            return round(feed.held_bytes(prompt.fill(tokred.kv_cache(model), prompt.length - 1)) / samples)
 
     def told(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -180,21 +202,29 @@ def ranked(every: Sequence[Held]) -> list[Held]:
 
 def records(values: Iterable[Value], where: dict[str, Any], length: int = WHOLE) -> list[dict[str, Any]]:
     """Records of all arms, over the samples of each kind that nearly all arms have."""
-    table: dict[str, dict[tuple[str, str, int], dict[int, Value]]] = {}
+    table: dict[tuple[str, int], dict[tuple[str, str, int], dict[int, Value]]] = {}
+    full: dict[str, dict[int, Value]] = {}
     for v in values:
-        table.setdefault(v.kind, {}).setdefault(v.arm, {})[v.index] = v
+        if v.method == BASE:
+            full.setdefault(v.kind, {})[v.index] = v
+        else:
+            table.setdefault((v.kind, v.goal), {}).setdefault(v.arm, {})[v.index] = v
     found = []
-    for kind, by in table.items():
+    for kind, base in full.items():
+        mine = [base[i] for i in sorted(base)]
+        row = {"method": BASE, "setting": "", "data": kind, "length": length, **where}
+        found.append(row | _numbers(kind, mine, mine))
+    for (kind, goal), by in table.items():
         count = common([len(mine) for mine in by.values()])
-        base = by.get((BASE, "", 0), {})
+        base = full.get(kind, {})
         every = {arm: [mine[i] for i in range(count)] for arm, mine in by.items() if {*range(count)} <= mine.keys()}
         if not count or not {*range(count)} <= base.keys():
             continue
-        for (method, setting, goal), mine in every.items():
+        for (method, setting, _), mine in every.items():
             row = {"method": method, "setting": setting, "data": kind, "length": length, **where}
             row |= {"goal": goal} if goal else {}
             row |= _numbers(kind, mine, [base[i] for i in range(count)])
-            singles = [x for a, x in every.items() if a[2] == goal and not is_product(a[1]) and a[0] != BASE]
+            singles = [x for a, x in every.items() if not is_product(a[1])]
             if goal and is_product(setting) and singles:
                 row |= beside(kind, mine, singles)
             found.append(row)
@@ -227,7 +257,7 @@ def beside(kind: str, mine: Sequence[Value], singles: Sequence[Sequence[Value]])
     every = [paired(values, [v.value for v in single], weights) for single in singles]
     if any(x is None for found in every for x in found):
         return {}
-    if kind == "prose":
+    if kind in texts.WINDOWS:
         hardest = max(every, key=lambda found: found[2] or 0.0)
         name, ends = "over_single", [math.exp(x) for x in hardest if x is not None]
     else:
@@ -246,18 +276,19 @@ def read(path: Path) -> tuple[list[Value], dict[str, Any]]:
 
 
 def run(
-    model: Any, tokenizer: Any, maker: texts.Maker, every: Sequence[Held], rounds: Sequence[tuple[str, int, int]],
-    there: Iterable[Value], minutes: float,
+    model: Any, tokenizer: Any, maker: texts.Maker, every: Sequence[Held], rounds: Sequence[Round],
+    there: Iterable[Value], minutes: float, prompt: feed.Prompt | None = None,
 ) -> Iterator[list[Value]]:  # fmt: skip
-    """Values that are not there yet, a round at a time; a round that would not end in time is not begun.
+    """Values that are not there yet, and nothing after each round; a round that would not end in time is not begun.
 
-    An arm that failed once is left out of all that follows.
+    ``prompt``: what the first round reads, if it was read before. An arm that failed once is left out of all that follows.
     """
     known, began = {v[:5] for v in there}, time.monotonic()
     alive, last = list(every), 0.0
-    for kind, start, end in rounds:
-        indices = range(start, end)
-        wanted = [a for a in alive if any((kind, i, a.name, a.setting, a.goal) not in known for i in indices)]
+    for turn in rounds:
+        kind, start, end, goals = turn
+        wanted = [a for a in alive if a.name == BASE or a.goal in goals]
+        wanted = [a for a in wanted if any((kind, i, a.name, a.setting, a.goal) not in known for i in range(start, end))]
         if not wanted:
             continue
         spent = time.monotonic() - began
@@ -266,13 +297,15 @@ def run(
             return
         group = maker.samples(kind, end)[start:]
         found = []
-        for value in measure(model, tokenizer, group, start, wanted):
+        for value in measure(model, tokenizer, group, start, wanted, prompt if turn == rounds[0] else None):
             found.append(value)
+            known.add(value[:5])
             yield [value]
         failed = {a.label for a in wanted} - {Held(*v.arm, None).label for v in found}
         alive = [a for a in alive if a.label not in failed]
         last = time.monotonic() - began - spent
         print(f"{time.monotonic() - began:6.0f} s  {kind} {start} to {end}: {last:.0f} s", file=sys.stderr, flush=True)
+        prompt = None
         yield []
 
 
@@ -305,15 +338,17 @@ def main() -> None:
     maker, began = texts.Maker(tokenizer, seed=given.seed, prompt=length), time.monotonic()
     names = given.methods.split(",") if given.methods else []
     goals = [8] if given.quick else [int(r) for r in given.ratios.split(",")]
-    every = solve(model, maker.samples("prose", 1 if given.quick else 2), names, goals)
+    rounds = [r for r in (QUICK if given.quick else ROUNDS) if given.only in (None, r.kind)]
+    first = rounds[0]
+    prompt = read_prompts(model, maker.samples(first.kind, first.end)[first.start :])
+    every = solve(model, prompt, names, goals)
     took = time.monotonic() - began
     print(f"{took:6.0f} s  {len(every)} arms", file=sys.stderr, flush=True)
     if given.list:
         print(*(f"{a.label} {'' if a.value is None else f'{a.value:.4g}'}" for a in every), sep="\n")
         return
-    rounds = [r for r in (QUICK if given.quick else ROUNDS) if given.only in (None, r[0])]
     tasks.write(given.values, where)
-    for values in run(model, tokenizer, maker, every, rounds, there, given.minutes - took / 60):
+    for values in run(model, tokenizer, maker, every, rounds, there, given.minutes - took / 60, prompt):
         for value in values:
             there.append(value)
             tasks.write(given.values, value)

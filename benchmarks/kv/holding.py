@@ -90,8 +90,6 @@ _POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
     "knorm": ("", {}),
     "criticalkv": ("score=window-16", {"score": kv.Window(16)}),
 }
-# R-KV leaves the prompt alone until tokens have been generated: here its score judges the prompt.
-_REDUNDANCY = ("kv", f"score=redundancy recent=8 budget={OPEN}")
 # Refuse without a file or weights of their own, leave the prompt alone, or are made of other methods.
 _LEFT_OUT = ("kv", "limited", "rkv", "rpc", "kvzap", "lukv", "triattention", "duoattention", "fastkv")
 # Of the others that are registered: cost much time, or say what one of the above says.
@@ -100,7 +98,6 @@ _FORMATS = ("kivi", "mikv", "mustafar", "oscar", "turbo")
 
 _STORES: dict[str, Callable[[], Any]] = {
     "kivi-4": lambda: kv.KIVI(bits=4, residual_length=32),
-    "kivi-3": lambda: kv.KIVI(bits=3, residual_length=32),
     "kivi-2": lambda: kv.KIVI(bits=2, residual_length=32),
     "turbo-4": lambda: kv.Turbo(bits=4),
     "turbo-3": lambda: kv.Turbo(bits=3),
@@ -110,18 +107,15 @@ _STORES: dict[str, Callable[[], Any]] = {
 }
 _PRODUCTS: tuple[tuple[str, str, tuple[int, ...]], ...] = (
     ("kvzip", "kivi-4", (8, 16, 32, 4)),
-    ("expected_attention", "kivi-4", (8, 16, 32, 4)),
     ("snapkv", "kivi-4", (8, 16, 32, 4)),
-    ("adakv", "kivi-4", (8, 16, 32)),
-    ("kvzip", "kivi-2", (8, 16, 32)),
-    ("expected_attention", "kivi-2", (8, 16, 32)),
-    ("expected_attention", "turbo-4", (8, 16, 32)),
-    ("expected_attention", "turbo-3", (8, 16, 32)),
+    ("expected_attention", "kivi-4", (8, 16, 32, 4)),
+    ("adakv", "kivi-4", (8, 16)),
+    ("snapkv", "kivi-2", (8, 16, 32)),
     ("snapkv", "turbo-4", (8, 16)),
-    ("expected_attention", "oscar-4", (8, 16)),
-    ("expected_attention", "kivi-3", (8, 16)),
+    ("snapkv", "turbo-3", (8, 16)),
+    ("snapkv", "oscar-4", (8, 16)),
     ("snapkv", "mikv-2", (8, 16)),
-    ("expected_attention", "mustafar-50", (8, 16)),
+    ("snapkv", "mustafar-50", (8, 16)),
     ("h2o", "kivi-4", (8, 16)),
 )
 
@@ -134,11 +128,24 @@ def policy(name: str, store: str = "", ratios: tuple[int, ...] = RATIOS) -> Fami
     return Family(name, setting, lambda b: tokred.make(name, budget=b, **given, **more), ratios)
 
 
-def _redundancy() -> Family:
+def composed(store: str = "", ratios: tuple[int, ...] = RATIOS) -> Family:
+    """The composition that a search found: KVzip's score, all heads and layers together, merged instead of evicted."""
+    more = {"store": _STORES[store]()} if store else {}
+
+    def make(budget: float) -> Any:
+        return tokred.KVPolicy(score=kv.Reconstruction(), budget=kv.Global(budget), fate=kv.Merge(), **more)
+
+    text = "score=reconstruction fate=merge" + f" store={store}" * bool(store)
+    return Family("kv", f"{text} budget=global-{OPEN}", make, ratios)
+
+
+def redundancy(ratios: tuple[int, ...]) -> Family:
+    """The score of R-KV, judging the prompt, which R-KV itself leaves alone until tokens have been generated."""
+
     def make(budget: float) -> Any:
         return tokred.KVPolicy(score="redundancy", budget=budget, recent=8)
 
-    return Family(*_REDUNDANCY, make)
+    return Family("kv", f"score=redundancy recent=8 budget={OPEN}", make, ratios)
 
 
 def formats() -> list[Family]:
@@ -204,10 +211,11 @@ def others(known: Iterable[str]) -> list[Family]:
 
 def families() -> list[Family]:
     """All that take part, the most telling first."""
-    few = {"attention_matching": (8, 16, 32), "tova": (8, 16), "knorm": (8, 16), "criticalkv": (8, 16)}
+    few = dict.fromkeys(("attention_matching", "tova", "knorm", "criticalkv"), (8, 16))
     policies = [policy(name, ratios=few.get(name, RATIOS)) for name in _POLICIES]
     products = [policy(*product) for product in _PRODUCTS]
-    return [*products[:3], *policies[:3], *formats(), *products[3:], *policies[3:], _redundancy(),
+    mine = [composed(), composed("kivi-4", (8, 16, 32, 4))]
+    return [*products[:3], *policies[:3], *mine, *formats(), *products[3:], *policies[3:], redundancy((8, 16)),
             *others([*_POLICIES, *_FORMATS]), *as_they_are()]  # fmt: skip
 
 
