@@ -47,6 +47,7 @@ from tokred.bench import results
 from tokred.bench.arms import BASE
 from tokred.bench.scoring import estimate, paired
 
+
 class Round(NamedTuple):
     """Samples of one kind from ``start`` to ``end``, of arms at these ratios."""
 
@@ -281,14 +282,14 @@ def run(
 ) -> Iterator[list[Value]]:  # fmt: skip
     """Values that are not there yet, and nothing after each round; a round that would not end in time is not begun.
 
-    ``prompt``: what the first round reads, if it was read before. An arm that failed once is left out of all that follows.
+    An arm that failed once is left out of all that follows. ``prompt``: what the first round reads, if it was read.
     """
     known, began = {v[:5] for v in there}, time.monotonic()
     alive, last = list(every), 0.0
     for turn in rounds:
         kind, start, end, goals = turn
         wanted = [a for a in alive if a.name == BASE or a.goal in goals]
-        wanted = [a for a in wanted if any((kind, i, a.name, a.setting, a.goal) not in known for i in range(start, end))]
+        wanted = [a for a in wanted if any((kind, i, *a[:3]) not in known for i in range(start, end))]
         if not wanted:
             continue
         spent = time.monotonic() - began
