@@ -112,6 +112,7 @@ from tokred.methods.kv.zeromerge import ZeroMerge
 from tokred.methods.vlm.cat import CAT
 from tokred.methods.vlm.cdpruner import CDPruner
 from tokred.methods.vlm.divprune import DivPrune
+from tokred.methods.vlm.evs import EVS
 from tokred.methods.vlm.fastervlm import FasterVLM
 from tokred.methods.vlm.fastkv import FastKV
 from tokred.methods.vlm.fastv import FastV
@@ -124,7 +125,7 @@ from tokred.methods.vlm.sparsevlm import SparseVLM
 from tokred.methods.vlm.topv import TopV
 from tokred.methods.vlm.visionzip import VisionZip
 from tokred.methods.vlm.vispruner import VisPruner
-from tokred.methods.vlm.visual_baselines import DownsampleVisual, RandomVisual, UniformVisual
+from tokred.methods.vlm.visual_baselines import DownsampleVisual, RandomVisual, UniformFrames, UniformVisual
 from tokred.methods.vlm.vscan import VScan, VScanLayer
 from tokred.settings import load, make, push_to_hub, save
 from tokred.tuning.run import tune
@@ -136,6 +137,7 @@ __all__ = [
     "ATS",
     "CAKE",
     "CAT",
+    "EVS",
     "H2O",
     "IBTM",
     "KIVI",
@@ -229,6 +231,7 @@ __all__ = [
     "TopV",
     "TriAttention",
     "Turbo",
+    "UniformFrames",
     "UniformVisual",
     "UnknownMethodError",
     "UnknownModelError",

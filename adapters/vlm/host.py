@@ -358,7 +358,9 @@ def _supplies_layer(layers: list[tuple[str, nn.Module]]) -> frozenset[str]:
 
 
 def _supplies_projector(core: Any, facts: Facts) -> frozenset[str]:
-    found = {"x", "grid", "frames", "motion", "text"} | ({"project"} if facts.tokenwise else set())
+    found = {"x", "grid", "text"} | ({"project"} if facts.tokenwise else set())
+    if facts.clips or any(modality == "video" for _, modality in facts.getters):
+        found |= {"frames", "motion"}
     if facts.projector:
         found.add("tower")
     if last_attention(core) is not None:

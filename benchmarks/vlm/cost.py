@@ -81,12 +81,12 @@ METHODS: dict[str, Callable[[float, int, int], Setting]] = {
     # So low a threshold that half of them leave, since random weights have no near-copies.
     "saint_layer": lambda s, layers, tower: Setting({"start": 1, "end": 1, "tau": 0.0}, 10),
 }  # fmt: skip
-# All others have a budget.
+# All others have a budget; those of clips find none here.
 METHODS |= {
     name: _budget
     for stage in ("projector", "layer")
     for name, cls in methods.of(stage).items()
-    if name not in METHODS and "budget" in (cls.nothing or {})
+    if name not in METHODS and "budget" in (cls.nothing or {}) and not getattr(cls, "clips", False)
 }
 
 

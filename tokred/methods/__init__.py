@@ -84,6 +84,8 @@ TARGETS = {
     "random_visual": "tokred.methods.vlm.visual_baselines:RandomVisual",
     "uniform_visual": "tokred.methods.vlm.visual_baselines:UniformVisual",
     "downsample_visual": "tokred.methods.vlm.visual_baselines:DownsampleVisual",
+    "uniform_frames": "tokred.methods.vlm.visual_baselines:UniformFrames",
+    "evs": "tokred.methods.vlm.evs:EVS",
     "vscan": "tokred.methods.vlm.vscan:VScan",
     "visionzip": "tokred.methods.vlm.visionzip:VisionZip",
     "prumerge": "tokred.methods.vlm.prumerge:PruMerge",
