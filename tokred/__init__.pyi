@@ -123,6 +123,8 @@ from tokred.methods.vlm.pyramiddrop import PyramidDrop
 from tokred.methods.vlm.saint_vlm import SAINTLayer, SAINTVisual
 from tokred.methods.vlm.sparsevlm import SparseVLM
 from tokred.methods.vlm.topv import TopV
+from tokred.methods.vlm.vcast import VCAST
+from tokred.methods.vlm.vidcom2 import VidCom2
 from tokred.methods.vlm.visionzip import VisionZip
 from tokred.methods.vlm.vispruner import VisPruner
 from tokred.methods.vlm.visual_baselines import DownsampleVisual, RandomVisual, UniformFrames, UniformVisual
@@ -149,6 +151,7 @@ __all__ = [
     "SAINT",
     "SDTM",
     "TOVA",
+    "VCAST",
     "VTM",
     "AdaKV",
     "AsymRnR",
@@ -239,6 +242,7 @@ __all__ = [
     "UntestedVersionWarning",
     "VScan",
     "VScanLayer",
+    "VidCom2",
     "VidToMe",
     "VisPruner",
     "VisionZip",

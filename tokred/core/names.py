@@ -81,6 +81,8 @@ MethodName = Literal[
     "turbo",
     "uniform_frames",
     "uniform_visual",
+    "vcast",
+    "vidcom2",
     "vidtome",
     "visionzip",
     "vispruner",

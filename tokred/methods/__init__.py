@@ -86,6 +86,8 @@ TARGETS = {
     "downsample_visual": "tokred.methods.vlm.visual_baselines:DownsampleVisual",
     "uniform_frames": "tokred.methods.vlm.visual_baselines:UniformFrames",
     "evs": "tokred.methods.vlm.evs:EVS",
+    "vidcom2": "tokred.methods.vlm.vidcom2:VidCom2",
+    "vcast": "tokred.methods.vlm.vcast:VCAST",
     "vscan": "tokred.methods.vlm.vscan:VScan",
     "visionzip": "tokred.methods.vlm.visionzip:VisionZip",
     "prumerge": "tokred.methods.vlm.prumerge:PruMerge",
