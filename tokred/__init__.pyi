@@ -118,6 +118,7 @@ from tokred.methods.vlm.fastkv import FastKV
 from tokred.methods.vlm.fastv import FastV
 from tokred.methods.vlm.flash_vl import FlashVL, Nemotron
 from tokred.methods.vlm.hired import HiRED
+from tokred.methods.vlm.holitom import HoliTom, HoliTomLayer
 from tokred.methods.vlm.prumerge import PruMerge, PruMergePlus
 from tokred.methods.vlm.pyramiddrop import PyramidDrop
 from tokred.methods.vlm.saint_vlm import SAINTLayer, SAINTVisual
@@ -177,6 +178,8 @@ __all__ = [
     "FlashVL",
     "Flops",
     "HiRED",
+    "HoliTom",
+    "HoliTomLayer",
     "KNorm",
     "KVPolicy",
     "KVzap",

@@ -94,7 +94,7 @@ class VisualHost(Host):
         """For the table of support."""
         if self.stage == "projector":
             pooled = self.facts.heads and len(self.facts.getters) > 1
-            note = " (the tower's attention of images alone, since frames of videos are pooled)" if pooled else ""
+            note = " (the tower's keys of images alone, since frames of videos are pooled)" if pooled else ""
             return f"{self.family}, before its language model{note}"
         return f"{self.family}, between its {len(self.layers)} decoder layers"
 

@@ -32,6 +32,7 @@ MERGING: dict[str, dict[str, Any] | None] = {
     "cat": None,
     "downsample_visual": None,
     "flash_vl": None,
+    "holitom_layer": None,
     "nemotron": None,
     "prumerge": None,
     "prumerge_plus": None,

@@ -27,6 +27,8 @@ MethodName = Literal[
     "flash_vl",
     "h2o",
     "hired",
+    "holitom",
+    "holitom_layer",
     "ibtm",
     "keydiff",
     "keyformer",

@@ -88,6 +88,8 @@ TARGETS = {
     "evs": "tokred.methods.vlm.evs:EVS",
     "vidcom2": "tokred.methods.vlm.vidcom2:VidCom2",
     "vcast": "tokred.methods.vlm.vcast:VCAST",
+    "holitom": "tokred.methods.vlm.holitom:HoliTom",
+    "holitom_layer": "tokred.methods.vlm.holitom:HoliTomLayer",
     "vscan": "tokred.methods.vlm.vscan:VScan",
     "visionzip": "tokred.methods.vlm.visionzip:VisionZip",
     "prumerge": "tokred.methods.vlm.prumerge:PruMerge",

@@ -1,10 +1,11 @@
-"""Parts of video methods: how much a place changes from frame to frame, and choices within frames."""
+"""Parts of video methods: changes from frame to frame, choices within frames, and slots that several tokens go into."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from tokred.core.reduction import Reduction
 from tokred.core.selection import ranked
 from tokred.vlm.tools.greedy import directions
 
@@ -44,3 +45,42 @@ def within(scores: Tensor) -> Tensor:
 def chosen(stays: Tensor, count: int) -> Tensor:
     """``(B, count)`` int64 ascending: where ``(B, n)`` bool is True, so often in every row."""
     return stays.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]
+
+
+def gathered(root: Tensor, weight: Tensor | None = None) -> Reduction:
+    """The reduction of one sample in which every token goes to its root, in the order of the roots.
+
+    Args:
+        root: ``(n,)`` int64: the token that each one goes into, itself for those that stand for a slot; -1: it leaves.
+        weight: ``(n,)`` float32, what each counts for in the sum that a slot is; None: slots are plain means.
+    """
+    n = len(root)
+    place = torch.arange(n, device=root.device)
+    stands = root == place
+    rows = stands.nonzero().squeeze(1)
+    source = ((root >= 0) & ~stands).nonzero().squeeze(1)
+    target = (stands.long().cumsum(0) - 1)[root[source]]
+    return Reduction(
+        rows[None], source[None], target[None], n, weight=None if weight is None else weight[None],
+        mode="mean" if weight is None else "sum", by_size=False,
+    )  # fmt: skip
+
+
+def shares(group: Tensor, centre: Tensor, beta: float | None) -> Tensor:
+    """``(B, n)`` float32: what each point counts for in the value of its cluster.
+
+    Args:
+        group: ``(B, n)`` int64, the cluster of each point.
+        centre: ``(B, c)`` int64, the points that stand for the clusters.
+        beta: share of the centre; the others have the rest in equal parts, and a centre without others counts whole.
+            None: all members alike.
+    """
+    b, n = group.shape
+    one = torch.ones(b, n, device=group.device)
+    members = torch.zeros(centre.shape, device=group.device).scatter_add_(1, group, one)
+    of = members.gather(1, group)
+    if beta is None:
+        return of.reciprocal()
+    first = torch.zeros(b, n, dtype=torch.bool, device=group.device).scatter_(1, centre, True)
+    share = torch.where(first, beta, (1 - beta) / (of - 1).clamp_min(1))
+    return torch.where(of == 1, 1.0, share)
