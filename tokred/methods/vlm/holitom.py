@@ -217,7 +217,7 @@ class HoliTomLayer(LayerMethod):
         return replace(plan, **stack, weight=weight, mode="sum", by_size=False)
 
     def weights(self, into: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """What merged tokens ``(m,)`` and their ``count`` targets count for in the sums that the targets become.
+        """Weights of merged tokens ``(m,)`` and of their ``count`` targets in the sums that the targets become.
 
         Args:
             into: ``(m,)`` int64 the target of each merged token, in the order of the prompt.
