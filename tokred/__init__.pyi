@@ -116,11 +116,13 @@ from tokred.methods.kv.zeromerge import ZeroMerge
 from tokred.methods.vlm.cat import CAT
 from tokred.methods.vlm.cdpruner import CDPruner
 from tokred.methods.vlm.divprune import DivPrune
+from tokred.methods.vlm.evs import EVS
 from tokred.methods.vlm.fastervlm import FasterVLM
 from tokred.methods.vlm.fastkv import FastKV
 from tokred.methods.vlm.fastv import FastV
 from tokred.methods.vlm.flash_vl import FlashVL, Nemotron
 from tokred.methods.vlm.hired import HiRED
+from tokred.methods.vlm.holitom import HoliTom, HoliTomLayer
 from tokred.methods.vlm.prumerge import PruMerge, PruMergePlus
 from tokred.methods.vlm.pyramiddrop import PyramidDrop
 from tokred.methods.vlm.random_deep import RandomDeep
@@ -128,9 +130,11 @@ from tokred.methods.vlm.restore import Restore
 from tokred.methods.vlm.saint_vlm import SAINTLayer, SAINTVisual
 from tokred.methods.vlm.sparsevlm import SparseVLM
 from tokred.methods.vlm.topv import TopV
+from tokred.methods.vlm.vcast import VCAST
+from tokred.methods.vlm.vidcom2 import VidCom2
 from tokred.methods.vlm.visionzip import VisionZip
 from tokred.methods.vlm.vispruner import VisPruner
-from tokred.methods.vlm.visual_baselines import DownsampleVisual, RandomVisual, UniformVisual
+from tokred.methods.vlm.visual_baselines import DownsampleVisual, RandomVisual, UniformFrames, UniformVisual
 from tokred.methods.vlm.vscan import VScan, VScanLayer
 from tokred.settings import load, make, push_to_hub, save
 from tokred.settings.caches import blend, load_cache, save_cache
@@ -143,6 +147,7 @@ __all__ = [
     "ATS",
     "CAKE",
     "CAT",
+    "EVS",
     "H2O",
     "IBTM",
     "KIVI",
@@ -154,6 +159,7 @@ __all__ = [
     "SAINT",
     "SDTM",
     "TOVA",
+    "VCAST",
     "VTM",
     "AdaKV",
     "AsymRnR",
@@ -180,6 +186,8 @@ __all__ = [
     "FlashVL",
     "Flops",
     "HiRED",
+    "HoliTom",
+    "HoliTomLayer",
     "KNorm",
     "KVPolicy",
     "KVzap",
@@ -241,6 +249,7 @@ __all__ = [
     "TopV",
     "TriAttention",
     "Turbo",
+    "UniformFrames",
     "UniformVisual",
     "UnknownMethodError",
     "UnknownModelError",
@@ -248,6 +257,7 @@ __all__ = [
     "UntestedVersionWarning",
     "VScan",
     "VScanLayer",
+    "VidCom2",
     "VidToMe",
     "VisPruner",
     "VisionZip",

@@ -95,7 +95,7 @@ class VisualHost(Host):
         """For the table of support."""
         if self.stage == "projector":
             pooled = self.facts.heads and len(self.facts.getters) > 1
-            note = " (the tower's attention of images alone, since frames of videos are pooled)" if pooled else ""
+            note = " (the tower's keys of images alone, since frames of videos are pooled)" if pooled else ""
             return f"{self.family}, before its language model{note}"
         return f"{self.family}, between its {len(self.layers)} decoder layers"
 
@@ -361,7 +361,9 @@ def _supplies_layer(layers: list[tuple[str, nn.Module]]) -> frozenset[str]:
 
 
 def _supplies_projector(core: Any, facts: Facts) -> frozenset[str]:
-    found = {"x", "grid", "frames", "motion", "text"} | ({"project"} if facts.tokenwise else set())
+    found = {"x", "grid", "text"} | ({"project"} if facts.tokenwise else set())
+    if facts.clips or any(modality == "video" for _, modality in facts.getters):
+        found |= {"frames", "motion"}
     if facts.projector:
         found.add("tower")
     if last_attention(core) is not None:
