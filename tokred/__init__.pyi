@@ -63,6 +63,7 @@ from tokred.methods.diffusion.tomesd import ToMeSD
 from tokred.methods.diffusion.vidtome import VidToMe
 from tokred.methods.encoder.algm import ALGM
 from tokred.methods.encoder.ats import ATS
+from tokred.methods.encoder.cropr import Cropr
 from tokred.methods.encoder.downsample import Downsample
 from tokred.methods.encoder.dynamicvit import DynamicViT
 from tokred.methods.encoder.evit import EViT
@@ -172,6 +173,7 @@ __all__ = [
     "CacheReport",
     "ChunkStore",
     "CriticalKV",
+    "Cropr",
     "DivPrune",
     "Downsample",
     "DownsampleVisual",

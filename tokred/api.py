@@ -278,15 +278,21 @@ def parameters(model: Any) -> Iterator[nn.Parameter]:
         yield from module.parameters()
 
 
-def losses(model: Any) -> dict[str, Tensor]:
+def losses(model: Any, targets: Any = None) -> dict[str, Tensor]:
     """The terms that methods add to the loss, of the last forward in training: scalars, by method and name.
+
+    Args:
+        model: patched with a method that has weights.
+        targets: of the last forward's batch, for methods that learn by them, such as ``cropr``; others do not look.
 
     Raises:
         NothingRecordedError: no method with weights acts, or the last forward was none in training.
+        MissingInputError: a method learns by the targets, and none were given.
+        ValueError: the targets do not fit the method.
     """
     from tokred import adapters
 
-    return losses_of(adapters.module_of(model))
+    return losses_of(adapters.module_of(model), targets)
 
 
 def kv_cache(model: nn.Module, *, prompt: int | None = None, steps: int | None = None, layout: str = "auto") -> Any:

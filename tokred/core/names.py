@@ -13,6 +13,7 @@ MethodName = Literal[
     "catome",
     "cdpruner",
     "criticalkv",
+    "cropr",
     "divprune",
     "downsample",
     "downsample_visual",
