@@ -81,7 +81,7 @@ def kv_bytes(found: Results) -> str:
     )
     off = [abs(r["bytes_share"] * r["goal"] - 1) for by in _arms(found, "prose").values() for r in by.values()]
     text += f" What is held differs from what was asked for by {percent(max(off, default=0))} % at most."
-    return f"{text}\n\n{_tables(found, WINDOWS)}"
+    return f"{text}\n\n{_tables(found, WINDOWS)}\n\n![Quality over the bytes that a cache holds](img/kv_bytes.png)"
 
 
 def kv_bytes_keys(found: Results) -> str:
@@ -186,6 +186,35 @@ def _reach(found: Results) -> str:
         return ""
     ends = ", ".join(f"`{n}` {g}:1" for n, g in sorted(most.items(), key=lambda x: -x[1]))
     return f"Formats by themselves end here, scales, positions and newest rows counted: {ends}."
+
+
+def kv_take(found: Results) -> str:
+    """What to take at each ratio: the first of all, and of what is no product, on windows and on keys."""
+    lines = []
+    for goal in GOALS:
+        cells = []
+        for data in (*WINDOWS, "several"):
+            rows = {n: by[goal] for n, by in _arms(found, data).items() if goal in by}
+            rows = {n: r for n, r in rows.items() if METRICS[data] in r}
+            windows = data in WINDOWS
+            for some in (rows, {n: r for n, r in rows.items() if kind(r) != "product"}):
+                values = {n: value(r, METRICS[data]) for n, r in some.items()}
+                best = ranked(values, higher=not windows)[0] if values else ""
+                cells.append(f"{best}, {_cell(some[best], data)}" if best else "")
+        if any(cells):
+            lines.append([f"{goal}:1", *cells])
+    if not lines:
+        return NOTHING
+    header = [
+        "bytes",
+        "prose, of all",
+        "policies and formats alone",
+        "table, of all",
+        "alone",
+        "several, of all",
+        "alone",
+    ]
+    return table(header, lines, 7)
 
 
 # ---------------------------------------------------------------------------------------------- the plot
