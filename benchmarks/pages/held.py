@@ -227,22 +227,22 @@ def plot(found: Results, folder: Path) -> list[Path]:
     panels = [d for d in ("prose", "table", "several") if _arms(found, d)]
     if not panels:
         return []
-    figure, axes = plots.subplots(1, len(panels), figsize=(4.1 * len(panels) + 1.6, 4.6), squeeze=False,
+    figure, axes = plots.subplots(1, len(panels), figsize=(3.3 * len(panels), 4.8), squeeze=False,
                                   layout="constrained")  # fmt: skip
     ticks = [1 / g for g in reversed(GOALS)]
     for axis, data in zip(axes[0], panels, strict=True):
         _draw(axis, found, data)
-        axis.set(xscale="log", xlabel="share of the full cache's bytes held", title=data)
+        axis.set(xscale="log", xlabel="share of its bytes held", title=data)
         axis.set_xticks(ticks, [f"1/{g}" for g in reversed(GOALS)])
         axis.minorticks_off()
         axis.grid(color="#e4e4e4", linewidth=0.6)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
     handles = {label: h for axis in axes[0] for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), frameon=False, fontsize=8, loc="outside right center")
+    figure.legend(handles.values(), handles.keys(), frameon=False, fontsize=8, ncols=4, loc="outside lower center")
     full = _full(found, panels[0])
     if full:
-        title = f"{full['model']}, prompts of {full['length']:,} tokens; a full cache in {full['dtype']} holds 1"
+        title = f"{full['model']}, prompts of {full['length']:,} tokens; 1 is a full cache in {full['dtype']}"
         figure.suptitle(title, fontsize=10)
     return [plots.save(figure, folder / "kv_bytes.png")]
 
