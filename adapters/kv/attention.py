@@ -134,10 +134,11 @@ def _attend(
     call: _Call, layer: TokLayer, query: Tensor, key: Tensor, value: Tensor, before: int
 ) -> tuple[Tensor, Tensor | None]:
     spec, seat = call.spec, call.seat
-    one = query.shape[2] == 1 and spec.plain and layer.weights is None
+    plain = spec.plain and layer.weights is None
+    one = plain and query.shape[2] == 1
     if not layer.shelf.complete:
         # The store has more rows than it has handed over, and may know how to attend to all of them.
-        if one and not call.dropout and call.sinks is None:
+        if (one or (plain and layer.shelf.several)) and not call.dropout and call.sinks is None:
             padding = partial(_padding, spec, layer.seen)
             heads = layer.shelf.attend(Query(query, call.scaling, call.softcap, padding))
             if heads is not None:

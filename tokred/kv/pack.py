@@ -54,7 +54,8 @@ class Packing:
             fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
             return {"made": _name_of(value), "of": self._named(fields)}
         if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return {"made": _name_of(value), "of": self._named(value._asdict())}
+            names: tuple[str, ...] = value._fields
+            return {"made": _name_of(value), "of": self._named(dict(zip(names, value, strict=True)))}
         if isinstance(value, dict):
             keys = [self.packed(k) for k in value]
             return {"dict": [list(pair) for pair in zip(keys, self._named(value).values(), strict=True)]}
