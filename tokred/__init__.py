@@ -77,6 +77,7 @@ _LAZY = {
     "cache_kwargs": "tokred.adapters.contract:cache_kwargs",
     "eval": "tokred.eval",
     "choose_tsp_layer": "tokred.analysis.tsp_layer:choose_tsp_layer",
+    "horizon": "tokred.analysis.information:horizon",
     "kv": "tokred.kv",
     "learn": "tokred.learn",
     "tune": "tokred.tuning.run:tune",

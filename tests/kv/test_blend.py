@@ -359,6 +359,8 @@ def test_what_is_refused(model, chunks):
 def test_models_whose_caches_cannot_be_joined(chunks):
     with pytest.raises(UnsupportedModelError, match="keep other things than rows"):
         tokred.ChunkStore(build("qwen3_next"))
+    with pytest.raises(UnsupportedModelError, match="latents"):
+        tokred.ChunkStore(build("deepseek_v3"))
     bare = {"no_rope_layers": [1, 0, 1]}
     # Layers without rotation, heads of which a part turns, and pairs.
     for family, options in (("smollm3", bare), ("gpt_neox", {}), ("gptj", {})):

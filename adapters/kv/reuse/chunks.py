@@ -18,7 +18,7 @@ from tokred.adapters.kv.reuse.fingerprint import fingerprint
 from tokred.adapters.kv.reuse.layers import device_of
 from tokred.adapters.swap import host_class
 from tokred.errors import UnsupportedModelError
-from tokred.kv.pack import Packing, unpacked
+from tokred.kv.pack import Packing, Unpacking
 
 
 class Chunk(NamedTuple):
@@ -110,7 +110,7 @@ class ChunkStore:
         file.check_model(self.model)
         if (file.known.get("behind"), file.known.get("ids")) != (self._behind, ids[0].tolist()):
             raise ValueError(f"{path} holds other tokens than its name says: delete it")
-        found = unpacked(file.known["chunk"], file.tensors(), torch.device("cpu"))
+        found = Unpacking(file.tensors(), torch.device("cpu")).unpacked(file.known["chunk"])
         there = [device_of(m) for _, m in self.host.attentions.values()]
         rows = tuple((k.to(d), v.to(d)) for (k, v), d in zip(found, there, strict=True))
         return Chunk(ids, rows, self.model, len(self._behind))
@@ -137,8 +137,8 @@ def host_of(model: nn.Module) -> CacheHost:
         raise TypeError(f"model must be a language model of transformers, got a {type(model).__name__}")
     kinds = set(layer_kinds(host.config))
     odd = kinds - {*terms.kinds(terms.FULL, terms.SLIDING)}
-    if host.states or odd:
-        what = ", ".join(sorted(odd)) or "states"
+    if host.states or odd or host.latents:
+        what = "latents" if host.latents else ", ".join(sorted(odd)) or "states"
         raise refusal(host, f"some of its layers ({what}) keep other things than rows of single tokens")
     return host
 
