@@ -57,7 +57,7 @@ from tokred.errors import (
     UntestedVersionWarning,
 )
 from tokred.settings import load, make, push_to_hub, save
-from tokred.settings.caches import blend, load_cache, save_cache
+from tokred.settings.caches import blend, load_cache, save_cache, share_prefix
 
 __version__ = _versions.TOKRED
 
@@ -131,6 +131,7 @@ __all__ = [
     "report",
     "save",
     "save_cache",
+    "share_prefix",
     "supports",
     "trace",
 ]

@@ -139,7 +139,7 @@ from tokred.methods.vlm.vispruner import VisPruner
 from tokred.methods.vlm.visual_baselines import DownsampleVisual, RandomVisual, UniformFrames, UniformVisual
 from tokred.methods.vlm.vscan import VScan, VScanLayer
 from tokred.settings import load, make, push_to_hub, save
-from tokred.settings.caches import blend, load_cache, save_cache
+from tokred.settings.caches import blend, load_cache, save_cache, share_prefix
 from tokred.tuning.run import tune
 
 __version__: str
@@ -300,6 +300,7 @@ __all__ = [
     "report",
     "save",
     "save_cache",
+    "share_prefix",
     "supports",
     "trace",
     "tune",

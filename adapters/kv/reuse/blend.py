@@ -65,7 +65,7 @@ def join(model: nn.Module, parts: Sequence[Chunk | Tensor], how: Blend, state: A
     _check(host, parts)
     ids = torch.cat([_ids(p).cpu() for p in parts], 1)
     known = torch.cat([torch.full((_ids(p).shape[1],), isinstance(p, Chunk)) for p in parts])
-    exact = len(parts) == 1 and isinstance(parts[0], Chunk)
+    exact = len(parts) == 1 and isinstance(parts[0], Chunk) and parts[0].first == 0
     with torch.no_grad():
         cache = _moved(host, parts)
         run = _Run(host, how, cache, known)
@@ -93,7 +93,7 @@ def _check(host: CacheHost, parts: Sequence[Chunk | Tensor]) -> None:
             raise ValueError(
                 f"part {i} was computed by another model ({described(part.model)}) than this one ({described(here)})"
             )
-    if len(parts) == 1:
+    if len(parts) == 1 and isinstance(parts[0], Chunk) and parts[0].first == 0:
         return
     name = attention_of(host.config).removeprefix(PREFIX)
     if name not in ("eager", *terms.FUSED_KERNEL.names):
@@ -111,24 +111,25 @@ def _moved(host: CacheHost, parts: Sequence[Chunk | Tensor]) -> Joined:
     """All chunks at their places."""
     embedding = words.ROTARY.part(host.decoder)
     tables: dict[Any, tuple[Tensor, Tensor]] = {}
-    total = sum(_ids(p).shape[1] for p in parts)
+    known = [p for p in parts if isinstance(p, Chunk)]
+    total = max(sum(_ids(p).shape[1] for p in parts), *(p.first + p.ids.shape[1] for p in known), 0)
     layers = []
     for i, (_, attention) in enumerate(host.attentions.values()):
-        device, rows, first = device_of(attention), [], 0
+        device, rows, place = device_of(attention), [], 0
         kind = layer_type_of(embedding, attention) if isinstance(embedding, nn.Module) else None
         for part in parts:
             n = _ids(part).shape[1]
             if isinstance(part, Chunk):
                 keys, values = part.rows[i]
-                if first:
+                if part.first != place:
                     if (kind, device) not in tables:
                         tables[kind, device] = _tables(embedding, kind, total, device)
-                    cos, sin = tables[kind, device]
-                    keys = moved(keys, (cos[:n], sin[:n]), (cos[first : first + n], sin[first : first + n]))
+                    old, new = (tuple(t[at : at + n] for t in tables[kind, device]) for at in (part.first, place))
+                    keys = moved(keys, old, new)
                 rows.append((keys, values))
             else:
                 rows.append(n)
-            first += n
+            place += n
         layers.append(rows)
     return joined.joined(layers)
 
