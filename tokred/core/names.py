@@ -57,6 +57,7 @@ MethodName = Literal[
     "random_latent_prune",
     "random_prune",
     "random_visual",
+    "rdkv",
     "rkv",
     "rpc",
     "saint",

@@ -24,6 +24,7 @@ from tokred.kv.budgets import (
     Squeeze,
     Threshold,
     Uniform,
+    Water,
 )
 from tokred.kv.fates import Evict, Merge
 from tokred.kv.fitting import Fit
@@ -31,7 +32,7 @@ from tokred.kv.parts import Budget, Fate, Part, Score, When
 from tokred.kv.policy import CachePolicy, Parts
 from tokred.kv.preset import KVPreset, Preset
 from tokred.kv.site import CacheSite, Padding
-from tokred.kv.stores import KIVI, Flat, Half, MiKV, Mustafar, NSNQuant, Oscar, Rectangle, Store, Turbo
+from tokred.kv.stores import KIVI, Flat, Half, MiKV, Mustafar, NSNQuant, Oscar, Rectangle, Store, Turbo, Zones
 
 __all__ = [
     "KIVI",
@@ -87,8 +88,11 @@ __all__ = [
     "Trigonometric",
     "Turbo",
     "Uniform",
+    "Water",
     "When",
     "Window",
+    "WindowSum",
+    "Zones",
 ]
 
 

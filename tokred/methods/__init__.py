@@ -56,6 +56,7 @@ TARGETS = {
     "oscar": "tokred.methods.kv.rotated:Oscar",
     "pyramidkv": "tokred.methods.kv.pyramidkv:PyramidKV",
     "random_evict": "tokred.methods.kv.random_evict:RandomEvict",
+    "rdkv": "tokred.methods.kv.rdkv:RDKV",
     "rkv": "tokred.methods.kv.rkv:RKV",
     "rpc": "tokred.methods.kv.rpc:RPC",
     "snapkv": "tokred.methods.kv.snapkv:SnapKV",
@@ -121,6 +122,7 @@ SCORES = {
     "redundancy": "tokred.methods.kv.rkv:Redundancy",
     "trigonometric": "tokred.methods.kv.triattention:Trigonometric",
     "window": "tokred.methods.kv.snapkv:Window",
+    "window_sum": "tokred.methods.kv.rdkv:WindowSum",
 }
 
 # The other parts of cache policies: budgets, fates, times, stores.
@@ -139,6 +141,7 @@ PARTS = {
     "merge": "tokred.kv.fates:Merge",
     "mikv": "tokred.kv.stores.mikv:MiKV",
     "mustafar": "tokred.kv.stores.mustafar:Mustafar",
+    "nsnquant": "tokred.kv.stores.nsnquant:NSNQuant",
     "oscar": "tokred.kv.stores.rotated:Oscar",
     "preference": "tokred.kv.budgets.preference:Preference",
     "pyramid": "tokred.kv.budgets.pyramid:Pyramid",
@@ -148,7 +151,9 @@ PARTS = {
     "threshold": "tokred.kv.budgets.threshold:Threshold",
     "turbo": "tokred.kv.stores.rotated:Turbo",
     "uniform": "tokred.kv.budgets.uniform:Uniform",
+    "water": "tokred.kv.budgets.water:Water",
     "when": "tokred.kv.parts:When",
+    "zones": "tokred.kv.stores.zones:Zones",
 }
 
 for _name, _target in (SCORES | PARTS).items():

@@ -11,6 +11,7 @@ from tokred.kv.stores.nsnquant import NSNQuant
 from tokred.kv.stores.rectangle import Rectangle
 from tokred.kv.stores.rotated import Oscar, Turbo
 from tokred.kv.stores.store import ABILITIES, Query, Shelf, Store
+from tokred.kv.stores.zones import Zones
 
 __all__ = [
     "ABILITIES",
@@ -26,4 +27,5 @@ __all__ = [
     "Shelf",
     "Store",
     "Turbo",
+    "Zones",
 ]
