@@ -260,9 +260,11 @@ OTHERS = (
     "kivi",
     "mikv",
     "mustafar",
-    "nsnquant",
     "oscar",
     "turbo",
+    "offloaded",
+    "shadowkv",
+    "nsnquant",
 )
 NAMES = [n for n in tokred.list_methods() if tokred.make(n).stage == "cache" and n not in OTHERS]
 

@@ -32,7 +32,21 @@ from tokred.kv.parts import Budget, Fate, Part, Score, When
 from tokred.kv.policy import CachePolicy, Parts
 from tokred.kv.preset import KVPreset, Preset
 from tokred.kv.site import CacheSite, Padding
-from tokred.kv.stores import KIVI, Flat, Half, MiKV, Mustafar, NSNQuant, Oscar, Rectangle, Store, Turbo, Zones
+from tokred.kv.stores import (
+    KIVI,
+    Flat,
+    Half,
+    MiKV,
+    Mustafar,
+    NSNQuant,
+    Offloaded,
+    Oscar,
+    Rectangle,
+    ShadowKV,
+    Store,
+    Turbo,
+    Zones,
+)
 
 __all__ = [
     "KIVI",
@@ -68,6 +82,7 @@ __all__ = [
     "Mustafar",
     "NSNQuant",
     "Observed",
+    "Offloaded",
     "Oscar",
     "Padding",
     "Part",
@@ -81,6 +96,7 @@ __all__ = [
     "Rectangle",
     "Redundancy",
     "Score",
+    "ShadowKV",
     "Split",
     "Squeeze",
     "Store",

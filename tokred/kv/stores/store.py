@@ -235,6 +235,11 @@ class Shelf(ABC):
         """Every tensor that memory is held for."""
         return _tensors(self.__dict__.values())
 
+    @property
+    def away(self) -> Iterator[Tensor]:
+        """Those of :attr:`tensors` that are kept in host memory, away from the device where the layer runs."""
+        yield from ()
+
     def snapshot(self) -> dict[str, Any]:
         """The whole state of the store, by reference."""
         return dict(self.__dict__)
