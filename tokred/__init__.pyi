@@ -105,6 +105,7 @@ from tokred.methods.kv.observed_attention import ObservedAttention
 from tokred.methods.kv.offloaded import Offloaded
 from tokred.methods.kv.pyramidkv import PyramidKV
 from tokred.methods.kv.random_evict import RandomEvict
+from tokred.methods.kv.rdkv import RDKV
 from tokred.methods.kv.rkv import RKV
 from tokred.methods.kv.rotated import Oscar, Turbo
 from tokred.methods.kv.rpc import RPC
@@ -156,6 +157,7 @@ __all__ = [
     "LTP",
     "LUKV",
     "PPT",
+    "RDKV",
     "RKV",
     "RPC",
     "SAINT",

@@ -63,6 +63,7 @@ MethodName = Literal[
     "random_latent_prune",
     "random_prune",
     "random_visual",
+    "rdkv",
     "restore",
     "rkv",
     "rpc",

@@ -59,6 +59,7 @@ TARGETS = {
     "pyramidkv": "tokred.methods.kv.pyramidkv:PyramidKV",
     "random_deep": "tokred.methods.vlm.random_deep:RandomDeep",
     "random_evict": "tokred.methods.kv.random_evict:RandomEvict",
+    "rdkv": "tokred.methods.kv.rdkv:RDKV",
     "restore": "tokred.methods.vlm.restore:Restore",
     "rkv": "tokred.methods.kv.rkv:RKV",
     "rpc": "tokred.methods.kv.rpc:RPC",
@@ -132,6 +133,7 @@ SCORES = {
     "redundancy": "tokred.methods.kv.rkv:Redundancy",
     "trigonometric": "tokred.methods.kv.triattention:Trigonometric",
     "window": "tokred.methods.kv.snapkv:Window",
+    "window_sum": "tokred.methods.kv.rdkv:WindowSum",
 }
 
 # The other parts of cache policies: budgets, fates, times, stores.
@@ -150,6 +152,7 @@ PARTS = {
     "merge": "tokred.kv.fates:Merge",
     "mikv": "tokred.kv.stores.mikv:MiKV",
     "mustafar": "tokred.kv.stores.mustafar:Mustafar",
+    "nsnquant": "tokred.kv.stores.nsnquant:NSNQuant",
     "offloaded": "tokred.kv.stores.offload:Offloaded",
     "oscar": "tokred.kv.stores.rotated:Oscar",
     "preference": "tokred.kv.budgets.preference:Preference",
@@ -161,7 +164,9 @@ PARTS = {
     "threshold": "tokred.kv.budgets.threshold:Threshold",
     "turbo": "tokred.kv.stores.rotated:Turbo",
     "uniform": "tokred.kv.budgets.uniform:Uniform",
+    "water": "tokred.kv.budgets.water:Water",
     "when": "tokred.kv.parts:When",
+    "zones": "tokred.kv.stores.zones:Zones",
 }
 
 for _name, _target in (SCORES | PARTS).items():
