@@ -56,6 +56,7 @@ from tokred.errors import (
     UnsupportedModelError,
     UntestedVersionWarning,
 )
+from tokred.patch import change
 from tokred.settings import load, make, push_to_hub, save
 
 __version__ = _versions.TOKRED
@@ -108,6 +109,7 @@ __all__ = [
     "__version__",
     "applied",
     "apply",
+    "change",
     "explain",
     "flops",
     "from_dict",

@@ -127,6 +127,7 @@ from tokred.methods.vlm.visionzip import VisionZip
 from tokred.methods.vlm.vispruner import VisPruner
 from tokred.methods.vlm.visual_baselines import DownsampleVisual, RandomVisual, UniformVisual
 from tokred.methods.vlm.vscan import VScan, VScanLayer
+from tokred.patch import change
 from tokred.settings import load, make, push_to_hub, save
 from tokred.tuning.run import tune
 
@@ -251,6 +252,7 @@ __all__ = [
     "benchmark",
     "cache_kwargs",
     "calibrate",
+    "change",
     "choose_tsp_layer",
     "eval",
     "explain",
