@@ -63,6 +63,7 @@ from tokred.methods.encoder.algm import ALGM
 from tokred.methods.encoder.ats import ATS
 from tokred.methods.encoder.cropr import Cropr
 from tokred.methods.encoder.downsample import Downsample
+from tokred.methods.encoder.dtem import DTEM
 from tokred.methods.encoder.dynamicvit import DynamicViT
 from tokred.methods.encoder.evit import EViT
 from tokred.methods.encoder.kth import KthMerge
@@ -138,6 +139,7 @@ __all__ = [
     "ATS",
     "CAKE",
     "CAT",
+    "DTEM",
     "H2O",
     "IBTM",
     "KIVI",
