@@ -30,8 +30,8 @@ class DTEM(Scheduled):
 
     In evaluation tokens merge as with ToMe, compared by this embedding instead of the keys. In training no token
     leaves: the ``r`` best pairs are chosen softly, tokens of one side give parts of themselves to those of the other,
-    and sizes follow, by which attention sees what is left of each. So the task's own loss teaches the embedding. Untrained, it
-    compares tokens by a random projection.
+    and sizes follow, by which attention sees what is left of each. So the task's own loss teaches the embedding.
+    Untrained, it compares tokens by a random projection.
 
     Args:
         r: tokens removed per block: an integer, a pair ``(r, inflect)``, or a list with one entry a block.
