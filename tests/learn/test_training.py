@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -146,6 +150,26 @@ def test_every_epoch_has_an_order_of_its_own():
     x, y = pairs.batch([3, 1])
     assert list(x) == ["pixel_values"]
     assert y.tolist() == [3, 1]
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns(tmp_path):
+    from safetensors.torch import load_file
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    script = Path(__file__).with_name("two_trainers.py")
+    workers = [subprocess.Popen([sys.executable, script, str(i), str(port), tmp_path / "two"]) for i in range(2)]
+    assert [worker.wait(timeout=280) for worker in workers] == [0, 0]
+    train(build("vit"), data(16), small(steps=4), tmp_path / "one")
+    for name in ("model.safetensors", "weights.safetensors"):
+        one, two = (load_file(tmp_path / folder / name) for folder in ("one", "two"))
+        assert one.keys() == two.keys()
+        for key, value in one.items():
+            if key.endswith("qkv.bias"):
+                continue  # that of keys changes nothing: its gradient is rounding, of which AdamW makes whole steps
+            torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-4, msg=f"{name} {key}")
 
 
 # ---------------------------------------------------------------- schedules
