@@ -56,6 +56,7 @@ from tokred.errors import (
     UnsupportedModelError,
     UntestedVersionWarning,
 )
+from tokred.patch import change
 from tokred.settings import load, make, push_to_hub, save
 from tokred.settings.caches import blend, load_cache, save_cache, share_prefix
 

@@ -2,11 +2,9 @@
 
 from tokred import bench, eval, kv, learn, methods
 from tokred.adapters.contract import cache_kwargs
-from tokred.adapters.kv.reuse.chunks import ChunkStore
 from tokred.analysis import viz
 from tokred.analysis.calibrate import calibrate
 from tokred.analysis.explain import Explanation, explain
-from tokred.analysis.information import horizon
 from tokred.analysis.tsp_layer import choose_tsp_layer
 from tokred.api import (
     Flops,
@@ -65,6 +63,7 @@ from tokred.methods.encoder.algm import ALGM
 from tokred.methods.encoder.ats import ATS
 from tokred.methods.encoder.cropr import Cropr
 from tokred.methods.encoder.downsample import Downsample
+from tokred.methods.encoder.dtem import DTEM
 from tokred.methods.encoder.dynamicvit import DynamicViT
 from tokred.methods.encoder.evit import EViT
 from tokred.methods.encoder.kth import KthMerge
@@ -100,16 +99,12 @@ from tokred.methods.kv.limited import Limited
 from tokred.methods.kv.lukv import LUKV
 from tokred.methods.kv.mikv import MiKV
 from tokred.methods.kv.mustafar import Mustafar
-from tokred.methods.kv.nsnquant import NSNQuant
 from tokred.methods.kv.observed_attention import ObservedAttention
-from tokred.methods.kv.offloaded import Offloaded
 from tokred.methods.kv.pyramidkv import PyramidKV
 from tokred.methods.kv.random_evict import RandomEvict
-from tokred.methods.kv.rdkv import RDKV
 from tokred.methods.kv.rkv import RKV
 from tokred.methods.kv.rotated import Oscar, Turbo
 from tokred.methods.kv.rpc import RPC
-from tokred.methods.kv.shadowkv import ShadowKV
 from tokred.methods.kv.snapkv import SnapKV
 from tokred.methods.kv.squeezeattention import SqueezeAttention
 from tokred.methods.kv.streaming_llm import StreamingLLM
@@ -119,28 +114,22 @@ from tokred.methods.kv.zeromerge import ZeroMerge
 from tokred.methods.vlm.cat import CAT
 from tokred.methods.vlm.cdpruner import CDPruner
 from tokred.methods.vlm.divprune import DivPrune
-from tokred.methods.vlm.evs import EVS
 from tokred.methods.vlm.fastervlm import FasterVLM
 from tokred.methods.vlm.fastkv import FastKV
 from tokred.methods.vlm.fastv import FastV
 from tokred.methods.vlm.flash_vl import FlashVL, Nemotron
 from tokred.methods.vlm.hired import HiRED
-from tokred.methods.vlm.holitom import HoliTom, HoliTomLayer
 from tokred.methods.vlm.prumerge import PruMerge, PruMergePlus
 from tokred.methods.vlm.pyramiddrop import PyramidDrop
-from tokred.methods.vlm.random_deep import RandomDeep
-from tokred.methods.vlm.restore import Restore
 from tokred.methods.vlm.saint_vlm import SAINTLayer, SAINTVisual
 from tokred.methods.vlm.sparsevlm import SparseVLM
 from tokred.methods.vlm.topv import TopV
-from tokred.methods.vlm.vcast import VCAST
-from tokred.methods.vlm.vidcom2 import VidCom2
 from tokred.methods.vlm.visionzip import VisionZip
 from tokred.methods.vlm.vispruner import VisPruner
-from tokred.methods.vlm.visual_baselines import DownsampleVisual, RandomVisual, UniformFrames, UniformVisual
+from tokred.methods.vlm.visual_baselines import DownsampleVisual, RandomVisual, UniformVisual
 from tokred.methods.vlm.vscan import VScan, VScanLayer
+from tokred.patch import change
 from tokred.settings import load, make, push_to_hub, save
-from tokred.settings.caches import blend, load_cache, save_cache, share_prefix
 from tokred.tuning.run import tune
 
 __version__: str
@@ -150,20 +139,18 @@ __all__ = [
     "ATS",
     "CAKE",
     "CAT",
-    "EVS",
+    "DTEM",
     "H2O",
     "IBTM",
     "KIVI",
     "LTP",
     "LUKV",
     "PPT",
-    "RDKV",
     "RKV",
     "RPC",
     "SAINT",
     "SDTM",
     "TOVA",
-    "VCAST",
     "VTM",
     "AdaKV",
     "AsymRnR",
@@ -174,7 +161,6 @@ __all__ = [
     "CAToMe",
     "CDPruner",
     "CacheReport",
-    "ChunkStore",
     "CriticalKV",
     "Cropr",
     "DivPrune",
@@ -191,8 +177,6 @@ __all__ = [
     "FlashVL",
     "Flops",
     "HiRED",
-    "HoliTom",
-    "HoliTomLayer",
     "KNorm",
     "KVPolicy",
     "KVzap",
@@ -208,12 +192,10 @@ __all__ = [
     "MissingInputError",
     "MovedWarning",
     "Mustafar",
-    "NSNQuant",
     "Nemotron",
     "NothingRecordedError",
     "NothingRemovedWarning",
     "ObservedAttention",
-    "Offloaded",
     "Oscar",
     "PiToMe",
     "Place",
@@ -222,7 +204,6 @@ __all__ = [
     "PruMergePlus",
     "PyramidDrop",
     "PyramidKV",
-    "RandomDeep",
     "RandomEvict",
     "RandomLatentPrune",
     "RandomMerge",
@@ -230,11 +211,9 @@ __all__ = [
     "RandomVisual",
     "Reduction",
     "Report",
-    "Restore",
     "SAINTLayer",
     "SAINTVisual",
     "SettingWarning",
-    "ShadowKV",
     "Site",
     "SnapKV",
     "SpAtten",
@@ -255,7 +234,6 @@ __all__ = [
     "TopV",
     "TriAttention",
     "Turbo",
-    "UniformFrames",
     "UniformVisual",
     "UnknownMethodError",
     "UnknownModelError",
@@ -263,7 +241,6 @@ __all__ = [
     "UntestedVersionWarning",
     "VScan",
     "VScanLayer",
-    "VidCom2",
     "VidToMe",
     "VisPruner",
     "VisionZip",
@@ -275,21 +252,19 @@ __all__ = [
     "apply",
     "bench",
     "benchmark",
-    "blend",
     "cache_kwargs",
     "calibrate",
+    "change",
     "choose_tsp_layer",
     "eval",
     "explain",
     "flops",
     "from_dict",
-    "horizon",
     "kv",
     "kv_cache",
     "learn",
     "list_methods",
     "load",
-    "load_cache",
     "losses",
     "make",
     "methods",
@@ -301,8 +276,6 @@ __all__ = [
     "remove",
     "report",
     "save",
-    "save_cache",
-    "share_prefix",
     "supports",
     "trace",
     "tune",

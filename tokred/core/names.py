@@ -17,6 +17,7 @@ MethodName = Literal[
     "divprune",
     "downsample",
     "downsample_visual",
+    "dtem",
     "duoattention",
     "dynamicvit",
     "evit",

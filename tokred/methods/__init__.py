@@ -31,6 +31,7 @@ TARGETS = {
     "algm": "tokred.methods.encoder.algm:ALGM",
     "spatten": "tokred.methods.encoder.spatten:SpAtten",
     "dynamicvit": "tokred.methods.encoder.dynamicvit:DynamicViT",
+    "dtem": "tokred.methods.encoder.dtem:DTEM",
     "cropr": "tokred.methods.encoder.cropr:Cropr",
     "ltp": "tokred.methods.encoder.ltp:LTP",
     "adakv": "tokred.methods.kv.adakv:AdaKV",
