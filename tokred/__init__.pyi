@@ -104,6 +104,7 @@ from tokred.methods.kv.random_evict import RandomEvict
 from tokred.methods.kv.rkv import RKV
 from tokred.methods.kv.rotated import Oscar, Turbo
 from tokred.methods.kv.rpc import RPC
+from tokred.methods.kv.shadowkv import ShadowKV
 from tokred.methods.kv.snapkv import SnapKV
 from tokred.methods.kv.squeezeattention import SqueezeAttention
 from tokred.methods.kv.streaming_llm import StreamingLLM
@@ -211,6 +212,7 @@ __all__ = [
     "SAINTLayer",
     "SAINTVisual",
     "SettingWarning",
+    "ShadowKV",
     "Site",
     "SnapKV",
     "SpAtten",

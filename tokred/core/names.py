@@ -63,6 +63,7 @@ MethodName = Literal[
     "saint_layer",
     "saint_visual",
     "sdtm",
+    "shadowkv",
     "snapkv",
     "sparsevlm",
     "spatten",
