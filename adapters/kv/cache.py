@@ -147,6 +147,8 @@ class TokCache(DynamicCache):  # type: ignore[misc]
                     f"the attention of layer {i} ran without the policy: if the model's attention implementation has "
                     "been switched since, call tokred.apply again"
                 )
+            if isinstance(layer, TokLayer):
+                layer.lent = None
         self.engine.finish()
 
     def reset(self) -> None:
@@ -254,6 +256,13 @@ def make_cache(config: Any, policy: CachePolicy, compressed: tuple[int, ...], la
     cache = TokCache(**{words.CONFIG.name: config})
     _take_over(cache, policy, compressed, _LAYOUTS.get(layout, store))
     return cache
+
+
+def layout_of(cache: TokCache) -> str:
+    """The layout that :func:`make_cache` was asked for."""
+    store = next((layer.store for layer in layers_of(cache) if isinstance(layer, TokLayer)), None)
+    own = cache.engine.parts.store
+    return next((name for name, one in _LAYOUTS.items() if one == store != own), "auto")
 
 
 def adopt(cache: Any, config: Any, policy: CachePolicy, compressed: tuple[int, ...]) -> TokCache:

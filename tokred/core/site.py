@@ -33,11 +33,11 @@ Lazy = Tensor | Callable[[], Tensor | None] | None
 # (``hidden``) what the attention is given. ``guidance`` is for denoisers, see tokred.diffusion.site: what it did to
 # each token in the step before. The last ones are for vision-language models, see tokred.vlm.before_llm: the tower's
 # features and the attention of its other layers, the projector, and rows of the attention of the decoder layer that
-# comes and of the one that has run.
+# comes and of the one that has run; ``calibration``: that a bias for each pair of tokens can be added in all layers.
 READS = (
     "x", "q", "k", "v", "class_attention", "attention", "queries", "heads", "carried", "module", "gates", "transform",
     "grid", "frames", "motion", "text", "projection", "rope", "rotation", "stream", "guidance", "tower", "tower_layers",
-    "project", "rows", "rows_before", "hidden",
+    "project", "rows", "rows_before", "hidden", "calibration",
 )  # fmt: skip
 
 

@@ -31,7 +31,20 @@ from tokred.kv.parts import Budget, Fate, Part, Score, When
 from tokred.kv.policy import CachePolicy, Parts
 from tokred.kv.preset import KVPreset, Preset
 from tokred.kv.site import CacheSite, Padding
-from tokred.kv.stores import KIVI, Flat, Half, MiKV, Mustafar, Offloaded, Oscar, Rectangle, ShadowKV, Store, Turbo
+from tokred.kv.stores import (
+    KIVI,
+    Flat,
+    Half,
+    MiKV,
+    Mustafar,
+    NSNQuant,
+    Offloaded,
+    Oscar,
+    Rectangle,
+    ShadowKV,
+    Store,
+    Turbo,
+)
 
 __all__ = [
     "KIVI",
@@ -65,6 +78,7 @@ __all__ = [
     "Merge",
     "MiKV",
     "Mustafar",
+    "NSNQuant",
     "Observed",
     "Offloaded",
     "Oscar",

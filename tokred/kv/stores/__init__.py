@@ -7,6 +7,7 @@ from tokred.kv.stores.half import Half
 from tokred.kv.stores.kivi import KIVI
 from tokred.kv.stores.mikv import MiKV
 from tokred.kv.stores.mustafar import Mustafar
+from tokred.kv.stores.nsnquant import NSNQuant
 from tokred.kv.stores.offload import Offloaded
 from tokred.kv.stores.rectangle import Rectangle
 from tokred.kv.stores.rotated import Oscar, Turbo
@@ -20,6 +21,7 @@ __all__ = [
     "Half",
     "MiKV",
     "Mustafar",
+    "NSNQuant",
     "Offloaded",
     "Oscar",
     "Query",

@@ -75,6 +75,10 @@ class Store(Part):
             ValueError: for example, the head size cannot be packed.
         """
 
+    def hint(self, lacking: frozenset[str]) -> str:
+        """The end of a refusal: what to do where a host does not supply ``lacking`` of :attr:`reads`."""
+        return ""
+
     def row_bytes(self, keys: Tensor, values: Tensor) -> int:
         """Bytes that one more row of one head takes in the end, its position among them.
 
