@@ -113,6 +113,7 @@ __all__ = [
     "applied",
     "apply",
     "blend",
+    "change",
     "explain",
     "flops",
     "from_dict",

@@ -39,7 +39,7 @@ _OTHER_HEADS = ("JetMoeAttention",)
 # What a hard limit reads.
 _BYTES = "the bytes of all layers"
 # What rows of latents have none of, because each head has its own.
-_OF_HEADS = frozenset({"v", "projection", "rope"})
+_OF_HEADS = frozenset({"v", "projection", "rope", "rotation"})
 _ROWS = "rows that are keys and values themselves"
 
 
