@@ -112,11 +112,14 @@ from tokred.methods.kv.zeromerge import ZeroMerge
 from tokred.methods.vlm.cat import CAT
 from tokred.methods.vlm.cdpruner import CDPruner
 from tokred.methods.vlm.divprune import DivPrune
+from tokred.methods.vlm.dycoke import DyCoke
 from tokred.methods.vlm.evs import EVS
 from tokred.methods.vlm.fastervlm import FasterVLM
 from tokred.methods.vlm.fastkv import FastKV
 from tokred.methods.vlm.fastv import FastV
+from tokred.methods.vlm.fastvid import FastVID
 from tokred.methods.vlm.flash_vl import FlashVL, Nemotron
+from tokred.methods.vlm.flashvid import FlashVID
 from tokred.methods.vlm.hired import HiRED
 from tokred.methods.vlm.holitom import HoliTom, HoliTomLayer
 from tokred.methods.vlm.prumerge import PruMerge, PruMergePlus
@@ -168,13 +171,16 @@ __all__ = [
     "Downsample",
     "DownsampleVisual",
     "DuoAttention",
+    "DyCoke",
     "DynamicViT",
     "EViT",
     "ExpectedAttention",
     "Explanation",
     "FastKV",
     "FastV",
+    "FastVID",
     "FasterVLM",
+    "FlashVID",
     "FlashVL",
     "Flops",
     "HiRED",
