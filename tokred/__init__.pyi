@@ -61,9 +61,7 @@ from tokred.methods.diffusion.tomesd import ToMeSD
 from tokred.methods.diffusion.vidtome import VidToMe
 from tokred.methods.encoder.algm import ALGM
 from tokred.methods.encoder.ats import ATS
-from tokred.methods.encoder.cropr import Cropr
 from tokred.methods.encoder.downsample import Downsample
-from tokred.methods.encoder.dtem import DTEM
 from tokred.methods.encoder.dynamicvit import DynamicViT
 from tokred.methods.encoder.evit import EViT
 from tokred.methods.encoder.kth import KthMerge
@@ -114,21 +112,27 @@ from tokred.methods.kv.zeromerge import ZeroMerge
 from tokred.methods.vlm.cat import CAT
 from tokred.methods.vlm.cdpruner import CDPruner
 from tokred.methods.vlm.divprune import DivPrune
+from tokred.methods.vlm.dycoke import DyCoke
+from tokred.methods.vlm.evs import EVS
 from tokred.methods.vlm.fastervlm import FasterVLM
 from tokred.methods.vlm.fastkv import FastKV
 from tokred.methods.vlm.fastv import FastV
+from tokred.methods.vlm.fastvid import FastVID
 from tokred.methods.vlm.flash_vl import FlashVL, Nemotron
+from tokred.methods.vlm.flashvid import FlashVID
 from tokred.methods.vlm.hired import HiRED
+from tokred.methods.vlm.holitom import HoliTom, HoliTomLayer
 from tokred.methods.vlm.prumerge import PruMerge, PruMergePlus
 from tokred.methods.vlm.pyramiddrop import PyramidDrop
 from tokred.methods.vlm.saint_vlm import SAINTLayer, SAINTVisual
 from tokred.methods.vlm.sparsevlm import SparseVLM
 from tokred.methods.vlm.topv import TopV
+from tokred.methods.vlm.vcast import VCAST
+from tokred.methods.vlm.vidcom2 import VidCom2
 from tokred.methods.vlm.visionzip import VisionZip
 from tokred.methods.vlm.vispruner import VisPruner
-from tokred.methods.vlm.visual_baselines import DownsampleVisual, RandomVisual, UniformVisual
+from tokred.methods.vlm.visual_baselines import DownsampleVisual, RandomVisual, UniformFrames, UniformVisual
 from tokred.methods.vlm.vscan import VScan, VScanLayer
-from tokred.patch import change
 from tokred.settings import load, make, push_to_hub, save
 from tokred.tuning.run import tune
 
@@ -139,7 +143,7 @@ __all__ = [
     "ATS",
     "CAKE",
     "CAT",
-    "DTEM",
+    "EVS",
     "H2O",
     "IBTM",
     "KIVI",
@@ -151,6 +155,7 @@ __all__ = [
     "SAINT",
     "SDTM",
     "TOVA",
+    "VCAST",
     "VTM",
     "AdaKV",
     "AsymRnR",
@@ -162,21 +167,25 @@ __all__ = [
     "CDPruner",
     "CacheReport",
     "CriticalKV",
-    "Cropr",
     "DivPrune",
     "Downsample",
     "DownsampleVisual",
     "DuoAttention",
+    "DyCoke",
     "DynamicViT",
     "EViT",
     "ExpectedAttention",
     "Explanation",
     "FastKV",
     "FastV",
+    "FastVID",
     "FasterVLM",
+    "FlashVID",
     "FlashVL",
     "Flops",
     "HiRED",
+    "HoliTom",
+    "HoliTomLayer",
     "KNorm",
     "KVPolicy",
     "KVzap",
@@ -234,6 +243,7 @@ __all__ = [
     "TopV",
     "TriAttention",
     "Turbo",
+    "UniformFrames",
     "UniformVisual",
     "UnknownMethodError",
     "UnknownModelError",
@@ -241,6 +251,7 @@ __all__ = [
     "UntestedVersionWarning",
     "VScan",
     "VScanLayer",
+    "VidCom2",
     "VidToMe",
     "VisPruner",
     "VisionZip",
@@ -254,7 +265,6 @@ __all__ = [
     "benchmark",
     "cache_kwargs",
     "calibrate",
-    "change",
     "choose_tsp_layer",
     "eval",
     "explain",
