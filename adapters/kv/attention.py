@@ -104,7 +104,11 @@ def _attend_and_act(
         with torch.no_grad():
             engine.observe(layer, _site(call, layer, query), before)
     else:
-        layer.settle(_site(call, layer, query) if layer.store.reads else None)
+        site = None
+        if layer.store.reads:
+            site = _site(call, layer, query)
+            site.read = engine.read(layer.clock, before, layer.seen)
+        layer.settle(site)
     return out
 
 

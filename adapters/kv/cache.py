@@ -24,6 +24,7 @@ class LayerRows(NamedTuple):
     """One layer of a cache: slots seen, rows held, and bytes; ``dense_bytes`` is what all slots would take.
 
     Rows are those of the longest head, or where no empty rows are held the mean over heads and samples, rounded up.
+    ``away_bytes`` are those of ``bytes`` that are kept in host memory, away from the device where the layer runs.
     """
 
     layer: int
@@ -31,6 +32,7 @@ class LayerRows(NamedTuple):
     rows: int
     bytes: int
     dense_bytes: int
+    away_bytes: int = 0
 
 
 class Snapshot(NamedTuple):
@@ -199,7 +201,7 @@ def _own(state: dict[str, Any]) -> dict[str, Any]:
 
 def _rows(index: int, layer: Any) -> LayerRows:
     if isinstance(layer, TokLayer):
-        return LayerRows(index, layer.seen, layer.held, layer.nbytes, layer.dense_bytes)
+        return LayerRows(index, layer.seen, layer.held, layer.nbytes, layer.dense_bytes, layer.away_bytes)
     states = sum(x.nbytes for x in _states(layer))
     if states:
         return LayerRows(index, 0, 0, states, states)
@@ -264,6 +266,13 @@ def _empty(config: Any) -> list[Any]:
         return words.LAYERS.need(DynamicCache(**{words.CONFIG.name: config}))  # type: ignore[no-any-return]
     kind = members.LAYER_CLASS.need(DynamicCache())
     return [kind() for _ in range(config)]
+
+
+def layout_of(cache: TokCache) -> str:
+    """The layout that :func:`make_cache` was asked for."""
+    store = next((layer.store for layer in layers_of(cache) if isinstance(layer, TokLayer)), None)
+    own = cache.engine.parts.store
+    return next((name for name, one in _LAYOUTS.items() if one == store != own), "auto")
 
 
 def adopt(cache: Any, config: Any, policy: CachePolicy, compressed: tuple[int, ...]) -> TokCache:

@@ -30,6 +30,7 @@ from tokred.adapters.kv.cache import LayerRows, TokCache, adopt, make_cache, row
 from tokred.adapters.kv.latents import read
 from tokred.adapters.kv.layer import TokLayer
 from tokred.adapters.kv.repeat import repeat
+from tokred.adapters.kv.reuse.joined import Joined
 from tokred.adapters.kv.rope import LayerRope
 from tokred.adapters.swap import Hook, Undo, host_class
 from tokred.core.learned import Learned
@@ -156,6 +157,8 @@ class EnterDecoder(Hook):
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         cache = cache_of(given)
+        if isinstance(cache, Joined):  # rows that the policy is shown later
+            return args, kwargs
         self.settings.begin()
         if cache is None:
             use = words.CACHED.of(given)

@@ -147,12 +147,14 @@ class CacheHost(Host):
         return super().missing(one) | frozenset(name for name, wanted in more.items() if wanted)
 
     def hint(self, method: Method) -> str:
-        """The end of a refusal: what a limit does not know of, where that is what is missing."""
+        """The end of a refusal: what a limit does not know of, or what the store can do without."""
+        from tokred.kv.policy import CachePolicy
+
         missing = self.missing(method)
         if self.latents and missing & (_OF_HEADS | {_ROWS}):
             return ": its cache holds latents, of which each head makes keys and values of its own"
         if _BYTES not in missing:
-            return ""
+            return method.parts.store.hint(missing) if isinstance(method, CachePolicy) else ""
         if self.readers:
             return ": layers that read another's rows keep them until the forward ends, whatever has been evicted"
         return f": {self.states} of its layers keep states, whose size is not known before the first forward"
@@ -173,7 +175,7 @@ class CacheHost(Host):
         names = hooks.argument_names(self.decoder)
         changes.before(self.decoder, hooks.EnterDecoder(settings, names), with_kwargs=True)
         changes.after(self.decoder, hooks.LeaveDecoder(settings), with_kwargs=True)
-        embedding = words.ROTARY.part(self.decoder) if "rope" in self.supplies else None
+        embedding = words.ROTARY.part(self.decoder) if "rotation" in self.supplies else None
         lenders = {owner for _, _, owner in self.readers.values()}
         for _, attention, owner in self.readers.values():
             changes.before(attention, hooks.EnterReader(settings, owner), with_kwargs=True)

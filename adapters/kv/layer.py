@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -281,9 +281,12 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
     @property
     def nbytes(self) -> int:
         """Bytes really held: the memory behind rows, positions, weights and the policy's state."""
-        tensors = [*self.shelf.tensors, self.weights, *self.rows.values(), *self.notes.values()]
-        memory = (t.untyped_storage() for t in tensors if isinstance(t, Tensor))
-        return sum({m.data_ptr(): m.nbytes() for m in memory}.values())
+        return _bytes([*self.shelf.tensors, self.weights, *self.rows.values(), *self.notes.values()])
+
+    @property
+    def away_bytes(self) -> int:
+        """Those of :attr:`nbytes` that are kept in host memory, away from the device where the layer runs."""
+        return _bytes(self.shelf.away)
 
     @property
     def held(self) -> int:
@@ -327,6 +330,11 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
                 if isinstance(value, Tensor) and value.shape[0] == b:
                     state[name] = change(value)
         self.clock = self.clock.select([0] * len(index) if uniform else listed())
+
+
+def _bytes(tensors: Iterable[Any]) -> int:
+    memory = (t.untyped_storage() for t in tensors if isinstance(t, Tensor))
+    return sum({m.data_ptr(): m.nbytes() for m in memory}.values())
 
 
 def _grown(state: Tensor, count: int, value: float) -> Tensor:

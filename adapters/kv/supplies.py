@@ -48,7 +48,7 @@ def _after_attention(layer: Any) -> nn.Module | None:
 def supplies(
     decoder: Any, found: dict[int, tuple[str, nn.Module]], compressed: tuple[int, ...], rehearsal: Rehearsal
 ) -> frozenset[str]:
-    from tokred.adapters.kv.rope import supplies_rope
+    from tokred.adapters.kv.rope import turned_channels
 
     supplied = {"q", "k", "v"}
     if all(words.STATES.among(inspect.signature(host_class(m).forward).parameters) for _, m in found.values()):
@@ -58,8 +58,9 @@ def supplies(
     attention: Any = found[compressed[0] if compressed else next(iter(found))][1]
     head_dim = words.HEAD_WIDTH.part(attention)
     turns = all(rehearsal.turns(found[i][1]) for i in compressed)
-    if head_dim is not None and turns and supplies_rope(decoder, attention, int(head_dim)):
-        supplied.add("rope")
+    turned = turned_channels(decoder, attention) if head_dim is not None and turns else 0
+    if 0 < turned <= int(head_dim or 0):
+        supplied |= {"rotation", "rope"} if turned == head_dim else {"rotation"}
     if all(pair is not None for pair in norms(decoder, found).values()):
         supplied.add("stream")
     return frozenset(supplied)
