@@ -45,6 +45,18 @@ class CrossSettings(CacheSettings):
         """An empty cache of both kinds, of which that of the cross-attention holds its rows as ``layout`` says."""
         return host_object("cache of both")(host_object("cache of rows that grow")(), super().cache(layout))
 
+    def planned(self, layout: str, prompt: int | None, steps: int | None) -> Any:
+        """An empty cache that knows what is to come.
+
+        Raises:
+            ValueError: the length of the prompt is given, which is the encoder's and known when its rows come.
+        """
+        if prompt is not None:
+            raise ValueError(f"prompt is {prompt}, but the rows of an encoder come at once: leave it out")
+        cache = self.cache(layout)
+        words.CROSS_CACHE.need(cache).engine.steps = steps
+        return cache
+
 
 class EnterDecoder(Hook):
     """Before the decoder's forward: it gets a cache where it would have made one, whose cross-attention is ours."""

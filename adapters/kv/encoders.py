@@ -120,10 +120,12 @@ def _of(model: Any, crosses: dict[int, tuple[str, nn.Module]]) -> CrossHost:
         raise host.refusal(name, "its cross-attention has no configuration that says how it attends")
     rehearsal = Rehearsal(config, None, crosses=True)
     # The encoder shares the configuration, and so is given masks of ours too.
-    others = [(n, m) for n, m in model.named_modules() if words.CONFIG.part(m) is config and _attends(m)]
-    for where, attention in others:
-        if rehearsal.objection(attention):
-            raise host.refusal(name, f"{where} {rehearsal.objection(attention)}")
+    for where, attention in ((n, m) for n, m in model.named_modules() if _attends(m)):
+        why = rehearsal.objection(attention)
+        if words.CONFIG.part(attention) is None:
+            why = "does not call the attention function, and would look into a mask that stands for one of evicted rows"
+        if why:
+            raise host.refusal(name, f"{where} {why}")
     for where, attention in crosses.values():
         why = rehearsal.objection(attention)
         if not why and not rehearsal.heard(attention):

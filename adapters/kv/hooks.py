@@ -125,6 +125,12 @@ class CacheSettings(State, Undo):
         """An empty cache that holds its rows as ``layout`` says."""
         return make_cache(self.shape, self.policy, self.compressed, layout)
 
+    def planned(self, layout: str, prompt: int | None, steps: int | None) -> Any:
+        """An empty cache that knows what is to come, see :func:`tokred.kv_cache`."""
+        cache = self.cache(layout)
+        cache.engine.prompt, cache.engine.steps = prompt, steps
+        return cache
+
     @property
     def shape(self) -> Any:
         """The decoder's configuration, which says what layers a cache has, or their number."""

@@ -12,7 +12,6 @@ import transformers
 import tokred
 from tests.kv.tiny import POLICIES, Scatter, prompt
 from tokred.adapters.tiny.weights import livelier
-from tokred.core.attention import Attention
 from tokred.kernels.decode_attention import SENTINEL
 from tokred.methods.kv.h2o import ColumnSum
 
@@ -49,7 +48,8 @@ def build(name: str = "Bart", dtype: torch.dtype = torch.float32):
 def heard(model, length: int = 30):
     """Inputs of the encoder: of two lengths, where it has tokens."""
     if "Whisper" in type(model).__name__:
-        return {"input_features": torch.randn(2, 8, 60, generator=torch.Generator().manual_seed(0))}
+        sounds = torch.randn(2, 8, 60, generator=torch.Generator().manual_seed(0))
+        return {"input_features": sounds.to(model.dtype)}
     ids, mask = prompt(length, 2), torch.ones(2, length, dtype=torch.long)
     mask[1, length - 10 :] = 0
     return {"input_ids": ids, "attention_mask": mask}
@@ -162,7 +162,6 @@ def test_scores_are_the_attention_of_the_decoders_queries():
     model(**given, decoder_input_ids=asked)
     found = seen[0]
     torch.testing.assert_close(found / found.sum(-1, keepdim=True), expected / expected.sum(-1, keepdim=True))
-    assert isinstance(Attention, type)
 
 
 @pytest.mark.parametrize("name", list(POLICIES))
@@ -212,4 +211,4 @@ def test_a_bias_by_distance_is_refused_by_its_name():
     t = transformers
     config = t.T5Config(vocab_size=97, d_model=48, d_kv=12, d_ff=64, num_layers=2, num_decoder_layers=2, num_heads=4)
     with pytest.raises(tokred.UnsupportedModelError, match="adds a bias by distance to its logits"):
-        tokred.apply(t.T5ForConditionalGeneration(config), "snapkv", budget=9)
+        tokred.apply(t.T5ForConditionalGeneration(config), "snapkv", budget=9, window=4)
