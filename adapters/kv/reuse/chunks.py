@@ -159,7 +159,8 @@ def tokens(ids: Any, name: str) -> Tensor:
     ids = ids[None] if ids.ndim == 1 else ids
     if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:
         raise ValueError(f"{name} must be [1, n] or [n] token ids of one sample, got {tuple(ids.shape)}")
-    return ids.long()
+    found: Tensor = ids.long()
+    return found
 
 
 def compute(host: CacheHost, ids: Tensor, behind: list[int]) -> tuple[tuple[Tensor, Tensor], ...]:
