@@ -123,7 +123,7 @@ def _moved(host: CacheHost, parts: Sequence[Chunk | Tensor]) -> Joined:
             n = _ids(part).shape[1]
             if isinstance(part, Chunk):
                 keys, values = part.rows[i]
-                if part.first != place:
+                if part.first != place:  # where it was computed it stays as it is
                     if (kind, device) not in tables:
                         tables[kind, device] = _tables(embedding, kind, total, device)
                     cos, sin = tables[kind, device]

@@ -92,6 +92,7 @@ class ChunkStore:
         text, behind = ids[0].tolist(), self._behind
         name = hashlib.sha256(repr((behind, text)).encode()).hexdigest()[:32]
         if name not in self._chunks:
+            # A name may be another's by chance or by hand, so that the file says again which tokens it is of.
             path = None if self.folder is None else self.folder / f"{name}.safetensors"
             if path is not None and path.is_file():
                 self._chunks[name] = self._read(path, ids)
