@@ -144,7 +144,7 @@ class Unpacking:
 
     def _of_empty(self, kind: str, inner: Any, given: Any) -> Any:
         """A part of the empty cache, with the rows that it is to hold."""
-        found = self.store if kind == "store" else given
+        found: Any = self.store if kind == "store" else given
         if found is None or (kind == "shelf" and not isinstance(found, Shelf)):
             raise ValueError(f"the file refers to a {kind} that an empty cache does not have")
         if kind == "shelf":

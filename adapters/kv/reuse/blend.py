@@ -20,7 +20,7 @@ from tokred.adapters.kv.reuse.chunks import Chunk, forward, host_of, refusal, to
 from tokred.adapters.kv.reuse.fingerprint import described, differences, fingerprint
 from tokred.adapters.kv.reuse.joined import Joined, JoinedLayer, KnownError
 from tokred.adapters.kv.reuse.layers import device_of, plain_cache
-from tokred.adapters.kv.rope import layer_type_of, supplies_rope
+from tokred.adapters.kv.rope import layer_type_of, turned_channels
 from tokred.errors import TokredError
 from tokred.kv.blend import Blend, chosen, count_of, deviation, moved, visible
 
@@ -102,9 +102,10 @@ def _check(host: CacheHost, parts: Sequence[Chunk | Tensor]) -> None:
             "attn_implementation='sdpa' or 'eager'"
         )
     for where, attention in host.attentions.values():
-        width = words.HEAD_WIDTH.part(attention)
-        if "rope" not in host.supplies or width is None or not supplies_rope(host.decoder, attention, int(width)):
-            raise refusal(host, f"keys of {where} cannot be moved to other positions by turning whole heads")
+        width = int(words.HEAD_WIDTH.part(attention) or 0)
+        turned = turned_channels(host.decoder, attention) if "rotation" in host.supplies else 0
+        if not 0 < turned <= width:
+            raise refusal(host, f"keys of {where} cannot be moved to other positions by turning channels in halves")
 
 
 def _moved(host: CacheHost, parts: Sequence[Chunk | Tensor]) -> Joined:
@@ -115,16 +116,18 @@ def _moved(host: CacheHost, parts: Sequence[Chunk | Tensor]) -> Joined:
     total = max(sum(_ids(p).shape[1] for p in parts), *(p.first + p.ids.shape[1] for p in known), 0)
     layers = []
     for i, (_, attention) in enumerate(host.attentions.values()):
-        device, rows, place = device_of(attention), [], 0
+        rows: list[tuple[Tensor, Tensor] | int] = []
+        device, place = device_of(attention), 0
         kind = layer_type_of(embedding, attention) if isinstance(embedding, nn.Module) else None
         for part in parts:
             n = _ids(part).shape[1]
             if isinstance(part, Chunk):
                 keys, values = part.rows[i]
-                if part.first != place:
+                if part.first != place:  # where it was computed it stays as it is
                     if (kind, device) not in tables:
                         tables[kind, device] = _tables(embedding, kind, total, device)
-                    old, new = (tuple(t[at : at + n] for t in tables[kind, device]) for at in (part.first, place))
+                    cos, sin = tables[kind, device]
+                    old, new = ((cos[at : at + n], sin[at : at + n]) for at in (part.first, place))
                     keys = moved(keys, old, new)
                 rows.append((keys, values))
             else:

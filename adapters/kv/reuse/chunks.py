@@ -92,6 +92,7 @@ class ChunkStore:
         text, behind = ids[0].tolist(), self._behind
         name = hashlib.sha256(repr((behind, text)).encode()).hexdigest()[:32]
         if name not in self._chunks:
+            # A name may be another's by chance or by hand, so that the file says again which tokens it is of.
             path = None if self.folder is None else self.folder / f"{name}.safetensors"
             if path is not None and path.is_file():
                 self._chunks[name] = self._read(path, ids)
@@ -159,7 +160,8 @@ def tokens(ids: Any, name: str) -> Tensor:
     ids = ids[None] if ids.ndim == 1 else ids
     if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:
         raise ValueError(f"{name} must be [1, n] or [n] token ids of one sample, got {tuple(ids.shape)}")
-    return ids.long()
+    found: Tensor = ids.long()
+    return found
 
 
 def compute(host: CacheHost, ids: Tensor, behind: list[int]) -> tuple[tuple[Tensor, Tensor], ...]:

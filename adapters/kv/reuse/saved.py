@@ -103,9 +103,9 @@ class Saved:
         self.path = Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(f"{self.path} is no file: give one that tokred.save_cache has written")
-        opened = importlib.import_module("safetensors").safe_open if safetensors() else None
+        safetensors()  # says what is missing
         try:
-            with opened(str(self.path), framework="pt") as file:
+            with importlib.import_module("safetensors").safe_open(str(self.path), framework="pt") as file:
                 self.known: dict[str, Any] = json.loads((file.metadata() or {})[_KEY])
                 number = self.known["format"]
                 self.count = len(list(file.keys()))
@@ -168,8 +168,7 @@ class Saved:
                 Unpacking(tensors, device, getattr(layer, "store", None)).unpacked(state, _state(layer))
                 for (_, state), layer, device in zip(rows, layers, devices, strict=True)
             ]
-            session = self.known["session"]
-            session = None if session is None else Unpacking(tensors, devices[0]).unpacked(session)
+            session: Any = Unpacking(tensors, devices[0]).unpacked(self.known["session"])
         except (KeyError, TypeError, IndexError) as error:
             raise ValueError(f"{self.path} does not fit this tokred {TOKRED}: {error!r}") from None
         if isinstance(cache, TokCache):

@@ -122,7 +122,8 @@ def shared(cache: TokCache, made: TokCache) -> TokCache:
             new[i] = SharedLayer(layer, made.engine)
         else:
             new[i] = copy.copy(layer)
-            new[i].__class__ = _widening(type(layer))
+            cls: type = type(layer)
+            new[i].__class__ = _widening(cls)
     made.engine.load(cache.engine.state())
     return made
 
