@@ -187,7 +187,7 @@ class MiKVShelf(CodedShelf):
 
     @property
     def newest(self) -> tuple[Tensor, Tensor]:
-        tails = [side.tail for side in self._sides]
+        tails: list[Any] = [side.tail for side in self._sides]
         if not self.complete and all(isinstance(tail, Rounded) and tail.fresh.count >= self._new for tail in tails):
             keys, values = (tail.fresh.rows[:, :, -self._new :] for tail in tails)
             return keys, values  # without restoring the others
@@ -198,7 +198,7 @@ class MiKVShelf(CodedShelf):
         self._round(site)
         if self.store.high_bits != 16:
             self._sides = tuple(
-                side._replace(tail=Rounded.of(side.tail, self.store.upper(side.tail.buffer), self._type))
+                side._replace(tail=Rounded.of(side.tail, self.store.upper(side.tail.buffer), self._type))  # type: ignore[arg-type]
                 for side in self._sides
             )
 
