@@ -142,7 +142,7 @@ class Chunk(NamedTuple):
         rows = rows.long().unsqueeze(-1)
         real = rows > 0
         keys = Piece.of(k, channels.long().unsqueeze(1), real, 1)
-        return cls(keys, Piece.of(v, rows, real, 2), (*k.shape, v.shape[-1]))  # type: ignore[arg-type]
+        return cls(keys, Piece.of(v, rows, real, 2), (*k.shape, v.shape[-1]))
 
     def restored(self, which: int, dtype: torch.dtype) -> Tensor:
         """``[Hk, n, D]``: keys or values."""
