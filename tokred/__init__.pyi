@@ -2,9 +2,11 @@
 
 from tokred import bench, eval, kv, learn, methods
 from tokred.adapters.contract import cache_kwargs
+from tokred.adapters.kv.reuse.chunks import ChunkStore
 from tokred.analysis import viz
 from tokred.analysis.calibrate import calibrate
 from tokred.analysis.explain import Explanation, explain
+from tokred.analysis.information import horizon
 from tokred.analysis.tsp_layer import choose_tsp_layer
 from tokred.api import (
     Flops,
@@ -61,7 +63,9 @@ from tokred.methods.diffusion.tomesd import ToMeSD
 from tokred.methods.diffusion.vidtome import VidToMe
 from tokred.methods.encoder.algm import ALGM
 from tokred.methods.encoder.ats import ATS
+from tokred.methods.encoder.cropr import Cropr
 from tokred.methods.encoder.downsample import Downsample
+from tokred.methods.encoder.dtem import DTEM
 from tokred.methods.encoder.dynamicvit import DynamicViT
 from tokred.methods.encoder.evit import EViT
 from tokred.methods.encoder.kth import KthMerge
@@ -97,12 +101,16 @@ from tokred.methods.kv.limited import Limited
 from tokred.methods.kv.lukv import LUKV
 from tokred.methods.kv.mikv import MiKV
 from tokred.methods.kv.mustafar import Mustafar
+from tokred.methods.kv.nsnquant import NSNQuant
 from tokred.methods.kv.observed_attention import ObservedAttention
+from tokred.methods.kv.offloaded import Offloaded
 from tokred.methods.kv.pyramidkv import PyramidKV
 from tokred.methods.kv.random_evict import RandomEvict
+from tokred.methods.kv.rdkv import RDKV
 from tokred.methods.kv.rkv import RKV
 from tokred.methods.kv.rotated import Oscar, Turbo
 from tokred.methods.kv.rpc import RPC
+from tokred.methods.kv.shadowkv import ShadowKV
 from tokred.methods.kv.snapkv import SnapKV
 from tokred.methods.kv.squeezeattention import SqueezeAttention
 from tokred.methods.kv.streaming_llm import StreamingLLM
@@ -124,6 +132,8 @@ from tokred.methods.vlm.hired import HiRED
 from tokred.methods.vlm.holitom import HoliTom, HoliTomLayer
 from tokred.methods.vlm.prumerge import PruMerge, PruMergePlus
 from tokred.methods.vlm.pyramiddrop import PyramidDrop
+from tokred.methods.vlm.random_deep import RandomDeep
+from tokred.methods.vlm.restore import Restore
 from tokred.methods.vlm.saint_vlm import SAINTLayer, SAINTVisual
 from tokred.methods.vlm.sparsevlm import SparseVLM
 from tokred.methods.vlm.topv import TopV
@@ -133,7 +143,9 @@ from tokred.methods.vlm.visionzip import VisionZip
 from tokred.methods.vlm.vispruner import VisPruner
 from tokred.methods.vlm.visual_baselines import DownsampleVisual, RandomVisual, UniformFrames, UniformVisual
 from tokred.methods.vlm.vscan import VScan, VScanLayer
+from tokred.patch import change
 from tokred.settings import load, make, push_to_hub, save
+from tokred.settings.caches import blend, load_cache, save_cache, share_prefix
 from tokred.tuning.run import tune
 
 __version__: str
@@ -143,6 +155,7 @@ __all__ = [
     "ATS",
     "CAKE",
     "CAT",
+    "DTEM",
     "EVS",
     "H2O",
     "IBTM",
@@ -150,6 +163,7 @@ __all__ = [
     "LTP",
     "LUKV",
     "PPT",
+    "RDKV",
     "RKV",
     "RPC",
     "SAINT",
@@ -166,7 +180,9 @@ __all__ = [
     "CAToMe",
     "CDPruner",
     "CacheReport",
+    "ChunkStore",
     "CriticalKV",
+    "Cropr",
     "DivPrune",
     "Downsample",
     "DownsampleVisual",
@@ -201,10 +217,12 @@ __all__ = [
     "MissingInputError",
     "MovedWarning",
     "Mustafar",
+    "NSNQuant",
     "Nemotron",
     "NothingRecordedError",
     "NothingRemovedWarning",
     "ObservedAttention",
+    "Offloaded",
     "Oscar",
     "PiToMe",
     "Place",
@@ -213,6 +231,7 @@ __all__ = [
     "PruMergePlus",
     "PyramidDrop",
     "PyramidKV",
+    "RandomDeep",
     "RandomEvict",
     "RandomLatentPrune",
     "RandomMerge",
@@ -220,9 +239,11 @@ __all__ = [
     "RandomVisual",
     "Reduction",
     "Report",
+    "Restore",
     "SAINTLayer",
     "SAINTVisual",
     "SettingWarning",
+    "ShadowKV",
     "Site",
     "SnapKV",
     "SpAtten",
@@ -263,18 +284,22 @@ __all__ = [
     "apply",
     "bench",
     "benchmark",
+    "blend",
     "cache_kwargs",
     "calibrate",
+    "change",
     "choose_tsp_layer",
     "eval",
     "explain",
     "flops",
     "from_dict",
+    "horizon",
     "kv",
     "kv_cache",
     "learn",
     "list_methods",
     "load",
+    "load_cache",
     "losses",
     "make",
     "methods",
@@ -286,6 +311,8 @@ __all__ = [
     "remove",
     "report",
     "save",
+    "save_cache",
+    "share_prefix",
     "supports",
     "trace",
     "tune",
