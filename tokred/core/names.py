@@ -52,6 +52,7 @@ MethodName = Literal[
     "offloaded",
     "oscar",
     "pitome",
+    "pixelprune",
     "ppt",
     "prumerge",
     "prumerge_plus",
