@@ -71,6 +71,7 @@ from tokred.methods.encoder.evit import EViT
 from tokred.methods.encoder.kth import KthMerge
 from tokred.methods.encoder.ltp import LTP
 from tokred.methods.encoder.pitome import PiToMe
+from tokred.methods.encoder.pixelprune import PixelPrune
 from tokred.methods.encoder.ppt import PPT
 from tokred.methods.encoder.random import RandomMerge, RandomPrune
 from tokred.methods.encoder.saint import SAINT
@@ -225,6 +226,7 @@ __all__ = [
     "Offloaded",
     "Oscar",
     "PiToMe",
+    "PixelPrune",
     "Place",
     "PluginWarning",
     "PruMerge",

@@ -56,6 +56,7 @@ MethodName = Literal[
     "offloaded",
     "oscar",
     "pitome",
+    "pixelprune",
     "ppt",
     "prumerge",
     "prumerge_plus",

@@ -23,6 +23,7 @@ TARGETS = {
     "vomix": "tokred.methods.encoder.vomix:VoMix",
     "zero_tprune": "tokred.methods.encoder.zero_tprune:ZeroTPrune",
     "ats": "tokred.methods.encoder.ats:ATS",
+    "pixelprune": "tokred.methods.encoder.pixelprune:PixelPrune",
     "ppt": "tokred.methods.encoder.ppt:PPT",
     "tofu": "tokred.methods.encoder.tofu:ToFu",
     "saint": "tokred.methods.encoder.saint:SAINT",
