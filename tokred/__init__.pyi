@@ -123,6 +123,7 @@ from tokred.methods.vlm.flashvid import FlashVID
 from tokred.methods.vlm.hired import HiRED
 from tokred.methods.vlm.holitom import HoliTom, HoliTomLayer
 from tokred.methods.vlm.prumerge import PruMerge, PruMergePlus
+from tokred.methods.vlm.prunevid import PruneVid
 from tokred.methods.vlm.pyramiddrop import PyramidDrop
 from tokred.methods.vlm.saint_vlm import SAINTLayer, SAINTVisual
 from tokred.methods.vlm.sparsevlm import SparseVLM
@@ -211,6 +212,7 @@ __all__ = [
     "PluginWarning",
     "PruMerge",
     "PruMergePlus",
+    "PruneVid",
     "PyramidDrop",
     "PyramidKV",
     "RandomEvict",

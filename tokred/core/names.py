@@ -55,6 +55,7 @@ MethodName = Literal[
     "ppt",
     "prumerge",
     "prumerge_plus",
+    "prunevid",
     "pyramiddrop",
     "pyramidkv",
     "random",
