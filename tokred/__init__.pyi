@@ -2,9 +2,11 @@
 
 from tokred import bench, eval, kv, learn, methods
 from tokred.adapters.contract import cache_kwargs
+from tokred.adapters.kv.reuse.chunks import ChunkStore
 from tokred.analysis import viz
 from tokred.analysis.calibrate import calibrate
 from tokred.analysis.explain import Explanation, explain
+from tokred.analysis.information import horizon
 from tokred.analysis.tsp_layer import choose_tsp_layer
 from tokred.api import (
     Flops,
@@ -61,6 +63,7 @@ from tokred.methods.diffusion.tomesd import ToMeSD
 from tokred.methods.diffusion.vidtome import VidToMe
 from tokred.methods.encoder.algm import ALGM
 from tokred.methods.encoder.ats import ATS
+from tokred.methods.encoder.cropr import Cropr
 from tokred.methods.encoder.downsample import Downsample
 from tokred.methods.encoder.dynamicvit import DynamicViT
 from tokred.methods.encoder.evit import EViT
@@ -97,12 +100,15 @@ from tokred.methods.kv.limited import Limited
 from tokred.methods.kv.lukv import LUKV
 from tokred.methods.kv.mikv import MiKV
 from tokred.methods.kv.mustafar import Mustafar
+from tokred.methods.kv.nsnquant import NSNQuant
 from tokred.methods.kv.observed_attention import ObservedAttention
+from tokred.methods.kv.offloaded import Offloaded
 from tokred.methods.kv.pyramidkv import PyramidKV
 from tokred.methods.kv.random_evict import RandomEvict
 from tokred.methods.kv.rkv import RKV
 from tokred.methods.kv.rotated import Oscar, Turbo
 from tokred.methods.kv.rpc import RPC
+from tokred.methods.kv.shadowkv import ShadowKV
 from tokred.methods.kv.snapkv import SnapKV
 from tokred.methods.kv.squeezeattention import SqueezeAttention
 from tokred.methods.kv.streaming_llm import StreamingLLM
@@ -125,6 +131,8 @@ from tokred.methods.vlm.holitom import HoliTom, HoliTomLayer
 from tokred.methods.vlm.prumerge import PruMerge, PruMergePlus
 from tokred.methods.vlm.prunevid import PruneVid
 from tokred.methods.vlm.pyramiddrop import PyramidDrop
+from tokred.methods.vlm.random_deep import RandomDeep
+from tokred.methods.vlm.restore import Restore
 from tokred.methods.vlm.saint_vlm import SAINTLayer, SAINTVisual
 from tokred.methods.vlm.sparsevlm import SparseVLM
 from tokred.methods.vlm.topv import TopV
@@ -135,6 +143,7 @@ from tokred.methods.vlm.vispruner import VisPruner
 from tokred.methods.vlm.visual_baselines import DownsampleVisual, RandomVisual, UniformFrames, UniformVisual
 from tokred.methods.vlm.vscan import VScan, VScanLayer
 from tokred.settings import load, make, push_to_hub, save
+from tokred.settings.caches import blend, load_cache, save_cache
 from tokred.tuning.run import tune
 
 __version__: str
@@ -167,7 +176,9 @@ __all__ = [
     "CAToMe",
     "CDPruner",
     "CacheReport",
+    "ChunkStore",
     "CriticalKV",
+    "Cropr",
     "DivPrune",
     "Downsample",
     "DownsampleVisual",
@@ -202,10 +213,12 @@ __all__ = [
     "MissingInputError",
     "MovedWarning",
     "Mustafar",
+    "NSNQuant",
     "Nemotron",
     "NothingRecordedError",
     "NothingRemovedWarning",
     "ObservedAttention",
+    "Offloaded",
     "Oscar",
     "PiToMe",
     "Place",
@@ -215,6 +228,7 @@ __all__ = [
     "PruneVid",
     "PyramidDrop",
     "PyramidKV",
+    "RandomDeep",
     "RandomEvict",
     "RandomLatentPrune",
     "RandomMerge",
@@ -222,9 +236,11 @@ __all__ = [
     "RandomVisual",
     "Reduction",
     "Report",
+    "Restore",
     "SAINTLayer",
     "SAINTVisual",
     "SettingWarning",
+    "ShadowKV",
     "Site",
     "SnapKV",
     "SpAtten",
@@ -265,6 +281,7 @@ __all__ = [
     "apply",
     "bench",
     "benchmark",
+    "blend",
     "cache_kwargs",
     "calibrate",
     "choose_tsp_layer",
@@ -272,11 +289,13 @@ __all__ = [
     "explain",
     "flops",
     "from_dict",
+    "horizon",
     "kv",
     "kv_cache",
     "learn",
     "list_methods",
     "load",
+    "load_cache",
     "losses",
     "make",
     "methods",
@@ -288,6 +307,7 @@ __all__ = [
     "remove",
     "report",
     "save",
+    "save_cache",
     "supports",
     "trace",
     "tune",

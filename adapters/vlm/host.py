@@ -16,6 +16,7 @@ from tokred.adapters.host import Host, State
 from tokred.adapters.kv.host import match as match_language
 from tokred.adapters.kv.host import refusal as cache_refusal
 from tokred.adapters.swap import host_class
+from tokred.adapters.vlm.calibration import supplies_calibration
 from tokred.adapters.vlm.decoder_layers import LayerList
 from tokred.adapters.vlm.decoder_layers import body as list_body
 from tokred.adapters.vlm.families import (
@@ -297,6 +298,8 @@ def _match(model: nn.Module, stage: str) -> VisualHost | None:
     if len(layers) != len(found.attentions):
         raise cache_refusal(cls.__name__, "its decoder layers are not known")
     supplies = _supplies_layer(layers) if stage == "layer" else _supplies_projector(core, facts)
+    if stage == "projector" and supplies_calibration(language, facts):
+        supplies |= {"calibration"}
     return VisualHost(f"transformers {cls.__name__}", model, core, language, layers, facts, supplies, stage)
 
 

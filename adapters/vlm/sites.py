@@ -315,11 +315,13 @@ class Left(NamedTuple):
         gone: ``(B, L)`` bool, the columns that leave; None where none does.
         embeds: with merged tokens in the place of their representatives.
         dropped: how many leave, of each sample.
+        sizes: ``(B, L)`` float32, tokens that each visual one stands for, 0 on text; None: nobody asks.
     """
 
     gone: Tensor | None
     embeds: Tensor
     dropped: tuple[int, ...]
+    sizes: Tensor | None = None
 
 
 def without_newlines(left: Left, pictures: list[Shown], columns: Tensor) -> Left:
@@ -335,7 +337,7 @@ def without_newlines(left: Left, pictures: list[Shown], columns: Tensor) -> Left
             empty = gone[one.sample, where[:, :-1]].all(1)
             gone[one.sample, where[:, -1]] = empty
             dropped[one.sample] += int(empty.sum())
-    return Left(gone, left.embeds, tuple(dropped))
+    return left._replace(gone=gone, dropped=tuple(dropped))
 
 
 def with_last(left: Left, last: Tensor) -> Left:
@@ -348,7 +350,7 @@ def with_last(left: Left, last: Tensor) -> Left:
     assert left.gone is not None
     lost = left.gone.gather(1, last)
     dropped = tuple(n - back for n, back in zip(left.dropped, lost.squeeze(1).long().tolist(), strict=True))
-    return Left(left.gone.scatter(1, last, False), left.embeds, dropped)
+    return left._replace(gone=left.gone.scatter(1, last, False), dropped=dropped)
 
 
 def leave(left: Left, group: list[Place], columns: Tensor, site: VisualSite, step: Reduction, space: str) -> Left:
@@ -382,4 +384,7 @@ def leave(left: Left, group: list[Place], columns: Tensor, site: VisualSite, ste
     sizes = [step.slots] * len(group) if step.mask is None else step.mask.sum(1).tolist()
     for place, size in zip(group, sizes, strict=True):
         dropped[place.sample] += columns.shape[1] - int(size)
-    return Left(gone, embeds, tuple(dropped))
+    size = left.sizes
+    if size is not None:
+        size = size.index_put((samples, stays), step.sizes().float())
+    return Left(gone, embeds, tuple(dropped), size)

@@ -36,6 +36,7 @@ MERGING: dict[str, dict[str, Any] | None] = {
     "nemotron": None,
     "prumerge": None,
     "prumerge_plus": None,
+    "restore": None,
     "sparsevlm": {"layers": (0, 1), "budget": (0.5, 0.25), "recycle": 0.0},
     "visionzip": {"budget": 6, "contextual": 0},
     "vscan": None,
@@ -133,7 +134,7 @@ def test_hired_shares_its_budget_over_tiles(ignore):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", [n for n in NAMES if tokred.make(n).stage == "projector"])
+@pytest.mark.parametrize("name", [n for n in NAMES if tokred.make(n).stage == "projector" and n != "restore"])
 def test_positions_can_be_counted_anew(name, model):
     batch = tiny.prompts([[3, "image", 5]])
     settings = SOME[name]
