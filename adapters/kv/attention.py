@@ -150,7 +150,9 @@ def _attend(
     spec = call.spec
     if not layer.shelf.complete:
         # The store has more rows than it has handed over, and may know how to attend to all of them.
-        if _one(call, layer, query) and not (call.dropout or call.seat.latents) and call.sinks is None:
+        several = layer.shelf.several and spec.plain and layer.weights is None
+        known = (several or _one(call, layer, query)) and not call.seat.latents
+        if known and not call.dropout and call.sinks is None:
             padding = partial(_padding, spec, layer.seen)
             heads = layer.shelf.attend(Query(query, call.scaling, call.softcap, padding))
             if heads is not None:

@@ -296,7 +296,7 @@ def adopt(cache: Any, config: Any, policy: CachePolicy, compressed: tuple[int, .
         more = " that offloads its layers" if words.OFFLOADS.part(cache, False) else ""
         raise TypeError(
             f"rows cannot be evicted from a {kind}{more}: a policy whose store is {store.name!r} works on a "
-            f"DynamicCache{_others(store)}, or on none at all (then the model makes its own)"
+            f"DynamicCache{_others(store)}, or on none at all (then the model makes its own){_instead(cache)}"
         )
     seen = members.LENGTH.need(cache)()
     if seen > 0:
@@ -323,6 +323,15 @@ def _others(store: Store) -> str:
     """Kinds of caches beside the plain one, for a message."""
     found = sorted(store.replaces - {"plain"})
     return "".join(f" (or one that is {kind})" for kind in found)
+
+
+def _instead(cache: Any) -> str:
+    """What to do to hold rows as a caller's cache does, for a message."""
+    does = _does(cache)
+    return {
+        "quantised": "; to hold rows in few bits give the policy a store such as store='kivi'",
+        "offloaded": "; to hold rows in host memory give the policy store='offloaded'",
+    }.get(does, "")
 
 
 def _take_over(cache: TokCache, policy: CachePolicy, compressed: tuple[int, ...], store: Store) -> None:

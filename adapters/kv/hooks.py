@@ -31,6 +31,7 @@ from tokred.adapters.kv.latents import read
 from tokred.adapters.kv.layer import TokLayer
 from tokred.adapters.kv.repeat import repeat
 from tokred.adapters.kv.reuse.joined import Joined
+from tokred.adapters.kv.reuse.shared import check_mask
 from tokred.adapters.kv.rope import LayerRope
 from tokred.adapters.swap import Hook, Undo, host_class
 from tokred.core.learned import Learned
@@ -180,6 +181,7 @@ class EnterDecoder(Hook):
         _check_mask(words.ATTENTION_MASK.of(given))
         cache = self.settings.cache() if cache is None else self.settings.adopt(cache)
         _check_length(words.ATTENTION_MASK.of(given), given, cache)
+        check_mask(cache, words.ATTENTION_MASK.of(given))
         _check_chunk(given, self.settings.policy)
         cache.begin()
         cache.account(_new(given)[0], self.settings.config)
