@@ -2,9 +2,11 @@
 
 from tokred import bench, eval, kv, learn, methods
 from tokred.adapters.contract import cache_kwargs
+from tokred.adapters.kv.reuse.chunks import ChunkStore
 from tokred.analysis import viz
 from tokred.analysis.calibrate import calibrate
 from tokred.analysis.explain import Explanation, explain
+from tokred.analysis.information import horizon
 from tokred.analysis.tsp_layer import choose_tsp_layer
 from tokred.api import (
     Flops,
@@ -99,12 +101,15 @@ from tokred.methods.kv.limited import Limited
 from tokred.methods.kv.lukv import LUKV
 from tokred.methods.kv.mikv import MiKV
 from tokred.methods.kv.mustafar import Mustafar
+from tokred.methods.kv.nsnquant import NSNQuant
 from tokred.methods.kv.observed_attention import ObservedAttention
+from tokred.methods.kv.offloaded import Offloaded
 from tokred.methods.kv.pyramidkv import PyramidKV
 from tokred.methods.kv.random_evict import RandomEvict
 from tokred.methods.kv.rkv import RKV
 from tokred.methods.kv.rotated import Oscar, Turbo
 from tokred.methods.kv.rpc import RPC
+from tokred.methods.kv.shadowkv import ShadowKV
 from tokred.methods.kv.snapkv import SnapKV
 from tokred.methods.kv.squeezeattention import SqueezeAttention
 from tokred.methods.kv.streaming_llm import StreamingLLM
@@ -114,22 +119,29 @@ from tokred.methods.kv.zeromerge import ZeroMerge
 from tokred.methods.vlm.cat import CAT
 from tokred.methods.vlm.cdpruner import CDPruner
 from tokred.methods.vlm.divprune import DivPrune
+from tokred.methods.vlm.evs import EVS
 from tokred.methods.vlm.fastervlm import FasterVLM
 from tokred.methods.vlm.fastkv import FastKV
 from tokred.methods.vlm.fastv import FastV
 from tokred.methods.vlm.flash_vl import FlashVL, Nemotron
 from tokred.methods.vlm.hired import HiRED
+from tokred.methods.vlm.holitom import HoliTom, HoliTomLayer
 from tokred.methods.vlm.prumerge import PruMerge, PruMergePlus
 from tokred.methods.vlm.pyramiddrop import PyramidDrop
+from tokred.methods.vlm.random_deep import RandomDeep
+from tokred.methods.vlm.restore import Restore
 from tokred.methods.vlm.saint_vlm import SAINTLayer, SAINTVisual
 from tokred.methods.vlm.sparsevlm import SparseVLM
 from tokred.methods.vlm.topv import TopV
+from tokred.methods.vlm.vcast import VCAST
+from tokred.methods.vlm.vidcom2 import VidCom2
 from tokred.methods.vlm.visionzip import VisionZip
 from tokred.methods.vlm.vispruner import VisPruner
-from tokred.methods.vlm.visual_baselines import DownsampleVisual, RandomVisual, UniformVisual
+from tokred.methods.vlm.visual_baselines import DownsampleVisual, RandomVisual, UniformFrames, UniformVisual
 from tokred.methods.vlm.vscan import VScan, VScanLayer
 from tokred.patch import change
 from tokred.settings import load, make, push_to_hub, save
+from tokred.settings.caches import blend, load_cache, save_cache
 from tokred.tuning.run import tune
 
 __version__: str
@@ -140,6 +152,7 @@ __all__ = [
     "CAKE",
     "CAT",
     "DTEM",
+    "EVS",
     "H2O",
     "IBTM",
     "KIVI",
@@ -151,6 +164,7 @@ __all__ = [
     "SAINT",
     "SDTM",
     "TOVA",
+    "VCAST",
     "VTM",
     "AdaKV",
     "AsymRnR",
@@ -161,6 +175,7 @@ __all__ = [
     "CAToMe",
     "CDPruner",
     "CacheReport",
+    "ChunkStore",
     "CriticalKV",
     "Cropr",
     "DivPrune",
@@ -177,6 +192,8 @@ __all__ = [
     "FlashVL",
     "Flops",
     "HiRED",
+    "HoliTom",
+    "HoliTomLayer",
     "KNorm",
     "KVPolicy",
     "KVzap",
@@ -192,10 +209,12 @@ __all__ = [
     "MissingInputError",
     "MovedWarning",
     "Mustafar",
+    "NSNQuant",
     "Nemotron",
     "NothingRecordedError",
     "NothingRemovedWarning",
     "ObservedAttention",
+    "Offloaded",
     "Oscar",
     "PiToMe",
     "Place",
@@ -204,6 +223,7 @@ __all__ = [
     "PruMergePlus",
     "PyramidDrop",
     "PyramidKV",
+    "RandomDeep",
     "RandomEvict",
     "RandomLatentPrune",
     "RandomMerge",
@@ -211,9 +231,11 @@ __all__ = [
     "RandomVisual",
     "Reduction",
     "Report",
+    "Restore",
     "SAINTLayer",
     "SAINTVisual",
     "SettingWarning",
+    "ShadowKV",
     "Site",
     "SnapKV",
     "SpAtten",
@@ -234,6 +256,7 @@ __all__ = [
     "TopV",
     "TriAttention",
     "Turbo",
+    "UniformFrames",
     "UniformVisual",
     "UnknownMethodError",
     "UnknownModelError",
@@ -241,6 +264,7 @@ __all__ = [
     "UntestedVersionWarning",
     "VScan",
     "VScanLayer",
+    "VidCom2",
     "VidToMe",
     "VisPruner",
     "VisionZip",
@@ -252,6 +276,7 @@ __all__ = [
     "apply",
     "bench",
     "benchmark",
+    "blend",
     "cache_kwargs",
     "calibrate",
     "change",
@@ -260,11 +285,13 @@ __all__ = [
     "explain",
     "flops",
     "from_dict",
+    "horizon",
     "kv",
     "kv_cache",
     "learn",
     "list_methods",
     "load",
+    "load_cache",
     "losses",
     "make",
     "methods",
@@ -276,6 +303,7 @@ __all__ = [
     "remove",
     "report",
     "save",
+    "save_cache",
     "supports",
     "trace",
     "tune",

@@ -78,8 +78,9 @@ def apply(
     Args:
         model: a supported model, a module that holds one (a classifier around a backbone), or a pipeline of
             diffusers, whose denoiser is patched.
-        method: a method's name or class, with its parameters as keywords; a method object; its ``to_dict()``; a folder
-            that :func:`tokred.save` wrote; or a list of these.
+        method: a method's name or class, with its parameters as keywords; a setting as text, as on the command line
+            (``"divprune budget=64 + fastv layer=2"``); a method object; its ``to_dict()``; a folder that
+            :func:`tokred.save` wrote; or a list of these.
         where: ``where(name, block) -> bool`` restricts the method to some blocks. None: all, or those that a loaded
             setting was saved with; the same holds for ``expose`` and ``windows`` at ``"auto"``.
         expose: which blocks return the full length again: ``"auto"`` the last one where the model's head pools over all

@@ -246,7 +246,7 @@ class Croppers(nn.Module):
             return logits.softmax(-1) @ x
 
     def forward(self, block: int, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What the head of a block says: ``(B, M, K)`` float32 of tokens ``(B, N, C)``."""
+        """Answers of the head of a block: ``(B, M, K)`` float32 of tokens ``(B, N, C)``."""
         said: Tensor = self.heads[block](self.gathered(block, x, mask))
         return said
 
