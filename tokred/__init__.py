@@ -58,7 +58,7 @@ from tokred.errors import (
 )
 from tokred.patch import change
 from tokred.settings import load, make, push_to_hub, save
-from tokred.settings.caches import blend, load_cache, save_cache
+from tokred.settings.caches import blend, load_cache, save_cache, share_prefix
 
 __version__ = _versions.TOKRED
 
@@ -133,6 +133,7 @@ __all__ = [
     "report",
     "save",
     "save_cache",
+    "share_prefix",
     "supports",
     "trace",
 ]
