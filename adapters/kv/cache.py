@@ -236,7 +236,7 @@ def make_cache(config: Any, policy: CachePolicy, compressed: tuple[int, ...], la
     """An empty cache for a model.
 
     Args:
-        config: of the decoder.
+        config: of the decoder, or how many layers that keep rows it has.
         policy: what happens to its rows.
         compressed: the layers that the policy acts on.
         layout: how rows lie: ``"auto"``, as the policy's store says; ``"rectangle"``, with empty rows where heads or
@@ -253,9 +253,19 @@ def make_cache(config: Any, policy: CachePolicy, compressed: tuple[int, ...], la
         raise ValueError(
             f"layout is {layout!r}, but the policy's store {store.name!r} has a form of its own: leave it out"
         )
-    cache = TokCache(**{words.CONFIG.name: config})
+    cache = TokCache()
+    words.LAYERS.set(cache, _empty(config))
+    members.LAYER_CLASS.set(cache, None)
     _take_over(cache, policy, compressed, _LAYOUTS.get(layout, store))
     return cache
+
+
+def _empty(config: Any) -> list[Any]:
+    """Layers of a cache of transformers' own, see :func:`make_cache`."""
+    if not isinstance(config, int):
+        return words.LAYERS.need(DynamicCache(**{words.CONFIG.name: config}))  # type: ignore[no-any-return]
+    kind = members.LAYER_CLASS.need(DynamicCache())
+    return [kind() for _ in range(config)]
 
 
 def layout_of(cache: TokCache) -> str:
@@ -292,7 +302,7 @@ def adopt(cache: Any, config: Any, policy: CachePolicy, compressed: tuple[int, .
         raise ValueError(
             f"the cache holds {seen} tokens that {policy.name or 'the policy'} has not seen: start from an empty one"
         )
-    words.LAYERS.set(cache, words.LAYERS.need(DynamicCache(**{words.CONFIG.name: config})))
+    words.LAYERS.set(cache, _empty(config))
     members.LAYER_CLASS.set(cache, None)
     words.OFFLOADS.set(cache, False)  # the store does what it was asked for
     cache.__class__ = TokCache

@@ -35,7 +35,7 @@ class Query(NamedTuple):
     """One query of every sample, asked of all rows of a layer, none of which lies ahead of it.
 
     Attributes:
-        q: ``[B, H, 1, D]``.
+        q: ``[B, H, 1, D]``; of shelves that take several ``[B, H, M, D]``, of the newest ``M`` rows in order.
         scale, softcap: of the logits; None: ``D ** -0.5``, and no cap.
         padding: takes a number of newest slots, and gives ``[B, count]`` bool, False on padding; None: all are tokens.
     """
@@ -118,7 +118,12 @@ class Shelf(ABC):
 
     What holds tensors holds them as attributes, or in tuples and lists of attributes: then :attr:`tensors`,
     :meth:`snapshot` and :meth:`restore` need not be written again, as long as no tensor is changed in place.
+
+    Attributes:
+        several: whether :meth:`attend` takes several queries of each sample.
     """
+
+    several: ClassVar[bool] = False
 
     # ------------------------------------------------------------------ rows, as a rectangle
 
