@@ -56,6 +56,7 @@ from tokred.errors import (
     UnsupportedModelError,
     UntestedVersionWarning,
 )
+from tokred.patch import change
 from tokred.settings import load, make, push_to_hub, save
 from tokred.settings.caches import blend, load_cache, save_cache, share_prefix
 
@@ -112,6 +113,7 @@ __all__ = [
     "applied",
     "apply",
     "blend",
+    "change",
     "explain",
     "flops",
     "from_dict",

@@ -55,6 +55,7 @@ class CacheSettings(State, Undo):
     """
 
     stage = "cache"
+    crosses = False  # whether rows are those of an encoder
 
     def __init__(self, policy: CachePolicy, config: Any, compressed: tuple[int, ...], implementation: str) -> None:
         self.policy = policy
@@ -123,7 +124,18 @@ class CacheSettings(State, Undo):
 
     def cache(self, layout: str = "auto") -> TokCache:
         """An empty cache that holds its rows as ``layout`` says."""
-        return make_cache(self.config, self.policy, self.compressed, layout)
+        return make_cache(self.shape, self.policy, self.compressed, layout)
+
+    def planned(self, layout: str, prompt: int | None, steps: int | None) -> Any:
+        """An empty cache that knows what is to come, see :func:`tokred.kv_cache`."""
+        cache = self.cache(layout)
+        cache.engine.prompt, cache.engine.steps = prompt, steps
+        return cache
+
+    @property
+    def shape(self) -> Any:
+        """The decoder's configuration, which says what layers a cache has, or their number."""
+        return self.config
 
     @property
     def method(self) -> CachePolicy:
@@ -139,7 +151,7 @@ class CacheSettings(State, Undo):
 
     def adopt(self, cache: Any) -> TokCache:
         """The caller's cache, made ours; raises as :func:`tokred.adapters.kv.cache.adopt`."""
-        return adopt(cache, self.config, self.policy, self.compressed)
+        return adopt(cache, self.shape, self.policy, self.compressed)
 
 
 class EnterDecoder(Hook):

@@ -26,6 +26,7 @@ ABILITIES = {
     "ragged": "hold different numbers of rows in heads or samples",
     "tight": "hold uneven heads without empty rows",
     "crop": "take the newest rows back",
+    "levels": "hold every row in the bits that it was given",
     "attend": "answer a query without unpacking",
 }
 
@@ -74,6 +75,11 @@ class Store(Part):
         Raises:
             ValueError: for example, the head size cannot be packed.
         """
+
+    def objection(self, parts: Any) -> str:
+        """Why the rows of a policy made of ``parts`` (:class:`tokred.kv.policy.Parts`) cannot be held so; empty: they
+        can, as far as :attr:`can` goes."""
+        return ""
 
     def hint(self, lacking: frozenset[str]) -> str:
         """The end of a refusal: what to do where a host does not supply ``lacking`` of :attr:`reads`."""
