@@ -79,6 +79,7 @@ MethodName = Literal[
     "tinychart",
     "todo",
     "tofu",
+    "tokenselect",
     "tokentm",
     "toma",
     "tome",

@@ -43,6 +43,7 @@ from tokred.kv.stores import (
     Rectangle,
     ShadowKV,
     Store,
+    TokenSelect,
     Turbo,
 )
 
@@ -99,6 +100,7 @@ __all__ = [
     "Squeeze",
     "Store",
     "Threshold",
+    "TokenSelect",
     "Trigonometric",
     "Turbo",
     "Uniform",
