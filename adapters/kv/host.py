@@ -235,7 +235,10 @@ def match(model: nn.Module, *, decodes: bool = False, bounded: bool = False, sta
             raise refusal(name, why)
         return None
     if words.BOTH.part(config, False):
-        raise refusal(name, "it is an encoder with a decoder, whose two caches are not supported yet")
+        raise refusal(
+            name,
+            "it is an encoder with a decoder, and no cross-attention of a known kind",
+        )
     from tokred.adapters.kv.rehearsal import Rehearsal
 
     # A model with vision keeps what describes its decoder in a configuration of its own, inside.
@@ -246,7 +249,7 @@ def match(model: nn.Module, *, decodes: bool = False, bounded: bool = False, sta
         raise refusal(name, odd)
     modules, sources = _attentions(model, text), owners(kinds, text)
     found = {i: one for i, one in modules.items() if i >= len(kinds) or kinds[i] in ROWS}
-    decoder = _decoder(model, found) if found else model
+    decoder = decoder_of(model, found) if found else model
     rehearsal = Rehearsal(text, words.ROTARY.part(decoder))
     # Some models use the attention function and do not say so.
     if not found or not (exchanges_attention(model) or all(rehearsal.heard(m) for _, m in found.values())):
@@ -321,13 +324,14 @@ def _attentions(model: Any, text: Any) -> dict[int, tuple[str, nn.Module]]:
         if (
             terms.ATTENTION.name in host_class(module).__name__
             and isinstance(index, int)
+            and name.rpartition(".")[2] not in members.CROSS_ATTENTION.names
             and words.CONFIG.part(module) is text
         ):
             found[index] = (name, module)
     return {i: found[i] for i in sorted(found)}
 
 
-def _decoder(model: Any, found: dict[int, tuple[str, nn.Module]]) -> nn.Module:
+def decoder_of(model: Any, found: dict[int, tuple[str, nn.Module]]) -> nn.Module:
     """The innermost pretrained model around the attention modules."""
     first = next(iter(found.values()))[0]
     names = {c.__name__: c for c in host_class(model).__mro__}

@@ -24,6 +24,7 @@ from tokred.kv.budgets import (
     Squeeze,
     Threshold,
     Uniform,
+    Water,
 )
 from tokred.kv.fates import Evict, Merge
 from tokred.kv.fitting import Fit
@@ -45,6 +46,7 @@ from tokred.kv.stores import (
     Store,
     TokenSelect,
     Turbo,
+    Zones,
 )
 
 __all__ = [
@@ -104,8 +106,11 @@ __all__ = [
     "Trigonometric",
     "Turbo",
     "Uniform",
+    "Water",
     "When",
     "Window",
+    "WindowSum",
+    "Zones",
 ]
 
 

@@ -14,6 +14,7 @@ from tokred.kv.stores.rotated import Oscar, Turbo
 from tokred.kv.stores.shadow import ShadowKV
 from tokred.kv.stores.store import ABILITIES, Query, Shelf, Store
 from tokred.kv.stores.tokenselect import TokenSelect
+from tokred.kv.stores.zones import Zones
 
 __all__ = [
     "ABILITIES",
@@ -32,4 +33,5 @@ __all__ = [
     "Store",
     "TokenSelect",
     "Turbo",
+    "Zones",
 ]

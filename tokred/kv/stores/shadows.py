@@ -111,6 +111,10 @@ class Shadow(NamedTuple):
     local_values: Tensor
     values: Tensor
 
+    def to_file(self) -> dict[str, object]:
+        """Fields by their names, for a file."""
+        return dict(zip(self._fields, self, strict=True))
+
     @classmethod
     def of(cls, store: ShadowKV, keys: Tensor, values: Tensor, angle: Tensor) -> Shadow:
         """The shadow of rows ``[B, Hk, N, D]``, whose row ``i`` is at position ``i``."""
@@ -143,6 +147,14 @@ class Shadow(NamedTuple):
         if held.is_cuda and store.offload:
             torch.cuda.current_stream(held.device).synchronize()  # nobody asks later whether they have arrived
         return made
+
+    @classmethod
+    def from_file(cls, store: ShadowKV, values: Tensor, **rest: Tensor) -> Shadow:
+        """A shadow of a file, whose tensors are on the device where the layer runs."""
+        away = in_host_memory(values) if store.offload else values
+        if values.is_cuda and store.offload:
+            torch.cuda.current_stream(values.device).synchronize()  # nobody asks later whether they have arrived
+        return cls(store=store, values=away, **rest)
 
     # ------------------------------------------------------------------ one query
 
