@@ -34,7 +34,7 @@ from tokred.bench import results, timing
 from tokred.core.settings import parse_setting
 from tokred.kv import CacheSite
 
-STORES = ("shadowkv", "shadowkv offload=False")
+STORES = ("shadowkv", "shadowkv offload=False", "tokenselect", "tokenselect theta=2 positions=true")
 SHAPE = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "head_dim": 64, "vocab_size": 8192}
 
 

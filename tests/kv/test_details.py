@@ -264,6 +264,7 @@ OTHERS = (
     "turbo",
     "offloaded",
     "shadowkv",
+    "tokenselect",
     "nsnquant",
 )
 NAMES = [n for n in tokred.list_methods() if tokred.make(n).stage == "cache" and n not in OTHERS]

@@ -37,7 +37,9 @@ REFUSED = {
     "kvzip": "reads again",
     "rdkv": "bytes of their scales",
     "rpc": "generated rows alone",
-    **dict.fromkeys(("mikv", "mustafar", "nsnquant", "offloaded", "oscar", "shadowkv", "turbo"), "evicts nothing"),
+    **dict.fromkeys(
+        ("mikv", "mustafar", "nsnquant", "offloaded", "oscar", "shadowkv", "tokenselect", "turbo"), "evicts nothing"
+    ),
     "attention_matching": "which it reads again",
     "kvzap": "as many as score high",
     "lukv": "layers that keep more than the mean",

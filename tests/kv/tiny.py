@@ -79,7 +79,7 @@ class Scatter(CachePolicy):
 # leave between layers too; heads stream without a budget; a network scores rows, or a file has to be there; nothing is
 # evicted, or rounded too.
 APART = ("kvzip", "limited", "fastkv", "duoattention", "kvzap", "triattention", "lukv", "attention_matching")
-APART += ("kivi", "mikv", "mustafar", "nsnquant", "offloaded", "oscar", "shadowkv", "turbo", "rdkv")
+APART += ("kivi", "mikv", "mustafar", "nsnquant", "offloaded", "oscar", "shadowkv", "tokenselect", "turbo", "rdkv")
 POLICIES: dict[str, Any] = {
     name: tokred.make(name, **given) for name, given in examples("cache").items() if name not in APART
 }

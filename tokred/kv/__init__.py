@@ -44,6 +44,7 @@ from tokred.kv.stores import (
     Rectangle,
     ShadowKV,
     Store,
+    TokenSelect,
     Turbo,
     Zones,
 )
@@ -101,6 +102,7 @@ __all__ = [
     "Squeeze",
     "Store",
     "Threshold",
+    "TokenSelect",
     "Trigonometric",
     "Turbo",
     "Uniform",
