@@ -65,11 +65,13 @@ from tokred.methods.encoder.algm import ALGM
 from tokred.methods.encoder.ats import ATS
 from tokred.methods.encoder.cropr import Cropr
 from tokred.methods.encoder.downsample import Downsample
+from tokred.methods.encoder.dtem import DTEM
 from tokred.methods.encoder.dynamicvit import DynamicViT
 from tokred.methods.encoder.evit import EViT
 from tokred.methods.encoder.kth import KthMerge
 from tokred.methods.encoder.ltp import LTP
 from tokred.methods.encoder.pitome import PiToMe
+from tokred.methods.encoder.pixelprune import PixelPrune
 from tokred.methods.encoder.ppt import PPT
 from tokred.methods.encoder.random import RandomMerge, RandomPrune
 from tokred.methods.encoder.saint import SAINT
@@ -105,6 +107,7 @@ from tokred.methods.kv.observed_attention import ObservedAttention
 from tokred.methods.kv.offloaded import Offloaded
 from tokred.methods.kv.pyramidkv import PyramidKV
 from tokred.methods.kv.random_evict import RandomEvict
+from tokred.methods.kv.rdkv import RDKV
 from tokred.methods.kv.rkv import RKV
 from tokred.methods.kv.rotated import Oscar, Turbo
 from tokred.methods.kv.rpc import RPC
@@ -142,8 +145,9 @@ from tokred.methods.vlm.visionzip import VisionZip
 from tokred.methods.vlm.vispruner import VisPruner
 from tokred.methods.vlm.visual_baselines import DownsampleVisual, RandomVisual, UniformFrames, UniformVisual
 from tokred.methods.vlm.vscan import VScan, VScanLayer
+from tokred.patch import change
 from tokred.settings import load, make, push_to_hub, save
-from tokred.settings.caches import blend, load_cache, save_cache
+from tokred.settings.caches import blend, load_cache, save_cache, share_prefix
 from tokred.tuning.run import tune
 
 __version__: str
@@ -153,6 +157,7 @@ __all__ = [
     "ATS",
     "CAKE",
     "CAT",
+    "DTEM",
     "EVS",
     "H2O",
     "IBTM",
@@ -160,6 +165,7 @@ __all__ = [
     "LTP",
     "LUKV",
     "PPT",
+    "RDKV",
     "RKV",
     "RPC",
     "SAINT",
@@ -221,6 +227,7 @@ __all__ = [
     "Offloaded",
     "Oscar",
     "PiToMe",
+    "PixelPrune",
     "Place",
     "PluginWarning",
     "PruMerge",
@@ -284,6 +291,7 @@ __all__ = [
     "blend",
     "cache_kwargs",
     "calibrate",
+    "change",
     "choose_tsp_layer",
     "eval",
     "explain",
@@ -308,6 +316,7 @@ __all__ = [
     "report",
     "save",
     "save_cache",
+    "share_prefix",
     "supports",
     "trace",
     "tune",
