@@ -74,6 +74,7 @@ METHODS: dict[str, Callable[[float, int, int], Setting]] = {
     "nemotron": lambda s, layers, tower: Setting({"s": round(s**-0.5)}),
     "cat": lambda s, layers, tower: Setting({"policy": "pool", "total": s, "n_min": 1}),
     "fastv": lambda s, layers, tower: Setting({"layer": min(2, layers - 1), "ratio": 1 - s}),
+    "random_deep": lambda s, layers, tower: Setting({"layer": min(2, layers - 1), "share": s}),
     "holitom_layer": lambda s, layers, tower: Setting({"layer": min(2, layers - 1), "ratio": 1 - s}),
     "topv": lambda s, layers, tower: Setting({"layer": min(2, layers - 2), "budget": s}),
     "pyramiddrop": lambda s, layers, tower: Setting({"ratios": _stages(s)}),
