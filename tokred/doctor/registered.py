@@ -9,7 +9,7 @@ import tokred
 from tokred.core.method import Method
 from tokred.core.registry import methods
 from tokred.doctor import stores
-from tokred.doctor.laws import Case
+from tokred.doctor.laws import Case, largest
 from tokred.kv.keeping import Keeping
 
 # The wings whose models offer a stage.
@@ -43,8 +43,9 @@ def _runs(method: Method, case: Case) -> bool:
     model = case.build()
     try:
         tokred.apply(model, method)
-        case.run(model)
+        after = case.run(model)
     except (tokred.TokredError, ValueError):
         return False
     had, left = case.counts(model)
-    return left < had
+    # Prompts with padding count it as what had come, so that the output has to tell as well.
+    return left < had and largest(after, case.before) > 0
