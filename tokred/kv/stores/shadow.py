@@ -210,6 +210,8 @@ class ShadowShelf(RectangleShelf):
     # ------------------------------------------------------------------ one query
 
     def attend(self, query: Query) -> Tensor | None:
+        if not self._shadows:
+            return None
         keys, values = super().newest
         b, h, _, d = query.q.shape
         scale = d**-0.5 if query.scale is None else query.scale
