@@ -47,6 +47,7 @@ from benchmarks.zoo import carriers, smollm2
 from tokred.bench import results
 from tokred.bench.arms import BASE
 from tokred.bench.scoring import estimate, paired
+from tokred.errors import TokredError
 
 CLAIMED = (8, 16)  # ratios that something is claimed of
 
@@ -75,6 +76,7 @@ ROUNDS = (
 )  # fmt: skip
 QUICK = (Round("prose", 0, 1), Round("several", 0, 1, answers=True))
 KINDS = ("prose", "table", "several")
+FAILURES = (TokredError, ValueError, TypeError, NotImplementedError, RuntimeError)
 HEAD = "<|im_start|>user\n"
 TAIL = "<|im_end|>\n<|im_start|>assistant\n"
 CHUNK = 32  # tokens that are fed at once to caches that change while tokens come
@@ -159,7 +161,7 @@ def measure(
                     said = _answers(model, tokenizer, tasks.fed(model, question, cache, _step(arm)), cache)
                     keys = [tokenizer.decode(s.follows[slice(*s.answers[0])]).strip() for s in group]
                     found += [("answer", float(k in x), 1, m) for k, (x, m) in zip(keys, said, strict=True)]
-        except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
+        except FAILURES as error:
             # One arm of a hundred must not cost the run; what it lacks is said, and it gets no row.
             print(f"{arm.label} failed at {kind}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             continue
@@ -213,7 +215,7 @@ def solve(model: Any, prompt: feed.Prompt, names: Sequence[str], goals: Sequence
             continue
         try:
             found += arms(family._replace(ratios=tuple(r for r in family.ratios if r in goals)), dense, held, told)
-        except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
+        except FAILURES as error:
             told(f"{family.name} {family.setting} takes no part: {type(error).__name__}: {error}")
     return ranked(found)
 

@@ -94,7 +94,7 @@ _POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
 _LEFT_OUT = ("kv", "limited", "rkv", "rpc", "kvzap", "lukv", "triattention", "duoattention", "fastkv")
 # Of the others that are registered: cost much time, or say what one of the above says.
 _NOT_NOW = ("keyformer", "zeromerge", "cake", "squeezeattention", "observed_attention")
-_FORMATS = ("kivi", "mikv", "mustafar", "oscar", "turbo")
+_FORMATS = ("kivi", "mikv", "mustafar", "nsnquant", "oscar", "turbo")
 
 _STORES: dict[str, Callable[[], Any]] = {
     "kivi-4": lambda: kv.KIVI(bits=4, residual_length=32),
@@ -177,10 +177,13 @@ def formats() -> list[Family]:
 
         return Family("turbo", f"bits={bits} v_bits={v_bits}", make, (ratio,), (0.0,))
 
+    def nsnquant(bits: int, ratio: int) -> Family:
+        return Family("nsnquant", f"bits={bits}", lambda _: tokred.make("nsnquant", bits=bits), (ratio,), (0.0,))
+
     kept = tuple(i / 64 for i in range(1, 64))
     return [
         kivi(1, 64, 8), oscar(1, 8), turbo(2, 1, 8), Family("mustafar", f"share_kept={OPEN}", mustafar, (8,), kept),
-        kivi(3, 64, 4), mikv(2, 4), oscar(3, 4), turbo(3, 4, 4),
+        nsnquant(1, 8), nsnquant(2, 4), kivi(3, 64, 4), mikv(2, 4), oscar(3, 4), turbo(3, 4, 4),
         Family("mustafar", f"share_kept={OPEN}", mustafar, (4, 2), kept),
         kivi(6, 32, 2), mikv(4, 2), oscar(6, 2), turbo(4, 8, 2),
     ]  # fmt: skip
@@ -211,6 +214,7 @@ def others(known: Iterable[str]) -> list[Family]:
 
 def families() -> list[Family]:
     """All that take part, the most telling first."""
+    # The fits of attention_matching take minutes a round.
     few = dict.fromkeys(("attention_matching", "tova", "knorm", "criticalkv"), (8, 16))
     policies = [policy(name, ratios=few.get(name, RATIOS)) for name in _POLICIES]
     products = [policy(*product) for product in _PRODUCTS]
@@ -241,34 +245,32 @@ def solved(held: Callable[[float], int], most: float, guess: float, values: Sequ
             middle = (low + high) // 2
             low, high = (middle, high) if held(values[middle]) <= limit else (low, middle)
         return values[low] if low >= 0 else None
-    fits: tuple[float, float] | None = None
-    under, over = (0.0, 0.0), (1.0, float("inf"))
+    points = dict[float, int]()
     value = guess
     for _ in range(8):
-        size = held(value)
-        if size <= limit:
-            fits = under = (value, float(size))
-            if size >= most * (1 - 2 * SLACK) or value >= 1.0:
-                break
-        else:
-            over = (value, float(size))
-        value = _between(under, over, most)
-        if over[0] - under[0] < 1e-4:
+        points[value] = size = held(value)
+        if size <= limit and (size >= most * (1 - 2 * SLACK) or value >= 1.0):
             break
-    return None if fits is None else fits[0]
+        value = _next(points, most, limit)
+        if value in points:
+            break
+    return max((x for x, size in points.items() if size <= limit), default=None)
 
 
-def _between(under: tuple[float, float], over: tuple[float, float], most: float) -> float:
-    """The next value to try: on the line through what is known, inside of both ends."""
-    (a, small), (b, large) = under, over
-    if large == float("inf"):
-        found = a * most / small  # through nothing: what is held whatever the setting makes it too low, never too high
-    elif not small:
-        found = b * most / large
+def _next(points: dict[float, int], most: float, limit: float) -> float:
+    """The share to try after these: on the line through two of them, between what fits and what does not."""
+    low = max((x for x, size in points.items() if size <= limit), default=0.0)
+    high = min((x for x, size in points.items() if size > limit), default=1.0)
+    near = sorted(points, key=lambda x: abs(points[x] - most))[:2]
+    if low in points and high in points:
+        near = [low, high]
+    if len(near) == 1:
+        found = near[0] * most / points[near[0]]
     else:
-        found = a + (b - a) * (most - small) / (large - small)
-    margin = 0.02 * (b - a)
-    return min(max(found, a + margin), b - margin if large < float("inf") else b)
+        a, b = near
+        found = a + (b - a) * (most - points[a]) / ((points[b] - points[a]) or 1)
+    margin = 0.02 * (high - low)
+    return min(max(found, low + margin), high - margin if high in points else 1.0)
 
 
 def arms(

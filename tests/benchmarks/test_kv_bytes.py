@@ -41,6 +41,11 @@ def test_solving_a_share() -> None:
         assert 0.98 * most <= bytes_of(found) <= 1.005 * most
     assert len(asked) < 20
     assert holding.solved(bytes_of, 400, 0.05) is None
+    # What is held at no share at all is most of what is allowed: the guess is far off.
+    for most in (4600, 5000, 7000):
+        found = holding.solved(lambda x: round(4500 + 6200 * x), most, 0.9)
+        assert found is not None
+        assert 0.99 * most <= 4500 + 6200 * found <= 1.005 * most
     assert holding.solved(bytes_of, 10**6, 0.5) == 1.0
 
 
@@ -58,7 +63,8 @@ def test_every_arm_can_be_made() -> None:
     assert len(keys) == len(set(keys)), "two arms have one name"
     for family in made:
         method = family.make(family.values[0] if family.values else 0.25)
-        assert family.product == (method.parts.store.name != "flat" and method.drops)
+        if family.name != "rdkv":  # whose own store is part of it
+            assert family.product == (method.parts.store.name != "flat" and method.drops)
         assert (held.called({"method": family.name, "setting": family.setting})).strip("`")
     named = {(f.name, f.setting) for f in made if f.product}
     assert any(name == held.NAMED[0] and f"store={held.NAMED[1]} " in setting for name, setting in named)
