@@ -326,7 +326,7 @@ def _others(store: Store) -> str:
 
 
 def _instead(cache: Any) -> str:
-    """What to do to hold rows as a caller's cache does, for a message."""
+    """The way to hold rows as a caller's cache does, for a message."""
     does = _does(cache)
     return {
         "quantised": "; to hold rows in few bits give the policy a store such as store='kivi'",
