@@ -332,7 +332,7 @@ _streams: dict[torch.device, Any] = {}
 def _side_stream(device: torch.device) -> Any:
     """The stream on which rows come to a device of CUDA."""
     if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)
+        _streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     return _streams[device]
 
 

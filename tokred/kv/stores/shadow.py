@@ -242,7 +242,7 @@ def _attention(parts: list[Tensor], values: list[Tensor], hidden: Tensor | None,
     # A query of padding may see nothing at all.
     weights = logits.softmax(-1) if hidden is None else logits.softmax(-1).nan_to_num(0.0)
     shares = weights.split([v.shape[2] for v in values], -1)  # type: ignore[no-untyped-call]
-    return sum(w @ v.to(w.dtype) for w, v in zip(shares, values, strict=True))  # type: ignore[return-value]
+    return torch.stack([w @ v.to(w.dtype) for w, v in zip(shares, values, strict=True)]).sum(0)
 
 
 def _shown(which: int, *held: Any) -> Tensor:
