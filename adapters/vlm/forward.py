@@ -182,8 +182,8 @@ class Forward:
         self._shorten(new, packed, visual)
 
     def _left(self, method: PlacedMethod, context: Context) -> Left:
-        sized = self.visual is not None and "calibration" in method.reads
-        left = Left(None, self.embeds, (0,) * self.batch, self.visual.float() if sized else None)
+        visual = self.visual if "calibration" in method.reads else None
+        left = Left(None, self.embeds, (0,) * self.batch, None if visual is None else visual.float())
         for modality in self.call.modalities:
             columns = modality.visual.nonzero()[:, 1]
             for group in grouped(places(modality)):

@@ -253,7 +253,7 @@ def _as_pooled(scores: Tensor, part: Part) -> Tensor:
             f"the tower has {scores.shape[-1]} patches a frame, which are no square, so that what they receive says "
             "nothing about its tokens"
         )
-    found = scores.unflatten(-1, side)
+    found = scores.view(*scores.shape[:-1], *side)
     # As the features are pooled: means of whole cells, or, where a side does not divide (27 to 14), in between.
     if side[0] % grid[0] == side[1] % grid[1] == 0:
         found = F.avg_pool2d(found, (side[0] // grid[0], side[1] // grid[1]))

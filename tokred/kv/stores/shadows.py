@@ -134,7 +134,10 @@ class Shadow(NamedTuple):
         made = cls(
             store,
             factor[:, :rows].to(keys.dtype, copy=True).reshape(b, m, c * factor.shape[2]),
-            basis.to(keys.dtype).unflatten(2, (h, d)).transpose(1, 2)[..., Rotation(angle, c).pairs(d)].contiguous(),  # type: ignore[no-untyped-call]
+            basis.to(keys.dtype)
+            .view(*basis.shape[:2], h, d)
+            .transpose(1, 2)[..., Rotation(angle, c).pairs(d)]
+            .contiguous(),  # type: ignore[no-untyped-call]
             angle,
             ids,
             _picked(landmarks, ids).to(keys.dtype),

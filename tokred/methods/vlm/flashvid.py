@@ -190,7 +190,8 @@ def picks(x: Tensor, weight: Tensor, count: int) -> Tensor:
         u, w = directions(x[some : some + step]), weight[some : some + step]
         far = (1 - u @ u.mT).clamp_min(0)
         far.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-        near, taken, order = far.amin(2), torch.zeros_like(w, dtype=torch.bool), []
+        near, taken = far.amin(2), torch.zeros_like(w, dtype=torch.bool)
+        order: list[Tensor] = []
         for _ in range(count):
             pick = (w * near).masked_fill(taken, -torch.inf).argmax(1, keepdim=True)
             row = far.gather(1, pick.unsqueeze(2).expand(-1, 1, n)).squeeze(1)

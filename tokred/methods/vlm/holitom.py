@@ -213,8 +213,8 @@ class HoliTomLayer(LayerMethod):
                 weight[i, columns], weight[i, into] = self.weights(found, len(into))
             source.append(F.pad(columns, (0, most - len(columns))))
             target.append(F.pad(slot[i, into][found], (0, most - len(columns)), value=-1))
-        stack = {"source": torch.stack(source), "target": torch.stack(target)}
-        return replace(plan, **stack, weight=weight, mode="sum", by_size=False)
+        rows, slots = torch.stack(source), torch.stack(target)
+        return replace(plan, source=rows, target=slots, weight=weight, mode="sum", by_size=False)
 
     def weights(self, into: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Weights of merged tokens ``(m,)`` and of their ``count`` targets in the sums that the targets become.
