@@ -137,7 +137,7 @@ class Shadow(NamedTuple):
             basis.to(keys.dtype)
             .view(*basis.shape[:2], h, d)
             .transpose(1, 2)[..., Rotation(angle, c).pairs(d)]
-            .contiguous(),  # type: ignore[no-untyped-call]
+            .contiguous(),
             angle,
             ids,
             _picked(landmarks, ids).to(keys.dtype),

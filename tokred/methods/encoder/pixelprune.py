@@ -142,7 +142,8 @@ class PixelPrune(BlockMethod):
 
     def _scaled(self, x: Tensor) -> Tensor:
         if not isinstance(self.std, tuple):
-            return x * float(self.std)  # type: ignore[arg-type]
+            assert not isinstance(self.std, Sequence)  # which __post_init__ made a tuple
+            return x * self.std
         if x.shape[-1] % len(self.std):
             raise ValueError(f"std has {len(self.std)} numbers, but a patch has {x.shape[-1]} pixels: one a channel")
         std = torch.tensor(self.std, device=x.device)
