@@ -41,6 +41,12 @@ NAMES = {
     "vtm": "VTM",
     "tinychart": "TinyChart",
     "algm": "ALGM",
+    "dynamicvit": "DynamicViT",
+    "spatten": "SpAtten",
+    "ltp": "LTP",
+    "cropr": "Cropr",
+    "dtem": "DTEM",
+    "pixelprune": "PixelPrune",
 }
 LABELS = {
     "top1": "top-1 accuracy (%)",
