@@ -142,7 +142,7 @@ def _attend(
             heads = layer.shelf.attend(Query(query, call.scaling, call.softcap, padding))
             if heads is not None:
                 return heads.transpose(1, 2).contiguous(), None
-        key, value = layer.keys, layer.values  # type: ignore[assignment]  # there are rows
+        key, value = layer.shelf.keys, layer.shelf.values  # type: ignore[assignment]  # there are rows
     if layer.compressed and one and spec.key_mask is None and not layer.ragged:
         # One query that sees every row needs no mask, as with a dense cache of that length.
         rest = call.scaling, call.dropout, call.options
@@ -167,7 +167,7 @@ def _site(call: _Call, layer: TokLayer, query: Tensor) -> CacheSite:
         q=query.detach(),
         k=keys,
         v=values,
-        positions=layer.positions,
+        positions=layer.slots,
         seen=layer.seen,
         padding=call.spec.padding(layer.seen),
         ragged=layer.ragged,
@@ -208,8 +208,8 @@ def _stock(
 
 
 def _compressed(call: _Call, layer: TokLayer, query: Tensor, key: Tensor, value: Tensor, before: int) -> Tensor:
-    """``[B, Q, H, D]``: attention over rows that hold the slots ``layer.positions``."""
-    spec, positions, count = call.spec, layer.positions, query.shape[2]
+    """``[B, Q, H, D]``: attention over rows that hold the slots ``layer.slots``."""
+    spec, positions, count = call.spec, layer.slots, query.shape[2]
     if positions is None:
         b, heads, n = key.shape[:3]
         positions = torch.arange(n, dtype=torch.int32, device=key.device).expand(b, heads, n)

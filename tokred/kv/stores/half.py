@@ -107,6 +107,10 @@ class HalfShelf(RectangleShelf):
             self._wide = keys.contiguous(), values.contiguous()
         self._fresh += keys.shape[2]
 
+    @property
+    def swaps(self) -> bool:
+        return False
+
     def settle(self, site: CacheSite | None) -> None:
         if self._wide is None:
             return
@@ -127,11 +131,12 @@ class HalfShelf(RectangleShelf):
 
     def _open(self) -> None:
         if self.width:
-            (self._keys, self._values), self._wide, self._fresh = self.newest, None, 0
+            self._hold(*self.newest, own=False)
+            self._wide, self._fresh = None, 0
 
     def _close(self) -> None:
         if self._type != self.half and self._keys is not None and self._values is not None:
-            self._keys, self._values = self._rounded(self._keys), self._rounded(self._values)
+            self._hold(self._rounded(self._keys), self._rounded(self._values), own=False)
 
     def _rounded(self, rows: Tensor) -> Tensor:
         limit = torch.finfo(self.half).max
