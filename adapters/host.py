@@ -28,12 +28,14 @@ class State:
         method: that acts.
         module: of the method, where it has weights.
         losses: terms of the training loss, of the last forward in training; None: there was none.
+        guesses: what the method said of that forward's targets, see :class:`tokred.core.learned.Learned`.
     """
 
     stage: ClassVar[str] = ""
     method: Any
     module: nn.Module | None = None
     losses: dict[str, Tensor] | None = None
+    guesses: Sequence[Tensor] = ()
 
 
 class Host(ABC):

@@ -28,6 +28,9 @@ def classes(model):
         (([],), {}, ValueError, "empty"),
         ((3,), {}, TypeError, "not iterable|a method is a name"),
         ((tokred.ToMe(r=2),), {"r": 3}, TypeError, "already has its parameters"),
+        (("tome r=2",), {"metric": "k"}, TypeError, "'tome r=2' has its parameters; metric cannot"),
+        (("tome r",), {}, tokred.UnknownMethodError, "no method is named 'tome r'"),
+        (("tome q=2",), {}, TypeError, "has no parameter 'q'"),
     ],
 )
 def test_bad_calls_leave_the_model_as_it_was(arguments, parameters, error, match):
@@ -36,6 +39,13 @@ def test_bad_calls_leave_the_model_as_it_was(arguments, parameters, error, match
     with pytest.raises(error, match=match):
         tokred.apply(model, *arguments, **parameters)
     assert classes(model) == before
+
+
+def test_a_setting_as_text():
+    """The spelling of the command line serves everywhere."""
+    model = build("vit")
+    assert tokred.patched(tokred.apply(model, "tome r=4 metric=x")) == [tokred.ToMe(r=4, metric="x")]
+    assert tokred.patched(tokred.apply(model, ["evit kappa=0.7"])) == [tokred.EViT(kappa=0.7)]
 
 
 def test_an_error_keeps_the_patch_that_is_there():

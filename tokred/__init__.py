@@ -57,6 +57,7 @@ from tokred.errors import (
     UntestedVersionWarning,
 )
 from tokred.settings import load, make, push_to_hub, save
+from tokred.settings.caches import blend, load_cache, save_cache
 
 __version__ = _versions.TOKRED
 
@@ -67,6 +68,7 @@ logging.getLogger("tokred").addHandler(logging.NullHandler())
 # ``__init__.pyi``, which .ci/stub.py writes from this file and the table of methods.
 _LAZY = {
     "CacheReport": "tokred.kv.report:CacheReport",
+    "ChunkStore": "tokred.adapters.kv.reuse.chunks:ChunkStore",
     "BlockMethod": "tokred.encoder.method:BlockMethod",
     "Place": "tokred.core.place:Place",
     "bench": "tokred.bench",
@@ -75,6 +77,7 @@ _LAZY = {
     "cache_kwargs": "tokred.adapters.contract:cache_kwargs",
     "eval": "tokred.eval",
     "choose_tsp_layer": "tokred.analysis.tsp_layer:choose_tsp_layer",
+    "horizon": "tokred.analysis.information:horizon",
     "kv": "tokred.kv",
     "learn": "tokred.learn",
     "tune": "tokred.tuning.run:tune",
@@ -108,12 +111,14 @@ __all__ = [
     "__version__",
     "applied",
     "apply",
+    "blend",
     "explain",
     "flops",
     "from_dict",
     "kv_cache",
     "list_methods",
     "load",
+    "load_cache",
     "losses",
     "make",
     "methods",
@@ -125,6 +130,7 @@ __all__ = [
     "remove",
     "report",
     "save",
+    "save_cache",
     "supports",
     "trace",
 ]

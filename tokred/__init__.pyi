@@ -2,9 +2,11 @@
 
 from tokred import bench, eval, kv, learn, methods
 from tokred.adapters.contract import cache_kwargs
+from tokred.adapters.kv.reuse.chunks import ChunkStore
 from tokred.analysis import viz
 from tokred.analysis.calibrate import calibrate
 from tokred.analysis.explain import Explanation, explain
+from tokred.analysis.information import horizon
 from tokred.analysis.tsp_layer import choose_tsp_layer
 from tokred.api import (
     Flops,
@@ -61,6 +63,7 @@ from tokred.methods.diffusion.tomesd import ToMeSD
 from tokred.methods.diffusion.vidtome import VidToMe
 from tokred.methods.encoder.algm import ALGM
 from tokred.methods.encoder.ats import ATS
+from tokred.methods.encoder.cropr import Cropr
 from tokred.methods.encoder.downsample import Downsample
 from tokred.methods.encoder.dynamicvit import DynamicViT
 from tokred.methods.encoder.evit import EViT
@@ -97,12 +100,15 @@ from tokred.methods.kv.limited import Limited
 from tokred.methods.kv.lukv import LUKV
 from tokred.methods.kv.mikv import MiKV
 from tokred.methods.kv.mustafar import Mustafar
+from tokred.methods.kv.nsnquant import NSNQuant
 from tokred.methods.kv.observed_attention import ObservedAttention
+from tokred.methods.kv.offloaded import Offloaded
 from tokred.methods.kv.pyramidkv import PyramidKV
 from tokred.methods.kv.random_evict import RandomEvict
 from tokred.methods.kv.rkv import RKV
 from tokred.methods.kv.rotated import Oscar, Turbo
 from tokred.methods.kv.rpc import RPC
+from tokred.methods.kv.shadowkv import ShadowKV
 from tokred.methods.kv.snapkv import SnapKV
 from tokred.methods.kv.squeezeattention import SqueezeAttention
 from tokred.methods.kv.streaming_llm import StreamingLLM
@@ -112,21 +118,28 @@ from tokred.methods.kv.zeromerge import ZeroMerge
 from tokred.methods.vlm.cat import CAT
 from tokred.methods.vlm.cdpruner import CDPruner
 from tokred.methods.vlm.divprune import DivPrune
+from tokred.methods.vlm.evs import EVS
 from tokred.methods.vlm.fastervlm import FasterVLM
 from tokred.methods.vlm.fastkv import FastKV
 from tokred.methods.vlm.fastv import FastV
 from tokred.methods.vlm.flash_vl import FlashVL, Nemotron
 from tokred.methods.vlm.hired import HiRED
+from tokred.methods.vlm.holitom import HoliTom, HoliTomLayer
 from tokred.methods.vlm.prumerge import PruMerge, PruMergePlus
 from tokred.methods.vlm.pyramiddrop import PyramidDrop
+from tokred.methods.vlm.random_deep import RandomDeep
+from tokred.methods.vlm.restore import Restore
 from tokred.methods.vlm.saint_vlm import SAINTLayer, SAINTVisual
 from tokred.methods.vlm.sparsevlm import SparseVLM
 from tokred.methods.vlm.topv import TopV
+from tokred.methods.vlm.vcast import VCAST
+from tokred.methods.vlm.vidcom2 import VidCom2
 from tokred.methods.vlm.visionzip import VisionZip
 from tokred.methods.vlm.vispruner import VisPruner
-from tokred.methods.vlm.visual_baselines import DownsampleVisual, RandomVisual, UniformVisual
+from tokred.methods.vlm.visual_baselines import DownsampleVisual, RandomVisual, UniformFrames, UniformVisual
 from tokred.methods.vlm.vscan import VScan, VScanLayer
 from tokred.settings import load, make, push_to_hub, save
+from tokred.settings.caches import blend, load_cache, save_cache
 from tokred.tuning.run import tune
 
 __version__: str
@@ -136,6 +149,7 @@ __all__ = [
     "ATS",
     "CAKE",
     "CAT",
+    "EVS",
     "H2O",
     "IBTM",
     "KIVI",
@@ -147,6 +161,7 @@ __all__ = [
     "SAINT",
     "SDTM",
     "TOVA",
+    "VCAST",
     "VTM",
     "AdaKV",
     "AsymRnR",
@@ -157,7 +172,9 @@ __all__ = [
     "CAToMe",
     "CDPruner",
     "CacheReport",
+    "ChunkStore",
     "CriticalKV",
+    "Cropr",
     "DivPrune",
     "Downsample",
     "DownsampleVisual",
@@ -172,6 +189,8 @@ __all__ = [
     "FlashVL",
     "Flops",
     "HiRED",
+    "HoliTom",
+    "HoliTomLayer",
     "KNorm",
     "KVPolicy",
     "KVzap",
@@ -187,10 +206,12 @@ __all__ = [
     "MissingInputError",
     "MovedWarning",
     "Mustafar",
+    "NSNQuant",
     "Nemotron",
     "NothingRecordedError",
     "NothingRemovedWarning",
     "ObservedAttention",
+    "Offloaded",
     "Oscar",
     "PiToMe",
     "Place",
@@ -199,6 +220,7 @@ __all__ = [
     "PruMergePlus",
     "PyramidDrop",
     "PyramidKV",
+    "RandomDeep",
     "RandomEvict",
     "RandomLatentPrune",
     "RandomMerge",
@@ -206,9 +228,11 @@ __all__ = [
     "RandomVisual",
     "Reduction",
     "Report",
+    "Restore",
     "SAINTLayer",
     "SAINTVisual",
     "SettingWarning",
+    "ShadowKV",
     "Site",
     "SnapKV",
     "SpAtten",
@@ -229,6 +253,7 @@ __all__ = [
     "TopV",
     "TriAttention",
     "Turbo",
+    "UniformFrames",
     "UniformVisual",
     "UnknownMethodError",
     "UnknownModelError",
@@ -236,6 +261,7 @@ __all__ = [
     "UntestedVersionWarning",
     "VScan",
     "VScanLayer",
+    "VidCom2",
     "VidToMe",
     "VisPruner",
     "VisionZip",
@@ -247,6 +273,7 @@ __all__ = [
     "apply",
     "bench",
     "benchmark",
+    "blend",
     "cache_kwargs",
     "calibrate",
     "choose_tsp_layer",
@@ -254,11 +281,13 @@ __all__ = [
     "explain",
     "flops",
     "from_dict",
+    "horizon",
     "kv",
     "kv_cache",
     "learn",
     "list_methods",
     "load",
+    "load_cache",
     "losses",
     "make",
     "methods",
@@ -270,6 +299,7 @@ __all__ = [
     "remove",
     "report",
     "save",
+    "save_cache",
     "supports",
     "trace",
     "tune",

@@ -78,8 +78,9 @@ def apply(
     Args:
         model: a supported model, a module that holds one (a classifier around a backbone), or a pipeline of
             diffusers, whose denoiser is patched.
-        method: a method's name or class, with its parameters as keywords; a method object; its ``to_dict()``; a folder
-            that :func:`tokred.save` wrote; or a list of these.
+        method: a method's name or class, with its parameters as keywords; a setting as text, as on the command line
+            (``"divprune budget=64 + fastv layer=2"``); a method object; its ``to_dict()``; a folder that
+            :func:`tokred.save` wrote; or a list of these.
         where: ``where(name, block) -> bool`` restricts the method to some blocks. None: all, or those that a loaded
             setting was saved with; the same holds for ``expose`` and ``windows`` at ``"auto"``.
         expose: which blocks return the full length again: ``"auto"`` the last one where the model's head pools over all
@@ -277,15 +278,21 @@ def parameters(model: Any) -> Iterator[nn.Parameter]:
         yield from module.parameters()
 
 
-def losses(model: Any) -> dict[str, Tensor]:
+def losses(model: Any, targets: Any = None) -> dict[str, Tensor]:
     """The terms that methods add to the loss, of the last forward in training: scalars, by method and name.
+
+    Args:
+        model: patched with a method that has weights.
+        targets: of the last forward's batch, for methods that learn by them, such as ``cropr``; others do not look.
 
     Raises:
         NothingRecordedError: no method with weights acts, or the last forward was none in training.
+        MissingInputError: a method learns by the targets, and none were given.
+        ValueError: the targets do not fit the method.
     """
     from tokred import adapters
 
-    return losses_of(adapters.module_of(model))
+    return losses_of(adapters.module_of(model), targets)
 
 
 def kv_cache(model: nn.Module, *, prompt: int | None = None, steps: int | None = None, layout: str = "auto") -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -11,7 +11,7 @@ from tokred.core.method import Method
 from tokred.core.origin import Origin
 from tokred.core.report import Report, joined
 from tokred.core.site import STAGES
-from tokred.errors import NothingRecordedError
+from tokred.errors import MissingInputError, NothingRecordedError
 from tokred.learn.store import Entry
 
 if TYPE_CHECKING:
@@ -189,11 +189,13 @@ def report_of(model: nn.Module) -> Report:
     return joined([part.report(methods) for part in single.values()])
 
 
-def losses_of(model: nn.Module) -> dict[str, Tensor]:
+def losses_of(model: nn.Module, targets: Any = None) -> dict[str, Tensor]:
     """The terms that methods with weights added to the loss of the last forward, by method and name.
 
     Raises:
         NothingRecordedError: there is no such method, or that forward was none in training.
+        MissingInputError: a method learns by the targets of that forward, and none were given.
+        ValueError: the targets do not fit what the method said of them.
     """
     states = [part.state for part in parts_of(model) if part.state.module is not None]
     if not states:
@@ -204,7 +206,15 @@ def losses_of(model: nn.Module) -> dict[str, Tensor]:
             raise NothingRecordedError(
                 "the last forward was none in training: call model.train() and run one forward first"
             )
-        found.update({f"{state.method.name}.{name}": term for name, term in state.losses.items()})
+        terms = dict(state.losses)
+        if state.guesses:
+            if targets is None:
+                raise MissingInputError(
+                    f"{state.method.name!r} learns by what the model is to say: give the targets of the last forward, "
+                    "tokred.losses(model, targets=labels)"
+                )
+            terms |= state.method.compare(state.guesses, targets)
+        found.update({f"{state.method.name}.{name}": term for name, term in terms.items()})
     return found
 
 

@@ -123,6 +123,7 @@ LOSS_OF = row("function of the loss", f"loss_function T {_MODELS}")
 TEXT_OF = row("configuration of the decoder", f"get_text_config T {_CONFIGS}")
 LANGUAGE = row("language model in a model", "language_model T llava:LlavaModel")
 TOWER = row("vision tower in a model", "visual T qwen2_5_vl:Qwen2_5_VLModel")
+EXPAND = row("keys and values of latents", "expand_kv T deepseek_v3:DeepseekV3Attention")
 NEWLINE = row("embedding between rows of tokens", "image_newline T llava_next:LlavaNextModel")
 _HELPERS = "diffusers.hooks._helpers"
 REGISTER = row(

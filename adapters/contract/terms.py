@@ -43,6 +43,7 @@ OLDER_RECURRENT = row(
 FUSED_KERNEL = row(
     "attention by torch's kernel", "sdpa T transformers.modeling_utils:AttentionInterface._global_mapping"
 )
+WRITTEN_OUT = row("attention without a kernel", "eager T transformers.modeling_utils:PreTrainedModel")
 # Parts of the names of kernels, of classes of layers and of kinds with a window, of which there are several.
 FLASH, STATIC, WINDOWED = "flash", "Static", "sliding"
 GROWING = row("cache that grows", f"dynamic T {_CACHES}:DYNAMIC_CACHE_IMPLEMENTATIONS")

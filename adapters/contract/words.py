@@ -55,6 +55,7 @@ STATES = row(
     "hidden_states T llama:LlamaDecoderLayer.forward",
     "hidden_states D attention:BasicTransformerBlock.forward",
 )
+SHARED_ROWS = row("rows that layers share", "shared_kv_states T gemma3n:Gemma3nTextAttention.forward")
 CACHED = row("whether to keep a cache", "use_cache T llama:LlamaModel.forward")
 TYPES = row("types of tokens", "token_type_ids T paligemma:PaliGemmaModel.forward")
 LABELS = row("labels", "labels T llama:LlamaForCausalLM.forward")
@@ -282,10 +283,13 @@ BOTH = row(
 )
 AHEAD = row("whether prompts see ahead", "use_bidirectional_attention T gemma3:Gemma3TextConfig")
 LATENTS = row("rank of latents in a cache", "kv_lora_rank T deepseek_v3:DeepseekV3Config")
+UP = row("projection of latents to keys and values", "kv_b_proj T deepseek_v3:DeepseekV3Attention")
+PLAIN_WIDTH = row("numbers of a key that are not rotated", "qk_nope_head_dim T deepseek_v3:DeepseekV3Config")
 SHARING = row(
     "layers that share a cache",
     Spelling("kv_sharing_modes", "transformers", since="5.24", where="transformers:Gemma4TextConfig"),
 )
+ABREAST = row("streams that a layer reads side by side", "altup_num_inputs T gemma3n:Gemma3nTextConfig")
 PARALLEL = row("attention beside the MLP", "use_parallel_residual T gpt_neox:GPTNeoXConfig")
 DEEP_LAYERS = row("layers of deep features", "deepstack_visual_indexes T qwen3_vl:Qwen3VLVisionConfig")
 PATCH = row(

@@ -345,7 +345,7 @@ def decide(settings: Settings, capture: Capture, state: TokenState, x: Tensor) -
     padded = site.mask is not None and state.lengths is not None and not method.by_mask
     alone = padded or hidden is not None
     step = reduce_each(method, site, hidden) if alone else method.reduce(site)
-    shared.collect(learned.losses)
+    shared.collect(learned)
     if site.rows or site.notes or site.alive is not None:
         state = replace(state, heads=site.alive, rows=site.rows, notes=site.notes)
     return step, state

@@ -151,6 +151,9 @@ class EncoderHost(Host):
         missing = super().missing(method)
         # Rows and columns alone do not place the tokens of a video.
         one = method if isinstance(method, Method) else method()
+        if not one.gradients:
+            # Its tokens really leave while it learns, so that none is there only softly.
+            missing -= self.recipe.supplies & {"module"}
         if self.frames is not None and "frames" not in one.reads and not (isinstance(one, BlockMethod) and one.clips):
             missing |= one.reads & {"grid"}
         return missing
@@ -195,6 +198,8 @@ class EncoderHost(Host):
         n, rows = self.tokens(shape), []
         for layer, (_, block) in enumerate(self.blocks):
             place = Place(layer, self.depth, self.prefix, self.suffix)
+            if method is not None and method.rejoins and layer == self.depth - 1:
+                n = self.tokens(shape)
             after = n if method is None else method.tokens(n, place)
             rows.append((n, after, self.cost(block).macs(n, after, self.middle(method))))
             n = after

@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokred.adapters.contract import backward_pass, members, words
+from tokred.adapters.contract import members, words
+from tokred.adapters.encoder.passes import in_backward, pointer, recomputed
 from tokred.adapters.encoder.sides import Note, Sides
 from tokred.adapters.host import State
 from tokred.adapters.watch import Watch
+from tokred.core.learned import Learned
 from tokred.core.reduction import Gated, Reduction
 from tokred.encoder.method import BlockMethod
 from tokred.errors import NothingRecordedError, TokenStateError, UnsupportedModelError
@@ -215,10 +217,19 @@ class Shared(State):
         self.records: dict[int, LayerRecord] = {}
         self.module: nn.Module | None = None  # of the method, where it has weights
         self.losses: dict[str, Tensor] | None = None  # of the last forward in training; None: there was none
+        self.guesses: list[Tensor] = []  # of the same forward
         self.final: TokenState | None = None  # of the block that ran last, while intermediate features are asked for
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "slots": {}, "records": {}, "expose_all": False, "final": None, "losses": None}
+        return {
+            **self.__dict__,
+            "slots": {},
+            "records": {},
+            "expose_all": False,
+            "final": None,
+            "losses": None,
+            "guesses": [],
+        }
 
     @contextlib.contextmanager
     def exposing(self) -> Iterator[None]:
@@ -261,7 +272,7 @@ class Shared(State):
     def keeps_dropped(self, state: TokenState) -> bool:
         """True where every step has to keep its features, because tokens vanish and full length will be asked for."""
         vanish = self.method.drops or (self.drops and state.lengths is not None)
-        return vanish and (self.expose_all or self.restore != "none")
+        return vanish and (self.expose_all or self.method.rejoins or self.restore != "none")
 
     def enter(self, layer: int, x: Tensor) -> tuple[TokenState, Tensor]:
         """State and short tokens at the entry of block ``layer``.
@@ -274,6 +285,9 @@ class Shared(State):
         if layer == 0:
             return self.begin(x, x.shape[1]), x
         state = self.carried(layer, x)
+        if self.method.rejoins and layer == self.depth - 1:
+            # What the host knows of the original tokens (its mask, tables of positions) fits them again.
+            return TokenState(state.length, sides=state.sides), x if state.exposed else state.restore(x)
         return (state, state.shorten(x)) if state.exposed else (state, x)
 
     def begin(self, x: Tensor, length: int) -> TokenState:
@@ -281,22 +295,22 @@ class Shared(State):
 
         Their sides go on with ``x``, for a checkpoint that runs the block once more.
         """
-        if self.module is not None and not _recomputed():
-            self.losses = {} if self.module.training else None
+        if self.module is not None and not recomputed():
+            self.losses, self.guesses = ({} if self.module.training else None), []
         sides = self.note.take()
         if sides is None and not torch.compiler.is_compiling():
             own, found = getattr(x, START, (None, None))
             slot = self.slots.get(0)
             if own is self:
                 sides = found
-            elif slot is not None and _in_backward() and slot.pointer == _pointer(x) and slot.shape == x.shape:
+            elif slot is not None and in_backward() and slot.pointer == pointer(x) and slot.shape == x.shape:
                 sides = slot.state.sides
         if sides is not None and sides.number != length - self.prefix - self.suffix:
             sides = None  # patches were taken out on the way, so that those that are left form no map
         state = TokenState(length, sides=sides)
         if not torch.compiler.is_compiling():
             setattr(x, START, (self, sides))
-            self.slots[0] = Slot(_pointer(x), x.shape, state)
+            self.slots[0] = Slot(pointer(x), x.shape, state)
         return state
 
     def carried(self, layer: int, x: Tensor) -> TokenState:
@@ -314,11 +328,12 @@ class Shared(State):
             raise UnsupportedModelError(REENTRANT.format(method=self.method.name))
         return state
 
-    def collect(self, losses: Mapping[str, Tensor]) -> None:
+    def collect(self, learned: Learned) -> None:
         """Add terms of the training loss. A checkpoint's recomputation adds none: they are in the first forward's."""
-        if self.losses is None or _recomputed():
+        if self.losses is None or recomputed():
             return
-        for name, term in losses.items():
+        self.guesses += learned.guesses
+        for name, term in learned.losses.items():
             self.losses[name] = self.losses[name] + term if name in self.losses else term
 
     def exposes(self, layer: int) -> bool:
@@ -344,7 +359,7 @@ class Shared(State):
         """Send ``state`` along with the output of block ``layer``."""
         setattr(y, ATTRIBUTE, state)
         if not torch.compiler.is_compiling():
-            self.slots[layer + 1] = Slot(_pointer(y), y.shape, state)
+            self.slots[layer + 1] = Slot(pointer(y), y.shape, state)
         return y
 
     def last(self) -> TokenState:
@@ -362,7 +377,7 @@ class Shared(State):
 
     def _from_slot(self, layer: int, x: Tensor) -> TokenState:
         slot = None if torch.compiler.is_compiling() else self.slots.get(layer)
-        if slot is not None and slot.shape == x.shape and (not _in_backward() or slot.pointer == _pointer(x)):
+        if slot is not None and slot.shape == x.shape and (not in_backward() or slot.pointer == pointer(x)):
             setattr(x, ATTRIBUTE, slot.state)
             return slot.state
         if not torch.compiler.is_compiling():
@@ -372,20 +387,3 @@ class Shared(State):
             "that the block before it returned. If something copies tensors between blocks, call tokred.remove(model) "
             "first, or run one forward before each backward when checkpointing reentrantly"
         )
-
-
-def _in_backward() -> bool:
-    """True while autograd is running (a checkpoint's recomputation)."""
-    return backward_pass() != -1
-
-
-def _recomputed() -> bool:
-    """The same, and False while a graph is traced, which cannot ask."""
-    return not torch.compiler.is_compiling() and _in_backward()
-
-
-def _pointer(x: Tensor) -> int:
-    try:
-        return x.data_ptr()
-    except RuntimeError:  # fake and functional tensors have no storage
-        return 0

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from tokred.adapters.contract import attention_of, host_object, members, words
+from tokred.adapters.kv.latents import LatentSite, carried, expanded
 from tokred.adapters.kv.layer import TokLayer
 from tokred.adapters.kv.masks import MaskSpec, mask_function
 from tokred.adapters.kv.rope import LayerRope
+from tokred.adapters.kv.sharing import Lent
 from tokred.adapters.linear import weight_of
 from tokred.core.learned import Learned
 from tokred.errors import UnsupportedModelError
@@ -36,6 +38,8 @@ class Seat(NamedTuple):
         rope: the layer's rotary embedding in this forward, or None.
         hidden: ``[B, M, C]`` what the module was given.
         learned: the policy's module, and where it leaves losses.
+        borrows: whether the module has no rows of its own and attends to those of ``layer``, which has run before it.
+        latents: whether the rows are latents, of which the module makes its keys and values.
     """
 
     layer: TokLayer | None
@@ -45,6 +49,8 @@ class Seat(NamedTuple):
     rope: LayerRope | None
     hidden: Tensor | None = None
     learned: Learned | None = None
+    borrows: bool = False
+    latents: bool = False
 
 
 class _Call(NamedTuple):
@@ -91,14 +97,18 @@ def attention(
         name = attention_of(words.CONFIG.need(module)).removeprefix(PREFIX)
         mask = attention_mask.stock(name) if isinstance(attention_mask, MaskSpec) else attention_mask
         return _stock(module, name, query, key, value, mask, scaling, dropout, options)
-    layer.waiting = False
-    if key is not layer.newest[0] and key.shape[:3] != layer.newest[0].shape[:3]:
-        raise UnsupportedModelError(f"{type(module).__name__} attends to other keys than its cache holds")
+    if not seat.borrows:
+        layer.waiting = False
+        rows, made = layer.newest[0].shape, key.shape
+        if key is not layer.newest[0] and (rows[:3] != made[:3] if not seat.latents else rows[2] != made[2]):
+            raise UnsupportedModelError(f"{type(module).__name__} attends to other keys than its cache holds")
     if not isinstance(attention_mask, MaskSpec) or words.EXTRA_BIAS.of(options) is not None:
         raise UnsupportedModelError(
             f"{type(module).__name__} gave the attention a mask of its own, which evicted rows do not fit"
         )
     call = _Call(module, attention_mask, seat, scaling, dropout, options)
+    if seat.borrows:
+        return _borrow(call, layer, query)
     before = layer.seen - query.shape[2]
     engine = layer.engine
     # A policy that does not watch what is there will not watch what comes.
@@ -111,10 +121,17 @@ def attention(
     rope = None if seat.rope is None else seat.rope.part(count)
     begun = None if seat.hidden is None else seat.hidden[:, :count]
     first = call._replace(spec=call.spec.part(count, cut), seat=seat._replace(rope=rope, hidden=begun))
-    prompt, _ = _attend_and_act(first, layer, query[:, :, :count], *layer.newest, before)
+    prompt, _ = _attend_and_act(first, layer, query[:, :, :count], *_keys_of(call, *layer.newest), before)
     layer.append(*drafts)
-    rest, _ = _attend_and_act(call, layer, query[:, :, count:], *layer.newest, cut)
+    rest, _ = _attend_and_act(call, layer, query[:, :, count:], *_keys_of(call, *layer.newest), cut)
     return torch.cat([prompt, rest], 1), None
+
+
+def _keys_of(call: _Call, keys: Tensor | None, values: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Keys and values that queries meet, of the rows of a layer that has some."""
+    assert keys is not None
+    assert values is not None
+    return expanded(call.module, keys, values) if call.seat.latents else (keys, values)
 
 
 def _attend_and_act(
@@ -122,32 +139,83 @@ def _attend_and_act(
 ) -> tuple[Tensor, Tensor | None]:
     out = _attend(call, layer, query, key, value, before)
     engine = layer.engine
+    if layer.lent is not None:
+        layer.lent.append(_lend(call, layer, key, value, before, query.shape[2]))
     if engine.watches(layer.clock, layer.seen):
         with torch.no_grad():
             engine.observe(layer, _site(call, layer, query), before)
     else:
-        layer.settle(_site(call, layer, query) if layer.store.reads else None)
+        site = None
+        if layer.store.reads:
+            site = _site(call, layer, query)
+            site.read = engine.read(layer.clock, before, layer.seen)
+        layer.settle(site)
     return out
+
+
+def _lend(call: _Call, layer: TokLayer, key: Tensor, value: Tensor, before: int, count: int) -> Lent:
+    """The rows that the layer's own queries have just attended to."""
+    if not layer.shelf.complete:
+        key, value = _keys_of(call, layer.shelf.keys, layer.shelf.values)
+    layer.shelf.lend()
+    state = layer.slots, layer.weights, layer.compressed, layer.ragged, layer.seen, layer.settled, layer.engine
+    return Lent(key, value, *state, before, count)
+
+
+def _borrow(call: _Call, layer: TokLayer, query: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Attention over the rows of another layer, as they were when its own queries saw them.
+
+    Raises:
+        UnsupportedModelError: the other layer has not run in this forward.
+    """
+    lent: list[Lent] = layer.lent or []
+    # Where nothing else is wanted of a model it gives these layers the newest queries alone.
+    skip = sum(one.count for one in lent) - query.shape[2]
+    if not lent or skip < 0:
+        raise UnsupportedModelError(f"{type(call.module).__name__} ran before the layer whose rows it shares")
+    outs: list[tuple[Tensor, Tensor | None]] = []
+    begun = 0
+    for i, one in enumerate(lent):
+        left = one.count - min(one.count, skip)
+        skip -= one.count - left
+        if left:
+            part = call if i == len(lent) - 1 else call._replace(spec=call.spec.part(one.count, one.seen))
+            first, some = one.first + one.count - left, query[:, :, begun : begun + left]
+            outs.append(_over(part, one, some, one.keys, one.values, first))
+            begun += left
+    return outs[0] if len(outs) == 1 else (torch.cat([out for out, _ in outs], 1), None)
 
 
 def _attend(
     call: _Call, layer: TokLayer, query: Tensor, key: Tensor, value: Tensor, before: int
 ) -> tuple[Tensor, Tensor | None]:
-    spec, seat = call.spec, call.seat
-    one = query.shape[2] == 1 and spec.plain and layer.weights is None
+    spec = call.spec
     if not layer.shelf.complete:
         # The store has more rows than it has handed over, and may know how to attend to all of them.
-        if one and not call.dropout and call.sinks is None:
+        if _one(call, layer, query) and not (call.dropout or call.seat.latents) and call.sinks is None:
             padding = partial(_padding, spec, layer.seen)
             heads = layer.shelf.attend(Query(query, call.scaling, call.softcap, padding))
             if heads is not None:
                 return heads.transpose(1, 2).contiguous(), None
-        key, value = layer.shelf.keys, layer.shelf.values  # type: ignore[assignment]  # there are rows
+        key, value = _keys_of(call, layer.shelf.keys, layer.shelf.values)
+    return _over(call, layer, query, key, value, before)
+
+
+def _one(call: _Call, rows: TokLayer | Lent, query: Tensor) -> bool:
+    """True for one query that sees all rows but padding, each as one token."""
+    return query.shape[2] == 1 and call.spec.plain and rows.weights is None
+
+
+def _over(
+    call: _Call, layer: TokLayer | Lent, query: Tensor, key: Tensor, value: Tensor, before: int
+) -> tuple[Tensor, Tensor | None]:
+    """Attention over rows that are at hand."""
+    spec, seat, one = call.spec, call.seat, _one(call, layer, query)
     if layer.compressed and one and spec.key_mask is None and not layer.ragged:
         # One query that sees every row needs no mask, as with a dense cache of that length.
         rest = call.scaling, call.dropout, call.options
         out = _stock(call.module, seat.implementation, query, key, value, None, *rest)
-    elif not layer.compressed and words.QUERIES_TO_MASK.at(spec.arguments) == query.shape[2]:
+    elif not layer.compressed and spec.queries == query.shape[2]:
         rest = call.scaling, call.dropout, call.options
         out = _stock(call.module, seat.implementation, query, key, value, spec.stock(seat.implementation), *rest)
     else:
@@ -163,8 +231,10 @@ def _padding(spec: MaskSpec, seen: int, count: int) -> Tensor | None:
 def _site(call: _Call, layer: TokLayer, query: Tensor) -> CacheSite:
     name, width = call.seat.projection, query.shape[1] * layer.newest[1].shape[3]
     keys, values = layer.shown()
-    return CacheSite(
-        q=query.detach(),
+    # Of latents every head makes keys of its own, but queries can be brought to them instead.
+    kind: type[CacheSite] = LatentSite if call.seat.latents else CacheSite
+    return kind(
+        q=(carried(call.module, query) if call.seat.latents else query).detach(),
         k=keys,
         v=values,
         positions=layer.slots,
@@ -207,14 +277,16 @@ def _stock(
     return out, weights
 
 
-def _compressed(call: _Call, layer: TokLayer, query: Tensor, key: Tensor, value: Tensor, before: int) -> Tensor:
+def _compressed(call: _Call, layer: TokLayer | Lent, query: Tensor, key: Tensor, value: Tensor, before: int) -> Tensor:
     """``[B, Q, H, D]``: attention over rows that hold the slots ``layer.slots``."""
     spec, positions, count = call.spec, layer.slots, query.shape[2]
-    if positions is None:
-        b, heads, n = key.shape[:3]
+    b, heads, n = key.shape[:3]
+    if positions is not None:
+        positions = positions.expand(b, heads, n)  # all heads' keys may be made of one row
+    else:
         positions = torch.arange(n, dtype=torch.int32, device=key.device).expand(b, heads, n)
     dropout = call.dropout
-    if count == 1 and spec.plain and layer.weights is None and not dropout and call.sinks is None:
+    if _one(call, layer, query) and not dropout and call.sinks is None:
         # One query over rows that all lie behind it: only padding and empty rows are hidden.
         mask = spec.key_mask
         if layer.compressed and spec.later(layer.settled, layer.seen) is None:

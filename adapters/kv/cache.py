@@ -24,6 +24,7 @@ class LayerRows(NamedTuple):
     """One layer of a cache: slots seen, rows held, and bytes; ``dense_bytes`` is what all slots would take.
 
     Rows are those of the longest head, or where no empty rows are held the mean over heads and samples, rounded up.
+    ``away_bytes`` are those of ``bytes`` that are kept in host memory, away from the device where the layer runs.
     """
 
     layer: int
@@ -31,6 +32,7 @@ class LayerRows(NamedTuple):
     rows: int
     bytes: int
     dense_bytes: int
+    away_bytes: int = 0
 
 
 class Snapshot(NamedTuple):
@@ -145,6 +147,8 @@ class TokCache(DynamicCache):  # type: ignore[misc]
                     f"the attention of layer {i} ran without the policy: if the model's attention implementation has "
                     "been switched since, call tokred.apply again"
                 )
+            if isinstance(layer, TokLayer):
+                layer.lent = None
         self.engine.finish()
 
     def reset(self) -> None:
@@ -197,7 +201,7 @@ def _own(state: dict[str, Any]) -> dict[str, Any]:
 
 def _rows(index: int, layer: Any) -> LayerRows:
     if isinstance(layer, TokLayer):
-        return LayerRows(index, layer.seen, layer.held, layer.nbytes, layer.dense_bytes)
+        return LayerRows(index, layer.seen, layer.held, layer.nbytes, layer.dense_bytes, layer.away_bytes)
     states = sum(x.nbytes for x in _states(layer))
     if states:
         return LayerRows(index, 0, 0, states, states)
@@ -252,6 +256,13 @@ def make_cache(config: Any, policy: CachePolicy, compressed: tuple[int, ...], la
     cache = TokCache(**{words.CONFIG.name: config})
     _take_over(cache, policy, compressed, _LAYOUTS.get(layout, store))
     return cache
+
+
+def layout_of(cache: TokCache) -> str:
+    """The layout that :func:`make_cache` was asked for."""
+    store = next((layer.store for layer in layers_of(cache) if isinstance(layer, TokLayer)), None)
+    own = cache.engine.parts.store
+    return next((name for name, one in _LAYOUTS.items() if one == store != own), "auto")
 
 
 def adopt(cache: Any, config: Any, policy: CachePolicy, compressed: tuple[int, ...]) -> TokCache:

@@ -14,12 +14,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokred.adapters.contract import attention_of, cache_name, cache_of, members, set_attention, with_cache, words
+from tokred.adapters.contract import (
+    attention_of,
+    cache_name,
+    cache_of,
+    members,
+    set_attention,
+    terms,
+    with_cache,
+    words,
+)
 from tokred.adapters.host import State
 from tokred.adapters.kv.attention import PREFIX, SEAT, Seat, register
 from tokred.adapters.kv.cache import LayerRows, TokCache, adopt, make_cache, rows_of
+from tokred.adapters.kv.latents import read
 from tokred.adapters.kv.layer import TokLayer
 from tokred.adapters.kv.repeat import repeat
+from tokred.adapters.kv.reuse.joined import Joined
 from tokred.adapters.kv.rope import LayerRope
 from tokred.adapters.swap import Hook, Undo, host_class
 from tokred.core.learned import Learned
@@ -140,6 +151,8 @@ class EnterDecoder(Hook):
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         cache = cache_of(given)
+        if isinstance(cache, Joined):  # rows that the policy is shown later
+            return args, kwargs
         self.settings.begin()
         if cache is None:
             use = words.CACHED.of(given)
@@ -158,6 +171,9 @@ class EnterDecoder(Hook):
         _check_chunk(given, self.settings.policy)
         cache.begin()
         cache.account(_new(given)[0], self.settings.config)
+        kept = words.KEPT_LOGITS.of(given)
+        if isinstance(kept, int) and words.KEPT_LOGITS.among(self.names):
+            words.KEPT_LOGITS.put(given, _newest_alone(kept, self.settings.implementation))
         return (), with_cache(given, cache_name(host_class(module).forward), cache)
 
 
@@ -186,6 +202,8 @@ class EnterAttention(Hook):
         projection: name of the output projection, or None.
         embedding: the decoder's rotary embedding, where it can be handed over.
         layer_type: what the embedding takes besides positions, or None.
+        lends: whether other layers attend to this one's rows.
+        latents: whether rows are latents.
     """
 
     def __init__(
@@ -195,8 +213,12 @@ class EnterAttention(Hook):
         projection: str | None,
         embedding: nn.Module | None,
         layer_type: str | None,
+        lends: bool = False,
+        latents: bool = False,
     ) -> None:
         self.settings = settings
+        self.lends = lends
+        self.latents = latents
         self.layer_type = layer_type
         self.index = index
         self.projection = projection
@@ -209,13 +231,37 @@ class EnterAttention(Hook):
             seat = Seat(None, self.settings.implementation, 0, None, None)
             return args, {**kwargs, SEAT: seat}
         layer.armed = True
+        layer.lent = [] if self.lends else None
+        layer.view = read if self.latents else None
         rope, tables = None, words.TABLES.of(kwargs)
         if self.embedding is not None and tables is not None:
             rope = LayerRope(self.embedding, self.layer_type, tables)
         depth = len(self.settings.compressed)
         hidden = args[0] if args else words.STATES.of(kwargs)
         learned = self.settings.learn()
-        seat = Seat(layer, self.settings.implementation, depth, self.projection, rope, hidden, learned)
+        seat = Seat(
+            layer, self.settings.implementation, depth, self.projection, rope, hidden, learned, latents=self.latents
+        )
+        return args, {**kwargs, SEAT: seat}
+
+
+class EnterReader(Hook):
+    """Before the attention of a layer that has no rows of its own: it is told whose it attends to.
+
+    Args:
+        settings: of the model.
+        owner: the layer that has the rows.
+    """
+
+    def __init__(self, settings: CacheSettings, owner: int) -> None:
+        self.settings = settings
+        self.owner = owner
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        cache = cache_of(kwargs)
+        layer = words.LAYERS.need(cache)[self.owner] if isinstance(cache, TokCache) else None
+        rows = layer if isinstance(layer, TokLayer) else None
+        seat = Seat(rows, self.settings.implementation, 0, None, None, borrows=rows is not None)
         return args, {**kwargs, SEAT: seat}
 
 
@@ -258,6 +304,16 @@ class EnterNorm(Hook):
             if key in engine.streams:
                 total, count = total + engine.streams[key][0], count + engine.streams[key][1]
             engine.streams[key] = (total, count)
+
+
+def _newest_alone(kept: int, implementation: str) -> int:
+    """Newest tokens that layers without rows of their own are given; 0: all.
+
+    A model decides by the name of its attention, which is another one here: kernels that look back on their own are
+    asked for one query or for all.
+    """
+    alone = kept == 1 and implementation in terms.FUSED_KERNEL.names
+    return kept if alone or implementation in terms.WRITTEN_OUT.names else 0
 
 
 def argument_names(module: nn.Module) -> tuple[str, ...]:

@@ -20,7 +20,10 @@ from tokred.adapters.contract import (
     words,
 )
 from tokred.adapters.host import Host, State
-from tokred.adapters.kv.reasons import ROWS, layer_kinds, odd_layers, own_cache, without_cache
+from tokred.adapters.kv.latents import makes_latents
+from tokred.adapters.kv.reasons import ROWS, SHARED, layer_kinds, odd_layers, own_cache, without_cache
+from tokred.adapters.kv.sharing import owners
+from tokred.adapters.kv.supplies import norms, projection, supplies
 from tokred.adapters.swap import host_class
 from tokred.core.learned import Facts
 from tokred.core.method import Method
@@ -35,6 +38,9 @@ if TYPE_CHECKING:
 _OTHER_HEADS = ("JetMoeAttention",)
 # What a hard limit reads.
 _BYTES = "the bytes of all layers"
+# What rows of latents have none of, because each head has its own.
+_OF_HEADS = frozenset({"v", "projection", "rope"})
+_ROWS = "rows that are keys and values themselves"
 
 
 @dataclass
@@ -50,6 +56,9 @@ class CacheHost(Host):
         compressed: layers that attend to everything; the others have a sliding window, and bounded caches already.
         supplies: what sites hand over.
         norms: by layer, the decoder layer and the module that reads the stream after its attention, or None.
+        readers: layers without rows of their own, by layer: name, attention module, and the compressed layer whose rows
+            they attend to.
+        latents: whether rows are latents, of which the keys and values of all heads are made.
         states: layers without rows: they keep a state of one size, or nothing.
         key_heads: key/value heads of a compressed layer, where a rehearsal showed them; 0: as the configuration says.
         note: what a user should know.
@@ -63,6 +72,8 @@ class CacheHost(Host):
     compressed: tuple[int, ...]
     supplies: frozenset[str]
     norms: dict[int, tuple[nn.Module, nn.Module] | None] = field(default_factory=dict)
+    readers: dict[int, tuple[str, nn.Module, int]] = field(default_factory=dict)
+    latents: bool = False
     states: int = 0
     key_heads: int = 0
     note: str = ""
@@ -84,7 +95,11 @@ class CacheHost(Host):
     def how(self) -> str:
         """How methods run here, for the table of support."""
         sliding = len(self.attentions) - self.depth
-        others = [f"{n} {what}" for n, what in ((sliding, "sliding-window layers"), (self.states, "without rows")) if n]
+        kinds = (
+            (sliding, "sliding-window layers"), (self.states, "without rows"),
+            (len(self.readers), "that read another's rows"),
+        )  # fmt: skip
+        others = [f"{n} {what}" for n, what in kinds if n]
         more = f" ({', '.join(others)} stay as they are)" if others else ""
         return f"{self.family}, cache of {self.depth} layers{more}"
 
@@ -125,13 +140,23 @@ class CacheHost(Host):
         from tokred.kv.policy import CachePolicy
 
         one: Method = method if isinstance(method, Method) else method()
-        counts = self.states and isinstance(one, CachePolicy) and one.parts.when.chunk
-        return super().missing(one) | (frozenset({_BYTES}) if counts else frozenset())
+        counts = (self.states or self.readers) and isinstance(one, CachePolicy) and one.parts.when.chunk
+        # A store that looks at queries divides their channels by those of the keys that it holds.
+        direct = isinstance(one, CachePolicy) and ("q" in one.parts.store.reads or one.parts.fate.rewrites)
+        more = {_BYTES: counts, _ROWS: self.latents and direct}
+        return super().missing(one) | frozenset(name for name, wanted in more.items() if wanted)
 
     def hint(self, method: Method) -> str:
-        """The end of a refusal: what a limit does not know of, where that is what is missing."""
-        if _BYTES not in self.missing(method):
-            return ""
+        """The end of a refusal: what a limit does not know of, or what the store can do without."""
+        from tokred.kv.policy import CachePolicy
+
+        missing = self.missing(method)
+        if self.latents and missing & (_OF_HEADS | {_ROWS}):
+            return ": its cache holds latents, of which each head makes keys and values of its own"
+        if _BYTES not in missing:
+            return method.parts.store.hint(missing) if isinstance(method, CachePolicy) else ""
+        if self.readers:
+            return ": layers that read another's rows keep them until the forward ends, whatever has been evicted"
         return f": {self.states} of its layers keep states, whose size is not known before the first forward"
 
     def patch(
@@ -150,10 +175,15 @@ class CacheHost(Host):
         names = hooks.argument_names(self.decoder)
         changes.before(self.decoder, hooks.EnterDecoder(settings, names), with_kwargs=True)
         changes.after(self.decoder, hooks.LeaveDecoder(settings), with_kwargs=True)
-        embedding = words.ROTARY.part(self.decoder) if "rope" in self.supplies else None
+        embedding = words.ROTARY.part(self.decoder) if "rotation" in self.supplies else None
+        lenders = {owner for _, _, owner in self.readers.values()}
+        for _, attention, owner in self.readers.values():
+            changes.before(attention, hooks.EnterReader(settings, owner), with_kwargs=True)
         for i, (_, attention) in self.attentions.items():
             layer_type = None if embedding is None else layer_type_of(embedding, attention)
-            hook = hooks.EnterAttention(settings, i, _projection(attention), embedding, layer_type)
+            hook = hooks.EnterAttention(
+                settings, i, projection(attention), embedding, layer_type, i in lenders, self.latents
+            )
             changes.before(attention, hook, with_kwargs=True)
         if "stream" in method.reads:
             for i in chosen:
@@ -180,7 +210,7 @@ def match(model: nn.Module, *, decodes: bool = False, bounded: bool = False, sta
         model: to be looked at.
         decodes: whether it is known to be one, so that its attention need not say so.
         bounded: whether one is welcome of which all layers have a sliding window, so that none loses rows to a policy.
-        states: whether one is welcome of which some layers keep a state of their own instead of rows.
+        states: whether one is welcome of which some layers keep a state of their own instead of rows, or none at all.
 
     Raises:
         UnsupportedModelError: it is one, but its cache cannot lose rows rightly; the message says why.
@@ -214,7 +244,8 @@ def match(model: nn.Module, *, decodes: bool = False, bounded: bool = False, sta
     odd = odd_layers(kinds, beside=states)
     if odd:
         raise refusal(name, odd)
-    found = {i: one for i, one in _attentions(model, text).items() if i >= len(kinds) or kinds[i] in ROWS}
+    modules, sources = _attentions(model, text), owners(kinds, text)
+    found = {i: one for i, one in modules.items() if i >= len(kinds) or kinds[i] in ROWS}
     decoder = _decoder(model, found) if found else model
     rehearsal = Rehearsal(text, words.ROTARY.part(decoder))
     # Some models use the attention function and do not say so.
@@ -222,13 +253,20 @@ def match(model: nn.Module, *, decodes: bool = False, bounded: bool = False, sta
         raise refusal(
             name, "its attention cannot be exchanged (it has no attention back-end), so a policy would never be asked"
         )
-    if words.LATENTS.part(text):
-        raise refusal(name, "its cache holds latents that keys are made of anew, which scores of keys do not fit")
+    latents = bool(words.LATENTS.part(text))
+    if latents and not all(makes_latents(m) for _, m in found.values()):
+        raise refusal(name, "its cache holds latents, and its attention does not say how keys are made of them")
     own = own_cache(model)
     if own:
         raise refusal(name, own)
     _check_attentions(name, kinds, found, rehearsal)
     compressed = _full_layers(name, kinds, bounded)
+    unknown = [i for i, kind in enumerate(kinds) if kind == SHARED and not (i in sources and i in modules)]
+    if unknown:
+        raise refusal(
+            name, f"layer {unknown[0]} attends to the keys and values of an earlier layer, and no telling which"
+        )
+    readers = {i: (*modules[i], owner) for i, owner in sources.items() if owner in compressed}
     return CacheHost(
         family=f"transformers {name}",
         model=model,
@@ -236,10 +274,12 @@ def match(model: nn.Module, *, decodes: bool = False, bounded: bool = False, sta
         config=text,
         attentions=found,
         compressed=compressed,
-        supplies=_supplies(decoder, found, compressed, rehearsal),
-        norms=_norms(decoder, found),
+        supplies=supplies(decoder, found, compressed, rehearsal) - (_OF_HEADS if latents else frozenset()),
+        norms=norms(decoder, found),
         key_heads=rehearsal.key_heads(found[compressed[0] if compressed else next(iter(found))][1]),
-        states=len(kinds) - len(found),
+        readers=readers,
+        latents=latents,
+        states=len(kinds) - len(found) - kinds.count(SHARED),
     )
 
 
@@ -326,54 +366,3 @@ def _full_layers(name: str, kinds: list[str], bounded: bool) -> tuple[int, ...]:
         some = "" if set(kinds) <= set(ROWS) else " that keep rows"
         raise refusal(name, f"all of its layers{some} have a sliding window, so its cache is bounded already")
     return full
-
-
-def _projection(attention: Any) -> str | None:
-    return next((n for n in words.OUTPUT.names if isinstance(getattr(attention, n, None), nn.Module)), None)
-
-
-def _norms(
-    decoder: nn.Module, found: dict[int, tuple[str, nn.Module]]
-) -> dict[int, tuple[nn.Module, nn.Module] | None]:
-    """For each layer the decoder layer, and the module that reads the stream after the attention."""
-    if words.PARALLEL.part(words.CONFIG.need(decoder), False):
-        return dict.fromkeys(found)  # the norm reads the stream before the attention
-    around = {id(child): m for m in decoder.modules() for child in m.children()}
-    pairs: dict[int, tuple[nn.Module, nn.Module] | None] = {}
-    for i, (_, attention) in found.items():
-        layer = around.get(id(attention))
-        reader = None if layer is None else _after_attention(layer)
-        pairs[i] = None if layer is None or reader is None else (layer, reader)
-    return pairs
-
-
-def _after_attention(layer: Any) -> nn.Module | None:
-    """The module whose input is the stream with the attention added."""
-    if words.NORM_OF_MLP.on(layer):
-        word = words.NORM_OF_MLP
-    elif words.NORM_BEHIND_MLP.on(layer):
-        word = words.MLP  # norms stand behind attention and MLP, which reads the stream itself
-    else:
-        word = words.NORM_BEHIND
-    found = word.part(layer)
-    return found if isinstance(found, nn.Module) else None
-
-
-def _supplies(
-    decoder: Any, found: dict[int, tuple[str, nn.Module]], compressed: tuple[int, ...], rehearsal: Rehearsal
-) -> frozenset[str]:
-    from tokred.adapters.kv.rope import supplies_rope
-
-    supplied = {"q", "k", "v"}
-    if all(words.STATES.among(inspect.signature(host_class(m).forward).parameters) for _, m in found.values()):
-        supplied |= {"hidden", "module"}
-    if all(_projection(m) is not None for _, m in found.values()):
-        supplied.add("projection")
-    attention: Any = found[compressed[0] if compressed else next(iter(found))][1]
-    head_dim = words.HEAD_WIDTH.part(attention)
-    turns = all(rehearsal.turns(found[i][1]) for i in compressed)
-    if head_dim is not None and turns and supplies_rope(decoder, attention, int(head_dim)):
-        supplied.add("rope")
-    if all(pair is not None for pair in _norms(decoder, found).values()):
-        supplied.add("stream")
-    return frozenset(supplied)

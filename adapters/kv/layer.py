@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from tokred.kv.engine import Clock, Engine
 from tokred.kv.site import CacheSite
 from tokred.kv.stores.rectangle import without_row
 from tokred.kv.stores.store import Shelf, Store, missing
+
+if TYPE_CHECKING:
+    from tokred.adapters.kv.sharing import Lent
 
 CacheLayerMixin: Any = host_object("base of cache layers")
 
@@ -39,6 +42,8 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
         mixed: whether rows stand in another order than their slots, since some have taken the places of others. Whoever
             looks at :attr:`keys`, :attr:`values` or :attr:`positions` finds them in order.
         weights: ``[B, Hk, K]`` float32, how many tokens each row stands for; None: one each.
+        lent: what other layers attend to in this forward, see :mod:`tokred.adapters.kv.sharing`; None: none does.
+        view: makes what a site takes of the rows, where they are not keys and values themselves; None: they are.
         rows, notes: state of the policy, by row ``[B, Hk, K]`` and of other shapes.
     """
 
@@ -55,6 +60,8 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
         self._empty = self.shelf.snapshot()
         self.armed = False  # the patched model has said that it will add to this layer
         self.waiting = False  # it has, and its attention is to come
+        self.lent: list[Lent] | None = None
+        self.view: Callable[..., tuple[Tensor | Made, Tensor | Made]] | None = None
         self._clear()
 
     def _clear(self) -> None:
@@ -105,7 +112,7 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def shown(self) -> tuple[Tensor | Made, Tensor | Made]:
         """Keys and values as a site takes them."""
-        return self.shelf.show()
+        return self.shelf.show() if self.view is None else self.view(*self.shelf.show())
 
     @property
     def compressed(self) -> bool:
@@ -318,9 +325,12 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
     @property
     def nbytes(self) -> int:
         """Bytes really held: the memory behind rows, positions, weights and the policy's state."""
-        tensors = [*self.shelf.tensors, self.weights, *self.rows.values(), *self.notes.values()]
-        memory = (t.untyped_storage() for t in tensors if isinstance(t, Tensor))
-        return sum({m.data_ptr(): m.nbytes() for m in memory}.values())
+        return _bytes([*self.shelf.tensors, self.weights, *self.rows.values(), *self.notes.values()])
+
+    @property
+    def away_bytes(self) -> int:
+        """Those of :attr:`nbytes` that are kept in host memory, away from the device where the layer runs."""
+        return _bytes(self.shelf.away)
 
     @property
     def held(self) -> int:
@@ -364,6 +374,11 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
                 if isinstance(value, Tensor) and value.shape[0] == b:
                     state[name] = change(value)
         self.clock = self.clock.select([0] * len(index) if uniform else listed())
+
+
+def _bytes(tensors: Iterable[Any]) -> int:
+    memory = (t.untyped_storage() for t in tensors if isinstance(t, Tensor))
+    return sum({m.data_ptr(): m.nbytes() for m in memory}.values())
 
 
 def _grown(state: Tensor, count: int, value: float) -> Tensor:

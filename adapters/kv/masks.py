@@ -21,9 +21,11 @@ class MaskSpec:
 
     Args:
         arguments: of the mask function.
+        tail: newest queries that the mask is for; 0: all.
     """
 
-    def __init__(self, arguments: dict[str, Any]) -> None:
+    def __init__(self, arguments: dict[str, Any], tail: int = 0) -> None:
+        self.tail = tail
         # Offsets may be tensors that a layer changes in place before the mask is made.
         self.arguments: dict[str, Any] = {
             k: int(v) if isinstance(v, Tensor) and v.ndim == 0 else v for k, v in arguments.items()
@@ -44,9 +46,25 @@ class MaskSpec:
             mask = self.key_mask
             mask = None if mask is None else mask.to(device, **options)
             self._moved[device] = MaskSpec(
-                {**self.arguments, words.ATTENTION_MASK.key(self.arguments): mask, "device": device}
+                {**self.arguments, words.ATTENTION_MASK.key(self.arguments): mask, "device": device}, self.tail
             )
         return self._moved[device]
+
+    def __getitem__(self, index: Any) -> MaskSpec:
+        """The mask of the newest queries, where a model cuts the last of four axes but one: ``mask[:, :, -n:, :]``.
+
+        Raises:
+            TypeError: it is cut in another way.
+        """
+        match index:
+            case (slice(), slice(), slice(start=int() as start, stop=None, step=None), slice()) if start <= 0:
+                return MaskSpec(self.arguments, min(-start, self.queries)) if start else self
+        raise TypeError("a mask that stands for one of evicted rows can be cut to its newest queries alone")
+
+    @property
+    def queries(self) -> int:
+        """Queries that the mask is for."""
+        return self.tail or int(words.QUERIES_TO_MASK.at(self.arguments))
 
     @property
     def key_mask(self) -> Tensor | None:
@@ -87,7 +105,8 @@ class MaskSpec:
                 # Sizes of a layer that has evicted rows; this mask is for one that has not.
                 words.KEYS_TO_MASK.put(arguments, words.KEYS_TO_MASK.at(arguments) + words.FIRST_KEY.at(arguments))
                 words.FIRST_KEY.put(arguments, 0)
-            self._stock[implementation] = mapping[implementation](**arguments)
+            mask = mapping[implementation](**arguments)
+            self._stock[implementation] = mask if mask is None or not self.tail else mask[:, :, -self.tail :]
         return self._stock[implementation]
 
     def part(self, queries: int, keys: int) -> MaskSpec:

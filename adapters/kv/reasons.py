@@ -16,7 +16,7 @@ ROWS = terms.kinds(terms.FULL, terms.SLIDING, terms.CHUNKED)
 # Layers that keep a state of one size, however many tokens come, and nothing of each; they stay as they are.
 STATES = terms.kinds(terms.CONVOLUTION, terms.RECURRENT)
 # Two kinds of tokred's own: layers that share a cache, and those without attention, which caches call by one name.
-_SHARED, _BARE = "shared", "bare"
+SHARED, _BARE = "shared", "bare"
 _BESIDE = "keep a recurrent state beside keys and values"
 _DOES = {
     terms.CONVOLUTION: "keep a convolution state instead of keys and values",
@@ -29,7 +29,7 @@ _DOES = {
 }
 _KEPT = {
     **{name: does for word, does in _DOES.items() for name in word.names},
-    _SHARED: "attend to the keys and values of an earlier layer",
+    SHARED: "attend to the keys and values of an earlier layer",
     _BARE: "have no attention",
 }
 _SHOWN = 12
@@ -45,7 +45,7 @@ def layer_kinds(text: Any) -> list[str]:
     modes = words.SHARING.part(text)
     kinds = [_bare_or_shared(k, i, modes) for i, k in enumerate(kinds)]
     # Older releases leave layers that share off the end.
-    return kinds + [_SHARED] * (words.DEPTH.need(text) - len(kinds))
+    return kinds + [SHARED] * (words.DEPTH.need(text) - len(kinds))
 
 
 _RECURRENT = terms.kinds(terms.OLDER_RECURRENT, terms.RECURRENT)
@@ -54,7 +54,7 @@ _RECURRENT = terms.kinds(terms.OLDER_RECURRENT, terms.RECURRENT)
 def _bare_or_shared(kind: str, layer: int, modes: Any) -> str:
     if kind not in terms.DUMMY.names:
         return kind
-    return _SHARED if modes is not None and modes[layer] in terms.REUSED.names else _BARE
+    return SHARED if modes is not None and modes[layer] in terms.REUSED.names else _BARE
 
 
 def odd_layers(kinds: list[str], beside: bool = False) -> str:
@@ -62,9 +62,10 @@ def odd_layers(kinds: list[str], beside: bool = False) -> str:
 
     Args:
         kinds: of all layers.
-        beside: whether layers with a state of their own, or with nothing, are welcome where others keep rows.
+        beside: whether layers with a state of their own, with nothing, or with the rows of another layer are welcome
+            where others keep rows.
     """
-    fine = (*ROWS, *STATES, _BARE) if beside and not set(ROWS).isdisjoint(kinds) else ROWS
+    fine = (*ROWS, *STATES, SHARED, _BARE) if beside and not set(ROWS).isdisjoint(kinds) else ROWS
     listed: dict[str, list[int]] = {}
     for i, kind in enumerate(kinds):
         if kind not in fine:

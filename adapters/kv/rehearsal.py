@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tokred.adapters.contract import arguments, cache_argument, host_object, members, set_attention, words
+from tokred.adapters.kv.latents import makes_latents
 from tokred.adapters.kv.rope import layer_type_of
 from tokred.adapters.swap import host_class
 
@@ -96,12 +97,24 @@ class Rehearsal:
             return ""
         if not heard.calls:
             return "does not use the attention function that a policy acts in"
+        if makes_latents(attention):
+            return self._of_latents(attention, heard)
         same = all(
             x.shape[:3] == row.shape[:3] for call in heard.calls for x, row in zip(call, heard.rows, strict=True)
         )
         if len(heard.calls) > 1 or not same:
             return "attends to other keys and values than its cache holds"
         return ""
+
+    def _of_latents(self, attention: nn.Module, heard: _Heard) -> str:
+        """Why keys are not made of the rows as those of latents are; empty where they are."""
+        assert heard.rows is not None
+        latents, rotated = (x.shape for x in heard.rows)
+        widths = int(words.LATENTS.need(attention)), int(words.PLAIN_WIDTH.need(attention)) + rotated[3]
+        one = latents[1] == rotated[1] == 1 and len(heard.calls) == 1
+        if one and widths == (latents[3], heard.calls[0][0].shape[3]):
+            return ""
+        return "makes keys and values of latents in a way of its own"
 
     def heard(self, attention: nn.Module) -> bool:
         """True where the rehearsal showed that the module calls the attention function, whatever its model says."""
@@ -152,6 +165,7 @@ class Rehearsal:
         x = torch.empty(1, _TOKENS, words.WIDTH.need(self.config), device="meta")
         more = {
             words.ATTENTION_MASK: _Mask(),
+            words.SHARED_ROWS: {},
             words.TABLES: self._tables(attention, heard),
             words.POSITIONS: torch.empty(1, _TOKENS, dtype=torch.long, device="meta"),
         }

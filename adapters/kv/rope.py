@@ -61,26 +61,29 @@ class LayerRope:
         return torch.atan2(sin, cos), float(torch.hypot(sin[0], cos[0]))
 
 
-def supplies_rope(decoder: Any, attention: Any, head_dim: int) -> bool:
-    """True for a decoder whose rotary embedding :class:`LayerRope` can undo: whole heads, turned in halves."""
+def turned_channels(decoder: Any, attention: Any) -> int:
+    """Channels of a head, the first ones, that a decoder turns as two halves, by angles that only positions decide.
+
+    :class:`LayerRope` can undo it where they are all channels. 0: it turns others, otherwise, or none.
+    """
     embedding = words.ROTARY.part(decoder)
     turn = words.HALF_TURN.part(sys.modules[type(attention).__module__])
     if not isinstance(embedding, nn.Module) or turn is None:
-        return False
+        return 0
     # Embeddings that follow the length, or have several axes, would change by being asked.
     text = str(words.ROPE.part(words.CONFIG.need(decoder)))
     if words.AXES.on(embedding) or any(word in text for word in (*words.AXES.names, *terms.BY_LENGTH.names)):
-        return False
+        return 0
     if turn(torch.arange(4.0)[None]).tolist() != [[-2.0, -3.0, 0.0, 1.0]]:
-        return False
+        return 0
     device = next((b.device for b in embedding.buffers()), torch.device("cpu"))
     extra = layer_type_of(embedding, attention)
     zeros = torch.zeros(1, 1, 1, device=device), torch.zeros(1, 1, dtype=torch.long, device=device)
     try:
         cos, _ = embedding(*zeros, *([] if extra is None else [extra]))
     except KeyError:  # layers of this type do not turn
-        return False
-    return bool(cos.shape[-1] == head_dim)
+        return 0
+    return int(cos.shape[-1])
 
 
 def layer_type_of(embedding: Any, attention: Any) -> str | None:

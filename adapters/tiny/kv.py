@@ -19,12 +19,14 @@ class Family(NamedTuple):
         options: of the configuration.
         config: class of the configuration, where it is called otherwise.
         attention: implementation, where it is not the usual one.
+        unscaled: whether its logits are not divided by anything, so that trained norms of queries have to be small.
     """
 
     name: str
     options: dict[str, Any]
     config: str = ""
     attention: str = ""
+    unscaled: bool = False
 
 
 SMALL: dict[str, Any] = {
@@ -36,7 +38,17 @@ GEMMA: dict[str, Any] = {
     **SMALL, "num_hidden_layers": 4, "sliding_window": 8, "query_pre_attn_scalar": 16,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
 }  # fmt: skip
+SHARING: dict[str, Any] = {
+    **GEMMA, "num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 97,
+}  # fmt: skip
 HYBRID: dict[str, Any] = {**SMALL, "num_hidden_layers": 4}
+LATENT: dict[str, Any] = {
+    **{name: value for name, value in SMALL.items() if name != "head_dim"}, "num_key_value_heads": 4,
+    "q_lora_rank": 16, "kv_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 16,
+    "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+}  # fmt: skip
 MIXTURE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 LINEAR: dict[str, Any] = {
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
@@ -60,6 +72,16 @@ FAMILIES: dict[str, Family] = {
     "glm4": Family("Glm4", SMALL),
     # A logit in every softmax that belongs to no key.
     "gpt_oss": Family("GptOss", {**GEMMA, **MIXTURE, "num_local_experts": 4}, attention="eager"),
+    # Layers that attend to the rows of an earlier layer.
+    "gemma3n": Family("Gemma3n", {
+        **SHARING, "activation_sparsity_pattern": [0.0] * 6, "laurel_rank": 8,
+    }, "Gemma3nTextConfig"),
+    "gemma4": Family("Gemma4", {
+        **SHARING, "global_head_dim": 24, "num_global_key_value_heads": 1,
+    }, "Gemma4TextConfig", unscaled=True),
+    # One latent a token, of which all heads make keys and values.
+    "deepseek_v3": Family("DeepseekV3", LATENT),
+    "deepseek_v2": Family("DeepseekV2", {**LATENT, "head_dim": 8}),
     # Layers that keep a state beside layers that keep rows.
     "qwen3_next": Family("Qwen3Next", {
         **HYBRID, **MIXTURE, **LINEAR, "layer_types": ["linear_attention", "full_attention"] * 2,
@@ -106,6 +128,9 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **more: 
     config = getattr(t, row.config or f"{row.name}Config")(**{**copy.deepcopy(row.options), **more})
     kind = getattr(t, f"{row.name}ForCausalLM")
     model = kind._from_config(config, attn_implementation=row.attention) if row.attention else kind(config)
+    if row.unscaled:
+        for norm in (part for label, part in model.named_parameters() if "q_norm" in label):
+            norm.data.mul_(SMALL["head_dim"] ** -0.5)
     return livelier(model).to(dtype).eval()
 
 

@@ -16,9 +16,7 @@ are reordered, repeated, or tokens taken back.
 #   together, so MaskMaker would stay, and so would sizes that tell of the first layer of a kind;
 # - sliding layers, which are the host's own, would need positions too: their windows count places in the conversation;
 # - crop would have to go back behind an eviction where the newest columns are all there, as Track does.
-# Gained would be Clock.behind and the engine's count of the prompt, which the two ledgers tell each other. A cache that
-# nothing has left is untouched either way: its class is exchanged when something does. A policy beside a short window,
-# once refused, needs no common ledger: masks of sliding layers never were the policy's, see masks.tensor_of.
+# Gained would be Clock.behind and the engine's count of the prompt, which the two ledgers tell each other.
 
 from __future__ import annotations
 
@@ -41,6 +39,7 @@ if TYPE_CHECKING:
     from transformers import Cache
 
     from tokred.adapters.kv.cache import Snapshot, TokCache
+    from tokred.adapters.vlm.calibration import Rows
 
 
 class Packed(NamedTuple):
@@ -203,11 +202,13 @@ class Track:
             layers.
         groups: by first layer; none of layer 0 where nothing left before the language model.
         behind: ``(B,)`` int64, how many positions each sample lags behind where positions are counted anew.
+        calibration: of the rows of layer 0, where attention to them is calibrated.
     """
 
     covered: int
     groups: list[Group] = field(default_factory=list)
     behind: Tensor | None = None
+    calibration: Rows | None = None
 
     @property
     def outer(self) -> Group | None:
@@ -231,13 +232,14 @@ class Track:
 
     def copy(self) -> Track:
         """One that is set apart from this."""
-        return Track(self.covered, list(self.groups), self.behind)
+        return replace(self, groups=list(self.groups))
 
     def pick(self, index: Tensor) -> None:
         """Go on with other samples."""
         self.groups = [g.pick(index) for g in self.groups]
         if self.behind is not None:
             self.behind = self.behind.index_select(0, index.to(self.behind.device))
+        self.calibration = None if self.calibration is None else self.calibration.pick(index)
 
     def cut(self, count: int) -> None:
         """Forget the newest ``count`` covered tokens.
@@ -251,6 +253,7 @@ class Track:
                 "dropped; crop to the end of the prompt, or copy the cache before it"
             )
         self.groups = [g.cut(count) for g in self.groups]
+        self.calibration = None if self.calibration is None else self.calibration.cut(count)
         self.covered -= count
 
 

@@ -1,5 +1,4 @@
-"""One forward of a model that is patched at the stages ``projector`` and ``layer``: what leaves where, and what the
-later layers are given for it. State that outlives the forward goes to the cache."""
+"""One forward of a model patched before or inside its language model: what leaves where, what later layers get."""
 
 from __future__ import annotations
 
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
     from transformers import Cache
 
     from tokred.adapters.kv.cache import TokCache
+    from tokred.adapters.vlm.calibration import Rows
     from tokred.adapters.vlm.hooks import VisualSettings
     from tokred.adapters.vlm.masks import Masks
 
@@ -72,6 +72,8 @@ class Forward:
         self.visual: Tensor | None = None
         self.behind: Tensor | None = None
         self.counts: dict[int, LayerCount] = {}
+        self.sizes: Tensor | None = None  # (B, L) float32, tokens that visual ones stand for; None: nothing has left
+        self.calibration: Rows | None = None
 
     @property
     def device(self) -> torch.device:
@@ -113,8 +115,7 @@ class Forward:
         return None if self.track is None else self.track.outer
 
     def places(self) -> Tensor:
-        """``(B, past_columns + columns)`` int64: which token of the conversation each row of layer 0 is; where
-        positions are counted anew, that of what is left of it."""
+        """``(B, past_columns + columns)`` int64: tokens of the conversation, or of what is left, by row of layer 0."""
         outer, width = self._outer(), self.embeds.shape[1]
         if self.settings.repack:
             return torch.arange(self.past_columns + width, device=self.device).expand(self.batch, -1)
@@ -162,6 +163,7 @@ class Forward:
                 self.embeds = left.embeds
                 words.EMBEDS.put(new, self.embeds)
             return
+        self.sizes = left.sizes
         keep = ~left.gone
         if real is None:
             counts = tuple(self.length - n for n in left.dropped)
@@ -180,7 +182,8 @@ class Forward:
         self._shorten(new, packed, visual)
 
     def _left(self, method: PlacedMethod, context: Context) -> Left:
-        left = Left(None, self.embeds, (0,) * self.batch)
+        sized = self.visual is not None and "calibration" in method.reads
+        left = Left(None, self.embeds, (0,) * self.batch, self.visual.float() if sized else None)
         for modality in self.call.modalities:
             columns = modality.visual.nonzero()[:, 1]
             for group in grouped(places(modality)):
@@ -200,13 +203,11 @@ class Forward:
 
     def _last(self, text: Tensor) -> Tensor:
         """``(B, 1)`` int64: the prompt's last token, visual or not."""
-        visual = self.visual
-        assert visual is not None  # there are placeholders
-        return last_real(visual | text, self.end)
+        assert self.visual is not None  # there are placeholders
+        return last_real(self.visual | text, self.end)
 
     def image_places(self) -> Tensor | None:
-        """``(B, L, 2)`` float32: row and column of each visual token in its image, in [0, 1]; None where a grid is not
-        known."""
+        """``(B, L, 2)`` float32: row and column of each visual token in its image, in [0, 1]; None: not known."""
         found = torch.zeros(self.batch, self.length, 2, device=self.device)
         for modality in self.call.modalities:
             rows, columns = modality.visual.nonzero().unbind(1)
@@ -369,7 +370,7 @@ class Forward:
             assert self.inner is not None  # an inner group needs it
             groups.append(self.inner.group(first))
         behind = self._behind() if self.behind is None else self.behind
-        set_track(cache, Track(self.past + self.length, groups, behind))
+        set_track(cache, Track(self.past + self.length, groups, behind, self.calibration))
 
     def tokens(self) -> tuple[LayerCount, ...]:
         """Tokens at the input of every layer (waits for the device)."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tokred.adapters.contract import cache_name, cache_of, host_object, members, terms, with_cache, words
 from tokred.adapters.host import State
 from tokred.adapters.swap import Hook, host_class
+from tokred.adapters.vlm.calibration import calibrate
 from tokred.adapters.vlm.columns import track_of
 from tokred.adapters.vlm.decoder_attention import LayerCount
 from tokred.adapters.vlm.families import Facts
@@ -190,6 +191,7 @@ class EnterLanguage(Hook):
                 given.setdefault(word.key(given, self.names), None)
         forward = Forward(settings, call, given)
         new = forward.prepare(given)
+        calibrate(forward, module, new)
         in_flight.language = LanguageRun(module, forward, settings.layers, in_flight.language)
         return (), new
 

@@ -16,6 +16,7 @@ from tokred.adapters.host import Host, State
 from tokred.adapters.kv.host import match as match_language
 from tokred.adapters.kv.host import refusal as cache_refusal
 from tokred.adapters.swap import host_class
+from tokred.adapters.vlm.calibration import supplies_calibration
 from tokred.adapters.vlm.decoder_layers import LayerList
 from tokred.adapters.vlm.decoder_layers import body as list_body
 from tokred.adapters.vlm.families import (
@@ -94,7 +95,7 @@ class VisualHost(Host):
         """For the table of support."""
         if self.stage == "projector":
             pooled = self.facts.heads and len(self.facts.getters) > 1
-            note = " (the tower's attention of images alone, since frames of videos are pooled)" if pooled else ""
+            note = " (the tower's keys of images alone, since frames of videos are pooled)" if pooled else ""
             return f"{self.family}, before its language model{note}"
         return f"{self.family}, between its {len(self.layers)} decoder layers"
 
@@ -297,6 +298,8 @@ def _match(model: nn.Module, stage: str) -> VisualHost | None:
     if len(layers) != len(found.attentions):
         raise cache_refusal(cls.__name__, "its decoder layers are not known")
     supplies = _supplies_layer(layers) if stage == "layer" else _supplies_projector(core, facts)
+    if stage == "projector" and supplies_calibration(language, facts):
+        supplies |= {"calibration"}
     return VisualHost(f"transformers {cls.__name__}", model, core, language, layers, facts, supplies, stage)
 
 
@@ -358,7 +361,9 @@ def _supplies_layer(layers: list[tuple[str, nn.Module]]) -> frozenset[str]:
 
 
 def _supplies_projector(core: Any, facts: Facts) -> frozenset[str]:
-    found = {"x", "grid", "frames", "motion", "text"} | ({"project"} if facts.tokenwise else set())
+    found = {"x", "grid", "text"} | ({"project"} if facts.tokenwise else set())
+    if facts.clips or any(modality == "video" for _, modality in facts.getters):
+        found |= {"frames", "motion"}
     if facts.projector:
         found.add("tower")
     if last_attention(core) is not None:

@@ -29,6 +29,8 @@ class Part:
         grid: rows and columns, of one frame; None where they form none.
         frames: of a video; None for an image.
         clip: rows of the tower's batch, one for each frame, where the frames came as images; empty elsewhere.
+        pooled: the same rows of a video whose frames the model pools behind its tower, so that a token is several
+            patches; empty elsewhere.
         tile: which tile; None: all of the image.
         tower: which row of the tower's batch; -1 where none fits.
         patches: which of the tower's patches they are; None: all, in order.
@@ -43,6 +45,7 @@ class Part:
     grid: tuple[int, int] | None = None
     frames: int | None = None
     clip: tuple[int, ...] = ()
+    pooled: tuple[int, ...] = ()
     tile: Tile | None = None
     tower: int = -1
     patches: Span | None = None
@@ -287,12 +290,13 @@ def video(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: Tap
     pixels = words.VIDEO_PIXELS.of(given)
     frames = int((words.PIXELS.at(given) if pixels is None else pixels).shape[1])
     found = []
-    for n in lengths(output):
+    for i, n in enumerate(lengths(output)):
         # The grid of a frame is a square one; one token more is the newline.
         count, grid = next(
             ((m, square(m // frames)) for m in (n, n - 1) if m % frames == 0 and square(m // frames)), (n, None)
         )
-        found.append(Picture(n, (Part(Span.line(0, count), grid, frames),)))
+        rows = tuple(range(i * frames, (i + 1) * frames)) if grid is not None and tap.heads else ()
+        found.append(Picture(n, (Part(Span.line(0, count), grid, frames, pooled=rows),)))
     return found
 
 

@@ -5,6 +5,7 @@ them to other devices or rebuild the object that they came in."""
 from __future__ import annotations
 
 import inspect
+import warnings
 import weakref
 from collections.abc import Callable, MutableMapping
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from tokred.adapters.contract import members, parameters_at_hand, words
 from tokred.adapters.swap import Standin
 from tokred.adapters.vlm.taps import Call, Record, Tap, in_flight
-from tokred.errors import BypassedError
+from tokred.errors import BypassedError, NothingRemovedWarning
 from tokred.vlm.clips import Runs, said
 
 if TYPE_CHECKING:
@@ -226,6 +227,15 @@ def _runs(settings: VisualSettings, modality: str) -> Runs | None:
         raise ValueError(
             f"tokred.vlm.clips was given {[list(one) for one in runs]}, but {settings.family} {why}, so that its "
             "images are no frames: leave it out"
+        )
+    if runs is None and settings.facts.clips and getattr(settings.outer, "clips", False):
+        # In the tower an image and a frame look alike: without a word here the method would do nothing, in silence.
+        assert settings.outer is not None
+        warnings.warn(
+            f"{settings.outer.name!r} removes nothing of images, and {settings.family} takes the frames of a video as "
+            "images: run it inside tokred.vlm.clips, which says which of them are one clip (1: an image by itself)",
+            NothingRemovedWarning,
+            stacklevel=2,
         )
     return runs if modality == "image" else None
 

@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from tokred.adapters.vlm.layout import Part, Picture, Span, clip_of, pictures_of
+from tokred.adapters.vlm.layout import Part, Picture, Span, clip_of, pictures_of, square
 from tokred.adapters.vlm.taps import Modality, Record
 from tokred.core.attention import Attention
 from tokred.core.method import Method
@@ -127,7 +128,17 @@ def grouped(found: list[Place]) -> Iterator[list[Place]]:
     groups: dict[object, list[Place]] = {}
     for place in found:
         part = place.part
-        shape = (part.where, part.grid, part.frames, part.tile, part.patches, part.skip, part.tiles, len(part.clip))
+        shape = (
+            part.where,
+            part.grid,
+            part.frames,
+            part.tile,
+            part.patches,
+            part.skip,
+            part.tiles,
+            len(part.clip),
+            len(part.pooled),
+        )
         key = (shape, part.tower >= 0, id(place.record))
         groups.setdefault(key, []).append(place)
     yield from groups.values()
@@ -169,6 +180,8 @@ def site_of(group: list[Place], columns: Tensor, context: Context) -> VisualSite
             more["patches"] = None if part.patches is None else part.patches.offsets(columns.device)
             if part.tiles is not None and part.whole >= 0:
                 more["tiles"], more["whole"] = part.tiles, _whole(record, [p.part.whole for p in group])
+    elif part.pooled and (record.layer, "q") in record.heads:
+        more |= _frame_scores(record, part, [p.part.pooled for p in group])
     if part.frames is not None:
         seen: Callable[[], Tensor] = more.get("tower", entering)
         frames = part.frames
@@ -204,7 +217,7 @@ def check_tower(method: Method, part: Part) -> None:
             "take a method that reads class_attention or attention at most, such as 'fastervlm', or leave "
             "tokred.vlm.clips out"
         )
-    if reads and part.tower < 0:
+    if reads and part.tower < 0 and (single or not part.pooled):
         kind = "frames of a video" if part.frames is not None else "images"
         raise MissingInputError(
             f"{method.name!r} reads {', '.join(reads)}, but here tokens are made of {kind} that the model pools or "
@@ -215,17 +228,38 @@ def check_tower(method: Method, part: Part) -> None:
 
 def _frame_scores(record: Record, part: Part, rows: list[tuple[int, ...]]) -> dict[str, Callable[[], Tensor]]:
     """``(G, H, T * N)`` what tokens receive from their frame, and from its class token where the tower has one."""
-    prefix = record.prefix
-    frame = replace(part, where=Span.line(0, part.where.columns))
-    heads = _heads(record, frame, [row for clip in rows for row in clip])
+    prefix, flat = record.prefix, [row for clip in rows for row in clip]
+
+    def heads() -> tuple[Tensor, Tensor]:
+        if part.pooled:
+            return record.heads[record.layer, "q"][flat], record.heads[record.layer, "k"][flat]
+        return _heads(record, replace(part, where=Span.line(0, part.where.columns)), flat)(record.layer)
 
     def scores(queries: slice) -> Tensor:
-        attention = Attention(*heads(record.layer), scale=record.scale)
-        found = attention.columns(rows=queries)[..., prefix:]
+        found = Attention(*heads(), scale=record.scale).columns(rows=queries)[..., prefix:]
+        if part.pooled:
+            found = _as_pooled(found, part)
         return found.view(len(rows), -1, *found.shape[1:]).transpose(1, 2).flatten(2)
 
     found = {"received": lambda: scores(slice(None))}
     return found | {"class_attention": lambda: scores(slice(0, 1))} if prefix else found
+
+
+def _as_pooled(scores: Tensor, part: Part) -> Tensor:
+    """``(frames, H, P)`` of a frame's patches, which stand on a square, to ``(frames, H, N)`` of its tokens."""
+    side, grid = square(scores.shape[-1]), part.grid
+    if side is None or grid is None:
+        raise MissingInputError(
+            f"the tower has {scores.shape[-1]} patches a frame, which are no square, so that what they receive says "
+            "nothing about its tokens"
+        )
+    found = scores.unflatten(-1, side)
+    # As the features are pooled: means of whole cells, or, where a side does not divide (27 to 14), in between.
+    if side[0] % grid[0] == side[1] % grid[1] == 0:
+        found = F.avg_pool2d(found, (side[0] // grid[0], side[1] // grid[1]))
+    else:
+        found = F.interpolate(found, size=grid, mode="bilinear")
+    return found.flatten(-2)
 
 
 def _heads(record: Record, part: Part, rows: list[int]) -> Callable[[int], tuple[Tensor, Tensor]]:
@@ -281,11 +315,13 @@ class Left(NamedTuple):
         gone: ``(B, L)`` bool, the columns that leave; None where none does.
         embeds: with merged tokens in the place of their representatives.
         dropped: how many leave, of each sample.
+        sizes: ``(B, L)`` float32, tokens that each visual one stands for, 0 on text; None: nobody asks.
     """
 
     gone: Tensor | None
     embeds: Tensor
     dropped: tuple[int, ...]
+    sizes: Tensor | None = None
 
 
 def without_newlines(left: Left, pictures: list[Shown], columns: Tensor) -> Left:
@@ -301,7 +337,7 @@ def without_newlines(left: Left, pictures: list[Shown], columns: Tensor) -> Left
             empty = gone[one.sample, where[:, :-1]].all(1)
             gone[one.sample, where[:, -1]] = empty
             dropped[one.sample] += int(empty.sum())
-    return Left(gone, left.embeds, tuple(dropped))
+    return left._replace(gone=gone, dropped=tuple(dropped))
 
 
 def with_last(left: Left, last: Tensor) -> Left:
@@ -314,7 +350,7 @@ def with_last(left: Left, last: Tensor) -> Left:
     assert left.gone is not None
     lost = left.gone.gather(1, last)
     dropped = tuple(n - back for n, back in zip(left.dropped, lost.squeeze(1).long().tolist(), strict=True))
-    return Left(left.gone.scatter(1, last, False), left.embeds, dropped)
+    return left._replace(gone=left.gone.scatter(1, last, False), dropped=dropped)
 
 
 def leave(left: Left, group: list[Place], columns: Tensor, site: VisualSite, step: Reduction, space: str) -> Left:
@@ -348,4 +384,7 @@ def leave(left: Left, group: list[Place], columns: Tensor, site: VisualSite, ste
     sizes = [step.slots] * len(group) if step.mask is None else step.mask.sum(1).tolist()
     for place, size in zip(group, sizes, strict=True):
         dropped[place.sample] += columns.shape[1] - int(size)
-    return Left(gone, embeds, tuple(dropped))
+    size = left.sizes
+    if size is not None:
+        size = size.index_put((samples, stays), step.sizes().float())
+    return Left(gone, embeds, tuple(dropped), size)

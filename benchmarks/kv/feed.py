@@ -146,6 +146,9 @@ class Prompt:
                 layer.append(seen.k[:, :, start:end], seen.v[:, :, start:end])
                 if engine.watches(layer.clock, end):
                     engine.observe(layer, self._site(i, start, end, seen, padding, layer, engine), start)
+                else:  # rows that all stay take their lasting form
+                    site = self._site(i, start, end, seen, padding, layer, engine) if layer.store.reads else None
+                    layer.settle(site)
             if engine.waiting is not None:
                 self._repeat(cache, engine, end, store)
         cache.finish()
@@ -153,8 +156,8 @@ class Prompt:
         return cache
 
     def _repeat(self, cache: Any, engine: Engine, n: int, store: dict[Any, Any]) -> None:
-        """Feed the context once more, for scores that need it; once for all budgets."""
-        key = ("probe", engine.policy.parts.score)
+        """Feed the context once more, for scores that need it; once for all budgets of a store, whose rows it reads."""
+        key = ("probe", engine.policy.parts.score, engine.policy.parts.store)
         if key in store:
             engine.judged(store[key])
             return

@@ -39,7 +39,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 # Policies that score nothing, and those that need a file of the model first.
-APART = ("kivi", "mikv", "mustafar", "oscar", "turbo", "lukv", "triattention")
+APART = ("kivi", "mikv", "mustafar", "nsnquant", "oscar", "turbo", "lukv", "triattention")
 
 
 def policies() -> list[str]:

@@ -80,7 +80,7 @@ def _patched(model: Any, arm: Arm) -> Any:
     return tokred.applied(model, arm.method if arm.method is not None else tokred.make("snapkv", budget=1.0))
 
 
-def _fed(model: Any, ids: Tensor, cache: Any, step: int) -> Tensor:
+def fed(model: Any, ids: Tensor, cache: Any, step: int) -> Tensor:
     """Logits ``(B, M, V)`` of ids that are fed in parts."""
     parts = [model(part, past_key_values=cache).logits for part in ids.split(step, 1)]
     return torch.cat(parts, 1)
@@ -106,8 +106,8 @@ def measure(model: Any, tokenizer: Any, group: Sequence[Sample], first: int, eve
                 reference = reference or said
                 values = [(texts.overlap(a, b), 1) for a, b in zip(said, reference, strict=True)]
             else:
-                logits = _fed(model, whole[:, n - 1 : -1], cache, step)
-                values = [_scored(kind, x, s) for x, s in zip(logits, group, strict=True)]
+                logits = fed(model, whole[:, n - 1 : -1], cache, step)
+                values = [score_of(kind, x, s) for x, s in zip(logits, group, strict=True)]
         for i, (value, weight) in enumerate(values):
             yield Value(kind, first + i, arm.name, arm.setting, "after" if ask else "", value, weight, held)
         if kind not in KEYS:
@@ -119,7 +119,7 @@ def measure(model: Any, tokenizer: Any, group: Sequence[Sample], first: int, eve
                 yield Value(kind, first + i, arm.name, arm.setting, "before", float(right), 1, held)
 
 
-def _scored(kind: str, logits: Tensor, sample: Sample) -> tuple[float, int]:
+def score_of(kind: str, logits: Tensor, sample: Sample) -> tuple[float, int]:
     """The value of a sample and its weight, by the logits of all that follows the prompt."""
     logits = logits[: len(sample.follows)]
     if kind in WINDOWS:
@@ -141,7 +141,7 @@ def _first(model: Any, whole: Tensor, group: Sequence[Sample], last: Tensor, cac
 
 def _continued(model: Any, tokenizer: Any, ids: Tensor, cache: Any, step: int) -> list[str]:
     """Greedy texts."""
-    token = _fed(model, ids, cache, step)[:, -1:].argmax(-1)
+    token = fed(model, ids, cache, step)[:, -1:].argmax(-1)
     said = [token]
     for _ in range(WORDS - 1):
         token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
@@ -185,7 +185,7 @@ def records(values: Iterable[Value], where: dict[str, Any]) -> list[dict[str, An
             if mine.keys() != base.keys():
                 continue
             row = {"method": method, "setting": setting, "data": kind, "asked": asked, "length": PROMPT, **where}
-            row |= _numbers(kind, [mine[i] for i in base], list(base.values()))
+            row |= numbers(kind, [mine[i] for i in base], list(base.values()))
             rival = arms_of.get((RANDOM, setting), {})
             if method not in (BASE, RANDOM) and rival.keys() == base.keys():
                 row["apart"] = apart([mine[i] for i in base], [rival[i] for i in base], kind in LOWER)
@@ -194,7 +194,7 @@ def records(values: Iterable[Value], where: dict[str, Any]) -> list[dict[str, An
     return found
 
 
-def _numbers(kind: str, mine: Sequence[Value], base: Sequence[Value]) -> dict[str, Any]:
+def numbers(kind: str, mine: Sequence[Value], base: Sequence[Value]) -> dict[str, Any]:
     """The quality of an arm, its interval, and bytes."""
     values, weights = [v.value for v in mine], [float(v.weight) for v in mine]
     name = "perplexity" if kind in WINDOWS else "overlap" if kind == "summary" else "retrieval"
@@ -206,16 +206,16 @@ def _numbers(kind: str, mine: Sequence[Value], base: Sequence[Value]) -> dict[st
             # Contexts that all agree are no certainty: no narrower than if all answers were independent.
             low, high = results.wilson(quality.value, round(sum(weights)))
             ends[1:] = [low if ends[1] is None else min(low, ends[1]), high if ends[2] is None else max(high, ends[2])]
-        return row | {**_ends(name, ends), f"{name}_count": round(sum(weights))}
-    row |= {**_ends(name, [None if x is None else math.exp(x) for x in quality]), "perplexity_count": len(mine)}
+        return row | {**named_ends(name, ends), f"{name}_count": round(sum(weights))}
+    row |= {**named_ends(name, [None if x is None else math.exp(x) for x in quality]), "perplexity_count": len(mine)}
     if mine != base:
         over = paired(values, [v.value for v in base], weights)
-        row |= _ends("perplexity_ratio", [None if x is None else math.exp(x) for x in over])
+        row |= named_ends("perplexity_ratio", [None if x is None else math.exp(x) for x in over])
         row["perplexity_ratio_count"] = len(mine)
     return row
 
 
-def _ends(name: str, found: Sequence[float | None]) -> dict[str, float]:
+def named_ends(name: str, found: Sequence[float | None]) -> dict[str, float]:
     return {n: x for n, x in zip((name, f"{name}_low", f"{name}_high"), found, strict=True) if x is not None}
 
 
@@ -231,14 +231,20 @@ def apart(mine: Sequence[Value], rival: Sequence[Value], lower: bool) -> float:
 
 
 def read(path: Path) -> tuple[list[Value], dict[str, Any]]:
-    """Values of a file, and where the last of them were measured; nothing where there is no file.
+    """Values of a file, and where the last of them were measured; nothing where there is no file."""
+    found, where = lines(path)
+    return [Value(*one) for one in found], where
+
+
+def lines(path: Path) -> tuple[list[list[Any]], dict[str, Any]]:
+    """Fields of the values of a file, and the last of the records that say where they were measured.
 
     A last line that was broken off is left out.
     """
-    lines = path.read_text("utf8").splitlines(keepends=True) if path.exists() else []
-    found = [json.loads(line) for line in lines if line.endswith("\n")]
+    text = path.read_text("utf8").splitlines(keepends=True) if path.exists() else []
+    found = [json.loads(line) for line in text if line.endswith("\n")]
     where = [one for one in found if isinstance(one, dict)]
-    return [Value(*one) for one in found if isinstance(one, list)], where[-1] if where else {}
+    return [one for one in found if isinstance(one, list)], where[-1] if where else {}
 
 
 def write(path: Path, line: Any) -> None:

@@ -1,7 +1,8 @@
 """Texts that tell cache policies apart: windows, keys and documents of several kinds, as prompts and what follows them.
 
-Every prompt has :data:`PROMPT` tokens. What follows is fed when the prompt was compressed, and of it the marked tokens
-are scored. All is drawn from a seed; prose and code are read from packages that are on the machine, the rest is made.
+Every prompt has :data:`PROMPT` tokens, or as many as a maker is told. What follows is fed when the prompt was
+compressed, and of it the marked tokens are scored. All is drawn from a seed; prose and code are read from packages that
+are on the machine, the rest is made.
 
 ======== ========================================================================================
 windows  what is scored
@@ -20,6 +21,7 @@ word     two words, hidden in prose
 several  four of eight numbers, hidden in prose
 lines    six values of a prompt that is all lines of a name and a number
 chain    four values of variables that were set to other variables, hidden in prose
+answer   one of eight numbers, hidden in prose, in the format of a chat, so that the answer ends by itself
 ======== ========================================================================================
 """
 
@@ -60,7 +62,7 @@ class Sample:
 
     Attributes:
         kind: of :data:`WINDOWS` or :data:`KEYS`, or ``"summary"``.
-        prompt: ``(PROMPT,)`` token ids.
+        prompt: ``(N,)`` token ids, :data:`PROMPT` if nothing else was asked for.
         follows: ``(M,)`` token ids.
         answers: the parts of ``follows`` that are scored, each from and to an index; of windows one for each stretch.
         question: tokens at the head of ``follows`` that are the first question of keys, or a summary's; else 0.
@@ -132,12 +134,19 @@ class Maker:
         tokenizer: of the model, which adds no tokens of its own.
         prose: long texts to cut windows and haystacks from; None: the Debian handbook and the dictionary.
         code: the same of code; None: :data:`MODULES` of the running Python.
+        seed: of everything that is drawn.
+        prompt: tokens of every prompt.
     """
 
     def __init__(
-        self, tokenizer: Any, prose: Sequence[str] | None = None, code: Sequence[str] | None = None, seed: int = 0
+        self,
+        tokenizer: Any,
+        prose: Sequence[str] | None = None,
+        code: Sequence[str] | None = None,
+        seed: int = 0,
+        prompt: int = PROMPT,
     ) -> None:
-        self.tokenizer, self.seed = tokenizer, seed
+        self.tokenizer, self.seed, self.prompt = tokenizer, seed, prompt
         self.prose = [data.handbook(), data.devils_dictionary()] if prose is None else list(prose)
         self.code = [standard_library(name) for name in MODULES] if code is None else list(code)
 
@@ -167,20 +176,20 @@ class Maker:
 
     def window(self, texts: Sequence[str], kind: str, index: int, rng: random.Random) -> Sample:
         """A stretch of text, of which the end is scored."""
-        ids = self.stretch(texts, index, rng, PROMPT + SCORED)
-        return Sample(kind, ids[:PROMPT], ids[PROMPT:], ((0, SCORED),))
+        ids = self.stretch(texts, index, rng, self.prompt + SCORED)
+        return Sample(kind, ids[: self.prompt], ids[self.prompt :], ((0, SCORED),))
 
     def copy(self, index: int, rng: random.Random) -> Sample:
         """A passage in the first half of the prompt, which comes once more; its first words say which it is."""
         texts = (self.prose, self.code)[index % 2]
-        ids = self.stretch(texts, index // 2, rng, PROMPT)
-        start, mark = rng.randrange(PROMPT // 8, PROMPT // 2), 24
+        ids = self.stretch(texts, index // 2, rng, self.prompt)
+        start, mark = rng.randrange(self.prompt // 8, self.prompt // 2), 24
         passage = ids[start : start + mark + SCORED]
         return Sample("copy", ids, passage, ((mark, len(passage)),))
 
     def filled(self, made: Sequence[Tensor], rng: random.Random) -> Tensor:
         """A prompt of prose with pieces hidden in it, in their order, at even distances with some play."""
-        straw = self.stretch(self.prose[:1], 0, rng, PROMPT - sum(map(len, made)))
+        straw = self.stretch(self.prose[:1], 0, rng, self.prompt - sum(map(len, made)))
         step = len(straw) / (len(made) + 1)
         cuts = [round(step * (i + 1) + rng.uniform(-0.45, 0.45) * step) for i in range(len(made))]
         parts, last = list[Tensor](), 0
@@ -216,11 +225,22 @@ class Maker:
         pairs = [(f" What {verb} the {what} of the {n}? The {what} of the {n} {verb}", f" {things[n]}") for n in order]
         return self.asked(kind, self.filled(made, rng), pairs, ".\n")
 
+    def answer(self, index: int, rng: random.Random) -> Sample:
+        """Eight numbers hidden in prose, one of which a user asks for in a chat; the assistant's answer is to come."""
+        things = {n: _number(rng) for n in rng.sample(NAMES, 8)}
+        made = [self.ids(f" The magic number of the {n} is {x}. Remember: {x}.") for n, x in things.items()]
+        head, prompt = self.ids("<|im_start|>user\n"), self.filled(made, rng)
+        name = rng.choice(list(things))
+        question = self.ids(f"\n\nWhat is the magic number of the {name}?<|im_end|>\n<|im_start|>assistant\n")
+        answer = self.ids(f" {things[name]}")
+        follows, n = torch.cat([question, answer]), len(question)
+        return Sample("answer", torch.cat([head, prompt[len(head) :]]), follows, ((n, len(follows)),), n)
+
     def lines(self, index: int, rng: random.Random) -> Sample:
         """A prompt that is all lines of a name and a number."""
         every = [f"{a} {b}" for a in NAMES for b in NAMES if a != b]
-        things, parts, left = dict[str, str](), list[Tensor](), PROMPT
-        for name in rng.sample(every, PROMPT // 8):
+        things, parts, left = dict[str, str](), list[Tensor](), self.prompt
+        for name in rng.sample(every, self.prompt // 8):
             number = _number(rng)
             line = self.ids(f"The number of {name} is {number}\n")
             if len(line) > left:
@@ -241,11 +261,11 @@ class Maker:
         kept = list[str]()
         for name, values in rows.items():
             line = self.ids(f"{name},{','.join(values)}\n")
-            if sum(map(len, parts)) + len(line) > PROMPT:
+            if sum(map(len, parts)) + len(line) > self.prompt:
                 break
             parts.append(line)
             kept.append(name)
-        left = PROMPT - sum(map(len, parts))
+        left = self.prompt - sum(map(len, parts))
         filler = [self.stretch(self.prose[:1], 0, rng, left)] if left else []
         pairs = [(f"{n},", ",".join(rows[n])) for n in rng.sample(kept, 10)]
         return self.asked("table", torch.cat([*filler, *parts]), pairs, "\n")
@@ -266,7 +286,7 @@ class Maker:
     def summary(self, index: int, rng: random.Random) -> Sample:
         """A document, and the beginning of its summary, which the model goes on with."""
         question = self.ids(SUMMARY)
-        ids = self.stretch(self.prose, index, rng, PROMPT)
+        ids = self.stretch(self.prose, index, rng, self.prompt)
         return Sample("summary", ids, question, (), len(question))
 
 
@@ -282,6 +302,7 @@ MAKERS: dict[str, Callable[[Maker, int, random.Random], Sample]] = {
     "lines": Maker.lines,
     "chain": Maker.chain,
     "summary": Maker.summary,
+    "answer": Maker.answer,
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.pages import tasks, tune
+from benchmarks.pages import held, tasks, tune
 from benchmarks.pages.diffusion import FAMILIES, MODES, RATIOS
 from benchmarks.pages.markdown import Results
 from tokred.bench import plots, results
@@ -22,7 +22,7 @@ def draw(found: Results, folder: Path) -> list[Path]:
     """All plots whose scenario has rows."""
     (folder / "kv").mkdir(parents=True, exist_ok=True)
     made = []
-    for part in (methods, demo, diffusion, vlm, kv_tasks, kv_quality, kv_limit, kv_memory, tune.plot):
+    for part in (methods, demo, diffusion, vlm, kv_tasks, kv_quality, kv_limit, kv_memory, held.plot, tune.plot):
         made += part(found, folder)
     return made
 

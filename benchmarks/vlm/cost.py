@@ -74,6 +74,7 @@ METHODS: dict[str, Callable[[float, int, int], Setting]] = {
     "nemotron": lambda s, layers, tower: Setting({"s": round(s**-0.5)}),
     "cat": lambda s, layers, tower: Setting({"policy": "pool", "total": s, "n_min": 1}),
     "fastv": lambda s, layers, tower: Setting({"layer": min(2, layers - 1), "ratio": 1 - s}),
+    "holitom_layer": lambda s, layers, tower: Setting({"layer": min(2, layers - 1), "ratio": 1 - s}),
     "topv": lambda s, layers, tower: Setting({"layer": min(2, layers - 2), "budget": s}),
     "pyramiddrop": lambda s, layers, tower: Setting({"ratios": _stages(s)}),
     "sparsevlm": lambda s, layers, tower: Setting({"layers": tuple(range(3)), "budget": _stages(s)}),
@@ -81,12 +82,12 @@ METHODS: dict[str, Callable[[float, int, int], Setting]] = {
     # So low a threshold that half of them leave, since random weights have no near-copies.
     "saint_layer": lambda s, layers, tower: Setting({"start": 1, "end": 1, "tau": 0.0}, 10),
 }  # fmt: skip
-# All others have a budget.
+# All others have a budget; those of clips find none here.
 METHODS |= {
     name: _budget
     for stage in ("projector", "layer")
     for name, cls in methods.of(stage).items()
-    if name not in METHODS and "budget" in (cls.nothing or {})
+    if name not in METHODS and "budget" in (cls.nothing or {}) and not getattr(cls, "clips", False)
 }
 
 

@@ -130,7 +130,7 @@ def test_code_fits_between_the_sidebars(path: Path) -> None:
 
 
 # They stand on the page of random_visual.
-BASELINES = {"uniform_visual", "downsample_visual"}
+BASELINES = {"uniform_visual", "downsample_visual", "uniform_frames"}
 
 
 def test_every_method_has_a_page() -> None:

@@ -143,7 +143,7 @@ MEANING = {
     "queries": "an attention whose queries can be reduced alone (blocks that tokred can split)",
     "transform": "each token's own value and output projection (blocks that tokred can split)",
     "grid": "patches on a known grid of one image",
-    "module": "a place for weights of its own, before a head that reads the class token",
+    "module": "a place for weights of its own (for soft decisions: before a head that reads the class token)",
     "gates": "an attention that weighs keys by soft decisions, before such a head",
 }
 

@@ -9,6 +9,7 @@ import transformers
 from transformers.masking_utils import sdpa_mask
 
 import tokred
+from tokred.adapters import find
 from tokred.kernels.decode_attention import SENTINEL
 
 
@@ -20,13 +21,15 @@ def masked_reference(model, evicted, first):
         first: slot from which on keys are hidden.
     """
     copied = copy.deepcopy(model)
+    readers = {i: owner for i, (_, _, owner) in find(model, "cache").readers.items()}
 
     def attention(module, q, k, v, mask, scaling=None, dropout=0.0, softcap=None, **kwargs):
         group, n, m = q.shape[1] // k.shape[1], k.shape[2], q.shape[2]
         logits = q @ k.repeat_interleave(group, 1).mT * scaling
         if softcap:
             logits = torch.tanh(logits / softcap) * softcap
-        hidden = evicted[module.layer_idx]
+        index = readers.get(module.layer_idx, module.layer_idx)
+        hidden = evicted[index] if index < len(evicted) else None  # some releases leave readers of windows off
         if hidden is not None:
             rows = torch.arange(n - m, n) >= first
             part = torch.zeros(hidden.shape[0], k.shape[1], m, n, dtype=torch.bool)

@@ -251,7 +251,21 @@ def test_padding_is_hidden_from_queries_over_flat_rows():
 
 
 # These have no budget of their own, or need a file.
-OTHERS = ("limited", "duoattention", "kvzap", "triattention", "lukv", "kivi", "mikv", "mustafar", "oscar", "turbo")
+OTHERS = (
+    "limited",
+    "duoattention",
+    "kvzap",
+    "triattention",
+    "lukv",
+    "kivi",
+    "mikv",
+    "mustafar",
+    "oscar",
+    "turbo",
+    "offloaded",
+    "shadowkv",
+    "nsnquant",
+)
 NAMES = [n for n in tokred.list_methods() if tokred.make(n).stage == "cache" and n not in OTHERS]
 
 

@@ -36,7 +36,7 @@ REFUSED = {
     "kivi": "evicts nothing",
     "kvzip": "reads again",
     "rpc": "generated rows alone",
-    **dict.fromkeys(("mikv", "mustafar", "oscar", "turbo"), "evicts nothing"),
+    **dict.fromkeys(("mikv", "mustafar", "nsnquant", "offloaded", "oscar", "shadowkv", "turbo"), "evicts nothing"),
     "attention_matching": "which it reads again",
     "kvzap": "as many as score high",
     "lukv": "layers that keep more than the mean",

@@ -20,6 +20,7 @@ def small(method: str = "dynamicvit", **changes) -> learn.Recipe:
     """A recipe of a few steps on the tiny model."""
     settings = {
         "dynamicvit": {"rho": 0.6, "tau": 1.0},
+        "cropr": {"r": 4, "classes": 3},
         "ltp": {"theta_final": 0.06, "learn": True, "temperature": 0.01},
         "tome": {"r": 2},
     }[method]
@@ -40,13 +41,16 @@ def run(model, batches, recipe, **more):
     return learn.fit(model, batches, recipe, modules=tokred.modules(model).values(), losses=tokred.losses, **more)
 
 
-@pytest.mark.parametrize("method", ["dynamicvit", "ltp"])
+@pytest.mark.parametrize("method", ["dynamicvit", "ltp", "cropr"])
 def test_the_loss_falls(method):
     recipe = small(method, steps=40)
     model, batches = ready(recipe)
     found = run(model, batches, recipe)
     assert len(found) == 40
-    assert set(found[0].terms) == {"task", {"dynamicvit": "dynamicvit.ratio", "ltp": "ltp.mask"}[method]}
+    assert set(found[0].terms) == {
+        "task",
+        {"dynamicvit": "dynamicvit.ratio", "ltp": "ltp.mask", "cropr": "cropr.heads"}[method],
+    }
     first, last = (sum(step.loss for step in part) / 10 for part in (found[:10], found[-10:]))
     assert last < 0.7 * first
     assert not model.training

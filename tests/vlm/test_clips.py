@@ -13,6 +13,7 @@ import torch
 import tokred
 from tests.vlm import hosts, tiny
 from tokred.adapters.vlm.layout import Part, Picture, Span, clip_of
+from tokred.adapters.vlm.sites import _as_pooled
 from tokred.core.reduction import Reduction
 from tokred.encoder.motion import feature_motion
 from tokred.errors import MissingInputError
@@ -256,3 +257,29 @@ def test_runs_are_those_of_one_thread():
     with clips([[2]]), ThreadPoolExecutor(1) as pool:
         assert pool.submit(said).result() is None
         assert said() == ((2,),)
+
+
+@pytest.mark.parametrize("side", [4, 3])
+def test_scores_of_pooled_frames_are_pooled_as_the_features_are(side):
+    """Means of 2 x 2 patches, and between them where a side is odd, as LLaVA-OneVision has it."""
+    core = hosts.build("onevision_video").model
+    core.config.vision_config.image_size = 4 * side
+    scores = torch.rand(3, 5, side * side, generator=torch.Generator().manual_seed(0))
+    expected = core.apply_pooling(scores.mT).mT
+    torch.testing.assert_close(_as_pooled(scores, Part(Span.line(0, 12), (2, 2), 3)), expected)
+
+
+@pytest.mark.parametrize("name", ["onevision_video", "llava_next_video"])
+def test_pooled_frames_have_scores_of_their_own(name):
+    """A clip's are those of its frames; another frame changes no other's."""
+    model, batch = hosts.build(name), hosts.prompts(name, [[3, "image", 4]])
+    before = watched(model, batch, None, "attention")[0]["attention"]
+    batch["pixel_values_videos"][0, 1] += 1
+    after = watched(model, batch, None, "attention")[0]["attention"]
+    assert before.shape == (1, 2, 12)
+    same = torch.isclose(before, after, atol=1e-6).view(2, 3, 4).all(0).all(-1)
+    assert same.tolist() == [True, False, True]
+    # Cells of four patches: what the patches of a frame receive adds up to the number of queries.
+    per_cell = 4 * before.view(2, 3, 4).sum(-1)
+    assert bool((per_cell <= 17.001).all())
+    assert bool((per_cell > 12).all())

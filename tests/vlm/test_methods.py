@@ -1,4 +1,5 @@
-"""Every method of the stages ``projector`` and ``layer`` on a tiny LLaVA: laws that hold for all of them."""
+"""Every method of the stages ``projector`` and ``layer`` on a tiny LLaVA: laws that hold for all of them; those
+of methods that act on clips are in ``test_clip_methods``."""
 
 from __future__ import annotations
 
@@ -16,9 +17,10 @@ STAGES = ("projector", "layer")
 
 
 def methods() -> list[str]:
-    """The registered ones of these stages that act on visual tokens."""
+    """The registered ones of these stages that act on visual tokens, of images too."""
     found = [name for stage in STAGES for name, cls in registered.of(stage).items() if cls.stage == stage]
-    return sorted(name for name in found if getattr(registered.get(name), "visual", True))
+    kinds = {name: registered.get(name) for name in found}
+    return sorted(n for n, cls in kinds.items() if getattr(cls, "visual", True) and not getattr(cls, "clips", False))
 
 
 NAMES = methods()
@@ -30,9 +32,11 @@ MERGING: dict[str, dict[str, Any] | None] = {
     "cat": None,
     "downsample_visual": None,
     "flash_vl": None,
+    "holitom_layer": None,
     "nemotron": None,
     "prumerge": None,
     "prumerge_plus": None,
+    "restore": None,
     "sparsevlm": {"layers": (0, 1), "budget": (0.5, 0.25), "recycle": 0.0},
     "visionzip": {"budget": 6, "contextual": 0},
     "vscan": None,
@@ -130,7 +134,7 @@ def test_hired_shares_its_budget_over_tiles(ignore):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", [n for n in NAMES if tokred.make(n).stage == "projector"])
+@pytest.mark.parametrize("name", [n for n in NAMES if tokred.make(n).stage == "projector" and n != "restore"])
 def test_positions_can_be_counted_anew(name, model):
     batch = tiny.prompts([[3, "image", 5]])
     settings = SOME[name]

@@ -19,7 +19,9 @@ SOME: dict[str, dict[str, Any]] = {
     "vscan": {"shallow": 0, "budget": 64},
     "saint_visual": {"layer": 1, "q": 4, "budget": 64},
 }
-NAMES = [name for name in tokred.list_methods() if tokred.make(name).stage == "projector"]
+KINDS = {name: tokred.make(name) for name in tokred.list_methods()}
+# Those of clips look at frames, not at all tokens together: see test_clip_methods.
+NAMES = [name for name, m in KINDS.items() if m.stage == "projector" and not getattr(m, "clips", False)]
 
 
 class Largest(TorchDispatchMode):

@@ -81,6 +81,18 @@ METRICS: dict[str, Metric] = {
     "spectrum_db": Metric("dB", "distance of the radial spectra to the unmerged image's", INTERVAL, "samples"),
     "perplexity": Metric("perplexity", "of the tokens behind a compressed prompt", INTERVAL, "tokens_scored"),
     "perplexity_ratio": Metric("x", "over the full cache's perplexity", INTERVAL),
+    "over_single": Metric(
+        "x",
+        "perplexity of a policy in a format over that of the policy or format that it beats least surely at the same "
+        "bytes, on the same windows",
+        INTERVAL,
+    ),
+    "keys_over_single": Metric(
+        "share",
+        "of keys found by a policy in a format, minus that of the policy or format that it beats least surely at the "
+        "same bytes, on the same samples",
+        INTERVAL,
+    ),
     "retrieval": Metric("share", "of hidden keys that the answer begins with", INTERVAL, "keys"),
     "apart": Metric("standard errors", "better than a random choice at the same budget, paired over samples"),
     "keys_found": Metric("share", "of the keys of a search"),
@@ -138,6 +150,7 @@ METRICS: dict[str, Metric] = {
     "bytes_timed": Metric("bytes", "the same after the prompts that are timed"),
     "kvpress_bytes": Metric("bytes", "that kvpress's cache holds after the same prompt"),
     "most_bytes": Metric("bytes", "held at any layer since the row before"),
+    "solved": Metric("value", "of the setting that was solved from the bytes held"),
     "bytes_share": Metric("share", "of the bytes that a full cache would hold"),
     "dense_bytes": Metric("bytes", "of a cache that keeps everything"),
     "extra_bytes": Metric("bytes", "that scoring and compressing add to what is in use"),

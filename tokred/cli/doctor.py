@@ -27,7 +27,14 @@ KINDS = {
     "vlm": "models with vision",
     "diffusion": "denoisers",
 }
-HEADS = {"nothing": "same", "fewer": "fewer", "dropped": "drop", "merged": "merge", "removed": "undo"}
+HEADS = {
+    "nothing": "same",
+    "fewer": "fewer",
+    "dropped": "drop",
+    "merged": "merge",
+    "cropped": "crop",
+    "removed": "undo",
+}
 
 
 def doctor_command(

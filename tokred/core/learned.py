@@ -67,11 +67,14 @@ class Learned:
         gate: ``(B, N)`` float32, the product of the soft decisions of the layers before; None: there were none.
         losses: terms that the method adds to the training loss, scalars by name; terms of one name are summed over the
             layers.
+        guesses: what the method says of the targets of the batch, ``(B, ...)`` each; they become terms of the loss,
+            by :meth:`tokred.Method.compare`, once the targets are given.
     """
 
     module: nn.Module | None = None
     gate: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
+    guesses: list[Tensor] = field(default_factory=list)
 
     @property
     def training(self) -> bool:

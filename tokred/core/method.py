@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -18,7 +18,7 @@ from tokred.core.settings import call
 from tokred.core.site import READS, Site, Stage
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 Parameters = Mapping[str, Any]  # by their names
 
@@ -91,6 +91,15 @@ class Method(ABC):
         The host holds it and hands it to :meth:`reduce` as ``site.learned.module``; such a method reads ``"module"``.
         """
         return None
+
+    def compare(self, guesses: Sequence[Tensor], targets: Any) -> dict[str, Tensor]:
+        """Terms of the training loss, scalars by name, from what the method said of the targets of a batch.
+
+        Args:
+            guesses: ``site.learned.guesses`` of all layers of one forward, in their order.
+            targets: of the same batch, as the user gave them.
+        """
+        return {}
 
     def recording(self) -> AbstractContextManager[Any]:
         """Around a decision: gradients are recorded only where :attr:`gradients` says that they pass."""

@@ -61,7 +61,10 @@ def check_dropped(case: Case, batch: dict[str, Tensor]) -> None:
     # Layers that keep no rows have no attention that could be hidden from.
     tokred.remove(model)
     mode, handles = Weighed(), []
-    for i, (_, attention) in adapters.find(model, "cache").attentions.items():
+    host: Any = adapters.find(model, "cache")
+    modules = [(i, attention) for i, (_, attention) in host.attentions.items()]
+    modules += [(owner, attention) for _, attention, owner in host.readers.values()]
+    for i, attention in modules:
         bias = biases[i]
         if bias is not None:
             hook = _Steps(mode, bias)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import tokred
-from tokred.doctor import caches, denoisers, encoders, visual
+from tokred.doctor import caches, denoisers, encoders, stores, visual
 from tokred.doctor.laws import Case
 
 BATCH = 2
@@ -73,8 +73,10 @@ def transformers_cases() -> Iterator[Case]:
         build, run = partial(transformers.build, family), partial(_transformers, family)
         yield _encoder("transformers", family, build, run, kind)
     yield from _windows("transformers", windows)
-    for family in kv.FAMILIES:
-        yield _cache(family)
+    caching = {family: _cache(family) for family in kv.FAMILIES}
+    yield from caching.values()
+    for family in stores.KINDS:
+        yield stores.together(caching[family])
     for family in vlm.FAMILIES:
         yield _visual(family)
 
@@ -90,11 +92,13 @@ def _cache(family: str) -> Case:
 
     ids, mask, _ = kv.padded(PROMPTS)
     batch = {"input_ids": ids, "attention_mask": mask}
+    laws = {"dropped": partial(caches.check_dropped, batch=batch)}
+    if stores.crops(family):
+        laws["cropped"] = stores.check_cropped
     return Case(
         "transformers", "kv", family, partial(kv.build, family), lambda m: caches.generated(m, batch)[0],
         [tokred.make("snapkv", budget=1.0)], [tokred.make("snapkv", budget=9, window=4, pool=3)], caches.counts,
-        {"dropped": partial(caches.check_dropped, batch=batch)},
-        longer=lambda m: caches.generated(m, batch, caches.LONG)[0],
+        laws, longer=lambda m: caches.generated(m, batch, caches.LONG)[0],
     )  # fmt: skip
 
 

@@ -19,9 +19,10 @@ CLOSE = 1e-4  # of the largest value: sums in another order
 # In the order of the columns: what is said of a law in tables and in reports.
 LAWS: Mapping[str, str] = {
     "nothing": "with nothing to remove, the output is bit for bit the unpatched one",
-    "fewer": "tokens really leave, and the output is another one and finite",
+    "fewer": "tokens really leave (of formats: fewer bytes are held), and the output is another one and finite",
     "dropped": "tokens (or rows of a cache) that were dropped are as if they were masked",
     "merged": "a merged token counts for as many as it stands for, and the sizes sum to all",
+    "cropped": "tokens that a cache takes back are as if they had never come, and generation goes on",
     "removed": "after removal, output, repr, state_dict, classes and hooks are what they were",
 }
 

@@ -8,7 +8,9 @@ from collections.abc import Iterable, Iterator
 import tokred
 from tokred.core.method import Method
 from tokred.core.registry import methods
+from tokred.doctor import stores
 from tokred.doctor.laws import Case
+from tokred.kv.keeping import Keeping
 
 # The wings whose models offer a stage.
 WING_OF = {"block": "encoder", "attention": "diffusion", "cache": "kv", "projector": "vlm", "layer": "vlm"}
@@ -24,6 +26,9 @@ def with_methods(names: Iterable[str], cases: Iterable[Case]) -> Iterator[Case]:
     tried = tuple(dataclasses.replace(c, run=c.longer or c.run) for c in cases)
     for name in names:
         cls = methods.get(name)
+        if issubclass(cls, Keeping):
+            yield from (stores.alone(name, c) for c in [c for c in tried if c.wing == "kv"][:1])
+            continue
         method = tokred.make(name, **cls.example)
         case = next((c for c in tried if WING_OF[cls.stage] == c.wing and _runs(method, c)), None)
         if case is not None:

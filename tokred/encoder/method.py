@@ -41,6 +41,12 @@ class BlockMethod(PlacedMethod):
         """Check the parameters; bases of several ones call one another."""
 
     @property
+    def rejoins(self) -> bool:
+        """True if tokens that left come back before the last block, as they were when they left; then none may leave
+        behind the last block but one."""
+        return False
+
+    @property
     def proportional(self) -> bool:
         """True if attention adds the log of each token's size (proportional attention)."""
         return False

@@ -31,7 +31,20 @@ from tokred.kv.parts import Budget, Fate, Part, Score, When
 from tokred.kv.policy import CachePolicy, Parts
 from tokred.kv.preset import KVPreset, Preset
 from tokred.kv.site import CacheSite, Padding
-from tokred.kv.stores import KIVI, Flat, Half, MiKV, Mustafar, Oscar, Rectangle, Store, Turbo
+from tokred.kv.stores import (
+    KIVI,
+    Flat,
+    Half,
+    MiKV,
+    Mustafar,
+    NSNQuant,
+    Offloaded,
+    Oscar,
+    Rectangle,
+    ShadowKV,
+    Store,
+    Turbo,
+)
 
 __all__ = [
     "KIVI",
@@ -65,7 +78,9 @@ __all__ = [
     "Merge",
     "MiKV",
     "Mustafar",
+    "NSNQuant",
     "Observed",
+    "Offloaded",
     "Oscar",
     "Padding",
     "Part",
@@ -79,6 +94,7 @@ __all__ = [
     "Rectangle",
     "Redundancy",
     "Score",
+    "ShadowKV",
     "Split",
     "Squeeze",
     "Store",

@@ -187,6 +187,16 @@ class Engine:
         prompt = self._prompt(clock, after)
         return prompt if before < prompt < after and not self.idle and self.probe is None else None
 
+    def read(self, clock: Clock, before: int, after: int) -> int:
+        """Slots of the prompt, or of all turns so far, if a forward from ``before`` to ``after`` slots ends it; else 0.
+
+        Drafts are no part of it.
+        """
+        prompt = None if self.prompt is None else self.prompt - clock.behind
+        if prompt is not None and before < prompt:
+            return prompt if after >= prompt else 0
+        return after if (before == 0 or after - before > 1) and not self.drafting else 0
+
     def observe(self, layer: Layer, site: CacheSite, before: int) -> None:
         """Act on a layer after its attention, in a forward that began at ``before`` slots: note, score, evict."""
         if self.probe is not None:

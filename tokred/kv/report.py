@@ -41,6 +41,11 @@ class CacheReport(Report):
         return sum(row.dense_bytes for row in self.layers)
 
     @property
+    def away_bytes(self) -> int:
+        """Those of :attr:`bytes` that are kept in host memory, away from the device where their layer runs."""
+        return sum(row.away_bytes for row in self.layers)
+
+    @property
     def title(self) -> str:
         return f"{self.method} on {self.family}"
 
@@ -55,7 +60,8 @@ class CacheReport(Report):
     @property
     def summary(self) -> str:
         share = self.bytes / max(self.dense_bytes, 1)
-        return f"cache: {self.bytes / 1024:.1f} of {self.dense_bytes / 1024:.1f} KiB ({share:.0%})"
+        text = f"cache: {self.bytes / 1024:.1f} of {self.dense_bytes / 1024:.1f} KiB ({share:.0%})"
+        return f"{text}, {self.away_bytes / 1024:.1f} of them in host memory" if self.away_bytes else text
 
     @property
     def own_rows(self) -> list[dict[str, Any]]:

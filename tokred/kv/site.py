@@ -106,6 +106,8 @@ class CacheSite(Site):
         self.base = self.lengths if base is None else base
         self.generated = generated
         self.steps = steps
+        # As the engine says: slots of a prompt, or of all turns, that has just been read to its end; 0: of none.
+        self.read = self.seen
         # As the engine says: bytes of state of one row of one head; see Place for the others.
         self.state_bytes = self.fixed_bytes = self.coming = 0
         # Of a row as it is held in the end, and as it comes.

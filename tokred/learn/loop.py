@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ def fit(
     recipe: Recipe,
     *,
     modules: Iterable[nn.Module],
-    losses: Callable[[nn.Module], Mapping[str, Tensor]],
+    losses: Callable[..., Mapping[str, Tensor]],
     task: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     teacher: nn.Module | None = None,
     tokens: str = "",
@@ -45,7 +46,7 @@ def fit(
         batches: pairs of inputs and labels, at least as many as the recipe has steps.
         recipe: how.
         modules: what the method learns, ``tokred.modules(model).values()``.
-        losses: ``tokred.losses``, for the terms of the method.
+        losses: ``tokred.losses``, for the terms of the method; it is told the labels where it takes ``targets``.
         task: loss of logits and labels.
         teacher: a dense copy of the model, where the recipe distils from it. It is not trained.
         tokens: name of the sub-module, of both, that puts out the final tokens ``(B, N, C)``.
@@ -66,6 +67,7 @@ def fit(
     if recipe.tokens and (not tokens or gate is None):
         raise ValueError("the recipe distils tokens, so fit needs tokens=, the name of the module that puts them out, "
                          "and gate=")  # fmt: skip
+    told = "targets" in inspect.signature(losses).parameters
     torch.manual_seed(recipe.seed)
     optimiser = torch.optim.AdamW(groups)
     peaks = [group["lr"] for group in groups]
@@ -86,7 +88,8 @@ def fit(
                 raise ValueError(f"the batches ran out after {i} of {recipe.steps} steps")
             x, y = pair
             logits = model(x)
-            terms = {"task": recipe.task * task(logits, y), **losses(model)} if recipe.task else dict(losses(model))
+            own = losses(model, targets=y) if told else losses(model)
+            terms = {"task": recipe.task * task(logits, y), **own} if recipe.task else dict(own)
             if teacher is not None and (recipe.logits or recipe.tokens):
                 with torch.no_grad():
                     guide = teacher(x)

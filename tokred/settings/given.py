@@ -1,4 +1,4 @@
-"""Methods as users give them: a name, a class, an object, a dict, a folder, or a list of these."""
+"""Methods as users give them: a name, a setting as text, a class, an object, a dict, a folder, or a list of these."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, cast
 from tokred.core.method import Method
 from tokred.core.names import MethodName
 from tokred.core.registry import methods as registered
+from tokred.core.settings import parse_setting, split_settings
 from tokred.patch import compose
 from tokred.settings import share
 
@@ -64,6 +65,11 @@ def _made(setting: Setting, parameters: dict[str, Any]) -> list[Method]:
             raise TypeError(f"the setting has its parameters; {', '.join(parameters)} cannot be given beside it")
         assert not isinstance(setting, type | Method)
         return share.given(setting)
+    if isinstance(setting, str) and ("=" in setting or " + " in setting):
+        if parameters:
+            raise TypeError(f"{setting!r} has its parameters; {', '.join(parameters)} cannot be given beside it")
+        parts = map(parse_setting, split_settings(setting))
+        return [make(name, **given) for name, given in parts]
     return [make(setting, **parameters)]
 
 
@@ -71,7 +77,8 @@ def several(method: MethodLike, parameters: dict[str, Any]) -> list[Method]:
     """The methods that a user gives to ``tokred.apply``, one a stage, in the order of the stages.
 
     Args:
-        method: a name, a class, an object, a dict, a folder, or a list of these.
+        method: a name, a setting as text (``"tome r=13"``, several with ``" + "`` between them), a class, an object, a
+            dict, a folder, or a list of these.
         parameters: of the method, where it is a single name or class.
 
     Raises:

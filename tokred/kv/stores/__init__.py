@@ -7,8 +7,11 @@ from tokred.kv.stores.half import Half
 from tokred.kv.stores.kivi import KIVI
 from tokred.kv.stores.mikv import MiKV
 from tokred.kv.stores.mustafar import Mustafar
+from tokred.kv.stores.nsnquant import NSNQuant
+from tokred.kv.stores.offload import Offloaded
 from tokred.kv.stores.rectangle import Rectangle
 from tokred.kv.stores.rotated import Oscar, Turbo
+from tokred.kv.stores.shadow import ShadowKV
 from tokred.kv.stores.store import ABILITIES, Query, Shelf, Store
 
 __all__ = [
@@ -18,9 +21,12 @@ __all__ = [
     "Half",
     "MiKV",
     "Mustafar",
+    "NSNQuant",
+    "Offloaded",
     "Oscar",
     "Query",
     "Rectangle",
+    "ShadowKV",
     "Shelf",
     "Store",
     "Turbo",

@@ -107,10 +107,6 @@ class HalfShelf(RectangleShelf):
             self._wide = keys.contiguous(), values.contiguous()
         self._fresh += keys.shape[2]
 
-    @property
-    def swaps(self) -> bool:
-        return False
-
     def settle(self, site: CacheSite | None) -> None:
         if self._wide is None:
             return

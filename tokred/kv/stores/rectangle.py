@@ -101,7 +101,7 @@ class RectangleShelf(Shelf):
 
     @property
     def swaps(self) -> bool:
-        return True
+        return type(self) is RectangleShelf  # others that are made of one may hold more than these rows
 
     def swap(self, gone: Tensor, slots: Tensor) -> None:
         keys, values = self.newest
@@ -110,7 +110,8 @@ class RectangleShelf(Shelf):
         pairs, n = gone.shape[0] * gone.shape[1], keys.shape[2]
         place = (gone.view(pairs, 1) + offsets(pairs, n, gone)).view(-1)
         for x in (keys, values):
-            x.view(pairs * n, -1).index_copy_(0, place, x[:, :, -1].reshape(pairs, -1).clone())
+            last = x[:, :, -1].reshape(pairs, x.shape[3]).clone()
+            x.view(pairs * n, x.shape[3]).index_copy_(0, place, last)
         self._hold(keys[:, :, :-1], values[:, :, :-1])
         self._room = keys, values
         self._slots = without_row(slots, gone)

@@ -75,6 +75,10 @@ class Store(Part):
             ValueError: for example, the head size cannot be packed.
         """
 
+    def hint(self, lacking: frozenset[str]) -> str:
+        """The end of a refusal: what to do where a host does not supply ``lacking`` of :attr:`reads`."""
+        return ""
+
     def row_bytes(self, keys: Tensor, values: Tensor) -> int:
         """Bytes that one more row of one head takes in the end, its position among them.
 
@@ -242,6 +246,11 @@ class Shelf(ABC):
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor that memory is held for."""
         return _tensors(self.__dict__.values())
+
+    @property
+    def away(self) -> Iterator[Tensor]:
+        """Those of :attr:`tensors` that are kept in host memory, away from the device where the layer runs."""
+        yield from ()
 
     def snapshot(self) -> dict[str, Any]:
         """The whole state of the store, by reference."""

@@ -1,4 +1,5 @@
-"""Baselines between a vision tower and a language model: random tokens, evenly spaced ones, plain down-sampling."""
+"""Baselines between a vision tower and a language model: random tokens, evenly spaced ones, plain down-sampling, fewer
+frames."""
 
 from __future__ import annotations
 
@@ -9,12 +10,14 @@ import torch
 from torch import Tensor
 
 from tokred.core.checks import check_count
+from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.selection import random_order
 from tokred.methods.encoder.downsample import cells
 from tokred.vlm.before_llm import Budgeted, VisualSite
-from tokred.vlm.tools.budget import Budget
+from tokred.vlm.frames import ClipMethod, framed
+from tokred.vlm.tools.budget import Budget, as_budget, count_of
 
 
 @register("random_visual")
@@ -106,6 +109,50 @@ class DownsampleVisual(Budgeted):
         cell = cells(grid, (rows, columns), site.device)
         index = torch.arange(frames, device=site.device).unsqueeze(1) * (rows * columns) + cell
         return Reduction.from_index(index.flatten().expand(b, -1), frames * rows * columns, sure=True)
+
+
+@register("uniform_frames")
+@dataclass(frozen=True)
+class UniformFrames(ClipMethod):
+    """Fewer frames of a video: as many whole ones, evenly spaced, as the budget has tokens for.
+
+    Args:
+        budget: tokens kept of each clip, an integer or a share in (0, 1]; rounded to whole frames, at least one.
+
+    Source: baseline.
+    """
+
+    summary: ClassVar[str] = "keep evenly spaced whole frames of a video"
+    source: ClassVar[str] = "baseline"
+    example: ClassVar[Parameters] = {"budget": 0.5}
+    nothing: ClassVar[Parameters | None] = {"budget": 1.0}
+
+    budget: Budget = 0.25
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        as_budget(self.budget)
+
+    def frames_of(self, frames: int, cells: int) -> int:
+        """Whole frames that stay."""
+        wanted = self.budget / cells if isinstance(self.budget, int) else round(self.budget * frames, 9)
+        return min(frames, max(1, round(wanted)))
+
+    def kept(self, frames: int, cells: int) -> int:
+        """Tokens of the frames that stay."""
+        return self.frames_of(frames, cells) * cells
+
+    def count(self, n: int) -> int:
+        """The budget, as a number of tokens."""
+        return count_of(self.budget, n)
+
+    def choose(self, site: VisualSite) -> Reduction:
+        """Keep the frames in the middle of so many equal stretches."""
+        b, frames, cells = framed(site).shape[:3]
+        some = self.frames_of(frames, cells)
+        stay = torch.arange(1, 2 * some, 2, device=site.device) * frames // (2 * some)
+        place = torch.arange(cells, device=site.device)
+        return site.keep((stay.unsqueeze(1) * cells + place).flatten().expand(b, -1))
 
 
 def coarser(grid: tuple[int, int], count: int) -> tuple[int, int]:

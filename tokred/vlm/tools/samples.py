@@ -37,7 +37,7 @@ def part_of(site: VisualSite, rows: Sequence[int]) -> VisualSite:
     read = {
         "x": lambda: site.x, "tower": lambda: site.tower, "q": lambda: site._get("q"), "k": lambda: site._get("k"),
         "text": lambda: site.text, "class_attention": lambda: site.class_attention_heads,
-        "received": lambda: site._get("received"),
+        "received": lambda: site._get("received"), "motion": lambda: site.motion,
     }  # fmt: skip
     known = {name for name, value in site._values.items() if value is not None}
     values: dict[str, Any] = {name: of(how) for name, how in read.items() if name in known}

@@ -1,0 +1,1 @@
+"""Caches that are used again: kept in files, made of chunks that were computed apart."""

@@ -1,0 +1,168 @@
+"""Chunks: texts that were computed once, each by itself, and are kept in memory or in a folder."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tokred.adapters.contract import cache_name, terms, with_cache, words
+from tokred.adapters.kv.cache import layers_of
+from tokred.adapters.kv.host import CacheHost, match
+from tokred.adapters.kv.reasons import layer_kinds
+from tokred.adapters.kv.reuse import joined, saved
+from tokred.adapters.kv.reuse.fingerprint import fingerprint
+from tokred.adapters.kv.reuse.layers import device_of
+from tokred.adapters.swap import host_class
+from tokred.errors import UnsupportedModelError
+from tokred.kv.pack import Packing, unpacked
+
+
+class Chunk(NamedTuple):
+    """A text that was computed by itself.
+
+    Attributes:
+        ids: ``[1, n]`` of its tokens.
+        rows: keys and values ``[1, Hk, n, D]`` of each layer, keys rotated for positions from 0 on.
+        model: fingerprint of the model.
+    """
+
+    ids: Tensor
+    rows: tuple[tuple[Tensor, Tensor], ...]
+    model: dict[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return sum(x.nbytes for both in self.rows for x in both)
+
+
+class ChunkStore:
+    """Chunks of one model, by their tokens: what has been computed, or lies in the folder, is not computed again.
+
+    Args:
+        model: a language model of transformers, of which all layers keep rows. Its policy, if it has one, takes no
+            part: chunks are whole.
+        folder: keeps a file for each chunk; None: chunks live as long as this object.
+
+    Raises:
+        UnsupportedModelError: the model's caches cannot be joined; the message says why.
+
+    Example:
+        >>> store = tokred.ChunkStore(model, "chunks")
+        >>> made = tokred.blend(model, [store.add(a), store.add(b)])
+        >>> model.generate(torch.cat([made.ids, question], 1), **tokred.cache_kwargs(made.cache))
+    """
+
+    def __init__(self, model: nn.Module, folder: str | Path | None = None) -> None:
+        self.host = host_of(model)
+        self.folder = None if folder is None else Path(folder)
+        if self.folder is not None:
+            saved.safetensors()  # says now what is missing, and not after the first chunk has been computed
+        self.model = fingerprint(self.host.decoder, self.host.config)
+        self._chunks: dict[str, Chunk] = {}
+
+    def add(self, ids: Tensor) -> Chunk:
+        """The chunk of some tokens, computed where it is not there yet.
+
+        Args:
+            ids: ``[1, n]`` or ``[n]`` int64.
+
+        Raises:
+            ValueError: it is no text of one sample, or a file in the folder is of another model.
+            OSError: the folder cannot be written.
+        """
+        ids = tokens(ids, "ids")
+        name = hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()[:32]
+        if name not in self._chunks:
+            path = None if self.folder is None else self.folder / f"{name}.safetensors"
+            if path is not None and path.is_file():
+                self._chunks[name] = self._read(path, ids)
+            else:
+                chunk = Chunk(ids, compute(self.host, ids), self.model)
+                if path is not None:
+                    packing = Packing()
+                    rows = packing.packed(chunk.rows)
+                    saved.write_packed(path, packing, {"model": self.model, "ids": ids[0].tolist(), "chunk": rows})
+                self._chunks[name] = chunk
+        return self._chunks[name]
+
+    def _read(self, path: Path, ids: Tensor) -> Chunk:
+        file = saved.Saved(path, "chunk")
+        file.check_model(self.model)
+        if file.known.get("ids") != ids[0].tolist():
+            raise ValueError(f"{path} holds other tokens than its name says: delete it")
+        found = unpacked(file.known["chunk"], file.tensors(), torch.device("cpu"))
+        there = [device_of(m) for _, m in self.host.attentions.values()]
+        rows = tuple((k.to(d), v.to(d)) for (k, v), d in zip(found, there, strict=True))
+        return Chunk(ids, rows, self.model)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the chunks in memory."""
+        return sum(chunk.nbytes for chunk in self._chunks.values())
+
+    def __len__(self) -> int:
+        """Chunks in memory."""
+        return len(self._chunks)
+
+
+def host_of(model: nn.Module) -> CacheHost:
+    """The host record of a model whose caches can be joined.
+
+    Raises:
+        TypeError: it is no language model of transformers.
+        UnsupportedModelError: some of its layers keep no rows, or the rows of chunks.
+    """
+    host = match(model, bounded=True)
+    if host is None:
+        raise TypeError(f"model must be a language model of transformers, got a {type(model).__name__}")
+    kinds = set(layer_kinds(host.config))
+    odd = kinds - {*terms.kinds(terms.FULL, terms.SLIDING)}
+    if host.states or odd:
+        what = ", ".join(sorted(odd)) or "states"
+        raise refusal(host, f"some of its layers ({what}) keep other things than rows of single tokens")
+    return host
+
+
+def refusal(host: CacheHost, why: str) -> UnsupportedModelError:
+    """An error that says why chunks of a model cannot be joined."""
+    return UnsupportedModelError(f"chunks of {host.family} cannot be joined: {why}")
+
+
+def tokens(ids: Any, name: str) -> Tensor:
+    """``[1, n]`` int64 of one sample.
+
+    Raises:
+        TypeError, ValueError: it is something else.
+    """
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise TypeError(f"{name} must be a tensor of token ids, got {type(ids).__name__}")
+    ids = ids[None] if ids.ndim == 1 else ids
+    if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:
+        raise ValueError(f"{name} must be [1, n] or [n] token ids of one sample, got {tuple(ids.shape)}")
+    return ids.long()
+
+
+def compute(host: CacheHost, ids: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Keys and values of every layer, of tokens alone."""
+    cache = joined.empty(len(host.attentions))
+    forward(host, ids, cache)
+    return tuple(layer.rows for layer in layers_of(cache))
+
+
+def forward(host: CacheHost, ids: Tensor, cache: joined.Joined) -> None:
+    """One forward of the decoder over all tokens, without the head behind it."""
+    if host.decoder.training:
+        raise ValueError("the model is in training, where dropout makes every computation another: call model.eval()")
+    given = {words.INPUT_IDS.name: ids.to(_device(host)), words.CACHED.name: True}
+    with torch.no_grad():
+        host.decoder(**with_cache(given, cache_name(host_class(host.decoder).forward), cache))
+
+
+def _device(host: CacheHost) -> torch.device:
+    """Where token ids go."""
+    return device_of(next(iter(host.attentions.values()))[1])

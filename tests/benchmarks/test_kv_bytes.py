@@ -1,0 +1,199 @@
+"""``benchmarks/kv/bytes.py``: settings solved from bytes, arms on a tiny model, rows, and what a page says."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+import tokred
+from benchmarks.kv import bytes as script
+from benchmarks.kv import holding, texts
+from benchmarks.kv.bytes import Round, Value
+from benchmarks.kv.holding import Family, Held
+from benchmarks.pages import held
+from benchmarks.pages.markdown import Results
+from tests.benchmarks.test_kv_tasks import Words, prose
+from tests.kv.tiny import build
+from tokred import kv
+from tokred.bench import results
+from tokred.bench.arms import BASE
+
+PROMPT = 256
+WHERE = results.here("cpu", torch.float32) | {"model": "tiny"}
+
+
+def test_solving_a_share() -> None:
+    asked = list[float]()
+
+    def bytes_of(share: float) -> int:
+        asked.append(share)
+        return 500 + round(share * 2000) * 4  # what is held whatever the share is, and whole rows
+
+    for most in (8000, 4000, 1000):
+        found = holding.solved(bytes_of, most, most / 8000)
+        assert found is not None
+        assert 0.98 * most <= bytes_of(found) <= 1.005 * most
+    assert len(asked) < 20
+    assert holding.solved(bytes_of, 400, 0.05) is None
+    assert holding.solved(bytes_of, 10**6, 0.5) == 1.0
+
+
+def test_solving_one_of_several() -> None:
+    values = tuple(map(float, range(32, 1000, 32)))
+    assert holding.solved(lambda x: int(x), 100, 0.5, values) == 96
+    assert holding.solved(lambda x: int(x), 20, 0.5, values) is None
+    assert holding.solved(lambda x: int(x), 10**6, 0.5, values) == 992
+    assert holding.solved(lambda x: 7, 8, 0.5, (0.0,)) == 0.0
+
+
+def test_every_arm_can_be_made() -> None:
+    made = holding.families()
+    keys = [(f.name, f.setting, r) for f in made for r in f.ratios]
+    assert len(keys) == len(set(keys)), "two arms have one name"
+    for family in made:
+        method = family.make(family.values[0] if family.values else 0.25)
+        assert family.product == (method.parts.store.name != "flat" and method.drops)
+        assert (held.called({"method": family.name, "setting": family.setting})).strip("`")
+    named = {(f.name, f.setting) for f in made if f.product}
+    assert any(name == held.NAMED[0] and f"store={held.NAMED[1]} " in setting for name, setting in named)
+
+
+FEW = (
+    Family("snapkv", "store=kivi-4 budget=solved", lambda b: tokred.make(
+        "snapkv", budget=b, window=8, store=kv.KIVI(bits=4, group_size=8, residual_length=8)), (4,)),
+    Family("snapkv", "budget=solved", lambda b: tokred.make("snapkv", budget=b, window=8), (4,)),
+    Family("kivi", "bits=2", lambda _: tokred.make("kivi", bits=2, group_size=8, residual_length=8), (16, 0),
+           (0.0,)),
+    Family("streaming_llm", "budget=solved", lambda b: tokred.make("streaming_llm", budget=b), (4,)),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def maker() -> texts.Maker:
+    return texts.Maker(Words(), prose=[prose(0), prose(1)], code=[prose(2)], prompt=PROMPT)
+
+
+def test_arms_hold_what_was_asked_for(maker: texts.Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama")
+    monkeypatch.setattr(script, "families", lambda: FEW)
+    prompt = script.read_prompts(model, maker.samples("prose", 2))
+    every = script.solve(model, prompt, [], (4, 16, 0))
+    assert every[0].name == BASE
+    assert [(a.name, a.goal) for a in every[1:]] == [
+        ("snapkv", 4), ("snapkv", 4), ("streaming_llm", 4), ("kivi", 0),
+    ], "what does not hold as little is left out"  # fmt: skip
+    broken = Held("broken", "", 4, tokred.make("snapkv", budget=4, window=2, store="mustafar"))
+    monkeypatch.setattr(script, "_step", lambda arm: 1 / 0 if arm is broken else 32)
+    monkeypatch.setattr(script, "LONGEST", 3)
+    rounds = (Round("prose", 0, 2), Round("answer", 0, 1, (4,)))
+    with pytest.raises(ZeroDivisionError):  # a mistake of the script's own is no arm that cannot
+        list(script.run(model, Words(), maker, [broken], rounds[:1], [], 9, prompt))
+    found = [v for part in script.run(model, Words(), maker, every, rounds, [], 9, prompt) for v in part]
+    assert not any(script.run(model, Words(), maker, every, rounds, found, 9)), "nothing is measured twice"
+    full = next(v.held for v in found if v.method == BASE)
+    for v in found:
+        if v.goal:
+            assert 0.97 < v.held * 4 / full <= 1.01, v
+        assert v.length == (script.LONGEST if v.kind == "answer" else 0)
+    rows = {(r["method"], r["data"], "store" in r["setting"]): r for r in script.records(found, WHERE, PROMPT)}
+    mine = rows["snapkv", "prose", True]
+    assert mine["over_single_low"] <= mine["over_single"] <= mine["over_single_high"]
+    assert 0 < mine["solved"] < 1
+    assert mine["bytes_share"] == pytest.approx(0.25, rel=0.03)
+    assert rows["kivi", "prose", False].get("goal") is None
+    assert "over_single" not in rows["snapkv", "prose", False]
+    assert rows[BASE, "prose", False]["bytes_share"] == 1
+    assert [row for r in rows.values() for row in results.rows(r, "bytes")]
+
+
+def test_formats_are_rounded_where_nothing_is_evicted(maker: texts.Maker) -> None:
+    """A prompt that is filled in by hand leaves the cache as one that was read."""
+    model = build("llama")
+    with tokred.applied(model, "kivi", bits=2, group_size=8, residual_length=8), torch.inference_mode():
+        ids = maker.samples("prose", 1)[0].prompt[None, :100]
+        cache = tokred.kv_cache(model)
+        model(ids, **tokred.cache_kwargs(cache))
+    prompt = script.feed.read(model, ids)[0]
+    with tokred.applied(model, "kivi", bits=2, group_size=8, residual_length=8), torch.inference_mode():
+        filled = prompt.fill(tokred.kv_cache(model))
+    assert filled.nbytes == cache.nbytes
+    for a, b in zip(filled.layers, cache.layers, strict=True):
+        torch.testing.assert_close(a.keys, b.keys, rtol=0, atol=1e-5)
+
+
+def value(method: str, index: int, nll: float, setting: str = "", goal: int = 8, data: str = "prose") -> Value:
+    return Value(data, index, method, setting, goal, nll, 100, 125 if goal else 1000, 0, 0.1 if setting else None)
+
+
+def test_a_product_is_paired_with_the_one_it_beats_least_surely() -> None:
+    far, near = [2.0, 3.0, 4.0], [1.1, 2.1, 3.15]
+    mine = [1.0, 2.0, 3.0]
+    values = [value(BASE, i, x, goal=0) for i, x in enumerate(mine)]
+    for name, setting, nll in (("a", "x=solved", far), ("b", "x=solved", near), ("c", "store=s x=solved", mine)):
+        values += [value(name, i, x, setting) for i, x in enumerate(nll)]
+    values += [value("late", 0, 1.0, "x=solved")]
+    rows = {r["method"]: r for r in script.records(values, WHERE)}
+    assert rows.keys() == {BASE, "a", "b", "c", "late"}, "what nearly all have is one sample here"
+    assert rows["a"]["prompts"] == 1
+    rows = {r["method"]: r for r in script.records(values[:-1], WHERE)}
+    assert rows["c"]["prompts"] == 3
+    assert rows["c"]["over_single"] == pytest.approx(math.exp(-(0.1 + 0.1 + 0.15) / 3))
+    assert rows["c"]["over_single_high"] < 1
+
+
+def test_how_many_samples_count() -> None:
+    assert script.common([10] * 9 + [2]) == 10
+    assert script.common([10] * 8 + [2] * 2) == 2
+    assert script.common([]) == 0
+
+
+def page(tmp_path: Path, high: float) -> Results:
+    base: dict[str, Any] = {"model": "m", "length": 2048, "device": "cpu", "dtype": "bfloat16"}
+    rows = []
+    for data, metric in held.METRICS.items():
+        more = {"generated": 15.0} if data == "answer" else {}
+        one = {"bytes": 8000, "bytes_share": 1.0, "prompts": 8, **more}
+        level = 0.9 if data in held.KEYS else None
+        rows.append({**base, "method": BASE, "setting": "", "data": data, **one} | ({metric: level} if level else {}))
+        for name, setting, figure in (
+            ("snapkv", "window=16 budget=solved", 1.4), ("random_evict", "budget=solved", 1.6),
+            ("kivi", "bits=1 residual_length=solved", 1.5), ("kvzip", "store=kivi-4 budget=solved", 1.1),
+        ):  # fmt: skip
+            x = figure if level is None else level / figure
+            ends = {f"{metric}_low": x - 0.05, f"{metric}_high": x + 0.05}
+            over = "over_single" if level is None else "keys_over_single"
+            paired = {over: 0.8, f"{over}_low": 0.7, f"{over}_high": high} if "store" in setting else {}
+            rows.append({**base, "method": name, "setting": setting, "data": data, "goal": 8, metric: x, **ends,
+                         **one, "bytes_share": 0.125, **paired})  # fmt: skip
+    results.write(tmp_path / "kv.csv", rows, "bytes")
+    return Results(tmp_path)
+
+
+def test_the_page(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    met, missed = page(tmp_path / "a", 0.9), page(tmp_path / "b", 1.1)
+    assert "| `kvzip` in `kivi-4` |  |  | 1.10 (1.05 to 1.15) |  |  |" in held.kv_bytes(met)
+    assert "| `kvzip` in `kivi-4` | 15.0 |  |" in held.kv_bytes_keys(met)
+    text = held.kv_bytes_claims(met)
+    assert "on *prose* met, 0.80 (0.70 to 0.90) times its perplexity" in text
+    assert "on *prose* not shown" in held.kv_bytes_claims(missed)
+    assert "*prose* at 8:1: the lowest figure is that of `kvzip` in `kivi-4` (1.10 times" in text
+    assert "of policies and formats alone that of `snapkv` (1.40 times" in text
+    assert "`kivi` 8:1" in text
+    assert "16:1:" not in text
+    pytest.importorskip("matplotlib")
+    assert [p.name for p in held.plot(met, tmp_path)] == ["kv_bytes.png"]
+
+
+def test_a_page_without_rows(tmp_path: Path) -> None:
+    results.write(tmp_path / "kv.csv", [], "bytes")
+    nothing = Results(tmp_path)
+    assert held.kv_bytes(nothing) == held.kv_bytes_claims(nothing) == held.NOTHING
+    assert held.plot(nothing, tmp_path) == []

@@ -1,0 +1,113 @@
+"""Codebooks of eight numbers for normal noise, which are the same for all models: made once, and kept as text.
+
+PYTHONPATH=build/tree python -m tokred.kv.stores.codebooks   # makes both anew: minutes
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+
+import torch
+from torch import Tensor
+
+SUB = 8
+ENTRIES = 256
+# Of a table's bytes, of which 0 is 0.
+STEP = 1 / 32
+ROUNDS = 100
+
+
+@functools.lru_cache(maxsize=8)
+def codebook(bits: int, device: str = "cpu") -> Tensor:
+    """``[256, 8]`` float32: entries for normal numbers (one bit each), or for their sizes (two, with the sign)."""
+    made = torch.frombuffer(bytearray(base64.b64decode("".join(TEXT[bits].split()))), dtype=torch.int8)
+    return made.view(ENTRIES, SUB).float().mul(STEP).to(device)
+
+
+def train(bits: int, samples: int = 1 << 20, seed: int = 0) -> Tensor:
+    """A table like those of :func:`codebook`, by Lloyd's rounds on noise."""
+    x = torch.randn(samples, SUB, generator=torch.Generator().manual_seed(seed))
+    x = x.abs() if bits == 2 else x
+    table = x[:ENTRIES].clone()
+    for _ in range(ROUNDS):
+        sums = torch.zeros(ENTRIES, SUB + 1)
+        for part in x.split(1 << 14):
+            near = torch.addmm(-table.square().sum(1) / 2, part, table.T).argmax(1)
+            sums.index_add_(0, near, torch.cat([part, torch.ones(len(part), 1)], 1))
+        table = torch.where(sums[:, SUB:] > 0, sums[:, :SUB] / sums[:, SUB:].clamp(min=1), table)
+    return (table / STEP).round().clamp(-128, 127) * STEP
+
+
+def distortion(table: Tensor, bits: int, samples: int = 1 << 14, seed: int = 1) -> float:
+    """Mean square error, by number, of noise that is replaced by the nearest entries of a table."""
+    x = torch.randn(samples, SUB, generator=torch.Generator().manual_seed(seed))
+    x = x.abs() if bits == 2 else x
+    return torch.cdist(x, table).amin(1).square().mean().item() / SUB
+
+
+def as_text(table: Tensor) -> str:
+    """A table as :data:`TEXT` has it."""
+    return base64.b64encode(bytes((table / STEP).round().to(torch.int8).view(torch.uint8).flatten().tolist())).decode()
+
+
+TEXT = {
+    1: """
+69Tz+AP268wP1g4QAhwj4OzzFQ/81fIwHgD49Sky+u36B+sADwMOC/MRAfMEPNfx+hkTAv0AAAoD/xA84+YTAOsh/RfZMAQM1e0H7uEn9BQFKd8F
+Lvsh+gIbzuHw5/8YL/cBDsjv/AQFAwQHCPEK6gXAFAAZBuvtAdU17/wWDwj48u35Ixkp1v735tEA1OP2EPn9Gf0B+AoZ8sQG4AUCChjQGQcQ4g0f
+A/v/FOfGBtfyA9UEFwErLfP6FwcX39rS5gkJDPMZ2S/30hQCDdQZ6CcLHijjFgPrLBjWJAMF5f/yJw8G/BPozBTu7BjbAh7Y187s9BP/E/wALhLl
+3hMiBPje/fshz9oF+CP/6vLjJirwCh0Dxwzm9QobEvHY8RPWFC766Avh5d3lBfc3Gf8l/N/c9Sj92PD2zg3X+iIW/v3nAgkMMCQjAfQfAREEzizw
+EDvxBRPp8hwf+M/bDQQa7Q8fDRQJHBgzHvwo2tj+ABUALgY6//v2E+Tg88v/DunyFfw7AwbXCfcONxTTChH3B+0CBc0iCxvpKf0cCeIDLhsaIvEt
+9PMV4/z1HSsZ8BXTNBTsGBsUERIfBgv4FfA+AOzkGNgw9vwc9eceJPEw8REU0uwyDgAH79IJ/vX66xPM8d794ecIHNMDGv7a3CLoFB3X5eD6+9wK
+AgTt3QTUG9sC3PgYBf08D/Ya5iscIfYS4vfH2//4EfsTBDTgFgkXFjT+Aefv1QLr9Cz59hQ1EfEk8Rf/5B3UBvYA8NAUMQgPAOvZ4ggV8C0O9vG9
+8fwKGBbeJiv/+e3yHhcB/RQj2yYN5R7xBhPpN/jm3+Q2Bev++tzm6eIaLBDl7NYYAfka2C32AOf+Lw8X+f7xCAg8CSwEJPse8g81CP7zCfQS+fMK
+IRDU3fcU2fsGEB0B0dIQECor7Pz44Rj97A/SChTNAQEIFR3J/N0GAP4GDTQX1OwGCAHgB93eLgvWJhL5EPwtBv8FJgfq9Dnm5OHdGgUrFAbIFhUb
+BCICAOrWDPAIPAPwIfMvCiQY8PnrKA34A8bvCyDz/vcVBcXmFN8MFh0kFhzq8vMA9RXA9ezsMP4AFNTt5eTd+NTcBPMICfYy2g3UDsIbAADj8fIS
+BPkH3+P11NXdARsp8PbW+vEz4AnvDd/8QersBPwP9+0E9gb08AIUCuMI9jjjEvzo/ukY2O/jLwIQ3yn12vb94goVESQQGc70+CEtAA34+Tjr+inV
+8f7eFR0UMen6C+bj1A3s6+4pGfUcFuwG0Q3n3REI9u/8B/T4+x/O/eQCEuAB0NUHBeQEGNkc+tT3BuD3/D8VDiIN+vvYJNUW8f4aDQ8Q+SIL2Rso
+Ju0V2AIPHOLpBija6BwN5f7u6t4i3SIQHRcj/g8lIfAlJu74CBMR1P7TERPZ4h4HAQzUHAUp+uArGAr98OnTFNz+7fvdHO/T+Q/VEAT52S3hDfrV
+0u8QAAsCDC8KNgvvAO8gEMseGf0exQEE6hYEFPL4BgcBGADz1vsFzwAGGRoNIM/09CMSFeH8y/rjGu0IGOgKCPQo6M4EDjD5+zb5Eebn4gnfAAwx
++P0fLiIP7x8XAescKQH+zPneERzS+Osh4yny7QEW/i4bNSkI/u0WB9HtDgQTDxEsC+T428oT8/cf/eIOACUx+A7tzA0tFBAIGBUSLCsAGvzN8+bq
+BufoHysMANUr+AD4Ex4dG+nh6OPnEAok4f8ULREe9tgRDi0ZGvPeFxXfKPHj4zYHE/HuDfPpzBIS+9n2//YtJgr8JRgEAfL8KOLxOOH87/s14wvi
+FQHOAfDi8dn1+yT1HB0EzAkS6w0G38b3E+wVygsh5v0GJ9n1JxPmAeze+ho07ggP3QQz9+T7Exz1Mx7+7wDPCw8F/PfbNhHl8v0V/PosNw8LAAb0
+zx8JMPUUQh79Dwnz1h77FCbvAiMT9uYJ5zfpDtoTAgcg9cwHCBb0xfMSA9hCGgzr7A4G/gzqDhcJ9MMc2Rgn5BwZ9wwo8+wG6PvuNv0V6R7d0O4T
+NgcdFwv5/iPR+xDiCtAD/Rsp7wzbAgIk5yftHxfw+NwW5xP/QP4Y9sv16SgBBuwRztwZ9drz+vP0CPENuAELAeg77uUF9A/v++cd0BPp9t8x5vr4
+KQTtGhjL6u7u6BXtHtvx9CLn+90d+gz6//YGuPPLCNzn6vwZGwkDBSbFAfXP8/sR4Acr+QAI/tYO+sUY9Arc6BUH684NzvzfGw8bChb28TTjGhYW
+Ae0K8gH9IEH0zu4Y2BPx8uk6BxHa8wjvMxwREBn47eckBevh0AAk+BASKfQn59wM6e8E+yon3xXvHPHSJ+v7DSQDzvcb5fMJ7hwHF/oYJdH2CwPl
+5OrtN+UPJQ829P71DwTyHzr45gHRDB8h+94L+tzoJvkVASjx+gkc+CbZIBgW1fYP5uLd8AHo7y0NAfw6FNrsHxQi3Qj8AMsz+PMGBTHv5/YB9h8h
+Cfz0L/X73dPzCuzr+wBC7ikTAtsI7/4sHzQHEfEn9P8SBzUW5fzsHO399ALu8ff8DCP64tHk6/wu8PIrAdj2CtcR5AHt3d7g6OodHOYDA8/49Bz5
+5tDZ/L31CfkSCPPqCNnX8AEj++Y47BYSAvcc7gcRBPM7Ewki+RIM6DMM3+Tm7AEjJhrs3xHx+fLywgMZ4hww7vzr+eEHIhzvI/Ea1yvhH+gE5+QE
+5sj8/wAH3RvW8/gI/NUjF97OFCj/CA4H/Pfn98/1zhM=
+""",
+    2: """
+JSgPEREPDT4OJg4NDCkjDjMxDhMUMRExLBAQFC4rKBEKCgoMCgkKDQ4PDAsRMCotHykjDQ4MDQ4REhNRFBQzFBkSGTo+PhMUPA4QDQ8lDw8NCyMM
+DgwiCxs9PBE4GQ8UHRgWFl0yFxgLCgwLDQ4fHxNSEhITFDMTDQ01DQ4lDQ8vEREREBFHEAwLDSYMJAwODQkOIQsNCh8PDEUNDgwMDy0sDw0tEA4P
+ERARDhAuEEcQDykQDw8/ETISLxMSETI2Cw0NDAwmDCUPQhIPECsPDysRDw8uLg8uDjQNDQ4MJg4NOAwNDRIPJg4MDw0rEScsNjgSLDMTExcSMxIR
+FBJNEQojIQ8MJQwOEDoZExM4FTsRERARSA8PLhAiDQwhDCcbDysNLAwpDQ0rEBEyMhAuEScNDg8NKw8pDxElIjMMEAwTEBAyTRESETAtDxEUODIT
+FVUTExQTFDY/GDAxFxE1FA0nDiQOKw4rJA4NICMMDgsRMRNMEBMPEQ0cDCENDAsKDxApDxBBDxASVRY1FRYTExIQETEREEsRNjYSFRMSNTULDyYz
+Dw0mEjgWEjsSERU/TRMQEDISEhMNDQ0MDwo5DDkWOhVAFhYSDhAmJQ0oDisQOw4kDg0PDhMPERISETBPFREYOxUTOzoQEQ8QLEUPDw0PQBMQDigO
+FhI/NyItGDANIQ4fDA8zDhANKCMnKA4OExM8TA4SExMVFGUUFxQXFS8QEBAQShISETAQEhBKERIQDScMCyYiIhAQES4RSQ8RDg49Jg8ODyURERZk
+FhMSFw0qKSsPDg0QDz0eEhc9NxMPLxQTExIUVy4REBFLEBERDREjHw0nJAwQEEgTFRQxMxwiCwsOKwsQFhQ5ERI+EjgqORI5FBM9EwkMDCQlDQ0P
+FBE7NhEZPBYPLBANLiErDCkuLBEOIS0RFhM8Ezs7FhQRMjA0EzkUFQ8NDC8QKSsMDQ0PDQ0kNg1PEhATEhIyEhANDRAPDjspMw4mCw8PKg8zDy83
+EzETEShUFRwXNxUWEA0vDTAMLhINDQwODTwODScTDQsNDyUmDwwnDCcmDSkQERISERJfEg8VOREQNTcRETEREk0RERIREhASTREuECQOCQ8LDgsh
+DhMPLC0OJygpDg45Dg0pDQ0uLg0OEC4MUhA0ExQTExQMGAsKDQwfChAODDIsKBEOEREREC8RRxAREUcRMBIQEBYTExMTNlATEChKEBITDy4zDg4m
+EA4sKDU5LxgUExI0NRAtERU3MxMnDgwLKA0MIQoMDwsjJAsNDSg5DQ8ODg0ZGz4UGBVUFCcjDSEPDyIOD0wQDA8NDg4tD0AtGg8OEAwMCxAjKSQP
+JyUKDQ0ODQsUEjwUORIWPTQQETARLTcSEA4OJw8qKCkSNzMTEhMwNhJOEBEyERIUFBs0ORIQFUFXFBMVFTYVEwwNKQwNDgwpLhFKEBQTKxE1KBA2
+Ez0UEw0MCwsKIA8KDSgLDCgNDQwLKg4LDA4KCh8LHw0NJAwMKQ0PLAsMCw0TNToOETYSEysNJg4oDw0NEREQEg9LEDATEU8ZEjcTEQ4gIhEMDB8b
+Dg0PPgwODQwQDSQlJAwPJxASEzw3ExA5ORYWExoXFFgTTzYTERMTE0oSEBARERAvETYSMi8wFBYlDQ0ODCkmDRE1ORMyFDUTNxMUUxUUExUrEScr
+DQ4OJzkUFi1AFxU2FRYTRBQ8FDUTEhMwFCETVRMwMzE1ExEaFxcZGhQ9OEUwEEQQERMPLyQNJiQODyMODg4PJw8ODzwNDQwgJigOKSUNDQ0nJAwM
+ExAxEBETEEwUFxYYM00XMC84ExE+FjEUMC8NMQ8QDREmJCcQJg0lEBISMBFREhIUNDJEEhMTEREQNxEQLhIwMA4PEBBCKxARNRAPEBAqNC8LDA0M
+JQ0LJRApTSsSFBMPIyElDA8jDykTDSgLIyUkDCoODQ0oDScODw4tNA0pDg5WNhQVFRQVFhAsDw0NIDcoLy8tPBIREhI0EikPLREPLxMTIDYURzQV
+JgwjDA4MDyE4GRYUNT0QEA4qDRYqDA0sDjEoEg8QDC8UFBgXRBM+OE8SEjEQEhESPSMiEA8ODg8ODg4OPg0MDQ8jDykMDA0kDyMMHCMkDg0vEw4O
+Lg8qMxA2LTIRES4SDiUNCiIoDykqCxEQDg4QPicTDCgjDg0oFTkSEDc5EBM8ExkUOBZGFA8MDigNDCUlDg4nEBANKTEVKxNQORIaFCUODjMOJA8l
+DA0NCw0NDToNMyUPJQ0QDQ8xECUuDSsOMDAPDRAOLw0QGBA2MyVAFhAjJw0tJw0OEhMVETo9OhQWDg5BKQ0ODwwOIgsKDAoMDSQNDg0PITYREBAQ
+LA8PSRk3GRU8FhE/EhI0LjoUMxMkJCUiEiIODjJMFRITEBEQERUnEygoMCkRMA8uEC8vEhU5EjoWFA84ERMRSxExEQ8ODCglDg0LDCQMCw4LDCYM
+ETARLQ8QLS8VFxcTFRRUOT8RHh4UOBM5ECoOLSwNDA8NDScLJQwMDg0eDQsNDAsgERAxQi4SERErDQ0mECsPDDMSNg8UMw4RDg8SRQ8RECwRERAQ
+EUkvECQLDwwLDQsKNTERDxAqDw1BDg0PEAsODhIUFBI+LhdEEQwMCx8KDAoNDRAmJQ4sDBgXIhYWZRgUKQ40DwwODQsPHisMKwwQJzkQFTEyFg4O
+LTANEA8NDyMNCgwhCw0eCg0jDTYPDiEODA0ODCsNIww=
+""",
+}
+
+if __name__ == "__main__":
+    for number in TEXT:
+        print(number, as_text(train(number)))

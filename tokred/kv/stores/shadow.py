@@ -1,0 +1,255 @@
+"""``ShadowKV``: a prompt's keys as a product of small matrices, its values in host memory, chunks as queries ask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from tokred.core.checks import check_count
+from tokred.kv.described import Made, like
+from tokred.kv.site import CacheSite
+from tokred.kv.stores.rectangle import RectangleShelf
+from tokred.kv.stores.shadows import Buffer, Shadow
+from tokred.kv.stores.store import Query, Store
+
+Rows = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class ShadowKV(Store):
+    """Nothing is forgotten; a query attends to the chunks of the prompt that it asks for, and to all later rows.
+
+    At the end of a prompt its keys, as they were before their rotation, become a product of rank ``rank``, and its
+    values go to host memory. Mean keys of chunks choose, for each key/value head, which chunks come back; chunks that a
+    mean does not stand for, the newest ones, and all that is generated stay as they came. Prompts that are no longer
+    than what is attended to stay whole. Several tokens at once, as in a second turn, attend to all rows.
+
+    Args:
+        budget: tokens that a query chooses, a multiple of the chunk.
+        rank: of the keys of all heads side by side.
+        chunk: tokens that come together.
+        outliers: chunks of each head that stay as they came, those least similar to their mean.
+        local: newest chunks that stay as they came, with what is left over behind the last.
+        offload: whether values wait in host memory.
+        refresh: rows behind the prompt with which, at the end of a later turn, all become a shadow anew; 0: never.
+
+    Source: Sun et al., ShadowKV, ICML 2025 (arXiv 2410.21465), section 4.
+    """
+
+    name: ClassVar[str] = "shadowkv"
+    can: ClassVar[frozenset[str]] = frozenset({"crop", "attend"})
+    reads: ClassVar[frozenset[str]] = frozenset({"rotation"})
+    replaces: ClassVar[frozenset[str]] = frozenset({"plain", "offloaded"})
+
+    budget: int = 2048
+    rank: int = 160
+    chunk: int = 8
+    outliers: int = 48
+    local: int = 4
+    offload: bool = True
+    refresh: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("rank", 1), ("chunk", 1), ("outliers", 0), ("local", 1), ("refresh", 0)):
+            check_count(getattr(self, name), name, least)
+        check_count(self.budget, "budget", self.chunk)
+        if self.budget % self.chunk:
+            raise ValueError(f"budget must be a multiple of chunk={self.chunk}, got {self.budget}")
+        if not isinstance(self.offload, bool):
+            raise TypeError(f"offload must be True or False, got {self.offload!r}")
+
+    def open(self) -> ShadowShelf:
+        return ShadowShelf(self)
+
+    def chunks(self, length: int) -> int:
+        """Chunks of a prompt of ``length`` tokens that become a shadow, outliers counted; 0: it stays as it is."""
+        m = max(0, length // self.chunk - self.local)
+        return 0 if m <= self.budget // self.chunk + self.outliers else m
+
+
+class ShadowShelf(RectangleShelf):
+    """Rows as they come; after the prompt, shadows of its samples, and behind them the rows that came since.
+
+    Args:
+        store: what it belongs to.
+    """
+
+    def __init__(self, store: ShadowKV) -> None:
+        super().__init__()
+        self.store = store
+        self._shadows: tuple[Shadow, ...] = ()  # one of all samples, or where their lengths differ one of each
+        self._places: tuple[Tensor | None, ...] = ()  # of each, which slots its rows have; None: all, in order
+        self._buffers: tuple[Buffer | None, ...] = ()
+        self._slots_before = 0  # of the prompt, padding counted
+        self._new = 0  # rows of this forward
+
+    # ------------------------------------------------------------------ rows, as a rectangle
+
+    @property
+    def keys(self) -> Tensor | None:
+        return self._restored()[0] if self._shadows else super().keys
+
+    @property
+    def values(self) -> Tensor | None:
+        return self._restored()[1] if self._shadows else super().values
+
+    @property
+    def newest(self) -> Rows:
+        keys, values = super().newest
+        if self.complete:
+            return keys, values
+        first = keys.shape[2] - self._new
+        return keys[:, :, first:], values[:, :, first:]
+
+    @property
+    def complete(self) -> bool:
+        return not self._shadows
+
+    @property
+    def width(self) -> int:
+        return self._slots_before + super().width
+
+    @property
+    def samples(self) -> int:
+        return super().newest[0].shape[0]
+
+    def show(self) -> tuple[Tensor | Made, Tensor | Made]:
+        if not self._shadows:
+            return super().show()
+        made = []
+        for which, rows in enumerate(super().newest):
+            shape = (*rows.shape[:2], self.width, rows.shape[3])
+            # Of now: rows may be cut before somebody asks.
+            made.append(Made(like(rows, shape), partial(_shown, which, *self._held())))
+        return made[0], made[1]
+
+    def _held(self) -> tuple[tuple[Shadow, ...], tuple[Tensor | None, ...], int, Rows]:
+        return self._shadows, self._places, self._slots_before, super().newest
+
+    def _restored(self) -> Rows:
+        return _restored(*self._held())
+
+    @property
+    def away(self) -> Iterator[Tensor]:
+        if self.store.offload:
+            yield from (shadow.values for shadow in self._shadows)
+
+    # ------------------------------------------------------------------ what happens to them
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        super().append(keys, values)
+        self._new = keys.shape[2]
+
+    def settle(self, site: CacheSite | None) -> None:
+        if site is None or not site.read:
+            return
+        later = self.width - self._slots_before
+        if self._shadows and self.store.refresh and later >= self.store.refresh:
+            self._open()
+        if not self._shadows and self.store.chunks(site.read):
+            self._begin(site)
+
+    def _open(self) -> None:
+        """Hold all rows as a rectangle again."""
+        self._keys, self._values = self._restored()
+        self._shadows, self._places, self._buffers, self._slots_before = (), (), (), 0
+
+    def _begin(self, site: CacheSite) -> None:
+        """Make shadows of the prompt, or of all that has been read."""
+        keys, values = super().newest
+        count, angle = site.read, site.rope.turns()[0]
+        padding = None if site.padding is None else site.padding.until(count)
+        both = keys[:, :, :count], values[:, :, :count]
+        if padding is None:
+            self._shadows, self._places = (Shadow.of(self.store, *both, angle),), (None,)
+        elif any(map(self.store.chunks, padding.lengths)):
+            # A sample's answer must not depend on its batch-mates: each has chunks of its own.
+            places = [row.nonzero().view(-1) for row in padding.mask]
+            some = [[x[i : i + 1].index_select(2, at) for x in both] for i, at in enumerate(places)]
+            self._shadows = tuple(Shadow.of(self.store, k, v, angle) for k, v in some)
+            self._places = tuple(places)
+        else:
+            return
+        self._buffers, self._slots_before = (None,) * len(self._shadows), count
+        # A view would keep the whole prompt alive.
+        self._keys, self._values = keys[:, :, count:].clone(), values[:, :, count:].clone()
+        self._new = self._keys.shape[2]
+
+    def crop(self, count: int) -> None:
+        if self._shadows and count > super().width:
+            self._open()
+        super().crop(count)
+        self._new = 0
+
+    def detach(self, count: int) -> Rows:
+        self._new -= count
+        return super().detach(count)
+
+    def select(self, index: Tensor, listed: Callable[[], list[int]]) -> None:
+        super().select(index, listed)
+        if not self._shadows:
+            return
+        if self._places == (None,):
+            self._shadows, self._buffers = (self._shadows[0].select(index),), (None,)
+            return
+        for name in ("_shadows", "_places", "_buffers"):
+            held = getattr(self, name)
+            setattr(self, name, tuple(held[i] for i in listed()))
+
+    # ------------------------------------------------------------------ one query
+
+    def attend(self, query: Query) -> Tensor | None:
+        keys, values = super().newest
+        b, h, _, d = query.q.shape
+        scale = d**-0.5 if query.scale is None else query.scale
+        kind = torch.promote_types(query.q.dtype, torch.float32)
+        q = query.q.reshape(b, keys.shape[1], h // keys.shape[1], d).to(kind) * scale
+        padding = query.padding(keys.shape[2])
+        out, buffers = [], []
+        for i, (shadow, last) in enumerate(zip(self._shadows, self._buffers, strict=True)):
+            part = slice(None) if len(self._shadows) == 1 else slice(i, i + 1)
+            k, v, buffer = shadow.parts(q[part], query.softcap, last)
+            hidden = None if padding is None else ~padding[part]
+            out.append(_attention(q[part], [*k, keys[part]], [*v, values[part]], hidden, query.softcap))
+            buffers.append(buffer)
+        self._buffers = tuple(buffers)
+        return torch.cat(out).reshape(b, h, 1, -1).to(query.q.dtype)
+
+
+def _attention(q: Tensor, keys: list[Tensor], values: list[Tensor], hidden: Tensor | None, cap: float | None) -> Tensor:
+    """``[B, Hk, G, Dv]``: one softmax over several lots of rows; ``hidden`` ``[B, t]`` of the last lot."""
+    logits = torch.cat([q @ k.to(q.dtype).mT for k in keys], -1)
+    if cap is not None:
+        logits = torch.tanh(logits / cap) * cap
+    if hidden is not None:
+        n = logits.shape[-1] - hidden.shape[1]
+        last = logits[..., n:].masked_fill(hidden[:, None, None], -torch.inf)
+        logits = torch.cat([logits[..., :n], last], -1)
+    # A query of padding may see nothing at all.
+    weights = logits.softmax(-1) if hidden is None else logits.softmax(-1).nan_to_num(0.0)
+    shares = weights.split([k.shape[2] for k in keys], -1)  # type: ignore[no-untyped-call]
+    return sum(w @ v.to(q.dtype) for w, v in zip(shares, values, strict=True))  # type: ignore[return-value]
+
+
+def _shown(which: int, *held: Any) -> Tensor:
+    return _restored(*held)[which].detach()
+
+
+def _restored(shadows: tuple[Shadow, ...], places: tuple[Tensor | None, ...], count: int, later: Rows) -> Rows:
+    """All rows ``[B, Hk, K, D]``: those of the prompt, zeros where it has padding, and those that came later."""
+    both = [shadow.restored() for shadow in shadows]
+    made = []
+    for which, more in enumerate(later):
+        parts = []
+        for rows, at in zip(both, places, strict=True):
+            x = rows[which]
+            if at is not None:
+                x = x.new_zeros(*x.shape[:2], count, x.shape[3]).index_copy_(2, at, x)
+            parts.append(x)
+        made.append(torch.cat([torch.cat(parts), more], 2))
+    return made[0], made[1]

@@ -1,0 +1,238 @@
+"""Caches that are used again: ``save_cache``, ``load_cache`` and ``blend``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tokred.core.method import from_dict
+from tokred.errors import TokredError
+from tokred.kv.blend import Blend
+from tokred.patch import Part, parts_of
+
+
+def save_cache(model: nn.Module, cache: Any, path: str | Path) -> Path:
+    """Write a cache into a file, with all that goes on from it: rows as they are held, positions, the policy's state.
+
+    Coded rows are written as codes. A fingerprint of the model goes along, and the policy. Tokens are not written:
+    ``generate`` is given all of them again, as with the cache in memory.
+
+    Args:
+        model: that has filled the cache; patched with the policy that the cache belongs to, or with none.
+        cache: of :func:`tokred.kv_cache`, of ``generate``, or a ``DynamicCache`` where the model has no policy.
+        path: of the file; folders are made. A file that is there is replaced when the new one is complete.
+
+    Returns:
+        The path, for :func:`load_cache`.
+
+    Raises:
+        TypeError, ValueError: it is no such cache, or of another policy than the model has.
+        TokredError: the policy's store holds what no file can.
+        OSError: it cannot be written; a file that was there is as it was.
+        ImportError: safetensors is not installed.
+    """
+    from tokred.adapters.kv.reuse import saved
+
+    place = _Place(model)
+    place.check(cache)
+    return saved.write(path, cache, place.about(cache))
+
+
+def load_cache(model: nn.Module, path: str | Path) -> Any:
+    """The cache that :func:`save_cache` wrote; ``generate`` goes on from it exactly as from the one in memory.
+
+    Args:
+        model: the same as then, with the same policy, on any device.
+        path: of the file.
+
+    Returns:
+        A cache of the kind that was saved, on the model's device.
+
+    Raises:
+        FileNotFoundError: there is no file.
+        ValueError: it is no cache of tokred, of another format, another model or another policy; the message has both.
+        ImportError: safetensors is not installed.
+    """
+    from tokred.adapters.kv.reuse import saved
+
+    place, file = _Place(model), saved.Saved(path, "layers")
+    file.check_model(place.fingerprint)
+    known = file.known
+    file.check("policy", place.policy, _said(place.policy), _said(known.get("policy")))
+    file.check("learned", place.learned, f"one with weights {place.learned}", f"one with weights {known['learned']}")
+    file.check("compressed", place.compressed, f"one on layers {place.compressed}", f"one on {known['compressed']}")
+    cache = place.empty(known["layout"])
+    file.fill(cache, place.devices)
+    return cache
+
+
+def blend(
+    model: nn.Module,
+    parts: Sequence[Any],
+    *,
+    recompute: float | Sequence[float] = 0.15,
+    check_layers: Sequence[int] = (1,),
+    measure: str = "key",
+    fresh_at_check: bool = False,
+) -> Any:
+    """One cache of several chunks that were computed apart, of which a share is computed again (CacheBlend).
+
+    Keys move to their new positions. Layers before the first check layer are computed for all tokens; there the tokens
+    whose rows differ most from the stored ones are chosen, and from there on only these are computed, each seeing all
+    rows up to its own. The question is no part: ``generate`` computes it, and the cache serves others too.
+
+    Args:
+        model: that has computed the chunks. With a policy on it the cache is the policy's, which acts at the end of
+            the forward that follows.
+        parts: in order; a :class:`tokred.ChunkStore`'s chunks, and between them token ids ``[1, n]`` or ``[n]`` of
+            which nothing is stored, such as separators. These are always computed.
+        recompute: share of the stored tokens that is computed again, 0 to 1; or one for each check layer, none larger
+            than the one before.
+        check_layers: layers in which rows are compared, ascending, from 1 on.
+        measure: what is compared: ``"key"``, ``"value"`` or ``"both"``.
+        fresh_at_check: chosen tokens attend, in a check layer, to fresh rows of all tokens instead of those that stay.
+
+    Returns:
+        A :class:`~tokred.adapters.kv.reuse.blend.Blended`: ``cache``, ``ids`` of all tokens, ``rows`` and ``share``.
+
+    Raises:
+        TypeError, ValueError: a part is neither a chunk nor token ids, or of another model; an option is wrong; the
+            policy counts what earlier tokens attended to.
+        UnsupportedModelError: the model's caches cannot be joined; the message says why.
+
+    Source: Yao et al., CacheBlend, EuroSys 2025 (arXiv 2405.16444).
+
+    Example:
+        >>> made = tokred.blend(model, [store.add(a), store.add(b)])
+        >>> model.generate(torch.cat([made.ids, question], 1), **tokred.cache_kwargs(made.cache))
+    """
+    from tokred.adapters.kv.reuse.blend import join
+
+    how = Blend(recompute, check_layers, measure, fresh_at_check)
+    part = next((p for p in parts_of(model) if p.method.stage == "cache"), None)
+    between = next((p.method.name for p in parts_of(model) if p.method.stage == "layer"), None)
+    if between is not None:
+        raise ValueError(f"{between!r} removes tokens between layers, where chunks have all of them: remove it first")
+    if part is not None:
+        _check_blends(part.method)
+    return join(model, parts, how, None if part is None else part.state)
+
+
+def _check_blends(policy: Any) -> None:
+    """Refuse a policy to which the forwards that were saved would have told something.
+
+    Raises:
+        ValueError: naming what it would have to see.
+    """
+    parts = policy.parts
+    if parts.budget.full and not parts.store.reads & {"q"}:
+        return
+    why = ""
+    if parts.score.numbers or parts.store.reads & {"q"}:
+        why = "counts what every token of the prompt attended to"
+    elif parts.score.repeats is not None:
+        why = "reads the prompt again"
+    elif parts.when.chunk:
+        why = "reads the prompt in chunks, under a limit"
+    elif "stream" in parts.budget.reads or "hidden" in parts.score.needs:
+        why = "reads what goes through the layers"
+    if why:
+        raise ValueError(
+            f"{policy.name or 'the policy'} {why}, and most tokens of a blend are not computed: take one that scores "
+            "rows by keys, values or the newest queries, such as 'snapkv'"
+        )
+
+
+class _Place:
+    """A model as far as its caches go: the decoder, and the policy that acts on it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        from tokred.adapters.kv.host import match
+
+        self.part: Part | None = next((p for p in parts_of(model) if p.method.stage == "cache"), None)
+        self.host: Any = match(model if self.part is None else self.part.module, bounded=self.part is None)
+        if self.host is None:
+            raise TypeError(f"model must be a language model of transformers, got a {type(model).__name__}")
+
+    @property
+    def state(self) -> Any:
+        return None if self.part is None else self.part.state
+
+    @property
+    def policy(self) -> dict[str, Any] | None:
+        """The policy as plain values, as a file holds them."""
+        return None if self.part is None else json.loads(json.dumps(self.part.method.to_dict()))
+
+    @property
+    def learned(self) -> str:
+        """A digest of the policy's weights; empty where it has none."""
+        from tokred.adapters.kv.reuse.fingerprint import numbers
+
+        module = None if self.state is None else self.state.module
+        return "" if module is None else numbers(module.state_dict().values())
+
+    @property
+    def compressed(self) -> list[int]:
+        return [] if self.state is None else list(self.state.compressed)
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        from tokred.adapters.kv.reuse.fingerprint import fingerprint
+
+        return fingerprint(self.host.decoder, self.host.config)
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """Of the layers of a cache."""
+        from tokred.adapters.kv.reuse.layers import devices
+
+        return devices(self.host)
+
+    def check(self, cache: Any) -> None:
+        from tokred.adapters.kv.cache import TokCache
+
+        engine = cache.engine if isinstance(cache, TokCache) else None
+        if self.part is None:
+            if engine is not None:
+                raise ValueError(f"the cache belongs to {engine.policy!r}, and the model has no policy: apply it first")
+            from tokred.adapters.kv.reuse.layers import check_plain
+
+            check_plain(cache)
+        elif engine is None:
+            raise TypeError(
+                f"the model has the policy {self.part.method!r}, and this {type(cache).__name__} belongs to none: give "
+                "a cache of tokred.kv_cache(model) or of generate"
+            )
+        elif engine.policy != self.part.method:
+            raise ValueError(f"the cache belongs to {engine.policy!r}, the model is patched with {self.part.method!r}")
+
+    def about(self, cache: Any) -> dict[str, Any]:
+        from tokred.adapters.kv.cache import layout_of
+
+        return {
+            "model": self.fingerprint,
+            "policy": self.policy,
+            "learned": self.learned,
+            "compressed": self.compressed,
+            "layout": "auto" if self.part is None else layout_of(cache),
+        }
+
+    def empty(self, layout: str) -> Any:
+        from tokred.adapters.kv.reuse.layers import plain_cache
+
+        return plain_cache(self.host.config) if self.state is None else self.state.cache(layout)
+
+
+def _said(policy: dict[str, Any] | None) -> str:
+    """A policy in a message."""
+    if policy is None:
+        return "a model without a policy"
+    try:
+        return f"the policy {from_dict(policy)!r}"
+    except (TypeError, ValueError, LookupError, TokredError):
+        return f"the policy {policy}"

@@ -1,0 +1,86 @@
+"""Parts of video methods: changes from frame to frame, choices within frames, and slots that several tokens go into."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokred.core.reduction import Reduction
+from tokred.core.selection import ranked
+from tokred.vlm.tools.greedy import directions
+
+
+def apart(a: Tensor, b: Tensor) -> Tensor:
+    """``(...,)`` float32: one less the cosine of rows ``(..., C)``; of a zero row 1.
+
+    Made from the difference of the directions, so that like rows give 0 and near-copies keep their order, which one
+    less a rounded cosine loses.
+    """
+    u, v = directions(a), directions(b)
+    # A zero row has no direction: its cosine with any counts as 0.
+    lost = ((u == 0).all(-1).float() + (v == 0).all(-1).float()) / 2
+    return (u - v).square().sum(-1) / 2 + lost
+
+
+def changes(x: Tensor) -> Tensor:
+    """``(B, T - 1, N)`` float32: :func:`apart` of each place and the same place of the frame before.
+
+    Args:
+        x: ``(B, T, N, C)``.
+    """
+    return apart(x[:, 1:], x[:, :-1])
+
+
+def within(scores: Tensor) -> Tensor:
+    """``(B, T, N)`` int64: the rank of each token in its frame, 0 for the highest score; ties to the lower place.
+
+    Args:
+        scores: ``(B, T, N)``.
+    """
+    order = ranked(scores)
+    place = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, place)
+
+
+def chosen(stays: Tensor, count: int) -> Tensor:
+    """``(B, count)`` int64 ascending: where ``(B, n)`` bool is True, so often in every row."""
+    return stays.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]
+
+
+def gathered(root: Tensor, weight: Tensor | None = None) -> Reduction:
+    """The reduction of one sample in which every token goes to its root, in the order of the roots.
+
+    Args:
+        root: ``(n,)`` int64: the token that each one goes into, itself for those that stand for a slot; -1: it leaves.
+        weight: ``(n,)`` float32, what each counts for in the sum that a slot is; None: slots are plain means.
+    """
+    n = len(root)
+    place = torch.arange(n, device=root.device)
+    stands = root == place
+    rows = stands.nonzero().squeeze(1)
+    source = ((root >= 0) & ~stands).nonzero().squeeze(1)
+    target = (stands.long().cumsum(0) - 1)[root[source]]
+    return Reduction(
+        rows[None], source[None], target[None], n, weight=None if weight is None else weight[None],
+        mode="mean" if weight is None else "sum", by_size=False,
+    )  # fmt: skip
+
+
+def shares(group: Tensor, centre: Tensor, beta: float | None) -> Tensor:
+    """``(B, n)`` float32: what each point counts for in the value of its cluster.
+
+    Args:
+        group: ``(B, n)`` int64, the cluster of each point.
+        centre: ``(B, c)`` int64, the points that stand for the clusters.
+        beta: share of the centre; the others have the rest in equal parts, and a centre without others counts whole.
+            None: all members alike.
+    """
+    b, n = group.shape
+    one = torch.ones(b, n, device=group.device)
+    members = torch.zeros(centre.shape, device=group.device).scatter_add_(1, group, one)
+    of = members.gather(1, group)
+    if beta is None:
+        return of.reciprocal()
+    first = torch.zeros(b, n, dtype=torch.bool, device=group.device).scatter_(1, centre, True)
+    share = torch.where(first, beta, (1 - beta) / (of - 1).clamp_min(1))
+    return torch.where(of == 1, 1.0, share)
