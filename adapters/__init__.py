@@ -31,7 +31,7 @@ ADAPTERS = {
     "open_clip": "tokred.adapters.encoder.open_clip",
 }
 # The same for language models, whose caches may lose rows.
-CACHES = {"transformers": "tokred.adapters.kv.host"}
+CACHES = {"transformers": "tokred.adapters.kv.encoders"}
 # The same for denoisers, whose attention may run on fewer tokens.
 DENOISERS = {"diffusers": "tokred.adapters.diffusion"}
 # Models with vision whose visual tokens may leave, and language models whose later layers run on fewer tokens.

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import tokred
 from tokred.cli.main import app
 
-COMMANDS = ("demo", "bench", "tune", "calibrate", "viz", "app", "list", "flops", "explain", "doctor")
+COMMANDS = ("demo", "bench", "tune", "train", "calibrate", "viz", "app", "list", "flops", "explain", "doctor")
 
 
 def run(*arguments: str):

@@ -56,8 +56,9 @@ from tokred.errors import (
     UnsupportedModelError,
     UntestedVersionWarning,
 )
+from tokred.patch import change
 from tokred.settings import load, make, push_to_hub, save
-from tokred.settings.caches import blend, load_cache, save_cache
+from tokred.settings.caches import blend, load_cache, save_cache, share_prefix
 
 __version__ = _versions.TOKRED
 
@@ -112,6 +113,7 @@ __all__ = [
     "applied",
     "apply",
     "blend",
+    "change",
     "explain",
     "flops",
     "from_dict",
@@ -131,6 +133,7 @@ __all__ = [
     "report",
     "save",
     "save_cache",
+    "share_prefix",
     "supports",
     "trace",
 ]

@@ -65,11 +65,13 @@ from tokred.methods.encoder.algm import ALGM
 from tokred.methods.encoder.ats import ATS
 from tokred.methods.encoder.cropr import Cropr
 from tokred.methods.encoder.downsample import Downsample
+from tokred.methods.encoder.dtem import DTEM
 from tokred.methods.encoder.dynamicvit import DynamicViT
 from tokred.methods.encoder.evit import EViT
 from tokred.methods.encoder.kth import KthMerge
 from tokred.methods.encoder.ltp import LTP
 from tokred.methods.encoder.pitome import PiToMe
+from tokred.methods.encoder.pixelprune import PixelPrune
 from tokred.methods.encoder.ppt import PPT
 from tokred.methods.encoder.random import RandomMerge, RandomPrune
 from tokred.methods.encoder.saint import SAINT
@@ -105,6 +107,7 @@ from tokred.methods.kv.observed_attention import ObservedAttention
 from tokred.methods.kv.offloaded import Offloaded
 from tokred.methods.kv.pyramidkv import PyramidKV
 from tokred.methods.kv.random_evict import RandomEvict
+from tokred.methods.kv.rdkv import RDKV
 from tokred.methods.kv.rkv import RKV
 from tokred.methods.kv.rotated import Oscar, Turbo
 from tokred.methods.kv.rpc import RPC
@@ -118,14 +121,18 @@ from tokred.methods.kv.zeromerge import ZeroMerge
 from tokred.methods.vlm.cat import CAT
 from tokred.methods.vlm.cdpruner import CDPruner
 from tokred.methods.vlm.divprune import DivPrune
+from tokred.methods.vlm.dycoke import DyCoke
 from tokred.methods.vlm.evs import EVS
 from tokred.methods.vlm.fastervlm import FasterVLM
 from tokred.methods.vlm.fastkv import FastKV
 from tokred.methods.vlm.fastv import FastV
+from tokred.methods.vlm.fastvid import FastVID
 from tokred.methods.vlm.flash_vl import FlashVL, Nemotron
+from tokred.methods.vlm.flashvid import FlashVID
 from tokred.methods.vlm.hired import HiRED
 from tokred.methods.vlm.holitom import HoliTom, HoliTomLayer
 from tokred.methods.vlm.prumerge import PruMerge, PruMergePlus
+from tokred.methods.vlm.prunevid import PruneVid
 from tokred.methods.vlm.pyramiddrop import PyramidDrop
 from tokred.methods.vlm.random_deep import RandomDeep
 from tokred.methods.vlm.restore import Restore
@@ -138,8 +145,9 @@ from tokred.methods.vlm.visionzip import VisionZip
 from tokred.methods.vlm.vispruner import VisPruner
 from tokred.methods.vlm.visual_baselines import DownsampleVisual, RandomVisual, UniformFrames, UniformVisual
 from tokred.methods.vlm.vscan import VScan, VScanLayer
+from tokred.patch import change
 from tokred.settings import load, make, push_to_hub, save
-from tokred.settings.caches import blend, load_cache, save_cache
+from tokred.settings.caches import blend, load_cache, save_cache, share_prefix
 from tokred.tuning.run import tune
 
 __version__: str
@@ -149,6 +157,7 @@ __all__ = [
     "ATS",
     "CAKE",
     "CAT",
+    "DTEM",
     "EVS",
     "H2O",
     "IBTM",
@@ -156,6 +165,7 @@ __all__ = [
     "LTP",
     "LUKV",
     "PPT",
+    "RDKV",
     "RKV",
     "RPC",
     "SAINT",
@@ -179,13 +189,16 @@ __all__ = [
     "Downsample",
     "DownsampleVisual",
     "DuoAttention",
+    "DyCoke",
     "DynamicViT",
     "EViT",
     "ExpectedAttention",
     "Explanation",
     "FastKV",
     "FastV",
+    "FastVID",
     "FasterVLM",
+    "FlashVID",
     "FlashVL",
     "Flops",
     "HiRED",
@@ -214,10 +227,12 @@ __all__ = [
     "Offloaded",
     "Oscar",
     "PiToMe",
+    "PixelPrune",
     "Place",
     "PluginWarning",
     "PruMerge",
     "PruMergePlus",
+    "PruneVid",
     "PyramidDrop",
     "PyramidKV",
     "RandomDeep",
@@ -276,6 +291,7 @@ __all__ = [
     "blend",
     "cache_kwargs",
     "calibrate",
+    "change",
     "choose_tsp_layer",
     "eval",
     "explain",
@@ -300,6 +316,7 @@ __all__ = [
     "report",
     "save",
     "save_cache",
+    "share_prefix",
     "supports",
     "trace",
     "tune",

@@ -309,19 +309,18 @@ def kv_cache(model: nn.Module, *, prompt: int | None = None, steps: int | None =
             rectangle would hold more than 15 % of empty rows.
 
     Returns:
-        A transformers cache with ``snapshot()``, ``restore(snapshot)``, ``layer_rows()`` and ``nbytes``.
+        A transformers cache with ``snapshot()``, ``restore(snapshot)``, ``layer_rows()`` and ``nbytes``; for an
+        encoder-decoder its EncoderDecoderCache, of which ``cross_attention_cache`` is such a one.
 
     Raises:
         NothingRecordedError: the model has no policy.
-        ValueError: there is no such layout.
+        ValueError: there is no such layout, or ``prompt`` is given for an encoder-decoder.
     """
     part = next((part for part in parts_of(model) if part.method.stage == "cache"), None)
     if part is None:
         raise NothingRecordedError("no policy acts on the model's cache: call tokred.apply(model, ...) first")
     state: Any = part.state
-    cache = state.cache(layout)
-    cache.engine.prompt, cache.engine.steps = prompt, steps
-    return cache
+    return state.planned(layout, prompt, steps)
 
 
 class LayerFlops(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,6 +13,7 @@ from tokred.core.origin import Origin
 from tokred.core.report import Report, joined
 from tokred.core.site import STAGES
 from tokred.errors import MissingInputError, NothingRecordedError
+from tokred.learn.build import build
 from tokred.learn.store import Entry
 
 if TYPE_CHECKING:
@@ -216,6 +218,49 @@ def losses_of(model: nn.Module, targets: Any = None) -> dict[str, Tensor]:
             terms |= state.method.compare(state.guesses, targets)
         found.update({f"{state.method.name}.{name}": term for name, term in terms.items()})
     return found
+
+
+def change(model: Any, **parameters: Any) -> Method:
+    """Change parameters of the method on a patched model; its weights, the patch and what it recorded stay.
+
+    For schedules of rates and temperatures while a method learns.
+
+    Args:
+        model: patched, at the stage ``block``.
+        parameters: of its method there, by their names.
+
+    Returns:
+        The method as it acts now.
+
+    Raises:
+        NothingRecordedError: no method acts in the blocks of the model.
+        TypeError: the method has no such parameter.
+        ValueError: a value is out of range, or would take another patch or other weights; apply the method anew then.
+    """
+    from tokred import adapters
+
+    part = next((part for part in parts_of(adapters.module_of(model)) if part.method.stage == "block"), None)
+    if part is None:
+        raise NothingRecordedError("no method acts in the blocks of the model: call tokred.apply(model, ...) first")
+    before: Any = part.method
+    known = [f.name for f in dataclasses.fields(before) if f.init]
+    for name in parameters:
+        if name not in known:
+            raise TypeError(f"{before.name!r} has no parameter {name!r}; it has {', '.join(known)}")
+    after: Any = dataclasses.replace(before, **parameters)
+    if after == before:
+        return part.method
+    host: Any = adapters.find(part.module, "block")
+    after.check(host.depth)
+    if any(getattr(before, name) != getattr(after, name) for name in ("reads", "where", "proportional", "rejoins")):
+        raise ValueError(f"{after} runs in another way than {before}: call tokred.apply(model, method) instead")
+    if part.state.module is not None:
+        build(after, host.model_facts, part.state.module)
+    # A copy of a part of a model has no patch of its own; what its blocks share is enough.
+    for _, patch in patches_of(adapters.module_of(model)):
+        patch.parts = [one._replace(method=after) if one.state is part.state else one for one in patch.parts]
+    part.state.method = after
+    return after  # type: ignore[no-any-return]
 
 
 def entries_of(model: nn.Module) -> list[Entry]:

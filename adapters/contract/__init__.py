@@ -233,6 +233,7 @@ _MODEL = "transformers.modeling_utils:PreTrainedModel"
 # Private attributes and functions of hosts, by role. Public names that hosts document stand where they are used.
 NAMES = (
     Name("cache of rows that grow", (_transformers("transformers.cache_utils:DynamicCache"),)),
+    Name("cache of both", (_transformers("transformers.cache_utils:EncoderDecoderCache"),)),
     Name("any cache", (_transformers("transformers.cache_utils:Cache"),)),
     Name("base of cache layers", (_transformers("transformers.cache_utils:CacheLayerMixin"),)),
     Name("kinds of layers", (_transformers("transformers.cache_utils:get_layer_types_and_kwargs"),)),

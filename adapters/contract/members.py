@@ -123,6 +123,11 @@ LOSS_OF = row("function of the loss", f"loss_function T {_MODELS}")
 TEXT_OF = row("configuration of the decoder", f"get_text_config T {_CONFIGS}")
 LANGUAGE = row("language model in a model", "language_model T llava:LlavaModel")
 TOWER = row("vision tower in a model", "visual T qwen2_5_vl:Qwen2_5_VLModel")
+CROSS_ATTENTION = row(
+    "cross-attention of a decoder's layer",
+    "encoder_attn T bart:BartDecoderLayer",
+    "EncDecAttention T t5:T5LayerCrossAttention",
+)
 EXPAND = row("keys and values of latents", "expand_kv T deepseek_v3:DeepseekV3Attention")
 NEWLINE = row("embedding between rows of tokens", "image_newline T llava_next:LlavaNextModel")
 _HELPERS = "diffusers.hooks._helpers"
@@ -194,6 +199,7 @@ HOOKS_BEFORE_NAMED = row("those of them with arguments by name", f"_forward_pre_
 HOOKS_AFTER = row("hooks after a forward", f"_forward_hooks P {_MODULE}")
 HOOKS_AFTER_NAMED = row("those of these with arguments by name", f"_forward_hooks_with_kwargs P {_MODULE}")
 HOOKS_ALWAYS = row("hooks after a forward that breaks off", f"_forward_hooks_always_called P {_MODULE}")
+HOOKS = (HOOKS_BEFORE, HOOKS_BEFORE_NAMED, HOOKS_AFTER, HOOKS_AFTER_NAMED, HOOKS_ALWAYS)
 CHILDREN = row("modules inside a module", f"_modules P {_MODULE}")
 APPLY = row("change of all tensors of a module", f"_apply P {_MODULE}")
 COMPILED = row("model that was compiled", "_orig_mod P torch._dynamo.eval_frame:OptimizedModule")

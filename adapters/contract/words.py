@@ -56,6 +56,10 @@ STATES = row(
     "hidden_states D attention:BasicTransformerBlock.forward",
 )
 SHARED_ROWS = row("rows that layers share", "shared_kv_states T gemma3n:Gemma3nTextAttention.forward")
+SOURCE = row("states that a cross-attention reads", "key_value_states T bart:BartAttention.forward")
+PICTURED = row(
+    "states of images that layers of a decoder read", "cross_attention_states T mllama:MllamaTextCrossAttention.forward"
+)
 CACHED = row("whether to keep a cache", "use_cache T llama:LlamaModel.forward")
 TYPES = row("types of tokens", "token_type_ids T paligemma:PaliGemmaModel.forward")
 LABELS = row("labels", "labels T llama:LlamaForCausalLM.forward")
@@ -184,6 +188,7 @@ SELF = row(
 KEYS = row("keys of a layer's cache", "keys T transformers.cache_utils:DynamicLayer")
 VALUES = row("values of a layer's cache", "values T transformers.cache_utils:DynamicLayer")
 LAYERS = row("layers of a cache", "layers T transformers.cache_utils:Cache")
+CROSS_CACHE = row("cache of a cross-attention", "cross_attention_cache T transformers.cache_utils:EncoderDecoderCache")
 OFFLOADS = row("whether a cache offloads", "offloading T transformers.cache_utils:Cache")
 PACKED = row("rows that are quantised", "_dequantize T transformers.cache_utils:QuantizedLayer")
 SOFTCAP = row("cap of logits of a call", "softcap T gemma2:Gemma2Attention")

@@ -1,8 +1,8 @@
 """A patched block: the host's own block, run with fewer tokens.
 
-Each block keeps its parameters, its name and its place; only its class is exchanged for a subclass of the same name
-that adds the steps here. Where the block's class is one whose composition is known, tokens are reduced between
-attention and MLP; everywhere else after the block. The host's own forward runs untouched when there is nothing to do.
+Each block keeps its parameters, name and place; its class is exchanged for a subclass that adds the steps here. Where
+its composition is known, tokens are reduced between attention and MLP; everywhere else after it. The host's own forward
+runs untouched when there is nothing to do.
 """
 
 from __future__ import annotations
@@ -55,12 +55,8 @@ class Recipe:
         """The arguments with their position data at the rows that are left."""
         if state.representative is None or not self.positions:
             return kwargs
-        moved = {
-            name: fn(kwargs[name], state.representative, prefix)
-            for name, fn in self.positions.items()
-            if kwargs.get(name) is not None
-        }
-        return {**kwargs, **moved}
+        given = {name: fn for name, fn in self.positions.items() if kwargs.get(name) is not None}
+        return {**kwargs, **{name: fn(kwargs[name], state.representative, prefix) for name, fn in given.items()}}
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         return {**dict(zip(self.argument_names, args, strict=False)), **kwargs}
@@ -73,7 +69,7 @@ class Recipe:
         """Inputs of a method that come from the way in which blocks are run."""
         if type(self).run is not Recipe.run:
             return frozenset()
-        return frozenset({"carried", "module", "heads", "gates"} if self.heads else {"carried", "module"})
+        return frozenset({"carried", "module", "entry"} | ({"heads", "gates"} if self.heads else set()))
 
     def capture(self, block: nn.Module, bias: Tensor | None, state: TokenState) -> Capture:
         return Capture(bias, state.length, state.representative)
@@ -184,6 +180,10 @@ def run_block(block: Any, host_forward: Callable[..., Any], x: Tensor, args: Any
     n, method = x.shape[1], shared.method
     place = Place(settings.layer, shared.depth, shared.prefix, shared.suffix)
     acts = settings.active and method.acts(n, place)
+    if acts and method.where == "before":
+        step, state = decide(settings, Capture(None, state.length, state.representative), state, x)
+        state, x = follow(shared, step, state, x)
+        acts = False
     bias = attention_bias(state, method.proportional)
     if not acts and bias is None and state.representative is None and state.heads is None and state.gate is None:
         out = host_forward(x, *args, **kwargs)
@@ -193,8 +193,8 @@ def run_block(block: Any, host_forward: Callable[..., Any], x: Tensor, args: Any
     state, hidden = look(recipe, kwargs, state, x, shared) if acts else (state, None)
     kwargs = recipe.gather(kwargs, state, shared.prefix)
     capture = recipe.capture(block, bias, state)
-    capture.left, capture.watch_answers, capture.hidden = state.heads, acts and "heads" in method.reads, hidden
-    capture.gate = state.keys
+    capture.left, capture.gate, capture.hidden = state.heads, state.keys, hidden
+    capture.watch_answers = acts and "heads" in method.reads
     rest = None
     if acts and recipe.split and method.where != "end":
         state, x = _first_half(block, settings, capture, state, x, kwargs)
@@ -328,6 +328,7 @@ def decide(settings: Settings, capture: Capture, state: TokenState, x: Tensor) -
         grid=state.grid,
         frames=state.frames,
         motion=lambda: state.motion(shared.prefix, shared.suffix),
+        pixels=None if state.sides is None else state.sides.pixels,
         positions=state.representative,
         length=state.length,
         class_token=shared.class_token,

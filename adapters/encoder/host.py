@@ -17,7 +17,7 @@ from tokred.adapters.encoder.block import KeyTap, Recipe, Settings
 from tokred.adapters.encoder.block import body as block_body
 from tokred.adapters.encoder.model_body import body as model_body
 from tokred.adapters.encoder.origin import watch
-from tokred.adapters.encoder.sides import Sides, of_convolution
+from tokred.adapters.encoder.sides import Sides, of_convolution, tiles
 from tokred.adapters.encoder.state import LayerRecord, Shared
 from tokred.adapters.host import Host
 from tokred.adapters.linear import matrices
@@ -119,6 +119,8 @@ class EncoderHost(Host):
     def offered(self) -> frozenset[str]:
         """Names of everything that sites, and the way of running blocks, hand over."""
         found = self.supplies | self.recipe.supplies
+        if self.layout is of_convolution and tiles(self.origin) is not None:
+            found |= {"pixels"}
         if self.pooled or self.full != "none":
             # What reads all tokens would read those that are only softly gone as well.
             found -= {"module", "gates"}
@@ -150,7 +152,7 @@ class EncoderHost(Host):
     def missing(self, method: Method | type[Method]) -> frozenset[str]:
         missing = super().missing(method)
         # Rows and columns alone do not place the tokens of a video.
-        one = method if isinstance(method, Method) else method()
+        one: Method = method if isinstance(method, Method) else method()
         if not one.gradients:
             # Its tokens really leave while it learns, so that none is there only softly.
             missing -= self.recipe.supplies & {"module"}
@@ -201,14 +203,16 @@ class EncoderHost(Host):
             if method is not None and method.rejoins and layer == self.depth - 1:
                 n = self.tokens(shape)
             after = n if method is None else method.tokens(n, place)
-            rows.append((n, after, self.cost(block).macs(n, after, self.middle(method))))
+            entering = after if method is not None and method.where == "before" else n
+            rows.append((n, after, self.cost(block).macs(entering, after, self.middle(method))))
             n = after
         return rows
 
     def counted(self, layer: int, record: LayerRecord, method: BlockMethod) -> tuple[int, int]:
         """Multiply-adds of one sample in a block of the last forward: as it ran, and unpatched."""
         cost, n = self.cost(self.blocks[layer][1]), record.state.length
-        return cost.macs(record.tokens_in, record.tokens_out, self.middle(method)), cost.macs(n, n, True)
+        before = min(record.tokens_in, record.tokens_out) if method.where == "before" else record.tokens_in
+        return cost.macs(before, record.tokens_out, self.middle(method)), cost.macs(n, n, True)
 
     def exposure(self, method: BlockMethod, expose: str) -> str:
         """Which blocks return full length: ``"none"``, ``"last"`` or ``"all"``.

@@ -18,12 +18,14 @@ class Sides(NamedTuple):
         frames: of a video; None for an image.
         rows, columns: of a frame.
         motion: ``(B, number)`` float32, how much each patch of a video changes from frame to frame; None: nobody asks.
+        pixels: ``(B, number, F)`` float32, the patches as they came, channel after channel; None: nobody asks.
     """
 
     frames: int | None
     rows: int
     columns: int
     motion: Tensor | None = None
+    pixels: Tensor | None = None
 
     @property
     def number(self) -> int:
@@ -72,3 +74,21 @@ def convolution(module: Any) -> nn.Module | None:
     if not isinstance(module, nn.Module):
         return None
     return next((m for m in module.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)), None)
+
+
+def pixels_of(module: Any, image: Tensor) -> Tensor | None:
+    """``(B, N, F)`` float32: the patches of images ``(B, C, H, W)``, as :func:`tiles` has a convolution cut them."""
+    size = tiles(module)
+    if size is None or image.ndim != 4:
+        return None
+    with torch.no_grad():
+        return torch.nn.functional.unfold(image.float(), size, stride=size).mT
+
+
+def tiles(module: Any) -> tuple[int, int] | None:
+    """Height and width of patches that lie side by side; None where a convolution's overlap, or stand apart."""
+    made = convolution(module)
+    if not isinstance(made, nn.Conv2d) or made.kernel_size != made.stride or set(made.padding) != {0}:
+        return None
+    height, width = made.kernel_size
+    return height, width

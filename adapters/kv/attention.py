@@ -2,75 +2,29 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tokred.adapters.contract import attention_of, host_object, members, words
+from tokred.adapters.kv.across import across
 from tokred.adapters.kv.latents import LatentSite, carried, expanded
 from tokred.adapters.kv.layer import TokLayer
 from tokred.adapters.kv.masks import MaskSpec, mask_function
-from tokred.adapters.kv.rope import LayerRope
+from tokred.adapters.kv.products import attend as attend
+from tokred.adapters.kv.products import stock
+from tokred.adapters.kv.seat import PREFIX as PREFIX
+from tokred.adapters.kv.seat import SEAT as SEAT
+from tokred.adapters.kv.seat import Call
+from tokred.adapters.kv.seat import Seat as Seat
 from tokred.adapters.kv.sharing import Lent
 from tokred.adapters.linear import weight_of
-from tokred.core.learned import Learned
 from tokred.errors import UnsupportedModelError
 from tokred.kernels.decode_attention import decode_attention
 from tokred.kv.site import CacheSite
 from tokred.kv.stores import Query
-
-PREFIX = "tokred:"
-SEAT = "tokred_seat"
-_SCALING, _DROPOUT = words.SCALE_OF_A_CALL.name, words.DROPOUT_OF_A_CALL.name
-
-
-class Seat(NamedTuple):
-    """A message from the hook on an attention module to the attention function.
-
-    Attributes:
-        layer: this module's layer of the cache; None without a cache, or where the layer is not compressed.
-        implementation: the attention that the model had.
-        depth: compressed layers.
-        projection: name of the module's output projection, or None.
-        rope: the layer's rotary embedding in this forward, or None.
-        hidden: ``[B, M, C]`` what the module was given.
-        learned: the policy's module, and where it leaves losses.
-        borrows: whether the module has no rows of its own and attends to those of ``layer``, which has run before it.
-        latents: whether the rows are latents, of which the module makes its keys and values.
-    """
-
-    layer: TokLayer | None
-    implementation: str
-    depth: int
-    projection: str | None
-    rope: LayerRope | None
-    hidden: Tensor | None = None
-    learned: Learned | None = None
-    borrows: bool = False
-    latents: bool = False
-
-
-class _Call(NamedTuple):
-    """One call of the attention function, queries and keys aside."""
-
-    module: nn.Module
-    spec: MaskSpec
-    seat: Seat
-    scaling: float | None
-    dropout: float
-    options: dict[str, Any]
-
-    @property
-    def softcap(self) -> float | None:
-        return words.SOFTCAP.of(self.options) or None
-
-    @property
-    def sinks(self) -> Tensor | None:
-        found: Tensor | None = words.SINKS.part(self.module)
-        return found
 
 
 def attention(
@@ -96,7 +50,12 @@ def attention(
         # No cache, a layer that is not compressed, or another model that shares the configuration.
         name = attention_of(words.CONFIG.need(module)).removeprefix(PREFIX)
         mask = attention_mask.stock(name) if isinstance(attention_mask, MaskSpec) else attention_mask
-        return _stock(module, name, query, key, value, mask, scaling, dropout, options)
+        return stock(module, name, query, key, value, mask, scaling, dropout, options)
+    if seat.crosses:
+        plain = attention_mask is None or isinstance(attention_mask, MaskSpec)
+        if not plain or words.EXTRA_BIAS.of(options) is not None:
+            raise UnsupportedModelError(f"{type(module).__name__} gave the attention a mask of its own for the encoder")
+        return across(Call(module, attention_mask, seat, scaling, dropout, options), layer, query, attention_mask)
     if not seat.borrows:
         layer.waiting = False
         rows, made = layer.newest[0].shape, key.shape
@@ -106,7 +65,7 @@ def attention(
         raise UnsupportedModelError(
             f"{type(module).__name__} gave the attention a mask of its own, which evicted rows do not fit"
         )
-    call = _Call(module, attention_mask, seat, scaling, dropout, options)
+    call = Call(module, attention_mask, seat, scaling, dropout, options)
     if seat.borrows:
         return _borrow(call, layer, query)
     before = layer.seen - query.shape[2]
@@ -127,7 +86,7 @@ def attention(
     return torch.cat([prompt, rest], 1), None
 
 
-def _keys_of(call: _Call, keys: Tensor | None, values: Tensor | None) -> tuple[Tensor, Tensor]:
+def _keys_of(call: Call, keys: Tensor | None, values: Tensor | None) -> tuple[Tensor, Tensor]:
     """Keys and values that queries meet, of the rows of a layer that has some."""
     assert keys is not None
     assert values is not None
@@ -135,7 +94,7 @@ def _keys_of(call: _Call, keys: Tensor | None, values: Tensor | None) -> tuple[T
 
 
 def _attend_and_act(
-    call: _Call, layer: TokLayer, query: Tensor, key: Tensor, value: Tensor, before: int
+    call: Call, layer: TokLayer, query: Tensor, key: Tensor, value: Tensor, before: int
 ) -> tuple[Tensor, Tensor | None]:
     out = _attend(call, layer, query, key, value, before)
     engine = layer.engine
@@ -153,7 +112,7 @@ def _attend_and_act(
     return out
 
 
-def _lend(call: _Call, layer: TokLayer, key: Tensor, value: Tensor, before: int, count: int) -> Lent:
+def _lend(call: Call, layer: TokLayer, key: Tensor, value: Tensor, before: int, count: int) -> Lent:
     """The rows that the layer's own queries have just attended to."""
     if not layer.shelf.complete:
         key, value = _keys_of(call, layer.shelf.keys, layer.shelf.values)
@@ -162,7 +121,7 @@ def _lend(call: _Call, layer: TokLayer, key: Tensor, value: Tensor, before: int,
     return Lent(key, value, *state, before, count)
 
 
-def _borrow(call: _Call, layer: TokLayer, query: Tensor) -> tuple[Tensor, Tensor | None]:
+def _borrow(call: Call, layer: TokLayer, query: Tensor) -> tuple[Tensor, Tensor | None]:
     """Attention over the rows of another layer, as they were when its own queries saw them.
 
     Raises:
@@ -170,29 +129,31 @@ def _borrow(call: _Call, layer: TokLayer, query: Tensor) -> tuple[Tensor, Tensor
     """
     lent: list[Lent] = layer.lent or []
     # Where nothing else is wanted of a model it gives these layers the newest queries alone.
-    skip = sum(one.count for one in lent) - query.shape[2]
+    skip = sum(one.queries for one in lent) - query.shape[2]
     if not lent or skip < 0:
         raise UnsupportedModelError(f"{type(call.module).__name__} ran before the layer whose rows it shares")
     outs: list[tuple[Tensor, Tensor | None]] = []
     begun = 0
     for i, one in enumerate(lent):
-        left = one.count - min(one.count, skip)
-        skip -= one.count - left
+        left = one.queries - min(one.queries, skip)
+        skip -= one.queries - left
         if left:
-            part = call if i == len(lent) - 1 else call._replace(spec=call.spec.part(one.count, one.seen))
-            first, some = one.first + one.count - left, query[:, :, begun : begun + left]
+            part = call if i == len(lent) - 1 else call._replace(spec=call.spec.part(one.queries, one.seen))
+            first, some = one.first + one.queries - left, query[:, :, begun : begun + left]
             outs.append(_over(part, one, some, one.keys, one.values, first))
             begun += left
     return outs[0] if len(outs) == 1 else (torch.cat([out for out, _ in outs], 1), None)
 
 
 def _attend(
-    call: _Call, layer: TokLayer, query: Tensor, key: Tensor, value: Tensor, before: int
+    call: Call, layer: TokLayer, query: Tensor, key: Tensor, value: Tensor, before: int
 ) -> tuple[Tensor, Tensor | None]:
     spec = call.spec
     if not layer.shelf.complete:
         # The store has more rows than it has handed over, and may know how to attend to all of them.
-        if _one(call, layer, query) and not (call.dropout or call.seat.latents) and call.sinks is None:
+        several = layer.shelf.several and spec.plain and layer.weights is None
+        known = (several or _one(call, layer, query)) and not call.seat.latents
+        if known and not call.dropout and call.sinks is None:
             padding = partial(_padding, spec, layer.seen)
             heads = layer.shelf.attend(Query(query, call.scaling, call.softcap, padding))
             if heads is not None:
@@ -201,23 +162,23 @@ def _attend(
     return _over(call, layer, query, key, value, before)
 
 
-def _one(call: _Call, rows: TokLayer | Lent, query: Tensor) -> bool:
+def _one(call: Call, rows: TokLayer | Lent, query: Tensor) -> bool:
     """True for one query that sees all rows but padding, each as one token."""
     return query.shape[2] == 1 and call.spec.plain and rows.weights is None
 
 
 def _over(
-    call: _Call, layer: TokLayer | Lent, query: Tensor, key: Tensor, value: Tensor, before: int
+    call: Call, layer: TokLayer | Lent, query: Tensor, key: Tensor, value: Tensor, before: int
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over rows that are at hand."""
     spec, seat, one = call.spec, call.seat, _one(call, layer, query)
     if layer.compressed and one and spec.key_mask is None and not layer.ragged:
         # One query that sees every row needs no mask, as with a dense cache of that length.
         rest = call.scaling, call.dropout, call.options
-        out = _stock(call.module, seat.implementation, query, key, value, None, *rest)
+        out = stock(call.module, seat.implementation, query, key, value, None, *rest)
     elif not layer.compressed and spec.queries == query.shape[2]:
         rest = call.scaling, call.dropout, call.options
-        out = _stock(call.module, seat.implementation, query, key, value, spec.stock(seat.implementation), *rest)
+        out = stock(call.module, seat.implementation, query, key, value, spec.stock(seat.implementation), *rest)
     else:
         out = _compressed(call, layer, query, key, value, before), None
     return out
@@ -228,7 +189,7 @@ def _padding(spec: MaskSpec, seen: int, count: int) -> Tensor | None:
     return spec.later(seen - count, seen)
 
 
-def _site(call: _Call, layer: TokLayer, query: Tensor) -> CacheSite:
+def _site(call: Call, layer: TokLayer, query: Tensor) -> CacheSite:
     name, width = call.seat.projection, query.shape[1] * layer.newest[1].shape[3]
     keys, values = layer.shown()
     # Of latents every head makes keys of its own, but queries can be brought to them instead.
@@ -257,27 +218,7 @@ def _site(call: _Call, layer: TokLayer, query: Tensor) -> CacheSite:
     )
 
 
-def _stock(
-    module: nn.Module,
-    implementation: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Any,
-    scaling: float | None,
-    dropout: float,
-    options: dict[str, Any],
-) -> tuple[Tensor, Tensor | None]:
-    """The attention that the model had before the patch."""
-    eager = words.EAGER.part(sys.modules[type(module).__module__])
-    function = members.INTERFACE.need(host_object("attention functions"))(implementation, eager)
-    if function is None:
-        raise UnsupportedModelError(f"{type(module).__module__} has no attention function {implementation!r}")
-    out, weights = function(module, query, key, value, mask, **{_SCALING: scaling, _DROPOUT: dropout}, **options)
-    return out, weights
-
-
-def _compressed(call: _Call, layer: TokLayer | Lent, query: Tensor, key: Tensor, value: Tensor, before: int) -> Tensor:
+def _compressed(call: Call, layer: TokLayer | Lent, query: Tensor, key: Tensor, value: Tensor, before: int) -> Tensor:
     """``[B, Q, H, D]``: attention over rows that hold the slots ``layer.slots``."""
     spec, positions, count = call.spec, layer.slots, query.shape[2]
     b, heads, n = key.shape[:3]
@@ -299,83 +240,6 @@ def _compressed(call: _Call, layer: TokLayer | Lent, query: Tensor, key: Tensor,
     if layer.weights is not None:
         bias = (layer.engine.parts.fate.alpha * layer.weights.log())[:, :, None]
     return attend(query, key, value, mask, bias, call.scaling, call.softcap, dropout, call.sinks)
-
-
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    scaling: float | None,
-    softcap: float | None,
-    dropout: float = 0.0,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """Attention with a mask and a bias for each key/value head.
-
-    Args:
-        query: ``[B, H, Q, D]``.
-        key, value: ``[B, Hk, K, D]``; heads that share one are folded or repeated.
-        mask: bool ``[B or 1, Hk or 1, Q, K]``, or None.
-        bias: ``[B, Hk, 1, K]`` added to the logits, or None.
-        scaling: factor of the logits; None: ``D ** -0.5``.
-        softcap: cap of the logits before the bias.
-        dropout: of the weights.
-        sinks: ``[H]`` logits that take part in every query's softmax and have no value, or None.
-
-    Returns:
-        ``[B, Q, H, D]``.
-    """
-    b, h, count, d = query.shape
-    heads = key.shape[1]
-    group = h // heads
-    both: Tensor | None = mask
-    if bias is not None:
-        both = bias.to(query.dtype)
-        if mask is not None:
-            both = both.expand(b, heads, count, -1).masked_fill(~mask, -torch.inf)
-    # With one query a head, the heads that share keys take the place of queries: no key is repeated or read twice.
-    if count == 1:
-        query = query.reshape(b, heads, group, d)
-        sinks = None if sinks is None else sinks.view(1, heads, group, 1)
-    elif group > 1:
-        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-        if both is not None and both.shape[1] > 1:
-            both = both.repeat_interleave(group, 1)
-    sinks = sinks.view(1, h, 1, 1) if sinks is not None and count > 1 else sinks
-    # Torch's fused attention knows no cap, and no sinks.
-    if softcap is None and sinks is None:
-        out = nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=both, dropout_p=dropout, scale=scaling
-        )
-    else:
-        out = _eager(query, key, value, both, d**-0.5 if scaling is None else scaling, softcap, dropout, sinks)
-    return out.reshape(b, h, count, value.shape[-1]).transpose(1, 2).contiguous()
-
-
-def _eager(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float,
-    softcap: float | None,
-    dropout: float,
-    sinks: Tensor | None,
-) -> Tensor:
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    logits = query.to(dtype) @ key.to(dtype).mT * scaling
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
-    if mask is not None:
-        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
-    if sinks is None:
-        weights = logits.softmax(-1)
-    else:
-        weights = torch.cat([logits, sinks.to(dtype).expand(*logits.shape[:3], 1)], -1).softmax(-1)[..., :-1]
-    weights = nn.functional.dropout(weights, dropout, training=dropout > 0)
-    return (weights @ value.to(dtype)).to(query.dtype)
 
 
 def register(implementation: str) -> str:

@@ -236,7 +236,7 @@ def make_cache(config: Any, policy: CachePolicy, compressed: tuple[int, ...], la
     """An empty cache for a model.
 
     Args:
-        config: of the decoder.
+        config: of the decoder, or how many layers that keep rows it has.
         policy: what happens to its rows.
         compressed: the layers that the policy acts on.
         layout: how rows lie: ``"auto"``, as the policy's store says; ``"rectangle"``, with empty rows where heads or
@@ -253,9 +253,20 @@ def make_cache(config: Any, policy: CachePolicy, compressed: tuple[int, ...], la
         raise ValueError(
             f"layout is {layout!r}, but the policy's store {store.name!r} has a form of its own: leave it out"
         )
-    cache = TokCache(**{words.CONFIG.name: config})
+    # Configurations of encoder-decoders tell a cache of the encoder's layers, so its layers may be counted instead.
+    cache = TokCache()
+    words.LAYERS.set(cache, _empty(config))
+    members.LAYER_CLASS.set(cache, None)
     _take_over(cache, policy, compressed, _LAYOUTS.get(layout, store))
     return cache
+
+
+def _empty(config: Any) -> list[Any]:
+    """Layers of a cache of transformers' own, see :func:`make_cache`."""
+    if not isinstance(config, int):
+        return words.LAYERS.need(DynamicCache(**{words.CONFIG.name: config}))  # type: ignore[no-any-return]
+    kind = members.LAYER_CLASS.need(DynamicCache())
+    return [kind() for _ in range(config)]
 
 
 def layout_of(cache: TokCache) -> str:
@@ -285,14 +296,14 @@ def adopt(cache: Any, config: Any, policy: CachePolicy, compressed: tuple[int, .
         more = " that offloads its layers" if words.OFFLOADS.part(cache, False) else ""
         raise TypeError(
             f"rows cannot be evicted from a {kind}{more}: a policy whose store is {store.name!r} works on a "
-            f"DynamicCache{_others(store)}, or on none at all (then the model makes its own)"
+            f"DynamicCache{_others(store)}, or on none at all (then the model makes its own){_instead(cache)}"
         )
     seen = members.LENGTH.need(cache)()
     if seen > 0:
         raise ValueError(
             f"the cache holds {seen} tokens that {policy.name or 'the policy'} has not seen: start from an empty one"
         )
-    words.LAYERS.set(cache, words.LAYERS.need(DynamicCache(**{words.CONFIG.name: config})))
+    words.LAYERS.set(cache, _empty(config))
     members.LAYER_CLASS.set(cache, None)
     words.OFFLOADS.set(cache, False)  # the store does what it was asked for
     cache.__class__ = TokCache
@@ -312,6 +323,15 @@ def _others(store: Store) -> str:
     """Kinds of caches beside the plain one, for a message."""
     found = sorted(store.replaces - {"plain"})
     return "".join(f" (or one that is {kind})" for kind in found)
+
+
+def _instead(cache: Any) -> str:
+    """What to do to hold rows as a caller's cache does, for a message."""
+    does = _does(cache)
+    return {
+        "quantised": "; to hold rows in few bits give the policy a store such as store='kivi'",
+        "offloaded": "; to hold rows in host memory give the policy store='offloaded'",
+    }.get(does, "")
 
 
 def _take_over(cache: TokCache, policy: CachePolicy, compressed: tuple[int, ...], store: Store) -> None:

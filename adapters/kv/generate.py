@@ -42,6 +42,9 @@ def body(host: Any) -> dict[str, Any]:
             return original(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
         if words.CACHED.need(generation_config) is not False or cache_of(model_kwargs) is not None:
             name = generation_cache_name(model_kwargs, self)
+            if settings.crosses:
+                _refuse_crossing(settings, generation_config, generation_mode)
+                return original(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
             _prepare(settings, generation_config, model_kwargs, name, generation_mode, max_cache_length)
         return original(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
 
@@ -101,11 +104,7 @@ def _refuse(settings: CacheSettings, config: Any, assisted: bool, given: Any) ->
         ValueError: with what cannot go together and what to do.
     """
     name = settings.policy.name or "the policy"
-    if words.CACHE_KIND.need(config) not in (None, *terms.GROWING.names):
-        raise ValueError(
-            f"cache_implementation={words.CACHE_KIND.need(config)!r} keeps rows that {name} cannot evict: leave it "
-            "out, or call tokred.remove(model) first"
-        )
+    _refuse_kind(config, name)
     # The assistant knows nothing of the model it assists: only this mark tells that its tokens will be taken back.
     if words.DRAFTS.part(config, False):
         raise ValueError(
@@ -128,6 +127,29 @@ def _refuse(settings: CacheSettings, config: Any, assisted: bool, given: Any) ->
         raise ValueError(
             f"assisted decoding and prompt lookup take back tokens, for which {name} has evicted others by then; they "
             "work with policies that evict once, at the end of the prompt, layer by layer"
+        )
+
+
+def _refuse_kind(config: Any, name: str) -> None:
+    if words.CACHE_KIND.need(config) not in (None, *terms.GROWING.names):
+        raise ValueError(
+            f"cache_implementation={words.CACHE_KIND.need(config)!r} keeps rows that {name} cannot evict: leave it "
+            "out, or call tokred.remove(model) first"
+        )
+
+
+def _refuse_crossing(settings: CacheSettings, config: Any, mode: Any) -> None:
+    """Everything that would go wrong where rows of an encoder leave.
+
+    Raises:
+        ValueError: with what cannot go together and what to do.
+    """
+    name = settings.policy.name or "the policy"
+    _refuse_kind(config, name)
+    if str(getattr(mode, "value", mode)) in terms.WITH_DRAFTS.names and not settings.policy.parts.budget.full:
+        raise ValueError(
+            f"assisted decoding and prompt lookup ask about tokens that are taken back, and {name} would judge the "
+            "encoder's rows by them: generate without"
         )
 
 

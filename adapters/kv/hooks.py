@@ -31,6 +31,7 @@ from tokred.adapters.kv.latents import read
 from tokred.adapters.kv.layer import TokLayer
 from tokred.adapters.kv.repeat import repeat
 from tokred.adapters.kv.reuse.joined import Joined
+from tokred.adapters.kv.reuse.shared import check_mask
 from tokred.adapters.kv.rope import LayerRope
 from tokred.adapters.swap import Hook, Undo, host_class
 from tokred.core.learned import Learned
@@ -54,6 +55,7 @@ class CacheSettings(State, Undo):
     """
 
     stage = "cache"
+    crosses = False  # whether rows are those of an encoder
 
     def __init__(self, policy: CachePolicy, config: Any, compressed: tuple[int, ...], implementation: str) -> None:
         self.policy = policy
@@ -122,7 +124,18 @@ class CacheSettings(State, Undo):
 
     def cache(self, layout: str = "auto") -> TokCache:
         """An empty cache that holds its rows as ``layout`` says."""
-        return make_cache(self.config, self.policy, self.compressed, layout)
+        return make_cache(self.shape, self.policy, self.compressed, layout)
+
+    def planned(self, layout: str, prompt: int | None, steps: int | None) -> Any:
+        """An empty cache that knows what is to come, see :func:`tokred.kv_cache`."""
+        cache = self.cache(layout)
+        cache.engine.prompt, cache.engine.steps = prompt, steps
+        return cache
+
+    @property
+    def shape(self) -> Any:
+        """The decoder's configuration, which says what layers a cache has, or their number."""
+        return self.config
 
     @property
     def method(self) -> CachePolicy:
@@ -138,7 +151,7 @@ class CacheSettings(State, Undo):
 
     def adopt(self, cache: Any) -> TokCache:
         """The caller's cache, made ours; raises as :func:`tokred.adapters.kv.cache.adopt`."""
-        return adopt(cache, self.config, self.policy, self.compressed)
+        return adopt(cache, self.shape, self.policy, self.compressed)
 
 
 class EnterDecoder(Hook):
@@ -168,6 +181,7 @@ class EnterDecoder(Hook):
         _check_mask(words.ATTENTION_MASK.of(given))
         cache = self.settings.cache() if cache is None else self.settings.adopt(cache)
         _check_length(words.ATTENTION_MASK.of(given), given, cache)
+        check_mask(cache, words.ATTENTION_MASK.of(given))
         _check_chunk(given, self.settings.policy)
         cache.begin()
         cache.account(_new(given)[0], self.settings.config)

@@ -39,7 +39,7 @@ _OTHER_HEADS = ("JetMoeAttention",)
 # What a hard limit reads.
 _BYTES = "the bytes of all layers"
 # What rows of latents have none of, because each head has its own.
-_OF_HEADS = frozenset({"v", "projection", "rope"})
+_OF_HEADS = frozenset({"v", "projection", "rope", "rotation"})
 _ROWS = "rows that are keys and values themselves"
 
 
@@ -235,7 +235,10 @@ def match(model: nn.Module, *, decodes: bool = False, bounded: bool = False, sta
             raise refusal(name, why)
         return None
     if words.BOTH.part(config, False):
-        raise refusal(name, "it is an encoder with a decoder, whose two caches are not supported yet")
+        raise refusal(
+            name,
+            "it is an encoder with a decoder, and no cross-attention of a known kind",
+        )
     from tokred.adapters.kv.rehearsal import Rehearsal
 
     # A model with vision keeps what describes its decoder in a configuration of its own, inside.
@@ -246,7 +249,7 @@ def match(model: nn.Module, *, decodes: bool = False, bounded: bool = False, sta
         raise refusal(name, odd)
     modules, sources = _attentions(model, text), owners(kinds, text)
     found = {i: one for i, one in modules.items() if i >= len(kinds) or kinds[i] in ROWS}
-    decoder = _decoder(model, found) if found else model
+    decoder = decoder_of(model, found) if found else model
     rehearsal = Rehearsal(text, words.ROTARY.part(decoder))
     # Some models use the attention function and do not say so.
     if not found or not (exchanges_attention(model) or all(rehearsal.heard(m) for _, m in found.values())):
@@ -319,15 +322,16 @@ def _attentions(model: Any, text: Any) -> dict[int, tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         index = words.LAYER_INDEX.part(module)
         if (
-            terms.ATTENTION.name in host_class(module).__name__
+            (terms.ATTENTION.name in (kind := host_class(module).__name__) or kind in terms.LATENT_ATTENTION.names)
             and isinstance(index, int)
+            and name.rpartition(".")[2] not in members.CROSS_ATTENTION.names
             and words.CONFIG.part(module) is text
         ):
             found[index] = (name, module)
     return {i: found[i] for i in sorted(found)}
 
 
-def _decoder(model: Any, found: dict[int, tuple[str, nn.Module]]) -> nn.Module:
+def decoder_of(model: Any, found: dict[int, tuple[str, nn.Module]]) -> nn.Module:
     """The innermost pretrained model around the attention modules."""
     first = next(iter(found.values()))[0]
     names = {c.__name__: c for c in host_class(model).__mro__}
@@ -347,6 +351,8 @@ def _check_attentions(
     for where, module in found.values():
         forward = host_class(module).forward
         parameters = inspect.signature(forward).parameters
+        if words.PICTURED.among(parameters):
+            raise refusal(name, f"{where} keeps rows of images, which are no tokens of the text")
         if cache_argument(forward) is None or not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             raise refusal(name, f"{where} does not hand its arguments on to the attention function")
         sinks = words.SINKS.part(module)

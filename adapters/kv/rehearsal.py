@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -36,6 +37,9 @@ class _Mask:
     def __getitem__(self, index: Any) -> Any:
         raise _LookedError(index)
 
+    def __radd__(self, other: Any) -> Any:
+        raise _LookedError("+")
+
 
 class _Heard:
     """A record of what a module did with its cache, and of what the attention function got."""
@@ -43,12 +47,16 @@ class _Heard:
     def __init__(self) -> None:
         self.rows: tuple[Tensor, Tensor] | None = None
         self.calls: list[tuple[Tensor, Tensor]] = []
-        self.turned = False
+        self.turned = self.biased = False
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Keys and values as they came, noted: the method of a cache that attention modules call."""
         self.rows = keys, values
         return keys, values
+
+
+for _name in members.LENGTH.names:
+    setattr(_Heard, _name, lambda self, *args: 0)  # some ask how much there is before they add to it
 
 
 class _Turn(Tensor):
@@ -70,6 +78,7 @@ def _attention(
 ) -> tuple[Tensor, None]:
     heard: _Heard = options[_WATCH]
     heard.calls.append((key, value))
+    heard.biased |= words.EXTRA_BIAS.of(options) is not None
     b, h, n, _ = query.shape
     return query.new_zeros(b, n, h, value.shape[-1]), None
 
@@ -80,9 +89,11 @@ class Rehearsal:
     Args:
         config: of the decoder.
         rope: its rotary embedding, or None.
+        crosses: whether the modules attend to the states of an encoder.
     """
 
-    def __init__(self, config: Any, rope: nn.Module | None) -> None:
+    def __init__(self, config: Any, rope: nn.Module | None, crosses: bool = False) -> None:
+        self.crosses = crosses
         self.config = copy.copy(config)
         set_attention(self.config, _NAME)
         self.rope = rope
@@ -97,6 +108,8 @@ class Rehearsal:
             return ""
         if not heard.calls:
             return "does not use the attention function that a policy acts in"
+        if heard.biased:
+            return "adds a bias by distance to its logits, which is made for rows without gaps"
         if makes_latents(attention):
             return self._of_latents(attention, heard)
         same = all(
@@ -148,7 +161,10 @@ class Rehearsal:
             with torch.device("meta"), torch.random.fork_rng(devices=[]):
                 module = cls(self.config, words.LAYER_INDEX.need(attention))
         except Exception:  # it is made in another way
-            return None
+            try:
+                module = self._copied(cls, attention)
+            except Exception:  # something in it has no copy
+                return None
         try:
             return self._call(module, attention)
         except _LookedError as error:
@@ -156,20 +172,34 @@ class Rehearsal:
         except Exception:  # it takes something else, or has to see numbers
             return None
 
+    def _copied(self, cls: Any, attention: nn.Module) -> Any:
+        """A copy of the module that has no weights and no hooks, and asks for our attention."""
+        known: dict[int, Any] = {id(words.CONFIG.need(attention)): self.config}
+        for x in (*attention.parameters(), *attention.buffers()):
+            bare = torch.empty_like(x, device="meta")
+            known[id(x)] = nn.Parameter(bare, requires_grad=False) if isinstance(x, nn.Parameter) else bare
+        for module in attention.modules():
+            for word in members.HOOKS:
+                known[id(word.need(module))] = OrderedDict()
+        copied = copy.deepcopy(attention, known)
+        copied.__class__ = cls
+        return copied
+
     def _call(self, module: Any, attention: nn.Module) -> _Heard | None:
         forward, heard = type(module).forward, _Heard()
         cache = cache_argument(forward)
         names = list(inspect.signature(forward).parameters)[1:]
-        if cache is None:
+        if cache is None and not self.crosses:
             return None
         x = torch.empty(1, _TOKENS, words.WIDTH.need(self.config), device="meta")
         more = {
             words.ATTENTION_MASK: _Mask(),
             words.SHARED_ROWS: {},
+            words.SOURCE: x if self.crosses else None,
             words.TABLES: self._tables(attention, heard),
             words.POSITIONS: torch.empty(1, _TOKENS, dtype=torch.long, device="meta"),
         }
-        given = {cache: heard, **arguments(forward, more)}
+        given = {**arguments(forward, more), **({} if cache is None else {cache: heard})}
         with torch.no_grad():
             module.eval()(x, **{k: v for k, v in given.items() if k in names}, **{_WATCH: heard})
         return heard

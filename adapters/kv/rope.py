@@ -86,6 +86,11 @@ def turned_channels(decoder: Any, attention: Any) -> int:
     return int(cos.shape[-1])
 
 
+def supplies_rope(decoder: Any, attention: Any, head_dim: int) -> bool:
+    """True for a decoder that turns whole heads, so that :class:`LayerRope` can undo it."""
+    return turned_channels(decoder, attention) == head_dim
+
+
 def layer_type_of(embedding: Any, attention: Any) -> str | None:
     """The argument that the embedding takes besides positions: the layer's type, or None."""
     if not words.LAYER_TYPE.among(inspect.signature(embedding.forward).parameters):

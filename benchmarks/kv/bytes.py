@@ -13,7 +13,7 @@ ratios are out of reach of some formats, and have no row.
 prose   perplexity of the 128 tokens after the prompt
 table   perplexity of the values of a table in the prompt, whose rows come once more in another order
 several four of eight hidden numbers, each asked for with the right answers to those before it
-answer  one of eight hidden numbers, asked for in a chat: whether the answer has it, and its length
+answer  the first of them, asked for in a chat after the same prompt: whether the answer has it, and its length
 ======= ============================================================================================
 
 Texts are those of ``benchmarks/kv/texts.py``. What follows a prompt is fed 32 tokens at a time to caches that change
@@ -26,6 +26,7 @@ format at the same ratio: ``over_single`` is its perplexity over that of the one
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import sys
 import time
@@ -47,28 +48,35 @@ from tokred.bench import results
 from tokred.bench.arms import BASE
 from tokred.bench.scoring import estimate, paired
 
+CLAIMED = (8, 16)  # ratios that something is claimed of
+
 
 class Round(NamedTuple):
-    """Samples of one kind from ``start`` to ``end``, of arms at these ratios."""
+    """Samples of one kind from ``start`` to ``end``, of arms at these ratios.
+
+    Attributes:
+        answers: whether one of several numbers is also asked for in a chat, at the ratios :data:`CLAIMED`.
+    """
 
     kind: str
     start: int
     end: int
     goals: tuple[int, ...] = (8, 16, 4, 32, 2, 0)
+    answers: bool = False
 
 
-# Samples from and to, in the order in which they are measured: a run that is broken off has some of every kind. Then
-# more of them at the ratios that something is claimed of.
-CLAIMED = (8, 16)
-ROUNDS: tuple[Round, ...] = (
-    Round("prose", 0, 2), Round("several", 0, 2), Round("table", 0, 2), Round("answer", 0, 4, CLAIMED),
-    Round("prose", 2, 4, CLAIMED), Round("several", 2, 4, CLAIMED), Round("table", 2, 4, CLAIMED),
+# In this order: a run that is broken off has some of every kind. Then more where something is claimed.
+ROUNDS = (
+    Round("prose", 0, 2), Round("several", 0, 2, answers=True), Round("table", 0, 2),
+    Round("prose", 2, 4, CLAIMED), Round("several", 2, 4, CLAIMED, True), Round("table", 2, 4, CLAIMED),
     Round("prose", 4, 6, CLAIMED), Round("several", 4, 6, CLAIMED), Round("table", 4, 6, CLAIMED),
     Round("prose", 6, 8, CLAIMED), Round("several", 6, 8, CLAIMED), Round("prose", 8, 10, CLAIMED),
-    Round("answer", 4, 8, CLAIMED), Round("prose", 2, 6), Round("several", 2, 6), Round("table", 2, 6),
+    Round("several", 8, 10, CLAIMED, True), Round("prose", 2, 6), Round("several", 2, 6), Round("table", 2, 6),
 )  # fmt: skip
-QUICK = (Round("prose", 0, 1), Round("answer", 0, 1))
-KINDS = ("prose", "table", "several", "answer")
+QUICK = (Round("prose", 0, 1), Round("several", 0, 1, answers=True))
+KINDS = ("prose", "table", "several")
+HEAD = "<|im_start|>user\n"
+TAIL = "<|im_end|>\n<|im_start|>assistant\n"
 CHUNK = 32  # tokens that are fed at once to caches that change while tokens come
 LONGEST = 20  # tokens of an answer
 MOST = 0.9  # share of the arms that have to have a sample
@@ -126,36 +134,54 @@ def read_prompts(model: Any, group: Sequence[Sample]) -> feed.Prompt:
 @torch.inference_mode()
 def measure(
     model: Any, tokenizer: Any, group: Sequence[Sample], first: int, every: Sequence[Held],
-    prompt: feed.Prompt | None = None,
+    prompt: feed.Prompt | None = None, answers: bool = False,
 ) -> Iterator[Value]:  # fmt: skip
     """Values of samples of one kind, of which ``first`` is the index of the first; of arms that fail none.
 
-    ``prompt``: what the group reads, if it was read before.
+    ``prompt``: what the group reads, if it was read before. ``answers``: see :class:`Round`.
     """
     prompt, kind = prompt or read_prompts(model, group), group[0].kind
     n, longest = prompt.length, max(len(s.follows) for s in group)
     # What follows the last answer is not scored, whatever it is.
     rest = torch.stack([torch.cat([s.follows, s.follows[-1:].expand(longest - len(s.follows))]) for s in group])
+    last = torch.stack([s.prompt[-1:] for s in group])
+    question = torch.cat([last, _asked(tokenizer, group)], 1) if answers else last
     for arm in every:
+        found = list[tuple[str, float, int, int]]()
         try:
             with _patched(model, arm.method):
                 cache = prompt.fill(tokred.kv_cache(model), n - 1)
-                held = round(feed.held_bytes(cache) / len(group))
-                last = torch.stack([s.prompt[-1:] for s in group])
-                if kind == "answer":
-                    ids = torch.cat([last, rest[:, : group[0].question]], 1)
-                    said = _answers(model, tokenizer, tasks.fed(model, ids, cache, _step(arm)), cache)
-                    keys = [tokenizer.decode(s.follows[s.question :]).strip() for s in group]
-                    values = [(float(k in text), 1, length) for k, (text, length) in zip(keys, said, strict=True)]
-                else:
-                    logits = tasks.fed(model, torch.cat([last, rest[:, :-1]], 1), cache, _step(arm))
-                    values = [(*tasks.score_of(kind, x, s), 0) for x, s in zip(logits, group, strict=True)]
+                held, before = round(feed.held_bytes(cache) / len(group)), cache.snapshot()
+                logits = tasks.fed(model, torch.cat([last, rest[:, :-1]], 1), cache, _step(arm))
+                found += [(kind, *tasks.score_of(kind, x, s), 0) for x, s in zip(logits, group, strict=True)]
+                if answers and (arm.method is None or arm.goal in CLAIMED):
+                    cache.restore(before)
+                    said = _answers(model, tokenizer, tasks.fed(model, question, cache, _step(arm)), cache)
+                    keys = [tokenizer.decode(s.follows[slice(*s.answers[0])]).strip() for s in group]
+                    found += [("answer", float(k in x), 1, m) for k, (x, m) in zip(keys, said, strict=True)]
         except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
             # One arm of a hundred must not cost the run; what it lacks is said, and it gets no row.
             print(f"{arm.label} failed at {kind}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             continue
-        for i, (value, weight, length) in enumerate(values):
-            yield Value(kind, first + i, arm.name, arm.setting, arm.goal, value, weight, held, length, arm.value)
+        for i, (of, value, weight, length) in enumerate(found):
+            index = first + i % len(group)
+            yield Value(of, index, arm.name, arm.setting, arm.goal, value, weight, held, length, arm.value)
+
+
+def _asked(tokenizer: Any, group: Sequence[Sample]) -> Tensor:
+    """The first question of each sample, as a user ends with it; ``[B, M]``."""
+    texts_of = [tokenizer.decode(s.follows[: s.question]).partition("?")[0].strip() for s in group]
+    ids = [tokenizer(f"\n\n{text}?{TAIL}", add_special_tokens=False).input_ids for text in texts_of]
+    return torch.tensor(ids)  # questions differ in one token: the name
+
+
+def samples(maker: texts.Maker, kind: str, start: int, end: int) -> list[Sample]:
+    """Samples from and to; hidden numbers in what a user begins a chat with."""
+    found = maker.samples(kind, end)[start:]
+    if kind != "several":
+        return found
+    head = maker.ids(HEAD)  # in the place of as much of the prose before the first number
+    return [dataclasses.replace(s, prompt=torch.cat([head, s.prompt[len(head) :]])) for s in found]
 
 
 def _answers(model: Any, tokenizer: Any, logits: Tensor, cache: Any) -> list[tuple[str, int]]:
@@ -287,7 +313,7 @@ def run(
     known, began = {v[:5] for v in there}, time.monotonic()
     alive, last = list(every), 0.0
     for turn in rounds:
-        kind, start, end, goals = turn
+        kind, start, end, goals, answers = turn
         wanted = [a for a in alive if a.name == BASE or a.goal in goals]
         wanted = [a for a in wanted if any((kind, i, *a[:3]) not in known for i in range(start, end))]
         if not wanted:
@@ -296,9 +322,9 @@ def run(
         if spent + last > 60 * minutes:
             print(f"{spent:.0f} s: {kind} {start} to {end} would not end in time", file=sys.stderr, flush=True)
             return
-        group = maker.samples(kind, end)[start:]
-        found = []
-        for value in measure(model, tokenizer, group, start, wanted, prompt if turn == rounds[0] else None):
+        group, found = samples(maker, kind, start, end), []
+        read = prompt if turn == rounds[0] else None
+        for value in measure(model, tokenizer, group, start, wanted, read, answers):
             found.append(value)
             known.add(value[:5])
             yield [value]
@@ -306,7 +332,7 @@ def run(
         alive = [a for a in alive if a.label not in failed]
         last = time.monotonic() - began - spent
         print(f"{time.monotonic() - began:6.0f} s  {kind} {start} to {end}: {last:.0f} s", file=sys.stderr, flush=True)
-        prompt = None
+        prompt = read = None  # of hundreds of megabytes
         yield []
 
 
@@ -341,7 +367,7 @@ def main() -> None:
     goals = [8] if given.quick else [int(r) for r in given.ratios.split(",")]
     rounds = [r for r in (QUICK if given.quick else ROUNDS) if given.only in (None, r.kind)]
     first = rounds[0]
-    prompt = read_prompts(model, maker.samples(first.kind, first.end)[first.start :])
+    prompt = read_prompts(model, samples(maker, *first[:3]))
     every = solve(model, prompt, names, goals)
     took = time.monotonic() - began
     print(f"{took:6.0f} s  {len(every)} arms", file=sys.stderr, flush=True)

@@ -38,8 +38,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-# Policies that score nothing, and those that need a file of the model first.
-APART = ("kivi", "mikv", "mustafar", "nsnquant", "oscar", "turbo", "lukv", "triattention")
+# Policies that score nothing, those that need a file of the model first, and one that rounds rows as well.
+APART = ("kivi", "mikv", "mustafar", "nsnquant", "oscar", "turbo", "lukv", "triattention", "rdkv")
 
 
 def policies() -> list[str]:

@@ -21,7 +21,6 @@ word     two words, hidden in prose
 several  four of eight numbers, hidden in prose
 lines    six values of a prompt that is all lines of a name and a number
 chain    four values of variables that were set to other variables, hidden in prose
-answer   one of eight numbers, hidden in prose, in the format of a chat, so that the answer ends by itself
 ======== ========================================================================================
 """
 
@@ -225,17 +224,6 @@ class Maker:
         pairs = [(f" What {verb} the {what} of the {n}? The {what} of the {n} {verb}", f" {things[n]}") for n in order]
         return self.asked(kind, self.filled(made, rng), pairs, ".\n")
 
-    def answer(self, index: int, rng: random.Random) -> Sample:
-        """Eight numbers hidden in prose, one of which a user asks for in a chat; the assistant's answer is to come."""
-        things = {n: _number(rng) for n in rng.sample(NAMES, 8)}
-        made = [self.ids(f" The magic number of the {n} is {x}. Remember: {x}.") for n, x in things.items()]
-        head, prompt = self.ids("<|im_start|>user\n"), self.filled(made, rng)
-        name = rng.choice(list(things))
-        question = self.ids(f"\n\nWhat is the magic number of the {name}?<|im_end|>\n<|im_start|>assistant\n")
-        answer = self.ids(f" {things[name]}")
-        follows, n = torch.cat([question, answer]), len(question)
-        return Sample("answer", torch.cat([head, prompt[len(head) :]]), follows, ((n, len(follows)),), n)
-
     def lines(self, index: int, rng: random.Random) -> Sample:
         """A prompt that is all lines of a name and a number."""
         every = [f"{a} {b}" for a in NAMES for b in NAMES if a != b]
@@ -302,7 +290,6 @@ MAKERS: dict[str, Callable[[Maker, int, random.Random], Sample]] = {
     "lines": Maker.lines,
     "chain": Maker.chain,
     "summary": Maker.summary,
-    "answer": Maker.answer,
 }
 
 

@@ -49,6 +49,7 @@ PAGES = {
     DOCS / "methods" / "diffusion" / "keymerge.md": {"keymerge": diffusion.keymerge},
     DOCS / "methods" / "encoder" / "spatten.md": {"text": encoder.text, "text_claims": encoder.text_claims},
     DOCS / "methods" / "encoder" / "ltp.md": {"text": encoder.text, "text_claims": encoder.text_claims},
+    DOCS / "caches.md": {"kv_take": held.kv_take},
     DOCS / "methods" / "kv" / "kv.md": {"kv_memory": caches.kv_memory},
     DOCS / "tune.md": {"tune": tune.tune, "tune_claims": tune.tune_claims},
     DOCS / "tutorials" / "kv.md": {"kv_limit": caches.kv_limit},

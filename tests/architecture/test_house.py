@@ -26,6 +26,7 @@ FLOORS: dict[str, int] = {
     "tokred.vlm": 2,
     "tokred.kv": 2,
     "tokred.learn": 3,
+    "tokred.learn.training": 10,  # trains models as users do; what is below has the terms of a loss alone
     "tokred.methods": 4,
     "tokred.adapters": 5,
     "tokred.patch": 6,

@@ -91,7 +91,8 @@ def test_arms_hold_what_was_asked_for(maker: texts.Maker, monkeypatch: pytest.Mo
     broken = Held("broken", "", 4, tokred.make("snapkv", budget=4, window=2, store="mustafar"))
     monkeypatch.setattr(script, "_step", lambda arm: 1 / 0 if arm is broken else 32)
     monkeypatch.setattr(script, "LONGEST", 3)
-    rounds = (Round("prose", 0, 2), Round("answer", 0, 1, (4,)))
+    rounds = (Round("prose", 0, 2), Round("several", 0, 1, answers=True))
+    monkeypatch.setattr(script, "CLAIMED", (4,))
     with pytest.raises(ZeroDivisionError):  # a mistake of the script's own is no arm that cannot
         list(script.run(model, Words(), maker, [broken], rounds[:1], [], 9, prompt))
     found = [v for part in script.run(model, Words(), maker, every, rounds, [], 9, prompt) for v in part]

@@ -58,6 +58,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ltp-least": {"thresholds": [0.3, 0.3], "min_keep": 6},
     "downsample": {"keep": 0.5},
     "dynamicvit": {"rho": 0.6, "at": [1]},
+    "dtem": {"r": 4, "dim": 8},
     "cropr": {"r": 4, "classes": 3},
     "cropr-folded": {"r": [9, 0], "round_to": 4},
     "ltp-learn": {"thresholds": [0.05, 0.05], "learn": True},

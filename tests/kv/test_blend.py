@@ -302,6 +302,30 @@ def test_chunks_in_a_folder(model, tmp_path):
         tokred.load_cache(model, next(tmp_path.iterdir()))
 
 
+def test_chunks_behind_a_prefix(model, tmp_path):
+    """The prefix in front, the first chunk is exact where it stands; others move by as much less."""
+    pytest.importorskip("safetensors")
+    head = torch.tensor([7, 8, 9])
+    store = tokred.ChunkStore(model, tmp_path, behind=head)
+    parts = [store.prefix, *(store.add(prompt(n, seed=n)) for n in (7, 9))]
+    assert [p.first for p in parts] == [0, 3, 3]
+    made = tokred.blend(model, parts, recompute=0.0)
+    own = dense(model, made.ids)
+    assert made.ids[0, :3].tolist() == [7, 8, 9]
+    assert torch.allclose(made.cache.layers[0].keys, own.layers[0].keys, atol=1e-5)
+    first = [(x.keys[:, :, :10], y.keys[:, :, :10]) for x, y in zip(made.cache.layers, own.layers, strict=True)]
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in first)
+    assert equal(tokred.blend(model, parts, recompute=1.0).cache, own)
+    alone = tokred.blend(model, parts[1:2], recompute=1.0)  # not where it was computed
+    assert equal(alone.cache, dense(model, alone.ids))
+    # The same tokens without the prefix are another chunk, in the folder too.
+    assert tokred.ChunkStore(model, tmp_path).add(prompt(7, seed=7)).first == 0
+    again = tokred.ChunkStore(model, tmp_path, behind=head).add(prompt(7, seed=7))
+    assert again.first == 3
+    assert torch.equal(again.rows[1][0], parts[1].rows[1][0])
+    assert len(list(tmp_path.iterdir())) == 4
+
+
 # ------------------------------------------------------------------ bad input
 
 
@@ -335,9 +359,10 @@ def test_what_is_refused(model, chunks):
 def test_models_whose_caches_cannot_be_joined(chunks):
     with pytest.raises(UnsupportedModelError, match="keep other things than rows"):
         tokred.ChunkStore(build("qwen3_next"))
+    with pytest.raises(UnsupportedModelError, match="latents"):
+        tokred.ChunkStore(build("deepseek_v3"))
     bare = {"no_rope_layers": [1, 0, 1]}
-    # Layers without rotation, heads of which a part turns, and pairs.
-    for family, options in (("smollm3", bare), ("gpt_neox", {}), ("gptj", {})):
+    for family, options in (("smollm3", bare), ("cohere", {})):  # layers without rotation, and pairs
         model = build(family, **options)
         store = tokred.ChunkStore(model)
         parts = [store.add(prompt(5)), store.add(prompt(6))]

@@ -35,6 +35,7 @@ REFUSED = {
     "fastkv": "between layers too",
     "kivi": "evicts nothing",
     "kvzip": "reads again",
+    "rdkv": "bytes of their scales",
     "rpc": "generated rows alone",
     **dict.fromkeys(("mikv", "mustafar", "nsnquant", "offloaded", "oscar", "shadowkv", "turbo"), "evicts nothing"),
     "attention_matching": "which it reads again",

@@ -229,3 +229,61 @@ class TestModel:
             model.generate(prompt(6).repeat(1, 4), prompt_lookup_num_tokens=3, **GREEDY)
         with pytest.raises(ValueError, match="the fate 'merge' needs a store that can average rows"):
             tokred.apply(model, "zeromerge", budget=9, tail=3, store="mikv")
+
+
+# ---------------------------------------------------------------- rows that matter in a code too
+
+
+def test_sizes_of_both_parts_written_out():
+    rows_ = torch.empty(1, 1, 0, 128, dtype=torch.float16)
+    for high_bits, size in {16: 0.325, 8: 0.23125, 4: 0.18125, 2: 0.15625}.items():
+        store = MiKV(high_bits=high_bits)
+        low = store.forms(rows_, rows_)[0].codec.row_bits(rows_)
+        assert (0.2 * store.upper(rows_).row_bits(rows_) + 0.8 * low) / (16 * 128) == pytest.approx(size)
+
+
+@pytest.mark.parametrize(("high_bits", "most"), [(8, 0.05), (4, 0.5)])
+def test_rows_that_matter_are_rounded_too(high_bits, most):
+    exact, rounded = (MiKV(high=0.3, low=16, high_bits=b).open() for b in (16, high_bits))
+    for n in (20, 1, 1, 3, 1):
+        k, v = rows(n, n)
+        q = torch.randn(2, 6, n, D, generator=torch.Generator().manual_seed(n))
+        for shelf in (exact, rounded):
+            shelf.append(k, v)
+            assert torch.equal(shelf.newest[0][:, :, -n:], k), "a forward's own rows are as they came"
+            site = CacheSite(q=q, k=exact.keys, v=exact.values)
+            shelf.settle(site)
+        assert torch.equal(exact._index, rounded._index)
+        assert 0 < (exact.keys - rounded.keys).abs().max() < most
+    assert rounded._sides[0].tail.count == 8 == exact._sides[0].tail.count
+    assert rounded._sides[0].tail.fresh.count == 0
+    index = torch.tensor([1, 1])
+    whole = rounded.keys
+    rounded.select(index, index.tolist)
+    assert torch.equal(rounded.keys, whole[index])
+    detached = rows(2, 9)
+    rounded.append(*detached)
+    assert torch.equal(rounded.detach(1)[0], detached[0][:, :, 1:])
+    assert torch.equal(rounded.keys[:, :, :-1], whole[index])
+
+
+def test_survivors_of_snapkv_in_eight_bits_and_the_rest_in_two():
+    window = tokred.kv.Window(4, 3)
+    k, v = rows(30)
+    q = torch.randn(2, 6, 30, D, generator=torch.Generator().manual_seed(1))
+    site = CacheSite(q=q, k=k, v=v)
+    store = MiKV(high=0.4, recent=1 / 3, high_bits=8, score=window, balance=False)
+    shelf = store.open()
+    shelf.append(k, v)
+    shelf.settle(site)
+    assert set(full(shelf)) == {*window(site)[0, 0, :26].topk(8).indices.tolist(), 26, 27, 28, 29}
+    high = torch.zeros(2, 30, dtype=torch.bool)
+    error = (shelf.keys - k).abs().amax(-1)
+    encoded = shelf._sides[0].encoded
+    high = shelf._index >= encoded
+    assert error[high].max() < 0.03 < error[~high].mean()
+    assert tokred.MiKV(score="window").parts.store.judge == tokred.kv.Window()
+    with pytest.raises(ValueError, match="score is 'column_sum', which has to see every token"):
+        MiKV(score="column_sum")
+    with pytest.raises(ValueError, match="high_bits must be one of 2, 4, 8, 16 bits, got 3"):
+        MiKV(high_bits=3)

@@ -34,6 +34,9 @@ POLICIES: dict[str, Any] = {
     "mustafar": {"window": 4},
     "oscar": {"bits": 4, "sinks": 2, "recent": 4, "block": 2},
     "turbo": {"bits": 4},
+    "nsnquant": {"window": 16},
+    "offloaded": {"block": 4},
+    "shadowkv": {"budget": 4, "rank": 8, "chunk": 2, "outliers": 1, "local": 1},
 }
 
 

@@ -15,7 +15,7 @@ from tests.kv.tiny import FAMILIES, build, padded, prompt
 from tokred.errors import MissingInputError
 from tokred.kv import CacheSite, Padding, ShadowKV
 from tokred.kv.stores import Query
-from tokred.kv.stores.shadows import Buffer, Rotation, Shadow, landmarks_of, low_rank
+from tokred.kv.stores.shadows import Rotation, Shadow, landmarks_of, low_rank
 
 B, H, D, DV = 2, 3, 8, 6
 ANGLE = 10000.0 ** -(torch.arange(4) / 4)
@@ -139,14 +139,16 @@ def test_low_rank_keys_come_back():
 
 def test_rotation_is_the_usual_one_and_can_be_undone():
     x, turn = torch.randn(1, 1, 5, 4, 10), Rotation(ANGLE, 4)
-    found = turn(x, torch.arange(5)[None, None])
+    order = turn.pairs(10)
+    assert order.tolist() == [0, 4, 1, 5, 2, 6, 3, 7, 8, 9]
+    found = turn.turn_pairs(x[..., order], torch.arange(5)[None, None])[..., order.argsort()]
     at = torch.arange(20.0)[:, None] * ANGLE
     cos, sin = torch.cat([at, at], -1).cos(), torch.cat([at, at], -1).sin()
     flat = x.flatten(2, 3)
     part = flat[..., :8]
     wanted = part * cos + torch.cat([-part[..., 4:], part[..., :4]], -1) * sin
     assert torch.allclose(found.flatten(2, 3), torch.cat([wanted, flat[..., 8:]], -1), atol=1e-5), "two do not turn"
-    assert torch.allclose(turn(found, torch.arange(5)[None, None], back=True), x, atol=1e-6)
+    assert torch.allclose(turn.back(found), x, atol=1e-6)
 
 
 def test_every_row_is_in_one_place():
@@ -206,14 +208,27 @@ def test_chosen_chunks_are_what_is_attended_to_and_those_of_before_are_not_made_
 
 
 def test_the_buffer_is_what_would_be_made_anew():
-    (shadow,) = filled(SMALL, 61)[0]._shadows
-    old = shadow.bring(torch.tensor([1, 3, 6]).repeat(B, H, 1), None)
-    new = torch.tensor([[1, 3, 6], [1, 4, 6], [0, 2, 5]]).repeat(B, 1, 1)
-    for last in (old, None, Buffer(*(x[:, :, :2] for x in old))):
-        found = shadow.bring(new, last)
-        assert torch.allclose(found.keys, shadow.rebuilt(new), atol=1e-6)
-        assert torch.equal(found.values, shadow.fetched(new))
-    assert shadow.bring(old.ids, old) is old
+    (shadow,) = filled(ShadowKV(budget=16, rank=5, chunk=4, outliers=2, local=1), 61)[0]._shadows
+
+    def ids(*rows):
+        return torch.tensor(rows).repeat(B, H // len(rows), 1)
+
+    buffer = None
+    for chosen in (
+        ids([1, 3, 6, 8]),
+        ids([1, 3, 6, 8], [1, 4, 6, 8], [0, 3, 5, 8]),
+        ids([1, 2, 6, 8], [1, 4, 6, 8], [3, 5, 7, 8]),
+        ids([9, 10, 11, 12]),
+    ):
+        buffer = shadow.bring(chosen, buffer)
+        order = buffer.ids.argsort(-1)
+        assert torch.equal(buffer.ids.gather(2, order), chosen)
+        for found, wanted in ((buffer.keys, shadow.rebuilt(chosen)), (buffer.values, shadow.fetched(chosen))):
+            in_order = found.gather(2, order[..., None].expand_as(found))
+            assert torch.allclose(in_order, wanted, atol=1e-6)
+    assert shadow.bring(chosen, buffer) is buffer
+    with torch.inference_mode():
+        assert shadow.bring(ids([8, 9, 10, 11]), buffer).keys is not buffer.keys, "of another mode"
 
 
 def test_where_values_are_changes_nothing():

@@ -22,6 +22,7 @@ from tokred.cli.doctor import doctor_command
 from tokred.cli.evaluate import evaluate_app
 from tokred.cli.explain import explain_command
 from tokred.cli.lists import flops_command, list_command
+from tokred.cli.train import train_command
 from tokred.cli.tune import tune_command
 from tokred.cli.viz import viz_command
 
@@ -66,6 +67,7 @@ def top(
       tokred bench deit_small_patch16_224 --data photos -m "tome r=13" -m "evit kappa=0.7"
       tokred bench hf:path/to/a/llama --data book.txt -m "snapkv budget=0.25"
       tokred tune deit_small_patch16_224 --data photos --speedup 1.5
+      tokred train cropr                              a method with weights, on the embedded model
       tokred calibrate hf:FOLDER book.txt -o queries.safetensors
       tokred viz -m "tome r=13"                       what was merged into what, as a page and PNG
       tokred app                                      try methods on pictures, in the browser
@@ -83,6 +85,7 @@ for name, command, summary in (
     ("demo", demo_command, "Accuracy against speed on the embedded model, offline."),
     ("bench", bench_command, "Quality, speed and memory of methods on your model and data."),
     ("tune", tune_command, "Find the method and the schedule that suit your model."),
+    ("train", train_command, "Train a method with weights by a recipe, on labelled images."),
     ("calibrate", calibrate_command, "Statistics of a language model that some cache policies need."),
     ("list", list_command, "Methods and families of models, one line each."),
     ("flops", flops_command, "Tokens and multiply-adds, without running anything."),

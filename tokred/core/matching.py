@@ -60,7 +60,7 @@ def bipartite_soft_matching(
     r = min(r, mergeable(n, prefix, suffix))
     if r == 0:
         return Reduction.identity((b,), n, metric.device)
-    first, second = _sides(n, prefix, suffix, split)
+    first, second = sides_of(n, prefix, suffix, split)
     with torch.no_grad():
         a_mask, b_mask = (None, None) if mask is None else (mask[:, first], mask[:, second])
         compared: Literal["cosine", "dot"] = "cosine"
@@ -75,8 +75,8 @@ def bipartite_soft_matching(
     return _assemble(merged, unmerged, target, n, prefix, suffix, (first, second), mode)
 
 
-def _sides(n: int, prefix: int, suffix: int, split: Split) -> tuple[slice, slice]:
-    """Positions of sources and of destinations, as slices (a view, no copy)."""
+def sides_of(n: int, prefix: int = 0, suffix: int = 0, split: Split = "alternate") -> tuple[slice, slice]:
+    """Positions of sources and of destinations among ``n`` tokens, as slices (a view, no copy)."""
     end = n - suffix
     if split == "sequential":
         middle = prefix + (end - prefix + 1) // 2
@@ -179,7 +179,7 @@ def bipartite_uneven_matching(
     b, n, _ = metric.shape
     if mergeable(n, prefix, suffix) == 0:
         return Reduction.identity((b,), n, metric.device)
-    sides = first, second = _sides(n, prefix, suffix, split)
+    sides = first, second = sides_of(n, prefix, suffix, split)
     with torch.no_grad():
         a_mask, b_mask = (None, None) if mask is None else (mask[:, first], mask[:, second])
         score, match = best_match(metric[:, first], metric[:, second], a_mask=a_mask, b_mask=b_mask)

@@ -28,16 +28,17 @@ Lazy = Tensor | Callable[[], Tensor | None] | None
 # ``column_scores``; ``queries`` means that the host lets the attention's queries be reduced alone, ``heads`` that it
 # shows what each head answers and can leave heads out, ``carried`` that ``rows`` and ``notes`` go on from layer to
 # layer, ``module`` that it holds a module of the method's own (tokred.core.learned), ``gates`` that its attention
-# weighs keys by soft decisions. Five are for caches, see tokred.kv.site: the output projection, the rotary embedding,
-# its angles alone (``rotation``, where it may turn a part of the channels), the stream around the attention, and
-# (``hidden``) what the attention is given. ``guidance`` is for denoisers, see tokred.diffusion.site: what it did to
-# each token in the step before. The last ones are for vision-language models, see tokred.vlm.before_llm: the tower's
-# features and the attention of its other layers, the projector, and rows of the attention of the decoder layer that
-# comes and of the one that has run; ``calibration``: that a bias for each pair of tokens can be added in all layers.
+# weighs keys by soft decisions, ``entry`` that tokens may leave before a block, as it is given them. Five are for
+# caches, see tokred.kv.site: the output projection, the rotary embedding, its angles alone (``rotation``, where it may
+# turn a part of the channels), the stream around the attention, and (``hidden``) what the attention is given.
+# ``guidance`` is for denoisers, see tokred.diffusion.site: what it did to each token in the step before. The last ones
+# are for vision-language models, see tokred.vlm.before_llm: the tower's features and the attention of its other
+# layers, the projector, and rows of the attention of the decoder layer that comes and of the one that has run;
+# ``calibration``: that a bias for each pair of tokens can be added in all layers.
 READS = (
     "x", "q", "k", "v", "class_attention", "attention", "queries", "heads", "carried", "module", "gates", "transform",
     "grid", "frames", "motion", "text", "projection", "rope", "rotation", "stream", "guidance", "tower", "tower_layers",
-    "project", "rows", "rows_before", "hidden", "calibration",
+    "project", "rows", "rows_before", "hidden", "calibration", "pixels", "entry",
 )  # fmt: skip
 
 
@@ -67,6 +68,7 @@ class Site:
         frames: frames of a video, or None. Its tokens are flattened time first, then rows, then columns.
         motion: ``(B, N)`` how much each token moves, see :func:`tokred.encoder.motion.frame_motion`; values of
             protected tokens are not looked at.
+        pixels: ``(B, N, F)`` of the original patches, protected tokens aside, as the model is given them.
         text: text tokens that guide a reduction, or None.
         class_token: whether the first token is a class token; None: where there is a prefix, it is.
         layer, depth: which layer this is, of how many.
@@ -102,6 +104,7 @@ class Site:
         length: int | None = None,
         frames: int | None = None,
         motion: Lazy = None,
+        pixels: Lazy = None,
         text: Lazy = None,
         class_token: bool | None = None,
         layer: int = 0,
@@ -116,7 +119,7 @@ class Site:
     ) -> None:
         self._values: dict[str, Lazy] = {
             "x": x, "q": q, "k": k, "v": v, "class_attention": class_attention, "bias": bias, "text": text,
-            "motion": motion, "answers": answers,
+            "motion": motion, "answers": answers, "pixels": pixels,
         }  # fmt: skip
         self._attention = attention
         self._transform = transform
@@ -183,6 +186,11 @@ class Site:
     def motion(self) -> Tensor:
         """``(B, N)`` how much each token moves."""
         return self._get("motion")
+
+    @property
+    def pixels(self) -> Tensor:
+        """``(B, N, F)`` float32: pixels of the original patches, protected tokens aside, channel after channel."""
+        return self._get("pixels")
 
     @property
     def text(self) -> Tensor:

@@ -92,7 +92,7 @@ def _cache(family: str) -> Case:
 
     ids, mask, _ = kv.padded(PROMPTS)
     batch = {"input_ids": ids, "attention_mask": mask}
-    laws = {"dropped": partial(caches.check_dropped, batch=batch)}
+    laws: dict[str, Callable[[Case], None]] = {"dropped": partial(caches.check_dropped, batch=batch)}
     if stores.crops(family):
         laws["cropped"] = stores.check_cropped
     return Case(

@@ -13,7 +13,7 @@ from tokred.core.schedules import ScheduleLike, schedule
 from tokred.core.site import Stage
 from tokred.encoder.metric import METRICS, Metric
 
-Where = Literal["mid", "end", "queries"]
+Where = Literal["before", "mid", "end", "queries"]
 
 
 class BlockMethod(PlacedMethod):
@@ -22,8 +22,9 @@ class BlockMethod(PlacedMethod):
     Attributes:
         drops: whether tokens can vanish (rather than live on in another), which decides how outputs are restored.
         where: the place in a block that suits the method: ``"mid"``, between attention and MLP (hosts whose blocks
-            cannot be split reduce at their end); ``"end"``, after the block; ``"queries"``, inside the attention, whose
-            queries are reduced while keys and values stay complete.
+            cannot be split reduce at their end); ``"before"``, at its entry, where there is no attention yet;
+            ``"end"``, after the block; ``"queries"``, inside the attention, whose queries are reduced while keys and
+            values stay complete.
         uneven: whether samples of one batch may keep different numbers, told apart by the mask of the reduction.
         by_mask: whether :meth:`reduce` decides on batches that are padded from the start, by the mask of the site;
             where not, hosts of such batches ask it about each sample alone.

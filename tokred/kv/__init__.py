@@ -24,6 +24,7 @@ from tokred.kv.budgets import (
     Squeeze,
     Threshold,
     Uniform,
+    Water,
 )
 from tokred.kv.fates import Evict, Merge
 from tokred.kv.fitting import Fit
@@ -44,6 +45,7 @@ from tokred.kv.stores import (
     ShadowKV,
     Store,
     Turbo,
+    Zones,
 )
 
 __all__ = [
@@ -102,8 +104,11 @@ __all__ = [
     "Trigonometric",
     "Turbo",
     "Uniform",
+    "Water",
     "When",
     "Window",
+    "WindowSum",
+    "Zones",
 ]
 
 

@@ -70,8 +70,8 @@ def moved(keys: Tensor, old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) 
     """Keys that were rotated for some positions, rotated for others: ``R(new) R(old)^-1`` of each.
 
     Args:
-        keys: ``[..., n, D]``, turned in halves.
-        old, new: cosines and sines ``[n, D]`` of both positions, as the model makes them, factor included.
+        keys: ``[..., n, D]``, of which the first ``R`` channels are turned in halves.
+        old, new: cosines and sines ``[n, R]`` of both positions, as the model makes them, factor included.
 
     Returns:
         Keys of the same type; computed in float32.
@@ -79,10 +79,11 @@ def moved(keys: Tensor, old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) 
     (c0, s0), (c1, s1) = ((c.float(), s.float()) for c, s in (old, new))
     square = c0.square() + s0.square()  # tables may have a factor, which keys have already
     cos, sin = (c1 * c0 + s1 * s0) / square, (s1 * c0 - c1 * s0) / square
-    x = keys.float()
-    half = x.shape[-1] // 2
+    turning = cos.shape[-1]
+    x, half = keys[..., :turning].float(), turning // 2
     turned = torch.cat([-x[..., half:], x[..., :half]], -1)
-    return (x * cos + turned * sin).to(keys.dtype)
+    found = (x * cos + turned * sin).to(keys.dtype)
+    return found if turning == keys.shape[-1] else torch.cat([found, keys[..., turning:]], -1)
 
 
 def deviation(fresh: Sequence[Tensor], stored: Sequence[Tensor]) -> Tensor:

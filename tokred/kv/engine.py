@@ -223,8 +223,8 @@ class Engine:
             self.parts.score.observe(site)
             if due:
                 self._evict(layer, site, before < clock.prompt or (when.turns and several))
+            layer.settle(site)  # which may read what the policy has left for it
             self._remember(layer, site)
-        layer.settle(site)
         self._write(layer, site)
 
     def admit(self, layer: Layer, k: Tensor, v: Tensor) -> None:

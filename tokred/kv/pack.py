@@ -1,6 +1,8 @@
-"""``packed`` and ``unpacked``: what a cache holds as plain values and a list of tensors, for a file, and back.
+"""``Packing`` and ``Unpacking``: what a cache holds as plain values and a list of tensors, for a file, and back.
 
-Knows no format of files. Rows stay in the form in which a store holds them: codes are written as codes.
+Knows no format of files. Rows stay in the form in which a store holds them: codes are written as codes. Named tuples
+and dataclasses are written field by field, or as their ``to_file()`` says, which their class takes by
+``from_file(**fields)``. Objects of a class with ``of_empty = True`` belong to an empty cache, and are not written.
 """
 
 from __future__ import annotations
@@ -47,14 +49,19 @@ class Packing:
         if isinstance(value, torch.device):
             return {"device": True}  # wherever the cache will be
         if isinstance(value, Store):
-            return {"given": True}  # the policy has it
+            return {"store": True}  # the policy has it
+        if getattr(type(value), "of_empty", False):
+            return {"given": True}
         if isinstance(value, Shelf):
             return {"shelf": self._named(value.snapshot())}
+        if hasattr(value, "to_file"):
+            return {"made": _name_of(value), "of": self._named(value.to_file())}
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
             return {"made": _name_of(value), "of": self._named(fields)}
         if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return {"made": _name_of(value), "of": self._named(value._asdict())}
+            names: tuple[str, ...] = value._fields
+            return {"made": _name_of(value), "of": self._named(dict(zip(names, value, strict=True)))}
         if isinstance(value, dict):
             keys = [self.packed(k) for k in value]
             return {"dict": [list(pair) for pair in zip(keys, self._named(value).values(), strict=True)]}
@@ -83,56 +90,69 @@ class Packing:
         return self._known[key]
 
 
-def unpacked(data: Any, tensors: Sequence[Tensor], device: torch.device, given: Any = None) -> Any:
-    """The value that :meth:`Packing.packed` wrote down.
+class Unpacking:
+    """Values on their way out of a file.
 
     Args:
-        data: as it was written.
         tensors: in their order, on any device.
         device: where they are wanted.
-        given: what stands in the same place of an empty cache; stores and shelves are taken from there.
-
-    Raises:
-        ValueError: the data is no such thing, or does not fit what is ``given``.
+        store: of the policy, which values may refer to.
     """
-    if not isinstance(data, dict):
-        if data is None or isinstance(data, bool | int | float | str):
-            return data
-        raise ValueError(f"{data!r} is no value of a cache")
-    kind = next(iter(data), None)
-    inner: Any = data.get(kind) if kind is not None else None
-    if kind == "tensor":
-        return tensors[inner].to(device)
-    if kind == "grown":
-        return Grown.of(unpacked(inner, tensors, device))
-    if kind == "dtype" and isinstance(getattr(torch, inner, None), torch.dtype):
-        return getattr(torch, inner)
-    if kind == "device":
-        return device
-    if kind == "given" and isinstance(given, Store):
-        return given
-    if kind == "shelf" and isinstance(given, Shelf):
-        given.restore(fields(inner, tensors, device, given.snapshot()))
-        return given
-    if kind == "made":
-        cls = _class_of(inner)
-        return cls(**fields(data["of"], tensors, device, {}))
-    if kind == "dict":
-        return {
-            unpacked(k, tensors, device): unpacked(v, tensors, device, _at(given, unpacked(k, tensors, device)))
-            for k, v in inner
-        }
-    if kind in ("tuple", "list"):
-        values = [unpacked(v, tensors, device, _at(given, i)) for i, v in enumerate(inner)]
-        return tuple(values) if kind == "tuple" else values
-    raise ValueError(f"{kind!r} is no kind of value that a cache holds here")
 
+    def __init__(self, tensors: Sequence[Tensor], device: torch.device, store: Store | None = None) -> None:
+        self.tensors = tensors
+        self.device = device
+        self.store = store
 
-def fields(
-    data: Mapping[str, Any], tensors: Sequence[Tensor], device: torch.device, given: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Values by name; as :func:`unpacked`, ``given`` by the same names."""
-    return {name: unpacked(value, tensors, device, given.get(name)) for name, value in data.items()}
+    def unpacked(self, data: Any, given: Any = None) -> Any:
+        """The value that :meth:`Packing.packed` wrote down.
+
+        Args:
+            data: as it was written.
+            given: what stands in the same place of an empty cache; shelves, and what they have in common, are taken
+                from there.
+
+        Raises:
+            ValueError: the data is no such thing, or does not fit what is ``given``.
+        """
+        if not isinstance(data, dict):
+            if data is None or isinstance(data, bool | int | float | str):
+                return data
+            raise ValueError(f"{data!r} is no value of a cache")
+        kind = str(next(iter(data), None))
+        inner: Any = data.get(kind)
+        if kind in ("store", "given", "shelf"):
+            return self._of_empty(kind, inner, given)
+        if kind == "tensor":
+            return self.tensors[inner].to(self.device)
+        if kind == "grown":
+            return Grown.of(self.unpacked(inner))
+        if kind == "dtype" and isinstance(getattr(torch, inner, None), torch.dtype):
+            return getattr(torch, inner)
+        if kind == "device":
+            return self.device
+        if kind == "made":
+            cls: Any = _class_of(inner)
+            return getattr(cls, "from_file", cls)(**self._fields(data["of"], {}))
+        if kind == "dict":
+            pairs = [(self.unpacked(k), v) for k, v in inner]
+            return {k: self.unpacked(v, _at(given, k)) for k, v in pairs}
+        if kind in ("tuple", "list"):
+            values = [self.unpacked(v, _at(given, i)) for i, v in enumerate(inner)]
+            return tuple(values) if kind == "tuple" else values
+        raise ValueError(f"{kind!r} is no kind of value that a cache holds here")
+
+    def _of_empty(self, kind: str, inner: Any, given: Any) -> Any:
+        """A part of the empty cache, with the rows that it is to hold."""
+        found: Any = self.store if kind == "store" else given
+        if found is None or (kind == "shelf" and not isinstance(found, Shelf)):
+            raise ValueError(f"the file refers to a {kind} that an empty cache does not have")
+        if kind == "shelf":
+            found.restore(self._fields(inner, found.snapshot()))
+        return found
+
+    def _fields(self, data: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: self.unpacked(value, given.get(name)) for name, value in data.items()}
 
 
 def _at(given: Any, index: Any) -> Any:

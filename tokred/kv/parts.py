@@ -142,6 +142,7 @@ class Budget(Part):
         deferred: whether a layer's rows may be decided after its own attention, when other layers are known.
         reads: what has to be measured for it besides scores.
         headwise: whether heads of a layer may keep different numbers.
+        levels: whether rows that stay are given numbers of bits, so that a store has to be able to hold them so.
         why_no_limit: why bytes do not bound what is held while a prompt comes in chunks; None: they do.
     """
 
@@ -149,6 +150,7 @@ class Budget(Part):
     deferred: ClassVar[bool] = False
     reads: ClassVar[frozenset[str]] = frozenset()
     headwise: ClassVar[bool] = False
+    levels: ClassVar[bool] = False
     why_no_limit: ClassVar[str | None] = None
     amount: float | int | str
 

@@ -103,7 +103,7 @@ class CachePolicy(Method):
         """
         parts = self.parts
         parts.budget.check(depth)
-        why = missing(parts.store, self.needs)
+        why = missing(parts.store, self.needs) or parts.store.objection(parts)
         if why:
             raise ValueError(f"{self.name or 'the policy'} cannot hold rows in the store {parts.store.name!r}: {why}")
 
@@ -117,6 +117,8 @@ class CachePolicy(Method):
             needs["merge"] = f"the fate {parts.fate.name!r}"
         if parts.fate.rewrites:
             needs["rewrite"] = f"the fate {parts.fate.name!r}"
+        if parts.budget.levels and not parts.budget.full:
+            needs["levels"] = f"the budget {parts.budget.name!r}"
         if parts.budget.headwise and not parts.budget.full:
             needs["ragged"] = f"the budget {parts.budget.name!r}"
             if parts.when.chunk:

@@ -8,15 +8,17 @@ tokred.save(model, "folder"); tokred.apply(other, tokred.load("folder"))
 from tokred.core.learned import Facts, Learned, Weights
 from tokred.learn.build import build, chosen
 from tokred.learn.gates import gated_attention, gumbel_keep
-from tokred.learn.loop import Step, endless, fit
+from tokred.learn.loop import Step, Terms, endless, fit, total
 from tokred.learn.losses import distill_logits, distill_tokens, ratio_loss
-from tokred.learn.recipe import Recipe, recipe
+from tokred.learn.recipe import Ramp, Recipe, recipe
 
 __all__ = [
     "Facts",
     "Learned",
+    "Ramp",
     "Recipe",
     "Step",
+    "Terms",
     "Weights",
     "build",
     "chosen",
@@ -28,4 +30,5 @@ __all__ = [
     "gumbel_keep",
     "ratio_loss",
     "recipe",
+    "total",
 ]

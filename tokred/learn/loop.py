@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -26,88 +27,159 @@ class Step(NamedTuple):
     terms: dict[str, float]
 
 
-def fit(
-    model: nn.Module,
-    batches: Iterable[tuple[Any, Tensor]],
-    recipe: Recipe,
-    *,
-    modules: Iterable[nn.Module],
-    losses: Callable[..., Mapping[str, Tensor]],
-    task: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
-    teacher: nn.Module | None = None,
-    tokens: str = "",
-    gate: Callable[[nn.Module], Tensor] | None = None,
-    each: Callable[[int, Step], None] | None = None,
-) -> list[Step]:
-    """Train a patched model as the recipe says, and leave it in evaluation mode.
+class Terms:
+    """Every step by a recipe: learning rates, the method's scheduled parameters, and the terms of the loss.
+
+    Open it around the steps. It brings the model into training and freezes what does not learn; when it is closed, the
+    model is in evaluation mode, at the parameters that the last step had.
 
     Args:
-        model: patched; returns logits.
-        batches: pairs of inputs and labels, at least as many as the recipe has steps.
+        model: patched; returns logits, or what has them as ``logits``.
         recipe: how.
         modules: what the method learns, ``tokred.modules(model).values()``.
         losses: ``tokred.losses``, for the terms of the method; it is told the labels where it takes ``targets``.
         task: loss of logits and labels.
         teacher: a dense copy of the model, where the recipe distils from it. It is not trained.
-        tokens: name of the sub-module, of both, that puts out the final tokens ``(B, N, C)``.
+        tokens: name of the sub-module, of both, that puts out the final tokens ``(B, N, C)``; empty: the recipe's.
         gate: ``(B, N)`` from the model after a forward: which of the final tokens are to be like the teacher's.
+        change: ``tokred.change``, where the recipe has a schedule.
+
+    Raises:
+        ValueError: there is nothing to train, the recipe distils without a teacher (or tokens without ``tokens`` and
+            ``gate``), or has a schedule without ``change``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        *,
+        modules: Iterable[nn.Module],
+        losses: Callable[..., Mapping[str, Tensor]],
+        task: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+        teacher: nn.Module | None = None,
+        tokens: str = "",
+        gate: Callable[[nn.Module], Tensor] | None = None,
+        change: Callable[..., Any] | None = None,
+    ) -> None:
+        self.model, self.recipe, self.learned, self.task = model, recipe, list(modules), task
+        self.own = [p for module in self.learned for p in module.parameters()]
+        groups = _groups(model, self.own, recipe)
+        tokens = tokens or recipe.tokens_of
+        if (recipe.logits or recipe.tokens) and teacher is None:
+            raise ValueError("the recipe distils (logits or tokens above 0), so fit needs a teacher: a dense copy")
+        if recipe.tokens and (not tokens or gate is None):
+            raise ValueError("the recipe distils tokens, so fit needs tokens=, the name of the module that puts them "
+                             "out, and gate=")  # fmt: skip
+        if recipe.schedule and change is None:
+            raise ValueError(f"the recipe schedules {', '.join(recipe.schedule)}, so fit needs change=tokred.change")
+        self.losses, self.teacher, self.gate, self.change = losses, teacher, gate, change
+        self.told = "targets" in inspect.signature(losses).parameters
+        self.optimiser = torch.optim.AdamW(groups)
+        self.peaks = [float(group["lr"]) for group in groups]
+        self.trained = [p for group in groups for p in group["params"]]
+        self._mine, self._theirs = _Heard(model, tokens), _Heard(teacher, tokens)
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> Terms:
+        # A model that stays as it is must not go on counting its batches' means either: only the method is in training.
+        self.model.train(self.recipe.lr > 0)
+        for module in self.learned:
+            module.train()
+        if self.teacher is not None:
+            self.teacher.eval()
+        for part in (_frozen(self.model, self.recipe.lr == 0), self._mine, self._theirs):
+            self._open.enter_context(part)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
+        self.model.eval()
+
+    def begin(self, step: int) -> None:
+        """Set the rates of a step, counted from 0, and the method's parameters where they follow a schedule."""
+        for group, peak in zip(self.optimiser.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * self.recipe.rate(step)
+        if self.recipe.schedule and self.change is not None:
+            self.change(self.model, **self.recipe.at(step))
+
+    def __call__(self, x: Any, y: Tensor, forward: Callable[..., Any] | None = None) -> dict[str, Tensor]:
+        """One forward, and every term of its loss, weighted.
+
+        Args:
+            x: inputs; a mapping is given as keywords.
+            y: labels.
+            forward: what stands in for the model, such as a wrapper of several processes; None: the model.
+        """
+        recipe, model = self.recipe, self.model
+        logits = _logits(model if forward is None else forward, x)
+        own = self.losses(model, targets=y) if self.told else self.losses(model)
+        terms = {"task": recipe.task * self.task(logits, y), **own} if recipe.task else dict(own)
+        if self.teacher is not None and (recipe.logits or recipe.tokens):
+            with torch.no_grad():
+                guide = _logits(self.teacher, x)
+            if recipe.logits:
+                terms["logits"] = recipe.logits * distill_logits(logits, guide)
+            if recipe.tokens and self.gate is not None:
+                like = distill_tokens(self._mine.value(), self._theirs.value(), self.gate(model), kind=recipe.kind)
+                terms["tokens"] = recipe.tokens * like
+        return terms
+
+
+def _logits(model: Callable[..., Any], x: Any) -> Tensor:
+    out = model(**x) if isinstance(x, Mapping) else model(x)
+    found: Tensor = getattr(out, "logits", out)
+    return found
+
+
+def total(terms: Mapping[str, Tensor]) -> Tensor:
+    """The loss, a scalar in float32: the sum of all terms."""
+    return torch.stack([term.float() for term in terms.values()]).sum()
+
+
+def fit(
+    model: nn.Module,
+    batches: Iterable[tuple[Any, Tensor]],
+    recipe: Recipe,
+    *,
+    each: Callable[[int, Step], None] | None = None,
+    **more: Any,
+) -> list[Step]:
+    """Train a patched model as the recipe says, in one process, and leave it in evaluation mode.
+
+    Args:
+        model: patched; returns logits.
+        batches: pairs of inputs and labels, at least as many as the recipe has steps.
+        recipe: how.
         each: called after every step.
+        more: what :class:`Terms` takes: ``modules`` and ``losses``, and where need be ``task``, ``teacher``,
+            ``tokens``, ``gate`` and ``change``.
 
     Returns:
         What every step gave.
 
     Raises:
-        ValueError: there is nothing to train, the recipe distils without a teacher (or tokens without ``tokens`` and
-            ``gate``), or the batches run out.
+        ValueError: as :class:`Terms`, or the batches run out.
     """
-    learned, pairs = list(modules), iter(batches)
-    groups = _groups(model, [p for module in learned for p in module.parameters()], recipe)
-    if (recipe.logits or recipe.tokens) and teacher is None:
-        raise ValueError("the recipe distils (logits or tokens above 0), so fit needs a teacher: a dense copy")
-    if recipe.tokens and (not tokens or gate is None):
-        raise ValueError("the recipe distils tokens, so fit needs tokens=, the name of the module that puts them out, "
-                         "and gate=")  # fmt: skip
-    told = "targets" in inspect.signature(losses).parameters
+    pairs, found = iter(batches), list[Step]()
+    terms_of = Terms(model, recipe, **more)
     torch.manual_seed(recipe.seed)
-    optimiser = torch.optim.AdamW(groups)
-    peaks = [group["lr"] for group in groups]
-    trained = [p for group in groups for p in group["params"]]
-    found: list[Step] = []
-    # A model that stays as it is must not go on counting its batches' means either: only the method is in training.
-    model.train(recipe.lr > 0)
-    for module in learned:
-        module.train()
-    if teacher is not None:
-        teacher.eval()
-    with _frozen(model, recipe.lr == 0), _Heard(model, tokens) as mine, _Heard(teacher, tokens) as theirs:
+    with terms_of:
         for i in range(recipe.steps):
-            for group, peak in zip(optimiser.param_groups, peaks, strict=True):
-                group["lr"] = peak * recipe.rate(i)
+            terms_of.begin(i)
             pair = next(pairs, None)
             if pair is None:
                 raise ValueError(f"the batches ran out after {i} of {recipe.steps} steps")
-            x, y = pair
-            logits = model(x)
-            own = losses(model, targets=y) if told else losses(model)
-            terms = {"task": recipe.task * task(logits, y), **own} if recipe.task else dict(own)
-            if teacher is not None and (recipe.logits or recipe.tokens):
-                with torch.no_grad():
-                    guide = teacher(x)
-                if recipe.logits:
-                    terms["logits"] = recipe.logits * distill_logits(logits, guide)
-                if recipe.tokens and gate is not None:
-                    like = distill_tokens(mine.value(), theirs.value(), gate(model), kind=recipe.kind)
-                    terms["tokens"] = recipe.tokens * like
-            loss = torch.stack([term.float() for term in terms.values()]).sum()
-            optimiser.zero_grad(set_to_none=True)
+            terms = terms_of(*pair)
+            loss = total(terms)
+            terms_of.optimiser.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             if recipe.clip:
-                nn.utils.clip_grad_norm_(trained, recipe.clip)
-            optimiser.step()
+                nn.utils.clip_grad_norm_(terms_of.trained, recipe.clip)
+            terms_of.optimiser.step()
             found.append(Step(float(loss.detach()), {name: float(t.detach()) for name, t in terms.items()}))
             if each is not None:
                 each(i, found[-1])
-    model.eval()
     return found
 
 

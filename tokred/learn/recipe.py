@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from tokred.core.checks import check_choice, is_count
+from tokred.core.checks import check_choice, check_flags, check_number, check_share, is_count
 from tokred.core.registry import nearest
 from tokred.learn.losses import Kind
 
@@ -18,8 +18,45 @@ FOLDER = Path(__file__).parent / "recipes"
 # Section of the file -> which of the fields stand there; the others stand before the first section.
 _SECTIONS = {
     "training": ("steps", "batch", "lr", "lr_method", "weight_decay", "warmup", "clip", "seed"),
-    "losses": ("task", "logits", "tokens", "kind"),
+    "losses": ("task", "logits", "tokens", "kind", "tokens_of"),
 }
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A parameter of a method that goes from one value to another while it learns.
+
+    Attributes:
+        start: in the first step.
+        end: from the last step of the ramp on.
+        until: share of all steps that the ramp takes, in (0, 1].
+        geometric: equal factors from step to step, rather than equal differences; both ends above 0.
+
+    Raises:
+        ValueError: a number is out of range; the message names it.
+    """
+
+    start: float
+    end: float
+    until: float = 1.0
+    geometric: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("start", "end"):
+            check_number(getattr(self, name), name)
+        check_share(self.until, "until")
+        check_flags(geometric=self.geometric)
+        if self.geometric and not (self.start > 0 and self.end > 0):
+            raise ValueError(f"a geometric ramp needs start and end above 0, got {self.start!r} and {self.end!r}")
+
+    def at(self, step: int, steps: int) -> float:
+        """The value in a step, counted from 0, of so many; between two whole numbers it is whole, cut off."""
+        last = max(1, round(self.until * steps)) - 1
+        done = 1.0 if step >= last else step / last
+        found = self.start * (self.end / self.start) ** done if self.geometric else None
+        value = self.start + (self.end - self.start) * done if found is None else found
+        whole = isinstance(self.start, int) and isinstance(self.end, int) and not self.geometric
+        return int(value + 1e-9) if whole else value
 
 
 @dataclass(frozen=True)
@@ -41,6 +78,8 @@ class Recipe:
         logits: weight of the distance of the classes from a dense teacher's.
         tokens: weight of the distance of the final tokens from its.
         kind: how that is measured, ``"mse"`` or ``"kl"``.
+        tokens_of: name of the sub-module that puts out the final tokens, where they count; such as ``"norm"``.
+        schedule: parameters of the method that change while it learns, by name: a :class:`Ramp` each.
 
     Raises:
         ValueError: a number is out of range; the message names it.
@@ -60,6 +99,8 @@ class Recipe:
     logits: float = 0.0
     tokens: float = 0.0
     kind: Kind = "mse"
+    tokens_of: str = ""
+    schedule: Mapping[str, Ramp] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("batch", 1), ("warmup", 0), ("seed", 0)):
@@ -73,6 +114,14 @@ class Recipe:
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
         check_choice(self.kind, "kind", get_args(Kind))
+        if not isinstance(self.tokens_of, str):
+            raise ValueError(f"tokens_of must be the name of a sub-module, got {self.tokens_of!r}")
+        if not isinstance(self.schedule, Mapping) or not all(isinstance(r, Ramp) for r in self.schedule.values()):
+            raise ValueError(f"schedule must be a Ramp for each of some parameters, got {self.schedule!r}")
+
+    def at(self, step: int) -> dict[str, float]:
+        """Parameters of the method in step ``step``, counted from 0, that follow a schedule."""
+        return {name: ramp.at(step, self.steps) for name, ramp in self.schedule.items()}
 
     def rate(self, step: int) -> float:
         """Factor of the learning rates in step ``step``, counted from 0."""
@@ -103,15 +152,20 @@ def recipe(given: str | Path | Mapping[str, Any]) -> Recipe:
 
 def _read(found: Mapping[str, Any], where: str) -> Recipe:
     values: dict[str, Any] = {}
+    ramps = tuple(f.name for f in dataclasses.fields(Ramp))
     inside = {name for names in _SECTIONS.values() for name in names}
-    top = tuple(f.name for f in dataclasses.fields(Recipe) if f.name not in inside)
-    _check(found, (*top, *_SECTIONS), where)
+    top = tuple(f.name for f in dataclasses.fields(Recipe) if f.name not in {*inside, "schedule"})
+    _check(found, (*top, *_SECTIONS, "schedule"), where)
     for name, value in found.items():
         if name in _SECTIONS:
             if not isinstance(value, Mapping):
                 raise ValueError(f"{name} of {where} must be a section, [{name}], got {value!r}")
             _check(value, _SECTIONS[name], f"[{name}] of {where}")
             values.update(value)
+        elif name == "schedule":
+            if not isinstance(value, Mapping):
+                raise ValueError(f"schedule of {where} must be sections, such as [schedule.r], got {value!r}")
+            values[name] = {key: _ramp(one, ramps, f"[schedule.{key}] of {where}") for key, one in value.items()}
         else:
             values[name] = value
     if not isinstance(values.get("method"), str):
@@ -119,9 +173,21 @@ def _read(found: Mapping[str, Any], where: str) -> Recipe:
     return Recipe(**values)
 
 
+def _ramp(found: Any, known: tuple[str, ...], where: str) -> Ramp:
+    if isinstance(found, Ramp):
+        return found
+    if not isinstance(found, Mapping) or not {"start", "end"} <= set(found):
+        raise ValueError(f"{where} must have a start and an end, got {found!r}")
+    _check(found, known, where)
+    try:
+        return Ramp(**found)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
 def _check(found: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
     for name in found:
         if name not in known:
             near = nearest(name, known, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = f"; did you mean {near[0]!r}?" if near else "."
             raise ValueError(f"{where} has an unknown key {name!r}{hint} Known are {', '.join(known)}")

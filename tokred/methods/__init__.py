@@ -23,6 +23,7 @@ TARGETS = {
     "vomix": "tokred.methods.encoder.vomix:VoMix",
     "zero_tprune": "tokred.methods.encoder.zero_tprune:ZeroTPrune",
     "ats": "tokred.methods.encoder.ats:ATS",
+    "pixelprune": "tokred.methods.encoder.pixelprune:PixelPrune",
     "ppt": "tokred.methods.encoder.ppt:PPT",
     "tofu": "tokred.methods.encoder.tofu:ToFu",
     "saint": "tokred.methods.encoder.saint:SAINT",
@@ -31,6 +32,7 @@ TARGETS = {
     "algm": "tokred.methods.encoder.algm:ALGM",
     "spatten": "tokred.methods.encoder.spatten:SpAtten",
     "dynamicvit": "tokred.methods.encoder.dynamicvit:DynamicViT",
+    "dtem": "tokred.methods.encoder.dtem:DTEM",
     "cropr": "tokred.methods.encoder.cropr:Cropr",
     "ltp": "tokred.methods.encoder.ltp:LTP",
     "adakv": "tokred.methods.kv.adakv:AdaKV",
@@ -59,6 +61,7 @@ TARGETS = {
     "pyramidkv": "tokred.methods.kv.pyramidkv:PyramidKV",
     "random_deep": "tokred.methods.vlm.random_deep:RandomDeep",
     "random_evict": "tokred.methods.kv.random_evict:RandomEvict",
+    "rdkv": "tokred.methods.kv.rdkv:RDKV",
     "restore": "tokred.methods.vlm.restore:Restore",
     "rkv": "tokred.methods.kv.rkv:RKV",
     "rpc": "tokred.methods.kv.rpc:RPC",
@@ -94,6 +97,10 @@ TARGETS = {
     "evs": "tokred.methods.vlm.evs:EVS",
     "vidcom2": "tokred.methods.vlm.vidcom2:VidCom2",
     "vcast": "tokred.methods.vlm.vcast:VCAST",
+    "dycoke": "tokred.methods.vlm.dycoke:DyCoke",
+    "fastvid": "tokred.methods.vlm.fastvid:FastVID",
+    "flashvid": "tokred.methods.vlm.flashvid:FlashVID",
+    "prunevid": "tokred.methods.vlm.prunevid:PruneVid",
     "holitom": "tokred.methods.vlm.holitom:HoliTom",
     "holitom_layer": "tokred.methods.vlm.holitom:HoliTomLayer",
     "vscan": "tokred.methods.vlm.vscan:VScan",
@@ -132,6 +139,7 @@ SCORES = {
     "redundancy": "tokred.methods.kv.rkv:Redundancy",
     "trigonometric": "tokred.methods.kv.triattention:Trigonometric",
     "window": "tokred.methods.kv.snapkv:Window",
+    "window_sum": "tokred.methods.kv.rdkv:WindowSum",
 }
 
 # The other parts of cache policies: budgets, fates, times, stores.
@@ -150,6 +158,7 @@ PARTS = {
     "merge": "tokred.kv.fates:Merge",
     "mikv": "tokred.kv.stores.mikv:MiKV",
     "mustafar": "tokred.kv.stores.mustafar:Mustafar",
+    "nsnquant": "tokred.kv.stores.nsnquant:NSNQuant",
     "offloaded": "tokred.kv.stores.offload:Offloaded",
     "oscar": "tokred.kv.stores.rotated:Oscar",
     "preference": "tokred.kv.budgets.preference:Preference",
@@ -161,7 +170,9 @@ PARTS = {
     "threshold": "tokred.kv.budgets.threshold:Threshold",
     "turbo": "tokred.kv.stores.rotated:Turbo",
     "uniform": "tokred.kv.budgets.uniform:Uniform",
+    "water": "tokred.kv.budgets.water:Water",
     "when": "tokred.kv.parts:When",
+    "zones": "tokred.kv.stores.zones:Zones",
 }
 
 for _name, _target in (SCORES | PARTS).items():

@@ -1,4 +1,4 @@
-"""Caches that are used again: ``save_cache``, ``load_cache`` and ``blend``."""
+"""Caches that are used again: ``save_cache``, ``load_cache``, ``blend`` and ``share_prefix``."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tokred.core.method import from_dict
-from tokred.errors import TokredError
+from tokred.errors import NothingRecordedError, TokredError
 from tokred.kv.blend import Blend
 from tokred.patch import Part, parts_of
 
@@ -148,6 +148,74 @@ def _check_blends(policy: Any) -> None:
         )
 
 
+def share_prefix(model: nn.Module, prefix: Any) -> Any:
+    """A cache for a batch of prompts that begin alike: what they have in common is held once, and attended to once.
+
+    The prefix is computed as a single sample. Later tokens attend to it with the queries of the whole batch as one, and
+    to their own sample's tokens; both are joined by their log-sum-exp (RelayAttention), which is the attention over all
+    of them. What the model's policy did to the prefix, all samples share; behind it every token is kept.
+
+    Args:
+        model: patched with a policy that is done when the prompt is (one that keeps all does it:
+            ``tokred.apply(model, "snapkv", budget=1.0)``).
+        prefix: token ids ``[1, P]`` or ``[P]``, or a cache of one sample, which can be shared again and again.
+
+    Returns:
+        A cache. Give ``generate`` whole prompts ``[B, P + n]``, padded between the prefix and their own tokens.
+
+    Raises:
+        NothingRecordedError: the model has no policy.
+        TypeError, ValueError: the prefix is of several samples or another policy's, or the policy goes on evicting,
+            merges rows, or keeps to a limit.
+        UnsupportedModelError: some layers keep other things than rows.
+
+    Source: Zhu et al., RelayAttention, ACL 2024 (arXiv 2402.14808).
+
+    Example:
+        >>> cache = tokred.share_prefix(model, system)
+        >>> model.generate(prompts, **tokred.cache_kwargs(cache))
+    """
+    from tokred.adapters.kv.cache import TokCache
+    from tokred.adapters.kv.reuse.chunks import tokens
+    from tokred.adapters.kv.reuse.shared import shared
+
+    place = _Place(model)
+    if place.part is None:
+        raise NothingRecordedError(
+            "no policy acts on the model's cache, and without one its attention is its own: call tokred.apply(model, "
+            "...) first; tokred.apply(model, 'snapkv', budget=1.0) keeps everything"
+        )
+    _check_done(place.part.method)
+    cache = prefix
+    if isinstance(prefix, Tensor):
+        from tokred.adapters.contract import cache_kwargs
+
+        cache = place.state.cache()
+        ids = tokens(prefix, "prefix").to(place.devices[0])
+        with torch.no_grad():
+            place.host.decoder(ids, use_cache=True, **cache_kwargs(cache))
+    else:
+        place.check(cache)
+    assert isinstance(cache, TokCache)  # made here, or checked
+    return shared(cache, place.state.cache())
+
+
+def _check_done(policy: Any) -> None:
+    """Refuse a policy that would go on with rows that are not a single sample's.
+
+    Raises:
+        ValueError: naming what it would do.
+    """
+    parts = policy.parts
+    why = ""
+    if parts.when.chunk:
+        why = "keeps to a limit, for which rows of the prefix may go at any time"
+    elif not parts.budget.full and (parts.when.every or parts.when.turns):
+        why = "goes on evicting when the prompt is over, and a prefix belongs to all samples"
+    if why:
+        raise ValueError(f"{policy.name or 'the policy'} {why}: take one that is done with the prompt")
+
+
 class _Place:
     """A model as far as its caches go: the decoder, and the policy that acts on it."""
 
@@ -195,8 +263,11 @@ class _Place:
 
     def check(self, cache: Any) -> None:
         from tokred.adapters.kv.cache import TokCache
+        from tokred.adapters.kv.reuse.shared import holds_prefix
 
         engine = cache.engine if isinstance(cache, TokCache) else None
+        if engine is not None and holds_prefix(cache):
+            raise ValueError("the cache shares a prefix with others: save or share the prefix's own cache")
         if self.part is None:
             if engine is not None:
                 raise ValueError(f"the cache belongs to {engine.policy!r}, and the model has no policy: apply it first")

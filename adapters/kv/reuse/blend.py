@@ -20,7 +20,7 @@ from tokred.adapters.kv.reuse.chunks import Chunk, forward, host_of, refusal, to
 from tokred.adapters.kv.reuse.fingerprint import described, differences, fingerprint
 from tokred.adapters.kv.reuse.joined import Joined, JoinedLayer, KnownError
 from tokred.adapters.kv.reuse.layers import device_of, plain_cache
-from tokred.adapters.kv.rope import layer_type_of, supplies_rope
+from tokred.adapters.kv.rope import layer_type_of, turned_channels
 from tokred.errors import TokredError
 from tokred.kv.blend import Blend, chosen, count_of, deviation, moved, visible
 
@@ -65,7 +65,7 @@ def join(model: nn.Module, parts: Sequence[Chunk | Tensor], how: Blend, state: A
     _check(host, parts)
     ids = torch.cat([_ids(p).cpu() for p in parts], 1)
     known = torch.cat([torch.full((_ids(p).shape[1],), isinstance(p, Chunk)) for p in parts])
-    exact = len(parts) == 1 and isinstance(parts[0], Chunk)
+    exact = len(parts) == 1 and isinstance(parts[0], Chunk) and parts[0].first == 0
     with torch.no_grad():
         cache = _moved(host, parts)
         run = _Run(host, how, cache, known)
@@ -93,7 +93,7 @@ def _check(host: CacheHost, parts: Sequence[Chunk | Tensor]) -> None:
             raise ValueError(
                 f"part {i} was computed by another model ({described(part.model)}) than this one ({described(here)})"
             )
-    if len(parts) == 1:
+    if len(parts) == 1 and isinstance(parts[0], Chunk) and parts[0].first == 0:
         return
     name = attention_of(host.config).removeprefix(PREFIX)
     if name not in ("eager", *terms.FUSED_KERNEL.names):
@@ -102,33 +102,37 @@ def _check(host: CacheHost, parts: Sequence[Chunk | Tensor]) -> None:
             "attn_implementation='sdpa' or 'eager'"
         )
     for where, attention in host.attentions.values():
-        width = words.HEAD_WIDTH.part(attention)
-        if "rope" not in host.supplies or width is None or not supplies_rope(host.decoder, attention, int(width)):
-            raise refusal(host, f"keys of {where} cannot be moved to other positions by turning whole heads")
+        width = int(words.HEAD_WIDTH.part(attention) or 0)
+        turned = turned_channels(host.decoder, attention) if "rotation" in host.supplies else 0
+        if not 0 < turned <= width:
+            raise refusal(host, f"keys of {where} cannot be moved to other positions by turning channels in halves")
 
 
 def _moved(host: CacheHost, parts: Sequence[Chunk | Tensor]) -> Joined:
     """All chunks at their places."""
     embedding = words.ROTARY.part(host.decoder)
     tables: dict[Any, tuple[Tensor, Tensor]] = {}
-    total = sum(_ids(p).shape[1] for p in parts)
+    known = [p for p in parts if isinstance(p, Chunk)]
+    total = max(sum(_ids(p).shape[1] for p in parts), *(p.first + p.ids.shape[1] for p in known), 0)
     layers = []
     for i, (_, attention) in enumerate(host.attentions.values()):
-        device, rows, first = device_of(attention), [], 0
+        rows: list[tuple[Tensor, Tensor] | int] = []
+        device, place = device_of(attention), 0
         kind = layer_type_of(embedding, attention) if isinstance(embedding, nn.Module) else None
         for part in parts:
             n = _ids(part).shape[1]
             if isinstance(part, Chunk):
                 keys, values = part.rows[i]
-                if first:
+                if part.first != place:  # where it was computed it stays as it is
                     if (kind, device) not in tables:
                         tables[kind, device] = _tables(embedding, kind, total, device)
                     cos, sin = tables[kind, device]
-                    keys = moved(keys, (cos[:n], sin[:n]), (cos[first : first + n], sin[first : first + n]))
+                    old, new = ((cos[at : at + n], sin[at : at + n]) for at in (part.first, place))
+                    keys = moved(keys, old, new)
                 rows.append((keys, values))
             else:
                 rows.append(n)
-            first += n
+            place += n
         layers.append(rows)
     return joined.joined(layers)
 

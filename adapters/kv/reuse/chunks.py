@@ -18,7 +18,7 @@ from tokred.adapters.kv.reuse.fingerprint import fingerprint
 from tokred.adapters.kv.reuse.layers import device_of
 from tokred.adapters.swap import host_class
 from tokred.errors import UnsupportedModelError
-from tokred.kv.pack import Packing, unpacked
+from tokred.kv.pack import Packing, Unpacking
 
 
 class Chunk(NamedTuple):
@@ -26,13 +26,15 @@ class Chunk(NamedTuple):
 
     Attributes:
         ids: ``[1, n]`` of its tokens.
-        rows: keys and values ``[1, Hk, n, D]`` of each layer, keys rotated for positions from 0 on.
+        rows: keys and values ``[1, Hk, n, D]`` of each layer, keys rotated for positions from ``first`` on.
         model: fingerprint of the model.
+        first: position of the first token.
     """
 
     ids: Tensor
     rows: tuple[tuple[Tensor, Tensor], ...]
     model: dict[str, str]
+    first: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -47,6 +49,12 @@ class ChunkStore:
         model: a language model of transformers, of which all layers keep rows. Its policy, if it has one, takes no
             part: chunks are whole.
         folder: keeps a file for each chunk; None: chunks live as long as this object.
+        behind: ``[1, m]`` or ``[m]`` token ids that every chunk is computed behind, such as a system prompt or the
+            token that texts begin with; None: nothing. Models attend much to the first token there is, and a chunk
+            that was computed behind another one has none of its own.
+
+    Attributes:
+        prefix: the chunk of ``behind``, which stands first in a blend; None without one.
 
     Raises:
         UnsupportedModelError: the model's caches cannot be joined; the message says why.
@@ -57,13 +65,18 @@ class ChunkStore:
         >>> model.generate(torch.cat([made.ids, question], 1), **tokred.cache_kwargs(made.cache))
     """
 
-    def __init__(self, model: nn.Module, folder: str | Path | None = None) -> None:
+    def __init__(self, model: nn.Module, folder: str | Path | None = None, behind: Tensor | None = None) -> None:
         self.host = host_of(model)
         self.folder = None if folder is None else Path(folder)
         if self.folder is not None:
             saved.safetensors()  # says now what is missing, and not after the first chunk has been computed
         self.model = fingerprint(self.host.decoder, self.host.config)
         self._chunks: dict[str, Chunk] = {}
+        self.prefix: Chunk | None = None
+        self._behind: list[int] = []
+        if behind is not None:
+            self.prefix = self.add(behind)
+            self._behind = self.prefix.ids[0].tolist()
 
     def add(self, ids: Tensor) -> Chunk:
         """The chunk of some tokens, computed where it is not there yet.
@@ -76,29 +89,32 @@ class ChunkStore:
             OSError: the folder cannot be written.
         """
         ids = tokens(ids, "ids")
-        name = hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()[:32]
+        text, behind = ids[0].tolist(), self._behind
+        name = hashlib.sha256(repr((behind, text)).encode()).hexdigest()[:32]
         if name not in self._chunks:
+            # A name may be another's by chance or by hand, so that the file says again which tokens it is of.
             path = None if self.folder is None else self.folder / f"{name}.safetensors"
             if path is not None and path.is_file():
                 self._chunks[name] = self._read(path, ids)
             else:
-                chunk = Chunk(ids, compute(self.host, ids), self.model)
+                chunk = Chunk(ids, compute(self.host, ids, behind), self.model, len(behind))
                 if path is not None:
                     packing = Packing()
                     rows = packing.packed(chunk.rows)
-                    saved.write_packed(path, packing, {"model": self.model, "ids": ids[0].tolist(), "chunk": rows})
+                    about = {"model": self.model, "behind": behind, "ids": text, "chunk": rows}
+                    saved.write_packed(path, packing, about)
                 self._chunks[name] = chunk
         return self._chunks[name]
 
     def _read(self, path: Path, ids: Tensor) -> Chunk:
         file = saved.Saved(path, "chunk")
         file.check_model(self.model)
-        if file.known.get("ids") != ids[0].tolist():
+        if (file.known.get("behind"), file.known.get("ids")) != (self._behind, ids[0].tolist()):
             raise ValueError(f"{path} holds other tokens than its name says: delete it")
-        found = unpacked(file.known["chunk"], file.tensors(), torch.device("cpu"))
+        found = Unpacking(file.tensors(), torch.device("cpu")).unpacked(file.known["chunk"])
         there = [device_of(m) for _, m in self.host.attentions.values()]
         rows = tuple((k.to(d), v.to(d)) for (k, v), d in zip(found, there, strict=True))
-        return Chunk(ids, rows, self.model)
+        return Chunk(ids, rows, self.model, len(self._behind))
 
     @property
     def nbytes(self) -> int:
@@ -122,8 +138,8 @@ def host_of(model: nn.Module) -> CacheHost:
         raise TypeError(f"model must be a language model of transformers, got a {type(model).__name__}")
     kinds = set(layer_kinds(host.config))
     odd = kinds - {*terms.kinds(terms.FULL, terms.SLIDING)}
-    if host.states or odd:
-        what = ", ".join(sorted(odd)) or "states"
+    if host.states or odd or host.latents:
+        what = "latents" if host.latents else ", ".join(sorted(odd)) or "states"
         raise refusal(host, f"some of its layers ({what}) keep other things than rows of single tokens")
     return host
 
@@ -144,14 +160,17 @@ def tokens(ids: Any, name: str) -> Tensor:
     ids = ids[None] if ids.ndim == 1 else ids
     if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:
         raise ValueError(f"{name} must be [1, n] or [n] token ids of one sample, got {tuple(ids.shape)}")
-    return ids.long()
+    found: Tensor = ids.long()
+    return found
 
 
-def compute(host: CacheHost, ids: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Keys and values of every layer, of tokens alone."""
-    cache = joined.empty(len(host.attentions))
-    forward(host, ids, cache)
-    return tuple(layer.rows for layer in layers_of(cache))
+def compute(host: CacheHost, ids: Tensor, behind: list[int]) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Keys and values of every layer, of tokens behind some others and nothing else."""
+    cache, first = joined.empty(len(host.attentions)), len(behind)
+    forward(host, torch.cat([torch.tensor([behind], dtype=torch.long), ids.cpu()], 1), cache)
+    rows = (layer.rows for layer in layers_of(cache))
+    # Copies, so that what stood in front is not kept alive.
+    return tuple((k[:, :, first:].clone(), v[:, :, first:].clone()) if first else (k, v) for k, v in rows)
 
 
 def forward(host: CacheHost, ids: Tensor, cache: joined.Joined) -> None:

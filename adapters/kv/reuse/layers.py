@@ -43,7 +43,7 @@ def devices(host: CacheHost) -> list[torch.device]:
 def device_of(module: Any) -> torch.device:
     """Where the rows of an attention belong."""
     # Weights that are brought in for each forward stand on ``meta``, and are computed with on the first real device.
-    there = [p.device for p in module.parameters() if not p.is_meta]
+    there: list[torch.device] = [p.device for p in module.parameters() if not p.is_meta]
     if there:
         return there[0]
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

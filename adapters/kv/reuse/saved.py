@@ -18,12 +18,12 @@ from tokred.adapters.kv.layer import TokLayer
 from tokred.adapters.kv.reuse.fingerprint import described, differences
 from tokred.core.versions import TOKRED
 from tokred.errors import TokredError
-from tokred.kv.pack import Packing, unpacked
+from tokred.kv.pack import Packing, Unpacking
 
 FORMAT = 1
 _KEY = "tokred"
 # Notes of a forward that is running: none is while a cache is written.
-_PASSING = ("armed", "waiting")
+_PASSING = ("armed", "waiting", "lent", "view")
 
 
 def write(path: str | Path, cache: Any, about: Mapping[str, Any]) -> Path:
@@ -103,9 +103,9 @@ class Saved:
         self.path = Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(f"{self.path} is no file: give one that tokred.save_cache has written")
-        opened = importlib.import_module("safetensors").safe_open if safetensors() else None
+        safetensors()  # says what is missing
         try:
-            with opened(str(self.path), framework="pt") as file:
+            with importlib.import_module("safetensors").safe_open(str(self.path), framework="pt") as file:
                 self.known: dict[str, Any] = json.loads((file.metadata() or {})[_KEY])
                 number = self.known["format"]
                 self.count = len(list(file.keys()))
@@ -165,11 +165,10 @@ class Saved:
             raise ValueError(f"{self.path} holds layers {', '.join(kinds)}; this model's are {', '.join(own)}")
         try:
             states = [
-                unpacked(state, tensors, device, _state(layer))
+                Unpacking(tensors, device, getattr(layer, "store", None)).unpacked(state, _state(layer))
                 for (_, state), layer, device in zip(rows, layers, devices, strict=True)
             ]
-            session = self.known["session"]
-            session = None if session is None else unpacked(session, tensors, devices[0])
+            session: Any = Unpacking(tensors, devices[0]).unpacked(self.known["session"])
         except (KeyError, TypeError, IndexError) as error:
             raise ValueError(f"{self.path} does not fit this tokred {TOKRED}: {error!r}") from None
         if isinstance(cache, TokCache):

@@ -14,6 +14,7 @@ from tokred.kv.budgets.split import Split
 from tokred.kv.budgets.squeeze import Squeeze
 from tokred.kv.budgets.threshold import Threshold
 from tokred.kv.budgets.uniform import Uniform
+from tokred.kv.budgets.water import Water
 
 __all__ = [
     "Adaptive",
@@ -28,4 +29,5 @@ __all__ = [
     "Squeeze",
     "Threshold",
     "Uniform",
+    "Water",
 ]

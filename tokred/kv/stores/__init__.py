@@ -13,6 +13,7 @@ from tokred.kv.stores.rectangle import Rectangle
 from tokred.kv.stores.rotated import Oscar, Turbo
 from tokred.kv.stores.shadow import ShadowKV
 from tokred.kv.stores.store import ABILITIES, Query, Shelf, Store
+from tokred.kv.stores.zones import Zones
 
 __all__ = [
     "ABILITIES",
@@ -30,4 +31,5 @@ __all__ = [
     "Shelf",
     "Store",
     "Turbo",
+    "Zones",
 ]

@@ -32,7 +32,7 @@ def train(bits: int, samples: int = 1 << 20, seed: int = 0) -> Tensor:
     table = x[:ENTRIES].clone()
     for _ in range(ROUNDS):
         sums = torch.zeros(ENTRIES, SUB + 1)
-        for part in x.split(1 << 14):
+        for part in x.split(1 << 14):  # type: ignore[no-untyped-call]
             near = torch.addmm(-table.square().sum(1) / 2, part, table.T).argmax(1)
             sums.index_add_(0, near, torch.cat([part, torch.ones(len(part), 1)], 1))
         table = torch.where(sums[:, SUB:] > 0, sums[:, :SUB] / sums[:, SUB:].clamp(min=1), table)

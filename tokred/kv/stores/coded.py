@@ -40,6 +40,7 @@ class Coded(Store):
 
     can: ClassVar[frozenset[str]] = frozenset({"take", "merge", "ragged", "crop", "attend"})
     reads: ClassVar[frozenset[str]] = frozenset({"k"})
+    replaces: ClassVar[frozenset[str]] = frozenset({"plain", "quantised"})
 
     @abstractmethod
     def forms(self, keys: Tensor, values: Tensor) -> tuple[Form, Form]:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from tokred.core.checks import check_count, check_share
 from tokred.core.reduction import Reduction
 from tokred.kv.described import POSITION, plain_bytes
+from tokred.kv.parts import Score, as_part
 from tokred.kv.site import CacheSite
 from tokred.kv.stores.codecs import Affine, AsTheyCome, Codec, Parts, check_bits, group_for
 from tokred.kv.stores.coded import HOLES, Coded, CodedShelf, Form
@@ -21,14 +22,17 @@ from tokred.kv.stores.grown import Grown
 from tokred.kv.stores.sides import ROOM, Side, Window
 
 BITS = (2, 3, 4, 8, 16)
+HIGH = (2, 4, 8, 16)
 
 
 @dataclass(frozen=True)
 class MiKV(Coded):
-    """The newest rows, and those that have received most attention since they came, stay as they are. All others are
-    rounded, channels of one token together; keys after their channels were brought to the size of the queries' ones.
+    """The newest rows, and those that have received most attention since they came, stay as they are, or almost. All
+    others are rounded, channels of one token together; keys after their channels were brought to the size of the
+    queries' ones.
 
-    Nothing comes back to full precision. Attention is counted over all queries, as H2O does.
+    Nothing comes back. Attention is counted over all queries, as H2O does; a ``score`` chooses otherwise, at the end of
+    every forward of several tokens, and rows that come later stay while they are among the newest.
 
     Args:
         high: share of the rows in full precision, rounded up.
@@ -37,22 +41,32 @@ class MiKV(Coded):
         balance: whether keys are balanced; None: if ``low`` is 2.
         recent: share of those in full precision that are the newest.
         block: rows that are rounded at a time.
+        high_bits: of the rows that matter: 2, 4, 8, or 16, which rounds nothing.
+        score: who matters, an object of :mod:`tokred.kv` or its name; None: attention, added up.
 
     Source: Yang et al., No Token Left Behind, arXiv 2402.18096.
     """
 
     name: ClassVar[str] = "mikv"
     can: ClassVar[frozenset[str]] = frozenset({"take", "ragged", "attend"})
-    reads: ClassVar[frozenset[str]] = frozenset({"q", "k"})
-
     high: float = 0.2
     low: int = 2
     group: int | None = None
     balance: bool | None = None
     recent: float = 0.5
     block: int = 1
+    high_bits: int = 16
+    score: Score | str | None = None
 
     def __post_init__(self) -> None:
+        check_bits(self.high_bits, "high_bits", HIGH)
+        if self.score is not None:
+            object.__setattr__(self, "score", as_part(self.score, Score, "score"))  # type: ignore[type-abstract]
+            if self.judge.accumulates or self.judge.repeats is not None or "module" in self.judge.needs:
+                raise ValueError(
+                    f"score is {self.judge.name!r}, which has to see every token, to read the prompt again, or to be "
+                    "trained: give one that judges a forward by itself, such as 'window'"
+                )
         check_share(self.high, "high")
         check_share(self.recent, "recent", zero=True)
         check_bits(self.low, "low", BITS)
@@ -61,6 +75,18 @@ class MiKV(Coded):
             check_count(self.group, "group", 2)
         if not isinstance(self.balance, bool | None):
             raise TypeError(f"balance must be True, False or None, got {self.balance!r}")
+
+    @property
+    def judge(self) -> Score:
+        """The score, where there is one."""
+        assert isinstance(self.score, Score)  # made so above
+        return self.score
+
+    @property
+    def reads(self) -> frozenset[str]:  # type: ignore[override]
+        """Queries and keys, and what a score reads."""
+        needs = frozenset() if self.score is None else self.judge.needs
+        return needs | {"q", "k"}
 
     @property
     def balances(self) -> bool:
@@ -72,15 +98,23 @@ class MiKV(Coded):
 
     def _form(self, width: int, what: str) -> Form:
         group = group_for(width, width // 2 if self.group is None else self.group, what)
-        codec: Codec = AsTheyCome() if self.low == 16 else Affine(self.low, group)
-        return Form(codec, Window(0, self.block))
+        return Form(self._codec(self.low, group), Window(0, self.block))
+
+    @staticmethod
+    def _codec(bits: int, group: int) -> Codec:
+        return AsTheyCome() if bits == 16 else Affine(bits, group)
+
+    def upper(self, rows: Tensor) -> Codec:
+        """The code of rows ``[B, Hk, n, D]`` that matter."""
+        width = rows.shape[-1]
+        return self._codec(self.high_bits, group_for(width, width // 2 if self.group is None else self.group, "heads"))
 
     def open(self) -> MiKVShelf:
         return MiKVShelf(self)
 
     def row_bytes(self, keys: Tensor, values: Tensor) -> int:
         """Of the mean row: full precision by its share, codes with those of evicted rows, and what is noted."""
-        forms, full = self.forms(keys, values), plain_bytes(keys) + plain_bytes(values)
+        forms, full = self.forms(keys, values), sum(self.upper(x).row_bits(x) for x in (keys, values)) / 8
         low = sum(form.codec.row_bits(x) for form, x in zip(forms, (keys, values), strict=True)) / 8
         return math.ceil(self.high * full + (1 - self.high) * low / (1 - HOLES)) + 3 * POSITION
 
@@ -151,8 +185,25 @@ class MiKVShelf(CodedShelf):
     def answered(self, weights: Tensor) -> None:
         self._weights = weights[:, :, :, self._sides[0].encoded :].sum(2)
 
+    @property
+    def newest(self) -> tuple[Tensor, Tensor]:
+        tails: list[Any] = [side.tail for side in self._sides]
+        if not self.complete and all(isinstance(tail, Rounded) and tail.fresh.count >= self._new for tail in tails):
+            keys, values = (tail.fresh.rows[:, :, -self._new :] for tail in tails)
+            return keys, values  # without restoring the others
+        return super().newest
+
     def settle(self, site: CacheSite | None) -> None:
         self._count(site)
+        self._round(site)
+        if self.store.high_bits != 16:
+            self._sides = tuple(
+                side._replace(tail=Rounded.of(side.tail, self.store.upper(side.tail.buffer), self._type))  # type: ignore[arg-type]
+                for side in self._sides
+            )
+
+    def _round(self, site: CacheSite | None) -> None:
+        """Round what has to be."""
         keys = self._sides[0]
         left = self.store.full(self.width)
         count = (keys.tail.count - left) // self.store.block * self.store.block
@@ -165,10 +216,14 @@ class MiKVShelf(CodedShelf):
         """Add the attention of this forward to what rows in full precision have received."""
         encoded, received = self._sides[0].encoded, self._received
         assert received is not None  # there are rows
+        if self.store.score is not None:
+            if site is None or site.q.shape[2] == 1:
+                return  # rows that have come since are worth nothing once they are not the newest
+            received = torch.zeros_like(received)
         if self._weights is not None:
             self._received = received + self._weights
         elif site is not None:
-            found = site.columns(group="sum")
+            found = site.columns(group="sum") if self.store.score is None else self.store.judge(site).float()
             if self._path is not None:
                 found = found.gather(2, self._path)
             if self._index is None:
@@ -214,7 +269,11 @@ class MiKVShelf(CodedShelf):
             parts = (
                 tuple(map(Grown.of, new)) if not old else tuple(o.append(x, 128) for o, x in zip(old, new, strict=True))
             )
-            sides.append(Side(side.codec, side.window, Grown.of(_of(side.tail.rows, stay)), None, parts))
+            if self.store.high_bits == 16:
+                others: Any = Grown.of(_of(side.tail.rows, stay))
+            else:  # what goes was rounded from what it was, if it has just come
+                others = Rounded.of(side.tail, self.store.upper(side.tail.buffer), self._type).picked(stay)
+            sides.append(Side(side.codec, side.window, others, None, parts))
         places = torch.empty_like(order, dtype=torch.int32)
         later = torch.arange(tail, dtype=torch.int32, device=order.device) + encoded
         places.scatter_(2, torch.cat([go, stay], 2), later.expand(order.shape).contiguous())
@@ -250,6 +309,73 @@ class MiKVShelf(CodedShelf):
             value = getattr(self, name)
             if value is not None:
                 setattr(self, name, value.index_select(0, index))
+
+
+class Rounded(NamedTuple):
+    """Rows in a code of their own, and behind them those of this forward as they came; used as :class:`Grown` is.
+
+    Attributes:
+        codec: of all but the fresh ones.
+        parts: of the code; empty while there are none.
+        fresh: ``[B, Hk, n, D]``.
+        dtype: of the model.
+    """
+
+    codec: Codec
+    parts: tuple[Grown, ...]
+    fresh: Grown
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tail: Grown | Rounded, codec: Codec, dtype: torch.dtype) -> Rounded:
+        """All rows of a tail, in the code."""
+        if isinstance(tail, Grown):
+            tail = cls(codec, (), tail, dtype)
+        if tail.fresh.count == 0 and tail.parts:
+            return tail
+        new = codec.encode(tail.fresh.rows, None)
+        if tail.parts:
+            parts = tuple(old.append(x, ROOM) for old, x in zip(tail.parts, new, strict=True))
+        else:
+            parts = tuple(Grown.of(x.contiguous()) for x in new)
+        return tail._replace(parts=parts, fresh=tail.fresh.first(0))
+
+    def picked(self, index: Tensor) -> Rounded:
+        """The rows ``index`` ``[B, Hk, n]``; none are fresh."""
+
+        def of(part: Tensor) -> Tensor:
+            return part.gather(2, index.view(*index.shape, *[1] * (part.ndim - 3)).expand(-1, -1, -1, *part.shape[3:]))
+
+        return self._replace(parts=tuple(Grown.of(of(part.rows)) for part in self.parts))
+
+    @property
+    def buffer(self) -> Tensor:
+        """A tensor whose first, second and last dimension are those of the rows."""
+        return self.fresh.buffer
+
+    @property
+    def count(self) -> int:  # type: ignore[override]
+        """Rows ``n``."""
+        return self.fresh.count + (self.parts[0].count if self.parts else 0)
+
+    @property
+    def rows(self) -> Tensor:
+        """``[B, Hk, n, D]``, made for the moment."""
+        if not self.parts:
+            return self.fresh.rows
+        return torch.cat([self.codec.decode(tuple(part.rows for part in self.parts), self.dtype), self.fresh.rows], 2)
+
+    def append(self, rows: Tensor, room: int) -> Rounded:
+        """With more rows behind."""
+        return self._replace(fresh=self.fresh.append(rows, room))
+
+    def first(self, count: int) -> Rounded:
+        """The first ``count``, of which none but fresh ones are cut off."""
+        return self._replace(fresh=self.fresh.first(count - (self.count - self.fresh.count)))
+
+    def select(self, index: Tensor) -> Rounded:
+        """The rows of other samples: ``index`` ``[B']`` of the old ones."""
+        return self._replace(parts=tuple(part.select(index) for part in self.parts), fresh=self.fresh.select(index))
 
 
 def _of(rows: Tensor, index: Tensor) -> Tensor:

@@ -71,6 +71,15 @@ class Away(NamedTuple):
         away = in_host_memory(keys), in_host_memory(values)
         return cls(*away, torch.cuda.current_stream(keys.device).record_event() if keys.is_cuda else None)
 
+    def to_file(self) -> dict[str, Any]:
+        """Rows that are there, for a file; an event is none."""
+        return dict(zip(("keys", "values"), self.rows, strict=True))
+
+    @classmethod
+    def from_file(cls, keys: Tensor, values: Tensor) -> Away:
+        """Rows of a file, on the device where their layer runs."""
+        return cls.of(keys, values)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Away:
         """Copies of rows that are there: an event cannot be copied."""
         return Away(*(same_memory(x, x) for x in self.rows))
@@ -133,6 +142,8 @@ class Chain:
     Args:
         prefetch: whether they do so before their layer runs.
     """
+
+    of_empty = True  # a file of a cache does not hold it
 
     def __init__(self, prefetch: bool) -> None:
         self.prefetch = prefetch

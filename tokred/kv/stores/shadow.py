@@ -195,11 +195,17 @@ class ShadowShelf(RectangleShelf):
         if not self._shadows:
             return
         if self._places == (None,):
-            self._shadows, self._buffers = (self._shadows[0].select(index),), (None,)
-            return
-        for name in ("_shadows", "_places", "_buffers"):
-            held = getattr(self, name)
-            setattr(self, name, tuple(held[i] for i in listed()))
+            self._shadows = (self._shadows[0].select(index),)
+        else:
+            self._shadows, self._places = (
+                tuple(self._shadows[i] for i in listed()),
+                tuple(self._places[i] for i in listed()),
+            )
+        self._buffers = (None,) * len(self._shadows)
+
+    def snapshot(self) -> dict[str, Any]:
+        """The whole state but for buffers, which are changed in place, and can be made again."""
+        return {**super().snapshot(), "_buffers": (None,) * len(self._shadows)}
 
     # ------------------------------------------------------------------ one query
 
@@ -213,17 +219,18 @@ class ShadowShelf(RectangleShelf):
         out, buffers = [], []
         for i, (shadow, last) in enumerate(zip(self._shadows, self._buffers, strict=True)):
             part = slice(None) if len(self._shadows) == 1 else slice(i, i + 1)
-            k, v, buffer = shadow.parts(q[part], query.softcap, last)
+            logits, v, buffer = shadow.parts(q[part], query.softcap, last)
+            logits.append(q[part] @ keys[part].to(kind).mT)
             hidden = None if padding is None else ~padding[part]
-            out.append(_attention(q[part], [*k, keys[part]], [*v, values[part]], hidden, query.softcap))
+            out.append(_attention(logits, [*v, values[part]], hidden, query.softcap))
             buffers.append(buffer)
         self._buffers = tuple(buffers)
         return torch.cat(out).reshape(b, h, 1, -1).to(query.q.dtype)
 
 
-def _attention(q: Tensor, keys: list[Tensor], values: list[Tensor], hidden: Tensor | None, cap: float | None) -> Tensor:
+def _attention(parts: list[Tensor], values: list[Tensor], hidden: Tensor | None, cap: float | None) -> Tensor:
     """``[B, Hk, G, Dv]``: one softmax over several lots of rows; ``hidden`` ``[B, t]`` of the last lot."""
-    logits = torch.cat([q @ k.to(q.dtype).mT for k in keys], -1)
+    logits = torch.cat(parts, -1)
     if cap is not None:
         logits = torch.tanh(logits / cap) * cap
     if hidden is not None:
@@ -232,8 +239,8 @@ def _attention(q: Tensor, keys: list[Tensor], values: list[Tensor], hidden: Tens
         logits = torch.cat([logits[..., :n], last], -1)
     # A query of padding may see nothing at all.
     weights = logits.softmax(-1) if hidden is None else logits.softmax(-1).nan_to_num(0.0)
-    shares = weights.split([k.shape[2] for k in keys], -1)  # type: ignore[no-untyped-call]
-    return sum(w @ v.to(q.dtype) for w, v in zip(shares, values, strict=True))  # type: ignore[return-value]
+    shares = weights.split([v.shape[2] for v in values], -1)  # type: ignore[no-untyped-call]
+    return sum(w @ v.to(w.dtype) for w, v in zip(shares, values, strict=True))  # type: ignore[return-value]
 
 
 def _shown(which: int, *held: Any) -> Tensor:

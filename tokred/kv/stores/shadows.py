@@ -33,38 +33,53 @@ class Rotation(NamedTuple):
     angle: Tensor
     chunk: int
 
-    def __call__(self, x: Tensor, chunks: Tensor, back: bool = False) -> Tensor:
-        """Rows of chunks, turned as their positions say, or turned back.
+    def phases(self, chunks: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Turns ``[..., 1, R]`` of the first positions of chunks ``[...]``, and ``[chunk, R]`` of places in one.
 
-        Args:
-            x: ``[B, Hk, n, chunk, D]``, float32 or float64.
-            chunks: ``[B or 1, Hk or 1, n]``, which they are.
-            back: whether they have been turned.
+        Far fewer than positions, they multiply to the turns of all.
         """
-        r, angle = len(self.angle), self.angle.double()
-        # Of the chunk's first position, and of places in it: far fewer than positions.
-        start = (chunks * self.chunk).unsqueeze(-1) * angle
-        place = torch.arange(self.chunk, device=x.device).unsqueeze(-1) * angle
-        (sc, ss), (pc, ps) = ((a.cos().to(x.dtype), a.sin().to(x.dtype)) for a in (start, place))
-        sc, ss = sc.unsqueeze(-2), ss.unsqueeze(-2)
-        cos, sin = sc * pc - ss * ps, ss * pc + sc * ps
-        sin = -sin if back else sin
-        a, b = x[..., :r], x[..., r : 2 * r]
-        return torch.cat([a * cos - b * sin, b * cos + a * sin, x[..., 2 * r :]], -1)
+        place = torch.arange(self.chunk, device=chunks.device)
+        both = (x.unsqueeze(-1) * self.angle.double() for x in (chunks * self.chunk, place))
+        start, place = (torch.complex(x.cos().to(dtype), x.sin().to(dtype)) for x in both)
+        return start.unsqueeze(-2), place
+
+    def back(self, x: Tensor) -> Tensor:
+        """Rows ``[B, Hk, n, chunk, D]`` of the first chunks, float32 or float64, as they were before they turned."""
+        start, place = self.phases(torch.arange(x.shape[2], device=x.device), x.dtype)
+        r = len(self.angle)
+        z = torch.complex(x[..., :r].contiguous(), x[..., r : 2 * r].contiguous()) * start.conj() * place.conj()
+        return torch.cat([z.real, z.imag, x[..., 2 * r :]], -1)
+
+    def turn_pairs(self, x: Tensor, chunks: Tensor) -> Tensor:
+        """Rows ``[..., n, chunk, D]`` of ``chunks`` ``[..., n]`` in the order of :meth:`pairs`, turned in place."""
+        start, place = self.phases(chunks, x.dtype)
+        pairs = torch.view_as_complex(x[..., : 2 * len(self.angle)].unflatten(-1, (-1, 2)))  # type: ignore[no-untyped-call]
+        pairs.mul_(place).mul_(start)
+        return x
+
+    def pairs(self, width: int) -> Tensor:
+        """``[D]`` int64, an order in which channels that turn together stand side by side."""
+        r, every = len(self.angle), torch.arange(width, device=self.angle.device)
+        return torch.cat([every[: 2 * r].view(2, r).T.reshape(-1), every[2 * r :]])
 
 
 class Buffer(NamedTuple):
-    """Chunks that the last query chose.
+    """Chunks that the last query chose. They are changed in place: whoever keeps one keeps the only one.
 
     Attributes:
-        ids: ``[B, Hk, S]`` int64, ascending.
-        keys: ``[B, Hk, S, chunk * D]``.
+        ids: ``[B, Hk, S]`` int64, in any order.
+        keys: ``[B, Hk, S, chunk * D]``, in pairs.
         values: ``[B, Hk, S, chunk * Dv]``.
     """
 
     ids: Tensor
     keys: Tensor
     values: Tensor
+
+    @property
+    def fresh(self) -> bool:
+        """True if it can be changed in place here."""
+        return self.keys.is_inference() == torch.is_inference_mode_enabled() and not self.keys.requires_grad
 
 
 class Shadow(NamedTuple):
@@ -73,7 +88,7 @@ class Shadow(NamedTuple):
     Attributes:
         store: how chunks are made and chosen.
         factor: ``[B, M, c * r]``, what each row has of each direction.
-        basis: ``[B, Hk, r, D]``, the directions of unrotated keys, of all heads side by side.
+        basis: ``[B, Hk, r, D]``, the directions of unrotated keys, of all heads side by side; channels in pairs.
         angle: ``[R]`` of the rotary embedding.
         ids: ``[B, Hk, C]`` int64, chunks that a query may choose, ascending.
         landmarks: ``[B, Hk, C, D]``, means of their keys.
@@ -96,6 +111,10 @@ class Shadow(NamedTuple):
     local_values: Tensor
     values: Tensor
 
+    def to_file(self) -> dict[str, object]:
+        """Fields by their names, for a file."""
+        return dict(zip(self._fields, self, strict=True))
+
     @classmethod
     def of(cls, store: ShadowKV, keys: Tensor, values: Tensor, angle: Tensor) -> Shadow:
         """The shadow of rows ``[B, Hk, N, D]``, whose row ``i`` is at position ``i``."""
@@ -115,7 +134,7 @@ class Shadow(NamedTuple):
         made = cls(
             store,
             factor[:, :rows].to(keys.dtype, copy=True).reshape(b, m, c * factor.shape[2]),
-            basis.to(keys.dtype).unflatten(2, (h, d)).transpose(1, 2).contiguous(),
+            basis.to(keys.dtype).unflatten(2, (h, d)).transpose(1, 2)[..., Rotation(angle, c).pairs(d)].contiguous(),
             angle,
             ids,
             _picked(landmarks, ids).to(keys.dtype),
@@ -128,6 +147,14 @@ class Shadow(NamedTuple):
         if held.is_cuda and store.offload:
             torch.cuda.current_stream(held.device).synchronize()  # nobody asks later whether they have arrived
         return made
+
+    @classmethod
+    def from_file(cls, store: ShadowKV, values: Tensor, **rest: Tensor) -> Shadow:
+        """A shadow of a file, whose tensors are on the device where the layer runs."""
+        away = in_host_memory(values) if store.offload else values
+        if values.is_cuda and store.offload:
+            torch.cuda.current_stream(values.device).synchronize()  # nobody asks later whether they have arrived
+        return cls(store=store, values=away, **rest)
 
     # ------------------------------------------------------------------ one query
 
@@ -143,42 +170,68 @@ class Shadow(NamedTuple):
         return self.ids.gather(2, best)
 
     def bring(self, chosen: Tensor, last: Buffer | None) -> Buffer:
-        """The rows of chunks ``[B, Hk, S]``, those of the last query as they are."""
-        if last is None or last.ids.shape != chosen.shape:
+        """The rows of chunks ``[B, Hk, S]``; those that the ``last`` query chose too stay where they are."""
+        if last is None or last.ids.shape != chosen.shape or not last.fresh:
             return Buffer(chosen, self.rebuilt(chosen), self.fetched(chosen))
-        place = torch.searchsorted(last.ids, chosen).clamp(max=chosen.shape[2] - 1)
-        missing = last.ids.gather(2, place) != chosen
-        most = int(missing.sum(-1).max())
+        ids, order = last.ids.sort(-1)
+        place = torch.searchsorted(ids, chosen).clamp(max=chosen.shape[2] - 1)
+        there = ids.gather(2, place) == chosen
+        count = (~there).sum(-1, keepdim=True)
+        most = int(count.max())
         if most == 0:
             return last
-        # Heads that miss fewer make their last chunk anew, which changes nothing.
-        which = rows_of(missing, most)[0]
-        new = chosen.gather(2, which)
-        keys, values = _picked(last.keys, place), _picked(last.values, place)
-        return Buffer(chosen, _put(keys, which, self.rebuilt(new)), _put(values, which, self.fetched(new)))
+        if 2 * most > chosen.shape[2]:
+            return Buffer(chosen, self.rebuilt(chosen), self.fetched(chosen))
+        used = torch.zeros_like(there).scatter(2, order.gather(2, place), there)
+        # Heads that miss fewer make one of their chunks more than once.
+        each = torch.minimum(torch.arange(most, device=count.device), count - 1).clamp(min=0)
+        free, which = (rows_of(x, most)[0].gather(2, each) for x in (~used, ~there))
+        new = torch.where(count > 0, chosen.gather(2, which), last.ids.gather(2, free))
+        _put(last.keys, free, self.rebuilt(new))
+        _put(last.values, free, self.fetched(new))
+        return last._replace(ids=last.ids.scatter(2, free, new))
 
     def rebuilt(self, chunks: Tensor) -> Tensor:
-        """``[B, Hk, n, c * D]``: keys of chunks ``[B, Hk, n]``, rotated at their positions."""
+        """``[B, Hk, n, c * D]``: keys of chunks ``[B, Hk, n]``, turned as their positions say, in pairs."""
         c, (b, h, n) = self.store.chunk, chunks.shape
         m, r, d = self.factor.shape[1], self.basis.shape[2], self.basis.shape[3]
-        flat = chunks + torch.arange(b, device=chunks.device).view(-1, 1, 1) * m
-        rows = self.factor.reshape(b * m, c * r).index_select(0, flat.reshape(-1)).view(b, h, n * c, r)
-        kind = torch.promote_types(rows.dtype, torch.float32)
-        keys = (rows @ self.basis).to(kind).view(b, h, n, c, d)
-        return Rotation(self.angle, c)(keys, chunks).to(rows.dtype).flatten(3)
+        dtype, rotation = self.factor.dtype, Rotation(self.angle, c)
+        kind = torch.promote_types(dtype, torch.float32)
+        if chunks.is_cuda or dtype != kind or torch.is_grad_enabled():
+            flat = chunks + torch.arange(b, device=chunks.device).view(-1, 1, 1) * m
+            rows = self.factor.reshape(b * m, c * r).index_select(0, flat.reshape(-1)).view(b, h, n * c, r)
+            keys = (rows @ self.basis).to(kind).view(b, h, n, c, d)
+            return rotation.turn_pairs(keys, chunks).to(dtype).flatten(3)
+        # One head after the other: what a processor has read a moment ago, it need not fetch again.
+        rows, keys = self.factor.new_empty(n, c * r), self.factor.new_empty(b, h, n, c, d)
+        for i in range(b):
+            for j in range(h):
+                torch.index_select(self.factor[i], 0, chunks[i, j], out=rows)
+                torch.mm(rows.view(n * c, r), self.basis[i, j], out=keys[i, j].view(n * c, d))
+                rotation.turn_pairs(keys[i, j], chunks[i, j])
+        return keys.flatten(3)
 
     def fetched(self, chunks: Tensor) -> Tensor:
         """``[B, Hk, n, c * Dv]``: values of chunks ``[B, Hk, n]``, from wherever they are."""
         return _picked(self.values, chunks.to(self.values.device)).to(chunks.device, non_blocking=True)
 
-    def parts(self, q: Tensor, softcap: float | None, last: Buffer | None) -> tuple[list[Tensor], list[Tensor], Buffer]:
-        """Keys and values ``[B, Hk, n, D]`` that queries ``[B, Hk, G, D]`` attend to, and the buffer for the next."""
-        b, h, _, d = q.shape
+    def parts(
+        self, q: Tensor, softcap: float | None, last: Buffer | None
+    ) -> tuple[list[Tensor], list[Tensor], Buffer | None]:
+        """Lots of rows that queries ``[B, Hk, G, D]`` attend to.
+
+        Returns:
+            Logits ``[B, Hk, G, n]`` and values ``[B, Hk, n, Dv]`` of several lots of rows, and the next query's buffer.
+        """
+        keys, values = [self.outlier_keys, self.local_keys], [self.outlier_values, self.local_values]
+        logits = [q @ k.to(q.dtype).mT for k in keys]
         if not self.ids.shape[2]:
-            return [self.outlier_keys, self.local_keys], [self.outlier_values, self.local_values], _nothing(self)
+            return logits, values, None
+        b, h, _, d = q.shape
         buffer = self.bring(self.choose(q, softcap), last)
-        keys, values = buffer.keys.view(b, h, -1, d), buffer.values.view(b, h, -1, self.local_values.shape[3])
-        return [self.outlier_keys, keys, self.local_keys], [self.outlier_values, values, self.local_values], buffer
+        chosen = buffer.keys.view(b, h, -1, d).to(q.dtype)
+        logits.append(q[..., Rotation(self.angle, self.store.chunk).pairs(d)] @ chosen.mT)
+        return logits, [*values, buffer.values.view(b, h, -1, self.local_values.shape[3])], buffer
 
     # ------------------------------------------------------------------ all rows
 
@@ -186,8 +239,12 @@ class Shadow(NamedTuple):
         """Keys and values ``[B, Hk, N, D]``, in order; keys of chunks are what their shadow says."""
         b, h, _, d = self.local_keys.shape
         m, device = self.factor.shape[1], self.local_keys.device
-        every = torch.arange(m, device=device).expand(b, h, m)
-        keys, exact = self.rebuilt(every), self.outlier_keys.reshape(*self.outliers.shape, self.store.chunk * d)
+        every, rotation = torch.arange(m, device=device).expand(b, h, m), Rotation(self.angle, self.store.chunk)
+        keys = self.rebuilt(every).view(b, h, m * self.store.chunk, d)[..., rotation.pairs(d).argsort()]
+        keys, exact = (
+            keys.view(b, h, m, self.store.chunk * d),
+            self.outlier_keys.reshape(*self.outliers.shape, self.store.chunk * d),
+        )
         keys = _put(keys, self.outliers, exact).view(b, h, m * self.store.chunk, d)
         values = self.values.to(device).view(b, h, keys.shape[2], self.local_values.shape[3])
         return torch.cat([keys, self.local_keys], 2), torch.cat([values, self.local_values], 2)
@@ -232,8 +289,7 @@ def _unrotated(keys: Tensor, rotation: Rotation) -> Tensor:
     count = -(-n // c)
     rows = keys.to(torch.promote_types(keys.dtype, torch.float32))
     rows = F.pad(rows, (0, 0, 0, count * c - n)).unflatten(2, (count, c))  # type: ignore[no-untyped-call]
-    rows = rotation(rows, torch.arange(count, device=keys.device)[None, None], back=True)
-    return rows.flatten(2, 3)[:, :, :n].transpose(1, 2).flatten(2)
+    return rotation.back(rows).flatten(2, 3)[:, :, :n].transpose(1, 2).flatten(2)
 
 
 def _flat(index: Tensor, count: int) -> Tensor:
@@ -249,10 +305,6 @@ def _picked(x: Tensor, index: Tensor) -> Tensor:
 
 
 def _put(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """``x`` ``[B, Hk, M, W]``, which nobody else holds, with ``rows`` ``[B, Hk, n, W]`` in the places ``index``."""
+    """``x`` ``[B, Hk, M, W]``, changed in place, with ``rows`` ``[B, Hk, n, W]`` in the places ``index``."""
     b, h, m, w = x.shape
     return x.view(b * h * m, w).index_copy_(0, _flat(index, m), rows.reshape(-1, w)).view(b, h, m, w)
-
-
-def _nothing(shadow: Shadow) -> Buffer:
-    return Buffer(shadow.ids, shadow.landmarks, shadow.landmarks)

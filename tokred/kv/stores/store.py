@@ -26,6 +26,7 @@ ABILITIES = {
     "ragged": "hold different numbers of rows in heads or samples",
     "tight": "hold uneven heads without empty rows",
     "crop": "take the newest rows back",
+    "levels": "hold every row in the bits that it was given",
     "attend": "answer a query without unpacking",
 }
 
@@ -34,7 +35,7 @@ class Query(NamedTuple):
     """One query of every sample, asked of all rows of a layer, none of which lies ahead of it.
 
     Attributes:
-        q: ``[B, H, 1, D]``.
+        q: ``[B, H, 1, D]``; of shelves that take several ``[B, H, M, D]``, of the newest ``M`` rows in order.
         scale, softcap: of the logits; None: ``D ** -0.5``, and no cap.
         padding: takes a number of newest slots, and gives ``[B, count]`` bool, False on padding; None: all are tokens.
     """
@@ -75,6 +76,11 @@ class Store(Part):
             ValueError: for example, the head size cannot be packed.
         """
 
+    def objection(self, parts: Any) -> str:
+        """Why the rows of a policy made of ``parts`` (:class:`tokred.kv.policy.Parts`) cannot be held so; empty: they
+        can, as far as :attr:`can` goes."""
+        return ""
+
     def hint(self, lacking: frozenset[str]) -> str:
         """The end of a refusal: what to do where a host does not supply ``lacking`` of :attr:`reads`."""
         return ""
@@ -113,7 +119,12 @@ class Shelf(ABC):
     What holds tensors holds them as attributes, or in tuples and lists of attributes: then :attr:`tensors`,
     :meth:`snapshot` and :meth:`restore` need not be written again, as long as no tensor is changed in place that a
     snapshot refers to.
+
+    Attributes:
+        several: whether :meth:`attend` takes several queries of each sample.
     """
+
+    several: ClassVar[bool] = False
 
     # ------------------------------------------------------------------ rows, as a rectangle
 

@@ -9,6 +9,7 @@ from tokred.core.method import Parameters
 from tokred.core.registry import register
 from tokred.kv import stores
 from tokred.kv.keeping import Keeping
+from tokred.kv.parts import Score, as_part
 
 
 @register("mikv")
@@ -23,6 +24,9 @@ class MiKV(Keeping):
         balance: whether keys are balanced before they are rounded; None: if ``low`` is 2.
         recent: share of those in full precision that are the newest.
         block: rows that are rounded at a time.
+        high_bits: of the rows that matter: 2, 4, 8, or 16, which rounds nothing.
+        score: who matters, an object of :mod:`tokred.kv` or its name, such as "window", SnapKV's; None: attention,
+            added up.
 
     Source: Yang et al., No Token Left Behind, arXiv 2402.18096.
     """
@@ -39,3 +43,10 @@ class MiKV(Keeping):
     balance: bool | None = None
     recent: float = 0.5
     block: int = 1
+    high_bits: int = 16
+    score: Score | str | None = None
+
+    def __post_init__(self) -> None:
+        if self.score is not None:
+            object.__setattr__(self, "score", as_part(self.score, Score, "score"))  # type: ignore[type-abstract]
+        super().__post_init__()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -84,3 +86,28 @@ def shares(group: Tensor, centre: Tensor, beta: float | None) -> Tensor:
     first = torch.zeros(b, n, dtype=torch.bool, device=group.device).scatter_(1, centre, True)
     share = torch.where(first, beta, (1 - beta) / (of - 1).clamp_min(1))
     return torch.where(of == 1, 1.0, share)
+
+
+def cut(similar: Sequence[float], least: int, tau: float) -> list[tuple[int, int]]:
+    """First and last frame of each segment of a clip: cuts where a frame is unlike the next.
+
+    Args:
+        similar: of the ``T`` frames, ``T - 1`` similarities of each and the next.
+        least: segments; where fewer frames are unlike, the most unlike of the others are cut too, as far as there are
+            any, the first of those that are alike.
+        tau: below it a frame is unlike the next.
+    """
+    order = sorted(range(len(similar)), key=lambda t: (similar[t], t))
+    cuts = sorted({*order[: least - 1], *(t for t in order if similar[t] < tau)})
+    starts = [0, *(t + 1 for t in cuts)]
+    return list(zip(starts, [*cuts, len(similar)], strict=True))
+
+
+def frame_similarity(x: Tensor) -> list[float]:
+    """``T - 1`` cosines of the mean token of each frame and of the next; waits for the device.
+
+    Args:
+        x: ``(T, N, C)`` float32.
+    """
+    mean = x.mean(1)
+    return (1 - apart(mean[1:], mean[:-1])).tolist()

@@ -1,0 +1,64 @@
+"""Messages on the way to the attention function: what a hook says of a module, and what the host calls it with."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from tokred.adapters.contract import words
+from tokred.adapters.kv.layer import TokLayer
+from tokred.adapters.kv.masks import MaskSpec
+from tokred.adapters.kv.rope import LayerRope
+from tokred.core.learned import Learned
+
+PREFIX = "tokred:"
+SEAT = "tokred_seat"
+
+
+class Seat(NamedTuple):
+    """A message from the hook on an attention module to the attention function.
+
+    Attributes:
+        layer: this module's layer of the cache; None without a cache, or where the layer is not compressed.
+        implementation: the attention that the model had.
+        depth: compressed layers.
+        projection: name of the module's output projection, or None.
+        rope: the layer's rotary embedding in this forward, or None.
+        hidden: ``[B, M, C]`` what the module was given.
+        learned: the policy's module, and where it leaves losses.
+        borrows: whether the module has no rows of its own and attends to those of ``layer``, which has run before it.
+        latents: whether the rows are latents, of which the module makes its keys and values.
+        crosses: whether the rows are those of an encoder.
+    """
+
+    layer: TokLayer | None
+    implementation: str
+    depth: int
+    projection: str | None
+    rope: LayerRope | None
+    hidden: Tensor | None = None
+    learned: Learned | None = None
+    borrows: bool = False
+    latents: bool = False
+    crosses: bool = False
+
+
+class Call(NamedTuple):
+    """One call of the attention function, queries and keys aside."""
+
+    module: nn.Module
+    spec: MaskSpec
+    seat: Seat
+    scaling: float | None
+    dropout: float
+    options: dict[str, Any]
+
+    @property
+    def softcap(self) -> float | None:
+        return words.SOFTCAP.of(self.options) or None
+
+    @property
+    def sinks(self) -> Tensor | None:
+        found: Tensor | None = words.SINKS.part(self.module)
+        return found
