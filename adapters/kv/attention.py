@@ -115,8 +115,9 @@ def _attend_and_act(
 def _lend(call: Call, layer: TokLayer, key: Tensor, value: Tensor, before: int, count: int) -> Lent:
     """The rows that the layer's own queries have just attended to."""
     if not layer.shelf.complete:
-        key, value = _keys_of(call, layer.keys, layer.values)
-    state = layer.positions, layer.weights, layer.compressed, layer.ragged, layer.seen, layer.settled, layer.engine
+        key, value = _keys_of(call, layer.shelf.keys, layer.shelf.values)
+    layer.shelf.lend()
+    state = layer.slots, layer.weights, layer.compressed, layer.ragged, layer.seen, layer.settled, layer.engine
     return Lent(key, value, *state, before, count)
 
 
@@ -157,7 +158,7 @@ def _attend(
             heads = layer.shelf.attend(Query(query, call.scaling, call.softcap, padding))
             if heads is not None:
                 return heads.transpose(1, 2).contiguous(), None
-        key, value = _keys_of(call, layer.keys, layer.values)
+        key, value = _keys_of(call, layer.shelf.keys, layer.shelf.values)
     return _over(call, layer, query, key, value, before)
 
 
@@ -197,7 +198,7 @@ def _site(call: Call, layer: TokLayer, query: Tensor) -> CacheSite:
         q=(carried(call.module, query) if call.seat.latents else query).detach(),
         k=keys,
         v=values,
-        positions=layer.positions,
+        positions=layer.slots,
         seen=layer.seen,
         padding=call.spec.padding(layer.seen),
         ragged=layer.ragged,
@@ -218,8 +219,8 @@ def _site(call: Call, layer: TokLayer, query: Tensor) -> CacheSite:
 
 
 def _compressed(call: Call, layer: TokLayer | Lent, query: Tensor, key: Tensor, value: Tensor, before: int) -> Tensor:
-    """``[B, Q, H, D]``: attention over rows that hold the slots ``layer.positions``."""
-    spec, positions, count = call.spec, layer.positions, query.shape[2]
+    """``[B, Q, H, D]``: attention over rows that hold the slots ``layer.slots``."""
+    spec, positions, count = call.spec, layer.slots, query.shape[2]
     b, heads, n = key.shape[:3]
     if positions is not None:
         positions = positions.expand(b, heads, n)  # all heads' keys may be made of one row

@@ -15,6 +15,7 @@ from tokred.errors import TokenStateError, TokredError
 from tokred.kv.described import Made, plain_bytes
 from tokred.kv.engine import Clock, Engine
 from tokred.kv.site import CacheSite
+from tokred.kv.stores.rectangle import without_row
 from tokred.kv.stores.store import Shelf, Store, missing
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
         seen: slots so far, evicted ones included: the length that the model is told.
         settled: slots when rows were last evicted; the cache cannot be cropped below.
         ragged: whether there may be empty rows.
+        mixed: whether rows stand in another order than their slots, since some have taken the places of others. Whoever
+            looks at :attr:`keys`, :attr:`values` or :attr:`positions` finds them in order.
         weights: ``[B, Hk, K]`` float32, how many tokens each row stands for; None: one each.
         lent: what other layers attend to in this forward, see :mod:`tokred.adapters.kv.sharing`; None: none does.
         view: makes what a site takes of the rows, where they are not keys and values themselves; None: they are.
@@ -66,7 +69,7 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
         self.is_initialized = False
         self.seen = 0
         self.settled = 0
-        self.ragged = False
+        self.ragged = self.mixed = False
         self.weights: Tensor | None = None
         self.rows: dict[str, Tensor] = {}
         self.notes: dict[str, Any] = {}
@@ -78,6 +81,8 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
     @property
     def keys(self) -> Tensor | None:
         """``[B, Hk, K, D]``, or None while nothing has been seen; a copy where they are held in another form."""
+        self.sort()
+        self.shelf.lend()
         return self.shelf.keys
 
     @keys.setter
@@ -87,6 +92,8 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
     @property
     def values(self) -> Tensor | None:
         """``[B, Hk, K, D]``, as :attr:`keys`."""
+        self.sort()
+        self.shelf.lend()
         return self.shelf.values
 
     @values.setter
@@ -114,7 +121,13 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
 
     @property
     def positions(self) -> Tensor | None:
-        """``[B, Hk, K]`` int32, the slot of each row; None before anything has been evicted."""
+        """``[B, Hk, K]`` int32, the slot of each row, ascending; None before anything has been evicted."""
+        self.sort()
+        return self.slots
+
+    @property
+    def slots(self) -> Tensor | None:
+        """``[B, Hk, K]`` int32, as :attr:`positions`, of rows as they stand now."""
         return self.shelf.positions(self.seen)
 
     # ------------------------------------------------------------------ what transformers calls
@@ -146,6 +159,8 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         n = keys.shape[2]
+        if n > 1:
+            self.sort()  # the newest of several queries are taken to stand in the order of their slots
         self.shelf.append(keys, values)
         if self.weights is not None:
             self.weights = _grown(self.weights, n, 1.0)
@@ -235,11 +250,7 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
         if step.mask is not None and "ragged" not in self.store.can:
             why = missing(self.store, {"ragged": "this batch (its samples or heads keep different numbers of rows)"})
             raise TokredError(f"{why}, and {self.store.name!r} cannot: give samples of one length, or choose another")
-        positions = self.positions
-        if positions is None:
-            b, heads = step.batch
-            positions = torch.arange(self.width, dtype=torch.int32, device=step.representative.device)
-            positions = positions.expand(b, heads, -1)
+        positions = self._places(step.batch, step.representative.device)
         if step.mode == "keep":
             index = step.representative
             self.shelf.take(step, positions)
@@ -258,12 +269,45 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
             self.weights = None if self.weights is None else self.weights[..., :width].contiguous()
         self.rows.clear()
         self.rows.update(rows)
+        self.mixed = False
         self.ragged = step.mask is not None
         self.settled = self.seen
 
+    @property
+    def swaps(self) -> bool:
+        """True if :meth:`swap` can be called now."""
+        return self.shelf.swaps
+
+    def swap(self, gone: Tensor) -> None:
+        """Free one row of each head, ``gone`` ``[B, Hk, 1]`` int64, and let the newest take its place."""
+        self.shelf.swap(gone, self._places((gone.shape[0], gone.shape[1]), gone.device))
+        self.weights = None if self.weights is None else without_row(self.weights, gone)
+        self.rows.update({name: without_row(state, gone) for name, state in self.rows.items()})
+        self.mixed, self.settled = True, self.seen
+
+    def sort(self) -> Tensor | None:
+        """Put rows in the order of their slots; returns it, ``[B, Hk, K]`` int64, or None where they stand so."""
+        if not self.mixed:
+            return None
+        slots = self.slots
+        assert slots is not None  # since the first swap
+        order = slots.argsort(dim=-1)
+        self.shelf.take(Reduction.keep(order, self.width), slots)
+        self.weights = None if self.weights is None else self.weights.gather(2, order)
+        self.rows.update({name: state.gather(2, order) for name, state in self.rows.items()})
+        self.mixed = False
+        return order
+
+    def _places(self, batch: tuple[int, ...], device: torch.device) -> Tensor:
+        """``[B, Hk, K]`` int32: slots of rows as they stand, also where nothing has been evicted yet."""
+        slots = self.slots
+        if slots is None:
+            slots = torch.arange(self.width, dtype=torch.int32, device=device).expand(*batch, -1)
+        return slots
+
     def rewrite(self, values: Tensor, weights: Tensor) -> None:
         """Give rows other values ``[B, Hk, K, Dv]`` and weights ``[B, Hk, K]``; :meth:`apply` follows."""
-        self.shelf.rewrite(values, self.positions)
+        self.shelf.rewrite(values, self.slots)
         self.weights = weights
 
     def settle(self, site: CacheSite | None) -> None:
@@ -338,4 +382,4 @@ def _bytes(tensors: Iterable[Any]) -> int:
 
 
 def _grown(state: Tensor, count: int, value: float) -> Tensor:
-    return torch.cat([state, state.new_full((*state.shape[:2], count), value)], 2)
+    return torch.nn.functional.pad(state, (0, count), value=value)

@@ -16,7 +16,7 @@ class Lent(NamedTuple):
 
     Attributes:
         keys, values: ``[B, Hk, K, D]``.
-        positions: ``[B, Hk, K]`` slots of the rows; None: row ``i`` is slot ``i``.
+        slots: ``[B, Hk, K]`` int32, of the rows; None: row ``i`` is slot ``i``.
         weights: ``[B, Hk, K]``, how many tokens each row stands for; None: one each.
         compressed, ragged, seen, settled, engine: as the layer has them.
         first: slot of the first query.
@@ -25,7 +25,7 @@ class Lent(NamedTuple):
 
     keys: Tensor
     values: Tensor
-    positions: Tensor | None
+    slots: Tensor | None
     weights: Tensor | None
     compressed: bool
     ragged: bool

@@ -113,7 +113,7 @@ class PagedCache:
 class Held:
     """One layer of one request, as :class:`tokred.kv.engine.Layer` wants one: state by row, and what was decided."""
 
-    ragged, weights, nbytes = False, None, 0
+    ragged, weights, nbytes, swaps = False, None, 0, False
 
     def __init__(self, index: int) -> None:
         self.index = index
@@ -140,6 +140,9 @@ class Held:
         self.positions = self.positions.gather(2, index)
         self.rows.update({name: state.gather(2, index) for name, state in self.rows.items()})
         self.tensors = tuple(t.gather(2, index[..., None].expand(-1, -1, -1, t.shape[3])) for t in self.tensors)
+
+    def sort(self) -> None:
+        """Rows stand in the order of their slots, always."""
 
     def settle(self, site: CacheSite | None) -> None:
         pass

@@ -66,7 +66,7 @@ def test_rows_that_leave_at_every_step_leave_the_readers_one_forward_later(name,
     tokred.apply(model, POLICIES[name])
     over = attention._over
     monkeypatch.setattr(attention, "_over", lambda call, rows, *rest: (
-        seen.append((call.module.layer_idx, rest[1].clone(), rows.positions)), over(call, rows, *rest))[1])  # fmt: skip
+        seen.append((call.module.layer_idx, rest[1].clone(), rows.slots)), over(call, rows, *rest))[1])  # fmt: skip
     cache = tokred.kv_cache(model)
     for n in (20, 1, 1, 3, 1):
         seen.clear()

@@ -65,7 +65,8 @@ class Clock:
 class Layer(Protocol):
     """A cache layer, as far as an engine needs one."""
 
-    positions: Tensor | None
+    slots: Tensor | None
+    swaps: bool
     ragged: bool
     weights: Tensor | None
     rows: dict[str, Tensor]
@@ -79,6 +80,12 @@ class Layer(Protocol):
 
     def apply(self, step: Reduction, merge_score: str) -> None:
         """Replace the rows by what ``step`` makes of them."""
+
+    def swap(self, gone: Tensor) -> None:
+        """Free the rows ``gone`` ``[B, Hk, 1]``, whose places the newest take; asked for only while ``swaps``."""
+
+    def sort(self) -> Tensor | None:
+        """Put rows in the order of their slots; returns it, ``[B, Hk, K]``, or None where they stand so."""
 
     def rewrite(self, values: Tensor, weights: Tensor) -> None:
         """Give rows other values ``[B, Hk, K, Dv]``, and weights ``[B, Hk, K]``; :meth:`apply` follows."""
@@ -104,7 +111,7 @@ class _Pending(NamedTuple):
     def now(self) -> CacheSite:
         """The site with the rows that the layer holds now."""
         layer = self.layer
-        return self.site.at(*layer.shown(), layer.positions, layer.ragged, layer.weights)
+        return self.site.at(*layer.shown(), layer.slots, layer.ragged, layer.weights)
 
 
 class _Waiting(NamedTuple):
@@ -131,7 +138,7 @@ class Engine:
     """
 
     def __init__(self, policy: CachePolicy, depth: int) -> None:
-        self.policy = policy
+        self.policy = policy.at_work()
         self.parts = policy.parts
         self.depth = depth
         self.when = self.parts.when.paced(depth)
@@ -140,6 +147,7 @@ class Engine:
         if self.when.chunk:
             # Scores that wait for the end of the forward, of double precision at most.
             state += 2 * self.parts.budget.deferred
+        self._swaps = policy.swaps
         self._state_bytes = 4 * state if self.when.every or self.when.turns else 0
         self.ledger: Ledger | None = ledger_of(policy, self.when, depth)
         self.prompt: int | None = None
@@ -357,6 +365,14 @@ class Engine:
     def _apply(self, layer: Layer, site: CacheSite, score: Tensor, grant: Grant) -> None:
         if grant.measured:
             layer.clock.measured = grant.measured
+        if self._swaps and layer.swaps:
+            gone = self.policy.worst(site, score, grant.rows)
+            if gone is not None:
+                layer.swap(gone)
+                return
+        order = layer.sort() if self._swaps else None
+        if order is not None:  # of equal rows the older stays, which a choice of several takes to stand first
+            score, site = score.gather(2, order), site.at(*layer.shown(), layer.slots, layer.ragged, layer.weights)
         with without_autocast(score):
             step = self.policy.shrink(site, score, grant.rows, grant.counts)
         fitted = [layer.notes.pop(name) for name in FITTED if name in layer.notes]

@@ -61,6 +61,8 @@ class Score(Part):
         reads: what it takes from the site beyond keys and values, see :data:`tokred.core.site.READS`.
         accumulates: whether :meth:`observe` has to see every forward since the cache was empty.
         numbers: float32 numbers that it keeps for every row.
+        ordered: whether it takes rows to stand in the order of their slots: neighbours, or a window of queries and the
+            rows that are their own. Where it does not, steps that evict one row for each that comes move none.
         why_no_chunks: why it cannot judge a chunk of a prompt before the rest has come; None: it can.
     """
 
@@ -68,6 +70,7 @@ class Score(Part):
     reads: ClassVar[frozenset[str]] = frozenset({"k"})
     accumulates: ClassVar[bool] = False
     numbers: ClassVar[int] = 0
+    ordered: ClassVar[bool] = True
     why_no_chunks: ClassVar[str | None] = None
 
     @property

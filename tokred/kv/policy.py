@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,13 +21,16 @@ from tokred.kv.allocators import Judged, Measured
 from tokred.kv.budgets import Uniform
 from tokred.kv.fates import Evict
 from tokred.kv.parts import Budget, Fate, Score, When, as_part, check_amount, check_count
-from tokred.kv.select import Counts
+from tokred.kv.select import Counts, lowest
 from tokred.kv.site import CacheSite
 from tokred.kv.stores import Flat, Store
 from tokred.kv.stores.store import missing
 
 # What a budget is made of: a budget of tokred.kv, a share, tokens, or bytes.
 BudgetLike = Budget | float | int | str | None
+
+# Where a policy at work has its parts, which are no field of it.
+REMEMBERED = "_parts"
 
 
 class Parts(NamedTuple):
@@ -61,6 +65,12 @@ class CachePolicy(Method):
     @abstractmethod
     def parts(self) -> Parts:
         """The choices that this policy is made of."""
+
+    def at_work(self) -> CachePolicy:
+        """An equal policy that remembers its parts, for engines, which ask for them at every token of every layer."""
+        made = copy.copy(self)
+        made.__dict__[REMEMBERED] = self.parts
+        return made
 
     @property
     def reads(self) -> frozenset[str]:
@@ -179,8 +189,33 @@ class CachePolicy(Method):
     def guarded(self, site: CacheSite, rows: tuple[int, ...]) -> Tensor:
         """``[B or 1, Hk or 1, K]`` bool: first and newest tokens."""
         both = [self.guards(n, r) for n, r in zip(site.lengths, rows, strict=True)]
-        first = site.token < site.column(tuple(s for s, _ in both))
-        return first | site.stands_behind(tuple(r for _, r in both))
+        first, newest = (tuple(found) for found in zip(*both, strict=True))
+        behind = site.stands_behind(newest)
+        return behind if not any(first) else (site.token < site.column(first)) | behind
+
+    @property
+    def swaps(self) -> bool:
+        """True if a row that comes may take the place of the one that goes, so that none has to be moved.
+
+        A limit in bytes has no room for the place that waits in between.
+        """
+        parts = self.parts
+        free = not parts.score.ordered and type(parts.fate) is Evict and parts.score.repeats is None
+        even = not (parts.budget.headwise or parts.budget.deferred or parts.budget.queries)
+        return free and even and not isinstance(parts.budget.amount, str) and not parts.when.chunk
+
+    def worst(self, site: CacheSite, score: Tensor, rows: tuple[int, ...]) -> Tensor | None:
+        """``[B, Hk, 1]`` int64: the row of each head that goes, of equal ones the newest; None: it is not just one.
+
+        Arguments as for :meth:`shrink`, which keeps all others.
+        """
+        left = site.extent[2] - 1
+        if site.real is not None or left == 0:
+            return None
+        rows = self.at_least(site, rows)
+        if any(r != left for r in rows):
+            return None
+        return lowest(score, self.guarded(site, rows), site.slots)
 
     def shrink(self, site: CacheSite, score: Tensor, rows: tuple[int, ...], counts: Counts | None = None) -> Reduction:
         """The reduction to ``rows`` per head on average, given the scores; ``counts``: rows of each head, if known."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from tokred.kv.fates import Evict
 from tokred.kv.parts import Budget, Fate, Score, When, as_part
-from tokred.kv.policy import BudgetLike, CachePolicy, Parts, as_budget, check_room
+from tokred.kv.policy import REMEMBERED, BudgetLike, CachePolicy, Parts, as_budget, check_room
 from tokred.kv.stores import Flat, Store
 
 _EVICT, _FLAT = Evict(), Flat()
@@ -53,6 +53,9 @@ class Preset(CachePolicy):
     @property
     def parts(self) -> Parts:
         """All that the subclass makes, put together."""
+        remembered: Parts | None = self.__dict__.get(REMEMBERED)
+        if remembered is not None:
+            return remembered
         sinks, recent = getattr(self, "sinks", 0), getattr(self, "recent", 0)
         store = _FLAT if self.store is None else self.store
         assert isinstance(store, Store)  # made so above

@@ -86,15 +86,24 @@ def keep(score: Tensor, real: Tensor | None, guard: Tensor | None, counts: Count
     return Reduction.keep(index, score.shape[-1], None if exact and equal(counts) else meant)
 
 
-def _without_one(score: Tensor, guard: Tensor | None) -> Tensor:
-    """``[B, Hk, K - 1]``: all rows but the worst, the newest of equals; what a step needs, without sorting."""
+def lowest(score: Tensor, guard: Tensor | None, slots: Tensor | None) -> Tensor:
+    """``[B, Hk, 1]`` int64: the worst row, the newest of equals; what a step needs, without sorting.
+
+    Args:
+        score: ``[B, Hk, K]`` float, of rows that are all real.
+        guard: as in :func:`kept_mask`.
+        slots: ``[B, Hk, K]``, larger for newer rows; None: they stand in their order.
+    """
     if guard is not None:
         score = score.masked_fill(guard, torch.inf)
-    rows = torch.arange(score.shape[-1], device=score.device)
-    worst = score == score.amin(-1, keepdim=True)
-    gone = torch.where(worst, rows, -1).amax(-1, keepdim=True)
-    rows = rows[:-1]
-    return rows + (rows >= gone)
+    slots = torch.arange(score.shape[-1], device=score.device) if slots is None else slots
+    return torch.where(score == score.amin(-1, keepdim=True), slots, -1).argmax(-1, keepdim=True)
+
+
+def _without_one(score: Tensor, guard: Tensor | None) -> Tensor:
+    """``[B, Hk, K - 1]``: all rows but the worst."""
+    rows = torch.arange(score.shape[-1] - 1, device=score.device)
+    return rows + (rows >= lowest(score, guard, None))
 
 
 def _column(counts: Counts, device: torch.device) -> Tensor:

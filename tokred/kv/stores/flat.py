@@ -140,7 +140,11 @@ class FlatShelf(RectangleShelf):
         super().rewrite(values, slots)
 
     def _lie(self, flat: FlatRows) -> None:
-        self.flat, self._keys, self._values, self._slots = flat, None, None, None
+        self.flat, self._keys, self._values, self._slots, self._room = flat, None, None, None, None
+
+    @property
+    def swaps(self) -> bool:
+        return self.flat is None
 
     def _lengths(self, mask: Tensor | None) -> list[int] | None:
         """Rows of each sample and head, if they are to lie flat; asking waits for the device, as all freeing does."""

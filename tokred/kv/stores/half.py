@@ -127,11 +127,12 @@ class HalfShelf(RectangleShelf):
 
     def _open(self) -> None:
         if self.width:
-            (self._keys, self._values), self._wide, self._fresh = self.newest, None, 0
+            self._hold(*self.newest, own=False)
+            self._wide, self._fresh = None, 0
 
     def _close(self) -> None:
         if self._type != self.half and self._keys is not None and self._values is not None:
-            self._keys, self._values = self._rounded(self._keys), self._rounded(self._values)
+            self._hold(self._rounded(self._keys), self._rounded(self._values), own=False)
 
     def _rounded(self, rows: Tensor) -> Tensor:
         limit = torch.finfo(self.half).max

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tokred.core.reduction import Reduction
 from tokred.kernels.decode_attention import SENTINEL
 from tokred.kernels.gather_rows import gather_cache
+from tokred.kernels.rows import offsets
 from tokred.kv.stores.store import Shelf, Store
 
 
@@ -29,13 +31,17 @@ class Rectangle(Store):
 class RectangleShelf(Shelf):
     """Two tensors, and the slots of their rows once these are not the first ones.
 
-    No tensor is changed in place, so a snapshot is a reference.
+    Tensors are changed in place only by :meth:`swap`, and by the row that comes after it, as long as nobody else can
+    hold them: a snapshot is a reference, after which the next change copies.
     """
 
     def __init__(self) -> None:
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
         self._slots: Tensor | None = None
+        self._own = False  # keys and values have been made here, and nobody else holds them
+        # [B, Hk, K + 1, D] of which keys and values are the first rows, between a swap and the row that comes next.
+        self._room: tuple[Tensor, Tensor] | None = None
 
     @property
     def keys(self) -> Tensor | None:
@@ -69,44 +75,89 @@ class RectangleShelf(Shelf):
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         if self._keys is None or self._values is None:
-            self._keys, self._values = keys.contiguous(), values.contiguous()
+            self._hold(keys.contiguous(), values.contiguous(), own=False)
+        elif self._fits(keys, values):
+            room = self._room
+            assert room is not None  # or nothing would fit
+            for x, new in zip(room, (keys, values), strict=True):
+                x[:, :, -1:] = new
+            self._hold(*room)
         else:
-            self._keys, self._values = torch.cat([self._keys, keys], 2), torch.cat([self._values, values], 2)
+            self._hold(torch.cat([self._keys, keys], 2), torch.cat([self._values, values], 2))
+
+    def _hold(self, keys: Tensor, values: Tensor, *, own: bool = True) -> None:
+        self._keys, self._values, self._own, self._room = keys, values, own, None
+
+    def _fits(self, keys: Tensor, values: Tensor) -> bool:
+        """True if rows can be written into the room that a swap has left."""
+        graph = torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)
+        return self._room is not None and keys.shape[2] == 1 and not graph and self._free(*self._room)
+
+    def _free(self, *rows: Tensor) -> bool:
+        """True if rows may be changed in place."""
+        if not self._own or any(x.requires_grad or not x.is_contiguous() for x in rows):
+            return False
+        return torch.is_inference_mode_enabled() or not any(x.is_inference() for x in rows)
+
+    @property
+    def swaps(self) -> bool:
+        return type(self) is RectangleShelf  # others that are made of one may hold more than these rows
+
+    def swap(self, gone: Tensor, slots: Tensor) -> None:
+        keys, values = self.newest
+        if not self._free(keys, values):
+            keys, values = (x.clone(memory_format=torch.contiguous_format) for x in (keys, values))
+        pairs, n = gone.shape[0] * gone.shape[1], keys.shape[2]
+        place = (gone.view(pairs, 1) + offsets(pairs, n, gone)).view(-1)
+        for x in (keys, values):
+            last = x[:, :, -1].reshape(pairs, x.shape[3]).clone()
+            x.view(pairs * n, x.shape[3]).index_copy_(0, place, last)
+        self._hold(keys[:, :, :-1], values[:, :, :-1])
+        self._room = keys, values
+        self._slots = without_row(slots, gone)
+
+    def lend(self) -> None:
+        self._own = False
+
+    def snapshot(self) -> dict[str, Any]:
+        self.lend()
+        return super().snapshot()
 
     def take(self, step: Reduction, slots: Tensor) -> None:
         keys, values = self.keys, self.values
         assert keys is not None  # something was there to decide on
         assert values is not None
-        self._keys, self._values, kept = gather_cache(keys, values, slots, step.representative)
+        keys, values, kept = gather_cache(keys, values, slots, step.representative)
+        self._hold(keys, values)
         self._slots = without_empty(kept, step.mask).contiguous()
 
     def merge(self, step: Reduction, slots: Tensor, weights: Tensor | None) -> None:
         keys, values = self.keys, self.values
         assert keys is not None  # something was there to decide on
         assert values is not None
-        self._keys, self._values = step.merge(keys, weights), step.merge(values, weights)
+        self._hold(step.merge(keys, weights), step.merge(values, weights))
         self._slots = without_empty(merged_slots(step, slots), step.mask).contiguous()
 
     def rewrite(self, values: Tensor, slots: Tensor | None) -> None:
-        self._values = values
+        assert self._keys is not None  # there are rows
+        self._hold(self._keys, values, own=False)
 
     def crop(self, count: int) -> None:
         if count == 0 or self._keys is None or self._values is None:
             return
         left = self._keys.shape[2] - count
-        self._keys, self._values = first_rows(self._keys, left), first_rows(self._values, left)
+        self._hold(first_rows(self._keys, left), first_rows(self._values, left), own=False)
         self._slots = None if self._slots is None else self._slots[:, :, :left]
 
     def detach(self, count: int) -> tuple[Tensor, Tensor]:
         keys, values = self.newest
-        self._keys, self._values = keys[:, :, :-count], values[:, :, :-count]
+        self._hold(keys[:, :, :-count], values[:, :, :-count], own=False)
         return keys[:, :, -count:], values[:, :, -count:]
 
     def select(self, index: Tensor, listed: Callable[[], list[int]]) -> None:
-        for name in ("_keys", "_values", "_slots"):
-            value = getattr(self, name)
-            if value is not None:
-                setattr(self, name, value.index_select(0, index))
+        if self._keys is not None and self._values is not None:
+            self._hold(self._keys.index_select(0, index), self._values.index_select(0, index))
+        self._slots = None if self._slots is None else self._slots.index_select(0, index)
 
 
 def newest_slots(seen: int, count: int, device: torch.device) -> Tensor:
@@ -122,6 +173,8 @@ def up_to_date(known: Tensor | None, width: int, seen: int) -> Tensor | None:
     count = 0 if known is None else width - known.shape[2]
     if known is None or not count:
         return known
+    if count == 1:
+        return F.pad(known, (0, 1), value=seen - 1)
     new = newest_slots(seen, count, known.device).expand(*known.shape[:2], count)
     return torch.cat([known, new], 2)
 
@@ -133,6 +186,11 @@ def merged_slots(step: Reduction, slots: Tensor) -> Tensor:
     # Rows that go nowhere are sent to a slot behind the last, which is cut off.
     last = torch.cat([slots.gather(2, step.representative), slots.new_zeros(b, heads, 1)], 2)
     return last.scatter_reduce(2, into, slots.gather(2, step.source), "amax")[..., :-1]
+
+
+def without_row(state: Tensor, gone: Tensor) -> Tensor:
+    """``[B, Hk, K - 1]``: the last one in place of ``gone`` ``[B, Hk, 1]``, which may be the last itself."""
+    return state.scatter(2, gone, state[..., -1:])[..., :-1]
 
 
 def without_empty(slots: Tensor, mask: Tensor | None) -> Tensor:

@@ -117,7 +117,8 @@ class Shelf(ABC):
     """The rows of one layer. Those of a forward are appended, attended to, and then settled.
 
     What holds tensors holds them as attributes, or in tuples and lists of attributes: then :attr:`tensors`,
-    :meth:`snapshot` and :meth:`restore` need not be written again, as long as no tensor is changed in place.
+    :meth:`snapshot` and :meth:`restore` need not be written again, as long as no tensor is changed in place that a
+    snapshot refers to.
 
     Attributes:
         several: whether :meth:`attend` takes several queries of each sample.
@@ -207,6 +208,23 @@ class Shelf(ABC):
             slots: ``[B, Hk, K]`` int32, of the rows as they are.
         """
         raise NotImplementedError(f"{type(self).__name__} cannot {ABILITIES['take']}")
+
+    @property
+    def swaps(self) -> bool:
+        """True if :meth:`swap` can be called now."""
+        return False
+
+    def swap(self, gone: Tensor, slots: Tensor) -> None:
+        """Hold all rows but one of each head, whose place the newest takes, so that no other moves.
+
+        Args:
+            gone: ``[B, Hk, 1]`` int64; where it is the newest row itself, no other takes a place.
+            slots: ``[B, Hk, K]`` int32, of the rows as they are.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot put a row in the place of another")
+
+    def lend(self) -> None:  # noqa: B027 - only those who change tensors in place have to know
+        """Somebody may go on holding the tensors of keys and values, who must not see them change."""
 
     def merge(self, step: Reduction, slots: Tensor, weights: Tensor | None) -> None:
         """Hold only what ``step`` makes of the rows, weighted by ``weights`` ``[B, Hk, K]``; otherwise :meth:`take`."""

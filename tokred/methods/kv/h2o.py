@@ -33,6 +33,7 @@ class ColumnSum(Score):
     reads: ClassVar[frozenset[str]] = frozenset({"q", "k"})
     accumulates: ClassVar[bool] = True
     numbers: ClassVar[int] = 1
+    ordered: ClassVar[bool] = False
 
     decay: float = 1.0
     group: str = "sum"
@@ -54,7 +55,10 @@ class ColumnSum(Score):
             weight = self.decay ** site.behind(count).float()
         received = site.columns(last, weight=weight, group=self.group).float()
         before = site.rows.get(MASS)
-        site.rows[MASS] = received if before is None else before * self.decay ** site.arrived(m) + received
+        if before is not None:
+            before = before if self.decay == 1 else before * self.decay ** site.arrived(m)
+            received = before + received
+        site.rows[MASS] = received
 
     def __call__(self, site: CacheSite) -> Tensor:
         """The sum that :meth:`observe` has added up."""

@@ -21,6 +21,7 @@ class KeyNorm(Score):
     """
 
     name: ClassVar[str] = "key_norm"
+    ordered: ClassVar[bool] = False
 
     def __call__(self, site: CacheSite) -> Tensor:
         length: Tensor = site.k.float().norm(dim=-1)

@@ -23,6 +23,7 @@ class Random(Score):
     """
 
     name: ClassVar[str] = "random"
+    ordered: ClassVar[bool] = False
 
     seed: int = 0
 

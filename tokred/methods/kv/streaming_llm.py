@@ -22,6 +22,7 @@ class Recency(Score):
     """
 
     name: ClassVar[str] = "recency"
+    ordered: ClassVar[bool] = False
 
     def __call__(self, site: CacheSite) -> Tensor:
         """The number of the token."""

@@ -22,6 +22,7 @@ class LastQuery(Score):
 
     name: ClassVar[str] = "last_query"
     reads: ClassVar[frozenset[str]] = frozenset({"q", "k"})
+    ordered: ClassVar[bool] = False
 
     @property
     def window(self) -> int:
