@@ -132,6 +132,7 @@ from tokred.methods.vlm.flashvid import FlashVID
 from tokred.methods.vlm.hired import HiRED
 from tokred.methods.vlm.holitom import HoliTom, HoliTomLayer
 from tokred.methods.vlm.prumerge import PruMerge, PruMergePlus
+from tokred.methods.vlm.prunevid import PruneVid
 from tokred.methods.vlm.pyramiddrop import PyramidDrop
 from tokred.methods.vlm.random_deep import RandomDeep
 from tokred.methods.vlm.restore import Restore
@@ -231,6 +232,7 @@ __all__ = [
     "PluginWarning",
     "PruMerge",
     "PruMergePlus",
+    "PruneVid",
     "PyramidDrop",
     "PyramidKV",
     "RandomDeep",

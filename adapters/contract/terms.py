@@ -69,6 +69,7 @@ PRETRAINED = row("base of models", "PreTrainedModel T transformers.modeling_util
 MIXIN = row("base of denoisers", "ModelMixin D modeling_utils")
 PIPELINE = row("base of pipelines", "DiffusionPipeline D diffusers.pipelines.pipeline_utils")
 ATTENTION = row("name of attentions", "Attention D attention_processor")
+LATENT_ATTENTION = row("attention that is not called so", "LongcatFlashMLA T longcat_flash")
 CLIP_TOWER = row("tower of open_clip", "VisionTransformer O transformer")
 QUANTISED = row("cache of quantised rows", "QuantizedCache T transformers.cache_utils")
 

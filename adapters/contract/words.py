@@ -57,6 +57,9 @@ STATES = row(
 )
 SHARED_ROWS = row("rows that layers share", "shared_kv_states T gemma3n:Gemma3nTextAttention.forward")
 SOURCE = row("states that a cross-attention reads", "key_value_states T bart:BartAttention.forward")
+PICTURED = row(
+    "states of images that layers of a decoder read", "cross_attention_states T mllama:MllamaTextCrossAttention.forward"
+)
 CACHED = row("whether to keep a cache", "use_cache T llama:LlamaModel.forward")
 TYPES = row("types of tokens", "token_type_ids T paligemma:PaliGemmaModel.forward")
 LABELS = row("labels", "labels T llama:LlamaForCausalLM.forward")

@@ -152,7 +152,7 @@ class EncoderHost(Host):
     def missing(self, method: Method | type[Method]) -> frozenset[str]:
         missing = super().missing(method)
         # Rows and columns alone do not place the tokens of a video.
-        one = method if isinstance(method, Method) else method()
+        one: Method = method if isinstance(method, Method) else method()
         if not one.gradients:
             # Its tokens really leave while it learns, so that none is there only softly.
             missing -= self.recipe.supplies & {"module"}

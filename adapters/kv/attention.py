@@ -128,17 +128,17 @@ def _borrow(call: Call, layer: TokLayer, query: Tensor) -> tuple[Tensor, Tensor 
     """
     lent: list[Lent] = layer.lent or []
     # Where nothing else is wanted of a model it gives these layers the newest queries alone.
-    skip = sum(one.count for one in lent) - query.shape[2]
+    skip = sum(one.queries for one in lent) - query.shape[2]
     if not lent or skip < 0:
         raise UnsupportedModelError(f"{type(call.module).__name__} ran before the layer whose rows it shares")
     outs: list[tuple[Tensor, Tensor | None]] = []
     begun = 0
     for i, one in enumerate(lent):
-        left = one.count - min(one.count, skip)
-        skip -= one.count - left
+        left = one.queries - min(one.queries, skip)
+        skip -= one.queries - left
         if left:
-            part = call if i == len(lent) - 1 else call._replace(spec=call.spec.part(one.count, one.seen))
-            first, some = one.first + one.count - left, query[:, :, begun : begun + left]
+            part = call if i == len(lent) - 1 else call._replace(spec=call.spec.part(one.queries, one.seen))
+            first, some = one.first + one.queries - left, query[:, :, begun : begun + left]
             outs.append(_over(part, one, some, one.keys, one.values, first))
             begun += left
     return outs[0] if len(outs) == 1 else (torch.cat([out for out, _ in outs], 1), None)

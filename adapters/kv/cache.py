@@ -253,6 +253,7 @@ def make_cache(config: Any, policy: CachePolicy, compressed: tuple[int, ...], la
         raise ValueError(
             f"layout is {layout!r}, but the policy's store {store.name!r} has a form of its own: leave it out"
         )
+    # Configurations of encoder-decoders tell a cache of the encoder's layers, so its layers may be counted instead.
     cache = TokCache()
     words.LAYERS.set(cache, _empty(config))
     members.LAYER_CLASS.set(cache, None)

@@ -105,6 +105,12 @@ def _crosses(model: Any) -> dict[int, tuple[str, nn.Module]]:
 
 
 def _attends(module: nn.Module) -> bool:
+    """True for an attention itself, and not for what is around one."""
+    inside = (m for m in module.modules() if m is not module)
+    return _named(module) and not any(map(_named, inside))
+
+
+def _named(module: nn.Module) -> bool:
     return terms.ATTENTION.name in host_class(module).__name__
 
 

@@ -322,7 +322,7 @@ def _attentions(model: Any, text: Any) -> dict[int, tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         index = words.LAYER_INDEX.part(module)
         if (
-            terms.ATTENTION.name in host_class(module).__name__
+            (terms.ATTENTION.name in (kind := host_class(module).__name__) or kind in terms.LATENT_ATTENTION.names)
             and isinstance(index, int)
             and name.rpartition(".")[2] not in members.CROSS_ATTENTION.names
             and words.CONFIG.part(module) is text
@@ -351,6 +351,8 @@ def _check_attentions(
     for where, module in found.values():
         forward = host_class(module).forward
         parameters = inspect.signature(forward).parameters
+        if words.PICTURED.among(parameters):
+            raise refusal(name, f"{where} keeps rows of images, which are no tokens of the text")
         if cache_argument(forward) is None or not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             raise refusal(name, f"{where} does not hand its arguments on to the attention function")
         sinks = words.SINKS.part(module)

@@ -20,7 +20,7 @@ class Lent(NamedTuple):
         weights: ``[B, Hk, K]``, how many tokens each row stands for; None: one each.
         compressed, ragged, seen, settled, engine: as the layer has them.
         first: slot of the first query.
-        count: queries.
+        queries: how many there were.
     """
 
     keys: Tensor
@@ -33,7 +33,7 @@ class Lent(NamedTuple):
     settled: int
     engine: Engine
     first: int
-    count: int
+    queries: int
 
 
 def owners(kinds: list[str], text: object) -> dict[int, int]:

@@ -362,7 +362,7 @@ def test_models_whose_caches_cannot_be_joined(chunks):
     with pytest.raises(UnsupportedModelError, match="latents"):
         tokred.ChunkStore(build("deepseek_v3"))
     bare = {"no_rope_layers": [1, 0, 1]}
-    for family, options in (("smollm3", bare), ("gptj", {})):  # layers without rotation, and pairs
+    for family, options in (("smollm3", bare), ("cohere", {})):  # layers without rotation, and pairs
         model = build(family, **options)
         store = tokred.ChunkStore(model)
         parts = [store.add(prompt(5)), store.add(prompt(6))]

@@ -54,6 +54,7 @@ WORKS = {
     "SeedOss": {},
     "Starcoder2": {"sliding_window": None},
     "GPTNeoX": {},
+    "BioGpt": {},
     "OPT": {"ffn_dim": 64, "word_embed_proj_dim": 48},
     "GPT2": GPT,
     "GPTBigCode": GPT,
@@ -88,11 +89,12 @@ REFUSED = {
     "DiffLlama": ({}, "attends to other keys and values than its cache holds"),
     "JetMoe": ({"kv_channels": 12, "num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2},
                "attends to other keys and values than its cache holds"),
+    "Mllama": ({"cross_attention_layers": [1, 3]}, "keeps rows of images, which are no tokens of the text"),
     "Falcon": ({"num_kv_heads": 2}, "its attention cannot be exchanged"),
     "Bloom": ({"n_head": 4, "n_layer": 2}, "its attention cannot be exchanged"),
 }  # fmt: skip
 # Layers that do not turn queries and keys: what undoes a rotation would be wrong there.
-STILL = ("Cohere2", "Exaone4", "SmolLM3", "GPT2", "OPT", "Jamba", "GraniteMoeHybrid")
+STILL = ("Cohere2", "Exaone4", "SmolLM3", "GPT2", "OPT", "BioGpt", "Jamba", "GraniteMoeHybrid")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -112,7 +114,7 @@ def model_of(name: str, more: dict):
     sizes = {
         k: v
         for k, v in sizes.items()
-        if k != "head_dim" or name not in ("JetMoe", "GPTNeoX", "Olmoe", "Persimmon", "Falcon", "Bloom")
+        if k != "head_dim" or name not in ("Mllama", "JetMoe", "GPTNeoX", "Olmoe", "Persimmon", "Falcon", "Bloom")
     }
     torch.manual_seed(0)
     return cls._from_config(kind(**{**sizes, **more})).eval()

@@ -62,7 +62,7 @@ def train_command(
     set_threads(threads)
     with refusing():
         given = read(recipe)
-        changed = {"steps": steps, "batch": batch, "seed": seed}
+        changed: dict[str, Any] = {"steps": steps, "batch": batch, "seed": seed}
         given = dataclasses.replace(given, **{name: value for name, value in changed.items() if value is not None})
         if precision not in ("no", "bf16"):
             raise ValueError(f"--precision must be no or bf16, got {precision!r}")
@@ -76,7 +76,7 @@ def train_command(
     with refusing(), contextlib.ExitStack() as stack:
         from tokred.learn.training import accuracy, train
 
-        move = (lambda: None) if quiet else stack.enter_context(progress(given.steps, f"train {given.method}"))
+        move = _nothing if quiet else stack.enter_context(progress(given.steps, f"train {given.method}"))
         if kept is not None:
             rows.append(("as it was", accuracy(found.to(accelerator.device).eval(), kept), 1.0))
 
@@ -111,6 +111,10 @@ def train_command(
         print(f"{setting:60} {shown}work of the blocks {work:.1%}")
     print(f"Data: {label}. Steps {done.begun} to {len(done.steps)} of {given.steps}; loss {done.steps[-1].loss:.4f}.")
     written([folder / "tokred.json"])
+
+
+def _nothing() -> None:
+    """Only the main process shows how far it is."""
 
 
 def _method(model: Any) -> Any:

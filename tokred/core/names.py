@@ -60,6 +60,7 @@ MethodName = Literal[
     "ppt",
     "prumerge",
     "prumerge_plus",
+    "prunevid",
     "pyramiddrop",
     "pyramidkv",
     "random",

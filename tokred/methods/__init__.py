@@ -100,6 +100,7 @@ TARGETS = {
     "dycoke": "tokred.methods.vlm.dycoke:DyCoke",
     "fastvid": "tokred.methods.vlm.fastvid:FastVID",
     "flashvid": "tokred.methods.vlm.flashvid:FlashVID",
+    "prunevid": "tokred.methods.vlm.prunevid:PruneVid",
     "holitom": "tokred.methods.vlm.holitom:HoliTom",
     "holitom_layer": "tokred.methods.vlm.holitom:HoliTomLayer",
     "vscan": "tokred.methods.vlm.vscan:VScan",

@@ -22,7 +22,7 @@ except ImportError as error:
 FOLDER = "tokred"
 
 
-class MethodCallback(TrainerCallback):
+class MethodCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no types here
     """Let a method on the model change its parameters while a ``Trainer`` runs, and keep what it learns.
 
     Gradients of the method's weights, which the trainer does not look after, are emptied before each step, averaged
@@ -81,10 +81,11 @@ class MethodCallback(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Average the gradients of the method's weights over the processes, and clip them: the trainer sees neither."""
         own = [p for p in tokred.parameters(kwargs["model"]) if p.grad is not None]
+        grads = [p.grad for p in own if p.grad is not None]
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            for p in own:
-                dist.all_reduce(p.grad)
-                p.grad = p.grad / dist.get_world_size()  # type: ignore[operator]
+            for grad in grads:
+                dist.all_reduce(grad)
+                grad.div_(dist.get_world_size())
         if own and args.max_grad_norm:
             nn.utils.clip_grad_norm_(own, args.max_grad_norm)
 

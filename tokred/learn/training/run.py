@@ -188,7 +188,7 @@ def _patches(model: nn.Module) -> Tensor:
     if gate is None:
         raise ValueError("the recipe distils tokens, but the method makes no soft decisions: leave out tokens")
     n = gate.shape[1]
-    return F.pad(gate[:, host.prefix : n - host.suffix], (host.prefix, host.suffix))  # type: ignore[attr-defined]
+    return F.pad(gate[:, host.prefix : n - host.suffix], (host.prefix, host.suffix))
 
 
 def _resumed(

@@ -243,7 +243,8 @@ class Croppers(nn.Module):
             logits = self.queries[block].to(x.dtype) @ x.mT * x.shape[-1] ** -0.5
             if mask is not None:
                 logits = logits.masked_fill(~mask[:, None], -torch.inf)
-            return logits.softmax(-1) @ x
+            gathered: Tensor = logits.softmax(-1) @ x
+            return gathered
 
     def forward(self, block: int, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Answers of the head of a block: ``(B, M, K)`` float32 of tokens ``(B, N, C)``."""
@@ -277,7 +278,8 @@ class Head(nn.Module):
 def _scores(direction: Tensor, x: Tensor) -> Tensor:
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     with without_autocast(x):
-        return x @ direction.to(x.dtype)
+        found: Tensor = x @ direction.to(x.dtype)
+        return found
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -126,6 +126,8 @@ class Embeddings(nn.Module):
         """Embeddings ``(B, N, D)`` of tokens ``(B, N, C)``, of length one, float32 (float64 stays)."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         norm, layer = self.norms[block], self.layers[block]
+        assert isinstance(norm, nn.LayerNorm)  # module lists do not tell the types of what is in them
+        assert isinstance(layer, nn.Linear)
         with without_autocast(x):
             y = F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
             y = F.linear(y, layer.weight.to(x.dtype), layer.bias.to(x.dtype))

@@ -50,7 +50,7 @@ class PixelPrune(BlockMethod):
 
     summary: ClassVar[str] = "leave out patches that their neighbours predict, before the first block"
     source: ClassVar[str] = "2026 (arXiv 2604.00886)"
-    example: ClassVar[Parameters] = {"tau": 0.9, "min_keep": 0.3}
+    example: ClassVar[Parameters] = {"tau": 0.9, "metric": "mae", "min_keep": 0.3}
     nothing: ClassVar[Parameters | None] = {"min_keep": 1.0}
     where: ClassVar[Where] = "before"
     uneven: ClassVar[bool] = True

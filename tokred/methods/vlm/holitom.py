@@ -170,7 +170,7 @@ class HoliTomLayer(LayerMethod):
     summary: ClassVar[str] = "before one decoder layer merge visual tokens into those that the last token attends to"
     source: ClassVar[str] = "Shao et al., NeurIPS 2025 (arXiv 2505.21334)"
     example: ClassVar[Parameters] = {"layer": 2}
-    nothing: ClassVar[Parameters | None] = {"ratio": 0.0}
+    nothing: ClassVar[Parameters | None] = {"layer": 1, "ratio": 0.0}
 
     layer: int = 18
     ratio: float = 0.5
