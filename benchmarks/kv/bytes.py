@@ -198,8 +198,11 @@ def _answers(model: Any, tokenizer: Any, logits: Tensor, cache: Any) -> list[tup
 
 
 @torch.inference_mode()
-def solve(model: Any, prompt: feed.Prompt, names: Sequence[str], goals: Sequence[int]) -> list[Held]:
-    """All arms, the unpatched model first: open settings solved on some prompts."""
+def solve(
+    model: Any, prompt: feed.Prompt, names: Sequence[str], goals: Sequence[int], there: Iterable[Value] = ()
+) -> list[Held]:
+    """All arms, the unpatched model first: open settings solved on some prompts, or as they were for values there."""
+    known = {v.arm: v.solved for v in there}
     samples = prompt.layers[0].k.shape[0]
 
     def held(method: Any) -> int:
@@ -214,7 +217,9 @@ def solve(model: Any, prompt: feed.Prompt, names: Sequence[str], goals: Sequence
         if names and family.name not in names:
             continue
         try:
-            found += arms(family._replace(ratios=tuple(r for r in family.ratios if r in goals)), dense, held, told)
+            found += arms(
+                family._replace(ratios=tuple(r for r in family.ratios if r in goals)), dense, held, told, known
+            )
         except FAILURES as error:
             told(f"{family.name} {family.setting} takes no part: {type(error).__name__}: {error}")
     return ranked(found)
@@ -370,7 +375,7 @@ def main() -> None:
     rounds = [r for r in (QUICK if given.quick else ROUNDS) if given.only in (None, r.kind)]
     first = rounds[0]
     prompt = read_prompts(model, samples(maker, *first[:3]))
-    every = solve(model, prompt, names, goals)
+    every = solve(model, prompt, names, goals, there)
     took = time.monotonic() - began
     print(f"{took:6.0f} s  {len(every)} arms", file=sys.stderr, flush=True)
     if given.list:

@@ -7,7 +7,8 @@ since bits come in whole numbers only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import tokred
@@ -274,7 +275,11 @@ def _next(points: dict[float, int], most: float, limit: float) -> float:
 
 
 def arms(
-    family: Family, dense: int, held: Callable[[Any], int], told: Callable[[str], None] = lambda text: None
+    family: Family,
+    dense: int,
+    held: Callable[[Any], int],
+    told: Callable[[str], None] = lambda text: None,
+    known: Mapping[tuple[str, str, int], float | None] = MappingProxyType({}),
 ) -> list[Held]:
     """A family at each of its ratios.
 
@@ -283,13 +288,18 @@ def arms(
         dense: bytes of the 16-bit cache.
         held: bytes of a policy's cache.
         told: is given a sentence for each ratio that the family does not reach.
+        known: what was solved before, by name, setting and ratio.
     """
     found = []
     for ratio in family.ratios:
         if not ratio:
             found.append(Held(family.name, family.setting, 0, family.make(family.values[0])))
             continue
-        value = solved(lambda x: held(family.make(x)), dense / ratio, 1 / ratio, family.values)
+        key = family.name, family.setting, ratio
+        if key in known:
+            value = known[key] if len(family.values) != 1 else family.values[0]
+        else:
+            value = solved(lambda x: held(family.make(x)), dense / ratio, 1 / ratio, family.values)
         if value is None:
             told(f"{family.name} {family.setting} does not hold as little as {ratio}:1")
             continue

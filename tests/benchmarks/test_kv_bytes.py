@@ -103,6 +103,8 @@ def test_arms_hold_what_was_asked_for(maker: texts.Maker, monkeypatch: pytest.Mo
         list(script.run(model, Words(), maker, [broken], rounds[:1], [], 9, prompt))
     found = [v for part in script.run(model, Words(), maker, every, rounds, [], 9, prompt) for v in part]
     assert not any(script.run(model, Words(), maker, every, rounds, found, 9)), "nothing is measured twice"
+    monkeypatch.setattr(holding, "solved", lambda *_: None)
+    assert script.solve(model, prompt, [], (4, 0), found) == every, "nothing is solved twice"
     full = next(v.held for v in found if v.method == BASE)
     for v in found:
         if v.goal:
