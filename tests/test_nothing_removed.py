@@ -15,6 +15,7 @@ from tokred.core.registry import methods
 NAMED = {
     "tome": ("r=0", "r=8"), "tofu": ("r=0", "r=8"), "random": ("r=0", "r=8"), "random_prune": ("r=0", "r=8"),
     "pitome": ("ratio=1.0", "ratio=0.9"), "downsample": ("keep=1.0", "keep=0.5"),
+    "cropr": ("r=0", "r=8"), "dtem": ("r=0", "r=8"),
 }  # fmt: skip
 
 

@@ -280,7 +280,7 @@ class Shared(State):
         Raises:
             UnsupportedModelError: the method learns inside a reentrant checkpoint, where its losses have no gradient.
         """
-        if self.module is not None and self.module.training and x.requires_grad and not torch.is_grad_enabled():
+        if self.learns and x.requires_grad and not torch.is_grad_enabled():
             raise UnsupportedModelError(LEARNING.format(method=self.method.name))
         if layer == 0:
             return self.begin(x, x.shape[1]), x
@@ -289,6 +289,12 @@ class Shared(State):
             # What the host knows of the original tokens (its mask, tables of positions) fits them again.
             return TokenState(state.length, sides=state.sides), x if state.exposed else state.restore(x)
         return (state, state.shorten(x)) if state.exposed else (state, x)
+
+    @property
+    def learns(self) -> bool:
+        """True while the method has weights that are being trained."""
+        module = self.module
+        return module is not None and module.training and any(p.requires_grad for p in module.parameters())
 
     def begin(self, x: Tensor, length: int) -> TokenState:
         """The state of tokens ``x`` that enter the first block.

@@ -23,23 +23,23 @@ class CrossSettings(CacheSettings):
 
     Args:
         policy, config, compressed, implementation: as :class:`CacheSettings` has them.
-        layers: of the decoder.
+        depth: layers of the decoder.
     """
 
     crosses = True
 
-    def __init__(self, policy: Any, config: Any, compressed: tuple[int, ...], implementation: str, layers: int) -> None:
+    def __init__(self, policy: Any, config: Any, compressed: tuple[int, ...], implementation: str, depth: int) -> None:
         super().__init__(policy, config, compressed, implementation)
-        self.layers = layers
+        self.depth = depth
 
     def __getstate__(self) -> dict[str, Any]:
         """The settings without the cache."""
-        return {**super().__getstate__(), "layers": self.layers}
+        return {**super().__getstate__(), "depth": self.depth}
 
     @property
     def shape(self) -> int:
         """Layers of a cache; configurations of encoder-decoders tell of those of the encoder."""
-        return self.layers
+        return self.depth
 
     def cache(self, layout: str = "auto") -> Any:
         """An empty cache of both kinds, of which that of the cross-attention holds its rows as ``layout`` says."""
@@ -54,7 +54,8 @@ class CrossSettings(CacheSettings):
         if prompt is not None:
             raise ValueError(f"prompt is {prompt}, but the rows of an encoder come at once: leave it out")
         cache = self.cache(layout)
-        words.CROSS_CACHE.need(cache).engine.steps = steps
+        crossing: TokCache = words.CROSS_CACHE.need(cache)
+        crossing.engine.steps = steps
         return cache
 
 

@@ -180,11 +180,12 @@ class EnterDecoder(Hook):
         _check_samples(given)
         _check_mask(words.ATTENTION_MASK.of(given))
         cache = self.settings.cache() if cache is None else self.settings.adopt(cache)
+        ours: TokCache = cache
         _check_length(words.ATTENTION_MASK.of(given), given, cache)
         check_mask(cache, words.ATTENTION_MASK.of(given))
         _check_chunk(given, self.settings.policy)
-        cache.begin()
-        cache.account(_new(given)[0], self.settings.config)
+        ours.begin()
+        ours.account(_new(given)[0], self.settings.config)
         kept = words.KEPT_LOGITS.of(given)
         if isinstance(kept, int) and words.KEPT_LOGITS.among(self.names):
             words.KEPT_LOGITS.put(given, _newest_alone(kept, self.settings.implementation))

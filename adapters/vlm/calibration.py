@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tokred.adapters.vlm.families import Facts
     from tokred.adapters.vlm.forward import Forward
 
-KERNELS = ("eager", terms.FUSED_KERNEL.name)
+KERNELS = (terms.WRITTEN_OUT.name, terms.FUSED_KERNEL.name)
 
 
 class Rows(NamedTuple):

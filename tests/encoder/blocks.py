@@ -58,6 +58,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ltp-least": {"thresholds": [0.3, 0.3], "min_keep": 6},
     "downsample": {"keep": 0.5},
     "dynamicvit": {"rho": 0.6, "at": [1]},
+    "pixelprune": {"tau": 0.6, "metric": "mae", "min_keep": 0.5},
+    "pixelprune-uneven": {"tau": 0.55, "metric": "mae"},
     "dtem": {"r": 4, "dim": 8},
     "cropr": {"r": 4, "classes": 3},
     "cropr-folded": {"r": [9, 0], "round_to": 4},
@@ -66,7 +68,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 # Their step is the second block's.
 LAYERS = {"algm-pairs": 1, "algm-moments": 1}
 # Without hidden patches only: what is left of a grid is none.
-OF_GRID = ("algm-windows", "vtm-centre", "vtm-boundary", "downsample")
+OF_GRID = ("algm-windows", "vtm-centre", "vtm-boundary", "downsample", "pixelprune", "pixelprune-uneven")
 
 
 def method(label: str) -> tokred.Method:
@@ -112,8 +114,11 @@ def site(label: str, given: dict[str, Tensor], *, mask: Tensor | None = None, pr
     """A site of 4 x 4 patches between a class token and one at the end, where the method acts."""
     values = dict(given)
     transform = (values.pop("before"), values.pop("after"))
+    # Patches look as their tokens are.
+    pixels = values["x"][:, prefix : values["x"].shape[1] - suffix]
     return Site(
-        **values, transform=transform, prefix=prefix, suffix=suffix, grid=(4, 4), layer=LAYERS.get(label, 0), depth=2,
+        pixels=pixels, **values, transform=transform, prefix=prefix, suffix=suffix, grid=(4, 4),
+        layer=LAYERS.get(label, 0), depth=2,
         learned=learned(label, values["x"].shape[-1]), mask=mask, totals=None if mask is None else mask.sum(1),
     )  # fmt: skip
 

@@ -71,7 +71,7 @@ def round_(cache) -> None:
     """Round the rows of a rectangle by hand."""
     for layer in cache.layers:
         shelf = layer.shelf
-        shelf._keys, shelf._values = (x.bfloat16().float() for x in (shelf._keys, shelf._values))
+        shelf._hold(*(x.bfloat16().float() for x in shelf.newest))
 
 
 def course(model, cache, ids, mask, after):
@@ -101,7 +101,8 @@ def test_half_is_a_rectangle_that_is_rounded_after_every_forward(model, name, ba
         # What is judged after rounding may keep other rows where scores nearly tie.
         assert (a - e).abs().max() < (0.2 if name in LATER else 0.1)
         if name not in LATER:
-            assert torch.equal(a, c)
+            # Rows that take others' places stand in another order, by which sums may differ in their last bits.
+            torch.testing.assert_close(a, c, rtol=1e-5, atol=1e-5)
     assert not torch.equal(ours[-1], exact[-1])
 
 

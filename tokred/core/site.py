@@ -279,6 +279,9 @@ class Site:
 
         transform = None if self._transform is None else lambda: pair(known, self.transform)
         hidden = rows.shape[0] < self.shape[1]
+        # Pixels are those of the whole grid, which what is left does not form any more.
+        if "pixels" in made:
+            made["pixels"] = lambda: None if hidden else self.pixels[i : i + 1]
         own = None if self._attention is None else lambda: self.attention.sample(i, rows)
         return Site(
             **made,  # type: ignore[arg-type]

@@ -189,7 +189,7 @@ class CachePolicy(Method):
     def guarded(self, site: CacheSite, rows: tuple[int, ...]) -> Tensor:
         """``[B or 1, Hk or 1, K]`` bool: first and newest tokens."""
         both = [self.guards(n, r) for n, r in zip(site.lengths, rows, strict=True)]
-        first, newest = (tuple(found) for found in zip(*both, strict=True))
+        first, newest = tuple(one[0] for one in both), tuple(one[1] for one in both)
         behind = site.stands_behind(newest)
         return behind if not any(first) else (site.token < site.column(first)) | behind
 
@@ -210,7 +210,7 @@ class CachePolicy(Method):
         Arguments as for :meth:`shrink`, which keeps all others.
         """
         left = site.extent[2] - 1
-        if site.real is not None or left == 0:
+        if site.real is not None or left == 0 or site.shape[0] == 0:
             return None
         rows = self.at_least(site, rows)
         if any(r != left for r in rows):

@@ -60,7 +60,7 @@ def load_cache(model: nn.Module, path: str | Path) -> Any:
     """
     from tokred.adapters.kv.reuse import saved
 
-    place, file = _Place(model), saved.Saved(path, "layers")
+    place, file = _Place(model), saved.Saved(path, "held")
     file.check_model(place.fingerprint)
     known = file.known
     file.check("policy", place.policy, _said(place.policy), _said(known.get("policy")))

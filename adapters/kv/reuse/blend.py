@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tokred.adapters.contract import attention_of, cache_of, members, terms, words
 from tokred.adapters.kv.attention import PREFIX
 from tokred.adapters.kv.cache import layers_of
+from tokred.adapters.kv.hooks import CacheSettings
 from tokred.adapters.kv.host import CacheHost
 from tokred.adapters.kv.layer import TokLayer
 from tokred.adapters.kv.reasons import layer_kinds
@@ -96,7 +97,7 @@ def _check(host: CacheHost, parts: Sequence[Chunk | Tensor]) -> None:
     if len(parts) == 1 and isinstance(parts[0], Chunk) and parts[0].first == 0:
         return
     name = attention_of(host.config).removeprefix(PREFIX)
-    if name not in ("eager", *terms.FUSED_KERNEL.names):
+    if name not in (*terms.WRITTEN_OUT.names, *terms.FUSED_KERNEL.names):
         raise ValueError(
             f"the model's attention is {name!r}, which takes no mask of rows that stand apart: load it with "
             "attn_implementation='sdpa' or 'eager'"
@@ -165,7 +166,7 @@ class _Run:
         kinds = layer_kinds(host.config)
         window = words.WINDOW.part(host.config)
         self.windows = [int(window) if k in terms.SLIDING.names and window else None for k in kinds]
-        self.eager = attention_of(host.config).removeprefix(PREFIX) == "eager"
+        self.eager = attention_of(host.config).removeprefix(PREFIX) == terms.WRITTEN_OUT.name
         self._masks: dict[Any, Tensor] = {}
 
     def computed(self, depth: int) -> tuple[Tensor, ...]:
@@ -203,7 +204,8 @@ class _Run:
         if index == 0:
             self._stored = layer.rows[0]
         elif self._stored is not None:
-            self._compare(self._stored, layers_of(self.cache)[0].rows[0])
+            lowest: JoinedLayer = layers_of(self.cache)[0]
+            self._compare(self._stored, lowest.rows[0])
             self._stored = None
         if share is not None:
             fresh = self._known(layer, module, *self._gathered(args, kwargs, None, index))
@@ -297,10 +299,11 @@ def _some(x: Tensor, rows: Tensor) -> Tensor:
     return x.index_select(1, rows.to(x.device))
 
 
-def _handed_over(host: CacheHost, cache: Joined, state: Any) -> Any:
+def _handed_over(host: CacheHost, cache: Joined, state: CacheSettings | None) -> Any:
     """The cache that goes on: transformers' own, or the policy's."""
     made = plain_cache(host.config) if state is None else state.cache()
-    for layer, source in zip(layers_of(made), layers_of(cache), strict=True):
+    sources: list[JoinedLayer] = layers_of(cache)
+    for layer, source in zip(layers_of(made), sources, strict=True):
         if isinstance(layer, TokLayer):
             layer.append(*source.rows)
             layer.settle(None)

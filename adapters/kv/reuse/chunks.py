@@ -168,7 +168,8 @@ def compute(host: CacheHost, ids: Tensor, behind: list[int]) -> tuple[tuple[Tens
     """Keys and values of every layer, of tokens behind some others and nothing else."""
     cache, first = joined.empty(len(host.attentions)), len(behind)
     forward(host, torch.cat([torch.tensor([behind], dtype=torch.long), ids.cpu()], 1), cache)
-    rows = (layer.rows for layer in layers_of(cache))
+    layers: list[joined.JoinedLayer] = layers_of(cache)
+    rows = (layer.rows for layer in layers)
     # Copies, so that what stood in front is not kept alive.
     return tuple((k[:, :, first:].clone(), v[:, :, first:].clone()) if first else (k, v) for k, v in rows)
 

@@ -73,8 +73,7 @@ def _digest(parts: Iterable[bytes]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    if hasattr(value, "to_dict"):
-        value = value.to_dict()
+    # Configurations inside of a configuration print what they hold.
     return value if value is None or isinstance(value, bool | int | float | str | list | tuple | dict) else str(value)
 
 

@@ -48,15 +48,17 @@ def write(path: str | Path, cache: Any, about: Mapping[str, Any]) -> Path:
             store = f"the store {layer.store.name!r}" if isinstance(layer, TokLayer) else type(layer).__name__
             raise TokredError(f"layer {i} cannot be saved: {store} holds something else than rows: {error}") from None
     session = packing.packed(cache.engine.state()) if isinstance(cache, TokCache) else None
-    return write_packed(path, packing, {**about, "layers": layers, "session": session})
+    return write_packed(path, packing, {**about, "held": layers, "session": session})
 
 
 def write_packed(path: str | Path, packing: Packing, about: Mapping[str, Any]) -> Path:
     """Write tensors, and what was packed around them, into one file; errors as those of :func:`write`."""
-    save_file = safetensors().save_file
+    safetensors()
+    from safetensors.torch import save_file
+
     known = json.dumps({"format": FORMAT, "tokred": TOKRED, **about})
     tensors = {str(i): t for i, t in enumerate(packing.tensors)}
-    whole(path, lambda part: save_file(tensors, part, metadata={_KEY: known}))
+    whole(path, lambda part: save_file(tensors, part, {_KEY: known}))
     return Path(path)
 
 
@@ -91,7 +93,7 @@ class Saved:
 
     Args:
         path: of the file.
-        what: it has to hold: the ``"layers"`` of a cache, or a ``"chunk"``.
+        what: it has to hold: the ``"held"`` of a cache, or a ``"chunk"``.
 
     Raises:
         FileNotFoundError: there is none.
@@ -117,7 +119,7 @@ class Saved:
                 f"tokred {TOKRED}, which reads format {FORMAT}: compute the cache again, or use that tokred"
             )
         if what not in self.known:
-            other = "a chunk, and no cache" if what == "layers" else "a cache, and no chunk"
+            other = "a chunk, and no cache" if what == "held" else "a cache, and no chunk"
             raise ValueError(f"{self.path} holds {other}: a chunk is read by tokred.ChunkStore, a cache by load_cache")
 
     def check(self, what: str, here: Any, said: str, there: str) -> None:
@@ -150,7 +152,10 @@ class Saved:
 
     def tensors(self) -> list[Tensor]:
         """All tensors, in the order in which they were written."""
-        found = safetensors().load_file(str(self.path))
+        safetensors()
+        from safetensors.torch import load_file
+
+        found = load_file(str(self.path))
         return [found[str(i)] for i in range(self.count)]
 
     def fill(self, cache: Any, devices: Sequence[torch.device]) -> None:
@@ -159,7 +164,7 @@ class Saved:
         Raises:
             ValueError: the file holds layers of other kinds.
         """
-        rows, layers, tensors = self.known["layers"], layers_of(cache), self.tensors()
+        rows, layers, tensors = self.known["held"], layers_of(cache), self.tensors()
         kinds, own = [kind for kind, _ in rows], [type(layer).__name__ for layer in layers]
         if kinds != own:
             raise ValueError(f"{self.path} holds layers {', '.join(kinds)}; this model's are {', '.join(own)}")
@@ -183,14 +188,14 @@ def _state(layer: Any) -> dict[str, Any]:
     return {name: value for name, value in state.items() if name not in _PASSING}
 
 
-def safetensors() -> Any:
-    """The library that files are written by.
+def safetensors() -> None:
+    """Look for the library that files are written by.
 
     Raises:
         ImportError: it is not installed.
     """
     try:
-        return importlib.import_module("safetensors.torch")
+        importlib.import_module("safetensors.torch")
     except ImportError as error:
         raise ImportError(
             "caches are kept by safetensors, which is not installed: pip install 'tokred[hub]'"

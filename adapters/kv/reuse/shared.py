@@ -13,6 +13,7 @@ from tokred.adapters.kv.cache import TokCache, layers_of
 from tokred.adapters.kv.layer import TokLayer
 from tokred.errors import TokenStateError, UnsupportedModelError
 from tokred.kv.stores.shared import SharedShelf
+from tokred.kv.stores.store import Shelf
 
 
 class SharedLayer(TokLayer):
@@ -65,9 +66,9 @@ class SharedLayer(TokLayer):
             )
 
 
-def _frozen(shelf: Any) -> Any:
+def _frozen(shelf: Shelf) -> Shelf:
     """A shelf of the same rows, which what happens to the first one does not change."""
-    other = copy.copy(shelf)
+    other: Shelf = copy.copy(shelf)
     other.restore(shelf.snapshot())
     return other
 

@@ -16,9 +16,11 @@ from tokred.core.place import Place
 from tokred.core.ragged import pack, with_protected
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
+from tokred.core.schedules import whole
 from tokred.core.selection import ranked
 from tokred.core.site import Site
 from tokred.encoder.method import BlockMethod, Where
+from tokred.encoder.padding import reduce_each
 
 Distance = Literal["max", "mae", "rmse"]
 Scan = Literal["loco", "raster"]
@@ -95,8 +97,12 @@ class PixelPrune(BlockMethod):
 
     def reduce(self, site: Site) -> Reduction:
         """Predict every patch, and keep those that were not foreseen; each of the others goes where it came from."""
+        if site.mask is not None:
+            return reduce_each(self, site, always=True)
         b, n = site.shape
-        rows, columns = site.grid
+        rows, columns = map(whole, site.grid)  # traced sides are tensors
+        if b == 0:
+            return Reduction.identity((b,), n, site.device)
         with torch.no_grad():
             kept, source = self.predict(site.pixels.view(b, rows, columns, -1))
             free = torch.arange(n - site.prefix - site.suffix, device=site.device).expand(b, -1)
@@ -123,7 +129,7 @@ class PixelPrune(BlockMethod):
             ``(B, rows, columns)`` bool, and int64 numbers of patches in reading order.
         """
         x = self._scaled(x.float())
-        b, rows, columns, _ = x.shape
+        b, rows, columns = x.shape[0], whole(x.shape[1]), whole(x.shape[2])
         number = torch.arange(rows * columns, device=x.device).view(rows, columns).expand(b, -1, -1)
         if self.scan == "raster":
             flat = x.flatten(1, 2).unsqueeze(1)
@@ -135,7 +141,7 @@ class PixelPrune(BlockMethod):
         if least:
             # Those that stay anyway come first, then what is farthest from its prediction.
             first = ranked(error.masked_fill(kept, torch.inf))[:, :least]
-            more = kept.scatter(1, first, True)
+            more = kept.scatter(1, first, 1)
             source = torch.where(more, number.reshape(b, -1), source)
             kept = more
         return kept.view(b, rows, columns), source.view(b, rows, columns)
@@ -167,7 +173,7 @@ class PixelPrune(BlockMethod):
         return (i > 0) & ((j == 0) | edge)
 
     def _at_once(self, x: Tensor, number: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        _, rows, columns, _ = x.shape
+        rows, columns = whole(x.shape[1]), whole(x.shape[2])
         i = torch.arange(rows, device=x.device).unsqueeze(1)
         j = torch.arange(columns, device=x.device)
         left, up = x.roll(1, 2), x.roll(1, 1)
@@ -182,7 +188,7 @@ class PixelPrune(BlockMethod):
         return kept, parent.view_as(number), error
 
     def _by_diagonals(self, x: Tensor, number: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        b, rows, columns, _ = x.shape
+        b, rows, columns = x.shape[0], whole(x.shape[1]), whole(x.shape[2])
         rec, source = x.clone(), number.clone()
         kept = torch.ones(b, rows, columns, dtype=torch.bool, device=x.device)
         error = torch.zeros(b, rows, columns, device=x.device)

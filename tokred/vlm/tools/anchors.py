@@ -9,34 +9,44 @@ from torch import Tensor
 
 from tokred.core.reduction import Reduction
 from tokred.core.selection import ranked
+from tokred.kernels.gather_rows import gather_rows
+from tokred.kernels.similarity_rows import best_match
 
 Pool = Literal["all", "rest"]
 Position = Literal["median", "first", "mean", "last"]
 
 
-def anchor_scores(similar: Tensor, pool: Tensor | None = None) -> Tensor:
+_BLOCK = 1 << 20  # numbers of similarities at a time
+
+
+def anchor_scores(unit: Tensor, pool: Tensor | None = None) -> Tensor:
     """How well each token speaks for others, less how far a stronger one already does.
 
     ``R_i (1 - max C_ij)`` over stronger ``j``, of which ``R_j > R_i`` (the lower index where they are alike), ``R`` the
-    sum of a token's similarities, its own included; infinite for the strongest.
+    sum of a token's cosines ``C``, its own included; infinite for the strongest. Similarities are made in blocks.
 
     Args:
-        similar: ``(B, N, N)`` float32 cosines.
+        unit: ``(B, N, C)`` float32 features of length one.
         pool: ``(B, N)`` bool, the tokens that are summed over and compared with; None: all.
 
     Returns:
         ``(B, N)`` float32.
     """
-    n = similar.shape[1]
-    weight = similar if pool is None else similar * pool.unsqueeze(1)
-    strength = weight.sum(-1)
-    place = torch.arange(n, device=similar.device)
-    mine, other = strength.unsqueeze(2), strength.unsqueeze(1)
-    stronger = (other > mine) | ((other == mine) & (place < place.unsqueeze(1)))
-    if pool is not None:
-        stronger = stronger & pool.unsqueeze(1)
-    redundant = similar.masked_fill(~stronger, -torch.inf).amax(-1)
-    return torch.where(stronger.any(-1), strength * (1 - redundant), torch.inf)
+    b, n, _ = unit.shape
+    among = unit if pool is None else unit * pool.unsqueeze(-1)
+    strength = (unit * among.sum(1, keepdim=True)).sum(-1)
+    place = torch.arange(n, device=unit.device)
+    found = []
+    step = max(1, _BLOCK // max(1, b * n))
+    for first in range(0, n, step):
+        rows = slice(first, first + step)
+        mine, other = strength[:, rows].unsqueeze(2), strength.unsqueeze(1)
+        stronger = (other > mine) | ((other == mine) & (place < place[rows].unsqueeze(1)))
+        if pool is not None:
+            stronger = stronger & pool.unsqueeze(1)
+        redundant = (unit[:, rows] @ unit.mT).masked_fill(~stronger, -torch.inf).amax(-1)
+        found.append(torch.where(stronger.any(-1), strength[:, rows] * (1 - redundant), torch.inf))
+    return torch.cat(found, 1)
 
 
 def merged_into_anchors(
@@ -57,43 +67,37 @@ def merged_into_anchors(
     """
     b, n, _ = x.shape
     unit = torch.nn.functional.normalize(x.float(), dim=-1)
-    similar = unit @ unit.mT
     rest = torch.ones(b, n, dtype=torch.bool, device=x.device).scatter(1, kept, False)
-    scores = anchor_scores(similar, rest if pool == "rest" else None)
-    first = ranked(scores.masked_fill(~rest, -torch.inf))[:, :anchors]
-    stands = torch.zeros_like(rest).scatter(1, first, True)
-    # The slot of each token, by its anchor: kept ones are their own.
-    towards = similar.masked_fill(~stands.unsqueeze(1), -torch.inf).argmax(-1)
-    itself = torch.arange(n, device=x.device).expand(b, -1)
-    owner = torch.where(rest & ~stands, towards, itself) if anchors else itself
-    member = (owner.unsqueeze(1) == itself.unsqueeze(2)) & (rest & bool(anchors) | ~rest).unsqueeze(1)
-    speaker = _speakers(member, position)
-    slots = torch.cat([kept, first], 1)
-    representative = speaker.gather(1, slots)
-    order = representative.argsort(1)
-    representative, slots = representative.gather(1, order), slots.gather(1, order)
-    slot_of = torch.full((b, n), -1, device=x.device, dtype=torch.long)
-    slot_of = slot_of.scatter(1, slots, torch.arange(slots.shape[1], device=x.device).expand(b, -1))
-    target = slot_of.gather(1, owner) if anchors else torch.where(rest, -1, slot_of)
+    if not anchors:
+        return Reduction.keep(kept.sort(1).values, n)
+    scores = anchor_scores(unit, rest if pool == "rest" else None)
+    first = ranked(scores.masked_fill(~rest, -torch.inf))[:, :anchors].sort(1).values
+    # The slot of each token: kept ones have one each, then anchors, each with the tokens most similar to it.
+    slot = best_match(unit, gather_rows(unit, first)).index + kept.shape[1]
+    slot = slot.scatter(1, first, torch.arange(anchors, device=x.device).expand(b, -1) + kept.shape[1])
+    slot = slot.scatter(1, kept, torch.arange(kept.shape[1], device=x.device).expand(b, -1))
+    representative, order = _speakers(slot, kept.shape[1] + anchors, position).sort(1)
     others = torch.ones_like(rest).scatter(1, representative, False)
-    source = others.to(torch.uint8).argsort(dim=1, stable=True)[:, slots.shape[1] :]
-    return Reduction(
-        representative, source, target.gather(1, source), n, mode="mean", by_size=False, complete=anchors > 0
-    )
+    source = others.to(torch.uint8).argsort(dim=1, stable=True)[:, order.shape[1] :]
+    target = order.argsort(1).gather(1, slot).gather(1, source)
+    return Reduction(representative, source, target, n, mode="mean", by_size=False, complete=True)
 
 
-def _speakers(member: Tensor, position: Position) -> Tensor:
-    """``(B, N)`` int64: the member of each token's group that represents it; nonsense for what owns no group.
+def _speakers(slot: Tensor, slots: int, position: Position) -> Tensor:
+    """``(B, slots)`` int64: the member of each slot that represents it.
 
     Args:
-        member: ``(B, N, N)`` bool, whether a token (last) belongs to a group (by its owner).
+        slot: ``(B, N)`` int64 of every token; none is empty.
     """
-    count = member.sum(-1)
-    place = torch.arange(member.shape[-1], device=member.device)
+    b, n = slot.shape
+    place = torch.arange(n, device=slot.device).expand(b, -1)
+    count = torch.zeros(b, slots, dtype=torch.long, device=slot.device).scatter_add(1, slot, torch.ones_like(slot))
+    start = count.cumsum(1) - count
     if position == "mean":
-        middle = (member * place).sum(-1).float() / count.clamp_min(1)
-        far = (place - middle.unsqueeze(-1)).abs().masked_fill(~member, torch.inf)
-        return far.argmin(-1)
-    wanted = {"median": (count - 1) // 2, "first": torch.zeros_like(count), "last": count - 1}[position]
-    rank = member.long().cumsum(-1) - 1
-    return ((rank == wanted.unsqueeze(-1)) & member).to(torch.uint8).argmax(-1)
+        total = torch.zeros(b, slots, dtype=torch.float64, device=slot.device).scatter_add(1, slot, place.double())
+        far = (place - (total / count).gather(1, slot)).abs()
+        order, rank = (slot * 2 * n + far).argsort(dim=1, stable=True), torch.zeros_like(count)
+    else:
+        order = slot.argsort(dim=1, stable=True)
+        rank = {"median": (count - 1) // 2, "first": torch.zeros_like(count), "last": count - 1}[position]
+    return order.gather(1, start + rank)
