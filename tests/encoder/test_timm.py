@@ -86,7 +86,7 @@ def _lacks(model, family: str, name: str, parameters: dict) -> str | None:
         found.add("attention")  # a bias for each pair of tokens
     if "parallel" in family or "post-norm" in family:
         found |= {"queries", "transform"}  # blocks that are run whole
-    if find(model).pooled:
+    if find(model).pooled and tokred.make(name, **parameters).gradients:
         found |= {"module", "gates"}  # the head reads tokens that are only softly gone
     return min(found & tokred.make(name, **parameters).reads, default=None)
 
