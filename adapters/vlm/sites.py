@@ -217,7 +217,9 @@ def check_tower(method: Method, part: Part) -> None:
             "take a method that reads class_attention or attention at most, such as 'fastervlm', or leave "
             "tokred.vlm.clips out"
         )
-    if reads and part.tower < 0 and (single or not part.pooled):
+    # Scores are pooled as the frames are; features of single patches are not.
+    beyond = single or "tower" in method.reads or not part.pooled
+    if reads and part.tower < 0 and beyond:
         kind = "frames of a video" if part.frames is not None else "images"
         raise MissingInputError(
             f"{method.name!r} reads {', '.join(reads)}, but here tokens are made of {kind} that the model pools or "
