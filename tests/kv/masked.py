@@ -9,6 +9,7 @@ import transformers
 from transformers.masking_utils import sdpa_mask
 
 import tokred
+from tests.kv.tiny import Scatter, padded, prompt
 from tokred.adapters import find
 from tokred.kernels.decode_attention import SENTINEL
 
@@ -96,3 +97,45 @@ def farthest(model, cache, logits, ids, mask, steps):
         for i, one in enumerate((logits, found[0])):
             worst[i] = max(worst[i], float((one - found[1])[real].abs().max()))
     return worst
+
+
+GREEDY = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+
+
+def check_nothing_to_evict(model):
+    """With nothing to evict logits and tokens are those of the model, and after removal too."""
+    ids, mask, _ = padded((21, 13))
+    plain = model(ids, attention_mask=mask).logits
+    made = model.generate(ids, attention_mask=mask, **GREEDY)
+    tokred.apply(model, "snapkv", budget=1.0)
+    assert torch.equal(model(ids, attention_mask=mask).logits, plain)
+    assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY), made)
+    tokred.remove(model)
+    assert torch.equal(model(ids, attention_mask=mask).logits, plain)
+
+
+def check_rows_are_gone(model, layout):
+    """Evicted rows are as if they were hidden, in steps and in a second turn; the cache, for more."""
+    ids, mask, _ = padded((29, 17))
+    tokred.apply(model, Scatter(9))
+    cache = tokred.kv_cache(model, layout=layout)
+    logits = model(ids, attention_mask=mask, past_key_values=cache).logits
+    steps = [prompt(n, 2, seed=5 + n) for n in (1, 4, 1)]  # a second turn among them
+    ours, theirs = farthest(model, cache, logits, ids, mask, steps)
+    assert ours < 3 * theirs + 1e-6
+    return cache
+
+
+def check_drafts(model):
+    """Drafts in the prompt's forward change nothing."""
+    ids = prompt(10).repeat(1, 3)
+    tokred.apply(model, "snapkv", budget=9, window=4)
+    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, **GREEDY), model.generate(ids, **GREEDY))
+
+
+def check_beams(model):
+    """Beams of a padded batch are those of each sample alone; the patch is the model's own."""
+    ids, mask, alone = padded((21, 13))
+    made = model.generate(ids, attention_mask=mask, num_beams=2, **GREEDY)
+    assert torch.equal(made[0], model.generate(alone[0], num_beams=2, **GREEDY)[0])
+    assert torch.equal(made[1, 8:], model.generate(alone[1], num_beams=2, **GREEDY)[0])

@@ -51,10 +51,7 @@ class Above(Allocator):
         return {layer.site.layer: Grant(tuple(counts.amax(1).tolist()), counts)}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def test_a_threshold_by_hand():

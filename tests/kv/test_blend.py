@@ -24,21 +24,7 @@ LOGITS = {"return_dict_in_generate": True, "output_logits": True, **GREEDY}
 QUESTION = prompt(6, seed=9)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(scope="module")
-def built():
-    return build("llama")
-
-
-@pytest.fixture
-def model(built):
-    yield built
-    tokred.remove(built)
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.fixture(scope="module")

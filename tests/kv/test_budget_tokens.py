@@ -12,11 +12,7 @@ from tests.kv.tiny import build, padded, prompt
 from tokred import kv
 from tokred.kv import When
 
-
-@pytest.fixture(scope="module", autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def budgets(amount):

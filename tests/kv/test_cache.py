@@ -21,10 +21,7 @@ from tokred.adapters.kv.masks import MaskSpec
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.fixture

@@ -18,10 +18,7 @@ from tokred.adapters.linear import weight_of
 CRITICAL = tokred.make("criticalkv", budget=9, score=kv.Window(4, 3))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def rows(model, policy=CRITICAL):

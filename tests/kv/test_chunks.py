@@ -32,10 +32,7 @@ WIDE = {
 CASES = {**{n: p for n, p in POLICIES.items() if n not in WIDE}, **WIDE}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def rows(cache):

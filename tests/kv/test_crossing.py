@@ -27,10 +27,7 @@ WHISPER = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def build(name: str = "Bart", dtype: torch.dtype = torch.float32):

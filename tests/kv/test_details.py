@@ -15,11 +15,7 @@ from tokred.adapters.kv.rope import LayerRope
 from tokred.kv import CacheSite, Padding, When
 from tokred.kv.engine import Engine
 
-
-@pytest.fixture(scope="module", autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def weights_of(q, k, mask=None):

@@ -21,10 +21,7 @@ GREEDY = {"max_new_tokens": 8, "do_sample": False}
 ONCE = ["snapkv", "knorm", "adakv", "criticalkv", "expected_attention", "pyramidkv"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.fixture(params=["llama", "gemma3"])

@@ -8,15 +8,10 @@ import torch
 pytest.importorskip("transformers")
 
 import tokred
-from tests.kv.tiny import build, padded, prompt
+from tests.kv.masked import GREEDY, check_beams
+from tests.kv.tiny import build, prompt
 
-GREEDY = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def patched(name: str = "qwen3_5"):
@@ -72,11 +67,7 @@ def test_a_crop_that_a_state_cannot_follow_leaves_all_layers(name):
 
 
 def test_beams_and_padding():
-    model = patched()
-    ids, mask, alone = padded((21, 13))
-    made = model.generate(ids, attention_mask=mask, num_beams=2, **GREEDY)
-    assert torch.equal(made[0], model.generate(alone[0], num_beams=2, **GREEDY)[0])
-    assert torch.equal(made[1, 8:], model.generate(alone[1], num_beams=2, **GREEDY)[0])
+    check_beams(patched())
 
 
 def test_a_hard_limit_is_refused_as_states_are_not_counted_beforehand():

@@ -18,10 +18,7 @@ from tokred.kv.stores.codecs import Affine
 HELD = {"group_size": 4, "residual_length": 8}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.fixture(autouse=True)
@@ -29,17 +26,6 @@ def uncompiled(monkeypatch):
     """Queries are answered from codes, as where a kernel runs, but in plain torch."""
     monkeypatch.setenv("TOKRED_KERNELS", "torch")
     monkeypatch.setattr(Affine, "why_slow", lambda self, query: None)
-
-
-@pytest.fixture(scope="module")
-def built():
-    return build("llama")
-
-
-@pytest.fixture
-def model(built):
-    yield built
-    tokred.remove(built)
 
 
 def test_nothing_rounded_is_the_model_itself(model):

@@ -21,10 +21,7 @@ from tokred.kernels.decode_attention import SENTINEL  # noqa: E402
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def span(*numbers: int) -> torch.Tensor:

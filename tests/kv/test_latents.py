@@ -8,23 +8,19 @@ import torch
 pytest.importorskip("transformers")
 
 import tokred
-from tests.kv.masked import farthest
-from tests.kv.tiny import POLICIES, Scatter, build, padded, prompt
+from tests.kv.masked import GREEDY, check_beams, check_drafts, check_nothing_to_evict, check_rows_are_gone
+from tests.kv.tiny import POLICIES, build, prompt
 from tests.registered import examples
 from tokred.adapters import find
 from tokred.adapters.kv.latents import LatentSite, carried, expanded, read
 from tokred.kv.stores import KIVI, Flat, Half, Rectangle
 from tokred.methods.kv.h2o import ColumnSum
 
-GREEDY = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
 NAMES = ["deepseek_v3", pytest.param("deepseek_v2", marks=pytest.mark.hosts)]
 RANK, ROTATED = 24, 8
 
 
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.fixture(params=NAMES)
@@ -71,26 +67,13 @@ def test_a_policy_adds_up_what_the_models_own_attention_gave(model):
 
 
 def test_nothing_to_evict_changes_nothing(model):
-    ids, mask, _ = padded((21, 13))
-    plain = model(ids, attention_mask=mask).logits
-    made = model.generate(ids, attention_mask=mask, **GREEDY)
-    tokred.apply(model, "snapkv", budget=1.0)
-    assert torch.equal(model(ids, attention_mask=mask).logits, plain)
-    assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY), made)
-    tokred.remove(model)
-    assert torch.equal(model(ids, attention_mask=mask).logits, plain)
+    check_nothing_to_evict(model)
 
 
 @pytest.mark.parametrize("layout", ["rectangle", "flat"])
 def test_latents_that_are_gone_are_gone(model, layout):
-    ids, mask, _ = padded((29, 17))
     model.set_experts_implementation("eager")
-    tokred.apply(model, Scatter(9))
-    cache = tokred.kv_cache(model, layout=layout)
-    logits = model(ids, attention_mask=mask, past_key_values=cache).logits
-    steps = [prompt(n, 2, seed=5 + n) for n in (1, 4, 1)]  # a second turn among them
-    ours, theirs = farthest(model, cache, logits, ids, mask, steps)
-    assert ours < 3 * theirs + 1e-6
+    cache = check_rows_are_gone(model, layout)
     assert cache.layers[1].shelf.newest[0].shape[3] == RANK
     assert cache.layers[1].shelf.newest[1].shape[3] == ROTATED
 
@@ -120,17 +103,11 @@ def test_policies_run_or_are_refused_for_what_latents_lack(name):
 
 
 def test_drafts_in_the_prompts_forward():
-    model, ids = build("deepseek_v3"), prompt(10).repeat(1, 3)
-    tokred.apply(model, "snapkv", budget=9, window=4)
-    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, **GREEDY), model.generate(ids, **GREEDY))
+    check_drafts(build("deepseek_v3"))
 
 
 def test_beams(model):
-    tokred.apply(model, "snapkv", budget=9, window=4)
-    ids, mask, alone = padded((21, 13))
-    made = model.generate(ids, attention_mask=mask, num_beams=2, **GREEDY)
-    assert torch.equal(made[0], model.generate(alone[0], num_beams=2, **GREEDY)[0])
-    assert torch.equal(made[1, 8:], model.generate(alone[1], num_beams=2, **GREEDY)[0])
+    check_beams(tokred.apply(model, "snapkv", budget=9, window=4))
 
 
 def test_stores_that_balance_channels_and_fates_that_rewrite_values_are_refused():

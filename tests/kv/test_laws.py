@@ -22,10 +22,7 @@ from tokred.kernels.decode_attention import SENTINEL
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.fixture(scope="module", params=each([*FAMILIES, "qwen3_5", "olmo_hybrid", "lfm2"], CACHES))

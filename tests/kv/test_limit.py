@@ -51,21 +51,7 @@ ABLE = [n for n in tokred.list_methods() if tokred.make(n).stage == "cache" and 
 ROW = 2 * (2 * 16 * 4 + 4)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(scope="module")
-def built():
-    return build("llama")
-
-
-@pytest.fixture
-def model(built):
-    yield built
-    tokred.remove(built)
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def limited(name: str, limit: str = "40 KiB", chunk: int = 16) -> tokred.Limited:

@@ -13,28 +13,14 @@ import transformers
 
 import tokred
 from tests.kv.test_store_models import GREEDY, LOGITS, NAMES, course, policies
-from tests.kv.tiny import build, padded, prompt
+from tests.kv.tiny import padded, prompt
 from tokred.kv import Offloaded, Rectangle
 from tokred.kv.stores.offload import Chain
 
 SMALL = Offloaded(block=3)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(scope="module")
-def built():
-    return build("llama")
-
-
-@pytest.fixture
-def model(built):
-    yield built
-    tokred.remove(built)
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 SOME = ("snapkv", "h2o", "global_merge")

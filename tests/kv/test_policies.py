@@ -14,11 +14,7 @@ from tokred.kernels.decode_attention import SENTINEL
 from tokred.kv import CacheSite, Merge, When
 from tokred.methods.kv.h2o import MASS
 
-
-@pytest.fixture(scope="module", autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def steps(model, cache, count: int, b: int = 1):

@@ -97,10 +97,7 @@ REFUSED = {
 STILL = ("Cohere2", "Exaone4", "SmolLM3", "GPT2", "OPT", "BioGpt", "Jamba", "GraniteMoeHybrid")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def model_of(name: str, more: dict):

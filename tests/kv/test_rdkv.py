@@ -14,10 +14,7 @@ from tokred.kv.stores.zones import BITS, CHANNELS, Chunk
 WORTH = torch.tensor([8, 4, 2, 1, 0.5, 0.1])
 
 
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def cost(bits: torch.Tensor) -> float:

@@ -41,21 +41,7 @@ POLICIES: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(scope="module")
-def built():
-    return build("llama")
-
-
-@pytest.fixture
-def model(built):
-    yield built
-    tokred.remove(built)
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def on(model, cache, ids, **more):

@@ -29,10 +29,7 @@ class Turning:
         return ANGLE, 1.0
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def rows(n: int, b: int = B, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -311,17 +308,6 @@ def test_bad_parameters(given, error, message):
 SETTING = {"budget": 8, "chunk": 4, "outliers": 1, "local": 1}
 # All chunks, by a budget that no prompt here fills, but for the rule that then nothing is made.
 ALL = {**SETTING, "budget": 400, "rank": 1 << 10}
-
-
-@pytest.fixture(scope="module")
-def built():
-    return build("llama")
-
-
-@pytest.fixture
-def model(built):
-    yield built
-    tokred.remove(built)
 
 
 def near(a, c, most: float) -> bool:

@@ -22,21 +22,7 @@ ALL = ("snapkv", {"budget": 1.0})
 SNAP = ("snapkv", {"budget": 9, "window": 4, "pool": 3})
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(scope="module")
-def built():
-    return build("llama")
-
-
-@pytest.fixture
-def model(built):
-    yield built
-    tokred.remove(built)
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def batch(lengths=(6, 6, 6)):

@@ -8,20 +8,16 @@ import torch
 pytest.importorskip("transformers")
 
 import tokred
-from tests.kv.masked import farthest
-from tests.kv.tiny import POLICIES, Scatter, build, padded, prompt
+from tests.kv.masked import check_beams, check_drafts, check_nothing_to_evict, check_rows_are_gone
+from tests.kv.tiny import POLICIES, build, prompt
 from tokred.adapters import find
 from tokred.adapters.kv import attention
 from tokred.kv.stores import KIVI, Half
 
-GREEDY = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
 NAMES = ["gemma4", pytest.param("gemma3n", marks=pytest.mark.hosts)]
 
 
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.fixture(params=NAMES)
@@ -37,25 +33,12 @@ def test_the_last_layer_of_a_kind_before_the_readers_owns_the_rows(model):
 
 
 def test_nothing_to_evict_changes_nothing(model):
-    ids, mask, _ = padded((21, 13))
-    plain = model(ids, attention_mask=mask).logits
-    made = model.generate(ids, attention_mask=mask, **GREEDY)
-    tokred.apply(model, "snapkv", budget=1.0)
-    assert torch.equal(model(ids, attention_mask=mask).logits, plain)
-    assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY), made)
-    tokred.remove(model)
-    assert torch.equal(model(ids, attention_mask=mask).logits, plain)
+    check_nothing_to_evict(model)
 
 
 @pytest.mark.parametrize("layout", ["rectangle", "flat"])
 def test_rows_that_are_gone_are_gone_for_the_readers_too(model, layout):
-    ids, mask, _ = padded((29, 17))
-    tokred.apply(model, Scatter(9))
-    cache = tokred.kv_cache(model, layout=layout)
-    logits = model(ids, attention_mask=mask, past_key_values=cache).logits
-    steps = [prompt(n, 2, seed=5 + n) for n in (1, 4, 1)]  # a second turn among them
-    ours, theirs = farthest(model, cache, logits, ids, mask, steps)
-    assert ours < 3 * theirs + 1e-6
+    cache = check_rows_are_gone(model, layout)
     assert all(layer.lent is None for layer in cache.layers if hasattr(layer, "lent"))
 
 
@@ -77,9 +60,7 @@ def test_rows_that_leave_at_every_step_leave_the_readers_one_forward_later(name,
 
 
 def test_drafts_in_the_prompts_forward_see_what_is_left(model):
-    ids = prompt(10).repeat(1, 3)
-    tokred.apply(model, "snapkv", budget=9, window=4)
-    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, **GREEDY), model.generate(ids, **GREEDY))
+    check_drafts(model)
 
 
 def test_a_context_is_repeated_over_shared_rows():
@@ -107,11 +88,7 @@ def test_rows_in_another_form_are_lent_as_they_are_read(store, monkeypatch):
 
 
 def test_beams(model):
-    tokred.apply(model, "snapkv", budget=9, window=4)
-    ids, mask, alone = padded((21, 13))
-    made = model.generate(ids, attention_mask=mask, num_beams=2, **GREEDY)
-    assert torch.equal(made[0], model.generate(alone[0], num_beams=2, **GREEDY)[0])
-    assert torch.equal(made[1, 8:], model.generate(alone[1], num_beams=2, **GREEDY)[0])
+    check_beams(tokred.apply(model, "snapkv", budget=9, window=4))
 
 
 def test_a_hard_limit_is_refused_as_readers_keep_rows_until_the_end():

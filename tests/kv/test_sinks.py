@@ -18,10 +18,7 @@ from tokred.methods.kv.keyformer import noisy_columns
 B, H, GROUP, M, N, D = 2, 4, 2, 5, 9, 8
 
 
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def site(padded: bool = False) -> tuple[CacheSite, torch.Tensor]:

@@ -24,10 +24,7 @@ POLICIES = {
 STEPS = (1, 1, 1, 1, 1, 3, 1, 1, 1)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def begun(name: str, batch: int = 2, n: int = 20):

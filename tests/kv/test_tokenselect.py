@@ -20,10 +20,7 @@ from tokred.kv.turning import turned
 B, H, D, DV = 2, 2, 8, 6
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def rows(n: int, b: int = B, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -240,17 +237,6 @@ def test_bad_parameters(given, error, message):
 # ---------------------------------------------------------------- models
 
 SETTING = {"budget": 5, "sinks": 2, "recent": 6}
-
-
-@pytest.fixture(scope="module")
-def built():
-    return build("llama")
-
-
-@pytest.fixture
-def model(built):
-    yield built
-    tokred.remove(built)
 
 
 @pytest.mark.parametrize("positions", ["true", "compact"])

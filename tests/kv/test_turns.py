@@ -43,10 +43,7 @@ WHENS = {"turns": When(turns=True), "steps": When(turns=True, every=2)}
 TURNS = ((20, 14), (9, 5), (3, 7), (1, 1), (1, 1), (1, 1))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.fixture(scope="module")
