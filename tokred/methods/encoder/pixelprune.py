@@ -13,7 +13,7 @@ from torch import Tensor
 from tokred.core.checks import check_choice, check_flags, check_share
 from tokred.core.method import Parameters
 from tokred.core.place import Place
-from tokred.core.ragged import pack, with_protected
+from tokred.core.ragged import bounds, pack, with_protected
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.schedules import whole
@@ -105,12 +105,14 @@ class PixelPrune(BlockMethod):
             return Reduction.identity((b,), n, site.device)
         with torch.no_grad():
             kept, source = self.predict(site.pixels.view(b, rows, columns, -1))
-            free = torch.arange(n - site.prefix - site.suffix, device=site.device).expand(b, -1)
-            left, mask = pack(free, kept.flatten(1))
-            if mask is None and left.shape[1] == free.shape[1]:
+            kept, source = kept.flatten(1), source.flatten(1)
+            free = torch.arange(rows * columns, device=site.device).expand(b, -1)
+            fewest, most = bounds(kept.sum(1), rows * columns)
+            if fewest == rows * columns:
                 return Reduction.identity((b,), n, site.device)
-            gone, known = pack(free, ~kept.flatten(1))
-            slot = (kept.flatten(1).long().cumsum(1) - 1).gather(1, source.flatten(1).gather(1, gone)) + site.prefix
+            left, mask = pack(free, kept, (fewest, most))
+            gone, known = pack(free, ~kept, (rows * columns - most, rows * columns - fewest))
+            slot = (kept.long().cumsum(1) - 1).gather(1, source.gather(1, gone)) + site.prefix
             target = slot if known is None else slot.masked_fill(~known, -1)
             stands, real = with_protected(left + site.prefix, mask, n, site.prefix, site.suffix)
         return Reduction(
