@@ -27,19 +27,21 @@ class Rows(NamedTuple):
     Attributes:
         sizes: ``(B, P)`` float32, tokens that a visual row stands for; 0 on others.
         places: ``(A, B, P)`` int64 positions, one of each axis.
+        turns: of the language model, which steps need not ask for again.
     """
 
     sizes: Tensor
     places: Tensor
+    turns: Turns
 
     def pick(self, index: Tensor) -> Rows:
         """Rows of other samples."""
         index = index.to(self.sizes.device)
-        return Rows(self.sizes.index_select(0, index), self.places.index_select(1, index))
+        return self._replace(sizes=self.sizes.index_select(0, index), places=self.places.index_select(1, index))
 
     def cut(self, count: int) -> Rows:
         """Without the newest ``count``."""
-        return Rows(self.sizes[:, :-count], self.places[..., :-count]) if count else self
+        return self._replace(sizes=self.sizes[:, :-count], places=self.places[..., :-count]) if count else self
 
 
 def supplies_calibration(language: Any, facts: Facts) -> bool:
@@ -106,18 +108,15 @@ def calibrate(forward: Forward, language: Any, new: dict[str, Any]) -> None:
         )
     if forward.slides:
         raise ValueError(f"{name!r} does not go with layers that look back less than the conversation")
-    now = _now(forward, new)
-    past = forward.past_columns
-    rows = _before(held, past, now)
-    forward.calibration = rows
-    turns = turns_of(language, _head_dim(language))
+    now = _now(forward, new, turns_of(language, _head_dim(language)) if held is None else held.turns)
+    forward.calibration = rows = _before(held, forward.past_columns, now)
     # Distances are those of the whole prompt: positions were kept.
     far = (now.places.unsqueeze(-1) - rows.places.unsqueeze(-2)).abs()
-    bias = calibration_bias(far, rows.sizes, turns, c).unsqueeze(1)
+    bias = calibration_bias(far, rows.sizes, rows.turns, c).unsqueeze(1)
     words.ATTENTION_MASK.put(new, _with_bias(words.ATTENTION_MASK.of(new), bias, forward))
 
 
-def _now(forward: Forward, new: dict[str, Any]) -> Rows:
+def _now(forward: Forward, new: dict[str, Any], turns: Turns) -> Rows:
     """This forward's columns."""
     m = forward.embeds.shape[1]
     places = words.POSITIONS.of(new)
@@ -129,10 +128,10 @@ def _now(forward: Forward, new: dict[str, Any]) -> Rows:
     if forward.sizes is None:
         visual = forward.visual
         sizes = torch.zeros(forward.batch, m, device=forward.device) if visual is None else visual.float()
-        return Rows(sizes, places)
+        return Rows(sizes, places, turns)
     packed = forward.packed
     assert packed is not None  # tokens have left
-    return Rows(forward.sizes.gather(1, packed.columns) * packed.valid, places)
+    return Rows(forward.sizes.gather(1, packed.columns) * packed.valid, places, turns)
 
 
 def _before(held: Rows | None, past: int, now: Rows) -> Rows:
@@ -144,7 +143,7 @@ def _before(held: Rows | None, past: int, now: Rows) -> Rows:
     if held is not None:
         sizes.insert(0, held.sizes.to(now.sizes.device))
         places.insert(0, held.places.to(now.places.device))
-    return Rows(torch.cat(sizes, 1), torch.cat(places, 2))
+    return Rows(torch.cat(sizes, 1), torch.cat(places, 2), now.turns)
 
 
 def _with_bias(mask: Any, bias: Tensor, forward: Forward) -> Tensor:

@@ -32,14 +32,17 @@ def nearness(far: Tensor, turns: Turns) -> Tensor:
     Returns:
         ``(...)`` float32. Pairs that do not turn count as 1.
     """
-    most = int(far.max()) + 1 if far.numel() else 1
-    steps = torch.arange(most, device=far.device, dtype=torch.float64)
     angles, axis = turns.angles.to(far.device, torch.float64), turns.axis.to(far.device)
     total = torch.full(far.shape[1:], float(turns.pairs - len(angles)), device=far.device)
     for a, distance in enumerate(far):
         own = angles[axis == a]
-        if len(own):
-            total += torch.cos(steps.unsqueeze(1) * own).sum(1).float()[distance]
+        if len(own) and distance.numel():
+            # A step asks of fewer distances than lie between them; a prompt asks of each many times.
+            most = int(distance.max()) + 1
+            few = distance.numel() < most
+            steps = distance.double() if few else torch.arange(most, device=far.device, dtype=torch.float64)
+            summed = torch.cos(steps.unsqueeze(-1) * own).sum(-1).float()
+            total += summed if few else summed[distance]
     return total / turns.pairs
 
 
