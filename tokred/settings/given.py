@@ -57,6 +57,16 @@ def make(method: OneMethod, **parameters: Any) -> Method:
     return made
 
 
+def typed(text: str) -> list[Method]:
+    """The methods of a setting as text: ``"tome r=13"``, several that act together with ``" + "`` between them.
+
+    Raises:
+        ValueError: a part is not ``name key=value``.
+        UnknownMethodError, TypeError: as :func:`make`.
+    """
+    return [make(name, **parameters) for name, parameters in map(parse_setting, split_settings(text))]
+
+
 def _made(setting: Setting, parameters: dict[str, Any]) -> list[Method]:
     """The methods of one setting: several, where a saved one holds so many."""
     as_folder = isinstance(setting, str) and setting not in registered and Path(setting).is_dir()
@@ -68,8 +78,7 @@ def _made(setting: Setting, parameters: dict[str, Any]) -> list[Method]:
     if isinstance(setting, str) and ("=" in setting or " + " in setting):
         if parameters:
             raise TypeError(f"{setting!r} has its parameters; {', '.join(parameters)} cannot be given beside it")
-        parts = map(parse_setting, split_settings(setting))
-        return [make(name, **given) for name, given in parts]
+        return typed(setting)
     return [make(setting, **parameters)]
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from tokred import api
 from tokred.analysis.viz.recording import label_of
 from tokred.core.method import Method
-from tokred.core.settings import parse_setting, split_settings
+from tokred.core.settings import split_settings
+from tokred.settings.given import typed
 
 One = str | Method | tuple[Method, ...]
 Several = One | Sequence[One]
@@ -28,12 +29,7 @@ def settings(given: Several) -> list[tuple[str, list[Method]]]:
     found: dict[str, list[Method]] = {}
     for item in items:
         if isinstance(item, str):
-            parts = split_settings(item)
-            made = []
-            for part in parts:
-                name, parameters = parse_setting(part)
-                made.append(api.make(name, **parameters))
-            found[" + ".join(" ".join(part.split()) for part in parts)] = made
+            found[" + ".join(" ".join(part.split()) for part in split_settings(item))] = typed(item)
         else:
             made = [api.make(one) for one in (item if isinstance(item, tuple) else (item,))]
             found[" + ".join(map(label_of, made))] = made
