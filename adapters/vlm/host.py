@@ -172,6 +172,11 @@ class VisualHost(Host):
             unknown = _sees(words.CONFIG.part(self.model))
             why = ": it has vision, but of a family whose image features tokred does not know" if unknown else ""
             return f"{why}; take 'fastkv', which lets tokens of text leave, or a policy of its cache such as 'snapkv'"
+        if "calibration" in self.missing(method):
+            return (
+                ": it takes a bias for each pair of tokens, which goes with eager or SDPA attention, and with images "
+                "that see no later tokens"
+            )
         for settings, other in getattr(method, "variants", tuple)():
             if not self.missing(other):
                 return f"; {method.name!r} with {settings} works"

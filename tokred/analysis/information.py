@@ -194,8 +194,9 @@ class Horizon:
             axis.axvline(self.layer, color="0.4", linestyle="--", label=f"horizon: layer {self.layer}")
         axis.set_xlabel("decoder layer")
         axis.set_ylabel("probability of the answer that is lost")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
+        figure.legend(frameon=False, loc="outside upper center", ncols=3, fontsize="small")
         if path is not None:
             save(figure, Path(path))
         return figure
