@@ -182,7 +182,7 @@ def run_block(block: Any, host_forward: Callable[..., Any], x: Tensor, args: Any
     acts = settings.active and method.acts(n, place)
     if acts and method.where == "before":
         step, state = decide(settings, Capture(None, state.length, state.representative), state, x)
-        state, x = follow(shared, step, state, x)
+        state, x = follow(shared, step, state.lean(), x)
         acts = False
     bias = attention_bias(state, method.proportional)
     if not acts and bias is None and state.representative is None and state.heads is None and state.gate is None:

@@ -77,6 +77,10 @@ class TokenState:
     gated: Gated = "keys"
     fresh: Tensor | None = None
 
+    def lean(self) -> TokenState:
+        """The state without the pixels, which are asked for before the first block alone."""
+        return self if self.sides is None else replace(self, sides=self.sides._replace(pixels=None))
+
     @property
     def keys(self) -> Tensor | None:
         """``(B, M)`` float32: how far attention sees each key; None: all of them alike."""
@@ -221,15 +225,8 @@ class Shared(State):
         self.final: TokenState | None = None  # of the block that ran last, while intermediate features are asked for
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "slots": {},
-            "records": {},
-            "expose_all": False,
-            "final": None,
-            "losses": None,
-            "guesses": [],
-        }
+        empty = {"slots": {}, "records": {}, "guesses": [], "expose_all": False, "final": None, "losses": None}
+        return {**self.__dict__, **empty}
 
     @contextlib.contextmanager
     def exposing(self) -> Iterator[None]:
@@ -316,7 +313,10 @@ class Shared(State):
         state = TokenState(length, sides=sides)
         if not torch.compiler.is_compiling():
             setattr(x, START, (self, sides))
-            self.slots[0] = Slot(pointer(x), x.shape, state)
+            # Pixels are asked for again by a checkpoint alone, and are not kept alive where there can be none.
+            self.slots[0] = Slot(
+                pointer(x), x.shape, state if torch.is_grad_enabled() or x.requires_grad else state.lean()
+            )
         return state
 
     def carried(self, layer: int, x: Tensor) -> TokenState:

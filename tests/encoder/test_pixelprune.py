@@ -120,6 +120,20 @@ def test_on_a_model():
         assert torch.equal(model(blank), z)
 
 
+def test_pixels_are_not_kept_alive():
+    pytest.importorskip("timm")
+    from tests.encoder.tiny_timm import build, images
+    from tokred.adapters.encoder.host import shared_of
+
+    model = tokred.apply(build("vit"), "pixelprune", tau=0.9, metric="mae", min_keep=0.5)
+    with torch.no_grad():
+        model(images())
+    ((_, _, shared),) = shared_of(model)
+    states = [slot.state for slot in shared.slots.values()] + [record.state for record in shared.records.values()]
+    assert len(states) > 4
+    assert all(state.sides is not None and state.sides.pixels is None for state in states)
+
+
 @pytest.mark.parametrize(
     ("parameters", "match"),
     [
