@@ -15,9 +15,9 @@ from tokred.kernels.decode_attention import SENTINEL
 from tokred.kv.described import POSITION, Made, like, plain_bytes
 from tokred.kv.site import CacheSite
 from tokred.kv.stores.codecs import Codec
-from tokred.kv.stores.rectangle import merged_slots, up_to_date, without_empty
+from tokred.kv.stores.rectangle import SlottedShelf, merged_slots, without_empty
 from tokred.kv.stores.sides import ROOM, Side, Window
-from tokred.kv.stores.store import Query, Shelf, Store
+from tokred.kv.stores.store import Query, Store
 
 # Share of the rows of a layer that may have been evicted and still take room, before all others are encoded anew.
 HOLES = 0.25
@@ -72,7 +72,7 @@ class Coded(Store):
         return 4 * heads * width * rows
 
 
-class CodedShelf(Shelf):
+class CodedShelf(SlottedShelf):
     """A log of rows in the order in which they came, of which the policy's rows are all or some.
 
     Args:
@@ -80,12 +80,12 @@ class CodedShelf(Shelf):
     """
 
     def __init__(self, store: Coded) -> None:
+        super().__init__()
         self.store = store
         self._type = torch.float32
         self._sides: tuple[Side, ...] = ()  # of keys and of values, each with all rows of the log
         # [B, Hk, K] int32, which row of the log each row is, -1 for empty ones; None: all, in order.
         self._index: Tensor | None = None
-        self._slots: Tensor | None = None
         self._ragged = False
         self._new = 0  # rows of this forward
         self._since = 0  # rows since rows were last evicted
@@ -140,14 +140,6 @@ class CodedShelf(Shelf):
             return rows if index is None else _picked(rows, index)
 
         return Made(like(tail, shape, dtype), made)
-
-    @property
-    def moved(self) -> bool:
-        return self._slots is not None
-
-    def positions(self, seen: int) -> Tensor | None:
-        self._slots = up_to_date(self._slots, self.width, seen)
-        return self._slots
 
     # ------------------------------------------------------------------ what happens to them
 
@@ -247,8 +239,9 @@ class CodedShelf(Shelf):
         self._seen = None
 
     def select(self, index: Tensor, listed: Callable[[], list[int]]) -> None:
+        super().select(index, listed)
         self._sides = tuple(side.select(index) for side in self._sides)
-        for name in ("_index", "_slots", "_seen"):
+        for name in ("_index", "_seen"):
             value = getattr(self, name)
             if value is not None:
                 setattr(self, name, value.index_select(0, index))

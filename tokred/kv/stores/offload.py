@@ -14,7 +14,7 @@ from tokred.core.reduction import Reduction
 from tokred.kernels.gather_rows import gather_cache
 from tokred.kv.described import Made
 from tokred.kv.site import CacheSite
-from tokred.kv.stores.rectangle import merged_slots, up_to_date, without_empty
+from tokred.kv.stores.rectangle import SlottedShelf, merged_slots, without_empty
 from tokred.kv.stores.store import Shelf, Store
 
 Rows = tuple[Tensor, Tensor]
@@ -170,7 +170,7 @@ class Chain:
             self._coming = {following: away.fetch(device)}
 
 
-class OffloadedShelf(Shelf):
+class OffloadedShelf(SlottedShelf):
     """Rows of one layer: whole on the device from a forward's append to its settling, otherwise away but for the tail.
 
     No tensor is changed in place, so a snapshot is a reference.
@@ -182,13 +182,13 @@ class OffloadedShelf(Shelf):
     """
 
     def __init__(self, block: int, chain: Chain, number: int) -> None:
+        super().__init__()
         self._block = block
         self._chain = chain
         self._number = number
         self._whole: Rows | None = None
         self._away: Away | None = None
         self._tail: Rows | None = None  # newest rows, on the device, that are not away
-        self._slots: Tensor | None = None
         self._device = torch.device("cpu")
 
     # ------------------------------------------------------------------ rows, as a rectangle
@@ -237,14 +237,6 @@ class OffloadedShelf(Shelf):
         shape = (*held.shape[:2], self.width, held.shape[3])
         empty = torch.empty((), dtype=held.dtype, device=device).expand(shape)
         return Made(empty, lambda: _joined(away.fetch(device).wait(), tail)[which].detach())
-
-    @property
-    def moved(self) -> bool:
-        return self._slots is not None
-
-    def positions(self, seen: int) -> Tensor | None:
-        self._slots = up_to_date(self._slots, self.width, seen)
-        return self._slots
 
     @property
     def away(self) -> Iterator[Tensor]:
@@ -321,9 +313,9 @@ class OffloadedShelf(Shelf):
         return keys[:, :, -count:], values[:, :, -count:]
 
     def select(self, index: Tensor, listed: Callable[[], list[int]]) -> None:
+        super().select(index, listed)
         self._whole, self._tail = _selected(self._whole, index), _selected(self._tail, index)
         self._away = None if self._away is None else self._away.select(index)
-        self._slots = None if self._slots is None else self._slots.index_select(0, index)
 
 
 _streams: dict[torch.device, Any] = {}

@@ -17,9 +17,9 @@ from tokred.kv.described import Made, like
 from tokred.kv.site import CacheSite
 from tokred.kv.stores.codecs import check_bits
 from tokred.kv.stores.grown import Grown
-from tokred.kv.stores.rectangle import up_to_date, without_empty
+from tokred.kv.stores.rectangle import SlottedShelf, without_empty
 from tokred.kv.stores.sides import ROOM, Window
-from tokred.kv.stores.store import Shelf, Store
+from tokred.kv.stores.store import Store
 
 # What a budget leaves: in the state of the rows the bits of each one's value, and in the notes those of each channel.
 BITS, CHANNELS = "bits", "channels"
@@ -154,7 +154,7 @@ class Chunk(NamedTuple):
         return self.keys.restored(channels, rows > 0, (heads, n, k_width), dtype)
 
 
-class ZonesShelf(Shelf):
+class ZonesShelf(SlottedShelf):
     """Chunks in codes, and rows as they came behind them.
 
     Args:
@@ -162,11 +162,11 @@ class ZonesShelf(Shelf):
     """
 
     def __init__(self, store: Zones) -> None:
+        super().__init__()
         self.store = store
         self._type = torch.float32
         self._chunks: tuple[tuple[Chunk, ...], ...] = ()  # in order, each of all samples
         self._tail: tuple[Grown, ...] = ()  # of keys and of values
-        self._slots: Tensor | None = None
         self._channels: Tensor | None = None  # [B, Hk, D] bits of keys, once there are codes
         self._new = 0
 
@@ -221,14 +221,6 @@ class ZonesShelf(Shelf):
             return then._made(which).detach()
 
         return Made(like(tail, shape, self._type), made)
-
-    @property
-    def moved(self) -> bool:
-        return self._slots is not None
-
-    def positions(self, seen: int) -> Tensor | None:
-        self._slots = up_to_date(self._slots, self.width, seen)
-        return self._slots
 
     # ------------------------------------------------------------------ what happens to them
 
@@ -287,10 +279,8 @@ class ZonesShelf(Shelf):
         return keys, values
 
     def select(self, index: Tensor, listed: Callable[[], list[int]]) -> None:
+        super().select(index, listed)
         if self._chunks:
             self._chunks = tuple(tuple(chunk[i] for i in listed()) for chunk in self._chunks)
         self._tail = tuple(side.select(index) for side in self._tail)
-        for name in ("_slots", "_channels"):
-            value = getattr(self, name)
-            if value is not None:
-                setattr(self, name, value.index_select(0, index))
+        self._channels = None if self._channels is None else self._channels.index_select(0, index)
