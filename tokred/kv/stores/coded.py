@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from tokred.core.reduction import Reduction
 from tokred.kernels.decode_attention import SENTINEL
-from tokred.kv.described import POSITION, Made, like, plain_bytes
+from tokred.kv.described import POSITION, Made, plain_bytes
 from tokred.kv.site import CacheSite
 from tokred.kv.stores.codecs import Codec
 from tokred.kv.stores.rectangle import SlottedShelf, merged_slots, without_empty
@@ -102,8 +103,7 @@ class CodedShelf(SlottedShelf):
         return self._made(1) if self._sides else None
 
     def _made(self, which: int) -> Tensor:
-        rows = self._sides[which].restored(self._type)
-        return rows if self._index is None else _picked(rows, self._index)
+        return _restored(self._sides[which], self._index, self._type)
 
     @property
     def newest(self) -> tuple[Tensor, Tensor]:
@@ -130,16 +130,8 @@ class CodedShelf(SlottedShelf):
         return self._shown(0), self._shown(1)
 
     def _shown(self, which: int) -> Made:
-        tail = self._sides[which].tail.buffer
-        shape = (*tail.shape[:2], self.width, tail.shape[3])
-        # Of now: rows may go before somebody asks.
-        side, index, dtype = self._sides[which], self._index, self._type
-
-        def made() -> Tensor:
-            rows = side.restored(dtype).detach()
-            return rows if index is None else _picked(rows, index)
-
-        return Made(like(tail, shape, dtype), made)
+        side = self._sides[which]
+        return Made.of(side.tail.buffer, self.width, partial(_restored, side, self._index, self._type), self._type)
 
     # ------------------------------------------------------------------ what happens to them
 
@@ -291,6 +283,12 @@ class CodedShelf(SlottedShelf):
             seen = torch.cat([seen, seen.new_ones(*seen.shape[:2], log - seen.shape[2])], 2)
         self._seen = seen
         return seen
+
+
+def _restored(side: Side, index: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``[B, Hk, K, D]``: the rows ``index`` of a log, or all."""
+    rows = side.restored(dtype)
+    return rows if index is None else _picked(rows, index)
 
 
 def _picked(rows: Tensor, index: Tensor) -> Tensor:

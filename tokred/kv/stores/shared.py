@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokred.kernels.attention import attention_with_lse
 from tokred.kernels.decode_attention import SENTINEL
-from tokred.kv.described import Made, like
+from tokred.kv.described import Made
 from tokred.kv.site import CacheSite
 from tokred.kv.stores.rectangle import RectangleShelf, newest_slots
 from tokred.kv.stores.store import Query, Shelf
@@ -97,8 +97,7 @@ class SharedShelf(Shelf):
             return self.common.show()
 
         def made(rows: Tensor, make: Callable[[], Tensor | None]) -> Made:
-            shape = (*rows.shape[:2], self.width, rows.shape[3])
-            return Made(like(rows, shape), lambda: self._both(make(), rows).detach())
+            return Made.of(rows, self.width, lambda: self._both(make(), rows))
 
         keys, values = self.own.newest
         return made(keys, lambda: self.common.keys), made(values, lambda: self.common.values)

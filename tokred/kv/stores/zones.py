@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from tokred.core.checks import check_count
 from tokred.core.reduction import Reduction
 from tokred.kernels.decode_attention import SENTINEL
 from tokred.kernels.packed_rows import pack, unpack
-from tokred.kv.described import Made, like
+from tokred.kv.described import Made
 from tokred.kv.site import CacheSite
 from tokred.kv.stores.codecs import check_bits
 from tokred.kv.stores.grown import Grown
@@ -154,6 +155,12 @@ class Chunk(NamedTuple):
         return self.keys.restored(channels, rows > 0, (heads, n, k_width), dtype)
 
 
+def _restored(chunks: tuple[tuple[Chunk, ...], ...], tail: Tensor, which: int, dtype: torch.dtype) -> Tensor:
+    """``[B, Hk, K, D]``: keys or values of chunks of all samples, and those of the ``tail`` behind them."""
+    parts = [torch.stack([one.restored(which, dtype) for one in chunk]) for chunk in chunks]
+    return torch.cat([*parts, tail], 2) if parts else tail
+
+
 class ZonesShelf(SlottedShelf):
     """Chunks in codes, and rows as they came behind them.
 
@@ -181,8 +188,7 @@ class ZonesShelf(SlottedShelf):
         return self._made(1) if self._tail else None
 
     def _made(self, which: int) -> Tensor:
-        parts = [torch.stack([one.restored(which, self._type) for one in chunk]) for chunk in self._chunks]
-        return torch.cat([*parts, self._tail[which].rows], 2) if parts else self._tail[which].rows
+        return _restored(self._chunks, self._tail[which].rows, which, self._type)
 
     @property
     def newest(self) -> tuple[Tensor, Tensor]:
@@ -212,15 +218,8 @@ class ZonesShelf(SlottedShelf):
         return super().show() if self.complete else (self._shown(0), self._shown(1))
 
     def _shown(self, which: int) -> Made:
-        tail, state = self._tail[which].buffer, self.snapshot()
-        shape = (*tail.shape[:2], self.width, tail.shape[3])
-
-        def made() -> Tensor:
-            then = self.store.open()  # rows may go before somebody asks
-            then.restore(state)
-            return then._made(which).detach()
-
-        return Made(like(tail, shape, self._type), made)
+        tail = self._tail[which].rows
+        return Made.of(tail, self.width, partial(_restored, self._chunks, tail, which, self._type), self._type)
 
     # ------------------------------------------------------------------ what happens to them
 
@@ -265,9 +264,8 @@ class ZonesShelf(SlottedShelf):
     def crop(self, count: int) -> None:
         left = self.width - count
         while self._tail[0].count < count:  # rows of a chunk come back as they were rounded
-            last = self._chunks[-1]
-            rows = [torch.stack([one.restored(which, self._type) for one in last]) for which in (0, 1)]
-            self._tail = tuple(Grown.of(torch.cat([x, y.rows], 2)) for x, y in zip(rows, self._tail, strict=True))
+            last = self._chunks[-1:]
+            self._tail = tuple(Grown.of(_restored(last, x.rows, i, self._type)) for i, x in enumerate(self._tail))
             self._chunks = self._chunks[:-1]
         self._tail = tuple(side.first(side.count - count) for side in self._tail)
         self._slots = None if self._slots is None else self._slots[:, :, :left]
