@@ -238,19 +238,17 @@ class Shadow(NamedTuple):
 
     # ------------------------------------------------------------------ all rows
 
-    def restored(self) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[B, Hk, N, D]``, in order; keys of chunks are what their shadow says."""
-        b, h, _, d = self.local_keys.shape
-        m, device = self.factor.shape[1], self.local_keys.device
-        every, rotation = torch.arange(m, device=device).expand(b, h, m), Rotation(self.angle, self.store.chunk)
-        keys = self.rebuilt(every).view(b, h, m * self.store.chunk, d)[..., rotation.pairs(d).argsort()]
-        keys, exact = (
-            keys.view(b, h, m, self.store.chunk * d),
-            self.outlier_keys.reshape(*self.outliers.shape, self.store.chunk * d),
-        )
-        keys = _put(keys, self.outliers, exact).view(b, h, m * self.store.chunk, d)
-        values = self.values.to(device).view(b, h, keys.shape[2], self.local_values.shape[3])
-        return torch.cat([keys, self.local_keys], 2), torch.cat([values, self.local_values], 2)
+    def restored(self, which: int) -> Tensor:
+        """``[B, Hk, N, D]``, keys or values in order; keys of chunks are what their shadow says."""
+        local = self.local_values if which else self.local_keys
+        (b, h, _, d), m, c = local.shape, self.factor.shape[1], self.store.chunk
+        if which:
+            return torch.cat([self.values.to(local.device).view(b, h, m * c, d), local], 2)
+        every = torch.arange(m, device=local.device).expand(b, h, m)
+        keys = self.rebuilt(every).view(b, h, m * c, d)[..., Rotation(self.angle, c).pairs(d).argsort()]
+        exact = self.outlier_keys.reshape(*self.outliers.shape, c * d)
+        keys = _put(keys.view(b, h, m, c * d), self.outliers, exact).view(b, h, m * c, d)
+        return torch.cat([keys, local], 2)
 
     def select(self, index: Tensor) -> Shadow:
         """The rows of other samples: ``index`` ``[B']`` of the old ones."""

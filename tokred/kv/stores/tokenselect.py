@@ -144,24 +144,20 @@ class SelectShelf(Shelf):
 
     @property
     def keys(self) -> Tensor | None:
-        return self._all()[0] if self.width else None
+        return self._all(0) if self.width else None
 
     @property
     def values(self) -> Tensor | None:
-        return self._all()[1] if self.width else None
+        return self._all(1) if self.width else None
 
-    def _all(self) -> Rows:
-        keys, values = self._before()
-        if keys is None or values is None:
-            return self.newest
-        if self._at is not None and self._angle is not None:
-            keys = turned(keys, self._at, self._angle).to(keys.dtype)
-        if self._fresh is None:
-            return keys, values
-        return torch.cat([keys, self._fresh[0]], 2), torch.cat([values, self._fresh[1]], 2)
-
-    def _before(self) -> tuple[Tensor | None, Tensor | None]:
-        return (None, None) if self._held is None else (self._held[0].rows, self._held[1].rows)
+    def _all(self, which: int) -> Tensor:
+        """``[B, Hk, K, D]``, keys or values."""
+        if self._held is None:
+            return self.newest[which]
+        rows = self._held[which].rows
+        if which == 0 and self._at is not None and self._angle is not None:
+            rows = turned(rows, self._at, self._angle).to(rows.dtype)
+        return rows if self._fresh is None else torch.cat([rows, self._fresh[which]], 2)
 
     @property
     def newest(self) -> Rows:
