@@ -247,18 +247,15 @@ class OffloadedShelf(SlottedShelf):
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         self._device = keys.device
-        self._open()
-        if self._whole is None:
-            self._whole = keys.contiguous(), values.contiguous()
-        else:
-            self._whole = _joined(self._whole, (keys, values))
-        self._chain.send_for_next(self._number)
-
-    def _open(self) -> None:
-        """Have all rows on the device."""
-        if self._whole is None and self._away is not None:
-            self._whole = _joined(self._chain.bring(self._number, self._away, self._device), self._tail)
+        new = keys, values
+        if self._whole is not None:
+            self._whole = _joined(self._whole, new)
+        elif self._away is not None:
+            self._whole = _joined(self._chain.bring(self._number, self._away, self._device), self._tail, new)
             self._tail = None
+        else:
+            self._whole = keys.contiguous(), values.contiguous()
+        self._chain.send_for_next(self._number)
 
     def settle(self, site: CacheSite | None) -> None:
         if self._whole is None:
@@ -342,10 +339,10 @@ def same_memory(like: Tensor, rows: Tensor) -> Tensor:
     return torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows)
 
 
-def _joined(rows: Rows, more: Rows | None) -> Rows:
-    if more is None:
-        return rows
-    return torch.cat([rows[0], more[0]], 2), torch.cat([rows[1], more[1]], 2)
+def _joined(*lots: Rows | None) -> Rows:
+    """Keys and values of several lots of rows, in one copy; of one, as they are."""
+    keys, values = zip(*(rows for rows in lots if rows is not None), strict=True)
+    return (keys[0], values[0]) if len(keys) == 1 else (torch.cat(keys, 2), torch.cat(values, 2))
 
 
 def _count(rows: Rows | None) -> int:
