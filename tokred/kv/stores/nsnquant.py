@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from tokred.core.checks import check_count
+from tokred.core.checks import check_count, check_flags
 from tokred.kernels.packed_rows import bytes_of, pack, unpack
 from tokred.kv.site import CacheSite
 from tokred.kv.stores.codebooks import SUB, codebook
@@ -59,8 +59,7 @@ class NSNQuant(Coded):
         check_bits(self.side_bits, "side_bits", (4, 16))
         check_count(self.window, "window", 2)
         check_count(self.o_group, "o_group", 2)
-        if not isinstance(self.pre_rope, bool):
-            raise TypeError(f"pre_rope must be True or False, got {self.pre_rope!r}")
+        check_flags(pre_rope=self.pre_rope)
 
     @property
     def turns(self) -> bool:

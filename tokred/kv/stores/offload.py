@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from tokred.core.checks import check_count
+from tokred.core.checks import check_count, check_flags
 from tokred.core.reduction import Reduction
 from tokred.kernels.gather_rows import gather_cache
 from tokred.kv.described import Made
@@ -41,8 +41,7 @@ class Offloaded(Store):
 
     def __post_init__(self) -> None:
         check_count(self.block, "block", 1)
-        if not isinstance(self.prefetch, bool):
-            raise TypeError(f"prefetch must be True or False, got {self.prefetch!r}")
+        check_flags(prefetch=self.prefetch)
 
     def open(self) -> Shelf:
         return self.shelves(1)[0]

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tokred.core.checks import check_count
+from tokred.core.checks import check_count, check_flags
 from tokred.kv.described import Made
 from tokred.kv.site import CacheSite
 from tokred.kv.stores.rectangle import RectangleShelf
@@ -60,8 +60,7 @@ class ShadowKV(Store):
         check_count(self.budget, "budget", self.chunk)
         if self.budget % self.chunk:
             raise ValueError(f"budget must be a multiple of chunk={self.chunk}, got {self.budget}")
-        if not isinstance(self.offload, bool):
-            raise TypeError(f"offload must be True or False, got {self.offload!r}")
+        check_flags(offload=self.offload)
 
     def open(self) -> ShadowShelf:
         return ShadowShelf(self)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokred.core.checks import check_count
+from tokred.core.checks import check_choice, check_count, check_flags
 from tokred.kernels.decode_attention import decode_attention
 from tokred.kv.select import kept_mask, largest, rows_of
 from tokred.kv.site import CacheSite
@@ -70,11 +70,9 @@ class TokenSelect(Store):
             raise ValueError(
                 f"theta must be a number of at least -1 (above 1: every query chooses), got {self.theta!r}"
             )
-        for name, allowed in (("vote", VOTES), ("positions", POSITIONS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
-        if not isinstance(self.scaled, bool):
-            raise TypeError(f"scaled must be True or False, got {self.scaled!r}")
+        check_choice(self.vote, "vote", VOTES)
+        check_choice(self.positions, "positions", POSITIONS)
+        check_flags(scaled=self.scaled)
 
     @property
     def reads(self) -> frozenset[str]:  # type: ignore[override]
