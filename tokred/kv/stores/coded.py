@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tokred.core.reduction import Reduction
 from tokred.kernels.decode_attention import SENTINEL
+from tokred.kernels.gather_rows import gather_rows
 from tokred.kv.described import POSITION, Made, plain_bytes
 from tokred.kv.site import CacheSite
 from tokred.kv.stores.codecs import Codec
@@ -293,8 +294,7 @@ def _restored(side: Side, index: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 def _picked(rows: Tensor, index: Tensor) -> Tensor:
     """``[B, Hk, K, D]``: rows of each head; any one for those below 0."""
-    index = index.clamp(min=0).long()
-    return rows.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, rows.shape[-1]))
+    return gather_rows(rows, index.clamp(min=0).long())
 
 
 def _scattered(values: Tensor, index: Tensor, count: int) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tokred.core.checks import check_count, check_share
 from tokred.core.reduction import Reduction
+from tokred.kernels.gather_rows import gather_rows
 from tokred.kv.described import POSITION, plain_bytes
 from tokred.kv.parts import Score, as_part
 from tokred.kv.site import CacheSite
@@ -264,13 +265,13 @@ class MiKVShelf(CodedShelf):
         stay, go = order[..., :left].sort(-1).values, order[..., left:].sort(-1).values
         sides = []
         for side in self._sides:
-            new = side.codec.encode(_of(side.tail.rows, go), None)
+            new = side.codec.encode(gather_rows(side.tail.rows, go), None)
             old = side.parts
             parts = (
                 tuple(map(Grown.of, new)) if not old else tuple(o.append(x, 128) for o, x in zip(old, new, strict=True))
             )
             if self.store.high_bits == 16:
-                others: Any = Grown.of(_of(side.tail.rows, stay))
+                others: Any = Grown.of(gather_rows(side.tail.rows, stay))
             else:  # what goes was rounded from what it was, if it has just come
                 others = Rounded.of(side.tail, self.store.upper(side.tail.buffer), self._type).picked(stay)
             sides.append(Side(side.codec, side.window, others, None, parts))
@@ -376,7 +377,3 @@ class Rounded(NamedTuple):
     def select(self, index: Tensor) -> Rounded:
         """The rows of other samples: ``index`` ``[B']`` of the old ones."""
         return self._replace(parts=tuple(part.select(index) for part in self.parts), fresh=self.fresh.select(index))
-
-
-def _of(rows: Tensor, index: Tensor) -> Tensor:
-    return rows.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, rows.shape[-1]))

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokred.kernels.gather_rows.reference import gather_rows  # values may be in host memory, where no kernel runs
+from tokred.kernels.rows import flat_index
 from tokred.kv.select import kept_mask, rows_of
 from tokred.kv.stores.offload import in_host_memory, same_memory
 
@@ -140,10 +142,10 @@ class Shadow(NamedTuple):
             .contiguous(),
             angle,
             ids,
-            _picked(landmarks, ids).to(keys.dtype),
+            gather_rows(landmarks, ids).to(keys.dtype),
             outliers,
-            _picked(chunked.flatten(3), outliers).reshape(b, h, -1, d),
-            _picked(held, outliers).reshape(b, h, -1, values.shape[3]),
+            gather_rows(chunked.flatten(3), outliers).reshape(b, h, -1, d),
+            gather_rows(held, outliers).reshape(b, h, -1, values.shape[3]),
             *local,
             in_host_memory(held) if store.offload else held.clone(),
         )
@@ -216,7 +218,7 @@ class Shadow(NamedTuple):
 
     def fetched(self, chunks: Tensor) -> Tensor:
         """``[B, Hk, n, c * Dv]``: values of chunks ``[B, Hk, n]``, from wherever they are."""
-        return _picked(self.values, chunks.to(self.values.device)).to(chunks.device, non_blocking=True)
+        return gather_rows(self.values, chunks.to(self.values.device)).to(chunks.device, non_blocking=True)
 
     def parts(
         self, q: Tensor, softcap: float | None, last: Buffer | None
@@ -293,19 +295,7 @@ def _unrotated(keys: Tensor, rotation: Rotation) -> Tensor:
     return rotation.back(rows).flatten(2, 3)[:, :, :n].transpose(1, 2).flatten(2)
 
 
-def _flat(index: Tensor, count: int) -> Tensor:
-    """Where the places ``[B, Hk, n]`` are among ``count`` of every head, all in one row."""
-    b, h, _ = index.shape
-    return (index + torch.arange(b * h, device=index.device).view(b, h, 1) * count).reshape(-1)
-
-
-def _picked(x: Tensor, index: Tensor) -> Tensor:
-    """``[B, Hk, n, W]`` of ``x`` ``[B, Hk, M, W]``: one copy of whole rows."""
-    b, h, m, w = x.shape
-    return x.reshape(b * h * m, w).index_select(0, _flat(index, m)).view(b, h, index.shape[2], w)
-
-
 def _put(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     """``x`` ``[B, Hk, M, W]``, changed in place, with ``rows`` ``[B, Hk, n, W]`` in the places ``index``."""
     b, h, m, w = x.shape
-    return x.view(b * h * m, w).index_copy_(0, _flat(index, m), rows.reshape(-1, w)).view(b, h, m, w)
+    return x.view(b * h * m, w).index_copy_(0, flat_index(index, (h * m, m, 1)), rows.reshape(-1, w)).view(b, h, m, w)

@@ -13,6 +13,7 @@ from torch import Tensor
 from tokred.core.checks import check_count
 from tokred.core.reduction import Reduction
 from tokred.kernels.decode_attention import SENTINEL
+from tokred.kernels.gather_rows import gather_cache
 from tokred.kernels.packed_rows import pack, unpack
 from tokred.kv.described import Made
 from tokred.kv.site import CacheSite
@@ -255,10 +256,9 @@ class ZonesShelf(SlottedShelf):
         self._tail = tuple(Grown.of(side.rows[:, :, count:].clone()) for side in self._tail)
 
     def take(self, step: Reduction, slots: Tensor) -> None:
-        index, rows = step.representative, (self._made(0), self._made(1))
-        self._slots = without_empty(slots.gather(2, index), step.mask).contiguous()
-        wide = index.unsqueeze(-1)
-        self._tail = tuple(Grown.of(x.gather(2, wide.expand(-1, -1, -1, x.shape[-1]))) for x in rows)
+        *rows, kept = gather_cache(self._made(0), self._made(1), slots, step.representative)
+        self._slots = without_empty(kept, step.mask).contiguous()
+        self._tail = tuple(map(Grown.of, rows))
         self._chunks = ()
 
     def crop(self, count: int) -> None:
