@@ -16,6 +16,7 @@ from tokred.kernels.gather_rows.reference import gather_rows  # values may be in
 from tokred.kernels.rows import flat_index
 from tokred.kv.select import kept_mask, rows_of
 from tokred.kv.stores.offload import in_host_memory, same_memory
+from tokred.kv.turning import turned
 
 if TYPE_CHECKING:
     from tokred.kv.stores.shadow import ShadowKV
@@ -44,13 +45,6 @@ class Rotation(NamedTuple):
         both = (x.unsqueeze(-1) * self.angle.double() for x in (chunks * self.chunk, place))
         start, place = (torch.complex(x.cos().to(dtype), x.sin().to(dtype)) for x in both)
         return start.unsqueeze(-2), place
-
-    def back(self, x: Tensor) -> Tensor:
-        """Rows ``[B, Hk, n, chunk, D]`` of the first chunks, float32 or float64, as they were before they turned."""
-        start, place = self.phases(torch.arange(x.shape[2], device=x.device), x.dtype)
-        r = len(self.angle)
-        z = torch.complex(x[..., :r].contiguous(), x[..., r : 2 * r].contiguous()) * start.conj() * place.conj()
-        return torch.cat([z.real, z.imag, x[..., 2 * r :]], -1)
 
     def turn_pairs(self, x: Tensor, chunks: Tensor) -> Tensor:
         """Rows ``[..., n, chunk, D]`` of ``chunks`` ``[..., n]`` in the order of :meth:`pairs`, turned in place."""
@@ -124,7 +118,7 @@ class Shadow(NamedTuple):
         rows, (b, h, _, d) = m * c, keys.shape
         local = keys[:, :, rows:].clone(), values[:, :, rows:].clone()
         if m:
-            factor, basis = low_rank(_unrotated(keys, Rotation(angle, c)), store.rank)
+            factor, basis = low_rank(_unrotated(keys, angle), store.rank)
         else:
             factor, basis = keys.new_zeros(b, 0, 1), keys.new_zeros(b, 1, h * d)
         chunked = keys[:, :, :rows].unflatten(2, (m, c))  # type: ignore[no-untyped-call]
@@ -286,13 +280,10 @@ def low_rank(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return x @ directions, directions.mT
 
 
-def _unrotated(keys: Tensor, rotation: Rotation) -> Tensor:
+def _unrotated(keys: Tensor, angle: Tensor) -> Tensor:
     """``[B, N, Hk * D]`` float32 or wider: the keys of all heads side by side, as they were before their rotation."""
-    n, c = keys.shape[2], rotation.chunk
-    count = -(-n // c)
-    rows = keys.to(torch.promote_types(keys.dtype, torch.float32))
-    rows = F.pad(rows, (0, 0, 0, count * c - n)).unflatten(2, (count, c))  # type: ignore[no-untyped-call]
-    return rotation.back(rows).flatten(2, 3)[:, :, :n].transpose(1, 2).flatten(2)
+    rows = turned(keys, torch.arange(keys.shape[2], device=keys.device)[None], angle, back=True)
+    return rows.transpose(1, 2).flatten(2)
 
 
 def _put(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
