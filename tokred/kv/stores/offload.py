@@ -324,11 +324,14 @@ def _side_stream(device: torch.device) -> Any:
     return _streams[device]
 
 
-def in_host_memory(rows: Tensor) -> Tensor:
-    """Rows in host memory, contiguous: pinned where they come from CUDA, and then perhaps not there yet."""
+def in_host_memory(rows: Tensor, *, wait: bool = False) -> Tensor:
+    """Rows in host memory, contiguous: pinned where they come from CUDA, and then perhaps not there yet.
+
+    ``wait``: come back when they are, for those who have no event that says so.
+    """
     if not rows.is_cuda:
         return rows.cpu().contiguous()
-    return torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows, non_blocking=True)
+    return torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows, non_blocking=not wait)
 
 
 def same_memory(like: Tensor, rows: Tensor) -> Tensor:

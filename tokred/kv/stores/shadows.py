@@ -107,10 +107,6 @@ class Shadow(NamedTuple):
     local_values: Tensor
     values: Tensor
 
-    def to_file(self) -> dict[str, object]:
-        """Fields by their names, for a file."""
-        return dict(zip(self._fields, self, strict=True))
-
     @classmethod
     def of(cls, store: ShadowKV, keys: Tensor, values: Tensor, angle: Tensor) -> Shadow:
         """The shadow of rows ``[B, Hk, N, D]``, whose row ``i`` is at position ``i``."""
@@ -127,7 +123,7 @@ class Shadow(NamedTuple):
         apart = kept_mask(-least, None, None, (min(store.outliers, m),) * b)
         outliers, ids = rows_of(apart, min(store.outliers, m))[0], rows_of(~apart, max(m - store.outliers, 0))[0]
         held = values[:, :, :rows].reshape(b, h, m, c * values.shape[3])
-        made = cls(
+        return cls(
             store,
             factor[:, :rows].to(keys.dtype, copy=True).reshape(b, m, c * factor.shape[2]),
             basis.to(keys.dtype)
@@ -141,19 +137,18 @@ class Shadow(NamedTuple):
             gather_rows(chunked.flatten(3), outliers).reshape(b, h, -1, d),
             gather_rows(held, outliers).reshape(b, h, -1, values.shape[3]),
             *local,
-            in_host_memory(held) if store.offload else held.clone(),
+            in_host_memory(held, wait=True) if store.offload else held.clone(),
         )
-        if held.is_cuda and store.offload:
-            torch.cuda.current_stream(held.device).synchronize()  # nobody asks later whether they have arrived
-        return made
 
     @classmethod
     def from_file(cls, store: ShadowKV, values: Tensor, **rest: Tensor) -> Shadow:
         """A shadow of a file, whose tensors are on the device where the layer runs."""
-        away = in_host_memory(values) if store.offload else values
-        if values.is_cuda and store.offload:
-            torch.cuda.current_stream(values.device).synchronize()  # nobody asks later whether they have arrived
-        return cls(store=store, values=away, **rest)
+        return cls(store=store, values=in_host_memory(values, wait=True) if store.offload else values, **rest)
+
+    @property
+    def rotation(self) -> Rotation:
+        """Of its chunks."""
+        return Rotation(self.angle, self.store.chunk)
 
     # ------------------------------------------------------------------ one query
 
@@ -194,7 +189,7 @@ class Shadow(NamedTuple):
         """``[B, Hk, n, c * D]``: keys of chunks ``[B, Hk, n]``, turned as their positions say, in pairs."""
         c, (b, h, n) = self.store.chunk, chunks.shape
         m, r, d = self.factor.shape[1], self.basis.shape[2], self.basis.shape[3]
-        dtype, rotation = self.factor.dtype, Rotation(self.angle, c)
+        dtype, rotation = self.factor.dtype, self.rotation
         kind = torch.promote_types(dtype, torch.float32)
         if chunks.is_cuda or dtype != kind or torch.is_grad_enabled():
             flat = chunks + torch.arange(b, device=chunks.device).view(-1, 1, 1) * m
@@ -229,7 +224,7 @@ class Shadow(NamedTuple):
         b, h, _, d = q.shape
         buffer = self.bring(self.choose(q, softcap), last)
         chosen = buffer.keys.view(b, h, -1, d).to(q.dtype)
-        logits.append(q[..., Rotation(self.angle, self.store.chunk).pairs(d)] @ chosen.mT)
+        logits.append(q[..., self.rotation.pairs(d)] @ chosen.mT)
         return logits, [*values, buffer.values.view(b, h, -1, self.local_values.shape[3])], buffer
 
     # ------------------------------------------------------------------ all rows
@@ -241,7 +236,7 @@ class Shadow(NamedTuple):
         if which:
             return torch.cat([self.values.to(local.device).view(b, h, m * c, d), local], 2)
         every = torch.arange(m, device=local.device).expand(b, h, m)
-        keys = self.rebuilt(every).view(b, h, m * c, d)[..., Rotation(self.angle, c).pairs(d).argsort()]
+        keys = self.rebuilt(every).view(b, h, m * c, d)[..., self.rotation.pairs(d).argsort()]
         exact = self.outlier_keys.reshape(*self.outliers.shape, c * d)
         keys = _put(keys.view(b, h, m, c * d), self.outliers, exact).view(b, h, m * c, d)
         return torch.cat([keys, local], 2)
