@@ -116,7 +116,7 @@ class Piece(NamedTuple):
         masks, out = _masks(bits, real, shape), torch.zeros(shape, device=bits.device)
         for b, mask, codes in zip(LEVELS[1:-1], masks, self.codes, strict=False):
             out[mask] = unpack(codes, b, 0, int(mask.sum())).float()
-        out = torch.where(masks[0] | masks[1] | masks[2], out * scale + zero, 0.0).to(dtype)
+        out = torch.where(some & real, out * scale + zero, 0.0).to(dtype)
         out[masks[-1]] = self.whole.to(dtype)
         return out
 
