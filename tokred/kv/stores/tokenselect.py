@@ -270,8 +270,8 @@ class SelectShelf(Shelf):
         visible = torch.cat([meant, real[:, n:].expand(len(q), 1)], 1)
         kind = torch.promote_types(query.q.dtype, torch.float32)
         keys, values = (torch.cat([x.to(kind), one.to(kind)], 2) for x, one in ((keys, key), (values, new[1])))
-        rest = {"key_mask": visible, "scale": query.scale, "softcap": query.softcap}
-        return decode_attention(q.to(kind), keys, values, **rest).output.to(query.q.dtype)
+        found = decode_attention(q.to(kind), keys, values, key_mask=visible, scale=query.scale, softcap=query.softcap)
+        return found.output.to(query.q.dtype)
 
     def _list(self, q: Tensor, query: Query, token: Tensor, real: Tensor, count: Tensor) -> Tensor:
         """``[B, n]`` bool: which of the held rows a query attends to.
