@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from tokred.core.method import from_dict
 from tokred.errors import NothingRecordedError, TokredError
-from tokred.kv.blend import Blend
 from tokred.patch import Part, parts_of
 
 
@@ -112,6 +111,7 @@ def blend(
         >>> model.generate(torch.cat([made.ids, question], 1), **tokred.cache_kwargs(made.cache))
     """
     from tokred.adapters.kv.reuse.blend import join
+    from tokred.kv.blend import Blend
 
     how = Blend(recompute, check_layers, measure, fresh_at_check)
     part = next((p for p in parts_of(model) if p.method.stage == "cache"), None)
