@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tokred.adapters.contract import cache_name, cache_of, host_object, with_cache, words
+from tokred.adapters.contract.calls import makes_cache
 from tokred.adapters.kv.cache import TokCache
 from tokred.adapters.kv.hooks import CacheSettings
 from tokred.adapters.kv.layer import TokLayer
@@ -71,9 +72,7 @@ class EnterDecoder(Hook):
         cache = cache_of(given)
         self.settings.begin()
         if cache is None:
-            use = words.CACHED.of(given)
-            use = words.CACHED.part(self.settings.config, True) if use is None else use
-            if not use or (module.training and words.CHECKPOINTS.part(module, False)):
+            if not makes_cache(module, given, self.settings.config):
                 return args, kwargs
             cache = self.settings.cache()
         cross = words.CROSS_CACHE.part(cache)

@@ -24,6 +24,7 @@ from tokred.adapters.contract import (
     with_cache,
     words,
 )
+from tokred.adapters.contract.calls import makes_cache
 from tokred.adapters.host import State
 from tokred.adapters.kv.attention import PREFIX, SEAT, Seat, register
 from tokred.adapters.kv.cache import LayerRows, TokCache, adopt, make_cache, rows_of
@@ -167,16 +168,13 @@ class EnterDecoder(Hook):
         if isinstance(cache, Joined):  # rows that the policy is shown later
             return args, kwargs
         self.settings.begin()
-        if cache is None:
-            use = words.CACHED.of(given)
-            use = words.CACHED.part(self.settings.config, True) if use is None else use
-            if not use or (module.training and words.CHECKPOINTS.part(module, False)):
-                if self.settings.losses is not None:
-                    raise ValueError(
-                        "the policy's network is in training, and learns from the cache: call the model with "
-                        "use_cache=True, and without gradient checkpointing"
-                    )
-                return args, kwargs
+        if cache is None and not makes_cache(module, given, self.settings.config):
+            if self.settings.losses is not None:
+                raise ValueError(
+                    "the policy's network is in training, and learns from the cache: call the model with "
+                    "use_cache=True, and without gradient checkpointing"
+                )
+            return args, kwargs
         _check_samples(given)
         _check_mask(words.ATTENTION_MASK.of(given))
         cache = self.settings.cache() if cache is None else self.settings.adopt(cache)
