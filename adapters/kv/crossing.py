@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tokred.adapters.contract import cache_name, cache_of, host_object, with_cache, words
 from tokred.adapters.contract.calls import makes_cache
-from tokred.adapters.kv.cache import TokCache
+from tokred.adapters.kv.cache import TokCache, layer_of
 from tokred.adapters.kv.hooks import CacheSettings
 from tokred.adapters.kv.layer import TokLayer
 from tokred.adapters.kv.seat import SEAT, Seat
@@ -45,6 +44,10 @@ class CrossSettings(CacheSettings):
     def cache(self, layout: str = "auto") -> Any:
         """An empty cache of both kinds, of which that of the cross-attention holds its rows as ``layout`` says."""
         return host_object("cache of both")(host_object("cache of rows that grow")(), super().cache(layout))
+
+    def ours(self, cache: Any) -> TokCache | None:
+        """The cache of the cross-attention; None where the policy does not act on it."""
+        return super().ours(words.CROSS_CACHE.part(cache))
 
     def planned(self, layout: str, prompt: int | None, steps: int | None) -> Any:
         """An empty cache that knows what is to come.
@@ -100,21 +103,6 @@ class EnterDecoder(Hook):
             )
 
 
-class LeaveDecoder(Hook):
-    """After the decoder's forward: what could not be decided layer by layer, and the record for ``report``."""
-
-    def __init__(self, settings: CrossSettings) -> None:
-        self.settings = settings
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        cross = words.CROSS_CACHE.part(cache_of(kwargs))
-        if isinstance(cross, TokCache):
-            with torch.no_grad():
-                cross.finish()
-            self.settings.collect()
-            self.settings.ran(cross)
-
-
 class EnterCross(Hook):
     """Before a cross-attention's forward: the attention function is told which layer of the cache is this module's.
 
@@ -130,9 +118,7 @@ class EnterCross(Hook):
         self.projection = projection
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        cross = words.CROSS_CACHE.part(cache_of(kwargs))
-        layer = words.LAYERS.need(cross)[self.index] if isinstance(cross, TokCache) else None
-        rows = layer if isinstance(layer, TokLayer) else None
+        rows = layer_of(self.settings.ours(cache_of(kwargs)), self.index)
         if rows is not None:
             rows.armed = not rows.width  # the encoder's rows are added once
         depth = len(self.settings.compressed)
