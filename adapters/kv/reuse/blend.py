@@ -21,7 +21,7 @@ from tokred.adapters.kv.reuse.chunks import Chunk, forward, host_of, refusal, to
 from tokred.adapters.kv.reuse.fingerprint import described, differences, fingerprint
 from tokred.adapters.kv.reuse.joined import Joined, JoinedLayer, KnownError
 from tokred.adapters.kv.reuse.layers import device_of, plain_cache
-from tokred.adapters.kv.rope import layer_type_of, turned_channels
+from tokred.adapters.kv.rope import layer_type_of, tables, turned_channels
 from tokred.errors import TokredError
 from tokred.kv.blend import Blend, chosen, count_of, deviation, moved, visible
 
@@ -112,7 +112,7 @@ def _check(host: CacheHost, parts: Sequence[Chunk | Tensor]) -> None:
 def _moved(host: CacheHost, parts: Sequence[Chunk | Tensor]) -> Joined:
     """All chunks at their places."""
     embedding = words.ROTARY.part(host.decoder)
-    tables: dict[Any, tuple[Tensor, Tensor]] = {}
+    turns: dict[Any, tuple[Tensor, Tensor]] = {}
     known = [p for p in parts if isinstance(p, Chunk)]
     total = max(sum(_ids(p).shape[1] for p in parts), *(p.first + p.ids.shape[1] for p in known), 0)
     layers = []
@@ -125,9 +125,9 @@ def _moved(host: CacheHost, parts: Sequence[Chunk | Tensor]) -> Joined:
             if isinstance(part, Chunk):
                 keys, values = part.rows[i]
                 if part.first != place:  # where it was computed it stays as it is
-                    if (kind, device) not in tables:
-                        tables[kind, device] = _tables(embedding, kind, total, device)
-                    cos, sin = tables[kind, device]
+                    if (kind, device) not in turns:
+                        turns[kind, device] = _tables(embedding, kind, total, device)
+                    cos, sin = turns[kind, device]
                     old, new = ((cos[at : at + n], sin[at : at + n]) for at in (part.first, place))
                     keys = moved(keys, old, new)
                 rows.append((keys, values))
@@ -140,10 +140,9 @@ def _moved(host: CacheHost, parts: Sequence[Chunk | Tensor]) -> Joined:
 
 def _tables(embedding: Any, kind: str | None, total: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines ``[total, D]`` of positions from 0 on, in float32."""
-    extra = () if kind is None else (kind,)
     own = next((b.device for b in embedding.buffers()), device)
-    cos, sin = embedding(torch.zeros(1, 1, 1, device=own), torch.arange(total, device=own)[None], *extra)
-    return cos[0].to(device), sin[0].to(device)
+    cos, sin = tables(embedding, kind, torch.arange(total, device=own))
+    return cos.to(device), sin.to(device)
 
 
 class _Run:
