@@ -286,6 +286,7 @@ def match(model: nn.Module, *, decodes: bool = False, bounded: bool = False, sta
         raise refusal(
             name, f"layer {unknown[0]} attends to the keys and values of an earlier layer, and no telling which"
         )
+    behind = norms(decoder, found)
     readers = {i: (*modules[i], owner) for i, owner in sources.items() if owner in compressed}
     return CacheHost(
         family=f"transformers {name}",
@@ -294,8 +295,8 @@ def match(model: nn.Module, *, decodes: bool = False, bounded: bool = False, sta
         config=text,
         attentions=found,
         compressed=compressed,
-        supplies=supplies(decoder, found, compressed, rehearsal) - (_OF_HEADS if latents else frozenset()),
-        norms=norms(decoder, found),
+        supplies=supplies(decoder, found, compressed, rehearsal, behind) - (_OF_HEADS if latents else frozenset()),
+        norms=behind,
         key_heads=rehearsal.key_heads(found[compressed[0] if compressed else next(iter(found))][1]),
         readers=readers,
         latents=latents,
