@@ -287,6 +287,9 @@ def match(model: nn.Module, *, decodes: bool = False, bounded: bool = False, sta
             name, f"layer {unknown[0]} attends to the keys and values of an earlier layer, and no telling which"
         )
     behind = norms(decoder, found)
+    supplied = supplies(decoder, found, compressed, rehearsal) - (_OF_HEADS if latents else frozenset())
+    if all(pair is not None for pair in behind.values()):
+        supplied.add("stream")
     readers = {i: (*modules[i], owner) for i, owner in sources.items() if owner in compressed}
     return CacheHost(
         family=f"transformers {name}",
@@ -295,7 +298,7 @@ def match(model: nn.Module, *, decodes: bool = False, bounded: bool = False, sta
         config=text,
         attentions=found,
         compressed=compressed,
-        supplies=supplies(decoder, found, compressed, rehearsal, behind) - (_OF_HEADS if latents else frozenset()),
+        supplies=frozenset(supplied),
         norms=behind,
         key_heads=rehearsal.key_heads(found[compressed[0] if compressed else next(iter(found))][1]),
         readers=readers,

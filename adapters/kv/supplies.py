@@ -46,21 +46,8 @@ def _after_attention(layer: Any) -> nn.Module | None:
 
 
 def supplies(
-    decoder: Any,
-    found: dict[int, tuple[str, nn.Module]],
-    compressed: tuple[int, ...],
-    rehearsal: Rehearsal,
-    behind: dict[int, tuple[nn.Module, nn.Module] | None],
-) -> frozenset[str]:
-    """What sites hand over.
-
-    Args:
-        decoder: the module whose forward takes the cache.
-        found: name and attention of each layer that keeps rows.
-        compressed: layers that a policy may act on.
-        rehearsal: of the attentions.
-        behind: as :func:`norms` has them.
-    """
+    decoder: Any, found: dict[int, tuple[str, nn.Module]], compressed: tuple[int, ...], rehearsal: Rehearsal
+) -> set[str]:
     from tokred.adapters.kv.rope import turned_channels
 
     supplied = {"q", "k", "v"}
@@ -74,6 +61,4 @@ def supplies(
     turned = turned_channels(decoder, attention) if head_dim is not None and turns else 0
     if 0 < turned <= int(head_dim or 0):
         supplied |= {"rotation", "rope"} if turned == head_dim else {"rotation"}
-    if all(pair is not None for pair in behind.values()):
-        supplied.add("stream")
-    return frozenset(supplied)
+    return supplied
