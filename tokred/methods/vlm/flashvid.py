@@ -152,23 +152,19 @@ class FlashVID(ClipMethod):
         value = torch.zeros(len(tree), c, device=tree.device).index_add_(0, tree, points.flatten(0, 1))
         value = value / size.clamp_min(1).unsqueeze(1)
         per_frame = stands.view(length, width).sum(1).tolist()
-        share, final = others * length / sum(per_frame), tree.clone()
-        weight = 1 / size[tree]
+        # Where each root goes, and the part of it there: roots of different frames never meet.
+        share, ends, part = others * length / sum(per_frame), tree.clone(), torch.ones_like(size)
         for t, count in enumerate(per_frame):
             wanted = math.ceil(round(share * count, 9))
             if wanted < count:
                 here = t * width + stands[t * width : (t + 1) * width].nonzero().squeeze(1)
                 found = density_peaks(value[here][None], wanted, min(wanted, 7))
                 group = found.group[0]
-                ends = torch.full_like(tree, -1)
                 ends[here] = here[found.centre[0]][group]
                 one = torch.ones_like(size[here]) if self.clusters == "roots" else size[here]
                 total = torch.zeros(wanted, device=tree.device).scatter_add_(0, group, one)
-                part = torch.zeros_like(size)
                 part[here] = one / total[group]
-                mine = ends[tree] >= 0
-                final[mine], weight[mine] = ends[tree][mine], (weight * part[tree])[mine]
-        return ids.flatten()[final], weight
+        return ids.flatten()[ends[tree]], 1 / size[tree] * part[tree]
 
 
 def picks(x: Tensor, weight: Tensor, count: int) -> Tensor:
