@@ -126,7 +126,7 @@ class HoliTom(ClipMethod):
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Tokens of places that change, root and weight of each: ``some`` a frame of ``frame`` ``(L, 1)``."""
         flat = frame * x.shape[1] + place
-        best = some - (some - round(some * (1 - self.contextual)))
+        best = round(some * (1 - self.contextual))
         rows = highest(scores[frame, place], best)[0]
         chosen = flat.gather(1, rows)
         yield chosen, chosen, torch.ones_like(chosen, dtype=torch.float32)
