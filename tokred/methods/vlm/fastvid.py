@@ -13,7 +13,7 @@ from tokred.core.method import Parameters
 from tokred.core.overlap import OverlapReduction
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.selection import highest
+from tokred.core.selection import besides, highest
 from tokred.kernels.similarity_rows import best_match
 from tokred.vlm.before_llm import VisualSite
 from tokred.vlm.frames import ClipMethod, framed
@@ -112,8 +112,7 @@ class FastVID(ClipMethod):
         n, salient = frames * cells, self.split(cells)[0]
         flat = torch.arange(n, device=x.device).view(frames, cells)
         best = highest(scores, salient)[0]
-        stays = torch.zeros_like(flat, dtype=torch.uint8).scatter(1, best, 1)
-        rest = stays.argsort(dim=1, stable=True)[:, : cells - salient]
+        rest = besides(best, cells)
         own = flat.gather(1, best).view(-1, 1)
         slots = [(own, torch.ones_like(own, dtype=torch.float32))]
         for first, last in cut(frame_similarity(x), self.segments, self.tau):

@@ -13,7 +13,7 @@ from tokred.core.checks import check_choice, check_count, check_number, check_sh
 from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.selection import ranked
+from tokred.core.selection import besides, ranked
 from tokred.kernels.similarity_rows import best_match
 from tokred.vlm.before_llm import VisualSite
 from tokred.vlm.frames import ClipMethod, framed
@@ -120,8 +120,7 @@ class FlashVID(ClipMethod):
             lead = torch.cat([mean[a : b + 1].mean(0).expand(b + 1 - a, -1) for a, b in parts])
             weight = weight * (x * lead.unsqueeze(1)).sum(-1).clamp_min(0)
         rows = picks(x, weight, some).sort(dim=1).values
-        free = torch.zeros(frames, cells, dtype=torch.uint8, device=x.device).scatter(1, rows, 1)
-        left = free.argsort(dim=1, stable=True)[:, : cells - some]
+        left = besides(rows, cells)
         flat = torch.arange(frames * cells, device=x.device).view(frames, cells)
         root = torch.full((frames * cells,), -1, device=x.device)
         share = torch.ones(frames * cells, device=x.device)

@@ -17,7 +17,7 @@ from tokred.core.method import Parameters
 from tokred.core.place import Place
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.selection import highest
+from tokred.core.selection import besides, highest
 from tokred.kernels.similarity_rows import best_match
 from tokred.vlm.before_llm import VisualSite
 from tokred.vlm.frames import ClipMethod, framed
@@ -131,9 +131,8 @@ class HoliTom(ClipMethod):
         chosen = flat.gather(1, rows)
         yield chosen, chosen, torch.ones_like(chosen, dtype=torch.float32)
         if some > best:
-            stays = torch.zeros_like(flat, dtype=torch.uint8).scatter(1, rows, 1)
-            others = flat.gather(1, stays.argsort(dim=1, stable=True)[:, : flat.shape[1] - best])
-            yield self._clustered(x.flatten(0, 1)[others], others, some - best)
+            rest = flat.gather(1, besides(rows, flat.shape[1]))
+            yield self._clustered(x.flatten(0, 1)[rest], rest, some - best)
 
     def _static(self, x: Tensor, frame: Tensor, place: Tensor, share: float) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Tokens of static places, root and weight of each: means over the frames, clustered."""
