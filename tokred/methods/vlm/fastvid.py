@@ -20,7 +20,7 @@ from tokred.vlm.frames import ClipMethod, framed
 from tokred.vlm.tools.cluster import density_peaks
 from tokred.vlm.tools.samples import stacked
 from tokred.vlm.tools.scores import patch_scores
-from tokred.vlm.tools.video import cut, frame_similarity
+from tokred.vlm.tools.video import cut, frame_similarity, numbered
 
 
 @register("fastvid")
@@ -134,14 +134,11 @@ class FastVID(ClipMethod):
             into: ``(m,)`` int64 the anchor that each of the rest goes into.
             ids: ``(m,)`` int64 which tokens these are.
         """
-        members = into.bincount(minlength=len(anchor))
-        order = into.argsort(stable=True)
-        slot = into[order]
-        rank = torch.arange(len(into), device=into.device) - (members.cumsum(0) - members)[slot]
+        members, rank = numbered(into, len(anchor))
         member = anchor.unsqueeze(1).repeat(1, 1 + int(members.max()))
         share = torch.zeros(member.shape, device=into.device)
-        member[slot, 1 + rank] = ids[order]
-        share[slot, 1 + rank] = ((1 - self.beta) / members)[slot]
+        member[into, 1 + rank] = ids
+        share[into, 1 + rank] = ((1 - self.beta) / members)[into]
         # Of two like anchors the second has no members, not even itself.
         share[:, 0] = torch.where(members > 0, self.beta, 1.0)
         return member, share

@@ -26,7 +26,7 @@ from tokred.vlm.tools.budget import Budget, as_budget, count_of
 from tokred.vlm.tools.cluster import density_peaks
 from tokred.vlm.tools.samples import stacked
 from tokred.vlm.tools.scores import patch_scores
-from tokred.vlm.tools.video import changes, gathered, shares
+from tokred.vlm.tools.video import changes, gathered, numbered, shares
 
 
 @register("holitom")
@@ -222,15 +222,11 @@ class HoliTomLayer(LayerMethod):
             into: ``(m,)`` int64 the target of each merged token, in the order of the prompt.
             count: of targets.
         """
-        members = into.bincount(minlength=count)
         if self.merge == "mean":
-            target = 1 / (1 + members.float())
+            target = 1 / (1 + into.bincount(minlength=count).float())
             return target[into], target
+        members, rank = numbered(into, count)
         # The k-th of m that go to a target is halved with all that come behind it: 2 ** (k - 1 - m).
-        order = into.argsort(stable=True)
-        start = members.cumsum(0) - members
-        rank = torch.empty_like(into)
-        rank[order] = torch.arange(len(into), device=into.device) - start[into[order]]
         return torch.exp2((rank - members[into]).float()), torch.exp2(-members.float())
 
 

@@ -49,6 +49,20 @@ def chosen(stays: Tensor, count: int) -> Tensor:
     return stays.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]
 
 
+def numbered(group: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """``(count,)`` int64 members of each group, and ``(n,)`` int64 the rank of each token among those of its group.
+
+    Args:
+        group: ``(n,)`` int64.
+        count: of groups.
+    """
+    members = group.bincount(minlength=count)
+    order = group.argsort(stable=True)
+    rank = torch.empty_like(group)
+    rank[order] = torch.arange(len(group), device=group.device) - (members.cumsum(0) - members)[group[order]]
+    return members, rank
+
+
 def gathered(root: Tensor, weight: Tensor | None = None) -> Reduction:
     """The reduction of one sample in which every token goes to its root, in the order of the roots.
 
