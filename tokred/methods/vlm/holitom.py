@@ -14,14 +14,14 @@ from torch import Tensor
 
 from tokred.core.checks import check_choice, check_count, check_number, check_ratio, check_share
 from tokred.core.method import Parameters
-from tokred.core.place import Place
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.selection import besides, highest
 from tokred.kernels.similarity_rows import best_match
+from tokred.methods.vlm.fastv import AttendedBefore
 from tokred.vlm.before_llm import VisualSite
 from tokred.vlm.frames import ClipMethod, framed
-from tokred.vlm.in_llm import LayerMethod, LayerSite, check_depth, check_layer
+from tokred.vlm.in_llm import LayerSite, check_layer
 from tokred.vlm.tools.budget import Budget, as_budget, count_of
 from tokred.vlm.tools.cluster import density_peaks
 from tokred.vlm.tools.samples import stacked
@@ -153,7 +153,7 @@ class HoliTom(ClipMethod):
 
 @register("holitom_layer")
 @dataclass(frozen=True)
-class HoliTomLayer(LayerMethod):
+class HoliTomLayer(AttendedBefore):
     """HoliTom's second stage: before one decoder layer, the visual tokens that the prompt's last token attends to stay,
     and each of the others is merged into the most similar of them.
 
@@ -179,21 +179,6 @@ class HoliTomLayer(LayerMethod):
         check_layer(self.layer)
         check_ratio(self.ratio, "ratio")
         check_choice(self.merge, "merge", ("sequential", "mean"))
-
-    @property
-    def reads(self) -> frozenset[str]:
-        """Hidden states, and rows of the attention of the layer before."""
-        return frozenset({"x", "rows_before"})
-
-    def check(self, depth: int) -> None:
-        check_depth(self.layer, depth)
-
-    def left(self, n: int) -> int:
-        """How many of ``n`` visual tokens stay, at least one."""
-        return max(1, round(round(n * (1 - self.ratio), 9))) if n else 0
-
-    def tokens(self, n: int, place: Place) -> int:
-        return self.left(n) if place.layer == self.layer else n
 
     def choose(self, site: LayerSite) -> Reduction:
         """Choose, and merge the others by their hidden states as they come."""
