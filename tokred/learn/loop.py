@@ -112,12 +112,12 @@ class Terms:
             forward: what stands in for the model, such as a wrapper of several processes; None: the model.
         """
         recipe, model = self.recipe, self.model
-        logits = _logits(model if forward is None else forward, x)
+        logits = logits_of(model if forward is None else forward, x)
         own = self.losses(model, targets=y) if self.told else self.losses(model)
         terms = {"task": recipe.task * self.task(logits, y), **own} if recipe.task else dict(own)
         if self.teacher is not None and (recipe.logits or recipe.tokens):
             with torch.no_grad():
-                guide = _logits(self.teacher, x)
+                guide = logits_of(self.teacher, x)
             if recipe.logits:
                 terms["logits"] = recipe.logits * distill_logits(logits, guide)
             if recipe.tokens and self.gate is not None:
@@ -126,7 +126,8 @@ class Terms:
         return terms
 
 
-def _logits(model: Callable[..., Any], x: Any) -> Tensor:
+def logits_of(model: Callable[..., Any], x: Any) -> Tensor:
+    """The logits of a model that returns them, or what has them as ``logits``, for inputs or a mapping of keywords."""
     out = model(**x) if isinstance(x, Mapping) else model(x)
     found: Tensor = getattr(out, "logits", out)
     return found

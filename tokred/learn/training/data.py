@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
+from tokred.learn.loop import logits_of
+
 LABELS = ("labels", "label")
 
 
@@ -108,8 +110,6 @@ def accuracy(model: nn.Module, samples: Samples, size: int = 50, *, first: int =
     """
     device, hits = next(model.parameters()).device, 0
     for x, y in samples.batches(size):
-        inputs = moved(x, device)
-        out = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
-        best = getattr(out, "logits", out).topk(first, -1).indices
+        best = logits_of(model, moved(x, device)).topk(first, -1).indices
         hits += int((best == y.to(device)[:, None]).any(-1).sum())
     return hits / len(samples)
