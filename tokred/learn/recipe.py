@@ -53,9 +53,11 @@ class Ramp:
         """The value in a step, counted from 0, of so many; between two whole numbers it is whole, cut off."""
         last = max(1, round(self.until * steps)) - 1
         done = 1.0 if step >= last else step / last
-        found = self.start * (self.end / self.start) ** done if self.geometric else None
-        value = self.start + (self.end - self.start) * done if found is None else found
-        whole = isinstance(self.start, int) and isinstance(self.end, int) and not self.geometric
+        if self.geometric:
+            value: float = self.start * (self.end / self.start) ** done
+            return value
+        value = self.start + (self.end - self.start) * done
+        whole = isinstance(self.start, int) and isinstance(self.end, int)
         return int(value + 1e-9) if whole else value
 
 
