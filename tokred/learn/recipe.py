@@ -121,6 +121,11 @@ class Recipe:
         if not isinstance(self.schedule, Mapping) or not all(isinstance(r, Ramp) for r in self.schedule.values()):
             raise ValueError(f"schedule must be a Ramp for each of some parameters, got {self.schedule!r}")
 
+    @property
+    def distils(self) -> bool:
+        """True if a term of the loss comes from a dense teacher."""
+        return self.logits > 0 or self.tokens > 0
+
     def at(self, step: int) -> dict[str, float]:
         """Parameters of the method in step ``step``, counted from 0, that follow a schedule."""
         return {name: ramp.at(step, self.steps) for name, ramp in self.schedule.items()}
