@@ -89,7 +89,7 @@ def train(
             out evenly, or the mixed precision is another than bf16.
         NotImplementedError: the processes shard the weights.
     """
-    accelerate, safe = _needs("accelerate"), _needs("safetensors.torch")
+    accelerate, safe = needs("accelerate"), needs("safetensors.torch")
     accelerator = accelerate.Accelerator() if accelerator is None else accelerator
     if (kind := accelerator.distributed_type.value) not in WHOLE:
         raise NotImplementedError(f"train needs whole weights in every process ({', '.join(WHOLE)}), got {kind}")
@@ -162,7 +162,12 @@ def train(
     return Trained(model, [_step(line) for line in log], path, begun)
 
 
-def _needs(module: str) -> Any:
+def needs(module: str) -> Any:
+    """A module that training cannot do without.
+
+    Raises:
+        ImportError: it is not installed; the message names the extra.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:
