@@ -222,9 +222,9 @@ def test_import_brings_torch_alone() -> None:
     assert not foreign - {"torch"}
 
 
-def test_import_leaves_methods_and_adapters_alone() -> None:
+def test_import_leaves_methods_adapters_and_policies_alone() -> None:
     modules = run("import sys, tokred; print(*sys.modules)").split()
-    assert not [m for m in modules if m.startswith(("tokred.methods.", "tokred.adapters."))]
+    assert not [m for m in modules if m.startswith(("tokred.methods.", "tokred.adapters.", "tokred.kv"))]
     assert not [m for m in modules if m.startswith("tokred.kernels.") and m.endswith(".triton")]
 
 

@@ -21,7 +21,7 @@ from tokred.core.report import Report
 from tokred.core.site import STAGES, Stage
 from tokred.core.versions import TOKRED
 from tokred.errors import NothingRecordedError, NothingRemovedWarning, SettingWarning
-from tokred.patch import ATTRIBUTE, Patch, losses_of, parts_of, report_of, unpatch
+from tokred.patch import ATTRIBUTE, Patch, losses_of, part_at, parts_of, report_of, unpatch
 from tokred.settings import MethodLike, several, share
 from tokred.settings import make as make
 
@@ -316,7 +316,7 @@ def kv_cache(model: nn.Module, *, prompt: int | None = None, steps: int | None =
         NothingRecordedError: the model has no policy.
         ValueError: there is no such layout, or ``prompt`` is given for an encoder-decoder.
     """
-    part = next((part for part in parts_of(model) if part.method.stage == "cache"), None)
+    part = part_at(model, "cache")
     if part is None:
         raise NothingRecordedError("no policy acts on the model's cache: call tokred.apply(model, ...) first")
     state: Any = part.state

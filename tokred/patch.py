@@ -167,6 +167,11 @@ def parts_of(model: nn.Module) -> list[Part]:
     return sorted(parts, key=lambda part: STAGES.index(part.method.stage))
 
 
+def part_at(model: nn.Module, stage: str) -> Part | None:
+    """The part that acts on ``model`` at a stage; None where none does."""
+    return next((part for part in parts_of(model) if part.method.stage == stage), None)
+
+
 def unpatch(model: nn.Module) -> None:
     """Undo every patch on ``model`` and in it, and sweep off what has no owner there."""
     from tokred.adapters.changes import sweep
@@ -239,7 +244,7 @@ def change(model: Any, **parameters: Any) -> Method:
     """
     from tokred import adapters
 
-    part = next((part for part in parts_of(adapters.module_of(model)) if part.method.stage == "block"), None)
+    part = part_at(adapters.module_of(model), "block")
     if part is None:
         raise NothingRecordedError("no method acts in the blocks of the model: call tokred.apply(model, ...) first")
     before: Any = part.method

@@ -15,7 +15,6 @@ from tokred.adapters.kv.layer import TokLayer
 from tokred.adapters.kv.masks import MaskSpec
 from tokred.adapters.kv.products import attend, stock
 from tokred.adapters.kv.seat import Call
-from tokred.adapters.linear import weight_of
 from tokred.core.attention import Attention
 from tokred.errors import UnsupportedModelError
 from tokred.kernels.decode_attention import visible_positions
@@ -108,24 +107,5 @@ def _judge(call: Call, layer: TokLayer, query: Tensor, mask: MaskSpec | None, ca
     layer.notes[ASKED] = asked
 
 
-def _site(call: Call, layer: TokLayer, asked: Tensor, mask: MaskSpec | None) -> CrossSite:
-    name, width = call.seat.projection, asked.shape[1] * layer.newest[1].shape[3]
-    keys, values = layer.shown()
-    return CrossSite(
-        q=asked,
-        k=keys,
-        v=values,
-        positions=layer.positions,
-        seen=layer.seen,
-        padding=None if mask is None else mask.padding(layer.seen),
-        ragged=layer.ragged,
-        weights=layer.weights,
-        alpha=layer.engine.parts.fate.alpha,
-        scale=call.scaling,
-        rows=layer.rows,
-        notes=layer.notes,
-        projection=None if name is None else lambda: weight_of(getattr(call.module, name), width, asked),
-        learned=call.seat.learned,
-        layer=layer.index,
-        depth=call.seat.depth,  # of what the policy acts on
-    )
+def _site(call: Call, layer: TokLayer, asked: Tensor, mask: MaskSpec | None) -> CacheSite:
+    return call.site(CrossSite, layer, asked, None if mask is None else mask.padding(layer.seen))

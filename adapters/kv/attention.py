@@ -20,7 +20,6 @@ from tokred.adapters.kv.seat import SEAT as SEAT
 from tokred.adapters.kv.seat import Call
 from tokred.adapters.kv.seat import Seat as Seat
 from tokred.adapters.kv.sharing import Lent
-from tokred.adapters.linear import weight_of
 from tokred.errors import UnsupportedModelError
 from tokred.kernels.decode_attention import decode_attention
 from tokred.kv.site import CacheSite
@@ -190,32 +189,11 @@ def _padding(spec: MaskSpec, seen: int, count: int) -> Tensor | None:
 
 
 def _site(call: Call, layer: TokLayer, query: Tensor) -> CacheSite:
-    name, width = call.seat.projection, query.shape[1] * layer.newest[1].shape[3]
-    keys, values = layer.shown()
-    # Of latents every head makes keys of its own, but queries can be brought to them instead.
-    kind: type[CacheSite] = LatentSite if call.seat.latents else CacheSite
-    return kind(
-        q=(carried(call.module, query) if call.seat.latents else query).detach(),
-        k=keys,
-        v=values,
-        positions=layer.slots,
-        seen=layer.seen,
-        padding=call.spec.padding(layer.seen),
-        ragged=layer.ragged,
-        weights=layer.weights,
-        alpha=layer.engine.parts.fate.alpha,
-        scale=call.scaling,
-        softcap=call.softcap,
-        sinks=call.sinks,
-        rows=layer.rows,
-        notes=layer.notes,
-        projection=None if name is None else lambda: weight_of(getattr(call.module, name), width, query),
-        rope=call.seat.rope,
-        hidden=None if call.seat.hidden is None else call.seat.hidden.detach(),
-        learned=call.seat.learned,
-        layer=layer.index,
-        depth=call.seat.depth,
-    )
+    padding = call.spec.padding(layer.seen)
+    if call.seat.latents:
+        # Of latents every head makes keys of its own, but queries can be brought to them instead.
+        return call.site(LatentSite, layer, carried(call.module, query), padding)
+    return call.site(CacheSite, layer, query, padding)
 
 
 def _compressed(call: Call, layer: TokLayer | Lent, query: Tensor, key: Tensor, value: Tensor, before: int) -> Tensor:

@@ -176,6 +176,12 @@ class TokCache(DynamicCache):  # type: ignore[misc]
         return None if self.engine.ledger is None else self.engine.ledger.peak
 
 
+def layer_of(cache: Any, index: int) -> TokLayer | None:
+    """The layer ``index`` of a cache; None where no policy acts on it."""
+    layer = layers_of(cache)[index] if isinstance(cache, TokCache) else None
+    return layer if isinstance(layer, TokLayer) else None
+
+
 def rows_of(layers: list[Any]) -> tuple[LayerRows, ...]:
     """Slots, rows and bytes of the layers of a cache."""
     return tuple(_rows(i, layer) for i, layer in enumerate(layers))

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tokred.adapters.contract import cache_name, cache_of, host_object, with_cache, words
-from tokred.adapters.kv.cache import TokCache
+from tokred.adapters.contract.calls import makes_cache
+from tokred.adapters.kv.cache import TokCache, layer_of
 from tokred.adapters.kv.hooks import CacheSettings
 from tokred.adapters.kv.layer import TokLayer
 from tokred.adapters.kv.seat import SEAT, Seat
@@ -45,6 +45,10 @@ class CrossSettings(CacheSettings):
         """An empty cache of both kinds, of which that of the cross-attention holds its rows as ``layout`` says."""
         return host_object("cache of both")(host_object("cache of rows that grow")(), super().cache(layout))
 
+    def ours(self, cache: Any) -> TokCache | None:
+        """The cache of the cross-attention; None where the policy does not act on it."""
+        return super().ours(words.CROSS_CACHE.part(cache))
+
     def planned(self, layout: str, prompt: int | None, steps: int | None) -> Any:
         """An empty cache that knows what is to come.
 
@@ -71,9 +75,7 @@ class EnterDecoder(Hook):
         cache = cache_of(given)
         self.settings.begin()
         if cache is None:
-            use = words.CACHED.of(given)
-            use = words.CACHED.part(self.settings.config, True) if use is None else use
-            if not use or (module.training and words.CHECKPOINTS.part(module, False)):
+            if not makes_cache(module, given, self.settings.config):
                 return args, kwargs
             cache = self.settings.cache()
         cross = words.CROSS_CACHE.part(cache)
@@ -101,21 +103,6 @@ class EnterDecoder(Hook):
             )
 
 
-class LeaveDecoder(Hook):
-    """After the decoder's forward: what could not be decided layer by layer, and the record for ``report``."""
-
-    def __init__(self, settings: CrossSettings) -> None:
-        self.settings = settings
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        cross = words.CROSS_CACHE.part(cache_of(kwargs))
-        if isinstance(cross, TokCache):
-            with torch.no_grad():
-                cross.finish()
-            self.settings.collect()
-            self.settings.ran(cross)
-
-
 class EnterCross(Hook):
     """Before a cross-attention's forward: the attention function is told which layer of the cache is this module's.
 
@@ -131,9 +118,7 @@ class EnterCross(Hook):
         self.projection = projection
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        cross = words.CROSS_CACHE.part(cache_of(kwargs))
-        layer = words.LAYERS.need(cross)[self.index] if isinstance(cross, TokCache) else None
-        rows = layer if isinstance(layer, TokLayer) else None
+        rows = layer_of(self.settings.ours(cache_of(kwargs)), self.index)
         if rows is not None:
             rows.armed = not rows.width  # the encoder's rows are added once
         depth = len(self.settings.compressed)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from tokred.adapters.changes import Changes
-from tokred.adapters.contract import attention_of, members, set_attention, terms, words
-from tokred.adapters.host import State
+from tokred.adapters.contract import members, terms, words
 from tokred.adapters.kv import host
 from tokred.adapters.kv.rehearsal import Rehearsal
 from tokred.adapters.kv.supplies import projection
 from tokred.adapters.swap import host_class
 from tokred.core.method import Method
+
+if TYPE_CHECKING:
+    from tokred.adapters.kv.hooks import CacheSettings
+    from tokred.kv.policy import CachePolicy
 
 # What the rows of an encoder cannot give, and what is said of it.
 _AGAIN = "a context that can be read again"
@@ -57,26 +59,16 @@ class CrossHost(host.CacheHost):
         why = [text for name, text in _WHY.items() if name in self.missing(method)]
         return f": {', and '.join(why)}" if why else ""
 
-    def patch(
-        self, method: Method, where: Callable[[str, nn.Module], bool] | None, expose: str, changes: Changes
-    ) -> State:
-        """Register the attention function, and hang the hooks on the decoder. :meth:`check` has passed."""
-        from tokred.adapters.kv import crossing, generate, hooks
-        from tokred.adapters.kv.attention import PREFIX, register
-        from tokred.kv.policy import CachePolicy
+    def _hang(
+        self, policy: CachePolicy, chosen: tuple[int, ...], implementation: str, changes: Changes
+    ) -> CacheSettings:
+        from tokred.adapters.kv import crossing, hooks
 
-        assert isinstance(method, CachePolicy)  # the stage's only kind of method
-        implementation = attention_of(self.config).removeprefix(PREFIX)
-        chosen = tuple(i for i in self.compressed if where is None or where(*self.attentions[i]))
-        settings = crossing.CrossSettings(method, self.config, chosen, implementation, self.depth)
-        names = hooks.argument_names(self.decoder)
-        changes.before(self.decoder, crossing.EnterDecoder(settings, names), with_kwargs=True)
-        changes.after(self.decoder, crossing.LeaveDecoder(settings), with_kwargs=True)
+        settings = crossing.CrossSettings(policy, self.config, chosen, implementation, self.depth)
+        enter = crossing.EnterDecoder(settings, hooks.argument_names(self.decoder))
+        changes.before(self.decoder, enter, with_kwargs=True)
         for i, (_, attention) in self.attentions.items():
             changes.before(attention, crossing.EnterCross(settings, i, projection(attention)), with_kwargs=True)
-        # Its undo gives the model its own attention back, also where the model is freed without its patch.
-        changes.swap(self.model, generate.body, settings)
-        set_attention(self.config, register(implementation))
         return settings
 
 

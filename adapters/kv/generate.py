@@ -37,15 +37,15 @@ def body(host: Any) -> dict[str, Any]:
         batch_size: int,
         max_cache_length: int,
     ) -> Any:
-        settings: CacheSettings | None = self.__dict__.get(SETTINGS)
-        if settings is None:  # removed since
-            return original(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
-        if words.CACHED.need(generation_config) is not False or cache_of(model_kwargs) is not None:
-            name = generation_cache_name(model_kwargs, self)
+        settings: CacheSettings | None = self.__dict__.get(SETTINGS)  # None: removed since
+        if settings is not None and (
+            words.CACHED.need(generation_config) is not False or cache_of(model_kwargs) is not None
+        ):
             if settings.crosses:
                 _refuse_crossing(settings, generation_config, generation_mode)
-                return original(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
-            _prepare(settings, generation_config, model_kwargs, name, generation_mode, max_cache_length)
+            else:
+                name = generation_cache_name(model_kwargs, self)
+                _prepare(settings, generation_config, model_kwargs, name, generation_mode, max_cache_length)
         return original(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
 
     prepare.__name__ = PREPARE_CACHE
@@ -55,7 +55,7 @@ def body(host: Any) -> dict[str, Any]:
 def _prepare(
     settings: CacheSettings, config: Any, model_kwargs: dict[str, Any], name: str, mode: Any, longest: int
 ) -> None:
-    assisted = str(getattr(mode, "value", mode)) in terms.WITH_DRAFTS.names
+    assisted = _assisted(mode)
     given = cache_of(model_kwargs)
     _refuse(settings, config, assisted, given)
     cache = settings.cache() if given is None else settings.adopt(given)
@@ -130,6 +130,11 @@ def _refuse(settings: CacheSettings, config: Any, assisted: bool, given: Any) ->
         )
 
 
+def _assisted(mode: Any) -> bool:
+    """True for a way of generating that takes drafts back."""
+    return str(getattr(mode, "value", mode)) in terms.WITH_DRAFTS.names
+
+
 def _refuse_kind(config: Any, name: str) -> None:
     if words.CACHE_KIND.need(config) not in (None, *terms.GROWING.names):
         raise ValueError(
@@ -146,7 +151,7 @@ def _refuse_crossing(settings: CacheSettings, config: Any, mode: Any) -> None:
     """
     name = settings.policy.name or "the policy"
     _refuse_kind(config, name)
-    if str(getattr(mode, "value", mode)) in terms.WITH_DRAFTS.names and not settings.policy.parts.budget.full:
+    if _assisted(mode) and not settings.policy.parts.budget.full:
         raise ValueError(
             f"assisted decoding and prompt lookup ask about tokens that are taken back, and {name} would judge the "
             "encoder's rows by them: generate without"

@@ -24,9 +24,10 @@ from tokred.adapters.contract import (
     with_cache,
     words,
 )
+from tokred.adapters.contract.calls import makes_cache
 from tokred.adapters.host import State
 from tokred.adapters.kv.attention import PREFIX, SEAT, Seat, register
-from tokred.adapters.kv.cache import LayerRows, TokCache, adopt, make_cache, rows_of
+from tokred.adapters.kv.cache import LayerRows, TokCache, adopt, layer_of, make_cache, rows_of
 from tokred.adapters.kv.latents import read
 from tokred.adapters.kv.layer import TokLayer
 from tokred.adapters.kv.repeat import repeat
@@ -149,6 +150,10 @@ class CacheSettings(State, Undo):
         """Give the model its own attention back."""
         set_attention(self.config, self.implementation)
 
+    def ours(self, cache: Any) -> TokCache | None:
+        """The part of a forward's cache that the policy acts on; None where it acts on none."""
+        return cache if isinstance(cache, TokCache) else None
+
     def adopt(self, cache: Any) -> TokCache:
         """The caller's cache, made ours; raises as :func:`tokred.adapters.kv.cache.adopt`."""
         return adopt(cache, self.shape, self.policy, self.compressed)
@@ -167,29 +172,25 @@ class EnterDecoder(Hook):
         if isinstance(cache, Joined):  # rows that the policy is shown later
             return args, kwargs
         self.settings.begin()
-        if cache is None:
-            use = words.CACHED.of(given)
-            use = words.CACHED.part(self.settings.config, True) if use is None else use
-            if not use or (module.training and words.CHECKPOINTS.part(module, False)):
-                if self.settings.losses is not None:
-                    raise ValueError(
-                        "the policy's network is in training, and learns from the cache: call the model with "
-                        "use_cache=True, and without gradient checkpointing"
-                    )
-                return args, kwargs
+        if cache is None and not makes_cache(module, given, self.settings.config):
+            if self.settings.losses is not None:
+                raise ValueError(
+                    "the policy's network is in training, and learns from the cache: call the model with "
+                    "use_cache=True, and without gradient checkpointing"
+                )
+            return args, kwargs
         _check_samples(given)
         _check_mask(words.ATTENTION_MASK.of(given))
-        cache = self.settings.cache() if cache is None else self.settings.adopt(cache)
-        ours: TokCache = cache
-        _check_length(words.ATTENTION_MASK.of(given), given, cache)
-        check_mask(cache, words.ATTENTION_MASK.of(given))
+        ours = self.settings.cache() if cache is None else self.settings.adopt(cache)
+        _check_length(words.ATTENTION_MASK.of(given), given, ours)
+        check_mask(ours, words.ATTENTION_MASK.of(given))
         _check_chunk(given, self.settings.policy)
         ours.begin()
         ours.account(_new(given)[0], self.settings.config)
         kept = words.KEPT_LOGITS.of(given)
         if isinstance(kept, int) and words.KEPT_LOGITS.among(self.names):
             words.KEPT_LOGITS.put(given, _newest_alone(kept, self.settings.implementation))
-        return (), with_cache(given, cache_name(host_class(module).forward), cache)
+        return (), with_cache(given, cache_name(host_class(module).forward), ours)
 
 
 class LeaveDecoder(Hook):
@@ -199,8 +200,8 @@ class LeaveDecoder(Hook):
         self.settings = settings
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        cache = cache_of(kwargs)
-        if isinstance(cache, TokCache):
+        cache = self.settings.ours(cache_of(kwargs))
+        if cache is not None:
             with torch.no_grad():
                 repeat(module, kwargs, cache)
                 cache.finish()
@@ -240,9 +241,8 @@ class EnterAttention(Hook):
         self.embedding = embedding
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        cache = cache_of(kwargs)
-        layer = words.LAYERS.need(cache)[self.index] if isinstance(cache, TokCache) else None
-        if not isinstance(layer, TokLayer):
+        layer = layer_of(cache_of(kwargs), self.index)
+        if layer is None:
             seat = Seat(None, self.settings.implementation, 0, None, None)
             return args, {**kwargs, SEAT: seat}
         layer.armed = True
@@ -273,9 +273,7 @@ class EnterReader(Hook):
         self.owner = owner
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        cache = cache_of(kwargs)
-        layer = words.LAYERS.need(cache)[self.owner] if isinstance(cache, TokCache) else None
-        rows = layer if isinstance(layer, TokLayer) else None
+        rows = layer_of(cache_of(kwargs), self.owner)
         seat = Seat(rows, self.settings.implementation, 0, None, None, borrows=rows is not None)
         return args, {**kwargs, SEAT: seat}
 
@@ -287,10 +285,9 @@ class EnterLayer(Hook):
         self.index = index
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        cache = cache_of(kwargs)
-        layer = words.LAYERS.need(cache)[self.index] if isinstance(cache, TokCache) else None
+        layer = layer_of(cache_of(kwargs), self.index)
         _local.stream = None
-        if not isinstance(layer, TokLayer):
+        if layer is None:
             return
         x = args[0] if args else words.STATES.at(kwargs)
         if layer.engine.wants_stream(layer.clock, x.shape[1] > 1):

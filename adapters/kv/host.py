@@ -33,6 +33,7 @@ from tokred.kv.report import CacheReport
 if TYPE_CHECKING:
     from tokred.adapters.kv.hooks import CacheSettings
     from tokred.adapters.kv.rehearsal import Rehearsal
+    from tokred.kv.policy import CachePolicy
 
 # Attentions that repeat heads in an order of their own, behind their cache, and cannot be tried beforehand.
 _OTHER_HEADS = ("JetMoeAttention",)
@@ -165,16 +166,35 @@ class CacheHost(Host):
         """Register the attention function, and hang the hooks on the decoder. :meth:`check` has passed."""
         from tokred.adapters.kv import generate, hooks
         from tokred.adapters.kv.attention import PREFIX, register
-        from tokred.adapters.kv.rope import layer_type_of
         from tokred.kv.policy import CachePolicy
 
         assert isinstance(method, CachePolicy)  # the stage's only kind of method
         implementation = attention_of(self.config).removeprefix(PREFIX)
         chosen = tuple(i for i in self.compressed if where is None or where(*self.attentions[i]))
-        settings = hooks.CacheSettings(method, self.config, chosen, implementation)
-        names = hooks.argument_names(self.decoder)
-        changes.before(self.decoder, hooks.EnterDecoder(settings, names), with_kwargs=True)
+        settings = self._hang(method, chosen, implementation, changes)
         changes.after(self.decoder, hooks.LeaveDecoder(settings), with_kwargs=True)
+        # Its undo gives the model its own attention back, also where the model is freed without its patch.
+        changes.swap(self.model, generate.body, settings)
+        set_attention(self.config, register(implementation))
+        return settings
+
+    def _hang(
+        self, policy: CachePolicy, chosen: tuple[int, ...], implementation: str, changes: Changes
+    ) -> CacheSettings:
+        """Hang hooks in front of the decoder and of its attention modules, which share the settings that are returned.
+
+        Args:
+            policy: to act.
+            chosen: layers that it acts on.
+            implementation: the attention that the model has.
+            changes: take the hooks.
+        """
+        from tokred.adapters.kv import hooks
+        from tokred.adapters.kv.rope import layer_type_of
+
+        settings = hooks.CacheSettings(policy, self.config, chosen, implementation)
+        enter = hooks.EnterDecoder(settings, hooks.argument_names(self.decoder))
+        changes.before(self.decoder, enter, with_kwargs=True)
         embedding = words.ROTARY.part(self.decoder) if "rotation" in self.supplies else None
         lenders = {owner for _, _, owner in self.readers.values()}
         for _, attention, owner in self.readers.values():
@@ -185,15 +205,12 @@ class CacheHost(Host):
                 settings, i, projection(attention), embedding, layer_type, i in lenders, self.latents
             )
             changes.before(attention, hook, with_kwargs=True)
-        if "stream" in method.reads:
+        if "stream" in policy.reads:
             for i in chosen:
                 both = self.norms[i]
                 assert both is not None  # supplied for all or for none
                 changes.before(both[0], hooks.EnterLayer(i), with_kwargs=True)
                 changes.before(both[1], hooks.EnterNorm())
-        # Its undo gives the model its own attention back, also where the model is freed without its patch.
-        changes.swap(self.model, generate.body, settings)
-        set_attention(self.config, register(implementation))
         return settings
 
     def report(self, state: CacheSettings, methods: Sequence[Method]) -> CacheReport:
@@ -269,6 +286,10 @@ def match(model: nn.Module, *, decodes: bool = False, bounded: bool = False, sta
         raise refusal(
             name, f"layer {unknown[0]} attends to the keys and values of an earlier layer, and no telling which"
         )
+    behind = norms(decoder, found)
+    supplied = supplies(decoder, found, compressed, rehearsal) - (_OF_HEADS if latents else frozenset())
+    if all(pair is not None for pair in behind.values()):
+        supplied.add("stream")
     readers = {i: (*modules[i], owner) for i, owner in sources.items() if owner in compressed}
     return CacheHost(
         family=f"transformers {name}",
@@ -277,8 +298,8 @@ def match(model: nn.Module, *, decodes: bool = False, bounded: bool = False, sta
         config=text,
         attentions=found,
         compressed=compressed,
-        supplies=supplies(decoder, found, compressed, rehearsal) - (_OF_HEADS if latents else frozenset()),
-        norms=norms(decoder, found),
+        supplies=frozenset(supplied),
+        norms=behind,
         key_heads=rehearsal.key_heads(found[compressed[0] if compressed else next(iter(found))][1]),
         readers=readers,
         latents=latents,

@@ -42,23 +42,28 @@ class LayerRope:
 
     def mean(self, start: int, count: int) -> tuple[Tensor, Tensor]:
         """Mean cosines and sines ``[D]`` of ``count`` positions from ``start`` on."""
-        device = self.tables[0].device
-        positions = torch.arange(start, start + count, device=device)[None]
-        like = torch.zeros(1, count, 1, device=device)
-        extra = () if self.layer_type is None else (self.layer_type,)
-        cos, sin = self.embedding(like, positions, *extra)
-        return cos[0].float().mean(0), sin[0].float().mean(0)
+        positions = torch.arange(start, start + count, device=self.tables[0].device)
+        cos, sin = tables(self.embedding, self.layer_type, positions)
+        return cos.mean(0), sin.mean(0)
 
     def turns(self) -> tuple[Tensor, float]:
         """Angle ``[D/2]`` float32 from one position to the next, and the factor of the tables."""
-        device = self.tables[0].device
-        extra = () if self.layer_type is None else (self.layer_type,)
         # In float32, whatever the model runs in: later angles are multiples of this one.
-        cos, sin = self.embedding(
-            torch.zeros(1, 1, 1, device=device), torch.ones(1, 1, dtype=torch.long, device=device), *extra
-        )
-        cos, sin = (t[0, 0, : t.shape[-1] // 2].float() for t in (cos, sin))
+        both = tables(self.embedding, self.layer_type, torch.ones(1, dtype=torch.long, device=self.tables[0].device))
+        cos, sin = (t[0, : t.shape[-1] // 2] for t in both)
         return torch.atan2(sin, cos), float(torch.hypot(sin[0], cos[0]))
+
+
+def tables(embedding: Any, layer_type: str | None, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines ``[M, D]`` of some positions, in float32.
+
+    Args:
+        embedding, layer_type: as :class:`LayerRope` has them.
+        positions: ``[M]`` int64, on the device of the embedding.
+    """
+    extra = () if layer_type is None else (layer_type,)
+    cos, sin = embedding(torch.zeros(1, len(positions), 1, device=positions.device), positions[None], *extra)
+    return cos[0].float(), sin[0].float()
 
 
 def turned_channels(decoder: Any, attention: Any) -> int:
@@ -77,18 +82,11 @@ def turned_channels(decoder: Any, attention: Any) -> int:
     if turn(torch.arange(4.0)[None]).tolist() != [[-2.0, -3.0, 0.0, 1.0]]:
         return 0
     device = next((b.device for b in embedding.buffers()), torch.device("cpu"))
-    extra = layer_type_of(embedding, attention)
-    zeros = torch.zeros(1, 1, 1, device=device), torch.zeros(1, 1, dtype=torch.long, device=device)
     try:
-        cos, _ = embedding(*zeros, *([] if extra is None else [extra]))
+        cos, _ = tables(embedding, layer_type_of(embedding, attention), torch.zeros(1, dtype=torch.long, device=device))
     except KeyError:  # layers of this type do not turn
         return 0
     return int(cos.shape[-1])
-
-
-def supplies_rope(decoder: Any, attention: Any, head_dim: int) -> bool:
-    """True for a decoder that turns whole heads, so that :class:`LayerRope` can undo it."""
-    return turned_channels(decoder, attention) == head_dim
 
 
 def layer_type_of(embedding: Any, attention: Any) -> str | None:

@@ -10,7 +10,9 @@ from tokred.adapters.contract import words
 from tokred.adapters.kv.layer import TokLayer
 from tokred.adapters.kv.masks import MaskSpec
 from tokred.adapters.kv.rope import LayerRope
+from tokred.adapters.linear import weight_of
 from tokred.core.learned import Learned
+from tokred.kv.site import CacheSite, Padding
 
 PREFIX = "tokred:"
 SEAT = "tokred_seat"
@@ -53,6 +55,41 @@ class Call(NamedTuple):
     scaling: float | None
     dropout: float
     options: dict[str, Any]
+
+    def site(self, kind: type[CacheSite], layer: TokLayer, query: Tensor, padding: Padding | None) -> CacheSite:
+        """A layer of the cache as the policy sees it.
+
+        Args:
+            kind: of the site.
+            layer: that has been attended to.
+            query: ``[B, H, M, D]``, in the space of the keys that the layer shows.
+            padding: which slots are real; None: all.
+        """
+        seat, width = self.seat, query.shape[1] * layer.newest[1].shape[3]
+        keys, values = layer.shown()
+        name = seat.projection
+        return kind(
+            q=query.detach(),
+            k=keys,
+            v=values,
+            positions=layer.slots,
+            seen=layer.seen,
+            padding=padding,
+            ragged=layer.ragged,
+            weights=layer.weights,
+            alpha=layer.engine.parts.fate.alpha,
+            scale=self.scaling,
+            softcap=self.softcap,
+            sinks=self.sinks,
+            rows=layer.rows,
+            notes=layer.notes,
+            projection=None if name is None else lambda: weight_of(getattr(self.module, name), width, query),
+            rope=seat.rope,
+            hidden=None if seat.hidden is None else seat.hidden.detach(),
+            learned=seat.learned,
+            layer=layer.index,
+            depth=seat.depth,  # of what the policy acts on
+        )
 
     @property
     def softcap(self) -> float | None:

@@ -47,7 +47,7 @@ def _after_attention(layer: Any) -> nn.Module | None:
 
 def supplies(
     decoder: Any, found: dict[int, tuple[str, nn.Module]], compressed: tuple[int, ...], rehearsal: Rehearsal
-) -> frozenset[str]:
+) -> set[str]:
     from tokred.adapters.kv.rope import turned_channels
 
     supplied = {"q", "k", "v"}
@@ -61,6 +61,4 @@ def supplies(
     turned = turned_channels(decoder, attention) if head_dim is not None and turns else 0
     if 0 < turned <= int(head_dim or 0):
         supplied |= {"rotation", "rope"} if turned == head_dim else {"rotation"}
-    if all(pair is not None for pair in norms(decoder, found).values()):
-        supplied.add("stream")
-    return frozenset(supplied)
+    return supplied

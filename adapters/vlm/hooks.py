@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tokred.adapters.contract import cache_name, cache_of, host_object, members, terms, with_cache, words
+from tokred.adapters.contract.calls import makes_cache
 from tokred.adapters.host import State
 from tokred.adapters.swap import Hook, host_class
 from tokred.adapters.vlm.calibration import calibrate
@@ -172,7 +173,7 @@ class EnterLanguage(Hook):
         words.INPUT_IDS.pop(given)
         # The language model would make its cache inside, behind this hook, which has to hang the record on it.
         cache = cache_of(given)
-        if cache is None and self._caches(module, given):
+        if cache is None and makes_cache(module, given, settings.config):
             cache = host_object("cache of rows that grow")(**{words.CONFIG.name: settings.config})
             given = with_cache(given, cache_name(host_class(module).forward), cache)
         refuse(cache)
@@ -194,11 +195,6 @@ class EnterLanguage(Hook):
         calibrate(forward, module, new)
         in_flight.language = LanguageRun(module, forward, settings.layers, in_flight.language)
         return (), new
-
-    def _caches(self, module: nn.Module, given: dict[str, Any]) -> bool:
-        use = words.CACHED.of(given)
-        use = words.CACHED.part(self.settings.config, True) if use is None else use
-        return bool(use) and not (module.training and words.CHECKPOINTS.part(module, False))
 
 
 class LeaveLanguage(Hook):

@@ -39,8 +39,8 @@ from torch import Tensor
 
 import tokred
 from benchmarks.kv import feed, tasks, texts
-from benchmarks.kv.holding import WHOLE, Held, arms, families, is_product
-from benchmarks.kv.quality import stepwise
+from benchmarks.kv.holding import CLAIMED, WHOLE, Held, arms, families, is_product
+from benchmarks.kv.quality import patched, stepwise
 from benchmarks.kv.texts import Sample
 from benchmarks.saving import save, saving
 from benchmarks.zoo import carriers, smollm2
@@ -48,8 +48,6 @@ from tokred.bench import results
 from tokred.bench.arms import BASE
 from tokred.bench.scoring import estimate, paired
 from tokred.errors import TokredError
-
-CLAIMED = (8, 16)  # ratios that something is claimed of
 
 
 class Round(NamedTuple):
@@ -116,11 +114,6 @@ class Value(NamedTuple):
 # ---------------------------------------------------------------------------------------------- measuring
 
 
-def _patched(model: Any, method: Any) -> Any:
-    # The unpatched model's cache is filled like the others, by a policy that keeps everything.
-    return tokred.applied(model, tokred.make("snapkv", budget=1.0) if method is None else method)
-
-
 def _step(arm: Held) -> int:
     """Tokens that are fed at once."""
     method = arm.method
@@ -143,15 +136,13 @@ def measure(
     ``prompt``: what the group reads, if it was read before. ``answers``: see :class:`Round`.
     """
     prompt, kind = prompt or read_prompts(model, group), group[0].kind
-    n, longest = prompt.length, max(len(s.follows) for s in group)
-    # What follows the last answer is not scored, whatever it is.
-    rest = torch.stack([torch.cat([s.follows, s.follows[-1:].expand(longest - len(s.follows))]) for s in group])
+    n, rest = prompt.length, tasks.rest_of(group)
     last = torch.stack([s.prompt[-1:] for s in group])
     question = torch.cat([last, _asked(tokenizer, group)], 1) if answers else last
     for arm in every:
         found = list[tuple[str, float, int, int]]()
         try:
-            with _patched(model, arm.method):
+            with patched(model, arm.method):
                 cache = prompt.fill(tokred.kv_cache(model), n - 1)
                 held, before = round(feed.held_bytes(cache) / len(group)), cache.snapshot()
                 logits = tasks.fed(model, torch.cat([last, rest[:, :-1]], 1), cache, _step(arm))
@@ -206,7 +197,7 @@ def solve(
     samples = prompt.layers[0].k.shape[0]
 
     def held(method: Any) -> int:
-        with _patched(model, method):
+        with patched(model, method):
             return round(feed.held_bytes(prompt.fill(tokred.kv_cache(model), prompt.length - 1)) / samples)
 
     def told(text: str) -> None:

@@ -16,6 +16,8 @@ from tokred import kv
 from tokred.core.registry import methods
 
 RATIOS = (8, 16, 4, 32, 2)  # the most telling first
+CLAIMED = (8, 16)  # ratios that something is claimed of
+FORMATS = ("kivi", "mikv", "mustafar", "nsnquant", "oscar", "turbo")
 WHOLE = 2048  # tokens of the prompt that steps of settings are made for
 OPEN = "solved"  # a setting's value in the text of an arm
 SLACK = 0.005  # share of the bytes asked for that may be held more
@@ -95,7 +97,6 @@ _POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
 _LEFT_OUT = ("kv", "limited", "rkv", "rpc", "kvzap", "lukv", "triattention", "duoattention", "fastkv")
 # Of the others that are registered: cost much time, or say what one of the above says.
 _NOT_NOW = ("keyformer", "zeromerge", "cake", "squeezeattention", "observed_attention")
-_FORMATS = ("kivi", "mikv", "mustafar", "nsnquant", "oscar", "turbo")
 
 _STORES: dict[str, Callable[[], Any]] = {
     "kivi-4": lambda: kv.KIVI(bits=4, residual_length=32),
@@ -221,7 +222,7 @@ def families() -> list[Family]:
     products = [policy(*product) for product in _PRODUCTS]
     mine = [composed(), composed("kivi-4", (8, 16, 32, 4))]
     return [*products[:3], *policies[:3], *mine, *formats(), *products[3:], *policies[3:], redundancy((8, 16)),
-            *others([*_POLICIES, *_FORMATS]), *as_they_are()]  # fmt: skip
+            *others([*_POLICIES, *FORMATS]), *as_they_are()]  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------- solving

@@ -182,7 +182,7 @@ def retrieval(
     prompt, last = feed.read(model, whole, mask)
     for arm in arms:
         for asked in ("after", "before"):
-            with _patched(model, arm):
+            with patched(model, arm.method):
                 cache = prompt.fill(tokred.kv_cache(model), n, rest=0 if asked == "after" else length - n)
                 if asked == "after":
                     yield Found(arm, "bytes", "", batch, length, held_bytes(cache), len(group))
@@ -215,7 +215,7 @@ def perplexity(
     prompt, _ = feed.read(model, windows, mask)
     target = windows[:, n:]
     for arm in arms:
-        with _patched(model, arm):
+        with patched(model, arm.method):
             cache = prompt.fill(tokred.kv_cache(model), n - 1)
             held = held_bytes(cache)
             total, squares, at = 0.0, 0.0, n - 1
@@ -253,9 +253,10 @@ def greedy(model: Any, tokenizer: Any, logits: Tensor, cache: Any, mask: Tensor 
         logits = _forward(model, said[-1][:, None], cache, mask)
 
 
-def _patched(model: Any, arm: Arm) -> Any:
-    # The unpatched model's cache is filled like the others, by a policy that keeps everything.
-    return tokred.applied(model, arm.method if arm.method is not None else tokred.make("snapkv", budget=1.0))
+def patched(model: Any, method: Any) -> Any:
+    """A model under a policy until a ``with`` ends; None: the unpatched one."""
+    # Its cache is filled like the others, by a policy that keeps everything.
+    return tokred.applied(model, tokred.make("snapkv", budget=1.0) if method is None else method)
 
 
 def run(

@@ -29,7 +29,7 @@ from torch import Tensor
 
 import tokred
 from benchmarks.kv import feed, texts
-from benchmarks.kv.quality import POLICIES, arms, stepwise
+from benchmarks.kv.quality import POLICIES, arms, patched, stepwise
 from benchmarks.kv.texts import KEYS, PROMPT, WINDOWS, Sample
 from benchmarks.saving import save, saving
 from benchmarks.zoo import carriers, smollm2
@@ -75,9 +75,11 @@ class Value(NamedTuple):
 # ---------------------------------------------------------------------------------------------- measuring
 
 
-def _patched(model: Any, arm: Arm) -> Any:
-    # The unpatched model's cache is filled like the others, by a policy that keeps everything.
-    return tokred.applied(model, arm.method if arm.method is not None else tokred.make("snapkv", budget=1.0))
+def rest_of(group: Sequence[Sample]) -> Tensor:
+    """``(B, M)`` what follows the prompts, as long as the longest of it."""
+    longest = max(len(s.follows) for s in group)
+    # What follows the last answer is not scored, whatever it is.
+    return torch.stack([torch.cat([s.follows, s.follows[-1:].expand(longest - len(s.follows))]) for s in group])
 
 
 def fed(model: Any, ids: Tensor, cache: Any, step: int) -> Tensor:
@@ -90,15 +92,13 @@ def fed(model: Any, ids: Tensor, cache: Any, step: int) -> Tensor:
 def measure(model: Any, tokenizer: Any, group: Sequence[Sample], first: int, every: Sequence[Arm]) -> Iterator[Value]:
     """Values of samples of one kind, of which ``first`` is the index of the first."""
     kind, n, ask = group[0].kind, PROMPT, group[0].question
-    longest = max(len(s.follows) for s in group)
-    # What follows the last answer is not scored, whatever it is.
-    rest = torch.stack([torch.cat([s.follows, s.follows[-1:].expand(longest - len(s.follows))]) for s in group])
+    rest = rest_of(group)
     whole = torch.cat([torch.stack([s.prompt for s in group]), rest], 1)
     prompt, last = feed.read(model, whole[:, : n + ask])
     reference = list[str]()
     for arm in every:
-        step = CHUNK if stepwise(arm) else longest + 1
-        with _patched(model, arm):
+        step = CHUNK if stepwise(arm) else rest.shape[1] + 1
+        with patched(model, arm.method):
             cache = prompt.fill(tokred.kv_cache(model), n - 1)
             held = round(feed.held_bytes(cache) / len(group))
             if kind == "summary":
@@ -112,7 +112,7 @@ def measure(model: Any, tokenizer: Any, group: Sequence[Sample], first: int, eve
             yield Value(kind, first + i, arm.name, arm.setting, "after" if ask else "", value, weight, held)
         if kind not in KEYS:
             continue
-        with _patched(model, arm):
+        with patched(model, arm.method):
             cache = prompt.fill(tokred.kv_cache(model), n - 1, rest=ask + 1)
             held = round(feed.held_bytes(cache) / len(group))
             for i, right in enumerate(_first(model, whole, group, last, cache)):

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pages.markdown import Record, Results, Value, percent, ranked, table, value
+from benchmarks.kv.holding import CLAIMED, FORMATS, RATIOS, is_product
+from benchmarks.pages.markdown import Record, Results, Value, counted, percent, ranked, table, value
 from tokred.bench import plots
 
-FORMATS = ("kivi", "mikv", "mustafar", "oscar", "turbo", "nsnquant")
-GOALS = (2, 4, 8, 16, 32)
-CLAIMED = (8, 16)
+GOALS = tuple(sorted(RATIOS))
 WINDOWS, KEYS = ("prose", "table"), ("several", "answer")
 METRICS = {"prose": "perplexity_ratio", "table": "perplexity_ratio", "several": "retrieval", "answer": "contains"}
 # The product that the claim is about, named before the run: its score is first in kv/tasks, and four bits lose little.
@@ -20,7 +19,7 @@ NOTHING = "Not measured yet."
 
 def kind(record: Record) -> str:
     """``"product"``, ``"format"`` or ``"policy"``."""
-    if "store=" in record["setting"]:
+    if is_product(record["setting"]):
         return "product"
     return "format" if record["method"] in FORMATS else "policy"
 
@@ -77,7 +76,7 @@ def kv_bytes(found: Results) -> str:
     counts = sorted({r["prompts"] for r in found.records("kv", "bytes", data="prose") if r.get("goal") in CLAIMED})
     text = (
         f"A full cache in {full['dtype']} holds {full['bytes'] / 1e6:.1f} MB for the {full['length']:,} tokens of a "
-        f"prompt; it is 1:1. At 8:1 and 16:1 {_range(counts)} windows of prose."
+        f"prompt; it is 1:1. At 8:1 and 16:1 {counted(counts)} windows of prose."
     )
     off = [abs(r["bytes_share"] * r["goal"] - 1) for by in _arms(found, "prose").values() for r in by.values()]
     text += f" What is held differs from what was asked for by {percent(max(off, default=0))} % at most."
@@ -104,10 +103,6 @@ def _whole(found: Results) -> str:
         if full:
             said.append(f"{_cell(full, data)} % of *{data}*")
     return f"The full cache finds {' and '.join(said)}." if said else ""
-
-
-def _range(counts: list[int]) -> str:
-    return "no" if not counts else str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
 
 
 def kv_bytes_claims(found: Results) -> str:

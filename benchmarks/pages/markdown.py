@@ -91,6 +91,11 @@ def percent(number: float | None, sign: bool = False, digits: int = 1) -> str:
     return f"{100 * number:{'+' if sign else ''}.{digits}f}"
 
 
+def counted(counts: Sequence[int]) -> str:
+    """Numbers of samples, ascending, in a sentence: ``"4 to 8"``."""
+    return "no" if not counts else str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+
 def between(record: Mapping[str, Any], metric: str, form: str = "{:.2f}", times: float = 1.0) -> str:
     """``1.58 (1.47 to 1.69)``."""
     found = value(record, metric, times)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.pages.caches import name
-from benchmarks.pages.markdown import Record, Results, Value, code, percent, ranked, table, value
+from benchmarks.pages.markdown import Record, Results, Value, code, counted, percent, ranked, table, value
 
 RANDOM = "random_evict"
 KEPT = 4.0  # standard errors between the first and a random choice, at some budget
@@ -83,15 +83,11 @@ def _there(found: Results) -> str:
     kinds = {r["data"] for r in rows}
     counts = sorted({r["apart_count"] for r in rows if "apart_count" in r})
     some = {n for n in there if {r["data"] for r in rows if r["method"] == n} < kinds}
-    text = f"Measured are {', '.join(shares) or 'no part'} of the cache, with {_range(counts)} samples a task"
+    text = f"Measured are {', '.join(shares) or 'no part'} of the cache, with {counted(counts)} samples a task"
     missing = [f"`{n}`" for n in known if n not in there]
     text += f"; not yet: {', '.join(k for k in (*WINDOWS, *KEYS, 'summary') if k not in kinds) or 'no task'}"
     text += f"; of no task: {', '.join(missing)}" if missing else ""
     return text + (f"; of some tasks only: {code(sorted(some))}." if some else ".")
-
-
-def _range(counts: Sequence[int]) -> str:
-    return "no" if not counts else str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
 
 
 def _kept(found: Results) -> list[tuple[str, str]]:

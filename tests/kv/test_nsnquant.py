@@ -195,7 +195,7 @@ def test_keys_are_turned_back_for_their_mean():
     assert found[True] < 0.1
     assert found[False] > 2 * found[True]
     exact = LookedUp(2, 32, 64, angles=rope.angles)
-    assert torch.allclose(exact._turned(exact._turned(k[:, :, None], -1), 1), k[:, :, None], atol=1e-5)
+    assert torch.allclose(exact._turned(exact._turned(k[:, :, None], back=True)), k[:, :, None], atol=1e-5)
     shelf = NSNQuant().open()
     shelf.append(k, k)
     with pytest.raises(tokred.MissingInputError, match="rope"):

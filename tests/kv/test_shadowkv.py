@@ -16,6 +16,7 @@ from tokred.errors import MissingInputError
 from tokred.kv import CacheSite, Padding, ShadowKV
 from tokred.kv.stores import Query
 from tokred.kv.stores.shadows import Rotation, Shadow, landmarks_of, low_rank
+from tokred.kv.turning import turned
 
 B, H, D, DV = 2, 3, 8, 6
 ANGLE = 10000.0 ** -(torch.arange(4) / 4)
@@ -145,7 +146,8 @@ def test_rotation_is_the_usual_one_and_can_be_undone():
     part = flat[..., :8]
     wanted = part * cos + torch.cat([-part[..., 4:], part[..., :4]], -1) * sin
     assert torch.allclose(found.flatten(2, 3), torch.cat([wanted, flat[..., 8:]], -1), atol=1e-5), "two do not turn"
-    assert torch.allclose(turn.back(found), x, atol=1e-6)
+    back = turned(found.flatten(2, 3), torch.arange(20)[None], ANGLE, back=True)
+    assert torch.allclose(back, flat, atol=1e-6)
 
 
 def test_every_row_is_in_one_place():

@@ -224,8 +224,8 @@ def test_crops_and_samples():
         ({"budget": 0}, ValueError, "budget must be an integer of at least 1, got 0"),
         ({"pool": 4}, ValueError, "pool must be odd, or 0 for none, got 4"),
         ({"theta": -2}, ValueError, "theta must be a number of at least -1"),
-        ({"vote": "loud"}, ValueError, "vote must be 'soft' or 'raw' or 'hard', got 'loud'"),
-        ({"positions": "old"}, ValueError, "positions must be 'compact' or 'true', got 'old'"),
+        ({"vote": "loud"}, ValueError, "vote is 'loud'; allowed are 'soft', 'raw', 'hard'"),
+        ({"positions": "old"}, ValueError, "positions is 'old'; allowed are 'compact', 'true'"),
         ({"scaled": 1}, TypeError, "scaled must be True or False, got 1"),
     ],
 )

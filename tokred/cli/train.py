@@ -124,11 +124,9 @@ def _method(model: Any) -> Any:
 
 
 def _accelerator(device: str, precision: str) -> Any:
-    try:
-        from accelerate import Accelerator
-    except ImportError as error:
-        raise ImportError("training needs accelerate, which is not installed: pip install 'tokred[train]'") from error
-    return Accelerator(cpu=device == "cpu", mixed_precision=precision)
+    from tokred.learn.training.run import needs
+
+    return needs("accelerate").Accelerator(cpu=device == "cpu", mixed_precision=precision)
 
 
 def _ready(

@@ -1,12 +1,12 @@
-"""Methods with weights of their own: the facts of the host, the module at a site, and weights to load."""
+"""Methods with weights of their own: the facts of the host, the module at a site, weights to load, and layers."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 # What has to agree for weights to fit another model.
 _FINGERPRINT = ("model", "depth", "width")
@@ -80,3 +80,13 @@ class Learned:
     def training(self) -> bool:
         """True while decisions are soft."""
         return self.module is not None and self.module.training
+
+
+def linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """``(..., K)`` of ``(..., C)``, in the precision of ``x``, whatever that of the weights."""
+    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+
+
+def norm(layer: nn.LayerNorm, x: Tensor) -> Tensor:
+    """``(..., C)`` normalised, in the precision of ``x``, whatever that of the weights."""
+    return F.layer_norm(x, layer.normalized_shape, layer.weight.to(x.dtype), layer.bias.to(x.dtype), layer.eps)

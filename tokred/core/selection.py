@@ -11,6 +11,12 @@ def ranked(scores: Tensor) -> Tensor:
     return scores.argsort(dim=-1, descending=True, stable=True)
 
 
+def besides(rows: Tensor, n: int) -> Tensor:
+    """``(B, n - k)`` int64 ascending: the positions below ``n`` that are not among the ``(B, k)`` of ``rows``."""
+    stands = torch.zeros(rows.shape[0], n, dtype=torch.uint8, device=rows.device).scatter(1, rows, 1)
+    return stands.argsort(dim=1, stable=True)[:, : n - rows.shape[1]]
+
+
 def protected_rows(b: int, n: int, prefix: int, suffix: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Positions ``(B, P)`` and ``(B, S)`` of the leading and the trailing protected tokens."""
     lead = torch.arange(prefix, device=device).expand(b, -1)

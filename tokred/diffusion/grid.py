@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tokred.core.ragged import bounds, pack
 from tokred.core.reduction import Reduction
-from tokred.core.selection import ranked
+from tokred.core.selection import besides, ranked
 from tokred.kernels.similarity_rows import best_match, unit
 
 
@@ -179,11 +179,10 @@ def match_around(metric: Tensor, destinations: Tensor, protected: Tensor, left: 
     Returns:
         Slots: those that stay alone, then the destinations, each in ascending position. The mean of a slot is plain.
     """
-    b, n, c = metric.shape
+    _, n, c = metric.shape
     k = destinations.shape[1]
     with torch.no_grad():
-        chosen = torch.zeros(b, n, dtype=torch.uint8, device=metric.device).scatter(1, destinations, 1)
-        sources = chosen.argsort(dim=1, stable=True)[:, : n - k]
+        sources = besides(destinations, n)
         rows = unit(metric.detach())
         parts = (rows.gather(1, at.unsqueeze(-1).expand(-1, -1, c)) for at in (sources, destinations))
         score, match = best_match(*parts, metric="dot")

@@ -76,6 +76,18 @@ class Made(NamedTuple):
     like: Tensor
     make: Callable[[], Tensor]
 
+    @classmethod
+    def of(cls, rows: Tensor, width: int, make: Callable[[], Tensor], dtype: torch.dtype | None = None) -> Made:
+        """All rows ``[B, Hk, width, D]`` of a layer, of which ``rows`` ``[B, Hk, n, D]`` are some, without gradients.
+
+        Args:
+            rows: of their samples, heads, channels and device.
+            width: how many.
+            make: gives them, as they are now: rows may go before somebody asks.
+            dtype: of them; None: that of ``rows``.
+        """
+        return cls(like(rows, (*rows.shape[:2], width, rows.shape[3]), dtype), lambda: make().detach())
+
 
 class Priced(Protocol):
     """A store, as far as it says what rows cost; see :class:`tokred.kv.stores.Store`."""

@@ -1,8 +1,9 @@
 """``Packing`` and ``Unpacking``: what a cache holds as plain values and a list of tensors, for a file, and back.
 
 Knows no format of files. Rows stay in the form in which a store holds them: codes are written as codes. Named tuples
-and dataclasses are written field by field, or as their ``to_file()`` says, which their class takes by
-``from_file(**fields)``. Objects of a class with ``of_empty = True`` belong to an empty cache, and are not written.
+and dataclasses are written field by field, or as their ``to_file()`` says; their class takes the fields, by
+``from_file(**fields)`` where it has that. Objects of a class with ``of_empty = True`` belong to an empty cache, and are
+not written.
 """
 
 from __future__ import annotations

@@ -10,13 +10,13 @@ def turned(x: Tensor, positions: Tensor, angle: Tensor, *, back: bool = False) -
     """Rows as they are at other positions.
 
     Args:
-        x: ``[B, H, n, D]``.
+        x: ``[B, H, n, D]``, or ``[B, H, M, n, D]`` of several lots at the same positions, of all samples.
         positions: ``[B or 1, n]`` int64, by how many steps rows turn.
         angle: ``[R]`` of one step; ``2 * R`` channels turn.
         back: whether they turn back.
 
     Returns:
-        ``[B, H, n, D]`` of float32, or float64 if ``x`` is.
+        The same shape in float32, or float64 if ``x`` is.
     """
     kind, r = torch.promote_types(x.dtype, torch.float32), len(angle)
     # Angles of late positions would lose their last digits in float32.

@@ -66,7 +66,7 @@ class Terms:
         self.own = [p for module in self.learned for p in module.parameters()]
         groups = _groups(model, self.own, recipe)
         tokens = tokens or recipe.tokens_of
-        if (recipe.logits or recipe.tokens) and teacher is None:
+        if recipe.distils and teacher is None:
             raise ValueError("the recipe distils (logits or tokens above 0), so fit needs a teacher: a dense copy")
         if recipe.tokens and (not tokens or gate is None):
             raise ValueError("the recipe distils tokens, so fit needs tokens=, the name of the module that puts them "
@@ -103,6 +103,23 @@ class Terms:
         if self.recipe.schedule and self.change is not None:
             self.change(self.model, **self.recipe.at(step))
 
+    def descend(self, loss: Tensor, average: Callable[[Tensor], Tensor] | None = None) -> None:
+        """One step of the optimiser down a loss.
+
+        Args:
+            loss: scalar, see :func:`total`.
+            average: of a gradient over several processes, for what the method learns; None: there is one process.
+        """
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if average is not None:
+            for p in self.own:
+                if p.grad is not None:
+                    p.grad = average(p.grad)
+        if self.recipe.clip:
+            nn.utils.clip_grad_norm_(self.trained, self.recipe.clip)
+        self.optimiser.step()
+
     def __call__(self, x: Any, y: Tensor, forward: Callable[..., Any] | None = None) -> dict[str, Tensor]:
         """One forward, and every term of its loss, weighted.
 
@@ -112,12 +129,12 @@ class Terms:
             forward: what stands in for the model, such as a wrapper of several processes; None: the model.
         """
         recipe, model = self.recipe, self.model
-        logits = _logits(model if forward is None else forward, x)
+        logits = logits_of(model if forward is None else forward, x)
         own = self.losses(model, targets=y) if self.told else self.losses(model)
         terms = {"task": recipe.task * self.task(logits, y), **own} if recipe.task else dict(own)
-        if self.teacher is not None and (recipe.logits or recipe.tokens):
+        if self.teacher is not None and recipe.distils:
             with torch.no_grad():
-                guide = _logits(self.teacher, x)
+                guide = logits_of(self.teacher, x)
             if recipe.logits:
                 terms["logits"] = recipe.logits * distill_logits(logits, guide)
             if recipe.tokens and self.gate is not None:
@@ -126,7 +143,8 @@ class Terms:
         return terms
 
 
-def _logits(model: Callable[..., Any], x: Any) -> Tensor:
+def logits_of(model: Callable[..., Any], x: Any) -> Tensor:
+    """The logits of a model that returns them, or what has them as ``logits``, for inputs or a mapping of keywords."""
     out = model(**x) if isinstance(x, Mapping) else model(x)
     found: Tensor = getattr(out, "logits", out)
     return found
@@ -172,11 +190,7 @@ def fit(
                 raise ValueError(f"the batches ran out after {i} of {recipe.steps} steps")
             terms = terms_of(*pair)
             loss = total(terms)
-            terms_of.optimiser.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            if recipe.clip:
-                nn.utils.clip_grad_norm_(terms_of.trained, recipe.clip)
-            terms_of.optimiser.step()
+            terms_of.descend(loss)
             found.append(Step(float(loss.detach()), {name: float(t.detach()) for name, t in terms.items()}))
             if each is not None:
                 each(i, found[-1])

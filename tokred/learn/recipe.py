@@ -53,9 +53,11 @@ class Ramp:
         """The value in a step, counted from 0, of so many; between two whole numbers it is whole, cut off."""
         last = max(1, round(self.until * steps)) - 1
         done = 1.0 if step >= last else step / last
-        found = self.start * (self.end / self.start) ** done if self.geometric else None
-        value = self.start + (self.end - self.start) * done if found is None else found
-        whole = isinstance(self.start, int) and isinstance(self.end, int) and not self.geometric
+        if self.geometric:
+            value: float = self.start * (self.end / self.start) ** done
+            return value
+        value = self.start + (self.end - self.start) * done
+        whole = isinstance(self.start, int) and isinstance(self.end, int)
         return int(value + 1e-9) if whole else value
 
 
@@ -118,6 +120,11 @@ class Recipe:
             raise ValueError(f"tokens_of must be the name of a sub-module, got {self.tokens_of!r}")
         if not isinstance(self.schedule, Mapping) or not all(isinstance(r, Ramp) for r in self.schedule.values()):
             raise ValueError(f"schedule must be a Ramp for each of some parameters, got {self.schedule!r}")
+
+    @property
+    def distils(self) -> bool:
+        """True if a term of the loss comes from a dense teacher."""
+        return self.logits > 0 or self.tokens > 0
 
     def at(self, step: int) -> dict[str, float]:
         """Parameters of the method in step ``step``, counted from 0, that follow a schedule."""

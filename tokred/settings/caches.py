@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from tokred.core.method import from_dict
 from tokred.errors import NothingRecordedError, TokredError
-from tokred.kv.blend import Blend
-from tokred.patch import Part, parts_of
+from tokred.patch import part_at
 
 
 def save_cache(model: nn.Module, cache: Any, path: str | Path) -> Path:
@@ -112,12 +111,13 @@ def blend(
         >>> model.generate(torch.cat([made.ids, question], 1), **tokred.cache_kwargs(made.cache))
     """
     from tokred.adapters.kv.reuse.blend import join
+    from tokred.kv.blend import Blend
 
     how = Blend(recompute, check_layers, measure, fresh_at_check)
-    part = next((p for p in parts_of(model) if p.method.stage == "cache"), None)
-    between = next((p.method.name for p in parts_of(model) if p.method.stage == "layer"), None)
+    part, between = part_at(model, "cache"), part_at(model, "layer")
     if between is not None:
-        raise ValueError(f"{between!r} removes tokens between layers, where chunks have all of them: remove it first")
+        name = between.method.name
+        raise ValueError(f"{name!r} removes tokens between layers, where chunks have all of them: remove it first")
     if part is not None:
         _check_blends(part.method)
     return join(model, parts, how, None if part is None else part.state)
@@ -222,7 +222,7 @@ class _Place:
     def __init__(self, model: nn.Module) -> None:
         from tokred.adapters.kv.host import match
 
-        self.part: Part | None = next((p for p in parts_of(model) if p.method.stage == "cache"), None)
+        self.part = part_at(model, "cache")
         self.host: Any = match(model if self.part is None else self.part.module, bounded=self.part is None)
         if self.host is None:
             raise TypeError(f"model must be a language model of transformers, got a {type(model).__name__}")

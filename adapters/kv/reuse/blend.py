@@ -20,8 +20,8 @@ from tokred.adapters.kv.reuse import joined
 from tokred.adapters.kv.reuse.chunks import Chunk, forward, host_of, refusal, tokens
 from tokred.adapters.kv.reuse.fingerprint import described, differences, fingerprint
 from tokred.adapters.kv.reuse.joined import Joined, JoinedLayer, KnownError
-from tokred.adapters.kv.reuse.layers import device_of, plain_cache
-from tokred.adapters.kv.rope import layer_type_of, turned_channels
+from tokred.adapters.kv.reuse.layers import devices, plain_cache
+from tokred.adapters.kv.rope import layer_type_of, tables, turned_channels
 from tokred.errors import TokredError
 from tokred.kv.blend import Blend, chosen, count_of, deviation, moved, visible
 
@@ -63,10 +63,10 @@ def join(model: nn.Module, parts: Sequence[Chunk | Tensor], how: Blend, state: A
     parts = [_part(part, i) for i, part in enumerate(parts)]
     if not any(isinstance(part, Chunk) for part in parts):
         raise ValueError("parts holds no chunk: give at least one of tokred.ChunkStore")
-    _check(host, parts)
+    exact = len(parts) == 1 and isinstance(parts[0], Chunk) and parts[0].first == 0
+    _check(host, parts, exact)
     ids = torch.cat([_ids(p).cpu() for p in parts], 1)
     known = torch.cat([torch.full((_ids(p).shape[1],), isinstance(p, Chunk)) for p in parts])
-    exact = len(parts) == 1 and isinstance(parts[0], Chunk) and parts[0].first == 0
     with torch.no_grad():
         cache = _moved(host, parts)
         run = _Run(host, how, cache, known)
@@ -75,7 +75,7 @@ def join(model: nn.Module, parts: Sequence[Chunk | Tensor], how: Blend, state: A
             with run.hooks():
                 forward(host, ids, cache)
         made = _handed_over(host, cache, state)
-    return Blended(made, ids.to(device_of(next(iter(host.attentions.values()))[1])), run.computed(depth))
+    return Blended(made, ids.to(devices(host)[0]), run.computed(depth))
 
 
 def _part(part: Any, index: int) -> Chunk | Tensor:
@@ -86,15 +86,15 @@ def _ids(part: Chunk | Tensor) -> Tensor:
     return part.ids if isinstance(part, Chunk) else part
 
 
-def _check(host: CacheHost, parts: Sequence[Chunk | Tensor]) -> None:
-    """Refuse chunks of another model, a model whose keys cannot be moved, and attention that takes no mask."""
+def _check(host: CacheHost, parts: Sequence[Chunk | Tensor], exact: bool) -> None:
+    """Refuse chunks of another model; and where rows move, keys that cannot, and attention that takes no mask."""
     here = fingerprint(host.decoder, host.config)
     for i, part in enumerate(parts):
         if isinstance(part, Chunk) and differences(part.model, here):
             raise ValueError(
                 f"part {i} was computed by another model ({described(part.model)}) than this one ({described(here)})"
             )
-    if len(parts) == 1 and isinstance(parts[0], Chunk) and parts[0].first == 0:
+    if exact:
         return
     name = attention_of(host.config).removeprefix(PREFIX)
     if name not in (*terms.WRITTEN_OUT.names, *terms.FUSED_KERNEL.names):
@@ -112,22 +112,22 @@ def _check(host: CacheHost, parts: Sequence[Chunk | Tensor]) -> None:
 def _moved(host: CacheHost, parts: Sequence[Chunk | Tensor]) -> Joined:
     """All chunks at their places."""
     embedding = words.ROTARY.part(host.decoder)
-    tables: dict[Any, tuple[Tensor, Tensor]] = {}
+    turns: dict[Any, tuple[Tensor, Tensor]] = {}
     known = [p for p in parts if isinstance(p, Chunk)]
     total = max(sum(_ids(p).shape[1] for p in parts), *(p.first + p.ids.shape[1] for p in known), 0)
-    layers = []
+    layers, there = [], devices(host)
     for i, (_, attention) in enumerate(host.attentions.values()):
         rows: list[tuple[Tensor, Tensor] | int] = []
-        device, place = device_of(attention), 0
+        device, place = there[i], 0
         kind = layer_type_of(embedding, attention) if isinstance(embedding, nn.Module) else None
         for part in parts:
             n = _ids(part).shape[1]
             if isinstance(part, Chunk):
                 keys, values = part.rows[i]
                 if part.first != place:  # where it was computed it stays as it is
-                    if (kind, device) not in tables:
-                        tables[kind, device] = _tables(embedding, kind, total, device)
-                    cos, sin = tables[kind, device]
+                    if (kind, device) not in turns:
+                        turns[kind, device] = _tables(embedding, kind, total, device)
+                    cos, sin = turns[kind, device]
                     old, new = ((cos[at : at + n], sin[at : at + n]) for at in (part.first, place))
                     keys = moved(keys, old, new)
                 rows.append((keys, values))
@@ -140,10 +140,9 @@ def _moved(host: CacheHost, parts: Sequence[Chunk | Tensor]) -> Joined:
 
 def _tables(embedding: Any, kind: str | None, total: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines ``[total, D]`` of positions from 0 on, in float32."""
-    extra = () if kind is None else (kind,)
     own = next((b.device for b in embedding.buffers()), device)
-    cos, sin = embedding(torch.zeros(1, 1, 1, device=own), torch.arange(total, device=own)[None], *extra)
-    return cos[0].to(device), sin[0].to(device)
+    cos, sin = tables(embedding, kind, torch.arange(total, device=own))
+    return cos.to(device), sin.to(device)
 
 
 class _Run:

@@ -15,7 +15,7 @@ from tokred.adapters.kv.host import CacheHost, match
 from tokred.adapters.kv.reasons import layer_kinds
 from tokred.adapters.kv.reuse import joined, saved
 from tokred.adapters.kv.reuse.fingerprint import fingerprint
-from tokred.adapters.kv.reuse.layers import device_of
+from tokred.adapters.kv.reuse.layers import devices
 from tokred.adapters.swap import host_class
 from tokred.errors import UnsupportedModelError
 from tokred.kv.pack import Packing, Unpacking
@@ -112,8 +112,7 @@ class ChunkStore:
         if (file.known.get("behind"), file.known.get("ids")) != (self._behind, ids[0].tolist()):
             raise ValueError(f"{path} holds other tokens than its name says: delete it")
         found = Unpacking(file.tensors(), torch.device("cpu")).unpacked(file.known["chunk"])
-        there = [device_of(m) for _, m in self.host.attentions.values()]
-        rows = tuple((k.to(d), v.to(d)) for (k, v), d in zip(found, there, strict=True))
+        rows = tuple((k.to(d), v.to(d)) for (k, v), d in zip(found, devices(self.host), strict=True))
         return Chunk(ids, rows, self.model, len(self._behind))
 
     @property
@@ -178,11 +177,6 @@ def forward(host: CacheHost, ids: Tensor, cache: joined.Joined) -> None:
     """One forward of the decoder over all tokens, without the head behind it."""
     if host.decoder.training:
         raise ValueError("the model is in training, where dropout makes every computation another: call model.eval()")
-    given = {words.INPUT_IDS.name: ids.to(_device(host)), words.CACHED.name: True}
+    given = {words.INPUT_IDS.name: ids.to(devices(host)[0]), words.CACHED.name: True}
     with torch.no_grad():
         host.decoder(**with_cache(given, cache_name(host_class(host.decoder).forward), cache))
-
-
-def _device(host: CacheHost) -> torch.device:
-    """Where token ids go."""
-    return device_of(next(iter(host.attentions.values()))[1])

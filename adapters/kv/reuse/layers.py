@@ -30,17 +30,14 @@ def check_plain(cache: Any) -> None:
 def devices(host: CacheHost) -> list[torch.device]:
     """The device of each layer of a cache: that of its attention; of layers without rows, that of the one before."""
     found: list[torch.device] = []
-    first = next(iter(host.attentions.values()))[1]
+    here = _device_of(next(iter(host.attentions.values()))[1])
     for i in range(len(host.attentions) + host.states):
-        module = host.attentions[i][1] if i in host.attentions else None
-        if module is None:
-            found.append(found[-1] if found else device_of(first))
-        else:
-            found.append(device_of(module))
+        here = _device_of(host.attentions[i][1]) if i in host.attentions else here
+        found.append(here)
     return found
 
 
-def device_of(module: Any) -> torch.device:
+def _device_of(module: Any) -> torch.device:
     """Where the rows of an attention belong."""
     # Weights that are brought in for each forward stand on ``meta``, and are computed with on the first real device.
     there: list[torch.device] = [p.device for p in module.parameters() if not p.is_meta]

@@ -13,14 +13,13 @@ from tokred.kv import newest
 from tokred.kv.parts import Budget, check_amount, check_count
 from tokred.kv.select import Counts
 from tokred.kv.site import CacheSite
-from tokred.kv.stores.zones import BITS, CHANNELS
+from tokred.kv.stores.zones import BITS, CHANNELS, LEVELS
 
-WHOLE = 16
+WHOLE = LEVELS[-1]
 # Bits, and the square error that is left when numbers are rounded to so many, as a share of what it is without any.
 Table = tuple[tuple[int, float], ...]
 VALUES: Table = ((2, 0.312), (4, 0.0138), (8, 4.8e-5), (16, 0.0))
 KEYS: Table = ((2, 0.277), (4, 0.011), (8, 6.1e-5))
-ALLOWED = (2, 4, 8, 16)
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class Water(Budget):
         check_count(self.window, "window", 1)
         for name in ("v_table", "k_table"):
             table = tuple((bits, float(error)) for bits, error in getattr(self, name))
-            if not table or any(bits not in ALLOWED for bits, _ in table) or sorted(set(table)) != list(table):
+            if not table or any(bits not in LEVELS[1:] for bits, _ in table) or sorted(set(table)) != list(table):
                 raise ValueError(f"{name} must be pairs of bits (of 2, 4, 8, 16, rising) and error, got {table!r}")
             object.__setattr__(self, name, table)
 

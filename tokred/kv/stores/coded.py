@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -12,12 +13,13 @@ from torch import Tensor
 
 from tokred.core.reduction import Reduction
 from tokred.kernels.decode_attention import SENTINEL
-from tokred.kv.described import POSITION, Made, like, plain_bytes
+from tokred.kernels.gather_rows import gather_rows
+from tokred.kv.described import POSITION, Made, plain_bytes
 from tokred.kv.site import CacheSite
 from tokred.kv.stores.codecs import Codec
-from tokred.kv.stores.rectangle import merged_slots, up_to_date, without_empty
+from tokred.kv.stores.rectangle import SlottedShelf, merged_slots, without_empty
 from tokred.kv.stores.sides import ROOM, Side, Window
-from tokred.kv.stores.store import Query, Shelf, Store
+from tokred.kv.stores.store import Query, Store
 
 # Share of the rows of a layer that may have been evicted and still take room, before all others are encoded anew.
 HOLES = 0.25
@@ -72,7 +74,7 @@ class Coded(Store):
         return 4 * heads * width * rows
 
 
-class CodedShelf(Shelf):
+class CodedShelf(SlottedShelf):
     """A log of rows in the order in which they came, of which the policy's rows are all or some.
 
     Args:
@@ -80,12 +82,12 @@ class CodedShelf(Shelf):
     """
 
     def __init__(self, store: Coded) -> None:
+        super().__init__()
         self.store = store
         self._type = torch.float32
         self._sides: tuple[Side, ...] = ()  # of keys and of values, each with all rows of the log
         # [B, Hk, K] int32, which row of the log each row is, -1 for empty ones; None: all, in order.
         self._index: Tensor | None = None
-        self._slots: Tensor | None = None
         self._ragged = False
         self._new = 0  # rows of this forward
         self._since = 0  # rows since rows were last evicted
@@ -102,8 +104,7 @@ class CodedShelf(Shelf):
         return self._made(1) if self._sides else None
 
     def _made(self, which: int) -> Tensor:
-        rows = self._sides[which].restored(self._type)
-        return rows if self._index is None else _picked(rows, self._index)
+        return _restored(self._sides[which], self._index, self._type)
 
     @property
     def newest(self) -> tuple[Tensor, Tensor]:
@@ -130,24 +131,8 @@ class CodedShelf(Shelf):
         return self._shown(0), self._shown(1)
 
     def _shown(self, which: int) -> Made:
-        tail = self._sides[which].tail.buffer
-        shape = (*tail.shape[:2], self.width, tail.shape[3])
-        # Of now: rows may go before somebody asks.
-        side, index, dtype = self._sides[which], self._index, self._type
-
-        def made() -> Tensor:
-            rows = side.restored(dtype).detach()
-            return rows if index is None else _picked(rows, index)
-
-        return Made(like(tail, shape, dtype), made)
-
-    @property
-    def moved(self) -> bool:
-        return self._slots is not None
-
-    def positions(self, seen: int) -> Tensor | None:
-        self._slots = up_to_date(self._slots, self.width, seen)
-        return self._slots
+        side = self._sides[which]
+        return Made.of(side.tail.buffer, self.width, partial(_restored, side, self._index, self._type), self._type)
 
     # ------------------------------------------------------------------ what happens to them
 
@@ -247,8 +232,9 @@ class CodedShelf(Shelf):
         self._seen = None
 
     def select(self, index: Tensor, listed: Callable[[], list[int]]) -> None:
+        super().select(index, listed)
         self._sides = tuple(side.select(index) for side in self._sides)
-        for name in ("_index", "_slots", "_seen"):
+        for name in ("_index", "_seen"):
             value = getattr(self, name)
             if value is not None:
                 setattr(self, name, value.index_select(0, index))
@@ -300,10 +286,15 @@ class CodedShelf(Shelf):
         return seen
 
 
+def _restored(side: Side, index: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``[B, Hk, K, D]``: the rows ``index`` of a log, or all."""
+    rows = side.restored(dtype)
+    return rows if index is None else _picked(rows, index)
+
+
 def _picked(rows: Tensor, index: Tensor) -> Tensor:
     """``[B, Hk, K, D]``: rows of each head; any one for those below 0."""
-    index = index.clamp(min=0).long()
-    return rows.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, rows.shape[-1]))
+    return gather_rows(rows, index.clamp(min=0).long())
 
 
 def _scattered(values: Tensor, index: Tensor, count: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokred.core.reduction import Reduction
-from tokred.kv.described import POSITION, Made, like, plain_bytes
+from tokred.kv.described import POSITION, Made, plain_bytes
 from tokred.kv.site import CacheSite
 from tokred.kv.stores.rectangle import RectangleShelf
 from tokred.kv.stores.store import Store
@@ -93,7 +93,7 @@ class HalfShelf(RectangleShelf):
 
     def _made(self, which: int) -> Made:
         held = super().newest[which]
-        return Made(like(held, tuple(held.shape), self._type), lambda: held.to(self._type).detach())
+        return Made.of(held, held.shape[2], lambda: held.to(self._type), self._type)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         if keys.element_size() <= self.half.itemsize:

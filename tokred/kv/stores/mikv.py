@@ -13,13 +13,14 @@ from torch import Tensor
 
 from tokred.core.checks import check_count, check_share
 from tokred.core.reduction import Reduction
+from tokred.kernels.gather_rows import gather_rows
 from tokred.kv.described import POSITION, plain_bytes
 from tokred.kv.parts import Score, as_part
 from tokred.kv.site import CacheSite
 from tokred.kv.stores.codecs import Affine, AsTheyCome, Codec, Parts, check_bits, group_for
 from tokred.kv.stores.coded import HOLES, Coded, CodedShelf, Form
 from tokred.kv.stores.grown import Grown
-from tokred.kv.stores.sides import ROOM, Side, Window
+from tokred.kv.stores.sides import ROOM, Side, Window, with_more
 
 BITS = (2, 3, 4, 8, 16)
 HIGH = (2, 4, 8, 16)
@@ -97,17 +98,15 @@ class MiKV(Coded):
         return self._form(keys.shape[-1], "key heads"), self._form(values.shape[-1], "value heads")
 
     def _form(self, width: int, what: str) -> Form:
-        group = group_for(width, width // 2 if self.group is None else self.group, what)
-        return Form(self._codec(self.low, group), Window(0, self.block))
+        return Form(self._codec(self.low, width, what), Window(0, self.block))
 
-    @staticmethod
-    def _codec(bits: int, group: int) -> Codec:
+    def _codec(self, bits: int, width: int, what: str) -> Codec:
+        group = group_for(width, width // 2 if self.group is None else self.group, what)
         return AsTheyCome() if bits == 16 else Affine(bits, group)
 
     def upper(self, rows: Tensor) -> Codec:
         """The code of rows ``[B, Hk, n, D]`` that matter."""
-        width = rows.shape[-1]
-        return self._codec(self.high_bits, group_for(width, width // 2 if self.group is None else self.group, "heads"))
+        return self._codec(self.high_bits, rows.shape[-1], "heads")
 
     def open(self) -> MiKVShelf:
         return MiKVShelf(self)
@@ -264,13 +263,9 @@ class MiKVShelf(CodedShelf):
         stay, go = order[..., :left].sort(-1).values, order[..., left:].sort(-1).values
         sides = []
         for side in self._sides:
-            new = side.codec.encode(_of(side.tail.rows, go), None)
-            old = side.parts
-            parts = (
-                tuple(map(Grown.of, new)) if not old else tuple(o.append(x, 128) for o, x in zip(old, new, strict=True))
-            )
+            parts = with_more(side.parts, side.codec.encode(gather_rows(side.tail.rows, go), None), 128)
             if self.store.high_bits == 16:
-                others: Any = Grown.of(_of(side.tail.rows, stay))
+                others: Any = Grown.of(gather_rows(side.tail.rows, stay))
             else:  # what goes was rounded from what it was, if it has just come
                 others = Rounded.of(side.tail, self.store.upper(side.tail.buffer), self._type).picked(stay)
             sides.append(Side(side.codec, side.window, others, None, parts))
@@ -333,18 +328,14 @@ class Rounded(NamedTuple):
             tail = cls(codec, (), tail, dtype)
         if tail.fresh.count == 0 and tail.parts:
             return tail
-        new = codec.encode(tail.fresh.rows, None)
-        if tail.parts:
-            parts = tuple(old.append(x, ROOM) for old, x in zip(tail.parts, new, strict=True))
-        else:
-            parts = tuple(Grown.of(x.contiguous()) for x in new)
+        parts = with_more(tail.parts, codec.encode(tail.fresh.rows, None), ROOM)
         return tail._replace(parts=parts, fresh=tail.fresh.first(0))
 
     def picked(self, index: Tensor) -> Rounded:
         """The rows ``index`` ``[B, Hk, n]``; none are fresh."""
 
         def of(part: Tensor) -> Tensor:
-            return part.gather(2, index.view(*index.shape, *[1] * (part.ndim - 3)).expand(-1, -1, -1, *part.shape[3:]))
+            return gather_rows(part.flatten(3), index).view(*index.shape, *part.shape[3:])
 
         return self._replace(parts=tuple(Grown.of(of(part.rows)) for part in self.parts))
 
@@ -376,7 +367,3 @@ class Rounded(NamedTuple):
     def select(self, index: Tensor) -> Rounded:
         """The rows of other samples: ``index`` ``[B']`` of the old ones."""
         return self._replace(parts=tuple(part.select(index) for part in self.parts), fresh=self.fresh.select(index))
-
-
-def _of(rows: Tensor, index: Tensor) -> Tensor:
-    return rows.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, rows.shape[-1]))

@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from tokred.core.checks import check_count
+from tokred.core.checks import check_count, check_flags
 from tokred.kernels.packed_rows import bytes_of, pack, unpack
 from tokred.kv.site import CacheSite
 from tokred.kv.stores.codebooks import SUB, codebook
@@ -18,6 +18,7 @@ from tokred.kv.stores.codecs import AsTheyCome, Codec, Parts, affine, check_bits
 from tokred.kv.stores.coded import Coded, CodedShelf, Form
 from tokred.kv.stores.rotated import hadamard
 from tokred.kv.stores.sides import Window
+from tokred.kv.turning import turned
 
 BITS = (1, 2, 16)
 # Sub-vectors that are compared with a codebook at a time.
@@ -59,8 +60,7 @@ class NSNQuant(Coded):
         check_bits(self.side_bits, "side_bits", (4, 16))
         check_count(self.window, "window", 2)
         check_count(self.o_group, "o_group", 2)
-        if not isinstance(self.pre_rope, bool):
-            raise TypeError(f"pre_rope must be True or False, got {self.pre_rope!r}")
+        check_flags(pre_rope=self.pre_rope)
 
     @property
     def turns(self) -> bool:
@@ -221,8 +221,8 @@ class LookedUp(Codec):
     def encode(self, rows: Tensor, real: Tensor | None) -> Parts:
         windows = rows.float().unflatten(2, (-1, self.window))  # type: ignore[no-untyped-call]
         real = None if real is None else real.unflatten(2, (-1, self.window))  # type: ignore[no-untyped-call]
-        one = self.sized(self._turned(windows, -1), real)
-        z = spread(self._turned(one.left, 1))
+        one = self.sized(self._turned(windows, back=True), real)
+        z = spread(self._turned(one.left))
         codes = self._codes(z)
         found = self._looked_up(codes)
         along, size = (z * found).sum(-1, keepdim=True), z.square().sum(-1, keepdim=True)
@@ -235,7 +235,7 @@ class LookedUp(Codec):
         lengths, means = self._sides
         half = len(rest) // 2
         length, mean = lengths.decode(rest[:half]).clamp(min=_LEAST).unsqueeze(-1), means.decode(rest[half:])
-        mean = self._turned(mean.unsqueeze(-2).expand(*mean.shape[:-1], self.window, self.width), 1)
+        mean = self._turned(mean.unsqueeze(-2).expand(*mean.shape[:-1], self.window, self.width))
         rows = spread(self._looked_up(codes) * second.float().unsqueeze(-1)) + mean
         return (rows * length).flatten(2, 3).to(dtype)
 
@@ -264,14 +264,12 @@ class LookedUp(Codec):
     def _table(self, device: torch.device) -> Tensor:
         return codebook(self.bits, str(device)) if self.table is None else self.table
 
-    def _turned(self, windows: Tensor, way: int) -> Tensor:
-        """Windows ``[..., W, D]``: every row turned by as many positions as it stands behind the first, or back."""
+    def _turned(self, windows: Tensor, *, back: bool = False) -> Tensor:
+        """Windows ``[B, Hk, M, W, D]``: rows turned by as many positions as each stands behind the first, or back."""
         if self.angles is None:
             return windows
-        angle = torch.arange(self.window, device=windows.device)[:, None] * self.angles.to(windows.device) * way
-        cos, sin = (torch.cat([f(angle)] * 2, -1) for f in (torch.cos, torch.sin))
-        half = self.width // 2
-        return windows * cos + torch.cat([-windows[..., half:], windows[..., :half]], -1) * sin
+        place = torch.arange(self.window, device=windows.device)[None]
+        return turned(windows, place, self.angles.to(windows.device), back=back)
 
 
 def spread(x: Tensor) -> Tensor:

@@ -9,12 +9,12 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from tokred.core.checks import check_count
+from tokred.core.checks import check_count, check_flags
 from tokred.core.reduction import Reduction
 from tokred.kernels.gather_rows import gather_cache
 from tokred.kv.described import Made
 from tokred.kv.site import CacheSite
-from tokred.kv.stores.rectangle import merged_slots, up_to_date, without_empty
+from tokred.kv.stores.rectangle import SlottedShelf, merged_slots, without_empty
 from tokred.kv.stores.store import Shelf, Store
 
 Rows = tuple[Tensor, Tensor]
@@ -41,8 +41,7 @@ class Offloaded(Store):
 
     def __post_init__(self) -> None:
         check_count(self.block, "block", 1)
-        if not isinstance(self.prefetch, bool):
-            raise TypeError(f"prefetch must be True or False, got {self.prefetch!r}")
+        check_flags(prefetch=self.prefetch)
 
     def open(self) -> Shelf:
         return self.shelves(1)[0]
@@ -170,7 +169,7 @@ class Chain:
             self._coming = {following: away.fetch(device)}
 
 
-class OffloadedShelf(Shelf):
+class OffloadedShelf(SlottedShelf):
     """Rows of one layer: whole on the device from a forward's append to its settling, otherwise away but for the tail.
 
     No tensor is changed in place, so a snapshot is a reference.
@@ -182,13 +181,13 @@ class OffloadedShelf(Shelf):
     """
 
     def __init__(self, block: int, chain: Chain, number: int) -> None:
+        super().__init__()
         self._block = block
         self._chain = chain
         self._number = number
         self._whole: Rows | None = None
         self._away: Away | None = None
         self._tail: Rows | None = None  # newest rows, on the device, that are not away
-        self._slots: Tensor | None = None
         self._device = torch.device("cpu")
 
     # ------------------------------------------------------------------ rows, as a rectangle
@@ -239,14 +238,6 @@ class OffloadedShelf(Shelf):
         return Made(empty, lambda: _joined(away.fetch(device).wait(), tail)[which].detach())
 
     @property
-    def moved(self) -> bool:
-        return self._slots is not None
-
-    def positions(self, seen: int) -> Tensor | None:
-        self._slots = up_to_date(self._slots, self.width, seen)
-        return self._slots
-
-    @property
     def away(self) -> Iterator[Tensor]:
         if self._away is not None:
             yield from self._away.rows
@@ -255,18 +246,15 @@ class OffloadedShelf(Shelf):
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         self._device = keys.device
-        self._open()
-        if self._whole is None:
-            self._whole = keys.contiguous(), values.contiguous()
-        else:
-            self._whole = _joined(self._whole, (keys, values))
-        self._chain.send_for_next(self._number)
-
-    def _open(self) -> None:
-        """Have all rows on the device."""
-        if self._whole is None and self._away is not None:
-            self._whole = _joined(self._chain.bring(self._number, self._away, self._device), self._tail)
+        new = keys, values
+        if self._whole is not None:
+            self._whole = _joined(self._whole, new)
+        elif self._away is not None:
+            self._whole = _joined(self._chain.bring(self._number, self._away, self._device), self._tail, new)
             self._tail = None
+        else:
+            self._whole = keys.contiguous(), values.contiguous()
+        self._chain.send_for_next(self._number)
 
     def settle(self, site: CacheSite | None) -> None:
         if self._whole is None:
@@ -321,9 +309,9 @@ class OffloadedShelf(Shelf):
         return keys[:, :, -count:], values[:, :, -count:]
 
     def select(self, index: Tensor, listed: Callable[[], list[int]]) -> None:
+        super().select(index, listed)
         self._whole, self._tail = _selected(self._whole, index), _selected(self._tail, index)
         self._away = None if self._away is None else self._away.select(index)
-        self._slots = None if self._slots is None else self._slots.index_select(0, index)
 
 
 _streams: dict[torch.device, Any] = {}
@@ -336,11 +324,14 @@ def _side_stream(device: torch.device) -> Any:
     return _streams[device]
 
 
-def in_host_memory(rows: Tensor) -> Tensor:
-    """Rows in host memory, contiguous: pinned where they come from CUDA, and then perhaps not there yet."""
+def in_host_memory(rows: Tensor, *, wait: bool = False) -> Tensor:
+    """Rows in host memory, contiguous: pinned where they come from CUDA, and then perhaps not there yet.
+
+    ``wait``: come back when they are, for those who have no event that says so.
+    """
     if not rows.is_cuda:
         return rows.cpu().contiguous()
-    return torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows, non_blocking=True)
+    return torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows, non_blocking=not wait)
 
 
 def same_memory(like: Tensor, rows: Tensor) -> Tensor:
@@ -350,10 +341,10 @@ def same_memory(like: Tensor, rows: Tensor) -> Tensor:
     return torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows)
 
 
-def _joined(rows: Rows, more: Rows | None) -> Rows:
-    if more is None:
-        return rows
-    return torch.cat([rows[0], more[0]], 2), torch.cat([rows[1], more[1]], 2)
+def _joined(*lots: Rows | None) -> Rows:
+    """Keys and values of several lots of rows, in one copy; of one, as they are."""
+    keys, values = zip(*(rows for rows in lots if rows is not None), strict=True)
+    return (keys[0], values[0]) if len(keys) == 1 else (torch.cat(keys, 2), torch.cat(values, 2))
 
 
 def _count(rows: Rows | None) -> int:

@@ -28,17 +28,37 @@ class Rectangle(Store):
         return RectangleShelf()
 
 
-class RectangleShelf(Shelf):
-    """Two tensors, and the slots of their rows once these are not the first ones.
+class SlottedShelf(Shelf):
+    """Base of shelves whose rows may go, which know the slots of those that are left."""
+
+    def __init__(self) -> None:
+        # [B, Hk, n] int32, of the first rows, as far as somebody has asked; None while row i is slot i.
+        self._slots: Tensor | None = None
+
+    @property
+    def moved(self) -> bool:
+        return self._slots is not None
+
+    def positions(self, seen: int) -> Tensor | None:
+        self._slots = up_to_date(self._slots, self.width, seen)
+        return self._slots
+
+    def select(self, index: Tensor, listed: Callable[[], list[int]]) -> None:
+        """The slots of other samples; a subclass selects their rows."""
+        self._slots = None if self._slots is None else self._slots.index_select(0, index)
+
+
+class RectangleShelf(SlottedShelf):
+    """Two tensors, keys and values.
 
     Tensors are changed in place only by :meth:`swap`, and by the row that comes after it, as long as nobody else can
     hold them: a snapshot is a reference, after which the next change copies.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
-        self._slots: Tensor | None = None
         self._own = False  # keys and values have been made here, and nobody else holds them
         # [B, Hk, K + 1, D] of which keys and values are the first rows, between a swap and the row that comes next.
         self._room: tuple[Tensor, Tensor] | None = None
@@ -64,14 +84,6 @@ class RectangleShelf(Shelf):
     @property
     def samples(self) -> int:
         return self.newest[0].shape[0]
-
-    @property
-    def moved(self) -> bool:
-        return self._slots is not None
-
-    def positions(self, seen: int) -> Tensor | None:
-        self._slots = up_to_date(self._slots, self.width, seen)
-        return self._slots
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         if self._keys is None or self._values is None:
@@ -156,9 +168,9 @@ class RectangleShelf(Shelf):
         return keys[:, :, -count:], values[:, :, -count:]
 
     def select(self, index: Tensor, listed: Callable[[], list[int]]) -> None:
+        super().select(index, listed)
         if self._keys is not None and self._values is not None:
             self._hold(self._keys.index_select(0, index), self._values.index_select(0, index))
-        self._slots = None if self._slots is None else self._slots.index_select(0, index)
 
 
 def newest_slots(seen: int, count: int, device: torch.device) -> Tensor:

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tokred.core.checks import check_count
-from tokred.kv.described import Made, like
+from tokred.core.checks import check_count, check_flags
+from tokred.kv.described import Made
 from tokred.kv.site import CacheSite
 from tokred.kv.stores.rectangle import RectangleShelf
 from tokred.kv.stores.shadows import Buffer, Shadow
@@ -60,8 +60,7 @@ class ShadowKV(Store):
         check_count(self.budget, "budget", self.chunk)
         if self.budget % self.chunk:
             raise ValueError(f"budget must be a multiple of chunk={self.chunk}, got {self.budget}")
-        if not isinstance(self.offload, bool):
-            raise TypeError(f"offload must be True or False, got {self.offload!r}")
+        check_flags(offload=self.offload)
 
     def open(self) -> ShadowShelf:
         return ShadowShelf(self)
@@ -92,11 +91,11 @@ class ShadowShelf(RectangleShelf):
 
     @property
     def keys(self) -> Tensor | None:
-        return self._restored()[0] if self._shadows else super().keys
+        return self._making(0)() if self._shadows else super().keys
 
     @property
     def values(self) -> Tensor | None:
-        return self._restored()[1] if self._shadows else super().values
+        return self._making(1)() if self._shadows else super().values
 
     @property
     def newest(self) -> Rows:
@@ -121,18 +120,12 @@ class ShadowShelf(RectangleShelf):
     def show(self) -> tuple[Tensor | Made, Tensor | Made]:
         if not self._shadows:
             return super().show()
-        made = []
-        for which, rows in enumerate(super().newest):
-            shape = (*rows.shape[:2], self.width, rows.shape[3])
-            # Of now: rows may be cut before somebody asks.
-            made.append(Made(like(rows, shape), partial(_shown, which, *self._held())))
-        return made[0], made[1]
+        keys, values = super().newest
+        return Made.of(keys, self.width, self._making(0)), Made.of(values, self.width, self._making(1))
 
-    def _held(self) -> tuple[tuple[Shadow, ...], tuple[Tensor | None, ...], int, Rows]:
-        return self._shadows, self._places, self._slots_before, super().newest
-
-    def _restored(self) -> Rows:
-        return _restored(*self._held())
+    def _making(self, which: int) -> Callable[[], Tensor]:
+        """Gives the keys or the values of all rows, as they are now."""
+        return partial(_restored, which, self._shadows, self._places, self._slots_before, super().newest[which])
 
     @property
     def away(self) -> Iterator[Tensor]:
@@ -156,7 +149,7 @@ class ShadowShelf(RectangleShelf):
 
     def _open(self) -> None:
         """Hold all rows as a rectangle again."""
-        self._keys, self._values = self._restored()
+        self._keys, self._values = self.keys, self.values
         self._shadows, self._places, self._buffers, self._slots_before = (), (), (), 0
 
     def _begin(self, site: CacheSite) -> None:
@@ -245,20 +238,14 @@ def _attention(parts: list[Tensor], values: list[Tensor], hidden: Tensor | None,
     return torch.stack([w @ v.to(w.dtype) for w, v in zip(shares, values, strict=True)]).sum(0)
 
 
-def _shown(which: int, *held: Any) -> Tensor:
-    return _restored(*held)[which].detach()
-
-
-def _restored(shadows: tuple[Shadow, ...], places: tuple[Tensor | None, ...], count: int, later: Rows) -> Rows:
-    """All rows ``[B, Hk, K, D]``: those of the prompt, zeros where it has padding, and those that came later."""
-    both = [shadow.restored() for shadow in shadows]
-    made = []
-    for which, more in enumerate(later):
-        parts = []
-        for rows, at in zip(both, places, strict=True):
-            x = rows[which]
-            if at is not None:
-                x = x.new_zeros(*x.shape[:2], count, x.shape[3]).index_copy_(2, at, x)
-            parts.append(x)
-        made.append(torch.cat([torch.cat(parts), more], 2))
-    return made[0], made[1]
+def _restored(
+    which: int, shadows: tuple[Shadow, ...], places: tuple[Tensor | None, ...], count: int, later: Tensor
+) -> Tensor:
+    """``[B, Hk, K, D]``: keys or values of the prompt, zeros where it has padding, and those that came later."""
+    parts = []
+    for shadow, at in zip(shadows, places, strict=True):
+        x = shadow.restored(which)
+        if at is not None:
+            x = x.new_zeros(*x.shape[:2], count, x.shape[3]).index_copy_(2, at, x)
+        parts.append(x)
+    return torch.cat([torch.cat(parts), later], 2)

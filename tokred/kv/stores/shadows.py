@@ -12,8 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokred.kernels.gather_rows.reference import gather_rows  # values may be in host memory, where no kernel runs
+from tokred.kernels.rows import flat_index
 from tokred.kv.select import kept_mask, rows_of
 from tokred.kv.stores.offload import in_host_memory, same_memory
+from tokred.kv.turning import turned
 
 if TYPE_CHECKING:
     from tokred.kv.stores.shadow import ShadowKV
@@ -42,13 +45,6 @@ class Rotation(NamedTuple):
         both = (x.unsqueeze(-1) * self.angle.double() for x in (chunks * self.chunk, place))
         start, place = (torch.complex(x.cos().to(dtype), x.sin().to(dtype)) for x in both)
         return start.unsqueeze(-2), place
-
-    def back(self, x: Tensor) -> Tensor:
-        """Rows ``[B, Hk, n, chunk, D]`` of the first chunks, float32 or float64, as they were before they turned."""
-        start, place = self.phases(torch.arange(x.shape[2], device=x.device), x.dtype)
-        r = len(self.angle)
-        z = torch.complex(x[..., :r].contiguous(), x[..., r : 2 * r].contiguous()) * start.conj() * place.conj()
-        return torch.cat([z.real, z.imag, x[..., 2 * r :]], -1)
 
     def turn_pairs(self, x: Tensor, chunks: Tensor) -> Tensor:
         """Rows ``[..., n, chunk, D]`` of ``chunks`` ``[..., n]`` in the order of :meth:`pairs`, turned in place."""
@@ -111,10 +107,6 @@ class Shadow(NamedTuple):
     local_values: Tensor
     values: Tensor
 
-    def to_file(self) -> dict[str, object]:
-        """Fields by their names, for a file."""
-        return dict(zip(self._fields, self, strict=True))
-
     @classmethod
     def of(cls, store: ShadowKV, keys: Tensor, values: Tensor, angle: Tensor) -> Shadow:
         """The shadow of rows ``[B, Hk, N, D]``, whose row ``i`` is at position ``i``."""
@@ -122,7 +114,7 @@ class Shadow(NamedTuple):
         rows, (b, h, _, d) = m * c, keys.shape
         local = keys[:, :, rows:].clone(), values[:, :, rows:].clone()
         if m:
-            factor, basis = low_rank(_unrotated(keys, Rotation(angle, c)), store.rank)
+            factor, basis = low_rank(_unrotated(keys, angle), store.rank)
         else:
             factor, basis = keys.new_zeros(b, 0, 1), keys.new_zeros(b, 1, h * d)
         chunked = keys[:, :, :rows].unflatten(2, (m, c))  # type: ignore[no-untyped-call]
@@ -131,7 +123,7 @@ class Shadow(NamedTuple):
         apart = kept_mask(-least, None, None, (min(store.outliers, m),) * b)
         outliers, ids = rows_of(apart, min(store.outliers, m))[0], rows_of(~apart, max(m - store.outliers, 0))[0]
         held = values[:, :, :rows].reshape(b, h, m, c * values.shape[3])
-        made = cls(
+        return cls(
             store,
             factor[:, :rows].to(keys.dtype, copy=True).reshape(b, m, c * factor.shape[2]),
             basis.to(keys.dtype)
@@ -140,24 +132,23 @@ class Shadow(NamedTuple):
             .contiguous(),
             angle,
             ids,
-            _picked(landmarks, ids).to(keys.dtype),
+            gather_rows(landmarks, ids).to(keys.dtype),
             outliers,
-            _picked(chunked.flatten(3), outliers).reshape(b, h, -1, d),
-            _picked(held, outliers).reshape(b, h, -1, values.shape[3]),
+            gather_rows(chunked.flatten(3), outliers).reshape(b, h, -1, d),
+            gather_rows(held, outliers).reshape(b, h, -1, values.shape[3]),
             *local,
-            in_host_memory(held) if store.offload else held.clone(),
+            in_host_memory(held, wait=True) if store.offload else held.clone(),
         )
-        if held.is_cuda and store.offload:
-            torch.cuda.current_stream(held.device).synchronize()  # nobody asks later whether they have arrived
-        return made
 
     @classmethod
     def from_file(cls, store: ShadowKV, values: Tensor, **rest: Tensor) -> Shadow:
         """A shadow of a file, whose tensors are on the device where the layer runs."""
-        away = in_host_memory(values) if store.offload else values
-        if values.is_cuda and store.offload:
-            torch.cuda.current_stream(values.device).synchronize()  # nobody asks later whether they have arrived
-        return cls(store=store, values=away, **rest)
+        return cls(store=store, values=in_host_memory(values, wait=True) if store.offload else values, **rest)
+
+    @property
+    def rotation(self) -> Rotation:
+        """Of its chunks."""
+        return Rotation(self.angle, self.store.chunk)
 
     # ------------------------------------------------------------------ one query
 
@@ -198,7 +189,7 @@ class Shadow(NamedTuple):
         """``[B, Hk, n, c * D]``: keys of chunks ``[B, Hk, n]``, turned as their positions say, in pairs."""
         c, (b, h, n) = self.store.chunk, chunks.shape
         m, r, d = self.factor.shape[1], self.basis.shape[2], self.basis.shape[3]
-        dtype, rotation = self.factor.dtype, Rotation(self.angle, c)
+        dtype, rotation = self.factor.dtype, self.rotation
         kind = torch.promote_types(dtype, torch.float32)
         if chunks.is_cuda or dtype != kind or torch.is_grad_enabled():
             flat = chunks + torch.arange(b, device=chunks.device).view(-1, 1, 1) * m
@@ -216,7 +207,7 @@ class Shadow(NamedTuple):
 
     def fetched(self, chunks: Tensor) -> Tensor:
         """``[B, Hk, n, c * Dv]``: values of chunks ``[B, Hk, n]``, from wherever they are."""
-        return _picked(self.values, chunks.to(self.values.device)).to(chunks.device, non_blocking=True)
+        return gather_rows(self.values, chunks.to(self.values.device)).to(chunks.device, non_blocking=True)
 
     def parts(
         self, q: Tensor, softcap: float | None, last: Buffer | None
@@ -233,24 +224,22 @@ class Shadow(NamedTuple):
         b, h, _, d = q.shape
         buffer = self.bring(self.choose(q, softcap), last)
         chosen = buffer.keys.view(b, h, -1, d).to(q.dtype)
-        logits.append(q[..., Rotation(self.angle, self.store.chunk).pairs(d)] @ chosen.mT)
+        logits.append(q[..., self.rotation.pairs(d)] @ chosen.mT)
         return logits, [*values, buffer.values.view(b, h, -1, self.local_values.shape[3])], buffer
 
     # ------------------------------------------------------------------ all rows
 
-    def restored(self) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[B, Hk, N, D]``, in order; keys of chunks are what their shadow says."""
-        b, h, _, d = self.local_keys.shape
-        m, device = self.factor.shape[1], self.local_keys.device
-        every, rotation = torch.arange(m, device=device).expand(b, h, m), Rotation(self.angle, self.store.chunk)
-        keys = self.rebuilt(every).view(b, h, m * self.store.chunk, d)[..., rotation.pairs(d).argsort()]
-        keys, exact = (
-            keys.view(b, h, m, self.store.chunk * d),
-            self.outlier_keys.reshape(*self.outliers.shape, self.store.chunk * d),
-        )
-        keys = _put(keys, self.outliers, exact).view(b, h, m * self.store.chunk, d)
-        values = self.values.to(device).view(b, h, keys.shape[2], self.local_values.shape[3])
-        return torch.cat([keys, self.local_keys], 2), torch.cat([values, self.local_values], 2)
+    def restored(self, which: int) -> Tensor:
+        """``[B, Hk, N, D]``, keys or values in order; keys of chunks are what their shadow says."""
+        local = self.local_values if which else self.local_keys
+        (b, h, _, d), m, c = local.shape, self.factor.shape[1], self.store.chunk
+        if which:
+            return torch.cat([self.values.to(local.device).view(b, h, m * c, d), local], 2)
+        every = torch.arange(m, device=local.device).expand(b, h, m)
+        keys = self.rebuilt(every).view(b, h, m * c, d)[..., self.rotation.pairs(d).argsort()]
+        exact = self.outlier_keys.reshape(*self.outliers.shape, c * d)
+        keys = _put(keys.view(b, h, m, c * d), self.outliers, exact).view(b, h, m * c, d)
+        return torch.cat([keys, local], 2)
 
     def select(self, index: Tensor) -> Shadow:
         """The rows of other samples: ``index`` ``[B']`` of the old ones."""
@@ -286,28 +275,13 @@ def low_rank(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return x @ directions, directions.mT
 
 
-def _unrotated(keys: Tensor, rotation: Rotation) -> Tensor:
+def _unrotated(keys: Tensor, angle: Tensor) -> Tensor:
     """``[B, N, Hk * D]`` float32 or wider: the keys of all heads side by side, as they were before their rotation."""
-    n, c = keys.shape[2], rotation.chunk
-    count = -(-n // c)
-    rows = keys.to(torch.promote_types(keys.dtype, torch.float32))
-    rows = F.pad(rows, (0, 0, 0, count * c - n)).unflatten(2, (count, c))  # type: ignore[no-untyped-call]
-    return rotation.back(rows).flatten(2, 3)[:, :, :n].transpose(1, 2).flatten(2)
-
-
-def _flat(index: Tensor, count: int) -> Tensor:
-    """Where the places ``[B, Hk, n]`` are among ``count`` of every head, all in one row."""
-    b, h, _ = index.shape
-    return (index + torch.arange(b * h, device=index.device).view(b, h, 1) * count).reshape(-1)
-
-
-def _picked(x: Tensor, index: Tensor) -> Tensor:
-    """``[B, Hk, n, W]`` of ``x`` ``[B, Hk, M, W]``: one copy of whole rows."""
-    b, h, m, w = x.shape
-    return x.reshape(b * h * m, w).index_select(0, _flat(index, m)).view(b, h, index.shape[2], w)
+    rows = turned(keys, torch.arange(keys.shape[2], device=keys.device)[None], angle, back=True)
+    return rows.transpose(1, 2).flatten(2)
 
 
 def _put(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     """``x`` ``[B, Hk, M, W]``, changed in place, with ``rows`` ``[B, Hk, n, W]`` in the places ``index``."""
     b, h, m, w = x.shape
-    return x.view(b * h * m, w).index_copy_(0, _flat(index, m), rows.reshape(-1, w)).view(b, h, m, w)
+    return x.view(b * h * m, w).index_copy_(0, flat_index(index, (h * m, m, 1)), rows.reshape(-1, w)).view(b, h, m, w)

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from tokred.kernels.attention import attention_with_lse
 from tokred.kernels.decode_attention import SENTINEL
-from tokred.kv.described import Made, like
-from tokred.kv.site import CacheSite
+from tokred.kv.described import Made
 from tokred.kv.stores.rectangle import RectangleShelf, newest_slots
 from tokred.kv.stores.store import Query, Shelf
 
@@ -97,8 +96,7 @@ class SharedShelf(Shelf):
             return self.common.show()
 
         def made(rows: Tensor, make: Callable[[], Tensor | None]) -> Made:
-            shape = (*rows.shape[:2], self.width, rows.shape[3])
-            return Made(like(rows, shape), lambda: self._both(make(), rows).detach())
+            return Made.of(rows, self.width, lambda: self._both(make(), rows))
 
         keys, values = self.own.newest
         return made(keys, lambda: self.common.keys), made(values, lambda: self.common.values)
@@ -134,28 +132,21 @@ class SharedShelf(Shelf):
         heads = keys.shape[1]
         group = h // heads
         # All samples, and all heads that share keys, ask as one: every query stands behind every row.
-        folded = q.reshape(b, heads, group, m, d).permute(1, 2, 0, 3, 4).reshape(1, heads, group * b * m, d)
+        folded = q.reshape(b, heads, group, m, d).movedim(0, 2).reshape(1, heads, group * b * m, d)
         positions = self.common.positions(self.seen)
         empty = None if positions is None else positions == SENTINEL
         bias = None if empty is None else torch.zeros_like(empty, dtype=torch.float32).masked_fill(empty, -torch.inf)
         first = attention_with_lse(folded, keys, values, bias=bias, scale=query.scale)
 
         def unfolded(x: Tensor) -> Tensor:
-            return (
-                x.reshape(heads, group, b, m, *x.shape[3:])
-                .transpose(0, 2)
-                .transpose(1, 2)
-                .reshape(b, h, m, *x.shape[3:])
-            )
+            rest = x.shape[3:]
+            return x.reshape(heads, group, b, m, *rest).movedim(2, 0).reshape(b, h, m, *rest)
 
         own = self.own.newest
         mask = query.padding(own[0].shape[2])
         second = attention_with_lse(q, *own, key_mask=mask, causal=m > 1, scale=query.scale)
         out, _ = fused([unfolded(first.output), second.output], [unfolded(first.lse), second.lse])
         return out.to(q.dtype)
-
-    def settle(self, site: CacheSite | None) -> None:
-        """Nothing: what is new stays as it came."""
 
     def crop(self, count: int) -> None:
         self.own.crop(count)

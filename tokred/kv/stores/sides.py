@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokred.kv.stores.codecs import Codec
+from tokred.kv.stores.codecs import Codec, Parts
 from tokred.kv.stores.grown import Grown
 
 # Rows that there is room for behind those that are held, so that a step need not copy all of them.
@@ -35,6 +35,13 @@ class Window(NamedTuple):
     def most(self) -> int:
         """Rows that may be in full precision when a forward is over."""
         return self.recent + self.block - 1 + self.first
+
+
+def with_more(parts: tuple[Grown, ...], new: Parts, room: int) -> tuple[Grown, ...]:
+    """Parts of a code, or none, with more units behind; see :meth:`Grown.append`."""
+    if not parts:
+        return tuple(Grown.of(x.contiguous()) for x in new)
+    return tuple(old.append(x, room) for old, x in zip(parts, new, strict=True))
 
 
 class Side(NamedTuple):
@@ -112,10 +119,7 @@ class Side(NamedTuple):
         begin = self.encoded + (0 if first is None else first.shape[2])
         seen = None if seen is None else seen[:, :, begin : begin + count]
         new = self.codec.encode(rows[:, :, :count], seen)
-        if self.parts:
-            parts = tuple(old.append(x, -(-128 // self.codec.unit)) for old, x in zip(self.parts, new, strict=True))
-        else:
-            parts = tuple(Grown.of(x.contiguous()) for x in new)
+        parts = with_more(self.parts, new, -(-128 // self.codec.unit))
         left = rows.shape[2] - count
         tail = self.tail.without_first(self.tail.count - left)
         if tail.buffer.shape[2] > left + 2 * ROOM:

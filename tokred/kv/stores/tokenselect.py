@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokred.core.checks import check_count
+from tokred.core.checks import check_choice, check_count, check_flags
+from tokred.kernels.decode_attention import decode_attention
 from tokred.kv.select import kept_mask, largest, rows_of
 from tokred.kv.site import CacheSite
 from tokred.kv.stores.grown import Grown
@@ -69,11 +70,9 @@ class TokenSelect(Store):
             raise ValueError(
                 f"theta must be a number of at least -1 (above 1: every query chooses), got {self.theta!r}"
             )
-        for name, allowed in (("vote", VOTES), ("positions", POSITIONS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
-        if not isinstance(self.scaled, bool):
-            raise TypeError(f"scaled must be True or False, got {self.scaled!r}")
+        check_choice(self.vote, "vote", VOTES)
+        check_choice(self.positions, "positions", POSITIONS)
+        check_flags(scaled=self.scaled)
 
     @property
     def reads(self) -> frozenset[str]:  # type: ignore[override]
@@ -137,31 +136,27 @@ class SelectShelf(Shelf):
         self._held: tuple[Grown, Grown] | None = None  # keys, before they turned where they are numbered anew; values
         self._fresh: Rows | None = None
         self._at: Tensor | None = None  # [B or 1, n], by how many positions the held keys were turned back
-        self._angle: Tensor | None = None
+        self._angle: Tensor | None = None  # where held keys are turned back
         self._chosen: Chosen | None = None
 
     # ------------------------------------------------------------------ rows, as a rectangle
 
     @property
     def keys(self) -> Tensor | None:
-        return self._all()[0] if self.width else None
+        return self._all(0) if self.width else None
 
     @property
     def values(self) -> Tensor | None:
-        return self._all()[1] if self.width else None
+        return self._all(1) if self.width else None
 
-    def _all(self) -> Rows:
-        keys, values = self._before()
-        if keys is None or values is None:
-            return self.newest
-        if self._at is not None and self._angle is not None:
-            keys = turned(keys, self._at, self._angle).to(keys.dtype)
-        if self._fresh is None:
-            return keys, values
-        return torch.cat([keys, self._fresh[0]], 2), torch.cat([values, self._fresh[1]], 2)
-
-    def _before(self) -> tuple[Tensor | None, Tensor | None]:
-        return (None, None) if self._held is None else (self._held[0].rows, self._held[1].rows)
+    def _all(self, which: int) -> Tensor:
+        """``[B, Hk, K, D]``, keys or values."""
+        if self._held is None:
+            return self.newest[which]
+        rows = self._held[which].rows
+        if which == 0 and self._at is not None and self._angle is not None:
+            rows = turned(rows, self._at, self._angle).to(rows.dtype)
+        return rows if self._fresh is None else torch.cat([rows, self._fresh[which]], 2)
 
     @property
     def newest(self) -> Rows:
@@ -260,25 +255,23 @@ class SelectShelf(Shelf):
         else:
             token, real = padding.long().cumsum(1) - padding.long(), padding
             count = padding.sum(1, keepdim=True)
-        if self._angle is not None and store.positions == "compact":
+        key, angle = new[0], self._angle
+        if angle is not None:
             # Before they turned, so that they can be put anywhere.
-            q, key = (turned(x, token[:, n:], self._angle, back=True) for x in (q, new[0]))
-        else:
-            q, key = q, new[0]
+            q, key = (turned(x, token[:, n:], angle, back=True) for x in (q, key))
         tokens = self._list(q, query, token[:, :n].expand(len(q), n), real[:, :n].expand(len(q), n), count)
         index, meant = (x[:, 0] for x in rows_of(tokens[:, None], largest(tokens.sum(-1))))
-        keys, values = (torch.stack([x[i].index_select(1, at) for i, at in enumerate(index)]) for x in self._rows())
-        if self._angle is not None and store.positions == "compact":
+        held = (x.rows for x in self._held)
+        keys, values = (torch.stack([x[i].index_select(1, at) for i, at in enumerate(index)]) for x in held)
+        if angle is not None:
             own = meant.sum(-1, keepdim=True)
-            keys = turned(keys, torch.arange(index.shape[1], device=q.device)[None], self._angle)
-            q, key = (turned(x, own, self._angle) for x in (q, key))
+            keys = turned(keys, torch.arange(index.shape[1], device=q.device)[None], angle)
+            q, key = (turned(x, own, angle) for x in (q, key))
         visible = torch.cat([meant, real[:, n:].expand(len(q), 1)], 1)
-        rows = torch.cat([keys, key.to(keys.dtype)], 2), torch.cat([values, new[1]], 2)
-        return _attention(q, *rows, visible, query).to(query.q.dtype)
-
-    def _rows(self) -> Rows:
-        assert self._held is not None  # asked before
-        return self._held[0].rows, self._held[1].rows
+        kind = torch.promote_types(query.q.dtype, torch.float32)
+        keys, values = (torch.cat([x.to(kind), one.to(kind)], 2) for x, one in ((keys, key), (values, new[1])))
+        found = decode_attention(q.to(kind), keys, values, key_mask=visible, scale=query.scale, softcap=query.softcap)
+        return found.output.to(query.q.dtype)
 
     def _list(self, q: Tensor, query: Query, token: Tensor, real: Tensor, count: Tensor) -> Tensor:
         """``[B, n]`` bool: which of the held rows a query attends to.
@@ -291,9 +284,8 @@ class SelectShelf(Shelf):
         """
         store, last = self.store, self._chosen
         begin = count - store.recent
-        if self._angle is not None and store.positions == "compact":
-            at = torch.full((1, 1), store.recent, device=q.device)
-            q = turned(q, at, self._angle)
+        if self._angle is not None:
+            q = turned(q, torch.full((1, 1), store.recent, device=q.device), self._angle)
         fingerprint = q.flatten(1).to(torch.promote_types(q.dtype, torch.float32))
         again = torch.zeros(len(q), 1, dtype=torch.bool, device=q.device)
         if last is not None and last.fingerprint.shape == fingerprint.shape:
@@ -316,22 +308,9 @@ class SelectShelf(Shelf):
 
     def _logits(self, q: Tensor, query: Query) -> Tensor:
         """``[B, H, n]``: products of queries ``[B, H, D]`` with all held keys."""
-        keys = self._rows()[0]
-        b, h, d = q.shape
+        assert self._held is not None  # asked before
+        keys, (b, h, d) = self._held[0].rows, q.shape
         grouped = q.view(b, keys.shape[1], h // keys.shape[1], d)
         if self.store.scaled:
             grouped = grouped * (d**-0.5 if query.scale is None else query.scale)
         return (grouped @ keys.to(q.dtype).mT).flatten(1, 2)
-
-
-def _attention(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, query: Query) -> Tensor:
-    """``[B, H, 1, Dv]``: attention of ``[B, H, 1, D]`` to the rows that ``visible`` ``[B, n]`` marks."""
-    b, h, _, d = q.shape
-    kind = torch.promote_types(query.q.dtype, torch.float32)
-    scale = d**-0.5 if query.scale is None else query.scale
-    logits = q.reshape(b, keys.shape[1], -1, d).to(kind) * scale @ keys.to(kind).mT
-    if query.softcap is not None:
-        logits = torch.tanh(logits / query.softcap) * query.softcap
-    # A query of padding may see nothing at all.
-    weights = logits.masked_fill(~visible[:, None, None], -torch.inf).softmax(-1).nan_to_num(0.0)
-    return (weights @ values.to(kind)).reshape(b, h, 1, -1)

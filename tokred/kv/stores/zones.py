@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -12,14 +13,15 @@ from torch import Tensor
 from tokred.core.checks import check_count
 from tokred.core.reduction import Reduction
 from tokred.kernels.decode_attention import SENTINEL
+from tokred.kernels.gather_rows import gather_cache
 from tokred.kernels.packed_rows import pack, unpack
-from tokred.kv.described import Made, like
+from tokred.kv.described import Made
 from tokred.kv.site import CacheSite
 from tokred.kv.stores.codecs import check_bits
 from tokred.kv.stores.grown import Grown
-from tokred.kv.stores.rectangle import up_to_date, without_empty
+from tokred.kv.stores.rectangle import SlottedShelf, without_empty
 from tokred.kv.stores.sides import ROOM, Window
-from tokred.kv.stores.store import Shelf, Store
+from tokred.kv.stores.store import Store
 
 # What a budget leaves: in the state of the rows the bits of each one's value, and in the notes those of each channel.
 BITS, CHANNELS = "bits", "channels"
@@ -114,7 +116,7 @@ class Piece(NamedTuple):
         masks, out = _masks(bits, real, shape), torch.zeros(shape, device=bits.device)
         for b, mask, codes in zip(LEVELS[1:-1], masks, self.codes, strict=False):
             out[mask] = unpack(codes, b, 0, int(mask.sum())).float()
-        out = torch.where(masks[0] | masks[1] | masks[2], out * scale + zero, 0.0).to(dtype)
+        out = torch.where(some & real, out * scale + zero, 0.0).to(dtype)
         out[masks[-1]] = self.whole.to(dtype)
         return out
 
@@ -154,7 +156,13 @@ class Chunk(NamedTuple):
         return self.keys.restored(channels, rows > 0, (heads, n, k_width), dtype)
 
 
-class ZonesShelf(Shelf):
+def _restored(chunks: tuple[tuple[Chunk, ...], ...], tail: Tensor, which: int, dtype: torch.dtype) -> Tensor:
+    """``[B, Hk, K, D]``: keys or values of chunks of all samples, and those of the ``tail`` behind them."""
+    parts = [torch.stack([one.restored(which, dtype) for one in chunk]) for chunk in chunks]
+    return torch.cat([*parts, tail], 2) if parts else tail
+
+
+class ZonesShelf(SlottedShelf):
     """Chunks in codes, and rows as they came behind them.
 
     Args:
@@ -162,11 +170,11 @@ class ZonesShelf(Shelf):
     """
 
     def __init__(self, store: Zones) -> None:
+        super().__init__()
         self.store = store
         self._type = torch.float32
         self._chunks: tuple[tuple[Chunk, ...], ...] = ()  # in order, each of all samples
         self._tail: tuple[Grown, ...] = ()  # of keys and of values
-        self._slots: Tensor | None = None
         self._channels: Tensor | None = None  # [B, Hk, D] bits of keys, once there are codes
         self._new = 0
 
@@ -181,8 +189,7 @@ class ZonesShelf(Shelf):
         return self._made(1) if self._tail else None
 
     def _made(self, which: int) -> Tensor:
-        parts = [torch.stack([one.restored(which, self._type) for one in chunk]) for chunk in self._chunks]
-        return torch.cat([*parts, self._tail[which].rows], 2) if parts else self._tail[which].rows
+        return _restored(self._chunks, self._tail[which].rows, which, self._type)
 
     @property
     def newest(self) -> tuple[Tensor, Tensor]:
@@ -212,23 +219,8 @@ class ZonesShelf(Shelf):
         return super().show() if self.complete else (self._shown(0), self._shown(1))
 
     def _shown(self, which: int) -> Made:
-        tail, state = self._tail[which].buffer, self.snapshot()
-        shape = (*tail.shape[:2], self.width, tail.shape[3])
-
-        def made() -> Tensor:
-            then = self.store.open()  # rows may go before somebody asks
-            then.restore(state)
-            return then._made(which).detach()
-
-        return Made(like(tail, shape, self._type), made)
-
-    @property
-    def moved(self) -> bool:
-        return self._slots is not None
-
-    def positions(self, seen: int) -> Tensor | None:
-        self._slots = up_to_date(self._slots, self.width, seen)
-        return self._slots
+        tail = self._tail[which].rows
+        return Made.of(tail, self.width, partial(_restored, self._chunks, tail, which, self._type), self._type)
 
     # ------------------------------------------------------------------ what happens to them
 
@@ -264,18 +256,16 @@ class ZonesShelf(Shelf):
         self._tail = tuple(Grown.of(side.rows[:, :, count:].clone()) for side in self._tail)
 
     def take(self, step: Reduction, slots: Tensor) -> None:
-        index, rows = step.representative, (self._made(0), self._made(1))
-        self._slots = without_empty(slots.gather(2, index), step.mask).contiguous()
-        wide = index.unsqueeze(-1)
-        self._tail = tuple(Grown.of(x.gather(2, wide.expand(-1, -1, -1, x.shape[-1]))) for x in rows)
+        *rows, kept = gather_cache(self._made(0), self._made(1), slots, step.representative)
+        self._slots = without_empty(kept, step.mask).contiguous()
+        self._tail = tuple(map(Grown.of, rows))
         self._chunks = ()
 
     def crop(self, count: int) -> None:
         left = self.width - count
         while self._tail[0].count < count:  # rows of a chunk come back as they were rounded
-            last = self._chunks[-1]
-            rows = [torch.stack([one.restored(which, self._type) for one in last]) for which in (0, 1)]
-            self._tail = tuple(Grown.of(torch.cat([x, y.rows], 2)) for x, y in zip(rows, self._tail, strict=True))
+            last = self._chunks[-1:]
+            self._tail = tuple(Grown.of(_restored(last, x.rows, i, self._type)) for i, x in enumerate(self._tail))
             self._chunks = self._chunks[:-1]
         self._tail = tuple(side.first(side.count - count) for side in self._tail)
         self._slots = None if self._slots is None else self._slots[:, :, :left]
@@ -287,10 +277,8 @@ class ZonesShelf(Shelf):
         return keys, values
 
     def select(self, index: Tensor, listed: Callable[[], list[int]]) -> None:
+        super().select(index, listed)
         if self._chunks:
             self._chunks = tuple(tuple(chunk[i] for i in listed()) for chunk in self._chunks)
         self._tail = tuple(side.select(index) for side in self._tail)
-        for name in ("_slots", "_channels"):
-            value = getattr(self, name)
-            if value is not None:
-                setattr(self, name, value.index_select(0, index))
+        self._channels = None if self._channels is None else self._channels.index_select(0, index)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
+
+from tokred.learn.loop import logits_of
 
 LABELS = ("labels", "label")
 
@@ -71,15 +74,21 @@ class Samples:
         if not each:
             raise ValueError(f"a batch of {size} needs as many samples, got {len(self)}")
         epoch, place = divmod(step, each)
-        # Two numbers mixed, lest the second epoch of one seed be the first of the next.
-        draws = torch.Generator().manual_seed((seed * 0x9E3779B1 + epoch) % 2**63)
-        order: list[int] = torch.randperm(len(self), generator=draws)[place * size : (place + 1) * size].tolist()
-        return order
+        found: list[int] = _order(len(self), seed, epoch)[place * size : (place + 1) * size].tolist()
+        return found
 
     def batches(self, size: int) -> Iterator[tuple[Any, Tensor]]:
         """All samples once, in their order."""
         for start in range(0, len(self), size):
             yield self.batch(range(start, min(start + size, len(self))))
+
+
+@functools.lru_cache(maxsize=1)
+def _order(count: int, seed: int, epoch: int) -> Tensor:
+    """``(count,)`` int64 the order of an epoch; kept for its next step, as it is drawn whole."""
+    # Two numbers mixed, lest the second epoch of one seed be the first of the next.
+    draws = torch.Generator().manual_seed((seed * 0x9E3779B1 + epoch) % 2**63)
+    return torch.randperm(count, generator=draws)
 
 
 def moved(value: Any, device: torch.device | str) -> Any:
@@ -101,8 +110,6 @@ def accuracy(model: nn.Module, samples: Samples, size: int = 50, *, first: int =
     """
     device, hits = next(model.parameters()).device, 0
     for x, y in samples.batches(size):
-        inputs = moved(x, device)
-        out = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
-        best = getattr(out, "logits", out).topk(first, -1).indices
+        best = logits_of(model, moved(x, device)).topk(first, -1).indices
         hits += int((best == y.to(device)[:, None]).any(-1).sum())
     return hits / len(samples)

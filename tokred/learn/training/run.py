@@ -89,7 +89,7 @@ def train(
             out evenly, or the mixed precision is another than bf16.
         NotImplementedError: the processes shard the weights.
     """
-    accelerate, safe = _needs("accelerate"), _needs("safetensors.torch")
+    accelerate, safe = needs("accelerate"), needs("safetensors.torch")
     accelerator = accelerate.Accelerator() if accelerator is None else accelerator
     if (kind := accelerator.distributed_type.value) not in WHOLE:
         raise NotImplementedError(f"train needs whole weights in every process ({', '.join(WHOLE)}), got {kind}")
@@ -103,7 +103,7 @@ def train(
     if until is not None and not 1 <= until <= recipe.steps:
         raise ValueError(f"until must lie in 1 to {recipe.steps}, the steps of the recipe, got {until!r}")
     method = tokred.make(recipe.method, **recipe.parameters)
-    if teacher is None and (recipe.logits or recipe.tokens):
+    if teacher is None and recipe.distils:
         teacher = copy.deepcopy(model)
     _seed(recipe.seed, 0, 0)  # what the method's weights begin with
     tokred.apply(model, method)
@@ -127,6 +127,10 @@ def train(
     main, rank = bool(accelerator.is_main_process), int(accelerator.process_index)
     last = recipe.steps if until is None else until
 
+    def averaged(gradient: Tensor) -> Tensor:
+        found: Tensor = accelerator.reduce(gradient, "mean")
+        return found
+
     def keep(step: int) -> None:
         if main:
             own = {name: module.state_dict() for name, module in learned.items()}
@@ -143,14 +147,7 @@ def train(
             with accelerator.autocast():
                 terms = terms_of(moved(x, accelerator.device), moved(y, accelerator.device), wrapped)
                 loss = total(terms)
-            terms_of.optimiser.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            for p in terms_of.own if processes > 1 else ():
-                if p.grad is not None:
-                    p.grad = accelerator.reduce(p.grad, "mean")
-            if recipe.clip:
-                nn.utils.clip_grad_norm_(terms_of.trained, recipe.clip)
-            terms_of.optimiser.step()
+            terms_of.descend(loss, averaged if processes > 1 else None)
             values = {"loss": loss.detach(), **{name: term.detach().float() for name, term in terms.items()}}
             log.append({name: float(value) for name, value in values.items()})
             if each is not None and main:
@@ -165,7 +162,12 @@ def train(
     return Trained(model, [_step(line) for line in log], path, begun)
 
 
-def _needs(module: str) -> Any:
+def needs(module: str) -> Any:
+    """A module that training cannot do without.
+
+    Raises:
+        ImportError: it is not installed; the message names the extra.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:

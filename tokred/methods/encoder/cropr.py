@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokred.core.checks import check_choice, check_count, check_flags, is_count
-from tokred.core.learned import Facts
+from tokred.core.learned import Facts, linear, norm
 from tokred.core.place import Place
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
@@ -271,8 +271,8 @@ class Head(nn.Module):
     def forward(self, gathered: Tensor) -> Tensor:
         """``(B, M, K)`` of what was gathered, ``(B, M, C)``."""
         with without_autocast(gathered):
-            more = F.gelu(_linear(self.wide, _norm(self.before, gathered)))
-            return _linear(self.classes, _norm(self.after, gathered + _linear(self.narrow, more)))
+            more = F.gelu(linear(self.wide, norm(self.before, gathered)))
+            return linear(self.classes, norm(self.after, gathered + linear(self.narrow, more)))
 
 
 def _scores(direction: Tensor, x: Tensor) -> Tensor:
@@ -280,12 +280,3 @@ def _scores(direction: Tensor, x: Tensor) -> Tensor:
     with without_autocast(x):
         found: Tensor = x @ direction.to(x.dtype)
         return found
-
-
-def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """In the precision of ``x``, whatever that of the weights."""
-    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
-
-
-def _norm(layer: nn.LayerNorm, x: Tensor) -> Tensor:
-    return F.layer_norm(x, layer.normalized_shape, layer.weight.to(x.dtype), layer.bias.to(x.dtype), layer.eps)

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokred.core.checks import check_count, check_flags, check_number
-from tokred.core.learned import Facts
+from tokred.core.learned import Facts, linear, norm
 from tokred.core.matching import bipartite_soft_matching, mergeable, sides_of
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
@@ -125,11 +124,10 @@ class Embeddings(nn.Module):
     def forward(self, block: int, x: Tensor) -> Tensor:
         """Embeddings ``(B, N, D)`` of tokens ``(B, N, C)``, of length one, float32 (float64 stays)."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        norm, layer = self.norms[block], self.layers[block]
-        assert isinstance(norm, nn.LayerNorm)  # module lists do not tell the types of what is in them
+        first, layer = self.norms[block], self.layers[block]
+        assert isinstance(first, nn.LayerNorm)  # module lists do not tell the types of what is in them
         assert isinstance(layer, nn.Linear)
         with without_autocast(x):
-            y = F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
-            y = F.linear(y, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+            y = linear(layer, norm(first, x))
             # Not a norm, whose gradient at nothing is none.
             return y * (y.square().sum(-1, keepdim=True) + 1e-12).rsqrt()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokred.core.checks import check_choice, is_count
-from tokred.core.learned import Facts
+from tokred.core.learned import Facts, linear, norm
 from tokred.core.method import Parameters
 from tokred.core.place import Place
 from tokred.core.reduction import Reduction
@@ -208,17 +208,10 @@ class Predictor(nn.Module):
         """
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         with without_autocast(x):
-            weight, bias = self.norm.weight.to(x.dtype), self.norm.bias.to(x.dtype)
-            y = F.layer_norm(x, self.norm.normalized_shape, weight, bias, self.norm.eps)
-            local, whole = F.gelu(_linear(self.embed, y)).chunk(2, -1)
+            local, whole = F.gelu(linear(self.embed, norm(self.norm, x))).chunk(2, -1)
             left = previous.unsqueeze(-1).to(x.dtype)
             mean = (whole * left).sum(1, keepdim=True) / left.sum(1, keepdim=True).clamp_min(1e-6)
             y = torch.cat([local, mean.expand_as(local)], -1)
             for layer in self.head:
-                y = _linear(layer, y) if isinstance(layer, nn.Linear) else layer(y)
+                y = linear(layer, y) if isinstance(layer, nn.Linear) else layer(y)
             return y.log_softmax(-1)
-
-
-def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """In the precision of ``x``, whatever that of the weights."""
-    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))

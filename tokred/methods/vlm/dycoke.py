@@ -14,6 +14,7 @@ from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.vlm.before_llm import VisualSite
 from tokred.vlm.frames import ClipMethod, framed
+from tokred.vlm.tools.greedy import directions
 from tokred.vlm.tools.video import apart, chosen, within
 
 
@@ -74,6 +75,7 @@ class DyCoke(ClipMethod):
         if sum(counts) == frames * cells:
             return Reduction.identity((b,), frames * cells, x.device)
         with_frame = torch.tensor([max(0, t - (2 if t % 2 == 0 else 1)) for t in range(frames)], device=x.device)
-        rank = within(apart(x, x[:, with_frame]))
+        u = directions(x)
+        rank = within(apart(u, u[:, with_frame]))
         limit: Tensor = torch.tensor(counts, device=x.device)
         return site.keep(chosen((rank < limit.view(1, -1, 1)).flatten(1), sum(counts)))

@@ -15,9 +15,32 @@ from tokred.core.registry import register
 from tokred.vlm.in_llm import LayerMethod, LayerSite, check_depth, check_layer
 
 
+class AttendedBefore(LayerMethod):
+    """Base of methods by which a share of the visual tokens goes before one decoder layer, by what was attended to in
+    the layer before it; a subclass has the two fields, with defaults and checks of its own."""
+
+    layer: int
+    ratio: float
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """Hidden states, and rows of the attention of the layer before."""
+        return frozenset({"x", "rows_before"})
+
+    def check(self, depth: int) -> None:
+        check_depth(self.layer, depth)
+
+    def left(self, n: int) -> int:
+        """How many of ``n`` visual tokens stay, at least one."""
+        return max(1, round(round(n * (1 - self.ratio), 9))) if n else 0
+
+    def tokens(self, n: int, place: Place) -> int:
+        return self.left(n) if place.layer == self.layer else n
+
+
 @register("fastv")
 @dataclass(frozen=True)
-class FastV(LayerMethod):
+class FastV(AttendedBefore):
     """Visual tokens that get little attention in the layer before ``layer`` leave there, once, in the prompt.
 
     Decode steps go on with what is left: the first ``layer`` layers hold all tokens in their caches, the others fewer,
@@ -52,21 +75,6 @@ class FastV(LayerMethod):
             raise ValueError("ratio is 1, which leaves no visual token; it must lie in [0, 1)")
         check_choice(self.query, "query", ("last", "mean"))
         check_choice(self.heads, "heads", ("mean", "max"))
-
-    @property
-    def reads(self) -> frozenset[str]:
-        """Hidden states, and rows of the attention of the layer before."""
-        return frozenset({"x", "rows_before"})
-
-    def check(self, depth: int) -> None:
-        check_depth(self.layer, depth)
-
-    def left(self, n: int) -> int:
-        """How many of ``n`` visual tokens stay, at least one."""
-        return max(1, round(round(n * (1 - self.ratio), 9))) if n else 0
-
-    def tokens(self, n: int, place: Place) -> int:
-        return self.left(n) if place.layer == self.layer else n
 
     def choose(self, site: LayerSite) -> Reduction:
         """Keep the visual tokens with the highest scores."""

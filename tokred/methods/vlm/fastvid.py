@@ -13,14 +13,14 @@ from tokred.core.method import Parameters
 from tokred.core.overlap import OverlapReduction
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.selection import highest
+from tokred.core.selection import besides, highest
 from tokred.kernels.similarity_rows import best_match
 from tokred.vlm.before_llm import VisualSite
 from tokred.vlm.frames import ClipMethod, framed
 from tokred.vlm.tools.cluster import density_peaks
 from tokred.vlm.tools.samples import stacked
 from tokred.vlm.tools.scores import patch_scores
-from tokred.vlm.tools.video import cut, frame_similarity
+from tokred.vlm.tools.video import cut, frame_similarity, numbered
 
 
 @register("fastvid")
@@ -112,8 +112,7 @@ class FastVID(ClipMethod):
         n, salient = frames * cells, self.split(cells)[0]
         flat = torch.arange(n, device=x.device).view(frames, cells)
         best = highest(scores, salient)[0]
-        stays = torch.zeros_like(flat, dtype=torch.uint8).scatter(1, best, 1)
-        rest = stays.argsort(dim=1, stable=True)[:, : cells - salient]
+        rest = besides(best, cells)
         own = flat.gather(1, best).view(-1, 1)
         slots = [(own, torch.ones_like(own, dtype=torch.float32))]
         for first, last in cut(frame_similarity(x), self.segments, self.tau):
@@ -135,14 +134,11 @@ class FastVID(ClipMethod):
             into: ``(m,)`` int64 the anchor that each of the rest goes into.
             ids: ``(m,)`` int64 which tokens these are.
         """
-        members = into.bincount(minlength=len(anchor))
-        order = into.argsort(stable=True)
-        slot = into[order]
-        rank = torch.arange(len(into), device=into.device) - (members.cumsum(0) - members)[slot]
+        members, rank = numbered(into, len(anchor))
         member = anchor.unsqueeze(1).repeat(1, 1 + int(members.max()))
         share = torch.zeros(member.shape, device=into.device)
-        member[slot, 1 + rank] = ids[order]
-        share[slot, 1 + rank] = ((1 - self.beta) / members)[slot]
+        member[into, 1 + rank] = ids
+        share[into, 1 + rank] = ((1 - self.beta) / members)[into]
         # Of two like anchors the second has no members, not even itself.
         share[:, 0] = torch.where(members > 0, self.beta, 1.0)
         return member, share

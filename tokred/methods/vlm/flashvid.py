@@ -13,7 +13,7 @@ from tokred.core.checks import check_choice, check_count, check_number, check_sh
 from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.selection import ranked
+from tokred.core.selection import besides, ranked
 from tokred.kernels.similarity_rows import best_match
 from tokred.vlm.before_llm import VisualSite
 from tokred.vlm.frames import ClipMethod, framed
@@ -120,8 +120,7 @@ class FlashVID(ClipMethod):
             lead = torch.cat([mean[a : b + 1].mean(0).expand(b + 1 - a, -1) for a, b in parts])
             weight = weight * (x * lead.unsqueeze(1)).sum(-1).clamp_min(0)
         rows = picks(x, weight, some).sort(dim=1).values
-        free = torch.zeros(frames, cells, dtype=torch.uint8, device=x.device).scatter(1, rows, 1)
-        left = free.argsort(dim=1, stable=True)[:, : cells - some]
+        left = besides(rows, cells)
         flat = torch.arange(frames * cells, device=x.device).view(frames, cells)
         root = torch.full((frames * cells,), -1, device=x.device)
         share = torch.ones(frames * cells, device=x.device)
@@ -152,23 +151,19 @@ class FlashVID(ClipMethod):
         value = torch.zeros(len(tree), c, device=tree.device).index_add_(0, tree, points.flatten(0, 1))
         value = value / size.clamp_min(1).unsqueeze(1)
         per_frame = stands.view(length, width).sum(1).tolist()
-        share, final = others * length / sum(per_frame), tree.clone()
-        weight = 1 / size[tree]
+        # Where each root goes, and the part of it there: roots of different frames never meet.
+        share, ends, part = others * length / sum(per_frame), tree.clone(), torch.ones_like(size)
         for t, count in enumerate(per_frame):
             wanted = math.ceil(round(share * count, 9))
             if wanted < count:
                 here = t * width + stands[t * width : (t + 1) * width].nonzero().squeeze(1)
                 found = density_peaks(value[here][None], wanted, min(wanted, 7))
                 group = found.group[0]
-                ends = torch.full_like(tree, -1)
                 ends[here] = here[found.centre[0]][group]
                 one = torch.ones_like(size[here]) if self.clusters == "roots" else size[here]
                 total = torch.zeros(wanted, device=tree.device).scatter_add_(0, group, one)
-                part = torch.zeros_like(size)
                 part[here] = one / total[group]
-                mine = ends[tree] >= 0
-                final[mine], weight[mine] = ends[tree][mine], (weight * part[tree])[mine]
-        return ids.flatten()[final], weight
+        return ids.flatten()[ends[tree]], 1 / size[tree] * part[tree]
 
 
 def picks(x: Tensor, weight: Tensor, count: int) -> Tensor:

@@ -14,19 +14,19 @@ from torch import Tensor
 
 from tokred.core.checks import check_choice, check_count, check_number, check_ratio, check_share
 from tokred.core.method import Parameters
-from tokred.core.place import Place
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.selection import highest
+from tokred.core.selection import besides, highest
 from tokred.kernels.similarity_rows import best_match
+from tokred.methods.vlm.fastv import AttendedBefore
 from tokred.vlm.before_llm import VisualSite
 from tokred.vlm.frames import ClipMethod, framed
-from tokred.vlm.in_llm import LayerMethod, LayerSite, check_depth, check_layer
+from tokred.vlm.in_llm import LayerSite, check_layer
 from tokred.vlm.tools.budget import Budget, as_budget, count_of
 from tokred.vlm.tools.cluster import density_peaks
 from tokred.vlm.tools.samples import stacked
 from tokred.vlm.tools.scores import patch_scores
-from tokred.vlm.tools.video import changes, gathered, shares
+from tokred.vlm.tools.video import changes, gathered, numbered, shares
 
 
 @register("holitom")
@@ -126,14 +126,13 @@ class HoliTom(ClipMethod):
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Tokens of places that change, root and weight of each: ``some`` a frame of ``frame`` ``(L, 1)``."""
         flat = frame * x.shape[1] + place
-        best = some - (some - round(some * (1 - self.contextual)))
+        best = round(some * (1 - self.contextual))
         rows = highest(scores[frame, place], best)[0]
         chosen = flat.gather(1, rows)
         yield chosen, chosen, torch.ones_like(chosen, dtype=torch.float32)
         if some > best:
-            stays = torch.zeros_like(flat, dtype=torch.uint8).scatter(1, rows, 1)
-            others = flat.gather(1, stays.argsort(dim=1, stable=True)[:, : flat.shape[1] - best])
-            yield self._clustered(x.flatten(0, 1)[others], others, some - best)
+            rest = flat.gather(1, besides(rows, flat.shape[1]))
+            yield self._clustered(x.flatten(0, 1)[rest], rest, some - best)
 
     def _static(self, x: Tensor, frame: Tensor, place: Tensor, share: float) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Tokens of static places, root and weight of each: means over the frames, clustered."""
@@ -154,7 +153,7 @@ class HoliTom(ClipMethod):
 
 @register("holitom_layer")
 @dataclass(frozen=True)
-class HoliTomLayer(LayerMethod):
+class HoliTomLayer(AttendedBefore):
     """HoliTom's second stage: before one decoder layer, the visual tokens that the prompt's last token attends to stay,
     and each of the others is merged into the most similar of them.
 
@@ -180,21 +179,6 @@ class HoliTomLayer(LayerMethod):
         check_layer(self.layer)
         check_ratio(self.ratio, "ratio")
         check_choice(self.merge, "merge", ("sequential", "mean"))
-
-    @property
-    def reads(self) -> frozenset[str]:
-        """Hidden states, and rows of the attention of the layer before."""
-        return frozenset({"x", "rows_before"})
-
-    def check(self, depth: int) -> None:
-        check_depth(self.layer, depth)
-
-    def left(self, n: int) -> int:
-        """How many of ``n`` visual tokens stay, at least one."""
-        return max(1, round(round(n * (1 - self.ratio), 9))) if n else 0
-
-    def tokens(self, n: int, place: Place) -> int:
-        return self.left(n) if place.layer == self.layer else n
 
     def choose(self, site: LayerSite) -> Reduction:
         """Choose, and merge the others by their hidden states as they come."""
@@ -223,15 +207,11 @@ class HoliTomLayer(LayerMethod):
             into: ``(m,)`` int64 the target of each merged token, in the order of the prompt.
             count: of targets.
         """
-        members = into.bincount(minlength=count)
         if self.merge == "mean":
-            target = 1 / (1 + members.float())
+            target = 1 / (1 + into.bincount(minlength=count).float())
             return target[into], target
+        members, rank = numbered(into, count)
         # The k-th of m that go to a target is halved with all that come behind it: 2 ** (k - 1 - m).
-        order = into.argsort(stable=True)
-        start = members.cumsum(0) - members
-        rank = torch.empty_like(into)
-        rank[order] = torch.arange(len(into), device=into.device) - start[into[order]]
         return torch.exp2((rank - members[into]).float()), torch.exp2(-members.float())
 
 

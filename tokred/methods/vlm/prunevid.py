@@ -117,12 +117,7 @@ class PruneVid(ClipMethod):
         frames = len(x)
         some = max(1, int(round(frames * self.segments, 9)))
         labels = refined(density_peaks(x.mean(1)[None], some, min(self.neighbours, frames)).group[0].tolist())
-        found, first = [], 0
-        for _, run in groupby(labels):
-            last = first + len(list(run)) - 1
-            found.append((first, last))
-            first = last + 1
-        return found
+        return [(start, start + length - 1) for _, start, length in _runs(labels)]
 
 
 def steady(x: Tensor) -> Tensor:
@@ -137,11 +132,7 @@ def steady(x: Tensor) -> Tensor:
 def refined(labels: list[int]) -> list[int]:
     """Labels of frames in runs: of each cluster its longest run stays, unless that is a single frame; frames between
     take the label of the longer neighbouring run, the left one where they are alike, 0 where there is none."""
-    runs, start = [], 0
-    for label, run in groupby(labels):
-        length = len(list(run))
-        runs.append((label, start, length))
-        start += length
+    runs = _runs(labels)
     longest = {label: max(n for other, _, n in runs if other == label) for label in set(labels)}
     stays = [(start, n) for label, start, n in runs if n == longest[label] > 1]
     found: list[int | None] = [None] * len(labels)
@@ -160,6 +151,16 @@ def refined(labels: list[int]) -> list[int]:
         found[where:end] = [fill] * (end - where)
         where = end
     return [0 if label is None else label for label in found]
+
+
+def _runs(labels: list[int]) -> list[tuple[int, int, int]]:
+    """Label, start and length of each run."""
+    found, start = [], 0
+    for label, run in groupby(labels):
+        length = len(list(run))
+        found.append((label, start, length))
+        start += length
+    return found
 
 
 def _length(labels: list[int | None]) -> int:

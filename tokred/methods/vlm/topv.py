@@ -14,7 +14,7 @@ from tokred.core.method import Parameters
 from tokred.core.place import Place
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.selection import highest
+from tokred.core.selection import besides, highest
 from tokred.kernels.gather_rows import gather_rows
 from tokred.methods.vlm.saint_vlm import visual_columns
 from tokred.vlm.in_llm import LayerMethod, LayerSite, check_depth
@@ -147,15 +147,14 @@ class TopV(LayerMethod):
             importance: ``(B, N)``.
             count: how many, at most ``N``.
         """
-        b, n = importance.shape
+        n = importance.shape[1]
         back = min(round(count * self.recover), count - 1)
         first = highest(importance, count - back)[0]
         if back == 0:
             return first
-        stays = torch.zeros(b, n, dtype=torch.uint8, device=first.device).scatter(1, first, 1)
-        others = stays.argsort(dim=1, stable=True)[:, : n - count + back]
-        every = others.shape[1] // back
-        return torch.cat([first, others[:, : every * back : every]], 1).sort(dim=1).values
+        rest = besides(first, n)
+        every = rest.shape[1] // back
+        return torch.cat([first, rest[:, : every * back : every]], 1).sort(dim=1).values
 
 
 def _places(site: LayerSite, i: int, columns: Tensor) -> Tensor | None:

@@ -12,7 +12,7 @@ from tokred.core.checks import check_choice, is_count
 from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.selection import highest
+from tokred.core.selection import besides, highest
 from tokred.kernels.gather_rows import gather_rows
 from tokred.kernels.similarity_rows import best_match
 from tokred.vlm.before_llm import Budgeted, Space, VisualSite
@@ -91,14 +91,12 @@ class VisionZip(Budgeted):
 
     def choose(self, site: VisualSite) -> Reduction:
         """Score, keep the dominant ones, fold the others."""
-        b, n = site.shape
+        n = site.shape[1]
         dominant, contextual = self.split(count_of(self.budget, n))
         first = highest(patch_scores(site, self.attention), dominant)[0]
         if contextual == 0:
             return Reduction.keep(first, n)
-        stays = torch.zeros(b, n, dtype=torch.uint8, device=first.device).scatter(1, first, 1)
-        rest = stays.argsort(dim=1, stable=True)[:, : n - dominant]
-        return self.fold(first, rest, contextual, site.k[:, :, site.prefix :], n)
+        return self.fold(first, besides(first, n), contextual, site.k[:, :, site.prefix :], n)
 
     def fold(self, first: Tensor, rest: Tensor, contextual: int, keys: Tensor, n: int) -> Reduction:
         """Slots are the dominant tokens, then the targets, each in the order of the image.

@@ -16,7 +16,7 @@ from tokred.core.registry import register
 from tokred.core.selection import random_order
 from tokred.methods.encoder.downsample import cells
 from tokred.vlm.before_llm import Budgeted, VisualSite
-from tokred.vlm.frames import ClipMethod, framed
+from tokred.vlm.frames import ClipMethod, cells_of
 from tokred.vlm.tools.budget import Budget, as_budget, count_of
 
 
@@ -148,7 +148,8 @@ class UniformFrames(ClipMethod):
 
     def choose(self, site: VisualSite) -> Reduction:
         """Keep the frames in the middle of so many equal stretches."""
-        b, frames, cells = framed(site).shape[:3]
+        (b, n), cells = site.shape, cells_of(site)
+        frames = n // cells
         some = self.frames_of(frames, cells)
         stay = torch.arange(1, 2 * some, 2, device=site.device) * frames // (2 * some)
         place = torch.arange(cells, device=site.device)

@@ -14,7 +14,7 @@ from tokred.core.method import Parameters
 from tokred.core.place import Place
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.selection import ranked
+from tokred.core.selection import besides, ranked
 from tokred.vlm.before_llm import Budgeted, VisualSite
 from tokred.vlm.in_llm import LayerMethod, LayerSite, check_depth, check_layer
 from tokred.vlm.tools.budget import Budget, as_budget, count_of
@@ -72,14 +72,12 @@ class VScan(Budgeted):
 
     def choose(self, site: VisualSite) -> Reduction:
         """Scan the windows, scan the image, merge the rest."""
-        b, n = site.shape
+        n = site.shape[1]
         total = self.count(n)
         kept = self.select(
             site.layer_class_attention(self.shallow).mean(1), site.class_attention, total, window_of(site, self.window)
         )
-        stays = torch.zeros(b, n, dtype=torch.bool, device=kept.device).scatter(1, kept, True)
-        others = stays.to(torch.int8).argsort(dim=1, stable=True)[:, : n - kept.shape[1]]
-        return replace(match_to(site.x.detach(), others, kept), by_size=False)
+        return replace(match_to(site.x.detach(), besides(kept, n), kept), by_size=False)
 
     def select(self, shallow: Tensor, deep: Tensor, total: int, window: Tensor) -> Tensor:
         """``(B, K)`` int64 the kept tokens in ascending order.

@@ -12,13 +12,12 @@ from tokred.core.selection import ranked
 from tokred.vlm.tools.greedy import directions
 
 
-def apart(a: Tensor, b: Tensor) -> Tensor:
-    """``(...,)`` float32: one less the cosine of rows ``(..., C)``; of a zero row 1.
+def apart(u: Tensor, v: Tensor) -> Tensor:
+    """``(...,)`` float32: one less the cosine of rows whose directions ``(..., C)`` these are; of a zero row 1.
 
     Made from the difference of the directions, so that like rows give 0 and near-copies keep their order, which one
     less a rounded cosine loses.
     """
-    u, v = directions(a), directions(b)
     # A zero row has no direction: its cosine with any counts as 0.
     lost = ((u == 0).all(-1).float() + (v == 0).all(-1).float()) / 2
     return (u - v).square().sum(-1) / 2 + lost
@@ -30,7 +29,8 @@ def changes(x: Tensor) -> Tensor:
     Args:
         x: ``(B, T, N, C)``.
     """
-    return apart(x[:, 1:], x[:, :-1])
+    u = directions(x)
+    return apart(u[:, 1:], u[:, :-1])
 
 
 def within(scores: Tensor) -> Tensor:
@@ -47,6 +47,20 @@ def within(scores: Tensor) -> Tensor:
 def chosen(stays: Tensor, count: int) -> Tensor:
     """``(B, count)`` int64 ascending: where ``(B, n)`` bool is True, so often in every row."""
     return stays.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]
+
+
+def numbered(group: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """``(count,)`` int64 members of each group, and ``(n,)`` int64 the rank of each token among those of its group.
+
+    Args:
+        group: ``(n,)`` int64.
+        count: of groups.
+    """
+    members = group.bincount(minlength=count)
+    order = group.argsort(stable=True)
+    rank = torch.empty_like(group)
+    rank[order] = torch.arange(len(group), device=group.device) - (members.cumsum(0) - members)[group[order]]
+    return members, rank
 
 
 def gathered(root: Tensor, weight: Tensor | None = None) -> Reduction:
@@ -109,5 +123,5 @@ def frame_similarity(x: Tensor) -> list[float]:
     Args:
         x: ``(T, N, C)`` float32.
     """
-    mean = x.mean(1)
-    return (1 - apart(mean[1:], mean[:-1])).tolist()
+    u = directions(x.mean(1))
+    return (1 - apart(u[1:], u[:-1])).tolist()
