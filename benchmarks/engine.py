@@ -65,8 +65,9 @@ def measured(
     first = next(feeds.modules(model)[0].parameters())
     source = results.here(options.get("device") or first.device, first.dtype)
     source["versions"] = f"{source['versions']} {data_from}".strip()
-    # A pair is timed on every batch.
+    # A pair is timed on every batch, or on so many as were asked for.
     rounds = max(options.get("rounds", 5), len(data) if hasattr(data, "__len__") else 1)
+    rounds = min(rounds, options.get("pairs") or rounds)
     found: dict[str, Record] = {}
     for field, metric in zip(metrics, table.metrics, strict=True):
         judged = table.by(metric)

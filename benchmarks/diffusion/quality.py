@@ -108,9 +108,9 @@ METRICS = {"psnr": nearness, "mae": distance, "spectrum_db": spectra}
 
 
 def measure(
-    model: Any, chosen: Sequence[str], samples: int, batch: int, values: Path | None = None
+    model: Any, chosen: Sequence[str], samples: int, batch: int, values: Path | None = None, pairs: int | None = None
 ) -> list[dict[str, Any]]:
-    """A row a setting, the unpatched model's first."""
+    """A row a setting, the unpatched model's first; timed beside it on so many batches, None: on all."""
 
     def image(unet: Any, seeds: Tensor) -> Tensor:
         out: Tensor = model.sample(batch, DIFFICULTY, seed=int(seeds[0]) // batch)
@@ -119,7 +119,7 @@ def measure(
     more = {"batch": batch, "difficulty": DIFFICULTY, "samples": samples}
     data = batches(samples, batch)
     source = {"name": "terrain", "data_from": carriers.cited("terrain"), "more": more, "values": values}
-    rows = measured(model.unet, chosen, data, METRICS, run=image, rounds=samples // batch, **source)
+    rows = measured(model.unet, chosen, data, METRICS, run=image, rounds=samples // batch, pairs=pairs, **source)
     for row in rows:
         row["tokens_in"], row["tokens_left"] = tokens(model, row)
         row.pop("tokens_out", None)
@@ -167,6 +167,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="8 samples and one setting a method")
     parser.add_argument("--samples", type=int, default=None, help="default: 64")
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument(
+        "--pairs", type=int, help="batches on which a row is timed beside the unpatched model; default: all"
+    )
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--pictures", type=Path, help="folder for a contact sheet")
@@ -181,7 +184,7 @@ def main() -> None:
     from benchmarks.zoo import terrain
 
     model, chosen = terrain.load().to(given.device), settings(given.quick)
-    save(measure(model, chosen, samples, batch, given.values), "quality", given)
+    save(measure(model, chosen, samples, batch, given.values, given.pairs), "quality", given)
     if given.pictures is not None:
         given.pictures.mkdir(parents=True, exist_ok=True)
         shown = [BASE, *(one for one in chosen if any(part in one for part in SHOWN))]

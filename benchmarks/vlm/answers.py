@@ -1,14 +1,14 @@
 """Every method on a real VLM with 64, 32 and 16 of 256 visual tokens: exact answers, time, memory.
 
     python -m benchmarks.zoo.fetch dinov2 smollm2 fashion
-    python -m benchmarks vlm/answers --images 100 --rounds 5 --dtype bfloat16 --threads 2 --out vlm.csv    # an hour
+    python -m benchmarks vlm/answers --images 100 --dtype bfloat16 --threads 1 --out vlm.csv    # an hour
     python -m benchmarks vlm/answers --quick --out /tmp/vlm.csv
 
 The model is ``benchmarks/zoo/vlm.py``: DINOv2, a projector, SmolLM2-135M; it names the piece of clothing in a scene. It
 was trained with all tokens, none dropped. An answer is right if it is the class's name, word for word.
 
 ``tokens_left`` is the number of visual tokens at the input of the last layer, for the first batch. Times are those of
-whole answers, paired with the unpatched model's.
+whole answers, paired with the unpatched model's on ``--pairs`` of the batches.
 """
 
 from __future__ import annotations
@@ -109,7 +109,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--batch", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--pairs", type=int, default=5, help="batches on which a row is timed beside the unpatched model"
+    )
     parser.add_argument("--methods", default=",".join(METHODS), help="names, with commas")
     parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)))
     parser.add_argument("--quick", action="store_true", help="8 images, one budget")
@@ -120,14 +122,14 @@ def main() -> None:
     given = parser.parse_args()
     threads(given.threads)
     budgets = (64,) if given.quick else tuple(map(int, given.budgets.split(",")))
-    count, rounds = (8, 1) if given.quick else (given.images, given.rounds)
+    count, pairs = (8, 1) if given.quick else (given.images, given.pairs)
     model, tokenizer = vlm.build()
     model.to(getattr(torch, given.dtype))
     chosen = methods(model, tokenizer, given.methods.split(","), budgets)
     data = batches(model, tokenizer, vlm.scenes("test", count, seed=1), given.batch)
     source = {"name": "dinov2-smollm2-135m", "data_from": carriers.cited("dinov2", "smollm2", "fashion")}
-    options = {"run": "generate", "tokenizer": tokenizer, "max_new_tokens": 6, "rounds": rounds, "values": given.values}
-    rows = measured(model, chosen, data, {"exact": exact}, **source, **options)
+    options = {"run": "generate", "tokenizer": tokenizer, "max_new_tokens": 6, "values": given.values}
+    rows = measured(model, chosen, data, {"exact": exact}, rounds=pairs, pairs=pairs, **source, **options)
     text = data[0]["input_ids"].shape[1] - FULL
     for row in rows:
         row["tokens_left"] = row["tokens_out"] - text
