@@ -167,9 +167,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="8 samples and one setting a method")
     parser.add_argument("--samples", type=int, default=None, help="default: 64")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument(
-        "--pairs", type=int, help="batches on which a row is timed beside the unpatched model; default: all"
-    )
+    parser.add_argument("--pairs", type=int, help="batches timed beside the unpatched model; default: all")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--pictures", type=Path, help="folder for a contact sheet")

@@ -109,9 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--batch", type=int, default=10)
-    parser.add_argument(
-        "--pairs", type=int, default=5, help="batches on which a row is timed beside the unpatched model"
-    )
+    parser.add_argument("--pairs", type=int, default=5, help="batches timed beside the unpatched model")
     parser.add_argument("--methods", default=",".join(METHODS), help="names, with commas")
     parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)))
     parser.add_argument("--quick", action="store_true", help="8 images, one budget")
