@@ -83,8 +83,15 @@ def kv_bytes(found: Results) -> str:
         f"A full cache in {full['dtype']} holds {full['bytes'] / 1e6:.1f} MB for the {full['length']:,} tokens of a "
         f"prompt; it is 1:1. At 8:1 and 16:1 {_range(counts)} windows of prose."
     )
-    off = [abs(r["bytes_share"] * r["goal"] - 1) for by in _arms(found, "prose").values() for r in by.values()]
-    text += f" What is held differs from what was asked for by {percent(max(off, default=0))} % at most."
+    off = {
+        f"{n} at {r['goal']}:1": r["bytes_share"] * r["goal"] - 1
+        for n, by in _arms(found, "prose").items()
+        for r in by.values()
+    }
+    if off:
+        least = min(off, key=lambda n: off[n])
+        text += f" At most {percent(max(0.0, *off.values()))} % more is held than was asked for, and at most "
+        text += f"{percent(max(0.0, -off[least]))} % less ({least}): bits and rows are whole."
     return f"{text}\n\n{_tables(found, WINDOWS)}\n\n![Quality over the bytes that a cache holds](img/kv_bytes.png)"
 
 
@@ -236,6 +243,17 @@ def kv_take(found: Results) -> str:
 # ---------------------------------------------------------------------------------------------- the plot
 
 DRAWN = 6  # products that are drawn in colours of their own
+TOP = 4.0  # times the full cache's perplexity; what lies above is left to the table
+
+
+def _drawn(found: Results) -> list[str]:
+    """Products with the lowest perplexity of prose where something is claimed, and the one that is named."""
+    by = {n: mine for n, mine in _arms(found, "prose").items() if kind(next(iter(mine.values()))) == "product"}
+    figure = {
+        n: min((mine[g]["perplexity_ratio"] for g in CLAIMED if g in mine), default=TOP) for n, mine in by.items()
+    }
+    order = sorted(figure, key=lambda n: (n != NAMED_AS, figure[n]))
+    return order[:DRAWN]
 
 
 def plot(found: Results, folder: Path) -> list[Path]:
@@ -255,7 +273,10 @@ def plot(found: Results, folder: Path) -> list[Path]:
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
     handles = {label: h for axis in axes[0] for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), frameon=False, fontsize=8, ncols=4, loc="outside lower center")
+    columns = len(panels) + 1
+    figure.legend(
+        handles.values(), handles.keys(), frameon=False, fontsize=8, ncols=columns, loc="outside lower center"
+    )
     full = _full(found, panels[0])
     if full:
         title = f"{full['model']}, prompts of {full['length']:,} tokens; 1 is a full cache in {full['dtype']}"
@@ -266,8 +287,7 @@ def plot(found: Results, folder: Path) -> list[Path]:
 def _draw(axis: Any, found: Results, data: str) -> None:
     by = _arms(found, data)
     windows, metric = data in WINDOWS, METRICS[data]
-    products = [n for n, mine in by.items() if kind(next(iter(mine.values()))) == "product"]
-    shown = sorted(products, key=lambda n: -len(by[n]))[:DRAWN]
+    shown = _drawn(found)
     formats = 0
     for name, mine in by.items():
         rows = sorted(mine.values(), key=lambda r: r["bytes_share"])
@@ -291,8 +311,9 @@ def _draw(axis: Any, found: Results, data: str) -> None:
     if windows:
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set(ylabel="times the full cache's perplexity", yscale="log")
+        axis.set_ylim(top=min(axis.get_ylim()[1], TOP))
         ends = axis.get_ylim()
-        steps = [t for t in (1, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 50) if ends[0] * 0.95 <= t <= ends[1]]
+        steps = [t for t in (1, 1.2, 1.5, 2, 3, 4) if ends[0] * 0.95 <= t <= ends[1]]
         axis.set_yticks(steps, [f"{t:g}" for t in steps])
     else:
         full = _full(found, data)
