@@ -141,6 +141,15 @@ def composed(store: str = "", ratios: tuple[int, ...] = RATIOS) -> Family:
     return Family("kv", f"{text} budget=global-{OPEN}", make, ratios)
 
 
+def even(store: str, ratios: tuple[int, ...]) -> Family:
+    """KVzip with as many rows in each head: formats hold uneven heads as a rectangle, with empty rows in it."""
+
+    def make(budget: float) -> Any:
+        return tokred.make("kvzip", budget=kv.Uniform(budget), store=_STORES[store]())
+
+    return Family("kvzip", f"store={store} budget=even-{OPEN}", make, ratios)
+
+
 def redundancy(ratios: tuple[int, ...]) -> Family:
     """The score of R-KV, judging the prompt, which R-KV itself leaves alone until tokens have been generated."""
 
@@ -220,7 +229,8 @@ def families() -> list[Family]:
     few = dict.fromkeys(("attention_matching", "tova", "knorm", "criticalkv"), (8, 16))
     policies = [policy(name, ratios=few.get(name, RATIOS)) for name in _POLICIES]
     products = [policy(*product) for product in _PRODUCTS]
-    mine = [composed(), composed("kivi-4", (8, 16, 32, 4))]
+    four = (8, 16, 32, 4)
+    mine = [even("kivi-4", four), composed(), composed("kivi-4", four)]
     return [*products[:3], *policies[:3], *mine, *formats(), *products[3:], *policies[3:], redundancy((8, 16)),
             *others([*_POLICIES, *FORMATS]), *as_they_are()]  # fmt: skip
 
