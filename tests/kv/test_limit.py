@@ -38,7 +38,8 @@ REFUSED = {
     "rdkv": "bytes of their scales",
     "rpc": "generated rows alone",
     **dict.fromkeys(
-        ("mikv", "mustafar", "nsnquant", "offloaded", "oscar", "shadowkv", "tokenselect", "turbo"), "evicts nothing"
+        ("mikv", "mustafar", "nsnquant", "offloaded", "oscar", "shadowkv", "tokenbutler", "tokenselect", "turbo"),
+        "evicts nothing",
     ),
     "attention_matching": "which it reads again",
     "kvzap": "as many as score high",

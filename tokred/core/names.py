@@ -86,6 +86,7 @@ MethodName = Literal[
     "tinychart",
     "todo",
     "tofu",
+    "tokenbutler",
     "tokenselect",
     "tokentm",
     "toma",
