@@ -108,7 +108,7 @@ class Network(nn.Module):
             raise ValueError(f"the network takes {self.width} channels, and the attention is given {x.shape[-1]}")
         x = x.float()
         narrow = self.narrow(x)
-        q, k, v = (made(narrow).unflatten(-1, (self.heads, -1)).transpose(1, 2) for made in (self.q, self.k, self.v))
+        q, k, v = (made(narrow).view(*x.shape[:2], self.heads, -1).transpose(1, 2) for made in (self.q, self.k, self.v))
         q, k = (turned(t, positions, _angle(t.shape[-1], x.device)) for t in (q, k))
         new = k, v
         if past is not None:
@@ -121,9 +121,9 @@ class Network(nn.Module):
 
     def _of_layers(self, made: Tensor, positions: Tensor) -> Tensor:
         """``[B, n, H, M, d]`` turned to their positions, of ``[B, M, n * H * d]``."""
-        parts = made.unflatten(-1, (self.layers * self.heads, self.size)).transpose(1, 2)
+        parts = made.view(*made.shape[:2], self.layers * self.heads, self.size).transpose(1, 2)
         found = turned(parts, positions, _angle(self.size, made.device))
-        return found.unflatten(1, (self.layers, self.heads))
+        return found.view(len(found), self.layers, self.heads, *found.shape[2:])
 
 
 class Foresight(nn.Module):
@@ -209,7 +209,8 @@ def _tiles(own: Tensor, own_keys: Tensor, q: Tensor, k: Tensor, real: Tensor | N
     for start in range(0, m, tile):
         rows = slice(start, min(start + tile, m))
         stop = n - m + rows.stop
-        part = q[:, :, rows].unflatten(1, (-1, groups)) @ k[:, :, None, :stop].mT
+        asked = q[:, :, rows].reshape(*k.shape[:2], groups, -1, q.shape[3])
+        part = asked @ k[:, :, None, :stop].mT
         apart = own[:, :, rows] @ own_keys[:, :, :stop].mT - part.flatten(1, 2)
         at = torch.arange(stop, device=own.device)
         hidden = (at > at[n - m + start :, None])[None, None]
@@ -233,7 +234,7 @@ def distance(
         tile: queries at a time.
     """
     m, n = own.shape[2], own_keys.shape[2]
-    total: Tensor = _Distance.apply(own, own_keys, q.float(), k.float(), real, tile)  # type: ignore[no-untyped-call]
+    total: Tensor = _Distance.apply(own, own_keys, q.float(), k.float(), real, tile)
     if real is None:
         return total / (own.shape[0] * own.shape[1] * (m * (m + 1) // 2 + m * (n - m)))
     before = real.long().cumsum(1)[:, n - m :]

@@ -77,7 +77,7 @@ class Store(Part):
         """
         return None
 
-    def fits(self, facts: Callable[[], Facts]) -> None:  # noqa: B027 - most stores hold the rows of every model
+    def fits(self, facts: Callable[[], Facts]) -> None:
         """Refuse a model that the store cannot serve.
 
         Args:

@@ -131,7 +131,7 @@ class TokenButler(Store):
         visible = visible[:, None]
         if self.share == "kv_group":
             weights = foretold.masked_fill(~visible, -torch.inf).softmax(-1)
-            foretold = weights.unflatten(1, (heads, -1)).mean(2).nan_to_num(0.0)
+            foretold = weights.view(len(weights), heads, -1, *weights.shape[2:]).mean(2).nan_to_num(0.0)
         b, h, m, n = foretold.shape
         counts = self.counts(visible.sum(-1)).expand(b, h, m)
         flat = visible.expand(b, h, m, n).flatten(1, 2)
@@ -146,13 +146,13 @@ class Note(NamedTuple):
         queries: ``[B, H, M, d]`` float32, with their gradients; None: nobody chooses.
         keys: ``[B, H, M, d]`` float32, with their gradients.
         learning: whether the network is in training, so that all rows are attended to.
-        count: layers that are foretold, by all networks.
+        layers: that are foretold, by all networks.
     """
 
     queries: Tensor | None
     keys: Tensor
     learning: bool
-    count: int
+    layers: int
 
 
 class Desk:
@@ -293,7 +293,7 @@ class ButlerShelf(Shelf):
             keys = torch.cat([before, note.keys], 2)
             asked = note.queries * self.store.size**-0.5
             apart = distance(asked, keys, site.q.float() * site.scale, site.k, real)
-            site.learned.losses["distance"] = apart / note.count
+            site.learned.losses["distance"] = apart / note.layers
 
     def crop(self, count: int) -> None:
         if count == 0:
@@ -379,7 +379,7 @@ def _attended(query: Query, q: Tensor, keys: Tensor, values: Tensor, kept: Tenso
     logits = grouped @ keys.to(kind)[:, :, None].mT
     if query.softcap is not None:
         logits = torch.tanh(logits / query.softcap) * query.softcap
-    hidden = ~kept.unflatten(1, (held, -1))
+    hidden = ~kept.view(b, held, -1, m, kept.shape[3])
     logits = logits.masked_fill(hidden, -torch.inf)
     if query.sinks is not None:
         sinks = query.sinks.to(kind).view(1, held, h // held, 1, 1).expand(b, -1, -1, m, 1)
