@@ -84,6 +84,7 @@ from tokred.methods.encoder.vomix import VoMix
 from tokred.methods.encoder.vtm import VTM
 from tokred.methods.encoder.zero_tprune import ZeroTPrune
 from tokred.methods.kv.adakv import AdaKV
+from tokred.methods.kv.adore import ADORE
 from tokred.methods.kv.attention_matching import AttentionMatching
 from tokred.methods.kv.cake import CAKE
 from tokred.methods.kv.criticalkv import CriticalKV
@@ -155,6 +156,7 @@ from tokred.tuning.run import tune
 __version__: str
 
 __all__ = [
+    "ADORE",
     "ALGM",
     "ATS",
     "CAKE",

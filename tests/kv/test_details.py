@@ -249,6 +249,7 @@ def test_padding_is_hidden_from_queries_over_flat_rows():
 # These have no budget of their own, or need a file.
 OTHERS = (
     "limited",
+    "adore",
     "duoattention",
     "kvzap",
     "triattention",

@@ -30,6 +30,7 @@ SMALL = {
     "kv": {"score": "key_norm"},
 }
 REFUSED = {
+    "adore": "for which a limit has no room",
     "cake": "while those still hold a chunk's",
     "duoattention": "retrieval heads keep everything",
     "fastkv": "between layers too",

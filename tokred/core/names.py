@@ -4,6 +4,7 @@ from typing import Literal
 
 MethodName = Literal[
     "adakv",
+    "adore",
     "algm",
     "asymrnr",
     "ats",

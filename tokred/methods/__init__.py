@@ -36,6 +36,7 @@ TARGETS = {
     "cropr": "tokred.methods.encoder.cropr:Cropr",
     "ltp": "tokred.methods.encoder.ltp:LTP",
     "adakv": "tokred.methods.kv.adakv:AdaKV",
+    "adore": "tokred.methods.kv.adore:ADORE",
     "attention_matching": "tokred.methods.kv.attention_matching:AttentionMatching",
     "cake": "tokred.methods.kv.cake:CAKE",
     "criticalkv": "tokred.methods.kv.criticalkv:CriticalKV",
