@@ -93,6 +93,7 @@ class Released(Score):
         visible = own if real is None else own & real[:, None]
         weights = torch.zeros(q.shape[0], n, n, device=q.device)
         groups = q.shape[1] // k.shape[1]
+        assert site.scale is not None  # since it was made
         for h in range(q.shape[1]):  # one head's pairs at a time are enough
             logits = q[:, h] @ k[:, h // groups].mT * site.scale
             if site.softcap:
