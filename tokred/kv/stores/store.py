@@ -97,6 +97,14 @@ class Store(Part):
         """Bytes of a row that has just come and is not settled yet; arguments as :meth:`row_bytes`."""
         return self.row_bytes(keys, values)
 
+    def whole_rows(self, keys: Tensor, values: Tensor) -> tuple[tuple[int, int], ...]:
+        """Rows of a head that may take more than :meth:`row_bytes` in the end, and how many bytes more each takes.
+
+        Returns:
+            Pairs of both, which add up: where a head has fewer rows than a pair says, all of them may.
+        """
+        return ()
+
     def note_bytes(self, heads: int, width: int, *, uneven: bool) -> int:
         """Bytes of one sample and layer besides its rows, which are ``heads`` times ``width`` numbers wide.
 
