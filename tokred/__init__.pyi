@@ -130,6 +130,7 @@ from tokred.methods.vlm.fastv import FastV
 from tokred.methods.vlm.fastvid import FastVID
 from tokred.methods.vlm.flash_vl import FlashVL, Nemotron
 from tokred.methods.vlm.flashvid import FlashVID
+from tokred.methods.vlm.framefusion import FrameFusion, FrameFusionLayer
 from tokred.methods.vlm.hired import HiRED
 from tokred.methods.vlm.holitom import HoliTom, HoliTomLayer
 from tokred.methods.vlm.prumerge import PruMerge, PruMergePlus
@@ -202,6 +203,8 @@ __all__ = [
     "FlashVID",
     "FlashVL",
     "Flops",
+    "FrameFusion",
+    "FrameFusionLayer",
     "HiRED",
     "HoliTom",
     "HoliTomLayer",

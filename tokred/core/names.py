@@ -30,6 +30,8 @@ MethodName = Literal[
     "fastvid",
     "flash_vl",
     "flashvid",
+    "framefusion",
+    "framefusion_layer",
     "h2o",
     "hired",
     "holitom",

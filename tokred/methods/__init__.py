@@ -101,6 +101,8 @@ TARGETS = {
     "dycoke": "tokred.methods.vlm.dycoke:DyCoke",
     "fastvid": "tokred.methods.vlm.fastvid:FastVID",
     "flashvid": "tokred.methods.vlm.flashvid:FlashVID",
+    "framefusion": "tokred.methods.vlm.framefusion:FrameFusion",
+    "framefusion_layer": "tokred.methods.vlm.framefusion:FrameFusionLayer",
     "prunevid": "tokred.methods.vlm.prunevid:PruneVid",
     "holitom": "tokred.methods.vlm.holitom:HoliTom",
     "holitom_layer": "tokred.methods.vlm.holitom:HoliTomLayer",
