@@ -125,7 +125,8 @@ def _check_free(model: nn.Module, tower: bool) -> None:
     taken = [part.method.name for part in parts_of(model) if part.method.stage in stages]
     if taken:
         raise ValueError(
-            f"the model is patched with {', '.join(taken)}: call tokred.remove(model), and give tokred.stream the methods"
+            f"the model is patched with {', '.join(taken)}: call tokred.remove(model), and give the methods to "
+            "tokred.stream"
         )
 
 
@@ -143,8 +144,8 @@ def _causal(method: Method, reuse: Reuse | None) -> ProjectorMethod:
     reads = sorted(method.reads & _OF_TOWER)
     if reuse is not None and reuse.share > 0 and reads:
         raise ValueError(
-            f"{method.name!r} reads {', '.join(reads)} of the tower, whose queries are not all there where features are "
-            "used again: take a method that reads features alone, such as 'stc', or leave reuse out"
+            f"{method.name!r} reads {', '.join(reads)} of the tower, whose queries are not all there where features "
+            "are used again: take a method that reads features alone, such as 'stc', or leave reuse out"
         )
     assert isinstance(method, ProjectorMethod)  # of its stage
     return method

@@ -108,5 +108,8 @@ def objection(method: Method) -> str:
     if reads:
         return "adds biases to the attention of a prompt, which a stream has none of"
     if getattr(method, "clips", False) and not isinstance(method, CausalMethod):
-        return "looks at all frames of a clip before it decides about the first: take one that is causal, such as 'streamingtom' or 'stc'"
+        return (
+            "looks at all frames of a clip before it decides about the first: take one that is causal, such as "
+            "'streamingtom' or 'stc'"
+        )
     return ""

@@ -2,9 +2,9 @@
 
 A frame goes through the tower; a causal method leaves some of its tokens, knowing the frames before; these are
 prefilled behind what the cache holds, where they would stand in the whole video. A policy of the cache says what old
-frames become: rows leave, or are held in fewer bits. A question goes in behind the last frame, is answered, and is taken
-back: the stream goes on as if nobody had asked. What is held is the cache, the method's state, and, where features of
-the tower are used again, those of one reference frame.
+frames become: rows leave, or are held in fewer bits. A question goes in behind the last frame, is answered, and is
+taken back: the stream goes on as if nobody had asked. What is held is the cache, the method's state, and, where
+features of the tower are used again, those of one reference frame.
 
 The model is touched only while it looks or answers, see :mod:`tokred.adapters.vlm.streams.again`.
 """
@@ -289,8 +289,8 @@ class Stream:
         if isinstance(most, int) and last >= most and not self._warned:
             self._warned = True
             warnings.warn(
-                f"the stream has come to position {last}, and {self._parts.host.family} was made for {most}: its answers "
-                "may go astray. A method with positions='repack' counts only the tokens that stay",
+                f"the stream has come to position {last}, and {self._parts.host.family} was made for {most}: its "
+                "answers may go astray. A method with positions='repack' counts only the tokens that stay",
                 TokredWarning,
                 stacklevel=4,
             )

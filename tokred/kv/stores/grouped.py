@@ -250,7 +250,7 @@ class GroupedShelf(Shelf):
         kind = torch.promote_types(q.dtype, torch.float32)
         b, h, n, d = q.shape
         heads = means.shape[1]
-        u = torch.nn.functional.normalize(q.to(kind), dim=-1).view(b, heads, -1, d)
+        u = torch.nn.functional.normalize(q.to(kind), dim=-1).reshape(b, heads, -1, d)
         near = (u @ torch.nn.functional.normalize(means.to(kind), dim=-1).mT).sum((1, 2)) / (h * n)
         count = min(self.store.groups, means.shape[2])
         return near.argsort(dim=1, descending=True, stable=True)[:, :count].sort(dim=1).values
@@ -280,7 +280,7 @@ def _attention(query: Query, keys: Tensor, values: Tensor) -> Tensor:
     q = query.q
     b, h, n, d = q.shape
     kind = torch.promote_types(q.dtype, torch.float32)
-    grouped = q.to(kind).view(b, keys.shape[1], -1, d) * (d**-0.5 if query.scale is None else query.scale)
+    grouped = q.to(kind).reshape(b, keys.shape[1], -1, d) * (d**-0.5 if query.scale is None else query.scale)
     logits = (grouped @ keys.to(kind).mT).view(b, h, n, -1)
     if query.softcap is not None:
         logits = torch.tanh(logits / query.softcap) * query.softcap

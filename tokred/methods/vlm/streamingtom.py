@@ -1,4 +1,4 @@
-"""StreamingTOM's temporal reduction: of each frame one number of tokens, shared out between what moved and what did not."""
+"""StreamingTOM's temporal reduction: one number of tokens a frame, shared between what moved and what did not."""
 
 from __future__ import annotations
 
