@@ -115,6 +115,7 @@ from tokred.methods.kv.shadowkv import ShadowKV
 from tokred.methods.kv.snapkv import SnapKV
 from tokred.methods.kv.squeezeattention import SqueezeAttention
 from tokred.methods.kv.streaming_llm import StreamingLLM
+from tokred.methods.kv.streamingtom_cache import StreamingTOMCache
 from tokred.methods.kv.tokenselect import TokenSelect
 from tokred.methods.kv.tova import TOVA
 from tokred.methods.kv.triattention import TriAttention
@@ -140,6 +141,8 @@ from tokred.methods.vlm.random_deep import RandomDeep
 from tokred.methods.vlm.restore import Restore
 from tokred.methods.vlm.saint_vlm import SAINTLayer, SAINTVisual
 from tokred.methods.vlm.sparsevlm import SparseVLM
+from tokred.methods.vlm.stc import STC
+from tokred.methods.vlm.streamingtom import StreamingTOM
 from tokred.methods.vlm.topv import TopV
 from tokred.methods.vlm.vcast import VCAST
 from tokred.methods.vlm.vidcom2 import VidCom2
@@ -150,6 +153,7 @@ from tokred.methods.vlm.vscan import VScan, VScanLayer
 from tokred.patch import change
 from tokred.settings import load, make, push_to_hub, save
 from tokred.settings.caches import blend, load_cache, save_cache, share_prefix
+from tokred.settings.streams import stream
 from tokred.tuning.run import tune
 
 __version__: str
@@ -172,6 +176,7 @@ __all__ = [
     "RPC",
     "SAINT",
     "SDTM",
+    "STC",
     "TOVA",
     "VCAST",
     "VTM",
@@ -258,6 +263,8 @@ __all__ = [
     "SparseVLM",
     "SqueezeAttention",
     "StreamingLLM",
+    "StreamingTOM",
+    "StreamingTOMCache",
     "Support",
     "TinyChart",
     "ToDo",
@@ -322,6 +329,7 @@ __all__ = [
     "save",
     "save_cache",
     "share_prefix",
+    "stream",
     "supports",
     "trace",
     "tune",

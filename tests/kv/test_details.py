@@ -261,6 +261,7 @@ OTHERS = (
     "offloaded",
     "shadowkv",
     "tokenselect",
+    "streamingtom_cache",
     "nsnquant",
 )
 NAMES = [n for n in tokred.list_methods() if tokred.make(n).stage == "cache" and n not in OTHERS]

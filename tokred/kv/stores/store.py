@@ -208,6 +208,9 @@ class Shelf(ABC):
             site: what the policy has seen; None where it did not look and :attr:`Store.reads` is empty.
         """
 
+    def ask(self) -> None:  # noqa: B027 - rows that are held as they come are a question's like any others
+        """Rows that come from now on are a question's, and will be taken back by :meth:`restore`."""
+
     def take(self, step: Reduction, slots: Tensor) -> None:
         """Hold only the rows that ``step`` keeps, in its order; where it has a mask, the others are empty.
 
