@@ -35,6 +35,8 @@ TARGETS = {
     "dtem": "tokred.methods.encoder.dtem:DTEM",
     "cropr": "tokred.methods.encoder.cropr:Cropr",
     "ltp": "tokred.methods.encoder.ltp:LTP",
+    "avit": "tokred.methods.encoder.avit:AViT",
+    "diffrate": "tokred.methods.encoder.diffrate:DiffRate",
     "adakv": "tokred.methods.kv.adakv:AdaKV",
     "attention_matching": "tokred.methods.kv.attention_matching:AttentionMatching",
     "cake": "tokred.methods.kv.cake:CAKE",
