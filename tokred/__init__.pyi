@@ -115,7 +115,7 @@ from tokred.methods.kv.shadowkv import ShadowKV
 from tokred.methods.kv.snapkv import SnapKV
 from tokred.methods.kv.squeezeattention import SqueezeAttention
 from tokred.methods.kv.streaming_llm import StreamingLLM
-from tokred.methods.kv.streamingtom_cache import StreamingTOMCache
+from tokred.methods.kv.tokenbutler import TokenButler
 from tokred.methods.kv.tokenselect import TokenSelect
 from tokred.methods.kv.tova import TOVA
 from tokred.methods.kv.triattention import TriAttention
@@ -131,7 +131,6 @@ from tokred.methods.vlm.fastv import FastV
 from tokred.methods.vlm.fastvid import FastVID
 from tokred.methods.vlm.flash_vl import FlashVL, Nemotron
 from tokred.methods.vlm.flashvid import FlashVID
-from tokred.methods.vlm.framefusion import FrameFusion, FrameFusionLayer
 from tokred.methods.vlm.hired import HiRED
 from tokred.methods.vlm.holitom import HoliTom, HoliTomLayer
 from tokred.methods.vlm.prumerge import PruMerge, PruMergePlus
@@ -141,8 +140,6 @@ from tokred.methods.vlm.random_deep import RandomDeep
 from tokred.methods.vlm.restore import Restore
 from tokred.methods.vlm.saint_vlm import SAINTLayer, SAINTVisual
 from tokred.methods.vlm.sparsevlm import SparseVLM
-from tokred.methods.vlm.stc import STC
-from tokred.methods.vlm.streamingtom import StreamingTOM
 from tokred.methods.vlm.topv import TopV
 from tokred.methods.vlm.vcast import VCAST
 from tokred.methods.vlm.vidcom2 import VidCom2
@@ -153,7 +150,6 @@ from tokred.methods.vlm.vscan import VScan, VScanLayer
 from tokred.patch import change
 from tokred.settings import load, make, push_to_hub, save
 from tokred.settings.caches import blend, load_cache, save_cache, share_prefix
-from tokred.settings.streams import stream
 from tokred.tuning.run import tune
 
 __version__: str
@@ -176,7 +172,6 @@ __all__ = [
     "RPC",
     "SAINT",
     "SDTM",
-    "STC",
     "TOVA",
     "VCAST",
     "VTM",
@@ -208,8 +203,6 @@ __all__ = [
     "FlashVID",
     "FlashVL",
     "Flops",
-    "FrameFusion",
-    "FrameFusionLayer",
     "HiRED",
     "HoliTom",
     "HoliTomLayer",
@@ -263,8 +256,6 @@ __all__ = [
     "SparseVLM",
     "SqueezeAttention",
     "StreamingLLM",
-    "StreamingTOM",
-    "StreamingTOMCache",
     "Support",
     "TinyChart",
     "ToDo",
@@ -272,6 +263,7 @@ __all__ = [
     "ToMA",
     "ToMe",
     "ToMeSD",
+    "TokenButler",
     "TokenSelect",
     "TokenStateError",
     "TokenTMPrune",
@@ -329,7 +321,6 @@ __all__ = [
     "save",
     "save_cache",
     "share_prefix",
-    "stream",
     "supports",
     "trace",
     "tune",

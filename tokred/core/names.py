@@ -91,6 +91,7 @@ MethodName = Literal[
     "tinychart",
     "todo",
     "tofu",
+    "tokenbutler",
     "tokenselect",
     "tokentm",
     "toma",

@@ -79,11 +79,13 @@ class CachePolicy(Method):
         return parts.score.needs | parts.budget.reads | parts.store.reads
 
     def module(self, facts: Facts) -> nn.Module | None:
-        """The module of the score, where it has weights."""
-        return self.parts.score.module(facts)
+        """The module of the score, or of the store, where one has weights."""
+        parts = self.parts
+        made = parts.score.module(facts)
+        return parts.store.module(facts) if made is None else made
 
     def fits(self, facts: Callable[[], Facts]) -> None:
-        """Refuse a model that what score or budget know is not of.
+        """Refuse a model that what score or budget know is not of, or that the store cannot serve.
 
         Args:
             facts: asks the model; only where something is known.
@@ -94,6 +96,7 @@ class CachePolicy(Method):
         parts = self.parts
         parts.score.fits(facts)
         parts.budget.fits(facts, parts.score)
+        parts.store.fits(facts)
 
     def check(self, depth: int) -> None:
         """Refuse a budget that does not fit the number of compressed layers, and a store that cannot do all it must.
