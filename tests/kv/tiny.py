@@ -80,7 +80,7 @@ class Scatter(CachePolicy):
 # evicted, or rounded too.
 APART = ("kvzip", "limited", "fastkv", "duoattention", "kvzap", "triattention", "lukv", "attention_matching")
 APART += ("kivi", "mikv", "mustafar", "nsnquant", "offloaded", "oscar", "shadowkv", "tokenselect", "turbo", "rdkv")
-APART += ("tokenbutler", "adore")
+APART += ("streamingtom_cache", "tokenbutler", "adore")
 POLICIES: dict[str, Any] = {
     name: tokred.make(name, **given) for name, given in examples("cache").items() if name not in APART
 }

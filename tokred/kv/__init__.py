@@ -35,6 +35,7 @@ from tokred.kv.site import CacheSite, Padding
 from tokred.kv.stores import (
     KIVI,
     Flat,
+    Grouped,
     Half,
     MiKV,
     Mustafar,
@@ -68,6 +69,7 @@ __all__ = [
     "Foretold",
     "Generated",
     "Global",
+    "Grouped",
     "Growing",
     "Gumbel",
     "Half",

@@ -167,7 +167,7 @@ class CachePolicy(Method):
     def reduce(self, site: Site) -> Reduction:
         """Decide for one layer alone, as at the end of a prompt whose only forward this is."""
         assert isinstance(site, CacheSite)  # the stage's only kind of site
-        site.price(self.parts.store)
+        site.price(self.parts.store, uneven=self.parts.budget.headwise)
         parts = self.parts
         parts.score.observe(site)
         score = parts.score(site)
@@ -186,7 +186,7 @@ class CachePolicy(Method):
         For looking at; :meth:`reduce` decides.
         """
         parts = self.parts
-        site.price(parts.store)
+        site.price(parts.store, uneven=parts.budget.headwise)
         parts.score.observe(site)
         rows = self.at_least(site, parts.budget.rows(site))
         score, guard = parts.score(site), self.guarded(site, rows)

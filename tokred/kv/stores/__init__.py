@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tokred.kv.stores.flat import Flat
+from tokred.kv.stores.grouped import Grouped
 from tokred.kv.stores.half import Half
 from tokred.kv.stores.kivi import KIVI
 from tokred.kv.stores.mikv import MiKV
@@ -21,6 +22,7 @@ __all__ = [
     "ABILITIES",
     "KIVI",
     "Flat",
+    "Grouped",
     "Half",
     "MiKV",
     "Mustafar",

@@ -120,6 +120,14 @@ class Store(Part):
         """Bytes of a row that has just come and is not settled yet; arguments as :meth:`row_bytes`."""
         return self.row_bytes(keys, values)
 
+    def whole_rows(self, keys: Tensor, values: Tensor) -> tuple[tuple[int, int], ...]:
+        """Rows of a head that may take more than :meth:`row_bytes` in the end, and how many bytes more each takes.
+
+        Returns:
+            Pairs of both, which add up: where a head has fewer rows than a pair says, all of them may.
+        """
+        return ()
+
     def note_bytes(self, heads: int, width: int, *, uneven: bool) -> int:
         """Bytes of one sample and layer besides its rows, which are ``heads`` times ``width`` numbers wide.
 
@@ -224,6 +232,9 @@ class Shelf(ABC):
         Args:
             site: what the policy has seen; None where it did not look and :attr:`Store.reads` is empty.
         """
+
+    def ask(self) -> None:  # noqa: B027 - rows that are held as they come are a question's like any others
+        """Rows that come from now on are a question's, and will be taken back by :meth:`restore`."""
 
     def take(self, step: Reduction, slots: Tensor) -> None:
         """Hold only the rows that ``step`` keeps, in its order; where it has a mask, the others are empty.
