@@ -134,7 +134,7 @@ from tokred.methods.vlm.framefusion import FrameFusion, FrameFusionLayer
 from tokred.methods.vlm.hired import HiRED
 from tokred.methods.vlm.holitom import HoliTom, HoliTomLayer
 from tokred.methods.vlm.prumerge import PruMerge, PruMergePlus
-from tokred.methods.vlm.prunevid import PruneVid
+from tokred.methods.vlm.prunevid import PruneVid, PruneVidLayer
 from tokred.methods.vlm.pyramiddrop import PyramidDrop
 from tokred.methods.vlm.random_deep import RandomDeep
 from tokred.methods.vlm.restore import Restore
@@ -237,6 +237,7 @@ __all__ = [
     "PruMerge",
     "PruMergePlus",
     "PruneVid",
+    "PruneVidLayer",
     "PyramidDrop",
     "PyramidKV",
     "RandomDeep",

@@ -36,6 +36,7 @@ from tokred.adapters.vlm.sites import (
     without_newlines,
 )
 from tokred.adapters.vlm.taps import Call
+from tokred.adapters.vlm.tokens.evict import evened
 from tokred.core.place import Place, PlacedMethod
 from tokred.errors import BypassedError
 
@@ -345,6 +346,8 @@ class Forward:
         for first in sorted((firsts | set(inner or ())) - {0}):
             assert self.inner is not None  # an inner group needs it
             groups.append(self.inner.group(first))
+        if inner and getattr(self.settings.inner, "evicts", False):
+            groups = evened(cache, groups)
         behind = self._behind() if self.behind is None else self.behind
         set_track(cache, Track(self.past + self.length, groups, behind, self.calibration))
 

@@ -36,6 +36,7 @@ MERGING: dict[str, dict[str, Any] | None] = {
     "nemotron": None,
     "prumerge": None,
     "prumerge_plus": None,
+    "prunevid_layer": {"layer": 2, "evict": False},
     "restore": None,
     "sparsevlm": {"layers": (0, 1), "budget": (0.5, 0.25), "recycle": 0.0},
     "visionzip": {"budget": 6, "contextual": 0},

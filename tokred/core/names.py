@@ -63,6 +63,7 @@ MethodName = Literal[
     "prumerge",
     "prumerge_plus",
     "prunevid",
+    "prunevid_layer",
     "pyramiddrop",
     "pyramidkv",
     "random",

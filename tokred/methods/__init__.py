@@ -104,6 +104,7 @@ TARGETS = {
     "framefusion": "tokred.methods.vlm.framefusion:FrameFusion",
     "framefusion_layer": "tokred.methods.vlm.framefusion:FrameFusionLayer",
     "prunevid": "tokred.methods.vlm.prunevid:PruneVid",
+    "prunevid_layer": "tokred.methods.vlm.prunevid:PruneVidLayer",
     "holitom": "tokred.methods.vlm.holitom:HoliTom",
     "holitom_layer": "tokred.methods.vlm.holitom:HoliTomLayer",
     "vscan": "tokred.methods.vlm.vscan:VScan",
