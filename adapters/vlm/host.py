@@ -210,7 +210,7 @@ class VisualHost(Host):
         assert isinstance(method, PlacedMethod)  # of its stage
         if self.stage == "projector":
             settings.outer = method
-            self._tap(method, changes)
+            self.tap(method, changes)
         else:
             settings.inner = method
             if where is not None:
@@ -257,7 +257,8 @@ class VisualHost(Host):
             changes.before(model, EnterLoss(settings, names), with_kwargs=True)
             changes.after(model, LeaveLoss(), with_kwargs=True, always_call=True)
 
-    def _tap(self, method: Method, changes: Changes) -> None:
+    def tap(self, method: Method, changes: Changes) -> None:
+        """Hang the hooks that note what the method reads of the tower, while a feature getter runs."""
         from tokred.adapters.vlm.taps import FusedTap, HeadTap, ProjectorTap, TablesTap
 
         core: Any = self.core
