@@ -126,7 +126,7 @@ from tokred.methods.kv.zeromerge import ZeroMerge
 from tokred.methods.vlm.cat import CAT
 from tokred.methods.vlm.cdpruner import CDPruner
 from tokred.methods.vlm.divprune import DivPrune
-from tokred.methods.vlm.dycoke import DyCoke
+from tokred.methods.vlm.dycoke import DyCoke, DyCokeDecode
 from tokred.methods.vlm.evs import EVS
 from tokred.methods.vlm.fastervlm import FasterVLM
 from tokred.methods.vlm.fastkv import FastKV
@@ -202,6 +202,7 @@ __all__ = [
     "DownsampleVisual",
     "DuoAttention",
     "DyCoke",
+    "DyCokeDecode",
     "DynamicViT",
     "EViT",
     "ExpectedAttention",

@@ -132,11 +132,8 @@ class VisualHost(Host):
         if self.stage == "layer":
             _ = self.layer_list  # raises where there is none
             assert isinstance(method, PlacedMethod)  # of its stage
-            if getattr(method, "evicts", False) and any(self._slides(i) for i in range(self.depth)):
-                raise ValueError(
-                    f"{self.family} has layers that hold the newest tokens alone, whose rows cannot be freed for "
-                    f"{method.name!r}: take evict=False"
-                )
+            if any(self._slides(i) for i in range(self.depth)):
+                self._check_rows(method)
             # Qwen 3 VL adds features by the places of all visual tokens, which must be there then. No prompt is longer
             # than this: a method that acts before that layer at all acts here.
             early = [i for i in range(1, self.deepstack) if method.acts(MANY, Place(i, self.depth))]
@@ -146,6 +143,13 @@ class VisualHost(Host):
                     f"tokens can leave before layer {self.deepstack} at the earliest; {method.name!r} acts before "
                     f"layer {early[0]}"
                 )
+
+    def _check_rows(self, method: Method) -> None:
+        few = f"{self.family} has layers that hold the newest tokens alone"
+        if getattr(method, "evicts", False):
+            raise ValueError(f"{few}, whose rows cannot be freed for {method.name!r}: take evict=False")
+        if getattr(method, "decodes", False):
+            raise ValueError(f"{few}, and {method.name!r} chooses among all rows: take 'fastv', or another model")
 
     def _slides(self, layer: int) -> bool:
         config = words.CONFIG.need(self.language)

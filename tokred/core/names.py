@@ -22,6 +22,7 @@ MethodName = Literal[
     "dtem",
     "duoattention",
     "dycoke",
+    "dycoke_decode",
     "dynamicvit",
     "evit",
     "evs",

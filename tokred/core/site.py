@@ -28,7 +28,8 @@ Lazy = Tensor | Callable[[], Tensor | None] | None
 # ``column_scores``; ``queries`` means that the host lets the attention's queries be reduced alone, ``heads`` that it
 # shows what each head answers and can leave heads out, ``carried`` that ``rows`` and ``notes`` go on from layer to
 # layer, ``module`` that it holds a module of the method's own (tokred.core.learned), ``gates`` that its attention
-# weighs keys by soft decisions, ``entry`` that tokens may leave before a block, as it is given them. Five are for
+# weighs keys by soft decisions, ``entry`` that tokens may leave before a block, as it is given them,
+# ``frame_motion`` that ``motion`` is that of the pixels of a clip's frames. Five are for
 # caches, see tokred.kv.site: the output projection, the rotary embedding, its angles alone (``rotation``, where it may
 # turn a part of the channels), the stream around the attention, and (``hidden``) what the attention is given.
 # ``guidance`` is for denoisers, see tokred.diffusion.site: what it did to each token in the step before. The last ones
@@ -38,7 +39,7 @@ Lazy = Tensor | Callable[[], Tensor | None] | None
 READS = (
     "x", "q", "k", "v", "class_attention", "attention", "queries", "heads", "carried", "module", "gates", "transform",
     "grid", "frames", "motion", "text", "projection", "rope", "rotation", "stream", "guidance", "tower", "tower_layers",
-    "project", "rows", "rows_before", "hidden", "calibration", "pixels", "entry",
+    "project", "rows", "rows_before", "hidden", "calibration", "pixels", "entry", "frame_motion",
 )  # fmt: skip
 
 

@@ -103,6 +103,7 @@ TARGETS = {
     "vidcom2": "tokred.methods.vlm.vidcom2:VidCom2",
     "vcast": "tokred.methods.vlm.vcast:VCAST",
     "dycoke": "tokred.methods.vlm.dycoke:DyCoke",
+    "dycoke_decode": "tokred.methods.vlm.dycoke:DyCokeDecode",
     "fastvid": "tokred.methods.vlm.fastvid:FastVID",
     "flashvid": "tokred.methods.vlm.flashvid:FlashVID",
     "framefusion": "tokred.methods.vlm.framefusion:FrameFusion",

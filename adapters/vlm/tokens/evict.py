@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -29,16 +29,17 @@ def evened(cache: Cache, groups: list[Group]) -> list[Group]:
         return groups
     last = inner[0]
     for layer in layers[: last.first]:
-        keys, values = words.KEYS.part(layer), words.VALUES.part(layer)
-        if isinstance(keys, Tensor) and isinstance(values, Tensor) and keys.ndim == 4:
-            words.KEYS.set(layer, _taken(keys, last.columns))
-            words.VALUES.set(layer, _taken(values, last.columns))
+        taken(layer, last.columns)
     outer = next((g for g in groups if g.first == 0), None)
     if outer is None:
         return [replace(last, first=0)]
     return [replace(last, first=0, columns=outer.columns.gather(1, last.columns), width=outer.width)]
 
 
-def _taken(rows: Tensor, columns: Tensor) -> Tensor:
-    """``(B, Hk, M, D)`` of ``(B, Hk, P, D)``."""
-    return gather_columns(rows.transpose(1, 2), columns.to(rows.device)).transpose(1, 2).contiguous()
+def taken(layer: Any, columns: Tensor) -> None:
+    """Hold the rows ``columns`` ``(B, M)`` of a layer of a cache alone; layers that hold states keep them."""
+    for word in (words.KEYS, words.VALUES):
+        rows = word.part(layer)
+        if isinstance(rows, Tensor) and rows.ndim == 4:
+            some = gather_columns(rows.transpose(1, 2), columns.to(rows.device))
+            word.set(layer, some.transpose(1, 2).contiguous())
