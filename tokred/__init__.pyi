@@ -127,7 +127,7 @@ from tokred.methods.kv.zeromerge import ZeroMerge
 from tokred.methods.vlm.cat import CAT
 from tokred.methods.vlm.cdpruner import CDPruner
 from tokred.methods.vlm.divprune import DivPrune
-from tokred.methods.vlm.dycoke import DyCoke
+from tokred.methods.vlm.dycoke import DyCoke, DyCokeDecode
 from tokred.methods.vlm.evs import EVS
 from tokred.methods.vlm.fastervlm import FasterVLM
 from tokred.methods.vlm.fastkv import FastKV
@@ -139,7 +139,7 @@ from tokred.methods.vlm.framefusion import FrameFusion, FrameFusionLayer
 from tokred.methods.vlm.hired import HiRED
 from tokred.methods.vlm.holitom import HoliTom, HoliTomLayer
 from tokred.methods.vlm.prumerge import PruMerge, PruMergePlus
-from tokred.methods.vlm.prunevid import PruneVid
+from tokred.methods.vlm.prunevid import PruneVid, PruneVidLayer
 from tokred.methods.vlm.pyramiddrop import PyramidDrop
 from tokred.methods.vlm.random_deep import RandomDeep
 from tokred.methods.vlm.restore import Restore
@@ -204,6 +204,7 @@ __all__ = [
     "DownsampleVisual",
     "DuoAttention",
     "DyCoke",
+    "DyCokeDecode",
     "DynamicViT",
     "EViT",
     "ExpectedAttention",
@@ -249,6 +250,7 @@ __all__ = [
     "PruMerge",
     "PruMergePlus",
     "PruneVid",
+    "PruneVidLayer",
     "PyramidDrop",
     "PyramidKV",
     "RandomDeep",
