@@ -32,7 +32,6 @@ from tokred.adapters.vlm.streams.report import StreamReport
 from tokred.adapters.vlm.streams.tower import TowerReuse
 from tokred.core.method import Method
 from tokred.errors import TokredWarning
-from tokred.kv.policy import CachePolicy
 from tokred.vlm.before_llm import ProjectorMethod
 from tokred.vlm.causal import State
 
@@ -83,7 +82,7 @@ class Parts(NamedTuple):
     cache_host: CacheHost
     looks: Looks
     method: ProjectorMethod | None
-    policy: CachePolicy | None
+    policy: Any
     tower: TowerReuse | None
     tokenizer: Any
     seconds: float
