@@ -63,7 +63,9 @@ from tokred.methods.diffusion.tomesd import ToMeSD
 from tokred.methods.diffusion.vidtome import VidToMe
 from tokred.methods.encoder.algm import ALGM
 from tokred.methods.encoder.ats import ATS
+from tokred.methods.encoder.avit import AViT
 from tokred.methods.encoder.cropr import Cropr
+from tokred.methods.encoder.diffrate import DiffRate
 from tokred.methods.encoder.downsample import Downsample
 from tokred.methods.encoder.dtem import DTEM
 from tokred.methods.encoder.dynamicvit import DynamicViT
@@ -116,6 +118,7 @@ from tokred.methods.kv.snapkv import SnapKV
 from tokred.methods.kv.squeezeattention import SqueezeAttention
 from tokred.methods.kv.streaming_llm import StreamingLLM
 from tokred.methods.kv.streamingtom_cache import StreamingTOMCache
+from tokred.methods.kv.tokenbutler import TokenButler
 from tokred.methods.kv.tokenselect import TokenSelect
 from tokred.methods.kv.tova import TOVA
 from tokred.methods.kv.triattention import TriAttention
@@ -131,6 +134,7 @@ from tokred.methods.vlm.fastv import FastV
 from tokred.methods.vlm.fastvid import FastVID
 from tokred.methods.vlm.flash_vl import FlashVL, Nemotron
 from tokred.methods.vlm.flashvid import FlashVID
+from tokred.methods.vlm.framefusion import FrameFusion, FrameFusionLayer
 from tokred.methods.vlm.hired import HiRED
 from tokred.methods.vlm.holitom import HoliTom, HoliTomLayer
 from tokred.methods.vlm.prumerge import PruMerge, PruMergePlus
@@ -179,6 +183,7 @@ __all__ = [
     "TOVA",
     "VCAST",
     "VTM",
+    "AViT",
     "AdaKV",
     "AsymRnR",
     "AttentionMatching",
@@ -191,6 +196,7 @@ __all__ = [
     "ChunkStore",
     "CriticalKV",
     "Cropr",
+    "DiffRate",
     "DivPrune",
     "Downsample",
     "DownsampleVisual",
@@ -207,6 +213,8 @@ __all__ = [
     "FlashVID",
     "FlashVL",
     "Flops",
+    "FrameFusion",
+    "FrameFusionLayer",
     "HiRED",
     "HoliTom",
     "HoliTomLayer",
@@ -269,6 +277,7 @@ __all__ = [
     "ToMA",
     "ToMe",
     "ToMeSD",
+    "TokenButler",
     "TokenSelect",
     "TokenStateError",
     "TokenTMPrune",

@@ -55,6 +55,9 @@ STATES = row(
     "hidden_states T llama:LlamaDecoderLayer.forward",
     "hidden_states D attention:BasicTransformerBlock.forward",
 )
+SEGMENTS = row("ends of packed segments", "cu_seqlens T qwen2_5_vl:Qwen2_5_VLVisionBlock.forward")
+LONGEST = row("longest of packed segments", "max_seqlen T qwen2_5_vl:Qwen2_5_VLVisionAttention.forward")
+TOWER_GRIDS = row("grids of a tower", "grid_thw T qwen2_5_vl:Qwen2_5_VisionTransformerPretrainedModel.forward")
 SHARED_ROWS = row("rows that layers share", "shared_kv_states T gemma3n:Gemma3nTextAttention.forward")
 SOURCE = row("states that a cross-attention reads", "key_value_states T bart:BartAttention.forward")
 PICTURED = row(

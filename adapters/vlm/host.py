@@ -358,7 +358,7 @@ def _decoder_layers(model: nn.Module, attentions: list[tuple[str, nn.Module]]) -
 def _supplies_layer(layers: list[tuple[str, nn.Module]]) -> frozenset[str]:
     from tokred.adapters.vlm.decoder_attention import norm_behind_attention, supplies_rows
 
-    found = {"x", "prompt"}
+    found = {"x", "prompt", "carried"}
     if all(norm_behind_attention(layer) is not None for _, layer in layers):
         found.add("stream")
     if all(supplies_rows(layer) for _, layer in layers):
@@ -367,7 +367,7 @@ def _supplies_layer(layers: list[tuple[str, nn.Module]]) -> frozenset[str]:
 
 
 def _supplies_projector(core: Any, facts: Facts) -> frozenset[str]:
-    found = {"x", "grid", "text"} | ({"project"} if facts.tokenwise else set())
+    found = {"x", "grid", "text", "carried"} | ({"project"} if facts.tokenwise else set())
     if facts.clips or any(modality == "video" for _, modality in facts.getters):
         found |= {"frames", "motion"}
     if facts.projector:

@@ -260,6 +260,7 @@ OTHERS = (
     "turbo",
     "offloaded",
     "shadowkv",
+    "tokenbutler",
     "tokenselect",
     "streamingtom_cache",
     "nsnquant",

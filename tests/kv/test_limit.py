@@ -46,6 +46,7 @@ REFUSED = {
             "oscar",
             "shadowkv",
             "streamingtom_cache",
+            "tokenbutler",
             "tokenselect",
             "turbo",
         ),
