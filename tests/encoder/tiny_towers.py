@@ -10,14 +10,7 @@ from torch import Tensor, nn
 from tokred.adapters.tiny.weights import livelier
 
 SIZES = ((1, 8, 12), (1, 4, 4), (1, 8, 12))
-_QWEN = {
-    "depth": 4,
-    "num_heads": 2,
-    "patch_size": 4,
-    "spatial_merge_size": 2,
-    "temporal_patch_size": 2,
-    "hidden_size": 32,
-}
+_QWEN = {"depth": 4, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "hidden_size": 32}
 _NEWER = {**_QWEN, "out_hidden_size": 32, "intermediate_size": 32}
 _GLM = {**_NEWER, "out_hidden_size": 32, "image_size": 32, "in_channels": 3}
 # Family: module of transformers, class, configuration, options.
@@ -81,10 +74,7 @@ def alone(name: str, given: dict[str, Any], sizes: tuple[tuple[int, int, int], .
         return {"pixel_values": given["pixel_values"][i : i + 1, :, :high, :wide]}
     counts = [t * h * w for t, h, w in sizes]
     first = sum(counts[:i])
-    return {
-        "hidden_states": given["hidden_states"][first : first + counts[i]],
-        "grid_thw": torch.tensor(sizes[i : i + 1]),
-    }
+    return {"hidden_states": given["hidden_states"][first : first + counts[i]], "grid_thw": torch.tensor(sizes[i : i + 1])}
 
 
 def run(model: Any, given: dict[str, Any]) -> list[Tensor]:

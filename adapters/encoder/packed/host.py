@@ -109,3 +109,4 @@ class PackedHost(EncoderHost):
         cost = self.cost(block)
         rows = after if self.middle(method) else before
         return before * cost.attention + 2 * pairs * cost.width + rows * cost.mlp
+

@@ -181,10 +181,7 @@ class PackedState(TokenState):
         flat = torch.cat([r.flatten() for r in rows])
         real = None
         if any(p.mask is not None for p in parts):
-            masks = [
-                torch.ones_like(r, dtype=torch.bool) if p.mask is None else p.mask
-                for r, p in zip(rows, parts, strict=True)
-            ]
+            masks = [torch.ones_like(r, dtype=torch.bool) if p.mask is None else p.mask for r, p in zip(rows, parts, strict=True)]
             real = torch.cat([m.flatten() for m in masks]).nonzero().view(-1)
         order = torch.argsort(flat if real is None else flat[real])
         source = order if real is None else real[order]
@@ -194,10 +191,7 @@ class PackedState(TokenState):
         moved = any(p.representative is not None for p in parts)
         kept, size = (flat[source] if moved else None), None
         if any(p.size is not None for p in parts):
-            sizes = [
-                torch.ones(r.shape, device=r.device) if p.size is None else p.size
-                for r, p in zip(rows, parts, strict=True)
-            ]
+            sizes = [torch.ones(r.shape, device=r.device) if p.size is None else p.size for r, p in zip(rows, parts, strict=True)]
             size = torch.cat([s.flatten() for s in sizes])[source].unsqueeze(0)
         steps = (_whole(layout, parts, places, len(source)),) if moved else ()
         return cls(

@@ -142,3 +142,4 @@ def _splits(block: Any) -> bool:
 def _rows(shape: tuple[int, ...], patch: int | None) -> int:
     """Rows that an input makes: of patches ``(S, F)`` one each; of images ``(B, C, H, W)`` those of one."""
     return int(shape[0]) if patch is None else (int(shape[-2]) // patch) * (int(shape[-1]) // patch)
+

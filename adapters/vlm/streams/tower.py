@@ -64,8 +64,8 @@ class TowerReuse:
         kinds = sorted({host_class(layer).__name__ for layer in layers}) or [host_class(core).__name__]
         if not layers or any(kind not in TOWER_LAYERS for kind in kinds):
             raise UnsupportedModelError(
-                f"features of the tower cannot be used again in {', '.join(kinds)}: known are {', '.join(TOWER_LAYERS)}, "
-                "whose tokens attend to one frame, with projections apart; leave reuse out"
+                f"features of the tower cannot be used again in {', '.join(kinds)}: known are "
+                f"{', '.join(TOWER_LAYERS)}, whose tokens attend to one frame, with projections apart; leave reuse out"
             )
         return cls(how, layers, class_tokens(core, facts))
 
