@@ -73,7 +73,7 @@ class PackedHost(EncoderHost):
     @property
     def offered(self) -> frozenset[str]:
         found = super().offered
-        return found | {"pixels"} if self.patch_side is None else found
+        return found | {"pixels"} if self.patch_side is None and not self.folding.joint else found
 
     def begin(self, shared: Shared, changes: Changes) -> None:
         changes.before(self.model, PackedOrigin(self, shared), with_kwargs=True)
@@ -109,4 +109,3 @@ class PackedHost(EncoderHost):
         cost = self.cost(block)
         rows = after if self.middle(method) else before
         return before * cost.attention + 2 * pairs * cost.width + rows * cost.mlp
-

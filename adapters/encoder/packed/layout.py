@@ -25,10 +25,12 @@ class Folding(NamedTuple):
     Attributes:
         cell: patches of a side that stand together, 1: reading order.
         window: cells of a side of a window, whose cells stand together; 0: there are no windows.
+        joint: whether all frames of a clip see each other.
     """
 
     cell: int
     window: int = 0
+    joint: bool = False
 
     def order(self, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Where each patch of a frame, in reading order, stands among its rows, and the window of each row.
@@ -110,6 +112,7 @@ class Layout:
         """
         orders: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         found: dict[tuple[int, int, int], list[Tensor]] = {}
+        clips = clips or folding.joint
         frames, windows, first, frame, before = [], [], 0, 0, 0
         for count, rows, columns in grids:
             order, window = orders.setdefault((rows, columns), folding.order(rows, columns, device))
@@ -117,7 +120,7 @@ class Layout:
             step = torch.arange(count, device=device)
             at = order + (first + step * area).unsqueeze(1)
             found.setdefault((count if clips else 1, rows, columns), []).append(at.view(1, -1) if clips else at)
-            frames.append((frame + step).repeat_interleave(area))
+            frames.append((frame + step * (not folding.joint)).repeat_interleave(area))
             windows.append((window + (before + step * most).unsqueeze(1)).flatten())
             first, frame, before = first + count * area, frame + count, before + count * most
         groups = []
@@ -181,7 +184,10 @@ class PackedState(TokenState):
         flat = torch.cat([r.flatten() for r in rows])
         real = None
         if any(p.mask is not None for p in parts):
-            masks = [torch.ones_like(r, dtype=torch.bool) if p.mask is None else p.mask for r, p in zip(rows, parts, strict=True)]
+            masks = [
+                torch.ones_like(r, dtype=torch.bool) if p.mask is None else p.mask
+                for r, p in zip(rows, parts, strict=True)
+            ]
             real = torch.cat([m.flatten() for m in masks]).nonzero().view(-1)
         order = torch.argsort(flat if real is None else flat[real])
         source = order if real is None else real[order]
@@ -191,7 +197,10 @@ class PackedState(TokenState):
         moved = any(p.representative is not None for p in parts)
         kept, size = (flat[source] if moved else None), None
         if any(p.size is not None for p in parts):
-            sizes = [torch.ones(r.shape, device=r.device) if p.size is None else p.size for r, p in zip(rows, parts, strict=True)]
+            sizes = [
+                torch.ones(r.shape, device=r.device) if p.size is None else p.size
+                for r, p in zip(rows, parts, strict=True)
+            ]
             size = torch.cat([s.flatten() for s in sizes])[source].unsqueeze(0)
         steps = (_whole(layout, parts, places, len(source)),) if moved else ()
         return cls(
