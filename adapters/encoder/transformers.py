@@ -48,8 +48,8 @@ REFUSED = {
     "ResNet": "it is a convolutional network without tokens",
     "Albert": "its layers are one module that runs several times, whose place in the depth a patch could not tell",
     "MllamaVision": (
-        "its tiles stand in one sequence, each with a class token and padding inside, and several of its layers are read "
-        "at full length: give it smaller images (fewer tiles)"
+        "its tiles stand in one sequence, each with a class token and padding inside, and several of its layers are "
+        "read at full length: give it smaller images (fewer tiles)"
     ),
     "VJEPA2": "each layer turns token numbers into rotary angles itself, so missing tokens would shift positions",
 }

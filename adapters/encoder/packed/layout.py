@@ -110,6 +110,7 @@ class Layout:
             clips: the frames of a clip are one sequence, not a sequence each.
             pixels: ``(S, F)`` of the rows; None: nobody asks.
         """
+        # Frames of one size have one order, which is worked out once.
         orders: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         found: dict[tuple[int, int, int], list[Tensor]] = {}
         clips = clips or folding.joint
@@ -193,7 +194,9 @@ class PackedState(TokenState):
         source = order if real is None else real[order]
         # Padding stands at some row, whose values nobody reads there.
         place = torch.zeros_like(flat).scatter_(0, source, torch.arange(len(source), device=flat.device))
-        places = tuple(p.view(r.shape) for p, r in zip(place.split([r.numel() for r in rows]), rows, strict=True))
+        places = tuple(
+            p.view(r.shape) for p, r in zip(torch.split(place, [r.numel() for r in rows]), rows, strict=True)
+        )
         moved = any(p.representative is not None for p in parts)
         kept, size = (flat[source] if moved else None), None
         if any(p.size is not None for p in parts):
