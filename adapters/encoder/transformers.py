@@ -47,6 +47,10 @@ REFUSED = {
     "ConvNext": "it is a convolutional network without tokens",
     "ResNet": "it is a convolutional network without tokens",
     "Albert": "its layers are one module that runs several times, whose place in the depth a patch could not tell",
+    "MllamaVision": (
+        "its tiles stand in one sequence, each with a class token and padding inside, and several of its layers are "
+        "read at full length: give it smaller images (fewer tiles)"
+    ),
     "VJEPA2": "each layer turns token numbers into rotary angles itself, so missing tokens would shift positions",
 }
 # Trained on a part of the patches of each clip, always.
