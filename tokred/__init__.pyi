@@ -63,7 +63,9 @@ from tokred.methods.diffusion.tomesd import ToMeSD
 from tokred.methods.diffusion.vidtome import VidToMe
 from tokred.methods.encoder.algm import ALGM
 from tokred.methods.encoder.ats import ATS
+from tokred.methods.encoder.avit import AViT
 from tokred.methods.encoder.cropr import Cropr
+from tokred.methods.encoder.diffrate import DiffRate
 from tokred.methods.encoder.downsample import Downsample
 from tokred.methods.encoder.dtem import DTEM
 from tokred.methods.encoder.dynamicvit import DynamicViT
@@ -174,6 +176,7 @@ __all__ = [
     "TOVA",
     "VCAST",
     "VTM",
+    "AViT",
     "AdaKV",
     "AsymRnR",
     "AttentionMatching",
@@ -186,6 +189,7 @@ __all__ = [
     "ChunkStore",
     "CriticalKV",
     "Cropr",
+    "DiffRate",
     "DivPrune",
     "Downsample",
     "DownsampleVisual",

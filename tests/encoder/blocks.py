@@ -61,6 +61,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "pixelprune": {"tau": 0.6, "metric": "mae", "min_keep": 0.5},
     "pixelprune-uneven": {"tau": 0.55, "metric": "mae"},
     "dtem": {"r": 4, "dim": 8},
+    "avit": {"gamma": 4.0, "beta": 0.0},
+    "diffrate": {"prune": [20], "merge": [16, 12]},
     "cropr": {"r": 4, "classes": 3},
     "cropr-folded": {"r": [9, 0], "round_to": 4},
     "ltp-learn": {"thresholds": [0.05, 0.05], "learn": True},

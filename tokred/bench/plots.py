@@ -46,6 +46,8 @@ NAMES = {
     "ltp": "LTP",
     "cropr": "Cropr",
     "dtem": "DTEM",
+    "diffrate": "DiffRate",
+    "avit": "A-ViT",
     "pixelprune": "PixelPrune",
 }
 LABELS = {
