@@ -126,6 +126,29 @@ def _narrow(mlp: Any, part: float) -> None:
     mlp.fc2.bias.copy_(second.bias)
 
 
+@torch.inference_mode()
+def halting(share: float, model: nn.Module, parameters: dict[str, Any], count: int = 20) -> float:
+    """The ``beta`` at which ``avit`` on ``model``, before it has learned anything, does ``share`` of the work.
+
+    Args:
+        share: of the dense blocks' multiply-adds.
+        model: without a patch.
+        parameters: of ``avit``.
+        count: so many pictures of the embedded sample are run, one by one; what they show is not looked at.
+    """
+    images, dense = embedded.sample(count).images, work(model, None)
+    low, high = -12.0, 12.0
+    for _ in range(9):
+        middle, done = (low + high) / 2, 0
+        with tokred.applied(model, tokred.make("avit", **{**parameters, "beta": middle})):
+            for image in images:
+                model(image[None])
+                done += tokred.report(model).macs
+        low, high = (low, middle) if done / count > share * dense else (middle, high)
+        # The larger beta, the later tokens halt, and the more work there is.
+    return round((low + high) / 2, 3)
+
+
 def recipes(names: Sequence[str], steps: int, batch: int) -> dict[str, learn.Recipe]:
     """The recipes by the names that were given; a method without weights takes the first one's numbers.
 
@@ -172,7 +195,14 @@ def at_share(name: str, recipe: learn.Recipe, share: float, plain: nn.Module) ->
         method = setting(recipe.method, share, plain, **parameters)
         parameter = AMOUNTS[recipe.method][0]
         parameters[parameter] = method.to_dict()["parameters"][parameter]
-    return Arm(name, share, dataclasses.replace(recipe, parameters=parameters), embedded.load)
+    if recipe.method == "diffrate":
+        parameters["target"] = share
+    schedule = dict(recipe.schedule)
+    if recipe.method == "avit":
+        parameters["beta"] = halting(share, plain, parameters)
+        if "beta" in schedule:
+            schedule["beta"] = dataclasses.replace(schedule["beta"], end=parameters["beta"])
+    return Arm(name, share, dataclasses.replace(recipe, parameters=parameters, schedule=schedule), embedded.load)
 
 
 def foreground(count: int) -> Tensor:
