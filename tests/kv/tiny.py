@@ -80,6 +80,8 @@ class Scatter(CachePolicy):
 # evicted, or rounded too.
 APART = ("kvzip", "limited", "fastkv", "duoattention", "kvzap", "triattention", "lukv", "attention_matching")
 APART += ("kivi", "mikv", "mustafar", "nsnquant", "offloaded", "oscar", "shadowkv", "tokenselect", "turbo", "rdkv")
+APART += ("streamingtom_cache",)
+APART += ("tokenbutler",)
 POLICIES: dict[str, Any] = {
     name: tokred.make(name, **given) for name, given in examples("cache").items() if name not in APART
 }
