@@ -30,6 +30,7 @@ AMOUNTS: dict[str, tuple[str, list[Any]]] = {
     "dynamicvit": ("rho", SHARES),
     "evit": ("kappa", SHARES),
     "random_prune": ("r", COUNTS),
+    "skipvit": ("rho", [k / 100 for k in range(1, 100)]),
     "tome": ("r", COUNTS),
 }
 # Names of the script's own: a method with parameters.
@@ -195,13 +196,15 @@ def at_share(name: str, recipe: learn.Recipe, share: float, plain: nn.Module) ->
         method = setting(recipe.method, share, plain, **parameters)
         parameter = AMOUNTS[recipe.method][0]
         parameters[parameter] = method.to_dict()["parameters"][parameter]
-    if recipe.method == "diffrate":
+    elif recipe.method == "diffrate":
         parameters["target"] = share
-    schedule = dict(recipe.schedule)
-    if recipe.method == "avit":
+    elif recipe.method == "avit":
         parameters["beta"] = halting(share, plain, parameters)
-        if "beta" in schedule:
-            schedule["beta"] = dataclasses.replace(schedule["beta"], end=parameters["beta"])
+    # Schedules end at what was asked for, not at what the recipe has.
+    schedule = {
+        key: dataclasses.replace(ramp, end=parameters[key]) if key in parameters else ramp
+        for key, ramp in recipe.schedule.items()
+    }
     return Arm(name, share, dataclasses.replace(recipe, parameters=parameters, schedule=schedule), embedded.load)
 
 

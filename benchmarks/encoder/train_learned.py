@@ -104,7 +104,11 @@ def runs(args: argparse.Namespace, plain: nn.Module) -> Iterator[tuple[dict[str,
     found: list[Arm] = []
     for name, recipe in recipes(args.names, args.steps, args.batch).items():
         for share in args.shares:
-            arm = at_share(name, recipe, share, plain)
+            try:
+                arm = at_share(name, recipe, share, plain)
+            except ValueError as error:  # a method that cannot do with so little is no reason to stop
+                print(f"left out: {error}")
+                continue
             # One whose amount is learned, or that removes nothing, may be the same at every share.
             if not any(a.name == name and (a.share, a.recipe) == (arm.share, arm.recipe) for a in found):
                 found.append(arm)
@@ -231,8 +235,7 @@ def main() -> None:
                 continue
             try:
                 method = setting(name, share, plain)
-            except ValueError as error:  # a method that cannot do with so little is no reason to stop
-                print(f"left out: {error}")
+            except ValueError:  # said before
                 continue
             with tokred.applied(plain, method):
                 add(row, str(method), method.name, plain, 0.0)

@@ -48,6 +48,7 @@ NAMES = {
     "dtem": "DTEM",
     "diffrate": "DiffRate",
     "avit": "A-ViT",
+    "skipvit": "SkipViT",
     "pixelprune": "PixelPrune",
 }
 LABELS = {

@@ -82,6 +82,7 @@ MethodName = Literal[
     "saint_visual",
     "sdtm",
     "shadowkv",
+    "skipvit",
     "snapkv",
     "sparsevlm",
     "spatten",
