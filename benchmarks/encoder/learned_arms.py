@@ -150,13 +150,14 @@ def halting(share: float, model: nn.Module, parameters: dict[str, Any], count: i
     return round((low + high) / 2, 3)
 
 
-def recipes(names: Sequence[str], steps: int, batch: int) -> dict[str, learn.Recipe]:
+def recipes(names: Sequence[str], steps: int, batch: int, lr: float = 0.0) -> dict[str, learn.Recipe]:
     """The recipes by the names that were given; a method without weights takes the first one's numbers.
 
     Args:
         names: recipes of tokred, TOML files, methods, :data:`ALIASES`, ``"dense"`` and ``"smaller"``.
         steps: instead of the recipes'; 0: theirs.
         batch: likewise.
+        lr: highest rate of the model's own weights, where they learn; 0: the recipes'.
 
     Raises:
         ValueError: a name is none of these, or no recipe comes before a method.
@@ -176,7 +177,7 @@ def recipes(names: Sequence[str], steps: int, batch: int) -> dict[str, learn.Rec
                 like, method=method, parameters=parameters, lr_method=None, tokens=0.0, tokens_of="", schedule={},
                 lr=like.lr * (FASTER if name == SMALLER else 1),
             )  # fmt: skip
-        numbers = {"steps": steps, "batch": batch}
+        numbers = {"steps": steps, "batch": batch, "lr": lr * (FASTER if name == SMALLER else 1) * bool(one.lr)}
         found[Path(name).stem] = dataclasses.replace(one, **{k: v for k, v in numbers.items() if v})
     return found
 

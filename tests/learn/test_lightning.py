@@ -70,7 +70,7 @@ def test_hook_by_hook(callback):
 
 def test_refusals(callback):
     model = patched()
-    with pytest.raises(ValueError, match="no optimiser knows the weights of 'cropr': give tokred.parameters"):
+    with pytest.raises(ValueError, match=r"no optimiser knows the weights of 'cropr': give tokred.parameters"):
         callback().on_train_start(trainer(model, own=False), model)
     with pytest.raises(ValueError, match=r"give the trainer max_steps or max_epochs, got inf steps"):
         callback({"r": Ramp(0, 4)}).on_train_start(trainer(model, steps=float("inf")), model)

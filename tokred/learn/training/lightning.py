@@ -106,8 +106,8 @@ class LightningCallback(_base()):  # type: ignore[misc]  # its base is known whe
         found, learned = checkpoint.get(KEY, {}).get("modules", {}), tokred.modules(pl_module)
         if set(found) != set(learned):
             raise ValueError(
-                f"the checkpoint has weights of {', '.join(map(repr, found)) or 'no method'}, and the model has methods "
-                f"with weights {', '.join(map(repr, learned)) or 'none'}: apply the same method before training goes on"
+                f"the checkpoint has weights of {', '.join(map(repr, found)) or 'no method'}, and the model has "
+                f"methods with weights {', '.join(map(repr, learned)) or 'none'}: apply the same method before training goes on"
             )
         for name, module in learned.items():
             module.load_state_dict(found[name])
