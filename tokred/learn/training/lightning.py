@@ -107,7 +107,7 @@ class LightningCallback(_base()):  # type: ignore[misc]  # its base is known whe
         if set(found) != set(learned):
             raise ValueError(
                 f"the checkpoint has weights of {', '.join(map(repr, found)) or 'no method'}, and the model has "
-                f"methods with weights {', '.join(map(repr, learned)) or 'none'}: apply the same method before it goes on"
+                f"methods with weights {', '.join(map(repr, learned)) or 'none'}: apply the same method first"
             )
         for name, module in learned.items():
             module.load_state_dict(found[name])
