@@ -77,6 +77,7 @@ from tokred.methods.encoder.pixelprune import PixelPrune
 from tokred.methods.encoder.ppt import PPT
 from tokred.methods.encoder.random import RandomMerge, RandomPrune
 from tokred.methods.encoder.saint import SAINT
+from tokred.methods.encoder.skipvit import SkipViT
 from tokred.methods.encoder.spatten import SpAtten
 from tokred.methods.encoder.tinychart import TinyChart
 from tokred.methods.encoder.tofu import ToFu
@@ -267,6 +268,7 @@ __all__ = [
     "SettingWarning",
     "ShadowKV",
     "Site",
+    "SkipViT",
     "SnapKV",
     "SpAtten",
     "SparseVLM",

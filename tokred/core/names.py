@@ -85,6 +85,7 @@ MethodName = Literal[
     "saint_visual",
     "sdtm",
     "shadowkv",
+    "skipvit",
     "snapkv",
     "sparsevlm",
     "spatten",

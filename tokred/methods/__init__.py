@@ -35,6 +35,7 @@ TARGETS = {
     "dtem": "tokred.methods.encoder.dtem:DTEM",
     "cropr": "tokred.methods.encoder.cropr:Cropr",
     "ltp": "tokred.methods.encoder.ltp:LTP",
+    "skipvit": "tokred.methods.encoder.skipvit:SkipViT",
     "avit": "tokred.methods.encoder.avit:AViT",
     "diffrate": "tokred.methods.encoder.diffrate:DiffRate",
     "adakv": "tokred.methods.kv.adakv:AdaKV",
