@@ -251,6 +251,7 @@ OTHERS = (
     "limited",
     "duoattention",
     "kvzap",
+    "fastcache",
     "triattention",
     "lukv",
     "kivi",

@@ -78,7 +78,17 @@ class Scatter(CachePolicy):
 # The laws of these are told apart in files of their own: the prompt is read again, or in chunks under a limit; tokens
 # leave between layers too; heads stream without a budget; a network scores rows, or a file has to be there; nothing is
 # evicted, or rounded too.
-APART = ("kvzip", "limited", "fastkv", "duoattention", "kvzap", "triattention", "lukv", "attention_matching")
+APART = (
+    "kvzip",
+    "limited",
+    "fastkv",
+    "duoattention",
+    "kvzap",
+    "triattention",
+    "lukv",
+    "attention_matching",
+    "fastcache",
+)
 APART += ("kivi", "mikv", "mustafar", "nsnquant", "offloaded", "oscar", "shadowkv", "tokenselect", "turbo", "rdkv")
 POLICIES: dict[str, Any] = {
     name: tokred.make(name, **given) for name, given in examples("cache").items() if name not in APART

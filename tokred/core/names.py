@@ -24,6 +24,7 @@ MethodName = Literal[
     "evit",
     "evs",
     "expected_attention",
+    "fastcache",
     "fastervlm",
     "fastkv",
     "fastv",
