@@ -93,6 +93,7 @@ from tokred.methods.kv.cake import CAKE
 from tokred.methods.kv.criticalkv import CriticalKV
 from tokred.methods.kv.duoattention import DuoAttention
 from tokred.methods.kv.expected_attention import ExpectedAttention
+from tokred.methods.kv.fastcache import FastCache
 from tokred.methods.kv.h2o import H2O
 from tokred.methods.kv.keydiff import KeyDiff
 from tokred.methods.kv.keyformer import Keyformer
@@ -210,6 +211,7 @@ __all__ = [
     "EViT",
     "ExpectedAttention",
     "Explanation",
+    "FastCache",
     "FastKV",
     "FastV",
     "FastVID",

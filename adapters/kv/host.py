@@ -108,12 +108,14 @@ class CacheHost(Host):
         """Facts of the decoder, from which a policy builds its module."""
         cls = host_class(self.decoder)
         heads = int(words.HEADS.need(self.config))
+        widths = {int(words.HEAD_WIDTH.part(attention) or 0) for _, attention in self.blocks}
         return Facts(
             model=f"{cls.__module__}.{cls.__qualname__}",
             depth=self.depth,
             width=int(words.WIDTH.need(self.config)),
             heads=heads,
             key_heads=self.key_heads or int(words.KEY_HEADS.part(self.config) or heads),
+            head_width=widths.pop() if len(widths) == 1 else 0,
         )
 
     def check(self, method: Method, expose: str = "auto") -> None:

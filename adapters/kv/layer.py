@@ -312,9 +312,10 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
             slots = torch.arange(self.width, dtype=torch.int32, device=device).expand(*batch, -1)
         return slots
 
-    def rewrite(self, values: Tensor, weights: Tensor) -> None:
-        """Give rows other values ``[B, Hk, K, Dv]`` and weights ``[B, Hk, K]``; :meth:`apply` follows."""
-        self.shelf.rewrite(values, self.slots)
+    def rewrite(self, values: Tensor, weights: Tensor | None, keys: Tensor | None = None) -> None:
+        """Give rows other values ``[B, Hk, K, Dv]``, weights ``[B, Hk, K]`` and, unless None, keys ``[B, Hk, K, D]``;
+        :meth:`apply` follows."""
+        self.shelf.rewrite(values, self.slots, keys)
         self.weights = weights
 
     def settle(self, site: CacheSite | None) -> None:

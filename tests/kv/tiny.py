@@ -78,8 +78,8 @@ class Scatter(CachePolicy):
 # The laws of these are told apart in files of their own: the prompt is read again, or in chunks under a limit; tokens
 # leave between layers too; heads stream without a budget; a network scores rows, or a file has to be there; rows are
 # rounded too, or nothing is evicted.
-APART = ("kvzip", "limited", "fastkv", "duoattention", "kvzap", "triattention", "lukv", "attention_matching", "rdkv", "adore")
-APART += stored()
+APART = ("kvzip", "limited", "fastkv", "duoattention", "kvzap", "triattention", "lukv", "attention_matching", "rdkv")
+APART += ("adore", "fastcache", *stored())
 POLICIES: dict[str, Any] = {
     name: tokred.make(name, **given) for name, given in examples("cache").items() if name not in APART
 }

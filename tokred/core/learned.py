@@ -24,6 +24,7 @@ class Facts:
         heads: query heads ``H`` of the first layer.
         prefix, suffix: leading and trailing tokens that are never reduced.
         key_heads: key/value heads ``Hk`` of a decoder; 0: as many as query heads.
+        head_width: numbers of a key of a decoder; 0: nobody asked, or layers differ.
     """
 
     model: str
@@ -33,10 +34,12 @@ class Facts:
     prefix: int = 0
     suffix: int = 0
     key_heads: int = 0
+    head_width: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON; key/value heads only where they were told."""
-        return {name: value for name, value in asdict(self).items() if name != "key_heads" or value}
+        """Plain values, for JSON; those of key/value heads only where they were told."""
+        told = ("key_heads", "head_width")
+        return {name: value for name, value in asdict(self).items() if name not in told or value}
 
     def fits(self, other: Facts) -> bool:
         """True if weights for ``other`` are weights for this: same class, depth and width."""

@@ -28,6 +28,7 @@ MethodName = Literal[
     "evit",
     "evs",
     "expected_attention",
+    "fastcache",
     "fastervlm",
     "fastkv",
     "fastv",

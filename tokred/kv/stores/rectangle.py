@@ -157,9 +157,9 @@ class RectangleShelf(SlottedShelf):
         self._hold(step.merge(keys, weights), step.merge(values, weights))
         self._slots = without_empty(merged_slots(step, slots), step.mask).contiguous()
 
-    def rewrite(self, values: Tensor, slots: Tensor | None) -> None:
+    def rewrite(self, values: Tensor, slots: Tensor | None, keys: Tensor | None = None) -> None:
         assert self._keys is not None  # there are rows
-        self._hold(self._keys, values, own=False)
+        self._hold(self._keys if keys is None else keys, values, own=False)
 
     def crop(self, count: int) -> None:
         if count == 0 or self._keys is None or self._values is None:

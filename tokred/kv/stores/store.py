@@ -275,8 +275,9 @@ class Shelf(ABC):
         """Hold only what ``step`` makes of the rows, weighted by ``weights`` ``[B, Hk, K]``; otherwise :meth:`take`."""
         raise NotImplementedError(f"{type(self).__name__} cannot {ABILITIES['merge']}")
 
-    def rewrite(self, values: Tensor, slots: Tensor | None) -> None:
-        """Hold other ``values`` ``[B, Hk, K, D]`` for the rows as they are, whose ``slots`` are :meth:`positions`."""
+    def rewrite(self, values: Tensor, slots: Tensor | None, keys: Tensor | None = None) -> None:
+        """Hold other ``values`` ``[B, Hk, K, D]`` for the rows as they are, whose ``slots`` are :meth:`positions`, and
+        other ``keys`` unless None."""
         raise NotImplementedError(f"{type(self).__name__} cannot {ABILITIES['rewrite']}")
 
     def crop(self, count: int) -> None:
