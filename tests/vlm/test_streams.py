@@ -340,8 +340,7 @@ def test_bad_frames_and_questions():
             stream.ask(wrong)
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1"):
         stream.ask(QUESTION, max_new_tokens=0)
-    with pytest.raises(ValueError, match=r"budget is 0.01, which leaves none of 4 tokens"):
-        opened(method="stc budget=0.01").frame(one)
+    assert len(opened(method="stc budget=0.01").frame(one).kept) == 1, "at least one of each frame"
     qwen = opened("qwen2_5_vl_video")
     with pytest.raises(ValueError, match="sides that 8 divides, got 12 x 16"):
         qwen.frame(torch.randn(3, 12, 16))

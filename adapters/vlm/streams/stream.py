@@ -225,7 +225,7 @@ class Stream:
                     break
                 x = self._embed(torch.tensor([[token]], device=self._device))
         tokenizer = self._parts.tokenizer
-        text = None if tokenizer is None else str(tokenizer.decode(found))
+        text = None if tokenizer is None else str(members.DECODE.need(tokenizer)(found))
         return Answer(tuple(found), text, torch.stack(rows) if logits else None)
 
     def report(self) -> StreamReport:
@@ -357,13 +357,15 @@ class Stream:
 
     def _snapshot(self) -> Any:
         if isinstance(self._cache, TokCache):
-            return self._cache.snapshot()
+            ours: TokCache = self._cache
+            return ours.snapshot()
         # Layers of transformers make new tensors of the old and the new rows; the old ones stay as they are.
         return [dict(vars(layer)) for layer in layers_of(self._cache)]
 
     def _restore(self, before: Any) -> None:
         if isinstance(self._cache, TokCache):
-            self._cache.restore(before)
+            ours: TokCache = self._cache
+            ours.restore(before)
             return
         for layer, state in zip(layers_of(self._cache), before, strict=True):
             layer.__dict__.clear()
