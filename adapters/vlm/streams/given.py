@@ -1,4 +1,4 @@
-"""What users hand to a stream: texts as ids or words, and models."""
+"""Texts as users hand them to a stream, as ids or words, and models."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from tokred.vlm.causal import CausalMethod, State
 
 
 class Features(NamedTuple):
-    """What the tower and the projector made of a frame.
+    """Features that the tower and the projector made of a frame.
 
     Attributes:
         x: ``(1, N, C)`` as they would enter the language model.
@@ -34,7 +34,7 @@ class Features(NamedTuple):
 
 
 class Looked(NamedTuple):
-    """What is left of a frame.
+    """Tokens that are left of a frame.
 
     Attributes:
         x: ``(1, M, C)``.

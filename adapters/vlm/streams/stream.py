@@ -163,6 +163,7 @@ class Stream:
         some = next(self._core.get_submodule(parts.host.facts.tower).parameters())
         given = parts.looks.given(self._core, pixels.to(some.device, some.dtype))
         given = {name: value.to(some.device) for name, value in given.items()}
+        # The state is taken over when the language model has run: a frame goes in as a whole or not at all.
         with self._at_work(), self._unless_it_fails():
             with contextlib.nullcontext() if parts.tower is None else parts.tower.frame(self._frames):
                 found = features_of(self._core, parts.looks, given)
@@ -229,7 +230,7 @@ class Stream:
         return Answer(tuple(found), text, torch.stack(rows) if logits else None)
 
     def report(self) -> StreamReport:
-        """What has been seen, and what is held."""
+        """A report of what has been seen, and what is held."""
         tower = self._parts.tower
         return StreamReport(
             self._parts.host.family,
@@ -347,7 +348,7 @@ class Stream:
 
     @contextlib.contextmanager
     def _unless_it_fails(self) -> Iterator[None]:
-        """What breaks off leaves the cache as it was."""
+        """Inside, an error leaves the cache as it was."""
         before = self._snapshot()
         try:
             yield

@@ -21,7 +21,7 @@ from tokred.vlm.tools.reuse import Reuse
 
 
 class Held(NamedTuple):
-    """What one layer remembers of the reference frame, ``(1, S, C)`` each.
+    """Tensors that one layer remembers of the reference frame, ``(1, S, C)`` each.
 
     Attributes:
         keys, values: of all heads joined.
@@ -91,7 +91,7 @@ class TowerReuse:
 
 
 class Seat(NamedTuple):
-    """What a layer is told: whose it is, its number, and the names of its parts."""
+    """A layer's place in its tower: whose it is, its number, and the names of its parts."""
 
     owner: TowerReuse
     number: int
