@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tokred.adapters.contract import words
+from tokred.adapters.contract.spelling import parameters
 from tokred.adapters.swap import host_class
 from tokred.adapters.vlm.families import describe
 from tokred.adapters.vlm.layout import Part, clip_of
@@ -51,6 +52,10 @@ def features_of(core: nn.Module, looks: Looks, given: dict[str, Any]) -> Feature
     """The features of one frame; taps that are hung on the model note what the method reads."""
     # The class's own getter: what stands in front of it on a patched model is for forwards of prompts.
     getter = getattr(host_class(core), looks.getter)
+    pixels = words.VIDEO_PIXELS.of(given)
+    if pixels is not None and not words.VIDEO_PIXELS.among(parameters(getter)):
+        # Older versions give videos to the getter under the name that images have.
+        given = {words.PIXELS.name: pixels}
     before = in_flight.tap
     tap = in_flight.tap = Tap()
     try:
