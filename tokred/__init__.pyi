@@ -137,6 +137,7 @@ from tokred.methods.vlm.flashvid import FlashVID
 from tokred.methods.vlm.framefusion import FrameFusion, FrameFusionLayer
 from tokred.methods.vlm.hired import HiRED
 from tokred.methods.vlm.holitom import HoliTom, HoliTomLayer
+from tokred.methods.vlm.pixelprune_visual import PixelPruneVisual
 from tokred.methods.vlm.prumerge import PruMerge, PruMergePlus
 from tokred.methods.vlm.prunevid import PruneVid
 from tokred.methods.vlm.pyramiddrop import PyramidDrop
@@ -242,6 +243,7 @@ __all__ = [
     "Oscar",
     "PiToMe",
     "PixelPrune",
+    "PixelPruneVisual",
     "Place",
     "PluginWarning",
     "PruMerge",

@@ -41,7 +41,9 @@ METRICS: dict[str, Metric] = {
     "ceiling": Metric("x", "how fast counted multiply-adds would let it be"),
     # Quality
     "top1": Metric("share", "of right answers", INTERVAL, "top1_images"),
-    "recall": Metric("share", "of the patches that the object covers: those that are left behind the last block", INTERVAL),
+    "recall": Metric(
+        "share", "of the patches that the object covers: those that are left behind the last block", INTERVAL
+    ),
     "top1_difference": Metric(
         "share", "of right answers, minus the unpatched model's on the same images", INTERVAL, "top1_images"
     ),

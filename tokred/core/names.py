@@ -61,6 +61,7 @@ MethodName = Literal[
     "oscar",
     "pitome",
     "pixelprune",
+    "pixelprune_visual",
     "ppt",
     "prumerge",
     "prumerge_plus",
