@@ -264,7 +264,7 @@ def enter(shared: Shared, layer: int, x: Tensor, rows: Tensor) -> tuple[PackedSt
         return begin(shared, x, rows), rows
     state = shared.carried(layer, x)
     assert isinstance(state, PackedState)
-    if shared.method.rejoins and layer == shared.depth - 1:
+    if layer == shared.method.joins(shared.depth):
         return PackedState.begin(state.layout), rows if state.exposed else state.restore(rows)
     if state.exposed:
         return replace(state, exposed=False), state.shorten(rows)
