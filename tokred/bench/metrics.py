@@ -173,5 +173,5 @@ METRICS: dict[str, Metric] = {
 CONDITIONS = (
     "asked", "length", "batch", "tokens", "stage", "case", "input", "size", "width", "depth", "full_depth",
     "tower_depth", "moments", "rows", "weights", "answered_by", "data", "photos", "keeps", "visual", "text",
-    "decides", "goal", "memory", "quarter", "difficulty", "fed", "scored_by", "clock",
+    "decides", "goal", "memory", "quarter", "difficulty", "fed", "scored_by", "clock", "frames",
 )  # fmt: skip

@@ -4,6 +4,7 @@ from typing import Literal
 
 MethodName = Literal[
     "adakv",
+    "adore",
     "algm",
     "asymrnr",
     "ats",
@@ -22,10 +23,12 @@ MethodName = Literal[
     "dtem",
     "duoattention",
     "dycoke",
+    "dycoke_decode",
     "dynamicvit",
     "evit",
     "evs",
     "expected_attention",
+    "fastcache",
     "fastervlm",
     "fastkv",
     "fastv",
@@ -65,6 +68,7 @@ MethodName = Literal[
     "prumerge",
     "prumerge_plus",
     "prunevid",
+    "prunevid_layer",
     "pyramiddrop",
     "pyramidkv",
     "random",

@@ -303,7 +303,7 @@ def enter_cells(settings: Settings, state: PackedState, rows: Tensor) -> tuple[P
     """State and rows after a decision before the first block, about whole cells: one whose rows were let in by half
     would be joined from wrong ones."""
     side, shared = state.layout.cell, settings.shared
-    unit, parts, xs = side * side, [], []
+    parts, xs = [], []
     for part, x in zip(state.parts, state.unpack(rows), strict=True):
         assert part.sides is not None  # of every group
         sides = part.sides

@@ -28,6 +28,7 @@ ABILITIES = {
     "tight": "hold uneven heads without empty rows",
     "crop": "take the newest rows back",
     "levels": "hold every row in the bits that it was given",
+    "return": "take back rows of tokens that had left",
     "attend": "answer a query without unpacking",
 }
 
@@ -258,6 +259,15 @@ class Shelf(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} cannot put a row in the place of another")
 
+    def place(self, slots: Tensor, seen: int) -> None:
+        """Let the newest rows be of tokens that had left.
+
+        Args:
+            slots: ``[B, n]`` int32 of them, ``SENTINEL`` in empty ones.
+            seen: slots before they came.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot take back rows of tokens that had left")
+
     def lend(self) -> None:  # noqa: B027 - only those who change tensors in place have to know
         """Somebody may go on holding the tensors of keys and values, who must not see them change."""
 
@@ -265,8 +275,9 @@ class Shelf(ABC):
         """Hold only what ``step`` makes of the rows, weighted by ``weights`` ``[B, Hk, K]``; otherwise :meth:`take`."""
         raise NotImplementedError(f"{type(self).__name__} cannot {ABILITIES['merge']}")
 
-    def rewrite(self, values: Tensor, slots: Tensor | None) -> None:
-        """Hold other ``values`` ``[B, Hk, K, D]`` for the rows as they are, whose ``slots`` are :meth:`positions`."""
+    def rewrite(self, values: Tensor, slots: Tensor | None, keys: Tensor | None = None) -> None:
+        """Hold other ``values`` ``[B, Hk, K, D]`` for the rows as they are, whose ``slots`` are :meth:`positions`, and
+        other ``keys`` unless None."""
         raise NotImplementedError(f"{type(self).__name__} cannot {ABILITIES['rewrite']}")
 
     def crop(self, count: int) -> None:
