@@ -63,7 +63,9 @@ from tokred.methods.diffusion.tomesd import ToMeSD
 from tokred.methods.diffusion.vidtome import VidToMe
 from tokred.methods.encoder.algm import ALGM
 from tokred.methods.encoder.ats import ATS
+from tokred.methods.encoder.avit import AViT
 from tokred.methods.encoder.cropr import Cropr
+from tokred.methods.encoder.diffrate import DiffRate
 from tokred.methods.encoder.downsample import Downsample
 from tokred.methods.encoder.dtem import DTEM
 from tokred.methods.encoder.dynamicvit import DynamicViT
@@ -116,6 +118,8 @@ from tokred.methods.kv.shadowkv import ShadowKV
 from tokred.methods.kv.snapkv import SnapKV
 from tokred.methods.kv.squeezeattention import SqueezeAttention
 from tokred.methods.kv.streaming_llm import StreamingLLM
+from tokred.methods.kv.streamingtom_cache import StreamingTOMCache
+from tokred.methods.kv.tokenbutler import TokenButler
 from tokred.methods.kv.tokenselect import TokenSelect
 from tokred.methods.kv.tova import TOVA
 from tokred.methods.kv.triattention import TriAttention
@@ -131,6 +135,7 @@ from tokred.methods.vlm.fastv import FastV
 from tokred.methods.vlm.fastvid import FastVID
 from tokred.methods.vlm.flash_vl import FlashVL, Nemotron
 from tokred.methods.vlm.flashvid import FlashVID
+from tokred.methods.vlm.framefusion import FrameFusion, FrameFusionLayer
 from tokred.methods.vlm.hired import HiRED
 from tokred.methods.vlm.holitom import HoliTom, HoliTomLayer
 from tokred.methods.vlm.prumerge import PruMerge, PruMergePlus
@@ -140,6 +145,8 @@ from tokred.methods.vlm.random_deep import RandomDeep
 from tokred.methods.vlm.restore import Restore
 from tokred.methods.vlm.saint_vlm import SAINTLayer, SAINTVisual
 from tokred.methods.vlm.sparsevlm import SparseVLM
+from tokred.methods.vlm.stc import STC
+from tokred.methods.vlm.streamingtom import StreamingTOM
 from tokred.methods.vlm.topv import TopV
 from tokred.methods.vlm.vcast import VCAST
 from tokred.methods.vlm.vidcom2 import VidCom2
@@ -150,6 +157,7 @@ from tokred.methods.vlm.vscan import VScan, VScanLayer
 from tokred.patch import change
 from tokred.settings import load, make, push_to_hub, save
 from tokred.settings.caches import blend, load_cache, save_cache, share_prefix
+from tokred.settings.streams import stream
 from tokred.tuning.run import tune
 
 __version__: str
@@ -172,9 +180,11 @@ __all__ = [
     "RPC",
     "SAINT",
     "SDTM",
+    "STC",
     "TOVA",
     "VCAST",
     "VTM",
+    "AViT",
     "AdaKV",
     "AsymRnR",
     "AttentionMatching",
@@ -187,6 +197,7 @@ __all__ = [
     "ChunkStore",
     "CriticalKV",
     "Cropr",
+    "DiffRate",
     "DivPrune",
     "Downsample",
     "DownsampleVisual",
@@ -204,6 +215,8 @@ __all__ = [
     "FlashVID",
     "FlashVL",
     "Flops",
+    "FrameFusion",
+    "FrameFusionLayer",
     "HiRED",
     "HoliTom",
     "HoliTomLayer",
@@ -257,6 +270,8 @@ __all__ = [
     "SparseVLM",
     "SqueezeAttention",
     "StreamingLLM",
+    "StreamingTOM",
+    "StreamingTOMCache",
     "Support",
     "TinyChart",
     "ToDo",
@@ -264,6 +279,7 @@ __all__ = [
     "ToMA",
     "ToMe",
     "ToMeSD",
+    "TokenButler",
     "TokenSelect",
     "TokenStateError",
     "TokenTMPrune",
@@ -321,6 +337,7 @@ __all__ = [
     "save",
     "save_cache",
     "share_prefix",
+    "stream",
     "supports",
     "trace",
     "tune",

@@ -239,7 +239,7 @@ class EncoderHost(Host):
         assert isinstance(method, BlockMethod)  # check() saw to it
         expose = self.exposure(method, expose)
         shared = Shared(method, self.depth, self.prefix, self.suffix, expose, drops=method.drops or self.padded)
-        watch(self, shared, changes)
+        self.begin(shared, changes)
         shared.class_token = "class_attention" in self.supplies
         shared.watch = Watch(self.family, {str(i): name for i, (name, _) in enumerate(self.blocks)})
         norms = self.key_norms or [None] * self.depth
@@ -254,6 +254,10 @@ class EncoderHost(Host):
         changes.swap(self.model, model_body, shared)
         hang(self.model, shared.watch, changes)
         return shared
+
+    def begin(self, shared: Shared, changes: Changes) -> None:
+        """Hang the hook by which the first block knows how its tokens stand."""
+        watch(self, shared, changes)
 
     def report(self, state: Shared, methods: Sequence[Method]) -> BlockReport:
         """Tokens, multiply-adds and sizes of every block."""

@@ -289,9 +289,12 @@ class Shared(State):
 
     @property
     def learns(self) -> bool:
-        """True while the method has weights that are being trained."""
+        """True while the method has weights that are being trained, or none, and losses on the model's own."""
         module = self.module
-        return module is not None and module.training and any(p.requires_grad for p in module.parameters())
+        if module is None or not module.training:
+            return False
+        own = list(module.parameters())
+        return any(p.requires_grad for p in own) or (not own and self.method.gradients)
 
     def begin(self, x: Tensor, length: int) -> TokenState:
         """The state of tokens ``x`` that enter the first block.

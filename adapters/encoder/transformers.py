@@ -19,6 +19,7 @@ from tokred.adapters.contract import attention_of, members, terms, words
 from tokred.adapters.encoder import transformers_maps, transformers_text
 from tokred.adapters.encoder.block import Recipe, refuse_padding
 from tokred.adapters.encoder.host import EncoderHost, argument_names
+from tokred.adapters.encoder.packed import transformers as packed
 from tokred.adapters.encoder.sides import convolution, of_convolution
 from tokred.adapters.encoder.state import TokenState
 from tokred.adapters.encoder.text_tables import ENCODERS as TEXTS
@@ -79,6 +80,10 @@ def match(model: nn.Module) -> EncoderHost | None:
         return None  # a layer, or a wrapper around a timm model, which the timm adapter finds inside
     located = _locate(model)
     if located is None:
+        host = packed.match(model)
+        if host is not None:
+            _check_fused(host.model, host.blocks)
+            return host
         host = transformers_maps.match(model) or transformers_text.match(model)
         if host is not None:
             return host
@@ -151,7 +156,7 @@ def is_tower(model: Any) -> bool:
     inside = words.PLACE_IN_MODEL.part(words.CONFIG.part(model)) in words.VISION.names
     if not terms.PRETRAINED.among(names) or not (inside or any(n in TOWERS for n in names)):
         return False
-    return _locate(model) is None and transformers_maps.match(model) is None
+    return _locate(model) is None and transformers_maps.match(model) is None and packed.match(model) is None
 
 
 def _host(model: Any, name: str, encoder: Any, demand: str) -> EncoderHost:

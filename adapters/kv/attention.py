@@ -152,9 +152,9 @@ def _attend(
         # The store has more rows than it has handed over, and may know how to attend to all of them.
         several = layer.shelf.several and spec.plain and layer.weights is None
         known = (several or _one(call, layer, query)) and not call.seat.latents
-        if known and not call.dropout and call.sinks is None:
+        if known and not call.dropout and (call.sinks is None or layer.shelf.sunk):
             padding = partial(_padding, spec, layer.seen)
-            heads = layer.shelf.attend(Query(query, call.scaling, call.softcap, padding))
+            heads = layer.shelf.attend(Query(query, call.scaling, call.softcap, padding, call.sinks))
             if heads is not None:
                 return heads.transpose(1, 2).contiguous(), None
         key, value = _keys_of(call, layer.shelf.keys, layer.shelf.values)

@@ -181,7 +181,7 @@ class EnterDecoder(Hook):
             return args, kwargs
         _check_samples(given)
         _check_mask(words.ATTENTION_MASK.of(given))
-        ours = self.settings.cache() if cache is None else self.settings.adopt(cache)
+        ours: TokCache = self.settings.cache() if cache is None else self.settings.adopt(cache)
         _check_length(words.ATTENTION_MASK.of(given), given, ours)
         check_mask(ours, words.ATTENTION_MASK.of(given))
         _check_chunk(given, self.settings.policy)

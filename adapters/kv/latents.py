@@ -22,11 +22,11 @@ class LatentSite(CacheSite):
     """One layer of a cache of latents: queries ``[B, H, M, R + E]``, keys ``[B, 1, K, R + E]``, of ``R`` numbers of the
     latent and ``E`` that are rotated; values ``[B, 1, K, R]`` are latents."""
 
-    def price(self, store: Priced) -> None:
+    def price(self, store: Priced, *, uneven: bool = False, shapes: tuple[Tensor, ...] = ()) -> None:
         """Count rows at what a store takes for them: latents in the place of keys, rotated ones in that of values."""
         keys, latents = self._like
         rotated = like(latents, (*latents.shape[:3], keys.shape[3] - latents.shape[3]))
-        self.row_bytes, self.fresh_bytes = store.row_bytes(latents, rotated), store.fresh_bytes(latents, rotated)
+        super().price(store, uneven=uneven, shapes=shapes or (latents, rotated))
 
 
 def makes_latents(attention: nn.Module) -> bool:

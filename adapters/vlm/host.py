@@ -200,7 +200,7 @@ class VisualHost(Host):
         assert isinstance(method, PlacedMethod)  # of its stage
         if self.stage == "projector":
             settings.outer = method
-            self._tap(method, changes)
+            self.tap(method, changes)
         else:
             settings.inner = method
             if where is not None:
@@ -247,7 +247,8 @@ class VisualHost(Host):
             changes.before(model, EnterLoss(settings, names), with_kwargs=True)
             changes.after(model, LeaveLoss(), with_kwargs=True, always_call=True)
 
-    def _tap(self, method: Method, changes: Changes) -> None:
+    def tap(self, method: Method, changes: Changes) -> None:
+        """Hang the hooks that note what the method reads of the tower, while a feature getter runs."""
         from tokred.adapters.vlm.taps import FusedTap, HeadTap, ProjectorTap, TablesTap
 
         core: Any = self.core
@@ -357,7 +358,7 @@ def _decoder_layers(model: nn.Module, attentions: list[tuple[str, nn.Module]]) -
 def _supplies_layer(layers: list[tuple[str, nn.Module]]) -> frozenset[str]:
     from tokred.adapters.vlm.decoder_attention import norm_behind_attention, supplies_rows
 
-    found = {"x", "prompt"}
+    found = {"x", "prompt", "carried"}
     if all(norm_behind_attention(layer) is not None for _, layer in layers):
         found.add("stream")
     if all(supplies_rows(layer) for _, layer in layers):
@@ -366,7 +367,7 @@ def _supplies_layer(layers: list[tuple[str, nn.Module]]) -> frozenset[str]:
 
 
 def _supplies_projector(core: Any, facts: Facts) -> frozenset[str]:
-    found = {"x", "grid", "text"} | ({"project"} if facts.tokenwise else set())
+    found = {"x", "grid", "text", "carried"} | ({"project"} if facts.tokenwise else set())
     if facts.clips or any(modality == "video" for _, modality in facts.getters):
         found |= {"frames", "motion"}
     if facts.projector:

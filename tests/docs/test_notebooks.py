@@ -96,7 +96,11 @@ def needs(path: Path) -> None:
         pytest.importorskip(module)
 
 
-@pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
+# Each runs its wing's tutorial on real weights; two of them in every run.
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, id=p.stem, marks=() if p.stem in ("encoder", "kv") else pytest.mark.hosts) for p in PATHS],
+)
 def test_cells_run_and_show_what_is_committed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needs(path)
     monkeypatch.setenv("MPLBACKEND", "Agg")

@@ -261,7 +261,9 @@ OTHERS = (
     "turbo",
     "offloaded",
     "shadowkv",
+    "tokenbutler",
     "tokenselect",
+    "streamingtom_cache",
     "nsnquant",
 )
 NAMES = [n for n in tokred.list_methods() if tokred.make(n).stage == "cache" and n not in OTHERS]

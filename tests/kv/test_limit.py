@@ -38,7 +38,19 @@ REFUSED = {
     "rdkv": "bytes of their scales",
     "rpc": "generated rows alone",
     **dict.fromkeys(
-        ("mikv", "mustafar", "nsnquant", "offloaded", "oscar", "shadowkv", "tokenselect", "turbo"), "evicts nothing"
+        (
+            "mikv",
+            "mustafar",
+            "nsnquant",
+            "offloaded",
+            "oscar",
+            "shadowkv",
+            "streamingtom_cache",
+            "tokenbutler",
+            "tokenselect",
+            "turbo",
+        ),
+        "evicts nothing",
     ),
     "attention_matching": "which it reads again",
     "kvzap": "as many as score high",

@@ -10,6 +10,7 @@ import torch
 import tokred
 from tests.kv.test_coded import course_of_events, held
 from tokred.kv import CacheSite, NSNQuant
+from tokred.kv.described import Place
 from tokred.kv.stores.codebooks import codebook, distortion
 from tokred.kv.stores.nsnquant import LookedUp, spread
 
@@ -215,7 +216,8 @@ def test_bytes_that_are_held():
     assert held(shelf) == 2 * 2 * 1024 * 128 * 2.23828125 / 8
     store = NSNQuant(pre_rope=False)
     shelf.append(k[:, :, :1], k[:, :, :1])
-    assert held(shelf) <= 2 * 1025 * store.row_bytes(k, k) + store.note_bytes(2, 128, uneven=False)
+    place = Place(2, store.row_bytes(k, k), whole=store.whole_rows(k, k))
+    assert held(shelf) <= place.held(1025) + store.note_bytes(2, 128, uneven=False)
 
 
 # ---------------------------------------------------------------- models

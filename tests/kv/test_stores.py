@@ -17,7 +17,7 @@ from tokred.core.reduction import Reduction
 from tokred.core.registry import parts
 from tokred.kernels.decode_attention import SENTINEL
 from tokred.kv import CacheSite, Flat, Half, Merge, Rectangle, Store
-from tokred.kv.described import POSITION, Made
+from tokred.kv.described import POSITION, Made, Place
 from tokred.kv.parts import as_part
 from tokred.kv.stores import ABILITIES, Query
 from tokred.kv.stores.coded import Coded
@@ -281,6 +281,7 @@ def test_rows_cost_what_they_are_said_to(name, dtype):
     store = parts.get(name)()
     k, v = rows(200, dtype=dtype)
     row, fresh = store.row_bytes(k, v), store.fresh_bytes(k, v)
+    settled = Place(H, row, whole=store.whole_rows(k, v)).held(200)
     assert row <= fresh
 
     def held(shelf) -> int:
@@ -291,7 +292,9 @@ def test_rows_cost_what_they_are_said_to(name, dtype):
     notes = B * store.note_bytes(H, D, uneven=False)
     assert held(shelf) <= B * H * 200 * fresh + notes
     shelf.settle(None)
-    assert B * H * 200 * (row - POSITION) * 0.5 < held(shelf) <= B * H * 200 * row + notes
+    # Of formats a row has its share of evicted ones and of room, a third and an eighth, which there are none of here.
+    least = 0.45 if isinstance(store, Coded) else 0.5
+    assert B * H * 200 * (row - POSITION) * least < held(shelf) <= B * settled + notes
     if "tight" not in store.can:
         with pytest.raises(ValueError, match="without empty rows"):
             store.tight()

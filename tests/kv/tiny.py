@@ -90,6 +90,8 @@ APART = (
     "fastcache",
 )
 APART += ("kivi", "mikv", "mustafar", "nsnquant", "offloaded", "oscar", "shadowkv", "tokenselect", "turbo", "rdkv")
+APART += ("streamingtom_cache",)
+APART += ("tokenbutler",)
 POLICIES: dict[str, Any] = {
     name: tokred.make(name, **given) for name, given in examples("cache").items() if name not in APART
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
@@ -98,6 +99,12 @@ class Priced(Protocol):
     def fresh_bytes(self, keys: Tensor, values: Tensor) -> int:
         """Bytes of one that has just come."""
 
+    def whole_rows(self, keys: Tensor, values: Tensor) -> tuple[tuple[int, int], ...]:
+        """Rows of a head that may take more than that in the end, and how many bytes more."""
+
+    def note_bytes(self, heads: int, width: int, *, uneven: bool) -> int:
+        """Bytes of a layer besides its rows."""
+
 
 class Place(NamedTuple):
     """The room that a budget in bytes divides: what a row costs, and under a hard limit what else needs room.
@@ -107,12 +114,29 @@ class Place(NamedTuple):
         row_bytes: of one row of one head.
         fixed: bytes of all layers together that are no rows to choose from.
         coming: rows of one head, added up over all layers, that the budget leaves free: the next chunk needs them.
+        whole: of every head the first ``n`` rows take ``more`` bytes besides, each; pairs of these, which add up.
     """
 
     heads: int
     row_bytes: int
     fixed: int = 0
     coming: int = 0
+    whole: tuple[tuple[int, int], ...] = ()
+
+    def held(self, rows: int) -> int:
+        """Bytes of a layer whose heads have so many rows."""
+        return self.heads * (self.row_bytes * rows + sum(more * min(rows, n) for n, more in self.whole))
+
+    def rows(self, held: int) -> int:
+        """The most rows that a head of a layer of so many bytes has; negative where there are less than none.
+
+        Whatever is more in one layer is less in another: the first rows are the dearest, so layers of different lengths
+        take no more than equal ones.
+        """
+        most = held // (self.heads * self.row_bytes)
+        if most <= 0 or not self.whole:
+            return most
+        return bisect.bisect_right(range(1, most + 1), held, key=self.held)
 
 
 def plain_bytes(rows: Tensor) -> int:

@@ -251,7 +251,7 @@ class Engine:
 
     def _claim(self, site: CacheSite) -> None:
         """Tell the site what rows cost, and what budgets in bytes have to leave room for."""
-        site.price(self.parts.store)
+        site.price(self.parts.store, uneven=self.parts.budget.headwise)
         site.state_bytes = self._state_bytes
         if self.ledger is not None:
             self.ledger.claim(site)

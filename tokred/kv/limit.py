@@ -65,7 +65,7 @@ class Ledger:
         parts, chunk, row = self.policy.parts, self.when.chunk, place.heads * place.row_bytes
         first, newest = self.policy.guards(_FAR, parts.budget.mean(_FAR, place, self.depth))
         least = max(first + newest + parts.fate.room, 1)
-        needed = place.fixed + row * (place.coming + self.depth * least)
+        needed = place.fixed + row * place.coming + self.depth * place.held(least)
         if needed > self.limit:
             raise ValueError(
                 f"a limit of {size_text(self.limit)} cannot hold a chunk of {chunk} tokens and the {least} tokens that "

@@ -190,8 +190,8 @@ class Budget(Part):
         if isinstance(self.amount, str):
             if place is None:
                 return n
-            rows = (parse_bytes(self.amount) - place.fixed) // (place.heads * place.row_bytes) - place.coming
-            return max(1, rows // depth)
+            free = parse_bytes(self.amount) - place.fixed - place.coming * place.heads * place.row_bytes
+            return max(1, place.rows(free // depth))
         return max(1, kept(n, self.amount) if isinstance(self.amount, float) else self.amount)
 
     def total(self, n: int, place: Place | None, depth: int) -> int:

@@ -79,11 +79,13 @@ class CachePolicy(Method):
         return parts.score.needs | parts.budget.reads | parts.store.reads
 
     def module(self, facts: Facts) -> nn.Module | None:
-        """The module of the score, where it has weights."""
-        return self.parts.score.module(facts)
+        """The module of the score, or of the store, where one has weights."""
+        parts = self.parts
+        made = parts.score.module(facts)
+        return parts.store.module(facts) if made is None else made
 
     def fits(self, facts: Callable[[], Facts]) -> None:
-        """Refuse a model that what score or budget know is not of.
+        """Refuse a model that what score or budget know is not of, or that the store cannot serve.
 
         Args:
             facts: asks the model; only where something is known.
@@ -94,6 +96,7 @@ class CachePolicy(Method):
         parts = self.parts
         parts.score.fits(facts)
         parts.budget.fits(facts, parts.score)
+        parts.store.fits(facts)
 
     def check(self, depth: int) -> None:
         """Refuse a budget that does not fit the number of compressed layers, and a store that cannot do all it must.
@@ -148,7 +151,7 @@ class CachePolicy(Method):
     def reduce(self, site: Site) -> Reduction:
         """Decide for one layer alone, as at the end of a prompt whose only forward this is."""
         assert isinstance(site, CacheSite)  # the stage's only kind of site
-        site.price(self.parts.store)
+        site.price(self.parts.store, uneven=self.parts.budget.headwise)
         parts = self.parts
         parts.score.observe(site)
         score = parts.score(site)
@@ -167,7 +170,7 @@ class CachePolicy(Method):
         For looking at; :meth:`reduce` decides.
         """
         parts = self.parts
-        site.price(parts.store)
+        site.price(parts.store, uneven=parts.budget.headwise)
         parts.score.observe(site)
         rows = self.at_least(site, parts.budget.rows(site))
         score, guard = parts.score(site), self.guarded(site, rows)

@@ -23,12 +23,9 @@ from tokred.errors import MissingInputError
 from tokred.kernels.column_scores import ColumnStatistics
 from tokred.kernels.decode_attention import visible_positions
 from tokred.kv import newest
-from tokred.kv.described import POSITION, like, plain_bytes
-from tokred.kv.described import Made as Made
-from tokred.kv.described import Padding as Padding
-from tokred.kv.described import Place as Place
-from tokred.kv.described import Priced as Priced
-from tokred.kv.described import Rope as Rope
+from tokred.kv.described import POSITION, Made, Padding, Place, Priced, Rope, like, plain_bytes
+
+__all__ = ["CacheSite", "Made", "Padding", "Place", "Priced", "Rope"]
 
 
 class CacheSite(Site):
@@ -110,8 +107,9 @@ class CacheSite(Site):
         self.read = self.seen
         # As the engine says: bytes of state of one row of one head; see Place for the others.
         self.state_bytes = self.fixed_bytes = self.coming = 0
-        # Of a row as it is held in the end, and as it comes.
+        # Of a row as it is held in the end, and as it comes; and of the first rows, see Place.
         self.row_bytes = self.fresh_bytes = sum(plain_bytes(x) for x in self._like) + POSITION
+        self.whole: tuple[tuple[int, int], ...] = ()
         self._projection = projection
         self._rope = rope
         self._measured: dict[tuple[int | None, str], ColumnStatistics] = {}
@@ -171,11 +169,14 @@ class CacheSite(Site):
     @property
     def place(self) -> Place:
         """Heads, and the bytes of one row of one head: key, value, position, and what the policy keeps for it."""
-        return Place(self.heads, self.row_bytes + self.state_bytes, self.fixed_bytes, self.coming)
+        return Place(self.heads, self.row_bytes + self.state_bytes, self.fixed_bytes, self.coming, self.whole)
 
-    def price(self, store: Priced) -> None:
-        """Count rows at what a store takes for them."""
-        self.row_bytes, self.fresh_bytes = store.row_bytes(*self._like), store.fresh_bytes(*self._like)
+    def price(self, store: Priced, *, uneven: bool = False, shapes: tuple[Tensor, ...] = ()) -> None:
+        """Count rows, of ``shapes`` or as they are, at what a store takes; ``uneven``: heads differ."""
+        rows = shapes or self._like
+        self.row_bytes, self.fresh_bytes = store.row_bytes(*rows), store.fresh_bytes(*rows)
+        self.whole = store.whole_rows(*rows)
+        self.fixed_bytes = self.depth * store.note_bytes(self.heads, self.width, uneven=uneven)
 
     @property
     def key_bytes(self) -> int:
@@ -352,8 +353,7 @@ class CacheSite(Site):
         Returns:
             ``[B, Hk, K]`` float32, zero on padding and empty rows.
         """
-        real = self.real
-        if real is None:
+        if (real := self.real) is None:
             return score(*tensors)
         b, heads, n = self.extent
         out = torch.zeros(b, heads, n, device=self.device)

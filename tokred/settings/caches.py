@@ -214,6 +214,8 @@ def _check_done(policy: Any) -> None:
         why = "keeps to a limit, for which rows of the prefix may go at any time"
     elif not parts.budget.full and (parts.when.every or parts.when.turns):
         why = "goes on evicting when the prompt is over, and a prefix belongs to all samples"
+    elif parts.store.searches:
+        why = "searches rows that its network has read, which are those of one cache alone"
     if why:
         raise ValueError(f"{policy.name or 'the policy'} {why}: take one that is done with the prompt")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tokred.kv.stores.flat import Flat
+from tokred.kv.stores.grouped import Grouped
 from tokred.kv.stores.half import Half
 from tokred.kv.stores.kivi import KIVI
 from tokred.kv.stores.mikv import MiKV
@@ -13,6 +14,7 @@ from tokred.kv.stores.rectangle import Rectangle
 from tokred.kv.stores.rotated import Oscar, Turbo
 from tokred.kv.stores.shadow import ShadowKV
 from tokred.kv.stores.store import ABILITIES, Query, Shelf, Store
+from tokred.kv.stores.tokenbutler import TokenButler
 from tokred.kv.stores.tokenselect import TokenSelect
 from tokred.kv.stores.zones import Zones
 
@@ -20,6 +22,7 @@ __all__ = [
     "ABILITIES",
     "KIVI",
     "Flat",
+    "Grouped",
     "Half",
     "MiKV",
     "Mustafar",
@@ -31,6 +34,7 @@ __all__ = [
     "ShadowKV",
     "Shelf",
     "Store",
+    "TokenButler",
     "TokenSelect",
     "Turbo",
     "Zones",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,11 +19,15 @@ from tokred.kv.described import POSITION, Made, plain_bytes
 from tokred.kv.site import CacheSite
 from tokred.kv.stores.codecs import Codec
 from tokred.kv.stores.rectangle import SlottedShelf, merged_slots, without_empty
-from tokred.kv.stores.sides import ROOM, Side, Window
+from tokred.kv.stores.sides import ROOM, SPARE, SPARE_CODES, Side, Window
 from tokred.kv.stores.store import Query, Store
 
 # Share of the rows of a layer that may have been evicted and still take room, before all others are encoded anew.
 HOLES = 0.25
+# Codes that are held for one of a row that is left, with the room behind them.
+HELD = (1 + 1 / SPARE_CODES) / (1 - HOLES)
+# Bytes of a row's position, of where it stands, and of whether what stands there is a row, that of evicted ones too.
+NOTED = 2 * POSITION + 2
 
 
 class Form(NamedTuple):
@@ -59,19 +64,25 @@ class Coded(Store):
         self.forms(keys, values)
 
     def row_bytes(self, keys: Tensor, values: Tensor) -> int:
-        """Codes, with those of evicted rows that may be among them, the position, and where the row stands."""
+        """Codes, with those of evicted rows that may be among them and the room behind; and what is noted of a row."""
         key, value = self.forms(keys, values)
-        bits = (key.codec.row_bits(keys) + value.codec.row_bits(values)) / (1 - HOLES)
-        return -int(-bits // 8) + 2 * POSITION
+        return math.ceil((key.codec.row_bits(keys) + value.codec.row_bits(values)) / 8 * HELD) + NOTED
 
     def fresh_bytes(self, keys: Tensor, values: Tensor) -> int:
-        return plain_bytes(keys) + plain_bytes(values) + 2 * POSITION
+        """As it comes; or in a code, where that takes more with the room behind."""
+        return max(plain_bytes(keys) + plain_bytes(values) + NOTED, self.row_bytes(keys, values))
+
+    def whole_rows(self, keys: Tensor, values: Tensor) -> tuple[tuple[int, int], ...]:
+        """Rows in full precision, and the room behind them."""
+        found = []
+        for form, rows in zip(self.forms(keys, values), (keys, values), strict=True):
+            most, plain = form.window.most, plain_bytes(rows)
+            found += [(most, plain), (min(most, ROOM * SPARE), -(-plain // SPARE))]
+        return tuple(found)
 
     def note_bytes(self, heads: int, width: int, *, uneven: bool) -> int:
-        """Rows in full precision, of float32, and the room that rows grow into."""
-        nothing = torch.empty(1, heads, 0, width)
-        rows = sum(form.window.most + 2 * ROOM for form in self.forms(nothing, nothing))
-        return 4 * heads * width * rows
+        """The row of each side that steps write over, of float32."""
+        return 2 * 4 * heads * width
 
 
 class CodedShelf(SlottedShelf):
@@ -90,6 +101,7 @@ class CodedShelf(SlottedShelf):
         self._index: Tensor | None = None
         self._ragged = False
         self._new = 0  # rows of this forward
+        self._settled = False  # since the last of them came
         self._since = 0  # rows since rows were last evicted
         self._seen: Tensor | None = None  # [B, Hk, M] bool, which of the first rows of the log are rows
 
@@ -148,10 +160,11 @@ class CodedShelf(SlottedShelf):
             log = self._sides[0].count
             later = torch.arange(log - n, log, dtype=torch.int32, device=keys.device)
             self._index = torch.cat([self._index, later.expand(*self._index.shape[:2], n)], 2)
-        self._new = n
+        self._new, self._settled = n, False
         self._since += n
 
     def settle(self, site: CacheSite | None) -> None:
+        self._settled = True
         if not any(side.due for side in self._sides):
             return
         seen = self._log_mask()
@@ -166,6 +179,7 @@ class CodedShelf(SlottedShelf):
         index = step.representative
         self._moves(slots.gather(2, index), step)
         self._keep(self._places(index, step.mask), None)
+        self._late()
 
     def merge(self, step: Reduction, slots: Tensor, weights: Tensor | None) -> None:
         keys, values = self._made(0), self._made(1)
@@ -187,6 +201,12 @@ class CodedShelf(SlottedShelf):
             self._keep(places, merged)
         else:
             self._sides = tuple(s.anew(x) for s, x in zip(self._sides, merged, strict=True))
+        self._late()
+
+    def _late(self) -> None:
+        """Where the forward is over already, rows that have changed must not wait for the next in full precision."""
+        if self._settled:
+            self.settle(None)
 
     def _moves(self, slots: Tensor, step: Reduction) -> None:
         self._slots, self._ragged = without_empty(slots, step.mask).contiguous(), step.mask is not None
@@ -200,8 +220,9 @@ class CodedShelf(SlottedShelf):
 
     def _keep(self, places: Tensor, rows: tuple[Tensor, Tensor] | None) -> None:
         """Hold the rows ``places`` of the log, where they stand, or anew; ``rows`` are the same, if they are known."""
-        log = self._sides[0].count
-        if not self.complete and places.shape[2] >= (1 - HOLES) * log:
+        log, count = self._sides[0].count, places.shape[2]
+        # What is said to fit into the windows stands there, so that bytes can be told from the number of rows alone.
+        if not self.complete and count >= (1 - HOLES) * log and count > max(s.window.most for s in self._sides):
             self._index = places
             return
         if rows is None:

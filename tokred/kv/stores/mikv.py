@@ -14,16 +14,18 @@ from torch import Tensor
 from tokred.core.checks import check_count, check_share
 from tokred.core.reduction import Reduction
 from tokred.kernels.gather_rows import gather_rows
-from tokred.kv.described import POSITION, plain_bytes
+from tokred.kv.described import plain_bytes
 from tokred.kv.parts import Score, as_part
 from tokred.kv.site import CacheSite
 from tokred.kv.stores.codecs import Affine, AsTheyCome, Codec, Parts, check_bits, group_for
-from tokred.kv.stores.coded import HOLES, Coded, CodedShelf, Form
+from tokred.kv.stores.coded import HELD, NOTED, Coded, CodedShelf, Form
 from tokred.kv.stores.grown import Grown
-from tokred.kv.stores.sides import ROOM, Side, Window, with_more
+from tokred.kv.stores.sides import ROOM, SPARE_CODES, Side, Window, with_more
 
 BITS = (2, 3, 4, 8, 16)
 HIGH = (2, 4, 8, 16)
+# Bytes of the attention that a row has received.
+RECEIVED = 4
 
 
 @dataclass(frozen=True)
@@ -115,14 +117,19 @@ class MiKV(Coded):
         """Of the mean row: full precision by its share, codes with those of evicted rows, and what is noted."""
         forms, full = self.forms(keys, values), sum(self.upper(x).row_bits(x) for x in (keys, values)) / 8
         low = sum(form.codec.row_bits(x) for form, x in zip(forms, (keys, values), strict=True)) / 8
-        return math.ceil(self.high * full + (1 - self.high) * low / (1 - HOLES)) + 3 * POSITION
+        room = 1 / SPARE_CODES if self.high_bits != 16 else 0.0
+        return math.ceil(self.high * full * (1 + room) + (1 - self.high) * low * HELD) + NOTED + RECEIVED
 
     def fresh_bytes(self, keys: Tensor, values: Tensor) -> int:
-        return plain_bytes(keys) + plain_bytes(values) + 3 * POSITION
+        return max(plain_bytes(keys) + plain_bytes(values) + NOTED + RECEIVED, self.row_bytes(keys, values))
+
+    def whole_rows(self, keys: Tensor, values: Tensor) -> tuple[tuple[int, int], ...]:
+        """None but those that :meth:`row_bytes` has its share of, and those of :meth:`note_bytes`."""
+        return ()
 
     def note_bytes(self, heads: int, width: int, *, uneven: bool) -> int:
-        """The balance, rows that wait to be rounded, and room."""
-        return heads * (2 * width + 2 * 4 * width * (self.block + 2 * ROOM))
+        """The balance, rows that wait to be rounded, one that the share is rounded up by, and room; of float32."""
+        return 4 * heads * width * (1 + 2 * (self.block + 1 + ROOM + 1))
 
     def full(self, count: int) -> int:
         """Rows in full precision of ``count``."""
@@ -174,12 +181,14 @@ class MiKVShelf(CodedShelf):
         self._received: Tensor | None = None  # [B, Hk, n] float32, attention to the rows in full precision
         self._weights: Tensor | None = None  # [B, Hk, n] of this step, where attend has it
         self._path: Tensor | None = None  # [B, Hk, K] rows of this forward's site that are left of an eviction
+        self._counted = False  # whether its attention has been added to what rows have received
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         super().append(keys, values)
         new = torch.zeros(*keys.shape[:3], device=keys.device)
         self._received = new if self._received is None else torch.cat([self._received, new], 2)
         self._weights = self._path = None
+        self._counted = False
 
     def answered(self, weights: Tensor) -> None:
         self._weights = weights[:, :, :, self._sides[0].encoded :].sum(2)
@@ -193,8 +202,10 @@ class MiKVShelf(CodedShelf):
         return super().newest
 
     def settle(self, site: CacheSite | None) -> None:
+        self._settled = True
         self._count(site)
         self._round(site)
+        self._weights = self._path = None
         if self.store.high_bits != 16:
             self._sides = tuple(
                 side._replace(tail=Rounded.of(side.tail, self.store.upper(side.tail.buffer), self._type))  # type: ignore[arg-type]
@@ -221,7 +232,7 @@ class MiKVShelf(CodedShelf):
             received = torch.zeros_like(received)
         if self._weights is not None:
             self._received = received + self._weights
-        elif site is not None:
+        elif site is not None and not self._counted:
             found = site.columns(group="sum") if self.store.score is None else self.store.judge(site).float()
             if self._path is not None:
                 found = found.gather(2, self._path)
@@ -231,7 +242,6 @@ class MiKVShelf(CodedShelf):
                 log = torch.zeros(*found.shape[:2], self._sides[0].count + 1, device=found.device)
                 places = torch.where(self._index < 0, log.shape[2] - 1, self._index).long()
                 self._received = received + log.scatter_(2, places, found)[:, :, encoded:-1]
-        self._weights = None
 
     def _balance(self, site: CacheSite | None) -> None:
         """Factors by the largest number of each channel, in queries of this forward and in keys."""
@@ -263,7 +273,7 @@ class MiKVShelf(CodedShelf):
         stay, go = order[..., :left].sort(-1).values, order[..., left:].sort(-1).values
         sides = []
         for side in self._sides:
-            parts = with_more(side.parts, side.codec.encode(gather_rows(side.tail.rows, go), None), 128)
+            parts = with_more(side.parts, side.codec.encode(gather_rows(side.tail.rows, go), None))
             if self.store.high_bits == 16:
                 others: Any = Grown.of(gather_rows(side.tail.rows, stay))
             else:  # what goes was rounded from what it was, if it has just come
@@ -284,13 +294,19 @@ class MiKVShelf(CodedShelf):
     def take(self, step: Reduction, slots: Tensor) -> None:
         index = step.representative
         places = self._places(index, None)
+        if self._weights is not None and self._received is not None and self.store.score is None:
+            # Of the rows as they are now: afterwards nobody would know whose they were.
+            self._received, self._counted, self._weights = self._received + self._weights, True, None
         encoded, received = self._sides[0].encoded, self._received
+        late, self._settled = self._settled, False
         super().take(step, slots)
         if self._index is None and received is not None:
             # All are in full precision again; of those that were not, nothing is known.
             known = received.gather(2, (places - encoded).clamp(min=0).long())
             self._received = torch.where(places < encoded, 0.0, known)
         self._path = index if self._path is None else self._path.gather(2, index)
+        self._settled = late
+        self._late()
 
     def detach(self, count: int) -> tuple[Tensor, Tensor]:
         rows = super().detach(count)
@@ -328,7 +344,7 @@ class Rounded(NamedTuple):
             tail = cls(codec, (), tail, dtype)
         if tail.fresh.count == 0 and tail.parts:
             return tail
-        parts = with_more(tail.parts, codec.encode(tail.fresh.rows, None), ROOM)
+        parts = with_more(tail.parts, codec.encode(tail.fresh.rows, None))
         return tail._replace(parts=parts, fresh=tail.fresh.first(0))
 
     def picked(self, index: Tensor) -> Rounded:

@@ -10,8 +10,11 @@ from torch import Tensor
 from tokred.kv.stores.codecs import Codec, Parts
 from tokred.kv.stores.grown import Grown
 
-# Rows that there is room for behind those that are held, so that a step need not copy all of them.
-ROOM = 32
+# Most rows that there is room for behind those that are held, so that a step need not copy all of them; and behind
+# those in a code.
+ROOM, CODES = 32, 128
+# The share of what is held that room takes at most: in full precision, and in a code.
+SPARE, SPARE_CODES = 4, 8
 
 
 class Window(NamedTuple):
@@ -37,10 +40,16 @@ class Window(NamedTuple):
         return self.recent + self.block - 1 + self.first
 
 
-def with_more(parts: tuple[Grown, ...], new: Parts, room: int) -> tuple[Grown, ...]:
-    """Parts of a code, or none, with more units behind; see :meth:`Grown.append`."""
+def room_for(count: int) -> int:
+    """Rows that there is room for behind ``count`` in full precision."""
+    return min(ROOM, count // SPARE)
+
+
+def with_more(parts: tuple[Grown, ...], new: Parts, unit: int = 1) -> tuple[Grown, ...]:
+    """Parts of a code, or none, with more units of ``unit`` rows behind; see :meth:`Grown.append`."""
     if not parts:
         return tuple(Grown.of(x.contiguous()) for x in new)
+    room = min(-(-CODES // unit), parts[0].count // SPARE_CODES)
     return tuple(old.append(x, room) for old, x in zip(parts, new, strict=True))
 
 
@@ -99,7 +108,7 @@ class Side(NamedTuple):
 
     def append(self, rows: Tensor) -> Side:
         """With more rows."""
-        return self._replace(tail=self.tail.append(rows, ROOM))
+        return self._replace(tail=self.tail.append(rows, room_for(self.tail.count)))
 
     @property
     def due(self) -> int:
@@ -119,10 +128,10 @@ class Side(NamedTuple):
         begin = self.encoded + (0 if first is None else first.shape[2])
         seen = None if seen is None else seen[:, :, begin : begin + count]
         new = self.codec.encode(rows[:, :, :count], seen)
-        parts = with_more(self.parts, new, -(-128 // self.codec.unit))
+        parts = with_more(self.parts, new, self.codec.unit)
         left = rows.shape[2] - count
         tail = self.tail.without_first(self.tail.count - left)
-        if tail.buffer.shape[2] > left + 2 * ROOM:
+        if tail.buffer.shape[2] > left + room_for(left) + 1:
             tail = Grown.of(tail.rows.clone())  # a view would keep all that have been encoded alive
         return Side(self.codec, self.window, tail, first, parts)
 

@@ -11,8 +11,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from tokred.core.learned import Facts
 from tokred.core.reduction import Reduction
 from tokred.kv.described import POSITION, Made, plain_bytes
 from tokred.kv.parts import Part
@@ -38,12 +39,14 @@ class Query(NamedTuple):
         q: ``[B, H, 1, D]``; of shelves that take several ``[B, H, M, D]``, of the newest ``M`` rows in order.
         scale, softcap: of the logits; None: ``D ** -0.5``, and no cap.
         padding: takes a number of newest slots, and gives ``[B, count]`` bool, False on padding; None: all are tokens.
+        sinks: ``[H]`` logits that belong to no row, of shelves that take them; None: there are none.
     """
 
     q: Tensor
     scale: float | None
     softcap: float | None
     padding: Callable[[int], Tensor | None]
+    sinks: Tensor | None = None
 
 
 class Store(Part):
@@ -54,16 +57,35 @@ class Store(Part):
         reads: what :meth:`Shelf.settle` takes from the site, see :data:`tokred.core.site.READS`.
         replaces: kinds of caches that a caller may hand over, because this store does what they do: ``"plain"``,
             ``"offloaded"``, ``"quantised"``.
+        searches: whether a network of its own says which rows a query attends to, as far as it has read them.
     """
 
     kind = "store"
     can: ClassVar[frozenset[str]] = frozenset()
     reads: ClassVar[frozenset[str]] = frozenset()
     replaces: ClassVar[frozenset[str]] = frozenset({"plain"})
+    searches: ClassVar[bool] = False
 
     @abstractmethod
     def open(self) -> Shelf:
         """An empty shelf, for one layer."""
+
+    def module(self, facts: Facts) -> nn.Module | None:
+        """A new module with the weights that the store learns, for one model; None: it has none.
+
+        Such a store reads ``"module"``, and finds it at ``site.learned`` when rows settle.
+        """
+        return None
+
+    def fits(self, facts: Callable[[], Facts]) -> None:
+        """Refuse a model that the store cannot serve.
+
+        Args:
+            facts: asks the model.
+
+        Raises:
+            ValueError: naming it, and what to do.
+        """
 
     def shelves(self, depth: int) -> list[Shelf]:
         """Empty shelves for the ``depth`` layers of one cache, in order; a store may let them know of each other."""
@@ -97,6 +119,14 @@ class Store(Part):
         """Bytes of a row that has just come and is not settled yet; arguments as :meth:`row_bytes`."""
         return self.row_bytes(keys, values)
 
+    def whole_rows(self, keys: Tensor, values: Tensor) -> tuple[tuple[int, int], ...]:
+        """Rows of a head that may take more than :meth:`row_bytes` in the end, and how many bytes more each takes.
+
+        Returns:
+            Pairs of both, which add up: where a head has fewer rows than a pair says, all of them may.
+        """
+        return ()
+
     def note_bytes(self, heads: int, width: int, *, uneven: bool) -> int:
         """Bytes of one sample and layer besides its rows, which are ``heads`` times ``width`` numbers wide.
 
@@ -122,9 +152,11 @@ class Shelf(ABC):
 
     Attributes:
         several: whether :meth:`attend` takes several queries of each sample.
+        sunk: whether it takes logits that belong to no row.
     """
 
     several: ClassVar[bool] = False
+    sunk: ClassVar[bool] = False
 
     # ------------------------------------------------------------------ rows, as a rectangle
 
@@ -199,6 +231,9 @@ class Shelf(ABC):
         Args:
             site: what the policy has seen; None where it did not look and :attr:`Store.reads` is empty.
         """
+
+    def ask(self) -> None:  # noqa: B027 - rows that are held as they come are a question's like any others
+        """Rows that come from now on are a question's, and will be taken back by :meth:`restore`."""
 
     def take(self, step: Reduction, slots: Tensor) -> None:
         """Hold only the rows that ``step`` keeps, in its order; where it has a mask, the others are empty.

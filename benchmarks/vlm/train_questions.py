@@ -1,0 +1,258 @@
+"""Train the small VLM's projector to answer questions: about shapes, clothes and clips, at several resolutions.
+
+    python -m benchmarks.zoo.fetch dinov2 smollm2 photos fashion questions
+    python -m benchmarks vlm/train_questions --folder questions --minutes 60
+    python -m benchmarks vlm/train_questions --folder questions --steps 4000     # goes on where the folder ends
+
+The tower (DINOv2) and the language model (SmolLM2-135M, in bfloat16) are frozen. A batch holds pictures of one kind, of
+which several questions share the visual tokens: they are asked in one forward, each seeing the picture and itself. No
+token is ever dropped in training. Kinds:
+
+- ``small``, ``full``, ``pooled``: easy-VQA at 112 pixels (64 visual tokens), at 224 (256), and at 224 with projected
+  tokens averaged in windows of 2 x 2 (64), as models of videos do with each frame;
+- ``scenes``: the clothes of ``benchmarks/vlm/train.py``, 256 tokens, now and then averaged;
+- ``clips``: 8 frames of 224 pixels, averaged to 64 tokens each.
+
+The folder has the tower's features, ``state.pt`` (projector, optimiser, step and random numbers, by which a run that
+was broken off goes on), ``log.csv``, and ``vlm_questions.safetensors``. Printed at the end: exact answers by kind of
+question.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.engine import threads
+from benchmarks.vlm.train import features, save
+from benchmarks.zoo import questions, vlm
+from benchmarks.zoo.questions import Question
+
+# How often a kind is drawn, and the pictures of its batches: about as many tokens each.
+KINDS = {"small": (6, 8), "pooled": (4, 8), "full": (2, 3), "scenes": (2, 3), "clips": (3, 2)}
+FRAMES, TOGETHER, EVERY = 8, 6, 20
+
+
+class Source(NamedTuple):
+    """Features ``[N, V, 384]`` or ``[N, T, V, 384]`` float16, and what is asked of each."""
+
+    features: Tensor
+    asked: list[list[Question]]
+
+
+def pooled(x: Tensor) -> Tensor:
+    """``(..., V, C)`` of a square of tokens, averaged in windows of 2 x 2: ``(..., V / 4, C)``."""
+    side = int(x.shape[-2] ** 0.5)
+    grid = x.unflatten(-2, (side // 2, 2, side // 2, 2))
+    return grid.mean((-4, -2)).flatten(-3, -2)
+
+
+class Asker(nn.Module):
+    """The frozen language model, asked several questions after the same visual tokens."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        super().__init__()
+        self.llm, self.head, self.tokenizer = model.model.language_model, model.lm_head, tokenizer
+        self.embed = self.llm.get_input_embeddings()
+
+    def ids(self, text: str) -> list[int]:
+        found: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+        return found
+
+    def forward(self, visual: Tensor, asked: Sequence[Sequence[Question]]) -> tuple[Tensor, list[list[bool]]]:
+        """Mean cross-entropy of the answers' tokens, and which answers are the most likely ones, token for token.
+
+        Args:
+            visual: ``(B, V, 576)``.
+            asked: of each sample.
+        """
+        head = 1 + visual.shape[1]
+        rows, segments, places, goals = [], [], [], []
+        for several in asked:
+            row, segment, place, goal = [], [], [], []
+            for number, question in enumerate(several, 1):
+                before, after = self.ids(vlm.asked(question.text)), self.ids(f" {question.answer}.")
+                row += before + after
+                segment += [number] * (len(before) + len(after))
+                place += range(head, head + len(before) + len(after))
+                goal += [-100] * (len(before) - 1) + after + [-100]
+            rows.append(row)
+            segments.append(segment)
+            places.append(place)
+            goals.append(goal)
+        text, part, position, goal_ids = (
+            nn.utils.rnn.pad_sequence([torch.tensor(x) for x in xs], batch_first=True, padding_value=fill)
+            for xs, fill in ((rows, 0), (segments, -1), (places, 0), (goals, -100))
+        )
+        start = self.embed(torch.tensor([self.tokenizer.bos_token_id])).expand(len(asked), -1, -1)
+        x = torch.cat([start, visual.to(start.dtype), self.embed(text)], 1)
+        part = F.pad(part, (head, 0))
+        position = torch.cat([torch.arange(head).expand(len(asked), -1), position], 1)
+        seen = (part.unsqueeze(2) == part.unsqueeze(1)) | (part.unsqueeze(1) == 0)
+        seen &= torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+        mask = torch.zeros(seen.shape, dtype=x.dtype).masked_fill(~seen, torch.finfo(x.dtype).min)
+        hidden = self.llm(
+            inputs_embeds=x, attention_mask=mask.unsqueeze(1), position_ids=position, use_cache=False
+        ).last_hidden_state[:, head:]
+        counted = goal_ids != -100
+        logits = self.head(hidden[counted]).float()
+        loss = F.cross_entropy(logits, goal_ids[counted])
+        hits = torch.zeros_like(counted)
+        hits[counted] = logits.argmax(-1) == goal_ids[counted]
+        part = part[:, head:]
+        right = [
+            [bool(hits[i][(part[i] == n) & counted[i]].all()) for n in range(1, len(several) + 1)]
+            for i, several in enumerate(asked)
+        ]
+        return loss, right
+
+
+def sources(model: Any, part: str, count: dict[str, int], folder: Path) -> dict[str, Source]:
+    """What is asked, with the tower's features, which stay in the folder."""
+    found = {}
+    shapes, clips = questions.pictures(part), questions.clips(part, count["clips"], FRAMES)
+    some = shapes.about(range(min(count["full"], len(shapes.images))))
+    scenes = vlm.scenes(part, count["scenes"], seed=0 if part == "train" else 1)
+    named = tuple(Question(vlm.PROMPT, vlm.CLASSES[y], "clothes", i) for i, y in enumerate(scenes.labels.tolist()))
+    for kind, asked, size in (
+        ("small", shapes, 112),
+        ("full", some, 224),
+        ("scenes", questions.Asked(scenes.images, named), 224),
+        ("clips", clips, 224),
+    ):
+        path = folder / f"{part}_{kind}.pt"
+        if not path.exists():
+            print(f"{part}: the tower on {kind}", flush=True)
+            flat = asked.images.flatten(0, -4)
+            tokens = torch.cat([features(model, questions.resized(p, size)) for p in flat.split(200)])
+            torch.save(tokens.unflatten(0, asked.images.shape[:-3]), path)
+        by: dict[int, list[Question]] = defaultdict(list)
+        for question in asked.questions:
+            by[question.picture].append(question)
+        found[kind] = Source(torch.load(path, mmap=True), [by[i] for i in range(len(asked.images))])
+    found["pooled"] = found["full"]
+    return found
+
+
+def visual(projector: nn.Module, kind: str, x: Tensor, average: bool) -> Tensor:
+    """``(B, V, 576)`` what the language model reads of features."""
+    out: Tensor = projector(x.float())
+    if kind in ("pooled", "clips") or average:
+        out = pooled(out)
+    return out.flatten(1, 2) if kind == "clips" else out
+
+
+def drawn(source: Source, count: int) -> tuple[Tensor, list[list[Question]]]:
+    """A batch: what asks for more than yes or no is asked first."""
+    index = torch.randint(len(source.asked), (count,)).tolist()
+    asked = []
+    for i in index:
+        order = [source.asked[i][j] for j in torch.randperm(len(source.asked[i])).tolist()]
+        asked.append(sorted(order, key=lambda q: q.kind == "yes/no")[:TOGETHER])
+    return source.features[index], asked
+
+
+@torch.inference_mode()
+def judged(asker: Asker, projector: nn.Module, held: dict[str, Source], most: int) -> dict[str, tuple[int, int]]:
+    """Right answers and questions, by ``source kind``."""
+    found: dict[str, list[bool]] = defaultdict(list)
+    for kind, source in held.items():
+        for part in torch.arange(min(most, len(source.asked))).split(KINDS[kind][1]):
+            asked = [source.asked[i][:12] for i in part.tolist()]
+            _, right = asker(visual(projector, kind, source.features[part], False), asked)
+            for several, hits in zip(asked, right, strict=True):
+                for question, hit in zip(several, hits, strict=True):
+                    found[f"{kind} {question.kind}"].append(hit)
+    return {name: (sum(hits), len(hits)) for name, hits in found.items()}
+
+
+def main() -> None:
+    """Train, and print what is answered."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=1500, help="in all, with those of earlier runs")
+    parser.add_argument("--minutes", type=float, default=60.0, help="no step begins later than this")
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--full", type=int, default=1200, help="pictures of easy-VQA at 224 pixels")
+    parser.add_argument("--scenes", type=int, default=800)
+    parser.add_argument("--clips", type=int, default=300)
+    parser.add_argument("--held", type=int, default=200, help="pictures of each kind that are asked about at the end")
+    parser.add_argument("--threads", type=int)
+    given = parser.parse_args()
+    threads(given.threads)
+    given.folder.mkdir(parents=True, exist_ok=True)
+    model, tokenizer = vlm.build()
+    model.requires_grad_(False)
+    projector: nn.Module = model.model.multi_modal_projector.requires_grad_(True)
+    count = {"full": given.full, "scenes": given.scenes, "clips": given.clips}
+    data = sources(model, "train", count, given.folder)
+    held = sources(model, "test", dict.fromkeys(count, given.held), given.folder)
+    asker = Asker(model, tokenizer)
+    asker.llm.to(torch.bfloat16)
+    asker.head.to(torch.bfloat16)
+    train(asker, projector, data, given)
+    save(projector, given.folder / "vlm_questions.safetensors")
+    for name, (right, asked) in judged(asker, projector, held, given.held).items():
+        print(f"{name}: {right} of {asked} right ({right / asked:.1%})")
+
+
+def train(asker: Asker, projector: nn.Module, data: dict[str, Source], given: argparse.Namespace) -> None:
+    """From the folder's state, if there is one, until the steps or the minutes are over."""
+    path, started, first = given.folder / "state.pt", time.perf_counter(), 0
+    optimiser = torch.optim.AdamW(projector.parameters(), lr=given.rate, weight_decay=0.01)
+    torch.manual_seed(0)
+    if path.exists():
+        state = torch.load(path)
+        projector.load_state_dict(state["projector"])
+        optimiser.load_state_dict(state["optimiser"])
+        torch.set_rng_state(state["random"])
+        first = state["step"]
+    shares = torch.tensor([float(share) for share, _ in KINDS.values()])
+    for step in range(first, given.steps):
+        if time.perf_counter() - started > 60 * given.minutes:
+            break
+        # The rate is known from the step alone, so that a run that goes on has the rate that it would have had.
+        done = step / given.steps
+        optimiser.param_groups[0]["lr"] = given.rate * min(1.0, (step + 1) / 50) * (1 - 0.98 * done)
+        kind = tuple(KINDS)[int(torch.multinomial(shares, 1))]
+        x, asked = drawn(data[kind], KINDS[kind][1])
+        average = kind == "scenes" and bool(torch.rand(()) < 0.5)
+        loss, right = asker(visual(projector, kind, x, average), asked)
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(projector.parameters(), 1.0)
+        optimiser.step()
+        _log(given.folder / "log.csv", step, kind, loss.item(), asked, right, time.perf_counter() - started)
+        if step % EVERY == EVERY - 1 or step == given.steps - 1:
+            state = {"projector": projector.state_dict(), "optimiser": optimiser.state_dict()}
+            # Written aside and moved, so that a run that is broken off here leaves the state before.
+            torch.save(state | {"random": torch.get_rng_state(), "step": step + 1}, path.with_suffix(".new"))
+            path.with_suffix(".new").replace(path)
+
+
+def _log(
+    path: Path, step: int, kind: str, loss: float, asked: list[list[Question]], right: list[list[bool]], seconds: float
+) -> None:
+    """A line a step: right answers of each kind of question."""
+    by: dict[str, list[bool]] = defaultdict(list)
+    for several, hits in zip(asked, right, strict=True):
+        for question, hit in zip(several, hits, strict=True):
+            by[question.kind].append(hit)
+    said = " ".join(f"{k}={sum(h)}/{len(h)}" for k, h in sorted(by.items()))
+    with path.open("a", newline="") as f:
+        csv.writer(f).writerow([step, kind, f"{loss:.4f}", said, f"{seconds:.0f}"])
+    if step % 10 == 0:
+        print(f"step {step:5} {kind:7} loss {loss:.3f} {said} {seconds:6.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

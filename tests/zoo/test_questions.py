@@ -1,0 +1,92 @@
+"""Questions about pictures and clips, and how several are asked at once."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from benchmarks.vlm import train_questions
+from benchmarks.zoo import questions
+from benchmarks.zoo.questions import Asked, Question
+from tokred.adapters.tiny import vlm
+
+
+def middle(clip: torch.Tensor, photo: torch.Tensor) -> list[tuple[float, float]]:
+    """Row and column in the middle of what is not the photo, of each frame that shows anything else."""
+    found = []
+    for frame in clip:
+        rows, columns = (frame.float() - photo.float()).abs().sum(0).nonzero(as_tuple=True)
+        if len(rows):
+            found.append((float(rows.float().mean()), float(columns.float().mean())))
+    return found
+
+
+@pytest.mark.parametrize("way", questions.WAYS)
+@pytest.mark.parametrize(("span", "seen"), [("first", 4), ("last", 4), ("always", 8)])
+def test_a_piece_moves_the_way_that_is_asked_for_while_it_is_seen(way: str, span: str, seen: int) -> None:
+    draw = torch.Generator().manual_seed(3)
+    # A photo as large as the frame: the camera stands still.
+    photo, item = torch.zeros(3, 64, 64, dtype=torch.uint8), torch.full((1, 28, 28), 200, dtype=torch.uint8)
+    clip = questions._clip(item, photo, 8, 64, way, span, draw)
+    assert clip.shape == (8, 3, 64, 64)
+    places = middle(clip, photo)
+    assert len(places) == seen
+    down, right = (places[-1][axis] - places[0][axis] for axis in (0, 1))
+    along, across = (down, right) if way in ("up", "down") else (right, down)
+    assert across == pytest.approx(0, abs=0.5)
+    assert along >= 15 if way in ("down", "right") else along <= -15
+    shown = [bool((frame != photo).any()) for frame in clip]
+    assert shown == {"first": [True] * 4 + [False] * 4, "last": [False] * 4 + [True] * 4, "always": [True] * 8}[span]
+
+
+@pytest.mark.parametrize(("text", "kind"), [
+    ("what is the color of the circle?", "color"), ("what color is the shape?", "color"),
+    ("what is the blue shape?", "shape"), ("what shape is in the image?", "shape"), ("is there a circle?", "yes/no"),
+])  # fmt: skip
+def test_kinds_of_questions(text: str, kind: str) -> None:
+    assert questions.kind(text) == kind
+
+
+def test_some_pictures_keep_their_questions() -> None:
+    asked = tuple(Question(f"{i}?", "yes", "yes/no", i % 3) for i in range(6))
+    some = Asked(torch.arange(3).view(3, 1, 1, 1), asked).about([2, 0])
+    assert some.images.flatten().tolist() == [2, 0]
+    assert [(q.text, q.picture) for q in some.questions] == [("0?", 1), ("2?", 0), ("3?", 1), ("5?", 0)]
+
+
+def test_clips_are_refused_where_a_half_has_no_two_frames() -> None:
+    with pytest.raises(ValueError, match="frames must be at least 4"):
+        questions.clips("train", 1, frames=3)
+
+
+def test_windows_of_a_square_are_averaged() -> None:
+    x = torch.arange(16.0).view(1, 16, 1)
+    assert train_questions.pooled(x).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+
+
+def test_questions_that_are_asked_at_once_do_not_see_each_other() -> None:
+    model = vlm.build("llava")
+    words = model.config.text_config.vocab_size
+
+    def ids(text: str, add_special_tokens: bool) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=[3 + ord(c) % (words - 3) for c in text[-9:]])
+
+    ids.bos_token_id = 1  # type: ignore[attr-defined]
+    asker = train_questions.Asker(model, ids)
+    visual = torch.randn(2, 5, model.config.text_config.hidden_size, generator=torch.Generator().manual_seed(0))
+    several = [
+        [Question("what is it?", "red", "color", 0), Question("is it?", "no", "yes/no", 0)],
+        [Question("who?", "circle", "shape", 1)],
+    ]
+    with torch.no_grad():
+        together, right = asker(visual, several)
+        alone = [asker(visual[i : i + 1], [[q]]) for i, asked in enumerate(several) for q in asked]
+    tokens = torch.tensor([float(len(ids(f" {q.answer}.", False).input_ids)) for asked in several for q in asked])
+    losses = torch.stack([loss for loss, _ in alone])
+    torch.testing.assert_close(together, (losses * tokens).sum() / tokens.sum(), rtol=1e-4, atol=1e-5)
+    assert [len(r) for r in right] == [2, 1]
+    assert [hit for one in right for hit in one] == [r[0][0] for _, r in alone]
