@@ -13,6 +13,12 @@ def examples(stage: Stage) -> dict[str, dict[str, Any]]:
     return {name: dict(cls.example) for name, cls in methods.of(stage).items()}
 
 
+def stored() -> tuple[str, ...]:
+    """Policies for caches that evict nothing and hold all rows in a store of their own: formats, tiers and searches."""
+    made = {name: cls(**cls.example).parts for name, cls in methods.of("cache").items()}
+    return tuple(name for name, parts in made.items() if parts.budget.full and parts.store.name == name)
+
+
 def nothings(stage: Stage) -> dict[str, dict[str, Any]]:
     """Settings that remove nothing, of every method at a stage that has such."""
     return {name: dict(cls.nothing) for name, cls in methods.of(stage).items() if cls.nothing is not None}

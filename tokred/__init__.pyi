@@ -77,6 +77,7 @@ from tokred.methods.encoder.pixelprune import PixelPrune
 from tokred.methods.encoder.ppt import PPT
 from tokred.methods.encoder.random import RandomMerge, RandomPrune
 from tokred.methods.encoder.saint import SAINT
+from tokred.methods.encoder.skipvit import SkipViT
 from tokred.methods.encoder.spatten import SpAtten
 from tokred.methods.encoder.tinychart import TinyChart
 from tokred.methods.encoder.tofu import ToFu
@@ -86,6 +87,7 @@ from tokred.methods.encoder.vomix import VoMix
 from tokred.methods.encoder.vtm import VTM
 from tokred.methods.encoder.zero_tprune import ZeroTPrune
 from tokred.methods.kv.adakv import AdaKV
+from tokred.methods.kv.adore import ADORE
 from tokred.methods.kv.attention_matching import AttentionMatching
 from tokred.methods.kv.cake import CAKE
 from tokred.methods.kv.criticalkv import CriticalKV
@@ -127,7 +129,7 @@ from tokred.methods.kv.zeromerge import ZeroMerge
 from tokred.methods.vlm.cat import CAT
 from tokred.methods.vlm.cdpruner import CDPruner
 from tokred.methods.vlm.divprune import DivPrune
-from tokred.methods.vlm.dycoke import DyCoke
+from tokred.methods.vlm.dycoke import DyCoke, DyCokeDecode
 from tokred.methods.vlm.evs import EVS
 from tokred.methods.vlm.fastervlm import FasterVLM
 from tokred.methods.vlm.fastkv import FastKV
@@ -139,7 +141,7 @@ from tokred.methods.vlm.framefusion import FrameFusion, FrameFusionLayer
 from tokred.methods.vlm.hired import HiRED
 from tokred.methods.vlm.holitom import HoliTom, HoliTomLayer
 from tokred.methods.vlm.prumerge import PruMerge, PruMergePlus
-from tokred.methods.vlm.prunevid import PruneVid
+from tokred.methods.vlm.prunevid import PruneVid, PruneVidLayer
 from tokred.methods.vlm.pyramiddrop import PyramidDrop
 from tokred.methods.vlm.random_deep import RandomDeep
 from tokred.methods.vlm.restore import Restore
@@ -163,6 +165,7 @@ from tokred.tuning.run import tune
 __version__: str
 
 __all__ = [
+    "ADORE",
     "ALGM",
     "ATS",
     "CAKE",
@@ -203,6 +206,7 @@ __all__ = [
     "DownsampleVisual",
     "DuoAttention",
     "DyCoke",
+    "DyCokeDecode",
     "DynamicViT",
     "EViT",
     "ExpectedAttention",
@@ -249,6 +253,7 @@ __all__ = [
     "PruMerge",
     "PruMergePlus",
     "PruneVid",
+    "PruneVidLayer",
     "PyramidDrop",
     "PyramidKV",
     "RandomDeep",
@@ -265,6 +270,7 @@ __all__ = [
     "SettingWarning",
     "ShadowKV",
     "Site",
+    "SkipViT",
     "SnapKV",
     "SpAtten",
     "SparseVLM",

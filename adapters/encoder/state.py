@@ -269,7 +269,7 @@ class Shared(State):
     def keeps_dropped(self, state: TokenState) -> bool:
         """True where every step has to keep its features, because tokens vanish and full length will be asked for."""
         vanish = self.method.drops or (self.drops and state.lengths is not None)
-        return vanish and (self.expose_all or self.method.rejoins or self.restore != "none")
+        return vanish and (self.expose_all or self.method.joins(self.depth) is not None or self.restore != "none")
 
     def enter(self, layer: int, x: Tensor) -> tuple[TokenState, Tensor]:
         """State and short tokens at the entry of block ``layer``.
@@ -282,7 +282,7 @@ class Shared(State):
         if layer == 0:
             return self.begin(x, x.shape[1]), x
         state = self.carried(layer, x)
-        if self.method.rejoins and layer == self.depth - 1:
+        if layer == self.method.joins(self.depth):
             # What the host knows of the original tokens (its mask, tables of positions) fits them again.
             return TokenState(state.length, sides=state.sides), x if state.exposed else state.restore(x)
         return (state, state.shorten(x)) if state.exposed else (state, x)

@@ -229,6 +229,7 @@ HEADS: dict[str, tuple[str, Demand]] = {
     "DetrForSegmentation": ("detr.model.encoder", "short"),
     "ConditionalDetrModel": ("encoder", "short"),
     "ConditionalDetrForObjectDetection": ("model.encoder", "short"),
+    "VisionEncoderDecoderModel": ("encoder", "short"),
     "WhisperModel": ("encoder", "short"),
     "WhisperForConditionalGeneration": ("model.encoder", "short"),
     "WhisperForAudioClassification": (
@@ -244,6 +245,8 @@ HEADS |= {f"{name}ForConditionalGeneration": ("model.vision_tower", "all") for n
 # These read the last states alone, and fold them by the square that they form.
 HEADS |= {f"{name}Model": ("vision_model", "last") for name in ("Idefics3", "SmolVLM")}
 HEADS |= {f"{name}ForConditionalGeneration": ("model.vision_model", "last") for name in ("Idefics3", "SmolVLM")}
+
+HEADS["ColPaliForRetrieval"] = ("vlm.vision_tower", "all")
 
 # What the forwards of TimeSformer's blocks, which are composed anew, and of their attention use.
 DIVIDED_NAMES = {

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tokred.adapters.contract import attention_of, host_object, members, words
 from tokred.adapters.kv.across import across
+from tokred.adapters.kv.again import COMING, REAL, returned
 from tokred.adapters.kv.latents import LatentSite, carried, expanded
 from tokred.adapters.kv.layer import TokLayer
 from tokred.adapters.kv.masks import MaskSpec, mask_function
@@ -67,6 +68,8 @@ def attention(
     call = Call(module, attention_mask, seat, scaling, dropout, options)
     if seat.borrows:
         return _borrow(call, layer, query)
+    if seat.learned is not None and COMING in seat.learned.shared:
+        return returned(call, layer, query, *(seat.learned.shared[name] for name in (COMING, REAL))), None
     before = layer.seen - query.shape[2]
     engine = layer.engine
     # A policy that does not watch what is there will not watch what comes.

@@ -40,7 +40,7 @@ _OTHER_HEADS = ("JetMoeAttention",)
 # What a hard limit reads.
 _BYTES = "the bytes of all layers"
 # What rows of latents have none of, because each head has its own.
-_OF_HEADS = frozenset({"v", "projection", "rope", "rotation"})
+_OF_HEADS = frozenset({"v", "projection", "rope", "rotation", "again"})
 _ROWS = "rows that are keys and values themselves"
 
 
@@ -157,7 +157,7 @@ class CacheHost(Host):
         if self.latents and missing & (_OF_HEADS | {_ROWS}):
             return ": its cache holds latents, of which each head makes keys and values of its own"
         if _BYTES not in missing:
-            return method.parts.store.hint(missing) if isinstance(method, CachePolicy) else ""
+            return method.hint(missing) if isinstance(method, CachePolicy) else ""
         if self.readers:
             return ": layers that read another's rows keep them until the forward ends, whatever has been evicted"
         return f": {self.states} of its layers keep states, whose size is not known before the first forward"

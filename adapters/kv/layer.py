@@ -298,6 +298,13 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
         self.mixed = False
         return order
 
+    def place(self, slots: Tensor) -> None:
+        """Let the newest rows be of tokens that had left: slots ``[B, n]`` int32, ``SENTINEL`` in empty ones."""
+        self.seen -= slots.shape[1]
+        self.shelf.place(slots, self.seen)
+        self.ragged = True  # whether samples have different numbers of them would have to be looked at
+        self.mixed = True
+
     def _places(self, batch: tuple[int, ...], device: torch.device) -> Tensor:
         """``[B, Hk, K]`` int32: slots of rows as they stand, also where nothing has been evicted yet."""
         slots = self.slots

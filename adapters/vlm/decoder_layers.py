@@ -19,6 +19,7 @@ from tokred.adapters.vlm.decoder_attention import Input, LayerCount, Step, heads
 from tokred.adapters.vlm.masks import MaskMaker
 from tokred.adapters.vlm.taps import in_flight
 from tokred.adapters.vlm.tokens.pictures import at_columns, gathered_rows, images_in, moments_of, places_of
+from tokred.adapters.vlm.tokens.steps import decoding_of
 from tokred.core.attention import Attention
 from tokred.core.place import Place
 from tokred.core.reduction import Reduction
@@ -100,6 +101,7 @@ class Inner:
         self.ends: tuple[bool, ...] = ()
         self.aligned = True
         self.start = self._start()
+        self.decoding = decoding_of(forward)
         self.entered = False
 
     def _start(self) -> Step | None:
@@ -153,6 +155,8 @@ class Inner:
                 words.POSITIONS.put(given, step.move(words.POSITIONS.of(given), -1))
             window = self.settings.window_of(layer)
             words.ATTENTION_MASK.put(given, self._maker(layer)(stock, x, self.forward.cache, layer, window))
+        if self.decoding is not None:
+            self.decoding.enter(layer, module, x, given)
         if self.start is not None:
             assert step is not None  # at least the start
             self.forward.counts[layer] = LayerCount(x.shape[1], step.real, step.counts)

@@ -36,6 +36,8 @@ from tokred.adapters.vlm.sites import (
     without_newlines,
 )
 from tokred.adapters.vlm.taps import Call
+from tokred.adapters.vlm.tokens.evict import evened
+from tokred.adapters.vlm.tokens.steps import seen
 from tokred.core.place import Place, PlacedMethod
 from tokred.errors import BypassedError
 
@@ -327,7 +329,14 @@ class Forward:
                 f"{self.settings.methods[-1].name!r} did not run: the decoder layers of {self.settings.family} ran "
                 "without the patch (their list was exchanged or wrapped): call tokred.apply again"
             )
-        if cache is None or (self.packed is None and not inner):
+        if cache is None:
+            return
+        steps = None if self.inner is None else self.inner.decoding
+        if steps is not None:
+            set_track(cache, steps.left())
+            return
+        chosen = seen(self) if getattr(self.settings.inner, "decodes", False) else None
+        if self.packed is None and not inner and chosen is None:
             return
         old = self.track
         groups: list[Group] = []
@@ -345,8 +354,10 @@ class Forward:
         for first in sorted((firsts | set(inner or ())) - {0}):
             assert self.inner is not None  # an inner group needs it
             groups.append(self.inner.group(first))
+        if inner and getattr(self.settings.inner, "evicts", False):
+            groups = evened(cache, groups)
         behind = self._behind() if self.behind is None else self.behind
-        set_track(cache, Track(self.past + self.length, groups, behind, self.calibration))
+        set_track(cache, Track(self.past + self.length, groups, behind, self.calibration, chosen))
 
     def tokens(self) -> tuple[LayerCount, ...]:
         """Tokens at the input of every layer (waits for the device)."""

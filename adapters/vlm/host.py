@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import nn
 
 from tokred.adapters.changes import Changes
-from tokred.adapters.contract import PREPARE_CACHE, members, words
+from tokred.adapters.contract import PREPARE_CACHE, members, terms, words
 from tokred.adapters.encoder.transformers import is_tower
 from tokred.adapters.host import Host, State
 from tokred.adapters.kv.host import match as match_language
@@ -132,6 +132,8 @@ class VisualHost(Host):
         if self.stage == "layer":
             _ = self.layer_list  # raises where there is none
             assert isinstance(method, PlacedMethod)  # of its stage
+            if any(self._slides(i) for i in range(self.depth)):
+                self._check_rows(method)
             # Qwen 3 VL adds features by the places of all visual tokens, which must be there then. No prompt is longer
             # than this: a method that acts before that layer at all acts here.
             early = [i for i in range(1, self.deepstack) if method.acts(MANY, Place(i, self.depth))]
@@ -141,6 +143,18 @@ class VisualHost(Host):
                     f"tokens can leave before layer {self.deepstack} at the earliest; {method.name!r} acts before "
                     f"layer {early[0]}"
                 )
+
+    def _check_rows(self, method: Method) -> None:
+        few = f"{self.family} has layers that hold the newest tokens alone"
+        if getattr(method, "evicts", False):
+            raise ValueError(f"{few}, whose rows cannot be freed for {method.name!r}: take evict=False")
+        if getattr(method, "decodes", False):
+            raise ValueError(f"{few}, and {method.name!r} chooses among all rows: take 'fastv', or another model")
+
+    def _slides(self, layer: int) -> bool:
+        config = words.CONFIG.need(self.language)
+        kinds = words.KINDS.part(config)
+        return words.WINDOW.part(config) is not None and (kinds is None or kinds[layer] in terms.SLIDING.names)
 
     def _check_tower(self, method: Method) -> None:
         named = getattr(method, "tower_layers", ())

@@ -30,6 +30,7 @@ AMOUNTS: dict[str, tuple[str, list[Any]]] = {
     "dynamicvit": ("rho", SHARES),
     "evit": ("kappa", SHARES),
     "random_prune": ("r", COUNTS),
+    "skipvit": ("rho", [k / 100 for k in range(1, 100)]),
     "tome": ("r", COUNTS),
 }
 # Names of the script's own: a method with parameters.
@@ -126,13 +127,37 @@ def _narrow(mlp: Any, part: float) -> None:
     mlp.fc2.bias.copy_(second.bias)
 
 
-def recipes(names: Sequence[str], steps: int, batch: int) -> dict[str, learn.Recipe]:
+@torch.inference_mode()
+def halting(share: float, model: nn.Module, parameters: dict[str, Any], count: int = 20) -> float:
+    """The ``beta`` at which ``avit`` on ``model``, before it has learned anything, does ``share`` of the work.
+
+    Args:
+        share: of the dense blocks' multiply-adds.
+        model: without a patch.
+        parameters: of ``avit``.
+        count: so many pictures of the embedded sample are run, one by one; what they show is not looked at.
+    """
+    images, dense = embedded.sample(count).images, work(model, None)
+    low, high = -12.0, 12.0
+    for _ in range(9):
+        middle, done = (low + high) / 2, 0
+        with tokred.applied(model, tokred.make("avit", **{**parameters, "beta": middle})):
+            for image in images:
+                model(image[None])
+                done += tokred.report(model).macs
+        low, high = (low, middle) if done / count > share * dense else (middle, high)
+        # The larger beta, the later tokens halt, and the more work there is.
+    return round((low + high) / 2, 3)
+
+
+def recipes(names: Sequence[str], steps: int, batch: int, lr: float = 0.0) -> dict[str, learn.Recipe]:
     """The recipes by the names that were given; a method without weights takes the first one's numbers.
 
     Args:
         names: recipes of tokred, TOML files, methods, :data:`ALIASES`, ``"dense"`` and ``"smaller"``.
         steps: instead of the recipes'; 0: theirs.
         batch: likewise.
+        lr: highest rate of the model's own weights, where they learn; 0: the recipes'.
 
     Raises:
         ValueError: a name is none of these, or no recipe comes before a method.
@@ -152,7 +177,7 @@ def recipes(names: Sequence[str], steps: int, batch: int) -> dict[str, learn.Rec
                 like, method=method, parameters=parameters, lr_method=None, tokens=0.0, tokens_of="", schedule={},
                 lr=like.lr * (FASTER if name == SMALLER else 1),
             )  # fmt: skip
-        numbers = {"steps": steps, "batch": batch}
+        numbers = {"steps": steps, "batch": batch, "lr": lr * (FASTER if name == SMALLER else 1) * bool(one.lr)}
         found[Path(name).stem] = dataclasses.replace(one, **{k: v for k, v in numbers.items() if v})
     return found
 
@@ -172,7 +197,16 @@ def at_share(name: str, recipe: learn.Recipe, share: float, plain: nn.Module) ->
         method = setting(recipe.method, share, plain, **parameters)
         parameter = AMOUNTS[recipe.method][0]
         parameters[parameter] = method.to_dict()["parameters"][parameter]
-    return Arm(name, share, dataclasses.replace(recipe, parameters=parameters), embedded.load)
+    elif recipe.method == "diffrate":
+        parameters["target"] = share
+    elif recipe.method == "avit":
+        parameters["beta"] = halting(share, plain, parameters)
+    # Schedules end at what was asked for, not at what the recipe has.
+    schedule = {
+        key: dataclasses.replace(ramp, end=parameters[key]) if key in parameters else ramp
+        for key, ramp in recipe.schedule.items()
+    }
+    return Arm(name, share, dataclasses.replace(recipe, parameters=parameters, schedule=schedule), embedded.load)
 
 
 def foreground(count: int) -> Tensor:

@@ -102,9 +102,13 @@ class Pictures:
 def runs(args: argparse.Namespace, plain: nn.Module) -> Iterator[tuple[dict[str, Any], Arm]]:
     """Every training: what it is called, and its model and recipe; one seed of all before the next."""
     found: list[Arm] = []
-    for name, recipe in recipes(args.names, args.steps, args.batch).items():
+    for name, recipe in recipes(args.names, args.steps, args.batch, args.lr).items():
         for share in args.shares:
-            arm = at_share(name, recipe, share, plain)
+            try:
+                arm = at_share(name, recipe, share, plain)
+            except ValueError as error:  # a method that cannot do with so little is no reason to stop
+                print(f"left out: {error}")
+                continue
             # One whose amount is learned, or that removes nothing, may be the same at every share.
             if not any(a.name == name and (a.share, a.recipe) == (arm.share, arm.recipe) for a in found):
                 found.append(arm)
@@ -190,6 +194,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=0, help="instead of the recipe's")
     parser.add_argument("--batch", type=int, default=0, help="instead of the recipe's")
+    parser.add_argument("--lr", type=float, default=0.0, help="of the model's weights, where they learn")
     parser.add_argument("--every", type=int, default=50, help="steps between checkpoints")
     parser.add_argument("--test", type=int, default=2000, help="test images")
     parser.add_argument("--threads", type=int, default=1)
@@ -231,8 +236,7 @@ def main() -> None:
                 continue
             try:
                 method = setting(name, share, plain)
-            except ValueError as error:  # a method that cannot do with so little is no reason to stop
-                print(f"left out: {error}")
+            except ValueError:  # said before
                 continue
             with tokred.applied(plain, method):
                 add(row, str(method), method.name, plain, 0.0)

@@ -65,33 +65,30 @@ def _token_scores(bits, group, width, parallel):
     return run
 
 
-def _tile(bits, group, width):
-    """A function that restores a few rows whose groups run along channels; ``halves`` is scratch, ``wide`` the same
-    memory as float32."""
+# A global, not one made for each width: what a closure holds is part of the key of what is kept on disk, and that of a
+# compiled function is another one in every process.
+@numba.njit(fastmath=True, inline="always")
+def _restore(codes, scale, zero, p, t, n, halves, wide, rows, bits, group, width):
+    """Restore a few rows whose groups run along channels; ``halves`` is scratch, ``wide`` the same as float32."""
     per, size, mask, groups = 8 // bits, group * bits // 8, (1 << bits) - 1, width // group
-
-    @numba.njit(fastmath=True, inline="always")
-    def restore(codes, scale, zero, p, t, n, halves, wide, rows):
-        for k in range(n):
-            for g in range(groups):
-                a, b = np.int32(scale[p, t + k, g]), np.int32(zero[p, t + k, g])
-                halves[0, k, g] = ((a & 0x8000) << 16) | ((a & 0x7FFF) << 13)
-                halves[1, k, g] = ((b & 0x8000) << 16) | ((b & 0x7FFF) << 13)
-        for k in range(n):
-            for g in range(groups):
-                a, b = wide[0, k, g] * _EXPONENT, wide[1, k, g] * _EXPONENT
-                for m in range(per):
-                    for i in range(size):
-                        code = np.float32((codes[p, t + k, g * size + i] >> (bits * m)) & mask)
-                        rows[k, g * group + m * size + i] = code * a + b
-
-    return restore
+    for k in range(n):
+        for g in range(groups):
+            a, b = np.int32(scale[p, t + k, g]), np.int32(zero[p, t + k, g])
+            halves[0, k, g] = ((a & 0x8000) << 16) | ((a & 0x7FFF) << 13)
+            halves[1, k, g] = ((b & 0x8000) << 16) | ((b & 0x7FFF) << 13)
+    for k in range(n):
+        for g in range(groups):
+            a, b = wide[0, k, g] * _EXPONENT, wide[1, k, g] * _EXPONENT
+            for m in range(per):
+                for i in range(size):
+                    code = np.float32((codes[p, t + k, g * size + i] >> (bits * m)) & mask)
+                    rows[k, g * group + m * size + i] = code * a + b
 
 
 @functools.cache
 def _channel_scores(bits, group, width, parallel):
     """Products of queries with rows whose groups run along channels."""
-    restore, groups = _tile(bits, group, width), width // group
+    groups = width // group
 
     @numba.njit(parallel=parallel, fastmath=True, cache=True, nogil=True)
     def run(q, codes, scale, zero, count, splits, out):
@@ -106,7 +103,7 @@ def _channel_scores(bits, group, width, parallel):
             rows = np.empty((_ROWS, width), np.float32)
             for t in range(begin, end, _ROWS):
                 n = min(_ROWS, end - t)
-                restore(codes, scale, zero, p, t, n, halves, wide, rows)
+                _restore(codes, scale, zero, p, t, n, halves, wide, rows, bits, group, width)
                 for h in range(heads):
                     for k in range(n):
                         total = np.float32(0.0)
@@ -120,7 +117,7 @@ def _channel_scores(bits, group, width, parallel):
 @functools.cache
 def _channel_sums(bits, group, width, parallel):
     """Sums by weights of rows whose groups run along channels; one for each share of the rows."""
-    restore, groups = _tile(bits, group, width), width // group
+    groups = width // group
 
     @numba.njit(parallel=parallel, fastmath=True, cache=True, nogil=True)
     def run(weights, codes, scale, zero, count, splits, out):
@@ -136,7 +133,7 @@ def _channel_sums(bits, group, width, parallel):
             total = np.zeros((heads, width), np.float32)
             for t in range(begin, end, _ROWS):
                 n = min(_ROWS, end - t)
-                restore(codes, scale, zero, p, t, n, halves, wide, rows)
+                _restore(codes, scale, zero, p, t, n, halves, wide, rows, bits, group, width)
                 for h in range(heads):
                     # Four rows at a time: a sum is read and written once for them.
                     for k in range(0, n - n % 4, 4):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -10,7 +11,14 @@ from torch import Tensor, nn
 from tokred.adapters.tiny.weights import livelier
 
 SIZES = ((1, 8, 12), (1, 4, 4), (1, 8, 12))
-_QWEN = {"depth": 4, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "hidden_size": 32}
+_QWEN = {
+    "depth": 4,
+    "num_heads": 2,
+    "patch_size": 4,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "hidden_size": 32,
+}
 _NEWER = {**_QWEN, "out_hidden_size": 32, "intermediate_size": 32}
 _GLM = {**_NEWER, "out_hidden_size": 32, "image_size": 32, "in_channels": 3}
 # Family: module of transformers, class, configuration, options.
@@ -33,6 +41,11 @@ TOWERS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     ),
     "qwen3.5": ("qwen3_5", "Qwen3_5VisionModel", "Qwen3_5VisionConfig", {**_NEWER, "num_position_embeddings": 64}),
     "glm4v": ("glm4v", "Glm4vVisionModel", "Glm4vVisionConfig", _GLM),
+    "kimi k2.5": (
+        "kimi_k25", "Kimi_K25VisionModel", "Kimi_K25VisionConfig",
+        {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2, "patch_size": 4,
+         "pos_emb_height": 8, "pos_emb_width": 8},
+    ),
     "pixtral": (
         "pixtral", "PixtralVisionModel", "PixtralVisionConfig",
         {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 64,
@@ -44,8 +57,6 @@ TOWERS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
 def build(name: str, **more: Any) -> nn.Module:
     """A tower in evaluation mode, with weights that tell its tokens apart."""
     module, cls, config, options = TOWERS[name]
-    import importlib
-
     where = f"transformers.models.{module}"
     made = getattr(importlib.import_module(f"{where}.configuration_{module}"), config)(**{**options, **more})
     made._attn_implementation = "sdpa"
@@ -64,7 +75,10 @@ def inputs(name: str, sizes: tuple[tuple[int, int, int], ...] = SIZES, seed: int
             pixels[i, :, : rows * 4, : columns * 4] = torch.randn(3, rows * 4, columns * 4, generator=g)
         return {"pixel_values": pixels, "image_sizes": [(rows * 4, columns * 4) for _, rows, columns in sizes]}
     count = sum(t * h * w for t, h, w in sizes)
-    return {"hidden_states": torch.randn(count, 96, generator=g), "grid_thw": torch.tensor(sizes)}
+    pixels = torch.randn(count, 96, generator=g)
+    if name == "kimi k2.5":
+        return {"pixel_values": pixels[:, :48].reshape(-1, 3, 4, 4), "grid_thw": torch.tensor(sizes)}
+    return {"hidden_states": pixels, "grid_thw": torch.tensor(sizes)}
 
 
 def alone(name: str, given: dict[str, Any], sizes: tuple[tuple[int, int, int], ...], i: int) -> dict[str, Any]:
@@ -74,7 +88,8 @@ def alone(name: str, given: dict[str, Any], sizes: tuple[tuple[int, int, int], .
         return {"pixel_values": given["pixel_values"][i : i + 1, :, :high, :wide]}
     counts = [t * h * w for t, h, w in sizes]
     first = sum(counts[:i])
-    return {"hidden_states": given["hidden_states"][first : first + counts[i]], "grid_thw": torch.tensor(sizes[i : i + 1])}
+    rows = next(k for k in given if k != "grid_thw")
+    return {rows: given[rows][first : first + counts[i]], "grid_thw": torch.tensor(sizes[i : i + 1])}
 
 
 def run(model: Any, given: dict[str, Any]) -> list[Tensor]:
@@ -83,4 +98,9 @@ def run(model: Any, given: dict[str, Any]) -> list[Tensor]:
         out = model(**given)
     deep = getattr(out, "deepstack_features", None) or ()
     found = [out.last_hidden_state, *([] if out.pooler_output is None else [out.pooler_output]), *deep]
-    return [t[0] if t.ndim == 3 else t for t in found]
+    return [t[0] if name_of(model) == "PixtralVisionModel" else t for t in found]
+
+
+def name_of(model: nn.Module) -> str:
+    """Class of a tower, patched or not."""
+    return type(model).__name__

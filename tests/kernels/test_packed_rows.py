@@ -131,3 +131,15 @@ def test_compiles_for_a_gpu(name: str, tokens: bool) -> None:
 
 def test_kernels_in_the_interpreter(interpreted: Callable[[str], None]) -> None:
     interpreted(str(Path(__file__).with_name("test_packed_rows_kernels.py")))
+
+
+def test_compiled_loops_are_found_on_disk_again() -> None:
+    """Numba's key has what a closure holds: numbers are the same in every process, compiled functions are not."""
+    pytest.importorskip("numba")
+    from tokred.kernels.packed_rows import cpu
+
+    for make in (cpu._token_scores, cpu._channel_scores, cpu._channel_sums):
+        run = make(2, 32, 64, False)
+        cells = getattr(run, "py_func", run).__closure__
+        assert cells
+        assert all(isinstance(cell.cell_contents, int) for cell in cells)

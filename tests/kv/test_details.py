@@ -10,6 +10,7 @@ pytest.importorskip("transformers")
 import tokred
 from tests.kv.test_turns import TURNS, turns
 from tests.kv.tiny import POLICIES, build, padded, prompt
+from tests.registered import stored
 from tokred import kv
 from tokred.adapters.kv.rope import LayerRope
 from tokred.kv import CacheSite, Padding, When
@@ -247,25 +248,7 @@ def test_padding_is_hidden_from_queries_over_flat_rows():
 
 
 # These have no budget of their own, or need a file.
-OTHERS = (
-    "limited",
-    "duoattention",
-    "kvzap",
-    "fastcache",
-    "triattention",
-    "lukv",
-    "kivi",
-    "mikv",
-    "mustafar",
-    "oscar",
-    "turbo",
-    "offloaded",
-    "shadowkv",
-    "tokenbutler",
-    "tokenselect",
-    "streamingtom_cache",
-    "nsnquant",
-)
+OTHERS = ("limited", "duoattention", "kvzap", "triattention", "lukv", "adore", "fastcache", *stored())
 NAMES = [n for n in tokred.list_methods() if tokred.make(n).stage == "cache" and n not in OTHERS]
 
 

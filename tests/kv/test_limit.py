@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 import tokred
 from tests.kv.masked import evicted_rows, masked_reference
 from tests.kv.tiny import build, padded, prompt
+from tests.registered import stored
 from tokred import kv
 from tokred.adapters.contract import goes_on_in_chunks
 from tokred.adapters.kv.layer import TokLayer
@@ -30,28 +31,14 @@ SMALL = {
     "kv": {"score": "key_norm"},
 }
 REFUSED = {
+    "adore": "for which a limit has no room",
     "cake": "while those still hold a chunk's",
     "duoattention": "retrieval heads keep everything",
     "fastkv": "between layers too",
-    "kivi": "evicts nothing",
     "kvzip": "reads again",
     "rdkv": "bytes of their scales",
     "rpc": "generated rows alone",
-    **dict.fromkeys(
-        (
-            "mikv",
-            "mustafar",
-            "nsnquant",
-            "offloaded",
-            "oscar",
-            "shadowkv",
-            "streamingtom_cache",
-            "tokenbutler",
-            "tokenselect",
-            "turbo",
-        ),
-        "evicts nothing",
-    ),
+    **dict.fromkeys(stored(), "evicts nothing"),
     "attention_matching": "which it reads again",
     "kvzap": "as many as score high",
     "fastcache": "those of the whole prompt",

@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor
 
 import tokred
-from tests.registered import examples
+from tests.registered import examples, stored
 from tokred.adapters.tiny.kv import SMALL, build, padded, prompt
 from tokred.adapters.tiny.weights import livelier
 from tokred.kv import Budget, CacheSite, Score
@@ -76,22 +76,10 @@ class Scatter(CachePolicy):
 
 
 # The laws of these are told apart in files of their own: the prompt is read again, or in chunks under a limit; tokens
-# leave between layers too; heads stream without a budget; a network scores rows, or a file has to be there; nothing is
-# evicted, or rounded too.
-APART = (
-    "kvzip",
-    "limited",
-    "fastkv",
-    "duoattention",
-    "kvzap",
-    "triattention",
-    "lukv",
-    "attention_matching",
-    "fastcache",
-)
-APART += ("kivi", "mikv", "mustafar", "nsnquant", "offloaded", "oscar", "shadowkv", "tokenselect", "turbo", "rdkv")
-APART += ("streamingtom_cache",)
-APART += ("tokenbutler",)
+# leave between layers too; heads stream without a budget; a network scores rows, or a file has to be there; rows are
+# rounded too, or nothing is evicted.
+APART = ("kvzip", "limited", "fastkv", "duoattention", "kvzap", "triattention", "lukv", "attention_matching", "rdkv")
+APART += ("adore", "fastcache", *stored())
 POLICIES: dict[str, Any] = {
     name: tokred.make(name, **given) for name, given in examples("cache").items() if name not in APART
 }

@@ -83,7 +83,7 @@ def masked(model, x, *, gamma: float, beta: float, eps: float = 0.01):
 
 
 def heads(block, tokens):
-    b, n, c = tokens.shape
+    b, n, _ = tokens.shape
     qkv = block.attn.qkv(block.norm1(tokens)).view(b, n, 3, block.attn.num_heads, -1)
     return qkv.permute(2, 0, 3, 1, 4)
 

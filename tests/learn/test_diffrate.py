@@ -99,7 +99,7 @@ def test_last_are_pruned_next_merge():
     site = tokred.Site(x=x, class_attention=score, prefix=1)
     found = tokred.DiffRate(prune=[4], merge=[2]).reduce(site)
     assert found.groups() == [[[0], [1, 3], [2, 4]]], "the last patch is gone"
-    y, size = found.step(x)
+    y, _ = found.step(x)
     torch.testing.assert_close(y[0, 1:], torch.tensor([[1.0, 0.1], [0.05, 1.0]]))
     assert [tokred.DiffRate(prune=[4], merge=[5, 2]).left(6, layer) for layer in range(3)] == [(4, 4), (6, 2), (6, 6)]
 

@@ -15,7 +15,11 @@ from tokred.vlm import LayerSite, VisualSite
 from tokred.vlm.in_llm import Prompt
 
 PROJECTOR = [n for n in NAMES if tokred.make(n).stage == "projector"]
-LAYER = [n for n in tokred.list_methods() if any(m.stage == "layer" for m in tokred.make(n).members)]
+LAYER = [
+    n
+    for n in tokred.list_methods()
+    if any(m.stage == "layer" and not hasattr(m, "decodes") for m in tokred.make(n).members)
+]
 N, GRID = 144, (12, 12)
 MORE: dict[str, list[dict[str, Any]]] = {
     "cat": [

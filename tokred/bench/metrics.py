@@ -41,7 +41,7 @@ METRICS: dict[str, Metric] = {
     "ceiling": Metric("x", "how fast counted multiply-adds would let it be"),
     # Quality
     "top1": Metric("share", "of right answers", INTERVAL, "top1_images"),
-    "recall": Metric("share", "of the patches that the object covers: those that are left behind the last block", INTERVAL),
+    "recall": Metric("share", "of the patches that the object covers: those left behind the last block", INTERVAL),
     "top1_difference": Metric(
         "share", "of right answers, minus the unpatched model's on the same images", INTERVAL, "top1_images"
     ),
@@ -173,5 +173,5 @@ METRICS: dict[str, Metric] = {
 CONDITIONS = (
     "asked", "length", "batch", "tokens", "stage", "case", "input", "size", "width", "depth", "full_depth",
     "tower_depth", "moments", "rows", "weights", "answered_by", "data", "photos", "keeps", "visual", "text",
-    "decides", "goal", "memory", "quarter", "difficulty", "fed", "scored_by", "clock",
+    "decides", "goal", "memory", "quarter", "difficulty", "fed", "scored_by", "clock", "frames",
 )  # fmt: skip

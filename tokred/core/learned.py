@@ -70,6 +70,7 @@ class Learned:
         gate: ``(B, N)`` float32, the product of the soft decisions of the layers before; None: there were none.
         losses: terms that the method adds to the training loss, scalars by name; terms of one name are summed over the
             layers.
+        shared: what layers of one forward leave for each other; the same for all of them.
         guesses: what the method says of the targets of the batch, ``(B, ...)`` each; they become terms of the loss,
             by :meth:`tokred.Method.compare`, once the targets are given.
     """
@@ -78,6 +79,7 @@ class Learned:
     gate: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
     guesses: list[Tensor] = field(default_factory=list)
+    shared: dict[str, Any] = field(default_factory=dict)
 
     @property
     def training(self) -> bool:

@@ -4,6 +4,7 @@ from typing import Literal
 
 MethodName = Literal[
     "adakv",
+    "adore",
     "algm",
     "asymrnr",
     "ats",
@@ -22,6 +23,7 @@ MethodName = Literal[
     "dtem",
     "duoattention",
     "dycoke",
+    "dycoke_decode",
     "dynamicvit",
     "evit",
     "evs",
@@ -66,6 +68,7 @@ MethodName = Literal[
     "prumerge",
     "prumerge_plus",
     "prunevid",
+    "prunevid_layer",
     "pyramiddrop",
     "pyramidkv",
     "random",
@@ -83,6 +86,7 @@ MethodName = Literal[
     "saint_visual",
     "sdtm",
     "shadowkv",
+    "skipvit",
     "snapkv",
     "sparsevlm",
     "spatten",

@@ -44,11 +44,10 @@ class BlockMethod(PlacedMethod):
     def __post_init__(self) -> None:
         """Check the parameters; bases of several ones call one another."""
 
-    @property
-    def rejoins(self) -> bool:
-        """True if tokens that left come back before the last block, as they were when they left; then none may leave
-        behind the last block but one."""
-        return False
+    def joins(self, depth: int) -> int | None:
+        """The block, of ``depth``, before which tokens that left come back, as they were when they left; ``depth``:
+        behind the last one. None may leave behind the one before it, or in it. None: none comes back."""
+        return None
 
     @property
     def proportional(self) -> bool:

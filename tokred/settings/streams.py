@@ -73,7 +73,8 @@ def stream(
     """
     from tokred.adapters.vlm.host import match_projector
     from tokred.adapters.vlm.streams.families import looks_of
-    from tokred.adapters.vlm.streams.stream import Parts, Stream, as_ids, module_of
+    from tokred.adapters.vlm.streams.given import as_ids, module_of
+    from tokred.adapters.vlm.streams.stream import Parts, Stream
     from tokred.adapters.vlm.streams.tower import TowerReuse
 
     host = match_projector(module_of(model))

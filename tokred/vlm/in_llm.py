@@ -374,6 +374,11 @@ class LayerMethod(PlacedMethod):
         )
     }
 
+    @property
+    def evicts(self) -> bool:
+        """True if rows of what leaves are freed in the caches of earlier layers too, once the prompt has run."""
+        return False
+
     @abstractmethod
     def choose(self, site: LayerSite) -> Reduction:
         """Decide; called where the method acts. Gradients are recorded where :attr:`gradients` says so."""

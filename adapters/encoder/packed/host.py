@@ -42,11 +42,11 @@ class PackedOrigin(Origin):
             grids = words.TOWER_GRIDS.at(given)
             if grids is None:
                 raise UnsupportedModelError(f"{self.family} was called without the grids of its images")
-            sides = [tuple(map(int, one)) for one in grids.tolist()]
+            sides = [(int(t), int(high), int(wide)) for t, high, wide in grids.tolist()]
             pixels = rows if self.seen else None
         else:
             sides, pixels = _of_images(rows, words.SIZES.of(given), self.patch), None
-        layout: Any = Layout.of(sides, self.folding, rows.device, clips=self.clips, pixels=pixels)  # type: ignore[arg-type]
+        layout: Any = Layout.of(sides, self.folding, rows.device, clips=self.clips, pixels=pixels)
         self.note.leave(layout)
 
 
@@ -73,13 +73,13 @@ class PackedHost(EncoderHost):
     @property
     def offered(self) -> frozenset[str]:
         found = super().offered
-        return found | {"pixels"} if self.patch_side is None else found
+        return found | {"pixels"} if self.patch_side is None and not self.folding.joint else found
 
     def begin(self, shared: Shared, changes: Changes) -> None:
         changes.before(self.model, PackedOrigin(self, shared), with_kwargs=True)
 
     def plan(self, method: BlockMethod | None, shape: tuple[int, ...]) -> list[tuple[int, int, int]]:
-        """As of every host; all rows are counted as one image."""
+        """Tokens and multiply-adds of each block; all rows are counted as one image."""
         n, rows = self.tokens(shape), []
         for layer, (_, block) in enumerate(self.blocks):
             after = n if method is None else method.tokens(n, Place(layer, self.depth))
@@ -109,4 +109,3 @@ class PackedHost(EncoderHost):
         cost = self.cost(block)
         rows = after if self.middle(method) else before
         return before * cost.attention + 2 * pairs * cost.width + rows * cost.mlp
-

@@ -25,10 +25,12 @@ class Folding(NamedTuple):
     Attributes:
         cell: patches of a side that stand together, 1: reading order.
         window: cells of a side of a window, whose cells stand together; 0: there are no windows.
+        joint: whether all frames of a clip see each other.
     """
 
     cell: int
     window: int = 0
+    joint: bool = False
 
     def order(self, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Where each patch of a frame, in reading order, stands among its rows, and the window of each row.
@@ -106,24 +108,28 @@ class Layout:
             folding: the tower's order.
             device: of the tensors.
             clips: the frames of a clip are one sequence, not a sequence each.
-            pixels: ``(S, F)`` of the rows; None: nobody asks.
+            pixels: ``(S, F)`` as the tower is given them, before it orders its windows; None: nobody asks.
         """
+        # Frames of one size have one order, which is worked out once.
         orders: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        found: dict[tuple[int, int, int], list[Tensor]] = {}
+        found: dict[tuple[int, int, int], list[tuple[Tensor, Tensor]]] = {}
+        clips = clips or folding.joint
         frames, windows, first, frame, before = [], [], 0, 0, 0
         for count, rows, columns in grids:
             order, window = orders.setdefault((rows, columns), folding.order(rows, columns, device))
             area, most = rows * columns, int(window.max()) + 1
             step = torch.arange(count, device=device)
-            at = order + (first + step * area).unsqueeze(1)
-            found.setdefault((count if clips else 1, rows, columns), []).append(at.view(1, -1) if clips else at)
-            frames.append((frame + step).repeat_interleave(area))
+            start, wide = (first + step * area).unsqueeze(1), (1, -1) if clips else (count, -1)
+            given = order if pixels is None else folding._replace(window=0).order(rows, columns, device)[0]
+            own = (order + start).view(wide), (given + start).view(wide)
+            found.setdefault((count if clips else 1, rows, columns), []).append(own)
+            frames.append((frame + step * (not folding.joint)).repeat_interleave(area))
             windows.append((window + (before + step * most).unsqueeze(1)).flatten())
             first, frame, before = first + count * area, frame + count, before + count * most
         groups = []
-        for (count, rows, columns), own in found.items():
-            at = torch.cat(own)
-            seen = None if pixels is None else pixels[at]
+        for (count, rows, columns), places in found.items():
+            at = torch.cat([one[0] for one in places])
+            seen = None if pixels is None else pixels[torch.cat([one[1] for one in places])]
             groups.append(Group(Sides(count if count > 1 else None, rows, columns, pixels=seen), at))
         return cls(tuple(groups), torch.cat(frames), torch.cat(windows) if folding.window else None, folding.cell)
 
@@ -181,17 +187,25 @@ class PackedState(TokenState):
         flat = torch.cat([r.flatten() for r in rows])
         real = None
         if any(p.mask is not None for p in parts):
-            masks = [torch.ones_like(r, dtype=torch.bool) if p.mask is None else p.mask for r, p in zip(rows, parts, strict=True)]
+            masks = [
+                torch.ones_like(r, dtype=torch.bool) if p.mask is None else p.mask
+                for r, p in zip(rows, parts, strict=True)
+            ]
             real = torch.cat([m.flatten() for m in masks]).nonzero().view(-1)
         order = torch.argsort(flat if real is None else flat[real])
         source = order if real is None else real[order]
         # Padding stands at some row, whose values nobody reads there.
         place = torch.zeros_like(flat).scatter_(0, source, torch.arange(len(source), device=flat.device))
-        places = tuple(p.view(r.shape) for p, r in zip(place.split([r.numel() for r in rows]), rows, strict=True))
+        places = tuple(
+            p.view(r.shape) for p, r in zip(torch.split(place, [r.numel() for r in rows]), rows, strict=True)
+        )
         moved = any(p.representative is not None for p in parts)
         kept, size = (flat[source] if moved else None), None
         if any(p.size is not None for p in parts):
-            sizes = [torch.ones(r.shape, device=r.device) if p.size is None else p.size for r, p in zip(rows, parts, strict=True)]
+            sizes = [
+                torch.ones(r.shape, device=r.device) if p.size is None else p.size
+                for r, p in zip(rows, parts, strict=True)
+            ]
             size = torch.cat([s.flatten() for s in sizes])[source].unsqueeze(0)
         steps = (_whole(layout, parts, places, len(source)),) if moved else ()
         return cls(

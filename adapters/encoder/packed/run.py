@@ -264,7 +264,7 @@ def enter(shared: Shared, layer: int, x: Tensor, rows: Tensor) -> tuple[PackedSt
         return begin(shared, x, rows), rows
     state = shared.carried(layer, x)
     assert isinstance(state, PackedState)
-    if shared.method.rejoins and layer == shared.depth - 1:
+    if layer == shared.method.joins(shared.depth):
         return PackedState.begin(state.layout), rows if state.exposed else state.restore(rows)
     if state.exposed:
         return replace(state, exposed=False), state.shorten(rows)
@@ -303,7 +303,7 @@ def enter_cells(settings: Settings, state: PackedState, rows: Tensor) -> tuple[P
     """State and rows after a decision before the first block, about whole cells: one whose rows were let in by half
     would be joined from wrong ones."""
     side, shared = state.layout.cell, settings.shared
-    unit, parts, xs = side * side, [], []
+    parts, xs = [], []
     for part, x in zip(state.parts, state.unpack(rows), strict=True):
         assert part.sides is not None  # of every group
         sides = part.sides

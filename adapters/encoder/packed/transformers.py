@@ -32,12 +32,14 @@ class Packed:
         attention: of a block.
         keys: sub-module of the attention that makes the keys, alone or with queries and values.
         images: whether it is given images, which a mask tells apart, and not patches.
+        joint: whether all frames of a clip see each other; its rows stand in reading order.
     """
 
     layers: str = "blocks"
     attention: str = "attn"
     keys: str = "qkv"
     images: bool = False
+    joint: bool = False
 
 
 _QWEN = Packed()
@@ -51,6 +53,7 @@ PACKED: dict[str, Packed] = {
     "Qwen3_5MoeVisionModel": _QWEN,
     "Glm4vVisionModel": _QWEN,
     "Glm4vMoeVisionModel": _QWEN,
+    "Kimi_K25VisionModel": Packed("layers", keys="k_proj", joint=True),
     "PixtralVisionModel": _PIXTRAL,
 }
 # Class of a model around a tower: where the tower is, and whether it reads the states of any layer.
@@ -60,6 +63,8 @@ AROUND: dict[str, tuple[str, bool]] = {
     **{f"{name}ForConditionalGeneration": ("model.visual", False) for name in _VISUAL},
     **{f"{name}Model": ("vision_tower", True) for name in (*TOWERS, "Mistral3")},
     **{f"{name}ForConditionalGeneration": ("model.vision_tower", True) for name in (*TOWERS, "Mistral3")},
+    "Kimi_K25Model": ("vision_tower", False),
+    "Kimi_K25ForConditionalGeneration": ("model.vision_tower", False),
     "ColQwen2ForRetrieval": ("vlm.visual", False),
 }
 
@@ -84,7 +89,7 @@ def _host(name: str, tower: Any, layered: bool) -> EncoderHost:
     if not blocks:
         raise UnsupportedModelError(f"transformers' {name} has no blocks")
     windowed = words.WHOLE_BLOCKS.on(tower)
-    cell = 1 if row.images else int(words.JOINED.need(tower))
+    cell = 1 if row.images or row.joint else int(words.JOINED.need(tower))
     side = int(words.SIDE.need(tower)) // cell // int(words.PATCH.need(tower)) if windowed else 0
     attention: Any = blocks[0][1].get_submodule(row.attention)
     heads = int(words.TOWER_HEADS.part(attention) or words.HEADS.need(config))
@@ -94,9 +99,10 @@ def _host(name: str, tower: Any, layered: bool) -> EncoderHost:
         frozenset(words.DEEP_LAYERS.part(tower) or ()),
         frozenset(words.WHOLE_BLOCKS.need(tower)) if windowed else None,
         row.images,
-        _Keys(heads, 1 if row.images else 3),
+        _Keys(heads, 3 if row.keys == "qkv" else 1),
     )
-    supplies = {"x", "q", "k", "v", "grid"}
+    # Rows and columns alone do not place the patches of a clip that is one sequence.
+    supplies = {"x", "q", "k", "v"} | (set() if row.joint else {"grid"})
     return PackedHost(
         family=f"transformers {name}",
         model=tower,
@@ -111,7 +117,7 @@ def _host(name: str, tower: Any, layered: bool) -> EncoderHost:
         tokens=lambda shape: _rows(shape, int(words.PATCH.need(config)) if row.images else None),
         outside_macs=lambda shape: 0,
         key_norms=[block.get_submodule(f"{row.attention}.{row.keys}") for _, block in blocks],
-        folding=Folding(cell, side),
+        folding=Folding(cell, side, row.joint),
         entry=parameters(host_class(tower).forward)[1:],
         patch_side=int(words.PATCH.need(config)) if row.images else None,
     )
@@ -142,4 +148,3 @@ def _splits(block: Any) -> bool:
 def _rows(shape: tuple[int, ...], patch: int | None) -> int:
     """Rows that an input makes: of patches ``(S, F)`` one each; of images ``(B, C, H, W)`` those of one."""
     return int(shape[0]) if patch is None else (int(shape[-2]) // patch) * (int(shape[-1]) // patch)
-

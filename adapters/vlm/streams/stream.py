@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokred.adapters.contract import attention_of, cache_kwargs, members, set_attention, words
 from tokred.adapters.kv.cache import TokCache, layers_of, make_cache, rows_of
@@ -27,12 +27,12 @@ from tokred.adapters.kv.reuse.layers import plain_cache
 from tokred.adapters.vlm.host import VisualHost
 from tokred.adapters.vlm.streams.again import Again
 from tokred.adapters.vlm.streams.families import Looks, newline_of
+from tokred.adapters.vlm.streams.given import as_ids, ends_of, named
 from tokred.adapters.vlm.streams.looked import features_of, look
 from tokred.adapters.vlm.streams.report import StreamReport
 from tokred.adapters.vlm.streams.tower import TowerReuse
 from tokred.core.method import Method
 from tokred.errors import TokredWarning
-from tokred.kv.policy import CachePolicy
 from tokred.vlm.before_llm import ProjectorMethod
 from tokred.vlm.causal import State
 
@@ -83,7 +83,7 @@ class Parts(NamedTuple):
     cache_host: CacheHost
     looks: Looks
     method: ProjectorMethod | None
-    policy: CachePolicy | None
+    policy: Any
     tower: TowerReuse | None
     tokenizer: Any
     seconds: float
@@ -153,7 +153,7 @@ class Stream:
             ValueError: of another shape than the frames before, or one that the model does not take.
         """
         if not isinstance(pixels, Tensor) or not pixels.is_floating_point():
-            raise TypeError(f"pixels must be a tensor of floats, got {_named(pixels)}")
+            raise TypeError(f"pixels must be a tensor of floats, got {named(pixels)}")
         if self._shape is not None and tuple(pixels.shape) != self._shape:
             raise ValueError(
                 f"pixels of frame {self._frames} are {tuple(pixels.shape)}, those of the frames before {self._shape}: "
@@ -205,7 +205,7 @@ class Stream:
             raise ValueError("question is empty: the answer is told from its last token")
         found: list[int] = []
         rows: list[Tensor] = []
-        ends = _ends(self._model)
+        ends = ends_of(self._model)
         with self._at_work(), self._kept_as_it_was():
             x = self._embed(ids[None].to(self._device))
             newline = newline_of(self._core, self._parts.looks)
@@ -368,46 +368,3 @@ class Stream:
         for layer, state in zip(layers_of(self._cache), before, strict=True):
             layer.__dict__.clear()
             layer.__dict__.update(state)
-
-
-def as_ids(text: object, argument: str, tokenizer: Any) -> Tensor:
-    """``(n,)`` int64: a text as users give it: ids, or words where there is a tokenizer.
-
-    Raises:
-        TypeError: it is text and there is no tokenizer, or neither text nor ids.
-        ValueError: several prompts.
-    """
-    if isinstance(text, str):
-        if tokenizer is None:
-            raise TypeError(f"{argument} is text: give tokred.stream(..., tokenizer=), or ids")
-        text = tokenizer(text, add_special_tokens=False)[words.INPUT_IDS.name]
-    if isinstance(text, list | tuple) and all(type(one) is int for one in text):
-        return torch.tensor(text, dtype=torch.long)
-    if not isinstance(text, Tensor) or text.is_floating_point() or text.dtype == torch.bool:
-        raise TypeError(f"{argument} must be ids (a tensor or a list of integers) or text, got {_named(text)}")
-    if text.ndim == 2 and len(text) == 1:
-        text = text[0]
-    if text.ndim != 1:
-        raise ValueError(f"{argument} must be ids (n,) or (1, n), one stream at a time, got {tuple(text.shape)}")
-    return text.long()
-
-
-def _ends(model: Any) -> frozenset[int]:
-    """Ids that end a text."""
-    found = words.ENDS.part(words.SETTINGS.part(model))
-    return frozenset(() if found is None else (found,) if isinstance(found, int) else found)
-
-
-def _named(value: object) -> str:
-    return f"a {value.dtype} tensor" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-
-
-def module_of(model: object) -> nn.Module:
-    """The model, as a module.
-
-    Raises:
-        TypeError: it is none.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a model with vision of transformers, got {_named(model)}")
-    return model

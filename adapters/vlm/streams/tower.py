@@ -14,31 +14,10 @@ from tokred.adapters.changes import Changes
 from tokred.adapters.contract import members, words
 from tokred.adapters.encoder.block import split_heads
 from tokred.adapters.swap import SETTINGS, host_class
-from tokred.adapters.vlm.families import Facts, class_tokens, tower_layers
+from tokred.adapters.vlm.families import TOWER_LAYERS, Facts, TowerLayer, class_tokens, tower_layers
 from tokred.errors import UnsupportedModelError
 from tokred.kernels.gather_rows import gather_rows
 from tokred.vlm.tools.reuse import Reuse
-
-
-class LayerFacts(NamedTuple):
-    """Names of the parts of one kind of tower layer: norm, attention, norm, MLP, each added to the stream.
-
-    Attributes:
-        first, attention, second, mlp: modules of the layer.
-        query, key, value, output: projections of the attention.
-    """
-
-    first: str = "layer_norm1"
-    attention: str = "self_attn"
-    second: str = "layer_norm2"
-    mlp: str = "mlp"
-    query: str = "q_proj"
-    key: str = "k_proj"
-    value: str = "v_proj"
-    output: str = "out_proj"
-
-
-LAYERS = {"SiglipEncoderLayer": LayerFacts(), "CLIPEncoderLayer": LayerFacts()}
 
 
 class Held(NamedTuple):
@@ -83,10 +62,10 @@ class TowerReuse:
         """
         layers = tower_layers(core, facts)
         kinds = sorted({host_class(layer).__name__ for layer in layers}) or [host_class(core).__name__]
-        if not layers or any(kind not in LAYERS for kind in kinds):
+        if not layers or any(kind not in TOWER_LAYERS for kind in kinds):
             raise UnsupportedModelError(
-                f"features of the tower cannot be used again in {', '.join(kinds)}: known are {', '.join(LAYERS)}, "
-                "whose tokens attend to one frame, with projections apart; leave reuse out"
+                f"features of the tower cannot be used again in {', '.join(kinds)}: known are "
+                f"{', '.join(TOWER_LAYERS)}, whose tokens attend to one frame, with projections apart; leave reuse out"
             )
         return cls(how, layers, class_tokens(core, facts))
 
@@ -108,7 +87,7 @@ class TowerReuse:
     def hang(self, changes: Changes) -> None:
         """Let the layers run so."""
         for index, layer in enumerate(self.layers):
-            changes.swap(layer, body, Seat(self, index, LAYERS[host_class(layer).__name__]))
+            changes.swap(layer, body, Seat(self, index, TOWER_LAYERS[host_class(layer).__name__]))
 
 
 class Seat(NamedTuple):
@@ -116,7 +95,7 @@ class Seat(NamedTuple):
 
     owner: TowerReuse
     index: int
-    facts: LayerFacts
+    facts: TowerLayer
 
 
 def body(host: Any) -> dict[str, Any]:

@@ -22,7 +22,7 @@ class Rectangle(Store):
     """Keys and values of the model's type, as many rows in every head as in the longest."""
 
     name: ClassVar[str] = "rectangle"
-    can: ClassVar[frozenset[str]] = frozenset({"take", "merge", "rewrite", "ragged", "crop"})
+    can: ClassVar[frozenset[str]] = frozenset({"take", "merge", "rewrite", "ragged", "crop", "return"})
 
     def open(self) -> Shelf:
         return RectangleShelf()
@@ -42,6 +42,12 @@ class SlottedShelf(Shelf):
     def positions(self, seen: int) -> Tensor | None:
         self._slots = up_to_date(self._slots, self.width, seen)
         return self._slots
+
+    def place(self, slots: Tensor, seen: int) -> None:
+        count = slots.shape[1]
+        known = up_to_date(self._slots, self.width - count, seen)
+        assert known is not None  # tokens had left
+        self._slots = torch.cat([known, slots[:, None].expand(-1, known.shape[1], -1)], 2)
 
     def select(self, index: Tensor, listed: Callable[[], list[int]]) -> None:
         """The slots of other samples; a subclass selects their rows."""

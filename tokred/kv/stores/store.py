@@ -28,6 +28,7 @@ ABILITIES = {
     "tight": "hold uneven heads without empty rows",
     "crop": "take the newest rows back",
     "levels": "hold every row in the bits that it was given",
+    "return": "take back rows of tokens that had left",
     "attend": "answer a query without unpacking",
 }
 
@@ -257,6 +258,15 @@ class Shelf(ABC):
             slots: ``[B, Hk, K]`` int32, of the rows as they are.
         """
         raise NotImplementedError(f"{type(self).__name__} cannot put a row in the place of another")
+
+    def place(self, slots: Tensor, seen: int) -> None:
+        """Let the newest rows be of tokens that had left.
+
+        Args:
+            slots: ``[B, n]`` int32 of them, ``SENTINEL`` in empty ones.
+            seen: slots before they came.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot take back rows of tokens that had left")
 
     def lend(self) -> None:  # noqa: B027 - only those who change tensors in place have to know
         """Somebody may go on holding the tensors of keys and values, who must not see them change."""

@@ -248,7 +248,8 @@ class Rates(nn.Module):
         return {"prune": [first for first, _ in kept], "merge": [second for _, second in kept]}
 
     def gate(self, which: int, block: int, rank: Tensor) -> Tensor:
-        """Whether tokens stay, 0 or 1, with the gradient of the probability that the count lies above their rank.
+        """Gates of tokens, 1 for those that stay and 0 for the others, with the gradient of the probability
+        that the count lies above their rank.
 
         Args:
             which: 0 for pruning, 1 for merging.
