@@ -178,15 +178,10 @@ class Compressed(Score):
         """The module.
 
         Raises:
-            ValueError: it is of another number of layers than the policy acts on, or of other widths.
+            ValueError: it is of heads of another width than the layer's.
         """
         found = site.learned.module
         assert isinstance(found, Compressor)  # the host supplies what is read
-        if len(found.layers) != site.depth:
-            raise ValueError(
-                f"the compressor has {len(found.layers)} layers, and the policy acts on {site.depth}: apply it "
-                "without where="
-            )
         if {site.k.shape[-1], site.v.shape[-1]} != {found.width}:
             raise ValueError(
                 f"the compressor is of heads of {found.width} numbers, and layer {site.layer} has keys of "
