@@ -14,7 +14,7 @@ from torch import Tensor
 from tokred.core.reduction import Reduction
 from tokred.kernels.dispatch import without_autocast
 from tokred.kv.allocators import Grant
-from tokred.kv.fitting import FITTED, REFERENCE
+from tokred.kv.fitting import FITTED, FITTED_KEYS, REFERENCE
 from tokred.kv.limit import Ledger, ledger_of
 from tokred.kv.policy import CachePolicy
 from tokred.kv.queue import queue_of
@@ -375,7 +375,7 @@ class Engine:
             score, site = score.gather(2, order), site.at(*layer.shown(), layer.slots, layer.ragged, layer.weights)
         with without_autocast(score):
             step = self.policy.shrink(site, score, grant.rows, grant.counts)
-        values, weights, keys = (layer.notes.pop(name, None) for name in FITTED)
+        values, weights, keys = (layer.notes.pop(name, None) for name in (*FITTED, FITTED_KEYS))
         if not step.trivial:
             if values is not None:
                 layer.rewrite(values, weights, keys)
