@@ -208,7 +208,7 @@ class FrameFusionLayer(LayerMethod):
             )
 
     def tokens(self, n: int, place: Place) -> int:
-        """As if nothing merged: all runs come to the same cost."""
+        """The plan of a run in which nothing merges: all runs come to the same cost."""
         if self.cost < 1 and place.layer == self.layer + 1 < place.depth:
             return _kept(n, excess(self.cost, place.depth, place.layer, float(place.layer), 1.0))
         return n

@@ -176,7 +176,7 @@ class PruneVidLayer(AttendedBefore):
 
     @property
     def evicts(self) -> bool:
-        """As asked for, where anything leaves."""
+        """True where it is asked for, and anything leaves."""
         return self.evict and self.alpha < 1
 
     def left(self, n: int) -> int:
