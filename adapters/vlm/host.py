@@ -387,9 +387,7 @@ def _supplies_projector(core: Any, facts: Facts) -> frozenset[str]:
     found = {"x", "grid", "text", "carried"} | ({"project"} if facts.tokenwise else set())
     if facts.clips or any(modality == "video" for _, modality in facts.getters):
         found |= {"frames", "motion"}
-    found |= {"sound"} if facts.sound else set()
-    if facts.projector:
-        found.add("tower")
+    found |= ({"sound"} if facts.sound else set()) | ({"tower"} if facts.projector else set())
     if last_attention(core) is not None:
         found.add("attention")
     if words.JOINED.on(members.TOWER.part(core)) and words.BLOCKS.on(members.TOWER.part(core)):
