@@ -140,6 +140,7 @@ from tokred.methods.vlm.flashvid import FlashVID
 from tokred.methods.vlm.framefusion import FrameFusion, FrameFusionLayer
 from tokred.methods.vlm.hired import HiRED
 from tokred.methods.vlm.holitom import HoliTom, HoliTomLayer
+from tokred.methods.vlm.omnizip import OmniZip
 from tokred.methods.vlm.pixelprune_visual import PixelPruneVisual
 from tokred.methods.vlm.prumerge import PruMerge, PruMergePlus
 from tokred.methods.vlm.prunevid import PruneVid, PruneVidLayer
@@ -246,6 +247,7 @@ __all__ = [
     "NothingRemovedWarning",
     "ObservedAttention",
     "Offloaded",
+    "OmniZip",
     "Oscar",
     "PiToMe",
     "PixelPrune",

@@ -32,6 +32,7 @@ class Facts(NamedTuple):
         heads: whether a token is a patch of the tower, so that the tower's attention says something about it.
         outer_masks: masks for pairs of tokens are made outside the language model.
         clips: whether a video comes as images, a frame each, so that :func:`tokred.vlm.clips` tells which they are.
+        sound: dotted name of the encoder of sound; "": it hears nothing.
         causal_type: the token type of tokens that see only what came before them.
     """
 
@@ -45,6 +46,7 @@ class Facts(NamedTuple):
     outer_masks: bool = False
     clips: bool = False
     causal_type: int = 0
+    sound: str = ""
 
 
 _PLAIN: dict[str, Maker] = {"image": plain}
@@ -63,6 +65,7 @@ FACTS: dict[str, Facts] = {
     "Qwen2VLModel": _QWEN,
     "Qwen2_5_VLModel": _QWEN,
     "Qwen3VLModel": _QWEN,
+    "Qwen2_5OmniThinkerModel": _QWEN._replace(sound="audio_tower"),
     "InternVLModel": Facts(heads=False, clips=True),
     "Idefics3Model": _IDEFICS,
     "SmolVLMModel": _IDEFICS,

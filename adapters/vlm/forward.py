@@ -37,6 +37,7 @@ from tokred.adapters.vlm.sites import (
 )
 from tokred.adapters.vlm.taps import Call
 from tokred.adapters.vlm.tokens.evict import evened
+from tokred.adapters.vlm.tokens.sound import with_sound
 from tokred.adapters.vlm.tokens.steps import seen
 from tokred.core.place import Place, PlacedMethod
 from tokred.errors import BypassedError
@@ -186,6 +187,9 @@ class Forward:
     def _left(self, method: PlacedMethod, context: Context) -> Left:
         visual = self.visual if "calibration" in method.reads else None
         left = Left(None, self.embeds, (0,) * self.batch, None if visual is None else visual.float())
+        if "sound" in method.reads:
+            left = with_sound(self, method, left)
+            return left if left.gone is None else with_last(left, self._last(context.text))
         for modality in self.call.modalities:
             columns = modality.visual.nonzero()[:, 1]
             for group in grouped(places(modality)):

@@ -181,6 +181,9 @@ class EnterLanguage(Hook):
             call.end = getattr(cache, PROMPT, None)
         if settings.core is not None:
             fill(settings, settings.core, call, source)
+            ids = words.INPUT_IDS.of(source)
+            if settings.facts.sound and ids is not None:
+                call.sound = ids == words.SOUND_TOKEN.need(words.CONFIG.need(settings.core))
         call.entered = True
         # Wrappers that spread a model over devices move arguments behind this hook.
         device = words.EMBEDS.at(given).device

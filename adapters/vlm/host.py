@@ -132,8 +132,7 @@ class VisualHost(Host):
         if self.stage == "layer":
             _ = self.layer_list  # raises where there is none
             assert isinstance(method, PlacedMethod)  # of its stage
-            if any(self._slides(i) for i in range(self.depth)):
-                self._check_rows(method)
+            self._check_rows(method)
             # Qwen 3 VL adds features by the places of all visual tokens, which must be there then. No prompt is longer
             # than this: a method that acts before that layer at all acts here.
             early = [i for i in range(1, self.deepstack) if method.acts(MANY, Place(i, self.depth))]
@@ -145,16 +144,15 @@ class VisualHost(Host):
                 )
 
     def _check_rows(self, method: Method) -> None:
+        config = words.CONFIG.need(self.language)
+        kinds = words.KINDS.part(config) or terms.SLIDING.names
+        if words.WINDOW.part(config) is None or not {*kinds} & {*terms.SLIDING.names}:
+            return
         few = f"{self.family} has layers that hold the newest tokens alone"
         if getattr(method, "evicts", False):
             raise ValueError(f"{few}, whose rows cannot be freed for {method.name!r}: take evict=False")
         if getattr(method, "decodes", False):
             raise ValueError(f"{few}, and {method.name!r} chooses among all rows: take 'fastv', or another model")
-
-    def _slides(self, layer: int) -> bool:
-        config = words.CONFIG.need(self.language)
-        kinds = words.KINDS.part(config)
-        return words.WINDOW.part(config) is not None and (kinds is None or kinds[layer] in terms.SLIDING.names)
 
     def _check_tower(self, method: Method) -> None:
         named = getattr(method, "tower_layers", ())
@@ -264,12 +262,15 @@ class VisualHost(Host):
     def tap(self, method: Method, changes: Changes) -> None:
         """Hang the hooks that note what the method reads of the tower, while a feature getter runs."""
         from tokred.adapters.vlm.taps import FusedTap, HeadTap, PixelTap, ProjectorTap, TablesTap
+        from tokred.adapters.vlm.tokens.sound import listen
 
         core: Any = self.core
         if self.facts.projector:
             changes.before(core.get_submodule(self.facts.projector), ProjectorTap())
         if "pixels" in method.reads:
             changes.before(core.get_submodule(self.facts.tower), PixelTap(), with_kwargs=True)
+        if "sound" in method.reads:
+            listen(core.get_submodule(self.facts.sound), changes)
         if not method.reads & OF_TOWER:
             return
         fused = last_attention(core)
@@ -386,8 +387,7 @@ def _supplies_projector(core: Any, facts: Facts) -> frozenset[str]:
     found = {"x", "grid", "text", "carried"} | ({"project"} if facts.tokenwise else set())
     if facts.clips or any(modality == "video" for _, modality in facts.getters):
         found |= {"frames", "motion"}
-    if facts.projector:
-        found.add("tower")
+    found |= ({"sound"} if facts.sound else set()) | ({"tower"} if facts.projector else set())
     if last_attention(core) is not None:
         found.add("attention")
     if words.JOINED.on(members.TOWER.part(core)) and words.BLOCKS.on(members.TOWER.part(core)):

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from tokred.adapters.vlm.forward import Forward
     from tokred.adapters.vlm.hooks import VisualSettings
+    from tokred.adapters.vlm.tokens.sound import Heard
 
 
 class Fused(NamedTuple):
@@ -116,6 +117,8 @@ class Call:
         records: of the features that getters gave inside the forward, by modality.
         towers: whether the vision tower ran inside the forward, by a getter or without.
         entered: whether the hook before the language model has run.
+        sound: ``(B, L)`` bool, the places of what is heard, where the model hears and ids tell them; else None.
+        heard: notes of the attention of the encoder of sound; None: it did not run in the forward.
     """
 
     modalities: list[Modality] = field(default_factory=list)
@@ -125,6 +128,8 @@ class Call:
     records: dict[str, Record | None] = field(default_factory=dict)
     towers: bool = False
     entered: bool = False
+    sound: Tensor | None = None
+    heard: Heard | None = None
 
     def add(self, visual: Tensor, record: Record | None, runs: Runs | None) -> None:
         """Note the placeholders ``(B, L)`` of one modality, and its runs of pictures."""
@@ -135,6 +140,7 @@ class Call:
         self.modalities = [one._replace(visual=one.visual.to(device)) for one in self.modalities]
         self.mask = None if self.mask is None else self.mask.to(device)
         self.physical = None if self.physical is None else self.physical.to(device)
+        self.sound = None if self.sound is None else self.sound.to(device)
 
 
 @dataclass(eq=False)

@@ -21,7 +21,7 @@ def methods() -> list[str]:
     found = [name for stage in STAGES for name, cls in registered.of(stage).items() if cls.stage == stage]
     kinds = {name: registered.get(name) for name in found}
     # Those that leave prompts whole, and choose while it decodes, have laws of their own.
-    other = ("clips", "decodes")
+    other = ("clips", "decodes", "hears")
     # Pixels of tokens are known where the tower is given patches, which LLaVA's is not: see test_pixelprune_visual.
     pixels = {n for n in kinds if "pixels" in tokred.make(n, **registered.get(n).example).reads}
     return sorted(

@@ -61,6 +61,7 @@ MethodName = Literal[
     "nsnquant",
     "observed_attention",
     "offloaded",
+    "omnizip",
     "oscar",
     "pitome",
     "pixelprune",

@@ -36,12 +36,12 @@ Lazy = Tensor | Callable[[], Tensor | None] | None
 # ``guidance`` is for denoisers, see tokred.diffusion.site: what it did to each token in the step before. The last ones
 # are for vision-language models, see tokred.vlm.before_llm: the tower's features and the attention of its other
 # layers, the projector, and rows of the attention of the decoder layer that comes and of the one that has run;
-# ``calibration``: that a bias for each pair of tokens can be added in all layers.
+# ``calibration``: that a bias for each pair of tokens can be added in all layers; ``sound``: tokens of what is heard
+# between the frames of a clip, and what their encoder attends to.
 READS = (
     "x", "q", "k", "v", "class_attention", "attention", "queries", "heads", "carried", "module", "gates", "transform",
     "grid", "frames", "motion", "text", "projection", "rope", "rotation", "stream", "guidance", "tower", "tower_layers",
-    "project", "rows", "rows_before", "hidden", "calibration", "pixels", "entry", "again",
-    "frame_motion",
+    "project", "rows", "rows_before", "hidden", "calibration", "pixels", "entry", "again", "frame_motion", "sound",
 )  # fmt: skip
 
 

@@ -111,6 +111,7 @@ TARGETS = {
     "flashvid": "tokred.methods.vlm.flashvid:FlashVID",
     "framefusion": "tokred.methods.vlm.framefusion:FrameFusion",
     "framefusion_layer": "tokred.methods.vlm.framefusion:FrameFusionLayer",
+    "omnizip": "tokred.methods.vlm.omnizip:OmniZip",
     "prunevid": "tokred.methods.vlm.prunevid:PruneVid",
     "prunevid_layer": "tokred.methods.vlm.prunevid:PruneVidLayer",
     "stc": "tokred.methods.vlm.stc:STC",

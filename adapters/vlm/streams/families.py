@@ -86,6 +86,7 @@ _TOGETHER = "takes all tiles of a sample together"
 _BOTH_WAYS = "lets the tokens of an image see one another in both directions, also in its language model"
 REASONS = {
     "LlavaNextModel": "cuts images into tiles, and knows no videos",
+    "Qwen2_5OmniThinkerModel": "places what it sees and hears in windows of both, which frames alone do not make",
     "Qwen3VLModel": "adds features of its tower inside its language model, at the places of all visual tokens",
     "Idefics3Model": _TOGETHER,
     "SmolVLMModel": _TOGETHER,

@@ -49,9 +49,9 @@ class VTM(BlockMethod):
         metric: what is compared.
         blocks: blocks that reduce, 0-based. None: at a quarter, half and three quarters of the depth (3, 6, 9 of 12;
             ours: the paper's head has three blocks, all of which merge).
-        moves: what tells how much a token moves: ``"features"``, the difference of its embedding to the one at its place
-            in the frame before; ``"pixels"``, the mean difference of the clip's own pixels, where a host makes tokens
-            of blocks of them.
+        moves: what tells how much a token moves: ``"features"``, the difference of its embedding to the one at its
+            place in the frame before; ``"pixels"``, the mean difference of the clip's own pixels, where a host makes
+            tokens of blocks of them.
 
     Source: Lee et al., Video Token Merging for Long-form Video Understanding, NeurIPS 2024, section 3. No code was
     released: counting from 0, rounding the factors, the order of the output and deterministic targets are our reading.
@@ -94,7 +94,8 @@ class VTM(BlockMethod):
     @property
     def reads(self) -> frozenset[str]:
         """The tokens, what is compared, and what the variant asks for."""
-        more = {"centre": {"grid"}, "boundary": {"grid"}, "motion": {"motion" if self.moves == "features" else "frame_motion"}}
+        moves = "motion" if self.moves == "features" else "frame_motion"
+        more = {"centre": {"grid"}, "boundary": {"grid"}, "motion": {moves}}
         return frozenset({"x", self.metric} | more.get(self.variant, set()))
 
     def check(self, depth: int) -> None:

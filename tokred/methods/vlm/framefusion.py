@@ -208,7 +208,7 @@ class FrameFusionLayer(LayerMethod):
             )
 
     def tokens(self, n: int, place: Place) -> int:
-        """As if nothing merged: all runs come to the same cost."""
+        """The plan of a run in which nothing merges: all runs come to the same cost."""
         if self.cost < 1 and place.layer == self.layer + 1 < place.depth:
             return _kept(n, excess(self.cost, place.depth, place.layer, float(place.layer), 1.0))
         return n
@@ -227,7 +227,7 @@ class FrameFusionLayer(LayerMethod):
         root = torch.arange(n, device=site.device).repeat(b, 1)
         scores = site.row_scores(1, of="before") if bool((state == KEEP).any()) else None
         for i in range(b):
-            for image in site.image[i][state[i] != DONE].unique().tolist():
+            for image in torch.unique(site.image[i][state[i] != DONE]).tolist():
                 at = (site.visual[i] & (site.image[i] == image)).nonzero().squeeze(1)
                 # All tokens of a picture carry the same.
                 now, whole, ahead = (float(rows[name][i, at[0]]) for name in (_STATE, _WHOLE, _AHEAD))
@@ -261,7 +261,7 @@ class FrameFusionLayer(LayerMethod):
             new = new & (found[_STATE] < 0)
         if bool(new.any()):
             for i in range(len(new)):
-                for image in site.image[i][new[i]].unique().tolist():
+                for image in torch.unique(site.image[i][new[i]]).tolist():
                     mine = new[i] & (site.image[i] == image)
                     found[_STATE][i, mine] = MERGE
                     found[_WHOLE][i, mine] = float(mine.sum())

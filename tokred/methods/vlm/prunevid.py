@@ -176,7 +176,7 @@ class PruneVidLayer(AttendedBefore):
 
     @property
     def evicts(self) -> bool:
-        """As asked for, where anything leaves."""
+        """True where it is asked for, and anything leaves."""
         return self.evict and self.alpha < 1
 
     def left(self, n: int) -> int:
@@ -195,7 +195,7 @@ class PruneVidLayer(AttendedBefore):
             at = mine.nonzero().squeeze(1)
             at = at[ranked(scores[i, at][None])[0]]
             chosen = self.first(key[i, at])
-            picture = site.image[i, at].unique(return_inverse=True)[1]
+            picture = torch.unique(site.image[i, at], return_inverse=True)[1]
             some = picture.new_zeros(len(at)).index_add(0, picture, chosen.long())
             _, rank = numbered(picture, len(at))
             stays[i, at] = chosen | ((rank == 0) & (some[picture] == 0))
@@ -207,7 +207,7 @@ class PruneVidLayer(AttendedBefore):
         Args:
             sets: ``(n,)`` int64, the set of each token, the best of all tokens first.
         """
-        group = sets.unique(return_inverse=True)[1]
+        group = torch.unique(sets, return_inverse=True)[1]
         members, rank = numbered(group, len(sets))
         found: Tensor = rank < (members.double() * self.alpha + 5e-10).long()[group]
         return found
