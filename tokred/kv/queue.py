@@ -77,7 +77,7 @@ def queue_of(policy: CachePolicy, depth: int) -> Queue | None:
 
 
 def _quick(kind: type[Score]) -> bool:
-    """Whether a kind of score has a quick answer, which no subclass has changed the meaning of."""
+    """True for a kind of score that has a quick answer, whose meaning no subclass has changed."""
     for cls in kind.__mro__:
         own = vars(cls)
         if cls is Score or "quick" in own:
