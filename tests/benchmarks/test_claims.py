@@ -23,6 +23,9 @@ ALLOWED = {
     "docs/methods/diffusion/toma.md": ("The authors: SDXL",),
     "docs/methods/encoder/saint.md": ("ViT-H/14 at 224 pixels on ImageNet-1k",),
     "docs/methods/encoder/zero_tprune.md": ("DeiT-S on ImageNet-1k",),
+    "docs/methods/kv/adore.md": ("Llama 7B: as good as full attention",),
+    "docs/methods/kv/fastcache.md": ("LLaVA-1.5-7B on GQA at `factor=5`",),
+    "docs/methods/kv/tokenbutler.md": ("Llama-2-7B, Llama-3.1-8B",),
     "docs/methods/vlm/divprune.md": ("LLaVA-1.5-7B at about 15 %",),
     "docs/methods/vlm/sparsevlm.md": ('LLaVA-1.5-7B at "192" tokens',),
     # How Whisper works; the number is a length.

@@ -24,7 +24,7 @@ from tokred.kv.select import rows_of
 from tokred.methods.kv.adore import Released
 from tokred.patch import compose
 
-SMALL = {"budget": 6, "rebuild": 2, "size": 8, "hidden": 8}
+SMALL = {"budget": 6, "rebuild": 2, "channels": 8, "hidden": 8}
 ALL = {**SMALL, "budget": 1, "rebuild": 99}
 
 
@@ -144,7 +144,7 @@ def test_labels_and_the_loss_by_hand():
     [
         ({"budget": 0}, r"budget, where it is no whole number of tokens, must lie in \(0, 1\], got 0"),
         ({"rebuild": -1}, "rebuild must be an integer of at least 0"),
-        ({"size": 0}, "size must be an integer of at least 1"),
+        ({"channels": 0}, "channels must be an integer of at least 1"),
         ({"positives": 0}, "positives must be an integer of at least 1"),
         ({"budget": 3, "sinks": 4}, "a budget of 3 tokens cannot hold the 4 first ones"),
     ],
@@ -183,7 +183,7 @@ def test_where_all_come_back_it_is_the_model_itself(family):
     tokred.apply(model, "adore", **{**ALL, "rebuild": 0})
     less = model.generate(ids, attention_mask=mask, **LOGITS)
     assert not torch.allclose(less.logits[-1], plain.logits[-1], atol=1e-3)
-    tokred.apply(model, "adore", budget=1.0, size=8, hidden=8)
+    tokred.apply(model, "adore", budget=1.0, channels=8, hidden=8)
     every = model.generate(ids, attention_mask=mask, **LOGITS)
     assert all(map(torch.equal, every.logits, plain.logits))
     assert list(tokred.remove(model).state_dict()) == list(build(family).state_dict())
@@ -322,9 +322,9 @@ def test_its_labels_are_the_largest_weights_of_the_whole_attention():
 
 def test_it_learns_by_its_recipe_and_is_saved(tmp_path):
     assert learn.recipe("adore").task == 0.0
-    assert isinstance(Released(size=3, hidden=4).module(Facts("llama", 1, 8, 2)), Controller)
+    assert isinstance(Released(channels=3, hidden=4).module(Facts("llama", 1, 8, 2)), Controller)
     model, texts = build("llama"), [prompt(24, seed=s) for s in range(4)]
-    tokred.apply(model, "adore", **{**SMALL, "size": 16, "hidden": 16})
+    tokred.apply(model, "adore", **{**SMALL, "channels": 16, "hidden": 16})
     given = {"method": "adore", "training": {"steps": 50, "lr": 0.0, "lr_method": 3e-2}, "losses": {"task": 0.0}}
     steps = learn.fit(
         model,

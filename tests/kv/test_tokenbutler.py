@@ -22,7 +22,7 @@ from tokred.errors import MissingInputError, TokredError
 from tokred.kv import TokenButler
 from tokred.kv.foresight import Foresight, Network, distance, inner_width, producers
 
-SMALL = {"keep": 0.4, "sinks": 1, "size": 4, "hidden": 16}
+SMALL = {"keep": 0.4, "sinks": 1, "channels": 4, "hidden": 16}
 MORE = (*FAMILIES[1:], "qwen3_5", "gemma4")
 FACTS = Facts("llama", 4, 64, 2)
 
@@ -56,7 +56,7 @@ def test_how_many_rows_are_kept():
 
 
 def test_how_many_weights_there_are():
-    made = TokenButler(hidden=16, size=4).module(FACTS)
+    made = TokenButler(hidden=16, channels=4).module(FACTS)
     assert sum(p.numel() for p in made.parameters()) == 4768
     parts = {name: sum(p.numel() for p in m.parameters()) for name, m in made.networks["0"].named_children()}
     assert parts["narrow"] == 512
@@ -158,7 +158,7 @@ def test_the_width_of_its_attention_fits_its_heads():
         ({"keep": 1.5}, ValueError, "must lie in"),
         ({"sinks": -1}, ValueError, "sinks must be an integer of at least 0"),
         ({"rf": 0}, ValueError, "rf must be above 0"),
-        ({"size": 5}, ValueError, "size must be even, since channels turn in pairs, got 5"),
+        ({"channels": 5}, ValueError, "channels must be even, since channels turn in pairs, got 5"),
         ({"hidden": 0}, ValueError, "hidden must be an integer of at least 1"),
         ({"producer_every": 1}, ValueError, "producer_every must be at least 2, or 0"),
         ({"share": "all"}, ValueError, "share is 'all'; allowed are 'query', 'kv_group'"),
@@ -182,7 +182,7 @@ def foretold(model, ids: Tensor, keep: dict) -> dict[int, Tensor]:
     model(ids)
     handle.remove()
     made = network(noted[0], torch.arange(ids.shape[1])[None])
-    return {i + 1: made.queries[:, i] @ made.keys[:, i].mT / keep["size"] ** 0.5 for i in range(network.layers)}
+    return {i + 1: made.queries[:, i] @ made.keys[:, i].mT / keep["channels"] ** 0.5 for i in range(network.layers)}
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ class TokenButler(Store):
         keep: share of the tokens so far that a query attends to, or how many.
         sinks: first tokens, attended to besides.
         rf: by which factor the network's attention is narrower than the model; the nearest that fits its heads.
-        size: channels of foretold queries and keys, even.
+        channels: of foretold queries and keys, even.
         hidden: channels inside of what makes them.
         producer_every: layers from one network to the next, at least 2; 0: there is one.
         share: "query", each query head chooses for itself; "kv_group", those of a key/value head together, by the mean
@@ -58,7 +58,7 @@ class TokenButler(Store):
     keep: float | int = 0.5
     sinks: int = 4
     rf: float = 8
-    size: int = 16
+    channels: int = 16
     hidden: int = 1024
     producer_every: int = 0
     share: str = "query"
@@ -70,9 +70,9 @@ class TokenButler(Store):
         check_count(self.sinks, "sinks")
         if check_number(self.rf, "rf") <= 0:
             raise ValueError(f"rf must be above 0, got {self.rf!r}")
-        check_count(self.size, "size", 2)
-        if self.size % 2:
-            raise ValueError(f"size must be even, since channels turn in pairs, got {self.size}")
+        check_count(self.channels, "channels", 2)
+        if self.channels % 2:
+            raise ValueError(f"channels must be even, since channels turn in pairs, got {self.channels}")
         check_count(self.hidden, "hidden", 1)
         check_count(self.producer_every, "producer_every")
         if self.producer_every == 1:
@@ -91,7 +91,7 @@ class TokenButler(Store):
         """New networks, the same for the same sizes."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return Foresight(facts, every=self.producer_every, factor=self.rf, size=self.size, hidden=self.hidden)
+            return Foresight(facts, every=self.producer_every, factor=self.rf, size=self.channels, hidden=self.hidden)
 
     def fits(self, facts: Callable[[], Facts]) -> None:
         known = facts()
@@ -291,7 +291,7 @@ class ButlerShelf(Shelf):
         real = None if site.padding is None else site.padding.mask
         with torch.enable_grad(), without_autocast(site.q):
             keys = torch.cat([before, note.keys], 2)
-            asked = note.queries * self.store.size**-0.5
+            asked = note.queries * self.store.channels**-0.5
             apart = distance(asked, keys, site.q.float() * site.scale, site.k, real)
             site.learned.losses["distance"] = apart / note.layers
 
@@ -340,7 +340,7 @@ class ButlerShelf(Shelf):
                 some = slice(start, min(start + step, m))
                 visible = (at <= at[n - m + start : n - m + some.stop, None])[None]
                 visible = visible if padding is None else visible & padding[:, None]
-                foretold = note.queries[:, :, some] @ self._foretold.rows.float().mT * store.size**-0.5
+                foretold = note.queries[:, :, some] @ self._foretold.rows.float().mT * store.channels**-0.5
                 kept = store.chosen(foretold, visible, token, self.newest[0].shape[1])
                 parts.append(_attended(query, query.q[:, :, some], *self.newest, kept))
             return parts[0] if len(parts) == 1 else torch.cat(parts, 2)

@@ -34,7 +34,7 @@ class Released(Score):
     Args:
         returns: released tokens that are rebuilt before each generated token.
         positives: of a query in training; a number, or a share of its past.
-        size, hidden: channels of the controller.
+        channels, hidden: of the controller.
 
     Source: Zhang et al., ADORE, Findings of ACL 2024 (arXiv 2407.02328), section 3.
     """
@@ -46,7 +46,7 @@ class Released(Score):
 
     returns: int = 8
     positives: float | int = 192
-    size: int = 128
+    channels: int = 128
     hidden: int = 128
 
     @property
@@ -58,7 +58,7 @@ class Released(Score):
         """A new controller, the same for the same sizes."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return Controller(facts.width, self.size, self.hidden)
+            return Controller(facts.width, self.channels, self.hidden)
 
     def foresee(self, learned: Learned, x: Tensor, notes: dict[str, Any], real: Tensor | None) -> Tensor:
         found, training = learned.module, learned.training
@@ -134,27 +134,27 @@ class ADORE(CachePolicy):
         rebuild: released tokens that are computed again before each generated token.
         sinks: first tokens, which are never released.
         positives: tokens that are to be kept of a query in training; None: as many as stay.
-        size, hidden: channels of the controller's states, and inside of its judgement.
+        channels, hidden: of the controller's states, and inside of its judgement.
 
     Source: Zhang et al., ADORE, Findings of ACL 2024 (arXiv 2407.02328), section 3.
     """
 
     summary: ClassVar[str] = "tokens released and rebuilt as a trained controller says"
     source: ClassVar[str] = "Zhang et al., Findings of ACL 2024 (arXiv 2407.02328)"
-    example: ClassVar[Parameters] = {"budget": 8, "rebuild": 2, "size": 8, "hidden": 8}
+    example: ClassVar[Parameters] = {"budget": 8, "rebuild": 2, "channels": 8, "hidden": 8}
     nothing: ClassVar[Parameters | None] = {"budget": 1.0}
 
     budget: float | int = 192
     rebuild: int = 8
     sinks: int = 0
     positives: int | None = None
-    size: int = 128
+    channels: int = 128
     hidden: int = 128
 
     def __post_init__(self) -> None:
         if not is_count(self.budget, 1):
             check_share(self.budget, "budget, where it is no whole number of tokens,")
-        for name, least in (("rebuild", 0), ("sinks", 0), ("size", 1), ("hidden", 1)):
+        for name, least in (("rebuild", 0), ("sinks", 0), ("channels", 1), ("hidden", 1)):
             check_count(getattr(self, name), name, least)
         if self.positives is not None:
             check_count(self.positives, "positives", 1)
@@ -166,7 +166,7 @@ class ADORE(CachePolicy):
         """The controller's judgement, a number of rows, and every token generated."""
         wanted = self.budget if self.positives is None else self.positives
         amount = self.budget if isinstance(self.budget, float) else self.budget + 1
-        score = Released(self.rebuild, wanted, self.size, self.hidden)
+        score = Released(self.rebuild, wanted, self.channels, self.hidden)
         return Parts(score, Uniform(amount), when=When(every=1), sinks=self.sinks, recent=1, store=Rectangle())
 
     def removes(self, depth: int, layers: Iterable[int] | None = None) -> bool:
