@@ -52,6 +52,7 @@ def oversee(settings: CacheSettings, module: nn.Module, given: dict[str, Any], c
     holder = next(layer for layer in layers_of(cache) if isinstance(layer, TokLayer))
     embed: Callable[[Tensor], Tensor] = members.EMBED.need(module)()
     ids: Tensor | None = words.INPUT_IDS.of(given)
+    # One judgement for all layers, so that it is noted in one of them.
     seen, notes = holder.seen, holder.notes
     new: Tensor = words.EMBEDS.at(given) if ids is None else ids
     if seen != (0 if CONTEXT not in notes else notes[CONTEXT].shape[1]):

@@ -274,6 +274,7 @@ class VisualHost(Host):
         if not method.reads & OF_TOWER:
             return
         fused = last_attention(core)
+        # A tower that pools by attention reads its keys there, and no hook on a projection would see them.
         if fused is not None:
             changes.before(fused, TablesTap(), with_kwargs=True)
             changes.after(words.TOGETHER.need(fused), FusedTap())

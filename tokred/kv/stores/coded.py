@@ -69,7 +69,7 @@ class Coded(Store):
         return math.ceil((key.codec.row_bits(keys) + value.codec.row_bits(values)) / 8 * HELD) + NOTED
 
     def fresh_bytes(self, keys: Tensor, values: Tensor) -> int:
-        """As it comes; or in a code, where that takes more with the room behind."""
+        """Bytes of a row as it comes; or in a code, where that takes more with the room behind."""
         return max(plain_bytes(keys) + plain_bytes(values) + NOTED, self.row_bytes(keys, values))
 
     def whole_rows(self, keys: Tensor, values: Tensor) -> tuple[tuple[int, int], ...]:
