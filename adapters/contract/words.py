@@ -258,7 +258,7 @@ CONFIG = row(
 )
 IMAGE_TOKEN = row("id of an image's place", "image_token_id T qwen2_5_vl:Qwen2_5_VLModel.get_placeholder_mask")
 VIDEO_TOKEN = row("id of a video's place", "video_token_id T qwen2_5_vl:Qwen2_5_VLModel.get_placeholder_mask")
-SOUND_TOKEN = row("id of a sound's place", "audio_token_id T qwen2_5_omni:Qwen2_5OmniThinkerConfig")
+SOUND_TOKEN = row("id of a sound's place", "audio_token_index T qwen2_5_omni:Qwen2_5OmniThinkerConfig")
 SOUND_LENGTHS = row(
     "lengths of sounds behind the convolutions", "aftercnn_lens T qwen2_5_omni:Qwen2_5OmniAudioEncoder.forward"
 )

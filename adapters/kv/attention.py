@@ -23,6 +23,7 @@ from tokred.adapters.kv.seat import Seat as Seat
 from tokred.adapters.kv.sharing import Lent
 from tokred.errors import UnsupportedModelError
 from tokred.kernels.decode_attention import decode_attention
+from tokred.kv.queue import Queue
 from tokred.kv.site import CacheSite
 from tokred.kv.stores import Query
 
@@ -119,12 +120,13 @@ def _attend_and_act(
 def _stepped(call: Call, layer: TokLayer, query: Tensor, before: int) -> bool:
     """True if the policy's step has been taken, without a site."""
     engine, spec = layer.engine, call.spec
-    if engine.queue is None or not spec.plain or spec.padding(layer.seen) is not None:
+    queue: Queue | None = engine.queue
+    if queue is None or not spec.plain or spec.padding(layer.seen) is not None:
         return False
     # A site has more terms of the logits.
     if call.seat.latents or call.softcap is not None or call.sinks is not None:
         return False
-    return engine.queue.step(engine, layer, query.detach(), call.scaling, before, layer.seen)
+    return queue.step(engine, layer, query.detach(), call.scaling, before, layer.seen)
 
 
 def _lend(call: Call, layer: TokLayer, key: Tensor, value: Tensor, before: int, count: int) -> Lent:

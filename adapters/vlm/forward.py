@@ -38,7 +38,7 @@ from tokred.adapters.vlm.sites import (
 from tokred.adapters.vlm.taps import Call
 from tokred.adapters.vlm.tokens.evict import evened
 from tokred.adapters.vlm.tokens.sound import with_sound
-from tokred.adapters.vlm.tokens.steps import seen
+from tokred.adapters.vlm.tokens.steps import Decoding, seen
 from tokred.core.place import Place, PlacedMethod
 from tokred.errors import BypassedError
 
@@ -335,7 +335,7 @@ class Forward:
             )
         if cache is None:
             return
-        steps = None if self.inner is None else self.inner.decoding
+        steps: Decoding | None = None if self.inner is None else self.inner.decoding
         if steps is not None:
             set_track(cache, steps.left())
             return

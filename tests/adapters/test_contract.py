@@ -32,7 +32,7 @@ SOURCES = [p for p in ADAPTERS.rglob("*.py") if not {"contract", "tiny"} & {*p.r
 # Tables of families: rows that say which parts one host's class has, in the words of that class.
 TABLES = {
     "diffusion/clips.py", "diffusion/families.py", "diffusion/geometry.py", "diffusion/inputs.py",
-    "encoder/text_tables.py", "encoder/timm_tables.py", "encoder/transformers_maps.py",
+    "encoder/packed/tables.py", "encoder/text_tables.py", "encoder/timm_tables.py", "encoder/transformers_maps.py",
     "encoder/transformers_tables.py", "vlm/families.py",
 }  # fmt: skip
 # What torch and Python document keeps its names: no host's, whatever has it.

@@ -52,7 +52,8 @@ class PackedCapture(Capture):
             return func(*args, **(kwargs or {}))
         call = {**dict(zip(words.SDPA, args, strict=False)), **(kwargs or {})}
         q, k, v = call["query"], call["key"], call["value"]
-        self.causal = self.causal or bool(call.get(words.SDPA_CAUSAL))
+        if call.get(words.SDPA_CAUSAL):
+            self.causal = True
         self.scale = call.get(words.SDPA_SCALE)
         if self.flat is not None:
             own = self.flat[self.seen : self.seen + k.shape[2]].view(1, 1, 1, -1)

@@ -1,10 +1,9 @@
-"""transformers: the table of packed towers, and of the models around them."""
+"""transformers: packed towers, and the models around them."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,58 +14,9 @@ from tokred.adapters.encoder.host import EncoderHost, argument_names
 from tokred.adapters.encoder.packed.host import PackedHost
 from tokred.adapters.encoder.packed.layout import Folding
 from tokred.adapters.encoder.packed.run import PackedRecipe
-from tokred.adapters.encoder.transformers_tables import TOWERS
+from tokred.adapters.encoder.packed.tables import AROUND, PACKED, PARTS
 from tokred.adapters.swap import host_class
 from tokred.errors import UnsupportedModelError
-
-# What the forwards of blocks use that are norm, attention, norm and MLP with a sum behind each, and no more.
-_SPLIT = {"attn", "norm1", "norm2", "mlp"}
-
-
-@dataclass(frozen=True)
-class Packed:
-    """One tower.
-
-    Attributes:
-        layers: where its blocks are.
-        attention: of a block.
-        keys: sub-module of the attention that makes the keys, alone or with queries and values.
-        images: whether it is given images, which a mask tells apart, and not patches.
-        joint: whether all frames of a clip see each other; its rows stand in reading order.
-    """
-
-    layers: str = "blocks"
-    attention: str = "attn"
-    keys: str = "qkv"
-    images: bool = False
-    joint: bool = False
-
-
-_QWEN = Packed()
-_PIXTRAL = Packed("transformer.layers", "attention", "k_proj", images=True)
-PACKED: dict[str, Packed] = {
-    "Qwen2VisionTransformerPretrainedModel": _QWEN,
-    "Qwen2_5_VisionTransformerPretrainedModel": _QWEN,
-    "Qwen3VLVisionModel": _QWEN,
-    "Qwen3VLMoeVisionModel": _QWEN,
-    "Qwen3_5VisionModel": _QWEN,
-    "Qwen3_5MoeVisionModel": _QWEN,
-    "Glm4vVisionModel": _QWEN,
-    "Glm4vMoeVisionModel": _QWEN,
-    "Kimi_K25VisionModel": Packed("layers", keys="k_proj", joint=True),
-    "PixtralVisionModel": _PIXTRAL,
-}
-# Class of a model around a tower: where the tower is, and whether it reads the states of any layer.
-_VISUAL = ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3VLMoe", "Qwen3_5", "Qwen3_5Moe", "Glm4v", "Glm4vMoe")
-AROUND: dict[str, tuple[str, bool]] = {
-    **{f"{name}Model": ("visual", False) for name in _VISUAL},
-    **{f"{name}ForConditionalGeneration": ("model.visual", False) for name in _VISUAL},
-    **{f"{name}Model": ("vision_tower", True) for name in (*TOWERS, "Mistral3")},
-    **{f"{name}ForConditionalGeneration": ("model.vision_tower", True) for name in (*TOWERS, "Mistral3")},
-    "Kimi_K25Model": ("vision_tower", False),
-    "Kimi_K25ForConditionalGeneration": ("model.vision_tower", False),
-    "ColQwen2ForRetrieval": ("vlm.visual", False),
-}
 
 
 def match(model: nn.Module) -> EncoderHost | None:
@@ -99,7 +49,7 @@ def _host(name: str, tower: Any, layered: bool) -> EncoderHost:
         frozenset(words.DEEP_LAYERS.part(tower) or ()),
         frozenset(words.WHOLE_BLOCKS.need(tower)) if windowed else None,
         row.images,
-        _Keys(heads, 3 if row.keys == "qkv" else 1),
+        _Keys(heads, 3 if row.together else 1),
     )
     # Rows and columns alone do not place the patches of a clip that is one sequence.
     supplies = {"x", "q", "k", "v"} | (set() if row.joint else {"grid"})
@@ -142,7 +92,7 @@ class _Keys:
 def _splits(block: Any) -> bool:
     """True for a block that is nothing but its four parts."""
     forward: Callable[..., Any] = inspect.unwrap(host_class(block).forward)
-    return {*forward.__code__.co_names} == _SPLIT
+    return {*forward.__code__.co_names} == PARTS
 
 
 def _rows(shape: tuple[int, ...], patch: int | None) -> int:

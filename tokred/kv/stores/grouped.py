@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokred.core.checks import check_count
 from tokred.kernels.decode_attention import SENTINEL
-from tokred.kv.described import POSITION
+from tokred.kv.described import POSITION, plain_bytes
 from tokred.kv.site import CacheSite
 from tokred.kv.stores.store import Query, Shelf, Store
 
@@ -108,6 +108,10 @@ class Grouped(Store):
     def row_bytes(self, keys: Tensor, values: Tensor) -> int:
         """Half a byte a number; what is held of a group beside that is not a row's."""
         return -(-(keys.shape[-1] + values.shape[-1]) // 2) + POSITION
+
+    def fresh_bytes(self, keys: Tensor, values: Tensor) -> int:
+        """Bytes of a row as it comes, which it takes until its frame is over."""
+        return plain_bytes(keys) + plain_bytes(values) + POSITION
 
 
 class GroupedShelf(Shelf):
