@@ -106,10 +106,10 @@ def test_one_method_is_asked_by_name():
 def test_every_tiny_model_is_asked():
     for name in ("transformers", "diffusers", "open_clip"):
         pytest.importorskip(name)
-    from tokred.adapters.tiny import diffusion, kv, open_clip, timm, transformers, vlm, windows
+    from tokred.adapters.tiny import diffusion, kv, omni, open_clip, timm, transformers, vlm, windows
 
     tables = (diffusion, kv, open_clip, timm, transformers, vlm, windows)
-    assert len(doctor.choose()) == sum(len(table.FAMILIES) for table in tables) + len(stores.KINDS)
+    assert len(doctor.choose()) == sum(len(table.FAMILIES) for table in tables) + len(stores.KINDS) + omni.known()
 
 
 @pytest.mark.parametrize(

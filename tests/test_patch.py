@@ -130,7 +130,7 @@ def test_what_breaks_off_while_a_model_is_patched_is_undone(monkeypatch: pytest.
     def fail(*_: Any) -> None:
         raise KeyError("mine")
 
-    monkeypatch.setattr(VisualHost, "_tap", fail)
+    monkeypatch.setattr(VisualHost, "tap", fail)
     with pytest.raises(KeyError, match="mine"):
         tokred.apply(model, SEVERAL)
     assert traces(model) == []

@@ -249,6 +249,7 @@ def test_a_free_port_is_found():
     assert command.listening("127.0.0.1", None) >= command.PORT
 
 
+@pytest.mark.hosts  # half a minute of a browser
 def test_the_page_in_a_browser(faced):
     """A picture, a method and an amount are chosen; picture, answer and time come, and no error on the console."""
     pytest.importorskip("gradio")

@@ -166,6 +166,7 @@ def over_those_of_the_length(values):
     return sum(there) / len(there) if there else -1
 
 
+@pytest.mark.hosts  # the one before asks the same of one task
 def test_groups_and_tasks_of_several_lengths(model, tmp_path):
     task = scored(model, tmp_path)
     more = {"aggregation": over_those_of_the_length, "higher_is_better": True}
@@ -314,6 +315,7 @@ def test_the_command(folder, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.hosts  # ours is in every run
 def test_lm_evals_own_command_line_knows_the_model(folder, tmp_path):
     command = [
         sys.executable, "-m", "tokred.eval", "run", "--model", "tokred",

@@ -241,6 +241,7 @@ def test_why_not_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         column_scores(q, k)
 
 
+@pytest.mark.hosts  # half a minute; those of other kernels are in every run
 def test_kernels_in_the_interpreter(interpreted: Callable[[str], None]) -> None:
     interpreted(__file__)
 

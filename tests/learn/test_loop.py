@@ -129,7 +129,7 @@ def test_batches_that_run_out():
 def test_recipes_of_tokred_make_their_methods(name):
     recipe = learn.recipe(name)
     method = tokred.make(recipe.method, **recipe.parameters)
-    assert "module" in method.reads
+    assert "module" in method.reads or name in ("avit", "skipvit")  # which teach the model's own weights
     assert method.removes(12)
 
 

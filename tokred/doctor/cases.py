@@ -15,6 +15,7 @@ from tokred.doctor.laws import Case
 BATCH = 2
 PROMPTS = (23, 11)  # tokens of a padded batch
 PICTURES: list[list[int | str]] = [[3, "image", 5], [2, "image", 1, "image", 4]]
+SOUNDS: list[list[int | str]] = [[3, "clip", 5], [2, "clip", 4]]
 MERGING: dict[str, Any] = {"max_downsample": 8, "merge_crossattn": True, "merge_mlp": True}
 DIVIDED = ("TimeSformer",)
 
@@ -66,7 +67,7 @@ def _open_clip(family: str, model: nn.Module) -> list[Tensor]:
 
 def transformers_cases() -> Iterator[Case]:
     """transformers: encoders, caches of language models, models with vision."""
-    from tokred.adapters.tiny import kv, transformers, vlm, windows
+    from tokred.adapters.tiny import kv, omni, transformers, vlm, windows
 
     for family in transformers.FAMILIES:
         kind = "divided" if family in DIVIDED else "sequence"
@@ -78,7 +79,9 @@ def transformers_cases() -> Iterator[Case]:
     for family in stores.KINDS:
         yield stores.together(caching[family])
     for family in vlm.FAMILIES:
-        yield _visual(family)
+        yield _visual(family, partial(vlm.build, family), vlm.prompts(family, PICTURES))
+    if omni.known():
+        yield _visual("qwen2_5_omni", omni.build, omni.prompts(SOUNDS))
 
 
 def _transformers(family: str, model: nn.Module) -> list[Tensor]:
@@ -102,12 +105,9 @@ def _cache(family: str) -> Case:
     )  # fmt: skip
 
 
-def _visual(family: str) -> Case:
-    from tokred.adapters.tiny import vlm
-
-    batch = vlm.prompts(family, PICTURES)
+def _visual(family: str, build: Callable[[], nn.Module], batch: dict[str, Any]) -> Case:
     return Case(
-        "transformers", "vlm", family, partial(vlm.build, family), lambda m: caches.generated(m, batch)[0],
+        "transformers", "vlm", family, build, lambda m: caches.generated(m, batch)[0],
         [tokred.make("random_visual", budget=1.0), tokred.make("fastv", ratio=0.0)],
         [tokred.make("random_visual", budget=0.5), tokred.make("fastv", layer=1, ratio=0.4)], visual.counts,
         {"dropped": partial(visual.check_dropped, batch=batch)},

@@ -30,7 +30,7 @@ class Packed:
 
     @property
     def together(self) -> bool:
-        """Whether one module makes queries, keys and values."""
+        """True if one module makes queries, keys and values."""
         return self.keys == "qkv"
 
 
