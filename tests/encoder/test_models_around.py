@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
+
+import transformers
 
 import tokred
 from tokred.adapters.tiny import vlm
