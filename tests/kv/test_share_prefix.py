@@ -10,6 +10,7 @@ pytest.importorskip("transformers")
 
 import tokred
 from tests.kv.tiny import build, prompt
+from tests.registered import examples
 from tokred.errors import NothingRecordedError, UnsupportedModelError
 from tokred.kernels.attention import attention_with_lse
 from tokred.kv.stores import shared
@@ -205,6 +206,10 @@ def test_what_is_refused(model, tmp_path):
         ("h2o", {"budget": 9}, "goes on evicting"),
         ("snapkv", {**SNAP[1], "turns": True}, "goes on evicting"),
         ("limited", {}, "keeps to a limit"),
+        *(
+            (name, examples("cache")[name], "chooses rows anew")
+            for name in ("tokenselect", "shadowkv", "streamingtom_cache")
+        ),
     ):
         tokred.apply(model, name, **(options or {"limit": "1 MiB"}))
         with pytest.raises(ValueError, match=why):

@@ -216,6 +216,9 @@ def _check_done(policy: Any) -> None:
         why = "goes on evicting when the prompt is over, and a prefix belongs to all samples"
     elif parts.store.searches:
         why = "searches rows that its network has read, which are those of one cache alone"
+    elif "attend" in parts.store.can and "take" not in parts.store.can:
+        # Rows in common are read as a rectangle, past the store that would have chosen among them.
+        why = "chooses rows anew for every token, and a prefix is attended to as a whole"
     if why:
         raise ValueError(f"{policy.name or 'the policy'} {why}: take one that is done with the prompt")
 
