@@ -86,8 +86,11 @@ def test_laws_hold(which, torch_alone):
 def test_laws_hold_with_every_method(torch_alone):
     for name in ("transformers", "diffusers"):
         pytest.importorskip(name)
+    from tokred.adapters.tiny import omni
+
     cases = [case for wing in ("encoder", "kv", "vlm", "diffusion") for case in doctor.choose([wing], "*")]
-    assert {case.family.partition(" on ")[0] for case in cases} == set(tokred.list_methods())
+    hosted = set(tokred.list_methods()) - (set() if omni.known() else {"omnizip"})  # which hears
+    assert {case.family.partition(" on ")[0] for case in cases} == hosted
     for case in cases:
         assert broken(case) == {}, case.family
         assert ("nothing" in case.checks) == bool(case.nothing)
