@@ -18,15 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.zoo import data
+from benchmarks.zoo import data, vlm
 from benchmarks.zoo.carriers import open_carrier
 
-ANSWERS = (
-    *("circle", "rectangle", "triangle"),
-    *("black", "blue", "brown", "gray", "green", "red", "teal", "yellow"),
-    *("yes", "no"),
-)
-CLOTHES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 # Steps of a moving piece in (down, right), by the answer to which way it moves.
 WAYS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 SPANS = {"first": (0.0, 0.5), "last": (0.5, 1.0), "always": (0.0, 1.0)}
@@ -121,7 +115,7 @@ def clips(part: str, count: int, frames: int = 8, size: int = 224, seed: int = 0
         way, span = (tuple(t)[int(torch.randint(len(t), (), generator=draw))] for t in (WAYS, SPANS))
         photo = photos[int(torch.randint(len(photos), (), generator=draw))]
         images.append(_clip(items.images[item], photo, frames, size, way, span, draw))
-        answers = {"what": CLOTHES[int(items.labels[item])], "way": way, "when": span}
+        answers = {"what": vlm.CLASSES[int(items.labels[item])], "way": way, "when": span}
         asked += [Question(ASKED[k], a, k, i) for k, a in answers.items()]
     return Asked(torch.stack(images), tuple(asked))
 

@@ -71,7 +71,8 @@ def test_runs_with_the_announced_tokens_and_without_batch_mates(family, case):
             assert all(found <= most for found, most in zip(counted, announced, strict=True))
         else:
             assert counted == announced
-        assert min(counted) < model.patch_embed.num_patches  # some come back
+        come_back = tokred.make(name, **parameters).joins(len(model.blocks)) is not None
+        assert (min(counted) if come_back else counted[-1]) < model.patch_embed.num_patches
         assert torch.isfinite(y).all()
         for i in range(len(x)):
             torch.testing.assert_close(model(x[i : i + 1]), y[i : i + 1], rtol=1e-4, atol=2e-5)

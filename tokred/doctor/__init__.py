@@ -94,7 +94,7 @@ def choose(only: Sequence[str] = (), methods: str = "") -> list[Case]:
     if not chosen:
         raise ValueError(f"no method's name fits {methods!r}")
     with quiet():
-        return list(with_methods(chosen, found))
+        return list(with_methods(chosen, [case for case in found if not too_old(case)]))
 
 
 def missing(only: Sequence[str] = ()) -> list[str]:
@@ -143,11 +143,17 @@ def examine(chosen: Sequence[Case], tick: Tick | None = None) -> list[Row]:
     return rows
 
 
-def examine_one(case: Case) -> Row:
-    """The laws on one model."""
+def too_old(case: Case) -> str:
+    """Why the installed library cannot build a case's model, in words; "" where it can."""
     there = environment.version(environment.package(case.library))
     if case.since and versions.release(there) < versions.release(case.since):
-        why = f"{case.library} {there} cannot build it, {case.since} and later can"
+        return f"{case.library} {there} cannot build it, {case.since} and later can"
+    return ""
+
+
+def examine_one(case: Case) -> Row:
+    """The laws on one model."""
+    if why := too_old(case):
         return Row(case.library, case.wing, case.family, {}, skipped=why)
     try:
         with torch.no_grad():
