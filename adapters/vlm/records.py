@@ -8,6 +8,7 @@ import inspect
 import warnings
 import weakref
 from collections.abc import Callable, MutableMapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,13 +56,15 @@ class Getter(Standin):
         return inspect.Signature(parameters)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # Getters call each other (videos by way of images): the outer one's notes wait.
-        before = in_flight.tap
+        call = partial(getattr(type(self.core), self.name), self.core, *args, **kwargs)
+        if in_flight.tap is not None:
+            # Getters call each other (videos by way of images): these are the outer one's features, not others.
+            return call()
         tap = in_flight.tap = Tap()
         try:
-            output = getattr(type(self.core), self.name)(self.core, *args, **kwargs)
+            output = call()
         finally:
-            in_flight.tap = before
+            in_flight.tap = None
         given = dict(zip(self.__signature__.parameters, args, strict=False)) | kwargs
         if words.FEATURES.on(output):
             record = self.describe(self.core, given, output, tap, self.modality)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 import tokred
 from tests.vlm import hosts, oracle
 from tests.vlm.visual import kept
+from tokred.adapters.vlm import records
 from tokred.core.registry import methods as registered
 from tokred.vlm import VisualSite, clips
 
@@ -208,6 +210,17 @@ def timed(model: Any) -> dict[str, Any]:
         "input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": 2 * (ids == 97).long(),
         "pixel_values_videos": pixels, "video_grid_thw": torch.tensor([[3, 4, 4]]),
     }  # fmt: skip
+
+
+@torch.no_grad()
+def test_features_of_a_video_are_not_noted_as_those_of_images_too():
+    """Qwen 3 VL's getter of videos calls that of images."""
+    model = copy.deepcopy(model_of("qwen3_vl"))
+    batch = timed(model)
+    with tokred.applied(model, made("evs")):
+        model.model.get_video_features(batch["pixel_values_videos"], batch["video_grid_thw"])
+        assert records.last_record(model.model, "video") is not None
+        assert records.last_record(model.model, "image") is None
 
 
 def test_times_between_the_frames_stay():
