@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import socket
 import subprocess
@@ -267,10 +268,15 @@ def test_the_command(tmp_path):
 
 def test_a_callback_of_the_trainer(tmp_path):
     pytest.importorskip("transformers")
-    from transformers import Trainer, TrainingArguments
+    accelerate = pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments, trainer
 
     from tokred.adapters.tiny import transformers as tiny
     from tokred.learn.training.callback import MethodCallback
+
+    word, known = "keep_torch_compile", inspect.signature(accelerate.Accelerator.unwrap_model).parameters
+    if word in inspect.getsource(trainer) and word not in known:
+        pytest.skip(f"no model trains: this Trainer gives {word} to accelerate, which {accelerate.__version__} lacks")
 
     class Own(Trainer):
         def create_optimizer(self, *args, **kwargs):
