@@ -88,6 +88,7 @@ class Grouped(Store):
 
     name: ClassVar[str] = "grouped"
     can: ClassVar[frozenset[str]] = frozenset({"attend"})
+    searches: ClassVar[bool] = True
 
     groups: int = 250
     group: int | None = None

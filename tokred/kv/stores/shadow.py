@@ -43,6 +43,7 @@ class ShadowKV(Store):
 
     name: ClassVar[str] = "shadowkv"
     can: ClassVar[frozenset[str]] = frozenset({"crop", "attend"})
+    searches: ClassVar[bool] = True
     reads: ClassVar[frozenset[str]] = frozenset({"rotation"})
     replaces: ClassVar[frozenset[str]] = frozenset({"plain", "offloaded"})
 

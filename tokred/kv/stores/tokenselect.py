@@ -51,6 +51,7 @@ class TokenSelect(Store):
 
     name: ClassVar[str] = "tokenselect"
     can: ClassVar[frozenset[str]] = frozenset({"crop", "attend"})
+    searches: ClassVar[bool] = True
 
     budget: int = 2048
     sinks: int = 128
