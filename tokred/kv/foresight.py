@@ -6,14 +6,13 @@ Each has queries and keys of its own for every later layer and query head; their
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokred.core.learned import Facts
+from tokred.core.learned import Facts, InFloat32
 from tokred.kv.turning import turned
 
 _DROPOUT = 0.1
@@ -126,7 +125,7 @@ class Network(nn.Module):
         return found.view(len(found), self.layers, self.heads, *found.shape[2:])
 
 
-class Foresight(nn.Module):
+class Foresight(InFloat32):
     """Networks of a model, by the layer whose input they read.
 
     They stay in float32 whatever type the model has: of two rows whose foretold logits are near, which is larger must
@@ -154,10 +153,6 @@ class Foresight(nn.Module):
     def count(self) -> int:
         """Layers that are foretold, by all networks."""
         return sum(map(len, self.later.values()))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # Goes where the model goes, and stays in float32.
-        return super()._apply(lambda t: t.to(fn(t.new_empty(0)).device), recurse)  # type: ignore[no-untyped-call]
 
 
 def _angle(size: int, device: torch.device) -> Tensor:

@@ -6,15 +6,13 @@ still held or not.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tokred.core.checks import is_count
+from tokred.core.learned import InFloat32
 from tokred.core.schedules import kept_ceil
 from tokred.kv.select import kept_mask, largest, rows_of
 
@@ -22,7 +20,7 @@ from tokred.kv.select import kept_mask, largest, rows_of
 _BLOCK = 1 << 22
 
 
-class Controller(nn.Module):
+class Controller(InFloat32):
     """A GRU over the embeddings, and a judgement of pairs of its states.
 
     It stays in float32 whatever type the model has.
@@ -80,10 +78,6 @@ class Controller(nn.Module):
         inside = F.relu(self.now(now)[:, :, None] + then[:, None])
         found: Tensor = self.out(inside)[..., 0]
         return found
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # Goes where the model goes, and stays in float32.
-        return super()._apply(lambda t: t.to(fn(t.new_empty(0)).device), recurse)  # type: ignore[no-untyped-call]
 
 
 def returning(importance: Tensor, released: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
