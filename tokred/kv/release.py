@@ -13,8 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tokred.core.checks import is_count
 from tokred.core.learned import InFloat32
-from tokred.core.schedules import kept_ceil
-from tokred.kv.select import kept_mask, largest, rows_of
+from tokred.kv.select import ceils, kept_mask, largest, rows_of
 
 # Numbers inside of the judgement of pairs at a time, in training.
 _BLOCK = 1 << 22
@@ -113,11 +112,7 @@ def labels(attention: Tensor, seen: Tensor, positives: float | int) -> tuple[Ten
         much a positive one counts, so that both kinds count alike.
     """
     past = seen.expand_as(attention).sum(-1)
-    if is_count(positives, 1):
-        counts = past.clamp(max=int(positives))
-    else:
-        known = [kept_ceil(n, positives) for n in range(int(past.max()) + 1)]
-        counts = torch.tensor(known, device=past.device)[past]
+    counts = past.clamp(max=int(positives)) if is_count(positives, 1) else ceils(past, positives)
     found = kept_mask(attention, seen.expand_as(attention), None, counts)
     both = (counts > 0) & (counts < past)
     weight = (past - counts).float() / counts.clamp(min=1).float()

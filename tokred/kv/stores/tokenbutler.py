@@ -15,7 +15,7 @@ from tokred.core.schedules import kept_ceil
 from tokred.errors import TokredError
 from tokred.kernels.dispatch import without_autocast
 from tokred.kv.foresight import Foresight, distance
-from tokred.kv.select import kept_mask, rows_of
+from tokred.kv.select import ceils, kept_mask, rows_of
 from tokred.kv.site import CacheSite
 from tokred.kv.stores.grown import Grown
 from tokred.kv.stores.store import Query, Shelf, Store
@@ -110,14 +110,11 @@ class TokenButler(Store):
 
     def count(self, tokens: int) -> int:
         """Tokens that a query attends to, beside the first ones, of as many as there are with its own."""
-        return min(tokens, self.keep) if isinstance(self.keep, int) else min(tokens, kept_ceil(tokens, self.keep))
+        return min(tokens, self.keep) if isinstance(self.keep, int) else kept_ceil(tokens, self.keep)
 
     def counts(self, tokens: Tensor) -> Tensor:
         """:meth:`count` for each of ``tokens``, int64."""
-        if isinstance(self.keep, int):
-            return tokens.clamp(max=self.keep)
-        known = torch.tensor([self.count(n) for n in range(int(tokens.max()) + 1)], device=tokens.device)
-        return known[tokens]
+        return tokens.clamp(max=self.keep) if isinstance(self.keep, int) else ceils(tokens, self.keep)
 
     def chosen(self, foretold: Tensor, visible: Tensor, token: Tensor, heads: int) -> Tensor:
         """``[B, H or Hk, M, N]`` bool: the rows that each query attends to.
