@@ -14,6 +14,7 @@ from tokred.core.learned import Facts
 from tokred.core.schedules import kept_ceil
 from tokred.errors import TokredError
 from tokred.kernels.dispatch import without_autocast
+from tokred.kernels.gather_rows import gather_rows
 from tokred.kv.foresight import Foresight, distance
 from tokred.kv.select import ceils, kept_mask, rows_of
 from tokred.kv.site import CacheSite
@@ -367,9 +368,8 @@ def _attended(query: Query, q: Tensor, keys: Tensor, values: Tensor, kept: Tenso
         most = int(kept.sum(-1).max())
         if most * choosers < n * hk:  # fewer rows are brought together than there are
             index, kept = rows_of(kept[:, :, 0], most)
-            index = index.view(b, hk, -1, 1)
-            keys, values = (x.gather(2, index.expand(-1, -1, -1, x.shape[3])) for x in (keys, values))
-            keys, values = (x.view(b, choosers, most, -1) for x in (keys, values))
+            index = index.view(b, hk, -1)
+            keys, values = (gather_rows(x, index).view(b, choosers, most, -1) for x in (keys, values))
             kept = kept[:, :, None]
     held = keys.shape[1]
     grouped = q.to(kind).view(b, held, h // held, m, d) * scale
