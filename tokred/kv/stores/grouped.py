@@ -3,8 +3,9 @@ nearest to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import groupby
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -60,6 +61,25 @@ class Codes(NamedTuple):
         """Other samples, ``index`` ``[B']`` of the old ones."""
         codes, low, high = (x.index_select(0, index) for x in self[:3])
         return Codes(codes, low, high, self.size)
+
+    def sample(self, i: int) -> Codes:
+        """The rows of one sample, views."""
+        codes, low, high = (x[i : i + 1] for x in self[:3])
+        return Codes(codes, low, high, self.size)
+
+
+def _in_a_row(groups: Iterable[Codes]) -> Tensor:
+    """``[B, Hk, n, D]``: rows of groups, one behind the other.
+
+    Each step makes them anew, so neighbours of one size are made at once.
+    """
+    parts = []
+    for size, alike in groupby(groups, lambda one: one.size):
+        some = list(alike)
+        codes, low, high = (torch.cat(x) for x in zip(*(one[:3] for one in some), strict=True))
+        rows = Codes(codes, low, high, size).rows()
+        parts.append(rows.view(len(some), -1, *rows.shape[1:]).movedim(0, 2).flatten(2, 3))
+    return torch.cat(parts, 2)
 
 
 class Group(NamedTuple):
@@ -149,7 +169,7 @@ class GroupedShelf(Shelf):
 
     def _all(self, which: int) -> Tensor:
         parts = [x[which] for x in (self._first,) if x is not None]
-        parts += [one[which].rows() for one in self._groups]
+        parts += [_in_a_row(one[which] for one in self._groups)] if self._groups else []
         parts += [x[which] for x in (self._tail,) if x is not None]
         return torch.cat(parts, 2)
 
@@ -266,19 +286,12 @@ class GroupedShelf(Shelf):
         sizes = {one.keys.size for one in self._groups}
         if tail is None or query.padding(self.width) is not None or (len(sizes) > 1 and self.samples > 1):
             return None
-        groups = self.chosen(query.q)
-        parts: list[list[Tensor]] = [[], []]
+        groups, rows = self.chosen(query.q).tolist(), list[Tensor]()
         for which in (0, 1):
-            made = [
-                torch.cat([self._groups[g][which].select(at).rows() for g in some], 2)
-                for some, at in zip(
-                    groups.tolist(), torch.arange(len(groups), device=groups.device).unsqueeze(1), strict=True
-                )
-            ]
+            made = [_in_a_row(self._groups[g][which].sample(i) for g in some) for i, some in enumerate(groups)]
             first = [] if self._first is None else [self._first[which]]
-            parts[which] = [*first, torch.cat(made), tail[which]]
-        keys, values = (torch.cat(x, 2) for x in parts)
-        return _attention(query, keys, values)
+            rows.append(torch.cat([*first, torch.cat(made), tail[which]], 2))
+        return _attention(query, *rows)
 
 
 def _attention(query: Query, keys: Tensor, values: Tensor) -> Tensor:
