@@ -15,10 +15,10 @@ from tokred.core.checks import check_count
 from tokred.kernels.decode_attention import SENTINEL
 from tokred.kv.described import POSITION, plain_bytes
 from tokred.kv.site import CacheSite
+from tokred.kv.stores.pairs import Rows, appended, counted, joined, selected
 from tokred.kv.stores.store import Query, Shelf, Store
 
 LEVELS = 15  # of four bits, beside zero
-Rows = tuple[Tensor, Tensor]
 
 
 class Codes(NamedTuple):
@@ -177,11 +177,7 @@ class GroupedShelf(Shelf):
     def newest(self) -> Rows:
         if not self.complete and self._tail is not None:
             return self._tail
-        if self._first is None or self._tail is None:
-            found = self._tail if self._first is None else self._first
-            assert found is not None  # rows are asked for where there are some
-            return found
-        return self._all(0), self._all(1)
+        return joined(self._first, self._tail)  # rows are asked for where there are some
 
     @property
     def complete(self) -> bool:
@@ -189,8 +185,7 @@ class GroupedShelf(Shelf):
 
     @property
     def width(self) -> int:
-        rows = sum(x[0].shape[2] for x in (self._first, self._tail) if x is not None)
-        return rows + sum(one.keys.size for one in self._groups)
+        return counted(self._first) + sum(one.keys.size for one in self._groups) + counted(self._tail)
 
     @property
     def samples(self) -> int:
@@ -205,7 +200,7 @@ class GroupedShelf(Shelf):
         if not self._left:
             return None
         some = self._groups[0].keys.low
-        first = 0 if self._first is None else self._first[0].shape[2]
+        first = counted(self._first)
         later = seen - (self.width - first)
         slots = [torch.arange(first), torch.arange(later, seen)]
         return torch.cat(slots).to(some.device, torch.int32).clamp(max=SENTINEL).expand(*some.shape[:2], -1)
@@ -213,22 +208,16 @@ class GroupedShelf(Shelf):
     # ------------------------------------------------------------------ what happens to them
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        if self._tail is None:
-            self._tail = keys.contiguous(), values.contiguous()
-        else:
-            self._tail = torch.cat([self._tail[0], keys], 2), torch.cat([self._tail[1], values], 2)
+        self._tail = appended(self._tail, keys, values)
         self._new = keys.shape[2]
 
     def settle(self, site: CacheSite | None) -> None:
         tail, store = self._tail, self.store
         if tail is None or self.asked:
             return
-        have = 0 if self._first is None else self._first[0].shape[2]
-        some = min(store.sinks - have, tail[0].shape[2])
+        some = min(store.sinks - counted(self._first), counted(tail))
         if some > 0:
-            head = tail[0][:, :, :some], tail[1][:, :, :some]
-            first = head if self._first is None else tuple(torch.cat(x, 2) for x in zip(self._first, head, strict=True))
-            self._first = first[0].contiguous(), first[1].contiguous()
+            self._first = appended(self._first, tail[0][:, :, :some], tail[1][:, :, :some])
             tail = tail[0][:, :, some:], tail[1][:, :, some:]
         size = tail[0].shape[2] if store.group is None else store.group
         # Single tokens, which somebody writes, wait for the next frame.
@@ -257,10 +246,7 @@ class GroupedShelf(Shelf):
         return keys[:, :, -count:], values[:, :, -count:]
 
     def select(self, index: Tensor, listed: Callable[[], list[int]]) -> None:
-        for name in ("_first", "_tail"):
-            rows = getattr(self, name)
-            if rows is not None:
-                setattr(self, name, tuple(x.index_select(0, index) for x in rows))
+        self._first, self._tail = selected(self._first, index), selected(self._tail, index)
         self._groups = tuple(Group(one.keys.select(index), one.values.select(index)) for one in self._groups)
         self._means = None if self._means is None else self._means.index_select(0, index)
 

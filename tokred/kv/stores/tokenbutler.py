@@ -19,9 +19,9 @@ from tokred.kv.foresight import Foresight, distance
 from tokred.kv.select import ceils, kept_mask, rows_of
 from tokred.kv.site import CacheSite
 from tokred.kv.stores.grown import Grown
+from tokred.kv.stores.pairs import Rows
 from tokred.kv.stores.store import Query, Shelf, Store
 
-Rows = tuple[Tensor, Tensor]
 SHARES = ("query", "kv_group")
 # Rows of room that held ones grow into.
 _ROOM = 128

@@ -15,10 +15,10 @@ from tokred.kernels.decode_attention import decode_attention
 from tokred.kv.select import kept_mask, largest, rows_of
 from tokred.kv.site import CacheSite
 from tokred.kv.stores.grown import Grown
+from tokred.kv.stores.pairs import Rows, appended, counted, selected
 from tokred.kv.stores.store import Query, Shelf, Store
 from tokred.kv.turning import turned
 
-Rows = tuple[Tensor, Tensor]
 VOTES = ("soft", "raw", "hard")
 POSITIONS = ("compact", "true")
 # Rows of room that held ones grow into.
@@ -172,8 +172,7 @@ class SelectShelf(Shelf):
 
     @property
     def width(self) -> int:
-        held = 0 if self._held is None else self._held[0].count
-        return held + (0 if self._fresh is None else self._fresh[0].shape[2])
+        return (0 if self._held is None else self._held[0].count) + counted(self._fresh)
 
     @property
     def samples(self) -> int:
@@ -189,10 +188,7 @@ class SelectShelf(Shelf):
     # ------------------------------------------------------------------ what happens to them
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        if self._fresh is None:
-            self._fresh = keys.contiguous(), values.contiguous()
-        else:
-            self._fresh = torch.cat([self._fresh[0], keys], 2), torch.cat([self._fresh[1], values], 2)
+        self._fresh = appended(self._fresh, keys, values)
 
     def settle(self, site: CacheSite | None) -> None:
         if self._fresh is None or self.width < self.store.all:
@@ -233,8 +229,7 @@ class SelectShelf(Shelf):
     def select(self, index: Tensor, listed: Callable[[], list[int]]) -> None:
         if self._held is not None:
             self._held = self._held[0].select(index), self._held[1].select(index)
-        if self._fresh is not None:
-            self._fresh = self._fresh[0].index_select(0, index), self._fresh[1].index_select(0, index)
+        self._fresh = selected(self._fresh, index)
         if self._at is not None and len(self._at) > 1:
             self._at = self._at.index_select(0, index)
         if self._chosen is not None:
