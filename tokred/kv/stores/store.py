@@ -320,6 +320,17 @@ class Shelf(ABC):
         self.__dict__.update(state)
 
 
+class WholeShelf(Shelf):
+    """Base of shelves that hold all rows, in the order in which they came."""
+
+    @property
+    def moved(self) -> bool:
+        return False
+
+    def positions(self, seen: int) -> Tensor | None:
+        return None
+
+
 def missing(store: Store, needs: dict[str, str]) -> str:
     """Abilities that a store lacks of those needed, as a sentence; empty where it has all.
 

@@ -20,7 +20,7 @@ from tokred.kv.select import ceils, kept_mask, rows_of
 from tokred.kv.site import CacheSite
 from tokred.kv.stores.grown import Grown
 from tokred.kv.stores.pairs import Rows
-from tokred.kv.stores.store import Query, Shelf, Store
+from tokred.kv.stores.store import Query, Store, WholeShelf
 
 SHARES = ("query", "kv_group")
 # Rows of room that held ones grow into.
@@ -167,7 +167,7 @@ class Desk:
         return other
 
 
-class ButlerShelf(Shelf):
+class ButlerShelf(WholeShelf):
     """Rows of a layer as they came, and foretold keys beside them; or what a network needs to go on.
 
     Args:
@@ -217,13 +217,6 @@ class ButlerShelf(Shelf):
     @property
     def samples(self) -> int:
         return self.newest[0].shape[0]
-
-    @property
-    def moved(self) -> bool:
-        return False
-
-    def positions(self, seen: int) -> Tensor | None:
-        return None
 
     # ------------------------------------------------------------------ what happens to them
 

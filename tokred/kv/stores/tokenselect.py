@@ -16,7 +16,7 @@ from tokred.kv.select import kept_mask, largest, rows_of
 from tokred.kv.site import CacheSite
 from tokred.kv.stores.grown import Grown
 from tokred.kv.stores.pairs import Rows, appended, counted, selected
-from tokred.kv.stores.store import Query, Shelf, Store
+from tokred.kv.stores.store import Query, Store, WholeShelf
 from tokred.kv.turning import turned
 
 VOTES = ("soft", "raw", "hard")
@@ -125,7 +125,7 @@ class Chosen(NamedTuple):
     border: Tensor
 
 
-class SelectShelf(Shelf):
+class SelectShelf(WholeShelf):
     """Rows of a layer: settled ones, in order, and behind them those of this forward.
 
     Args:
@@ -177,13 +177,6 @@ class SelectShelf(Shelf):
     @property
     def samples(self) -> int:
         return self.newest[0].shape[0]
-
-    @property
-    def moved(self) -> bool:
-        return False
-
-    def positions(self, seen: int) -> Tensor | None:
-        return None
 
     # ------------------------------------------------------------------ what happens to them
 
