@@ -365,8 +365,9 @@ def _attended(query: Query, q: Tensor, keys: Tensor, values: Tensor, kept: Tenso
             keys, values = (gather_rows(x, index).view(b, choosers, most, -1) for x in (keys, values))
             kept = kept[:, :, None]
     held = keys.shape[1]
-    grouped = q.to(kind).view(b, held, h // held, m, d) * scale
-    logits = grouped @ keys.to(kind)[:, :, None].mT
+    # Heads that share rows ask side by side: a product with each would copy the rows for it.
+    folded = q.to(kind).reshape(b, held, -1, d) * scale
+    logits = (folded @ keys.to(kind).mT).view(b, held, -1, m, keys.shape[2])
     if query.softcap is not None:
         logits = torch.tanh(logits / query.softcap) * query.softcap
     hidden = ~kept.view(b, held, -1, m, kept.shape[3])
@@ -376,4 +377,4 @@ def _attended(query: Query, q: Tensor, keys: Tensor, values: Tensor, kept: Tenso
         logits = torch.cat([logits, sinks], -1)
     # A query of padding sees nothing at all.
     weights = logits.softmax(-1).nan_to_num(0.0)[..., : keys.shape[2]]
-    return (weights @ values.to(kind)[:, :, None]).flatten(1, 2).to(q.dtype)
+    return (weights.flatten(2, 3) @ values.to(kind)).view(b, h, m, -1).to(q.dtype)
