@@ -200,13 +200,14 @@ class _Distance(torch.autograd.Function):
 
 def _tiles(own: Tensor, own_keys: Tensor, q: Tensor, k: Tensor, real: Tensor | None, tile: int) -> Any:
     """Yields rows of queries, how many keys they see, and ``[B, H, rows, keys]`` differences, zero ahead of them."""
-    m, n, groups = own.shape[2], own_keys.shape[2], q.shape[1] // k.shape[1]
+    m, n = own.shape[2], own_keys.shape[2]
     for start in range(0, m, tile):
         rows = slice(start, min(start + tile, m))
         stop = n - m + rows.stop
-        asked = q[:, :, rows].reshape(*k.shape[:2], groups, -1, q.shape[3])
-        part = asked @ k[:, :, None, :stop].mT
-        apart = own[:, :, rows] @ own_keys[:, :, :stop].mT - part.flatten(1, 2)
+        apart = own[:, :, rows] @ own_keys[:, :, :stop].mT
+        # Heads that share keys ask side by side: a product with each would copy the keys for it.
+        asked = q[:, :, rows].reshape(*k.shape[:2], -1, q.shape[3])
+        apart -= (asked @ k[:, :, :stop].mT).view(apart.shape)
         at = torch.arange(stop, device=own.device)
         hidden = (at > at[n - m + start :, None])[None, None]
         if real is not None:
