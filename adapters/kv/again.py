@@ -22,6 +22,7 @@ from tokred.adapters.kv.seat import Call
 from tokred.adapters.swap import host_class
 from tokred.errors import TokenStateError
 from tokred.kernels.decode_attention import SENTINEL, visible_positions
+from tokred.kernels.gather_rows import gather_rows
 from tokred.kv.release import returning
 from tokred.kv.repeat import CONTEXT
 
@@ -117,7 +118,7 @@ def _bring(
         return
     index, meant = found
     context: Tensor = notes[CONTEXT]
-    tokens = context.gather(1, index) if context.ndim == 2 else _rows(context, index)
+    tokens = context.gather(1, index) if context.ndim == 2 else gather_rows(context, index)
     new: dict[Word, Any] = {
         words.INPUT_IDS if tokens.ndim == 2 else words.EMBEDS: tokens,
         words.POSITIONS: notes[_POSITIONS].gather(1, index),
@@ -135,10 +136,6 @@ def _bring(
         del settings.shared[COMING], settings.shared[REAL]
     for layer in layers_of(cache):
         layer.sort()
-
-
-def _rows(context: Tensor, index: Tensor) -> Tensor:
-    return context.gather(1, index[..., None].expand(-1, -1, context.shape[2]))
 
 
 def returned(call: Call, layer: TokLayer, query: Tensor, coming: Tensor, real: Tensor | None) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +16,7 @@ from tests.kv.tiny import build, prompt
 from tests.registered import examples
 from tokred.errors import NothingRecordedError, UnsupportedModelError
 from tokred.kernels.attention import attention_with_lse
-from tokred.kv.stores import shared
+from tokred.kv.stores import Rectangle, shared
 from tokred.kv.stores.shared import fused
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
@@ -233,6 +236,30 @@ def test_what_is_refused(model, tmp_path):
     mask[1, 0] = 0
     with pytest.raises(ValueError, match="hides some of the 21 tokens of the shared prefix"):
         model.generate(ids, attention_mask=mask, **tokred.cache_kwargs(made), **GREEDY)
+
+
+@dataclass(frozen=True)
+class Searching(Rectangle):
+    """Rows that can be evicted too, and are searched."""
+
+    name: ClassVar[str] = "searching"
+    searches: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class Answering(Rectangle):
+    """Rows that cannot be evicted, and are not searched."""
+
+    name: ClassVar[str] = "answering"
+    can: ClassVar[frozenset[str]] = frozenset({"attend", "crop"})
+
+
+def test_a_store_says_itself_whether_it_searches(model):
+    tokred.apply(model, tokred.KVPolicy(score="key_norm", budget=1.0, store=Searching()))
+    with pytest.raises(ValueError, match="chooses rows anew"):
+        tokred.share_prefix(model, PREFIX)
+    tokred.apply(model, tokred.KVPolicy(score="key_norm", budget=1.0, store=Answering()))
+    assert tokred.share_prefix(model, PREFIX).get_seq_length() == 21
 
 
 def test_windows_count_padding_as_tokens():

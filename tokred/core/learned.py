@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -85,6 +86,13 @@ class Learned:
     def training(self) -> bool:
         """True while decisions are soft."""
         return self.module is not None and self.module.training
+
+
+class InFloat32(nn.Module):
+    """Base of modules that go where the model goes, and stay in float32 whatever type it has."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        return super()._apply(lambda t: t.to(fn(t.new_empty(0)).device), recurse)  # type: ignore[no-untyped-call]
 
 
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -6,14 +6,13 @@ Each has queries and keys of its own for every later layer and query head; their
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokred.core.learned import Facts
+from tokred.core.learned import Facts, InFloat32
 from tokred.kv.turning import turned
 
 _DROPOUT = 0.1
@@ -126,7 +125,7 @@ class Network(nn.Module):
         return found.view(len(found), self.layers, self.heads, *found.shape[2:])
 
 
-class Foresight(nn.Module):
+class Foresight(InFloat32):
     """Networks of a model, by the layer whose input they read.
 
     They stay in float32 whatever type the model has: of two rows whose foretold logits are near, which is larger must
@@ -154,10 +153,6 @@ class Foresight(nn.Module):
     def count(self) -> int:
         """Layers that are foretold, by all networks."""
         return sum(map(len, self.later.values()))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # Goes where the model goes, and stays in float32.
-        return super()._apply(lambda t: t.to(fn(t.new_empty(0)).device), recurse)  # type: ignore[no-untyped-call]
 
 
 def _angle(size: int, device: torch.device) -> Tensor:
@@ -205,13 +200,14 @@ class _Distance(torch.autograd.Function):
 
 def _tiles(own: Tensor, own_keys: Tensor, q: Tensor, k: Tensor, real: Tensor | None, tile: int) -> Any:
     """Yields rows of queries, how many keys they see, and ``[B, H, rows, keys]`` differences, zero ahead of them."""
-    m, n, groups = own.shape[2], own_keys.shape[2], q.shape[1] // k.shape[1]
+    m, n = own.shape[2], own_keys.shape[2]
     for start in range(0, m, tile):
         rows = slice(start, min(start + tile, m))
         stop = n - m + rows.stop
-        asked = q[:, :, rows].reshape(*k.shape[:2], groups, -1, q.shape[3])
-        part = asked @ k[:, :, None, :stop].mT
-        apart = own[:, :, rows] @ own_keys[:, :, :stop].mT - part.flatten(1, 2)
+        apart = own[:, :, rows] @ own_keys[:, :, :stop].mT
+        # Heads that share keys ask side by side: a product with each would copy the keys for it.
+        asked = q[:, :, rows].reshape(*k.shape[:2], -1, q.shape[3])
+        apart -= (asked @ k[:, :, :stop].mT).view(apart.shape)
         at = torch.arange(stop, device=own.device)
         hidden = (at > at[n - m + start :, None])[None, None]
         if real is not None:

@@ -6,23 +6,20 @@ still held or not.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tokred.core.checks import is_count
-from tokred.core.schedules import kept_ceil
-from tokred.kv.select import kept_mask, largest, rows_of
+from tokred.core.learned import InFloat32
+from tokred.kv.select import ceils, kept_mask, largest, rows_of
 
 # Numbers inside of the judgement of pairs at a time, in training.
 _BLOCK = 1 << 22
 
 
-class Controller(nn.Module):
+class Controller(InFloat32):
     """A GRU over the embeddings, and a judgement of pairs of its states.
 
     It stays in float32 whatever type the model has.
@@ -81,10 +78,6 @@ class Controller(nn.Module):
         found: Tensor = self.out(inside)[..., 0]
         return found
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # Goes where the model goes, and stays in float32.
-        return super()._apply(lambda t: t.to(fn(t.new_empty(0)).device), recurse)  # type: ignore[no-untyped-call]
-
 
 def returning(importance: Tensor, released: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
     """Tokens that come back: the most important of those that were released, ties to the older one; None: none does.
@@ -119,11 +112,7 @@ def labels(attention: Tensor, seen: Tensor, positives: float | int) -> tuple[Ten
         much a positive one counts, so that both kinds count alike.
     """
     past = seen.expand_as(attention).sum(-1)
-    if is_count(positives, 1):
-        counts = past.clamp(max=int(positives))
-    else:
-        known = [kept_ceil(n, positives) for n in range(int(past.max()) + 1)]
-        counts = torch.tensor(known, device=past.device)[past]
+    counts = past.clamp(max=int(positives)) if is_count(positives, 1) else ceils(past, positives)
     found = kept_mask(attention, seen.expand_as(attention), None, counts)
     both = (counts > 0) & (counts < past)
     weight = (past - counts).float() / counts.clamp(min=1).float()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tokred.core.reduction import Reduction
+from tokred.core.schedules import kept_ceil
 
 # Rows to keep: one number a sample, or ``[B, Hk]`` int64, one a head.
 Counts = tuple[int, ...] | Tensor
@@ -64,6 +65,12 @@ def rows_of(kept: Tensor, slots: int) -> tuple[Tensor, Tensor]:
 def largest(counts: Counts) -> int:
     """The largest count; for counts on a device this waits for it, since memory is to be allocated."""
     return int(counts.max()) if isinstance(counts, Tensor) else max(counts)
+
+
+def ceils(n: Tensor, share: float) -> Tensor:
+    """:func:`~tokred.core.schedules.kept_ceil` of each of ``n``, int64 of any shape; once for those that are equal."""
+    distinct, place = torch.unique(n, return_inverse=True)
+    return torch.tensor([kept_ceil(one, share) for one in distinct.tolist()], device=n.device)[place]
 
 
 def equal(counts: Counts) -> bool:

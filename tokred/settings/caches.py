@@ -214,9 +214,9 @@ def _check_done(policy: Any) -> None:
         why = "keeps to a limit, for which rows of the prefix may go at any time"
     elif not parts.budget.full and (parts.when.every or parts.when.turns):
         why = "goes on evicting when the prompt is over, and a prefix belongs to all samples"
-    elif parts.store.searches:
+    elif parts.store.searches and "module" in parts.store.reads:
         why = "searches rows that its network has read, which are those of one cache alone"
-    elif "attend" in parts.store.can and "take" not in parts.store.can:
+    elif parts.store.searches:
         # Rows in common are read as a rectangle, past the store that would have chosen among them.
         why = "chooses rows anew for every token, and a prefix is attended to as a whole"
     if why:

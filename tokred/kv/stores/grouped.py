@@ -3,8 +3,9 @@ nearest to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import groupby
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -14,10 +15,10 @@ from tokred.core.checks import check_count
 from tokred.kernels.decode_attention import SENTINEL
 from tokred.kv.described import POSITION, plain_bytes
 from tokred.kv.site import CacheSite
+from tokred.kv.stores.pairs import Rows, appended, counted, joined, selected
 from tokred.kv.stores.store import Query, Shelf, Store
 
 LEVELS = 15  # of four bits, beside zero
-Rows = tuple[Tensor, Tensor]
 
 
 class Codes(NamedTuple):
@@ -61,6 +62,25 @@ class Codes(NamedTuple):
         codes, low, high = (x.index_select(0, index) for x in self[:3])
         return Codes(codes, low, high, self.size)
 
+    def sample(self, i: int) -> Codes:
+        """The rows of one sample, views."""
+        codes, low, high = (x[i : i + 1] for x in self[:3])
+        return Codes(codes, low, high, self.size)
+
+
+def _in_a_row(groups: Iterable[Codes]) -> Tensor:
+    """``[B, Hk, n, D]``: rows of groups, one behind the other.
+
+    Each step makes them anew, so neighbours of one size are made at once.
+    """
+    parts = []
+    for size, alike in groupby(groups, lambda one: one.size):
+        some = list(alike)
+        codes, low, high = (torch.cat(x) for x in zip(*(one[:3] for one in some), strict=True))
+        rows = Codes(codes, low, high, size).rows()
+        parts.append(rows.view(len(some), -1, *rows.shape[1:]).movedim(0, 2).flatten(2, 3))
+    return torch.cat(parts, 2)
+
 
 class Group(NamedTuple):
     """The rows of a frame, of one layer."""
@@ -88,6 +108,7 @@ class Grouped(Store):
 
     name: ClassVar[str] = "grouped"
     can: ClassVar[frozenset[str]] = frozenset({"attend"})
+    searches: ClassVar[bool] = True
 
     groups: int = 250
     group: int | None = None
@@ -148,7 +169,7 @@ class GroupedShelf(Shelf):
 
     def _all(self, which: int) -> Tensor:
         parts = [x[which] for x in (self._first,) if x is not None]
-        parts += [one[which].rows() for one in self._groups]
+        parts += [_in_a_row(one[which] for one in self._groups)] if self._groups else []
         parts += [x[which] for x in (self._tail,) if x is not None]
         return torch.cat(parts, 2)
 
@@ -156,11 +177,7 @@ class GroupedShelf(Shelf):
     def newest(self) -> Rows:
         if not self.complete and self._tail is not None:
             return self._tail
-        if self._first is None or self._tail is None:
-            found = self._tail if self._first is None else self._first
-            assert found is not None  # rows are asked for where there are some
-            return found
-        return self._all(0), self._all(1)
+        return joined(self._first, self._tail)  # rows are asked for where there are some
 
     @property
     def complete(self) -> bool:
@@ -168,8 +185,7 @@ class GroupedShelf(Shelf):
 
     @property
     def width(self) -> int:
-        rows = sum(x[0].shape[2] for x in (self._first, self._tail) if x is not None)
-        return rows + sum(one.keys.size for one in self._groups)
+        return counted(self._first) + sum(one.keys.size for one in self._groups) + counted(self._tail)
 
     @property
     def samples(self) -> int:
@@ -184,7 +200,7 @@ class GroupedShelf(Shelf):
         if not self._left:
             return None
         some = self._groups[0].keys.low
-        first = 0 if self._first is None else self._first[0].shape[2]
+        first = counted(self._first)
         later = seen - (self.width - first)
         slots = [torch.arange(first), torch.arange(later, seen)]
         return torch.cat(slots).to(some.device, torch.int32).clamp(max=SENTINEL).expand(*some.shape[:2], -1)
@@ -192,22 +208,16 @@ class GroupedShelf(Shelf):
     # ------------------------------------------------------------------ what happens to them
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        if self._tail is None:
-            self._tail = keys.contiguous(), values.contiguous()
-        else:
-            self._tail = torch.cat([self._tail[0], keys], 2), torch.cat([self._tail[1], values], 2)
+        self._tail = appended(self._tail, keys, values)
         self._new = keys.shape[2]
 
     def settle(self, site: CacheSite | None) -> None:
         tail, store = self._tail, self.store
         if tail is None or self.asked:
             return
-        have = 0 if self._first is None else self._first[0].shape[2]
-        some = min(store.sinks - have, tail[0].shape[2])
+        some = min(store.sinks - counted(self._first), counted(tail))
         if some > 0:
-            head = tail[0][:, :, :some], tail[1][:, :, :some]
-            first = head if self._first is None else tuple(torch.cat(x, 2) for x in zip(self._first, head, strict=True))
-            self._first = first[0].contiguous(), first[1].contiguous()
+            self._first = appended(self._first, tail[0][:, :, :some], tail[1][:, :, :some])
             tail = tail[0][:, :, some:], tail[1][:, :, some:]
         size = tail[0].shape[2] if store.group is None else store.group
         # Single tokens, which somebody writes, wait for the next frame.
@@ -236,10 +246,7 @@ class GroupedShelf(Shelf):
         return keys[:, :, -count:], values[:, :, -count:]
 
     def select(self, index: Tensor, listed: Callable[[], list[int]]) -> None:
-        for name in ("_first", "_tail"):
-            rows = getattr(self, name)
-            if rows is not None:
-                setattr(self, name, tuple(x.index_select(0, index) for x in rows))
+        self._first, self._tail = selected(self._first, index), selected(self._tail, index)
         self._groups = tuple(Group(one.keys.select(index), one.values.select(index)) for one in self._groups)
         self._means = None if self._means is None else self._means.index_select(0, index)
 
@@ -265,19 +272,12 @@ class GroupedShelf(Shelf):
         sizes = {one.keys.size for one in self._groups}
         if tail is None or query.padding(self.width) is not None or (len(sizes) > 1 and self.samples > 1):
             return None
-        groups = self.chosen(query.q)
-        parts: list[list[Tensor]] = [[], []]
+        groups, rows = self.chosen(query.q).tolist(), list[Tensor]()
         for which in (0, 1):
-            made = [
-                torch.cat([self._groups[g][which].select(at).rows() for g in some], 2)
-                for some, at in zip(
-                    groups.tolist(), torch.arange(len(groups), device=groups.device).unsqueeze(1), strict=True
-                )
-            ]
+            made = [_in_a_row(self._groups[g][which].sample(i) for g in some) for i, some in enumerate(groups)]
             first = [] if self._first is None else [self._first[which]]
-            parts[which] = [*first, torch.cat(made), tail[which]]
-        keys, values = (torch.cat(x, 2) for x in parts)
-        return _attention(query, keys, values)
+            rows.append(torch.cat([*first, torch.cat(made), tail[which]], 2))
+        return _attention(query, *rows)
 
 
 def _attention(query: Query, keys: Tensor, values: Tensor) -> Tensor:

@@ -14,10 +14,9 @@ from tokred.core.reduction import Reduction
 from tokred.kernels.gather_rows import gather_cache
 from tokred.kv.described import Made
 from tokred.kv.site import CacheSite
+from tokred.kv.stores.pairs import Rows, appended, counted, joined, selected
 from tokred.kv.stores.rectangle import SlottedShelf, merged_slots, without_empty
 from tokred.kv.stores.store import Shelf, Store
-
-Rows = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -210,13 +209,13 @@ class OffloadedShelf(SlottedShelf):
         if self._whole is not None:
             return self._whole
         assert self._away is not None  # rows are asked for where there are some
-        return _joined(self._away.fetch(self._device).wait(), self._tail)
+        return joined(self._away.fetch(self._device).wait(), self._tail)
 
     @property
     def width(self) -> int:
         if self._whole is not None:
             return self._whole[0].shape[2]
-        return (0 if self._away is None else self._away.keys.shape[2]) + _count(self._tail)
+        return (0 if self._away is None else self._away.keys.shape[2]) + counted(self._tail)
 
     @property
     def samples(self) -> int:
@@ -235,7 +234,7 @@ class OffloadedShelf(SlottedShelf):
         held = away[which]
         shape = (*held.shape[:2], self.width, held.shape[3])
         empty = torch.empty((), dtype=held.dtype, device=device).expand(shape)
-        return Made(empty, lambda: _joined(away.fetch(device).wait(), tail)[which].detach())
+        return Made(empty, lambda: joined(away.fetch(device).wait(), tail)[which].detach())
 
     @property
     def away(self) -> Iterator[Tensor]:
@@ -246,14 +245,11 @@ class OffloadedShelf(SlottedShelf):
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         self._device = keys.device
-        new = keys, values
-        if self._whole is not None:
-            self._whole = _joined(self._whole, new)
-        elif self._away is not None:
-            self._whole = _joined(self._chain.bring(self._number, self._away, self._device), self._tail, new)
-            self._tail = None
+        if self._whole is None and self._away is not None:
+            away = self._chain.bring(self._number, self._away, self._device)
+            self._whole, self._tail = joined(away, self._tail, (keys, values)), None
         else:
-            self._whole = keys.contiguous(), values.contiguous()
+            self._whole = appended(self._whole, keys, values)
         self._chain.send_for_next(self._number)
 
     def settle(self, site: CacheSite | None) -> None:
@@ -310,7 +306,7 @@ class OffloadedShelf(SlottedShelf):
 
     def select(self, index: Tensor, listed: Callable[[], list[int]]) -> None:
         super().select(index, listed)
-        self._whole, self._tail = _selected(self._whole, index), _selected(self._tail, index)
+        self._whole, self._tail = selected(self._whole, index), selected(self._tail, index)
         self._away = None if self._away is None else self._away.select(index)
 
 
@@ -339,17 +335,3 @@ def same_memory(like: Tensor, rows: Tensor) -> Tensor:
     if rows.is_cuda or not like.is_pinned():
         return rows.clone(memory_format=torch.contiguous_format)
     return torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows)
-
-
-def _joined(*lots: Rows | None) -> Rows:
-    """Keys and values of several lots of rows, in one copy; of one, as they are."""
-    keys, values = zip(*(rows for rows in lots if rows is not None), strict=True)
-    return (keys[0], values[0]) if len(keys) == 1 else (torch.cat(keys, 2), torch.cat(values, 2))
-
-
-def _count(rows: Rows | None) -> int:
-    return 0 if rows is None else rows[0].shape[2]
-
-
-def _selected(rows: Rows | None, index: Tensor) -> Rows | None:
-    return None if rows is None else (rows[0].index_select(0, index), rows[1].index_select(0, index))

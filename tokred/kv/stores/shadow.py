@@ -13,11 +13,10 @@ from torch import Tensor
 from tokred.core.checks import check_count, check_flags
 from tokred.kv.described import Made
 from tokred.kv.site import CacheSite
+from tokred.kv.stores.pairs import Rows
 from tokred.kv.stores.rectangle import RectangleShelf
 from tokred.kv.stores.shadows import Buffer, Shadow
 from tokred.kv.stores.store import Query, Store
-
-Rows = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,7 @@ class ShadowKV(Store):
 
     name: ClassVar[str] = "shadowkv"
     can: ClassVar[frozenset[str]] = frozenset({"crop", "attend"})
+    searches: ClassVar[bool] = True
     reads: ClassVar[frozenset[str]] = frozenset({"rotation"})
     replaces: ClassVar[frozenset[str]] = frozenset({"plain", "offloaded"})
 

@@ -58,7 +58,8 @@ class Store(Part):
         reads: what :meth:`Shelf.settle` takes from the site, see :data:`tokred.core.site.READS`.
         replaces: kinds of caches that a caller may hand over, because this store does what they do: ``"plain"``,
             ``"offloaded"``, ``"quantised"``.
-        searches: whether a network of its own says which rows a query attends to, as far as it has read them.
+        searches: whether queries attend to some of the rows, chosen anew for each, so that :meth:`Shelf.attend` is not
+            the attention over the rectangle.
     """
 
     kind = "store"
@@ -317,6 +318,17 @@ class Shelf(ABC):
         """Go back to a state that :meth:`snapshot` gave, which can be used again."""
         self.__dict__.clear()
         self.__dict__.update(state)
+
+
+class WholeShelf(Shelf):
+    """Base of shelves that hold all rows, in the order in which they came."""
+
+    @property
+    def moved(self) -> bool:
+        return False
+
+    def positions(self, seen: int) -> Tensor | None:
+        return None
 
 
 def missing(store: Store, needs: dict[str, str]) -> str:

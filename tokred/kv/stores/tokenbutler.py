@@ -14,13 +14,14 @@ from tokred.core.learned import Facts
 from tokred.core.schedules import kept_ceil
 from tokred.errors import TokredError
 from tokred.kernels.dispatch import without_autocast
+from tokred.kernels.gather_rows import gather_rows
 from tokred.kv.foresight import Foresight, distance
-from tokred.kv.select import kept_mask, rows_of
+from tokred.kv.select import ceils, kept_mask, rows_of
 from tokred.kv.site import CacheSite
 from tokred.kv.stores.grown import Grown
-from tokred.kv.stores.store import Query, Shelf, Store
+from tokred.kv.stores.pairs import Rows
+from tokred.kv.stores.store import Query, Store, WholeShelf
 
-Rows = tuple[Tensor, Tensor]
 SHARES = ("query", "kv_group")
 # Rows of room that held ones grow into.
 _ROOM = 128
@@ -110,14 +111,11 @@ class TokenButler(Store):
 
     def count(self, tokens: int) -> int:
         """Tokens that a query attends to, beside the first ones, of as many as there are with its own."""
-        return min(tokens, self.keep) if isinstance(self.keep, int) else min(tokens, kept_ceil(tokens, self.keep))
+        return min(tokens, self.keep) if isinstance(self.keep, int) else kept_ceil(tokens, self.keep)
 
     def counts(self, tokens: Tensor) -> Tensor:
         """:meth:`count` for each of ``tokens``, int64."""
-        if isinstance(self.keep, int):
-            return tokens.clamp(max=self.keep)
-        known = torch.tensor([self.count(n) for n in range(int(tokens.max()) + 1)], device=tokens.device)
-        return known[tokens]
+        return tokens.clamp(max=self.keep) if isinstance(self.keep, int) else ceils(tokens, self.keep)
 
     def chosen(self, foretold: Tensor, visible: Tensor, token: Tensor, heads: int) -> Tensor:
         """``[B, H or Hk, M, N]`` bool: the rows that each query attends to.
@@ -169,7 +167,7 @@ class Desk:
         return other
 
 
-class ButlerShelf(Shelf):
+class ButlerShelf(WholeShelf):
     """Rows of a layer as they came, and foretold keys beside them; or what a network needs to go on.
 
     Args:
@@ -219,13 +217,6 @@ class ButlerShelf(Shelf):
     @property
     def samples(self) -> int:
         return self.newest[0].shape[0]
-
-    @property
-    def moved(self) -> bool:
-        return False
-
-    def positions(self, seen: int) -> Tensor | None:
-        return None
 
     # ------------------------------------------------------------------ what happens to them
 
@@ -370,13 +361,13 @@ def _attended(query: Query, q: Tensor, keys: Tensor, values: Tensor, kept: Tenso
         most = int(kept.sum(-1).max())
         if most * choosers < n * hk:  # fewer rows are brought together than there are
             index, kept = rows_of(kept[:, :, 0], most)
-            index = index.view(b, hk, -1, 1)
-            keys, values = (x.gather(2, index.expand(-1, -1, -1, x.shape[3])) for x in (keys, values))
-            keys, values = (x.view(b, choosers, most, -1) for x in (keys, values))
+            index = index.view(b, hk, -1)
+            keys, values = (gather_rows(x, index).view(b, choosers, most, -1) for x in (keys, values))
             kept = kept[:, :, None]
     held = keys.shape[1]
-    grouped = q.to(kind).view(b, held, h // held, m, d) * scale
-    logits = grouped @ keys.to(kind)[:, :, None].mT
+    # Heads that share rows ask side by side: a product with each would copy the rows for it.
+    folded = q.to(kind).reshape(b, held, -1, d) * scale
+    logits = (folded @ keys.to(kind).mT).view(b, held, -1, m, keys.shape[2])
     if query.softcap is not None:
         logits = torch.tanh(logits / query.softcap) * query.softcap
     hidden = ~kept.view(b, held, -1, m, kept.shape[3])
@@ -386,4 +377,4 @@ def _attended(query: Query, q: Tensor, keys: Tensor, values: Tensor, kept: Tenso
         logits = torch.cat([logits, sinks], -1)
     # A query of padding sees nothing at all.
     weights = logits.softmax(-1).nan_to_num(0.0)[..., : keys.shape[2]]
-    return (weights @ values.to(kind)[:, :, None]).flatten(1, 2).to(q.dtype)
+    return (weights.flatten(2, 3) @ values.to(kind)).view(b, h, m, -1).to(q.dtype)

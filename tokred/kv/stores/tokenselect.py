@@ -15,10 +15,10 @@ from tokred.kernels.decode_attention import decode_attention
 from tokred.kv.select import kept_mask, largest, rows_of
 from tokred.kv.site import CacheSite
 from tokred.kv.stores.grown import Grown
-from tokred.kv.stores.store import Query, Shelf, Store
+from tokred.kv.stores.pairs import Rows, appended, counted, selected
+from tokred.kv.stores.store import Query, Store, WholeShelf
 from tokred.kv.turning import turned
 
-Rows = tuple[Tensor, Tensor]
 VOTES = ("soft", "raw", "hard")
 POSITIONS = ("compact", "true")
 # Rows of room that held ones grow into.
@@ -51,6 +51,7 @@ class TokenSelect(Store):
 
     name: ClassVar[str] = "tokenselect"
     can: ClassVar[frozenset[str]] = frozenset({"crop", "attend"})
+    searches: ClassVar[bool] = True
 
     budget: int = 2048
     sinks: int = 128
@@ -124,7 +125,7 @@ class Chosen(NamedTuple):
     border: Tensor
 
 
-class SelectShelf(Shelf):
+class SelectShelf(WholeShelf):
     """Rows of a layer: settled ones, in order, and behind them those of this forward.
 
     Args:
@@ -171,27 +172,16 @@ class SelectShelf(Shelf):
 
     @property
     def width(self) -> int:
-        held = 0 if self._held is None else self._held[0].count
-        return held + (0 if self._fresh is None else self._fresh[0].shape[2])
+        return (0 if self._held is None else self._held[0].count) + counted(self._fresh)
 
     @property
     def samples(self) -> int:
         return self.newest[0].shape[0]
 
-    @property
-    def moved(self) -> bool:
-        return False
-
-    def positions(self, seen: int) -> Tensor | None:
-        return None
-
     # ------------------------------------------------------------------ what happens to them
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        if self._fresh is None:
-            self._fresh = keys.contiguous(), values.contiguous()
-        else:
-            self._fresh = torch.cat([self._fresh[0], keys], 2), torch.cat([self._fresh[1], values], 2)
+        self._fresh = appended(self._fresh, keys, values)
 
     def settle(self, site: CacheSite | None) -> None:
         if self._fresh is None or self.width < self.store.all:
@@ -232,8 +222,7 @@ class SelectShelf(Shelf):
     def select(self, index: Tensor, listed: Callable[[], list[int]]) -> None:
         if self._held is not None:
             self._held = self._held[0].select(index), self._held[1].select(index)
-        if self._fresh is not None:
-            self._fresh = self._fresh[0].index_select(0, index), self._fresh[1].index_select(0, index)
+        self._fresh = selected(self._fresh, index)
         if self._at is not None and len(self._at) > 1:
             self._at = self._at.index_select(0, index)
         if self._chosen is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tokred.core.checks import check_flags, check_share
-from tokred.core.learned import Facts
+from tokred.core.learned import Facts, InFloat32
 from tokred.core.method import Parameters
 from tokred.core.registry import register
 from tokred.kv.fitting import REFERENCE
@@ -25,7 +24,7 @@ ROWS = ("keys", "values")
 _ONE = Groups()
 
 
-class Compressor(nn.Module):
+class Compressor(InFloat32):
     """Four networks a layer, of keys and values of both parts, which make one row of ``factor`` rows laid end to end.
 
     A network is the same for all heads. Its weights are float32 whatever type the model has.
@@ -54,10 +53,6 @@ class Compressor(nn.Module):
         networks: Any = self.layers[layer]
         found: Tensor = networks[name](rows.flatten(-2))
         return (found + rows.mean(-2) if self.residual else found).to(x.dtype)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # Goes where the model goes, and stays in float32.
-        return super()._apply(lambda t: t.to(fn(t.new_empty(0)).device), recurse)  # type: ignore[no-untyped-call]
 
 
 def _network(width: int, factor: int, dropout: float, residual: bool) -> nn.Sequential:

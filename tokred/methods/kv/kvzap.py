@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from tokred.core.checks import check_choice
-from tokred.core.learned import Facts
+from tokred.core.learned import Facts, InFloat32
 from tokred.core.method import Parameters
 from tokred.core.registry import register
 from tokred.kv.budgets import Threshold
@@ -26,7 +25,7 @@ KINDS = ("mlp", "linear")
 _LEAST = 1e-12
 
 
-class Surrogate(nn.Module):
+class Surrogate(InFloat32):
     """For every layer a network from what its attention is given to the logarithm of a score.
 
     Its weights are float32 whatever type the model has: a rounding of the input moves fewer rows across the threshold
@@ -51,10 +50,6 @@ class Surrogate(nn.Module):
         """``[B, Hk, M]`` float32, of ``x`` ``[B, M, C]``."""
         found: Tensor = self.layers[layer](x.float())
         return found.mT
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # Goes where the model goes, and stays in float32.
-        return super()._apply(lambda t: t.to(fn(t.new_empty(0)).device), recurse)  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
