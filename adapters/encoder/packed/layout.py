@@ -153,10 +153,27 @@ class Layout:
             kept: ``(M,)`` int64 rows that are left, ascending; None: all.
             windowed: of windows.
         """
+        if kept is None:
+            return self._ends_of_windows if windowed else self._ends_of_frames
         of = self.windows if windowed else self.frames
         assert of is not None  # asked for by blocks with windows alone
-        counts = torch.unique_consecutive(of if kept is None else of[kept], return_counts=True)[1]
-        return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+        return _ends(of[kept])
+
+    # Every block asks for them, and to count the rows of each waits for the device.
+    @functools.cached_property
+    def _ends_of_frames(self) -> Tensor:
+        return _ends(self.frames)
+
+    @functools.cached_property
+    def _ends_of_windows(self) -> Tensor:
+        assert self.windows is not None  # as above
+        return _ends(self.windows)
+
+
+def _ends(segments: Tensor) -> Tensor:
+    """``(count + 1,)`` int32: where each run of equal numbers ends."""
+    counts = torch.unique_consecutive(segments, return_counts=True)[1]
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
 
 
 @dataclass(frozen=True, eq=False)
