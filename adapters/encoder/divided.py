@@ -65,8 +65,9 @@ class DividedRecipe(Recipe):
         if layer == 0:
             state = shared.begin(x, 1 + (x.shape[1] - 1) // t)
         else:
-            state = shared.carried(layer, x)
-            x = narrow(state.shorten(wide(x, t)), t) if state.exposed else x
+            rows = wide(x, t)
+            state, fitted = shared.fitted(layer, shared.carried(layer, x), rows)
+            x = x if fitted is rows else narrow(fitted, t)
         n = 1 + (x.shape[1] - 1) // t
         acts = settings.active and shared.method.acts(n, Place(layer, shared.depth, 1))
         rest: tuple[Any, ...] = ()
@@ -170,13 +171,8 @@ class DividedHost(EncoderHost):
 
     clip: int
 
-    def plan(self, method: BlockMethod | None, shape: tuple[int, ...]) -> list[tuple[int, int, int]]:
-        n, rows = self.tokens(shape), []
-        for layer, (_, block) in enumerate(self.blocks):
-            after = n if method is None else method.tokens(n, Place(layer, self.depth, 1))
-            rows.append((n, after, self.macs(block, n, after, self.middle(method))))
-            n = after
-        return rows
+    def spent(self, layer: int, before: int, after: int, method: BlockMethod | None) -> int:
+        return self.macs(self.blocks[layer][1], before, after, self.middle(method))
 
     def counted(self, layer: int, record: LayerRecord, method: BlockMethod) -> tuple[int, int]:
         block, n = self.blocks[layer][1], record.state.length

@@ -198,15 +198,19 @@ class EncoderHost(Host):
     def plan(self, method: BlockMethod | None, shape: tuple[int, ...]) -> list[tuple[int, int, int]]:
         """For each block: tokens that enter, tokens that leave, and multiply-adds of one sample."""
         n, rows = self.tokens(shape), []
-        for layer, (_, block) in enumerate(self.blocks):
+        for layer in range(self.depth):
             place = Place(layer, self.depth, self.prefix, self.suffix)
             if method is not None and layer == method.joins(self.depth):
                 n = self.tokens(shape)
             after = n if method is None else method.tokens(n, place)
             entering = after if method is not None and method.where == "before" else n
-            rows.append((n, after, self.cost(block).macs(entering, after, self.middle(method))))
+            rows.append((n, after, self.spent(layer, entering, after, method)))
             n = after
         return rows
+
+    def spent(self, layer: int, before: int, after: int, method: BlockMethod | None) -> int:
+        """Multiply-adds of one sample in a block whose attention ``before`` tokens enter, ``after`` of which leave."""
+        return self.cost(self.blocks[layer][1]).macs(before, after, self.middle(method))
 
     def counted(self, layer: int, record: LayerRecord, method: BlockMethod) -> tuple[int, int]:
         """Multiply-adds of one sample in a block of the last forward: as it ran, and unpatched."""

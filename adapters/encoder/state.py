@@ -281,7 +281,10 @@ class Shared(State):
             raise UnsupportedModelError(LEARNING.format(method=self.method.name))
         if layer == 0:
             return self.begin(x, x.shape[1]), x
-        state = self.carried(layer, x)
+        return self.fitted(layer, self.carried(layer, x), x)
+
+    def fitted(self, layer: int, state: TokenState, x: Tensor) -> tuple[TokenState, Tensor]:
+        """State and tokens as block ``layer`` takes them: all again where the method joins them there, else short."""
         if layer == self.method.joins(self.depth):
             # What the host knows of the original tokens (its mask, tables of positions) fits them again.
             return TokenState(state.length, sides=state.sides), x if state.exposed else state.restore(x)
@@ -317,9 +320,8 @@ class Shared(State):
         if not torch.compiler.is_compiling():
             setattr(x, START, (self, sides))
             # Pixels are asked for again by a checkpoint alone, and are not kept alive where there can be none.
-            self.slots[0] = Slot(
-                pointer(x), x.shape, state if torch.is_grad_enabled() or x.requires_grad else state.lean()
-            )
+            again = torch.is_grad_enabled() or x.requires_grad
+            self.slots[0] = Slot(pointer(x), x.shape, state if again else state.lean())
         return state
 
     def carried(self, layer: int, x: Tensor) -> TokenState:

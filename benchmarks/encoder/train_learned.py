@@ -64,12 +64,12 @@ def measure(model: nn.Module, images: Tensor, labels: Tensor, garments: Tensor, 
         start = time.perf_counter()
         hits += int((model(x).argmax(1) == y).sum())
         rates.append(len(x) / (time.perf_counter() - start))
-        if patched and tokred.report(model).layers[-1].tokens_out < host.tokens(tuple(x.shape)):
+        found = tokred.report(model) if patched else None
+        if found is not None and found.layers[-1].tokens_out < host.tokens(tuple(x.shape)):
             stays = tokred.trace(model).index[:, host.prefix :] >= 0
             left += int((stays & shown).sum())
         else:
             left += int(shown.sum())
-        found = tokred.report(model) if patched else None
         tokens += len(x) * (dense[-1][1] if found is None else found.layers[-1].tokens_out)
         done += len(x) * (sum(macs for _, _, macs in dense) if found is None else found.macs)
     n = len(labels)
@@ -131,13 +131,23 @@ def trained(arm: Arm, samples: Samples, folder: Path, every: int, plain: nn.Modu
     return made, time.process_time() - start
 
 
-def records(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Records of the results: each setting once, the mean of its seeds with its 95 % interval."""
+def seeds_of(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, float], list[dict[str, Any]]]:
+    """The rows of each name and share, one a seed."""
     found: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for row in rows:
         found.setdefault((row["name"], row["share"]), []).append(row)
+    return found
+
+
+def error_of(values: Sequence[float]) -> float:
+    """The standard error of the mean of two values or more."""
+    return statistics.stdev(values) / len(values) ** 0.5
+
+
+def records(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records of the results: each setting once, the mean of its seeds with its 95 % interval."""
     made = []
-    for (name, share), some in found.items():
+    for (name, share), some in seeds_of(rows).items():
         one = {
             "model": "embedded",
             "method": "unpatched" if name == DENSE else some[0]["method"],
@@ -152,8 +162,7 @@ def records(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for key, metric in (("top1", "top1"), ("recall", "recall")):
             values = [row[key] for row in some]
             if len(values) > 1:
-                error = statistics.stdev(values) / len(values) ** 0.5
-                one |= results.mean(metric, statistics.mean(values), error)
+                one |= results.mean(metric, statistics.mean(values), error_of(values))
             elif metric == "top1":
                 one |= results.share(metric, round(values[0] * images), images)
             else:
@@ -167,13 +176,10 @@ def records(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Lines of the table: one for each setting, the mean of its seeds and the standard error of that mean."""
-    found: dict[tuple[str, float], list[dict[str, Any]]] = {}
-    for row in rows:
-        found.setdefault((row["name"], row["share"]), []).append(row)
     lines = [f"{'setting':58} {'top-1':>16} {'garments':>8} {'tokens':>7} {'work':>7}"]
-    for (name, _), some in found.items():
+    for (name, _), some in seeds_of(rows).items():
         top1 = [row["top1"] for row in some]
-        error = f" ±{statistics.stdev(top1) / len(top1) ** 0.5:.4f}" if len(top1) > 1 else ""
+        error = f" ±{error_of(top1):.4f}" if len(top1) > 1 else ""
         recall, tokens, done = (statistics.mean(row[key] for row in some) for key in ("recall", "tokens", "work"))
         label = f"{name}: {some[0]['setting']}"
         lines.append(

@@ -14,6 +14,7 @@ import tokred
 from tests.encoder.tiny_timm import needs
 from tests.encoder.tiny_transformers import FAMILIES, build, read
 from tests.kinds import TRANSFORMERS, each
+from tokred import adapters
 from tokred.core.reduction import Reduction
 
 ENCODERS = {
@@ -249,6 +250,26 @@ def test_exposing_changes_nothing_but_lengths(method):
             logits.append(model(**inputs).logits)
     for other in logits[1:]:
         torch.testing.assert_close(other, logits[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("expose", ["none", "all"])
+def test_positions_that_went_around_blocks_come_back(expose):
+    model, inputs = build("TimeSformer"), FAMILIES["TimeSformer"].inputs(2)
+    # Positions as they enter the second block unpatched, and the last one patched.
+    given: list[torch.Tensor] = []
+    blocks = model.timesformer.encoder.layer
+    blocks[1].temporal_layernorm.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+    with torch.no_grad():
+        model(**inputs)
+        blocks[2].temporal_layernorm.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+        tokred.apply(model, "skipvit", rho=0.5, split=0, join=2, expose=expose)
+        model(**inputs)
+    report = tokred.report(model)
+    assert [(layer.tokens_in, layer.tokens_out) for layer in report.layers] == [(17, 9), (9, 9), (17, 17)]
+    assert report.macs == sum(macs for *_, macs in adapters.find(model).plan(*tokred.patched(model), (1, 4, 3, 32, 32)))
+    before, after = given[0].reshape(2, 16, -1), given[-1].reshape(2, 16, -1)
+    same = torch.isclose(before, after, rtol=1e-4, atol=1e-5).all(2)
+    assert same.sum(1).tolist() == [8, 8], "those that left are as they left"
 
 
 def test_merging_equal_positions_of_a_video_changes_nothing():

@@ -97,7 +97,8 @@ def run(model: Any, given: dict[str, Any]) -> list[Tensor]:
     with torch.no_grad():
         out = model(**given)
     deep = getattr(out, "deepstack_features", None) or ()
-    found = [out.last_hidden_state, *([] if out.pooler_output is None else [out.pooler_output]), *deep]
+    folded = getattr(out, "pooler_output", None)  # transformers 5.17 has no such field where a tower folds nothing
+    found = [out.last_hidden_state, *([] if folded is None else [folded]), *deep]
     return [t[0] if name_of(model) == "PixtralVisionModel" else t for t in found]
 
 

@@ -9,6 +9,7 @@ pytest.importorskip("timm")
 
 import tokred
 from tests.encoder.tiny_timm import build, images
+from tokred.core.matching import sides_of
 from tokred.core.relaxed import Relaxed, relaxed_top
 from tokred.learn import Learned
 
@@ -47,24 +48,52 @@ def test_what_gives_nothing_stays_as_it_is():
         step.merge(x, mode="max")
 
 
+def _drawn(seed: int, r: int, tau: float) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """A model that merges ``r`` pairs in its first block, and its embeddings, whose weights are drawn."""
+    model = build("vit")
+    tokred.apply(model, "dtem", r=[r], tau=tau)
+    own = tokred.modules(model)["dtem"]
+    torch.manual_seed(seed)
+    for p in own.parameters():
+        torch.nn.init.normal_(p)
+    return model, own
+
+
+def _apart(x: torch.Tensor, seed: int, r: int) -> bool:
+    """True if the ``r`` best pairs are of as many givers, each better than the next one by 20 low temperatures.
+
+    The limit is a hard merge only there: a giver that stands in two of the pairs is shared out between both takers, and
+    of two pairs that are as good as alike (to 14 temperatures, the log of a million) one is chosen more than once.
+    Another token stays whole for it.
+    """
+    model, own = _drawn(seed, r, 1e-4)
+    heard: list[torch.Tensor] = []
+    own.register_forward_hook(lambda module, inputs, output: heard.append(output))
+    with torch.no_grad():
+        model(x)
+    unit = heard[0]
+    giving, taking = sides_of(unit.shape[1], 1, 0)
+    score = unit[:, giving] @ unit[:, taking].mT
+    best = score.flatten(1).topk(r + 1)
+    givers = best.indices[:, :r] // score.shape[2]
+    clear = best.values.diff(dim=1) < -2e-3
+    return bool(clear.all()) and all(len(set(row)) == r for row in givers.tolist())
+
+
 def test_softly_merged_tokens_vanish_as_the_temperature_falls():
     """In training, at a low temperature, what the class token answers is what it answers after a hard merge."""
     x = images(2)
     outs = {}
+    seed = next(seed for seed in range(100) if _apart(x, seed, 4))
     for tau in (1e-4, 1.0):
-        model = build("vit")
-        tokred.apply(model, "dtem", r=[4], tau=tau)
-        own = tokred.modules(model)["dtem"]
-        torch.manual_seed(0)
-        for p in own.parameters():
-            torch.nn.init.normal_(p)
+        model, own = _drawn(seed, 4, tau)
         with torch.no_grad():
             hard = model(x)
             assert tokred.report(model).layers[0].tokens_out == 22
             own.train()
             outs[tau] = (model(x) - hard).abs().max()
             assert tokred.report(model).layers[0].tokens_out == 26
-    assert outs[1e-4] < 0.2 * outs[1.0]
+    assert outs[1e-4] < 1e-3 * outs[1.0]
 
 
 def test_gradients_of_the_task_reach_the_embeddings_alone_where_it_is_detached():

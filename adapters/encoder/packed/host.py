@@ -14,7 +14,6 @@ from tokred.adapters.encoder.origin import Origin
 from tokred.adapters.encoder.packed.layout import Folding, Layout, PackedState
 from tokred.adapters.encoder.packed.run import PackedRecipe
 from tokred.adapters.encoder.state import LayerRecord, Shared
-from tokred.core.place import Place
 from tokred.encoder.method import BlockMethod
 from tokred.errors import UnsupportedModelError
 
@@ -78,17 +77,9 @@ class PackedHost(EncoderHost):
     def begin(self, shared: Shared, changes: Changes) -> None:
         changes.before(self.model, PackedOrigin(self, shared), with_kwargs=True)
 
-    def plan(self, method: BlockMethod | None, shape: tuple[int, ...]) -> list[tuple[int, int, int]]:
-        """Tokens and multiply-adds of each block; all rows are counted as one image."""
-        n, rows = self.tokens(shape), []
-        for layer, (_, block) in enumerate(self.blocks):
-            if method is not None and layer == method.joins(self.depth):
-                n = self.tokens(shape)
-            after = n if method is None else method.tokens(n, Place(layer, self.depth))
-            entering = after if method is not None and method.where == "before" else n
-            rows.append((n, after, self._macs(block, entering, after, entering * self._seen(layer, entering), method)))
-            n = after
-        return rows
+    def spent(self, layer: int, before: int, after: int, method: BlockMethod | None) -> int:
+        """Multiply-adds in a block; all rows are counted as one image."""
+        return self._macs(self.blocks[layer][1], before, after, before * self._seen(layer, before), method)
 
     def counted(self, layer: int, record: LayerRecord, method: BlockMethod) -> tuple[int, int]:
         """Multiply-adds of all images in a block of the last forward: as it ran, and unpatched."""

@@ -7,6 +7,7 @@ the tower's order, so that cells, windows and frames stay together.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -31,6 +32,11 @@ class Folding(NamedTuple):
     cell: int
     window: int = 0
     joint: bool = False
+
+    def windows(self, rows: int, columns: int) -> int:
+        """Windows of a frame of so many patches; 1 where there are none."""
+        side = self.cell * self.window
+        return -(-rows // side) * -(-columns // side) if side else 1
 
     def order(self, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Where each patch of a frame, in reading order, stands among its rows, and the window of each row.
@@ -111,16 +117,17 @@ class Layout:
             pixels: ``(S, F)`` as the tower is given them, before it orders its windows; None: nobody asks.
         """
         # Frames of one size have one order, which is worked out once.
-        orders: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        order_of = functools.cache(lambda own, rows, columns: own.order(rows, columns, device))
+        handed = folding._replace(window=0)  # the order before the tower's
         found: dict[tuple[int, int, int], list[tuple[Tensor, Tensor]]] = {}
         clips = clips or folding.joint
         frames, windows, first, frame, before = [], [], 0, 0, 0
         for count, rows, columns in grids:
-            order, window = orders.setdefault((rows, columns), folding.order(rows, columns, device))
-            area, most = rows * columns, int(window.max()) + 1
+            order, window = order_of(folding, rows, columns)
+            area, most = rows * columns, folding.windows(rows, columns)
             step = torch.arange(count, device=device)
             start, wide = (first + step * area).unsqueeze(1), (1, -1) if clips else (count, -1)
-            given = order if pixels is None else folding._replace(window=0).order(rows, columns, device)[0]
+            given = order if pixels is None else order_of(handed, rows, columns)[0]
             own = (order + start).view(wide), (given + start).view(wide)
             found.setdefault((count if clips else 1, rows, columns), []).append(own)
             frames.append((frame + step * (not folding.joint)).repeat_interleave(area))
@@ -146,10 +153,27 @@ class Layout:
             kept: ``(M,)`` int64 rows that are left, ascending; None: all.
             windowed: of windows.
         """
+        if kept is None:
+            return self._ends_of_windows if windowed else self._ends_of_frames
         of = self.windows if windowed else self.frames
         assert of is not None  # asked for by blocks with windows alone
-        counts = torch.unique_consecutive(of if kept is None else of[kept], return_counts=True)[1]
-        return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+        return _ends(of[kept])
+
+    # Every block asks for them, and to count the rows of each waits for the device.
+    @functools.cached_property
+    def _ends_of_frames(self) -> Tensor:
+        return _ends(self.frames)
+
+    @functools.cached_property
+    def _ends_of_windows(self) -> Tensor:
+        assert self.windows is not None  # as above
+        return _ends(self.windows)
+
+
+def _ends(segments: Tensor) -> Tensor:
+    """``(count + 1,)`` int32: where each run of equal numbers ends."""
+    counts = torch.unique_consecutive(segments, return_counts=True)[1]
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
 
 
 @dataclass(frozen=True, eq=False)

@@ -46,6 +46,12 @@ class PackedCapture(Capture):
         self.noted = noted
         self.seen = 0
         self.pieces: list[tuple[Tensor, ...]] = []
+        self.joined: dict[int, Tensor] = {}
+
+    def release(self) -> None:
+        """Let go of queries, keys and values, so that their memory serves the MLP that follows."""
+        super().release()
+        self.pieces, self.joined = [], {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not _SDPA:
@@ -65,8 +71,10 @@ class PackedCapture(Capture):
         return func(**call)
 
     def whole(self, i: int) -> Tensor:
-        """``(M, H, D)`` queries, keys or values of all rows."""
-        return torch.cat([p[i] for p in self.pieces], 2)[0].transpose(0, 1)
+        """``(M, H, D)`` queries, keys or values of all rows, put together once for all groups."""
+        if i not in self.joined:
+            self.joined[i] = torch.cat([p[i] for p in self.pieces], 2)[0].transpose(0, 1)
+        return self.joined[i]
 
     def check(self, rows: int, settings: Settings) -> None:
         """Refuse an attention that was not seen, or that saw other rows than there are.
@@ -230,6 +238,7 @@ class PackedRecipe(Recipe):
                 part, x = follow(shared, step, part, x)
             parts.append(part)
             xs.append(x)
+        capture.release()
         if all(a is b for a, b in zip(parts, state.parts, strict=True)):
             return state, rows
         after = replace(PackedState.settled(state.layout, tuple(parts)), pairs=state.pairs)

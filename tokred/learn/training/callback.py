@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 
 import tokred
 from tokred.learn.recipe import Ramp
+from tokred.learn.training.trainers import all_known, average_gradients, change_at, check_schedule
 
 try:
     from transformers import TrainerCallback
@@ -38,10 +38,7 @@ class MethodCallback(TrainerCallback):  # type: ignore[misc]  # transformers has
     """
 
     def __init__(self, schedule: Mapping[str, Ramp] | None = None) -> None:
-        self.schedule = dict(schedule or {})
-        for name, ramp in self.schedule.items():
-            if not isinstance(ramp, Ramp):
-                raise TypeError(f"schedule[{name!r}] must be a tokred.learn.Ramp, got {ramp!r}")
+        self.schedule = check_schedule(schedule)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take up the weights of a checkpoint that the trainer goes on from.
@@ -52,13 +49,11 @@ class MethodCallback(TrainerCallback):  # type: ignore[misc]  # transformers has
         """
         model, optimiser = kwargs["model"], kwargs.get("optimizer")
         learned = tokred.modules(model)
-        if optimiser is not None:
-            known = {id(p) for group in optimiser.param_groups for p in group["params"]}
-            if any(id(p) not in known for p in tokred.parameters(model) if p.requires_grad):
-                raise ValueError(
-                    f"the optimiser does not know the weights of {', '.join(map(repr, learned))}: add a group with "
-                    "tokred.parameters(model) in create_optimizer, or freeze them"
-                )
+        if optimiser is not None and not all_known(tokred.parameters(model), [optimiser]):
+            raise ValueError(
+                f"the optimiser does not know the weights of {', '.join(map(repr, learned))}: add a group with "
+                "tokred.parameters(model) in create_optimizer, or freeze them"
+            )
         if learned and state.global_step > 0:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}" / FOLDER
             given = getattr(args, "resume_from_checkpoint", None)
@@ -74,18 +69,12 @@ class MethodCallback(TrainerCallback):  # type: ignore[misc]  # transformers has
         those of the model's own weights alone."""
         for p in tokred.parameters(kwargs["model"]):
             p.grad = None
-        values = {name: ramp.at(state.global_step, state.max_steps) for name, ramp in self.schedule.items()}
-        if values:
-            tokred.change(kwargs["model"], **values)
+        change_at(kwargs["model"], self.schedule, state.global_step, state.max_steps)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Average the gradients of the method's weights over the processes, and clip them: the trainer sees neither."""
         own = [p for p in tokred.parameters(kwargs["model"]) if p.grad is not None]
-        grads = [p.grad for p in own if p.grad is not None]
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            for grad in grads:
-                dist.all_reduce(grad)
-                grad.div_(dist.get_world_size())
+        average_gradients(own)
         if own and args.max_grad_norm:
             nn.utils.clip_grad_norm_(own, args.max_grad_norm)
 

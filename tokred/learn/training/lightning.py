@@ -11,6 +11,7 @@ from torch import nn
 
 import tokred
 from tokred.learn.recipe import Ramp
+from tokred.learn.training.trainers import all_known, average_gradients, change_at, check_schedule, several
 
 
 def _base() -> Any:
@@ -44,10 +45,7 @@ class LightningCallback(_base()):  # type: ignore[misc]  # its base is known whe
 
     def __init__(self, schedule: Mapping[str, Ramp] | None = None) -> None:
         super().__init__()
-        self.schedule = dict(schedule or {})
-        for name, ramp in self.schedule.items():
-            if not isinstance(ramp, Ramp):
-                raise TypeError(f"schedule[{name!r}] must be a tokred.learn.Ramp, got {ramp!r}")
+        self.schedule = check_schedule(schedule)
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """Look whether the optimisers know the method's weights, and every rank has the same ones.
@@ -55,9 +53,8 @@ class LightningCallback(_base()):  # type: ignore[misc]  # its base is known whe
         Raises:
             ValueError: they do not, or the trainer does not know how many steps it will take.
         """
-        known = {id(p) for one in trainer.optimizers for group in one.param_groups for p in group["params"]}
         own = [p for p in tokred.parameters(pl_module) if p.requires_grad]
-        if any(id(p) not in known for p in own):
+        if not all_known(own, trainer.optimizers):
             names = ", ".join(map(repr, tokred.modules(pl_module)))
             raise ValueError(
                 f"no optimiser knows the weights of {names}: give tokred.parameters(model) to one in "
@@ -68,27 +65,20 @@ class LightningCallback(_base()):  # type: ignore[misc]  # its base is known whe
                 "a schedule needs to know how many steps there will be: give the trainer max_steps or max_epochs, got "
                 f"{trainer.estimated_stepping_batches!r} steps"
             )
-        if _many():
+        if several():
             for p in own:
                 dist.broadcast(p.data, 0)
 
     def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
         """Set the parameters of the step that comes."""
-        steps = int(trainer.estimated_stepping_batches) if self.schedule else 0
-        values = {name: ramp.at(trainer.global_step, steps) for name, ramp in self.schedule.items()}
-        if values:
-            tokred.change(pl_module, **values)
+        if self.schedule:  # without one the trainer need not know its steps
+            change_at(pl_module, self.schedule, trainer.global_step, int(trainer.estimated_stepping_batches))
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: nn.Module, optimizer: Any) -> None:
         """Average the gradients of the method's weights over the processes: they stand beside the module that the
         trainer wraps."""
-        if not _many():
-            return
         mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for p in tokred.parameters(pl_module):
-            if p.grad is not None and id(p) in mine:
-                dist.all_reduce(p.grad)
-                p.grad.div_(dist.get_world_size())
+        average_gradients(p for p in tokred.parameters(pl_module) if id(p) in mine)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:
         """Put the methods' settings and weights beside the model's."""
@@ -111,7 +101,3 @@ class LightningCallback(_base()):  # type: ignore[misc]  # its base is known whe
             )
         for name, module in learned.items():
             module.load_state_dict(found[name])
-
-
-def _many() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
