@@ -286,7 +286,7 @@ class Stream:
         return found
 
     def _check_range(self, last: int) -> None:
-        most = words.LONGEST.part(self._parts.cache_host.config)
+        most = words.MOST_POSITIONS.part(self._parts.cache_host.config)
         if isinstance(most, int) and last >= most and not self._warned:
             self._warned = True
             warnings.warn(
