@@ -11,6 +11,7 @@ from torch import Tensor
 from tokred.adapters.vlm.layout import Picture, places_in
 from tokred.adapters.vlm.sites import Shown, shown
 from tokred.errors import MissingInputError
+from tokred.vlm.frames import moments
 
 if TYPE_CHECKING:
     from tokred.adapters.vlm.forward import Forward
@@ -71,9 +72,7 @@ def _moments(picture: Picture, device: torch.device) -> Tensor:
     found[:, 1] = picture.tokens + torch.arange(picture.tokens, device=device)
     for part in picture.parts:
         if part.frames is not None:
-            cells = part.count // part.frames
-            place = torch.arange(part.count, device=device)
-            found[part.where.offsets(device)] = torch.stack([place // cells, place % cells], 1)
+            found[part.where.offsets(device)] = moments(part.count, part.count // part.frames, device)
     return found
 
 

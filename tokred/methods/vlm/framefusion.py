@@ -16,7 +16,7 @@ from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.selection import highest
 from tokred.vlm.before_llm import VisualSite
-from tokred.vlm.frames import ClipMethod, cells_of
+from tokred.vlm.frames import ClipMethod, cells_of, moments
 from tokred.vlm.in_llm import LayerMethod, LayerSite, check_layer
 from tokred.vlm.tools.greedy import directions
 from tokred.vlm.tools.samples import stacked
@@ -144,8 +144,7 @@ class FrameFusion(ClipMethod):
     def choose(self, site: VisualSite) -> Reduction:
         """Each clip by itself; what comes next is written down for each of its tokens."""
         b, n = site.shape
-        place, cells = torch.arange(n, device=site.device), cells_of(site)
-        moment = torch.stack([place // cells, place % cells], 1)
+        moment = moments(n, cells_of(site), site.device)
         share = excess(self.cost, 1, 0, 0.0, 1.0)
         found = [fuse(x, moment, share, self.threshold, self.stop) for x in site.x.detach().float()]
         states = torch.tensor([one.state for one in found], device=site.device)
