@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from tokred.adapters.contract import members, parameters_at_hand, words
 from tokred.adapters.swap import Standin
-from tokred.adapters.vlm.taps import Call, Record, Tap, in_flight
+from tokred.adapters.vlm.taps import Call, Record, in_flight, tapped
 from tokred.errors import BypassedError, NothingRemovedWarning
 from tokred.vlm.clips import Runs, said
 
@@ -56,12 +56,8 @@ class Getter(Standin):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Getters call each other (videos by way of images): the outer one's notes wait.
-        before = in_flight.tap
-        tap = in_flight.tap = Tap()
-        try:
+        with tapped() as tap:
             output = getattr(type(self.core), self.name)(self.core, *args, **kwargs)
-        finally:
-            in_flight.tap = before
         given = dict(zip(self.__signature__.parameters, args, strict=False)) | kwargs
         if words.FEATURES.on(output):
             record = self.describe(self.core, given, output, tap, self.modality)
