@@ -84,8 +84,3 @@ def _unknown(forward: Forward) -> bool:
 def gathered_rows(rows: dict[str, Tensor], columns: Tensor) -> dict[str, Tensor]:
     """State ``(B, L)`` of some columns."""
     return {name: state.gather(1, columns) for name, state in rows.items()}
-
-
-def at_columns(values: Tensor, columns: Tensor) -> Tensor:
-    """``(B, M, 2)`` of ``(B, L, 2)``."""
-    return values.gather(1, columns.unsqueeze(-1).expand(-1, -1, 2))
