@@ -316,7 +316,7 @@ MARKS = row(
 )
 TOWER_DEPTH = row("frames of a patch of a tower", "temporal_patch_size T qwen2_5_vl:Qwen2_5_VLVisionConfig")
 TICKS = row("steps of the time axis in a second", "tokens_per_second T qwen2_5_vl:Qwen2_5_VLVisionConfig")
-LONGEST = row("positions that a model was trained for", "max_position_embeddings T llama:LlamaConfig")
+MOST_POSITIONS = row("positions that a model was trained for", "max_position_embeddings T llama:LlamaConfig")
 SETTINGS = row("settings of generation", "generation_config T transformers.generation:GenerationMixin")
 ENDS = row("ids that end a text", "eos_token_id T transformers.generation:GenerationConfig")
 LAYERDROP = row("layers skipped at random", "layerdrop T whisper:WhisperEncoder")

@@ -54,10 +54,7 @@ class TokCache(DynamicCache):  # type: ignore[misc]
 
     def snapshot(self) -> Snapshot:
         """The present state. Rows cost no memory until the cache moves on: tensors are shared; states are copied."""
-        layers = tuple(
-            layer.snapshot() if isinstance(layer, TokLayer) else _own(layer.__dict__) for layer in layers_of(self)
-        )
-        return Snapshot(layers, self.engine.state())
+        return Snapshot(states_of(layers_of(self)), self.engine.state())
 
     def restore(self, snapshot: Snapshot) -> None:
         """Set the cache back to an earlier state of itself; the snapshot can be used again.
@@ -72,12 +69,7 @@ class TokCache(DynamicCache):  # type: ignore[misc]
 
     def restore_layers(self, snapshot: Snapshot) -> None:
         """Set the layers back to a snapshot, and let the engine go on."""
-        for layer, state in zip(layers_of(self), snapshot.layers, strict=True):
-            if isinstance(layer, TokLayer):
-                layer.restore(state)
-            else:
-                layer.__dict__.clear()
-                layer.__dict__.update(_own(state))
+        set_states(layers_of(self), snapshot.layers)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the newest ``-tokens_to_remove`` tokens, of all layers or of none.
@@ -185,6 +177,21 @@ def layer_of(cache: Any, index: int) -> TokLayer | None:
 def rows_of(layers: list[Any]) -> tuple[LayerRows, ...]:
     """Slots, rows and bytes of the layers of a cache."""
     return tuple(_rows(i, layer) for i, layer in enumerate(layers))
+
+
+def states_of(layers: list[Any]) -> tuple[dict[str, Any], ...]:
+    """The present state of each layer of any cache, for :func:`set_states`; rows are shared, states copied."""
+    return tuple(layer.snapshot() if isinstance(layer, TokLayer) else _own(layer.__dict__) for layer in layers)
+
+
+def set_states(layers: list[Any], states: tuple[dict[str, Any], ...]) -> None:
+    """Set the layers of a cache back to what :func:`states_of` told of them."""
+    for layer, state in zip(layers, states, strict=True):
+        if isinstance(layer, TokLayer):
+            layer.restore(state)
+        else:
+            layer.__dict__.clear()
+            layer.__dict__.update(_own(state))
 
 
 def _states(layer: Any) -> list[Tensor]:

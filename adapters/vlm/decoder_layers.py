@@ -18,7 +18,7 @@ from tokred.adapters.vlm.columns import Group, Packed, extended, gather_columns,
 from tokred.adapters.vlm.decoder_attention import Input, LayerCount, Step, heads_of, norm_behind_attention, values_of
 from tokred.adapters.vlm.masks import MaskMaker
 from tokred.adapters.vlm.taps import in_flight
-from tokred.adapters.vlm.tokens.pictures import at_columns, gathered_rows, images_in, moments_of, places_of
+from tokred.adapters.vlm.tokens.pictures import gathered_rows, images_in, moments_of, places_of
 from tokred.adapters.vlm.tokens.steps import decoding_of
 from tokred.core.attention import Attention
 from tokred.core.place import Place
@@ -312,7 +312,7 @@ class Inner:
             initial=start.counts,
             real=before.real,
             image=None if forward.visual is None else lambda: images_in(forward).gather(1, positions),
-            moment=None if forward.visual is None else lambda: at_columns(moments_of(forward), positions),
+            moment=None if forward.visual is None else lambda: gather_columns(moments_of(forward), positions),
             image_initial=None if forward.visual is None else self._image_counts,
             place=lambda: self._place(positions),
             ends=self.ends,
@@ -330,7 +330,7 @@ class Inner:
 
     def _place(self, positions: Tensor) -> Tensor | None:
         place: Tensor | None = places_of(self.forward)
-        return None if place is None else at_columns(place, positions)
+        return None if place is None else gather_columns(place, positions)
 
     def _image_counts(self, i: int) -> tuple[int, ...]:
         """Visual tokens of image ``i`` of each sample at layer 0."""

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tokred.adapters.contract import cache_name, cache_of, host_object, members, terms, with_cache, words
+from tokred.adapters.contract import cache_name, cache_of, members, terms, with_cache, words
 from tokred.adapters.contract.calls import makes_cache
 from tokred.adapters.host import State
+from tokred.adapters.kv.reuse.layers import plain_cache
 from tokred.adapters.swap import Hook, host_class
 from tokred.adapters.vlm.calibration import calibrate
 from tokred.adapters.vlm.columns import track_of
@@ -174,7 +175,7 @@ class EnterLanguage(Hook):
         # The language model would make its cache inside, behind this hook, which has to hang the record on it.
         cache = cache_of(given)
         if cache is None and makes_cache(module, given, settings.config):
-            cache = host_object("cache of rows that grow")(**{words.CONFIG.name: settings.config})
+            cache = plain_cache(settings.config)
             given = with_cache(given, cache_name(host_class(module).forward), cache)
         refuse(cache)
         if call.end is None:

@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from tokred.adapters.contract import members, parameters_at_hand, words
 from tokred.adapters.swap import Standin
-from tokred.adapters.vlm.taps import Call, Record, Tap, in_flight
+from tokred.adapters.vlm.taps import Call, Record, in_flight, tapped
 from tokred.errors import BypassedError, NothingRemovedWarning
 from tokred.vlm.clips import Runs, said
 
@@ -60,11 +60,8 @@ class Getter(Standin):
         if in_flight.tap is not None:
             # Getters call each other (videos by way of images): these are the outer one's features, not others.
             return call()
-        tap = in_flight.tap = Tap()
-        try:
+        with tapped() as tap:
             output = call()
-        finally:
-            in_flight.tap = None
         given = dict(zip(self.__signature__.parameters, args, strict=False)) | kwargs
         if words.FEATURES.on(output):
             record = self.describe(self.core, given, output, tap, self.modality)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -208,6 +209,17 @@ class InFlight(threading.local):
 
 
 in_flight = InFlight()
+
+
+@contextlib.contextmanager
+def tapped() -> Iterator[Tap]:
+    """Inside, a feature getter runs, and hooks note what they see of it; those of a getter around it wait."""
+    before = in_flight.tap
+    tap = in_flight.tap = Tap()
+    try:
+        yield tap
+    finally:
+        in_flight.tap = before
 
 
 class ProjectorTap(Hook):

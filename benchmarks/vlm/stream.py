@@ -1,6 +1,6 @@
 """A stream of many frames under a fixed budget: time and memory a frame, and answers beside the dense model's.
 
-    python -m benchmarks vlm/stream --out benchmarks/results/vlm.csv --overwrite          # small VLM; half an hour
+    python -m benchmarks vlm/stream --out benchmarks/results/vlm.csv --overwrite          # small VLM
     python -m benchmarks vlm/stream --device cuda --out /tmp/stream.csv
     python -m benchmarks vlm/stream --quick                                               # tiny model: does it run?
 

@@ -314,6 +314,15 @@ def test_imported_names_of_the_contract_are_imported_there_alone():
                 assert not taken & (objects - {"timm.models:register_notrace_module"}), path
 
 
+def test_no_role_takes_the_name_of_another():
+    for path in (ADAPTERS / "contract").glob("*.py"):
+        targets = [
+            t for node in ast.parse(path.read_text("utf8")).body if isinstance(node, ast.Assign) for t in node.targets
+        ]
+        names = [one.id for one in targets if isinstance(one, ast.Name)]
+        assert sorted(names) == sorted(set(names)), path
+
+
 def test_an_untested_host_warns_once_and_names_both_versions(monkeypatch):
     torch_nn = pytest.importorskip("timm") and __import__("torch").nn
     from tests.encoder import tiny_timm

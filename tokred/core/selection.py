@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,20 @@ def random_order(
 ) -> Tensor:
     """``(B, n)`` the same pseudo-random permutation of ``range(n)`` for every sample, see :func:`hash_uniform`."""
     return ranked(hash_uniform(n, seed, layer, step, device)).expand(b, -1)
+
+
+def best_among(scores: Tensor, among: Tensor, counts: Sequence[int]) -> Tensor:
+    """``(B, N)`` bool: so many of the highest scores of each sample among some positions; ties to the lower one.
+
+    Args:
+        scores: ``(B, N)``.
+        among: ``(B, N)`` bool.
+        counts: of each sample; where fewer are among them, it is all of these.
+    """
+    order = ranked(scores.masked_fill(~among, -torch.inf))
+    limit = torch.tensor(counts, device=order.device).unsqueeze(1)
+    first = torch.arange(order.shape[1], device=order.device) < limit
+    return torch.zeros_like(among).scatter(1, order, first) & among
 
 
 def highest(scores: Tensor, k: int, count: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

@@ -11,6 +11,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from tokred.core.place import MANY, Place
@@ -73,6 +74,12 @@ def cells_of(site: Site) -> int:
     if frames is None or frames < 1 or n % frames:
         raise ValueError(f"{n} tokens are no clip of {frames} frames of one size")
     return n // frames
+
+
+def moments(count: int, cells: int, device: torch.device) -> Tensor:
+    """``(count, 2)`` int64: frame, and place in the frame, of each token of a clip with ``cells`` tokens a frame."""
+    token = torch.arange(count, device=device)
+    return torch.stack([token // cells, token % cells], 1)
 
 
 def framed(site: VisualSite, values: Tensor | None = None) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tokred.core.attention import Attention
 from tokred.core.place import Place, PlacedMethod
 from tokred.core.reduction import Reduction
-from tokred.core.selection import ranked
+from tokred.core.selection import best_among
 from tokred.core.site import Lazy, Site, Stage
 from tokred.errors import MissingInputError
 from tokred.vlm.tools.layers import check_depth as check_depth
@@ -303,13 +303,10 @@ class LayerSite(Site):
     def best(self, scores: Tensor, among: Tensor, counts: tuple[int, ...]) -> Tensor:
         """``(B, L)`` bool: the ``counts`` highest scores of each sample ``among`` some columns ``(B, L)``, ties to the
         lower one; the prompt's last token comes first."""
-        scores = scores.float().masked_fill(~among, -torch.inf)
+        scores = scores.float()
         if any(self.ends):
             scores = scores.masked_fill(self.last & among, torch.inf)
-        order = ranked(scores)
-        limit = torch.tensor(counts, device=order.device).unsqueeze(1)
-        first = torch.arange(order.shape[1], device=order.device) < limit
-        return torch.zeros_like(among).scatter(1, order, first) & among
+        return best_among(scores, among, counts)
 
     def keep_visual(self, chosen: Tensor, counts: tuple[int, ...] | None = None) -> Reduction:
         """The reduction that keeps the ``chosen`` visual tokens, and everything that is not visual.

@@ -14,7 +14,7 @@ from tokred.adapters.vlm.families import describe
 from tokred.adapters.vlm.layout import Part, clip_of
 from tokred.adapters.vlm.sites import Context, Left, Place, check_tower, leave, site_of
 from tokred.adapters.vlm.streams.families import Looks
-from tokred.adapters.vlm.taps import Record, Tap, in_flight
+from tokred.adapters.vlm.taps import Record, tapped
 from tokred.core.method import Method
 from tokred.vlm.before_llm import ProjectorMethod, VisualSite
 from tokred.vlm.causal import CausalMethod, State
@@ -56,12 +56,8 @@ def features_of(core: nn.Module, looks: Looks, given: dict[str, Any]) -> Feature
     if pixels is not None and not words.VIDEO_PIXELS.among(parameters(getter)):
         # Older versions give videos to the getter under the name that images have.
         given = {words.PIXELS.name: pixels}
-    before = in_flight.tap
-    tap = in_flight.tap = Tap()
-    try:
+    with tapped() as tap:
         output = getter(core, **given)
-    finally:
-        in_flight.tap = before
     model: Any = core
     record = describe(model, given, output, tap, looks.modality)
     assert record is not None  # of the families that take frames

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tokred.adapters.contract import attention_of, cache_kwargs, members, set_attention, words
-from tokred.adapters.kv.cache import TokCache, layers_of, make_cache, rows_of
+from tokred.adapters.kv.cache import TokCache, layers_of, make_cache, rows_of, set_states, states_of
 from tokred.adapters.kv.host import CacheHost
 from tokred.adapters.kv.layer import TokLayer
 from tokred.adapters.kv.reuse.layers import plain_cache
@@ -217,7 +217,8 @@ class Stream:
             while True:
                 out = self._feed(x, self._line(x.shape[1], start))
                 start += x.shape[1]
-                rows.append(out.float().cpu()) if logits else None
+                if logits:
+                    rows.append(out.float().cpu())
                 token = int(out.argmax())
                 if token in ends:
                     break
@@ -286,7 +287,7 @@ class Stream:
         return found
 
     def _check_range(self, last: int) -> None:
-        most = words.LONGEST.part(self._parts.cache_host.config)
+        most = words.MOST_POSITIONS.part(self._parts.cache_host.config)
         if isinstance(most, int) and last >= most and not self._warned:
             self._warned = True
             warnings.warn(
@@ -357,17 +358,13 @@ class Stream:
             raise
 
     def _snapshot(self) -> Any:
-        if isinstance(self._cache, TokCache):
-            ours: TokCache = self._cache
-            return ours.snapshot()
+        cache = self._cache
         # Layers of transformers make new tensors of the old and the new rows; the old ones stay as they are.
-        return [dict(vars(layer)) for layer in layers_of(self._cache)]
+        return cache.snapshot() if isinstance(cache, TokCache) else states_of(layers_of(cache))
 
     def _restore(self, before: Any) -> None:
-        if isinstance(self._cache, TokCache):
-            ours: TokCache = self._cache
-            ours.restore(before)
-            return
-        for layer, state in zip(layers_of(self._cache), before, strict=True):
-            layer.__dict__.clear()
-            layer.__dict__.update(state)
+        cache = self._cache
+        if isinstance(cache, TokCache):
+            cache.restore(before)
+        else:
+            set_states(layers_of(cache), before)

@@ -147,7 +147,7 @@ def _put(table: Tensor, rows: Tensor, new: Tensor) -> Tensor:
 
 
 def _attend(attention: Any, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """``(1, n, C)``: the attention of some queries over all keys, by the function that the tower's own uses."""
+    """``(1, n, C)``: the attention of some queries over all keys, by torch's function whatever the tower uses."""
     heads = int(words.TOWER_HEADS.need(attention))
     q, k, v = (split_heads(x, heads) for x in (query, keys, values))
     scale = members.FACTOR.need(attention)

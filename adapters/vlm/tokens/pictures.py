@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from tokred.adapters.vlm.layout import Picture, places_in
-from tokred.adapters.vlm.sites import shown
-from tokred.adapters.vlm.taps import Modality
+from tokred.adapters.vlm.sites import Shown, shown
 from tokred.errors import MissingInputError
+from tokred.vlm.frames import moments
 
 if TYPE_CHECKING:
     from tokred.adapters.vlm.forward import Forward
@@ -22,33 +23,27 @@ def images_in(forward: Forward) -> Tensor:
     Raises:
         MissingInputError: that is not known, since the features were not made by the patched model.
     """
+    if _unknown(forward):
+        raise MissingInputError(
+            "which image a visual token belongs to is not known, since the features were not made by the "
+            "patched model: give pixel_values"
+        )
     found = torch.zeros(forward.batch, forward.length, dtype=torch.long, device=forward.device)
-    for modality in forward.call.modalities:
-        if _unknown(modality):
-            raise MissingInputError(
-                "which image a visual token belongs to is not known, since the features were not made by the "
-                "patched model: give pixel_values"
-            )
-        rows, columns = modality.visual.nonzero().unbind(1)
-        for one in shown(modality):
-            some = slice(one.first, one.first + one.picture.tokens)
-            found[rows[some], columns[some]] = one.image
+    for one, where in _pictures(forward):
+        found[where] = one.image
     return found
 
 
 def places_of(forward: Forward) -> Tensor | None:
     """``(B, L, 2)`` float32: row and column of each visual token in its image, in [0, 1]; None: not known."""
+    if _unknown(forward):
+        return None
     found = torch.zeros(forward.batch, forward.length, 2, device=forward.device)
-    for modality in forward.call.modalities:
-        rows, columns = modality.visual.nonzero().unbind(1)
-        for one in shown(modality):
-            place = places_in(one.picture, forward.device)
-            if place is None:
-                return None
-            some = slice(one.first, one.first + one.picture.tokens)
-            found[rows[some], columns[some]] = place
-        if _unknown(modality):
+    for one, where in _pictures(forward):
+        place = places_in(one.picture, forward.device)
+        if place is None:
             return None
+        found[where] = place
     return found
 
 
@@ -56,12 +51,18 @@ def moments_of(forward: Forward) -> Tensor:
     """``(B, L, 2)`` int64: which frame of its clip each visual token is of, and which token of that frame; those of
     images, and tokens that are of no frame, such as newlines, are of frame 0, each another token of it."""
     found = torch.zeros(forward.batch, forward.length, 2, dtype=torch.long, device=forward.device)
+    for one, where in _pictures(forward):
+        found[where] = _moments(one.picture, forward.device)
+    return found
+
+
+def _pictures(forward: Forward) -> Iterator[tuple[Shown, tuple[Tensor, Tensor]]]:
+    """Every picture whose features are known, with sample and column ``(tokens,)`` of each of its tokens."""
     for modality in forward.call.modalities:
         rows, columns = modality.visual.nonzero().unbind(1)
         for one in shown(modality):
             some = slice(one.first, one.first + one.picture.tokens)
-            found[rows[some], columns[some]] = _moments(one.picture, forward.device)
-    return found
+            yield one, (rows[some], columns[some])
 
 
 def _moments(picture: Picture, device: torch.device) -> Tensor:
@@ -71,22 +72,15 @@ def _moments(picture: Picture, device: torch.device) -> Tensor:
     found[:, 1] = picture.tokens + torch.arange(picture.tokens, device=device)
     for part in picture.parts:
         if part.frames is not None:
-            cells = part.count // part.frames
-            place = torch.arange(part.count, device=device)
-            found[part.where.offsets(device)] = torch.stack([place // cells, place % cells], 1)
+            found[part.where.offsets(device)] = moments(part.count, part.count // part.frames, device)
     return found
 
 
-def _unknown(modality: Modality) -> bool:
+def _unknown(forward: Forward) -> bool:
     """True where there are tokens of features that were not made by the patched model."""
-    return modality.record is None and any(modality.counts)
+    return any(modality.record is None and any(modality.counts) for modality in forward.call.modalities)
 
 
 def gathered_rows(rows: dict[str, Tensor], columns: Tensor) -> dict[str, Tensor]:
     """State ``(B, L)`` of some columns."""
     return {name: state.gather(1, columns) for name, state in rows.items()}
-
-
-def at_columns(values: Tensor, columns: Tensor) -> Tensor:
-    """``(B, M, 2)`` of ``(B, L, 2)``."""
-    return values.gather(1, columns.unsqueeze(-1).expand(-1, -1, 2))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from tokred.core.attention import Attention
 from tokred.core.place import Place as At
 from tokred.core.place import PlacedMethod
 from tokred.errors import MissingInputError
+from tokred.vlm.frames import moments
 from tokred.vlm.sound import SoundSite, windows_of
 
 if TYPE_CHECKING:
@@ -54,9 +54,9 @@ class Heard:
         rows = len(self.heads["q"])
         q, k = (self.heads[which].view(rows, count, -1).transpose(0, 1).unsqueeze(0) for which in "qk")
         found = []
+        scale = words.SCALE.need(self.attention)
         for a, b in pairwise(ends):
-            terms = {"scale": words.SCALE.need(self.attention)}
-            found.append(Attention(q[:, :, a:b], k[:, :, a:b], **terms).columns()[0].mean(0) / (b - a))
+            found.append(Attention(q[:, :, a:b], k[:, :, a:b], scale=scale).columns()[0].mean(0) / (b - a))
         # Features are means of two rows in a row of each sound; an odd last one goes into none.
         each = torch.split(torch.cat(found), self.lengths.tolist())
         return torch.cat([one[: len(one) // 2 * 2].view(-1, 2).mean(1) for one in each])
@@ -180,13 +180,10 @@ def _site(
 ) -> SoundSite:
     part, sample = place.part, place.sample
     here = sound[sample, where]
-    cells = part.count // (part.frames or 1)
-    number = torch.arange(part.count, device=where.device)
     moment = torch.zeros(len(where), 2, dtype=torch.long, device=where.device)
-    moment[~here] = torch.stack([number // cells, number % cells], 1)
-    embeds: Callable[[], Tensor] = lambda: forward.embeds.detach()[sample, where].unsqueeze(0)  # noqa: E731
+    moment[~here] = moments(part.count, part.count // (part.frames or 1), where.device)
     return SoundSite(
-        x=embeds,
+        x=lambda: forward.embeds.detach()[sample, where].unsqueeze(0),
         sound=here,
         window=windows_of(here),
         moment=moment,

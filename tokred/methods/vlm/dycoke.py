@@ -13,7 +13,7 @@ from tokred.core.checks import check_choice, check_flags, check_number, check_ra
 from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
-from tokred.core.selection import ranked
+from tokred.core.selection import best_among
 from tokred.vlm.before_llm import VisualSite
 from tokred.vlm.decoding import StepMethod, StepSite
 from tokred.vlm.frames import ClipMethod, framed
@@ -130,10 +130,7 @@ class DyCokeDecode(StepMethod):
     def rows(self, site: StepSite) -> tuple[Tensor, Tensor]:
         """The rows that were attended to most, or those of the token before."""
         few = [int(round(n * (1 - self.ratio), 9)) for n in site.counts]
-        limit = torch.tensor(few, device=site.received.device).unsqueeze(1)
-        order = ranked(site.received.masked_fill(~site.visual, -torch.inf))
-        first = torch.arange(order.shape[1], device=order.device) < limit
-        new = torch.zeros_like(site.visual).scatter(1, order, first) & site.visual
+        new = best_among(site.received, site.visual, few)
         if site.last is None:
             return new, new
         given, chosen = site.last

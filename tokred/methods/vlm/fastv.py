@@ -11,12 +11,13 @@ from tokred.core.place import Place
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.vlm.in_llm import LayerMethod, LayerSite, check_depth, check_layer
+from tokred.vlm.tools.budget import left_of
 from tokred.vlm.tools.scores import question_rows
 
 
 class AttendedBefore(LayerMethod):
     """Base of methods by which a share of the visual tokens goes before one decoder layer, by what was attended to in
-    the layer before it; a subclass has the two fields, with defaults and checks of its own."""
+    the layer before it; a subclass has the fields, with defaults and checks of its own, or answers :meth:`left`."""
 
     layer: int
     ratio: float
@@ -31,7 +32,7 @@ class AttendedBefore(LayerMethod):
 
     def left(self, n: int) -> int:
         """How many of ``n`` visual tokens stay, at least one."""
-        return max(1, round(round(n * (1 - self.ratio), 9))) if n else 0
+        return left_of(self.ratio, n)
 
     def tokens(self, n: int, place: Place) -> int:
         return self.left(n) if place.layer == self.layer else n

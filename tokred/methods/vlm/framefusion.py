@@ -16,8 +16,9 @@ from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.selection import highest
 from tokred.vlm.before_llm import VisualSite
-from tokred.vlm.frames import ClipMethod, cells_of
+from tokred.vlm.frames import ClipMethod, cells_of, moments
 from tokred.vlm.in_llm import LayerMethod, LayerSite, check_layer
+from tokred.vlm.tools.budget import left_of
 from tokred.vlm.tools.greedy import directions
 from tokred.vlm.tools.samples import stacked
 from tokred.vlm.tools.video import apart, gathered
@@ -144,8 +145,7 @@ class FrameFusion(ClipMethod):
     def choose(self, site: VisualSite) -> Reduction:
         """Each clip by itself; what comes next is written down for each of its tokens."""
         b, n = site.shape
-        place, cells = torch.arange(n, device=site.device), cells_of(site)
-        moment = torch.stack([place // cells, place % cells], 1)
+        moment = moments(n, cells_of(site), site.device)
         share = excess(self.cost, 1, 0, 0.0, 1.0)
         found = [fuse(x, moment, share, self.threshold, self.stop) for x in site.x.detach().float()]
         states = torch.tensor([one.state for one in found], device=site.device)
@@ -210,7 +210,7 @@ class FrameFusionLayer(LayerMethod):
     def tokens(self, n: int, place: Place) -> int:
         """The plan of a run in which nothing merges: all runs come to the same cost."""
         if self.cost < 1 and place.layer == self.layer + 1 < place.depth:
-            return _kept(n, excess(self.cost, place.depth, place.layer, float(place.layer), 1.0))
+            return left_of(excess(self.cost, place.depth, place.layer, float(place.layer), 1.0), n)
         return n
 
     def acts(self, n: int, place: Place) -> bool:
@@ -235,7 +235,7 @@ class FrameFusionLayer(LayerMethod):
                 share = excess(self.cost, site.depth, site.layer, used, len(at) / whole)
                 if int(now) == KEEP:
                     assert scores is not None
-                    stays = highest(scores[i, at][None], _kept(len(at), share))[0][0]
+                    stays = highest(scores[i, at][None], left_of(share, len(at)))[0][0]
                     root[i, at] = -1
                     root[i, at[stays]] = at[stays]
                     rows[_STATE][i, at] = DONE
@@ -267,11 +267,6 @@ class FrameFusionLayer(LayerMethod):
                     found[_WHOLE][i, mine] = float(mine.sum())
                     found[_AHEAD][i, mine] = 0.0
         return found
-
-
-def _kept(n: int, share: float) -> int:
-    """How many of ``n`` tokens stay where a share of them leaves, at least one."""
-    return max(1, round(round(n * (1 - share), 9))) if n else 0
 
 
 def _merged(site: LayerSite, root: Tensor) -> Reduction:

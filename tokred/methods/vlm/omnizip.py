@@ -85,13 +85,14 @@ class OmniZip(SoundMethod):
     def choose(self, site: VisualSite) -> Reduction:
         """Each clip by itself."""
         assert isinstance(site, SoundSite)  # of its base
-        if not bool(site.sound.any()):
+        sounds = bool(site.sound.any())
+        if not sounds:
             warnings.warn(
                 f"{self.name!r} was given a clip without sound: its windows keep equal shares of their video",
                 NothingRemovedWarning,
                 stacklevel=2,
             )
-        heard = site.heard if bool(site.sound.any()) else torch.zeros(site.shape, device=site.device)
+        heard = site.heard if sounds else torch.zeros(site.shape, device=site.device)
         return stacked([self.clip(site, *one) for one in zip(site.x.detach().float(), heard, strict=True)])
 
     def clip(self, site: SoundSite, x: Tensor, heard: Tensor) -> Reduction:
@@ -160,8 +161,7 @@ class OmniZip(SoundMethod):
         wish = [self.rho_max - (self.rho_max - self.rho_min) * (mean if s is None else s) for s in shares]
         if not any(wish):
             wish = [1.0] * len(wish)
-        leaves, most = self._scaled(wish, tokens), [1 - 1 / n for n in tokens]
-        exact = [n * (1 - min(a, b)) for n, a, b in zip(tokens, leaves, most, strict=True)]
+        exact = [n * (1 - share) for n, share in zip(tokens, self._scaled(wish, tokens), strict=True)]
         whole = [math.floor(round(e, 9)) for e in exact]
         total = max(math.floor(round((1 - self.rho_v) * sum(tokens), 9) + 0.5), len(tokens))
         order = sorted(range(len(tokens)), key=lambda i: (round(whole[i] - exact[i], 9), i))
@@ -187,7 +187,7 @@ class OmniZip(SoundMethod):
     def _video(self, x: Tensor, root: Tensor, tokens: Tensor, frame: Tensor, count: int) -> None:
         """``count`` of a window's tokens of frames stay; roots of all of them are set."""
         frames = [tokens[frame == f] for f in torch.unique(frame).tolist()]
-        quota = [count // len(frames) + (t < count % len(frames)) for t in range(len(frames))]
+        quota = largest_remainder([1] * len(frames), count)
         into: list[tuple[Tensor, Tensor]] = []
         for before, mine, some in zip(frames[::2], frames[1::2], quota[1::2], strict=False):
             odd = apart(directions(x[mine]), directions(x[before]))

@@ -51,9 +51,7 @@ class PixelPruneVisual(ProjectorMethod):
     @property
     def predictor(self) -> PixelPrune:
         """The method whose decisions these are."""
-        return PixelPrune(
-            self.tau, self.metric, self.scan, self.anchored, min_keep=self.min_keep, std=self.std
-        )  # fmt: skip
+        return PixelPrune(self.tau, self.metric, self.scan, self.anchored, min_keep=self.min_keep, std=self.std)
 
     @property
     def reads(self) -> frozenset[str]:

@@ -42,6 +42,11 @@ def count_of(budget: Budget, n: int, name: str = "budget") -> int:
     return min(kept, n)
 
 
+def left_of(ratio: float, n: int) -> int:
+    """How many of ``n`` tokens stay where a share ``ratio`` leaves: rounded (half to even), at least one."""
+    return max(1, round(round(n * (1 - ratio), 9))) if n else 0
+
+
 def largest_remainder(weights: Sequence[float], total: int) -> list[int]:
     """Whole numbers in proportion to weights that add up to a total.
 
