@@ -117,7 +117,7 @@ class Layout:
             pixels: ``(S, F)`` as the tower is given them, before it orders its windows; None: nobody asks.
         """
         # Frames of one size have one order, which is worked out once.
-        order_of = functools.cache(lambda own, rows, columns: own.order(rows, columns, device))
+        order_of = functools.cache(functools.partial(Folding.order, device=device))
         handed = folding._replace(window=0)  # the order before the tower's
         found: dict[tuple[int, int, int], list[tuple[Tensor, Tensor]]] = {}
         clips = clips or folding.joint
