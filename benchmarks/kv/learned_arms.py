@@ -59,7 +59,7 @@ def arms(shares: Sequence[float], folder: Path, names: Sequence[str] | None = No
         found.append(Learned("tokenselect", text, searched, single=True))
         near = 8 * (outliers + 2)
         shadow = tokred.make(
-            "shadowkv", budget=(rows - near) // 8 * 8, outliers=outliers, local=2, rank=160, offload=False
+            "shadowkv", budget=max(8, (rows - near) // 8 * 8), outliers=outliers, local=2, rank=160, offload=False
         )
         found.append(Learned("shadowkv", text, shadow, single=True))
         mean = tokred.make("fastcache", factor=round(1 / share), residual=True)
