@@ -45,8 +45,8 @@ SAVED = 50  # steps between two files
 QUERIES = 128  # of one step of TokenButler, of which the pairs with all before them count
 # Method, its settings, and steps.
 PARTS: dict[str, tuple[str, dict[str, Any], int]] = {
-    "kvzap": ("kvzap", {"hidden": 48}, 2400),
-    "tokenbutler": ("tokenbutler", {"hidden": 80, "share": "kv_group"}, 900),
+    "kvzap": ("kvzap", {"hidden": 48}, 800),
+    "tokenbutler": ("tokenbutler", {"hidden": 80, "share": "kv_group"}, 300),
     "adore": ("adore", {"positives": 60}, 120),
     "fastcache-4": ("fastcache", {"factor": 4, "residual": True, "dropout": 0.0}, 150),
     "fastcache-8": ("fastcache", {"factor": 8, "residual": True, "dropout": 0.0}, 150),
