@@ -134,18 +134,16 @@ def tokenizer_of(tokens: list[str], scores: list[float]) -> PreTrainedTokenizerB
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = {token: i for i, token in reversed(list(enumerate(tokens)))}
-    made = Tokenizer(
-        BPE(vocabulary, merges_of(tokens, scores), fuse_unk=True, byte_fallback=True, unk_token="<unk>")  # noqa: S106
-    )
+    made = Tokenizer(BPE(vocabulary, merges_of(tokens, scores), fuse_unk=True, byte_fallback=True, unk_token="<unk>"))
     made.normalizer = normalizers.Replace(" ", BLANK)
     made.decoder = decoders.Sequence([decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse()])
     made.post_processor = processors.TemplateProcessing("<bos> $A", "<bos> $A <bos>:1 $B:1", [("<bos>", 2)])
     return PreTrainedTokenizerFast(
         tokenizer_object=made,
-        bos_token="<bos>",  # noqa: S106
-        eos_token="<eos>",  # noqa: S106
-        unk_token="<unk>",  # noqa: S106
-        pad_token="<pad>",  # noqa: S106
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        pad_token="<pad>",
         clean_up_tokenization_spaces=False,
     )
 
