@@ -150,14 +150,14 @@ def tokenizer_of(tokens: list[str], scores: list[float]) -> PreTrainedTokenizerB
 
 def _convert(target: Path) -> None:
     """Read the GGUF file and write a plain float32 checkpoint with its tokenizer to ``target``."""
-    import gguf
-    from safetensors.torch import save_file
-
     target.parent.mkdir(parents=True, exist_ok=True)
     # Written aside and moved, so that a conversion broken off leaves nothing that looks complete.
     aside = Path(mkdtemp(dir=target.parent))
     try:
         whole = joined(aside / "whole.gguf")
+        import gguf  # not before it is known that there is something to read
+        from safetensors.torch import save_file
+
         reader = gguf.GGUFReader(whole)
         fields = {name: one.contents() for name, one in reader.fields.items() if name.startswith("gemma3.")}
         state: dict[str, Tensor] = {}
