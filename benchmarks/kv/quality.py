@@ -370,11 +370,13 @@ def main() -> None:
         every.append(Arm(name, " ".join(f"{k}={v}" for k, v in given.items()), tokred.make(name, **given)))
     where = {"model": arguments.model, **results.here(arguments.device, arguments.dtype)}
     parts = (arguments.only,) if arguments.only else PARTS
+    # Pages that are made of the first model's rows are not to find the other's among them.
+    scenario = "quality" if arguments.model == "smollm2-135m" else f"quality-{arguments.model}"
     for numbers in run(model, tokenizer, text, every, setting, parts):
-        save(records(numbers, where), "quality", arguments)
+        save(records(numbers, where), scenario, arguments)
     for row in timings(model, text, every, setting, where) if arguments.only in (None, "speed") else ():
         print(row["method"], row["setting"], f"{row['decode_tokens_per_s']:.2f} tokens/s", file=sys.stderr, flush=True)
-        save([row], "quality", arguments)
+        save([row], scenario, arguments)
 
 
 if __name__ == "__main__":
