@@ -160,7 +160,7 @@ from tokred.methods.vlm.visual_baselines import DownsampleVisual, RandomVisual, 
 from tokred.methods.vlm.vscan import VScan, VScanLayer
 from tokred.patch import change
 from tokred.settings import load, make, push_to_hub, save
-from tokred.settings.caches import blend, load_cache, save_cache, share_prefix
+from tokred.settings.caches import blend, draft, load_cache, save_cache, share_prefix
 from tokred.settings.streams import stream
 from tokred.tuning.run import tune
 
@@ -323,6 +323,7 @@ __all__ = [
     "calibrate",
     "change",
     "choose_tsp_layer",
+    "draft",
     "eval",
     "explain",
     "flops",

@@ -65,6 +65,30 @@ class _Recorder(Engine):
         self.layers.append(Layer(site.q, site.k, site.v, site.scale, site._projection, site._rope, site.hidden))
 
 
+class _Overheard:
+    """Rows that a layer with a window takes in, of which it will keep the newest.
+
+    Args:
+        layer: an empty one; it does as before.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        self.parts: list[tuple[Tensor, Tensor]] = []
+        own = layer.update
+
+        def update(keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.parts.append((keys, values))
+            return own(keys, values, *args, **kwargs)
+
+        layer.update = update
+
+    @property
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[B, Hk, N, D]``."""
+        keys, values = zip(*self.parts, strict=True)
+        return torch.cat(keys, 2), torch.cat(values, 2)
+
+
 class _Once:
     """A score that is computed once for all budgets; for everything else it is the score itself."""
 
@@ -103,7 +127,8 @@ class Prompt:
     Args:
         decoder: the module inside the model whose forward takes the cache.
         given: its arguments, ids and mask.
-        layers: of the model.
+        layers: of the model that attend to everything.
+        windows: keys and values ``[B, Hk, N, D]`` of the others, which hold the newest, in the order of the model.
         padding: of the batch.
         streams: how far each layer's attention turned the residual stream, over the whole text.
 
@@ -118,9 +143,10 @@ class Prompt:
         layers: list[Layer],
         padding: kv.Padding | None,
         streams: dict[int, Any],
+        windows: Sequence[tuple[Tensor, Tensor]] = (),
     ) -> None:
         self.decoder, self.given = decoder, given
-        self.layers, self.padding, self.streams = layers, padding, streams
+        self.layers, self.padding, self.streams, self.windows = layers, padding, streams, windows
         self.length = layers[0].k.shape[2]
         self._stores: dict[int, dict[Any, Any]] = {}
 
@@ -146,7 +172,11 @@ class Prompt:
             store = self._stores.setdefault(end, {})
             engine.parts = engine.policy.parts._replace(score=_Once(engine.policy.parts.score, store))
             padding = None if self.padding is None else self.padding.until(end)
-            for i, (layer, seen) in enumerate(zip(cache.layers, self.layers, strict=True)):
+            ours = [layer for layer in cache.layers if isinstance(layer, TokLayer)]
+            others = [layer for layer in cache.layers if not isinstance(layer, TokLayer)]
+            for layer, (k, v) in zip(others, self.windows, strict=True):
+                layer.update(k[:, :, start:end], v[:, :, start:end])
+            for i, (layer, seen) in enumerate(zip(ours, self.layers, strict=True)):
                 layer.append(seen.k[:, :, start:end], seen.v[:, :, start:end])
                 if engine.watches(layer.clock, end):
                     engine.observe(layer, self._site(i, start, end, seen, padding, layer, engine, module), start)
@@ -216,7 +246,7 @@ def read(model: Any, ids: Tensor, mask: Tensor | None = None, *, logits: int = 1
     """Read ``ids`` ``[B, N]`` densely.
 
     Args:
-        model: a decoder of transformers whose layers all attend to everything; unpatched before and after.
+        model: a decoder of transformers whose layers attend to everything or to a window; unpatched before and after.
         mask: ``[B, N]``, zeros on padding, which stands on the left.
         logits: of how many last tokens.
 
@@ -226,13 +256,16 @@ def read(model: Any, ids: Tensor, mask: Tensor | None = None, *, logits: int = 1
     policy = tokred.make("squeezeattention", budget=0.5)  # it makes the adapter measure the stream
     with tokred.applied(model, policy):
         cache = tokred.kv_cache(model)
-        engine = _Recorder(policy, len(cache.layers))
+        ours = [layer for layer in cache.layers if isinstance(layer, TokLayer)]
+        engine = _Recorder(policy, len(ours))
         cache.engine = engine
-        for layer in cache.layers:
+        for layer in ours:
             layer.engine = engine
+        windows = [_Overheard(layer) for layer in cache.layers if not isinstance(layer, TokLayer)]
         given = {} if mask is None else {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
         out = model(ids, past_key_values=cache, logits_to_keep=logits, **given).logits
-    return Prompt(model.model, {"input_ids": ids, **given}, engine.layers, engine.padding, engine.streams), out
+    kept = [one.rows for one in windows]
+    return Prompt(model.model, {"input_ids": ids, **given}, engine.layers, engine.padding, engine.streams, kept), out
 
 
 @contextlib.contextmanager
