@@ -169,6 +169,7 @@ PARTS = {
     "split": "tokred.kv.budgets.split:Split",
     "squeeze": "tokred.kv.budgets.squeeze:Squeeze",
     "threshold": "tokred.kv.budgets.threshold:Threshold",
+    "tight": "tokred.kv.stores.tight:Tight",
     "tokenselect": "tokred.kv.stores.tokenselect:TokenSelect",
     "turbo": "tokred.kv.stores.rotated:Turbo",
     "uniform": "tokred.kv.budgets.uniform:Uniform",

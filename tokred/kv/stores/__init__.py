@@ -13,6 +13,7 @@ from tokred.kv.stores.rectangle import Rectangle
 from tokred.kv.stores.rotated import Oscar, Turbo
 from tokred.kv.stores.shadow import ShadowKV
 from tokred.kv.stores.store import ABILITIES, Query, Shelf, Store
+from tokred.kv.stores.tight import Tight
 from tokred.kv.stores.tokenselect import TokenSelect
 from tokred.kv.stores.zones import Zones
 
@@ -31,6 +32,7 @@ __all__ = [
     "ShadowKV",
     "Shelf",
     "Store",
+    "Tight",
     "TokenSelect",
     "Turbo",
     "Zones",
