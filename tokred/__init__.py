@@ -81,6 +81,7 @@ _LAZY = {
     "horizon": "tokred.analysis.information:horizon",
     "kv": "tokred.kv",
     "learn": "tokred.learn",
+    "stream": "tokred.settings.streams:stream",
     "tune": "tokred.tuning.run:tune",
     "viz": "tokred.analysis.viz",
 }

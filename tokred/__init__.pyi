@@ -63,7 +63,9 @@ from tokred.methods.diffusion.tomesd import ToMeSD
 from tokred.methods.diffusion.vidtome import VidToMe
 from tokred.methods.encoder.algm import ALGM
 from tokred.methods.encoder.ats import ATS
+from tokred.methods.encoder.avit import AViT
 from tokred.methods.encoder.cropr import Cropr
+from tokred.methods.encoder.diffrate import DiffRate
 from tokred.methods.encoder.downsample import Downsample
 from tokred.methods.encoder.dtem import DTEM
 from tokred.methods.encoder.dynamicvit import DynamicViT
@@ -75,6 +77,7 @@ from tokred.methods.encoder.pixelprune import PixelPrune
 from tokred.methods.encoder.ppt import PPT
 from tokred.methods.encoder.random import RandomMerge, RandomPrune
 from tokred.methods.encoder.saint import SAINT
+from tokred.methods.encoder.skipvit import SkipViT
 from tokred.methods.encoder.spatten import SpAtten
 from tokred.methods.encoder.tinychart import TinyChart
 from tokred.methods.encoder.tofu import ToFu
@@ -84,11 +87,13 @@ from tokred.methods.encoder.vomix import VoMix
 from tokred.methods.encoder.vtm import VTM
 from tokred.methods.encoder.zero_tprune import ZeroTPrune
 from tokred.methods.kv.adakv import AdaKV
+from tokred.methods.kv.adore import ADORE
 from tokred.methods.kv.attention_matching import AttentionMatching
 from tokred.methods.kv.cake import CAKE
 from tokred.methods.kv.criticalkv import CriticalKV
 from tokred.methods.kv.duoattention import DuoAttention
 from tokred.methods.kv.expected_attention import ExpectedAttention
+from tokred.methods.kv.fastcache import FastCache
 from tokred.methods.kv.h2o import H2O
 from tokred.methods.kv.keydiff import KeyDiff
 from tokred.methods.kv.keyformer import Keyformer
@@ -115,6 +120,8 @@ from tokred.methods.kv.shadowkv import ShadowKV
 from tokred.methods.kv.snapkv import SnapKV
 from tokred.methods.kv.squeezeattention import SqueezeAttention
 from tokred.methods.kv.streaming_llm import StreamingLLM
+from tokred.methods.kv.streamingtom_cache import StreamingTOMCache
+from tokred.methods.kv.tokenbutler import TokenButler
 from tokred.methods.kv.tokenselect import TokenSelect
 from tokred.methods.kv.tova import TOVA
 from tokred.methods.kv.triattention import TriAttention
@@ -122,7 +129,7 @@ from tokred.methods.kv.zeromerge import ZeroMerge
 from tokred.methods.vlm.cat import CAT
 from tokred.methods.vlm.cdpruner import CDPruner
 from tokred.methods.vlm.divprune import DivPrune
-from tokred.methods.vlm.dycoke import DyCoke
+from tokred.methods.vlm.dycoke import DyCoke, DyCokeDecode
 from tokred.methods.vlm.evs import EVS
 from tokred.methods.vlm.fastervlm import FasterVLM
 from tokred.methods.vlm.fastkv import FastKV
@@ -130,15 +137,18 @@ from tokred.methods.vlm.fastv import FastV
 from tokred.methods.vlm.fastvid import FastVID
 from tokred.methods.vlm.flash_vl import FlashVL, Nemotron
 from tokred.methods.vlm.flashvid import FlashVID
+from tokred.methods.vlm.framefusion import FrameFusion, FrameFusionLayer
 from tokred.methods.vlm.hired import HiRED
 from tokred.methods.vlm.holitom import HoliTom, HoliTomLayer
 from tokred.methods.vlm.prumerge import PruMerge, PruMergePlus
-from tokred.methods.vlm.prunevid import PruneVid
+from tokred.methods.vlm.prunevid import PruneVid, PruneVidLayer
 from tokred.methods.vlm.pyramiddrop import PyramidDrop
 from tokred.methods.vlm.random_deep import RandomDeep
 from tokred.methods.vlm.restore import Restore
 from tokred.methods.vlm.saint_vlm import SAINTLayer, SAINTVisual
 from tokred.methods.vlm.sparsevlm import SparseVLM
+from tokred.methods.vlm.stc import STC
+from tokred.methods.vlm.streamingtom import StreamingTOM
 from tokred.methods.vlm.topv import TopV
 from tokred.methods.vlm.vcast import VCAST
 from tokred.methods.vlm.vidcom2 import VidCom2
@@ -149,11 +159,13 @@ from tokred.methods.vlm.vscan import VScan, VScanLayer
 from tokred.patch import change
 from tokred.settings import load, make, push_to_hub, save
 from tokred.settings.caches import blend, load_cache, save_cache, share_prefix
+from tokred.settings.streams import stream
 from tokred.tuning.run import tune
 
 __version__: str
 
 __all__ = [
+    "ADORE",
     "ALGM",
     "ATS",
     "CAKE",
@@ -171,9 +183,11 @@ __all__ = [
     "RPC",
     "SAINT",
     "SDTM",
+    "STC",
     "TOVA",
     "VCAST",
     "VTM",
+    "AViT",
     "AdaKV",
     "AsymRnR",
     "AttentionMatching",
@@ -186,15 +200,18 @@ __all__ = [
     "ChunkStore",
     "CriticalKV",
     "Cropr",
+    "DiffRate",
     "DivPrune",
     "Downsample",
     "DownsampleVisual",
     "DuoAttention",
     "DyCoke",
+    "DyCokeDecode",
     "DynamicViT",
     "EViT",
     "ExpectedAttention",
     "Explanation",
+    "FastCache",
     "FastKV",
     "FastV",
     "FastVID",
@@ -202,6 +219,8 @@ __all__ = [
     "FlashVID",
     "FlashVL",
     "Flops",
+    "FrameFusion",
+    "FrameFusionLayer",
     "HiRED",
     "HoliTom",
     "HoliTomLayer",
@@ -234,6 +253,7 @@ __all__ = [
     "PruMerge",
     "PruMergePlus",
     "PruneVid",
+    "PruneVidLayer",
     "PyramidDrop",
     "PyramidKV",
     "RandomDeep",
@@ -250,11 +270,14 @@ __all__ = [
     "SettingWarning",
     "ShadowKV",
     "Site",
+    "SkipViT",
     "SnapKV",
     "SpAtten",
     "SparseVLM",
     "SqueezeAttention",
     "StreamingLLM",
+    "StreamingTOM",
+    "StreamingTOMCache",
     "Support",
     "TinyChart",
     "ToDo",
@@ -262,6 +285,7 @@ __all__ = [
     "ToMA",
     "ToMe",
     "ToMeSD",
+    "TokenButler",
     "TokenSelect",
     "TokenStateError",
     "TokenTMPrune",
@@ -319,6 +343,7 @@ __all__ = [
     "save",
     "save_cache",
     "share_prefix",
+    "stream",
     "supports",
     "trace",
     "tune",

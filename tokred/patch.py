@@ -257,7 +257,8 @@ def change(model: Any, **parameters: Any) -> Method:
         return part.method
     host: Any = adapters.find(part.module, "block")
     after.check(host.depth)
-    if any(getattr(before, name) != getattr(after, name) for name in ("reads", "where", "proportional", "rejoins")):
+    same = all(getattr(before, name) == getattr(after, name) for name in ("reads", "where", "proportional"))
+    if not same or before.joins(host.depth) != after.joins(host.depth):
         raise ValueError(f"{after} runs in another way than {before}: call tokred.apply(model, method) instead")
     if part.state.module is not None:
         build(after, host.model_facts, part.state.module)

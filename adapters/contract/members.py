@@ -85,6 +85,7 @@ MAKERS = row(
     "patch_embeddings T vit:ViTEmbeddings",
     "patch_embedding T clip:CLIPVisionEmbeddings",
     "projection T vit:ViTPatchEmbeddings",
+    "patch_embed T aimv2:Aimv2VisionEmbeddings",
 )
 SHARED_BIAS = row(
     "bias that all layers share", "shared_position_bias T transformers.models.beit.modeling_beit:BeitModel"

@@ -55,6 +55,9 @@ STATES = row(
     "hidden_states T llama:LlamaDecoderLayer.forward",
     "hidden_states D attention:BasicTransformerBlock.forward",
 )
+SEGMENTS = row("ends of packed segments", "cu_seqlens T qwen2_5_vl:Qwen2_5_VLVisionBlock.forward")
+LONGEST = row("longest of packed segments", "max_seqlen T qwen2_5_vl:Qwen2_5_VLVisionAttention.forward")
+TOWER_GRIDS = row("grids of a tower", "grid_thw T qwen2_5_vl:Qwen2_5_VisionTransformerPretrainedModel.forward")
 SHARED_ROWS = row("rows that layers share", "shared_kv_states T gemma3n:Gemma3nTextAttention.forward")
 SOURCE = row("states that a cross-attention reads", "key_value_states T bart:BartAttention.forward")
 PICTURED = row(
@@ -303,6 +306,11 @@ PATCH = row(
     "patch_size D transformers.transformer_flux:FluxTransformer2DModel",
     "patch_size M vision_transformer:PatchEmbed",
 )
+TOWER_DEPTH = row("frames of a patch of a tower", "temporal_patch_size T qwen2_5_vl:Qwen2_5_VLVisionConfig")
+TICKS = row("steps of the time axis in a second", "tokens_per_second T qwen2_5_vl:Qwen2_5_VLVisionConfig")
+LONGEST = row("positions that a model was trained for", "max_position_embeddings T llama:LlamaConfig")
+SETTINGS = row("settings of generation", "generation_config T transformers.generation:GenerationMixin")
+ENDS = row("ids that end a text", "eos_token_id T transformers.generation:GenerationConfig")
 LAYERDROP = row("layers skipped at random", "layerdrop T whisper:WhisperEncoder")
 PLACE_IN_MODEL = row("configuration's place in another", "base_config_key T clip:CLIPVisionConfig")
 CACHE_KIND = row("kind of cache that is asked for", "cache_implementation T transformers.generation:GenerationConfig")

@@ -307,8 +307,9 @@ def decide(settings: Settings, capture: Capture, state: TokenState, x: Tensor) -
     learned = Learned(shared.module, state.gate)
     if shared.module is not None:
         _check_traced(shared.method.name, shared.module)
-    if learned.training and hidden is not None:
-        raise UnsupportedModelError(f"{shared.method.name!r} cannot learn on these inputs: {PADDED}")
+    if hidden is not None and (learned.training or shared.method.sums):
+        raise UnsupportedModelError(f"{shared.method.name!r} cannot {'learn' if learned.training else 'run'} on these "
+                                    f"inputs: {PADDED}")  # fmt: skip
     tapped = settings.tap.take() if settings.tap is not None else None
     real = state.mask
     if hidden is not None:

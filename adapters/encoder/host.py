@@ -200,7 +200,7 @@ class EncoderHost(Host):
         n, rows = self.tokens(shape), []
         for layer, (_, block) in enumerate(self.blocks):
             place = Place(layer, self.depth, self.prefix, self.suffix)
-            if method is not None and method.rejoins and layer == self.depth - 1:
+            if method is not None and layer == method.joins(self.depth):
                 n = self.tokens(shape)
             after = n if method is None else method.tokens(n, place)
             entering = after if method is not None and method.where == "before" else n
@@ -221,15 +221,15 @@ class EncoderHost(Host):
             ValueError: ``expose`` would let something count on positions that are not there.
         """
         order = ("none", "last", "all")
+        # What comes back behind the last block is wanted there, whatever reads it.
+        full = "last" if method.joins(self.depth) == self.depth and self.full == "none" else self.full
         if expose == "auto":
             # A head that pools over everything wants merged tokens back at full length, which also weights them by
             # size; where tokens were dropped it pools over those that are left, unless padding stands among them.
             expose = "last" if self.pooled and (method.uneven or not method.drops) else "none"
-            return max(expose, self.full, key=order.index)
-        if order.index(expose) < order.index(self.full):
-            raise ValueError(
-                f"{self.family} reads tokens by their position: expose must be {self.full!r}, got {expose!r}"
-            )
+            return max(expose, full, key=order.index)
+        if order.index(expose) < order.index(full):
+            raise ValueError(f"{self.family} reads tokens by their position: expose must be {full!r}, got {expose!r}")
         return expose
 
     def patch(
@@ -239,7 +239,7 @@ class EncoderHost(Host):
         assert isinstance(method, BlockMethod)  # check() saw to it
         expose = self.exposure(method, expose)
         shared = Shared(method, self.depth, self.prefix, self.suffix, expose, drops=method.drops or self.padded)
-        watch(self, shared, changes)
+        self.begin(shared, changes)
         shared.class_token = "class_attention" in self.supplies
         shared.watch = Watch(self.family, {str(i): name for i, (name, _) in enumerate(self.blocks)})
         norms = self.key_norms or [None] * self.depth
@@ -254,6 +254,10 @@ class EncoderHost(Host):
         changes.swap(self.model, model_body, shared)
         hang(self.model, shared.watch, changes)
         return shared
+
+    def begin(self, shared: Shared, changes: Changes) -> None:
+        """Hang the hook by which the first block knows how its tokens stand."""
+        watch(self, shared, changes)
 
     def report(self, state: Shared, methods: Sequence[Method]) -> BlockReport:
         """Tokens, multiply-adds and sizes of every block."""

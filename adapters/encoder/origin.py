@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from tokred.adapters.changes import Changes
-from tokred.adapters.encoder.sides import pixels_of
+from tokred.adapters.encoder.sides import motion_of, pixels_of
 from tokred.adapters.swap import Hook
 from tokred.encoder.motion import feature_motion
 from tokred.errors import UnsupportedModelError
@@ -37,6 +37,7 @@ class Origin(Hook):
         self.model, self.note, self.layout = host.model, shared.note, host.layout
         self.family, self.path = host.family, host.blocks[0][0].rpartition(".")[0]
         self.moving = "motion" in shared.method.reads
+        self.filmed = "frame_motion" in shared.method.reads
         self.seen = "pixels" in shared.method.reads
         self.blocks = self._blocks()
         # A head that begins to pool would average merged tokens as if each were one; where they are dropped, those that
@@ -50,6 +51,8 @@ class Origin(Hook):
         if self.moving and sides is not None and sides.frames is not None:
             # Here, since positions are added next, which differ from frame to frame by themselves.
             sides = sides._replace(motion=feature_motion(output.flatten(2).mT, sides.frames))
+        if self.filmed and sides is not None and sides.frames is not None:
+            sides = sides._replace(motion=motion_of(module, inputs[0]))
         if self.seen and sides is not None:
             sides = sides._replace(pixels=pixels_of(module, inputs[0]))
         self.note.leave(sides)

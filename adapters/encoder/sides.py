@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tokred.adapters.contract import backward_pass
+from tokred.encoder.motion import frame_motion
 
 
 class Sides(NamedTuple):
@@ -74,6 +75,26 @@ def convolution(module: Any) -> nn.Module | None:
     if not isinstance(module, nn.Module):
         return None
     return next((m for m in module.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)), None)
+
+
+def films(module: Any) -> bool:
+    """True for a convolution over the frames of a clip whose tokens are blocks of pixels that do not overlap."""
+    made = convolution(module)
+    return (
+        isinstance(made, nn.Conv3d)
+        and tuple(made.stride) == tuple(made.kernel_size)
+        and not any(made.padding)
+        and set(made.dilation) == {1}
+    )
+
+
+def motion_of(module: Any, clip: Tensor) -> Tensor:
+    """``(B, number)`` float32: how much the pixels of each token of clips ``(B, C, T, H, W)`` change from frame to
+    frame, see :func:`films`."""
+    made = convolution(module)
+    assert isinstance(made, nn.Conv3d)
+    tubelet, high, wide = made.kernel_size
+    return frame_motion(clip.transpose(1, 2), (high, wide), tubelet)
 
 
 def pixels_of(module: Any, image: Tensor) -> Tensor | None:

@@ -269,7 +269,7 @@ class Shared(State):
     def keeps_dropped(self, state: TokenState) -> bool:
         """True where every step has to keep its features, because tokens vanish and full length will be asked for."""
         vanish = self.method.drops or (self.drops and state.lengths is not None)
-        return vanish and (self.expose_all or self.method.rejoins or self.restore != "none")
+        return vanish and (self.expose_all or self.method.joins(self.depth) is not None or self.restore != "none")
 
     def enter(self, layer: int, x: Tensor) -> tuple[TokenState, Tensor]:
         """State and short tokens at the entry of block ``layer``.
@@ -282,16 +282,19 @@ class Shared(State):
         if layer == 0:
             return self.begin(x, x.shape[1]), x
         state = self.carried(layer, x)
-        if self.method.rejoins and layer == self.depth - 1:
+        if layer == self.method.joins(self.depth):
             # What the host knows of the original tokens (its mask, tables of positions) fits them again.
             return TokenState(state.length, sides=state.sides), x if state.exposed else state.restore(x)
         return (state, state.shorten(x)) if state.exposed else (state, x)
 
     @property
     def learns(self) -> bool:
-        """True while the method has weights that are being trained."""
+        """True while the method has weights that are being trained, or none, and losses on the model's own."""
         module = self.module
-        return module is not None and module.training and any(p.requires_grad for p in module.parameters())
+        if module is None or not module.training:
+            return False
+        own = list(module.parameters())
+        return any(p.requires_grad for p in own) or (not own and self.method.gradients)
 
     def begin(self, x: Tensor, length: int) -> TokenState:
         """The state of tokens ``x`` that enter the first block.

@@ -19,7 +19,8 @@ from tokred.adapters.contract import attention_of, members, terms, words
 from tokred.adapters.encoder import transformers_maps, transformers_text
 from tokred.adapters.encoder.block import Recipe, refuse_padding
 from tokred.adapters.encoder.host import EncoderHost, argument_names
-from tokred.adapters.encoder.sides import convolution, of_convolution
+from tokred.adapters.encoder.packed import transformers as packed
+from tokred.adapters.encoder.sides import convolution, films, of_convolution
 from tokred.adapters.encoder.state import TokenState
 from tokred.adapters.encoder.text_tables import ENCODERS as TEXTS
 from tokred.adapters.encoder.transformers_tables import DEMANDS, ENCODERS, HEADS, Encoder
@@ -46,6 +47,10 @@ REFUSED = {
     "ConvNext": "it is a convolutional network without tokens",
     "ResNet": "it is a convolutional network without tokens",
     "Albert": "its layers are one module that runs several times, whose place in the depth a patch could not tell",
+    "MllamaVision": (
+        "its tiles stand in one sequence, each with a class token and padding inside, and several of its layers are "
+        "read at full length: give it smaller images (fewer tiles)"
+    ),
     "VJEPA2": "each layer turns token numbers into rotary angles itself, so missing tokens would shift positions",
 }
 # Trained on a part of the patches of each clip, always.
@@ -79,6 +84,10 @@ def match(model: nn.Module) -> EncoderHost | None:
         return None  # a layer, or a wrapper around a timm model, which the timm adapter finds inside
     located = _locate(model)
     if located is None:
+        host = packed.match(model)
+        if host is not None:
+            _check_fused(host.model, host.blocks)
+            return host
         host = transformers_maps.match(model) or transformers_text.match(model)
         if host is not None:
             return host
@@ -151,7 +160,7 @@ def is_tower(model: Any) -> bool:
     inside = words.PLACE_IN_MODEL.part(words.CONFIG.part(model)) in words.VISION.names
     if not terms.PRETRAINED.among(names) or not (inside or any(n in TOWERS for n in names)):
         return False
-    return _locate(model) is None and transformers_maps.match(model) is None
+    return _locate(model) is None and transformers_maps.match(model) is None and packed.match(model) is None
 
 
 def _host(model: Any, name: str, encoder: Any, demand: str) -> EncoderHost:
@@ -166,7 +175,7 @@ def _host(model: Any, name: str, encoder: Any, demand: str) -> EncoderHost:
         )
     prefix, suffix = _ask(row.prefix, encoder), _ask(row.suffix, encoder)
     clip = None if row.clip is None else row.clip(encoder)
-    masked = row.masked or MASKED in _names(model)
+    masked, origin = row.masked or MASKED in _names(model), _origin(encoder)
     return EncoderHost(
         family=f"transformers {name}",
         model=encoder,
@@ -174,8 +183,8 @@ def _host(model: Any, name: str, encoder: Any, demand: str) -> EncoderHost:
         recipe=LayerRecipe(row.positions, argument_names(layers[0][1]), members.SHARED_BIAS.part(encoder) is not None),
         prefix=prefix,
         suffix=suffix,
-        supplies=_supplies(row, masked),
-        origin=_origin(encoder),
+        supplies=_supplies(row, masked, films(origin)),
+        origin=origin,
         # Masked patches are taken out before the first layer, so those that are left form no grid.
         layout=None if masked else of_convolution,
         pooled=demand == "pooled",
@@ -189,7 +198,7 @@ def _host(model: Any, name: str, encoder: Any, demand: str) -> EncoderHost:
     )
 
 
-def _supplies(row: Encoder, masked: bool) -> frozenset[str]:
+def _supplies(row: Encoder, masked: bool, filmed: bool) -> frozenset[str]:
     found = {"x", "q", "k", "v"}
     if row.class_token:
         found.add("class_attention")
@@ -200,7 +209,7 @@ def _supplies(row: Encoder, masked: bool) -> frozenset[str]:
     if not masked and ((row.rank == 4 and not row.outer) or row.clip is not None):
         found.add("grid")
     if not masked and row.clip is not None:
-        found |= {"frames", "motion"}
+        found |= {"frames", "motion"} | ({"frame_motion"} if filmed else set())
     return frozenset(found)
 
 

@@ -106,6 +106,10 @@ def _siglip_embed(model: Any, x: Tensor) -> Tensor:
     return _patches(model.embeddings.patch_embedding, x)
 
 
+def _aimv2_embed(model: Any, x: Tensor) -> Tensor:
+    return _patches(model.embeddings.patch_embed, x)
+
+
 def _whisper_embed(model: Any, x: Tensor) -> Tensor:
     return _patches(model.conv2, _patches(model.conv1, x).mT)
 
@@ -123,6 +127,7 @@ _ROPE: dict[str, Any] = {"positions": {"position_embeddings": gather_tables}, "k
 _VIDEO: dict[str, Any] = {"rank": 5, "clip": _tubelets}
 _PLAIN: dict[str, Any] = {"prefix": 0, "class_token": False}
 _CLIP = Encoder("encoder.layers", embed=_siglip_embed)
+_IDEFICS = Encoder("encoder.layers", embed=_siglip_embed, **_PLAIN)
 _DINO3 = Encoder("model.layer", _registers, **_ROPE)
 
 _DETR = Encoder(
@@ -161,6 +166,12 @@ ENCODERS: dict[str, Encoder] = {
         "encoder.layers", demand=lambda m: "pooled" if m.use_head else "short", embed=_siglip_embed, **_PLAIN
     ),
     "Siglip2VisionModel": Encoder("encoder.layers", demand="last", embed=_siglip_embed, rank=3, **_PLAIN),
+    "Aimv2VisionModel": Encoder(
+        "encoder.layers", demand=lambda m: "pooled" if m.use_head else "short", embed=_aimv2_embed, **_PLAIN
+    ),
+    "InternVLVisionModel": Encoder("encoder.layer"),
+    "Idefics3VisionTransformer": _IDEFICS,
+    "SmolVLMVisionTransformer": _IDEFICS,
     "YolosModel": Encoder("encoder.layer", suffix=lambda m: int(m.config.num_detection_tokens), demand=_mid_positions),
     "DPTModel": Encoder("encoder.layer", demand="all"),
     "VideoMAEModel": Encoder("encoder.layer", **_VIDEO, **_PLAIN),
@@ -218,6 +229,7 @@ HEADS: dict[str, tuple[str, Demand]] = {
     "DetrForSegmentation": ("detr.model.encoder", "short"),
     "ConditionalDetrModel": ("encoder", "short"),
     "ConditionalDetrForObjectDetection": ("model.encoder", "short"),
+    "VisionEncoderDecoderModel": ("encoder", "short"),
     "WhisperModel": ("encoder", "short"),
     "WhisperForConditionalGeneration": ("model.encoder", "short"),
     "WhisperForAudioClassification": (
@@ -227,9 +239,14 @@ HEADS: dict[str, tuple[str, Demand]] = {
 }
 
 # Models with vision count on every patch and read the states of single layers: every block gives full length back.
-_TOWERS = ("Llava", "LlavaNext", "LlavaNextVideo", "LlavaOnevision", "PaliGemma", "Gemma3")
-HEADS |= {f"{name}Model": ("vision_tower", "all") for name in _TOWERS}
-HEADS |= {f"{name}ForConditionalGeneration": ("model.vision_tower", "all") for name in _TOWERS}
+TOWERS = ("Llava", "LlavaNext", "LlavaNextVideo", "LlavaOnevision", "PaliGemma", "Gemma3", "InternVL")
+HEADS |= {f"{name}Model": ("vision_tower", "all") for name in TOWERS}
+HEADS |= {f"{name}ForConditionalGeneration": ("model.vision_tower", "all") for name in TOWERS}
+# These read the last states alone, and fold them by the square that they form.
+HEADS |= {f"{name}Model": ("vision_model", "last") for name in ("Idefics3", "SmolVLM")}
+HEADS |= {f"{name}ForConditionalGeneration": ("model.vision_model", "last") for name in ("Idefics3", "SmolVLM")}
+
+HEADS["ColPaliForRetrieval"] = ("vlm.vision_tower", "all")
 
 # What the forwards of TimeSformer's blocks, which are composed anew, and of their attention use.
 DIVIDED_NAMES = {

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tokred.adapters.contract import attention_of, host_object, members, words
 from tokred.adapters.kv.across import across
+from tokred.adapters.kv.again import COMING, REAL, returned
 from tokred.adapters.kv.latents import LatentSite, carried, expanded
 from tokred.adapters.kv.layer import TokLayer
 from tokred.adapters.kv.masks import MaskSpec, mask_function
@@ -67,6 +68,8 @@ def attention(
     call = Call(module, attention_mask, seat, scaling, dropout, options)
     if seat.borrows:
         return _borrow(call, layer, query)
+    if seat.learned is not None and COMING in seat.learned.shared:
+        return returned(call, layer, query, *(seat.learned.shared[name] for name in (COMING, REAL))), None
     before = layer.seen - query.shape[2]
     engine = layer.engine
     # A policy that does not watch what is there will not watch what comes.
@@ -152,9 +155,9 @@ def _attend(
         # The store has more rows than it has handed over, and may know how to attend to all of them.
         several = layer.shelf.several and spec.plain and layer.weights is None
         known = (several or _one(call, layer, query)) and not call.seat.latents
-        if known and not call.dropout and call.sinks is None:
+        if known and not call.dropout and (call.sinks is None or layer.shelf.sunk):
             padding = partial(_padding, spec, layer.seen)
-            heads = layer.shelf.attend(Query(query, call.scaling, call.softcap, padding))
+            heads = layer.shelf.attend(Query(query, call.scaling, call.softcap, padding, call.sinks))
             if heads is not None:
                 return heads.transpose(1, 2).contiguous(), None
         key, value = _keys_of(call, layer.shelf.keys, layer.shelf.values)

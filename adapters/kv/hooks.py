@@ -26,6 +26,7 @@ from tokred.adapters.contract import (
 )
 from tokred.adapters.contract.calls import makes_cache
 from tokred.adapters.host import State
+from tokred.adapters.kv.again import oversee
 from tokred.adapters.kv.attention import PREFIX, SEAT, Seat, register
 from tokred.adapters.kv.cache import LayerRows, TokCache, adopt, layer_of, make_cache, rows_of
 from tokred.adapters.kv.latents import read
@@ -64,6 +65,7 @@ class CacheSettings(State, Undo):
         self.compressed = compressed
         self.implementation = implementation
         self._lessons: list[Learned] = []  # of the layers of a forward in training
+        self.shared: dict[str, Any] = {}  # what its layers leave for each other
         self._forget()
 
     def _forget(self, left: tuple[LayerRows, ...] = ()) -> None:
@@ -79,7 +81,7 @@ class CacheSettings(State, Undo):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Register the attention function again, which another process does not know yet."""
-        self._lessons = []
+        self._lessons, self.shared = [], {}
         self._forget(state.pop("left"))
         self.__dict__.update(state)
         register(self.implementation)
@@ -101,13 +103,13 @@ class CacheSettings(State, Undo):
 
     def begin(self) -> None:
         """Begin a forward: one in training leaves losses."""
-        self._lessons = []
+        self._lessons, self.shared = [], {}
         training = self.module is not None and self.module.training
         self.losses = {} if training else None
 
     def learn(self) -> Learned:
         """The policy's module for one layer, which may leave terms of a loss there."""
-        made = Learned(self.module)
+        made = Learned(self.module, shared=self.shared)
         if self.losses is not None:
             self._lessons.append(made)
         return made
@@ -117,7 +119,7 @@ class CacheSettings(State, Undo):
         for name, term in ((n, t) for one in self._lessons for n, t in one.losses.items()):
             assert self.losses is not None  # or nothing would have been noted
             self.losses[name] = self.losses[name] + term if name in self.losses else term
-        self._lessons = []
+        self._lessons, self.shared = [], {}
 
     def _gone(self, layers: list[Any]) -> None:
         if id(layers) == self._layers:
@@ -187,6 +189,7 @@ class EnterDecoder(Hook):
         _check_chunk(given, self.settings.policy)
         ours.begin()
         ours.account(_new(given)[0], self.settings.config)
+        oversee(self.settings, module, given, ours)
         kept = words.KEPT_LOGITS.of(given)
         if isinstance(kept, int) and words.KEPT_LOGITS.among(self.names):
             words.KEPT_LOGITS.put(given, _newest_alone(kept, self.settings.implementation))

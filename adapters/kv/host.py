@@ -40,7 +40,7 @@ _OTHER_HEADS = ("JetMoeAttention",)
 # What a hard limit reads.
 _BYTES = "the bytes of all layers"
 # What rows of latents have none of, because each head has its own.
-_OF_HEADS = frozenset({"v", "projection", "rope", "rotation"})
+_OF_HEADS = frozenset({"v", "projection", "rope", "rotation", "again"})
 _ROWS = "rows that are keys and values themselves"
 
 
@@ -108,12 +108,14 @@ class CacheHost(Host):
         """Facts of the decoder, from which a policy builds its module."""
         cls = host_class(self.decoder)
         heads = int(words.HEADS.need(self.config))
+        widths = {int(words.HEAD_WIDTH.part(attention) or 0) for _, attention in self.blocks}
         return Facts(
             model=f"{cls.__module__}.{cls.__qualname__}",
             depth=self.depth,
             width=int(words.WIDTH.need(self.config)),
             heads=heads,
             key_heads=self.key_heads or int(words.KEY_HEADS.part(self.config) or heads),
+            head_width=widths.pop() if len(widths) == 1 else 0,
         )
 
     def check(self, method: Method, expose: str = "auto") -> None:
@@ -155,7 +157,7 @@ class CacheHost(Host):
         if self.latents and missing & (_OF_HEADS | {_ROWS}):
             return ": its cache holds latents, of which each head makes keys and values of its own"
         if _BYTES not in missing:
-            return method.parts.store.hint(missing) if isinstance(method, CachePolicy) else ""
+            return method.hint(missing) if isinstance(method, CachePolicy) else ""
         if self.readers:
             return ": layers that read another's rows keep them until the forward ends, whatever has been evicted"
         return f": {self.states} of its layers keep states, whose size is not known before the first forward"
@@ -171,6 +173,11 @@ class CacheHost(Host):
         assert isinstance(method, CachePolicy)  # the stage's only kind of method
         implementation = attention_of(self.config).removeprefix(PREFIX)
         chosen = tuple(i for i in self.compressed if where is None or where(*self.attentions[i]))
+        if "module" in method.reads and len(chosen) < self.depth:
+            raise ValueError(
+                f"{method.name!r} has a network for all {self.depth} layers, and where= leaves {len(chosen)} of them: "
+                "apply it without where="
+            )
         settings = self._hang(method, chosen, implementation, changes)
         changes.after(self.decoder, hooks.LeaveDecoder(settings), with_kwargs=True)
         # Its undo gives the model its own attention back, also where the model is freed without its patch.

@@ -298,6 +298,13 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
         self.mixed = False
         return order
 
+    def place(self, slots: Tensor) -> None:
+        """Let the newest rows be of tokens that had left: slots ``[B, n]`` int32, ``SENTINEL`` in empty ones."""
+        self.seen -= slots.shape[1]
+        self.shelf.place(slots, self.seen)
+        self.ragged = True  # whether samples have different numbers of them would have to be looked at
+        self.mixed = True
+
     def _places(self, batch: tuple[int, ...], device: torch.device) -> Tensor:
         """``[B, Hk, K]`` int32: slots of rows as they stand, also where nothing has been evicted yet."""
         slots = self.slots
@@ -305,9 +312,10 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
             slots = torch.arange(self.width, dtype=torch.int32, device=device).expand(*batch, -1)
         return slots
 
-    def rewrite(self, values: Tensor, weights: Tensor) -> None:
-        """Give rows other values ``[B, Hk, K, Dv]`` and weights ``[B, Hk, K]``; :meth:`apply` follows."""
-        self.shelf.rewrite(values, self.slots)
+    def rewrite(self, values: Tensor, weights: Tensor | None, keys: Tensor | None = None) -> None:
+        """Give rows other values ``[B, Hk, K, Dv]``, weights ``[B, Hk, K]`` and, unless None, keys ``[B, Hk, K, D]``;
+        :meth:`apply` follows."""
+        self.shelf.rewrite(values, self.slots, keys)
         self.weights = weights
 
     def settle(self, site: CacheSite | None) -> None:

@@ -66,6 +66,13 @@ def tables(embedding: Any, layer_type: str | None, positions: Tensor) -> tuple[T
     return cos[0].float(), sin[0].float()
 
 
+def of_one_number(decoder: Any) -> bool:
+    """True if a token's place is one number that says the same whatever the length; also without any rotation."""
+    text = str(words.ROPE.part(words.CONFIG.need(decoder)))
+    embedding = words.ROTARY.part(decoder)
+    return not (words.AXES.on(embedding) or any(word in text for word in (*words.AXES.names, *terms.BY_LENGTH.names)))
+
+
 def turned_channels(decoder: Any, attention: Any) -> int:
     """Channels of a head, the first ones, that a decoder turns as two halves, by angles that only positions decide.
 
@@ -76,8 +83,7 @@ def turned_channels(decoder: Any, attention: Any) -> int:
     if not isinstance(embedding, nn.Module) or turn is None:
         return 0
     # Embeddings that follow the length, or have several axes, would change by being asked.
-    text = str(words.ROPE.part(words.CONFIG.need(decoder)))
-    if words.AXES.on(embedding) or any(word in text for word in (*words.AXES.names, *terms.BY_LENGTH.names)):
+    if not of_one_number(decoder):
         return 0
     if turn(torch.arange(4.0)[None]).tolist() != [[-2.0, -3.0, 0.0, 1.0]]:
         return 0

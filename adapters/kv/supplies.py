@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from tokred.adapters.contract import words
+from tokred.adapters.contract import members, words
 from tokred.adapters.swap import host_class
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def _after_attention(layer: Any) -> nn.Module | None:
 def supplies(
     decoder: Any, found: dict[int, tuple[str, nn.Module]], compressed: tuple[int, ...], rehearsal: Rehearsal
 ) -> set[str]:
-    from tokred.adapters.kv.rope import turned_channels
+    from tokred.adapters.kv.rope import of_one_number, turned_channels
 
     supplied = {"q", "k", "v"}
     if all(words.STATES.among(inspect.signature(host_class(m).forward).parameters) for _, m in found.values()):
@@ -61,4 +61,9 @@ def supplies(
     turned = turned_channels(decoder, attention) if head_dim is not None and turns else 0
     if 0 < turned <= int(head_dim or 0):
         supplied |= {"rotation", "rope"} if turned == head_dim else {"rotation"}
+    # Tokens run again by themselves where every layer keeps rows of all, and positions are one number a token.
+    asked = inspect.signature(host_class(decoder).forward).parameters
+    every = len(compressed) == words.DEPTH.need(words.CONFIG.need(decoder)) and "module" in supplied
+    if every and of_one_number(decoder) and words.POSITIONS.among(asked) and members.EMBED.on(decoder):
+        supplied.add("again")
     return supplied

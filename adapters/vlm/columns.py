@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from tokred.adapters.kv.cache import Snapshot, TokCache
     from tokred.adapters.vlm.calibration import Rows
+    from tokred.adapters.vlm.tokens.steps import Chosen
 
 
 class Packed(NamedTuple):
@@ -74,12 +75,7 @@ def left_pack(keep: Tensor, counts: tuple[int, ...]) -> Packed:
 
 
 def last_real(real: Tensor, end: int) -> Tensor:
-    """``(B, 1)`` int64: the last real column of every sample before ``end``.
-
-    Args:
-        real: ``(B, L)`` bool.
-        end: columns of the prompt.
-    """
+    """``(B, 1)`` int64: the last real column ``(B, L)`` of every sample before ``end``."""
     return real[:, :end].long().cumsum(1).argmax(1, keepdim=True)
 
 
@@ -203,12 +199,14 @@ class Track:
         groups: by first layer; none of layer 0 where nothing left before the language model.
         behind: ``(B,)`` int64, how many positions each sample lags behind where positions are counted anew.
         calibration: of the rows of layer 0, where attention to them is calibrated.
+        chosen: their visual ones, where generated tokens choose which they attend to.
     """
 
     covered: int
     groups: list[Group] = field(default_factory=list)
     behind: Tensor | None = None
     calibration: Rows | None = None
+    chosen: Chosen | None = None
 
     @property
     def outer(self) -> Group | None:
@@ -240,6 +238,7 @@ class Track:
         if self.behind is not None:
             self.behind = self.behind.index_select(0, index.to(self.behind.device))
         self.calibration = None if self.calibration is None else self.calibration.pick(index)
+        self.chosen = None if self.chosen is None else self.chosen.pick(index)
 
     def cut(self, count: int) -> None:
         """Forget the newest ``count`` covered tokens.
@@ -254,6 +253,7 @@ class Track:
             )
         self.groups = [g.cut(count) for g in self.groups]
         self.calibration = None if self.calibration is None else self.calibration.cut(count)
+        self.chosen = None if self.chosen is None else self.chosen.cut(count)
         self.covered -= count
 
 
@@ -396,4 +396,5 @@ def _pick(cache: Cache, index: Tensor) -> None:
 
 def _batch(cache: Cache) -> int:
     track = track_of(cache)
-    return track.groups[0].columns.shape[0] if track is not None and track.groups else 0
+    known = [] if track is None else [*(g.columns for g in track.groups), *(track.chosen or ())[:1]]
+    return known[0].shape[0] if known else 0

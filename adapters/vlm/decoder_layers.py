@@ -18,6 +18,8 @@ from tokred.adapters.vlm.columns import Group, Packed, extended, gather_columns,
 from tokred.adapters.vlm.decoder_attention import Input, LayerCount, Step, heads_of, norm_behind_attention, values_of
 from tokred.adapters.vlm.masks import MaskMaker
 from tokred.adapters.vlm.taps import in_flight
+from tokred.adapters.vlm.tokens.pictures import at_columns, gathered_rows, images_in, moments_of, places_of
+from tokred.adapters.vlm.tokens.steps import decoding_of
 from tokred.core.attention import Attention
 from tokred.core.place import Place
 from tokred.core.reduction import Reduction
@@ -95,9 +97,11 @@ class Inner:
         self._before: Input | None = None
         self._entered: Tensor | None = None
         self._normed: list[Tensor] = []
+        self._rows = forward.rows if forward.packed is None else gathered_rows(forward.rows, forward.packed.columns)
         self.ends: tuple[bool, ...] = ()
         self.aligned = True
         self.start = self._start()
+        self.decoding = decoding_of(forward)
         self.entered = False
 
     def _start(self) -> Step | None:
@@ -151,6 +155,8 @@ class Inner:
                 words.POSITIONS.put(given, step.move(words.POSITIONS.of(given), -1))
             window = self.settings.window_of(layer)
             words.ATTENTION_MASK.put(given, self._maker(layer)(stock, x, self.forward.cache, layer, window))
+        if self.decoding is not None:
+            self.decoding.enter(layer, module, x, given)
         if self.start is not None:
             assert step is not None  # at least the start
             self.forward.counts[layer] = LayerCount(x.shape[1], step.real, step.counts)
@@ -257,12 +263,15 @@ class Inner:
         if not method.acts(n, Place(layer, self.settings.depth)):
             return x
         with torch.no_grad():
-            step = method.reduce(self._site(layer, module, x, given, before))
+            site = self._site(layer, module, x, given, before)
+            step = method.reduce(site)
+        self._rows = site.rows
         if step.trivial:
             return x
         packed, order = pack_slots(step, before.valid if before.ragged else None, before.real)
         self._lag(layer, x.shape[1] - packed.columns.shape[1])
         self._steps[layer] = self._left(packed, before)
+        self._rows = gathered_rows(site.rows, packed.columns)
         return _taken(step, x, order)
 
     def _lag(self, layer: int, count: int) -> None:
@@ -302,7 +311,8 @@ class Inner:
             counts=before.counts,
             initial=start.counts,
             real=before.real,
-            image=None if forward.visual is None else lambda: forward.images().gather(1, positions),
+            image=None if forward.visual is None else lambda: images_in(forward).gather(1, positions),
+            moment=None if forward.visual is None else lambda: at_columns(moments_of(forward), positions),
             image_initial=None if forward.visual is None else self._image_counts,
             place=lambda: self._place(positions),
             ends=self.ends,
@@ -313,19 +323,21 @@ class Inner:
             own=lambda: heads_of(own, ran=False),
             before=None if self._before is None else self._ran(self._before),
             positions=positions,
+            rows=dict(self._rows),
             layer=layer,
             depth=self.settings.depth,
         )
 
     def _place(self, positions: Tensor) -> Tensor | None:
-        place: Tensor | None = self.forward.image_places()
-        return None if place is None else place.gather(1, positions.unsqueeze(-1).expand(-1, -1, 2))
+        place: Tensor | None = places_of(self.forward)
+        return None if place is None else at_columns(place, positions)
 
     def _image_counts(self, i: int) -> tuple[int, ...]:
         """Visual tokens of image ``i`` of each sample at layer 0."""
         forward, start = self.forward, self.start
         assert start is not None  # asked for by a method that acts
-        image = forward.images() if forward.packed is None else forward.images().gather(1, forward.packed.columns)
+        image = images_in(forward)
+        image = image if forward.packed is None else image.gather(1, forward.packed.columns)
         return tuple((start.visual & (image == i)).sum(1).tolist())
 
     def _prompt(self, before: Step) -> Prompt:

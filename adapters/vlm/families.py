@@ -72,6 +72,27 @@ FACTS: dict[str, Facts] = {
 }
 
 
+class TowerLayer(NamedTuple):
+    """Names of the parts of one kind of tower layer: norm, attention, norm, MLP, each added to the stream.
+
+    Attributes:
+        first, attention, second, mlp: modules of the layer.
+        query, key, value, output: projections of the attention.
+    """
+
+    first: str = "layer_norm1"
+    attention: str = "self_attn"
+    second: str = "layer_norm2"
+    mlp: str = "mlp"
+    query: str = "q_proj"
+    key: str = "k_proj"
+    value: str = "v_proj"
+    output: str = "out_proj"
+
+
+TOWER_LAYERS = {"SiglipEncoderLayer": TowerLayer(), "CLIPEncoderLayer": TowerLayer()}
+
+
 def describe(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: Tap, modality: str) -> Record | None:
     """The record of a getter's call."""
     facts = FACTS[core_name(core)]

@@ -22,7 +22,6 @@ from tokred.adapters.vlm.columns import (
 )
 from tokred.adapters.vlm.decoder_attention import LayerCount
 from tokred.adapters.vlm.decoder_layers import Inner
-from tokred.adapters.vlm.layout import places_in
 from tokred.adapters.vlm.masks import PAIRS, MaskMaker, gather_any_mask, slid
 from tokred.adapters.vlm.sites import (
     Context,
@@ -37,8 +36,10 @@ from tokred.adapters.vlm.sites import (
     without_newlines,
 )
 from tokred.adapters.vlm.taps import Call
+from tokred.adapters.vlm.tokens.evict import evened
+from tokred.adapters.vlm.tokens.steps import seen
 from tokred.core.place import Place, PlacedMethod
-from tokred.errors import BypassedError, MissingInputError
+from tokred.errors import BypassedError
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -74,6 +75,7 @@ class Forward:
         self.counts: dict[int, LayerCount] = {}
         self.sizes: Tensor | None = None  # (B, L) float32, tokens that visual ones stand for; None: nothing has left
         self.calibration: Rows | None = None
+        self.rows: dict[str, Tensor] = {}  # (B, L) each, state that a method of the projector has left; -1 elsewhere
 
     @property
     def device(self) -> torch.device:
@@ -197,48 +199,24 @@ class Forward:
                     with torch.no_grad():
                         step = method.reduce(site)
                     left = leave(left, group, where, site, step, getattr(method, "space", "x"))
+                    self._note(site.rows, [p.sample for p in group], where)
             if left.gone is not None:
                 left = without_newlines(left, shown(modality), columns)
         return left if left.gone is None else with_last(left, self._last(context.text))
+
+    def _note(self, rows: dict[str, Tensor], group: list[int], where: Tensor) -> None:
+        """Keep the state ``(G, N)`` that a method has left for each token of some samples, in columns ``where``."""
+        samples = torch.tensor(group, device=self.device).unsqueeze(1)
+        for name, state in rows.items():
+            known = self.rows.get(name)
+            if known is None:
+                known = torch.full((self.batch, self.length), -1, dtype=state.dtype, device=self.device)
+            self.rows[name] = known.index_put((samples, where), state)
 
     def _last(self, text: Tensor) -> Tensor:
         """``(B, 1)`` int64: the prompt's last token, visual or not."""
         assert self.visual is not None  # there are placeholders
         return last_real(self.visual | text, self.end)
-
-    def image_places(self) -> Tensor | None:
-        """``(B, L, 2)`` float32: row and column of each visual token in its image, in [0, 1]; None: not known."""
-        found = torch.zeros(self.batch, self.length, 2, device=self.device)
-        for modality in self.call.modalities:
-            rows, columns = modality.visual.nonzero().unbind(1)
-            for one in shown(modality):
-                place = places_in(one.picture, self.device)
-                if place is None:
-                    return None
-                some = slice(one.first, one.first + one.picture.tokens)
-                found[rows[some], columns[some]] = place
-            if modality.record is None and any(modality.counts):
-                return None
-        return found
-
-    def images(self) -> Tensor:
-        """``(B, L)`` int64: which image of its sample each visual token belongs to.
-
-        Raises:
-            MissingInputError: that is not known, since the features were not made by the patched model.
-        """
-        found = torch.zeros(self.batch, self.length, dtype=torch.long, device=self.device)
-        for modality in self.call.modalities:
-            if modality.record is None and any(modality.counts):
-                raise MissingInputError(
-                    "which image a visual token belongs to is not known, since the features were not made by the "
-                    "patched model: give pixel_values"
-                )
-            rows, columns = modality.visual.nonzero().unbind(1)
-            for one in shown(modality):
-                some = slice(one.first, one.first + one.picture.tokens)
-                found[rows[some], columns[some]] = one.image
-        return found
 
     def _shorten(self, new: dict[str, Any], packed: Packed, visual: Tensor) -> None:
         """Positions, masks and whatever else has a column for every token."""
@@ -351,7 +329,14 @@ class Forward:
                 f"{self.settings.methods[-1].name!r} did not run: the decoder layers of {self.settings.family} ran "
                 "without the patch (their list was exchanged or wrapped): call tokred.apply again"
             )
-        if cache is None or (self.packed is None and not inner):
+        if cache is None:
+            return
+        steps = None if self.inner is None else self.inner.decoding
+        if steps is not None:
+            set_track(cache, steps.left())
+            return
+        chosen = seen(self) if getattr(self.settings.inner, "decodes", False) else None
+        if self.packed is None and not inner and chosen is None:
             return
         old = self.track
         groups: list[Group] = []
@@ -369,8 +354,10 @@ class Forward:
         for first in sorted((firsts | set(inner or ())) - {0}):
             assert self.inner is not None  # an inner group needs it
             groups.append(self.inner.group(first))
+        if inner and getattr(self.settings.inner, "evicts", False):
+            groups = evened(cache, groups)
         behind = self._behind() if self.behind is None else self.behind
-        set_track(cache, Track(self.past + self.length, groups, behind, self.calibration))
+        set_track(cache, Track(self.past + self.length, groups, behind, self.calibration, chosen))
 
     def tokens(self) -> tuple[LayerCount, ...]:
         """Tokens at the input of every layer (waits for the device)."""

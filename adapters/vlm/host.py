@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import nn
 
 from tokred.adapters.changes import Changes
-from tokred.adapters.contract import PREPARE_CACHE, members, words
+from tokred.adapters.contract import PREPARE_CACHE, members, terms, words
 from tokred.adapters.encoder.transformers import is_tower
 from tokred.adapters.host import Host, State
 from tokred.adapters.kv.host import match as match_language
@@ -132,6 +132,8 @@ class VisualHost(Host):
         if self.stage == "layer":
             _ = self.layer_list  # raises where there is none
             assert isinstance(method, PlacedMethod)  # of its stage
+            if any(self._slides(i) for i in range(self.depth)):
+                self._check_rows(method)
             # Qwen 3 VL adds features by the places of all visual tokens, which must be there then. No prompt is longer
             # than this: a method that acts before that layer at all acts here.
             early = [i for i in range(1, self.deepstack) if method.acts(MANY, Place(i, self.depth))]
@@ -141,6 +143,18 @@ class VisualHost(Host):
                     f"tokens can leave before layer {self.deepstack} at the earliest; {method.name!r} acts before "
                     f"layer {early[0]}"
                 )
+
+    def _check_rows(self, method: Method) -> None:
+        few = f"{self.family} has layers that hold the newest tokens alone"
+        if getattr(method, "evicts", False):
+            raise ValueError(f"{few}, whose rows cannot be freed for {method.name!r}: take evict=False")
+        if getattr(method, "decodes", False):
+            raise ValueError(f"{few}, and {method.name!r} chooses among all rows: take 'fastv', or another model")
+
+    def _slides(self, layer: int) -> bool:
+        config = words.CONFIG.need(self.language)
+        kinds = words.KINDS.part(config)
+        return words.WINDOW.part(config) is not None and (kinds is None or kinds[layer] in terms.SLIDING.names)
 
     def _check_tower(self, method: Method) -> None:
         named = getattr(method, "tower_layers", ())
@@ -200,7 +214,7 @@ class VisualHost(Host):
         assert isinstance(method, PlacedMethod)  # of its stage
         if self.stage == "projector":
             settings.outer = method
-            self._tap(method, changes)
+            self.tap(method, changes)
         else:
             settings.inner = method
             if where is not None:
@@ -247,7 +261,8 @@ class VisualHost(Host):
             changes.before(model, EnterLoss(settings, names), with_kwargs=True)
             changes.after(model, LeaveLoss(), with_kwargs=True, always_call=True)
 
-    def _tap(self, method: Method, changes: Changes) -> None:
+    def tap(self, method: Method, changes: Changes) -> None:
+        """Hang the hooks that note what the method reads of the tower, while a feature getter runs."""
         from tokred.adapters.vlm.taps import FusedTap, HeadTap, ProjectorTap, TablesTap
 
         core: Any = self.core
@@ -357,7 +372,7 @@ def _decoder_layers(model: nn.Module, attentions: list[tuple[str, nn.Module]]) -
 def _supplies_layer(layers: list[tuple[str, nn.Module]]) -> frozenset[str]:
     from tokred.adapters.vlm.decoder_attention import norm_behind_attention, supplies_rows
 
-    found = {"x", "prompt"}
+    found = {"x", "prompt", "carried"}
     if all(norm_behind_attention(layer) is not None for _, layer in layers):
         found.add("stream")
     if all(supplies_rows(layer) for _, layer in layers):
@@ -366,7 +381,7 @@ def _supplies_layer(layers: list[tuple[str, nn.Module]]) -> frozenset[str]:
 
 
 def _supplies_projector(core: Any, facts: Facts) -> frozenset[str]:
-    found = {"x", "grid", "text"} | ({"project"} if facts.tokenwise else set())
+    found = {"x", "grid", "text", "carried"} | ({"project"} if facts.tokenwise else set())
     if facts.clips or any(modality == "video" for _, modality in facts.getters):
         found |= {"frames", "motion"}
     if facts.projector:

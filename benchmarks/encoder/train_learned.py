@@ -1,18 +1,21 @@
 """Train methods with weights on the embedded default, and measure them beside others at equal work.
 
     python -m benchmarks encoder/train_learned cropr dynamicvit --photos FOLDER --out trained
-    python -m benchmarks encoder/train_learned cropr tome evit random_prune --photos FOLDER --out trained --steps 400
+    python -m benchmarks encoder/train_learned cropr tome evit class_attention random_prune downsample dense smaller ...
 
-Every name is a recipe of tokred (or the path of a TOML file), or a method without weights, which is then trained with:
-by the first recipe, but for what only its method has. Each is trained at every share of ``--shares`` and with every
-seed of ``--seeds``. The same command goes on where it was stopped: within a training from its last checkpoint, and
-rows that are there are not made again.
+Every name is a recipe of tokred (or the path of a TOML file), or one that is trained by the first recipe's numbers, but
+for what only its method has: a method without weights, ``class_attention`` (EViT without the fused token), ``dense``
+(the model as it is, trained as long) or ``smaller`` (fewer blocks and neurons, no token removed, at ten times the
+rate). Each is trained at every share of ``--shares`` and with every seed of ``--seeds``, one seed of everything before
+the next. The same command goes on where it was stopped: within a training from its last checkpoint, and rows that are
+there are not made again.
 
 It prints a table: top-1 on the first ``--test`` pictures of the sample that travels with tokred, the mean of the seeds
-with its standard error; the tokens that an image has after the last block; and the work, the multiply-adds of all
-blocks of an image as a share of the dense model's. Below stand ToMe, EViT and random pruning at the same shares without
-any training. The rows of every seed are in ``rows.jsonl``. The training pictures are drawn as for the embedded model
-itself; see ``encoder/train_embedded`` for the two folders.
+with its standard error; how much of the garments' patches is left behind the last block (merged tokens are), the tokens
+and the work, the multiply-adds of all blocks of an image as a share of the dense model's. Below stand the methods
+without weights at the same shares without any training. The rows of every seed are in ``rows.jsonl``; ``--table`` adds
+their means to a table of results. The training pictures are drawn as for the embedded model itself; see
+``encoder/train_embedded`` for the two folders.
 """
 
 from __future__ import annotations
@@ -31,99 +34,47 @@ import torch
 from torch import Tensor, nn
 
 import tokred
+from benchmarks.encoder.learned_arms import DENSE, Arm, at_share, foreground, recipes, setting, work
 from benchmarks.encoder.train_embedded import Data
 from tokred import adapters, learn
-from tokred.bench import embedded
+from tokred.bench import embedded, results
 from tokred.bench.data.model import SIZE
-from tokred.learn.recipe import FOLDER
 from tokred.learn.training import Samples, train
 
-BESIDE = ("tome", "evit", "random_prune")
+BESIDE = ("tome", "evit", "class_attention", "random_prune", "downsample")
 ROWS = "rows.jsonl"
-# The parameter that decides how much is removed, and its values, the most work first.
-AMOUNTS: dict[str, tuple[str, list[float]]] = {
-    "cropr": ("r", list(range(1, 60))),
-    "dtem": ("r", list(range(1, 60))),
-    "dynamicvit": ("rho", [k / 100 for k in range(99, 1, -1)]),
-    "evit": ("kappa", [k / 100 for k in range(99, 1, -1)]),
-    "random_prune": ("r", list(range(1, 60))),
-    "tome": ("r", list(range(1, 60))),
-}
 
 
-@torch.no_grad()
-def measure(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float, float]:
-    """Top-1, tokens after the last block, and the share of the dense blocks' work."""
-    hits, tokens, work, full = 0, 0.0, 0, 0
-    host = adapters.find(model)
-    dense = host.plan(None, (1, *images.shape[1:]))
-    uneven = any(method.uneven for method in tokred.patched(model))
-    size = 1 if uneven else 100  # padding of a batch is no token
-    for x, y in zip(images.split(size), labels.split(size), strict=True):
-        hits += int((model(x).argmax(1) == y).sum())
-        full += len(x) * sum(macs for _, _, macs in dense)
-        if tokred.patched(model):
-            found = tokred.report(model)
-            tokens += len(x) * found.layers[-1].tokens_out
-            work += len(x) * found.macs
-        else:
-            tokens += len(x) * dense[-1][1]
-            work = full
-    return hits / len(labels), tokens / len(labels), work / full
-
-
-def setting(name: str, share: float, model: nn.Module, **more: Any) -> tokred.Method:
-    """The method whose blocks do the most work that is at most ``share`` of the dense ones', or a hundredth more.
+@torch.inference_mode()
+def measure(model: nn.Module, images: Tensor, labels: Tensor, garments: Tensor, full: int) -> dict[str, Any]:
+    """Top-1, the share of the garments' patches that is left, tokens after the last block, and the work.
 
     Args:
-        name: of :data:`AMOUNTS`.
-        share: of the multiply-adds.
-        model: without a patch.
-        more: other parameters of the method.
-
-    Raises:
-        ValueError: even the least work of this method is more.
+        model: patched or not.
+        images: ``(N, 3, H, W)``.
+        labels: ``(N,)``.
+        garments: ``(N, P)`` bool, patches that count.
+        full: multiply-adds of the dense model's blocks for one image.
     """
-    host = adapters.find(model)
-    dense = sum(macs for _, _, macs in host.plan(None, embedded.SHAPE))
-    parameter, values = AMOUNTS[name]
-    for value in values:
-        method = tokred.make(name, **{**more, parameter: value})
-        if sum(macs for _, _, macs in host.plan(method, embedded.SHAPE)) / dense <= share + 0.01:
-            return method
-    raise ValueError(f"{name} has no setting for {share:.0%} of the work")
-
-
-def recipes(names: Sequence[str], steps: int, batch: int) -> dict[str, learn.Recipe]:
-    """The recipes by the names that were given; a method without weights takes the first one's numbers.
-
-    Raises:
-        ValueError: a name is neither a recipe nor a method, or no recipe comes before a method.
-    """
-    found: dict[str, learn.Recipe] = {}
-    for name in names:
-        if name.endswith(".toml") or (FOLDER / f"{name}.toml").exists():
-            one = learn.recipe(name)
-        elif not found:
-            raise ValueError(f"{name!r} is no recipe: the first name has to be one, since others train like it")
+    hits, left, tokens, done, rates = 0, 0, 0.0, 0.0, []
+    host, patched = adapters.find(model), bool(tokred.patched(model))
+    dense = host.plan(None, (1, *images.shape[1:]))
+    size = 1 if any(method.uneven for method in tokred.patched(model)) else 100  # padding of a batch is no token
+    for x, y, shown in zip(images.split(size), labels.split(size), garments.split(size), strict=True):
+        start = time.perf_counter()
+        hits += int((model(x).argmax(1) == y).sum())
+        rates.append(len(x) / (time.perf_counter() - start))
+        if patched and tokred.report(model).layers[-1].tokens_out < host.tokens(tuple(x.shape)):
+            stays = tokred.trace(model).index[:, host.prefix :] >= 0
+            left += int((stays & shown).sum())
         else:
-            tokred.make(name)
-            # Nothing of the method learns, and no soft decisions say which tokens are to be like the teacher's.
-            like = next(iter(found.values()))
-            one = dataclasses.replace(like, method=name, parameters={}, lr_method=None, tokens=0.0, schedule={})
-        numbers = {"steps": steps, "batch": batch}
-        found[Path(name).stem] = dataclasses.replace(one, **{k: v for k, v in numbers.items() if v})
-    return found
-
-
-def at_share(recipe: learn.Recipe, share: float, model: nn.Module) -> learn.Recipe:
-    """The recipe whose method does this share of the work; as it is where the amount is what it learns."""
-    if recipe.method not in AMOUNTS:
-        return recipe
-    method = setting(recipe.method, share, model, **recipe.parameters)
-    parameter = AMOUNTS[recipe.method][0]
-    value = method.to_dict()["parameters"][parameter]
-    return dataclasses.replace(recipe, parameters={**recipe.parameters, parameter: value})
+            left += int(shown.sum())
+        found = tokred.report(model) if patched else None
+        tokens += len(x) * (dense[-1][1] if found is None else found.layers[-1].tokens_out)
+        done += len(x) * (sum(macs for _, _, macs in dense) if found is None else found.macs)
+    n = len(labels)
+    return {"top1": hits / n, "recall": left / int(garments.sum()), "tokens": tokens / n, "work": done / n / full,
+            "rate": statistics.median(rates), "at": size}  # fmt: skip
 
 
 class Pictures:
@@ -148,30 +99,70 @@ class Pictures:
         return self.data.batch(index, SIZE)[0], self.data.labels[index]
 
 
-def runs(args: argparse.Namespace, plain: nn.Module) -> Iterator[tuple[dict[str, Any], learn.Recipe]]:
-    """Every training: what it is called, and its recipe."""
-    for name, recipe in recipes(args.names, args.steps, args.batch).items():
-        done = set()
+def runs(args: argparse.Namespace, plain: nn.Module) -> Iterator[tuple[dict[str, Any], Arm]]:
+    """Every training: what it is called, and its model and recipe; one seed of all before the next."""
+    found: list[Arm] = []
+    for name, recipe in recipes(args.names, args.steps, args.batch, args.lr).items():
         for share in args.shares:
-            one = at_share(recipe, share, plain)
-            # One whose amount is learned is the same at every share.
-            if repr(one.parameters) in done:
+            try:
+                arm = at_share(name, recipe, share, plain)
+            except ValueError as error:  # a method that cannot do with so little is no reason to stop
+                print(f"left out: {error}")
                 continue
-            done.add(repr(one.parameters))
-            for seed in args.seeds:
-                yield {"name": name, "share": share, "seed": seed}, dataclasses.replace(one, seed=seed)
+            # One whose amount is learned, or that removes nothing, may be the same at every share.
+            if not any(a.name == name and (a.share, a.recipe) == (arm.share, arm.recipe) for a in found):
+                found.append(arm)
+    for seed in args.seeds:
+        for arm in found:
+            recipe = dataclasses.replace(arm.recipe, seed=seed)
+            yield {"name": arm.name, "share": arm.share, "seed": seed}, dataclasses.replace(arm, recipe=recipe)
 
 
-def trained(recipe: learn.Recipe, samples: Samples, folder: Path, every: int) -> nn.Module:
-    """The embedded default, trained by a recipe; it goes on from the folder's checkpoint."""
-    start = time.time()
+def trained(arm: Arm, samples: Samples, folder: Path, every: int, plain: nn.Module) -> tuple[nn.Module, float]:
+    """The model of an arm, trained by its recipe, from the folder's checkpoint on; and seconds of the processor."""
+    start = time.process_time()
 
     def each(i: int, step: learn.Step) -> None:
-        if i % 50 == 0 or i == recipe.steps - 1:
+        if i % 50 == 0 or i == arm.recipe.steps - 1:
             terms = ", ".join(f"{k} {v:.4f}" for k, v in step.terms.items())
-            print(f"  {time.time() - start:5.0f} s step {i}: loss {step.loss:.4f} ({terms})", flush=True)
+            print(f"  {time.process_time() - start:5.0f} s step {i}: loss {step.loss:.4f} ({terms})", flush=True)
 
-    return train(embedded.load(), samples, recipe, folder, every=every, each=each).model
+    made = train(arm.build(), samples, arm.recipe, folder, every=every, each=each, teacher=plain).model
+    return made, time.process_time() - start
+
+
+def records(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records of the results: each setting once, the mean of its seeds with its 95 % interval."""
+    found: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((row["name"], row["share"]), []).append(row)
+    made = []
+    for (name, share), some in found.items():
+        one = {
+            "model": "embedded",
+            "method": "unpatched" if name == DENSE else some[0]["method"],
+            "setting": some[0]["setting"],
+            "case": name.replace(", ", "-"),
+            "weights": "trained" if some[0]["steps"] else "default",
+            "goal": share,
+            "length": some[0]["steps"] * some[0]["batch"],
+            "batch": some[0]["at"],
+        }
+        images = sum(row["test"] for row in some)
+        for key, metric in (("top1", "top1"), ("recall", "recall")):
+            values = [row[key] for row in some]
+            if len(values) > 1:
+                error = statistics.stdev(values) / len(values) ** 0.5
+                one |= results.mean(metric, statistics.mean(values), error)
+            elif metric == "top1":
+                one |= results.share(metric, round(values[0] * images), images)
+            else:
+                one[metric] = values[0]
+            one[f"{metric}_count"] = images
+        for key, metric in (("tokens", "tokens_out"), ("work", "gmacs_share"), ("rate", "images_per_second")):
+            one[metric] = statistics.mean(row[key] for row in some)
+        made.append({**one, **some[0]["where"]})
+    return made
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -179,31 +170,40 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     found: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for row in rows:
         found.setdefault((row["name"], row["share"]), []).append(row)
-    lines = [f"{'setting':52} {'top-1':>16} {'tokens':>7} {'work':>7}"]
-    for some in found.values():
+    lines = [f"{'setting':58} {'top-1':>16} {'garments':>8} {'tokens':>7} {'work':>7}"]
+    for (name, _), some in found.items():
         top1 = [row["top1"] for row in some]
         error = f" ±{statistics.stdev(top1) / len(top1) ** 0.5:.4f}" if len(top1) > 1 else ""
-        tokens, work = (statistics.mean(row[key] for row in some) for key in ("tokens", "work"))
-        label = f"{some[0]['setting']}{some[0]['how']}"
-        lines.append(f"{label:52} {f'{statistics.mean(top1):.4f}{error}':>16} {tokens:>7.1f} {work:>7.1%}")
+        recall, tokens, done = (statistics.mean(row[key] for row in some) for key in ("recall", "tokens", "work"))
+        label = f"{name}: {some[0]['setting']}"
+        lines.append(
+            f"{label:58} {f'{statistics.mean(top1):.4f}{error}':>16} {recall:>8.1%} {tokens:>7.1f} {done:>7.1%}"
+        )
     return lines
 
 
-def main() -> None:
-    """The script."""
+def parsed() -> argparse.Namespace:
+    """What the script is given."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="+", help="recipes of tokred or TOML files, then methods without weights")
+    parser.add_argument("names", nargs="+", help="recipes of tokred or TOML files, then what trains like the first")
     parser.add_argument("--fashion", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--photos", type=Path, required=True, help="scikit-image's folder of pictures")
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, checkpoints and rows")
+    parser.add_argument("--table", type=Path, help="table of results that the means are put into")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.33], help="of the multiply-adds")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=0, help="instead of the recipe's")
     parser.add_argument("--batch", type=int, default=0, help="instead of the recipe's")
-    parser.add_argument("--every", type=int, default=100, help="steps between checkpoints")
+    parser.add_argument("--lr", type=float, default=0.0, help="of the model's weights, where they learn")
+    parser.add_argument("--every", type=int, default=50, help="steps between checkpoints")
     parser.add_argument("--test", type=int, default=2000, help="test images")
     parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """The script."""
+    args = parsed()
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore", tokred.NothingRemovedWarning)
     plain = embedded.load()
@@ -214,41 +214,44 @@ def main() -> None:
     pictures = Pictures(Data(args.fashion, args.photos))
     samples = Samples(pictures, pictures.collate)
     xt, yt = embedded.sample(args.test)
+    shown, full = foreground(args.test), work(plain, None)
 
-    def add(row: dict[str, Any], setting: str, how: str, model: nn.Module) -> None:
-        top1, tokens, work = measure(model, xt, yt)
-        rows.append({**row, "setting": setting, "how": how, "test": len(yt), "top1": top1, "tokens": tokens,
-                     "work": work})  # fmt: skip
+    def add(row: dict[str, Any], setting: str, method: str, model: nn.Module, seconds: float) -> None:
+        found = measure(model, xt, yt, shown, full)
+        where = results.here("cpu", torch.float32)
+        rows.append({**row, "setting": setting, "method": method, **found, "seconds": seconds, "where": where})
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(rows[-1]) + "\n")
 
     def there(row: dict[str, Any]) -> bool:
         return any(all(found.get(key) == value for key, value in row.items()) for found in rows)
 
-    for row, recipe in wanted:
-        row = {**row, "steps": recipe.steps, "batch": recipe.batch}
-        if there(row):
-            continue
-        print(f"{row['name']} at {row['share']:.0%} of the work, seed {row['seed']}", flush=True)
-        folder = args.out / f"{row['name']}-{row['share']}-{row['seed']}"
-        model = trained(recipe, samples, folder, args.every)
-        add(row, str(tokred.patched(model)[0]), ", trained", model)
-    dense = {"name": "dense", "share": 1.0, "seed": 0}
-    if not there(dense):
-        add(dense, "the model as it is", "", plain)
+    plan = {"name": "dense, untrained", "share": 1.0, "seed": 0, "steps": 0, "batch": 0, "test": len(yt)}
+    if not there(plan):
+        add(plan, "", "unpatched", plain, 0.0)
     for name in BESIDE:
         for share in args.shares:
-            row = {"name": f"{name}, untrained", "share": share, "seed": 0}
+            row = {**plan, "name": f"{name}, untrained", "share": share}
             if there(row):
                 continue
             try:
                 method = setting(name, share, plain)
-            except ValueError as error:  # a method that cannot do with so little is no reason to stop
-                print(f"left out: {error}")
+            except ValueError:  # said before
                 continue
             with tokred.applied(plain, method):
-                add(row, str(method), "", plain)
+                add(row, str(method), method.name, plain, 0.0)
+    for row, arm in wanted:
+        row = {**row, "steps": arm.recipe.steps, "batch": arm.recipe.batch, "test": len(yt)}
+        if there(row):
+            continue
+        print(f"{row['name']} at {row['share']:.0%} of the work, seed {row['seed']}", flush=True)
+        folder = args.out / f"{row['name']}-{row['share']}-{row['seed']}"
+        model, seconds = trained(arm, samples, folder, args.every, plain)
+        method = tokred.patched(model)[0]
+        add(row, str(method) if method.removes(adapters.find(model).depth) else "", method.name, model, seconds)
     print("\n".join(table(rows)))
+    if args.table is not None:
+        results.write(args.table, records(rows), "learned", overwrite=True)
 
 
 if __name__ == "__main__":

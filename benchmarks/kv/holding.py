@@ -94,7 +94,7 @@ _POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
     "criticalkv": ("score=window-16", {"score": kv.Window(16)}),
 }
 # Refuse without a file or weights of their own, leave the prompt alone, or are made of other methods.
-_LEFT_OUT = ("kv", "limited", "rkv", "rpc", "kvzap", "lukv", "triattention", "duoattention", "fastkv")
+_LEFT_OUT = ("kv", "limited", "rkv", "rpc", "kvzap", "fastcache", "lukv", "triattention", "duoattention", "fastkv")
 # Of the others that are registered: cost much time, or say what one of the above says.
 _NOT_NOW = ("keyformer", "zeromerge", "cake", "squeezeattention", "observed_attention")
 

@@ -4,14 +4,19 @@
     python -m benchmarks kv/reuse --threads 1 --out benchmarks/results/kv.csv --overwrite
     python -m benchmarks kv/reuse --quick
 
-A context is eight chunks of prose, each with a number hidden in it, and a question. ``dense`` computes all of it. The
-others join chunks that were computed apart (``tokred.blend``), compute a share of them again, and then the question;
-``recompute=0`` computes nothing again. Computing the chunks for the first time is not counted: that they have been is
-the point.
+A context is eight chunks of prose behind a few words, each with a number hidden in it, and a question. ``dense``
+computes all of it. The others join chunks that were computed apart, each behind those words (``tokred.blend``), compute
+a share of them again, and then the question; ``recompute=0`` computes nothing again. Computing the chunks for the first
+time is not counted: that they have been is the point.
+
+Which tokens are computed again, ``--measures`` says: ``key`` and ``value`` are CacheBlend's, ``foreseen`` is what
+depended on the text before when the chunk was stored (another text of the kind stood there, which is in no context),
+``random`` and ``first`` (the first tokens of each chunk) are their rivals at the same cost as ``foreseen``.
 
 All arms run in one process, in an order shuffled anew for every context. ``ratio`` is an arm's time over that of
 ``dense`` on the same context: median and quartiles over contexts. ``keys`` is the share of numbers whose every token is
-the likeliest when all eight are asked for, one after another, each with the right answer before the next.
+the likeliest when all eight are asked for, one after another, each with the right answer before the next; ``nll`` the
+mean negative log-likelihood of their tokens; ``kl`` the mean divergence from ``dense`` over all that is asked.
 """
 
 from __future__ import annotations
@@ -31,7 +36,9 @@ from benchmarks.saving import save, saving
 from tokred.bench import results, timing
 
 CHUNKS = 8
-SHARES = (0.0, 0.05, 0.15, 0.3, 1.0)
+SHARES = (0.0, 0.15, 0.25)
+MEASURES = ("key", "foreseen", "random", "first")
+LEAD = "The text says: "
 
 
 class Context(NamedTuple):
@@ -39,11 +46,6 @@ class Context(NamedTuple):
 
     chunks: list[Tensor]
     asked: Sample
-
-    @property
-    def ids(self) -> Tensor:
-        """``(1, N)`` of all chunks."""
-        return torch.cat(self.chunks)[None]
 
     @property
     def question(self) -> Tensor:
@@ -72,76 +74,118 @@ def contexts(maker: Maker, count: int, length: int) -> list[Context]:
     return found
 
 
+class Arm(NamedTuple):
+    """A share that is computed again, and by what tokens are chosen."""
+
+    share: float
+    measure: str
+
+    @property
+    def setting(self) -> str:
+        """In words."""
+        return f"recompute={self.share:g} {self.measure}" if self.share else "recompute=0"
+
+
 class Run:
     """One context after another, by any arm.
 
     Args:
         model: without a patch.
+        maker: of texts.
         given: contexts.
+        against: a text of the kind, which is in none of them.
     """
 
-    def __init__(self, model: Any, given: list[Context]) -> None:
-        self.model, self.given = model, given
-        store = tokred.ChunkStore(model)
-        self.chunks = [[store.add(chunk) for chunk in context.chunks] for context in given]
-        self.nbytes = sum(chunk.nbytes for chunk in self.chunks[0])
-        self.share: float | None = None
+    def __init__(self, model: Any, maker: Maker, given: list[Context], against: Tensor) -> None:
+        self.model, self.given, self.lead = model, given, maker.ids(LEAD)
+        store = tokred.ChunkStore(model, behind=self.lead, against=against)
+        chunks = [[store.add(chunk) for chunk in context.chunks] for context in given]
+        self.parts = {"key": [[store.prefix, *row] for row in chunks]}
+        draws = torch.Generator().manual_seed(0)
+        # Rivals are told of other tokens, and cost the same.
+        rivals = {
+            "random": lambda n: torch.rand(n, generator=draws),
+            "first": lambda n: -torch.arange(n).float(),
+        }
+        for name, say in rivals.items():
+            told = [[part._replace(foreseen=say(part.ids.shape[1])) for part in row] for row in chunks]
+            self.parts[name] = [[store.prefix, *row] for row in told]
+        self.now: Arm | None = None
 
     @contextlib.contextmanager
-    def arm(self, share: float | None) -> Iterator[None]:
-        """The state that is timed: a share that is computed again, or None, which computes all at once."""
-        self.share = share
+    def arm(self, arm: Arm | None) -> Iterator[None]:
+        """The state that is timed; None computes all at once."""
+        self.now = arm
         yield
 
-    def filled(self, index: int) -> Any:
-        """A cache of a context's chunks, or None."""
-        if self.share is None:
-            return None
-        return tokred.blend(self.model, self.chunks[index], recompute=self.share).cache
+    def ids(self, index: int) -> Tensor:
+        """``(1, N)`` of a context's chunks and what stands in front."""
+        return torch.cat([self.lead, *self.given[index].chunks])[None]
+
+    def logits(self, index: int, follows: Tensor, keep: int) -> Any:
+        """Those of the last ``keep`` tokens of a context, before and behind which stand the chunks and ``follows``."""
+        if self.now is None:
+            ids, given = torch.cat([self.ids(index), follows], 1), {}
+        else:
+            share, measure = self.now
+            parts = self.parts.get(measure, self.parts["key"])[index]
+            told = "foreseen" if measure in self.parts and measure != "key" else measure
+            ids, given = (
+                follows,
+                tokred.cache_kwargs(tokred.blend(self.model, parts, recompute=share, measure=told).cache),
+            )
+        return self.model(ids.to(self.model.device), use_cache=True, logits_to_keep=keep, **given).logits
 
     def first(self, index: int) -> Any:
         """Up to the first token of the answer."""
-        context, cache = self.given[index], self.filled(index)
-        ids = context.question if cache is not None else torch.cat([context.ids, context.question], 1)
-        given = {} if cache is None else tokred.cache_kwargs(cache)
-        return self.model(ids.to(self.model.device), use_cache=True, logits_to_keep=1, **given).logits.argmax(-1)
+        return self.logits(index, self.given[index].question, 1).argmax(-1)
 
-    def keys(self, index: int) -> int:
-        """Numbers that are found."""
-        context, cache = self.given[index], self.filled(index)
-        asked = context.asked.follows[None]
-        ids = asked if cache is not None else torch.cat([context.ids, asked], 1)
-        given = {} if cache is None else tokred.cache_kwargs(cache)
-        keep = asked.shape[1] + 1
-        logits = self.model(ids.to(self.model.device), use_cache=True, logits_to_keep=keep, **given).logits[0].cpu()
-        right = logits[-asked.shape[1] : -1].argmax(-1) == asked[0, 1:]
-        return sum(bool(right[start - 1 : end - 1].all()) for start, end in context.asked.answers)
+    def asked(self, index: int) -> tuple[int, float, Tensor]:
+        """Numbers that are found, mean negative log-likelihood of their tokens, and all log-probabilities."""
+        sample = self.given[index].asked
+        follows = sample.follows[None]
+        said = self.logits(index, follows, follows.shape[1])[0, :-1].float().log_softmax(-1).cpu()
+        right = said.argmax(-1) == follows[0, 1:]
+        each = -said.gather(-1, follows[0, 1:, None])[:, 0]
+        spans = [slice(start - 1, end - 1) for start, end in sample.answers]
+        return sum(bool(right[s].all()) for s in spans), sum(float(each[s].mean()) for s in spans) / len(spans), said
 
 
 def measure(model: Any, maker: Maker, length: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A record of each arm."""
-    given = contexts(maker, options.contexts, length)
-    run = Run(model, given)
-    arms: list[float | None] = [None, *options.shares]
+    given, other = contexts(maker, options.contexts, length), contexts(maker, options.contexts + 1, length)[-1]
+    with torch.inference_mode():
+        run = Run(model, maker, given, other.chunks[0])
+    shares = [Arm(share, name) for share in options.shares if share for name in options.measures]
+    arms: list[Arm | None] = [None, *([Arm(0.0, "key")] if 0.0 in options.shares else []), *shares]
     seconds = timing.paired(
-        [lambda share=share: run.arm(share) for share in arms], run.first, len(given), device=options.device, warmup=1
+        [lambda arm=arm: run.arm(arm) for arm in arms], run.first, len(given), device=options.device, warmup=1
     )
-    tokens = given[0].ids.shape[1]
+    tokens = run.ids(0).shape[1]
     where = {"model": options.name, "tokens": tokens, "chunks": CHUNKS, "rounds": len(given)}
     where |= results.here(options.device, options.dtype)
+    found: list[list[tuple[int, float, float]]] = [[] for _ in arms]
+    with torch.inference_mode():
+        for i in range(len(given)):
+            with run.arm(None):
+                dense = run.asked(i)[2]
+            for n, arm in enumerate(arms):
+                with run.arm(arm):
+                    right, nll, said = run.asked(i)
+                found[n].append((right, nll, float((dense.exp() * (dense - said)).sum(-1).mean())))
     table = []
-    for share, times in zip(arms, seconds, strict=True):
-        with torch.inference_mode(), run.arm(share):
-            right = sum(run.keys(i) for i in range(len(given)))
-        name, setting = ("dense", "") if share is None else ("blend", f"recompute={share:g}")
+    for arm, times, asked in zip(arms, seconds, found, strict=True):
+        name, setting = ("dense", "") if arm is None else ("blend", arm.setting)
         row: dict[str, Any] = {"method": name, "setting": setting, **where}
         row |= results.spread("ms_to_first_token", [1e3 * t for t in times])
         row |= results.spread("ratio", [t / base for t, base in zip(times, seconds[0], strict=True)])
-        row |= results.share("keys", right, CHUNKS * len(given))
+        row |= results.share("keys", sum(a[0] for a in asked), CHUNKS * len(given))
+        row |= {key: sum(a[at] for a in asked) / len(asked) for at, key in ((1, "nll"), (2, "kl"))}
         table.append(row)
         print(
-            f"{tokens:>6} tokens {name:<6}{setting:<16}{row['ms_to_first_token']:9.1f} ms to the first token "
-            f"{row['ratio']:.3f} of dense [{row['ratio_low']:.3f}, {row['ratio_high']:.3f}] keys {row['keys']:.2f}",
+            f"{tokens:>6} tokens {name:<6}{setting:<24}{row['ms_to_first_token']:9.1f} ms to the first token "
+            f"{row['ratio']:.3f} of dense [{row['ratio_low']:.3f}, {row['ratio_high']:.3f}] keys {row['keys']:.2f} "
+            f"nll {row['nll']:.3f} kl {row['kl']:.4f}",
             flush=True,
         )
     return table
@@ -152,6 +196,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--length", default="128,448", help="tokens of a chunk, with commas")
     parser.add_argument("--shares", default=",".join(map(str, SHARES)), help="that are computed again, with commas")
+    parser.add_argument("--measures", default=",".join(MEASURES), help="by which tokens are chosen, with commas")
     parser.add_argument("--contexts", type=int, default=16)
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--device", default="cpu")
@@ -167,6 +212,7 @@ def main() -> None:
 
     options.name = "smollm2-135m"
     options.shares = [float(share) for share in options.shares.split(",")]
+    options.measures = options.measures.split(",")
     model, tokenizer = smollm2.load(getattr(torch, options.dtype))
     model = model.to(options.device).eval()
     maker = Maker(tokenizer)

@@ -102,7 +102,7 @@ def vlm(found: Results, folder: Path) -> list[Path]:
     base = frame[frame["method"] == "unpatched"].iloc[0]
     level = (float(base["exact"]), "unpatched")
     panels = [
-        Panel("speedup", "exact", "times as fast, whole forward", "exact answers (%)", times=100, level=level,
+        Panel("speedup", "exact", "times as fast, whole answer", "exact answers (%)", times=100, level=level,
               order="tokens_left"),
         Panel("tokens_left", "exact", "visual tokens left of 256", "exact answers (%)", times=100, level=level,
               xscale="log", ticks=((64, 32, 16), ("64", "32", "16"))),

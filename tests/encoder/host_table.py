@@ -107,7 +107,7 @@ TRANSFORMERS_OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "MobileViT": ("MobileViTModel", "MobileViTConfig", {}),
     "V-JEPA 2": ("VJEPA2Model", "VJEPA2Config", {**ONE, "pred_num_hidden_layers": 1}),
     "BLIP": ("BlipForImageTextRetrieval", "BlipConfig", TOWERS),
-    "Qwen2-VL": ("Qwen2VLForConditionalGeneration", "Qwen2VLConfig", {}),
+    "Llama 3.2 Vision": ("MllamaForConditionalGeneration", "MllamaConfig", {}),
     "wav2vec 2.0": ("Wav2Vec2Model", "Wav2Vec2Config", ONE),
     "ALBERT": ("AlbertModel", "AlbertConfig", TEXT),
     "DeBERTa v2": ("DebertaV2Model", "DebertaV2Config", TEXT),

@@ -155,3 +155,83 @@ def test_a_std_for_each_channel():
     assert PixelPrune(std=(0.1, 0.2, 0.3))._scaled(x)[..., 4:8].allclose(x[..., 4:8] * 0.2)
     with pytest.raises(ValueError, match="std has 5 numbers, but a patch has 12 pixels"):
         PixelPrune(std=(0.1,) * 5).predict(x)
+
+
+@pytest.mark.parametrize("anchored", [True, False])
+@pytest.mark.parametrize("tau", [0.0, 0.01])
+def test_a_clip(anchored, tau):
+    x = torch.zeros(1, 3, 2, 3, 1)
+    x[:, :, 0, 2] = 4
+    x[:, 1:, 1, 1] = 9
+    x[:, 2, 0, 0] = 3
+    kept, source = PixelPrune(std=1.0, anchored=anchored, tau=tau).predict(x)
+    assert kept.flatten().nonzero().flatten().tolist() == [0, 2, 5, 10, 12]
+    assert flat(source[0, 2]) == [12, 0, 2, 0, 10, 5]
+    assert torch.equal(x.flatten()[source.flatten()], x.flatten())
+
+
+TOWERS = ("qwen2.5", pytest.param("qwen2", marks=pytest.mark.hosts), pytest.param("qwen3", marks=pytest.mark.hosts))
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_towers_that_join_patches(name):
+    """Whole cells leave, images do not change each other, and what comes out has its full length."""
+    pytest.importorskip("transformers")
+    from tests.encoder.tiny_towers import SIZES, alone, build, inputs, run
+
+    model, given = build(name), inputs(name)
+    y = run(model, given)
+    with tokred.applied(model, "pixelprune"):
+        for a, b in zip(run(model, given), y, strict=True):
+            assert torch.equal(a, b), "no two cells alike: bit for bit"
+        given["hidden_states"][:48] = 0.5  # twelve cells of the first image, in the order of the tower
+        # One patch of a blank cell differs: the whole cell stays.
+        given["hidden_states"][20] += 1
+        whole = run(model, given)
+        layers = tokred.report(model).layers
+        # The cell with the patch, what is told by it, and the first one stay.
+        gone = layers[0].tokens_in - layers[0].tokens_out
+        assert gone % 4 == 0
+        assert 32 <= gone <= 40
+        assert all(row.tokens_in == layers[0].tokens_out for row in layers[1:])
+        assert [t.shape for t in whole] == [t.shape for t in y]
+        each = [run(model, alone(name, given, SIZES, i)) for i in range(3)]
+        for parts, found in zip(zip(*each, strict=True), whole, strict=True):
+            torch.testing.assert_close(torch.cat(parts), found, rtol=1e-4, atol=1e-5)
+    plain = run(model, given)
+    for a, b in zip(whole, plain, strict=True):
+        first = len(a) * 96 // 208
+        assert not torch.equal(a[:first], b[:first])
+        # Attention cannot tell: other images are bit for bit as they were.
+        assert torch.equal(a[first:], b[first:])
+
+
+def test_windows_cannot_tell():
+    """Before the first block that sees whole frames, windows that have lost nothing are bit for bit as they were."""
+    pytest.importorskip("transformers")
+    from tests.encoder.tiny_towers import build, inputs, run
+    from tokred.adapters.encoder.packed.layout import Folding
+
+    model, given = build("qwen2.5", fullatt_block_indexes=[]), inputs("qwen2.5", ((1, 8, 16),))
+    given["hidden_states"].view(4, 8, 4, -1)[:2, :2] = 0.25  # cells of the upper left window, one of four in a row
+    y = run(model, given)
+    tokred.apply(model, "pixelprune")
+    z = run(model, given)
+    assert tokred.report(model).layers[0].tokens_out == 128 - 12
+    order, window = Folding(2, 2).order(8, 16, torch.device("cpu"))
+    kept = (window != 0)[order].view(4, 2, 8, 2)[:, 0, :, 0].flatten()
+    assert int((~kept).sum()) == 4
+    assert torch.equal(z[1][kept], y[1][kept])
+    assert not torch.equal(z[1], y[1])
+
+
+def test_the_order_of_what_stays_in_windows():
+    from tokred.adapters.encoder.packed.layout import Folding, Layout
+
+    layout = Layout.of([(1, 8, 12)], Folding(2, 4), torch.device("cpu"))
+    cells = layout.groups[0].rows[0].view(4, 2, 6, 2)[:, 0, :, 0].flatten()  # the first row of each cell
+    units = [0, 4, 7, 10, 22]
+    at = cells[units]
+    assert at.argsort().tolist() == [0, 2, 1, 3, 4]
+    kept = (at.unsqueeze(1) + torch.arange(4)).flatten().sort().values
+    assert layout.ends(kept, True).diff().tolist() == [8, 12]

@@ -88,18 +88,21 @@ def refusal(model: nn.Module) -> str:
     return str(error.value)
 
 
-def test_towers_that_join_their_patches():
-    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
-    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
-    from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
-    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+def test_towers_that_are_not_known():
+    """They join patches, or see a whole clip at once; there is something to do for each all the same."""
+    import importlib
 
-    with torch.device("meta"):
-        plain = Qwen2VisionTransformerPretrainedModel(Qwen2VLVisionConfig(depth=1))
-        windowed = Qwen2_5_VisionTransformerPretrainedModel(Qwen2_5_VLVisionConfig(depth=1))
-    assert "2 x 2 patches that stand side by side are joined" in refusal(plain)
-    assert "attend in windows" in refusal(windowed)
-    assert "encoder inside" not in refusal(plain) + refusal(windowed)
+    for family, name, config, words in (
+        ("glm_ocr", "GlmOcrVisionModel", "GlmOcrVisionConfig", "2 x 2 patches that stand side by side are joined"),
+        ("mllama", "MllamaVisionModel", "MllamaVisionConfig", "a class token and padding inside"),
+    ):
+        module = f"transformers.models.{family}"
+        made = getattr(importlib.import_module(f"{module}.configuration_{family}"), config)()
+        with torch.device("meta"):
+            model = getattr(importlib.import_module(f"{module}.modeling_{family}"), name)(made)
+        said = refusal(model)
+        assert words in said
+        assert "encoder inside" not in said
 
 
 def test_an_encoder_inside_is_named_only_where_there_is_one():
@@ -120,5 +123,5 @@ def test_models_of_language():
     assert "attends to those before it" in said
     assert "inside" not in said
     with torch.device("meta"):
-        whole = transformers.Qwen2VLModel(transformers.Qwen2VLConfig())
+        whole = transformers.MllamaModel(transformers.MllamaConfig())
     assert "counts and places the tokens of its vision encoder" in refusal(whole)

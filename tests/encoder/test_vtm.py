@@ -210,6 +210,37 @@ def test_moving_tokens_are_targets():
         tokred.VTM("motion").reduce(tokred.Site(k=torch.randn(1, 1, 8, 2)))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["VideoMAE", pytest.param("ViViT", marks=pytest.mark.hosts)])
+def test_motion_of_the_pixels_of_a_clip(family):
+    """What a host supplies is what the frames that it was given say, whatever its weights."""
+    tiny = pytest.importorskip("tokred.adapters.tiny.transformers")
+    model, seen = tiny.build(family), []
+
+    class Watch(tokred.VTM):
+        def reduce(self, site: tokred.Site) -> tokred.Reduction:
+            seen.append(site.motion)
+            return super().reduce(site)
+
+    given = tiny.FAMILIES[family].inputs(2)
+    clip, plain = given["pixel_values"], next(m for m in model.modules() if isinstance(m, torch.nn.Conv3d)).kernel_size
+    with tokred.applied(model, Watch("motion", gamma=4, R=None, blocks=(0,), moves="pixels")):
+        model(**given)
+        left = tokred.report(model).layers[-1].tokens_out
+    own = frame_motion(clip, plain[1:], plain[0])
+    prefix = seen[0].shape[1] - own.shape[1]
+    assert torch.equal(seen[0][:, prefix:], own)
+    assert left == prefix + -(-own.shape[1] // 4)
+
+
+def test_pixels_are_those_of_clips():
+    timm = pytest.importorskip("tokred.adapters.tiny.timm")
+    with pytest.raises(tokred.MissingInputError, match="frame_motion"):
+        tokred.apply(timm.build("vit"), "vtm", variant="motion", moves="pixels")
+    with pytest.raises(ValueError, match="moves='pixels' goes with variant='motion'"):
+        tokred.VTM(moves="pixels")
+
+
 # ---------------------------------------------------------------- parameters and models
 
 

@@ -248,7 +248,7 @@ def test_padding_is_hidden_from_queries_over_flat_rows():
 
 
 # These have no budget of their own, or need a file.
-OTHERS = ("limited", "duoattention", "kvzap", "triattention", "lukv", *stored())
+OTHERS = ("limited", "duoattention", "kvzap", "triattention", "lukv", "adore", "fastcache", *stored())
 NAMES = [n for n in tokred.list_methods() if tokred.make(n).stage == "cache" and n not in OTHERS]
 
 

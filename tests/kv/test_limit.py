@@ -31,6 +31,7 @@ SMALL = {
     "kv": {"score": "key_norm"},
 }
 REFUSED = {
+    "adore": "for which a limit has no room",
     "cake": "while those still hold a chunk's",
     "duoattention": "retrieval heads keep everything",
     "fastkv": "between layers too",
@@ -40,6 +41,7 @@ REFUSED = {
     **dict.fromkeys(stored(), "evicts nothing"),
     "attention_matching": "which it reads again",
     "kvzap": "as many as score high",
+    "fastcache": "as many as its groups",
     "lukv": "layers that keep more than the mean",
     "triattention": "generated rows alone",
     "limited": "has one already",

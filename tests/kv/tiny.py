@@ -79,7 +79,7 @@ class Scatter(CachePolicy):
 # leave between layers too; heads stream without a budget; a network scores rows, or a file has to be there; rows are
 # rounded too, or nothing is evicted.
 APART = ("kvzip", "limited", "fastkv", "duoattention", "kvzap", "triattention", "lukv", "attention_matching", "rdkv")
-APART += stored()
+APART += ("adore", "fastcache", *stored())
 POLICIES: dict[str, Any] = {
     name: tokred.make(name, **given) for name, given in examples("cache").items() if name not in APART
 }

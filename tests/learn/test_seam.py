@@ -147,7 +147,7 @@ def test_no_gate_in_inference():
 def test_methods_decide_without_gradient_unless_they_say_so():
     assert tokred.DynamicViT.gradients
     found = [n for n in tokred.list_methods() if type(tokred.make(n)).gradients]
-    assert found == ["dtem", "dynamicvit", "ltp"]
+    assert found == ["avit", "diffrate", "dtem", "dynamicvit", "ltp"]
     with tokred.ToMe(r=1).recording():
         assert not torch.is_grad_enabled()
     with tokred.DynamicViT().recording():

@@ -21,7 +21,7 @@ VIDEOS = ["onevision_video", "qwen2_5_vl_video", "llava_next_video", "internvl",
 MATRIX = [VIDEOS[0], *(pytest.param(name, marks=pytest.mark.hosts) for name in VIDEOS[1:])]
 RUNS = {"internvl", "llava", "smolvlm"}
 # Methods that move features from tokens that leave into others, so that dropping is not masking.
-MERGING = {"fastvid", "flashvid", "holitom", "prunevid"}
+MERGING = {"fastvid", "flashvid", "framefusion", "holitom", "prunevid", "streamingtom"}
 
 
 def clip(

@@ -1,5 +1,5 @@
 """Every method of the stages ``projector`` and ``layer`` on a tiny LLaVA: laws that hold for all of them; those
-of methods that act on clips are in ``test_clip_methods``."""
+of methods that act on clips are in ``test_clip_methods``, of one that acts while it decodes in ``test_dycoke``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ def methods() -> list[str]:
     """The registered ones of these stages that act on visual tokens, of images too."""
     found = [name for stage in STAGES for name, cls in registered.of(stage).items() if cls.stage == stage]
     kinds = {name: registered.get(name) for name in found}
-    return sorted(n for n, cls in kinds.items() if getattr(cls, "visual", True) and not getattr(cls, "clips", False))
+    # Those that leave prompts whole, and choose while it decodes, have laws of their own.
+    other = ("clips", "decodes")
+    return sorted(
+        n for n, cls in kinds.items() if getattr(cls, "visual", True) and not any(getattr(cls, o, False) for o in other)
+    )
 
 
 NAMES = methods()
@@ -36,6 +40,7 @@ MERGING: dict[str, dict[str, Any] | None] = {
     "nemotron": None,
     "prumerge": None,
     "prumerge_plus": None,
+    "prunevid_layer": {"layer": 2, "evict": False},
     "restore": None,
     "sparsevlm": {"layers": (0, 1), "budget": (0.5, 0.25), "recycle": 0.0},
     "visionzip": {"budget": 6, "contextual": 0},

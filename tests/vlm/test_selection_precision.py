@@ -15,7 +15,11 @@ from tokred.vlm import LayerSite, VisualSite
 from tokred.vlm.in_llm import Prompt
 
 PROJECTOR = [n for n in NAMES if tokred.make(n).stage == "projector"]
-LAYER = [n for n in tokred.list_methods() if any(m.stage == "layer" for m in tokred.make(n).members)]
+LAYER = [
+    n
+    for n in tokred.list_methods()
+    if any(m.stage == "layer" and not hasattr(m, "decodes") for m in tokred.make(n).members)
+]
 N, GRID = 144, (12, 12)
 MORE: dict[str, list[dict[str, Any]]] = {
     "cat": [
@@ -27,6 +31,7 @@ MORE: dict[str, list[dict[str, Any]]] = {
     "fastervlm": [{"budget": 50}, {"budget": 50, "attention": "received"}],
     "fastkv": [{"tsp_layer": 1, "tsp_len": 30, "window": 4, "pooling": p} for p in ("max", "avg")],
     "fastv": [{"query": q, "heads": h} for q in ("last", "mean") for h in ("mean", "max")],
+    "framefusion_layer": [{"cost": 0.7, "threshold": 0.0}],
     "hired": [{"budget": 0.3}],
     "prumerge": [{}, {"heads": "mean"}, {"budget": 30, "normalise": True}],
     "prumerge_plus": [{}, {"budget": 30}],
@@ -82,6 +87,7 @@ def layer_site(seed: int, dtype: torch.dtype, *, wide: bool) -> LayerSite:
         x=made(2, length, 32), visual=visual, **some, stream=(made(2, length, 32), made(2, length, 32)), layer=2,
         depth=6, prompt=Prompt(made(2, length, 32), visual, ~visual, torch.arange(length).expand(2, -1)),
         image=torch.arange(length).expand(2, -1) // 80,
+        moment=torch.stack([torch.arange(length) % 80 // 40, torch.arange(length) % 40], -1).expand(2, -1, -1),
     )  # fmt: skip
 
 

@@ -41,6 +41,7 @@ METRICS: dict[str, Metric] = {
     "ceiling": Metric("x", "how fast counted multiply-adds would let it be"),
     # Quality
     "top1": Metric("share", "of right answers", INTERVAL, "top1_images"),
+    "recall": Metric("share", "of the patches that the object covers: those left behind the last block", INTERVAL),
     "top1_difference": Metric(
         "share", "of right answers, minus the unpatched model's on the same images", INTERVAL, "top1_images"
     ),
@@ -121,7 +122,8 @@ METRICS: dict[str, Metric] = {
     "prefill_s": Metric("s", "of the prompt, read once"),
     "decode_tokens_per_s": Metric("tokens/s", "median over generated tokens", "", "tokens_timed"),
     "ms_a_token": _time("ms", "of a generated token"),
-    "ratio": _time("x", "time of a token over that of a dense cache of as many rows in the same round"),
+    "ratio": _time("x", "time of a token, or a prompt, over that of a dense cache of as many rows in the same round"),
+    "ratio_in_place": _time("x", "the same, over that of a dense cache that adds rows without a copy"),
     "policy_ms": _time("ms", "all that a policy does at the end of a prompt"),
     "score_ms": _time("ms", "observing and scoring"),
     "select_ms": _time("ms", "budget and choice of rows"),
@@ -171,5 +173,5 @@ METRICS: dict[str, Metric] = {
 CONDITIONS = (
     "asked", "length", "batch", "tokens", "stage", "case", "input", "size", "width", "depth", "full_depth",
     "tower_depth", "moments", "rows", "weights", "answered_by", "data", "photos", "keeps", "visual", "text",
-    "decides", "goal", "memory", "quarter", "difficulty", "fed", "scored_by",
+    "decides", "goal", "memory", "quarter", "difficulty", "fed", "scored_by", "clock", "frames",
 )  # fmt: skip

@@ -46,6 +46,9 @@ NAMES = {
     "ltp": "LTP",
     "cropr": "Cropr",
     "dtem": "DTEM",
+    "diffrate": "DiffRate",
+    "avit": "A-ViT",
+    "skipvit": "SkipViT",
     "pixelprune": "PixelPrune",
 }
 LABELS = {

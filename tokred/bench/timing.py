@@ -73,6 +73,7 @@ def paired(
     group: int = 1,
     ready: Callable[[int, int], None] | None = None,
     until: Sequence[int] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[list[float]]:
     """Seconds of each arm in each round.
 
@@ -88,6 +89,7 @@ def paired(
         group: rounds that an arm runs before it is the next one's turn, where entering takes long beside running.
         ready: ``ready(arm, round)``, before the timed part.
         until: of each arm, after how many rounds it rests; None: none does.
+        clock: seconds; :func:`time.process_time` counts those of this process alone, on a machine that others use.
 
     Returns:
         ``[arm][round]``.
@@ -119,10 +121,10 @@ def paired(
                             if ready is not None:
                                 ready(arm, i)
                             synchronise(device)
-                            start = time.perf_counter()
+                            start = clock()
                             found.append(run(i))
                             synchronise(device)
-                            seconds[arm][i] = time.perf_counter() - start
+                            seconds[arm][i] = clock() - start
                     for i, result in zip(turn, found, strict=True):
                         if collect is not None:
                             collect(arm, i, result)

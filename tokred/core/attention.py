@@ -203,6 +203,23 @@ class Attention:
         bias = None if self.bias is None else self.bias[i : i + 1].index_select(-1, rows)
         return Attention(q, k, bias=bias, scale=self.scale, softcap=self.softcap)
 
+    def asked(self, i: int, q: Tensor, offset: int) -> Attention:
+        """The attention of one sample to other queries, each one vote.
+
+        Args:
+            i: which sample.
+            q: ``(1, H, M, D)``.
+            offset: keys before that of the first query, where the attention is causal.
+        """
+
+        def own(value: Tensor | None) -> Tensor | None:
+            return value if value is None or len(value) == 1 else value[i : i + 1]
+
+        terms: dict[str, Any] = {"scale": self.scale, "softcap": self.softcap, "mask": own(self.mask)}
+        if self.causal:
+            terms |= {"causal": True, "window": self.window, "offset": offset}
+        return Attention(q, self.k[i : i + 1], bias=own(self.bias), **terms)
+
     def _check_free(self, name: str) -> None:
         if self.causal:
             raise ValueError(f"{name} picks tokens of attention to both sides; this one is causal")

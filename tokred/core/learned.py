@@ -24,6 +24,7 @@ class Facts:
         heads: query heads ``H`` of the first layer.
         prefix, suffix: leading and trailing tokens that are never reduced.
         key_heads: key/value heads ``Hk`` of a decoder; 0: as many as query heads.
+        head_width: numbers of a key of a decoder; 0: nobody asked, or layers differ.
     """
 
     model: str
@@ -33,10 +34,12 @@ class Facts:
     prefix: int = 0
     suffix: int = 0
     key_heads: int = 0
+    head_width: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON; key/value heads only where they were told."""
-        return {name: value for name, value in asdict(self).items() if name != "key_heads" or value}
+        """Plain values, for JSON; those of key/value heads only where they were told."""
+        told = ("key_heads", "head_width")
+        return {name: value for name, value in asdict(self).items() if name not in told or value}
 
     def fits(self, other: Facts) -> bool:
         """True if weights for ``other`` are weights for this: same class, depth and width."""
@@ -67,6 +70,7 @@ class Learned:
         gate: ``(B, N)`` float32, the product of the soft decisions of the layers before; None: there were none.
         losses: terms that the method adds to the training loss, scalars by name; terms of one name are summed over the
             layers.
+        shared: what layers of one forward leave for each other; the same for all of them.
         guesses: what the method says of the targets of the batch, ``(B, ...)`` each; they become terms of the loss,
             by :meth:`tokred.Method.compare`, once the targets are given.
     """
@@ -75,6 +79,7 @@ class Learned:
     gate: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
     guesses: list[Tensor] = field(default_factory=list)
+    shared: dict[str, Any] = field(default_factory=dict)
 
     @property
     def training(self) -> bool:

@@ -85,6 +85,59 @@ class Relaxed(Reduction):
         return self.givers, self.takers, self.part
 
 
+@dataclass(frozen=True, eq=False)
+class Absorbed(Reduction):
+    """A merge while a method learns whose members stay in the sequence, though a gate hides them from all that follows.
+
+    Tokens that others go into become the plain mean of themselves and those; all other rows, and all sizes, stay.
+
+    Attributes:
+        into: ``(B, N)`` int64: the token that each goes into; itself where it goes nowhere.
+    """
+
+    into: Tensor | None = None
+
+    @classmethod
+    def make(cls, into: Tensor, gate: Tensor) -> Absorbed:
+        """A merge of tokens into others, and the soft decisions that go with it.
+
+        Args:
+            into: ``(B, N)`` int64.
+            gate: ``(B, N)`` float in 0..1, how far attention sees each token from here on.
+
+        Raises:
+            ValueError: the shapes differ.
+        """
+        if into.shape != gate.shape:
+            raise ValueError(f"into {tuple(into.shape)} and gate {tuple(gate.shape)} must be alike (B, N)")
+        same = Reduction.soft(gate, "keys")
+        made = cls(same.representative, same.source, same.target, same.length, gate=gate, gated=same.gated)
+        return replace(made, into=into)
+
+    def merge(
+        self, x: Tensor, size: Tensor | None = None, mode: str | None = None, *, slot_size: Tensor | None = None
+    ) -> Tensor:
+        """``(B, N, C)`` features.
+
+        Raises:
+            ValueError: ``x`` does not fit, or a mode other than the mean is asked for.
+        """
+        if self.into is None:
+            raise ValueError("an absorbing merge needs to know what goes where: make it with Absorbed.make")
+        if x.ndim != 3 or tuple(x.shape[:2]) != tuple(self.into.shape):
+            raise ValueError(f"x must be {tuple(self.into.shape)} + (C,), got {tuple(x.shape)}")
+        if mode not in (None, "mean"):
+            raise ValueError(f"mode is {mode!r}; an absorbing merge allows 'mean'")
+        moves = (self.into != self.representative).to(accumulator_dtype(x.dtype))
+        given = x.to(moves.dtype) * moves.unsqueeze(-1)
+        count = torch.ones_like(moves).scatter_add(1, self.into, moves)
+        total = x.to(moves.dtype).scatter_add(1, self.into.unsqueeze(-1).expand_as(x), given)
+        return (total / count.unsqueeze(-1)).to(x.dtype)
+
+    def step(self, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.merge(x, size), self.sizes(size)
+
+
 def relaxed_top(score: Tensor, r: int, tau: float) -> Tensor:
     """Soft membership of each entry in the ``r`` highest of a matrix; hard as ``tau`` falls.
 

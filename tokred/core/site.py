@@ -28,9 +28,11 @@ Lazy = Tensor | Callable[[], Tensor | None] | None
 # ``column_scores``; ``queries`` means that the host lets the attention's queries be reduced alone, ``heads`` that it
 # shows what each head answers and can leave heads out, ``carried`` that ``rows`` and ``notes`` go on from layer to
 # layer, ``module`` that it holds a module of the method's own (tokred.core.learned), ``gates`` that its attention
-# weighs keys by soft decisions, ``entry`` that tokens may leave before a block, as it is given them. Five are for
+# weighs keys by soft decisions, ``entry`` that tokens may leave before a block, as it is given them,
+# ``frame_motion`` that ``motion`` is that of the pixels of a clip's frames. Six are for
 # caches, see tokred.kv.site: the output projection, the rotary embedding, its angles alone (``rotation``, where it may
-# turn a part of the channels), the stream around the attention, and (``hidden``) what the attention is given.
+# turn a part of the channels), the stream around the attention, (``hidden``) what the attention is given, and
+# (``again``) that tokens may be computed again whose rows have left.
 # ``guidance`` is for denoisers, see tokred.diffusion.site: what it did to each token in the step before. The last ones
 # are for vision-language models, see tokred.vlm.before_llm: the tower's features and the attention of its other
 # layers, the projector, and rows of the attention of the decoder layer that comes and of the one that has run;
@@ -38,7 +40,8 @@ Lazy = Tensor | Callable[[], Tensor | None] | None
 READS = (
     "x", "q", "k", "v", "class_attention", "attention", "queries", "heads", "carried", "module", "gates", "transform",
     "grid", "frames", "motion", "text", "projection", "rope", "rotation", "stream", "guidance", "tower", "tower_layers",
-    "project", "rows", "rows_before", "hidden", "calibration", "pixels", "entry",
+    "project", "rows", "rows_before", "hidden", "calibration", "pixels", "entry", "again",
+    "frame_motion",
 )  # fmt: skip
 
 

@@ -98,7 +98,9 @@ def store_of(case: Case) -> Store:
 
 
 def check_held(case: Case) -> None:
-    """A store that says its rows are smaller holds fewer bytes, and what is generated is finite."""
+    """A store that says its rows are smaller holds fewer bytes, one that searches finds all where it may, and what is
+    generated is finite."""
+    check_found(case)
     model = case.build()
     tokred.apply(model, case.reducing)
     after = case.run(model)
@@ -112,6 +114,16 @@ def check_held(case: Case) -> None:
         raise BrokenLawError(f"{left} bytes are held, and as they come the rows would take {dense}")
     if largest(after, case.before) == 0:
         raise BrokenLawError("rows are said to be held in fewer bytes, but the output is the unpatched one")
+
+
+def check_found(case: Case) -> None:
+    """A search that finds every row is the model's own attention, up to rounding."""
+    method: Any = case.reducing[0]
+    if method.everything is None:
+        return
+    model = case.build()
+    tokred.apply(model, tokred.make(method.name, **method.everything))
+    check_close(case.run(model), case.before, "every row was to be found, and the logits")
 
 
 def check_cropped(case: Case) -> None:

@@ -29,6 +29,8 @@ class BlockMethod(PlacedMethod):
         by_mask: whether :meth:`reduce` decides on batches that are padded from the start, by the mask of the site;
             where not, hosts of such batches ask it about each sample alone.
         clips: whether a method that reads the grid goes on with it frame after frame where the tokens are a video's.
+        sums: whether what comes out of the last block is summed over all blocks, for which all samples of a batch have
+            to be asked together.
     """
 
     stage: ClassVar[Stage] = "block"
@@ -37,15 +39,15 @@ class BlockMethod(PlacedMethod):
     uneven: ClassVar[bool] = False
     by_mask: ClassVar[bool] = False
     clips: ClassVar[bool] = False
+    sums: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the parameters; bases of several ones call one another."""
 
-    @property
-    def rejoins(self) -> bool:
-        """True if tokens that left come back before the last block, as they were when they left; then none may leave
-        behind the last block but one."""
-        return False
+    def joins(self, depth: int) -> int | None:
+        """The block, of ``depth``, before which tokens that left come back, as they were when they left; ``depth``:
+        behind the last one. None may leave behind the one before it, or in it. None: none comes back."""
+        return None
 
     @property
     def proportional(self) -> bool:

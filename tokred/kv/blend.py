@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tokred.core.checks import check_choice, check_count, check_share
 
-MEASURES = ("key", "value", "both")
+MEASURES = ("key", "value", "both", "foreseen")
+_CHECKED = (1,)
 
 
 @dataclass(frozen=True)
@@ -24,13 +26,14 @@ class Blend:
         recompute: share of the stored tokens, of each check layer one; later ones are no larger.
         check_layers: layers before whose attention deviations are measured, ascending; layers before the first are
             computed for all tokens. Layer 0 is none: its keys depend on token and position alone.
-        measure: deviation of the ``"key"``, the ``"value"`` or of ``"both"``.
+        measure: deviation of the ``"key"``, the ``"value"`` or of ``"both"``; or what was ``"foreseen"`` when chunks
+            were stored, by which tokens are chosen before the first layer (ours).
         fresh_at_check: in a check layer, recomputed tokens attend to what has been computed of all, and not to what
             the cache will hold.
     """
 
     recompute: float | Sequence[float] = 0.15
-    check_layers: Sequence[int] = (1,)
+    check_layers: Sequence[int] = _CHECKED
     measure: str = "key"
     fresh_at_check: bool = False
 
@@ -48,6 +51,16 @@ class Blend:
                 f"recompute must be one share, or one for each of the {len(layers)} check layers, none larger than the "
                 f"one before; got {shares}"
             )
+        if self.foreseen and (layers != _CHECKED or self.fresh_at_check):
+            raise ValueError(
+                "measure='foreseen' chooses before the first layer and checks none: leave check_layers and "
+                "fresh_at_check as they are"
+            )
+
+    @property
+    def foreseen(self) -> bool:
+        """True if tokens are chosen by what their chunks know of them."""
+        return self.measure == "foreseen"
 
     @property
     def shares(self) -> tuple[float, ...]:
@@ -76,13 +89,26 @@ def moved(keys: Tensor, old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) 
     Returns:
         Keys of the same type; computed in float32.
     """
+    return turned(keys, between(old, new))
+
+
+def between(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Cosines and sines ``[n, R]`` float32 of the turn from one position to another; one and nought where they agree.
+
+    Arguments as for :func:`moved`.
+    """
     (c0, s0), (c1, s1) = ((c.float(), s.float()) for c, s in (old, new))
     square = c0.square() + s0.square()  # tables may have a factor, which keys have already
-    cos, sin = (c1 * c0 + s1 * s0) / square, (s1 * c0 - c1 * s0) / square
+    return (c1 * c0 + s1 * s0) / square, (s1 * c0 - c1 * s0) / square
+
+
+def turned(keys: Tensor, by: tuple[Tensor, Tensor]) -> Tensor:
+    """Keys ``[..., n, D]``, of their type, turned by what :func:`between` returns."""
+    cos, sin = by
     turning = cos.shape[-1]
     x, half = keys[..., :turning].float(), turning // 2
-    turned = torch.cat([-x[..., half:], x[..., :half]], -1)
-    found = (x * cos + turned * sin).to(keys.dtype)
+    other = torch.cat([-x[..., half:], x[..., :half]], -1)
+    found = (x * cos).addcmul_(other, sin).to(keys.dtype)
     return found if turning == keys.shape[-1] else torch.cat([found, keys[..., turning:]], -1)
 
 
@@ -94,6 +120,25 @@ def deviation(fresh: Sequence[Tensor], stored: Sequence[Tensor]) -> Tensor:
         stored: the same, as they were stored.
     """
     return sum((f.float() - s.float()).square().sum((0, 1, 3)) for f, s in zip(fresh, stored, strict=True))  # type: ignore[return-value]
+
+
+def deep(depth: int) -> int:
+    """The layer whose keys say, when a chunk is stored, what depends on the text before: two thirds of the way up.
+
+    There deviations are those of what tokens mean; near the first layer, of tokens that few others stand before.
+    """
+    return min(depth - 1, max(1, 2 * depth // 3))
+
+
+def smoothed(deviations: Tensor, width: int = 9) -> Tensor:
+    """``[n]``: the mean of each token's neighbourhood, so that whole phrases are chosen, and no holes left in them.
+
+    Args:
+        deviations: ``[n]`` float32.
+        width: tokens of a neighbourhood, an odd number; at the ends those that there are.
+    """
+    found = F.avg_pool1d(deviations[None, None], width, 1, width // 2, count_include_pad=False)
+    return found[0, 0]
 
 
 def chosen(deviations: Tensor, stored: Tensor, count: int) -> Tensor:

@@ -87,8 +87,9 @@ class Layer(Protocol):
     def sort(self) -> Tensor | None:
         """Put rows in the order of their slots; returns it, ``[B, Hk, K]``, or None where they stand so."""
 
-    def rewrite(self, values: Tensor, weights: Tensor) -> None:
-        """Give rows other values ``[B, Hk, K, Dv]``, and weights ``[B, Hk, K]``; :meth:`apply` follows."""
+    def rewrite(self, values: Tensor, weights: Tensor | None, keys: Tensor | None) -> None:
+        """Give rows other values ``[B, Hk, K, Dv]``, weights ``[B, Hk, K]`` (None: one each), and keys (None: theirs);
+        :meth:`apply` follows."""
 
     def settle(self, site: CacheSite | None) -> None:
         """Rows that came with this forward may take their lasting form."""
@@ -375,10 +376,10 @@ class Engine:
             score, site = score.gather(2, order), site.at(*layer.shown(), layer.slots, layer.ragged, layer.weights)
         with without_autocast(score):
             step = self.policy.shrink(site, score, grant.rows, grant.counts)
-        fitted = [layer.notes.pop(name) for name in FITTED if name in layer.notes]
+        values, weights, keys = (layer.notes.pop(name, None) for name in FITTED)
         if not step.trivial:
-            if fitted:
-                layer.rewrite(*fitted)
+            if values is not None:
+                layer.rewrite(values, weights, keys)
             layer.apply(step, self.parts.fate.merge_score)
 
     def _write(self, layer: Layer, site: CacheSite) -> None:

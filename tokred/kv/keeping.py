@@ -31,10 +31,15 @@ class Keeping(CachePolicy):
     """Base of formats under the name of their paper. A subclass has the fields of its store, and says which that is.
 
     To evict rows as well, give the store to a policy that does: ``tokred.apply(model, "snapkv", store="kivi")``.
+
+    Attributes:
+        form: the store's class.
+        everything: settings by which each query is searched for and yet finds every row; None: there are none.
     """
 
     drops: ClassVar[bool] = False
     nothing: ClassVar[Parameters | None] = None
+    everything: ClassVar[Parameters | None] = None
     form: ClassVar[type[Store]]
 
     def __post_init__(self) -> None:

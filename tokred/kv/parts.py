@@ -16,7 +16,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor, nn
 
 from tokred.core.checks import check_count as check_count
-from tokred.core.learned import Facts
+from tokred.core.learned import Facts, Learned
 from tokred.core.reduction import Reduction
 from tokred.core.registry import parts
 from tokred.core.schedules import kept
@@ -110,6 +110,13 @@ class Score(Part):
         Raises:
             ValueError: naming both.
         """
+
+    returns: int | None = None  # evicted tokens that come back before each generated one; None: none is asked about
+
+    def foresee(self, learned: Learned, x: Tensor, notes: dict[str, Any], real: Tensor | None) -> Tensor:
+        """``[B, N]`` how much all tokens so far matter, before a forward of new ones ``x`` ``[B, M, C]``; see
+        :mod:`tokred.kv.release`. ``notes`` are the cache's, and ``real`` ``[B, M]`` is False on padding."""
+        raise NotImplementedError(f"{type(self).__name__} judges rows after the attention alone")
 
     @property
     def needs(self) -> frozenset[str]:

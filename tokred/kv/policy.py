@@ -79,11 +79,13 @@ class CachePolicy(Method):
         return parts.score.needs | parts.budget.reads | parts.store.reads
 
     def module(self, facts: Facts) -> nn.Module | None:
-        """The module of the score, where it has weights."""
-        return self.parts.score.module(facts)
+        """The module of the score, or of the store, where one has weights."""
+        parts = self.parts
+        made = parts.score.module(facts)
+        return parts.store.module(facts) if made is None else made
 
     def fits(self, facts: Callable[[], Facts]) -> None:
-        """Refuse a model that what score or budget know is not of.
+        """Refuse a model that what score or budget know is not of, or that the store cannot serve.
 
         Args:
             facts: asks the model; only where something is known.
@@ -94,6 +96,16 @@ class CachePolicy(Method):
         parts = self.parts
         parts.score.fits(facts)
         parts.budget.fits(facts, parts.score)
+        parts.store.fits(facts)
+
+    def hint(self, lacking: frozenset[str]) -> str:
+        """The end of a refusal: what to do where a host does not supply ``lacking`` of :attr:`reads`."""
+        if "again" in lacking:
+            return (
+                ": tokens whose rows have left are computed again where every layer keeps rows of all tokens, and the "
+                "place of a token is one number"
+            )
+        return self.parts.store.hint(lacking)
 
     def check(self, depth: int) -> None:
         """Refuse a budget that does not fit the number of compressed layers, and a store that cannot do all it must.
@@ -106,6 +118,11 @@ class CachePolicy(Method):
         why = missing(parts.store, self.needs) or parts.store.objection(parts)
         if why:
             raise ValueError(f"{self.name or 'the policy'} cannot hold rows in the store {parts.store.name!r}: {why}")
+        if parts.score.returns is not None and not (type(parts.budget) is Uniform and type(parts.fate) is Evict):
+            raise ValueError(
+                "tokens that have left come back to all layers and heads at once, which have to hold the same ones: "
+                f"take Uniform and Evict, not {parts.budget!r} and {parts.fate!r}"
+            )
 
     @property
     def needs(self) -> dict[str, str]:
@@ -117,6 +134,8 @@ class CachePolicy(Method):
             needs["merge"] = f"the fate {parts.fate.name!r}"
         if parts.fate.rewrites:
             needs["rewrite"] = f"the fate {parts.fate.name!r}"
+        if parts.score.returns is not None:
+            needs["return"] = "the score"
         if parts.budget.levels and not parts.budget.full:
             needs["levels"] = f"the budget {parts.budget.name!r}"
         if parts.budget.headwise and not parts.budget.full:

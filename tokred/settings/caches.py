@@ -93,7 +93,9 @@ def blend(
         recompute: share of the stored tokens that is computed again, 0 to 1; or one for each check layer, none larger
             than the one before.
         check_layers: layers in which rows are compared, ascending, from 1 on.
-        measure: what is compared: ``"key"``, ``"value"`` or ``"both"``.
+        measure: what is compared: ``"key"``, ``"value"`` or ``"both"``; or ``"foreseen"``: nothing is, and before the
+            first layer those tokens are chosen that depended on the text before when their chunk was stored, see
+            ``against`` of :class:`tokred.ChunkStore`.
         fresh_at_check: chosen tokens attend, in a check layer, to fresh rows of all tokens instead of those that stay.
 
     Returns:
@@ -212,6 +214,8 @@ def _check_done(policy: Any) -> None:
         why = "keeps to a limit, for which rows of the prefix may go at any time"
     elif not parts.budget.full and (parts.when.every or parts.when.turns):
         why = "goes on evicting when the prompt is over, and a prefix belongs to all samples"
+    elif parts.store.searches:
+        why = "searches rows that its network has read, which are those of one cache alone"
     if why:
         raise ValueError(f"{policy.name or 'the policy'} {why}: take one that is done with the prompt")
 

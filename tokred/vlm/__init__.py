@@ -5,5 +5,6 @@ from __future__ import annotations
 from tokred.vlm.before_llm import Tile, VisualSite
 from tokred.vlm.clips import clips
 from tokred.vlm.in_llm import LayerSite
+from tokred.vlm.tools.reuse import Reuse
 
-__all__ = ["LayerSite", "Tile", "VisualSite", "clips"]
+__all__ = ["LayerSite", "Reuse", "Tile", "VisualSite", "clips"]

@@ -19,6 +19,8 @@ from tokred.core.reduction import Reduction
 from tokred.core.selection import ranked
 from tokred.core.site import Lazy, Site, Stage
 from tokred.errors import MissingInputError
+from tokred.vlm.tools.layers import check_depth as check_depth
+from tokred.vlm.tools.layers import check_layer as check_layer
 
 Of = Literal["before", "own"]
 
@@ -55,6 +57,8 @@ class LayerSite(Site):
         real: tokens of each sample here, padding aside.
         image: ``(B, L)`` int64, which image of its sample a visual token belongs to; None: all the first.
         image_initial: gives the visual tokens of each sample's image of that number, before the first layer.
+        moment: gives ``(B, L, 2)`` int64, frame and place in the frame of every visual token, see :attr:`moment`; None:
+            pictures are images.
         place: gives ``(B, L, 2)`` float32, row and column of every visual token in its own image, both in [0, 1], or
             None where they are not known. None: the site says nothing about places, see :attr:`placed`.
         ends: for each sample whether the prompt's last token is visual; it stays whatever a method says, since what
@@ -78,6 +82,7 @@ class LayerSite(Site):
         real: tuple[int, ...] | None = None,
         image: Lazy = None,
         image_initial: Callable[[int], tuple[int, ...]] | None = None,
+        moment: Lazy = None,
         place: Callable[[], Tensor | None] | None = None,
         ends: tuple[bool, ...] | None = None,
         aligned: bool | None = None,
@@ -98,6 +103,7 @@ class LayerSite(Site):
         self.real = real
         self._image = image
         self._image_initial = image_initial
+        self._moment = moment
         self._place = place
         self._ends = ends
         self._aligned = aligned
@@ -140,6 +146,18 @@ class LayerSite(Site):
             self._image = self._image()
         assert self._image is not None  # a function that makes it does
         return self._image
+
+    @property
+    def moment(self) -> Tensor:
+        """``(B, L, 2)`` int64: the frame of its clip that each visual token is of, and which place of that frame it is;
+        those of an image, and such as are of no frame, are of frame 0, each at a place of its own."""
+        if self._moment is None:
+            place = torch.arange(self.visual.shape[1], device=self.device).expand_as(self.visual)
+            self._moment = torch.stack([torch.zeros_like(place), place], -1)
+        if not isinstance(self._moment, Tensor):
+            self._moment = self._moment()
+        assert self._moment is not None  # a function that makes it does
+        return self._moment
 
     def image_counts(self, i: int) -> tuple[int, ...]:
         """Visual tokens of image ``i`` of each sample, before the first layer."""
@@ -356,6 +374,11 @@ class LayerMethod(PlacedMethod):
         )
     }
 
+    @property
+    def evicts(self) -> bool:
+        """True if rows of what leaves are freed in the caches of earlier layers too, once the prompt has run."""
+        return False
+
     @abstractmethod
     def choose(self, site: LayerSite) -> Reduction:
         """Decide; called where the method acts. Gradients are recorded where :attr:`gradients` says so."""
@@ -374,26 +397,3 @@ class LayerMethod(PlacedMethod):
         with self.recording(), torch.autocast(site.device.type, enabled=False):
             step = self.choose(site)
             return site.with_last(step) if any(site.ends) else step
-
-
-def check_layer(value: object, name: str = "layer") -> None:
-    """Refuse what is no decoder layer before which tokens can leave.
-
-    Raises:
-        ValueError: with what was given.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(
-            f"{name} must be a layer's number, at least 1 (tokens that leave before layer 0 are for methods of the "
-            f"stage 'projector'), got {value!r}"
-        )
-
-
-def check_depth(layer: int, depth: int, name: str = "layer") -> None:
-    """Refuse a layer that the model does not have.
-
-    Raises:
-        ValueError: with the layers it has.
-    """
-    if layer >= depth:
-        raise ValueError(f"{name} is {layer}, but the model has {depth} decoder layers (0 to {depth - 1})")

@@ -17,13 +17,13 @@ from tokred.adapters.kv.host import CacheHost
 from tokred.adapters.kv.layer import TokLayer
 from tokred.adapters.kv.reasons import layer_kinds
 from tokred.adapters.kv.reuse import joined
-from tokred.adapters.kv.reuse.chunks import Chunk, forward, host_of, refusal, tokens
+from tokred.adapters.kv.reuse.chunks import Chunk, forward, host_of, tokens
 from tokred.adapters.kv.reuse.fingerprint import described, differences, fingerprint
 from tokred.adapters.kv.reuse.joined import Joined, JoinedLayer, KnownError
 from tokred.adapters.kv.reuse.layers import devices, plain_cache
-from tokred.adapters.kv.rope import layer_type_of, tables, turned_channels
+from tokred.adapters.kv.reuse.turns import Turns, check_turns, refusal
 from tokred.errors import TokredError
-from tokred.kv.blend import Blend, chosen, count_of, deviation, moved, visible
+from tokred.kv.blend import Blend, chosen, count_of, deviation, visible
 
 # Keys of layer 0 depend on token and position alone: moved ones are the model's own, up to rounding.
 _ROUNDING = 0.05
@@ -67,9 +67,10 @@ def join(model: nn.Module, parts: Sequence[Chunk | Tensor], how: Blend, state: A
     _check(host, parts, exact)
     ids = torch.cat([_ids(p).cpu() for p in parts], 1)
     known = torch.cat([torch.full((_ids(p).shape[1],), isinstance(p, Chunk)) for p in parts])
+    foreseen = _foreseen(parts, known, how) if how.foreseen else None
     with torch.no_grad():
         cache = _moved(host, parts)
-        run = _Run(host, how, cache, known)
+        run = _Run(host, how, cache, known, foreseen)
         # Nothing is missing, and nothing has seen less than it should: there is nothing to compute.
         if not exact and (count_of(how.shares[0], int(known.sum())) or not known.all()):
             with run.hooks():
@@ -102,47 +103,50 @@ def _check(host: CacheHost, parts: Sequence[Chunk | Tensor], exact: bool) -> Non
             f"the model's attention is {name!r}, which takes no mask of rows that stand apart: load it with "
             "attn_implementation='sdpa' or 'eager'"
         )
-    for where, attention in host.attentions.values():
-        width = int(words.HEAD_WIDTH.part(attention) or 0)
-        turned = turned_channels(host.decoder, attention) if "rotation" in host.supplies else 0
-        if not 0 < turned <= width:
-            raise refusal(host, f"keys of {where} cannot be moved to other positions by turning channels in halves")
+    check_turns(host)
+
+
+def _foreseen(parts: Sequence[Chunk | Tensor], known: Tensor, how: Blend) -> Tensor:
+    """``[m]`` int64: positions that are computed, by what their chunks know of them.
+
+    Raises:
+        ValueError: a chunk knows nothing.
+    """
+    found, before, exact = [], list[int](), True
+    for i, part in enumerate(parts):
+        ids = _ids(part)[0].tolist()
+        if not isinstance(part, Chunk):
+            deviations, exact = torch.zeros(len(ids)), False
+        elif exact and list(part.behind) == before:
+            deviations = torch.full((len(ids),), -1.0)  # stands behind what it was computed behind: after all others
+        elif part.foreseen is None:
+            raise ValueError(
+                f"part {i} does not know which of its tokens depend on what stands before: "
+                "measure='foreseen' takes chunks of tokred.ChunkStore(model, against=text)"
+            )
+        else:
+            deviations, exact = part.foreseen, False
+        found.append(deviations)
+        before += ids
+    return chosen(torch.cat(found), known, count_of(how.shares[0], int(known.sum())))
 
 
 def _moved(host: CacheHost, parts: Sequence[Chunk | Tensor]) -> Joined:
     """All chunks at their places."""
-    embedding = words.ROTARY.part(host.decoder)
-    turns: dict[Any, tuple[Tensor, Tensor]] = {}
-    known = [p for p in parts if isinstance(p, Chunk)]
-    total = max(sum(_ids(p).shape[1] for p in parts), *(p.first + p.ids.shape[1] for p in known), 0)
-    layers, there = [], devices(host)
-    for i, (_, attention) in enumerate(host.attentions.values()):
-        rows: list[tuple[Tensor, Tensor] | int] = []
-        device, place = there[i], 0
-        kind = layer_type_of(embedding, attention) if isinstance(embedding, nn.Module) else None
-        for part in parts:
-            n = _ids(part).shape[1]
-            if isinstance(part, Chunk):
-                keys, values = part.rows[i]
-                if part.first != place:  # where it was computed it stays as it is
-                    if (kind, device) not in turns:
-                        turns[kind, device] = _tables(embedding, kind, total, device)
-                    cos, sin = turns[kind, device]
-                    old, new = ((cos[at : at + n], sin[at : at + n]) for at in (part.first, place))
-                    keys = moved(keys, old, new)
-                rows.append((keys, values))
-            else:
-                rows.append(n)
-            place += n
-        layers.append(rows)
+    old, place = [], 0
+    for part in parts:
+        n = _ids(part).shape[1]
+        first = part.first if isinstance(part, Chunk) else place  # where it was computed it stays as it is
+        old.append(torch.arange(first, first + n))
+        place += n
+    at = torch.cat(old)
+    turns, here = Turns(host, max(place, int(at.max()) + 1)), torch.arange(place)
+    layers = []
+    for i in range(len(host.attentions)):
+        rows = [part.rows[i] if isinstance(part, Chunk) else part.shape[1] for part in parts]
+        keys, values = joined.in_a_row(rows)
+        layers.append((turns.moved(i, keys, at, here), values))
     return joined.joined(layers)
-
-
-def _tables(embedding: Any, kind: str | None, total: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines ``[total, D]`` of positions from 0 on, in float32."""
-    own = next((b.device for b in embedding.buffers()), device)
-    cos, sin = tables(embedding, kind, torch.arange(total, device=own))
-    return cos.to(device), sin.to(device)
 
 
 class _Run:
@@ -153,19 +157,22 @@ class _Run:
         how: which rows are computed again.
         cache: of all rows.
         known: ``[N]`` bool, which have been stored.
+        foreseen: ``[m]`` positions of the tokens that enter the first layer; None: all do.
     """
 
-    def __init__(self, host: CacheHost, how: Blend, cache: Joined, known: Tensor) -> None:
+    def __init__(
+        self, host: CacheHost, how: Blend, cache: Joined, known: Tensor, foreseen: Tensor | None = None
+    ) -> None:
         self.host, self.how, self.cache, self.known = host, how, cache, known
         self.rows: Tensor | None = None  # [m] positions that go on; None: all
-        self.shares = dict(zip(how.check_layers, how.shares, strict=True))
+        self.foreseen = None if foreseen is None or len(foreseen) == len(known) else foreseen
+        self.shares = {} if how.foreseen else dict(zip(how.check_layers, how.shares, strict=True))
         self.written: dict[int, Tensor] = {}
         self._asking = False
-        self._stored: Tensor | None = None  # keys of layer 0, until it has made its own
+        self._stored: Tensor | None = None  # known keys of layer 0, until it has made its own
         kinds = layer_kinds(host.config)
         window = words.WINDOW.part(host.config)
         self.windows = [int(window) if k in terms.SLIDING.names and window else None for k in kinds]
-        self.eager = attention_of(host.config).removeprefix(PREFIX) == terms.WRITTEN_OUT.name
         self._masks: dict[Any, Tensor] = {}
 
     def computed(self, depth: int) -> tuple[Tensor, ...]:
@@ -201,10 +208,10 @@ class _Run:
         share = self.shares.get(index)
         before = self.rows
         if index == 0:
-            self._stored = layer.rows[0]
+            self.rows = self.foreseen
+            self._stored = self._twice(layer)
         elif self._stored is not None:
-            lowest: JoinedLayer = layers_of(self.cache)[0]
-            self._compare(self._stored, lowest.rows[0])
+            self._compare(self._stored, self._twice(layers_of(self.cache)[0]))
             self._stored = None
         if share is not None:
             fresh = self._known(layer, module, *self._gathered(args, kwargs, None, index))
@@ -218,7 +225,7 @@ class _Run:
             return None
         # Tokens leave once; what a layer is given besides is of all tokens every time.
         leaving = self.rows if before is None else torch.searchsorted(before, self.rows)
-        return self._gathered(args, kwargs, leaving if share is not None else None, index)
+        return self._gathered(args, kwargs, None if self.rows is before else leaving, index)
 
     def _gathered(self, args: Any, kwargs: dict[str, Any], leaving: Tensor | None, index: int) -> Any:
         """Arguments of a decoder layer for the tokens that are left."""
@@ -246,10 +253,11 @@ class _Run:
         window, key = self.windows[index], (self.windows[index], device, id(self.rows))
         if key not in self._masks:
             seen = visible(self.rows.to(device), len(self.known), window)[None, None]
-            if self.eager:  # it adds masks
-                dtype = next(p.dtype for p in self.host.decoder.parameters() if p.is_floating_point())
-                seen = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)
-            self._masks[key] = seen
+            # Attention that is written out adds masks, and the fused one would make this of booleans in every layer.
+            dtype = next(p.dtype for p in self.host.decoder.parameters() if p.is_floating_point())
+            self._masks[key] = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(
+                ~seen, torch.finfo(dtype).min
+            )
         return self._masks[key]
 
     def _known(self, layer: JoinedLayer, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -286,10 +294,13 @@ class _Run:
         where = before.to(fresh[0].device)
         return layer.rows[0].index_copy(2, where, fresh[0]), layer.rows[1].index_copy(2, where, fresh[1])
 
+    def _twice(self, layer: JoinedLayer) -> Tensor:
+        """Keys of the tokens that were stored, and are computed in layer 0: ``[B, Hk, n, D]`` float32, a copy."""
+        known = self.known.nonzero().view(-1) if self.rows is None else self.rows[self.known[self.rows]]
+        return layer.rows[0].index_select(2, known.to(layer.rows[0].device)).float()
+
     def _compare(self, held: Tensor, fresh: Tensor) -> None:
-        """Refuse a model whose keys are something else than rotated, by layer 0, where all are known twice."""
-        at = self.known.nonzero().view(-1).to(held.device)
-        fresh, held = (x.index_select(2, at).float() for x in (fresh, held))
+        """Refuse a model whose keys are something else than rotated, by layer 0, where some are known twice."""
         if float((fresh - held).norm()) > _ROUNDING * float(fresh.norm()):
             raise refusal(self.host, "moved keys of its first layer are not those that it makes")
 

@@ -16,9 +16,13 @@ from tokred.adapters.kv.reasons import layer_kinds
 from tokred.adapters.kv.reuse import joined, saved
 from tokred.adapters.kv.reuse.fingerprint import fingerprint
 from tokred.adapters.kv.reuse.layers import devices
+from tokred.adapters.kv.reuse.turns import Turns, check_turns, refusal
 from tokred.adapters.swap import host_class
-from tokred.errors import UnsupportedModelError
+from tokred.kv.blend import deep, deviation, smoothed
 from tokred.kv.pack import Packing, Unpacking
+
+# Keys and values ``[1, Hk, n, D]`` of each layer.
+Rows = tuple[tuple[Tensor, Tensor], ...]
 
 
 class Chunk(NamedTuple):
@@ -26,15 +30,23 @@ class Chunk(NamedTuple):
 
     Attributes:
         ids: ``[1, n]`` of its tokens.
-        rows: keys and values ``[1, Hk, n, D]`` of each layer, keys rotated for positions from ``first`` on.
+        rows: keys and values ``[1, Hk, n, D]`` of each layer, keys rotated for positions from :attr:`first` on.
         model: fingerprint of the model.
-        first: position of the first token.
+        behind: token ids that it was computed behind.
+        foreseen: ``[n]`` float32, how far each token's keys, deep in the model, are from those behind another text;
+            None: nobody asked.
     """
 
     ids: Tensor
     rows: tuple[tuple[Tensor, Tensor], ...]
     model: dict[str, str]
-    first: int = 0
+    behind: tuple[int, ...] = ()
+    foreseen: Tensor | None = None
+
+    @property
+    def first(self) -> int:
+        """Position of the first token."""
+        return len(self.behind)
 
     @property
     def nbytes(self) -> int:
@@ -52,12 +64,16 @@ class ChunkStore:
         behind: ``[1, m]`` or ``[m]`` token ids that every chunk is computed behind, such as a system prompt or the
             token that texts begin with; None: nothing. Models attend much to the first token there is, and a chunk
             that was computed behind another one has none of its own.
+        against: ``[1, m]`` or ``[m]`` token ids of another text of the same kind. Each chunk is computed once more,
+            behind it, and keeps in mind which of its tokens depend on what stands before: ``measure="foreseen"`` of
+            :func:`tokred.blend`. None: that is not known.
 
     Attributes:
         prefix: the chunk of ``behind``, which stands first in a blend; None without one.
 
     Raises:
-        UnsupportedModelError: the model's caches cannot be joined; the message says why.
+        UnsupportedModelError: the model's caches cannot be joined, or its keys not be moved, which ``against`` needs;
+            the message says why.
 
     Example:
         >>> store = tokred.ChunkStore(model, "chunks")
@@ -65,7 +81,13 @@ class ChunkStore:
         >>> model.generate(torch.cat([made.ids, question], 1), **tokred.cache_kwargs(made.cache))
     """
 
-    def __init__(self, model: nn.Module, folder: str | Path | None = None, behind: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        folder: str | Path | None = None,
+        behind: Tensor | None = None,
+        against: Tensor | None = None,
+    ) -> None:
         self.host = host_of(model)
         self.folder = None if folder is None else Path(folder)
         if self.folder is not None:
@@ -73,10 +95,14 @@ class ChunkStore:
         self.model = fingerprint(self.host.decoder, self.host.config)
         self._chunks: dict[str, Chunk] = {}
         self.prefix: Chunk | None = None
-        self._behind: list[int] = []
+        self._behind, self._against = list[int](), list[int]()
+        if against is not None:
+            check_turns(self.host)
         if behind is not None:
             self.prefix = self.add(behind)
             self._behind = self.prefix.ids[0].tolist()
+        if against is not None:
+            self._against = tokens(against, "against")[0].tolist()
 
     def add(self, ids: Tensor) -> Chunk:
         """The chunk of some tokens, computed where it is not there yet.
@@ -90,30 +116,49 @@ class ChunkStore:
         """
         ids = tokens(ids, "ids")
         text, behind = ids[0].tolist(), self._behind
-        name = hashlib.sha256(repr((behind, text)).encode()).hexdigest()[:32]
+        known = (behind, text, self._against) if self._against else (behind, text)
+        name = hashlib.sha256(repr(known).encode()).hexdigest()[:32]
         if name not in self._chunks:
             # A name may be another's by chance or by hand, so that the file says again which tokens it is of.
             path = None if self.folder is None else self.folder / f"{name}.safetensors"
             if path is not None and path.is_file():
                 self._chunks[name] = self._read(path, ids)
             else:
-                chunk = Chunk(ids, compute(self.host, ids, behind), self.model, len(behind))
+                rows = compute(self.host, ids, behind)
+                chunk = Chunk(ids, rows, self.model, tuple(behind), self._foreseen(ids, rows))
                 if path is not None:
                     packing = Packing()
-                    rows = packing.packed(chunk.rows)
-                    about = {"model": self.model, "behind": behind, "ids": text, "chunk": rows}
+                    about = {"model": self.model, **self._said(ids), "chunk": packing.packed(chunk.rows)}
+                    about["foreseen"] = packing.packed(chunk.foreseen)
                     saved.write_packed(path, packing, about)
                 self._chunks[name] = chunk
         return self._chunks[name]
 
+    def _said(self, ids: Tensor) -> dict[str, list[int]]:
+        """The tokens that a chunk's file is of."""
+        return {"behind": self._behind, "ids": ids[0].tolist(), "against": self._against}
+
+    def _foreseen(self, ids: Tensor, rows: Rows) -> Tensor | None:
+        """``[n]`` float32: how far each token's keys are from those behind the other text; None without one."""
+        if not self._against:
+            return None
+        first, more = len(self._behind), len(self._against)
+        layer = deep(len(rows))
+        other = compute(self.host, ids, [*self._behind, *self._against])[layer][0]
+        at = torch.arange(first, first + ids.shape[1])
+        here = Turns(self.host, first + more + ids.shape[1]).moved(layer, other, at + more, at)
+        return smoothed(deviation([here], [rows[layer][0]]).cpu())
+
     def _read(self, path: Path, ids: Tensor) -> Chunk:
         file = saved.Saved(path, "chunk")
         file.check_model(self.model)
-        if (file.known.get("behind"), file.known.get("ids")) != (self._behind, ids[0].tolist()):
+        said = self._said(ids)
+        if {name: file.known.get(name, []) for name in said} != said:
             raise ValueError(f"{path} holds other tokens than its name says: delete it")
-        found = Unpacking(file.tensors(), torch.device("cpu")).unpacked(file.known["chunk"])
-        rows = tuple((k.to(d), v.to(d)) for (k, v), d in zip(found, devices(self.host), strict=True))
-        return Chunk(ids, rows, self.model, len(self._behind))
+        found = Unpacking(file.tensors(), torch.device("cpu"))
+        rows = found.unpacked(file.known["chunk"])
+        rows = tuple((k.to(d), v.to(d)) for (k, v), d in zip(rows, devices(self.host), strict=True))
+        return Chunk(ids, rows, self.model, tuple(self._behind), found.unpacked(file.known.get("foreseen")))
 
     @property
     def nbytes(self) -> int:
@@ -143,11 +188,6 @@ def host_of(model: nn.Module) -> CacheHost:
     return host
 
 
-def refusal(host: CacheHost, why: str) -> UnsupportedModelError:
-    """An error that says why chunks of a model cannot be joined."""
-    return UnsupportedModelError(f"chunks of {host.family} cannot be joined: {why}")
-
-
 def tokens(ids: Any, name: str) -> Tensor:
     """``[1, n]`` int64 of one sample.
 
@@ -163,7 +203,7 @@ def tokens(ids: Any, name: str) -> Tensor:
     return found
 
 
-def compute(host: CacheHost, ids: Tensor, behind: list[int]) -> tuple[tuple[Tensor, Tensor], ...]:
+def compute(host: CacheHost, ids: Tensor, behind: list[int]) -> Rows:
     """Keys and values of every layer, of tokens behind some others and nothing else."""
     cache, first = joined.empty(len(host.attentions)), len(behind)
     forward(host, torch.cat([torch.tensor([behind], dtype=torch.long), ids.cpu()], 1), cache)

@@ -104,21 +104,23 @@ def empty(depth: int) -> Joined:
     return Joined([JoinedLayer() for _ in range(depth)])
 
 
-def joined(parts: list[list[tuple[Tensor, Tensor] | int]]) -> Joined:
-    """A cache of rows that stand one behind the other.
+def joined(layers: list[tuple[Tensor, Tensor]]) -> Joined:
+    """A cache of keys and values ``[B, Hk, N, D]`` of each layer, which it may change."""
+    return Joined([JoinedLayer(*rows) for rows in layers])
+
+
+def in_a_row(rows: list[tuple[Tensor, Tensor] | int]) -> tuple[Tensor, Tensor]:
+    """Keys and values ``[B, Hk, N, D]``, copied, of parts that stand one behind the other.
 
     Args:
-        parts: of each layer, keys and values ``[B, Hk, n, D]`` in order, or a number of rows that are not known.
+        rows: keys and values ``[B, Hk, n, D]`` of each part in order, or a number of rows that are not known.
     """
-    layers = []
-    for rows in parts:
-        like = next(r for r in rows if not isinstance(r, int))
-        both = [
-            torch.cat([like[w].new_zeros(*_shape(like[w], r)) if isinstance(r, int) else r[w] for r in rows], 2)
-            for w in (0, 1)
-        ]
-        layers.append(JoinedLayer(*both))
-    return Joined(layers)
+    like = next(r for r in rows if not isinstance(r, int))
+    keys, values = (
+        torch.cat([like[w].new_zeros(*_shape(like[w], r)) if isinstance(r, int) else r[w] for r in rows], 2)
+        for w in (0, 1)
+    )
+    return keys, values
 
 
 def _shape(like: Tensor, count: int) -> tuple[int, ...]:

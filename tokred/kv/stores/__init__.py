@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tokred.kv.stores.flat import Flat
+from tokred.kv.stores.grouped import Grouped
 from tokred.kv.stores.half import Half
 from tokred.kv.stores.kivi import KIVI
 from tokred.kv.stores.mikv import MiKV
@@ -14,6 +15,7 @@ from tokred.kv.stores.rotated import Oscar, Turbo
 from tokred.kv.stores.shadow import ShadowKV
 from tokred.kv.stores.store import ABILITIES, Query, Shelf, Store
 from tokred.kv.stores.tight import Tight
+from tokred.kv.stores.tokenbutler import TokenButler
 from tokred.kv.stores.tokenselect import TokenSelect
 from tokred.kv.stores.zones import Zones
 
@@ -21,6 +23,7 @@ __all__ = [
     "ABILITIES",
     "KIVI",
     "Flat",
+    "Grouped",
     "Half",
     "MiKV",
     "Mustafar",
@@ -33,6 +36,7 @@ __all__ = [
     "Shelf",
     "Store",
     "Tight",
+    "TokenButler",
     "TokenSelect",
     "Turbo",
     "Zones",

@@ -134,10 +134,10 @@ class FlatShelf(RectangleShelf):
             index = torch.arange(step.slots, device=merged.device).expand(merged.shape)
             self._lie(flatten(None, self._keys, self._values, merged, index, counts, step.mask))
 
-    def rewrite(self, values: Tensor, slots: Tensor | None) -> None:
+    def rewrite(self, values: Tensor, slots: Tensor | None, keys: Tensor | None = None) -> None:
         if self.flat is not None:
             self._keys, self._slots, self.flat = self.keys, slots, None
-        super().rewrite(values, slots)
+        super().rewrite(values, slots, keys)
 
     def _lie(self, flat: FlatRows) -> None:
         self.flat, self._keys, self._values, self._slots, self._room = flat, None, None, None, None

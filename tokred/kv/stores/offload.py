@@ -285,8 +285,8 @@ class OffloadedShelf(SlottedShelf):
         self._slots = without_empty(merged_slots(step, slots), step.mask).contiguous()
         self._change(step.merge(keys, weights), step.merge(values, weights), closed)
 
-    def rewrite(self, values: Tensor, slots: Tensor | None) -> None:
-        self._change(self.newest[0], values, self._whole is None)
+    def rewrite(self, values: Tensor, slots: Tensor | None, keys: Tensor | None = None) -> None:
+        self._change(self.newest[0] if keys is None else keys, values, self._whole is None)
 
     def crop(self, count: int) -> None:
         left = self.width - count

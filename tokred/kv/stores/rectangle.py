@@ -22,7 +22,7 @@ class Rectangle(Store):
     """Keys and values of the model's type, as many rows in every head as in the longest."""
 
     name: ClassVar[str] = "rectangle"
-    can: ClassVar[frozenset[str]] = frozenset({"take", "merge", "rewrite", "ragged", "crop"})
+    can: ClassVar[frozenset[str]] = frozenset({"take", "merge", "rewrite", "ragged", "crop", "return"})
 
     def open(self) -> Shelf:
         return RectangleShelf()
@@ -42,6 +42,12 @@ class SlottedShelf(Shelf):
     def positions(self, seen: int) -> Tensor | None:
         self._slots = up_to_date(self._slots, self.width, seen)
         return self._slots
+
+    def place(self, slots: Tensor, seen: int) -> None:
+        count = slots.shape[1]
+        known = up_to_date(self._slots, self.width - count, seen)
+        assert known is not None  # tokens had left
+        self._slots = torch.cat([known, slots[:, None].expand(-1, known.shape[1], -1)], 2)
 
     def select(self, index: Tensor, listed: Callable[[], list[int]]) -> None:
         """The slots of other samples; a subclass selects their rows."""
@@ -151,9 +157,9 @@ class RectangleShelf(SlottedShelf):
         self._hold(step.merge(keys, weights), step.merge(values, weights))
         self._slots = without_empty(merged_slots(step, slots), step.mask).contiguous()
 
-    def rewrite(self, values: Tensor, slots: Tensor | None) -> None:
+    def rewrite(self, values: Tensor, slots: Tensor | None, keys: Tensor | None = None) -> None:
         assert self._keys is not None  # there are rows
-        self._hold(self._keys, values, own=False)
+        self._hold(self._keys if keys is None else keys, values, own=False)
 
     def crop(self, count: int) -> None:
         if count == 0 or self._keys is None or self._values is None:

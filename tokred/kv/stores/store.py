@@ -11,8 +11,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from tokred.core.learned import Facts
 from tokred.core.reduction import Reduction
 from tokred.kv.described import POSITION, Made, plain_bytes
 from tokred.kv.parts import Part
@@ -27,6 +28,7 @@ ABILITIES = {
     "tight": "hold uneven heads without empty rows",
     "crop": "take the newest rows back",
     "levels": "hold every row in the bits that it was given",
+    "return": "take back rows of tokens that had left",
     "attend": "answer a query without unpacking",
 }
 
@@ -38,12 +40,14 @@ class Query(NamedTuple):
         q: ``[B, H, 1, D]``; of shelves that take several ``[B, H, M, D]``, of the newest ``M`` rows in order.
         scale, softcap: of the logits; None: ``D ** -0.5``, and no cap.
         padding: takes a number of newest slots, and gives ``[B, count]`` bool, False on padding; None: all are tokens.
+        sinks: ``[H]`` logits that belong to no row, of shelves that take them; None: there are none.
     """
 
     q: Tensor
     scale: float | None
     softcap: float | None
     padding: Callable[[int], Tensor | None]
+    sinks: Tensor | None = None
 
 
 class Store(Part):
@@ -54,16 +58,35 @@ class Store(Part):
         reads: what :meth:`Shelf.settle` takes from the site, see :data:`tokred.core.site.READS`.
         replaces: kinds of caches that a caller may hand over, because this store does what they do: ``"plain"``,
             ``"offloaded"``, ``"quantised"``.
+        searches: whether a network of its own says which rows a query attends to, as far as it has read them.
     """
 
     kind = "store"
     can: ClassVar[frozenset[str]] = frozenset()
     reads: ClassVar[frozenset[str]] = frozenset()
     replaces: ClassVar[frozenset[str]] = frozenset({"plain"})
+    searches: ClassVar[bool] = False
 
     @abstractmethod
     def open(self) -> Shelf:
         """An empty shelf, for one layer."""
+
+    def module(self, facts: Facts) -> nn.Module | None:
+        """A new module with the weights that the store learns, for one model; None: it has none.
+
+        Such a store reads ``"module"``, and finds it at ``site.learned`` when rows settle.
+        """
+        return None
+
+    def fits(self, facts: Callable[[], Facts]) -> None:
+        """Refuse a model that the store cannot serve.
+
+        Args:
+            facts: asks the model.
+
+        Raises:
+            ValueError: naming it, and what to do.
+        """
 
     def shelves(self, depth: int) -> list[Shelf]:
         """Empty shelves for the ``depth`` layers of one cache, in order; a store may let them know of each other."""
@@ -130,9 +153,11 @@ class Shelf(ABC):
 
     Attributes:
         several: whether :meth:`attend` takes several queries of each sample.
+        sunk: whether it takes logits that belong to no row.
     """
 
     several: ClassVar[bool] = False
+    sunk: ClassVar[bool] = False
 
     # ------------------------------------------------------------------ rows, as a rectangle
 
@@ -208,6 +233,9 @@ class Shelf(ABC):
             site: what the policy has seen; None where it did not look and :attr:`Store.reads` is empty.
         """
 
+    def ask(self) -> None:  # noqa: B027 - rows that are held as they come are a question's like any others
+        """Rows that come from now on are a question's, and will be taken back by :meth:`restore`."""
+
     def take(self, step: Reduction, slots: Tensor) -> None:
         """Hold only the rows that ``step`` keeps, in its order; where it has a mask, the others are empty.
 
@@ -231,6 +259,15 @@ class Shelf(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} cannot put a row in the place of another")
 
+    def place(self, slots: Tensor, seen: int) -> None:
+        """Let the newest rows be of tokens that had left.
+
+        Args:
+            slots: ``[B, n]`` int32 of them, ``SENTINEL`` in empty ones.
+            seen: slots before they came.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot take back rows of tokens that had left")
+
     def lend(self) -> None:  # noqa: B027 - only those who change tensors in place have to know
         """Somebody may go on holding the tensors of keys and values, who must not see them change."""
 
@@ -238,8 +275,9 @@ class Shelf(ABC):
         """Hold only what ``step`` makes of the rows, weighted by ``weights`` ``[B, Hk, K]``; otherwise :meth:`take`."""
         raise NotImplementedError(f"{type(self).__name__} cannot {ABILITIES['merge']}")
 
-    def rewrite(self, values: Tensor, slots: Tensor | None) -> None:
-        """Hold other ``values`` ``[B, Hk, K, D]`` for the rows as they are, whose ``slots`` are :meth:`positions`."""
+    def rewrite(self, values: Tensor, slots: Tensor | None, keys: Tensor | None = None) -> None:
+        """Hold other ``values`` ``[B, Hk, K, D]`` for the rows as they are, whose ``slots`` are :meth:`positions`, and
+        other ``keys`` unless None."""
         raise NotImplementedError(f"{type(self).__name__} cannot {ABILITIES['rewrite']}")
 
     def crop(self, count: int) -> None:

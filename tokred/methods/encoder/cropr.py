@@ -91,9 +91,8 @@ class Cropr(Scheduled):
         """The tokens and the module."""
         return frozenset({"x", "module"})
 
-    @property
-    def rejoins(self) -> bool:
-        return self.fuse
+    def joins(self, depth: int) -> int | None:
+        return depth - 1 if self.fuse else None
 
     @property
     def queries(self) -> int:

@@ -49,6 +49,9 @@ class VTM(BlockMethod):
         metric: what is compared.
         blocks: blocks that reduce, 0-based. None: at a quarter, half and three quarters of the depth (3, 6, 9 of 12;
             ours: the paper's head has three blocks, all of which merge).
+        moves: what tells how much a token moves: ``"features"``, the difference of its embedding to the one at its place
+            in the frame before; ``"pixels"``, the mean difference of the clip's own pixels, where a host makes tokens
+            of blocks of them.
 
     Source: Lee et al., Video Token Merging for Long-form Video Understanding, NeurIPS 2024, section 3. No code was
     released: counting from 0, rounding the factors, the order of the output and deterministic targets are our reading.
@@ -70,24 +73,28 @@ class VTM(BlockMethod):
     seed: int = 0
     metric: Metric = "k"
     blocks: tuple[int, ...] | None = None
+    moves: Literal["features", "pixels"] = "features"
 
     def __post_init__(self) -> None:
         check_flags(size_weighted=self.size_weighted)
         check_integer(self.seed, "seed")
         check_choice(self.variant, "variant", ("naive", "centre", "boundary", "motion"))
         check_choice(self.metric, "metric", METRICS)
+        check_choice(self.moves, "moves", ("features", "pixels"))
         check_count(self.gamma, "gamma", 2)
         number = isinstance(self.R, int | float) and not isinstance(self.R, bool)
         if self.R is not None and not (number and (self.R >= 0 if isinstance(self.R, int) else 0 <= self.R <= 1)):
             raise ValueError(f"R must be a share in [0, 1], an integer of at least 0, or None for all, got {self.R!r}")
         if self.sampling and self.variant != "motion":
             raise ValueError(f"sampling goes with variant='motion'; {self.variant!r} draws nothing")
+        if self.moves == "pixels" and self.variant != "motion":
+            raise ValueError(f"moves='pixels' goes with variant='motion'; {self.variant!r} asks for no motion")
         object.__setattr__(self, "blocks", check_blocks(self.blocks))
 
     @property
     def reads(self) -> frozenset[str]:
         """The tokens, what is compared, and what the variant asks for."""
-        more = {"centre": {"grid"}, "boundary": {"grid"}, "motion": {"motion"}}
+        more = {"centre": {"grid"}, "boundary": {"grid"}, "motion": {"motion" if self.moves == "features" else "frame_motion"}}
         return frozenset({"x", self.metric} | more.get(self.variant, set()))
 
     def check(self, depth: int) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
-
 from tokred.core.checks import check_choice, check_share
 from tokred.core.method import Parameters
 from tokred.core.place import Place
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.vlm.in_llm import LayerMethod, LayerSite, check_depth, check_layer
+from tokred.vlm.tools.scores import question_rows
 
 
 class AttendedBefore(LayerMethod):
@@ -78,10 +77,8 @@ class FastV(AttendedBefore):
 
     def choose(self, site: LayerSite) -> Reduction:
         """Keep the visual tokens with the highest scores."""
-        rows: int | torch.Tensor = 1
-        if self.query == "mean":
-            after = site.visual.flip(1).cummax(1).values.flip(1).logical_not() & site.text_rows
-            rows = after | (site.newest == 0)  # which votes even where an image ends the prompt
+        # The last token votes even where an image ends the prompt.
+        rows = question_rows(site) if self.query == "mean" else 1
         scores = site.row_scores(rows, of="before", heads=self.heads)
         counts = tuple(self.left(n) for n in site.counts)
         return site.keep_visual(site.best_visual(scores, counts), counts)

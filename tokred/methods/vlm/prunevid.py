@@ -1,4 +1,5 @@
-"""PruneVid's merging: static places of a video's segments become one token, and what is alike in a frame clusters."""
+"""PruneVid: static places of a video's segments become one token, and what is alike in a frame clusters; inside the
+language model the question's attention then keeps a share of each set."""
 
 from __future__ import annotations
 
@@ -10,17 +11,24 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokred.core.checks import check_count, check_number, check_share
+from tokred.core.checks import check_count, check_flags, check_number, check_share
 from tokred.core.method import Parameters
 from tokred.core.place import Place
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
+from tokred.core.selection import ranked
+from tokred.methods.vlm.fastv import AttendedBefore
 from tokred.vlm.before_llm import VisualSite
 from tokred.vlm.frames import ClipMethod, framed
+from tokred.vlm.in_llm import LayerSite, check_layer
 from tokred.vlm.tools.cluster import density_peaks
 from tokred.vlm.tools.greedy import directions
 from tokred.vlm.tools.samples import stacked
-from tokred.vlm.tools.video import gathered
+from tokred.vlm.tools.scores import peaks, question_rows
+from tokred.vlm.tools.video import gathered, numbered
+
+# The set of each token, by its name in ``site.rows``.
+_SET = "prunevid"
 
 
 @register("prunevid")
@@ -32,7 +40,7 @@ class PruneVid(ClipMethod):
     pairs of a segment's frames, on average, is static and becomes their mean. The static places of a segment, and the
     others of each frame, are then clustered, each cluster its mean.
 
-    The second stage, which drops tokens inside the language model by the question's attention, is not here.
+    The second stage, inside the language model, is :class:`tokred.PruneVidLayer`.
 
     Args:
         tau: mean cosine above which a place is static; 1 or more: none is.
@@ -63,6 +71,11 @@ class PruneVid(ClipMethod):
         check_count(self.neighbours, "neighbours", 1)
         check_count(self.least, "least", 1)
 
+    @property
+    def reads(self) -> frozenset[str]:
+        """Frames of tokens, and that the set of each goes on with it."""
+        return frozenset({"x", "frames", "carried"})
+
     def kept(self, frames: int, cells: int) -> int:
         """The most that any number of static places leaves, which two frames or more share."""
         shared = (self.left(same) / 2 + self.left(cells - same) for same in range(1, cells + 1))
@@ -81,19 +94,24 @@ class PruneVid(ClipMethod):
         return n > 1 and (self.clusters < 1 or self.tau < 1)
 
     def choose(self, site: VisualSite) -> Reduction:
-        """Each clip by itself."""
-        return stacked([self.clip(one) for one in framed(site)])
+        """Each clip by itself; the set of each token is written down for the second stage."""
+        found = [self.clip(one) for one in framed(site)]
+        site.rows[_SET] = torch.stack([sets for _, sets in found])
+        return stacked([step for step, _ in found])
 
-    def clip(self, x: Tensor) -> Reduction:
-        """The reduction of one clip ``(T, N, C)`` float32."""
+    def clip(self, x: Tensor) -> tuple[Reduction, Tensor]:
+        """The reduction of one clip ``(T, N, C)`` float32, and ``(T * N,)`` int64 which set each token is of."""
         frames, cells = x.shape[:2]
         flat = torch.arange(frames * cells, device=x.device).view(frames, cells)
         root = torch.full((frames * cells,), -1, device=x.device)
+        # Numbered by frames: what moves in one, and what stays the same in the segment that begins with one.
+        sets = 2 * torch.arange(frames, device=x.device).unsqueeze(1).repeat(1, cells) + 1
         for first, last in self.runs(x):
             some = x[first : last + 1]
             still = steady(some) > self.tau if self.tau < 1 and last > first else torch.zeros(cells, dtype=torch.bool)
             same, moving = (mask.nonzero().squeeze(1).to(x.device) for mask in (still, ~still))
             own = flat[first : last + 1]
+            sets[first : last + 1, same] = 2 * first
             if len(same):
                 # All frames of a place go with it, to where its cluster stands in the first.
                 root[own[:, same]] = own[0, same][self.grouped(some[:, same].mean(0, keepdim=True))].expand(
@@ -101,7 +119,7 @@ class PruneVid(ClipMethod):
                 )
             if len(moving):
                 root[own[:, moving]] = own[:, moving].gather(1, self.grouped(some[:, moving]))
-        return gathered(root)
+        return gathered(root), sets.flatten()
 
     def grouped(self, x: Tensor) -> Tensor:
         """``(G, n)`` int64: for each point of ``(G, n, C)`` the one that stands for its cluster."""
@@ -118,6 +136,81 @@ class PruneVid(ClipMethod):
         some = max(1, int(round(frames * self.segments, 9)))
         labels = refined(density_peaks(x.mean(1)[None], some, min(self.neighbours, frames)).group[0].tolist())
         return [(start, start + length - 1) for _, start, length in _runs(labels)]
+
+
+@register("prunevid_layer")
+@dataclass(frozen=True)
+class PruneVidLayer(AttendedBefore):
+    """PruneVid inside the language model: the question's attention keeps a share of every set of tokens.
+
+    Sets are those of :class:`tokred.PruneVid` before the language model: the static tokens of each segment, and the
+    others of each frame. Without it every frame of a clip is a set, and every image.
+
+    Args:
+        layer: first layer on the reduced set, at least 1; the authors prune behind their layer 10, which is 11 here.
+        alpha: share of each set that stays, rounded down, in (0, 1]; of each picture at least one token does.
+        evict: free what leaves in the caches of earlier layers too, once the prompt has run, so that all layers hold
+            rows of the same tokens.
+
+    Source: Huang et al., PruneVid, Findings of ACL 2025, section 3.
+    """
+
+    summary: ClassVar[str] = "before one decoder layer keep a share of each set of tokens, by the question's attention"
+    source: ClassVar[str] = "Huang et al., ACL 2025 Findings (arXiv 2412.16117)"
+    example: ClassVar[Parameters] = {"layer": 2}
+    nothing: ClassVar[Parameters | None] = {"layer": 1, "alpha": 1.0}
+
+    layer: int = 11
+    alpha: float = 0.4
+    evict: bool = True
+
+    def __post_init__(self) -> None:
+        check_layer(self.layer)
+        check_share(self.alpha, "alpha")
+        check_flags(evict=self.evict)
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """Hidden states, rows of the attention of the layer before, and the set of each token."""
+        return super().reads | {"carried"}
+
+    @property
+    def evicts(self) -> bool:
+        """As asked for, where anything leaves."""
+        return self.evict and self.alpha < 1
+
+    def left(self, n: int) -> int:
+        """Of one set."""
+        return max(1, int(round(n * self.alpha, 9))) if n else 0
+
+    def choose(self, site: LayerSite) -> Reduction:
+        """Keep what any token of the question attends to most in any head, of each set."""
+        scores, stays = peaks(site, question_rows(site), of="before"), torch.zeros_like(site.visual)
+        sets = 2 * site.moment[..., 0] + 1
+        if _SET in site.rows:
+            sets = torch.where(site.rows[_SET] < 0, sets, site.rows[_SET])
+        # More than there are sets of any picture.
+        key = site.image * (2 * site.moment[..., 0].max() + 3) + sets
+        for i, mine in enumerate(site.visual):
+            at = mine.nonzero().squeeze(1)
+            at = at[ranked(scores[i, at][None])[0]]
+            chosen = self.first(key[i, at])
+            picture = site.image[i, at].unique(return_inverse=True)[1]
+            some = picture.new_zeros(len(at)).index_add(0, picture, chosen.long())
+            _, rank = numbered(picture, len(at))
+            stays[i, at] = chosen | ((rank == 0) & (some[picture] == 0))
+        return site.keep_visual(stays)
+
+    def first(self, sets: Tensor) -> Tensor:
+        """``(n,)`` bool: the first share of each set, rounded down.
+
+        Args:
+            sets: ``(n,)`` int64, the set of each token, the best of all tokens first.
+        """
+        group = sets.unique(return_inverse=True)[1]
+        members, rank = numbered(group, len(sets))
+        found: Tensor = rank < (members.double() * self.alpha + 5e-10).long()[group]
+        return found
 
 
 def steady(x: Tensor) -> Tensor:

@@ -1,0 +1,223 @@
+"""Arms of ``encoder/train_learned``: recipes at a share of the work, methods without weights, and smaller models."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import tokred
+from tokred import adapters, learn
+from tokred.bench import embedded
+from tokred.bench.data.model import PATCH, SIZE
+from tokred.bench.data.scenes import GARMENT
+from tokred.learn.recipe import FOLDER
+
+COUNTS, SHARES = list(range(1, 60)), [k / 100 for k in range(99, 1, -1)]
+# The parameter that decides how much is removed, and its values, the most work first.
+AMOUNTS: dict[str, tuple[str, list[Any]]] = {
+    "cropr": ("r", COUNTS),
+    "downsample": ("keep", SHARES),
+    "dtem": ("r", COUNTS),
+    "dynamicvit": ("rho", SHARES),
+    "evit": ("kappa", SHARES),
+    "random_prune": ("r", COUNTS),
+    "skipvit": ("rho", [k / 100 for k in range(1, 100)]),
+    "tome": ("r", COUNTS),
+}
+# Names of the script's own: a method with parameters.
+ALIASES: dict[str, tuple[str, dict[str, Any]]] = {"class_attention": ("evit", {"fuse": False})}
+# Models that remove nothing; what stands for a method in their recipes removes no token.
+DENSE, SMALLER = "dense", "smaller"
+NONE: tuple[str, dict[str, Any]] = ("random_prune", {"r": 0})
+# A model that has lost blocks and neurons has more to learn than one that has lost tokens.
+FASTER = 10
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One model to train.
+
+    Attributes:
+        name: as it was given.
+        share: of the dense blocks' multiply-adds.
+        recipe: how it is trained.
+        build: makes the model that training begins with.
+    """
+
+    name: str
+    share: float
+    recipe: learn.Recipe
+    build: Callable[[], nn.Module]
+
+
+def work(model: nn.Module, method: tokred.Method | None) -> int:
+    """Multiply-adds of all blocks for one picture, by the method's plan."""
+    return sum(macs for _, _, macs in adapters.find(model).plan(method, embedded.SHAPE))
+
+
+def setting(name: str, share: float, model: nn.Module, **more: Any) -> tokred.Method:
+    """The method whose blocks do the most work that is at most ``share`` of the dense ones', or a hundredth more.
+
+    Args:
+        name: of :data:`AMOUNTS` or :data:`ALIASES`.
+        share: of the multiply-adds.
+        model: without a patch.
+        more: other parameters of the method.
+
+    Raises:
+        ValueError: even the least work of this method is more.
+    """
+    name, own = ALIASES.get(name, (name, {}))
+    dense = work(model, None)
+    parameter, values = AMOUNTS[name]
+    for value in values:
+        method = tokred.make(name, **{**own, **more, parameter: value})
+        if work(model, method) / dense <= share + 0.01:
+            return method
+    raise ValueError(f"{name} has no setting for {share:.0%} of the work")
+
+
+def smaller(share: float) -> nn.Module:
+    """The embedded default with fewer blocks, and fewer neurons in their MLPs, at ``share`` of the blocks' work.
+
+    As few blocks as can do that work whole stay, at even distances, the first and the last among them; then each MLP
+    loses the neurons whose incoming and outgoing weights have the smallest product of norms.
+
+    Raises:
+        ValueError: ``share`` is not in (0, 1].
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share must lie in (0, 1], got {share!r}")
+    model: Any = embedded.load()
+    depth = len(model.blocks)
+    left = max(2, math.ceil(share * depth - 1e-6))
+    stay = [round(i * (depth - 1) / (left - 1)) for i in range(left)]
+    cost = adapters.find(model).cost(model.blocks[0])
+    n = adapters.find(model).tokens(embedded.SHAPE)
+    whole = cost.macs(n, n, True)
+    mlp = n * cost.mlp
+    part = max(0.05, 1 - (left * whole - share * depth * whole) / (left * mlp))
+    model.blocks = nn.Sequential(*(copy.deepcopy(model.blocks[i]) for i in stay))
+    for block in model.blocks:
+        _narrow(block.mlp, part)
+    return model.eval()
+
+
+@torch.no_grad()
+def _narrow(mlp: Any, part: float) -> None:
+    """Leave a share of the hidden neurons of an MLP, those that weigh most."""
+    first, second = mlp.fc1, mlp.fc2
+    count = max(1, math.floor(part * first.out_features + 1e-6))
+    weight = first.weight.norm(dim=1) * second.weight.norm(dim=0)
+    rows = weight.argsort(descending=True, stable=True)[:count].sort().values
+    mlp.fc1 = nn.Linear(first.in_features, count)
+    mlp.fc2 = nn.Linear(count, second.out_features)
+    mlp.fc1.weight.copy_(first.weight[rows])
+    mlp.fc1.bias.copy_(first.bias[rows])
+    mlp.fc2.weight.copy_(second.weight[:, rows])
+    mlp.fc2.bias.copy_(second.bias)
+
+
+@torch.inference_mode()
+def halting(share: float, model: nn.Module, parameters: dict[str, Any], count: int = 20) -> float:
+    """The ``beta`` at which ``avit`` on ``model``, before it has learned anything, does ``share`` of the work.
+
+    Args:
+        share: of the dense blocks' multiply-adds.
+        model: without a patch.
+        parameters: of ``avit``.
+        count: so many pictures of the embedded sample are run, one by one; what they show is not looked at.
+    """
+    images, dense = embedded.sample(count).images, work(model, None)
+    low, high = -12.0, 12.0
+    for _ in range(9):
+        middle, done = (low + high) / 2, 0
+        with tokred.applied(model, tokred.make("avit", **{**parameters, "beta": middle})):
+            for image in images:
+                model(image[None])
+                done += tokred.report(model).macs
+        low, high = (low, middle) if done / count > share * dense else (middle, high)
+        # The larger beta, the later tokens halt, and the more work there is.
+    return round((low + high) / 2, 3)
+
+
+def recipes(names: Sequence[str], steps: int, batch: int, lr: float = 0.0) -> dict[str, learn.Recipe]:
+    """The recipes by the names that were given; a method without weights takes the first one's numbers.
+
+    Args:
+        names: recipes of tokred, TOML files, methods, :data:`ALIASES`, ``"dense"`` and ``"smaller"``.
+        steps: instead of the recipes'; 0: theirs.
+        batch: likewise.
+        lr: highest rate of the model's own weights, where they learn; 0: the recipes'.
+
+    Raises:
+        ValueError: a name is none of these, or no recipe comes before a method.
+    """
+    found: dict[str, learn.Recipe] = {}
+    for name in names:
+        if name.endswith(".toml") or (FOLDER / f"{name}.toml").exists():
+            one = learn.recipe(name)
+        elif not found:
+            raise ValueError(f"{name!r} is no recipe: the first name has to be one, since others train like it")
+        else:
+            method, parameters = NONE if name in (DENSE, SMALLER) else ALIASES.get(name, (name, {}))
+            tokred.make(method, **parameters)
+            # Nothing of the method learns, and no soft decisions say which tokens are to be like the teacher's.
+            like = next(iter(found.values()))
+            one = dataclasses.replace(
+                like, method=method, parameters=parameters, lr_method=None, tokens=0.0, tokens_of="", schedule={},
+                lr=like.lr * (FASTER if name == SMALLER else 1),
+            )  # fmt: skip
+        numbers = {"steps": steps, "batch": batch, "lr": lr * (FASTER if name == SMALLER else 1) * bool(one.lr)}
+        found[Path(name).stem] = dataclasses.replace(one, **{k: v for k, v in numbers.items() if v})
+    return found
+
+
+def at_share(name: str, recipe: learn.Recipe, share: float, plain: nn.Module) -> Arm:
+    """The model of a name at a share of the work; where the amount is what a method learns, it is told its goal.
+
+    Raises:
+        ValueError: the method cannot do with so little.
+    """
+    if name == DENSE:
+        return Arm(name, 1.0, recipe, embedded.load)
+    if name == SMALLER:
+        return Arm(name, share, recipe, lambda: smaller(share))
+    parameters = dict(recipe.parameters)
+    if recipe.method in AMOUNTS:
+        method = setting(recipe.method, share, plain, **parameters)
+        parameter = AMOUNTS[recipe.method][0]
+        parameters[parameter] = method.to_dict()["parameters"][parameter]
+    elif recipe.method == "diffrate":
+        parameters["target"] = share
+    elif recipe.method == "avit":
+        parameters["beta"] = halting(share, plain, parameters)
+    # Schedules end at what was asked for, not at what the recipe has.
+    schedule = {
+        key: dataclasses.replace(ramp, end=parameters[key]) if key in parameters else ramp
+        for key, ramp in recipe.schedule.items()
+    }
+    return Arm(name, share, dataclasses.replace(recipe, parameters=parameters, schedule=schedule), embedded.load)
+
+
+def foreground(count: int) -> Tensor:
+    """``(count, 196)`` bool: the patches of the embedded sample that a garment covers by at least half."""
+    with np.load(embedded.FOLDER / embedded.SAMPLE) as f:
+        kept = {name: torch.from_numpy(f[name][:count]) for name in ("garment", "flip", "place")}
+        garments = torch.from_numpy(f["garments"])
+    shown = garments[kept["garment"]] > 0
+    shown = torch.where(kept["flip"].view(-1, 1, 1), shown.flip(-1), shown)
+    pixels = torch.zeros(count, SIZE, SIZE)
+    for i, (top, left) in enumerate(kept["place"].tolist()):
+        pixels[i, top : top + GARMENT, left : left + GARMENT] = shown[i].float()
+    covered = torch.nn.functional.avg_pool2d(pixels[:, None], PATCH).flatten(1)
+    return covered >= 0.5

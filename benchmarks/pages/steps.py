@@ -1,0 +1,68 @@
+"""Marked parts about a policy's own time in a step and in a prompt, of ``kv/steps``."""
+
+from __future__ import annotations
+
+from benchmarks.pages.markdown import Record, Results, between, table, value
+
+NOTHING = "Not measured yet."
+PLAIN = ("unpatched", "in-place")
+NAMES = {
+    "packed": "a token over rows in few bits, against bfloat16",
+    "evicting": "a token over a cache that lets a row go for each that comes",
+    "searched": "a token over a cache that is searched",
+    "prompt": "a whole prompt",
+}
+# Most of the unpatched model's time that an arm was to take, by part and method.
+AIMS = {
+    ("packed", "kivi"): 1.0,
+    ("evicting", "snapkv"): 1.03,
+    ("evicting", "streaming_llm"): 1.0,
+    ("evicting", "h2o"): 1.0,
+    ("searched", "shadowkv"): 0.5,
+    ("prompt", "expected_attention"): 1.05,
+    ("prompt", "h2o"): 1.4,
+}
+
+
+def _size(record: Record) -> int:
+    return int(record.get("rows") or record["tokens"])
+
+
+def _called(record: Record) -> str:
+    """An arm without the budget that says no more than its size."""
+    parts = [p for p in record["setting"].split() if not p.startswith(("budget=", "window="))]
+    return " ".join([f"`{record['method']}`", *(f"`{p}`" for p in parts)])
+
+
+def kv_steps(found: Results) -> str:
+    """Times over those of the unpatched model, by part, model and size."""
+    lines = []
+    for r in found.records("kv", "steps"):
+        if r["method"] != PLAIN[0]:
+            ms = r.get("ms_a_token", r.get("prefill_ms"))
+            beside = between(r, "ratio_in_place") if "ratio_in_place" in r else ""
+            name = r["method"] if r["method"] in PLAIN else _called(r)
+            lines.append([r["case"], r["model"], name, f"{_size(r):,}", f"{ms:.3g}", between(r, "ratio"), beside])
+    if not lines:
+        return NOTHING
+    return table(["part", "shapes", "arm", "rows or tokens", "ms", "of unpatched", "of in-place"], lines, 3)
+
+
+def kv_steps_claims(found: Results) -> str:
+    """Each aim, and by the quartiles where it was met."""
+    lines = []
+    for (case, method), most in AIMS.items():
+        rows = found.records("kv", "steps", case=case, method=method)
+        if not rows:
+            continue
+        said: dict[str, list[str]] = {"met": [], "not told apart": [], "missed": []}
+        for r in rows:
+            v = value(r, "ratio")
+            high, low = (v.value if end is None else end for end in (v.high, v.low))
+            verdict = "met" if high <= most else "missed" if low > most else "not told apart"
+            more = _called(r).removeprefix(f"`{method}`").strip()
+            size = f"{_size(r):,} {'rows' if 'rows' in r else 'tokens'} of {r['model']}"
+            said[verdict].append(" ".join(x for x in (more, "at", size, f"({between(r, 'ratio')})") if x))
+        text = "; ".join(f"{verdict} {', '.join(places)}" for verdict, places in said.items() if places)
+        lines.append(f"- {NAMES[case]}, `{method}`, at most {most:g} times the unpatched model's time: {text}.")
+    return "\n".join(lines) or NOTHING
