@@ -140,6 +140,7 @@ from tokred.methods.vlm.flashvid import FlashVID
 from tokred.methods.vlm.framefusion import FrameFusion, FrameFusionLayer
 from tokred.methods.vlm.hired import HiRED
 from tokred.methods.vlm.holitom import HoliTom, HoliTomLayer
+from tokred.methods.vlm.pixelprune_visual import PixelPruneVisual
 from tokred.methods.vlm.prumerge import PruMerge, PruMergePlus
 from tokred.methods.vlm.prunevid import PruneVid, PruneVidLayer
 from tokred.methods.vlm.pyramiddrop import PyramidDrop
@@ -248,6 +249,7 @@ __all__ = [
     "Oscar",
     "PiToMe",
     "PixelPrune",
+    "PixelPruneVisual",
     "Place",
     "PluginWarning",
     "PruMerge",

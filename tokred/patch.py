@@ -136,6 +136,13 @@ def compose(methods: Sequence[Method]) -> list[Method]:
     if len(set(stages)) < len(stages):
         raise ValueError(f"one method a stage: {', '.join(m.name for m in methods)} act at {', '.join(stages)}")
     found = sorted(methods, key=lambda m: (*STAGES, m.stage).index(m.stage))
+    again = next((m for m in found if "again" in m.reads), None)
+    between = next((m for m in found if m.stage == "layer"), None)
+    if again is not None and between is not None:
+        raise ValueError(
+            f"{between.name!r} removes tokens between layers, and {again.name!r} has tokens computed again in all of "
+            "them: take one of the two"
+        )
     inside = next((m for m in found if m.stage == "block"), None)
     reads = next((m for m in found if m.stage == "projector" and m.reads & _OF_TOWER), None)
     if inside is not None and reads is not None:

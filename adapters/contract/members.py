@@ -120,6 +120,7 @@ _CONFIGS = "transformers.configuration_utils:PreTrainedConfig"
 GENERATE = row("generation", "generate T transformers.generation:GenerationMixin")
 CAN_GENERATE = row("whether a model generates", f"can_generate T {_MODELS}")
 EMBED = row("embeddings of words", f"get_input_embeddings T {_MODELS}")
+DECODE = row("text of ids", "decode T transformers.tokenization_utils_base:PreTrainedTokenizerBase")
 LOSS_OF = row("function of the loss", f"loss_function T {_MODELS}")
 TEXT_OF = row("configuration of the decoder", f"get_text_config T {_CONFIGS}")
 LANGUAGE = row("language model in a model", "language_model T llava:LlavaModel")

@@ -306,6 +306,10 @@ PATCH = row(
     "patch_size D transformers.transformer_flux:FluxTransformer2DModel",
     "patch_size M vision_transformer:PatchEmbed",
 )
+MARKS = row(
+    "whether a tokenizer adds marks",
+    "add_special_tokens T transformers.tokenization_utils_base:PreTrainedTokenizerBase.__call__",
+)
 TOWER_DEPTH = row("frames of a patch of a tower", "temporal_patch_size T qwen2_5_vl:Qwen2_5_VLVisionConfig")
 TICKS = row("steps of the time axis in a second", "tokens_per_second T qwen2_5_vl:Qwen2_5_VLVisionConfig")
 LONGEST = row("positions that a model was trained for", "max_position_embeddings T llama:LlamaConfig")

@@ -73,7 +73,8 @@ def attention(
     before = layer.seen - query.shape[2]
     engine = layer.engine
     # A policy that does not watch what is there will not watch what comes.
-    cut = engine.ends_prompt(layer.clock, before, layer.seen) if engine.watches(layer.clock, before) else None
+    watched = not seat.rests and engine.watches(layer.clock, before)
+    cut = engine.ends_prompt(layer.clock, before, layer.seen) if watched else None
     if cut is None:
         return _attend_and_act(call, layer, query, key, value, before)
     # The prompt's last forward also holds drafts: the prompt attends, votes and is compressed as if it were alone.
@@ -102,9 +103,10 @@ def _attend_and_act(
     engine = layer.engine
     if layer.lent is not None:
         layer.lent.append(_lend(call, layer, key, value, before, query.shape[2]))
-    if engine.watches(layer.clock, layer.seen):
+    if not call.seat.rests and engine.watches(layer.clock, layer.seen):
         with torch.no_grad():
-            engine.observe(layer, _site(call, layer, query), before)
+            if not _stepped(call, layer, query, before):
+                engine.observe(layer, _site(call, layer, query), before)
     else:
         site = None
         if layer.store.reads:
@@ -112,6 +114,17 @@ def _attend_and_act(
             site.read = engine.read(layer.clock, before, layer.seen)
         layer.settle(site)
     return out
+
+
+def _stepped(call: Call, layer: TokLayer, query: Tensor, before: int) -> bool:
+    """True if the policy's step has been taken, without a site."""
+    engine, spec = layer.engine, call.spec
+    if engine.queue is None or not spec.plain or spec.padding(layer.seen) is not None:
+        return False
+    # A site has more terms of the logits.
+    if call.seat.latents or call.softcap is not None or call.sinks is not None:
+        return False
+    return engine.queue.step(engine, layer, query.detach(), call.scaling, before, layer.seen)
 
 
 def _lend(call: Call, layer: TokLayer, key: Tensor, value: Tensor, before: int, count: int) -> Lent:

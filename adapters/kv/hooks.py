@@ -186,7 +186,7 @@ class EnterDecoder(Hook):
         ours: TokCache = self.settings.cache() if cache is None else self.settings.adopt(cache)
         _check_length(words.ATTENTION_MASK.of(given), given, ours)
         check_mask(ours, words.ATTENTION_MASK.of(given))
-        _check_chunk(given, self.settings.policy)
+        _check_chunk(given, ours.engine.parts.when.chunk)
         ours.begin()
         ours.account(_new(given)[0], self.settings.config)
         oversee(self.settings, module, given, ours)
@@ -251,10 +251,14 @@ class EnterAttention(Hook):
         layer.armed = True
         layer.lent = [] if self.lends else None
         layer.view = read if self.latents else None
+        depth, engine = len(self.settings.compressed), layer.engine
+        if not self.latents and not layer.store.reads and not engine.watches(layer.clock, layer.seen):
+            # What is not looked at now is not looked at in this forward either: a step pays for no more than it needs.
+            seat = Seat(layer, self.settings.implementation, depth, self.projection, None, rests=True)
+            return args, {**kwargs, SEAT: seat}
         rope, tables = None, words.TABLES.of(kwargs)
         if self.embedding is not None and tables is not None:
             rope = LayerRope(self.embedding, self.layer_type, tables)
-        depth = len(self.settings.compressed)
         hidden = args[0] if args else words.STATES.of(kwargs)
         learned = self.settings.learn()
         seat = Seat(
@@ -363,9 +367,9 @@ def _check_samples(given: dict[str, Any]) -> None:
         raise ValueError("input_ids (or inputs_embeds) holds no samples: a cache takes batches of at least one")
 
 
-def _check_chunk(given: dict[str, Any], policy: CachePolicy) -> None:
-    new, chunk = _new(given)[1], policy.parts.when.chunk
-    if chunk and new > chunk:
+def _check_chunk(given: dict[str, Any], chunk: int) -> None:
+    new = _new(given)[1] if chunk else 0
+    if new > chunk:
         raise ValueError(
             f"a forward of {new} tokens does not fit the limit, which has room for chunk={chunk}: give the prompt in "
             "chunks, or let generate do so"

@@ -173,11 +173,7 @@ class CacheHost(Host):
         assert isinstance(method, CachePolicy)  # the stage's only kind of method
         implementation = attention_of(self.config).removeprefix(PREFIX)
         chosen = tuple(i for i in self.compressed if where is None or where(*self.attentions[i]))
-        if "module" in method.reads and len(chosen) < self.depth:
-            raise ValueError(
-                f"{method.name!r} has a network for all {self.depth} layers, and where= leaves {len(chosen)} of them: "
-                "apply it without where="
-            )
+        method.check_places(len(chosen), self.depth)
         settings = self._hang(method, chosen, implementation, changes)
         changes.after(self.decoder, hooks.LeaveDecoder(settings), with_kwargs=True)
         # Its undo gives the model its own attention back, also where the model is freed without its patch.

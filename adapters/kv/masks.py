@@ -6,6 +6,7 @@ their rows, so each makes its own; layers that have evicted nothing share the ma
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class MaskSpec:
         """Queries that the mask is for."""
         return self.tail or int(words.QUERIES_TO_MASK.at(self.arguments))
 
-    @property
+    @functools.cached_property
     def key_mask(self) -> Tensor | None:
         """``[B, L]`` bool by slot, False on padding, as the caller gave it."""
         mask: Tensor | None = words.ATTENTION_MASK.of(self.arguments)
@@ -118,7 +119,7 @@ class MaskSpec:
         words.ATTENTION_MASK.put(changed, None if mask is None else mask[:, :keys])
         return MaskSpec(changed)
 
-    @property
+    @functools.cached_property
     def plain(self) -> bool:
         """True where every query sees exactly the real tokens up to its own."""
         return words.RULE.at(self.arguments) is host_object("causal rule")

@@ -32,6 +32,7 @@ class Seat(NamedTuple):
         borrows: whether the module has no rows of its own and attends to those of ``layer``, which has run before it.
         latents: whether the rows are latents, of which the module makes its keys and values.
         crosses: whether the rows are those of an encoder.
+        rests: whether nobody will look at the rows in this forward, so that nothing is handed over for it.
     """
 
     layer: TokLayer | None
@@ -44,6 +45,7 @@ class Seat(NamedTuple):
     borrows: bool = False
     latents: bool = False
     crosses: bool = False
+    rests: bool = False
 
 
 class Call(NamedTuple):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import nn
 
 from tokred.adapters.vlm.layout import Picture, by_grid, by_sample, by_size, closed_video, plain, tiled, video
-from tokred.adapters.vlm.taps import Record, Tap, received
+from tokred.adapters.vlm.taps import Record, Tap, pixels_of, received
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -102,6 +102,9 @@ def describe(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: 
         fused, grids = tap.fused, given.get(f"{modality}_grid_thw")
         if fused is not None and fused.projected is not None and grids is not None:
             record.received = lambda i: received(fused, core.visual, grids, i)
+        patches = tap.pixels
+        if patches is not None and grids is not None:
+            record.pixels = lambda i: pixels_of(patches, core.visual, grids, i)
         return record
     # The attention of the layer whose output is used: LLaVA takes the last but one of CLIP's, so that the last has no
     # say in the features.

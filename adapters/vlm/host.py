@@ -263,11 +263,13 @@ class VisualHost(Host):
 
     def tap(self, method: Method, changes: Changes) -> None:
         """Hang the hooks that note what the method reads of the tower, while a feature getter runs."""
-        from tokred.adapters.vlm.taps import FusedTap, HeadTap, ProjectorTap, TablesTap
+        from tokred.adapters.vlm.taps import FusedTap, HeadTap, PixelTap, ProjectorTap, TablesTap
 
         core: Any = self.core
         if self.facts.projector:
             changes.before(core.get_submodule(self.facts.projector), ProjectorTap())
+        if "pixels" in method.reads:
+            changes.before(core.get_submodule(self.facts.tower), PixelTap(), with_kwargs=True)
         if not method.reads & OF_TOWER:
             return
         fused = last_attention(core)
@@ -388,6 +390,8 @@ def _supplies_projector(core: Any, facts: Facts) -> frozenset[str]:
         found.add("tower")
     if last_attention(core) is not None:
         found.add("attention")
+    if words.JOINED.on(members.TOWER.part(core)) and words.BLOCKS.on(members.TOWER.part(core)):
+        found.add("pixels")  # the tower is given patches, those of one token together
     if facts.heads and tower_layers(core, facts):
         found |= {"q", "k", "attention", "tower_layers"}
         if class_tokens(core, facts):

@@ -165,6 +165,9 @@ def site_of(group: list[Place], columns: Tensor, context: Context) -> VisualSite
     if part.tower >= 0:
         if record.tower is not None:
             more["tower"] = lambda: tower_features(group).detach()
+        if record.pixels is not None and not part.clip:
+            seen_pixels = record.pixels
+            more["pixels"] = lambda: torch.stack([seen_pixels(i) for i in tower])
         if give is not None and not part.clip:
             more["received"] = lambda: torch.stack([give(i) for i in tower])
         if part.clip:

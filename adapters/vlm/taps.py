@@ -49,11 +49,13 @@ class Tap:
         inputs: ``(rows, N, Ct)`` of the projector; None before it ran, and where the tower has it inside.
         heads: queries and keys of tower layers, by layer and "q" or "k"; see :class:`Record`.
         fused: of the tower's last attention, where that projects all at once.
+        pixels: ``(S, F)`` patches that the tower was given, where a method reads them.
     """
 
     inputs: Tensor | None = None
     heads: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     fused: Fused | None = None
+    pixels: Tensor | None = None
 
 
 @dataclass
@@ -69,6 +71,8 @@ class Record:
         scale: of the tower's attention.
         received: gives what the tokens of a picture receive, ``(H, N)``, by its number; None: see ``heads``.
         marks: ``(T,)`` int64 one number for each feature, by which it is found again.
+        pixels: gives the pixels of a picture's tokens, ``(N, F)``, by its number; None: nobody asks, or they are not
+            known.
     """
 
     pictures: list[Picture]
@@ -80,6 +84,7 @@ class Record:
     scale: float | None = None
     received: Callable[[int], Tensor] | None = None
     marks: Tensor | None = None
+    pixels: Callable[[int], Tensor] | None = None
 
 
 class Modality(NamedTuple):
@@ -253,6 +258,32 @@ class FusedTap(Hook):
         tap = in_flight.tap
         if tap is not None and tap.fused is not None:
             tap.fused = tap.fused._replace(projected=output.detach())
+
+
+class PixelTap(Hook):
+    """Hook before a tower of packed patches: its pixels are noted."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tap = in_flight.tap
+        if tap is not None:
+            tap.pixels = args[0] if args else words.STATES.of(kwargs)
+
+
+def pixels_of(patches: Tensor, tower: Any, grids: Tensor, picture: int) -> Tensor:
+    """``(N, F)`` float32: the pixels of each token's patches, channel after channel.
+
+    Args:
+        patches: ``(S, F')`` of all pictures, those of one token together.
+        tower: the vision tower.
+        grids: ``(pictures, 3)`` frames, rows and columns of patches.
+        picture: which one.
+    """
+    unit = int(words.JOINED.need(tower)) ** 2
+    sizes = grids.prod(1).tolist()
+    start = sum(sizes[:picture])
+    own = patches[start : start + sizes[picture]].detach().float()
+    channels = 3 if own.shape[1] % 3 == 0 else 1
+    return own.view(-1, unit, channels, own.shape[1] // channels).transpose(1, 2).flatten(1)
 
 
 def last_attention(core: PreTrainedModel) -> Any:

@@ -123,17 +123,15 @@ class Run:
         return torch.cat([self.lead, *self.given[index].chunks])[None]
 
     def logits(self, index: int, follows: Tensor, keep: int) -> Any:
-        """Those of the last ``keep`` tokens of a context, before and behind which stand the chunks and ``follows``."""
+        """Those of the last ``keep`` tokens of a context with ``follows`` ``(1, M)`` behind it."""
+        ids, given = follows, dict[str, Any]()
         if self.now is None:
-            ids, given = torch.cat([self.ids(index), follows], 1), {}
+            ids = torch.cat([self.ids(index), follows], 1)
         else:
             share, measure = self.now
             parts = self.parts.get(measure, self.parts["key"])[index]
-            told = "foreseen" if measure in self.parts and measure != "key" else measure
-            ids, given = (
-                follows,
-                tokred.cache_kwargs(tokred.blend(self.model, parts, recompute=share, measure=told).cache),
-            )
+            told = "foreseen" if measure in ("random", "first") else measure
+            given = tokred.cache_kwargs(tokred.blend(self.model, parts, recompute=share, measure=told).cache)
         return self.model(ids.to(self.model.device), use_cache=True, logits_to_keep=keep, **given).logits
 
     def first(self, index: int) -> Any:

@@ -19,8 +19,8 @@ from tokred.kernels.packed_rows.reference import PackedRows, bytes_of
 
 # float16 as the upper bits of a float32 has an exponent that is 112 too small.
 _EXPONENT = np.float32(2.0**112)
-# Rows that are restored together.
-_ROWS = 16
+# Rows that are restored together: for products, and for sums, a whole number of eights.
+_ROWS, _TILE = 16, 32
 
 
 @functools.cache
@@ -116,8 +116,13 @@ def _channel_scores(bits, group, width, parallel):
 
 @functools.cache
 def _channel_sums(bits, group, width, parallel):
-    """Sums by weights of rows whose groups run along channels; one for each share of the rows."""
-    groups = width // group
+    """Sums by weights of rows whose groups run along channels; one for each share of the rows.
+
+    Codes that stand in the same place of their bytes are restored together, so that all inner loops run over bytes that
+    lie side by side: a group alone has too few. Sums are put in the order of the channels at the end.
+    """
+    per, mask, groups = 8 // bits, (1 << bits) - 1, width // group
+    size, line = group * bits // 8, width * bits // 8  # bytes of a group, and of a row
 
     @numba.njit(parallel=parallel, fastmath=True, cache=True, nogil=True)
     def run(weights, codes, scale, zero, count, splits, out):
@@ -127,29 +132,56 @@ def _channel_sums(bits, group, width, parallel):
             p, s = task // splits, task % splits
             begin = s * share
             end = min(begin + share, count)
-            halves = np.empty((2, _ROWS, groups), np.int32)
+            halves = np.empty((2, _TILE * groups), np.int32)
             wide = halves.view(np.float32)
-            rows = np.empty((_ROWS, width), np.float32)
-            total = np.zeros((heads, width), np.float32)
-            for t in range(begin, end, _ROWS):
-                n = min(_ROWS, end - t)
-                _restore(codes, scale, zero, p, t, n, halves, wide, rows, bits, group, width)
+            steps, lows = np.zeros(_TILE * line, np.float32), np.zeros(_TILE * line, np.float32)
+            rows = np.zeros((per, _TILE * line), np.float32)
+            some = np.zeros(_TILE, np.float32)
+            total = np.zeros((heads, per, line), np.float32)
+            for t in range(begin, end, _TILE):
+                n = min(_TILE, end - t)
+                found = codes[p, t : t + n].reshape(-1)
+                scales, zeros = scale[p, t : t + n].reshape(-1), zero[p, t : t + n].reshape(-1)
+                for j in range(n * groups):
+                    a, b = np.int32(scales[j]), np.int32(zeros[j])
+                    halves[0, j] = ((a & 0x8000) << 16) | ((a & 0x7FFF) << 13)
+                    halves[1, j] = ((b & 0x8000) << 16) | ((b & 0x7FFF) << 13)
+                for j in range(n * groups):
+                    a, b = wide[0, j] * _EXPONENT, wide[1, j] * _EXPONENT
+                    x, y = steps[j * size : (j + 1) * size], lows[j * size : (j + 1) * size]
+                    for i in range(size):
+                        x[i] = a
+                    for i in range(size):
+                        y[i] = b
+                for m in range(per):
+                    made = rows[m]
+                    for j in range(n * line):
+                        made[j] = np.float32((found[j] >> (bits * m)) & mask) * steps[j] + lows[j]
                 for h in range(heads):
-                    # Four rows at a time: a sum is read and written once for them.
-                    for k in range(0, n - n % 4, 4):
-                        w0, w1 = weights[p, h, t + k], weights[p, h, t + k + 1]
-                        w2, w3 = weights[p, h, t + k + 2], weights[p, h, t + k + 3]
-                        for c in range(width):
-                            total[h, c] += (w0 * rows[k, c] + w1 * rows[k + 1, c]) + (
-                                w2 * rows[k + 2, c] + w3 * rows[k + 3, c]
-                            )
-                    for k in range(n - n % 4, n):
-                        w = weights[p, h, t + k]
-                        for c in range(width):
-                            total[h, c] += w * rows[k, c]
+                    # Rows that an earlier tile left behind the last one count nothing.
+                    for k in range(n):
+                        some[k] = weights[p, h, t + k]
+                    for k in range(n, _TILE):
+                        some[k] = 0.0
+                    for m in range(per):
+                        sums = total[h, m]
+                        # Eight rows at a time: a sum is read and written once for them.
+                        for k in range(0, _TILE, 8):
+                            w0, w1, w2, w3 = some[k], some[k + 1], some[k + 2], some[k + 3]
+                            w4, w5, w6, w7 = some[k + 4], some[k + 5], some[k + 6], some[k + 7]
+                            r = rows[m, k * line : (k + 8) * line]
+                            for i in range(line):
+                                sums[i] += (
+                                    (w0 * r[i] + w1 * r[i + line]) + (w2 * r[i + 2 * line] + w3 * r[i + 3 * line])
+                                ) + (
+                                    (w4 * r[i + 4 * line] + w5 * r[i + 5 * line])
+                                    + (w6 * r[i + 6 * line] + w7 * r[i + 7 * line])
+                                )
             for h in range(heads):
-                for c in range(width):
-                    out[p, s, h, c] = total[h, c]
+                for g in range(groups):
+                    for m in range(per):
+                        for i in range(size):
+                            out[p, s, h, g * group + m * size + i] = total[h, m, g * size + i]
 
     return run
 

@@ -93,6 +93,7 @@ ACROSS = {
     ("tokred.methods.vlm.fastkv", "tokred.methods.kv"),
     ("tokred.methods.vlm.saint_vlm", "tokred.encoder.metric"),
     ("tokred.methods.vlm.saint_vlm", "tokred.methods.encoder.saint"),
+    ("tokred.methods.vlm.pixelprune_visual", "tokred.methods.encoder.pixelprune"),
     ("tokred.adapters.vlm.sites", "tokred.encoder.motion"),
     ("tokred.methods.vlm.visual_baselines", "tokred.methods.encoder.downsample"),
 }

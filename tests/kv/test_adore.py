@@ -22,6 +22,7 @@ from tokred.kv import CacheSite
 from tokred.kv.release import Controller, judged, labels, lesson, returning
 from tokred.kv.select import rows_of
 from tokred.methods.kv.adore import Released
+from tokred.patch import compose
 
 SMALL = {"budget": 6, "rebuild": 2, "size": 8, "hidden": 8}
 ALL = {**SMALL, "budget": 1, "rebuild": 99}
@@ -290,6 +291,12 @@ def test_what_does_not_go_is_refused():
         model.generate(prompt(9), prompt_lookup_num_tokens=3, max_new_tokens=4)
     with pytest.raises(ValueError, match="goes on evicting"):
         tokred.share_prefix(model, prompt(9))
+    with pytest.raises(ValueError, match="reads what goes through the layers"):
+        tokred.blend(model, [prompt(9)])
+    with pytest.raises(
+        ValueError, match="'fastv' removes tokens between layers, and 'adore' has tokens computed again"
+    ):
+        compose([tokred.make("adore"), tokred.make("fastv")])
 
 
 # ---------------------------------------------------------------- training

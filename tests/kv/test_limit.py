@@ -41,7 +41,7 @@ REFUSED = {
     **dict.fromkeys(stored(), "evicts nothing"),
     "attention_matching": "which it reads again",
     "kvzap": "as many as score high",
-    "fastcache": "as many as its groups",
+    "fastcache": "those of the whole prompt",
     "lukv": "layers that keep more than the mean",
     "triattention": "generated rows alone",
     "limited": "has one already",

@@ -12,8 +12,10 @@ pytest.importorskip("transformers")
 import tokred
 from tests.kv.tiny import build, prompt
 from tokred.kv import CachePolicy
+from tokred.kv.queue import Queue, queue_of
 from tokred.kv.select import lowest
 from tokred.kv.stores.rectangle import RectangleShelf
+from tokred.methods.kv.h2o import ColumnSum
 
 POLICIES = {
     "h2o": {"budget": 9},
@@ -64,6 +66,72 @@ def test_rows_are_those_that_would_have_been_moved(name, monkeypatch):
         assert moved == swaps
         runs.append([*outs, *told(cache)])
     assert close(*runs)
+
+
+EVERY = tokred.kv.When(every=1)
+QUICK = {
+    "h2o": tokred.make("h2o", budget=9),
+    "h2o by a share": tokred.make("h2o", budget=0.5, recent=3),
+    "streaming_llm": tokred.make("streaming_llm", budget=9, sinks=2),
+    "streaming_llm without sinks": tokred.make("streaming_llm", budget=0.4, sinks=0),
+    "decay": tokred.make("kv", score=ColumnSum(0.9), budget=9, sinks=1, recent=3, when=EVERY),
+    "newest guarded": tokred.make("kv", score="recency", budget=9, recent=4, when=EVERY),
+}
+
+
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each step that is asked for was taken without a site, as they come."""
+    found: list[bool] = []
+    own = Queue.step
+
+    def step(self, *args):
+        found.append(own(self, *args))
+        return found[-1]
+
+    monkeypatch.setattr(Queue, "step", step)
+    return found
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_steps_without_a_site_do_what_those_with_one_do(name, monkeypatch):
+    def run():
+        model = tokred.apply(build("llama"), QUICK[name])
+        cache = tokred.kv_cache(model)
+        outs = [model(prompt(20, 2), past_key_values=cache).logits]
+        for i, m in enumerate(STEPS):
+            outs.append(model(prompt(m, 2, seed=30 + i), past_key_values=cache).logits)
+            if i == 3:
+                cache.reorder_cache(torch.tensor([1, 1]))
+        return [*outs, *told(cache)]
+
+    with monkeypatch.context() as patch:
+        taken = watched(patch)
+        quick = run()
+    assert sum(taken) >= 7 * 2, "most steps of both layers need no site"
+    monkeypatch.setattr(Queue, "step", lambda *args: False)
+    assert close(quick, run())
+
+
+def test_scores_that_mean_something_else_are_asked_for_with_a_site():
+    assert queue_of(tokred.make("h2o", budget=9), 2) is not None
+    assert queue_of(tokred.make("observed_attention", budget=9), 2) is None
+    assert queue_of(tokred.make("kv", score="observed", budget=9, when=EVERY), 2) is None, "divides the sum"
+    assert queue_of(tokred.make("kv", score="recency", budget=9, when=EVERY), 2) is not None
+    assert queue_of(tokred.make("kv", score="recency", budget="1 MiB", when=EVERY), 2) is None
+    assert queue_of(tokred.make("tova", budget=9), 2) is None
+
+
+def test_padding_is_looked_at_with_a_site(monkeypatch):
+    model = tokred.apply(build("llama"), "streaming_llm", budget=9, sinks=2)
+    done = watched(monkeypatch)
+    cache = tokred.kv_cache(model)
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[0, :5] = 0
+    for m in (20, 1, 1):
+        mask = mask if m == 20 else torch.nn.functional.pad(mask, (0, m), value=1)
+        model(prompt(m, 2), attention_mask=mask, past_key_values=cache)
+    assert not any(done)
+    assert all(layer.width == 9 for layer in cache.layers)
 
 
 def test_no_row_is_copied():

@@ -79,7 +79,14 @@ def test_those_that_skip_come_back_as_they_were(family):
         assert torch.equal(seen[4][skipped], behind[skipped])
         assert not torch.equal(seen[4][~skipped], behind[~skipped])
         assert [layer.tokens_in for layer in tokred.report(model).layers] == [26, 16, 16, 16, 26, 26]
-        assert [row.tokens_in for row in tokred.flops(model, None, x.shape).layers] == [26, 16, 16, 16, 26, 26]
+        assert [row.tokens_in for row in tokred.flops(model, tokred.SkipViT(rho=0.4), x.shape).layers] == [
+            26,
+            16,
+            16,
+            16,
+            26,
+            26,
+        ]
         torch.testing.assert_close(torch.cat([model(one[None]) for one in x]), y, rtol=1e-4, atol=1e-5)
         assert torch.equal(model.train()(x), y), "it does in training what it does in evaluation"
 

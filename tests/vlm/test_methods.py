@@ -22,8 +22,12 @@ def methods() -> list[str]:
     kinds = {name: registered.get(name) for name in found}
     # Those that leave prompts whole, and choose while it decodes, have laws of their own.
     other = ("clips", "decodes")
+    # Pixels of tokens are known where the tower is given patches, which LLaVA's is not: see test_pixelprune_visual.
+    pixels = {n for n in kinds if "pixels" in tokred.make(n, **registered.get(n).example).reads}
     return sorted(
-        n for n, cls in kinds.items() if getattr(cls, "visual", True) and not any(getattr(cls, o, False) for o in other)
+        n
+        for n, cls in kinds.items()
+        if getattr(cls, "visual", True) and n not in pixels and not any(getattr(cls, o, False) for o in other)
     )
 
 

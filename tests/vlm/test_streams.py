@@ -105,7 +105,11 @@ def held() -> int:
     return sum(found.values())
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+# All but two are for the matrix.
+SOME = ["window", "groups", pytest.param("norms", marks=pytest.mark.hosts)]
+
+
+@pytest.mark.parametrize("setting", SOME)
 def test_memory_is_flat_over_frames(setting):
     stream, sizes = opened(method=SETTINGS[setting]), {}
     for t, one in enumerate(pixels(64)):
@@ -124,11 +128,11 @@ def test_memory_is_flat_over_frames(setting):
     assert "64 frames, 256 visual tokens, 128 entered the cache (50%)" in str(report)
 
 
-@pytest.mark.parametrize("setting", [None, *SETTINGS])
+@pytest.mark.parametrize("setting", [None, *SOME])
 def test_a_question_leaves_no_trace(setting):
     method = SETTINGS.get(setting)
     asked, silent = opened(method=method), opened(method=method)
-    for t, one in enumerate(pixels(9)):
+    for t, one in enumerate(pixels(4)):
         a, b = asked.frame(one), silent.frame(one)
         assert a.number == t
         assert a.kept.tolist() == b.kept.tolist()
@@ -141,12 +145,13 @@ def test_a_question_leaves_no_trace(setting):
 
 def test_streams_of_one_model_do_not_meet():
     """Nor does chunking matter: frames one by one, or some at a time."""
-    made = [opened(method=method) for method in [None, *SETTINGS.values()]]
-    videos = [pixels(8, seed=i) for i in range(len(made))]
-    for first in range(0, 8, 2):
+    methods = [SETTINGS["window"], SETTINGS["groups"]]
+    made = [opened(method=method) for method in methods]
+    videos = [pixels(4, seed=i) for i in range(len(made))]
+    for first in range(0, 4, 2):
         for stream, video in zip(made, videos, strict=True):
             stream.frames(video[first : first + 2])
-    for stream, video, method in zip(made, videos, [None, *SETTINGS.values()], strict=True):
+    for stream, video, method in zip(made, videos, methods, strict=True):
         alone = opened(method=method)
         alone.frames(video)
         assert torch.equal(alone.ask(QUESTION, logits=True).logits, stream.ask(QUESTION, logits=True).logits)
@@ -160,7 +165,7 @@ def traces(model: Any) -> list[Any]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("setting", [None, *SETTINGS])
+@pytest.mark.parametrize("setting", [None, *SOME])
 def test_the_model_is_as_it_was_between_frames(setting):
     model, batch = model_of("onevision_video"), dense("onevision_video", pixels(3))
     before, y = traces(model), model(**batch).logits
@@ -340,8 +345,7 @@ def test_bad_frames_and_questions():
             stream.ask(wrong)
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1"):
         stream.ask(QUESTION, max_new_tokens=0)
-    with pytest.raises(ValueError, match=r"budget is 0.01, which leaves none of 4 tokens"):
-        opened(method="stc budget=0.01").frame(one)
+    assert len(opened(method="stc budget=0.01").frame(one).kept) == 1, "at least one of each frame"
     qwen = opened("qwen2_5_vl_video")
     with pytest.raises(ValueError, match="sides that 8 divides, got 12 x 16"):
         qwen.frame(torch.randn(3, 12, 16))

@@ -20,8 +20,12 @@ SOME: dict[str, dict[str, Any]] = {
     "saint_visual": {"layer": 1, "q": 4, "budget": 64},
 }
 KINDS = {name: tokred.make(name) for name in tokred.list_methods()}
-# Those of clips look at frames, not at all tokens together: see test_clip_methods.
-NAMES = [name for name, m in KINDS.items() if m.stage == "projector" and not getattr(m, "clips", False)]
+# Those of clips look at frames, not at all tokens together: see test_clip_methods; these sites have no pixels.
+NAMES = [
+    name
+    for name, m in KINDS.items()
+    if m.stage == "projector" and not getattr(m, "clips", False) and "pixels" not in m.reads
+]
 
 
 class Largest(TorchDispatchMode):

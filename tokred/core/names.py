@@ -64,6 +64,7 @@ MethodName = Literal[
     "oscar",
     "pitome",
     "pixelprune",
+    "pixelprune_visual",
     "ppt",
     "prumerge",
     "prumerge_plus",

@@ -14,9 +14,10 @@ from torch import Tensor
 from tokred.core.reduction import Reduction
 from tokred.kernels.dispatch import without_autocast
 from tokred.kv.allocators import Grant
-from tokred.kv.fitting import FITTED, REFERENCE
+from tokred.kv.fitting import FITTED, FITTED_KEYS, REFERENCE
 from tokred.kv.limit import Ledger, ledger_of
 from tokred.kv.policy import CachePolicy
+from tokred.kv.queue import queue_of
 from tokred.kv.repeat import CONTEXT, REPEATED, Probe, Repeats
 from tokred.kv.site import CacheSite, Made
 
@@ -135,6 +136,7 @@ class Engine:
         when: the policy's times, as this number of layers needs them.
         ledger: of the bytes held, under a hard limit; else None.
         probe: reads the attention of forwards that repeat the context; None in all other forwards.
+        queue: takes steps without a site, where it can; None: it never can.
         learning: whether the score's module was in training in the last forward.
     """
 
@@ -145,10 +147,9 @@ class Engine:
         self.when = self.parts.when.paced(depth)
         # Float32 numbers that stay with each row: accumulated scores, and weights and marks of merged rows.
         state = self.parts.score.numbers + 3 * (self.parts.fate.room > 0) + self.parts.fate.rewrites
-        if self.when.chunk:
-            # Scores that wait for the end of the forward, of double precision at most.
-            state += 2 * self.parts.budget.deferred
-        self._swaps = policy.swaps
+        # Scores that wait for the end of the forward, of double precision at most.
+        state += 2 * self.parts.budget.deferred * bool(self.when.chunk)
+        self._swaps, self.queue = policy.swaps, queue_of(self.policy, depth)
         self._state_bytes = 4 * state if self.when.every or self.when.turns else 0
         self.ledger: Ledger | None = ledger_of(policy, self.when, depth)
         self.prompt: int | None = None
@@ -169,10 +170,8 @@ class Engine:
 
     def watches(self, clock: Clock, after: int) -> bool:
         """True if the policy has to see the forward that ends at ``after`` slots."""
-        if self.idle:
-            return False
-        if self.probe is not None:
-            return True
+        if self.idle or self.probe is not None:
+            return not self.idle
         prompt = self._prompt(clock, after)
         return clock.prompt < 0 or not clock.lengths or not self.when.over(prompt, after)
 
@@ -376,7 +375,7 @@ class Engine:
             score, site = score.gather(2, order), site.at(*layer.shown(), layer.slots, layer.ragged, layer.weights)
         with without_autocast(score):
             step = self.policy.shrink(site, score, grant.rows, grant.counts)
-        values, weights, keys = (layer.notes.pop(name, None) for name in FITTED)
+        values, weights, keys = (layer.notes.pop(name, None) for name in (*FITTED, FITTED_KEYS))
         if not step.trivial:
             if values is not None:
                 layer.rewrite(values, weights, keys)

@@ -15,9 +15,10 @@ from tokred.kv.parts import Fate, check_count
 from tokred.kv.select import Counts, keep, kept_mask
 from tokred.kv.site import CacheSite
 
-# Notes of a layer for the moment of its eviction: queries that the fit is to serve, and what was fitted; keys and
-# weights where they are other ones.
-REFERENCE, FITTED = ("reference", "reference_meant"), ("fitted_values", "fitted_weights", "fitted_keys")
+# Notes of a layer for the moment of its eviction: queries that the fit is to serve, and what was fitted.
+REFERENCE, FITTED = ("reference", "reference_meant"), ("fitted_values", "fitted_weights")
+# Likewise: keys that were made along with the values.
+FITTED_KEYS = "fitted_keys"
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Fit(Fate):
                 "the fate 'fit' serves queries that the score 'matched' leaves, and had none: take both"
             )
         queries, meant = (site.notes.pop(name) for name in REFERENCE)
-        site.notes.update(zip(FITTED, self.fitted(site, kept & free, free, queries, meant), strict=False))
+        site.notes.update(zip(FITTED, self.fitted(site, kept & free, free, queries, meant), strict=True))
         return keep(score, site.real, guard, counts, exact=site.slots is None or site.real is None)
 
     def fitted(

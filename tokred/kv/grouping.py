@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokred.core.reduction import Reduction
 from tokred.errors import MissingInputError
-from tokred.kv.fitting import FITTED
+from tokred.kv.fitting import FITTED, FITTED_KEYS
 from tokred.kv.parts import Budget, Fate, check_count
 from tokred.kv.select import Counts, keep
 from tokred.kv.site import CacheSite, Place
@@ -129,4 +129,4 @@ def samples(site: CacheSite) -> list[tuple[slice, Tensor | None, int]]:
 
 def noted(notes: dict[str, Any], keys: Tensor, values: Tensor, weights: Tensor | None) -> None:
     """Note keys and values ``[B, Hk, K, D]`` that :class:`Replace` gives to the rows that stay."""
-    notes.update(zip(FITTED, (values, weights, keys), strict=True))
+    notes.update(zip((*FITTED, FITTED_KEYS), (values, weights, keys), strict=True))

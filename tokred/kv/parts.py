@@ -130,6 +130,13 @@ class Score(Part):
     def observe(self, site: CacheSite) -> None:
         """Take note of a forward, in ``site.rows`` (per row) or ``site.notes``."""
 
+    def quick(self, q: Tensor, k: Tensor, slots: Tensor, scale: float | None, rows: dict[str, Tensor]) -> Tensor | None:
+        """Take note of one token after a prompt, and score, without a site; None, with nothing noted: one is needed.
+
+        ``q`` is ``[B, H, 1, D]``; no row is padding. The slots themselves say that the oldest goes.
+        """
+        return None
+
     @abstractmethod
     def __call__(self, site: CacheSite) -> Tensor:
         """``[B, Hk, K]`` float32, larger is kept. Values of padding and empty rows do not matter."""

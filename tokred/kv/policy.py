@@ -124,6 +124,18 @@ class CachePolicy(Method):
                 f"take Uniform and Evict, not {parts.budget!r} and {parts.fate!r}"
             )
 
+    def check_places(self, count: int, depth: int) -> None:
+        """Refuse to act on ``count`` of ``depth`` layers alone, where a network is of all.
+
+        Raises:
+            ValueError: with both numbers.
+        """
+        if "module" in self.reads and count < depth:
+            raise ValueError(
+                f"{self.name!r} has a network for all {depth} layers, and where= leaves {count} of them: apply it "
+                "without where="
+            )
+
     @property
     def needs(self) -> dict[str, str]:
         """Abilities that a store has to have, see :data:`tokred.kv.stores.ABILITIES`, each with who needs it."""

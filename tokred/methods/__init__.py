@@ -127,6 +127,7 @@ TARGETS = {
     "nemotron": "tokred.methods.vlm.flash_vl:Nemotron",
     "vscan_layer": "tokred.methods.vlm.vscan:VScanLayer",
     "saint_layer": "tokred.methods.vlm.saint_vlm:SAINTLayer",
+    "pixelprune_visual": "tokred.methods.vlm.pixelprune_visual:PixelPruneVisual",
     "saint_visual": "tokred.methods.vlm.saint_vlm:SAINTVisual",
     "sparsevlm": "tokred.methods.vlm.sparsevlm:SparseVLM",
     "topv": "tokred.methods.vlm.topv:TopV",

@@ -141,7 +141,7 @@ def _check_blends(policy: Any) -> None:
         why = "reads the prompt again"
     elif parts.when.chunk:
         why = "reads the prompt in chunks, under a limit"
-    elif "stream" in parts.budget.reads or "hidden" in parts.score.needs:
+    elif "stream" in parts.budget.reads or parts.score.needs & {"hidden", "again"}:
         why = "reads what goes through the layers"
     if why:
         raise ValueError(

@@ -32,7 +32,7 @@ class CausalMethod(ClipMethod):
     A subclass answers :meth:`step`. :func:`tokred.stream` hands it frames as they come; on a clip it goes through them.
 
     Args:
-        budget: tokens of each frame that stay, a number or a share; frames that have no more stay whole.
+        budget: tokens of each frame that stay, a number or a share, at least one; frames that have no more stay whole.
     """
 
     causal: ClassVar[bool] = True
@@ -58,7 +58,9 @@ class CausalMethod(ClipMethod):
         """
 
     def count(self, n: int) -> int:
-        """Of ``n`` tokens of a frame."""
+        """Of ``n`` tokens of a frame; a share of less than one is one."""
+        if isinstance(self.budget, float) and n and self.budget * n < 1:
+            return 1
         return count_of(self.budget, n)
 
     def kept(self, frames: int, cells: int) -> int:

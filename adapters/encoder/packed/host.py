@@ -82,6 +82,8 @@ class PackedHost(EncoderHost):
         """Tokens and multiply-adds of each block; all rows are counted as one image."""
         n, rows = self.tokens(shape), []
         for layer, (_, block) in enumerate(self.blocks):
+            if method is not None and layer == method.joins(self.depth):
+                n = self.tokens(shape)
             after = n if method is None else method.tokens(n, Place(layer, self.depth))
             entering = after if method is not None and method.where == "before" else n
             rows.append((n, after, self._macs(block, entering, after, entering * self._seen(layer, entering), method)))

@@ -143,7 +143,9 @@ def _moved(host: CacheHost, parts: Sequence[Chunk | Tensor]) -> Joined:
     turns, here = Turns(host, max(place, int(at.max()) + 1)), torch.arange(place)
     layers = []
     for i in range(len(host.attentions)):
-        rows = [part.rows[i] if isinstance(part, Chunk) else part.shape[1] for part in parts]
+        rows: list[tuple[Tensor, Tensor] | int] = [
+            part.rows[i] if isinstance(part, Chunk) else part.shape[1] for part in parts
+        ]
         keys, values = joined.in_a_row(rows)
         layers.append((turns.moved(i, keys, at, here), values))
     return joined.joined(layers)

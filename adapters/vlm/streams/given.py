@@ -1,4 +1,4 @@
-"""What users hand to a stream: texts as ids or words, and models."""
+"""Texts as users hand them to a stream, as ids or words, and models."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def as_ids(text: object, argument: str, tokenizer: Any) -> Tensor:
     if isinstance(text, str):
         if tokenizer is None:
             raise TypeError(f"{argument} is text: give tokred.stream(..., tokenizer=), or ids")
-        text = tokenizer(text, add_special_tokens=False)[words.INPUT_IDS.name]
+        text = tokenizer(text, **{words.MARKS.name: False})[words.INPUT_IDS.name]
     if isinstance(text, list | tuple) and all(type(one) is int for one in text):
         return torch.tensor(text, dtype=torch.long)
     if not isinstance(text, Tensor) or text.is_floating_point() or text.dtype == torch.bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tokred.adapters.contract import words
+from tokred.adapters.contract.spelling import parameters
 from tokred.adapters.swap import host_class
 from tokred.adapters.vlm.families import describe
 from tokred.adapters.vlm.layout import Part, clip_of
@@ -20,7 +21,7 @@ from tokred.vlm.causal import CausalMethod, State
 
 
 class Features(NamedTuple):
-    """What the tower and the projector made of a frame.
+    """Features that the tower and the projector made of a frame.
 
     Attributes:
         x: ``(1, N, C)`` as they would enter the language model.
@@ -34,7 +35,7 @@ class Features(NamedTuple):
 
 
 class Looked(NamedTuple):
-    """What is left of a frame.
+    """Tokens that are left of a frame.
 
     Attributes:
         x: ``(1, M, C)``.
@@ -51,6 +52,10 @@ def features_of(core: nn.Module, looks: Looks, given: dict[str, Any]) -> Feature
     """The features of one frame; taps that are hung on the model note what the method reads."""
     # The class's own getter: what stands in front of it on a patched model is for forwards of prompts.
     getter = getattr(host_class(core), looks.getter)
+    pixels = words.VIDEO_PIXELS.of(given)
+    if pixels is not None and not words.VIDEO_PIXELS.among(parameters(getter)):
+        # Older versions give videos to the getter under the name that images have.
+        given = {words.PIXELS.name: pixels}
     before = in_flight.tap
     tap = in_flight.tap = Tap()
     try:

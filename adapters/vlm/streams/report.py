@@ -1,4 +1,4 @@
-"""What a stream has seen and holds, as a report."""
+"""A report of what a stream has seen and holds."""
 
 from __future__ import annotations
 

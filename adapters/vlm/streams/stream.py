@@ -163,6 +163,7 @@ class Stream:
         some = next(self._core.get_submodule(parts.host.facts.tower).parameters())
         given = parts.looks.given(self._core, pixels.to(some.device, some.dtype))
         given = {name: value.to(some.device) for name, value in given.items()}
+        # The state is taken over when the language model has run: a frame goes in as a whole or not at all.
         with self._at_work(), self._unless_it_fails():
             with contextlib.nullcontext() if parts.tower is None else parts.tower.frame(self._frames):
                 found = features_of(self._core, parts.looks, given)
@@ -225,11 +226,11 @@ class Stream:
                     break
                 x = self._embed(torch.tensor([[token]], device=self._device))
         tokenizer = self._parts.tokenizer
-        text = None if tokenizer is None else str(tokenizer.decode(found))
+        text = None if tokenizer is None else str(members.DECODE.need(tokenizer)(found))
         return Answer(tuple(found), text, torch.stack(rows) if logits else None)
 
     def report(self) -> StreamReport:
-        """What has been seen, and what is held."""
+        """A report of what has been seen, and what is held."""
         tower = self._parts.tower
         return StreamReport(
             self._parts.host.family,
@@ -347,7 +348,7 @@ class Stream:
 
     @contextlib.contextmanager
     def _unless_it_fails(self) -> Iterator[None]:
-        """What breaks off leaves the cache as it was."""
+        """Inside, an error leaves the cache as it was."""
         before = self._snapshot()
         try:
             yield
@@ -357,13 +358,15 @@ class Stream:
 
     def _snapshot(self) -> Any:
         if isinstance(self._cache, TokCache):
-            return self._cache.snapshot()
+            ours: TokCache = self._cache
+            return ours.snapshot()
         # Layers of transformers make new tensors of the old and the new rows; the old ones stay as they are.
         return [dict(vars(layer)) for layer in layers_of(self._cache)]
 
     def _restore(self, before: Any) -> None:
         if isinstance(self._cache, TokCache):
-            self._cache.restore(before)
+            ours: TokCache = self._cache
+            ours.restore(before)
             return
         for layer, state in zip(layers_of(self._cache), before, strict=True):
             layer.__dict__.clear()

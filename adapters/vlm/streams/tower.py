@@ -21,7 +21,7 @@ from tokred.vlm.tools.reuse import Reuse
 
 
 class Held(NamedTuple):
-    """What one layer remembers of the reference frame, ``(1, S, C)`` each.
+    """Tensors that one layer remembers of the reference frame, ``(1, S, C)`` each.
 
     Attributes:
         keys, values: of all heads joined.
@@ -91,19 +91,19 @@ class TowerReuse:
 
 
 class Seat(NamedTuple):
-    """What a layer is told: whose it is, its number, and the names of its parts."""
+    """A layer's place in its tower: whose it is, its number, and the names of its parts."""
 
     owner: TowerReuse
-    index: int
+    number: int
     facts: TowerLayer
 
 
 def body(host: Any) -> dict[str, Any]:
     """The forward of a layer that uses features again."""
 
-    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         seat: Seat = self.__dict__[SETTINGS]
-        return run(self, seat, hidden_states)
+        return run(self, seat, args[0] if args else words.STATES.at(kwargs))
 
     return {"forward": forward}
 
@@ -127,10 +127,10 @@ def run(layer: Any, seat: Seat, x: Tensor) -> Tensor:
         values = value(y)
         attended = output(_attend(attention, query(y), keys, values))
         x = x + attended
-        changed = mlp(second(x))
-        owner.held[seat.index] = Held(*(one.detach() for one in (keys, values, attended, changed)))
+        changed: Tensor = mlp(second(x))
+        owner.held[seat.number] = Held(*(one.detach() for one in (keys, values, attended, changed)))
         return x + changed
-    held = owner.held[seat.index]
+    held = owner.held[seat.number]
     rows = owner.how.stale(keys, held.keys, owner.prefix)
     if not rows.shape[1]:
         return x + held.attention + held.mlp

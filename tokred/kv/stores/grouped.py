@@ -26,13 +26,13 @@ class Codes(NamedTuple):
     Attributes:
         codes: ``[B, Hk, ceil(n * D / 2)]`` uint8, two numbers in each.
         low, high: ``[B, Hk, D]`` of the rows' type, the least and the largest number of each channel.
-        count: rows ``n``.
+        size: rows ``n``.
     """
 
     codes: Tensor
     low: Tensor
     high: Tensor
-    count: int
+    size: int
 
     @classmethod
     def of(cls, rows: Tensor) -> Codes:
@@ -50,7 +50,7 @@ class Codes(NamedTuple):
         """``[B, Hk, n, D]`` of the rows' type."""
         both = torch.stack([self.codes & LEVELS, self.codes >> 4], -1).flatten(2)
         width = self.low.shape[-1]
-        codes = both[..., : self.count * width].unflatten(2, (self.count, width)).float()  # type: ignore[no-untyped-call]
+        codes = both[..., : self.size * width].unflatten(2, (self.size, width)).float()  # type: ignore[no-untyped-call]
         low, high = self.low.float().unsqueeze(2), self.high.float().unsqueeze(2)
         # The largest number is given back as it was, not as so many rounded steps.
         found = torch.where(codes == LEVELS, high, codes * ((high - low) / LEVELS) + low)
@@ -58,7 +58,8 @@ class Codes(NamedTuple):
 
     def select(self, index: Tensor) -> Codes:
         """Other samples, ``index`` ``[B']`` of the old ones."""
-        return Codes(*(x.index_select(0, index) for x in self[:3]), self.count)
+        codes, low, high = (x.index_select(0, index) for x in self[:3])
+        return Codes(codes, low, high, self.size)
 
 
 class Group(NamedTuple):
@@ -164,7 +165,7 @@ class GroupedShelf(Shelf):
     @property
     def width(self) -> int:
         rows = sum(x[0].shape[2] for x in (self._first, self._tail) if x is not None)
-        return rows + sum(one.keys.count for one in self._groups)
+        return rows + sum(one.keys.size for one in self._groups)
 
     @property
     def samples(self) -> int:
@@ -221,7 +222,7 @@ class GroupedShelf(Shelf):
         groups = (*self._groups, Group(Codes.of(keys), Codes.of(values)))
         means = mean if self._means is None else torch.cat([self._means, mean], 2)
         over = 0 if self.store.most is None else max(0, len(groups) - self.store.most)
-        self._left += sum(one.keys.count for one in groups[:over])
+        self._left += sum(one.keys.size for one in groups[:over])
         self._groups, self._means = groups[over:], means[:, :, over:].contiguous()
 
     def detach(self, count: int) -> Rows:
@@ -257,7 +258,7 @@ class GroupedShelf(Shelf):
 
     def attend(self, query: Query) -> Tensor | None:
         tail = self._tail
-        sizes = {one.keys.count for one in self._groups}
+        sizes = {one.keys.size for one in self._groups}
         if tail is None or query.padding(self.width) is not None or (len(sizes) > 1 and self.samples > 1):
             return None
         groups = self.chosen(query.q)
@@ -266,7 +267,7 @@ class GroupedShelf(Shelf):
             made = [
                 torch.cat([self._groups[g][which].select(at).rows() for g in some], 2)
                 for some, at in zip(
-                    groups.tolist(), torch.arange(len(groups), device=groups.device).split(1), strict=True
+                    groups.tolist(), torch.arange(len(groups), device=groups.device).unsqueeze(1), strict=True
                 )
             ]
             first = [] if self._first is None else [self._first[which]]

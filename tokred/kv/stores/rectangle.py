@@ -98,7 +98,7 @@ class RectangleShelf(SlottedShelf):
             room = self._room
             assert room is not None  # or nothing would fit
             for x, new in zip(room, (keys, values), strict=True):
-                x[:, :, -1:] = new
+                x.narrow(2, x.shape[2] - 1, 1).copy_(new)
             self._hold(*room)
         else:
             self._hold(torch.cat([self._keys, keys], 2), torch.cat([self._values, values], 2))
@@ -126,11 +126,12 @@ class RectangleShelf(SlottedShelf):
         if not self._free(keys, values):
             keys, values = (x.clone(memory_format=torch.contiguous_format) for x in (keys, values))
         pairs, n = gone.shape[0] * gone.shape[1], keys.shape[2]
-        place = (gone.view(pairs, 1) + offsets(pairs, n, gone)).view(-1)
+        first = offsets(pairs, n, gone)
+        place, last = (gone.view(pairs, 1) + first).view(-1), first.view(-1) + (n - 1)
         for x in (keys, values):
-            last = x[:, :, -1].reshape(pairs, x.shape[3]).clone()
-            x.view(pairs * n, x.shape[3]).index_copy_(0, place, last)
-        self._hold(keys[:, :, :-1], values[:, :, :-1])
+            rows = x.view(pairs * n, x.shape[3])
+            rows.index_copy_(0, place, rows.index_select(0, last))
+        self._hold(keys.narrow(2, 0, n - 1), values.narrow(2, 0, n - 1))
         self._room = keys, values
         self._slots = without_row(slots, gone)
 

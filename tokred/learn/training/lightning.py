@@ -74,7 +74,7 @@ class LightningCallback(_base()):  # type: ignore[misc]  # its base is known whe
 
     def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
         """Set the parameters of the step that comes."""
-        steps = self.schedule and int(trainer.estimated_stepping_batches)
+        steps = int(trainer.estimated_stepping_batches) if self.schedule else 0
         values = {name: ramp.at(trainer.global_step, steps) for name, ramp in self.schedule.items()}
         if values:
             tokred.change(pl_module, **values)

@@ -50,7 +50,7 @@ class Compressor(nn.Module):
 
     def forward(self, layer: int, name: str, x: Tensor) -> Tensor:
         """``[..., c, D]`` of ``x`` ``[..., c * factor, D]``, in its type."""
-        rows = x.unflatten(-2, (-1, self.factor)).float()
+        rows = x.reshape(*x.shape[:-2], -1, self.factor, self.width).float()
         networks: Any = self.layers[layer]
         found: Tensor = networks[name](rows.flatten(-2))
         return (found + rows.mean(-2) if self.residual else found).to(x.dtype)
@@ -178,15 +178,10 @@ class Compressed(Score):
         """The module.
 
         Raises:
-            ValueError: it is of another number of layers than the policy acts on, or of other widths.
+            ValueError: it is of heads of another width than the layer's.
         """
         found = site.learned.module
         assert isinstance(found, Compressor)  # the host supplies what is read
-        if len(found.layers) != site.depth:
-            raise ValueError(
-                f"the compressor has {len(found.layers)} layers, and the policy acts on {site.depth}: apply it "
-                "without where="
-            )
         if {site.k.shape[-1], site.v.shape[-1]} != {found.width}:
             raise ValueError(
                 f"the compressor is of heads of {found.width} numbers, and layer {site.layer} has keys of "
@@ -203,7 +198,8 @@ def read(site: CacheSite, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tens
         q: ``[b, H, m, D]``, all of which see every row.
         k, v: ``[b, Hk, K, D]``.
     """
-    q = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3).float()
+    b, heads, _, width = k.shape
+    q = q.reshape(b, heads, -1, width).float()
     assert site.scale is not None  # since the site was made
     logits = q @ k.float().mT * site.scale
     if site.softcap:

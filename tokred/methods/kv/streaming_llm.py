@@ -28,6 +28,10 @@ class Recency(Score):
         """The number of the token."""
         return site.token.double().expand(site.extent)
 
+    def quick(self, q: Tensor, k: Tensor, slots: Tensor, scale: float | None, rows: dict[str, Tensor]) -> Tensor | None:
+        """The slots."""
+        return slots
+
 
 @register("streaming_llm")
 @dataclass(frozen=True)

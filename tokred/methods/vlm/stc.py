@@ -30,7 +30,8 @@ class STC(CausalMethod):
     :func:`tokred.stream`.
 
     Args:
-        budget: tokens of each frame that stay, a number or a share; frames that have no more stay whole.
+        budget: tokens of each frame that stay, a number or a share, at least one; frames that have no more stay
+            whole.
         alpha: weight of the distance from the last frames; the distance from the own frame has the rest. The first
             frame has no other.
         window: frames whose means are remembered.

@@ -35,7 +35,8 @@ class StreamingTOM(CausalMethod):
     The second stage, the memory of four bits, is ``"streamingtom_cache"``.
 
     Args:
-        budget: tokens of each frame that stay, a number or a share; frames that have no more stay whole.
+        budget: tokens of each frame that stay, a number or a share, at least one; frames that have no more stay
+            whole.
         tau: cosine above which a token is static; 1: none is.
         saliency: of dynamic tokens: ``"attention"``, what they receive in the tower; ``"norm"``, how long their
             features are, which needs no attention.

@@ -1,0 +1,69 @@
+"""Arms of encoder/train_learned: their work, their recipes, and the rows that come of them."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("timm")
+pytest.importorskip("safetensors")
+pytest.importorskip("accelerate")
+
+import tokred
+from benchmarks.encoder import learned_arms as arms
+from benchmarks.encoder import train_learned
+from tokred.bench import embedded, results
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return embedded.load()
+
+
+@pytest.mark.parametrize("share", [0.5, 0.33])
+def test_arms_do_the_work_that_they_are_told(plain, share):
+    full = arms.work(plain, None)
+    assert arms.work(arms.smaller(share), None) / full == pytest.approx(share, abs=0.011)
+    for name in ("cropr", "dynamicvit", "dtem", "tome", "evit", "class_attention", "random_prune", "downsample"):
+        done = arms.work(plain, arms.setting(name, share, plain)) / full
+        assert share - 0.04 < done <= share + 0.01, name
+    with pytest.raises(ValueError, match="skipvit has no setting for 33% of the work"):
+        arms.setting("skipvit", 0.33, plain)
+
+
+def test_recipes_and_those_that_train_like_the_first(plain):
+    found = arms.recipes(["cropr", "dtem", "tome", "class_attention", "dense", "smaller"], 7, 3, 2e-4)
+    assert {(r.steps, r.batch) for r in found.values()} == {(7, 3)}
+    assert [r.lr for r in found.values()] == [2e-4, 0.0, 2e-4, 2e-4, 2e-4, pytest.approx(2e-3)]
+    assert found["dtem"].schedule
+    assert found["tome"].lr_method is None
+    assert found["class_attention"].parameters == {"fuse": False}
+    assert arms.at_share("dense", found["dense"], 0.5, plain).share == 1
+    made = arms.at_share("class_attention", found["class_attention"], 0.5, plain).recipe
+    assert tokred.make(made.method, **made.parameters).fuse is False
+    with pytest.raises(ValueError, match="'tome' is no recipe: the first name has to be one"):
+        arms.recipes(["tome"], 0, 0)
+    told = arms.at_share("diffrate", arms.recipes(["diffrate"], 0, 0)["diffrate"], 0.33, plain)
+    assert told.recipe.parameters["target"] == 0.33
+    skip = arms.at_share("skipvit", arms.recipes(["skipvit"], 0, 0)["skipvit"], 0.7, plain).recipe
+    assert skip.schedule["rho"].end == skip.parameters["rho"]
+
+
+def test_garments_cover_some_patches():
+    found = arms.foreground(20)
+    assert tuple(found.shape) == (20, 196)
+    assert 4 < float(found.sum(1).float().mean()) < 17
+
+
+def test_seeds_become_a_mean_with_its_interval():
+    row = {"name": "cropr", "share": 0.5, "steps": 9, "batch": 2, "test": 100, "recall": 0.5, "tokens": 9.0,
+           "work": 0.5, "rate": 80.0, "at": 100, "setting": "Cropr(r=3)", "method": "cropr", "where": {}}  # fmt: skip
+    (one,) = train_learned.records([{**row, "top1": top1, "seed": i} for i, top1 in enumerate((0.7, 0.72, 0.74))])
+    assert one["top1"] == pytest.approx(0.72)
+    assert one["top1_high"] - one["top1"] == pytest.approx(1.96 * 0.02 / 3**0.5, rel=1e-3)
+    made = {r.metric: r for r in results.rows(one, "learned")}
+    assert made["top1"].count == 300
+    assert made["gmacs_share"].value == 0.5
+    (single,) = train_learned.records([{**row, "top1": 0.7, "seed": 0}])
+    assert single["top1_low"] < 0.7 < single["top1_high"]
+    lines = train_learned.table([{**row, "top1": 0.7, "seed": 0}, {**row, "top1": 0.8, "seed": 1}])
+    assert "±0.0500" in lines[1]
