@@ -251,9 +251,9 @@ def test_tight_heads_hold_the_same_in_fewer_bytes(name):
 
 def test_uneven_heads_in_a_format_under_a_limit(watched):
     model, caches, held = watched
-    policy = tokred.Limited(tokred.make("adakv", score=tokred.kv.Window(4, 3), store=SMALL["kivi"]), "96 KiB", 16)
-    cache = read(model, caches, policy, 144, 16, 3)
-    assert max(held) <= cache.peak_bytes <= 96 * 1024
+    policy = tokred.Limited(tokred.make("adakv", score=tokred.kv.Window(4, 3), store=SMALL["kivi"]), "80 KiB", 20)
+    cache = read(model, caches, policy, 180, 20, 3)
+    assert max(held) <= cache.peak_bytes <= 80 * 1024
     counts = (cache.layers[0].positions < 1000).sum(-1)
     assert (counts[..., 0] != counts[..., 1]).any()
     assert cache.layers[0].held < cache.layers[0].width, "the longest head does not decide"
