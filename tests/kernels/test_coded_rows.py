@@ -114,8 +114,11 @@ def test_loops(case: tuple[int, Any, bool, int, int], threads: int, monkeypatch:
     check(coded(case, room=0 if threads == 1 else 5), heads=threads)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, ids=str)
+# Each is compiled for itself, in about two seconds: one of each kind, and the others before a release.
+COMPILED = [case if i in (2, 4, 8) else pytest.param(case, marks=pytest.mark.hosts) for i, case in enumerate(CASES)]
+
+
+@pytest.mark.parametrize("case", COMPILED, ids=str)
 def test_compiled_loops(case: tuple[int, Any, bool, int, int]) -> None:
     pytest.importorskip("numba")
     check(coded(case, room=3))
@@ -140,11 +143,12 @@ def test_bad_input_and_registration(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"weights must be \[B, Hk, G, P\] = \[2, 3, G, 21\]"):
         coded_sums(torch.zeros(2, 3, 1, 8), rows)
     ops: Any = torch.ops.tokred
-    torch.library.opcheck(ops.coded_scores.default, (torch.zeros(2, 3, 1, 16), *rows))
-    torch.library.opcheck(ops.coded_sums.default, (torch.zeros(2, 3, 1, 21), *rows))
+    checks = ("test_schema", "test_faketensor")  # neither has a gradient
+    torch.library.opcheck(ops.coded_scores.default, (torch.zeros(2, 3, 1, 16), *rows), test_utils=checks)
+    torch.library.opcheck(ops.coded_sums.default, (torch.zeros(2, 3, 1, 21), *rows), test_utils=checks)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("scores", LEVELS), ("sums", BOOK), ("scores", LARGEST)])
+@pytest.mark.parametrize(("name", "kind"), [("scores", LARGEST), ("sums", BOOK)])
 def test_compiles_for_a_gpu(name: str, kind: int) -> None:
     pytest.importorskip("triton")
     import triton

@@ -215,7 +215,7 @@ class TightShelf(Shelf):
             shelf.settle(part)
 
     def take(self, step: Reduction, slots: Tensor) -> None:
-        index, b, heads = step.representative, *step.batch
+        index, (b, heads) = step.representative, step.batch
         mask = torch.ones(index.shape, dtype=torch.bool, device=index.device) if step.mask is None else step.mask
         counts = tuple(
             tuple(self._shrink(i, h, index[i, h], mask[i, h], slots[i, h]) for h in range(heads)) for i in range(b)
