@@ -186,6 +186,7 @@ PARTS = {
     "split": "tokred.kv.budgets.split:Split",
     "squeeze": "tokred.kv.budgets.squeeze:Squeeze",
     "threshold": "tokred.kv.budgets.threshold:Threshold",
+    "tight": "tokred.kv.stores.tight:Tight",
     "tokenbutler": "tokred.kv.stores.tokenbutler:TokenButler",
     "tokenselect": "tokred.kv.stores.tokenselect:TokenSelect",
     "turbo": "tokred.kv.stores.rotated:Turbo",
