@@ -126,6 +126,7 @@ from tokred.methods.kv.tokenselect import TokenSelect
 from tokred.methods.kv.tova import TOVA
 from tokred.methods.kv.triattention import TriAttention
 from tokred.methods.kv.zeromerge import ZeroMerge
+from tokred.methods.moe.capacity_drop import CapacityDrop
 from tokred.methods.vlm.cat import CAT
 from tokred.methods.vlm.cdpruner import CDPruner
 from tokred.methods.vlm.divprune import DivPrune
@@ -199,6 +200,7 @@ __all__ = [
     "CAToMe",
     "CDPruner",
     "CacheReport",
+    "CapacityDrop",
     "ChunkStore",
     "CriticalKV",
     "Cropr",

@@ -11,6 +11,7 @@ MethodName = Literal[
     "attention_matching",
     "avit",
     "cake",
+    "capacity_drop",
     "cat",
     "catome",
     "cdpruner",

@@ -64,6 +64,7 @@ TARGETS = {
     "offloaded": "tokred.methods.kv.offloaded:Offloaded",
     "oscar": "tokred.methods.kv.rotated:Oscar",
     "pyramidkv": "tokred.methods.kv.pyramidkv:PyramidKV",
+    "capacity_drop": "tokred.methods.moe.capacity_drop:CapacityDrop",
     "random_deep": "tokred.methods.vlm.random_deep:RandomDeep",
     "random_evict": "tokred.methods.kv.random_evict:RandomEvict",
     "rdkv": "tokred.methods.kv.rdkv:RDKV",
