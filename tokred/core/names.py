@@ -25,6 +25,7 @@ MethodName = Literal[
     "dycoke",
     "dycoke_decode",
     "dynamicvit",
+    "earlytom",
     "evit",
     "evs",
     "expected_attention",
