@@ -131,6 +131,7 @@ from tokred.methods.vlm.cat import CAT
 from tokred.methods.vlm.cdpruner import CDPruner
 from tokred.methods.vlm.divprune import DivPrune
 from tokred.methods.vlm.dycoke import DyCoke, DyCokeDecode
+from tokred.methods.vlm.earlytom import EarlyTom
 from tokred.methods.vlm.evs import EVS
 from tokred.methods.vlm.fastervlm import FasterVLM
 from tokred.methods.vlm.fastkv import FastKV
@@ -213,6 +214,7 @@ __all__ = [
     "DyCokeDecode",
     "DynamicViT",
     "EViT",
+    "EarlyTom",
     "ExpectedAttention",
     "Explanation",
     "FastCache",

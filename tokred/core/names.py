@@ -26,6 +26,7 @@ MethodName = Literal[
     "dycoke",
     "dycoke_decode",
     "dynamicvit",
+    "earlytom",
     "evit",
     "evs",
     "expected_attention",

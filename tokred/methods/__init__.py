@@ -104,6 +104,7 @@ TARGETS = {
     "downsample_visual": "tokred.methods.vlm.visual_baselines:DownsampleVisual",
     "uniform_frames": "tokred.methods.vlm.visual_baselines:UniformFrames",
     "evs": "tokred.methods.vlm.evs:EVS",
+    "earlytom": "tokred.methods.vlm.earlytom:EarlyTom",
     "vidcom2": "tokred.methods.vlm.vidcom2:VidCom2",
     "vcast": "tokred.methods.vlm.vcast:VCAST",
     "dycoke": "tokred.methods.vlm.dycoke:DyCoke",
