@@ -49,6 +49,7 @@ NAMES = {
     "diffrate": "DiffRate",
     "avit": "A-ViT",
     "skipvit": "SkipViT",
+    "bavit": "BAViT",
     "pixelprune": "PixelPrune",
 }
 LABELS = {
