@@ -210,6 +210,8 @@ def at_share(name: str, recipe: learn.Recipe, share: float, plain: nn.Module) ->
         parameters[parameter] = method.to_dict()["parameters"][parameter]
     elif recipe.method == "diffrate":
         parameters["target"] = share
+    elif recipe.method == "dovit":
+        share = 1.0  # decided by confidence alone, whatever work that is
     elif recipe.method == "avit":
         parameters["beta"] = halting(share, plain, parameters)
     # Schedules end at what was asked for, not at what the recipe has.

@@ -50,6 +50,7 @@ NAMES = {
     "avit": "A-ViT",
     "skipvit": "SkipViT",
     "bavit": "BAViT",
+    "dovit": "DoViT",
     "pixelprune": "PixelPrune",
 }
 LABELS = {
