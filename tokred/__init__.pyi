@@ -64,8 +64,10 @@ from tokred.methods.diffusion.vidtome import VidToMe
 from tokred.methods.encoder.algm import ALGM
 from tokred.methods.encoder.ats import ATS
 from tokred.methods.encoder.avit import AViT
+from tokred.methods.encoder.bavit import BAViT
 from tokred.methods.encoder.cropr import Cropr
 from tokred.methods.encoder.diffrate import DiffRate
+from tokred.methods.encoder.dovit import DoViT
 from tokred.methods.encoder.downsample import Downsample
 from tokred.methods.encoder.dtem import DTEM
 from tokred.methods.encoder.dynamicvit import DynamicViT
@@ -196,6 +198,7 @@ __all__ = [
     "AsymRnR",
     "AttentionMatching",
     "AttentionSite",
+    "BAViT",
     "BlockMethod",
     "BypassedError",
     "CAToMe",
@@ -207,6 +210,7 @@ __all__ = [
     "Cropr",
     "DiffRate",
     "DivPrune",
+    "DoViT",
     "Downsample",
     "DownsampleVisual",
     "DuoAttention",

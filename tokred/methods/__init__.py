@@ -38,6 +38,8 @@ TARGETS = {
     "skipvit": "tokred.methods.encoder.skipvit:SkipViT",
     "avit": "tokred.methods.encoder.avit:AViT",
     "diffrate": "tokred.methods.encoder.diffrate:DiffRate",
+    "bavit": "tokred.methods.encoder.bavit:BAViT",
+    "dovit": "tokred.methods.encoder.dovit:DoViT",
     "adakv": "tokred.methods.kv.adakv:AdaKV",
     "adore": "tokred.methods.kv.adore:ADORE",
     "attention_matching": "tokred.methods.kv.attention_matching:AttentionMatching",
