@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import tokred
 from tokred import kv
@@ -23,6 +23,7 @@ from tokred.adapters.kv import hooks
 from tokred.adapters.kv.layer import TokLayer
 from tokred.adapters.kv.repeat import repeat
 from tokred.bench.timing import entering
+from tokred.core.learned import Learned
 from tokred.kv.engine import Engine
 from tokred.kv.policy import CachePolicy
 from tokred.kv.repeat import Probe
@@ -39,7 +40,8 @@ WORK: tuple[tuple[Any, str, str], ...] = (
 
 
 class Layer(NamedTuple):
-    """What a layer had: ``q`` ``[B, H, N, D]``, ``k`` and ``v`` ``[B, Hk, N, D]``; and more of its site."""
+    """What a layer had: ``q`` ``[B, H, N, D]``, ``k`` and ``v`` ``[B, Hk, N, D]``; and more of its site, such as
+    ``hidden`` ``[B, N, C]``, what its attention was given."""
 
     q: Tensor
     k: Tensor
@@ -47,6 +49,7 @@ class Layer(NamedTuple):
     scale: float | None
     projection: Callable[[], Tensor] | None
     rope: Any
+    hidden: Tensor | None = None
 
 
 class _Recorder(Engine):
@@ -59,7 +62,7 @@ class _Recorder(Engine):
 
     def observe(self, layer: Any, site: kv.CacheSite, before: int) -> None:
         self.padding = site.padding
-        self.layers.append(Layer(site.q, site.k, site.v, site.scale, site._projection, site._rope))
+        self.layers.append(Layer(site.q, site.k, site.v, site.scale, site._projection, site._rope, site.hidden))
 
 
 class _Overheard:
@@ -147,7 +150,7 @@ class Prompt:
         self.length = layers[0].k.shape[2]
         self._stores: dict[int, dict[Any, Any]] = {}
 
-    def fill(self, cache: Any, count: int | None = None, rest: int = 0) -> Any:
+    def fill(self, cache: Any, count: int | None = None, rest: int = 0, module: nn.Module | None = None) -> Any:
         """Let an empty cache of a patched model be as if it had read the first ``count`` tokens; returns it.
 
         Args:
@@ -155,6 +158,7 @@ class Prompt:
             count: tokens; None: all.
             rest: so many more follow and belong to the prompt. What scores have added up over the first ``count`` is
                 computed once, whatever follows.
+            module: that the policy has learned, where it has one.
         """
         n = self.length if count is None else count
         engine = cache.engine
@@ -175,9 +179,11 @@ class Prompt:
             for i, (layer, seen) in enumerate(zip(ours, self.layers, strict=True)):
                 layer.append(seen.k[:, :, start:end], seen.v[:, :, start:end])
                 if engine.watches(layer.clock, end):
-                    engine.observe(layer, self._site(i, start, end, seen, padding, layer, engine), start)
+                    engine.observe(layer, self._site(i, start, end, seen, padding, layer, engine, module), start)
                 else:  # rows that all stay take their lasting form
-                    site = self._site(i, start, end, seen, padding, layer, engine) if layer.store.reads else None
+                    site = (
+                        self._site(i, start, end, seen, padding, layer, engine, module) if layer.store.reads else None
+                    )
                     layer.settle(site)
             if engine.waiting is not None:
                 self._repeat(cache, engine, end, store)
@@ -206,7 +212,15 @@ class Prompt:
         self._stores.clear()
 
     def _site(
-        self, index: int, start: int, n: int, seen: Layer, padding: Any, layer: Any, engine: Engine
+        self,
+        index: int,
+        start: int,
+        n: int,
+        seen: Layer,
+        padding: Any,
+        layer: Any,
+        engine: Engine,
+        module: nn.Module | None,
     ) -> kv.CacheSite:
         return kv.CacheSite(
             q=seen.q[:, :, start:n],
@@ -220,6 +234,8 @@ class Prompt:
             notes=layer.notes,
             projection=seen.projection,
             rope=None if seen.rope is None else seen.rope.part(n - start, start),
+            hidden=None if seen.hidden is None else seen.hidden[:, start:n],
+            learned=Learned(module),
             layer=index,
             depth=len(self.layers),
         )
