@@ -79,7 +79,7 @@ class Tight(Store):
 
 
 class _Seen(NamedTuple):
-    """The part of a site that the shelf of one head reads: ``real`` ``[1, 1, n]`` of its rows, or None; angles of the layer."""
+    """The part of a site that a head reads: ``real`` ``[1, 1, n]`` of its rows, or None; angles of the layer."""
 
     real: Tensor | None
     extent: tuple[int, int, int]
