@@ -2,6 +2,7 @@
 
     python -m benchmarks vlm/stream --out benchmarks/results/vlm.csv --overwrite          # small VLM
     python -m benchmarks vlm/stream --device cuda --out /tmp/stream.csv
+    python -m benchmarks vlm/stream --only stc streamingtom --every 64
     python -m benchmarks vlm/stream --quick                                               # tiny model: does it run?
 
 Pictures of clothes on drifting backgrounds come one by one, each shown for some frames. At an eighth, a quarter, half
@@ -26,9 +27,11 @@ from benchmarks.saving import save, saving
 from tokred.bench import results, timing
 
 LAST = 16
+BASE = "unpatched"
 SETTINGS = {
     "": "",
     "streaming_llm": "streaming_llm budget={rows}",
+    "uniform_visual": "uniform_visual budget={few} + streaming_llm budget={rows}",
     "stc": "stc budget={few} + streaming_llm budget={rows}",
     "streamingtom": "streamingtom budget={few} + streamingtom_cache groups={groups} most={most}",
 }
@@ -117,7 +120,7 @@ def measure(watched: Watched, name: str, method: str | None, options: argparse.N
             agree.append(answer(stream, watched) == answer(dense, watched))
         if t + 1 in marks:
             report = stream.report()
-            row = {"model": watched.name, "method": name or "unpatched", "setting": method or "", "frames": t + 1}
+            row = {"model": watched.name, "method": name or BASE, "setting": method or "", "frames": t + 1}
             row |= {"rounds": len(seconds)}
             row |= results.spread("ms", [1000 * one for one in seconds])
             row |= {"bytes": report.nbytes, "rows_left": report.rows}
@@ -135,6 +138,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--share", type=float, default=0.25, help="of each frame's tokens that methods leave")
     made.add_argument("--held", type=int, default=LAST, help="frames that memory has room for")
     made.add_argument("--every", type=int, default=32, help="frames from one question to the next")
+    made.add_argument("--only", nargs="+", choices=[one or BASE for one in SETTINGS], help="these settings alone")
     made.add_argument("--device", default="cpu")
     made.add_argument("--threads", type=int, default=1)
     made.add_argument("--quick", action="store_true", help="16 frames of a tiny model: does it run?")
@@ -150,6 +154,8 @@ def run(options: argparse.Namespace) -> None:
     watched = tiny() if options.quick else small()
     watched.model.to(options.device)
     for name, method in settings(watched, options.share, options.held):
+        if options.only is not None and (name or BASE) not in options.only:
+            continue
         begin = time.perf_counter()
         for row in measure(watched, name, method, options):
             shown = f"{row['agreement']:.2f}" if "agreement" in row else "-"
@@ -159,7 +165,7 @@ def run(options: argparse.Namespace) -> None:
                 flush=True,
             )
             save([row], "stream", options)
-        print(f"{name or 'unpatched'}: {time.perf_counter() - begin:.0f} s", flush=True)
+        print(f"{name or BASE}: {time.perf_counter() - begin:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tokred.adapters.contract import attention_of, cache_kwargs, members, set_attention, words
-from tokred.adapters.kv.cache import TokCache, layers_of, make_cache, rows_of, set_states, states_of
+from tokred.adapters.kv.cache import TokCache, holds_of, layers_of, make_cache, rows_of, set_states, states_of
 from tokred.adapters.kv.host import CacheHost
 from tokred.adapters.kv.layer import TokLayer
 from tokred.adapters.kv.reuse.layers import plain_cache
@@ -44,11 +44,13 @@ class Frame(NamedTuple):
         number: of it, from 0.
         tokens: ``N`` of the frame before any left.
         kept: ``(M,)`` int64 on the CPU, the places that stayed.
+        grid: rows and columns that the places lie in, row by row.
     """
 
     number: int
     tokens: int
     kept: Tensor
+    grid: tuple[int, int]
 
 
 class Answer(NamedTuple):
@@ -177,7 +179,7 @@ class Stream:
         self._shape = tuple(pixels.shape)
         self._next += self._advance(n, len(left.kept))
         self._frames, self._seen, self._kept = self._frames + 1, self._seen + n, self._kept + len(left.kept)
-        return Frame(self._frames - 1, n, left.kept.cpu())
+        return Frame(self._frames - 1, n, left.kept.cpu(), self._grid)
 
     def frames(self, pixels: Sequence[Tensor] | Tensor) -> list[Frame]:
         """Watch several frames, one after the other; the same as :meth:`frame` for each."""
@@ -244,6 +246,15 @@ class Stream:
             sum(x.untyped_storage().nbytes() for x in self._state),
             0 if tower is None else tower.nbytes,
         )
+
+    def remembered(self) -> Tensor:
+        """``(P + kept,)`` bool on the CPU: of each token of the prompt and the frames, in the order that they went in,
+        whether some layer still has a row of it."""
+        found = torch.zeros(self._start + self._kept, dtype=torch.bool)
+        for there in holds_of(layers_of(self._cache)):
+            if there.numel():
+                found |= there.any(0).any(0)
+        return found
 
     # ------------------------------------------------------------------ the model
 
