@@ -188,8 +188,8 @@ class DoViT(BlockMethod):
         site.notes[MAP] = x
         patches = x[:, site.prefix : x.shape[1] - site.suffix]
         guess = module(stage, patches.detach() if self.detach else patches)
-        rows, columns = map(whole, site.grid)
-        site.learned.guesses.append(guess.unflatten(1, (rows, columns)))
+        high, wide = map(whole, site.grid)
+        site.learned.guesses.append(guess.unflatten(1, (high, wide)))
         found: Tensor = guess.detach().softmax(-1).amax(-1)
         return found.gather(1, at[:, free] - site.prefix)
 
