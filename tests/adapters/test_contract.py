@@ -33,7 +33,7 @@ SOURCES = [p for p in ADAPTERS.rglob("*.py") if not {"contract", "tiny"} & {*p.r
 TABLES = {
     "diffusion/clips.py", "diffusion/families.py", "diffusion/geometry.py", "diffusion/inputs.py",
     "encoder/packed/tables.py", "encoder/text_tables.py", "encoder/timm_tables.py", "encoder/transformers_maps.py",
-    "encoder/transformers_tables.py", "vlm/families.py",
+    "encoder/transformers_tables.py", "moe/families.py", "vlm/families.py",
 }  # fmt: skip
 # What torch and Python document keeps its names: no host's, whatever has it.
 _MADE = (nn.Linear(1, 1), nn.Conv2d(1, 1, 1), nn.Embedding(1, 1), nn.ModuleList(), nn.Dropout(), torch.empty(0))
@@ -251,6 +251,13 @@ def test_the_look_at_sources_tells_a_hosts_from_tokreds_own(tmp_path, line, name
     (tmp_path / "some.py").write_text(SEEN.format(line))
     found = set(of_hosts(tmp_path / "some.py"))
     assert name in found if name else not found
+
+
+def test_the_look_at_an_attribute_that_is_set_from_itself_ends(monkeypatch):
+    tree = ast.parse("class Walk:\n    def __init__(self):\n        self.at = self.at.after\n")
+    own = syntax.Own([], syntax._set_on_self(tree.body[0].body[0]))
+    monkeypatch.setattr(syntax, "own_classes", lambda: {"Walk": own})
+    assert syntax.Look(tree).of(ast.parse("Walk().at", mode="eval").body) is None
 
 
 def test_a_word_is_found_under_each_of_its_spellings():

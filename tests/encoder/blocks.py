@@ -67,12 +67,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "skipvit-columns": {"rho": 0.4, "score": "columns"},
     "cropr": {"r": 4, "classes": 3},
     "cropr-folded": {"r": [9, 0], "round_to": 4},
+    "bavit": {"mode": "ratio", "rho": 0.6, "width": 12},
+    "bavit-uneven": {"theta": 0.5, "dilate": 0, "width": 12},
+    "dovit": {"classes": 2, "confidence": 0.55, "at": [1]},
+    "dovit-three": {"classes": 3, "confidence": 0.4, "at": [1], "agg_rate": 0.0},
     "ltp-learn": {"thresholds": [0.05, 0.05], "learn": True},
 }  # fmt: skip
 # Their step is the second block's.
 LAYERS = {"algm-pairs": 1, "algm-moments": 1}
 # Without hidden patches only: what is left of a grid is none.
-OF_GRID = ("algm-windows", "vtm-centre", "vtm-boundary", "downsample", "pixelprune", "pixelprune-uneven")
+OF_GRID = ("algm-windows", "vtm-centre", "vtm-boundary", "downsample", "pixelprune", "pixelprune-uneven", "bavit",
+           "bavit-uneven")  # fmt: skip
 
 
 def method(label: str) -> tokred.Method:
@@ -87,7 +92,7 @@ def learned(label: str, width: int) -> Learned | None:
         return None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return Learned(one.module(Facts("", 2, width, 1)).eval())
+        return Learned(one.module(Facts("", 2, width, 1, pixels=width)).eval())
 
 
 def tensors(
