@@ -240,6 +240,7 @@ class Look(ast.NodeVisitor):
             id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)
         }
         self.tree = tree
+        self.asked: set[tuple[str, str]] = set()  # attributes whose values are being looked at
         self.around: dict[str, Any] = {}  # names of another module, while one of its constants is looked at
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
@@ -311,11 +312,15 @@ class Look(ast.NodeVisitor):
                 back = annotated(note.returns, owner.name)
                 return back if is_field else Type("call", "", back)
             if isinstance(note, Later):
+                if (where, node.attr) in self.asked:
+                    return None  # it is set from itself, which tells nothing
+                self.asked.add((where, node.attr))
                 self.scopes.append(
                     {k: annotated(v, where) for k, v in note.given.items()} | {"self": Type("own", where)}
                 )
                 found = self.of(note.value)
                 self.scopes.pop()
+                self.asked.discard((where, node.attr))
                 return found
             return annotated(note, where) if note is not None else PLAINLY
         if owner.kind == "module":

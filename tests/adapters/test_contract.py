@@ -253,6 +253,13 @@ def test_the_look_at_sources_tells_a_hosts_from_tokreds_own(tmp_path, line, name
     assert name in found if name else not found
 
 
+def test_the_look_at_an_attribute_that_is_set_from_itself_ends(monkeypatch):
+    tree = ast.parse("class Walk:\n    def __init__(self):\n        self.at = self.at.after\n")
+    own = syntax.Own([], syntax._set_on_self(tree.body[0].body[0]))
+    monkeypatch.setattr(syntax, "own_classes", lambda: {"Walk": own})
+    assert syntax.Look(tree).of(ast.parse("Walk().at", mode="eval").body) is None
+
+
 def test_a_word_is_found_under_each_of_its_spellings():
     mask = Word("a mask", (), ("mask", "attention_mask"))
     assert mask.of({"attention_mask": 1}) == mask.of({"mask": None, "attention_mask": 1}) == mask.at({"mask": 1}) == 1

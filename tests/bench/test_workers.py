@@ -78,6 +78,7 @@ def test_a_killed_worker_costs_no_row(cluster, tmp_path):
     assert len(lines) == len({json.dumps(json.loads(line)["row"]) for line in lines}) == 13
 
 
+@pytest.mark.hosts  # the same without a cluster stands in test_benchmark.py; starting one takes its time
 def test_rows_that_are_there_are_not_measured_again(cluster, tmp_path):
     first = benchmark(tmp_path, ["tome r=1"])
     both = benchmark(tmp_path, ["tome r=1", "tome r=2"])

@@ -25,7 +25,15 @@ def packed(model: nn.Module) -> nn.Module:
         return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
 
 
-@pytest.mark.parametrize(("kind", "names"), [("sd15", list(METHODS)), ("flux", ["tomesd"]), ("hunyuan", ["tomesd"])])
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("sd15", ["tomesd"]),
+        ("flux", ["tomesd"]),
+        pytest.param("sd15", list(METHODS), marks=pytest.mark.hosts),
+        pytest.param("hunyuan", ["tomesd"], marks=pytest.mark.hosts),
+    ],
+)
 def test_dynamic_quantisation(kind: str, names: list[str]):
     size = (FRAMES, 16, 16) if kind in CLIPS else 16
     for name in names:

@@ -162,5 +162,6 @@ class TestLaws:
         assert torch.equal(moved, merge_rows(x, *case, size=size, mode=mode)[order])
 
 
+@pytest.mark.hosts
 def test_kernels_in_the_interpreter(interpreted: Callable[[str], None]) -> None:
     interpreted(str(Path(__file__).with_name("test_merge_rows_kernels.py")))

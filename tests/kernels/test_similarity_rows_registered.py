@@ -116,5 +116,6 @@ def test_a_graph_with_a_gradient_serves_other_lengths() -> None:
     assert len(graphs) == 1
 
 
+@pytest.mark.hosts
 def test_kernels_in_the_interpreter(interpreted: Callable[[str], None]) -> None:
     interpreted(str(Path(__file__).with_name("test_similarity_rows_kernels.py")))

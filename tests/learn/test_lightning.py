@@ -84,12 +84,12 @@ def test_a_missing_lightning_is_named(monkeypatch):
     for name in ("lightning", "lightning.pytorch", "pytorch_lightning"):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, NAME, raising=False)
-    with pytest.raises(ImportError, match="Lightning, which is not installed: pip install lightning"):
+    with pytest.raises(ImportError, match=r"Lightning, which is not installed: pip install 'tokred\[lightning\]'"):
         importlib.import_module(NAME)
 
 
 def test_a_trainer_of_lightning(tmp_path):
-    lightning = pytest.importorskip("lightning.pytorch")
+    lightning = pytest.importorskip("pytorch_lightning")
     sys.modules.pop(NAME, None)
     callback = importlib.import_module(NAME).LightningCallback
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import json
 import socket
 import subprocess
@@ -117,9 +118,13 @@ def test_bf16_and_a_frozen_model(tmp_path):
     with pytest.raises(ValueError, match="mixed_precision must be 'no' or 'bf16', got 'fp16'"):
         train(build("vit"), data(), recipe, tmp_path, accelerator=SimpleNamespace(
             mixed_precision="fp16", distributed_type=SimpleNamespace(value="NO")))  # fmt: skip
-    with pytest.raises(NotImplementedError, match=r"whole weights in every process \(NO, MULTI_GPU, .*\), got FSDP"):
+    with pytest.raises(NotImplementedError, match="train shards weights by FSDP 2, got FSDP 1: set fsdp_version to 2"):
         train(build("vit"), data(), recipe, tmp_path, accelerator=SimpleNamespace(
-            distributed_type=SimpleNamespace(value="FSDP")))  # fmt: skip
+            distributed_type=SimpleNamespace(value="FSDP"), state=SimpleNamespace(
+            fsdp_plugin=SimpleNamespace(fsdp_version=1))))  # fmt: skip
+    with pytest.raises(NotImplementedError, match=r"of kind NO, MULTI_GPU, .* and FSDP, got DEEPSPEED"):
+        train(build("vit"), data(), recipe, tmp_path, accelerator=SimpleNamespace(
+            distributed_type=SimpleNamespace(value="DEEPSPEED")))  # fmt: skip
 
 
 def test_what_cannot_be_trained(tmp_path):
@@ -164,13 +169,18 @@ def test_two_processes_learn_what_one_learns(tmp_path):
     workers = [subprocess.Popen([sys.executable, script, str(i), str(port), tmp_path / "two"]) for i in range(2)]
     assert [worker.wait(timeout=280) for worker in workers] == [0, 0]
     train(build("vit"), data(16), small(steps=4), tmp_path / "one")
-    for name in ("model.safetensors", "weights.safetensors"):
-        one, two = (load_file(tmp_path / folder / name) for folder in ("one", "two"))
+    for kind, name in itertools.product(("whole", "shards"), ("model.safetensors", "weights.safetensors")):
+        one, two = (load_file(tmp_path / folder / name) for folder in ("one", f"two/{kind}"))
         assert one.keys() == two.keys()
         for key, value in one.items():
             if key.endswith("qkv.bias"):
                 continue  # that of keys changes nothing: its gradient is rounding, of which AdamW makes whole steps
-            torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-4, msg=f"{name} {key}")
+            torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-4, msg=f"{kind} {name} {key}")
+    # A checkpoint of shards is whole: one process goes on from it as from any other.
+    found = torch.load(tmp_path / "two" / "shards" / "checkpoint.pt", weights_only=True)
+    assert all(type(value) is torch.Tensor for value in found["model"].values())
+    moments = [v for kept in found["optimiser"]["state"].values() for v in kept.values()]
+    assert {tuple(v.shape) for v in moments} >= {tuple(v.shape) for v in found["model"].values() if v.ndim > 1}
 
 
 # ---------------------------------------------------------------- schedules
@@ -254,7 +264,7 @@ def test_the_command(tmp_path):
     wrong.write_text('method = "cropr"\n[training]\nstep = 2\n')
     for words, text in (
         (["train", str(wrong)], "has an unknown key 'step'; did you mean 'steps'? Known are steps, batch"),
-        (["train", "crop"], "no recipe 'crop': give the path of a .toml file, or one of adore, avit, cropr, "),
+        (["train", "crop"], "no recipe 'crop': give the path of a .toml file, or one of adore, avit, bavit, cropr, "),
         (["train", "cropr", "--precision", "fp8"], "--precision must be no or bf16, got 'fp8'"),
         (["train", str(recipe), mine[0], "--data", mine[0]], "must return a data set with items by number"),
     ):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tokred.learn.losses import distill_logits, distill_tokens
 from tokred.learn.recipe import Recipe
+from tokred.learn.shards import clip
 
 
 class Step(NamedTuple):
@@ -117,7 +118,7 @@ class Terms:
                 if p.grad is not None:
                     p.grad = average(p.grad)
         if self.recipe.clip:
-            nn.utils.clip_grad_norm_(self.trained, self.recipe.clip)
+            clip(self.trained, self.recipe.clip)
         self.optimiser.step()
 
     def __call__(self, x: Any, y: Tensor, forward: Callable[..., Any] | None = None) -> dict[str, Tensor]:

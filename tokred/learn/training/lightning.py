@@ -21,7 +21,7 @@ def _base() -> Any:
             return importlib.import_module(name).Callback
         except ImportError:
             continue
-    raise ImportError("the callback is for Lightning, which is not installed: pip install lightning")
+    raise ImportError("the callback is for Lightning, which is not installed: pip install 'tokred[lightning]'")
 
 
 KEY = "tokred"

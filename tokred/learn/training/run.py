@@ -20,12 +20,12 @@ from tokred.adapters.swap import host_class
 from tokred.core.report import Report
 from tokred.learn.loop import Step, Terms, total
 from tokred.learn.recipe import Recipe
+from tokred.learn.shards import gathered, optimiser_state, own_names
 from tokred.learn.training.checkpoint import Checkpoint, setting_of
 from tokred.learn.training.data import Samples, moved
+from tokred.learn.training.sharded import check_kind, shard
 
 LOG, MODEL = "train.jsonl", "model.safetensors"
-# Kinds of processes that hold whole weights each; the others' shards would need a checkpoint of their own.
-WHOLE = ("NO", "MULTI_GPU", "MULTI_CPU")
 
 
 class Trained(NamedTuple):
@@ -67,7 +67,8 @@ def train(
 
     The draws of a step and its samples follow from the recipe's seed and the step, so that a training that was stopped
     and goes on ends bit for bit as one that was not. In several processes (``accelerate launch``) the batch is shared
-    out, and the gradients of what the method learns are averaged like the model's.
+    out, and the gradients of what the method learns are averaged like the model's. Where accelerate was told to use
+    FSDP 2, the weights of model and teacher and the optimiser's moments are sharded; what is written is whole.
 
     Args:
         model: without a patch; returns logits, or what has them as ``logits``.
@@ -87,12 +88,11 @@ def train(
         ImportError: accelerate or safetensors is not installed.
         ValueError: there is nothing to train, the checkpoint is of another recipe or model, the batch cannot be shared
             out evenly, or the mixed precision is another than bf16.
-        NotImplementedError: the processes shard the weights.
+        NotImplementedError: the processes shard the weights in another way than FSDP 2.
     """
     accelerate, safe = needs("accelerate"), needs("safetensors.torch")
     accelerator = accelerate.Accelerator() if accelerator is None else accelerator
-    if (kind := accelerator.distributed_type.value) not in WHOLE:
-        raise NotImplementedError(f"train needs whole weights in every process ({', '.join(WHOLE)}), got {kind}")
+    sharded = check_kind(accelerator)
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise ValueError(f"mixed_precision must be 'no' or 'bf16', got {accelerator.mixed_precision!r}")
     processes = int(accelerator.num_processes)
@@ -115,13 +115,18 @@ def train(
     model.to(accelerator.device)
     if teacher is not None:
         teacher.to(accelerator.device)
+    before = Checkpoint.load(path, setting) if resume else None
+    begun, log = _resumed(before, model, learned)
+    for one in (model, teacher) if sharded else ():
+        if one is not None:
+            shard(one, accelerator)
     terms_of = Terms(
         model, recipe, modules=learned.values(), losses=tokred.losses if learned else _none, task=task, teacher=teacher,
         gate=_patches, change=tokred.change,
     )  # fmt: skip
-    before = Checkpoint.load(path, setting) if resume else None
-    begun, log = _resumed(before, model, learned, terms_of)
-    wrapped = _wrapped(model, accelerator, recipe)
+    if before is not None:
+        terms_of.optimiser.load_state_dict(optimiser_state(before.optimiser, terms_of.trained))
+    wrapped = model if sharded else _wrapped(model, accelerator, recipe)
     for p in terms_of.own if processes > 1 else ():
         accelerate.utils.broadcast(p.data)
     main, rank = bool(accelerator.is_main_process), int(accelerator.process_index)
@@ -132,9 +137,10 @@ def train(
         return found
 
     def keep(step: int) -> None:
+        states = [gathered(part.state_dict(), main) for part in (model, terms_of.optimiser)]
         if main:
             own = {name: module.state_dict() for name, module in learned.items()}
-            Checkpoint(step, setting, model.state_dict(), own, terms_of.optimiser.state_dict(), log).save(path)
+            Checkpoint(step, setting, states[0], own, states[1], log).save(path)
         accelerator.wait_for_everyone()
 
     with terms_of:
@@ -156,8 +162,9 @@ def train(
                 keep(i + 1)
     if begun < last:
         keep(last)
+    weights = gathered(model.state_dict(), main) if sharded and recipe.lr else None
     if main:
-        _write(model, path, recipe, log, safe)
+        _write(model, path, recipe, log, safe, weights)
     accelerator.wait_for_everyone()
     return Trained(model, [_step(line) for line in log], path, begun)
 
@@ -194,15 +201,14 @@ def _patches(model: nn.Module) -> Tensor:
 
 
 def _resumed(
-    found: Checkpoint | None, model: nn.Module, learned: dict[str, nn.Module], terms: Terms
+    found: Checkpoint | None, model: nn.Module, learned: dict[str, nn.Module]
 ) -> tuple[int, list[dict[str, float]]]:
-    """The step to go on at and the log so far; weights and optimiser are as they were then."""
+    """The step to go on at and the log so far; weights are as they were then."""
     if found is None:
         return 0, []
     model.load_state_dict(found.model)
     for name, module in learned.items():
         module.load_state_dict(found.modules[name])
-    terms.optimiser.load_state_dict(found.optimiser)
     return found.step, list(found.log)
 
 
@@ -221,12 +227,16 @@ def _step(line: dict[str, float]) -> Step:
     return Step(line["loss"], {name: value for name, value in line.items() if name != "loss"})
 
 
-def _write(model: nn.Module, path: Path, recipe: Recipe, log: list[dict[str, float]], safe: Any) -> None:
-    """All but the checkpoint."""
+def _write(model: nn.Module, path: Path, recipe: Recipe, log: list[dict[str, float]], safe: Any, weights: Any) -> None:
+    """All but the checkpoint; ``weights``: the model's, put together, where it has shards."""
     tokred.save(model, path)
     lines = [json.dumps({"step": i, **line}) for i, line in enumerate(log)]
     (path / LOG).write_text("".join(f"{line}\n" for line in lines), "utf-8")
     if recipe.lr:
         part = path / f"{MODEL}.part"
-        safe.save_model(model, str(part))
+        if weights is None:
+            safe.save_model(model, str(part))
+        else:
+            own = own_names(model)
+            safe.save_file({name: value for name, value in weights.items() if own(name)}, str(part))
         os.replace(part, path / MODEL)
