@@ -128,10 +128,12 @@ from tokred.methods.kv.tokenselect import TokenSelect
 from tokred.methods.kv.tova import TOVA
 from tokred.methods.kv.triattention import TriAttention
 from tokred.methods.kv.zeromerge import ZeroMerge
+from tokred.methods.moe.capacity_drop import CapacityDrop
 from tokred.methods.vlm.cat import CAT
 from tokred.methods.vlm.cdpruner import CDPruner
 from tokred.methods.vlm.divprune import DivPrune
 from tokred.methods.vlm.dycoke import DyCoke, DyCokeDecode
+from tokred.methods.vlm.earlytom import EarlyTom
 from tokred.methods.vlm.evs import EVS
 from tokred.methods.vlm.fastervlm import FasterVLM
 from tokred.methods.vlm.fastkv import FastKV
@@ -162,7 +164,7 @@ from tokred.methods.vlm.visual_baselines import DownsampleVisual, RandomVisual, 
 from tokred.methods.vlm.vscan import VScan, VScanLayer
 from tokred.patch import change
 from tokred.settings import load, make, push_to_hub, save
-from tokred.settings.caches import blend, load_cache, save_cache, share_prefix
+from tokred.settings.caches import blend, draft, load_cache, save_cache, share_prefix
 from tokred.settings.streams import stream
 from tokred.tuning.run import tune
 
@@ -202,6 +204,7 @@ __all__ = [
     "CAToMe",
     "CDPruner",
     "CacheReport",
+    "CapacityDrop",
     "ChunkStore",
     "CriticalKV",
     "Cropr",
@@ -215,6 +218,7 @@ __all__ = [
     "DyCokeDecode",
     "DynamicViT",
     "EViT",
+    "EarlyTom",
     "ExpectedAttention",
     "Explanation",
     "FastCache",
@@ -327,6 +331,7 @@ __all__ = [
     "calibrate",
     "change",
     "choose_tsp_layer",
+    "draft",
     "eval",
     "explain",
     "flops",

@@ -18,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from tokred.adapters.contract import members, parameters_at_hand, words
 from tokred.adapters.swap import Standin
 from tokred.adapters.vlm.taps import Call, Record, in_flight, tapped
+from tokred.adapters.vlm.tower.film import located
 from tokred.errors import BypassedError, NothingRemovedWarning
 from tokred.vlm.clips import Runs, said
 
@@ -60,11 +61,13 @@ class Getter(Standin):
         if in_flight.tap is not None:
             # Getters call each other (videos by way of images): these are the outer one's features, not others.
             return call()
-        with tapped() as tap:
-            output = call()
         given = dict(zip(self.__signature__.parameters, args, strict=False)) | kwargs
+        with tapped(self.core, given, self.modality) as tap:
+            output = call()
         if words.FEATURES.on(output):
             record = self.describe(self.core, given, output, tap, self.modality)
+            if record is not None and tap.film is not None:
+                record.shots = located(tap.film, record.pictures)
             run = in_flight.core
             if run is not None and run.module is self.core:
                 run.call.records[self.modality] = record
