@@ -130,7 +130,7 @@ def _put(axis: Any, picture: Any, title: str) -> None:
 
 
 def _named(axis: Any, name: str, answer: str | None) -> None:
-    """What a row is, and what the model says of it, left of its first picture."""
+    """Name a row, with what the model says of it, left of its first picture."""
     said = [] if answer is None else [f"“{textwrap.shorten(answer or '(nothing)', 40, placeholder=' …')}”"]
     lines = [*textwrap.wrap(name, 22), *(line for text in said for line in textwrap.wrap(text, 22))]
     axis.set_ylabel(plain("\n".join(lines)), fontsize=7, rotation=0, ha="right", va="center")

@@ -97,7 +97,7 @@ class VisualDrawing(Drawing):
         return Page(self.intro(), (axis,), "", "\n".join(sections), data, "map")
 
     def intro(self) -> tuple[str, ...]:
-        """What the page says above its pictures."""
+        """Paragraphs above the pictures of the page."""
         return (
             f"{self.family}: {self.depth} decoder layers. Layers are numbered from 1.",
             "Tokens that a layer does not see any more are dark and struck through; one that was merged into another "
@@ -112,7 +112,7 @@ class VisualDrawing(Drawing):
         return f"layer {number} of {self.depth}" if full else f"layer {number}"
 
     def gone(self, number: int) -> tuple[str, str]:
-        """Of tokens that are not there at a stage: what it means that they were not in stage 1, and that they were."""
+        """Meanings of a token that is not there at a stage: where it was not in stage 1 either, and where it was."""
         return "left before the language model", f"left inside it, up to layer {number}"
 
     @property

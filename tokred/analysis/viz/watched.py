@@ -36,7 +36,7 @@ class StreamDrawing(VisualDrawing):
     whole: ClassVar[str] = "Answer where everything stays"
 
     def intro(self) -> tuple[str, ...]:
-        """What the page says above its pictures."""
+        """Paragraphs above the pictures of the page."""
         return (
             f"{self.family}: {self.frames} frames, one by one.",
             "Tokens that did not go in, and at the end those that no layer holds any more, are dark and struck "
@@ -49,7 +49,7 @@ class StreamDrawing(VisualDrawing):
         return STAGES[number]
 
     def gone(self, number: int) -> tuple[str, str]:
-        """What it means that tokens are not there."""
+        """The meaning of a token that is not there."""
         return "did not go in", "went in, and are forgotten at the end"
 
 
