@@ -188,7 +188,7 @@ class Drafter:
             kept.put(given, 1)
         out = self.model(ids, use_cache=True, **cache_kwargs(cache), **given)
         logits: Tensor = words.LOGITS.need(out)[0]
-        return (logits[-1:] if newest else logits).argmax(-1).tolist()  # type: ignore[no-any-return]
+        return (logits[-1:] if newest else logits).argmax(-1).tolist()
 
     def _take_back(self, others: list[Any], before: Any, kept: int, gone: int) -> None:
         """Let the newest ``gone`` tokens go from all layers, ``kept`` of the last forward's being left."""
