@@ -260,8 +260,9 @@ def draft(
             "drafts choose rows of a cache with a policy: call tokred.apply(model, ...) first; tokred.apply(model, "
             "'snapkv', budget=1.0) keeps everything"
         )
-    _check_done(place.part.method)
-    store = place.part.method.parts.store
+    policy: Any = place.part.method
+    _check_done(policy)
+    store = policy.parts.store
     if not isinstance(store, Flat | Rectangle):
         raise ValueError(f"drafts choose rows as they came, and the store {store.name!r} holds them in another form")
     if place.host.readers or place.host.latents:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,18 @@ from tokred.adapters.kv.layer import TokLayer
 from tokred.adapters.swap import host_class
 from tokred.errors import UnsupportedModelError
 from tokred.kv.drafting import DraftRows
-from tokred.kv.engine import Clock, Engine
+from tokred.kv.engine import Clock, Engine, Layer
+from tokred.kv.policy import CachePolicy
 from tokred.kv.site import CacheSite
+
+if TYPE_CHECKING:
+    from tokred.adapters.kv.hooks import CacheSettings
 
 CacheLayerMixin: Any = host_object("base of cache layers")
 
 
 class Drafted(NamedTuple):
-    """What came of a generation with drafts.
+    """A generation with drafts: its text, and how many of them stand in it.
 
     Attributes:
         sequences: ``[1, N + n]`` int64, prompt and new tokens.
@@ -47,7 +51,7 @@ class Listening(Engine):
         asked: ``[1, H, M, D]`` by compressed layer.
     """
 
-    def __init__(self, policy: Any, depth: int) -> None:
+    def __init__(self, policy: CachePolicy, depth: int) -> None:
         super().__init__(policy, depth)
         self.asked: dict[int, Tensor] = {}
 
@@ -55,7 +59,7 @@ class Listening(Engine):
         """Always, since queries are told to those who look."""
         return True
 
-    def observe(self, layer: Any, site: CacheSite, before: int) -> None:
+    def observe(self, layer: Layer, site: CacheSite, before: int) -> None:
         self.asked[layer.index] = site.q
         if super().watches(layer.clock, before):
             super().observe(layer, site, before)
@@ -139,7 +143,7 @@ class Drafter:
         gamma: tokens of a draft.
     """
 
-    def __init__(self, model: nn.Module, settings: Any, rule: DraftRows, gamma: int) -> None:
+    def __init__(self, model: nn.Module, settings: CacheSettings, rule: DraftRows, gamma: int) -> None:
         self.model, self.settings, self.rule, self.gamma = model, settings, rule, gamma
         self.full: TokCache = settings.cache()
         self.engine = Listening(settings.policy, len(settings.compressed))
@@ -183,12 +187,12 @@ class Drafter:
 
     def _likeliest(self, ids: Tensor, cache: TokCache, *, newest: bool = False) -> list[int]:
         """The likeliest token behind each of ``ids`` ``[1, M]``, or behind the ``newest`` alone."""
-        kept, given = words.KEPT_LOGITS, dict[str, Any]()
+        kept, given = words.KEPT_LOGITS, {words.CACHED.name: True, **cache_kwargs(cache)}
         if newest and kept.among(inspect.signature(host_class(self.model).forward).parameters):
             kept.put(given, 1)
-        out = self.model(ids, use_cache=True, **cache_kwargs(cache), **given)
+        out = self.model(ids, **given)
         logits: Tensor = words.LOGITS.need(out)[0]
-        return (logits[-1:] if newest else logits).argmax(-1).tolist()  # type: ignore[no-any-return]
+        return (logits[-1:] if newest else logits).argmax(-1).tolist()
 
     def _take_back(self, others: list[Any], before: Any, kept: int, gone: int) -> None:
         """Let the newest ``gone`` tokens go from all layers, ``kept`` of the last forward's being left."""
