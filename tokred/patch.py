@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 ATTRIBUTE = "_tokred_patch"
 
 # What methods of ``projector`` take from the tower's attention.
-_OF_TOWER = frozenset({"q", "k", "class_attention", "attention", "tower_layers"})
+_OF_TOWER = frozenset({"q", "k", "class_attention", "attention", "tower_layers", "shots"})
 
 
 class Part(NamedTuple):

@@ -31,12 +31,14 @@ from tokred.adapters.vlm.families import (
 )
 from tokred.adapters.vlm.sites import OF_TOWER
 from tokred.adapters.vlm.taps import last_attention
+from tokred.adapters.vlm.tower import blocks as tower
 from tokred.core.method import Method
 from tokred.core.place import MANY, Place, PlacedMethod
 from tokred.core.registry import methods as registered
 from tokred.errors import MissingInputError, NothingRecordedError, UnsupportedModelError
 from tokred.vlm.in_llm import LayerMethod
 from tokred.vlm.report import LayerTokens, VisualReport
+from tokred.vlm.shots import FrameMerger
 
 if TYPE_CHECKING:
     from tokred.adapters.vlm.hooks import VisualSettings
@@ -128,7 +130,8 @@ class VisualHost(Host):
                 f"{self.family} has positions in several axes, which cannot be counted anew: take positions='keep'"
             )
         method.check(self.depth)
-        self._check_tower(method)
+        if self.core is not None:
+            tower.check_layers(method, self.core, self.facts, self.family)
         if self.stage == "layer":
             _ = self.layer_list  # raises where there is none
             assert isinstance(method, PlacedMethod)  # of its stage
@@ -153,16 +156,6 @@ class VisualHost(Host):
             raise ValueError(f"{few}, whose rows cannot be freed for {method.name!r}: take evict=False")
         if getattr(method, "decodes", False):
             raise ValueError(f"{few}, and {method.name!r} chooses among all rows: take 'fastv', or another model")
-
-    def _check_tower(self, method: Method) -> None:
-        named = getattr(method, "tower_layers", ())
-        depth = len(tower_layers(self.core, self.facts)) if named and self.core is not None else 0
-        wrong = [i for i in named if not -depth <= i < depth]
-        if wrong:
-            raise ValueError(
-                f"{method.name!r} reads layer {wrong[0]} of the vision tower, but that of {self.family} has {depth} "
-                f"(0 to {depth - 1})"
-            )
 
     @property
     def deepstack(self) -> int:
@@ -269,6 +262,8 @@ class VisualHost(Host):
             changes.before(core.get_submodule(self.facts.projector), ProjectorTap())
         if "pixels" in method.reads:
             changes.before(core.get_submodule(self.facts.tower), PixelTap(), with_kwargs=True)
+        if isinstance(method, FrameMerger):
+            tower.hang(method, core, self.facts, changes)
         if "sound" in method.reads:
             listen(core.get_submodule(self.facts.sound), changes)
         if not method.reads & OF_TOWER:
@@ -387,7 +382,7 @@ def _supplies_layer(layers: list[tuple[str, nn.Module]]) -> frozenset[str]:
 def _supplies_projector(core: Any, facts: Facts) -> frozenset[str]:
     found = {"x", "grid", "text", "carried"} | ({"project"} if facts.tokenwise else set())
     if facts.clips or any(modality == "video" for _, modality in facts.getters):
-        found |= {"frames", "motion"}
+        found |= {"frames", "motion"} | ({"shots"} if tower.tower_of(core, facts) is not None else set())
     found |= ({"sound"} if facts.sound else set()) | ({"tower"} if facts.projector else set())
     if last_attention(core) is not None:
         found.add("attention")

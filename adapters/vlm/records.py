@@ -18,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from tokred.adapters.contract import members, parameters_at_hand, words
 from tokred.adapters.swap import Standin
 from tokred.adapters.vlm.taps import Call, Record, in_flight, tapped
+from tokred.adapters.vlm.tower.film import located
 from tokred.errors import BypassedError, NothingRemovedWarning
 from tokred.vlm.clips import Runs, said
 
@@ -60,11 +61,13 @@ class Getter(Standin):
         if in_flight.tap is not None:
             # Getters call each other (videos by way of images): these are the outer one's features, not others.
             return call()
-        with tapped() as tap:
-            output = call()
         given = dict(zip(self.__signature__.parameters, args, strict=False)) | kwargs
+        with tapped(self.core, given, self.modality) as tap:
+            output = call()
         if words.FEATURES.on(output):
             record = self.describe(self.core, given, output, tap, self.modality)
+            if record is not None and tap.film is not None:
+                record.shots = located(tap.film, record.pictures)
             run = in_flight.core
             if run is not None and run.module is self.core:
                 run.call.records[self.modality] = record
@@ -157,7 +160,7 @@ def fill(settings: VisualSettings, core: PreTrainedModel, call: Call, given: dic
     """
     ids, embeds, outputs = words.INPUT_IDS.of(given), words.EMBEDS.of(given), words.ENCODED.of(given) or {}
     for _, name in settings.facts.getters:
-        token, output = words.MODALITY_TOKENS[name].part(words.CONFIG.need(core)), outputs.get(name)
+        token, output = _place_of(settings, name, core), outputs.get(name)
         if output is None and name not in call.records:
             continue
         if token is None:
@@ -190,7 +193,7 @@ def _fill_merged(
     # the features are looked for among the rows by their values, as the getters made them last.
     rows = None
     for _, name in settings.facts.getters:
-        token, record = words.MODALITY_TOKENS[name].part(words.CONFIG.need(core)), last_record(core, name)
+        token, record = _place_of(settings, name, core), last_record(core, name)
         if token is None:
             continue
         if rows is None:
@@ -212,6 +215,12 @@ def _fill_merged(
             f"{some}, so that visual tokens cannot be told from others: give pixel_values, which the model merges "
             f"itself, or merge what get_image_features of the patched model gave, as it is, {_remedy(settings)}"
         )
+
+
+def _place_of(settings: VisualSettings, modality: str, core: PreTrainedModel) -> Any:
+    """The id of the places of one modality's features; None where the model has none."""
+    where = "image" if settings.facts.one_place else modality
+    return words.MODALITY_TOKENS[where].part(words.CONFIG.need(core))
 
 
 def _runs(settings: VisualSettings, modality: str) -> Runs | None:

@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from tokred.adapters.vlm.layout import Part, Picture, Span, clip_of, pictures_of, square
+from tokred.adapters.vlm.layout import Part, Picture, Span, clip_of, pictures_of
 from tokred.adapters.vlm.taps import Modality, Record
+from tokred.adapters.vlm.tower.film import as_pooled, shots_of
 from tokred.core.attention import Attention
 from tokred.core.method import Method
 from tokred.core.reduction import Reduction
@@ -35,6 +35,7 @@ class Place(NamedTuple):
         first: the picture's first token among all visual tokens of its modality, in order.
         part: what it is.
         record: the call that it comes from.
+        at: the picture's first token among all that the call gave.
     """
 
     sample: int
@@ -42,6 +43,7 @@ class Place(NamedTuple):
     first: int
     part: Part
     record: Record
+    at: int = 0
 
 
 class Shown(NamedTuple):
@@ -52,6 +54,7 @@ class Shown(NamedTuple):
     first: int
     picture: Picture
     record: Record
+    at: int = 0
 
 
 class Context(NamedTuple):
@@ -81,7 +84,7 @@ def shown(modality: Modality) -> list[Shown]:
             f"the prompt has {want} places for visual tokens, but {have} features were made: prompts that come in "
             "chunks (prefill_chunk_size), or with only some of their images, cannot be pruned"
         )
-    found, first, picture = [], 0, 0
+    found, first, picture, given = [], 0, 0, 0
     counts = modality.counts
     for sample in range(0, len(counts), copies):
         mine, total = [], 0
@@ -94,9 +97,11 @@ def shown(modality: Modality) -> list[Shown]:
         if modality.runs is not None:
             mine = _joined(mine, modality.runs, sample, len(counts))
         for copy in range(copies):
+            at = given
             for i, one in enumerate(mine):
-                found.append(Shown(sample + copy, i, first, one, record))
-                first += one.tokens
+                found.append(Shown(sample + copy, i, first, one, record, at))
+                first, at = first + one.tokens, at + one.tokens
+        given += total
     return found
 
 
@@ -120,7 +125,8 @@ def _joined(pictures: list[Picture], runs: Runs, sample: int, batch: int) -> lis
 
 def places(modality: Modality) -> list[Place]:
     """Every part of every picture; raises as :func:`shown`."""
-    return [Place(s.sample, s.image, s.first, part, s.record) for s in shown(modality) for part in s.picture.parts]
+    every = shown(modality)
+    return [Place(s.sample, s.image, s.first, part, s.record, s.at) for s in every for part in s.picture.parts]
 
 
 def grouped(found: list[Place]) -> Iterator[list[Place]]:
@@ -187,7 +193,8 @@ def site_of(group: list[Place], columns: Tensor, context: Context) -> VisualSite
         more |= _frame_scores(record, part, [p.part.pooled for p in group])
     if part.frames is not None:
         seen: Callable[[], Tensor] = more.get("tower", entering)
-        frames = part.frames
+        frames, cells = part.frames, part.count // part.frames
+        more["shots"] = lambda: tuple(shots_of(record.shots.get(p.at), frames, cells, part.grid) for p in group)
         more["motion"] = lambda: feature_motion(seen(), frames)
     if "text" in context.reads:
         more["text"] = lambda: embeds.detach()[samples]
@@ -243,28 +250,11 @@ def _frame_scores(record: Record, part: Part, rows: list[tuple[int, ...]]) -> di
     def scores(queries: slice) -> Tensor:
         found = Attention(*heads(), scale=record.scale).columns(rows=queries)[..., prefix:]
         if part.pooled:
-            found = _as_pooled(found, part)
+            found = as_pooled(found, part.grid)
         return found.view(len(rows), -1, *found.shape[1:]).transpose(1, 2).flatten(2)
 
     found = {"received": lambda: scores(slice(None))}
     return found | {"class_attention": lambda: scores(slice(0, 1))} if prefix else found
-
-
-def _as_pooled(scores: Tensor, part: Part) -> Tensor:
-    """``(frames, H, P)`` of a frame's patches, which stand on a square, to ``(frames, H, N)`` of its tokens."""
-    side, grid = square(scores.shape[-1]), part.grid
-    if side is None or grid is None:
-        raise MissingInputError(
-            f"the tower has {scores.shape[-1]} patches a frame, which are no square, so that what they receive says "
-            "nothing about its tokens"
-        )
-    found = scores.view(*scores.shape[:-1], *side)
-    # As the features are pooled: means of whole cells, or, where a side does not divide (27 to 14), in between.
-    if side[0] % grid[0] == side[1] % grid[1] == 0:
-        found = F.avg_pool2d(found, (side[0] // grid[0], side[1] // grid[1]))
-    else:
-        found = F.interpolate(found, size=grid, mode="bilinear")
-    return found.flatten(-2)
 
 
 def _heads(record: Record, part: Part, rows: list[int]) -> Callable[[int], tuple[Tensor, Tensor]]:

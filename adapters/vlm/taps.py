@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from tokred.adapters.vlm.forward import Forward
     from tokred.adapters.vlm.hooks import VisualSettings
     from tokred.adapters.vlm.tokens.sound import Heard
+    from tokred.adapters.vlm.tower.film import Film
+    from tokred.vlm.shots import Shots
 
 
 class Fused(NamedTuple):
@@ -52,12 +54,20 @@ class Tap:
         heads: queries and keys of tower layers, by layer and "q" or "k"; see :class:`Record`.
         fused: of the tower's last attention, where that projects all at once.
         pixels: ``(S, F)`` patches that the tower was given, where a method reads them.
+        core: the model with vision.
+        given: arguments of the getter, by name.
+        modality: "image" or "video".
+        film: frames of its clips in the tower, where a method merges them there.
     """
 
     inputs: Tensor | None = None
     heads: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     fused: Fused | None = None
     pixels: Tensor | None = None
+    core: Any = None
+    given: dict[str, Any] = field(default_factory=dict)
+    modality: str = "image"
+    film: Film | None = None
 
 
 @dataclass
@@ -75,6 +85,7 @@ class Record:
         marks: ``(T,)`` int64 one number for each feature, by which it is found again.
         pixels: gives the pixels of a picture's tokens, ``(N, F)``, by its number; None: nobody asks, or they are not
             known.
+        shots: what became of the frames of each clip in the tower, by the clip's first token among all of the call.
     """
 
     pictures: list[Picture]
@@ -87,6 +98,7 @@ class Record:
     received: Callable[[int], Tensor] | None = None
     marks: Tensor | None = None
     pixels: Callable[[int], Tensor] | None = None
+    shots: dict[int, Shots] = field(default_factory=dict)
 
 
 class Modality(NamedTuple):
@@ -212,10 +224,18 @@ in_flight = InFlight()
 
 
 @contextlib.contextmanager
-def tapped() -> Iterator[Tap]:
-    """Inside, a feature getter runs, and hooks note what they see of it; those of a getter around it wait."""
+def tapped(
+    core: nn.Module | None = None, given: dict[str, Any] | None = None, modality: str = "image"
+) -> Iterator[Tap]:
+    """Inside, a feature getter runs, and hooks note what they see of it; those of a getter around it wait.
+
+    Args:
+        core: the model with vision.
+        given: arguments of the getter, by name.
+        modality: "image" or "video".
+    """
     before = in_flight.tap
-    tap = in_flight.tap = Tap()
+    tap = in_flight.tap = Tap(core=core, given=given or {}, modality=modality)
     try:
         yield tap
     finally:
@@ -312,10 +332,15 @@ def last_attention(core: PreTrainedModel) -> Any:
     if not isinstance(blocks, nn.ModuleList) or not len(blocks):
         return None
     attention = words.SELF.part(blocks[-1])
-    if attention is None or not words.TOGETHER.on(attention) or _rotary(attention) is None:
+    if not is_fused(attention):
         return None
     whole = words.WHOLE_BLOCKS.part(tower)
     return attention if whole is None or len(blocks) - 1 in whole else None
+
+
+def is_fused(attention: Any) -> bool:
+    """True for an attention whose one projection, and rotary tables, say what its columns are."""
+    return attention is not None and words.TOGETHER.on(attention) and _rotary(attention) is not None
 
 
 def _rotary(attention: Any) -> Any:

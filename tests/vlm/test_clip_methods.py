@@ -16,6 +16,7 @@ from tests.vlm.visual import kept
 from tokred.adapters.vlm import records
 from tokred.core.registry import methods as registered
 from tokred.vlm import VisualSite, clips
+from tokred.vlm.shots import Shots
 
 NAMES = sorted(n for n, cls in registered.of("projector").items() if getattr(cls, "clips", False))
 # Hosts that take clips; all but the first are for the matrix.
@@ -36,13 +37,27 @@ def clip(
     moves = torch.rand(b, frames, cells, 1, generator=g) < 0.4
     x = (x + torch.where(moves, 1.0, 0.05) * torch.randn(x.shape, generator=g)).flatten(1, 2).to(dtype)
     scores = torch.rand(b, 2, frames * cells, generator=g).to(dtype)
-    return VisualSite(x=x, tower=x, received=scores, class_attention=scores, grid=grid, frames=frames)
+    return VisualSite(
+        x=x,
+        tower=x,
+        received=scores,
+        class_attention=scores,
+        grid=grid,
+        frames=frames,
+        shots=lambda: shots(scores, frames),
+    )
+
+
+def shots(scores: Tensor, frames: int) -> tuple[Shots, ...]:
+    """Clips of which no frames merged, in one segment each."""
+    every = torch.arange(frames), torch.ones(frames), ((0, frames - 1),)
+    return tuple(Shots(*every, row) for row in scores.float().mean(1).unflatten(1, (frames, -1)))
 
 
 def one(site: VisualSite, i: int) -> VisualSite:
     """A sample alone."""
     cut = {name: site._values[name][i : i + 1] for name in ("x", "tower", "received", "class_attention")}
-    return VisualSite(**cut, grid=site.grid, frames=site.frames)
+    return VisualSite(**cut, grid=site.grid, frames=site.frames, shots=lambda: site.shots[i : i + 1])
 
 
 def made(name: str) -> Any:
@@ -105,6 +120,7 @@ def test_choices_are_those_of_float32(name, dtype):
         wide = VisualSite(
             x=half.x.float(), tower=half.x.float(), received=half._values["received"].float(),
             class_attention=half._values["class_attention"].float(), grid=(4, 4), frames=5,
+            shots=lambda s=half: s.shots,
         )  # fmt: skip
         a, b = method.reduce(half), method.reduce(wide)
         assert torch.equal(a.index, b.index)

@@ -13,7 +13,7 @@ import torch
 import tokred
 from tests.vlm import hosts, tiny
 from tokred.adapters.vlm.layout import Part, Picture, Span, clip_of
-from tokred.adapters.vlm.sites import _as_pooled
+from tokred.adapters.vlm.tower.film import as_pooled
 from tokred.core.reduction import Reduction
 from tokred.encoder.motion import feature_motion
 from tokred.errors import MissingInputError
@@ -266,7 +266,7 @@ def test_scores_of_pooled_frames_are_pooled_as_the_features_are(side):
     core.config.vision_config.image_size = 4 * side
     scores = torch.rand(3, 5, side * side, generator=torch.Generator().manual_seed(0))
     expected = core.apply_pooling(scores.mT).mT
-    torch.testing.assert_close(_as_pooled(scores, Part(Span.line(0, 12), (2, 2), 3)), expected)
+    torch.testing.assert_close(as_pooled(scores, (2, 2)), expected)
 
 
 @pytest.mark.parametrize("name", ["onevision_video", "llava_next_video"])

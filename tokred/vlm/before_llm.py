@@ -11,7 +11,7 @@ import itertools
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from tokred.core.site import Lazy, Site, Stage
 from tokred.errors import MissingInputError
 from tokred.vlm.tools.budget import Budget, as_budget, count_of
 from tokred.vlm.tools.tiles import Tiles
+
+if TYPE_CHECKING:
+    from tokred.vlm.shots import Shots
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class VisualSite(Site):
         tiles: how all tiles of the image lie, where it is cut into several; None: it is not.
         whole: gives the class token's attention ``(B, H, N)`` to the tile that shows the whole image, by layer.
         project: the projector, from ``(B, N, Ct)`` to ``(B, N, C)``, where it acts on tokens one by one.
+        shots: gives what became of the frames of each clip in the tower, see :mod:`tokred.vlm.shots`.
         more: see :class:`tokred.Site`.
     """
 
@@ -82,6 +86,7 @@ class VisualSite(Site):
         tiles: Tiles | None = None,
         whole: Callable[[int], Tensor] | None = None,
         project: Callable[[Tensor], Tensor] | None = None,
+        shots: Callable[[], tuple[Shots, ...]] | None = None,
         **more: Any,
     ) -> None:
         super().__init__(x=x, **more)
@@ -97,6 +102,18 @@ class VisualSite(Site):
         self.tiles = tiles
         self._whole = whole
         self.project = project
+        self._shots = shots
+
+    @property
+    def shots(self) -> tuple[Shots, ...]:
+        """Frames of each of the ``B`` clips, and what became of them inside the tower, with scores of the tokens left.
+
+        Raises:
+            MissingInputError: the host does not supply it.
+        """
+        if self._shots is None:
+            raise MissingInputError("this site does not supply 'shots', the frames that are left behind the tower")
+        return self._shots()
 
     @property
     def known_grid(self) -> tuple[int, int] | None:

@@ -56,6 +56,7 @@ def part_of(site: VisualSite, rows: Sequence[int]) -> VisualSite:
         sample=tuple(site.samples[i] for i in rows),
         image=tuple(site.image[i] for i in rows),
         project=site.project,
+        shots=None if site._shots is None else lambda: tuple(site.shots[i] for i in rows),
         class_token=site.class_token,
         layer=site.layer,
         depth=site.depth,
