@@ -60,7 +60,7 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
         self.store = engine.parts.store if store is None else store
         self.shelf = self.store.open() if shelf is None else shelf
         # A budget in bytes is of all that is held.
-        self.shelf.roomy = not isinstance(engine.parts.budget.amount, str)
+        self.shelf.roomy = self.shelf.roomy and not isinstance(engine.parts.budget.amount, str)
         self._empty = self.shelf.snapshot()
         # The patched model has said that it will add to this layer; it has, and its attention is to come.
         self.armed = self.waiting = False
