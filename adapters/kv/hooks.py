@@ -264,12 +264,10 @@ class EnterAttention(Hook):
         return args, {**kwargs, SEAT: seat}
 
     def _resting(self, layer: TokLayer, module: nn.Module, rests: bool) -> Seat:
-        """A seat that is the same at every step, and made once."""
-        name, depth, held = self.settings.implementation, len(self.settings.compressed), layer.seat
-        if held is None or held.rests != rests or held.implementation != name:
-            plain = not self.lends and (rests or words.SINKS.part(module) is None)
-            held = layer.seat = Seat(layer, name, depth, self.projection, None, rests=rests, light=plain)
-        return held
+        """A seat at a step for which no more than the layer is needed."""
+        name, depth = self.settings.implementation, len(self.settings.compressed)
+        light = not self.lends and (rests or words.SINKS.part(module) is None)
+        return Seat(layer, name, depth, self.projection, None, rests=rests, light=light)
 
 
 class EnterReader(Hook):

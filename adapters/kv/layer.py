@@ -20,7 +20,6 @@ from tokred.kv.stores.rectangle import with_more, without_row
 from tokred.kv.stores.store import Shelf, Store, missing
 
 if TYPE_CHECKING:
-    from tokred.adapters.kv.seat import Seat
     from tokred.adapters.kv.sharing import Lent
 
 CacheLayerMixin: Any = host_object("base of cache layers")
@@ -44,7 +43,6 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
         mixed: whether rows stand in another order than their slots, which those who look at :attr:`keys` do not see.
         weights: ``[B, Hk, K]`` float32, how many tokens each row stands for; None: one each.
         lent: what other layers attend to in this forward, see :mod:`tokred.adapters.kv.sharing`; None: none does.
-        seat: what the attention function is told at a step, made once.
         view: makes what a site takes of the rows, where they are not keys and values themselves; None: they are.
         rows, notes: state of the policy, by row ``[B, Hk, K]`` and of other shapes.
     """
@@ -60,12 +58,11 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
         self.store = engine.parts.store if store is None else store
         self.shelf = self.store.open() if shelf is None else shelf
         # A budget in bytes is of all that is held.
-        self.shelf.roomy = not isinstance(engine.parts.budget.amount, str)
+        self.shelf.roomy = self.shelf.roomy and not isinstance(engine.parts.budget.amount, str)
         self._empty = self.shelf.snapshot()
         # The patched model has said that it will add to this layer; it has, and its attention is to come.
         self.armed = self.waiting = False
         self.lent: list[Lent] | None = None
-        self.seat: Seat | None = None
         self.view: Callable[..., tuple[Tensor | Made, Tensor | Made]] | None = None
         self._clear()
 
@@ -368,7 +365,7 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
     def snapshot(self) -> dict[str, Any]:
         """The layer's state, by reference: tensors are replaced, never changed in place."""
         self.close()
-        kept = {k: v for k, v in self.__dict__.items() if k not in ("engine", "store", "seat", "_empty")}
+        kept = {k: v for k, v in self.__dict__.items() if k not in ("engine", "store", "_empty")}
         copied = {"rows": dict(self.rows), "notes": dict(self.notes), "clock": self.clock.copy()}
         return {**kept, **copied, "shelf": self.shelf.snapshot()}
 

@@ -128,8 +128,12 @@ class MaskSpec:
 
     @functools.cached_property
     def light(self) -> bool:
-        """True for one query that sees all rows there are."""
-        return self.key_mask is None and self.queries == 1 and self.plain
+        """True for one query that is known to see all rows there are."""
+        if self.queries != 1 or not self.plain:
+            return False
+        # Elsewhere looking would wait for the device.
+        mask = self.key_mask
+        return mask is None or (mask.device.type == "cpu" and bool(mask.all()))
 
     def function(self, module: nn.Module, implementation: str) -> Any:
         """The attention that modules of a class had before the patch, looked up once in a forward."""

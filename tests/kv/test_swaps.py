@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -181,6 +183,35 @@ def test_scores_that_mean_something_else_are_asked_for_with_a_site():
     assert queue_of(tokred.make("kv", score="recency", budget=9, when=EVERY), 2) is not None
     assert queue_of(tokred.make("kv", score="recency", budget="1 MiB", when=EVERY), 2) is None
     assert queue_of(tokred.make("tova", budget=9), 2) is None
+
+
+def test_a_mask_without_padding_is_as_good_as_none(monkeypatch):
+    """As generate gives it at every step."""
+    model = tokred.apply(build("llama"), "h2o", budget=9)
+    done = watched(monkeypatch)
+    caches = [tokred.kv_cache(model) for _ in range(2)]
+    mask = torch.ones(2, 20, dtype=torch.long)
+    for m in (20, 1, 1, 1):
+        mask = mask if m == 20 else torch.nn.functional.pad(mask, (0, m), value=1)
+        ids = prompt(m, 2, seed=m)
+        outs = [
+            model(ids, attention_mask=x, past_key_values=c).logits for x, c in zip((mask, None), caches, strict=True)
+        ]
+        assert torch.allclose(*outs, atol=1e-5)
+    assert sum(done) == 3 * 2 * len(caches[0].layers), "all steps of all layers and both caches"
+
+
+def test_rows_go_with_their_cache():
+    """At once, and not when the collector of cycles comes by."""
+    model, cache = begun("streaming_llm")
+    model(prompt(1, 2), past_key_values=cache)
+    gone = [weakref.ref(layer) for layer in cache.layers]
+    gc.disable()
+    try:
+        del cache
+        assert not any(one() for one in gone)
+    finally:
+        gc.enable()
 
 
 def test_padding_is_looked_at_with_a_site(monkeypatch):

@@ -56,6 +56,8 @@ class HalfShelf(RectangleShelf):
         half: type that rows are held in.
     """
 
+    roomy = False  # what is held is half of what there was, to the byte
+
     def __init__(self, half: torch.dtype) -> None:
         super().__init__()
         self.half = half
