@@ -103,13 +103,12 @@ class Jumbo(VisionTransformer):  # type: ignore[misc]
         if global_pool not in (None, "avg"):
             raise ValueError(f"global_pool must be None: the head of a Jumbo model has its own, got {global_pool!r}")
         self.num_classes = num_classes
-        if not num_classes:
-            self.head = nn.Identity()
-            return
-        head = nn.Linear(self.num_features, num_classes)
-        nn.init.zeros_(head.weight)
-        nn.init.constant_(head.bias, -math.log(num_classes))
-        self.head = head.to(self.reg_token.device, self.reg_token.dtype)
+        made: nn.Module = nn.Identity()
+        if num_classes:
+            made = head = nn.Linear(self.num_features, num_classes)
+            nn.init.zeros_(head.weight)
+            nn.init.constant_(head.bias, -math.log(num_classes))
+        self.head = made.to(self.reg_token.device, self.reg_token.dtype)
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """``(B, slices * C + C)`` of ``(B, N, C)``: the class token as one vector, and the mean of the patches."""

@@ -172,11 +172,10 @@ class RectangleShelf(SlottedShelf):
     def _move(self, old_keys: Tensor, old_values: Tensor, keys: Tensor, values: Tensor) -> None:
         """Hold rows and new ones behind them, with room for more where more will come."""
         spare = room_for(old_keys.shape[2]) if self.roomy and self._grows and not torch.is_grad_enabled() else 0
-        made = [_joined(old_keys, keys, spare), _joined(old_values, values, spare)]
+        made = _joined(old_keys, keys, spare), _joined(old_values, values, spare)
         count = old_keys.shape[2] + keys.shape[2]
-        self._hold(*(x.narrow(2, 0, count) for x in made) if spare else made)
-        self._room = (made[0], made[1]) if spare else None
-        self._grows = True
+        self._hold(made[0].narrow(2, 0, count), made[1].narrow(2, 0, count))
+        self._room, self._grows = made if spare else None, True
 
     def _hold(self, keys: Tensor, values: Tensor, *, own: bool = True) -> None:
         self._keys, self._values, self._own, self._room = keys, values, own, None
