@@ -74,7 +74,7 @@ class Tokens(NamedTuple):
 
 @dataclass
 class Answer:
-    """What a reference model gives.
+    """The outcome of a reference model's forward.
 
     Attributes:
         logits: ``(B, N, V)``.
