@@ -74,7 +74,7 @@ class Tokens(NamedTuple):
 
 @dataclass
 class Answer:
-    """What a reference model gives.
+    """The outcome of a reference model's forward.
 
     Attributes:
         logits: ``(B, N, V)``.
@@ -141,7 +141,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(heads * self.head, width, bias=False)
 
     def _split(self, x: Tensor, heads: int) -> Tensor:
-        return x.unflatten(2, (heads, self.head)).transpose(1, 2)
+        return x.view(*x.shape[:2], heads, self.head).transpose(1, 2)
 
     def rows(self, x: Tensor, tokens: Tokens) -> Rows:
         """Keys and values of ``(B, M, C)``."""

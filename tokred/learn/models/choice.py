@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -9,6 +10,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from tokred.core.checks import check_share
 
 
 class Chosen(NamedTuple):
@@ -28,6 +31,24 @@ class Chosen(NamedTuple):
 def capacities(recursions: int) -> tuple[float, ...]:
     """Share of the tokens that each recursion takes: ``(R - r) / R``."""
     return tuple((recursions - r) / recursions for r in range(recursions))
+
+
+def check_capacity(shares: Sequence[float], recursions: int, kv: str = "cache") -> None:
+    """Refuse capacities that nested sets of tokens cannot have.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if len(shares) != recursions:
+        raise ValueError(f"capacity must have {recursions} shares, one a recursion, got {tuple(shares)}")
+    for share in shares:
+        check_share(share, "capacity")
+    if any(a < b for a, b in itertools.pairwise(shares)):
+        raise ValueError(f"capacity must not increase from recursion to recursion, got {tuple(shares)}")
+    if kv == "share" and shares[0] < 1:
+        raise ValueError(
+            f"with kv='share' recursion 0 makes the keys of all tokens: its capacity must be 1, got {shares[0]}"
+        )
 
 
 def warmed(shares: Sequence[float], step: int, steps: int) -> tuple[float, ...]:

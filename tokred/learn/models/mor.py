@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -11,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokred.core.checks import check_choice, check_count, check_number, check_share
+from tokred.core.checks import check_choice, check_count, check_number
 from tokred.learn.models.blocks import Answer, Block, Cache, Rows, Tokens, begin, started
 from tokred.learn.models.choice import (
     balance_loss,
     capacities,
+    check_capacity,
     moved,
     selection_loss,
     some_of,
@@ -158,24 +158,6 @@ class MoRConfig:
         if self.sharing.endswith("sequence"):
             return tuple(i // self.recursions for i in range(between))
         return tuple(i % depth for i in range(between))
-
-
-def check_capacity(shares: Sequence[float], recursions: int, kv: str = "cache") -> None:
-    """Refuse capacities that nested sets of tokens cannot have.
-
-    Raises:
-        ValueError: naming them.
-    """
-    if len(shares) != recursions:
-        raise ValueError(f"capacity must have {recursions} shares, one a recursion, got {tuple(shares)}")
-    for share in shares:
-        check_share(share, "capacity")
-    if any(a < b for a, b in itertools.pairwise(shares)):
-        raise ValueError(f"capacity must not increase from recursion to recursion, got {tuple(shares)}")
-    if kv == "share" and shares[0] < 1:
-        raise ValueError(
-            f"with kv='share' recursion 0 makes the keys of all tokens: its capacity must be 1, got {shares[0]}"
-        )
 
 
 class Router(nn.Module):
