@@ -38,6 +38,10 @@ WINGS = {
         "Policies for caches",
         "They act at the stage `cache`: rows leave the keys and values of a language model.",
     ),
+    "moe": (
+        "Methods for mixtures of experts",
+        "They act at the stage `experts`: between a router and its experts, which run on fewer tokens.",
+    ),
 }
 ABOUT = "Every command with every option. What they are for: [the command line](../command-line.md)."
 NO_VALUE = "-"

@@ -37,6 +37,8 @@ DENOISERS = {"diffusers": "tokred.adapters.diffusion"}
 # Models with vision whose visual tokens may leave, and language models whose later layers run on fewer tokens.
 VISUAL = {"transformers": "tokred.adapters.vlm.host:match_projector"}
 LAYERED = {"transformers": "tokred.adapters.vlm.host:match_layer"}
+# Language models with layers of experts, which may run on fewer tokens.
+MIXTURES = {"transformers": "tokred.adapters.moe.host"}
 
 
 class Served(NamedTuple):
@@ -59,6 +61,7 @@ BY_STAGE = {
     "cache": Served(CACHES, "language models", "snapkv"),
     "projector": Served(VISUAL, "models with vision", "divprune"),
     "layer": Served(LAYERED, "language models", "fastv"),
+    "experts": Served(MIXTURES, "mixtures of experts", "capacity_drop"),
 }
 
 
@@ -76,7 +79,8 @@ def find(model: nn.Module, stage: str = "block") -> Any:
     Args:
         model: a model, something that holds one, or a pipeline of diffusers.
         stage: ``"block"`` for an :class:`~tokred.adapters.encoder.host.EncoderHost`, ``"cache"`` for a ``CacheHost``,
-            ``"attention"`` for a ``DenoiserHost``, ``"projector"`` and ``"layer"`` for a ``VisualHost``.
+            ``"attention"`` for a ``DenoiserHost``, ``"projector"`` and ``"layer"`` for a ``VisualHost``,
+            ``"experts"`` for a ``MixtureHost``.
 
     Raises:
         TypeError: ``model`` is no module.

@@ -105,6 +105,11 @@ CACHES = {
     "qwen3_5": "layers with a state among full ones",
 }
 
+MIXTURES = {
+    "mixtral": "weights that sum to one",
+    "qwen2_moe": "weights as they are, a shared expert",
+}
+
 
 def each(cases: Iterable[Any], kinds: Mapping[str, str]) -> list[Any]:
     """All cases as parameters, those of other hosts than ``kinds`` under the marker ``hosts``.

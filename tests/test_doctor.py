@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 import tokred
 from tokred import doctor
 from tokred.cli.main import app
-from tokred.doctor import caches, denoisers, encoders, installed, stores, visual
+from tokred.doctor import caches, denoisers, encoders, installed, mixtures, stores, visual
 from tokred.doctor.laws import LAWS, Case
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,6 +42,8 @@ SOME = [
     ("transformers", "kv", "formats on qwen3_5"),
     ("transformers", "vlm", "llava"),
     ("transformers", "vlm", "qwen2_5_vl"),
+    ("transformers", "moe", "mixtral"),
+    ("transformers", "moe", "qwen2_moe"),
     ("diffusers", "diffusion", "sd15"),
     ("diffusers", "diffusion", "flux"),
     ("diffusers", "diffusion", "wan"),
@@ -88,7 +90,7 @@ def test_laws_hold_with_every_method(torch_alone):
         pytest.importorskip(name)
     from tokred.adapters.tiny import omni
 
-    cases = [case for wing in ("encoder", "kv", "vlm", "diffusion") for case in doctor.choose([wing], "*")]
+    cases = [case for wing in ("encoder", "kv", "vlm", "diffusion", "moe") for case in doctor.choose([wing], "*")]
     hosted = set(tokred.list_methods()) - (set() if omni.known() else {"omnizip"})  # which hears
     assert {case.family.partition(" on ")[0] for case in cases} == hosted
     for case in cases:
@@ -109,9 +111,9 @@ def test_one_method_is_asked_by_name():
 def test_every_tiny_model_is_asked():
     for name in ("transformers", "diffusers", "open_clip"):
         pytest.importorskip(name)
-    from tokred.adapters.tiny import diffusion, kv, omni, open_clip, timm, transformers, vlm, windows
+    from tokred.adapters.tiny import diffusion, kv, moe, omni, open_clip, timm, transformers, vlm, windows
 
-    tables = (diffusion, kv, open_clip, timm, transformers, vlm, windows)
+    tables = (diffusion, kv, moe, open_clip, timm, transformers, vlm, windows)
     assert len(doctor.choose()) == sum(len(table.FAMILIES) for table in tables) + len(stores.KINDS) + omni.known()
 
 
@@ -124,6 +126,7 @@ def test_every_tiny_model_is_asked():
         (("transformers", "kv", "llama"), caches),
         (("transformers", "kv", "gemma2"), caches),
         (("transformers", "vlm", "llava"), visual),
+        (("transformers", "moe", "mixtral"), mixtures),
         (("diffusers", "diffusion", "sd15"), denoisers),
         (("diffusers", "diffusion", "flux"), denoisers),
     ],

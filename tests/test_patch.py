@@ -19,7 +19,7 @@ pytest.importorskip("diffusers")
 import tokred
 from tokred.adapters.changes import states_in, sweep
 from tokred.adapters.swap import Hook, Standin, is_swapped
-from tokred.adapters.tiny import diffusion, kv, timm, vlm
+from tokred.adapters.tiny import diffusion, kv, moe, timm, vlm
 from tokred.core.report import COLUMNS, Report
 from tokred.patch import ATTRIBUTE, Patch, patches_of
 
@@ -32,6 +32,7 @@ PATCHES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "stream": (lambda: kv.build("llama"), "squeezeattention", {"budget": 8}),
     "projector": (lambda: vlm.build("llava"), "visionzip", {}),
     "layer": (lambda: vlm.build("llava"), "fastv", {"layer": 1}),
+    "experts": (lambda: moe.build("mixtral"), "capacity_drop", {"gamma": 0.5}),
     "all stages of a model with vision": (lambda: vlm.build("llava"), SEVERAL, {}),
 }
 
@@ -165,7 +166,7 @@ def ran(name: str) -> Report:
             model(timm.images())
         elif name == "denoiser":
             diffusion.run(model, diffusion.inputs("sd15"))
-        elif name in ("cache", "stream"):
+        elif name in ("cache", "stream", "experts"):
             model(kv.prompt(20), use_cache=True)
         else:
             model(**vlm.prompts("llava", [[3, "image", 5]]), use_cache=True)

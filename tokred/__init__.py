@@ -58,7 +58,7 @@ from tokred.errors import (
 )
 from tokred.patch import change
 from tokred.settings import load, make, push_to_hub, save
-from tokred.settings.caches import blend, load_cache, save_cache, share_prefix
+from tokred.settings.caches import blend, draft, load_cache, save_cache, share_prefix
 
 __version__ = _versions.TOKRED
 
@@ -115,6 +115,7 @@ __all__ = [
     "apply",
     "blend",
     "change",
+    "draft",
     "explain",
     "flops",
     "from_dict",

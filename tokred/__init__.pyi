@@ -64,8 +64,10 @@ from tokred.methods.diffusion.vidtome import VidToMe
 from tokred.methods.encoder.algm import ALGM
 from tokred.methods.encoder.ats import ATS
 from tokred.methods.encoder.avit import AViT
+from tokred.methods.encoder.bavit import BAViT
 from tokred.methods.encoder.cropr import Cropr
 from tokred.methods.encoder.diffrate import DiffRate
+from tokred.methods.encoder.dovit import DoViT
 from tokred.methods.encoder.downsample import Downsample
 from tokred.methods.encoder.dtem import DTEM
 from tokred.methods.encoder.dynamicvit import DynamicViT
@@ -126,6 +128,7 @@ from tokred.methods.kv.tokenselect import TokenSelect
 from tokred.methods.kv.tova import TOVA
 from tokred.methods.kv.triattention import TriAttention
 from tokred.methods.kv.zeromerge import ZeroMerge
+from tokred.methods.moe.capacity_drop import CapacityDrop
 from tokred.methods.vlm.cat import CAT
 from tokred.methods.vlm.cdpruner import CDPruner
 from tokred.methods.vlm.divprune import DivPrune
@@ -161,7 +164,7 @@ from tokred.methods.vlm.visual_baselines import DownsampleVisual, RandomVisual, 
 from tokred.methods.vlm.vscan import VScan, VScanLayer
 from tokred.patch import change
 from tokred.settings import load, make, push_to_hub, save
-from tokred.settings.caches import blend, load_cache, save_cache, share_prefix
+from tokred.settings.caches import blend, draft, load_cache, save_cache, share_prefix
 from tokred.settings.streams import stream
 from tokred.tuning.run import tune
 
@@ -195,16 +198,19 @@ __all__ = [
     "AsymRnR",
     "AttentionMatching",
     "AttentionSite",
+    "BAViT",
     "BlockMethod",
     "BypassedError",
     "CAToMe",
     "CDPruner",
     "CacheReport",
+    "CapacityDrop",
     "ChunkStore",
     "CriticalKV",
     "Cropr",
     "DiffRate",
     "DivPrune",
+    "DoViT",
     "Downsample",
     "DownsampleVisual",
     "DuoAttention",
@@ -325,6 +331,7 @@ __all__ = [
     "calibrate",
     "change",
     "choose_tsp_layer",
+    "draft",
     "eval",
     "explain",
     "flops",

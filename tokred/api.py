@@ -38,7 +38,8 @@ def list_methods(pattern: str = "*", *, stage: Stage | None = None, model: nn.Mo
 
     Args:
         pattern: shell-style, such as ``"*merge*"``; without a wildcard, the names that contain it.
-        stage: only methods that act there: ``"block"``, ``"attention"``, ``"projector"``, ``"layer"``, ``"cache"``.
+        stage: only methods that act there: ``"block"``, ``"attention"``, ``"projector"``, ``"layer"``, ``"cache"``,
+            ``"experts"``.
         model: only methods that run on this model, as :func:`supports` says.
 
     Raises:
@@ -226,8 +227,9 @@ def report(model: nn.Module) -> Report:
     encoders (:class:`~tokred.encoder.report.BlockReport`): tokens, multiply-adds and token sizes of each block. With a
     policy for the cache (:class:`tokred.CacheReport`): slots, rows and bytes of each layer's cache. Of a denoiser
     (:class:`~tokred.diffusion.report.DenoiserReport`): the tokens that each sub-layer ran on. Of a model with vision
-    (:class:`~tokred.vlm.report.VisualReport`): the tokens at every decoder layer's input. Where a model is patched at
-    several stages, one report holds the others in ``more``.
+    (:class:`~tokred.vlm.report.VisualReport`): the tokens at every decoder layer's input. Of experts
+    (:class:`~tokred.core.experts.RoutingReport`): pairs of token and expert that were dropped. Where a model is patched
+    at several stages, one report holds the others in ``more``.
 
     Raises:
         NothingRecordedError: the model is not patched, or no uncompiled forward has run since.

@@ -188,6 +188,20 @@ SELF = row(
     "attn T qwen2_5_vl:Qwen2_5_VLVisionBlock",
 )
 
+ROUTER = row("router of a layer of experts", "gate T mixtral:MixtralSparseMoeBlock", "router T gpt_oss:GptOssMLP")
+EXPERTS = row("experts of a layer", "experts T mixtral:MixtralSparseMoeBlock")
+NORMALISED = row("whether weights of experts sum to one", "norm_topk_prob T qwen3_moe:Qwen3MoeTopKRouter")
+CHOSEN_EXPERTS = row("experts of a token", "top_k T mixtral:MixtralTopKRouter")
+EXPERT_COUNT = row("number of experts", "num_experts T mixtral:MixtralTopKRouter")
+SPREAD = row(
+    "how a model lies on several devices",
+    "distributed_config T transformers.distributed.fsdp:apply_fully_sharded_data_parallelism",
+)
+APART = row(
+    "whether experts lie on several devices",
+    "enable_expert_parallel T transformers.distributed.configuration_utils:DistributedConfig",
+)
+
 KEYS = row("keys of a layer's cache", "keys T transformers.cache_utils:DynamicLayer")
 VALUES = row("values of a layer's cache", "values T transformers.cache_utils:DynamicLayer")
 LAYERS = row("layers of a cache", "layers T transformers.cache_utils:Cache")

@@ -17,7 +17,7 @@ from tokred.adapters.encoder.block import KeyTap, Recipe, Settings
 from tokred.adapters.encoder.block import body as block_body
 from tokred.adapters.encoder.model_body import body as model_body
 from tokred.adapters.encoder.origin import watch
-from tokred.adapters.encoder.sides import Sides, of_convolution, tiles
+from tokred.adapters.encoder.sides import Sides, numbers_of, of_convolution, tiles
 from tokred.adapters.encoder.state import LayerRecord, Shared
 from tokred.adapters.host import Host
 from tokred.adapters.linear import matrices
@@ -147,7 +147,8 @@ class EncoderHost(Host):
             )
         cls = host_class(self.model)
         model = f"{cls.__module__}.{cls.__qualname__}"
-        return Facts(model, self.depth, wide[0], heads, self.prefix, self.suffix)
+        pixels = numbers_of(self.origin) if self.layout is of_convolution else 0
+        return Facts(model, self.depth, wide[0], heads, self.prefix, self.suffix, pixels=pixels)
 
     def missing(self, method: Method | type[Method]) -> frozenset[str]:
         missing = super().missing(method)

@@ -113,3 +113,11 @@ def tiles(module: Any) -> tuple[int, int] | None:
         return None
     height, width = made.kernel_size
     return height, width
+
+
+def numbers_of(module: Any) -> int:
+    """How many numbers of an image one patch has, as :func:`pixels_of` gives them; 0 where patches overlap."""
+    made, size = convolution(module), tiles(module)
+    if size is None or not isinstance(made, nn.Conv2d):
+        return 0
+    return made.in_channels * size[0] * size[1]

@@ -224,9 +224,9 @@ def gather_rope(rope: Tensor, representative: Tensor, prefix: int) -> Tensor:
     rows = representative[:, prefix:] - prefix
     b, m = rows.shape
     if rope.ndim == 2:
-        return rope.index_select(0, rows.reshape(-1)).view(b, 1, m, -1)
+        return rope.index_select(0, rows.reshape(-1)).view(b, 1, m, rope.shape[-1])
     if rope.ndim == 3:
-        return rope.index_select(1, rows.reshape(-1)).view(rope.shape[0], b, m, -1).transpose(0, 1)
+        return rope.index_select(1, rows.reshape(-1)).view(rope.shape[0], b, m, rope.shape[-1]).transpose(0, 1)
     columns = rows[:, None, :, None].expand(b, rope.shape[1], m, rope.shape[3])
     return rope.expand(b, -1, -1, -1).gather(2, columns)
 

@@ -155,7 +155,7 @@ class TokCache(DynamicCache):  # type: ignore[misc]
     def holds(self) -> tuple[Tensor, ...]:
         """``[B, Hk, seen]`` bool of every layer, on the CPU: the slots that each head holds a row of. For looking at:
         it waits for the device."""
-        return tuple(_holds(layer) for layer in layers_of(self))
+        return holds_of(layers_of(self))
 
     @property
     def nbytes(self) -> int:
@@ -172,6 +172,11 @@ def layer_of(cache: Any, index: int) -> TokLayer | None:
     """The layer ``index`` of a cache; None where no policy acts on it."""
     layer = layers_of(cache)[index] if isinstance(cache, TokCache) else None
     return layer if isinstance(layer, TokLayer) else None
+
+
+def holds_of(layers: list[Any]) -> tuple[Tensor, ...]:
+    """As :meth:`TokCache.holds`, of the layers of any cache; without a dimension where a layer has no rows."""
+    return tuple(map(_holds, layers))
 
 
 def rows_of(layers: list[Any]) -> tuple[LayerRows, ...]:

@@ -142,5 +142,5 @@ def _of(model: Any, crosses: dict[int, tuple[str, nn.Module]]) -> CrossHost:
         compressed=tuple(crosses),
         supplies=frozenset(supplies),
         norms=dict.fromkeys(crosses),
-        key_heads=rehearsal.key_heads(next(iter(crosses.values()))[1]),
+        rows=rehearsal.rows(m for _, m in crosses.values()),
     )

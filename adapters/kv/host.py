@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from tokred.adapters.changes import Changes
 from tokred.adapters.contract import (
@@ -61,7 +61,7 @@ class CacheHost(Host):
             they attend to.
         latents: whether rows are latents, of which the keys and values of all heads are made.
         states: layers without rows: they keep a state of one size, or nothing.
-        key_heads: key/value heads of a compressed layer, where a rehearsal showed them; 0: as the configuration says.
+        rows: keys and values of each kind of compressed layers, without numbers, where a rehearsal showed them.
         note: what a user should know.
     """
 
@@ -76,7 +76,7 @@ class CacheHost(Host):
     readers: dict[int, tuple[str, nn.Module, int]] = field(default_factory=dict)
     latents: bool = False
     states: int = 0
-    key_heads: int = 0
+    rows: tuple[tuple[Tensor, Tensor], ...] = ()
     note: str = ""
     stage: str = "cache"
 
@@ -114,7 +114,7 @@ class CacheHost(Host):
             depth=self.depth,
             width=int(words.WIDTH.need(self.config)),
             heads=heads,
-            key_heads=self.key_heads or int(words.KEY_HEADS.part(self.config) or heads),
+            key_heads=self.rows[0][0].shape[1] if self.rows else int(words.KEY_HEADS.part(self.config) or heads),
             head_width=widths.pop() if len(widths) == 1 else 0,
         )
 
@@ -137,6 +137,8 @@ class CacheHost(Host):
         method.check(self.depth)
         if isinstance(method, CachePolicy):
             method.fits(self.model_facts)
+            for keys, values in self.rows:
+                method.parts.store.check(keys, values)
 
     def missing(self, method: Method | type[Method]) -> frozenset[str]:
         """Inputs that the method reads and this host cannot supply; a limit of bytes wants to count all layers."""
@@ -303,7 +305,7 @@ def match(model: nn.Module, *, decodes: bool = False, bounded: bool = False, sta
         compressed=compressed,
         supplies=frozenset(supplied),
         norms=behind,
-        key_heads=rehearsal.key_heads(found[compressed[0] if compressed else next(iter(found))][1]),
+        rows=rehearsal.rows(found[i][1] for i in compressed or found),
         readers=readers,
         latents=latents,
         states=len(kinds) - len(found) - kinds.count(SHARED),

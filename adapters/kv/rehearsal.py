@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -134,10 +135,11 @@ class Rehearsal:
         found = self._heard(attention)
         return isinstance(found, _Heard) and bool(found.calls)
 
-    def key_heads(self, attention: nn.Module) -> int:
-        """Heads of keys that the module gives its cache, whatever its configuration says; 0 where it is not known."""
-        found = self._heard(attention)
-        return found.rows[0].shape[1] if isinstance(found, _Heard) and found.rows is not None else 0
+    def rows(self, attentions: Iterable[nn.Module]) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Keys and values ``[1, Hk, n, D]`` that modules give their cache, without numbers, each kind once; none of
+        those of which it is not known."""
+        found = map(self._heard, attentions)
+        return tuple({id(x): x.rows for x in found if isinstance(x, _Heard) and x.rows is not None}.values())
 
     def turns(self, attention: nn.Module) -> bool:
         """True unless the rehearsal showed that the module leaves queries and keys without rotation."""

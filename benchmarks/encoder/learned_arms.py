@@ -24,6 +24,7 @@ from tokred.learn.recipe import FOLDER
 COUNTS, SHARES = list(range(1, 60)), [k / 100 for k in range(99, 1, -1)]
 # The parameter that decides how much is removed, and its values, the most work first.
 AMOUNTS: dict[str, tuple[str, list[Any]]] = {
+    "bavit": ("rho", SHARES),
     "cropr": ("r", COUNTS),
     "downsample": ("keep", SHARES),
     "dtem": ("r", COUNTS),
@@ -32,11 +33,14 @@ AMOUNTS: dict[str, tuple[str, list[Any]]] = {
     "random_prune": ("r", COUNTS),
     "skipvit": ("rho", [k / 100 for k in range(1, 100)]),
     "tome": ("r", COUNTS),
+    "vtm": ("R", [k / 100 for k in range(1, 101)]),
 }
 # Names of the script's own: a method with parameters.
 ALIASES: dict[str, tuple[str, dict[str, Any]]] = {"class_attention": ("evit", {"fuse": False})}
 # Models that remove nothing; what stands for a method in their recipes removes no token.
 DENSE, SMALLER = "dense", "smaller"
+# Methods that learn by labels of patches.
+LABELLED = ("bavit",)
 NONE: tuple[str, dict[str, Any]] = ("random_prune", {"r": 0})
 # A model that has lost blocks and neurons has more to learn than one that has lost tokens.
 FASTER = 10
@@ -60,8 +64,16 @@ class Arm:
 
 
 def work(model: nn.Module, method: tokred.Method | None) -> int:
-    """Multiply-adds of all blocks for one picture, by the method's plan."""
-    return sum(macs for _, _, macs in adapters.find(model).plan(method, embedded.SHAPE))
+    """Multiply-adds of all blocks for one picture, by the method's plan, and of a network that decides before them."""
+    host = adapters.find(model)
+    own = 0 if method is None else before_blocks(method.module(host.model_facts()) if method.name in LABELLED else None)
+    return own + sum(macs for _, _, macs in host.plan(method, embedded.SHAPE))
+
+
+def before_blocks(module: nn.Module | None) -> int:
+    """Multiply-adds of what a method runs on one picture before the first block, which no report counts."""
+    cost: Any = getattr(module, "cost", None)
+    return 0 if cost is None else int(cost((SIZE // PATCH) ** 2))
 
 
 def setting(name: str, share: float, model: nn.Module, **more: Any) -> tokred.Method:
@@ -199,6 +211,8 @@ def at_share(name: str, recipe: learn.Recipe, share: float, plain: nn.Module) ->
         parameters[parameter] = method.to_dict()["parameters"][parameter]
     elif recipe.method == "diffrate":
         parameters["target"] = share
+    elif recipe.method == "dovit":
+        share = 1.0  # decided by confidence alone, whatever work that is
     elif recipe.method == "avit":
         parameters["beta"] = halting(share, plain, parameters)
     # Schedules end at what was asked for, not at what the recipe has.
@@ -214,10 +228,20 @@ def foreground(count: int) -> Tensor:
     with np.load(embedded.FOLDER / embedded.SAMPLE) as f:
         kept = {name: torch.from_numpy(f[name][:count]) for name in ("garment", "flip", "place")}
         garments = torch.from_numpy(f["garments"])
-    shown = garments[kept["garment"]] > 0
-    shown = torch.where(kept["flip"].view(-1, 1, 1), shown.flip(-1), shown)
-    pixels = torch.zeros(count, SIZE, SIZE)
-    for i, (top, left) in enumerate(kept["place"].tolist()):
-        pixels[i, top : top + GARMENT, left : left + GARMENT] = shown[i].float()
-    covered = torch.nn.functional.avg_pool2d(pixels[:, None], PATCH).flatten(1)
-    return covered >= 0.5
+    return covered(garments[kept["garment"]], kept["flip"], kept["place"]).flatten(1) >= 0.5
+
+
+def covered(garments: Tensor, flip: Tensor, place: Tensor) -> Tensor:
+    """``(N, 14, 14)`` float32: the share of each patch that a garment covers.
+
+    Args:
+        garments: ``(N, 28, 28)`` uint8.
+        flip: ``(N,)`` bool, which are mirrored.
+        place: ``(N, 2)`` int64, their tops and lefts.
+    """
+    shown = garments > 0
+    shown = torch.where(flip.view(-1, 1, 1), shown.flip(-1), shown)
+    pixels = torch.zeros(len(shown), SIZE, SIZE)
+    for one, own, (top, left) in zip(pixels, shown, place.tolist(), strict=True):
+        one[top : top + GARMENT, left : left + GARMENT] = own.float()
+    return torch.nn.functional.avg_pool2d(pixels[:, None], PATCH).squeeze(1)

@@ -34,11 +34,23 @@ import torch
 from torch import Tensor, nn
 
 import tokred
-from benchmarks.encoder.learned_arms import DENSE, Arm, at_share, foreground, recipes, setting, work
+from benchmarks.encoder import clutter
+from benchmarks.encoder.learned_arms import (
+    DENSE,
+    LABELLED,
+    Arm,
+    at_share,
+    before_blocks,
+    covered,
+    foreground,
+    recipes,
+    setting,
+    work,
+)
 from benchmarks.encoder.train_embedded import Data
 from tokred import adapters, learn
 from tokred.bench import embedded, results
-from tokred.bench.data.model import SIZE
+from tokred.bench.data.scenes import compose, normalise
 from tokred.learn.training import Samples, train
 
 BESIDE = ("tome", "evit", "class_attention", "random_prune", "downsample")
@@ -59,6 +71,7 @@ def measure(model: nn.Module, images: Tensor, labels: Tensor, garments: Tensor, 
     hits, left, tokens, done, rates = 0, 0, 0.0, 0.0, []
     host, patched = adapters.find(model), bool(tokred.patched(model))
     dense = host.plan(None, (1, *images.shape[1:]))
+    own = before_blocks(next(iter(tokred.modules(model).values()), None)) if patched else 0
     size = 1 if any(method.uneven for method in tokred.patched(model)) else 100  # padding of a batch is no token
     for x, y, shown in zip(images.split(size), labels.split(size), garments.split(size), strict=True):
         start = time.perf_counter()
@@ -71,7 +84,7 @@ def measure(model: nn.Module, images: Tensor, labels: Tensor, garments: Tensor, 
         else:
             left += int(shown.sum())
         tokens += len(x) * (dense[-1][1] if found is None else found.layers[-1].tokens_out)
-        done += len(x) * (sum(macs for _, _, macs in dense) if found is None else found.macs)
+        done += len(x) * (sum(macs for _, _, macs in dense) if found is None else own + found.macs)
     n = len(labels)
     return {"top1": hits / n, "recall": left / int(garments.sum()), "tokens": tokens / n, "work": done / n / full,
             "rate": statistics.median(rates), "at": size}  # fmt: skip
@@ -82,10 +95,11 @@ class Pictures:
 
     Args:
         data: of ``encoder/train_embedded``.
+        of_patches: labels are those of the patches, 1 where a garment covers at least a half, and not the classes.
     """
 
-    def __init__(self, data: Data) -> None:
-        self.data = data
+    def __init__(self, data: Data, of_patches: bool = False) -> None:
+        self.data, self.of_patches = data, of_patches
 
     def __len__(self) -> int:
         return len(self.data.labels)
@@ -94,9 +108,14 @@ class Pictures:
         return index
 
     def collate(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Pictures ``(B, 3, SIZE, SIZE)`` and labels ``(B,)``, by draws of torch's own generator."""
-        index = torch.tensor(rows)
-        return self.data.batch(index, SIZE)[0], self.data.labels[index]
+        """Pictures ``(B, 3, SIZE, SIZE)`` and labels ``(B,)``, of patches ``(B, 14, 14)``, by draws of torch's own
+        generator."""
+        data = self.data
+        scenes = clutter.draw(torch.tensor(rows), data.photos)
+        pictures = normalise(compose(scenes, data.garments, data.photos))
+        if not self.of_patches:
+            return pictures, data.labels[scenes.garment]
+        return pictures, (covered(data.garments[scenes.garment], scenes.flip, scenes.place) >= 0.5).long()
 
 
 def runs(args: argparse.Namespace, plain: nn.Module) -> Iterator[tuple[dict[str, Any], Arm]]:
@@ -217,8 +236,9 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / ROWS
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
-    pictures = Pictures(Data(args.fashion, args.photos))
-    samples = Samples(pictures, pictures.collate)
+    data = Data(args.fashion, args.photos)
+    by_class, by_patch = Pictures(data), Pictures(data, of_patches=True)
+    samples = {False: Samples(by_class, by_class.collate), True: Samples(by_patch, by_patch.collate)}
     xt, yt = embedded.sample(args.test)
     shown, full = foreground(args.test), work(plain, None)
 
@@ -252,7 +272,7 @@ def main() -> None:
             continue
         print(f"{row['name']} at {row['share']:.0%} of the work, seed {row['seed']}", flush=True)
         folder = args.out / f"{row['name']}-{row['share']}-{row['seed']}"
-        model, seconds = trained(arm, samples, folder, args.every, plain)
+        model, seconds = trained(arm, samples[arm.recipe.method in LABELLED], folder, args.every, plain)
         method = tokred.patched(model)[0]
         add(row, str(method) if method.removes(adapters.find(model).depth) else "", method.name, model, seconds)
     print("\n".join(table(rows)))

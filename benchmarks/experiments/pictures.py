@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from tokred.analysis import viz
 
 if TYPE_CHECKING:
-    from tokred.analysis.viz import CacheDrawing, LatentDrawing, VisualDrawing
+    from tokred.analysis.viz import CacheDrawing, LatentDrawing, StreamDrawing, VisualDrawing
 
 WANTED = "Which option of mdadm avoids the synchronization phase?"
+CLIP = 5  # the seed of the video
 COLOURS = 192  # of a picture: these are drawings, which pack well in few
 
 
@@ -42,6 +43,47 @@ def vlm() -> VisualDrawing:
     return viz.vlm(model, zoo.inputs(tokenizer, images), methods, tokenizer=tokenizer, pixels=images, tokens=6)
 
 
+def clip() -> VisualDrawing:
+    """A piece of clothing that moves over a photo, for the small model with vision; a quarter of the tokens stays."""
+    import torch
+
+    from benchmarks.zoo import questions
+    from benchmarks.zoo import vlm as zoo
+    from tokred.vlm import clips
+
+    model, tokenizer = zoo.build()
+    frames = questions.clips("test", 1, seed=CLIP).images[0]
+    given = zoo.inputs(tokenizer, frames)
+    ids = given["input_ids"][0]
+    place = ids == tokenizer.convert_tokens_to_ids(zoo.IMAGE_TOKEN)
+    ids = torch.cat([ids[:1], ids[place].repeat(len(frames)), ids[1:][~place[1:]]])[None]
+    given |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    methods = ["uniform_visual budget=0.25", "divprune budget=0.25", "evs ratio=0.75", "vidcom2 ratio=0.75"]
+    with clips([[len(frames)]]):
+        return viz.vlm(model, given, methods, tokenizer=tokenizer, pixels=[frames], tokens=6)
+
+
+def stream() -> StreamDrawing:
+    """The same video and a second one behind it, as a stream that remembers eight frames."""
+    import torch
+
+    from benchmarks.zoo import data, questions
+    from benchmarks.zoo import vlm as zoo
+
+    model, tokenizer = zoo.build()
+    frames = questions.clips("test", 2, seed=CLIP).images.flatten(0, 1)
+    methods = [
+        "uniform_visual budget=64 + streaming_llm budget=513",
+        "stc budget=64 + streaming_llm budget=513",
+        "streamingtom budget=64 + streamingtom_cache groups=4 most=8",
+    ]
+    start = torch.tensor([tokenizer.bos_token_id])
+    return viz.stream(
+        model, data.normalise(frames), methods, prompt=start, question=zoo.PROMPT, tokenizer=tokenizer, pixels=frames,
+        tokens=6,
+    )  # fmt: skip
+
+
 def diffusion() -> LatentDrawing:
     """A height map, for the consistency model of terrain."""
     from benchmarks.zoo import terrain
@@ -50,7 +92,7 @@ def diffusion() -> LatentDrawing:
     return viz.denoiser(model, lambda net: net.sample(1), "tomesd ratio=0.5 max_downsample=8")
 
 
-KINDS = {"kv": kv, "vlm": vlm, "diffusion": diffusion}
+KINDS = {"kv": kv, "vlm": vlm, "clip": clip, "stream": stream, "diffusion": diffusion}
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -43,6 +44,8 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 ROWS = (512, 2048, 8192)
+# By the name of an option: seconds on the wall, or of this process alone.
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 class Holding(NamedTuple):

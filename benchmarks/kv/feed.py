@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import tokred
 from tokred import kv
@@ -23,6 +23,7 @@ from tokred.adapters.kv import hooks
 from tokred.adapters.kv.layer import TokLayer
 from tokred.adapters.kv.repeat import repeat
 from tokred.bench.timing import entering
+from tokred.core.learned import Learned
 from tokred.kv.engine import Engine
 from tokred.kv.policy import CachePolicy
 from tokred.kv.repeat import Probe
@@ -39,7 +40,8 @@ WORK: tuple[tuple[Any, str, str], ...] = (
 
 
 class Layer(NamedTuple):
-    """What a layer had: ``q`` ``[B, H, N, D]``, ``k`` and ``v`` ``[B, Hk, N, D]``; and more of its site."""
+    """What a layer had: ``q`` ``[B, H, N, D]``, ``k`` and ``v`` ``[B, Hk, N, D]``; and more of its site, such as
+    ``hidden`` ``[B, N, C]``, what its attention was given."""
 
     q: Tensor
     k: Tensor
@@ -47,6 +49,7 @@ class Layer(NamedTuple):
     scale: float | None
     projection: Callable[[], Tensor] | None
     rope: Any
+    hidden: Tensor | None = None
 
 
 class _Recorder(Engine):
@@ -59,7 +62,31 @@ class _Recorder(Engine):
 
     def observe(self, layer: Any, site: kv.CacheSite, before: int) -> None:
         self.padding = site.padding
-        self.layers.append(Layer(site.q, site.k, site.v, site.scale, site._projection, site._rope))
+        self.layers.append(Layer(site.q, site.k, site.v, site.scale, site._projection, site._rope, site.hidden))
+
+
+class _Overheard:
+    """Rows that a layer with a window takes in, of which it will keep the newest.
+
+    Args:
+        layer: an empty one; it does as before.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        self.parts: list[tuple[Tensor, Tensor]] = []
+        own = layer.update
+
+        def update(keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.parts.append((keys, values))
+            return own(keys, values, *args, **kwargs)
+
+        layer.update = update
+
+    @property
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[B, Hk, N, D]``."""
+        keys, values = zip(*self.parts, strict=True)
+        return torch.cat(keys, 2), torch.cat(values, 2)
 
 
 class _Once:
@@ -100,7 +127,8 @@ class Prompt:
     Args:
         decoder: the module inside the model whose forward takes the cache.
         given: its arguments, ids and mask.
-        layers: of the model.
+        layers: of the model that attend to everything.
+        windows: keys and values ``[B, Hk, N, D]`` of the others, which hold the newest, in the order of the model.
         padding: of the batch.
         streams: how far each layer's attention turned the residual stream, over the whole text.
 
@@ -115,13 +143,14 @@ class Prompt:
         layers: list[Layer],
         padding: kv.Padding | None,
         streams: dict[int, Any],
+        windows: Sequence[tuple[Tensor, Tensor]] = (),
     ) -> None:
         self.decoder, self.given = decoder, given
-        self.layers, self.padding, self.streams = layers, padding, streams
+        self.layers, self.padding, self.streams, self.windows = layers, padding, streams, windows
         self.length = layers[0].k.shape[2]
         self._stores: dict[int, dict[Any, Any]] = {}
 
-    def fill(self, cache: Any, count: int | None = None, rest: int = 0) -> Any:
+    def fill(self, cache: Any, count: int | None = None, rest: int = 0, module: nn.Module | None = None) -> Any:
         """Let an empty cache of a patched model be as if it had read the first ``count`` tokens; returns it.
 
         Args:
@@ -129,6 +158,7 @@ class Prompt:
             count: tokens; None: all.
             rest: so many more follow and belong to the prompt. What scores have added up over the first ``count`` is
                 computed once, whatever follows.
+            module: that the policy has learned, where it has one.
         """
         n = self.length if count is None else count
         engine = cache.engine
@@ -142,12 +172,18 @@ class Prompt:
             store = self._stores.setdefault(end, {})
             engine.parts = engine.policy.parts._replace(score=_Once(engine.policy.parts.score, store))
             padding = None if self.padding is None else self.padding.until(end)
-            for i, (layer, seen) in enumerate(zip(cache.layers, self.layers, strict=True)):
+            ours = [layer for layer in cache.layers if isinstance(layer, TokLayer)]
+            others = [layer for layer in cache.layers if not isinstance(layer, TokLayer)]
+            for layer, (k, v) in zip(others, self.windows, strict=True):
+                layer.update(k[:, :, start:end], v[:, :, start:end])
+            for i, (layer, seen) in enumerate(zip(ours, self.layers, strict=True)):
                 layer.append(seen.k[:, :, start:end], seen.v[:, :, start:end])
                 if engine.watches(layer.clock, end):
-                    engine.observe(layer, self._site(i, start, end, seen, padding, layer, engine), start)
+                    engine.observe(layer, self._site(i, start, end, seen, padding, layer, engine, module), start)
                 else:  # rows that all stay take their lasting form
-                    site = self._site(i, start, end, seen, padding, layer, engine) if layer.store.reads else None
+                    site = (
+                        self._site(i, start, end, seen, padding, layer, engine, module) if layer.store.reads else None
+                    )
                     layer.settle(site)
             if engine.waiting is not None:
                 self._repeat(cache, engine, end, store)
@@ -176,7 +212,15 @@ class Prompt:
         self._stores.clear()
 
     def _site(
-        self, index: int, start: int, n: int, seen: Layer, padding: Any, layer: Any, engine: Engine
+        self,
+        index: int,
+        start: int,
+        n: int,
+        seen: Layer,
+        padding: Any,
+        layer: Any,
+        engine: Engine,
+        module: nn.Module | None,
     ) -> kv.CacheSite:
         return kv.CacheSite(
             q=seen.q[:, :, start:n],
@@ -190,6 +234,8 @@ class Prompt:
             notes=layer.notes,
             projection=seen.projection,
             rope=None if seen.rope is None else seen.rope.part(n - start, start),
+            hidden=None if seen.hidden is None else seen.hidden[:, start:n],
+            learned=Learned(module),
             layer=index,
             depth=len(self.layers),
         )
@@ -200,7 +246,7 @@ def read(model: Any, ids: Tensor, mask: Tensor | None = None, *, logits: int = 1
     """Read ``ids`` ``[B, N]`` densely.
 
     Args:
-        model: a decoder of transformers whose layers all attend to everything; unpatched before and after.
+        model: a decoder of transformers whose layers attend to everything or to a window; unpatched before and after.
         mask: ``[B, N]``, zeros on padding, which stands on the left.
         logits: of how many last tokens.
 
@@ -210,13 +256,16 @@ def read(model: Any, ids: Tensor, mask: Tensor | None = None, *, logits: int = 1
     policy = tokred.make("squeezeattention", budget=0.5)  # it makes the adapter measure the stream
     with tokred.applied(model, policy):
         cache = tokred.kv_cache(model)
-        engine = _Recorder(policy, len(cache.layers))
+        ours = [layer for layer in cache.layers if isinstance(layer, TokLayer)]
+        engine = _Recorder(policy, len(ours))
         cache.engine = engine
-        for layer in cache.layers:
+        for layer in ours:
             layer.engine = engine
+        windows = [_Overheard(layer) for layer in cache.layers if not isinstance(layer, TokLayer)]
         given = {} if mask is None else {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
         out = model(ids, past_key_values=cache, logits_to_keep=logits, **given).logits
-    return Prompt(model.model, {"input_ids": ids, **given}, engine.layers, engine.padding, engine.streams), out
+    kept = [one.rows for one in windows]
+    return Prompt(model.model, {"input_ids": ids, **given}, engine.layers, engine.padding, engine.streams, kept), out
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""KV-cache policies on SmolLM2-135M: perplexity, pass-key retrieval, bytes really held, prefill and decoding speed.
+"""KV-cache policies on SmolLM2-135M or Gemma 3 270M: perplexity, pass-keys, bytes really held, and speed.
 
     python -m benchmarks.zoo.fetch smollm2 handbook
     python -m benchmarks kv/quality --out benchmarks/results/kv.csv --overwrite        # hours on a CPU
@@ -13,6 +13,12 @@ Metrics, for every policy and budget:
   the perplexity's prompts are ``bytes_window``, since these are three quarters as long as the window;
 - ``prefill_s`` and ``decode_tokens_per_s``, batch 1 and a left-padded batch of 4 (``--only speed``; an idle machine).
 
+Of Gemma's layers three of eighteen attend to everything, and on these alone policies act; the others hold a window of
+511 rows, which is counted in ``bytes``. Each of its texts begins with the token that it wants there::
+
+    python -m benchmarks.zoo.fetch gemma3 handbook
+    python -m benchmarks kv/quality --model gemma3-270m --policies snapkv --budgets 0.25,0.125 --store "kivi bits=4"
+
 Prompts are read once for all policies. Budgets are shares of the prompt. Batch 4 is padded on the left, each row more
 than the one before; its quality is measured at a quarter of the cache. bfloat16, the default, wants a CPU that has
 instructions for it; ``--dtype float32`` gives the same perplexities to a quarter of a percent.
@@ -22,7 +28,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import random
 import sys
 import time
 from collections import defaultdict
@@ -36,12 +41,14 @@ from torch import Tensor
 import tokred
 from benchmarks.kv import feed
 from benchmarks.kv.feed import held_bytes
+from benchmarks.kv.haystacks import DEPTHS, Haystack, begin_of, haystacks
 from benchmarks.saving import save, saving
-from benchmarks.zoo import data, smollm2
+from benchmarks.zoo import data, gemma3, smollm2
 from tokred import kv
 from tokred.bench import results, timing
 from tokred.bench.arms import BASE, Arm
 from tokred.core.registry import methods
+from tokred.core.settings import parse_setting
 
 BUDGETS = (0.5, 0.25, 0.125, 0.05)
 
@@ -76,10 +83,9 @@ POLICIES |= {
 }
 
 
-DEPTHS = (0.1, 0.35, 0.6, 0.85)
-QUESTION = " What is the pass key? The pass key is"
 PARTS = ("perplexity", "retrieval", "padded")
 ANSWER = 8  # tokens that hold a key and a space
+LOGITS = 1 << 28  # that are made at once, of 4 bytes each
 
 
 class Setting(NamedTuple):
@@ -104,6 +110,7 @@ class Setting(NamedTuple):
     chunk: int = 8
 
 
+MODELS: dict[str, Callable[..., tuple[Any, Any]]] = {"smollm2-135m": smollm2.load, "gemma3-270m": gemma3.load}
 QUICK = Setting(window=512, windows=2, lengths=(512,), keys=2, timed=8, timed_window=256, chunk=32)
 
 
@@ -130,33 +137,6 @@ class Found(NamedTuple):
     value: float
     count: int
     squares: float = 0.0
-
-
-class Haystack(NamedTuple):
-    """A context with a key in it."""
-
-    context: Tensor
-    question: Tensor
-    key: str
-
-
-def haystacks(tokenizer: Any, text: Tensor, length: int, keys: int, seed: int = 0) -> list[list[Haystack]]:
-    """For each depth ``keys`` contexts of ``length`` tokens, question included."""
-    rng = random.Random(length + 1_000_003 * seed)
-    question = tokenizer(QUESTION, return_tensors="pt", add_special_tokens=False).input_ids[0]
-    found = []
-    for depth in DEPTHS:
-        group = []
-        for _ in range(keys):
-            key = str(rng.randrange(10000, 100000))
-            needle = f" The pass key is {key}. Remember it. {key} is the pass key. "
-            hidden = tokenizer(needle, return_tensors="pt", add_special_tokens=False).input_ids[0]
-            room = length - len(hidden) - len(question)
-            start = rng.randrange(0, len(text) - room)
-            straw, cut = text[start : start + room], int(room * depth)
-            group.append(Haystack(torch.cat([straw[:cut], hidden, straw[cut:]]), question, key))
-        found.append(group)
-    return found
 
 
 @torch.inference_mode()
@@ -214,13 +194,14 @@ def perplexity(
             mask[i, : i * n // (3 * b)] = 0
     prompt, _ = feed.read(model, windows, mask)
     target = windows[:, n:]
+    most = max(1, LOGITS // (b * model.config.vocab_size))
     for arm in arms:
         with patched(model, arm.method):
             cache = prompt.fill(tokred.kv_cache(model), n - 1)
             held = held_bytes(cache)
             total, squares, at = 0.0, 0.0, n - 1
             while at < length - 1:
-                step = min(chunk if stepwise(arm) else length, length - 1 - at)
+                step = min(chunk if stepwise(arm) else most, length - 1 - at)
                 logits = _forward(model, windows[:, at : at + step], cache, mask, keep=0)
                 goal = target[:, at - n + 1 : at - n + 1 + step]
                 losses = F.cross_entropy(logits.flatten(0, 1).float(), goal.flatten(), reduction="none").double()
@@ -277,7 +258,8 @@ def run(
             found += told(what, retrieval(model, tokenizer, group, chosen, padded=padded))
         return found
 
-    windows = text[: setting.windows * setting.window].view(setting.windows, setting.window)
+    windows = text[: setting.windows * setting.window].view(setting.windows, setting.window).clone()
+    windows[:, : len(begin_of(tokenizer))] = begin_of(tokenizer)
     if "perplexity" in parts:
         yield told("perplexity", perplexity(model, windows, every, chunk=setting.chunk))
     for length in setting.lengths if "retrieval" in parts else ():
@@ -354,6 +336,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="short windows, few keys")
     parser.add_argument("--only", choices=(*PARTS, "speed"), help="a part of the work")
+    parser.add_argument("--model", default="smollm2-135m", choices=tuple(MODELS))
+    parser.add_argument("--store", action="append", default=[], help='such as "kivi bits=4"; as often as needed')
+    parser.add_argument("--window", type=int, help="tokens of a perplexity window")
+    parser.add_argument("--keys", type=int, help="for each length and depth")
     parser.add_argument("--policies", default=",".join(POLICIES), help="names, with commas")
     parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)), help="shares, with commas")
     parser.add_argument("--lengths", help="contexts of the keys, with commas")
@@ -371,17 +357,26 @@ def main() -> None:
     setting = QUICK if arguments.quick else Setting()
     if arguments.lengths:
         setting = setting._replace(lengths=tuple(map(int, arguments.lengths.split(","))))
-    model, tokenizer = smollm2.load(dtype=getattr(torch, arguments.dtype))
-    model.to(arguments.device)  # type: ignore[arg-type]
-    text = tokenizer(data.handbook()[:400_000], return_tensors="pt").input_ids[0].to(arguments.device)
+    if arguments.window:
+        setting = setting._replace(window=arguments.window)
+    if arguments.keys:
+        setting = setting._replace(keys=arguments.keys)
+    model, tokenizer = MODELS[arguments.model](dtype=getattr(torch, arguments.dtype))
+    model.to(arguments.device)
+    prose = tokenizer(data.handbook()[:400_000], return_tensors="pt", add_special_tokens=False)
+    text = prose.input_ids[0].to(arguments.device)
     every = arms(names, [float(b) for b in arguments.budgets.split(",")])
-    where = {"model": "smollm2-135m", **results.here(arguments.device, arguments.dtype)}
+    for name, given in map(parse_setting, arguments.store):
+        every.append(Arm(name, " ".join(f"{k}={v}" for k, v in given.items()), tokred.make(name, **given)))
+    where = {"model": arguments.model, **results.here(arguments.device, arguments.dtype)}
     parts = (arguments.only,) if arguments.only else PARTS
+    # Pages that are made of the first model's rows are not to find the other's among them.
+    scenario = "quality" if arguments.model == "smollm2-135m" else f"quality-{arguments.model}"
     for numbers in run(model, tokenizer, text, every, setting, parts):
-        save(records(numbers, where), "quality", arguments)
+        save(records(numbers, where), scenario, arguments)
     for row in timings(model, text, every, setting, where) if arguments.only in (None, "speed") else ():
         print(row["method"], row["setting"], f"{row['decode_tokens_per_s']:.2f} tokens/s", file=sys.stderr, flush=True)
-        save([row], "quality", arguments)
+        save([row], scenario, arguments)
 
 
 if __name__ == "__main__":

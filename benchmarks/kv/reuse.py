@@ -13,10 +13,13 @@ Which tokens are computed again, ``--measures`` says: ``key`` and ``value`` are 
 depended on the text before when the chunk was stored (another text of the kind stood there, which is in no context),
 ``random`` and ``first`` (the first tokens of each chunk) are their rivals at the same cost as ``foreseen``.
 
-All arms run in one process, in an order shuffled anew for every context. ``ratio`` is an arm's time over that of
-``dense`` on the same context: median and quartiles over contexts. ``keys`` is the share of numbers whose every token is
-the likeliest when all eight are asked for, one after another, each with the right answer before the next; ``nll`` the
-mean negative log-likelihood of their tokens; ``kl`` the mean divergence from ``dense`` over all that is asked.
+All arms run in one process, in an order shuffled anew in each of ``--rounds``, which go through the contexts in turn.
+``ratio`` is an arm's time over that of ``dense`` in the same round: median and quartiles over rounds. ``--clock cpu``
+counts the seconds of this process, for machines that others use too; with ``--times`` nothing else is measured.
+
+``keys`` is the share of numbers whose every token is the likeliest when all eight are asked for, one after another,
+each with the right answer before the next; ``nll`` the mean negative log-likelihood of their tokens; ``kl`` the mean
+divergence from ``dense`` over all that is asked.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ import torch
 from torch import Tensor
 
 import tokred
+from benchmarks.kv.decode import CLOCKS
 from benchmarks.kv.texts import NAMES, Maker, Sample
 from benchmarks.saving import save, saving
 from tokred.bench import results, timing
@@ -156,15 +160,21 @@ def measure(model: Any, maker: Maker, length: int, options: argparse.Namespace) 
         run = Run(model, maker, given, other.chunks[0])
     shares = [Arm(share, name) for share in options.shares if share for name in options.measures]
     arms: list[Arm | None] = [None, *([Arm(0.0, "key")] if 0.0 in options.shares else []), *shares]
+    rounds = options.rounds or len(given)
     seconds = timing.paired(
-        [lambda arm=arm: run.arm(arm) for arm in arms], run.first, len(given), device=options.device, warmup=1
+        [lambda arm=arm: run.arm(arm) for arm in arms],
+        lambda i: run.first(i % len(given)),
+        rounds,
+        device=options.device,
+        warmup=1,
+        clock=CLOCKS[options.clock],
     )
     tokens = run.ids(0).shape[1]
-    where = {"model": options.name, "tokens": tokens, "chunks": CHUNKS, "rounds": len(given)}
+    where = {"model": options.name, "tokens": tokens, "chunks": CHUNKS, "clock": options.clock, "rounds": rounds}
     where |= results.here(options.device, options.dtype)
     found: list[list[tuple[int, float, float]]] = [[] for _ in arms]
     with torch.inference_mode():
-        for i in range(len(given)):
+        for i in range(0 if options.times else len(given)):
             with run.arm(None):
                 dense = run.asked(i)[2]
             for n, arm in enumerate(arms):
@@ -177,15 +187,14 @@ def measure(model: Any, maker: Maker, length: int, options: argparse.Namespace) 
         row: dict[str, Any] = {"method": name, "setting": setting, **where}
         row |= results.spread("ms_to_first_token", [1e3 * t for t in times])
         row |= results.spread("ratio", [t / base for t, base in zip(times, seconds[0], strict=True)])
-        row |= results.share("keys", sum(a[0] for a in asked), CHUNKS * len(given))
-        row |= {key: sum(a[at] for a in asked) / len(asked) for at, key in ((1, "nll"), (2, "kl"))}
+        text = f"{tokens:>6} tokens {name:<6}{setting:<24}{row['ms_to_first_token']:9.1f} ms to the first token "
+        text += f"{row['ratio']:.3f} of dense [{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]"
+        if asked:
+            row |= results.share("keys", sum(a[0] for a in asked), CHUNKS * len(given))
+            row |= {key: sum(a[at] for a in asked) / len(asked) for at, key in ((1, "nll"), (2, "kl"))}
+            text += f" keys {row['keys']:.2f} nll {row['nll']:.3f} kl {row['kl']:.4f}"
         table.append(row)
-        print(
-            f"{tokens:>6} tokens {name:<6}{setting:<24}{row['ms_to_first_token']:9.1f} ms to the first token "
-            f"{row['ratio']:.3f} of dense [{row['ratio_low']:.3f}, {row['ratio_high']:.3f}] keys {row['keys']:.2f} "
-            f"nll {row['nll']:.3f} kl {row['kl']:.4f}",
-            flush=True,
-        )
+        print(text, flush=True)
     return table
 
 
@@ -196,6 +205,9 @@ def main() -> None:
     parser.add_argument("--shares", default=",".join(map(str, SHARES)), help="that are computed again, with commas")
     parser.add_argument("--measures", default=",".join(MEASURES), help="by which tokens are chosen, with commas")
     parser.add_argument("--contexts", type=int, default=16)
+    parser.add_argument("--rounds", type=int, help="of the times; default: one for each context")
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall")
+    parser.add_argument("--times", action="store_true", help="measure nothing but times")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="threads of torch")

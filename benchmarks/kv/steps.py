@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -37,7 +36,7 @@ import transformers
 
 import tokred
 from benchmarks.kv import search_speed
-from benchmarks.kv.decode import GEOMETRIES, random_rows, shared
+from benchmarks.kv.decode import CLOCKS, GEOMETRIES, random_rows, shared
 from benchmarks.kv.search_speed import Arm
 from benchmarks.saving import save, saving
 from tokred.bench import results, timing
@@ -48,7 +47,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     **GEOMETRIES,
     "llama-512": {**search_speed.SHAPE, "num_hidden_layers": 8, "num_key_value_heads": 8},
 }
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 QUICK = 96  # rows, or tokens
 
 

@@ -2,6 +2,7 @@
 
     python -m benchmarks vlm/stream --out benchmarks/results/vlm.csv --overwrite          # small VLM
     python -m benchmarks vlm/stream --device cuda --out /tmp/stream.csv
+    python -m benchmarks vlm/stream --only stc streamingtom --every 64
     python -m benchmarks vlm/stream --quick                                               # tiny model: does it run?
 
 Pictures of clothes on drifting backgrounds come one by one, each shown for some frames. At an eighth, a quarter, half
@@ -26,9 +27,11 @@ from benchmarks.saving import save, saving
 from tokred.bench import results, timing
 
 LAST = 16
+BASE = "unpatched"
 SETTINGS = {
     "": "",
     "streaming_llm": "streaming_llm budget={rows}",
+    "uniform_visual": "uniform_visual budget={few} + streaming_llm budget={rows}",
     "stc": "stc budget={few} + streaming_llm budget={rows}",
     "streamingtom": "streamingtom budget={few} + streamingtom_cache groups={groups} most={most}",
 }
@@ -66,9 +69,9 @@ def tiny() -> Watched:
     return Watched("tiny-onevision", vlm.build("onevision_video"), frames, [5, 6, 7], [8, 9, 10], 4, 2)
 
 
-def small() -> Watched:
-    """The small VLM of the zoo: DINOv2 and SmolLM2, 256 tokens a frame."""
-    from benchmarks.zoo import data, vlm
+def small(size: int) -> Watched:
+    """The small VLM of the zoo: DINOv2 and SmolLM2, a token for 14 x 14 pixels of a frame."""
+    from benchmarks.zoo import data, dinov2, questions, vlm
 
     model, tokenizer = vlm.build()
 
@@ -77,10 +80,10 @@ def small() -> Watched:
         g = torch.Generator().manual_seed(0)
         shown = scenes.repeat_interleave(each, 0)[:count].float()
         noise = 2 * torch.randn(shown.shape[0], 1, *shown.shape[2:], generator=g)
-        return data.normalise((shown + noise).clamp(0, 255).to(torch.uint8))
+        return data.normalise(questions.resized((shown + noise).clamp(0, 255).to(torch.uint8), size))
 
     ids = tokenizer(vlm.PROMPT, add_special_tokens=False).input_ids
-    return Watched("dinov2-smollm2-135m", model, frames, [tokenizer.bos_token_id], ids, vlm.GRID**2, 3)
+    return Watched("dinov2-smollm2-135m", model, frames, [tokenizer.bos_token_id], ids, (size // dinov2.PATCH) ** 2, 3)
 
 
 def settings(watched: Watched, share: float, held: int) -> Iterator[tuple[str, str | None]]:
@@ -106,19 +109,19 @@ def measure(watched: Watched, name: str, method: str | None, options: argparse.N
     stream = tokred.stream(watched.model, method, prompt=watched.prompt)
     seconds: list[float] = []
     agree: list[bool] = []
-    watch = timing.Watch(device)
+    now = time.process_time if options.clock == "process" else timing.Watch(device).now
     for t, pixels in enumerate(frames):
-        begin = watch.now()
+        begin = now()
         stream.frame(pixels)
-        seconds.append(watch.now() - begin)
+        seconds.append(now() - begin)
         if method and (t + 1) % options.every == 0:
             dense = tokred.stream(watched.model, prompt=watched.prompt)
             dense.frames(frames[max(0, t + 1 - LAST) : t + 1])
             agree.append(answer(stream, watched) == answer(dense, watched))
         if t + 1 in marks:
             report = stream.report()
-            row = {"model": watched.name, "method": name or "unpatched", "setting": method or "", "frames": t + 1}
-            row |= {"rounds": len(seconds)}
+            row = {"model": watched.name, "method": name or BASE, "setting": method or "", "frames": t + 1}
+            row |= {"rounds": len(seconds), "size": options.size, "clock": options.clock, "tokens": watched.tokens}
             row |= results.spread("ms", [1000 * one for one in seconds])
             row |= {"bytes": report.nbytes, "rows_left": report.rows}
             if agree:
@@ -135,6 +138,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--share", type=float, default=0.25, help="of each frame's tokens that methods leave")
     made.add_argument("--held", type=int, default=LAST, help="frames that memory has room for")
     made.add_argument("--every", type=int, default=32, help="frames from one question to the next")
+    made.add_argument("--size", type=int, default=224, help="height and width of the frames, a multiple of 14")
+    made.add_argument("--only", nargs="+", choices=[one or BASE for one in SETTINGS], help="these settings alone")
+    made.add_argument("--clock", choices=("wall", "process"), default="wall", help="process: of this process alone")
     made.add_argument("--device", default="cpu")
     made.add_argument("--threads", type=int, default=1)
     made.add_argument("--quick", action="store_true", help="16 frames of a tiny model: does it run?")
@@ -147,10 +153,12 @@ def run(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     if options.quick:
         options.frames, options.dense, options.held, options.every = 16, 8, 4, 8
-    watched = tiny() if options.quick else small()
+    watched = tiny() if options.quick else small(options.size)
     watched.model.to(options.device)
     for name, method in settings(watched, options.share, options.held):
-        begin = time.perf_counter()
+        if options.only is not None and (name or BASE) not in options.only:
+            continue
+        start = time.perf_counter()
         for row in measure(watched, name, method, options):
             shown = f"{row['agreement']:.2f}" if "agreement" in row else "-"
             print(
@@ -159,7 +167,7 @@ def run(options: argparse.Namespace) -> None:
                 flush=True,
             )
             save([row], "stream", options)
-        print(f"{name or 'unpatched'}: {time.perf_counter() - begin:.0f} s", flush=True)
+        print(f"{name or BASE}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

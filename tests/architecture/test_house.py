@@ -41,7 +41,7 @@ FLOORS: dict[str, int] = {
     "tokred.cli": 11,
     "tokred.__main__": 12,
 }
-WINGS = ("encoder", "diffusion", "vlm", "kv")
+WINGS = ("encoder", "diffusion", "vlm", "kv", "moe")
 LONGEST = 400
 
 

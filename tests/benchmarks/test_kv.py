@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("transformers")
 
 import tokred
-from benchmarks.kv import feed, quality, scoring
+from benchmarks.kv import feed, haystacks, quality, scoring
 from tests.kv.tiny import build
 from tokred.bench import results, timing
 from tokred.bench.arms import BASE, Arm
@@ -84,3 +84,28 @@ def test_layers_are_fed_without_a_model() -> None:
     held = sum(layer.nbytes for layer in feed.compressed(policy, sites))
     with tokred.applied(model, policy), torch.no_grad():
         assert held == feed.held_bytes(feed.read_in_parts(model, tokens))
+
+
+def test_layers_with_windows_are_fed_what_they_would_have_read() -> None:
+    model, tokens = build("gemma3"), ids(48)
+    prompt, _ = feed.read(model, tokens)
+    for policy in (tokred.make("snapkv", budget=0.25, window=4), tokred.make("h2o", budget=0.5)):
+        with tokred.applied(model, policy), torch.no_grad():
+            read = feed.read_in_parts(model, tokens[:, :40])
+            fed = prompt.fill(tokred.kv_cache(model), 40)
+            assert feed.held_bytes(fed) == feed.held_bytes(read)
+            assert {type(layer).__name__ for layer in fed.layers} != {"TokLayer"}
+            said = [model(tokens[:, 40:41], past_key_values=cache).logits for cache in (fed, read)]
+        assert torch.allclose(*said, atol=1e-5)
+
+
+def test_a_text_begins_as_its_model_wants() -> None:
+    class Words:
+        def __call__(self, text, add_special_tokens=True, **options):
+            found = ([2] if add_special_tokens else []) + [3 + len(word) for word in text.split()]
+            return type("Ids", (), {"input_ids": torch.tensor([found]) if options else found})
+
+    assert haystacks.begin_of(Words()).tolist() == [2]
+    (one,) = haystacks.haystacks(Words(), ids(90)[0], 64, 1)[0]
+    assert one.context[0] == 2
+    assert len(one.context) + len(one.question) == 64

@@ -11,6 +11,7 @@ pytest.importorskip("accelerate")
 import tokred
 from benchmarks.encoder import learned_arms as arms
 from benchmarks.encoder import train_learned
+from tokred import adapters
 from tokred.bench import embedded, results
 
 
@@ -26,6 +27,10 @@ def test_arms_do_the_work_that_they_are_told(plain, share):
     for name in ("cropr", "dynamicvit", "dtem", "tome", "evit", "class_attention", "random_prune", "downsample"):
         done = arms.work(plain, arms.setting(name, share, plain)) / full
         assert share - 0.04 < done <= share + 0.01, name
+    # A network that decides before the blocks counts with them.
+    method = arms.setting("bavit", share, plain, mode="ratio", width=36)
+    assert share - 0.04 < arms.work(plain, method) / full <= share + 0.01
+    assert arms.before_blocks(method.module(adapters.find(plain).model_facts())) > 0.04 * full
     with pytest.raises(ValueError, match="skipvit has no setting for 33% of the work"):
         arms.setting("skipvit", 0.33, plain)
 

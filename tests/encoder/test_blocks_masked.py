@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tokred
-from tests.encoder.blocks import OF_GRID, SETTINGS, method, site, tensors
+from tests.encoder.blocks import OF_GRID, SETTINGS, learned, method, site, tensors
 from tokred.core.site import Site
 from tokred.encoder.padding import reduce_each
 
@@ -78,7 +78,9 @@ def test_padding_behind_the_real_tokens(label):
         check(label, method(label).reduce(site(label, given, mask=mask)), given, mask)
 
 
-@pytest.mark.parametrize("label", [label for label in SETTINGS if not label.startswith(("downsample", "pixelprune"))])
+@pytest.mark.parametrize(
+    "label", [label for label in SETTINGS if not label.startswith(("downsample", "pixelprune", "bavit"))]
+)
 def test_hidden_tokens_never_meet_visible_ones(label):
     for seed in range(6):
         given, mask = tensors(seed, batch=3, heads=3), holes(seed)
@@ -114,7 +116,8 @@ def test_what_is_left_of_a_grid_is_none(label):
 @pytest.mark.parametrize("label", OF_GRID)
 def test_without_a_grid_methods_of_the_grid_refuse(label):
     given = tensors(0)
-    unknown = Site(x=given["x"], q=given["q"], k=given["k"], v=given["v"], prefix=1, suffix=1, depth=2)
+    unknown = Site(x=given["x"], q=given["q"], k=given["k"], v=given["v"], prefix=1, suffix=1, depth=2,
+                   learned=learned(label, given["x"].shape[-1]))  # fmt: skip
     with pytest.raises(tokred.MissingInputError, match="does not know the grid"):
         method(label).reduce(unknown)
 

@@ -199,3 +199,68 @@ def test_formats_whose_windows_are_larger_than_a_limit_hold_rows_as_they_come(wa
     assert max(held) <= 64 * 1024
     row = 2 * 16 * 4 + POSITION
     assert 30 < cache.layers[0].width < 64 * 1024 // (3 * 2 * row)
+
+
+# ---------------------------------------------------------------- heads that hold different numbers of rows
+
+
+ROWWISE = {
+    "turbo": Turbo(),
+    "mustafar": Mustafar(window=0),
+    "oscar": Oscar(sinks=0, recent=0, block=1),
+    "kivi": KIVI(group_size=2, residual_length=2),
+}
+
+
+@pytest.mark.parametrize("name", ROWWISE)
+def test_tight_heads_hold_the_same_in_fewer_bytes(name):
+    """Against the rectangle with its empty rows; of formats that round row by row the values are the same too."""
+    store, padded = ROWWISE[name], ROWWISE[name].open()
+    tight, plain = store.tight().open(), Plain()
+    k, v = (torch.randn(B, H, 70, 8, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    begin, sizes = 0, (60, 1, 1, 5, 3)
+    for i, n in enumerate(sizes):
+        for shelf in (padded, tight):
+            shelf.append(k[:, :, begin : begin + n], v[:, :, begin : begin + n])
+        plain.append(*(x[:, :, begin : begin + n] for x in rows(70)))
+        begin += n
+        if i == 0:
+            step = some_step(plain, 40, True, i)
+            for shelf in (padded, tight):
+                slots = shelf.positions(plain.seen)
+                shelf.take(step, plain.slots if slots is None else slots)
+            take(plain, step)
+        for shelf in (padded, tight):
+            shelf.settle(None)
+        places = [shelf.positions(plain.seen) for shelf in (padded, tight)]
+        assert torch.equal(*places)
+        real = places[0] < 1000
+        if name != "kivi":
+            assert torch.equal(padded.keys[real], tight.keys[real])
+            assert torch.equal(padded.values[real], tight.values[real])
+        assert storage(tight.tensors) < 0.9 * storage(padded.tensors)
+    q = torch.randn(B, 2 * H, 1, 8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Affine, "why_slow", lambda self, query: None)
+        found = tight.attend(Query(q, None, 5.0, lambda count: None))
+    wide = [x.repeat_interleave(2, 1) for x in (tight.keys, tight.values, real)]
+    logits = 5 * torch.tanh(q @ wide[0].mT * 8**-0.5 / 5)
+    wanted = logits.masked_fill(~wide[2][:, :, None], -torch.inf).softmax(-1) @ wide[1]
+    assert torch.allclose(found, wanted, atol=1e-4)
+
+
+def test_uneven_heads_in_a_format_under_a_limit(watched):
+    model, caches, held = watched
+    policy = tokred.Limited(tokred.make("adakv", score=tokred.kv.Window(4, 3), store=SMALL["kivi"]), "80 KiB", 20)
+    cache = read(model, caches, policy, 180, 20, 3)
+    assert max(held) <= cache.peak_bytes <= 80 * 1024
+    counts = (cache.layers[0].positions < 1000).sum(-1)
+    assert (counts[..., 0] != counts[..., 1]).any()
+    assert cache.layers[0].held < cache.layers[0].width, "the longest head does not decide"
+
+
+def test_what_cannot_be_tight():
+    with pytest.raises(ValueError, match="inner must be a format of kv other than 'mikv'"):
+        tokred.kv.Tight("mikv")
+    with pytest.raises(ValueError, match="without empty rows"):
+        MiKV().tight()

@@ -15,7 +15,7 @@ import transformers
 import tokred
 from tests.kv.test_store_models import course, policies
 from tests.kv.tiny import build, padded, prompt
-from tokred.kv import KIVI, Half, MiKV, Mustafar, NSNQuant, Offloaded, Oscar, Store, Turbo, Zones
+from tokred.kv import KIVI, Half, MiKV, Mustafar, NSNQuant, Offloaded, Oscar, Store, Tight, Turbo, Zones
 
 STEPS: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
 # Of each store settings that round nothing, and settings that do.
@@ -27,6 +27,7 @@ EXACT: dict[str, Store] = {
     "offloaded": Offloaded(block=3),
     "oscar": Oscar(bits=16, sinks=2, recent=3, block=2),
     "turbo": Turbo(bits=16),
+    "tight": Tight(KIVI(bits=16, group_size=2, residual_length=4)),
 }
 ROUNDED: dict[str, Store] = {
     "half": Half(),
@@ -36,12 +37,15 @@ ROUNDED: dict[str, Store] = {
     "nsnquant": NSNQuant(window=4),
     "oscar": Oscar(bits=4, sinks=2, recent=3, block=2),
     "turbo": Turbo(bits=4),
+    "tight": Tight(KIVI(bits=4, group_size=4, residual_length=4)),
 }
 POLICIES = {"merge": "zeromerge", "every": "h2o", "heads": "adakv", "turns": "snapkv", "later": "global_merge"}
 REFUSED = {
     ("mikv", "merge"): "the fate 'merge' needs a store that can average rows",
     ("mikv", "later"): "the fate 'merge' needs a store that can average rows",
-    ("mikv", "drafts"): "needs a store that can take the newest rows back",
+    ("tight", "merge"): "the fate 'merge' needs a store that can average rows",
+    ("tight", "later"): "the fate 'merge' needs a store that can average rows",
+    **{("mikv", case): "needs a store that can take the newest rows back" for case in ("drafts", "assistant", "crops")},
 }
 
 
@@ -72,14 +76,30 @@ def run(case: str, store: Store | str) -> list[torch.Tensor]:
         assert cache.peak_bytes <= 60 * 1024
         return found
     policy = policies(store)[POLICIES.get(case, "snapkv")]
-    if case == "drafts":
+    if case in ("drafts", "assistant", "crops"):
         policy = tokred.make("snapkv", budget=9, window=4, pool=3, store=store)
     tokred.apply(model, policy)
     if case == "beams":
         return [model.generate(ids, attention_mask=mask, num_beams=3, **STEPS)]
     if case == "drafts":
         return [model.generate(prompt(6).repeat(1, 4), prompt_lookup_num_tokens=3, **STEPS)]
-    return course(model, tokred.kv_cache(model), ids, mask, lambda cache: None)
+    if case == "assistant":
+        return [model.generate(prompt(6).repeat(1, 4), assistant_model=assistant(), **STEPS)]
+    cache = tokred.kv_cache(model)
+    if case == "crops":
+        found = [model(ids, attention_mask=mask, past_key_values=cache).logits[mask.bool()]]
+        for n, gone in ((7, 5), (6, 6), (1, 0)):
+            mask = torch.cat([mask, torch.ones_like(mask[:, :n])], 1)
+            found.append(model(prompt(n, 2, seed=n), attention_mask=mask, past_key_values=cache).logits)
+            cache.crop(-gone)
+            mask = mask[:, : mask.shape[1] - gone]
+        return found
+    return course(model, cache, ids, mask, lambda cache: None)
+
+
+@functools.cache
+def assistant() -> Any:
+    return build("llama", seed=3, num_hidden_layers=1)
 
 
 @functools.cache
@@ -87,7 +107,7 @@ def plain(case: str) -> list[torch.Tensor]:
     return run(case, "rectangle")
 
 
-@pytest.mark.parametrize("case", [*POLICIES, "beams", "drafts"])
+@pytest.mark.parametrize("case", [*POLICIES, "beams", "drafts", "assistant", "crops"])
 @pytest.mark.parametrize("name", EXACT)
 def test_what_rounds_nothing_is_plain_rows_or_refused(name, case):
     if (name, case) in REFUSED:

@@ -8,11 +8,12 @@ import torch
 import tokred
 from tests.kv.test_coded import course_of_events, held
 from tokred.kernels.packed_rows import unpack
-from tokred.kv import Mustafar, Oscar, Turbo
+from tokred.kv import Mustafar, NSNQuant, Oscar, Turbo
 from tokred.kv.stores import Query
 from tokred.kv.stores.codecs import Affine
 from tokred.kv.stores.mustafar import Largest
-from tokred.kv.stores.rotated import LEVELS, Directions, Rotated, hadamard, spectral_rotation, turned
+from tokred.kv.stores.nsnquant import LookedUp
+from tokred.kv.stores.rotated import LEVELS, Directions, Rotated, Spans, hadamard, spectral_rotation, turned
 
 EXAMPLE = torch.tensor([1, -2, 0.5, 3, 0, 1, -1, 2]).view(1, 1, 1, 8)
 
@@ -171,6 +172,50 @@ def test_first_and_newest_tokens_stay_as_they_are():
         answer = shelf.attend(Query(q, None, None, lambda count: None))
     wide = [x.repeat_interleave(2, 1) for x in (shelf.keys, shelf.values)]
     assert torch.allclose(answer, (q @ wide[0].mT * 8**-0.5).softmax(-1) @ wide[1], atol=1e-5)
+
+
+# ---------------------------------------------------------------- queries that meet codes
+
+
+CODES = [
+    *(Directions(bits, 16, correct) for bits, correct in ((2, True), (2, False), (3, True), (4, True))),
+    *(Spans(bits, 16) for bits in (2, 3)),
+    Largest(5, 16),
+    *(LookedUp(bits, 16, 8, side, 8, angles) for bits, side, angles in (
+        (1, 16, None), (2, 4, None), (2, 4, torch.tensor([1.0, 0.3, 0.1])))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("code", CODES, ids=lambda c: f"{type(c).__name__} {c.row_bits(torch.empty(1, 1, 0, 16))}")
+def test_products_and_sums_are_those_of_the_rows(code):
+    k = torch.randn(2, 3, 40, 16, generator=torch.Generator().manual_seed(0))
+    q, w = torch.randn(2, 3, 2, 16), torch.rand(2, 3, 2, 40)
+    parts = code.encode(k, None)
+    rows = code.decode(parts, torch.float32)
+    assert code.why_slow(q) is None
+    assert torch.allclose(code.scores(q, parts), q @ rows.mT, atol=1e-4)
+    assert torch.allclose(code.sums(w, parts), w @ rows, atol=1e-4)
+    with torch.enable_grad():
+        assert code.why_slow(q.clone().requires_grad_()) == "a gradient is asked for"
+
+
+@pytest.mark.parametrize("store", [Turbo(2), Turbo(3), Mustafar(window=3), NSNQuant(window=8, pre_rope=False)], ids=str)
+def test_a_step_never_holds_all_rows(store, monkeypatch):
+    """The answer is that over the restored rows, and whatever a step makes meanwhile is of some of them."""
+    monkeypatch.setattr("tokred.kernels.coded_rows.reference.BLOCK", 64)
+    monkeypatch.setattr("tokred.kv.stores.codecs.BLOCK", 64)
+    k, v = (torch.randn(1, 2, 1601, 16, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    shelf = store.open()
+    shelf.append(k, v)
+    shelf.settle(None)
+    shelf.append(k[:, :, :1], v[:, :, :1])
+    q = torch.randn(1, 4, 1, 16)
+    wide = [x.repeat_interleave(2, 1) for x in (shelf.keys, shelf.values)]
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        answer = shelf.attend(Query(q, None, None, lambda count: None))
+    assert torch.allclose(answer, (q @ wide[0].mT * 16**-0.5).softmax(-1) @ wide[1], atol=1e-4)
+    largest = max(e.cpu_memory_usage for e in profile.function_events)
+    assert largest < shelf.keys.nbytes / 4, "logits and notes of all rows, and rows of some"
 
 
 # ---------------------------------------------------------------- all of them

@@ -17,6 +17,7 @@ import transformers
 import tokred
 from tests.kv.tiny import POLICIES, Scatter, build, padded, prompt
 from tokred.adapters.kv.layer import TokLayer
+from tokred.adapters.kv.rehearsal import Rehearsal
 from tokred.errors import TokredError
 from tokred.kv import Adaptive, ColumnSum, Global, Half, KeyNorm, Merge, Rectangle, Store, When
 from tokred.kv.stores import Query
@@ -366,7 +367,7 @@ def test_a_store_that_cannot_is_refused_and_the_model_is_as_it_was(model):
         tokred.kv_cache(tokred.apply(model, "knorm", budget=9, store="half"), layout="flat")
 
 
-def test_head_sizes_that_do_not_fit_are_refused_before_anything_is_held(model):
+def test_head_sizes_that_do_not_fit_are_refused_before_anything_is_held(model, monkeypatch):
     @dataclass(frozen=True)
     class Packed(Rectangle):
         name: ClassVar[str] = "packed"
@@ -375,11 +376,33 @@ def test_head_sizes_that_do_not_fit_are_refused_before_anything_is_held(model):
             if keys.shape[3] % 5:
                 raise ValueError(f"heads of {keys.shape[3]} numbers cannot be packed by fives")
 
+    before = model(prompt(9)).logits
+    with pytest.raises(ValueError, match="heads of 16 numbers cannot be packed"):
+        tokred.apply(model, "knorm", budget=9, store=Packed())
+    assert torch.equal(model(prompt(9)).logits, before)
+    # Where nobody knows the sizes before rows come, the first ones are refused.
+    monkeypatch.setattr(Rehearsal, "rows", lambda self, attentions: ())
     tokred.apply(model, "knorm", budget=9, store=Packed())
     cache = tokred.kv_cache(model)
     with pytest.raises(ValueError, match="heads of 16 numbers cannot be packed"):
         model(prompt(9), past_key_values=cache)
     assert cache.nbytes == 0
+
+
+@pytest.mark.parametrize(
+    ("store", "width", "message"),
+    [
+        ("turbo", 24, "key heads of 24 numbers cannot be rotated: turbo needs a power of two; 'kivi' does not"),
+        ("oscar", 24, "key heads of 24 numbers cannot be rotated: oscar needs a power of two"),
+        ("nsnquant", 12, "heads of 12 numbers"),
+        (tokred.kv.Tight("turbo"), 24, "key heads of 24 numbers cannot be rotated"),
+    ],
+)
+def test_formats_refuse_heads_when_they_are_applied(store, width, message):
+    small = build("llama", head_dim=width, num_hidden_layers=1)
+    with pytest.raises(ValueError, match=message):
+        tokred.apply(small, "knorm", budget=9, store=store)
+    tokred.apply(small, "knorm", budget=9, store="mustafar")
 
 
 def test_scatter_and_compositions_in_half_precision(model):

@@ -15,6 +15,7 @@ from tests.kv.test_store_models import GREEDY, LOGITS
 from tests.kv.tiny import FAMILIES, build, padded, prompt
 from tokred.errors import MissingInputError
 from tokred.kv import CacheSite, Padding, TokenSelect
+from tokred.kv.stores import tokenselect
 from tokred.kv.turning import turned
 
 B, H, D, DV = 2, 2, 8, 6
@@ -197,6 +198,26 @@ def test_lists_last_until_too_many_have_left_the_newest(theta, lists):
     assert len(set(borders)) == lists
     if theta < 0:
         assert len(set(seen[:5])) == 1
+
+
+@pytest.mark.parametrize("positions", ["compact", "true"])
+def test_a_step_puts_no_rows_together_that_nobody_reads(positions, monkeypatch):
+    """What a site is shown is made when it is read, and is then what it was when it was shown."""
+    shelf = TokenSelect(budget=4, sinks=1, recent=2, positions=positions).open()
+    k, v = rows(42)
+    add(shelf, k[:, :, :40], v[:, :, :40], 40)
+    made = []
+    restored = tokenselect._restored
+    monkeypatch.setattr(tokenselect, "_restored", lambda *x: made.append(1) or restored(*x))
+    assert step(shelf, k[:, :, :41], v[:, :, :41], torch.randn(B, 2 * H, 1, D)) is not None
+    shown = shelf.show()
+    assert not made
+    assert shown[0].like.shape == (B, H, 41, D)
+    shelf.settle(CacheSite(k=torch.zeros(B, H, 41, D), v=torch.zeros(B, H, 41, D), rope=Turning()))
+    shelf.append(k[:, :, 41:], v[:, :, 41:])
+    assert torch.allclose(shown[0].make(), k[:, :, :41], atol=1e-5)
+    assert torch.equal(shown[1].make(), v[:, :, :41])
+    assert len(made) == 2
 
 
 def test_crops_and_samples():

@@ -264,7 +264,7 @@ def test_the_command(tmp_path):
     wrong.write_text('method = "cropr"\n[training]\nstep = 2\n')
     for words, text in (
         (["train", str(wrong)], "has an unknown key 'step'; did you mean 'steps'? Known are steps, batch"),
-        (["train", "crop"], "no recipe 'crop': give the path of a .toml file, or one of adore, avit, cropr, "),
+        (["train", "crop"], "no recipe 'crop': give the path of a .toml file, or one of adore, avit, bavit, cropr, "),
         (["train", "cropr", "--precision", "fp8"], "--precision must be no or bf16, got 'fp8'"),
         (["train", str(recipe), mine[0], "--data", mine[0]], "must return a data set with items by number"),
     ):

@@ -9,8 +9,8 @@ import torch
 
 pytest.importorskip("transformers")
 
-from benchmarks.vlm import train_questions
-from benchmarks.zoo import questions
+from benchmarks.vlm import train, train_questions
+from benchmarks.zoo import data, questions
 from benchmarks.zoo.questions import Asked, Question
 from tokred.adapters.tiny import vlm
 
@@ -66,6 +66,18 @@ def test_clips_are_refused_where_a_half_has_no_two_frames() -> None:
 def test_windows_of_a_square_are_averaged() -> None:
     x = torch.arange(16.0).view(1, 16, 1)
     assert train_questions.pooled(x).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+
+
+def test_the_projector_is_trained_on_what_the_model_hands_to_it() -> None:
+    model = vlm.build("llava")
+    size = model.config.vision_config.image_size
+    images = torch.randint(256, (3, 3, size, size), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    given: list[torch.Tensor] = []
+    model.model.multi_modal_projector.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+    with torch.no_grad():
+        model.model.get_image_features(data.normalise(images))
+    # Those of training are computed in bfloat16; another layer's are as far away as they are long.
+    assert (train.features(model, images).float() - given[0]).norm() < 0.1 * given[0].norm()
 
 
 def test_questions_that_are_asked_at_once_do_not_see_each_other() -> None:

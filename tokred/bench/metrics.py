@@ -82,6 +82,12 @@ METRICS: dict[str, Metric] = {
     "spectrum_db": Metric("dB", "distance of the radial spectra to the unmerged image's", INTERVAL, "samples"),
     "perplexity": Metric("perplexity", "of the tokens behind a compressed prompt", INTERVAL, "tokens_scored"),
     "perplexity_ratio": Metric("x", "over the full cache's perplexity", INTERVAL),
+    "over_kvzip": Metric("x", "perplexity over that of kvzip at as many rows, on the same windows", INTERVAL),
+    "over_kvzip_recent": Metric("x", "the same, over kvzip that keeps first and newest rows too", INTERVAL),
+    "attention_read": Metric(
+        "share", "of the attention that the best rows of each head would get, what falls on those read", INTERVAL
+    ),
+    "rows_found": Metric("share", "of the best rows of each head, those read", INTERVAL),
     "over_single": Metric(
         "x",
         "perplexity of a policy in a format over that of the policy or format that it beats least surely at the same "

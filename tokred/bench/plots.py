@@ -49,6 +49,8 @@ NAMES = {
     "diffrate": "DiffRate",
     "avit": "A-ViT",
     "skipvit": "SkipViT",
+    "bavit": "BAViT",
+    "dovit": "DoViT",
     "pixelprune": "PixelPrune",
 }
 LABELS = {

@@ -35,7 +35,20 @@ def viz_command(
             help="An image or a folder of images, as often as needed. [default: some that the model brings along]",
         ),
     ] = None,
-    count: Annotated[int, typer.Option(min=1, help="Images of a folder, at most.")] = 4,
+    clip: Annotated[
+        Path | None,
+        typer.Option(
+            "--clip",
+            help="A clip for a model of images and text: a folder of frames, in the order of their names, or an "
+            "animated GIF or WebP.",
+        ),
+    ] = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Frames of the clip come one by one, and are remembered (tokred.stream).")
+    ] = False,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="Images of a folder, or frames of a clip, at most. [default: 4; 8]")
+    ] = None,
     prompt: Annotated[
         str | None,
         typer.Option("--prompt", "-p", help="Of a language model, a model of images and text, or a pipeline."),
@@ -62,10 +75,10 @@ def viz_command(
     """Draw what became of tokens, layer by layer: as a page with a slider, and as a PNG.
 
     Over images, what was merged into what, and what was pruned; over the pictures of a question, what a model of
-    images and text still sees; over a text, what a language model's cache still holds; over a sample, what a denoiser
-    computes as one. Several methods stand side by side. A method that is named without a setting and would remove
-    nothing is set to about 60 % of the model's multiply-adds, or a quarter of the cache. Blocks and layers are numbered
-    from 1.
+    images and text still sees, and over the frames of a clip the same as a contact sheet; over a text, what a language
+    model's cache still holds; over a sample, what a denoiser computes as one. Several methods stand side by side. A
+    method that is named without a setting and would remove nothing is set to about 60 % of the model's multiply-adds,
+    or a quarter of the cache. Blocks and layers are numbered from 1.
 
     \b
     Examples:
@@ -76,13 +89,16 @@ def viz_command(
       tokred viz hf:facebook/dinov2-small --image cat.jpg -m "pitome ratio=0.9" --out cat
       tokred viz dinov2 -m tome --layers all                 photos of the zoo, in a checkout
       tokred viz hf:FOLDER -m "divprune budget=64" --image cat.jpg --prompt "What is on the sofa?"
+      tokred viz hf:FOLDER -m "evs ratio=0.75" -m "vidcom2 ratio=0.75" --clip frames --prompt "What moves?"
+      tokred viz hf:FOLDER -m "stc budget=60 + streaming_llm budget=1024" --clip a.gif --stream --prompt "What now?"
       tokred viz diffusers:FOLDER -m "tomesd ratio=0.5" --prompt "a lake at sunrise" --steps 20
       tokred viz hf:FOLDER -m "snapkv budget=0.25" --text book.txt --prompt "Who is the murderer?"
 
     \b
     Leaves in the folder, without overwriting an earlier run's:
       viz.html   one file that needs nothing else: sliders, the token under the pointer, what is left, answers
-      viz.png    the same for print, at some of the layers
+      viz.png    the same for print, at some of the layers; of a clip the frames side by side, as the last layer sees
+                 them, or as a stream remembers them
     """
     from tokred.bench import models as subjects
     from tokred.bench import sources
@@ -97,12 +113,14 @@ def viz_command(
         source = sources.model(name, sources.Options(size=size, random_weights=random_weights))
         if source.kind not in ("encoder", "dual encoder"):
             outputs_free(folder)
-            given = viz_kinds.Given(images or [], prompt, text, length, tokens, steps, size, count)
+            given = viz_kinds.Given(images or [], prompt, text, length, tokens, steps, size, count, clip, stream)
             drawing = viz_kinds.draw(source, typed, given)
             write(drawing, folder, f"{name}: {drawing.heading[0].lower()}{drawing.heading[1:]}", force)
             return
+        viz_kinds.check_clip(source.kind, clip, stream)
         subject = subjects.of(source)
-    draw_encoder(subject, [single(parts, "viz") for parts in typed], images or [], count, layers, folder, force)
+    few = count or viz_kinds.IMAGES
+    draw_encoder(subject, [single(parts, "viz") for parts in typed], images or [], few, layers, folder, force)
 
 
 def outputs_free(folder: Path) -> None:

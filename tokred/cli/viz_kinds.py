@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from tokred.analysis.viz.drawing import Drawing
     from tokred.bench.sources import Source
 
+IMAGES, FRAMES = 4, 8  # at most, where nothing is said
 BUDGET = (0.25,)  # of a cache: what a policy that is named alone is set to
 
 
@@ -26,7 +28,9 @@ class Given:
         tokens: to generate.
         steps: of a pipeline.
         size: of its images.
-        count: images of a folder, at most.
+        count: images of a folder, or frames of a clip, at most; None: 4, and 8.
+        clip: folder of frames, or an animated picture.
+        stream: whether its frames come one by one.
     """
 
     images: Sequence[Path] = ()
@@ -36,7 +40,9 @@ class Given:
     tokens: int = 32
     steps: int | None = None
     size: int | None = None
-    count: int = 4
+    count: int | None = None
+    clip: Path | None = None
+    stream: bool = False
 
 
 def draw(source: Source, typed: Sequence[Sequence[str]], given: Given) -> Drawing:
@@ -63,7 +69,20 @@ def draw(source: Source, typed: Sequence[Sequence[str]], given: Given) -> Drawin
         raise NoModelError(
             f"{source.name} is of kind {source.kind}, and viz draws encoders of images, {', '.join(drawers)}s"
         )
+    check_clip(source.kind, given.clip, given.stream)
     return drawers[source.kind](source, chosen(source, typed), given)
+
+
+def check_clip(kind: str, clip: Path | None, stream: bool) -> None:
+    """Refuse a clip that the model cannot watch.
+
+    Raises:
+        ValueError: it is no model of images and text, or a stream has no clip.
+    """
+    if clip is not None and kind != "vision-language model":
+        raise ValueError(f"--clip is for models of images and text, and this is a model of kind {kind}")
+    if stream and clip is None:
+        raise ValueError("--stream watches a clip frame by frame: give --clip FOLDER_OR_ANIMATED_PICTURE")
 
 
 def chosen(source: Source, typed: Sequence[Sequence[str]]) -> list[str]:
@@ -104,14 +123,18 @@ def _pictures(source: Source, methods: list[str], given: Given) -> Drawing:
     from tokred.bench import images as photos
     from tokred.bench.sources import pictures, questions
 
-    if not given.images or given.prompt is None:
-        raise ValueError(f"{source.name} answers questions about pictures: give --image FILE and --prompt TEXT")
+    if not (given.images or given.clip) or given.prompt is None:
+        raise ValueError(
+            f"{source.name} answers questions about pictures: give --image FILE and --prompt TEXT, or --clip FOLDER"
+        )
     if source.processor is None:
         raise ValueError(
             f"{source.name} came without a processor: save one beside the weights, or let the function that makes the "
             "model return (model, processor)"
         )
-    files = [file for file, _ in photos.gather(given.images, given.count)]
+    if given.clip is not None:
+        return _clip(source, methods, given, given.prompt)
+    files = [file for file, _ in photos.gather(given.images, given.count or IMAGES)]
     opened = [pictures.picture(file) for file in files]
     # What is drawn are the model's inputs: processors crop and stretch, and tokens stand for what is left.
     batch = questions.asked(source, opened, [given.prompt] * len(opened))
@@ -122,6 +145,29 @@ def _pictures(source: Source, methods: list[str], given: Given) -> Drawing:
         tokenizer=source.tokenizer or source.processor,
         tokens=given.tokens,
     )
+
+
+def _clip(source: Source, methods: list[str], given: Given, prompt: str) -> Drawing:
+    """One clip: its frames side by side, in one prompt or one by one."""
+    from tokred.analysis import viz
+    from tokred.bench import images as photos
+    from tokred.bench.sources import questions
+    from tokred.vlm import clips
+
+    if given.images:
+        raise ValueError("give --image or --clip: a clip is one prompt")
+    assert given.clip is not None  # the caller has seen it
+    frames = photos.clip(given.clip, given.count or FRAMES)
+    batch, images = questions.asked_of_clip(source, frames, prompt)
+    tokenizer = getattr(source.processor, "tokenizer", None) or source.tokenizer or source.processor
+    if given.stream:
+        apart = viz.watched.taken_apart(source.module, batch)
+        return viz.stream(
+            source.module, apart.frames, methods, prompt=apart.prompt, question=apart.question, tokenizer=tokenizer,
+            tokens=given.tokens,
+        )  # fmt: skip
+    with clips([[len(frames)]]) if images else contextlib.nullcontext():
+        return viz.vlm(source.model, batch, methods, tokenizer=tokenizer, tokens=given.tokens)
 
 
 def _denoiser(source: Source, methods: list[str], given: Given) -> Drawing:

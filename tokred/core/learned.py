@@ -26,6 +26,7 @@ class Facts:
         prefix, suffix: leading and trailing tokens that are never reduced.
         key_heads: key/value heads ``Hk`` of a decoder; 0: as many as query heads.
         head_width: numbers of a key of a decoder; 0: nobody asked, or layers differ.
+        pixels: numbers of one patch as sites give it (channels, height and width); 0: the host has no such patches.
     """
 
     model: str
@@ -36,10 +37,11 @@ class Facts:
     suffix: int = 0
     key_heads: int = 0
     head_width: int = 0
+    pixels: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON; those of key/value heads only where they were told."""
-        told = ("key_heads", "head_width")
+        """Plain values, for JSON; those of key/value heads and of patches only where they were told."""
+        told = ("key_heads", "head_width", "pixels")
         return {name: value for name, value in asdict(self).items() if name not in told or value}
 
     def fits(self, other: Facts) -> bool:

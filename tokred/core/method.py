@@ -46,7 +46,7 @@ class Method(ABC):
 
     Attributes:
         name: the registered name.
-        stage: where it acts, one of the five stages.
+        stage: where it acts, one of the six stages.
         summary: one line for ``tokred list``.
         source: paper and section.
         lacks: parameters that other methods have and this one cannot have, with the reason.

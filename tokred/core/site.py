@@ -20,7 +20,7 @@ from tokred.core.sampling import lazily, pair
 from tokred.core.schedules import whole
 from tokred.errors import MissingInputError
 
-Stage = Literal["block", "attention", "cache", "projector", "layer"]
+Stage = Literal["block", "attention", "cache", "projector", "layer", "experts"]
 STAGES: tuple[Stage, ...] = get_args(Stage)  # models are patched, and reports are read, in this order
 Lazy = Tensor | Callable[[], Tensor | None] | None
 
@@ -37,11 +37,13 @@ Lazy = Tensor | Callable[[], Tensor | None] | None
 # are for vision-language models, see tokred.vlm.before_llm: the tower's features and the attention of its other
 # layers, the projector, and rows of the attention of the decoder layer that comes and of the one that has run;
 # ``calibration``: that a bias for each pair of tokens can be added in all layers; ``sound``: tokens of what is heard
-# between the frames of a clip, and what their encoder attends to.
+# between the frames of a clip, and what their encoder attends to. ``router`` is for layers of experts, see
+# tokred.core.experts: what it says of each token, and whom it chose.
 READS = (
     "x", "q", "k", "v", "class_attention", "attention", "queries", "heads", "carried", "module", "gates", "transform",
     "grid", "frames", "motion", "text", "projection", "rope", "rotation", "stream", "guidance", "tower", "tower_layers",
     "project", "rows", "rows_before", "hidden", "calibration", "pixels", "entry", "again", "frame_motion", "sound",
+    "router",
 )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import tokred
-from tokred.doctor import caches, denoisers, encoders, stores, visual
+from tokred.doctor import caches, denoisers, encoders, mixtures, stores, visual
 from tokred.doctor.laws import Case
 
 BATCH = 2
@@ -66,8 +66,8 @@ def _open_clip(family: str, model: nn.Module) -> list[Tensor]:
 
 
 def transformers_cases() -> Iterator[Case]:
-    """transformers: encoders, caches of language models, models with vision."""
-    from tokred.adapters.tiny import kv, omni, transformers, vlm, windows
+    """transformers: encoders, caches of language models, models with vision, mixtures of experts."""
+    from tokred.adapters.tiny import kv, moe, omni, transformers, vlm, windows
 
     for family in transformers.FAMILIES:
         kind = "divided" if family in DIVIDED else "sequence"
@@ -82,6 +82,8 @@ def transformers_cases() -> Iterator[Case]:
         yield _visual(family, partial(vlm.build, family), vlm.prompts(family, PICTURES))
     if omni.known():
         yield _visual("qwen2_5_omni", omni.build, omni.prompts(SOUNDS))
+    for family in moe.FAMILIES:
+        yield _mixture(family)
 
 
 def _transformers(family: str, model: nn.Module) -> list[Tensor]:
@@ -111,6 +113,18 @@ def _visual(family: str, build: Callable[[], nn.Module], batch: dict[str, Any]) 
         [tokred.make("random_visual", budget=1.0), tokred.make("fastv", ratio=0.0)],
         [tokred.make("random_visual", budget=0.5), tokred.make("fastv", layer=1, ratio=0.4)], visual.counts,
         {"dropped": partial(visual.check_dropped, batch=batch)},
+    )  # fmt: skip
+
+
+def _mixture(family: str) -> Case:
+    from tokred.adapters.tiny import kv, moe
+
+    ids, mask, _ = kv.padded(PROMPTS)
+    return Case(
+        "transformers", "moe", family, partial(moe.build, family),
+        lambda m: [m(input_ids=ids, attention_mask=mask, use_cache=False).logits],
+        [tokred.make("capacity_drop", gamma=1024)], [tokred.make("capacity_drop", gamma=0.5)], mixtures.counts,
+        {"dropped": mixtures.check_dropped},
     )  # fmt: skip
 
 
@@ -144,6 +158,6 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
 WINGS = {
     "timm": ("encoder",),
     "open_clip": ("encoder",),
-    "transformers": ("encoder", "kv", "vlm"),
+    "transformers": ("encoder", "kv", "vlm", "moe"),
     "diffusers": ("diffusion",),
 }

@@ -20,7 +20,7 @@ CLOSE = 1e-4  # of the largest value: sums in another order
 LAWS: Mapping[str, str] = {
     "nothing": "with nothing to remove, the output is bit for bit the unpatched one",
     "fewer": "tokens really leave (of formats: fewer bytes are held), and the output is another one and finite",
-    "dropped": "tokens (or rows of a cache) that were dropped are as if they were masked",
+    "dropped": "tokens (or rows of a cache, or pairs of token and expert) that were dropped are as if they were masked",
     "merged": "a merged token counts for as many as it stands for, and the sizes sum to all",
     "cropped": "tokens that a cache takes back are as if they had never come, and generation goes on",
     "removed": "after removal, output, repr, state_dict, classes and hooks are what they were",
@@ -37,7 +37,7 @@ class Case:
 
     Attributes:
         library: that it is of.
-        wing: ``"encoder"``, ``"diffusion"``, ``"vlm"`` or ``"kv"``.
+        wing: ``"encoder"``, ``"diffusion"``, ``"vlm"``, ``"kv"`` or ``"moe"``.
         family: label.
         make: builds the model.
         run: all tensors of a forward.

@@ -13,7 +13,9 @@ from tokred.doctor.laws import Case, largest
 from tokred.kv.keeping import Keeping
 
 # The wings whose models offer a stage.
-WING_OF = {"block": "encoder", "attention": "diffusion", "cache": "kv", "projector": "vlm", "layer": "vlm"}
+WING_OF = {
+    "block": "encoder", "attention": "diffusion", "cache": "kv", "projector": "vlm", "layer": "vlm", "experts": "moe",
+}  # fmt: skip
 
 
 def with_methods(names: Iterable[str], cases: Iterable[Case]) -> Iterator[Case]:

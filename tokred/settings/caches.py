@@ -1,4 +1,4 @@
-"""Caches that are used again: ``save_cache``, ``load_cache``, ``blend`` and ``share_prefix``."""
+"""Caches that are used again: ``save_cache``, ``load_cache``, ``blend``, ``share_prefix`` and ``draft``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokred.core.checks import check_count
 from tokred.core.method import from_dict
 from tokred.errors import NothingRecordedError, TokredError
 from tokred.patch import part_at
@@ -200,6 +201,83 @@ def share_prefix(model: nn.Module, prefix: Any) -> Any:
         place.check(cache)
     assert isinstance(cache, TokCache)  # made here, or checked
     return shared(cache, place.state.cache())
+
+
+def draft(
+    model: nn.Module,
+    input_ids: Tensor,
+    *,
+    max_new_tokens: int,
+    budget: int = 4096,
+    start: int = 16,
+    gamma: int = 4,
+) -> Any:
+    """Greedy text, drafted by the model itself over few rows of its cache, and verified over all of them.
+
+    ``gamma`` tokens are drafted over ``budget`` rows of each head: the first, those that the last query asked for most
+    when they were chosen, and the newest. One forward over all rows then says how many of them are right. What comes
+    out is the text that greedy generation gives, whatever the budget.
+
+    Args:
+        model: patched with a policy that is done when the prompt is (one that keeps all does it:
+            ``tokred.apply(model, "snapkv", budget=1.0)``).
+        input_ids: ``[1, N]`` or ``[N]``, one prompt.
+        max_new_tokens: at most so many, and none behind one that ends a text.
+        budget: rows of a head that drafts are made over, no more than the policy leaves of the prompt.
+        start: first rows, always among them.
+        gamma: tokens of a draft.
+
+    Returns:
+        A :class:`~tokred.adapters.kv.reuse.drafts.Drafted`: ``sequences``, and how much was drafted and accepted.
+
+    Raises:
+        NothingRecordedError: the model has no policy.
+        TypeError, ValueError: a number is out of range, or the policy goes on evicting, merges rows, keeps to a limit
+            or holds them in another form.
+        UnsupportedModelError: layers keep other things than rows of tokens, or share them.
+
+    Source: the draft cache of Wu et al., TokenSwift, ICML 2025 (arXiv 2502.18890). Its heads that draft without the
+    model, its n-grams and its penalty are no part of this.
+
+    Example:
+        >>> tokred.draft(model, ids, max_new_tokens=256, budget=1024).sequences
+    """
+    from tokred.adapters.contract import words
+    from tokred.adapters.kv.reuse.chunks import tokens
+    from tokred.adapters.kv.reuse.drafts import Drafter
+    from tokred.errors import UnsupportedModelError
+    from tokred.kv.drafting import DraftRows
+    from tokred.kv.stores import Flat, Rectangle
+
+    for name, value in (("max_new_tokens", max_new_tokens), ("gamma", gamma)):
+        check_count(value, name, 1)
+    rule = DraftRows(budget, start)
+    if rule.room <= gamma:
+        raise ValueError(f"budget must be more than start={start} and gamma={gamma} together, got {budget}")
+    place = _Place(model)
+    if place.part is None:
+        raise NothingRecordedError(
+            "drafts choose rows of a cache with a policy: call tokred.apply(model, ...) first; tokred.apply(model, "
+            "'snapkv', budget=1.0) keeps everything"
+        )
+    _check_done(place.part.method)
+    store = place.part.method.parts.store
+    if not isinstance(store, Flat | Rectangle):
+        raise ValueError(f"drafts choose rows as they came, and the store {store.name!r} holds them in another form")
+    if place.host.readers or place.host.latents:
+        what = "latents" if place.host.latents else "rows that other layers attend to"
+        raise UnsupportedModelError(f"this {type(model).__name__} keeps {what}, of which a draft cannot choose")
+    ids = tokens(input_ids, "input_ids").to(place.devices[0])
+    if budget > ids.shape[1]:
+        raise ValueError(
+            f"budget is {budget}, but the prompt has {ids.shape[1]} tokens: choose fewer, or just generate"
+        )
+    settings = words.SETTINGS.part(model)
+    ends = words.ENDS.part(settings) if settings is not None else None
+    with torch.no_grad():
+        return Drafter(model, place.state, rule, gamma).run(
+            ids, max_new_tokens, [] if ends is None else ends if isinstance(ends, list) else [ends]
+        )
 
 
 def _check_done(policy: Any) -> None:

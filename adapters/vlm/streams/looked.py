@@ -56,7 +56,7 @@ def features_of(core: nn.Module, looks: Looks, given: dict[str, Any]) -> Feature
     if pixels is not None and not words.VIDEO_PIXELS.among(parameters(getter)):
         # Older versions give videos to the getter under the name that images have.
         given = {words.PIXELS.name: pixels}
-    with tapped() as tap:
+    with tapped(core, given, looks.modality) as tap:
         output = getter(core, **given)
     model: Any = core
     record = describe(model, given, output, tap, looks.modality)

@@ -19,12 +19,14 @@ from tokred.analysis.viz.drawing import Drawing
 from tokred.analysis.viz.latent import LatentDrawing, denoiser
 from tokred.analysis.viz.recording import Recording, record
 from tokred.analysis.viz.visual import VisualDrawing, vlm
+from tokred.analysis.viz.watched import StreamDrawing, stream
 
 __all__ = [
     "CacheDrawing",
     "Drawing",
     "LatentDrawing",
     "Recording",
+    "StreamDrawing",
     "VisualDrawing",
     "after",
     "cache",
@@ -39,5 +41,6 @@ __all__ = [
     "record",
     "sheet",
     "spaced",
+    "stream",
     "vlm",
 ]

@@ -14,6 +14,7 @@ from tokred.analysis.viz.draw import enlarge, paint_groups
 
 if TYPE_CHECKING:
     from tokred.analysis.viz.latent import LatentDrawing
+    from tokred.analysis.viz.seen import View
     from tokred.analysis.viz.visual import VisualDrawing
 
 
@@ -55,7 +56,7 @@ def draw_visual(drawing: VisualDrawing, stages: Sequence[int]) -> Any:
             axis.imshow(picture)
             axis.set_xticks([])
             axis.set_yticks([])
-            where = "picture" if stage == 0 else f"layer {stage}"
+            where = drawing.stage(stage).removeprefix("the ")
             axis.set_title(f"{where}: {int(mask[stage].sum())} tokens", fontsize=8)
         name = f"{run.label}\n{view.name}" if several else run.label
         line[0].set_ylabel(plain(textwrap.fill(name, 24)), fontsize=8)
@@ -66,6 +67,73 @@ def draw_visual(drawing: VisualDrawing, stages: Sequence[int]) -> Any:
     head = f"{asked} — unpatched: {answer}" if len(drawing.questions) == 1 else drawing.family
     figure.suptitle(plain(textwrap.fill(head, 24 * len(stages))), fontsize=9, x=0.01, ha="left")
     return figure
+
+
+TINT = (235, 150, 60)  # of tokens that were there at first
+
+
+def left_later(picture: Any, later: Tensor, grid: tuple[int, int]) -> Any:
+    """A picture of :func:`kept` with the tokens that left later tinted, ``(H', W', 3)`` uint8."""
+    x = torch.as_tensor(picture).float()
+    high, wide = x.shape[0] // grid[0], x.shape[1] // grid[1]
+    where = later.view(grid).repeat_interleave(high, 0).repeat_interleave(wide, 1)[..., None]
+    grey = x.mean(2, keepdim=True)
+    tinted = 0.35 * grey + 0.65 * torch.tensor(TINT).float()
+    return torch.where(where, tinted, x).round().to(torch.uint8).numpy()
+
+
+def draw_sheet(drawing: VisualDrawing, stage: int, columns: int) -> Any:
+    """The figure of :meth:`tokred.analysis.viz.visual.VisualDrawing.sheet`."""
+    samples = [[v for v in drawing.views if v.sample == i] for i in range(len(drawing.questions))]
+    samples = [_spaced(views, columns) for views in samples if views]
+    count, runs = max(map(len, samples)), drawing.runs
+    shape = max(view.grid[0] / view.grid[1] for views in samples for view in views)
+    rows = len(samples) * (1 + len(runs))
+    size = (1.35 * count + 1.5, (1.35 * shape + 0.3) * rows + 0.6)
+    figure, axes = canvas.subplots(rows, count, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.flat:
+        axis.set_axis_off()
+    early = late = False
+    for i, views in enumerate(samples):
+        top = axes[i * (1 + len(runs))]
+        for axis, view in zip(top, views, strict=False):
+            name = f"frame {view.frame}" if view.frame else view.name
+            _put(axis, enlarge(fine(view.pixels, view.grid), view.grid), name)
+        _named(top[0], "the frames" if drawing.frames else "the pictures", drawing.answers[views[0].sample])
+        for run, line in zip(runs, axes[i * (1 + len(runs)) + 1 :], strict=False):
+            for axis, view in zip(line, views, strict=False):
+                there, first, now = (run.mask(view)[s] for s in (0, 1, stage))
+                picture = kept(view.pixels, now | (first & ~now), view.grid)
+                _put(axis, left_later(picture, first & ~now, view.grid), f"{int(now.sum())} of {int(there.sum())}")
+                early, late = early or bool((there & ~first).any()), late or bool((first & ~now).any())
+            _named(line[0], run.label, run.answers[views[0].sample])
+    marks = zip(("dark", "orange"), drawing.gone(stage), (early, late), strict=True)
+    told = [f"{look}: {what}" for look, what, shown in marks if shown]
+    head = " - ".join([drawing.family, *told])
+    figure.suptitle(plain(textwrap.fill(head, 18 * count)), fontsize=8, x=0.01, ha="left")
+    return figure
+
+
+def _spaced(views: Sequence[View], most: int) -> list[View]:
+    """At most so many views, evenly spaced, the first and the last among them."""
+    if len(views) <= most:
+        return list(views)
+    return [views[round(i * (len(views) - 1) / max(1, most - 1))] for i in range(most)]
+
+
+def _put(axis: Any, picture: Any, title: str) -> None:
+    axis.set_axis_on()
+    axis.imshow(picture)
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.set_title(title, fontsize=7, pad=2)
+
+
+def _named(axis: Any, name: str, answer: str | None) -> None:
+    """Name a row, with what the model says of it, left of its first picture."""
+    said = [] if answer is None else [f"“{textwrap.shorten(answer or '(nothing)', 40, placeholder=' …')}”"]
+    lines = [*textwrap.wrap(name, 22), *(line for text in said for line in textwrap.wrap(text, 22))]
+    axis.set_ylabel(plain("\n".join(lines)), fontsize=7, rotation=0, ha="right", va="center")
 
 
 def draw_latent(drawing: LatentDrawing, sites: Sequence[int], step: int) -> Any:

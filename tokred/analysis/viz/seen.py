@@ -26,6 +26,7 @@ class View(NamedTuple):
         grid: rows and columns of its tokens.
         columns: ``(rows * columns,)`` int64, which token of the prompt each is; -1 where there is none.
         pixels: ``(1 or 3, H, W)`` uint8, what is drawn.
+        frame: of a clip, from 1; 0: no frame.
     """
 
     sample: int
@@ -33,6 +34,7 @@ class View(NamedTuple):
     grid: tuple[int, int]
     columns: Tensor
     pixels: Tensor
+    frame: int = 0
 
 
 def held_by_layer(forward: Forward) -> Tensor:
@@ -76,13 +78,13 @@ def views_of(forward: Forward, inputs: Mapping[str, Any], pixels: Sequence[Any] 
     number = 0
     for modality in forward.call.modalities:
         places = modality.visual.nonzero()[:, 1].cpu()
-        frames = _drawable(inputs, core)
+        frames = drawable(inputs, core)
         for order, one in enumerate(shown(modality)):
             given = None
             if pixels is not None:
                 if number >= len(pixels):
                     raise ValueError(f"pixels must be one a picture: there are more than {len(pixels)} in the prompts")
-                given = _checked(pixels[number])
+                given = checked(pixels[number])
             found += _views(one, places, frames, given, order)
             number += 1
     if pixels is not None and number != len(pixels):
@@ -107,7 +109,8 @@ def _views(one: Shown, places: Tensor, frames: Drawable, given: Tensor | None, o
             drawn = (
                 frames.of(part, order, i, t) if given is None else given[min(t * len(given) // count, len(given) - 1)]
             )
-            found.append(View(one.sample, name + more, part.grid, own, _fit(drawn, part.grid)))
+            frame = t + 1 if part.frames else 0
+            found.append(View(one.sample, name + more, part.grid, own, fitted(drawn, part.grid), frame))
     if tiles:
         assert tiles[0].corner is not None
         rows, columns_of = tiles[0].corner[2:]
@@ -120,7 +123,7 @@ def _views(one: Shown, places: Tensor, frames: Drawable, given: Tensor | None, o
             whole[top : top + part.grid[0], left : left + part.grid[1]] = own
         drawn = frames.row(tiles[0].whole) if given is None else given[0]
         found.append(
-            View(one.sample, f"{name}, tiles", (rows, columns_of), whole.flatten(), _fit(drawn, (rows, columns_of)))
+            View(one.sample, f"{name}, tiles", (rows, columns_of), whole.flatten(), fitted(drawn, (rows, columns_of)))
         )
     return found
 
@@ -150,7 +153,7 @@ class Drawable:
         return self.row(part.tower if part.tower >= 0 else order + i)
 
 
-def _drawable(inputs: Mapping[str, Any], core: Any) -> Drawable:
+def drawable(inputs: Mapping[str, Any], core: Any) -> Drawable:
     """The inputs as pictures: images as they are, patches of Qwen's put together again."""
     images, videos = words.PIXELS.of(dict(inputs)), words.VIDEO_PIXELS.of(dict(inputs))
     grids, of_videos = words.IMAGE_GRIDS.of(dict(inputs)), words.VIDEO_GRIDS.of(dict(inputs))
@@ -184,7 +187,7 @@ def _joined(patches: Tensor, grids: Tensor, core: Any) -> list[Tensor]:
     return found
 
 
-def _checked(given: Any) -> Tensor:
+def checked(given: Any) -> Tensor:
     """``(T, 1 or 3, H, W)`` uint8.
 
     Raises:
@@ -199,7 +202,7 @@ def _checked(given: Any) -> Tensor:
     return as_bytes(x)
 
 
-def _fit(picture: Tensor | None, grid: tuple[int, int]) -> Tensor:
+def fitted(picture: Tensor | None, grid: tuple[int, int]) -> Tensor:
     """``(1 or 3, H, W)`` uint8: stretched to its own range where it is no picture yet; grey where there is none."""
     if picture is None or picture.ndim != 3 or picture.shape[0] not in (1, 3):
         return torch.full((1, *grid), 128, dtype=torch.uint8)

@@ -34,12 +34,12 @@ class VisualRun:
         label: method or methods and their parameters.
         held: ``(1 + L, B, N)`` bool, whether each token of the prompt is there: at first in the prompt itself, padding
             apart, then in each of ``L`` decoder layers.
-        answers: of each sample.
+        answers: of each sample; None where nothing was asked.
     """
 
     label: str
     held: Tensor
-    answers: tuple[str, ...]
+    answers: tuple[str | None, ...]
 
     def mask(self, view: View) -> Tensor:
         """``(1 + L, rows * columns)`` bool: whether the tokens of a picture are there, row by row of its grid."""
@@ -54,16 +54,18 @@ class VisualDrawing(Drawing):
     Attributes:
         family: of the model.
         questions: the text of each prompt.
-        answers: of the unpatched model.
+        answers: of the unpatched model; None where nothing was asked.
         views: the pictures and frames of all prompts.
         runs: one a setting.
     """
 
     heading: ClassVar[str] = "What the model still sees"
+    stage_axis: ClassVar[str] = "Seen by"
+    whole: ClassVar[str] = "Answer of the unpatched model"
 
     family: str
     questions: tuple[str, ...]
-    answers: tuple[str, ...]
+    answers: tuple[str | None, ...]
     views: tuple[View, ...]
     runs: tuple[VisualRun, ...]
 
@@ -74,7 +76,7 @@ class VisualDrawing(Drawing):
 
     def page(self) -> Page:
         """The pictures of each prompt, once for each setting, with a slider over the decoder layers."""
-        labels = ("the picture", *(f"layer {i + 1} of {self.depth}" for i in range(self.depth)))
+        labels = tuple(self.stage(i, full=True) for i in range(self.depth + 1))
         maps, panels, notes, sections = list[Any](), list[Any](), list[list[str]](), list[str]()
         for sample, question in enumerate(self.questions):
             mine = [i for i, view in enumerate(self.views) if view.sample == sample]
@@ -90,15 +92,33 @@ class VisualDrawing(Drawing):
             "merges": False, "pictures": [pages.picture(view.pixels) for view in self.views], "maps": maps,
             "panels": panels, "notes": notes,
         }  # fmt: skip
-        intro = (
+        # Where most is to be seen: what the last layer is left with.
+        axis = Axis(self.stage_axis, labels, self.depth)
+        return Page(self.intro(), (axis,), "", "\n".join(sections), data, "map")
+
+    def intro(self) -> tuple[str, ...]:
+        """Paragraphs above the pictures of the page."""
+        return (
             f"{self.family}: {self.depth} decoder layers. Layers are numbered from 1.",
             "Tokens that a layer does not see any more are dark and struck through; one that was merged into another "
             "counts as gone. Point at a token to see where it left. Arrow keys move the slider; on a picture they go "
             "from token to token.",
         )
-        # Where most is to be seen: what the last layer is left with.
-        axis = Axis("Seen by", labels, self.depth)
-        return Page(intro, (axis,), "", "\n".join(sections), data, "map")
+
+    def stage(self, number: int, *, full: bool = False) -> str:
+        """The name of a stage: 0 is the picture, ``i`` the decoder layer ``i``, from 1; with ``full``, of how many."""
+        if number == 0:
+            return "the picture"
+        return f"layer {number} of {self.depth}" if full else f"layer {number}"
+
+    def gone(self, number: int) -> tuple[str, str]:
+        """Meanings of a token that is not there at a stage: where it was not in stage 1 either, and where it was."""
+        return "left before the language model", f"left inside it, up to layer {number}"
+
+    @property
+    def frames(self) -> int:
+        """Frames of the longest clip among the views; 0: there is none."""
+        return max((view.frame for view in self.views), default=0)
 
     def changes(self) -> list[int]:
         """Stages at which something has left in any run: 0 is the picture, ``i`` the decoder layer ``i``, from 1."""
@@ -109,7 +129,8 @@ class VisualDrawing(Drawing):
         return found
 
     def figure(self, stages: Sequence[int] | None = None) -> Any:
-        """One row for each picture and setting, one column for the picture and for each stage.
+        """One row for each picture and setting, one column for the picture and for each stage; of a clip of more than
+        two frames the :meth:`sheet`, unless ``stages`` are given.
 
         Args:
             stages: numbers of decoder layers, from 1; 0 is the untouched picture. None: up to five of :meth:`changes`.
@@ -120,10 +141,35 @@ class VisualDrawing(Drawing):
         """
         from tokred.analysis.viz.printed import draw_visual
 
+        if stages is None and self.frames > 2:
+            return self.sheet()
         shown = _some(self.changes()) if stages is None else list(stages)
         if not shown or min(shown) < 0 or max(shown) > self.depth:
             raise ValueError(f"stages must lie in 0..{self.depth} (0 is the picture, then layers from 1), got {shown}")
         return draw_visual(self, shown)
+
+    def sheet(self, stage: int | None = None, *, columns: int = 8) -> Any:
+        """A contact sheet: the frames side by side, below them for each setting the tokens that stayed of each.
+
+        Tokens that are gone at the stage are dark and struck through where they left before stage 1, and tinted where
+        they left later. A prompt with several pictures is laid out in the same way.
+
+        Args:
+            stage: of :attr:`VisualRun.held`, from 1: a decoder layer. None: the last one.
+            columns: frames at most, evenly spaced, the first and the last among them.
+
+        Raises:
+            ValueError: there is no such stage, or ``columns`` is less than 1.
+            ImportError: matplotlib is not installed.
+        """
+        from tokred.analysis.viz.printed import draw_sheet
+
+        shown = self.depth if stage is None else stage
+        if not 1 <= shown <= self.depth:
+            raise ValueError(f"stage must lie in 1..{self.depth}, got {stage}")
+        if columns < 1:
+            raise ValueError(f"columns must be at least 1, got {columns}")
+        return draw_sheet(self, shown, columns)
 
     def _notes(self, run: VisualRun, mine: Sequence[int]) -> list[str]:
         found = []
@@ -134,14 +180,12 @@ class VisualDrawing(Drawing):
         return found
 
     def _section(self, sample: int, question: str, figures: Sequence[str]) -> str:
-        plain = f'<p class="answer"><b>Answer of the unpatched model</b> {html.escape(self.answers[sample])}</p>'
-        heads = ["seen by", *(run.label for run in self.runs)]
+        said = self.answers[sample]
+        plain = "" if said is None else f'<p class="answer"><b>{self.whole}</b> {html.escape(said)}</p>'
+        heads = [self.stage_axis.lower(), *(run.label for run in self.runs)]
         mine = [i for i, view in enumerate(self.views) if view.sample == sample]
         columns = [self._notes(run, mine) for run in self.runs]
-        rows = [
-            ["the picture" if stage == 0 else f"layer {stage}", *(column[stage] for column in columns)]
-            for stage in self.changes()
-        ]
+        rows = [[self.stage(stage), *(column[stage] for column in columns)] for stage in self.changes()]
         return f"""<section aria-label="prompt {sample + 1}">
 <p class="asked"><b>Prompt</b> {html.escape(question)}</p>
 {plain}

@@ -75,16 +75,43 @@ def asked(source: Source, images: Sequence[Any], questions: Sequence[str]) -> di
         tokenizer.padding_side = "left"
     prompts = [_prompt(processor, question) for question in questions]
     given = processor(images=[[one] for one in images], text=prompts, return_tensors="pt", padding=len(prompts) > 1)
+    return _cast(source, given)
+
+
+def asked_of_clip(source: Source, frames: Sequence[Any], question: str) -> tuple[dict[str, Any], bool]:
+    """The arguments of ``generate`` for one clip and a question.
+
+    Args:
+        source: the model, with its processor.
+        frames: pictures of PIL's.
+        question: about them.
+
+    Returns:
+        The arguments, and whether the frames go in as so many images, which :func:`tokred.vlm.clips` has to tell from
+        separate ones: the processor knows no videos.
+    """
+    processor: Any = source.processor
+    if getattr(processor, "video_processor", None) is None:
+        prompt = _prompt(processor, question, count=len(frames))
+        return _cast(source, processor(images=[list(frames)], text=[prompt], return_tensors="pt")), True
+    prompt = _prompt(processor, question, "video")
+    # All of the frames: some processors would choose among them.
+    given = processor(videos=[list(frames)], text=[prompt], return_tensors="pt", do_sample_frames=False)
+    return _cast(source, given), False
+
+
+def _cast(source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Pixels in the type of the model's weights."""
     floating = next(source.module.parameters()).dtype
     return {
         k: v.to(floating) if hasattr(v, "is_floating_point") and v.is_floating_point() else v for k, v in given.items()
     }
 
 
-def _prompt(processor: Any, question: str) -> str:
-    """The prompt by the model's own template; without one, the picture's mark before the question."""
+def _prompt(processor: Any, question: str, kind: str = "image", count: int = 1) -> str:
+    """The prompt by the model's own template; without one, the marks of pictures before the question."""
     if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": question}]
+        content = [*({"type": kind} for _ in range(count)), {"type": "text", "text": question}]
         found: str = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         return found
-    return f"{getattr(processor, 'image_token', '<image>')}\n{question}"
+    return f"{getattr(processor, f'{kind}_token', f'<{kind}>') * count}\n{question}"

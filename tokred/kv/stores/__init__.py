@@ -14,6 +14,7 @@ from tokred.kv.stores.rectangle import Rectangle
 from tokred.kv.stores.rotated import Oscar, Turbo
 from tokred.kv.stores.shadow import ShadowKV
 from tokred.kv.stores.store import ABILITIES, Query, Shelf, Store
+from tokred.kv.stores.tight import Tight
 from tokred.kv.stores.tokenbutler import TokenButler
 from tokred.kv.stores.tokenselect import TokenSelect
 from tokred.kv.stores.zones import Zones
@@ -34,6 +35,7 @@ __all__ = [
     "ShadowKV",
     "Shelf",
     "Store",
+    "Tight",
     "TokenButler",
     "TokenSelect",
     "Turbo",

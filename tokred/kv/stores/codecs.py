@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokred.kernels.coded_rows import BLOCK
 from tokred.kernels.packed_rows import PackedRows, bytes_of, pack, packed_scores, packed_sums, restore, why_not_packed
 
 _LARGEST = torch.finfo(torch.float16).max
@@ -45,12 +46,29 @@ class Codec(ABC):
         return "its codes have no path of their own"
 
     def scores(self, query: Tensor, parts: Parts) -> Tensor:
-        """``[B, Hk, G, n]`` float32: products of queries ``[B, Hk, G, D]`` with the rows."""
-        return query @ self.decode(parts, torch.float32).mT
+        """``[B, Hk, G, n]`` float32: products of queries ``[B, Hk, G, D]`` with the rows, decoded some at a time."""
+        return torch.cat([query @ self.decode(some, torch.float32).mT for some in self.blocks(parts)], -1)
 
     def sums(self, weights: Tensor, parts: Parts) -> Tensor:
-        """``[B, Hk, G, D]`` float32: sums of the rows by weights ``[B, Hk, G, n]``."""
-        return weights @ self.decode(parts, torch.float32)
+        """``[B, Hk, G, D]`` float32: sums of the rows by weights ``[B, Hk, G, n]``, decoded some at a time."""
+        out, start = None, 0
+        for some in self.blocks(parts):
+            rows = self.decode(some, torch.float32)
+            stop = start + rows.shape[2]
+            part = weights[..., start:stop] @ rows
+            out, start = part if out is None else out + part, stop
+        assert out is not None  # of at least one block
+        return out
+
+    def blocks(self, parts: Parts) -> list[Parts]:
+        """The parts of some rows at a time, views."""
+        size = max(1, BLOCK // self.unit)
+        return list(zip(*(part.split(size, 2) for part in parts), strict=True))  # type: ignore[no-untyped-call]
+
+
+def why_no_gradient(query: Tensor) -> str | None:
+    """Why what has no gradient does not answer a query; None: nobody asks for one."""
+    return "a gradient is asked for" if torch.is_grad_enabled() and query.requires_grad else None
 
 
 @dataclass(frozen=True)

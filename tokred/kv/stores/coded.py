@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tokred.core.reduction import Reduction
+from tokred.core.registry import parts
 from tokred.kernels.decode_attention import SENTINEL
 from tokred.kernels.gather_rows import gather_rows
 from tokred.kv.described import POSITION, Made, plain_bytes
@@ -45,7 +46,7 @@ class Coded(Store):
     more than a quarter of what is held is of evicted rows, those that are left are encoded anew.
     """
 
-    can: ClassVar[frozenset[str]] = frozenset({"take", "merge", "ragged", "crop", "attend"})
+    can: ClassVar[frozenset[str]] = frozenset({"take", "merge", "ragged", "tight", "crop", "attend"})
     reads: ClassVar[frozenset[str]] = frozenset({"k"})
     replaces: ClassVar[frozenset[str]] = frozenset({"plain", "quantised"})
 
@@ -83,6 +84,13 @@ class Coded(Store):
     def note_bytes(self, heads: int, width: int, *, uneven: bool) -> int:
         """The row of each side that steps write over, of float32."""
         return 2 * 4 * heads * width
+
+    def tight(self) -> Store:
+        """Every head with codes of its own."""
+        if "tight" not in self.can:
+            return super().tight()
+        made: Store = parts.get("tight")(self)  # which is made of formats, and knows them
+        return made
 
 
 class CodedShelf(SlottedShelf):

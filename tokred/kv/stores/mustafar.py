@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tokred.core.checks import check_count
-from tokred.kv.stores.codecs import AsTheyCome, Codec, Parts
+from tokred.kernels.coded_rows import LARGEST, CodedRows, coded_scores, coded_sums
+from tokred.kv.stores.codecs import AsTheyCome, Codec, Parts, why_no_gradient
 from tokred.kv.stores.coded import Coded, Form
 from tokred.kv.stores.sides import Window
 
@@ -19,8 +20,8 @@ from tokred.kv.stores.sides import Window
 class Mustafar(Coded):
     """No token goes, and of each but the newest the smallest numbers do: a share of every key and of every value.
 
-    What is left is in the model's own type. Numbers of equal size stay in the order of their channels. Steps restore
-    the rows for the layer that attends, so memory is saved, and not time.
+    What is left is in the model's own type. Numbers of equal size stay in the order of their channels. Steps restore a
+    few rows at a time.
 
     Args:
         k_sparsity, v_sparsity: share of the numbers of a key and of a value that go, rounded down.
@@ -30,7 +31,6 @@ class Mustafar(Coded):
     """
 
     name: ClassVar[str] = "mustafar"
-    can: ClassVar[frozenset[str]] = Coded.can - {"attend"}
     reads: ClassVar[frozenset[str]] = frozenset()
 
     k_sparsity: float = 0.5
@@ -79,6 +79,21 @@ class Largest(Codec):
 
     def row_bits(self, rows: Tensor) -> int:
         return 8 * (self.keep * rows.element_size() + -(-self.width // 8))
+
+    def coded(self, parts: Parts) -> CodedRows:
+        """The parts, as kernels take them."""
+        values, bits = parts
+        one = torch.ones((), device=values.device).expand(values.shape[:3])
+        return CodedRows(values, bits, one.new_empty(0), one, LARGEST, self.width)
+
+    def why_slow(self, query: Tensor) -> str | None:
+        return why_no_gradient(query)
+
+    def scores(self, query: Tensor, parts: Parts) -> Tensor:
+        return coded_scores(query, self.coded(parts))
+
+    def sums(self, weights: Tensor, parts: Parts) -> Tensor:
+        return coded_sums(weights, self.coded(parts))
 
 
 def _bits(mask: Tensor) -> Tensor:

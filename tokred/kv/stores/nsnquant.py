@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from tokred.core.checks import check_count, check_flags
+from tokred.kernels.coded_rows import BOOK, CodedRows, coded_scores, coded_sums
 from tokred.kernels.packed_rows import bytes_of, pack, unpack
 from tokred.kv.site import CacheSite
 from tokred.kv.stores.codebooks import SUB, codebook
-from tokred.kv.stores.codecs import AsTheyCome, Codec, Parts, affine, check_bits, group_for
+from tokred.kv.stores.codecs import AsTheyCome, Codec, Parts, affine, check_bits, group_for, why_no_gradient
 from tokred.kv.stores.coded import Coded, CodedShelf, Form
 from tokred.kv.stores.rotated import hadamard
 from tokred.kv.stores.sides import Window
@@ -33,8 +34,8 @@ class NSNQuant(Coded):
     A window's rows are brought to length one, their mean is taken off, and they are brought to length one again;
     lengths and mean are kept in few bits. What is left is rotated by Hadamard's matrix and looked up by eights. Keys
     are turned back to the window's first position before their mean is taken, so that channels which turn fast have
-    one. Rows that are no whole window yet are in full precision. Steps restore the rows for the layer that attends, so
-    memory is saved, and not time.
+    one. Rows that are no whole window yet are in full precision. Steps restore a few rows at a time; queries are
+    rotated and turned to meet what is held.
 
     Args:
         bits: of the codes, a number: 1, 2, or 16, which rounds nothing.
@@ -47,8 +48,6 @@ class NSNQuant(Coded):
     """
 
     name: ClassVar[str] = "nsnquant"
-    can: ClassVar[frozenset[str]] = Coded.can - {"attend"}
-
     bits: int = 2
     window: int = 64
     side_bits: int = 4
@@ -238,6 +237,34 @@ class LookedUp(Codec):
         mean = self._turned(mean.unsqueeze(-2).expand(*mean.shape[:-1], self.window, self.width))
         rows = spread(self._looked_up(codes) * second.float().unsqueeze(-1)) + mean
         return (rows * length).flatten(2, 3).to(dtype)
+
+    def _held(self, parts: Parts) -> tuple[CodedRows, Tensor, Tensor]:
+        """Rotated rows without their windows' means, as kernels take them; lengths ``[B, Hk, M, W]``; means
+        ``[B, Hk, M, D]``."""
+        codes, second, rest = parts[: self.bits], parts[self.bits], parts[self.bits + 1 :]
+        lengths, means = self._sides
+        half = len(rest) // 2
+        length, mean = lengths.decode(rest[:half]).clamp(min=_LEAST), means.decode(rest[half:])
+        entries, *signs = (x.flatten(2, 3) for x in reversed(codes))
+        marks = signs[0] if signs else entries[..., :0]
+        factor = (second.float() * length).flatten(2)
+        return CodedRows(entries, marks, self._table(entries.device), factor, BOOK, self.width), length, mean
+
+    def why_slow(self, query: Tensor) -> str | None:
+        return why_no_gradient(query)
+
+    def scores(self, query: Tensor, parts: Parts) -> Tensor:
+        rows, length, mean = self._held(parts)
+        # What a mean is turned by meets the query: once for each place in a window, and not for every window.
+        met = self._turned(query.unsqueeze(3).expand(*query.shape[:3], self.window, self.width), back=True)
+        shared = torch.einsum("bhgwd,bhmd->bhgmw", met, mean) * length.unsqueeze(2)
+        return coded_scores(spread(query), rows) + shared.flatten(3)
+
+    def sums(self, weights: Tensor, parts: Parts) -> Tensor:
+        rows, length, mean = self._held(parts)
+        by_window = weights.unflatten(-1, (-1, self.window)) * length.unsqueeze(2)  # type: ignore[no-untyped-call]
+        shared = self._turned(torch.einsum("bhgmw,bhmd->bhgwd", by_window, mean)).sum(3)
+        return spread(coded_sums(weights, rows)) + shared
 
     def row_bits(self, rows: Tensor) -> int:
         lengths, means = self._sides

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from tokred.core.checks import check_count
-from tokred.kernels.packed_rows import bytes_of, pack, unpack
-from tokred.kv.stores.codecs import Affine, AsTheyCome, Codec, Parts, check_bits, group_for
+from tokred.kernels.coded_rows import LEVELS as LEVELS_OF
+from tokred.kernels.coded_rows import CodedRows, coded_scores, coded_sums
+from tokred.kernels.packed_rows import bytes_of, pack, unpack, why_not_packed
+from tokred.kv.stores.codecs import Affine, AsTheyCome, Codec, Parts, check_bits, group_for, why_no_gradient
 from tokred.kv.stores.coded import Coded, Form
 from tokred.kv.stores.sides import Window
 
@@ -100,7 +102,7 @@ class Turbo(Coded):
             check_width(keys.shape[-1], "key heads", self.name)
         v_bits = self.bits if self.v_bits is None else self.v_bits
         key: Codec = AsTheyCome() if self.bits == 16 else Directions(self.bits, keys.shape[-1], self.norm_correction)
-        value: Codec = AsTheyCome() if v_bits == 16 else Affine(v_bits, values.shape[-1])
+        value: Codec = AsTheyCome() if v_bits == 16 else Spans(v_bits, values.shape[-1])
         return Form(key, Window(0, 1)), Form(value, Window(0, 1))
 
 
@@ -208,6 +210,40 @@ class Directions(Codec):
 
     def row_bits(self, rows: Tensor) -> int:
         return 8 * bytes_of(self.width, self.bits) + 16
+
+    def coded(self, parts: Parts) -> CodedRows:
+        """The parts, as kernels take them: rotated rows."""
+        codes, length = parts
+        table = self.levels(codes.device)
+        return CodedRows(
+            codes, codes[..., :0], table, length.float().squeeze(-1), LEVELS_OF, self.width, self.bits, self.correct
+        )
+
+    def why_slow(self, query: Tensor) -> str | None:
+        return why_no_gradient(query)
+
+    def scores(self, query: Tensor, parts: Parts) -> Tensor:
+        return coded_scores(turned(query), self.coded(parts))
+
+    def sums(self, weights: Tensor, parts: Parts) -> Tensor:
+        return turned(coded_sums(weights, self.coded(parts)))
+
+
+@dataclass(frozen=True)
+class Spans(Affine):
+    """Numbers of one token between its least and its largest; some tokens at a time where nothing is compiled."""
+
+    def why_slow(self, query: Tensor) -> str | None:
+        return why_no_gradient(query)
+
+    def scores(self, query: Tensor, parts: Parts) -> Tensor:
+        return super().scores(query, parts) if self._compiled(query) else Codec.scores(self, query, parts)
+
+    def sums(self, weights: Tensor, parts: Parts) -> Tensor:
+        return super().sums(weights, parts) if self._compiled(weights) else Codec.sums(self, weights, parts)
+
+    def _compiled(self, x: Tensor) -> bool:
+        return why_not_packed(x[..., : self.group], self.bits, self.group) is None
 
 
 def spectral_rotation(covariance: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from tokred.core.checks import check_choice, check_count, check_flags
 from tokred.kernels.decode_attention import decode_attention
+from tokred.kv.described import Made
 from tokred.kv.select import kept_mask, largest, rows_of
 from tokred.kv.site import CacheSite
 from tokred.kv.stores.grown import Grown
@@ -154,10 +156,20 @@ class SelectShelf(WholeShelf):
         """``[B, Hk, K, D]``, keys or values."""
         if self._held is None:
             return self.newest[which]
-        rows = self._held[which].rows
-        if which == 0 and self._at is not None and self._angle is not None:
-            rows = turned(rows, self._at, self._angle).to(rows.dtype)
-        return rows if self._fresh is None else torch.cat([rows, self._fresh[which]], 2)
+        turns = None if which or self._at is None or self._angle is None else (self._at, self._angle)
+        return _restored(self._held[which].rows, turns, None if self._fresh is None else self._fresh[which])
+
+    def show(self) -> tuple[Tensor | Made, Tensor | Made]:
+        if self._held is None:
+            return super().show()
+        return self._shown(0), self._shown(1)
+
+    def _shown(self, which: int) -> Made:
+        """Rows as they are now; a step that nobody looks at puts none of them together."""
+        assert self._held is not None  # else there is nothing to put together
+        held, fresh = self._held[which].rows, None if self._fresh is None else self._fresh[which]
+        turns = None if which or self._at is None or self._angle is None else (self._at, self._angle)
+        return Made.of(held, self.width, partial(_restored, held, turns, fresh))
 
     @property
     def newest(self) -> Rows:
@@ -251,7 +263,8 @@ class SelectShelf(WholeShelf):
         tokens = self._list(q, query, token[:, :n].expand(len(q), n), real[:, :n].expand(len(q), n), count)
         index, meant = (x[:, 0] for x in rows_of(tokens[:, None], largest(tokens.sum(-1))))
         held = (x.rows for x in self._held)
-        keys, values = (torch.stack([x[i].index_select(1, at) for i, at in enumerate(index)]) for x in held)
+        # Not index_select, which first copies all rows of a buffer that has room behind them.
+        keys, values = (torch.stack([x[i][:, at] for i, at in enumerate(index)]) for x in held)
         if angle is not None:
             own = meant.sum(-1, keepdim=True)
             keys = turned(keys, torch.arange(index.shape[1], device=q.device)[None], angle)
@@ -303,3 +316,9 @@ class SelectShelf(WholeShelf):
         if self.store.scaled:
             grouped = grouped * (d**-0.5 if query.scale is None else query.scale)
         return (grouped @ keys.to(q.dtype).mT).flatten(1, 2)
+
+
+def _restored(held: Tensor, turns: tuple[Tensor, Tensor] | None, fresh: Tensor | None) -> Tensor:
+    """``[B, Hk, K, D]``: held rows, turned where ``turns`` tells their positions and the angle, and fresh ones."""
+    rows = held if turns is None else turned(held, *turns).to(held.dtype)
+    return rows if fresh is None else torch.cat([rows, fresh], 2)

@@ -1,0 +1,1 @@
+"""Methods that act between the routers and the experts of language models, one file each."""
