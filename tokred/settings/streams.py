@@ -133,8 +133,8 @@ def _check_free(model: nn.Module, tower: bool) -> None:
     short = [part.method.name for part in parts_of(model) if getattr(part.state, "restore", "") == "none"]
     if short:
         raise ValueError(
-            f"{', '.join(short)} acts on the vision tower alone, which then puts out fewer tokens than the model around "
-            "it takes: call tokred.remove on the tower, and tokred.apply on the whole model"
+            f"{', '.join(short)} acts on the vision tower alone, which then puts out fewer tokens than the model "
+            "around it takes: call tokred.remove on the tower, and tokred.apply on the whole model"
         )
 
 
