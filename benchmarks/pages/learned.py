@@ -30,7 +30,7 @@ def _records(found: Results, task: tuple[str, str], share: str) -> dict[str, Rec
 
 def _called(arm: str) -> str:
     method, _, more = arm.partition(" ")
-    return name(method) + (f", {more}" if more else "")
+    return name(method) + (f" ({more})" if more else "")
 
 
 def _cell(record: Record | None, kind: str, arm: str) -> str:
@@ -120,9 +120,10 @@ def _aims(found: Results) -> list[str]:
                 f"{rival} at an eighth of the rows, on *{kind}*: {said}, {between(r, metric)} times its perplexity, "
                 f"with {held} % of the full cache's bytes."
             )
-    for tokens in sorted({r["tokens"] for r in found.records("kv", "learned", case="time")}, key=int):
-        by = {r["method"] + " even" * r["setting"].endswith("even"): r
-              for r in found.records("kv", "learned", case="time", tokens=tokens)}  # fmt: skip
+    timed = found.records("kv", "learned", case="time")
+    for tokens in sorted({r["tokens"] for r in timed}, key=int):
+        # Those alone whose setting says nothing more than the share.
+        by = {r["method"]: r for r in timed if r["tokens"] == tokens and " " not in r["setting"]}
         if {"kvzap", RIVAL} <= by.keys():
             ours, theirs = (by[n]["policy_ms"] for n in ("kvzap", RIVAL))
             parts = [percent(by[n]["policy_share"], digits=0) for n in ("kvzap", RIVAL)]
