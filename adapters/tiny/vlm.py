@@ -53,12 +53,6 @@ def _qwen_videos(counts: list[int], g: torch.Generator) -> dict[str, Tensor]:
     return {"pixel_values_videos": torch.randn(n * 32, 3 * 2 * 4 * 4, generator=g), "video_grid_thw": grid}
 
 
-def _tall_videos(counts: list[int], g: torch.Generator) -> dict[str, Tensor]:
-    n = sum(counts)
-    grid = torch.tensor([[2, 8, 4]] * n)
-    return {"pixel_values_videos": torch.randn(n * 64, 3 * 2 * 4 * 4, generator=g), "video_grid_thw": grid}
-
-
 def _tiles(counts: list[int], g: torch.Generator) -> dict[str, Tensor]:
     n = sum(counts)
     return {"pixel_values": torch.randn(n, 3, 3, 16, 16, generator=g), "image_sizes": torch.tensor([[14, 32]] * n)}
@@ -97,7 +91,7 @@ class Family(NamedTuple):
     @property
     def video(self) -> bool:
         """True where the pictures given to this model are videos."""
-        return VIDEO in self.visual or self.pixels is _tall_videos
+        return VIDEO in self.visual
 
 
 # 16 of the whole image, then 2 tiles of 4 x 8 less one row of padding at top and bottom each, with newlines.
@@ -158,7 +152,6 @@ FAMILIES: dict[str, Family] = {
         _qwen_images, MARKED, types="mm_token_type_ids",
     ),
     "glm4v": Family("Glm4v", GLM4V, _qwen_images, MARKED, types="mm_token_type_ids"),
-    "glm4v_video": Family("Glm4v", GLM4V, _tall_videos, (95, *(IMAGE,) * 8, 96) * 2, types="mm_token_type_ids"),
     "internvl": Family(
         "InternVL",
         {"vision_config": Config("InternVLVisionConfig", {**VISION, "image_size": [16, 16], "patch_size": [2, 2]}),
@@ -239,8 +232,7 @@ def prompts(name: str, rows: Rows, seed: int = 1) -> dict[str, Any]:
     mask = torch.arange(longest) >= longest - torch.tensor([len(s) for s in sequences]).unsqueeze(1)
     batch: dict[str, Any] = {"input_ids": padded, "attention_mask": mask.long()}
     if host.types:
-        kind = 2 if host.video else 1  # GLM-4V's videos stand at places of images
-        batch[host.types] = kind * (padded == IMAGE).long() + 2 * (padded == VIDEO).long()
+        batch[host.types] = (padded == IMAGE).long() + 2 * (padded == VIDEO).long()
         if name == "paligemma":  # zeros are the prefix, all of which sees all of it
             batch[host.types] = torch.zeros_like(padded)
     if sum(counts):

@@ -372,3 +372,12 @@ def test_a_changed_block_is_refused():
     model.blocks[0].__class__ = Gated
     with pytest.raises(tokred.UnsupportedModelError, match="also uses forward, gate"):
         tokred.apply(model, "tome", r=5)
+
+
+def test_tokens_that_come_back_some_blocks_later_are_refused():
+    """Every block gives its whole map back, so that they would go around nothing."""
+    model = build(next(iter(FAMILIES)))
+    with pytest.raises(tokred.MissingInputError, match="'skipvit' reads fewer tokens from block to block"):
+        tokred.apply(model, "skipvit", score="random")
+    row = next(r for r in tokred.supports(model) if r.method == "skipvit")
+    assert not row.works

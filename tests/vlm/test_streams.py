@@ -366,3 +366,16 @@ def test_bad_frames_and_questions():
         qwen.frame(torch.randn(3, 12, 16))
     with pytest.raises(ValueError, match=r"or \(2, channels, height, width\)"):
         qwen.frame(torch.randn(3, 3, 16, 16))
+
+
+def test_a_tower_that_was_patched_alone_is_refused():
+    """It would put out fewer tokens than the model around it takes; applied to the whole model they are back."""
+    for name in ("onevision_video", "internvl"):
+        model = hosts.build(name)
+        refused = pytest.raises(ValueError, match=r"tome acts on the vision tower alone.*on the whole model")
+        with tokred.applied(model.model.vision_tower, tokred.ToMe(r=2)), refused:
+            tokred.stream(model, prompt=[3, 4])
+        with tokred.applied(model, tokred.ToMe(r=2)):
+            stream = tokred.stream(model, prompt=[3, 4])
+            stream.frames(torch.randn(2, 3, 16, 16))
+            assert len(stream.ask([5, 6], max_new_tokens=2).ids) <= 2

@@ -129,6 +129,13 @@ def _check_free(model: nn.Module, tower: bool) -> None:
             f"the model is patched with {', '.join(taken)}: call tokred.remove(model), and give the methods to "
             "tokred.stream"
         )
+    # Inside a model the tower's tokens are there again behind it; of a tower that was patched alone they are not.
+    short = [part.method.name for part in parts_of(model) if getattr(part.state, "restore", "") == "none"]
+    if short:
+        raise ValueError(
+            f"{', '.join(short)} acts on the vision tower alone, which then puts out fewer tokens than the model "
+            "around it takes: call tokred.remove on the tower, and tokred.apply on the whole model"
+        )
 
 
 def _causal(method: Method, reuse: Reuse | None) -> ProjectorMethod:
