@@ -83,7 +83,11 @@ def cache_name(function: Callable[..., Any]) -> str:
 
 def cache_of(given: Mapping[str, Any]) -> Any:
     """The cache among arguments by name; None where there is none."""
-    return next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
+    for name in CACHE_NAMES:
+        found = given.get(name)
+        if found is not None:
+            return found
+    return None
 
 
 def with_cache(given: Mapping[str, Any], name: str, cache: Any) -> dict[str, Any]:

@@ -20,6 +20,9 @@ from tokred.core.place import Place
 from tokred.encoder.method import BlockMethod
 from tokred.errors import UnsupportedModelError
 
+# A name for what no method reads in words, and which those have to have whose tokens come back some blocks later.
+_BETWEEN = "fewer tokens from block to block"
+
 
 @dataclass(kw_only=True)
 class WindowHost(EncoderHost):
@@ -40,6 +43,13 @@ class WindowHost(EncoderHost):
     @property
     def where(self) -> str:
         return "inside"
+
+    def missing(self, method: Method | type[Method]) -> frozenset[str]:
+        """Inputs that the method reads and this host cannot supply; blocks on fewer tokens, where some come back later:
+        every block here gives the whole map back."""
+        one: Method = method if isinstance(method, Method) else method()
+        comes_back = isinstance(one, BlockMethod) and one.joins(self.depth) is not None
+        return super().missing(one) | ({_BETWEEN} if comes_back else frozenset())
 
     def choose(self, windows: str) -> WindowHost:
         """The blocks of global attention, those of attention in windows, or all."""

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokred.adapters.contract import attention_of, host_object, members, words
+from tokred.adapters.contract import attention_of, host_object, members, terms, words
 from tokred.adapters.kv.across import across
 from tokred.adapters.kv.again import COMING, REAL, returned
 from tokred.adapters.kv.latents import LatentSite, carried, expanded
 from tokred.adapters.kv.layer import TokLayer
 from tokred.adapters.kv.masks import MaskSpec, mask_function
+from tokred.adapters.kv.products import DROPOUT, SCALING, stock
 from tokred.adapters.kv.products import attend as attend
-from tokred.adapters.kv.products import stock
 from tokred.adapters.kv.seat import PREFIX as PREFIX
 from tokred.adapters.kv.seat import SEAT as SEAT
 from tokred.adapters.kv.seat import Call
@@ -44,6 +44,8 @@ def attention(
         UnsupportedModelError: the module does not hand its arguments on, or is used in a way that is not known.
     """
     seat: Seat | None = options.pop(SEAT, None)
+    if seat is not None and seat.light and _fits(query, attention_mask, dropout, options):
+        return _light(module, query, key, value, attention_mask, scaling, seat, options)
     layer = None if seat is None else seat.layer
     if words.CACHE_OF_A_BATCH.of(options) is not None:
         raise UnsupportedModelError("continuous batching keeps a cache of its own: call tokred.remove(model) first")
@@ -88,6 +90,64 @@ def attention(
     layer.append(*drafts)
     rest, _ = _attend_and_act(call, layer, query[:, :, count:], *_keys_of(call, *layer.newest), cut)
     return torch.cat([prompt, rest], 1), None
+
+
+# Arguments of a call by which more is asked than an attention over all rows.
+_MORE = frozenset(name for word in (words.CACHE_OF_A_BATCH, words.EXTRA_BIAS, words.SOFTCAP) for name in word.names)
+
+
+def _fits(query: Tensor, mask: Any, dropout: float, options: dict[str, Any]) -> bool:
+    """True for a query that sees all rows, and of which nothing else is asked."""
+    one = query.shape[2] == 1 and not dropout and isinstance(mask, MaskSpec) and mask.light
+    return one and _MORE.isdisjoint(options)
+
+
+def _light(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spec: MaskSpec,
+    scaling: float | None,
+    seat: Seat,
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """What :func:`attention` does at a step of which nothing else is asked, in as few moves as there are."""
+    layer = seat.layer
+    assert layer is not None  # or the seat were no light one
+    shelf = layer.shelf
+    if layer.ragged or layer.weights is not None or not shelf.complete or key is not shelf.newest[0]:
+        return attention(module, query, key, value, spec, scaling, **{SEAT: seat._replace(light=False)}, **options)
+    layer.waiting = False
+    engine, name, before = layer.engine, seat.implementation, layer.seen - 1
+    queue: Queue | None = None if seat.rests else engine.queue
+    guards = None if queue is None else queue.due(engine, layer, before, layer.seen)
+    # Weights are asked of implementations that give some; others need not know who has attended.
+    both = None
+    if queue is not None and guards is not None and shelf.moved and name in terms.FUSED_KERNEL.names:
+        both = queue.attend(layer, query, key, value, scaling)
+    if both is None:
+        mask = None if shelf.moved else spec.stock(name)
+        given = {SCALING: scaling, DROPOUT: 0.0, **options}
+        out: tuple[Tensor, Tensor | None] = spec.function(module, name)(module, query, key, value, mask, **given)
+    else:
+        out = both[0].transpose(1, 2), None
+    if seat.rests:
+        shelf.settle(None)
+        return out
+    # What the oldest row is needs no tensor, and so nothing that gradients would have to be kept from.
+    if (
+        queue is not None
+        and guards is not None
+        and queue.parts.score.oldest
+        and queue.act(layer, query, scaling, layer.seen, guards, None)
+    ):
+        return out
+    with torch.no_grad():
+        q, score = query.detach(), None if both is None else both[1]
+        if queue is None or guards is None or not queue.act(layer, q, scaling, layer.seen, guards, score):
+            engine.observe(layer, _site(Call(module, spec, seat, scaling, 0.0, options), layer, query), before)
+    return out
 
 
 def _keys_of(call: Call, keys: Tensor | None, values: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ from tokred.adapters.kv.attention import PREFIX, SEAT, Seat, register
 from tokred.adapters.kv.cache import LayerRows, TokCache, adopt, layer_of, make_cache, rows_of
 from tokred.adapters.kv.latents import read
 from tokred.adapters.kv.layer import TokLayer
+from tokred.adapters.kv.masks import MaskSpec
 from tokred.adapters.kv.repeat import repeat
 from tokred.adapters.kv.reuse.joined import Joined
 from tokred.adapters.kv.reuse.shared import check_mask
@@ -38,9 +39,6 @@ from tokred.adapters.kv.rope import LayerRope
 from tokred.adapters.swap import Hook, Undo, host_class
 from tokred.core.learned import Learned
 from tokred.kv.policy import CachePolicy
-
-if TYPE_CHECKING:
-    from tokred.adapters.kv.masks import MaskSpec
 
 # The residual stream at the entry of the decoder layer that is running, by thread.
 _local = threading.local()
@@ -250,21 +248,28 @@ class EnterAttention(Hook):
             return args, {**kwargs, SEAT: seat}
         layer.armed = True
         layer.lent = [] if self.lends else None
-        layer.view = read if self.latents else None
-        depth, engine = len(self.settings.compressed), layer.engine
-        if not self.latents and not layer.store.reads and not engine.watches(layer.clock, layer.seen):
+        layer.view, engine = read if self.latents else None, layer.engine
+        if not self.latents and not layer.store.reads:
             # What is not looked at now is not looked at in this forward either: a step pays for no more than it needs.
-            seat = Seat(layer, self.settings.implementation, depth, self.projection, None, rests=True)
-            return args, {**kwargs, SEAT: seat}
+            rests = not engine.watches(layer.clock, layer.seen)
+            if rests or (engine.queue is not None and layer.clock.lengths and _one_token(kwargs)):
+                return args, {**kwargs, SEAT: self._resting(layer, module, rests)}
         rope, tables = None, words.TABLES.of(kwargs)
         if self.embedding is not None and tables is not None:
             rope = LayerRope(self.embedding, self.layer_type, tables)
         hidden = args[0] if args else words.STATES.of(kwargs)
         learned = self.settings.learn()
-        seat = Seat(
-            layer, self.settings.implementation, depth, self.projection, rope, hidden, learned, latents=self.latents
-        )
+        name, depth = self.settings.implementation, len(self.settings.compressed)
+        seat = Seat(layer, name, depth, self.projection, rope, hidden, learned, latents=self.latents)
         return args, {**kwargs, SEAT: seat}
+
+    def _resting(self, layer: TokLayer, module: nn.Module, rests: bool) -> Seat:
+        """A seat that is the same at every step, and made once."""
+        name, depth, held = self.settings.implementation, len(self.settings.compressed), layer.seat
+        if held is None or held.rests != rests or held.implementation != name:
+            plain = not self.lends and (rests or words.SINKS.part(module) is None)
+            held = layer.seat = Seat(layer, name, depth, self.projection, None, rests=rests, light=plain)
+        return held
 
 
 class EnterReader(Hook):
@@ -323,6 +328,12 @@ class EnterNorm(Hook):
             if key in engine.streams:
                 total, count = total + engine.streams[key][0], count + engine.streams[key][1]
             engine.streams[key] = (total, count)
+
+
+def _one_token(kwargs: dict[str, Any]) -> bool:
+    """True for a forward of one token that sees all rows, as far as its mask is known."""
+    spec = words.ATTENTION_MASK.of(kwargs)
+    return isinstance(spec, MaskSpec) and spec.light
 
 
 def _newest_alone(kept: int, implementation: str) -> int:

@@ -3,22 +3,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from tokred.adapters.contract import host_object, members
+from tokred.adapters.kv.crops import why_no_crop
 from tokred.core.reduction import Reduction
 from tokred.errors import TokenStateError, TokredError
-from tokred.kv.described import Made, plain_bytes
+from tokred.kv.described import Made, plain_bytes, storage_bytes
 from tokred.kv.engine import Clock, Engine
 from tokred.kv.site import CacheSite
-from tokred.kv.stores.rectangle import without_row
+from tokred.kv.stores.rectangle import with_more, without_row
 from tokred.kv.stores.store import Shelf, Store, missing
 
 if TYPE_CHECKING:
+    from tokred.adapters.kv.seat import Seat
     from tokred.adapters.kv.sharing import Lent
 
 CacheLayerMixin: Any = host_object("base of cache layers")
@@ -39,10 +41,10 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
         seen: slots so far, evicted ones included: the length that the model is told.
         settled: slots when rows were last evicted; the cache cannot be cropped below.
         ragged: whether there may be empty rows.
-        mixed: whether rows stand in another order than their slots, since some have taken the places of others. Whoever
-            looks at :attr:`keys`, :attr:`values` or :attr:`positions` finds them in order.
+        mixed: whether rows stand in another order than their slots, which those who look at :attr:`keys` do not see.
         weights: ``[B, Hk, K]`` float32, how many tokens each row stands for; None: one each.
         lent: what other layers attend to in this forward, see :mod:`tokred.adapters.kv.sharing`; None: none does.
+        seat: what the attention function is told at a step, made once.
         view: makes what a site takes of the rows, where they are not keys and values themselves; None: they are.
         rows, notes: state of the policy, by row ``[B, Hk, K]`` and of other shapes.
     """
@@ -57,26 +59,27 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
         self.index = index
         self.store = engine.parts.store if store is None else store
         self.shelf = self.store.open() if shelf is None else shelf
+        # A budget in bytes is of all that is held.
+        self.shelf.roomy = not isinstance(engine.parts.budget.amount, str)
         self._empty = self.shelf.snapshot()
-        self.armed = False  # the patched model has said that it will add to this layer
-        self.waiting = False  # it has, and its attention is to come
+        # The patched model has said that it will add to this layer; it has, and its attention is to come.
+        self.armed = self.waiting = False
         self.lent: list[Lent] | None = None
+        self.seat: Seat | None = None
         self.view: Callable[..., tuple[Tensor | Made, Tensor | Made]] | None = None
         self._clear()
 
     def _clear(self) -> None:
         self.shelf.restore(self._empty)
         self.is_initialized = False
-        self.seen = 0
-        self.settled = 0
+        self.seen = self.settled = 0
         self.ragged = self.mixed = False
+        self._gone: Tensor | int | None = None  # the hole that rows of the policy's state have too
         self.weights: Tensor | None = None
         self.rows: dict[str, Tensor] = {}
         self.notes: dict[str, Any] = {}
         self.clock = Clock()
         self._slot_bytes = 0  # of one slot of all heads, as a dense cache would hold it
-
-    # ------------------------------------------------------------------ rows
 
     @property
     def keys(self) -> Tensor | None:
@@ -161,11 +164,14 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
         n = keys.shape[2]
         if n > 1:
             self.sort()  # the newest of several queries are taken to stand in the order of their slots
+        if self._gone is not None and (self.shelf.hole is None or torch.is_grad_enabled()):
+            self.close()
+        place, self._gone = self._gone, None
         self.shelf.append(keys, values)
         if self.weights is not None:
-            self.weights = _grown(self.weights, n, 1.0)
+            self.weights = with_more(self.weights, n, 1.0, place)
         for name, state in self.rows.items():
-            self.rows[name] = _grown(state, n, 0.0)
+            self.rows[name] = with_more(state, n, 0.0, place)
         self.seen += n
 
     def get_seq_length(self) -> int:
@@ -177,8 +183,7 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Rows after the next ``query_length`` tokens, and how many slots they lag behind."""
-        rows = self.width
-        return rows + query_length, self.seen - rows
+        return self.width + query_length, self.seen - self.width
 
     def reset(self) -> None:
         self._clear()
@@ -207,6 +212,7 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
         self.check_crop(count)
         if count == 0 or not self.width:
             return
+        self.sort()
         self.shelf.crop(count)
         left = self.width
         if self.weights is not None:
@@ -221,23 +227,9 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
             ValueError: rows have been evicted since, scores have been accumulated that cannot be taken back, or the
                 store cannot give rows back.
         """
-        if not self.width or count == 0:
-            return
-        if count > self.seen:
-            raise ValueError(f"cannot remove {count} tokens from a cache that has seen {self.seen}")
-        if self.seen - count < self.settled:
-            raise ValueError(
-                f"cannot crop to {self.seen - count} tokens: rows were evicted when the cache had seen {self.settled}; "
-                "take cache.snapshot() before, and cache.restore() it"
-            )
-        if self.rows or self.notes:
-            raise ValueError(
-                f"cannot crop: {self.engine.policy.name or 'the policy'} has counted the attention of the tokens that "
-                "would go; take cache.snapshot() before, and cache.restore() it"
-            )
-        why = missing(self.store, {"crop": "a crop"})
+        why = why_no_crop(self, count)
         if why:
-            raise ValueError(f"{why}, and {self.store.name!r} cannot; take cache.snapshot() before, and restore it")
+            raise ValueError(why)
 
     # ------------------------------------------------------------------ what the engine calls
 
@@ -250,6 +242,7 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
         if step.mask is not None and "ragged" not in self.store.can:
             why = missing(self.store, {"ragged": "this batch (its samples or heads keep different numbers of rows)"})
             raise TokredError(f"{why}, and {self.store.name!r} cannot: give samples of one length, or choose another")
+        self.close()
         positions = self._places(step.batch, step.representative.device)
         if step.mode == "keep":
             index = step.representative
@@ -257,9 +250,8 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
             self.weights = None if self.weights is None else self.weights.gather(2, index)
             rows = {name: state.gather(2, index) for name, state in self.rows.items()}
         else:
-            weights = self.weights
-            self.shelf.merge(step, positions, weights)
-            self.weights = step.sizes(weights).clamp(min=1)
+            self.shelf.merge(step, positions, self.weights)
+            self.weights = step.sizes(self.weights).clamp(min=1)
             rows = {k: step.merge(x.unsqueeze(-1), mode=merge_score).squeeze(-1) for k, x in self.rows.items()}
         if step.mask is not None:
             rows = {name: state.masked_fill(~step.mask, 0.0) for name, state in rows.items()}
@@ -278,17 +270,40 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
         """True if :meth:`swap` can be called now."""
         return self.shelf.swaps
 
+    @property
+    def turned(self) -> int:
+        """Slots when :meth:`turn` was last called, if nothing but single rows has come since; else -1."""
+        return self.shelf.turned
+
     def swap(self, gone: Tensor) -> None:
-        """Free one row of each head, ``gone`` ``[B, Hk, 1]`` int64, and let the newest take its place."""
-        self.shelf.swap(gone, self._places((gone.shape[0], gone.shape[1]), gone.device))
-        self.weights = None if self.weights is None else without_row(self.weights, gone)
-        self.rows.update({name: without_row(state, gone) for name, state in self.rows.items()})
-        self.mixed, self.settled = True, self.seen
+        """Free one row of each head, ``gone`` ``[B, Hk, 1]`` int64, whose place the next that comes will take."""
+        self.shelf.swap(gone, self._places((gone.shape[0], gone.shape[1]), gone.device), self.seen)
+        self._gone, self.mixed, self.settled = gone, True, self.seen
+
+    def turn(self, first: int) -> bool:
+        """Free the oldest row of each head behind the ``first`` slots; False if nothing was done."""
+        if self.rows or self.weights is not None:
+            return False
+        if self.shelf.turned < 0:
+            self.sort()
+        done = self.shelf.turn(first, self.seen)
+        if done:
+            self.mixed, self.settled = True, self.seen
+        return done
+
+    def close(self) -> None:
+        """Let the last row take the place of one that has been freed, in the policy's state too."""
+        gone, self._gone = self._gone, None
+        self.shelf.close()
+        if isinstance(gone, Tensor):
+            self.weights = None if self.weights is None else without_row(self.weights, gone)
+            self.rows.update({name: without_row(state, gone) for name, state in self.rows.items()})
 
     def sort(self) -> Tensor | None:
         """Put rows in the order of their slots; returns it, ``[B, Hk, K]`` int64, or None where they stand so."""
         if not self.mixed:
             return None
+        self.close()
         slots = self.slots
         assert slots is not None  # since the first swap
         order = slots.argsort(dim=-1)
@@ -300,6 +315,7 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def place(self, slots: Tensor) -> None:
         """Let the newest rows be of tokens that had left: slots ``[B, n]`` int32, ``SENTINEL`` in empty ones."""
+        self.close()
         self.seen -= slots.shape[1]
         self.shelf.place(slots, self.seen)
         self.ragged = True  # whether samples have different numbers of them would have to be looked at
@@ -315,6 +331,7 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
     def rewrite(self, values: Tensor, weights: Tensor | None, keys: Tensor | None = None) -> None:
         """Give rows other values ``[B, Hk, K, Dv]``, weights ``[B, Hk, K]`` and, unless None, keys ``[B, Hk, K, D]``;
         :meth:`apply` follows."""
+        self.close()
         self.shelf.rewrite(values, self.slots, keys)
         self.weights = weights
 
@@ -328,17 +345,15 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
         self.seen -= count
         return self.shelf.detach(count)
 
-    # ------------------------------------------------------------------ the rest
-
     @property
     def nbytes(self) -> int:
         """Bytes really held: the memory behind rows, positions, weights and the policy's state."""
-        return _bytes([*self.shelf.tensors, self.weights, *self.rows.values(), *self.notes.values()])
+        return storage_bytes([*self.shelf.tensors, self.weights, *self.rows.values(), *self.notes.values()])
 
     @property
     def away_bytes(self) -> int:
         """Those of :attr:`nbytes` that are kept in host memory, away from the device where the layer runs."""
-        return _bytes(self.shelf.away)
+        return storage_bytes(self.shelf.away)
 
     @property
     def held(self) -> int:
@@ -352,7 +367,8 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def snapshot(self) -> dict[str, Any]:
         """The layer's state, by reference: tensors are replaced, never changed in place."""
-        kept = {k: v for k, v in self.__dict__.items() if k not in ("engine", "store", "_empty")}
+        self.close()
+        kept = {k: v for k, v in self.__dict__.items() if k not in ("engine", "store", "seat", "_empty")}
         copied = {"rows": dict(self.rows), "notes": dict(self.notes), "clock": self.clock.copy()}
         return {**kept, **copied, "shelf": self.shelf.snapshot()}
 
@@ -364,6 +380,7 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def _samples(self, index: Tensor) -> None:
         """Hold the samples ``index`` ``[B']`` of the old ones."""
+        self.close()
         b, uniform = self.shelf.samples, self.clock.uniform
         index = index.to(self.device)
         known: list[list[int]] = []
@@ -374,20 +391,10 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
                 known.append(index.tolist())
             return known[0]
 
-        change: Callable[[Tensor], Tensor] = lambda t: t.index_select(0, index.to(t.device))  # noqa: E731
         self.shelf.select(index, listed)
-        self.weights = None if self.weights is None else change(self.weights)
+        self.weights = None if self.weights is None else self.weights.index_select(0, index)
         for state in (self.rows, self.notes):
             for name, value in state.items():
                 if isinstance(value, Tensor) and value.shape[0] == b:
-                    state[name] = change(value)
+                    state[name] = value.index_select(0, index.to(value.device))
         self.clock = self.clock.select([0] * len(index) if uniform else listed())
-
-
-def _bytes(tensors: Iterable[Any]) -> int:
-    memory = (t.untyped_storage() for t in tensors if isinstance(t, Tensor))
-    return sum({m.data_ptr(): m.nbytes() for m in memory}.values())
-
-
-def _grown(state: Tensor, count: int, value: float) -> Tensor:
-    return torch.nn.functional.pad(state, (0, count), value=value)

@@ -33,6 +33,8 @@ class Seat(NamedTuple):
         latents: whether the rows are latents, of which the module makes its keys and values.
         crosses: whether the rows are those of an encoder.
         rests: whether nobody will look at the rows in this forward, so that nothing is handed over for it.
+        light: whether a token needs no more than the layer: all rows are at hand, and who looks at them looks at keys
+            and queries alone.
     """
 
     layer: TokLayer | None
@@ -46,6 +48,7 @@ class Seat(NamedTuple):
     latents: bool = False
     crosses: bool = False
     rests: bool = False
+    light: bool = False
 
 
 class Call(NamedTuple):

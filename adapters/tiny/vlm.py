@@ -53,6 +53,12 @@ def _qwen_videos(counts: list[int], g: torch.Generator) -> dict[str, Tensor]:
     return {"pixel_values_videos": torch.randn(n * 32, 3 * 2 * 4 * 4, generator=g), "video_grid_thw": grid}
 
 
+def _tall_videos(counts: list[int], g: torch.Generator) -> dict[str, Tensor]:
+    n = sum(counts)
+    grid = torch.tensor([[2, 8, 4]] * n)
+    return {"pixel_values_videos": torch.randn(n * 64, 3 * 2 * 4 * 4, generator=g), "video_grid_thw": grid}
+
+
 def _tiles(counts: list[int], g: torch.Generator) -> dict[str, Tensor]:
     n = sum(counts)
     return {"pixel_values": torch.randn(n, 3, 3, 16, 16, generator=g), "image_sizes": torch.tensor([[14, 32]] * n)}
@@ -91,7 +97,7 @@ class Family(NamedTuple):
     @property
     def video(self) -> bool:
         """True where the pictures given to this model are videos."""
-        return VIDEO in self.visual
+        return VIDEO in self.visual or self.pixels is _tall_videos
 
 
 # 16 of the whole image, then 2 tiles of 4 x 8 less one row of padding at top and bottom each, with newlines.
@@ -104,6 +110,11 @@ ONEVISION: dict[str, Any] = {
 QWEN2_5: dict[str, Any] = {
     "vision_config": {**NEWER_QWEN, "window_size": 16, "fullatt_block_indexes": [1]},
     "text_config": {**QWEN2, **ROPE}, **QWEN_MARKS,
+}  # fmt: skip
+GLM4V: dict[str, Any] = {
+    "vision_config": {**NEWER_QWEN, "image_size": 32}, "text_config": {**TEXT, **ROPE}, "image_token_id": IMAGE,
+    "video_token_id": VIDEO, "image_start_token_id": 95, "image_end_token_id": 96, "video_start_token_id": 93,
+    "video_end_token_id": 94,
 }  # fmt: skip
 IDEFICS: dict[str, Any] = {"text_config": LLAMA, "image_token_id": IMAGE, "scale_factor": 2, "pad_token_id": 0}
 IDEFICS_VISION: dict[str, Any] = {**VISION, "image_size": 32, "patch_size": 4}
@@ -138,6 +149,16 @@ FAMILIES: dict[str, Family] = {
          "text_config": {**TEXT, **ROPE}, **QWEN_MARKS},
         _qwen_images, MARKED, types="mm_token_type_ids",
     ),
+    "qwen3_5_vl": Family(
+        "Qwen3_5",
+        {"vision_config": {**NEWER_QWEN, "num_position_embeddings": 64},
+         "text_config": {**TEXT, "rope_parameters": {**ROPE["rope_parameters"], "partial_rotary_factor": 1.0},
+                         "layer_types": ["full_attention"] * 4},
+         **QWEN_MARKS},
+        _qwen_images, MARKED, types="mm_token_type_ids",
+    ),
+    "glm4v": Family("Glm4v", GLM4V, _qwen_images, MARKED, types="mm_token_type_ids"),
+    "glm4v_video": Family("Glm4v", GLM4V, _tall_videos, (95, *(IMAGE,) * 8, 96) * 2, types="mm_token_type_ids"),
     "internvl": Family(
         "InternVL",
         {"vision_config": Config("InternVLVisionConfig", {**VISION, "image_size": [16, 16], "patch_size": [2, 2]}),
@@ -218,7 +239,8 @@ def prompts(name: str, rows: Rows, seed: int = 1) -> dict[str, Any]:
     mask = torch.arange(longest) >= longest - torch.tensor([len(s) for s in sequences]).unsqueeze(1)
     batch: dict[str, Any] = {"input_ids": padded, "attention_mask": mask.long()}
     if host.types:
-        batch[host.types] = (padded == IMAGE).long() + 2 * (padded == VIDEO).long()
+        kind = 2 if host.video else 1  # GLM-4V's videos stand at places of images
+        batch[host.types] = kind * (padded == IMAGE).long() + 2 * (padded == VIDEO).long()
         if name == "paligemma":  # zeros are the prefix, all of which sees all of it
             batch[host.types] = torch.zeros_like(padded)
     if sum(counts):

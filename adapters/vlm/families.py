@@ -34,6 +34,7 @@ class Facts(NamedTuple):
         clips: whether a video comes as images, a frame each, so that :func:`tokred.vlm.clips` tells which they are.
         sound: dotted name of the encoder of sound; "": it hears nothing.
         causal_type: the token type of tokens that see only what came before them.
+        one_place: whether frames of videos stand at the places of images, as in GLM-4V.
     """
 
     projector: str = "multi_modal_projector"
@@ -47,6 +48,7 @@ class Facts(NamedTuple):
     clips: bool = False
     causal_type: int = 0
     sound: str = ""
+    one_place: bool = False
 
 
 _PLAIN: dict[str, Maker] = {"image": plain}
@@ -65,6 +67,11 @@ FACTS: dict[str, Facts] = {
     "Qwen2VLModel": _QWEN,
     "Qwen2_5_VLModel": _QWEN,
     "Qwen3VLModel": _QWEN,
+    "Qwen3VLMoeModel": _QWEN,
+    "Qwen3_5Model": _QWEN,
+    "Qwen3_5MoeModel": _QWEN,
+    "Glm4vModel": _QWEN._replace(one_place=True),
+    "Glm4vMoeModel": _QWEN._replace(one_place=True),
     "Qwen2_5OmniThinkerModel": _QWEN._replace(sound="audio_tower"),
     "InternVLModel": Facts(heads=False, clips=True),
     "Idefics3Model": _IDEFICS,

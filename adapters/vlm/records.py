@@ -160,7 +160,7 @@ def fill(settings: VisualSettings, core: PreTrainedModel, call: Call, given: dic
     """
     ids, embeds, outputs = words.INPUT_IDS.of(given), words.EMBEDS.of(given), words.ENCODED.of(given) or {}
     for _, name in settings.facts.getters:
-        token, output = words.MODALITY_TOKENS[name].part(words.CONFIG.need(core)), outputs.get(name)
+        token, output = _place_of(settings, name, core), outputs.get(name)
         if output is None and name not in call.records:
             continue
         if token is None:
@@ -193,7 +193,7 @@ def _fill_merged(
     # the features are looked for among the rows by their values, as the getters made them last.
     rows = None
     for _, name in settings.facts.getters:
-        token, record = words.MODALITY_TOKENS[name].part(words.CONFIG.need(core)), last_record(core, name)
+        token, record = _place_of(settings, name, core), last_record(core, name)
         if token is None:
             continue
         if rows is None:
@@ -215,6 +215,12 @@ def _fill_merged(
             f"{some}, so that visual tokens cannot be told from others: give pixel_values, which the model merges "
             f"itself, or merge what get_image_features of the patched model gave, as it is, {_remedy(settings)}"
         )
+
+
+def _place_of(settings: VisualSettings, modality: str, core: PreTrainedModel) -> Any:
+    """The id of the places of one modality's features; None where the model has none."""
+    where = "image" if settings.facts.one_place else modality
+    return words.MODALITY_TOKENS[where].part(words.CONFIG.need(core))
 
 
 def _runs(settings: VisualSettings, modality: str) -> Runs | None:

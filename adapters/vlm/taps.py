@@ -224,10 +224,18 @@ in_flight = InFlight()
 
 
 @contextlib.contextmanager
-def tapped(core: nn.Module, given: dict[str, Any], modality: str) -> Iterator[Tap]:
-    """Inside, a feature getter runs, and hooks note what they see of it; those of a getter around it wait."""
+def tapped(
+    core: nn.Module | None = None, given: dict[str, Any] | None = None, modality: str = "image"
+) -> Iterator[Tap]:
+    """Inside, a feature getter runs, and hooks note what they see of it; those of a getter around it wait.
+
+    Args:
+        core: the model with vision.
+        given: arguments of the getter, by name.
+        modality: "image" or "video".
+    """
     before = in_flight.tap
-    tap = in_flight.tap = Tap(core=core, given=given, modality=modality)
+    tap = in_flight.tap = Tap(core=core, given=given or {}, modality=modality)
     try:
         yield tap
     finally:

@@ -33,6 +33,7 @@ AMOUNTS: dict[str, tuple[str, list[Any]]] = {
     "random_prune": ("r", COUNTS),
     "skipvit": ("rho", [k / 100 for k in range(1, 100)]),
     "tome": ("r", COUNTS),
+    "vtm": ("R", [k / 100 for k in range(1, 101)]),
 }
 # Names of the script's own: a method with parameters.
 ALIASES: dict[str, tuple[str, dict[str, Any]]] = {"class_attention": ("evit", {"fuse": False})}

@@ -22,7 +22,8 @@ mass     ``attention_read``: of the attention that tokens behind the prompt give
 time     ``policy_ms``, ``policy_share``: what is done at the end of a prompt, and that over the prompt's own time
 ======== ==============================================================================================================
 
-``over_kvzip`` is the perplexity over KVzip's at the same rows, paired. KVzap's threshold is set for the lessons that
+``over_kvzip`` is the perplexity over KVzip's at the same rows, paired, and ``over_kvzip_recent`` that over KVzip's with
+first and newest rows that always stay, as KVzap has them. KVzap's threshold is set for the lessons that
 were held out, so that it keeps about as many rows; ``bytes`` says what it kept. Numbers of samples go into the file of
 values at once, as in ``kv/tasks``; intervals are over samples.
 """
@@ -57,9 +58,9 @@ WEIGHTS = Path(__file__).parent / "weights"
 COUNTS = {"prose": 20, "number": 20, "code": 10, "several": 10}
 GROUP = 10  # samples at a time
 SCORED = 64  # tokens of a window
-RIVAL = "kvzip"
+RIVAL, AS_RIVAL = "kvzip", "recent"  # the latter keeps first and newest rows as kvzap does
 MASS, FOUND = "attention_read", "rows_found"
-TIMED = (480, 960)
+TIMED = (480,)
 
 
 # ---------------------------------------------------------------------------------------------- measuring
@@ -226,12 +227,14 @@ def records(values: Sequence[Value], where: dict[str, Any]) -> list[dict[str, An
                 **where,
             }
             row |= tasks.numbers(kind, [mine[i] for i in base], list(base.values()))
-            rival = by.get((RIVAL, setting.partition(" ")[0]), {})
-            if kind in texts.WINDOWS and method not in (BASE, RIVAL) and rival.keys() == base.keys():
-                ours, theirs = ([one[i].value for i in base] for one in (mine, rival))
-                over = paired(ours, theirs, [float(mine[i].weight) for i in base])
-                row |= named_ends("over_kvzip", [None if x is None else math.exp(x) for x in over])
-                row["over_kvzip_count"] = len(base)
+            share = setting.partition(" ")[0]
+            for metric, text in (("over_kvzip", share), ("over_kvzip_recent", f"{share} {AS_RIVAL}")):
+                rival = by.get((RIVAL, text), {})
+                if kind in texts.WINDOWS and method not in (BASE, RIVAL) and rival.keys() == base.keys():
+                    ours, theirs = ([one[i].value for i in base] for one in (mine, rival))
+                    over = paired(ours, theirs, [float(mine[i].weight) for i in base])
+                    row |= named_ends(metric, [None if x is None else math.exp(x) for x in over])
+                    row[f"{metric}_count"] = len(base)
             for name, of in shares.items():
                 own = of.get((method, setting), {})
                 if own.keys() == base.keys():

@@ -55,11 +55,13 @@ def arms(shares: Sequence[float], folder: Path, names: Sequence[str] | None = No
         }
         found += [Learned(n, text, tokred.make(n, budget=share, **given)) for n, given in plain.items()]
         outliers = max(1, rows // 60)
+        near = tokred.KVPolicy(score=kv.Reconstruction(), budget=kv.Global(share), sinks=SINKS, recent=RECENT)
+        found.append(Learned("kvzip", f"{text} recent", near))
         searched = tokred.make("tokenselect", budget=fixed, sinks=SINKS, recent=RECENT, theta=2.0, positions="true")
         found.append(Learned("tokenselect", text, searched, single=True))
-        near = 8 * (outliers + 2)
+        whole = 8 * (outliers + 2)
         shadow = tokred.make(
-            "shadowkv", budget=max(8, (rows - near) // 8 * 8), outliers=outliers, local=2, rank=160, offload=False
+            "shadowkv", budget=max(8, (rows - whole) // 8 * 8), outliers=outliers, local=2, rank=160, offload=False
         )
         found.append(Learned("shadowkv", text, shadow, single=True))
         mean = tokred.make("fastcache", factor=round(1 / share), residual=True)
@@ -84,7 +86,7 @@ def _trained(share: float, rows: int, text: str, folder: Path) -> Iterator[Learn
         yield Learned("tokenbutler", text, butler, at)
     if (at := folder / "adore").exists():
         own = tokred.load(at).to_dict()["parameters"]
-        adore = tokred.make("adore", **{**own, "budget": rows - 1 - own.get("rebuild", 8)})
+        adore = tokred.make("adore", **{**own, "budget": rows - 1 - own["rebuild"], "sinks": SINKS})
         yield Learned("adore", text, adore, at, single=True, read=True)
     if (at := folder / f"fastcache-{round(1 / share)}").exists():
         yield Learned("fastcache", text, tokred.load(at), at)

@@ -120,6 +120,29 @@ def kv_keys_claims(found: Results) -> str:
     return f"{text}\n- By length the full cache finds {shares}. Of what it finds: {', '.join(goal)}."
 
 
+def kv_gemma3(found: Results) -> str:
+    """A model with windows: perplexity, keys and bytes of each arm."""
+    arms: dict[tuple[str, str], dict[str, Record]] = {}
+    for r in found.records("kv", "quality-gemma3-270m", batch=1):
+        by = arms.setdefault((r["method"], r["setting"]), {})
+        by |= {m: r for m in ("perplexity", "bytes_window") if m in r}
+        by |= {f"{m} {r['asked']}": r for m in ("retrieval",) if m in r}
+    if not arms:
+        return "Not measured yet."
+    full = arms["unpatched", ""]["bytes_window"]["bytes_window"]
+    lines = []
+    for (method, setting), by in arms.items():
+        keys = [by.get(f"retrieval {asked}") for asked in ("after", "before")]
+        cells = [
+            "" if r is None else f"{round(r['retrieval'] * r['retrieval_count'])} of {r['retrieval_count']}"
+            for r in keys
+        ]
+        called = " ".join([name(method), *(f"`{part}`" for part in setting.split())])
+        share = percent(by["bytes_window"]["bytes_window"] / full, digits=0)
+        lines.append([called, between(by["perplexity"], "perplexity"), *cells, f"{share} %"])
+    return table(["rows", "perplexity (95 % interval)", "keys, asked after", "before", "bytes of all layers"], lines, 1)
+
+
 def kv_speed(found: Results) -> str:
     """Time and bytes at a quarter."""
     every = [_policies(found, "prefill_s", length=2048, batch=b) for b in (1, 4)]

@@ -39,9 +39,10 @@ _PARTS = (
     provenance, metrics, encoder.demo, encoder.demo_claims, encoder.vit_speed, encoder.operators, diffusion.diffusion,
     diffusion.diffusion_claims, diffusion.diffusion_speed, vlm.vlm, vlm.vlm_claims, vlm.vlm_cost, vlm.vlm_cost_claims,
     tasks.kv_tasks_kept, tasks.kv_tasks, tasks.kv_tasks_claims, caches.kv_perplexity, caches.kv_perplexity_claims,
-    caches.kv_keys, caches.kv_keys_claims, caches.kv_speed, caches.kv_scoring, caches.kv_scoring_claims,
-    caches.kv_decode, caches.kv_decode_claims, steps.kv_steps, steps.kv_steps_claims, caches.kvpress, held.kv_bytes,
-    held.kv_bytes_keys, held.kv_bytes_claims, learned.kv_learned, learned.kv_learned_claims,
+    caches.kv_keys, caches.kv_keys_claims, caches.kv_gemma3, caches.kv_speed, caches.kv_scoring,
+    caches.kv_scoring_claims, caches.kv_decode, caches.kv_decode_claims, steps.kv_steps, steps.kv_steps_claims,
+    caches.kvpress, held.kv_bytes, held.kv_bytes_keys, held.kv_bytes_claims, learned.kv_learned,
+    learned.kv_learned_claims,
 )  # fmt: skip
 PAGES = {
     PAGE: {part.__name__: part for part in _PARTS},

@@ -175,7 +175,7 @@ def _option(rows: CodedRows) -> int:
 
 
 def _arrays(rows: CodedRows) -> tuple[np.ndarray, ...]:
-    """What the loops take: of what a form does not have, arrays of one number."""
+    """Arguments of the loops; arrays of one number stand for what a form does not have."""
     byte, short, number = (torch.zeros(1, 1, 1, dtype=x) for x in (torch.uint8, torch.int16, torch.float32))
     codes, marks, whole, halves, table = byte, byte, number, short, number[0]
     if rows.kind == LARGEST:

@@ -102,6 +102,11 @@ def own_classes() -> dict[str, Own]:
     return found
 
 
+def _starred(node: ast.Tuple) -> bool:
+    """Whether a tuple has elements that are as many as something else has."""
+    return any(isinstance(one, ast.Starred) for one in node.elts)
+
+
 def _set_on_self(function: ast.FunctionDef) -> dict[str, Any]:
     """Attributes that a method sets, each with an annotation where there is one."""
     given = {a.arg: a.annotation for a in [*function.args.args, *function.args.kwonlyargs]}
@@ -110,7 +115,7 @@ def _set_on_self(function: ast.FunctionDef) -> dict[str, Any]:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         for target in targets if isinstance(node, ast.Assign | ast.AnnAssign) else []:
             pairs = [(target, getattr(node, "value", None))]
-            if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+            if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple) and not _starred(node.value):
                 pairs = list(zip(target.elts, node.value.elts, strict=True))
             elif isinstance(target, ast.Tuple):
                 pairs = [(one, None) for one in target.elts]

@@ -50,6 +50,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "vtm-boundary": {"variant": "boundary", "R": None, **FIRST},
     "vtm-motion": {"variant": "motion", "R": 3, **FIRST},
     "vtm-sampling": {"variant": "motion", "R": 0.7, "sampling": True, **FIRST},
+    "vtm-learned": {"variant": "learned", "R": 0.5, **FIRST},
     "vomix": {"r": 0.3},
     "vomix-count": {"r": 0.3, "vote": "count", "tau": 0.01},
     "spatten": {"keep": 0.5, "first": 0},
@@ -85,14 +86,14 @@ def method(label: str) -> tokred.Method:
     return tokred.make(label.partition("-")[0], **SETTINGS[label])
 
 
-def learned(label: str, width: int) -> Learned | None:
+def learned(label: str, width: int, heads: int = 1) -> Learned | None:
     """The same module at every call, where the method has one, as it decides after training."""
     one = method(label)
     if "module" not in one.reads:
         return None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return Learned(one.module(Facts("", 2, width, 1, pixels=width)).eval())
+        return Learned(one.module(Facts("", 2, width, heads, pixels=width)).eval())
 
 
 def tensors(
@@ -128,7 +129,8 @@ def site(label: str, given: dict[str, Tensor], *, mask: Tensor | None = None, pr
     return Site(
         pixels=pixels, **values, transform=transform, prefix=prefix, suffix=suffix, grid=(4, 4),
         layer=LAYERS.get(label, 0), depth=2,
-        learned=learned(label, values["x"].shape[-1]), mask=mask, totals=None if mask is None else mask.sum(1),
+        learned=learned(label, values["x"].shape[-1], values["q"].shape[1]), mask=mask,
+        totals=None if mask is None else mask.sum(1),
     )  # fmt: skip
 
 

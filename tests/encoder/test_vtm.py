@@ -247,12 +247,14 @@ def test_pixels_are_those_of_clips():
 @pytest.mark.parametrize(
     ("parameters", "match"),
     [
-        ({"variant": "learned"}, "variant is 'learned'; allowed are 'naive', 'centre', 'boundary', 'motion'"),
+        ({"variant": "even"}, "variant is 'even'; allowed are 'naive', 'centre', 'boundary', 'motion', 'learned'"),
+        ({"helps": "never"}, "helps is 'never'; allowed are 'gradient', 'added'"),
+        ({"helps": "added"}, "helps='added' goes with variant='learned'; 'naive' learns nothing"),
         ({"gamma": 1}, "gamma must be an integer of at least 2, got 1"),
         ({"R": 1.5}, r"R must be a share in \[0, 1\]"),
         ({"R": -1}, "R must be a share"),
         ({"R": True}, "R must be a share"),
-        ({"sampling": True}, "sampling goes with variant='motion'; 'naive' draws nothing"),
+        ({"sampling": True}, "sampling goes with variant='motion' or 'learned'; 'naive' draws nothing"),
         ({"metric": "keys"}, "metric is 'keys'"),
         ({"blocks": (-1,)}, "blocks must be non-negative"),
     ],

@@ -9,6 +9,8 @@ import torch
 
 pytest.importorskip("transformers")
 
+import transformers
+
 import tokred
 from tests.kv.tiny import build, prompt
 from tokred.kv import CachePolicy
@@ -82,13 +84,18 @@ QUICK = {
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each step that is asked for was taken without a site, as they come."""
     found: list[bool] = []
-    own = Queue.step
+    due, act = Queue.due, Queue.act
 
-    def step(self, *args):
-        found.append(own(self, *args))
+    def asked(self, *args):
+        found.append(False)
+        return due(self, *args)
+
+    def taken(self, *args):
+        found[-1] = act(self, *args)
         return found[-1]
 
-    monkeypatch.setattr(Queue, "step", step)
+    monkeypatch.setattr(Queue, "due", asked)
+    monkeypatch.setattr(Queue, "act", taken)
     return found
 
 
@@ -108,8 +115,63 @@ def test_steps_without_a_site_do_what_those_with_one_do(name, monkeypatch):
         taken = watched(patch)
         quick = run()
     assert sum(taken) >= 7 * 2, "most steps of both layers need no site"
-    monkeypatch.setattr(Queue, "step", lambda *args: False)
+    monkeypatch.setattr(Queue, "due", lambda *args: None)
     assert close(quick, run())
+
+
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_places_turn_as_often_as_they_like(sinks, monkeypatch):
+    """The oldest row's place is the newest's, in turn; whoever looks in between finds rows in order."""
+
+    def run():
+        model = tokred.apply(build("llama"), "streaming_llm", budget=6, sinks=sinks)
+        cache = tokred.kv_cache(model)
+        outs = [model(prompt(12, 2), past_key_values=cache).logits]
+        for i in range(22):
+            outs.append(model(prompt(1, 2, seed=30 + i), past_key_values=cache).logits)
+            if i == 9:
+                cache.restore(cache.snapshot())
+            if i in (12, 15):
+                outs += told(cache)
+            if i == 18:
+                cache.reorder_cache(torch.tensor([1, 0]))
+        assert all(layer.width == 6 for layer in cache.layers)
+        return [*outs, *told(cache)]
+
+    turned = run()
+    monkeypatch.setattr(Queue, "due", lambda *args: None)
+    assert close(turned, run())
+
+
+def test_rows_come_into_the_room_behind_the_others():
+    model = tokred.apply(build("llama"), "snapkv", budget=24, window=4)
+    cache = tokred.kv_cache(model)
+    dense = transformers.DynamicCache(config=model.config)
+    plain = build("llama")
+    kept = model(prompt(24, 2), past_key_values=cache).logits, plain(prompt(24, 2), past_key_values=dense).logits
+    places: list[set[int]] = []
+    for i in range(12):
+        ids = prompt(1, 2, seed=i)
+        kept = model(ids, past_key_values=cache).logits, plain(ids, past_key_values=dense).logits
+        assert torch.equal(*kept), "whatever room there is"
+        places.append({layer.newest[0].data_ptr() for layer in cache.layers})
+    assert len({frozenset(one) for one in places}) <= 4, "few of twelve tokens copy what there is"
+    layer = cache.layers[0]
+    assert layer.width == 36
+    assert layer.nbytes > 2 * layer.keys.nbytes, "room is held, and counted"
+    kept = cache.snapshot()
+    again = [model(prompt(1, 2, seed=50), past_key_values=cache).logits]
+    cache.restore(kept)
+    again.append(model(prompt(1, 2, seed=50), past_key_values=cache).logits)
+    assert torch.equal(*again)
+
+
+def test_a_budget_in_bytes_has_no_room():
+    model = tokred.apply(build("llama"), "snapkv", budget="1 MiB", window=4)
+    cache = tokred.kv_cache(model)
+    for m in (20, 1, 1, 1, 1):
+        model(prompt(m), past_key_values=cache)
+    assert all(layer.nbytes == layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
 def test_scores_that_mean_something_else_are_asked_for_with_a_site():

@@ -49,7 +49,12 @@ def test_worked_example():
     ],
 )
 def test_sizes_of_the_paper(size, count, own):
-    with torch.device("meta"):
+    try:
+        with torch.device("meta"):
+            model = jumbo(size)
+    except RuntimeError:  # timm before 1.0.24 computes values while it builds
+        if count > 2e7:
+            pytest.skip("the installed timm cannot build a model without memory for its weights")
         model = jumbo(size)
     assert sum(p.numel() for p in model.parameters()) == count
     assert sum(p.numel() for p in model.jumbo_mlp.parameters()) == own

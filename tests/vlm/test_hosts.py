@@ -162,6 +162,8 @@ def test_token_types_of_the_new_tokens_alone(name):
 @pytest.mark.parametrize("name", each(hosts.HOSTS, VISION_LANGUAGE))
 def test_prompt_lookup_and_no_cache(name):
     model, batch = model_of(name), hosts.prompts(name, [[3, "image", 6]])
+    if model._is_stateful:
+        pytest.skip("transformers drafts for no model whose layers may keep a state")
     batch["input_ids"][0, -6:] = torch.tensor([7, 8, 9, 7, 8, 9])
     tokred.apply(model, both())
     plain = oracle.generate(model, batch)

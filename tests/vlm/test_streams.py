@@ -277,6 +277,21 @@ def test_a_warning_beyond_the_positions_of_the_model():
         stream.frame(pixels(3)[2])
 
 
+def test_positions_are_looked_at_near_the_end_alone(monkeypatch):
+    """Looking waits for the device, at every token."""
+    stream = opened()
+    asked, own = [], torch.Tensor.max
+
+    def most(x, *args, **kwargs):
+        asked.append(x.dtype)
+        return own(x, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "max", most)
+    stream.frames(pixels(2))
+    stream.ask(torch.tensor([QUESTION]), max_new_tokens=2)
+    assert torch.int64 not in asked
+
+
 def test_every_family_is_told_of():
     from tokred.adapters.vlm.families import FACTS
 

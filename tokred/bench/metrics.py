@@ -83,6 +83,7 @@ METRICS: dict[str, Metric] = {
     "perplexity": Metric("perplexity", "of the tokens behind a compressed prompt", INTERVAL, "tokens_scored"),
     "perplexity_ratio": Metric("x", "over the full cache's perplexity", INTERVAL),
     "over_kvzip": Metric("x", "perplexity over that of kvzip at as many rows, on the same windows", INTERVAL),
+    "over_kvzip_recent": Metric("x", "the same, over kvzip that keeps first and newest rows too", INTERVAL),
     "attention_read": Metric(
         "share", "of the attention that the best rows of each head would get, what falls on those read", INTERVAL
     ),

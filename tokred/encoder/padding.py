@@ -10,6 +10,7 @@ from tokred.core.reduction import Reduction
 from tokred.core.site import Site
 from tokred.core.soft import SoftReduction
 from tokred.encoder.method import BlockMethod
+from tokred.errors import UnsupportedModelError
 
 
 def reduce_each(method: BlockMethod, site: Site, hidden: Tensor | None = None, *, always: bool = False) -> Reduction:
@@ -26,6 +27,9 @@ def reduce_each(method: BlockMethod, site: Site, hidden: Tensor | None = None, *
     Returns:
         One reduction for the batch, whose slots are masked behind shorter samples. It is trivial where nothing goes
         from any sample.
+
+    Raises:
+        UnsupportedModelError: the method learns by something that does not come back from single samples.
     """
     assert site.mask is not None  # else there is nothing to tell apart
     if site.shape[0] == 0:
@@ -33,6 +37,10 @@ def reduce_each(method: BlockMethod, site: Site, hidden: Tensor | None = None, *
     rows = [row.nonzero().view(-1) for row in site.mask]
     sites = [site.sample(i, r) for i, r in enumerate(rows)]
     steps = [method.reduce(s) if always else _reduce(method, s) for s in sites]
+    if any(getattr(step, "extra", None) is not None for step in steps) or any(s.learned.guesses for s in sites):
+        raise UnsupportedModelError(
+            f"{method.name!r} cannot learn on batches that are padded from the start: give inputs of equal lengths"
+        )
     _collect(site, sites, rows)
     n = site.shape[1]
     if all(step.trivial for step in steps):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import bisect
 import functools
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -137,6 +137,12 @@ class Place(NamedTuple):
         if most <= 0 or not self.whole:
             return most
         return bisect.bisect_right(range(1, most + 1), held, key=self.held)
+
+
+def storage_bytes(values: Iterable[Any]) -> int:
+    """Bytes of the memory behind tensors, each counted once, whatever part of it they show."""
+    memory = (t.untyped_storage() for t in values if isinstance(t, Tensor))
+    return sum({m.data_ptr(): m.nbytes() for m in memory}.values())
 
 
 def plain_bytes(rows: Tensor) -> int:

@@ -68,7 +68,9 @@ class Layer(Protocol):
 
     slots: Tensor | None
     swaps: bool
+    turned: int
     ragged: bool
+    width: int
     weights: Tensor | None
     rows: dict[str, Tensor]
     notes: dict[str, Any]
@@ -84,6 +86,9 @@ class Layer(Protocol):
 
     def swap(self, gone: Tensor) -> None:
         """Free the rows ``gone`` ``[B, Hk, 1]``, whose places the newest take; asked for only while ``swaps``."""
+
+    def turn(self, first: int) -> bool:
+        """Free the oldest row of each head behind the ``first`` slots, while ``swaps``; False if nothing was done."""
 
     def sort(self) -> Tensor | None:
         """Put rows in the order of their slots; returns it, ``[B, Hk, K]``, or None where they stand so."""
@@ -138,11 +143,12 @@ class Engine:
         probe: reads the attention of forwards that repeat the context; None in all other forwards.
         queue: takes steps without a site, where it can; None: it never can.
         learning: whether the score's module was in training in the last forward.
+        idle: whether every row is kept, so that nothing needs to be looked at.
     """
 
     def __init__(self, policy: CachePolicy, depth: int) -> None:
         self.policy = policy.at_work()
-        self.parts = policy.parts
+        self.parts, self.idle = policy.parts, policy.parts.budget.full
         self.depth = depth
         self.when = self.parts.when.paced(depth)
         # Float32 numbers that stay with each row: accumulated scores, and weights and marks of merged rows.
@@ -162,11 +168,6 @@ class Engine:
         self.allocator = self.parts.budget.start(depth)
 
     # ------------------------------------------------------------------ what a host asks
-
-    @property
-    def idle(self) -> bool:
-        """True if every row is kept, so that nothing needs to be looked at."""
-        return self.parts.budget.full
 
     def watches(self, clock: Clock, after: int) -> bool:
         """True if the policy has to see the forward that ends at ``after`` slots."""
@@ -333,12 +334,8 @@ class Engine:
         return after if self.prompt is None else self.prompt - clock.behind
 
     def _evict(self, layer: Layer, site: CacheSite, decide: bool) -> None:
-        """Score and shrink, now or when the context has been repeated.
-
-        Args:
-            layer, site: which.
-            decide: the budget is decided anew, and not only kept to.
-        """
+        """Score and shrink, now or when the context has been repeated; ``decide``: the budget is decided anew, and not
+        only kept to."""
         if self.repeats is None:
             self._shrink(layer, site, decide)
             return

@@ -27,6 +27,7 @@ from tokred.kv.select import Counts
 from tokred.kv.site import CacheSite, Place
 
 P = TypeVar("P", bound="Part")
+Pair = tuple[Tensor, Tensor]
 _UNITS = {"": 1, "b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 
 
@@ -63,6 +64,7 @@ class Score(Part):
         numbers: float32 numbers that it keeps for every row.
         ordered: whether it takes rows to stand in the order of their slots: neighbours, or a window of queries and the
             rows that are their own. Where it does not, steps that evict one row for each that comes move none.
+        oldest: whether the oldest row goes, whatever it holds.
         why_no_chunks: why it cannot judge a chunk of a prompt before the rest has come; None: it can.
     """
 
@@ -71,6 +73,7 @@ class Score(Part):
     accumulates: ClassVar[bool] = False
     numbers: ClassVar[int] = 0
     ordered: ClassVar[bool] = True
+    oldest: ClassVar[bool] = False
     why_no_chunks: ClassVar[str | None] = None
 
     @property
@@ -102,14 +105,7 @@ class Score(Part):
         return None
 
     def fits(self, facts: Callable[[], Facts]) -> None:
-        """Refuse a model that what the score knows is not of.
-
-        Args:
-            facts: asks the model; only where something is known.
-
-        Raises:
-            ValueError: naming both.
-        """
+        """Refuse a model that what the score knows is not of, with a ValueError; ``facts`` asks the model."""
 
     returns: int | None = None  # evicted tokens that come back before each generated one; None: none is asked about
 
@@ -135,6 +131,10 @@ class Score(Part):
 
         ``q`` is ``[B, H, 1, D]``; no row is padding. The slots themselves say that the oldest goes.
         """
+        return None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, rows: dict[str, Tensor]) -> Pair | None:
+        """The attention itself ``[B, H, 1, Dv]``, and what :meth:`quick` says, where one product gives both."""
         return None
 
     @abstractmethod

@@ -231,7 +231,8 @@ class CachePolicy(Method):
         A limit in bytes has no room for the place that waits in between.
         """
         parts = self.parts
-        free = not parts.score.ordered and type(parts.fate) is Evict and parts.score.repeats is None
+        score = parts.score
+        free = not score.ordered and type(parts.fate) is Evict and score.repeats is None and score.returns is None
         even = not (parts.budget.headwise or parts.budget.deferred or parts.budget.queries)
         return free and even and not isinstance(parts.budget.amount, str) and not parts.when.chunk
 

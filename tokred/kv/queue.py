@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from tokred.kernels.decode_attention import SENTINEL
 from tokred.kv.budgets import Uniform
-from tokred.kv.parts import Score
+from tokred.kv.parts import Pair, Score
 from tokred.kv.policy import CachePolicy
 from tokred.kv.select import lowest
 
@@ -28,6 +29,7 @@ class Queue:
         self.policy = policy
         self.parts = policy.parts
         self.depth = depth
+        self._known: dict[tuple[int, ...], tuple[int, int, int]] = {}
 
     def step(self, engine: Engine, layer: Layer, q: Tensor, scale: float | None, before: int, after: int) -> bool:
         """Act on a layer as the engine would have done with a site of it.
@@ -42,37 +44,78 @@ class Queue:
         Returns:
             False if nothing was done, since there is more to ask.
         """
-        clock, slots = layer.clock, layer.slots
+        guards = self.due(engine, layer, before, after)
+        return guards is not None and self.act(layer, q, scale, after, guards, None)
+
+    def due(self, engine: Engine, layer: Layer, before: int, after: int) -> tuple[int, int] | None:
+        """First and newest tokens that stay, if this forward is a step; arguments as for :meth:`step`."""
+        clock = layer.clock
+        if engine.when.every == 1 and layer.turned == before and engine.probe is None and not engine.drafting:
+            return self._rows(clock.base, after)[1:]  # nothing else has changed since the step before
         if not clock.lengths or not 0 <= clock.prompt <= before == after - 1:
-            return False
+            return None
         if engine.probe is not None or engine.drafting or not engine.when.due(clock.prompt, before, after):
+            return None
+        if layer.ragged or layer.weights is not None or not layer.swaps:
+            return None
+        left = layer.width - 1
+        rows, *guards = self._rows(clock.base, after)
+        return (guards[0], guards[1]) if left and left == rows else None
+
+    def attend(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Pair | None:
+        """The attention ``[B, H, 1, Dv]`` of a step that is :meth:`due`, and the score ``[B, Hk, K]`` that has noted it
+        in passing; None: it has not, and both are to be asked for as ever.
+
+        Args:
+            layer: of the rows.
+            q: ``[B, H, 1, D]``.
+            k, v: ``[B, Hk, K, D]``, all rows.
+            scale: of the logits.
+        """
+        # In half precision the host's own attention sums more exactly, and on other devices it is the faster.
+        wide = q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64)
+        if not wide or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return None
+        return self.parts.score.attend(q, k, v, scale, layer.rows)
+
+    def act(
+        self, layer: Layer, q: Tensor, scale: float | None, after: int, guards: tuple[int, int], score: Tensor | None
+    ) -> bool:
+        """Take a step that is :meth:`due`, by the score of :meth:`attend` or None. False if nothing was done."""
+        kind = self.parts.score
+        if kind.oldest and layer.turn(guards[0]):
+            return True
+        slots, keys = layer.slots, layer.shown()[0] if score is None else None
+        if slots is None or slots.shape[0] == 0:
             return False
-        if slots is None or slots.shape[0] == 0 or layer.ragged or layer.weights is not None or not layer.swaps:
-            return False
-        left = slots.shape[2] - 1
-        if left == 0 or left != self._rows(clock.base, after):
-            return False
-        keys = layer.shown()[0]
-        score = self.parts.score.quick(q, keys, slots, scale, layer.rows) if isinstance(keys, Tensor) else None
+        if isinstance(keys, Tensor):
+            score = kind.quick(q, keys, slots, scale, layer.rows)
         if score is None:
             return False
-        layer.swap(worst(score, slots, *self.policy.guards(after, left), after))
+        layer.swap(worst(score, slots, *guards, after))
         return True
 
-    def _rows(self, base: tuple[int, ...], seen: int) -> int:
-        """Rows that every sample keeps; -1 where they differ."""
-        budget = self.parts.budget
-        lengths = set(base) if budget.shares else {seen}
-        if len(lengths) != 1:
-            return -1
-        rows = budget.share(lengths.pop(), None, 0, self.depth)
-        return min(seen, max(rows, sum(self.policy.guards(seen, rows)), 1))
+    def _rows(self, base: tuple[int, ...], seen: int) -> tuple[int, int, int]:
+        """Rows that every sample keeps of enough, -1 where they differ, and how many of them are the first and the
+        newest: the same at every step, since shares are those of ``base`` and numbers stay."""
+        found = self._known.get(base)
+        if found is None:
+            budget = self.parts.budget
+            lengths = set(base) if budget.shares else {seen}
+            if len(lengths) != 1:
+                return -1, 0, 0
+            rows = budget.share(lengths.pop(), None, 0, self.depth)
+            rows = max(rows, sum(self.policy.guards(seen, rows)), 1)
+            found = self._known[base] = rows, *self.policy.guards(seen, rows)
+        return found
 
 
 def queue_of(policy: CachePolicy, depth: int) -> Queue | None:
     """The policy's queue; None where its score wants a site, or more than one row may go."""
     parts = policy.parts
-    quick = policy.swaps and _quick(type(parts.score)) and not parts.score.window
+    score = parts.score
+    # A step hands over queries and keys alone.
+    quick = policy.swaps and _quick(type(score)) and not score.window and score.needs <= {"q", "k"}
     return Queue(policy, depth) if quick and type(parts.budget) is Uniform else None
 
 

@@ -103,11 +103,12 @@ class Jumbo(VisionTransformer):  # type: ignore[misc]
         if global_pool not in (None, "avg"):
             raise ValueError(f"global_pool must be None: the head of a Jumbo model has its own, got {global_pool!r}")
         self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        made: nn.Module = nn.Identity()
         if num_classes:
-            nn.init.zeros_(self.head.weight)
-            nn.init.constant_(self.head.bias, -math.log(num_classes))
-            self.head.to(self.reg_token.device, self.reg_token.dtype)
+            made = head = nn.Linear(self.num_features, num_classes)
+            nn.init.zeros_(head.weight)
+            nn.init.constant_(head.bias, -math.log(num_classes))
+        self.head = made.to(self.reg_token.device, self.reg_token.dtype)
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """``(B, slices * C + C)`` of ``(B, N, C)``: the class token as one vector, and the mean of the patches."""
@@ -147,9 +148,10 @@ class JumboBlock(Block):  # type: ignore[misc]
 
 def _mlp(width: int) -> nn.Module:
     made: nn.Module = Mlp(width, 4 * width)
-    for layer in (made.fc1, made.fc2):
-        nn.init.trunc_normal_(layer.weight, std=0.02)
-        nn.init.zeros_(layer.bias)
+    for layer in made.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
     return made
 
 

@@ -122,7 +122,7 @@ class Stream:
         self._embed = embed
         if len(prompt):
             with self._at_work():
-                self._feed(embed(prompt[None].to(self._device)), self._line(len(prompt)))
+                self._feed(embed(prompt[None].to(self._device)), self._line(len(prompt)), len(prompt) - 1)
         self._next = self._start = len(prompt)
 
     # ------------------------------------------------------------------ what users call
@@ -173,7 +173,8 @@ class Stream:
             left = look(parts.method, self._state, found)
             self._grid = found.part.grid or (1, n)
             if len(left.kept):
-                self._feed(left.x.to(self._device, self._embed.weight.dtype), self._places(left.kept, n))
+                x, places = left.x.to(self._device, self._embed.weight.dtype), self._places(left.kept, n)
+                self._feed(x, places, self._last(n, len(left.kept)))
             self._state = left.state
         self._shape = tuple(pixels.shape)
         self._next += self._advance(n, len(left.kept))
@@ -217,8 +218,8 @@ class Stream:
             # Text behind a video with several axes goes on where the longest side of a frame ends.
             start = self._start + max(self._grid) if self._parts.looks.axes else self._next
             while True:
-                out = self._feed(x, self._line(x.shape[1], start))
-                start += x.shape[1]
+                place, start = self._line(x.shape[1], start), start + x.shape[1]
+                out = self._feed(x, place, start - 1)
                 if logits:
                     rows.append(out.float().cpu())
                 token = int(out.argmax())
@@ -287,19 +288,23 @@ class Stream:
             for module in training:
                 module.training = True
 
-    def _feed(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Run the model on ``(1, n, C)`` embeddings behind what the cache holds; ``(V,)`` logits of the last."""
+    def _feed(self, x: Tensor, positions: Tensor, last: int) -> Tensor:
+        """Run the model on ``(1, n, C)`` embeddings behind what the cache holds; ``(V,)`` logits of the last. None of
+        the positions is larger than ``last``."""
         given = {
             words.EMBEDS.name: x, words.POSITIONS.name: positions, words.CACHED.name: True, words.KEPT_LOGITS.name: 1,
         }  # fmt: skip
-        self._check_range(int(positions.max()))
+        self._check_range(positions, last)
         out = self._model(**given, **cache_kwargs(self._cache))
         found: Tensor = words.LOGITS.need(out)[0, -1]
         return found
 
-    def _check_range(self, last: int) -> None:
+    def _check_range(self, positions: Tensor, last: int) -> None:
         most = words.MOST_POSITIONS.part(self._parts.cache_host.config)
-        if isinstance(most, int) and last >= most and not self._warned:
+        if self._warned or not isinstance(most, int) or last < most:
+            return
+        last = int(positions.max())  # which waits for the device, and is asked for near the end alone
+        if last >= most:
             self._warned = True
             warnings.warn(
                 f"the stream has come to position {last}, and {self._parts.host.family} was made for {most}: its "
@@ -326,6 +331,12 @@ class Stream:
         if self._repacks:
             return self._line(len(kept))
         return self._next + kept[None]
+
+    def _last(self, n: int, kept: int) -> int:
+        """No position of a frame of ``n`` tokens, of which ``kept`` stay, is larger."""
+        if self._parts.looks.axes:
+            return self._start + max(self._time(), *self._grid)
+        return self._next + (kept if self._repacks else n) - 1
 
     def _time(self) -> int:
         """The place of this frame on the axis of time."""

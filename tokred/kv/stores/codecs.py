@@ -51,11 +51,13 @@ class Codec(ABC):
 
     def sums(self, weights: Tensor, parts: Parts) -> Tensor:
         """``[B, Hk, G, D]`` float32: sums of the rows by weights ``[B, Hk, G, n]``, decoded some at a time."""
-        found = [self.decode(some, torch.float32) for some in self.blocks(parts)[:1]]
-        size, out = found[0].shape[2], 0.0
-        for part, some in zip(weights.split(size, -1), self.blocks(parts), strict=True):  # type: ignore[no-untyped-call]
-            out = out + part @ (found.pop() if found else self.decode(some, torch.float32))
-        assert isinstance(out, Tensor)  # of at least one block
+        out, start = None, 0
+        for some in self.blocks(parts):
+            rows = self.decode(some, torch.float32)
+            stop = start + rows.shape[2]
+            part = weights[..., start:stop] @ rows
+            out, start = part if out is None else out + part, stop
+        assert out is not None  # of at least one block
         return out
 
     def blocks(self, parts: Parts) -> list[Parts]:

@@ -62,11 +62,11 @@ class FlatShelf(RectangleShelf):
 
     @property
     def keys(self) -> Tensor | None:
-        return self._keys if self.flat is None else self.flat.rectangle(self.flat.keys, self._keys)
+        return super().keys if self.flat is None else self.flat.rectangle(self.flat.keys, self._keys)
 
     @property
     def values(self) -> Tensor | None:
-        return self._values if self.flat is None else self.flat.rectangle(self.flat.values, self._values)
+        return super().values if self.flat is None else self.flat.rectangle(self.flat.values, self._values)
 
     @property
     def complete(self) -> bool:
@@ -141,6 +141,7 @@ class FlatShelf(RectangleShelf):
 
     def _lie(self, flat: FlatRows) -> None:
         self.flat, self._keys, self._values, self._slots, self._room = flat, None, None, None, None
+        self._hole, self._late, self._ring = None, None, None
 
     @property
     def swaps(self) -> bool:

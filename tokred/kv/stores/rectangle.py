@@ -16,6 +16,9 @@ from tokred.kernels.gather_rows import gather_cache
 from tokred.kernels.rows import offsets
 from tokred.kv.stores.store import Shelf, Store
 
+# Most rows that there is room for behind those that are held, and the share of these that it takes at most.
+ROOM, SPARE = 32, 4
+
 
 @dataclass(frozen=True)
 class Rectangle(Store):
@@ -54,11 +57,44 @@ class SlottedShelf(Shelf):
         self._slots = None if self._slots is None else self._slots.index_select(0, index)
 
 
+class Ring:
+    """Places that the oldest row leaves and the newest takes, one after the other, the same in every head.
+
+    Attributes:
+        first, end: places ``first`` to ``end - 1`` turn.
+        at: the next that is taken: it is free, or holds the oldest row.
+        came: rows that have taken places and whose slots are not written down yet.
+        seen: slots when a place was last freed.
+    """
+
+    __slots__ = ("at", "came", "end", "first", "seen")
+
+    def __init__(self, first: int, end: int) -> None:
+        self.first, self.end, self.at = first, end, first
+        self.came = self.seen = 0
+
+    def taken(self) -> None:
+        """A row comes."""
+        self.came += 1
+        self.at += 1
+        if self.at == self.end:
+            self.at = self.first
+
+    def noted(self, slots: Tensor, *, free: bool) -> Tensor:
+        """``[B, Hk, K]`` slots with those of rows that have come; ``free``: the next place is."""
+        size = self.end - self.first
+        back = torch.arange(min(self.came, size), device=slots.device)  # from the newest row on
+        places = self.first + (self.at - 1 - self.first - back) % size
+        new = (self.seen - int(free) - back).to(slots.dtype)
+        self.came = 0
+        return slots.index_copy(2, places, new.expand(*slots.shape[:2], -1))
+
+
 class RectangleShelf(SlottedShelf):
     """Two tensors, keys and values.
 
-    Tensors are changed in place only by :meth:`swap`, and by the row that comes after it, as long as nobody else can
-    hold them: a snapshot is a reference, after which the next change copies.
+    They are changed in place only behind their rows, and where a row has left as long as nobody else can hold them: a
+    snapshot is a reference, after which the next row that takes a place copies.
     """
 
     def __init__(self) -> None:
@@ -66,82 +102,167 @@ class RectangleShelf(SlottedShelf):
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
         self._own = False  # keys and values have been made here, and nobody else holds them
-        # [B, Hk, K + 1, D] of which keys and values are the first rows, between a swap and the row that comes next.
+        # [B, Hk, C, D] of which keys and values are the first rows; None: they are all of it.
         self._room: tuple[Tensor, Tensor] | None = None
+        self._grows = False  # a row has come and none has left since, so that more are to be expected
+        # The place of a row that has left, for the next that comes: [B, Hk, 1] int64, or one number for all heads.
+        self._hole: Tensor | int | None = None
+        self._late: tuple[Tensor, int] | None = None  # the place and the slot of a row that takes it, not noted yet
+        self._ring: Ring | None = None
 
     @property
     def keys(self) -> Tensor | None:
+        self.close()
         return self._keys
 
     @property
     def values(self) -> Tensor | None:
+        self.close()
         return self._values
 
     @property
     def newest(self) -> tuple[Tensor, Tensor]:
+        self.close()
         assert self._keys is not None  # asked for after an update
         assert self._values is not None
         return self._keys, self._values
 
     @property
     def width(self) -> int:
-        return 0 if self._keys is None else self._keys.shape[2]
+        return 0 if self._keys is None else self._keys.shape[2] - (self._hole is not None)
 
     @property
     def samples(self) -> int:
-        return self.newest[0].shape[0]
+        assert self._keys is not None  # once there are rows
+        return self._keys.shape[0]
+
+    def positions(self, seen: int) -> Tensor | None:
+        self.close()
+        if self._slots is not None:
+            self._slots = self._noted(self._slots)
+        return super().positions(seen)
+
+    def _noted(self, slots: Tensor) -> Tensor:
+        """Slots ``[B, Hk, K]``, with those of rows that have taken places."""
+        if self._ring is not None and self._ring.came:
+            slots = self._ring.noted(slots, free=self._hole is not None)
+        if self._late is not None and self._hole is None:
+            slots, self._late = slots.scatter(2, *self._late), None
+        return slots
+
+    # ------------------------------------------------------------------ rows that come
 
     def append(self, keys: Tensor, values: Tensor) -> None:
+        count = keys.shape[2]
+        if self._hole is not None and count == 1 and not torch.is_grad_enabled():
+            self._fill(self._hole, keys, values)
+            return
+        self.close()
         if self._keys is None or self._values is None:
             self._hold(keys.contiguous(), values.contiguous(), own=False)
-        elif self._fits(keys, values):
-            room = self._room
-            assert room is not None  # or nothing would fit
-            for x, new in zip(room, (keys, values), strict=True):
-                x.narrow(2, x.shape[2] - 1, 1).copy_(new)
-            self._hold(*room)
-        else:
-            self._hold(torch.cat([self._keys, keys], 2), torch.cat([self._values, values], 2))
+            return
+        held = self._keys.shape[2]
+        if self._room is None or held + count > self._room[0].shape[2] or not _writable(*self._room):
+            self._move(self._keys, self._values, keys, values)
+            return
+        for x, new in zip(self._room, (keys, values), strict=True):
+            x.narrow(2, held, count).copy_(new)
+        self._keys, self._values = (x.narrow(2, 0, held + count) for x in self._room)
+
+    def _move(self, old_keys: Tensor, old_values: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Hold rows and new ones behind them, with room for more where more will come."""
+        spare = room_for(old_keys.shape[2]) if self.roomy and self._grows and not torch.is_grad_enabled() else 0
+        made = _joined(old_keys, keys, spare), _joined(old_values, values, spare)
+        count = old_keys.shape[2] + keys.shape[2]
+        self._hold(made[0].narrow(2, 0, count), made[1].narrow(2, 0, count))
+        self._room, self._grows = made if spare else None, True
 
     def _hold(self, keys: Tensor, values: Tensor, *, own: bool = True) -> None:
         self._keys, self._values, self._own, self._room = keys, values, own, None
+        self._grows, self._hole, self._late, self._ring = False, None, None, None
 
-    def _fits(self, keys: Tensor, values: Tensor) -> bool:
-        """True if rows can be written into the room that a swap has left."""
-        graph = torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)
-        return self._room is not None and keys.shape[2] == 1 and not graph and self._free(*self._room)
-
-    def _free(self, *rows: Tensor) -> bool:
-        """True if rows may be changed in place."""
-        if not self._own or any(x.requires_grad or not x.is_contiguous() for x in rows):
-            return False
-        return torch.is_inference_mode_enabled() or not any(x.is_inference() for x in rows)
+    # ------------------------------------------------------------------ rows that take the place of others
 
     @property
     def swaps(self) -> bool:
         return type(self) is RectangleShelf  # others that are made of one may hold more than these rows
 
-    def swap(self, gone: Tensor, slots: Tensor) -> None:
-        keys, values = self.newest
-        if not self._free(keys, values):
-            keys, values = (x.clone(memory_format=torch.contiguous_format) for x in (keys, values))
-        pairs, n = gone.shape[0] * gone.shape[1], keys.shape[2]
-        first = offsets(pairs, n, gone)
-        place, last = (gone.view(pairs, 1) + first).view(-1), first.view(-1) + (n - 1)
-        for x in (keys, values):
-            rows = x.view(pairs * n, x.shape[3])
-            rows.index_copy_(0, place, rows.index_select(0, last))
-        self._hold(keys.narrow(2, 0, n - 1), values.narrow(2, 0, n - 1))
-        self._room = keys, values
+    @property
+    def hole(self) -> Tensor | int | None:
+        return self._hole
+
+    def swap(self, gone: Tensor, slots: Tensor, seen: int) -> None:
+        self._slots, self._hole, self._late, self._ring = slots, gone, (gone, seen), None
+
+    @property
+    def turned(self) -> int:
+        ring, keys = self._ring, self._keys
+        return ring.seen if ring is not None and keys is not None and ring.end == keys.shape[2] else -1
+
+    def turn(self, first: int, seen: int) -> bool:
+        if self._ring is None or self.turned < 0:
+            slots = self.positions(seen)
+            if slots is None:
+                slots = newest_slots(seen, seen, self.newest[0].device).expand(*self.newest[0].shape[:2], -1)
+            # This waits for the device, once in all steps that follow each other.
+            if first and not bool((slots[:, :, first - 1] == first - 1).all()):
+                return False
+            self._slots, self._ring = slots, Ring(first, slots.shape[2])
+        self._ring.seen, self._hole = seen, self._ring.at
+        return True
+
+    def _fill(self, hole: Tensor | int, keys: Tensor, values: Tensor) -> None:
+        """Put rows ``[B, Hk, 1, D]`` in the place of those that have left."""
+        whole = self._changeable()
+        if isinstance(hole, int):
+            for x, new in zip(whole, (keys, values), strict=True):
+                x.narrow(2, hole, 1).copy_(new)
+        else:
+            places = _in_table(hole, whole[0])
+            for x, new in zip(whole, (keys, values), strict=True):
+                x.view(-1, x.shape[3]).index_copy_(0, places, new.reshape(-1, x.shape[3]))
+        self._hole = None
+        if self._ring is not None:
+            self._ring.taken()
+
+    def _changeable(self) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[B, Hk, C, D]`` that nobody else holds, and their room."""
+        held = self._keys, self._values
+        assert held[0] is not None  # there are rows
+        assert held[1] is not None
+        whole = self._room or (held[0], held[1])
+        alike = whole[0].is_contiguous() and whole[1].is_contiguous()
+        if not (alike and self._own and _writable(*whole)):
+            whole = _copy(held[0]), _copy(held[1])
+            self._keys, self._values, self._own, self._room = *whole, True, None
+        return whole
+
+    def close(self) -> None:
+        hole, slots = self._hole, self._slots
+        if hole is None or slots is None:
+            return
+        slots = self._noted(slots)
+        gone = torch.full((*slots.shape[:2], 1), hole, device=slots.device) if isinstance(hole, int) else hole
+        whole, n = self._changeable(), slots.shape[2]
+        last, places = (_in_table(x, whole[0]) for x in (torch.full_like(gone, n - 1), gone))
+        for x in whole:
+            rows = x.view(-1, x.shape[3])
+            rows.index_copy_(0, places, rows.index_select(0, last))
+        self._hold(*(x.narrow(2, 0, n - 1) for x in whole))
+        self._room, self._grows = whole, True
         self._slots = without_row(slots, gone)
 
     def lend(self) -> None:
         self._own = False
 
     def snapshot(self) -> dict[str, Any]:
+        self.close()
         self.lend()
-        # Room that a swap has left is no state: the row that comes after a snapshot copies.
-        return {**super().snapshot(), "_room": None}
+        self._slots = None if self._slots is None else self._noted(self._slots)
+        # Room is no state: the row that comes after a snapshot copies.
+        return {**super().snapshot(), "_room": None, "_ring": None, "_grows": False}
+
+    # ------------------------------------------------------------------ what happens to them
 
     def take(self, step: Reduction, slots: Tensor) -> None:
         keys, values = self.keys, self.values
@@ -159,10 +280,12 @@ class RectangleShelf(SlottedShelf):
         self._slots = without_empty(merged_slots(step, slots), step.mask).contiguous()
 
     def rewrite(self, values: Tensor, slots: Tensor | None, keys: Tensor | None = None) -> None:
-        assert self._keys is not None  # there are rows
-        self._hold(self._keys if keys is None else keys, values, own=False)
+        held = self.keys if keys is None else keys
+        assert held is not None  # there are rows
+        self._hold(held, values, own=False)
 
     def crop(self, count: int) -> None:
+        self.close()
         if count == 0 or self._keys is None or self._values is None:
             return
         left = self._keys.shape[2] - count
@@ -175,6 +298,8 @@ class RectangleShelf(SlottedShelf):
         return keys[:, :, -count:], values[:, :, -count:]
 
     def select(self, index: Tensor, listed: Callable[[], list[int]]) -> None:
+        self.close()
+        self._slots = None if self._slots is None else self._noted(self._slots)
         super().select(index, listed)
         if self._keys is not None and self._values is not None:
             self._hold(self._keys.index_select(0, index), self._values.index_select(0, index))
@@ -208,6 +333,13 @@ def merged_slots(step: Reduction, slots: Tensor) -> Tensor:
     return last.scatter_reduce(2, into, slots.gather(2, step.source), "amax")[..., :-1]
 
 
+def with_more(state: Tensor, count: int, value: float, place: Tensor | int | None) -> Tensor:
+    """State of rows ``[B, Hk, K]`` with that of ``count`` more, behind them or in a ``place`` that is free."""
+    if isinstance(place, Tensor):
+        return state.scatter(2, place, value)
+    return torch.nn.functional.pad(state, (0, count), value=value)
+
+
 def without_row(state: Tensor, gone: Tensor) -> Tensor:
     """``[B, Hk, K - 1]``: the last one in place of ``gone`` ``[B, Hk, 1]``, which may be the last itself."""
     return state.scatter(2, gone, state[..., -1:])[..., :-1]
@@ -222,3 +354,36 @@ def first_rows(rows: Tensor, count: int) -> Tensor:
     """``[B, Hk, count, D]``; a copy where a view would keep much more alive than it shows."""
     part = rows[:, :, :count]
     return part if count * 8 > rows.shape[2] * 7 else part.clone()
+
+
+def room_for(count: int) -> int:
+    """Rows that there is room for behind ``count``."""
+    return min(ROOM, count // SPARE)
+
+
+def _joined(old: Tensor, new: Tensor, spare: int) -> Tensor:
+    """``[B, Hk, K + n + spare, D]``: rows, new ones behind, and room for more."""
+    if not spare:
+        return torch.cat([old, new], 2)
+    held, count = old.shape[2], new.shape[2]
+    made = old.new_empty(*old.shape[:2], held + count + spare, old.shape[3])
+    made.narrow(2, 0, held).copy_(old)
+    made.narrow(2, held, count).copy_(new)
+    return made
+
+
+def _copy(rows: Tensor) -> Tensor:
+    return rows.clone(memory_format=torch.contiguous_format)
+
+
+def _writable(*rows: Tensor) -> bool:
+    """True if rows can be changed in place."""
+    if torch.is_grad_enabled():
+        return False  # what gradients are kept of must not be written over
+    return torch.is_inference_mode_enabled() or not any(x.is_inference() for x in rows)
+
+
+def _in_table(index: Tensor, rows: Tensor) -> Tensor:
+    """Places ``[B * Hk]`` int64 of rows ``[B, Hk, 1]`` in the table of all rows of ``[B, Hk, C, D]``."""
+    pairs = index.shape[0] * index.shape[1]
+    return (index.view(pairs, 1) + offsets(pairs, rows.shape[2], index)).view(-1)

@@ -155,10 +155,12 @@ class Shelf(ABC):
     Attributes:
         several: whether :meth:`attend` takes several queries of each sample.
         sunk: whether it takes logits that belong to no row.
+        roomy: whether there may be room for more rows behind those that are held.
     """
 
     several: ClassVar[bool] = False
     sunk: ClassVar[bool] = False
+    roomy = True
 
     # ------------------------------------------------------------------ rows, as a rectangle
 
@@ -251,12 +253,38 @@ class Shelf(ABC):
         """True if :meth:`swap` can be called now."""
         return False
 
-    def swap(self, gone: Tensor, slots: Tensor) -> None:
-        """Hold all rows but one of each head, whose place the newest takes, so that no other moves.
+    @property
+    def hole(self) -> Tensor | int | None:
+        """The place of a row that has left, which the next single row takes: ``[B, Hk, 1]`` int64, or one number for
+        all heads; None: there is none. Rows beside it are seen when it is closed."""
+        return None
+
+    def close(self) -> None:  # noqa: B027 - most shelves leave no hole
+        """Let the last row take the place of the one that has left."""
+
+    def swap(self, gone: Tensor, slots: Tensor, seen: int) -> None:
+        """Let one row of each head go, so that no other has to move: there is a :attr:`hole` then.
 
         Args:
-            gone: ``[B, Hk, 1]`` int64; where it is the newest row itself, no other takes a place.
+            gone: ``[B, Hk, 1]`` int64.
             slots: ``[B, Hk, K]`` int32, of the rows as they are.
+            seen: slots so far.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot put a row in the place of another")
+
+    @property
+    def turned(self) -> int:
+        """Slots when :meth:`turn` was last called, if rows stand as it left them but for what came into the hole; else
+        -1."""
+        return -1
+
+    def turn(self, first: int, seen: int) -> bool:
+        """Let the oldest row of every head go, but for those of the ``first`` slots of all.
+
+        Rows stand in the order of their slots, none is empty, or they are :attr:`turned`.
+
+        Returns:
+            False if nothing was done, since some of the ``first`` slots have no row.
         """
         raise NotImplementedError(f"{type(self).__name__} cannot put a row in the place of another")
 

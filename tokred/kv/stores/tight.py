@@ -50,7 +50,7 @@ class Tight(Store):
 
     @property
     def reads(self) -> frozenset[str]:  # type: ignore[override]
-        """What the format takes from the site."""
+        """Inputs that the format takes from the site."""
         return self.format.reads
 
     def hint(self, lacking: frozenset[str]) -> str:
@@ -79,7 +79,7 @@ class Tight(Store):
 
 
 class _Seen(NamedTuple):
-    """What the shelf of one head reads of a site: ``real`` ``[1, 1, n]`` of its rows, or None; angles of the layer."""
+    """The part of a site that a head reads: ``real`` ``[1, 1, n]`` of its rows, or None; angles of the layer."""
 
     real: Tensor | None
     extent: tuple[int, int, int]

@@ -301,10 +301,9 @@ class Foreground(InFloat32):
             return logits
 
     def _places(self, grid: tuple[int, int]) -> Tensor:
-        places = self.places
-        if tuple(places.shape[2:]) != grid:
-            places = F.interpolate(places, grid, mode="bicubic", align_corners=False)
-        return places.flatten(2).mT
+        if tuple(self.places.shape[2:]) == grid:
+            return self.places.flatten(2).mT
+        return F.interpolate(self.places, grid, mode="bicubic", align_corners=False).flatten(2).mT
 
     def cost(self, n: int) -> int:
         """Multiply-adds for ``n`` patches of one image."""

@@ -94,8 +94,8 @@ class DoViT(BlockMethod):
             raise ValueError(f"weight must be at least 0, got {self.weight!r}")
         if isinstance(self.confidence, list | tuple):
             object.__setattr__(self, "confidence", tuple(self.confidence))
-        for one in self.limits:
-            check_share(one, "confidence")
+        for limit in self.limits:
+            check_share(limit, "confidence")
         if self.at is not None:
             given: object = self.at
             fits = isinstance(given, list | tuple) and all(is_count(i, 1) for i in given)
@@ -108,7 +108,7 @@ class DoViT(BlockMethod):
     @property
     def limits(self) -> tuple[float, ...]:
         """The confidences: one, or one a decision."""
-        return self.confidence if isinstance(self.confidence, tuple) else (self.confidence,)  # type: ignore[return-value]
+        return self.confidence if isinstance(self.confidence, tuple) else (self.confidence,)
 
     @property
     def reads(self) -> frozenset[str]:
@@ -188,8 +188,8 @@ class DoViT(BlockMethod):
         site.notes[MAP] = x
         patches = x[:, site.prefix : x.shape[1] - site.suffix]
         guess = module(stage, patches.detach() if self.detach else patches)
-        rows, columns = map(whole, site.grid)
-        site.learned.guesses.append(guess.unflatten(1, (rows, columns)))
+        high, wide = map(whole, site.grid)
+        site.learned.guesses.append(guess.unflatten(1, (high, wide)))
         found: Tensor = guess.detach().softmax(-1).amax(-1)
         return found.gather(1, at[:, free] - site.prefix)
 
@@ -212,8 +212,7 @@ class DoViT(BlockMethod):
                 f"batch={self.batch!r} asks how many tokens stay, which a compiled model cannot: take batch='pad'"
             )
         count = on.sum(1)
-        most = count.max() if self.batch == "max" else count.double().mean().floor()
-        m = max(int(most), 0 if protected else 1)
+        m = max(int(count.max() if self.batch == "max" else count.double().mean()), 0 if protected else 1)
         fill = -sure if self.batch == "max" else torch.zeros_like(sure)
         score = torch.where(on, 1.0, fill).masked_fill(~real, -torch.inf)
         rows, _ = highest(score, m)

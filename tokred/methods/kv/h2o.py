@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokred.core.registry import register
 from tokred.kernels.column_scores import column_scores
-from tokred.kv.parts import Score
+from tokred.kv.parts import Pair, Score
 from tokred.kv.preset import KVPreset
 from tokred.kv.site import CacheSite
 
@@ -69,6 +69,18 @@ class ColumnSum(Score):
         received = column_scores(q, k, scale=scale, group=self.group).float()
         rows[MASS] = before.mul(self.decay).add_(received) if self.decay != 1 else before + received
         return rows[MASS]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, rows: dict[str, Tensor]) -> Pair | None:
+        """The attention, whose weights are what is added up."""
+        before = rows.get(MASS)
+        if before is None:
+            return None
+        b, h, _, d = q.shape
+        folded = q.reshape(b, k.shape[1], h // k.shape[1], d) * (d**-0.5 if scale is None else scale)
+        weights = (folded @ k.mT).softmax(-1)  # [B, Hk, G, K]
+        received = {"sum": weights.sum, "mean": weights.mean, "max": weights.amax}[self.group](2).float()
+        rows[MASS] = before.mul(self.decay).add_(received) if self.decay != 1 else before + received
+        return (weights @ v).reshape(b, h, 1, v.shape[3]), rows[MASS]
 
     def __call__(self, site: CacheSite) -> Tensor:
         """The sum that :meth:`observe` has added up."""

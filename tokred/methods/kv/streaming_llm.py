@@ -23,6 +23,7 @@ class Recency(Score):
 
     name: ClassVar[str] = "recency"
     ordered: ClassVar[bool] = False
+    oldest: ClassVar[bool] = True
 
     def __call__(self, site: CacheSite) -> Tensor:
         """The number of the token."""

@@ -1,0 +1,138 @@
+"""Methods for clips on a real VLM at a quarter, a tenth and a twentieth of the visual tokens: exact answers, times.
+
+    python -m benchmarks.zoo.fetch dinov2 smollm2 photos fashion
+    python -m benchmarks vlm/clips --dtype bfloat16 --threads 1 --out vlm.csv
+    python -m benchmarks vlm/clips --frames 32 --shares 0.1 --clips 10 --methods vidcom2,random_visual --out vlm.csv
+    python -m benchmarks vlm/clips --quick --out /tmp/vlm.csv
+
+The model is that of ``benchmarks/vlm/train_questions.py``: DINOv2, a projector, SmolLM2-135M, as LLaVA-OneVision takes
+clips. A clip shows a piece of clothing that moves over a photo; asked is ``what`` moves, which ``way``, and ``when`` it
+is seen, in rows of their own. An answer is right word for word; without looking, a tenth, a quarter and a third are.
+
+Beside the methods stand tokens drawn by chance, every so-many-th token, fewer frames with all of their tokens, and
+smaller frames. ``tokens_left`` is the number of visual tokens at the input of the last layer, of the first batch;
+``seconds`` a whole answer, ``encoder_seconds`` the tower and what is chosen behind it, paired with the unpatched
+model's on ``--pairs`` of the batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.engine import measured, threads
+from benchmarks.saving import save, saving
+from benchmarks.zoo import carriers, questions, vlm
+from benchmarks.zoo.questions import Asked
+
+# What leaves a share of the visual tokens, by name; of methods in two stages, the first one with and without the other.
+METHODS: dict[str, Callable[[float], str]] = {
+    "random_visual": "random_visual budget={0:g}".format,
+    "uniform_visual": "uniform_visual budget={0:g}".format,
+    "uniform_frames": "uniform_frames budget={0:g}".format,
+    "downsample_visual": "downsample_visual budget={0:g}".format,
+    "divprune": "divprune budget={0:g}".format,
+    "visionzip": "visionzip budget={0:g}".format,
+    "fastervlm": "fastervlm budget={0:g}".format,
+    "fastv": lambda share: f"fastv layer=2 ratio={1 - share:g}",
+    "dycoke": lambda share: f"dycoke ratio={1 - share:g}",
+    "evs": lambda share: f"evs ratio={1 - share:g}",
+    "vidcom2": lambda share: f"vidcom2 ratio={1 - share:g}",
+    "vcast": "vcast budget={0:g}".format,
+    "fastvid": "fastvid budget={0:g}".format,
+    "flashvid": "flashvid budget={0:g}".format,
+    "framefusion": "framefusion cost={0:g}".format,
+    "holitom": "holitom budget={0:g}".format,
+    "prunevid": "prunevid clusters={0:g}".format,
+    "restore random_visual": "restore base=random_visual budget={0:g}".format,
+    "restore divprune": "restore base=divprune budget={0:g}".format,
+    "restore uniform_visual": "restore base=uniform_visual budget={0:g}".format,
+}
+
+
+def settings(names: Sequence[str], shares: Sequence[float]) -> dict[str, str]:
+    """Settings as they are typed, by what stands in the table.
+
+    Raises:
+        ValueError: a name is not among :data:`METHODS`.
+    """
+    unknown = [name for name in names if name not in METHODS]
+    if unknown:
+        raise ValueError(f"methods must be among {', '.join(METHODS)}; got {', '.join(unknown)}")
+    found = {}
+    for name in names:
+        head, _, base = name.partition(" ")
+        for share in shares:
+            found[f"{head} {f'base={base} ' if base else ''}share={share:g}"] = METHODS[name](share)
+    return found
+
+
+def batches(model: Any, tokenizer: Any, asked: Asked, kind: str, size: int) -> list[dict[str, Any]]:
+    """Arguments of ``generate`` with the right answers, of one kind of question."""
+    ends = [tokenizer.convert_tokens_to_ids("."), tokenizer.eos_token_id]
+    chosen, found = [q for q in asked.questions if q.kind == kind], []
+    for start in range(0, len(chosen), size):
+        part = chosen[start : start + size]
+        clips = asked.images[[q.picture for q in part]]
+        given = vlm.clip_inputs(tokenizer, clips, [vlm.asked(q.text) for q in part], model.dtype)
+        more = {"answers": [q.answer for q in part], "eos_token_id": ends, "pad_token_id": ends[-1]}
+        found.append({**given, **more})
+    return found
+
+
+def exact(output: Any, batch: dict[str, Any]) -> Tensor:
+    """``(B,)`` 1.0 where the answer up to its full stop is the right one, word for word."""
+    said = [text.split(".")[0].strip() for text in output.texts]
+    return torch.tensor([float(a == b) for a, b in zip(said, batch["answers"], strict=True)])
+
+
+def main() -> None:
+    """Measure, and write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clips", type=int, default=30, help="three questions about each")
+    parser.add_argument("--frames", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=2, help="batches of each kind timed beside the unpatched model")
+    parser.add_argument("--methods", default=",".join(METHODS), help="names, with commas")
+    parser.add_argument("--shares", default="0.25,0.1,0.05")
+    parser.add_argument("--projector", type=Path, default=vlm.QUESTIONS)
+    parser.add_argument("--quick", action="store_true", help="2 clips, one share")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the model")
+    parser.add_argument("--values", type=Path, help="folder of tables by which a run that was broken off goes on")
+    saving(parser)
+    given = parser.parse_args()
+    threads(given.threads)
+    shares = (0.25,) if given.quick else tuple(map(float, given.shares.split(",")))
+    count, pairs = (2, 1) if given.quick else (given.clips, given.pairs)
+    chosen = settings(given.methods.split(","), shares)
+    model, tokenizer = vlm.build_video(given.projector)
+    model.to(getattr(torch, given.dtype))
+    asked = questions.clips("test", count, given.frames)
+    source = {
+        "name": "dinov2-smollm2-135m-questions",
+        "data_from": carriers.cited("dinov2", "smollm2", "photos", "fashion"),
+    }
+    for kind in questions.ASKED:
+        data = batches(model, tokenizer, asked, kind, given.batch)
+        more = {"frames": given.frames, "asked": kind}
+        values = None if given.values is None else given.values / f"{kind}_{given.frames}"
+        options = {"run": "generate", "tokenizer": tokenizer, "max_new_tokens": 4, "values": values, "more": more}
+        rows = measured(model, chosen, data, {"exact": exact}, rounds=pairs, pairs=pairs, **source, **options)
+        text = data[0]["input_ids"].shape[1] - given.frames * vlm.FRAME - 1
+        for row in rows:
+            row["tokens_left"] = row["tokens_out"] - text
+            print(
+                f"{kind}: {row['method']} {row['setting']}: {row['exact']:.2f}, {row.get('speedup', 1):.2f}x",
+                flush=True,
+            )
+        save(rows, "clips", given)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Tower and prompt of a clip with frames that merge inside the tower, by thread time, on random weights.
+
+    python -m benchmarks vlm/early --out early.json
+
+Layers have the shapes of LLaVA-OneVision-7B (SigLIP of 1152 channels and 729 patches a frame, Qwen2 of 3584), and there
+are a few of each. Frames go slowly from one picture to another, as neighbours in a film do. The arms run in turn in one
+process, and the time is that of the thread alone, so that others on the machine do not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import tokred
+
+VIDEO = 63
+TOWER = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "image_size": 384, "patch_size": 14}
+TEXT = {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4}
+
+
+def build(blocks: int, layers: int) -> Any:
+    """The model, of so many blocks and layers, with random weights."""
+    import transformers as t
+
+    torch.manual_seed(0)
+    config = t.LlavaOnevisionConfig(
+        vision_config=t.SiglipVisionConfig(**TOWER, num_hidden_layers=blocks, vision_use_head=False),
+        text_config=t.Qwen2Config(**TEXT, num_hidden_layers=layers, vocab_size=64),
+        image_token_id=62, video_token_id=VIDEO, vision_feature_layer=-1,
+    )  # fmt: skip
+    return t.LlavaOnevisionForConditionalGeneration(config).eval()
+
+
+def film(frames: int) -> dict[str, Tensor]:
+    """A prompt with one clip of so many frames."""
+    g = torch.Generator().manual_seed(0)
+    start, end = torch.randn(2, 3, 384, 384, generator=g)
+    step = torch.linspace(0, 0.3, frames).view(-1, 1, 1, 1)
+    ids = torch.tensor([[1, 2, 3, *[VIDEO] * (196 * frames + 1), 4, 5, 6, 7]])
+    return {"input_ids": ids, "pixel_values_videos": (start + (end - start) * step)[None]}
+
+
+@contextlib.contextmanager
+def timed(module: nn.Module, spent: list[float]) -> Iterator[None]:
+    """Inside, the thread's seconds in a module's forwards are added to ``spent``."""
+    begun: list[float] = []
+    before = module.register_forward_pre_hook(lambda *_: begun.append(time.thread_time()))
+    after = module.register_forward_hook(lambda *_: spent.append(time.thread_time() - begun.pop()))
+    try:
+        yield
+    finally:
+        before.remove()
+        after.remove()
+
+
+@torch.no_grad()
+def one(model: Any, batch: dict[str, Tensor]) -> dict[str, float]:
+    """Seconds of the tower, of the layers, and of all that lies between them."""
+    tower: list[float] = []
+    prompt: list[float] = []
+    core = model.model
+    with timed(core.vision_tower, tower), contextlib.ExitStack() as stack:
+        for layer in core.language_model.layers:
+            stack.enter_context(timed(layer, prompt))
+        begin = time.thread_time()
+        model(**batch, logits_to_keep=1)
+        whole = time.thread_time() - begin
+    return {"whole": whole, "tower": sum(tower), "prompt": sum(prompt), "between": whole - sum(tower) - sum(prompt)}
+
+
+def main() -> None:
+    """Run the arms in turn, and write a row for each."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--frames", type=int, default=8)
+    parser.add_argument("--blocks", type=int, default=2, help="of the tower; frames merge behind the first third")
+    parser.add_argument("--layers", type=int, default=2, help="of the language model")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--budget", type=float, default=0.1)
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    model, batch = build(given.blocks, given.layers), film(given.frames)
+    places = tuple(sorted({(given.blocks - 1) // 3, given.blocks - 2})) if given.blocks > 1 else (0,)
+    early = tokred.EarlyTom(budget=given.budget, layers=places, tau=0.3)
+    arms: dict[str, Any] = {
+        "dense": None,
+        "holitom": tokred.HoliTom(budget=given.budget),
+        "earlytom": early,
+    }
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
+    for turn in range(given.rounds):
+        for name in sorted(arms, key=lambda n: (hash(n) + turn) % 3):
+            if arms[name] is not None:
+                tokred.apply(model, arms[name])
+            rows[name].append(one(model, batch))
+            left = batch["input_ids"].shape[1]
+            if arms[name] is not None:
+                left = int(sum(tokred.report(model).layers[0].visual))
+                tokred.remove(model)
+            rows[name][-1]["left"] = left
+            print(name, rows[name][-1], flush=True)
+    found = {n: {k: statistics.median(r[k] for r in rs) for k in rs[0]} for n, rs in rows.items()}
+    for name, row in found.items():
+        print(f"{name}: {found['dense']['whole'] / row['whole']:.2f} times as fast as all tokens")
+    if given.out is not None:
+        given.out.write_text(json.dumps({"setting": {**vars(given), "out": None}, "arms": found}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
