@@ -175,7 +175,7 @@ def layer_of(cache: Any, index: int) -> TokLayer | None:
 
 
 def holds_of(layers: list[Any]) -> tuple[Tensor, ...]:
-    """As :meth:`TokCache.holds`, of the layers of any cache; without a dimension where a layer has no rows."""
+    """``[B, Hk, seen]`` bool of each layer of any cache: see :meth:`TokCache.holds`; empty without rows."""
     return tuple(map(_holds, layers))
 
 
