@@ -298,7 +298,7 @@ def test_what_cannot_be_examined_is_refused_in_one_line(only):
     assert done.exit_code == 2
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("tokred: ")
-    assert line.endswith("timm, open_clip, transformers, diffusers, encoder, kv, vlm, diffusion")
+    assert line.endswith("timm, open_clip, transformers, diffusers, encoder, kv, vlm, moe, diffusion")
 
 
 def test_a_wing_alone():

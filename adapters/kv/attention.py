@@ -112,12 +112,12 @@ def _light(
     seat: Seat,
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    """What :func:`attention` does at a step of which nothing else is asked, in as few moves as there are."""
+    """The work of :func:`attention` at a step of which nothing else is asked, in as few moves as there are."""
     layer = seat.layer
     assert layer is not None  # or the seat were no light one
     shelf = layer.shelf
     if layer.ragged or layer.weights is not None or not shelf.complete or key is not shelf.newest[0]:
-        return attention(module, query, key, value, spec, scaling, **{SEAT: seat._replace(light=False)}, **options)
+        return attention(module, query, key, value, spec, scaling, **(options | {SEAT: seat._replace(light=False)}))
     layer.waiting = False
     engine, name, before = layer.engine, seat.implementation, layer.seen - 1
     queue: Queue | None = None if seat.rests else engine.queue

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tokred.kernels.coded_rows import registration
 from tokred.kernels.coded_rows.reference import BLOCK, BOOK, LARGEST, LEVELS, CodedRows, restore_coded
-from tokred.kernels.coded_rows.registration import why_not_compiled
+from tokred.kernels.coded_rows.registration import refusals, why_not_compiled
+from tokred.kernels.dispatch import why_not
 
 __all__ = [
     "BLOCK",
@@ -24,6 +25,7 @@ __all__ = [
     "registration",
     "restore_coded",
     "why_not_compiled",
+    "why_not_kernel",
 ]
 
 _scores_op = torch.ops.tokred.coded_scores.default
@@ -45,6 +47,11 @@ def coded_scores(q: Tensor, rows: CodedRows) -> Tensor:
     """
     _check(q, rows, rows.width, "q", "D")
     return _scores_op(q, *rows)  # type: ignore[no-any-return]
+
+
+def why_not_kernel(q: Tensor) -> str | None:
+    """Why the Triton kernels cannot run on queries ``[B, Hk, G, D]``; None: they can."""
+    return why_not(q, lambda: refusals(q, q.shape[-1]))
 
 
 def coded_sums(weights: Tensor, rows: CodedRows) -> Tensor:

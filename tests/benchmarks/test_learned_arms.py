@@ -28,7 +28,7 @@ def test_arms_do_the_work_that_they_are_told(plain, share):
         done = arms.work(plain, arms.setting(name, share, plain)) / full
         assert share - 0.04 < done <= share + 0.01, name
     # A network that decides before the blocks counts with them.
-    method = arms.setting("bavit", share, plain, mode="ratio", width=36)
+    method = arms.setting("bavit", share, plain, mode="ratio", dim=36)
     assert share - 0.04 < arms.work(plain, method) / full <= share + 0.01
     assert arms.before_blocks(method.module(adapters.find(plain).model_facts())) > 0.04 * full
     with pytest.raises(ValueError, match="skipvit has no setting for 33% of the work"):

@@ -119,16 +119,16 @@ def test_nothing_in_the_picture_and_everything():
     model, x = build("vit"), images(2)
     with torch.no_grad():
         y = model(x)
-        tokred.apply(model, "bavit", theta=1.0, width=12)
+        tokred.apply(model, "bavit", theta=1.0, dim=12)
         assert model(x).isfinite().all()
         assert tokred.report(model).layers[0].tokens_out == 2, "the class token and one more"
-        tokred.apply(model, "bavit", theta=1e-30, width=12)
+        tokred.apply(model, "bavit", theta=1e-30, dim=12)
         assert torch.equal(model(x), y)
 
 
 def test_a_sample_does_not_depend_on_its_batch():
     model, x = build("vit"), images(4)
-    tokred.apply(model, "bavit", dilate=0, width=12)
+    tokred.apply(model, "bavit", dilate=0, dim=12)
     with torch.no_grad():
         y = model(x)
         mask = tokred.trace(model).mask
@@ -140,7 +140,7 @@ def test_a_sample_does_not_depend_on_its_batch():
 
 def test_no_gradient_passes_between_classifier_and_model():
     model, x = build("vit").train(), images(3)
-    tokred.apply(model, "bavit", width=12)
+    tokred.apply(model, "bavit", dim=12)
     own = list(tokred.parameters(model))
     y = model(x)
     terms = tokred.losses(model, targets=torch.randint(0, 2, (3, 5, 5)))
@@ -157,7 +157,7 @@ def test_no_gradient_passes_between_classifier_and_model():
 
 def test_fine_tuning_with_a_classifier_that_stays_as_it_is():
     model, x = build("vit").train(), images(2)
-    tokred.apply(model, "bavit", mode="ratio", rho=0.5, width=12)
+    tokred.apply(model, "bavit", mode="ratio", rho=0.5, dim=12)
     for p in tokred.parameters(model):
         p.requires_grad_(False)
     model(x).square().sum().backward()
@@ -201,7 +201,7 @@ def test_the_loss_falls_and_the_object_stays():
 
 def test_saved_and_found_again(tmp_path):
     model, x = build("vit"), images(2)
-    tokred.apply(model, "bavit", mode="ratio", rho=0.5, width=12)
+    tokred.apply(model, "bavit", mode="ratio", rho=0.5, dim=12)
     other = tokred.apply(build("vit"), tokred.load(tokred.save(model, tmp_path)))
     with torch.no_grad():
         assert torch.equal(other(x), model(x))
@@ -217,7 +217,7 @@ def test_saved_and_found_again(tmp_path):
 
 def test_checkpointing_half_precision_and_other_grids():
     model, x = build("vit").train(), images(2)
-    tokred.apply(model, "bavit", mode="ratio", rho=0.5, width=12)
+    tokred.apply(model, "bavit", mode="ratio", rho=0.5, dim=12)
     found = []
     for on in (False, True):
         model.set_grad_checkpointing(on)
@@ -241,7 +241,7 @@ def test_checkpointing_half_precision_and_other_grids():
 def test_hosts(family):
     model, x = build(family), images(2)
     try:
-        tokred.apply(model, "bavit", width=12, dilate=0)
+        tokred.apply(model, "bavit", dim=12, dilate=0)
     except tokred.MissingInputError as error:
         assert any(word in str(error) for word in ("module", "pixels", "grid"))  # noqa: PT017
         return
@@ -256,7 +256,7 @@ def test_detection_tokens_stay():
     from tokred.adapters.tiny import transformers as tiny
 
     model, given = tiny.build("YOLOS"), tiny.FAMILIES["YOLOS"].inputs(2)
-    tokred.apply(model, "bavit", mode="ratio", rho=0.5, width=12)
+    tokred.apply(model, "bavit", mode="ratio", rho=0.5, dim=12)
     with torch.no_grad():
         out = model(**given)
     rows = tokred.trace(model).representative
@@ -272,7 +272,7 @@ def test_refusals():
         ({"rho": 0.0}, r"rho must lie in \(0, 1\]"),
         ({"theta": 1.5}, r"theta must lie in \[0, 1\]"),
         ({"tau": 1.0}, r"tau must lie in \[0, 1\), got 1.0"),
-        ({"width": 100}, "width must be a multiple of heads=3, got 100"),
+        ({"dim": 100}, "dim must be a multiple of heads=3, got 100"),
         ({"mode": "ratio", "dilate": 1}, "keeps a fixed number, so dilate must be 0 or None, got 1"),
         ({"weight": -1}, "weight must be at least 0"),
         ({"min_keep": 0}, "min_keep must be an integer of at least 1"),

@@ -62,7 +62,7 @@ def test_batches_of_uneven_counts():
     sure[1, 4] = 0.99
     x = torch.cat([ROWS, ROWS + 10])
     found = {
-        batch: tokred.DoViT(classes=2, at=[1], batch=batch, agg_rate=1.0).reduce(site(sure, x))
+        batch: tokred.DoViT(classes=2, at=[1], batching=batch, agg_rate=1.0).reduce(site(sure, x))
         for batch in ("pad", "max", "mean")
     }
     assert {k: v.slots for k, v in found.items()} == {"pad": 6, "max": 6, "mean": 5}
@@ -71,7 +71,7 @@ def test_batches_of_uneven_counts():
     assert found["max"].representative.tolist() == [[0, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 6]]
     assert found["mean"].representative.tolist() == [[0, 1, 2, 5, 6], [0, 1, 2, 3, 4]], "the second one loses one"
     tied = site(sure[:1], ROWS)
-    tokred.DoViT(classes=2, at=[1], batch="max").reduce(tied)
+    tokred.DoViT(classes=2, at=[1], batching="max").reduce(tied)
     assert tied.rows["dovit.alive"].tolist() == [[True, False, True, False, False, True, True]]
 
 
@@ -80,7 +80,7 @@ def test_fill_does_not_come_to_life_again():
     sure[0, [0, 2, 3]] = torch.tensor([0.99, 0.98, 0.97])
     x = torch.cat([ROWS, ROWS])
     first = site(sure, x)
-    method = tokred.DoViT(classes=2, at=[1], batch="max", agg_rate=1.0)
+    method = tokred.DoViT(classes=2, at=[1], batching="max", agg_rate=1.0)
     assert method.reduce(first).trivial
     rest = torch.full((2, 6), 0.5)
     rest[1] = torch.tensor([0.99, 0.99, 0.5, 0.99, 0.5, 0.5])
@@ -163,7 +163,7 @@ def test_padded_batches_are_as_single_images_and_the_mean_is_not():
     for batch in ("pad", "mean"):
         model = build("vit")
         torch.manual_seed(1)
-        tokred.apply(model, "dovit", classes=2, confidence=0.55, at=[1, 2], batch=batch)
+        tokred.apply(model, "dovit", classes=2, confidence=0.55, at=[1, 2], batching=batch)
         with torch.no_grad():
             found[batch] = model(x), torch.cat([model(one[None]) for one in x])
     torch.testing.assert_close(*found["pad"], rtol=1e-4, atol=1e-5)

@@ -123,7 +123,7 @@ def test_the_shared_mlp_learns_from_all_blocks():
 
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [("tome", {"r": 3}), ("random_prune", {"r": 3}), ("cropr", {"r": 3}), ("bavit", {"mode": "ratio", "width": 12})],
+    [("tome", {"r": 3}), ("random_prune", {"r": 3}), ("cropr", {"r": 3}), ("bavit", {"mode": "ratio", "dim": 12})],
 )
 def test_methods_leave_the_class_token_alone(name, settings):
     model, x = small(), images()

@@ -171,7 +171,7 @@ def test_saved_and_found_again(tmp_path):
     assert row["parameters"]["rho"] == 0.6
     assert row["host"] == {
         "model": "timm.models.vision_transformer.VisionTransformer", "depth": 3, "width": 48, "heads": 3, "prefix": 1,
-        "suffix": 0,
+        "suffix": 0, "pixels": 192,
     }  # fmt: skip
     method = tokred.load(folder)
     assert method == tokred.DynamicViT(rho=0.6)

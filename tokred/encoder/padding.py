@@ -37,7 +37,9 @@ def reduce_each(method: BlockMethod, site: Site, hidden: Tensor | None = None, *
     rows = [row.nonzero().view(-1) for row in site.mask]
     sites = [site.sample(i, r) for i, r in enumerate(rows)]
     steps = [method.reduce(s) if always else _reduce(method, s) for s in sites]
-    if any(getattr(step, "extra", None) is not None for step in steps) or any(s.learned.guesses for s in sites):
+    # Some methods guess for the batch before they ask about its samples, whose guesses nobody needs then.
+    lost = not site.learned.guesses and any(s.learned.guesses for s in sites)
+    if lost or any(getattr(step, "extra", None) is not None for step in steps):
         raise UnsupportedModelError(
             f"{method.name!r} cannot learn on batches that are padded from the start: give inputs of equal lengths"
         )

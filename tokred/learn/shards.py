@@ -57,7 +57,7 @@ def clip(parameters: list[nn.Parameter], most: float) -> None:
 
 
 def own_names(model: nn.Module) -> Callable[[str], bool]:
-    """Whether a name of the ``state_dict`` is the first of what it names: weights that are tied have several."""
+    """A test that tells if a name of the ``state_dict`` is the first of what it names: tied weights have several."""
     every = dict(model.named_parameters(remove_duplicate=False))
     first = dict(model.named_parameters())
     return lambda name: name not in every or name in first

@@ -234,7 +234,7 @@ def received_of(seat: Seat, film: Film, tap: Tap) -> list[Tensor]:
     if seat.folding is None:
         q, k = (tap.heads.pop((seat.scored, which)) for which in "qk")
         found = Attention(q, k, scale=seat.scale).columns().mean(1)[:, seat.prefix :]
-        return list(found.split(film.counts))
+        return list(torch.split(found, film.counts))
     fused, tap.fused = tap.fused, None
     assert fused is not None  # the attention has run
     grids = words.VIDEO_GRIDS.at(tap.given).clone()

@@ -14,7 +14,7 @@ WHOLE = ("NO", "MULTI_GPU", "MULTI_CPU")
 
 
 def check_kind(accelerator: Any) -> bool:
-    """Whether the processes of an accelerator shard the weights.
+    """True if the processes of an accelerator shard the weights.
 
     Raises:
         NotImplementedError: they do so in another way than FSDP 2.

@@ -45,7 +45,7 @@ class BAViT(BlockMethod):
         beta: share of the background that stays, rounded down, in [0, 1].
         dilate: rings of patches around the foreground that stay with it; None: 1 for ``"threshold"``, else 0.
         min_keep: patches that stay at least.
-        layers, width, heads: size of the classifier.
+        layers, dim, heads: size of the classifier.
         tau: a patch is foreground whose share of foreground pixels is above this, in [0, 1).
         background: class of the map that is none.
         ignore: class of pixels that count as background; patches of nothing else do not count.
@@ -58,7 +58,7 @@ class BAViT(BlockMethod):
 
     summary: ClassVar[str] = "a small trained transformer drops background patches before the first block"
     source: ClassVar[str] = "NeurIPS 2024 workshop FITML (arXiv 2410.09324)"
-    example: ClassVar[Parameters] = {"mode": "ratio", "rho": 0.6, "width": 12}
+    example: ClassVar[Parameters] = {"mode": "ratio", "rho": 0.6, "dim": 12}
     nothing: ClassVar[Parameters | None] = {"theta": 0.0}
     drops: ClassVar[bool] = True
     where: ClassVar[Where] = "before"
@@ -71,7 +71,7 @@ class BAViT(BlockMethod):
     dilate: int | None = None
     min_keep: int = 1
     layers: int = 2
-    width: int = 192
+    dim: int = 192
     heads: int = 3
     tau: float = 0.0
     background: int = 0
@@ -85,7 +85,7 @@ class BAViT(BlockMethod):
         check_share(self.rho, "rho")
         for name in ("theta", "beta"):
             check_share(getattr(self, name), name, zero=True)
-        for name in ("min_keep", "layers", "width", "heads"):
+        for name in ("min_keep", "layers", "dim", "heads"):
             check_count(getattr(self, name), name, 1)
         for name in ("background", "ignore"):
             check_integer(getattr(self, name), name)
@@ -93,8 +93,8 @@ class BAViT(BlockMethod):
             raise ValueError(f"tau must lie in [0, 1), got {self.tau!r}")
         if check_number(self.weight, "weight") < 0:
             raise ValueError(f"weight must be at least 0, got {self.weight!r}")
-        if self.width % self.heads:
-            raise ValueError(f"width must be a multiple of heads={self.heads}, got {self.width}")
+        if self.dim % self.heads:
+            raise ValueError(f"dim must be a multiple of heads={self.heads}, got {self.dim}")
         if self.dilate is not None:
             check_count(self.dilate, "dilate")
             if self.dilate and self.mode == "ratio":
@@ -136,7 +136,7 @@ class BAViT(BlockMethod):
         """
         if not facts.pixels:
             raise MissingInputError(f"bavit looks at pixels, and the patches of {facts} do not lie side by side")
-        return Foreground(facts.pixels, self.layers, self.width, self.heads)
+        return Foreground(facts.pixels, self.layers, self.dim, self.heads)
 
     def reduce(self, site: Site) -> Reduction:
         """Classify the patches, and keep the foreground, in its order."""

@@ -53,7 +53,7 @@ class DoViT(BlockMethod):
         hidden: channels of a head between its two layers.
         agg_rate: the class token takes the stopped ones in where these are a larger share than this of all; 1: never.
         detach: the heads do not teach the model.
-        batch: how samples that keep different numbers stand together: ``"pad"``, so that none sees what another keeps;
+        batching: how samples that keep different numbers stand together: ``"pad"``, where none sees what another keeps;
             ``"max"``: as many tokens as the one that keeps most, and what it is least sure of fills the others up;
             ``"mean"``: as many as they keep on average, so that some stop that should not (the released code).
         ignore: class of pixels that do not count.
@@ -79,13 +79,13 @@ class DoViT(BlockMethod):
     hidden: int = 256
     agg_rate: float = 0.1
     detach: bool = False
-    batch: Batch = "pad"
+    batching: Batch = "pad"
     ignore: int = -100
     weight: float = 0.4
 
     def __post_init__(self) -> None:
         check_flags(detach=self.detach)
-        check_choice(self.batch, "batch", get_args(Batch))
+        check_choice(self.batching, "batching", get_args(Batch))
         check_share(self.agg_rate, "agg_rate", zero=True)
         check_count(self.classes, "classes", 2)
         check_count(self.hidden, "hidden", 1)
@@ -194,7 +194,7 @@ class DoViT(BlockMethod):
         return found.gather(1, at[:, free] - site.prefix)
 
     def stays(self, on: Tensor, sure: Tensor, real: Tensor, protected: int) -> Tensor:
-        """``(B, M)`` bool: the patches that stay in the sequence, by :attr:`batch`; at least one, or a protected token.
+        """``(B, M)`` bool: the patches that stay in the sequence, by :attr:`batching`; one at least, or protected ones.
 
         Args:
             on: bool, patches that have not stopped.
@@ -202,18 +202,18 @@ class DoViT(BlockMethod):
             real: bool, False on padding.
             protected: other tokens, which stay.
         """
-        if self.batch == "pad":
+        if self.batching == "pad":
             if protected:
                 return on
             least = sure.masked_fill(~real, torch.inf).argmin(1, keepdim=True)
             return on | (~on.any(1, keepdim=True) & torch.zeros_like(on).scatter(1, least, True))
         if traced():
             raise UnsupportedModelError(
-                f"batch={self.batch!r} asks how many tokens stay, which a compiled model cannot: take batch='pad'"
+                f"batching={self.batching!r} asks how many tokens stay, as no compiled model can: take batching='pad'"
             )
         count = on.sum(1)
-        m = max(int(count.max() if self.batch == "max" else count.double().mean()), 0 if protected else 1)
-        fill = -sure if self.batch == "max" else torch.zeros_like(sure)
+        m = max(int(count.max() if self.batching == "max" else count.double().mean()), 0 if protected else 1)
+        fill = -sure if self.batching == "max" else torch.zeros_like(sure)
         score = torch.where(on, 1.0, fill).masked_fill(~real, -torch.inf)
         rows, _ = highest(score, m)
         return torch.zeros_like(on).scatter(1, rows, True) & real

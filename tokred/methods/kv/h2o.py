@@ -78,7 +78,7 @@ class ColumnSum(Score):
         b, h, _, d = q.shape
         folded = q.reshape(b, k.shape[1], h // k.shape[1], d) * (d**-0.5 if scale is None else scale)
         weights = (folded @ k.mT).softmax(-1)  # [B, Hk, G, K]
-        received = {"sum": weights.sum, "mean": weights.mean, "max": weights.amax}[self.group](2).float()
+        received = (weights.amax(2) if self.group == "max" else getattr(weights, self.group)(2)).float()
         rows[MASS] = before.mul(self.decay).add_(received) if self.decay != 1 else before + received
         return (weights @ v).reshape(b, h, 1, v.shape[3]), rows[MASS]
 

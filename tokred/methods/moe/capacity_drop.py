@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -80,6 +81,9 @@ class CapacityDrop(ExpertMethod):
         if experts % groups:
             raise ValueError(f"devices must divide the {experts} experts, got devices={self.devices}")
         return groups
+
+    def removes(self, depth: int, layers: Iterable[int] | None = None) -> bool:
+        return self.gamma < _SAFE
 
     def spares(self, per_token: int, experts: int) -> bool:
         groups = self.groups(experts)
