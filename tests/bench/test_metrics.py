@@ -335,6 +335,7 @@ def test_a_benchmark_of_groups_resumes_with_its_samples(tmp_path):
     assert "were not kept" in late.compare("tome", "random").note
 
 
+@pytest.mark.hosts
 def test_images_and_texts_through_a_benchmark():
     """A run of the user's own returns images, or texts, of which the ready metrics are made."""
     torchmetrics = pytest.importorskip("torchmetrics")

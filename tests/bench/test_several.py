@@ -109,6 +109,7 @@ def test_all_forms_have_all_metrics(several, tmp_path):
     assert again.by("apart").samples == found.by("apart").samples
 
 
+@pytest.mark.hosts
 def test_a_run_with_several_goes_on(tmp_path):
     """A row is there when all of its metrics are; one metric more is another pass."""
     model, calls = build("vit"), []

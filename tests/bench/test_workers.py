@@ -44,6 +44,7 @@ def benchmark(tmp_path, methods, metric="agreement", **more):
     return tokred.benchmark(build("vit").eval(), methods, data(), metric, **given)
 
 
+@pytest.mark.hosts
 def test_rows_are_those_of_one_process(cluster, tmp_path):
     methods = ["tome r=1", "evit kappa=0.7", "random r=1"]
     spread, alone = benchmark(tmp_path / "a", methods), benchmark(tmp_path / "b", methods, ray=None)

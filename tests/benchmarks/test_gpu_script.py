@@ -36,6 +36,7 @@ def start(script: str, *arguments: str, **environment: str) -> subprocess.Comple
     return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=250, cwd=cwd)
 
 
+@pytest.mark.hosts
 @pytest.mark.slow
 def test_interpreted(tmp_path: Path) -> None:
     """Every case is right in the interpreter, from a folder that is not the checkout's."""

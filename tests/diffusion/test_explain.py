@@ -89,6 +89,7 @@ def test_a_clip_has_frames():
         tokred.explain(sd15(), "todo", (3, 16, 16))
 
 
+@pytest.mark.hosts
 def test_little_to_gain_warns():
     with pytest.warns(
         tokred.NothingRemovedWarning, match=r"nothing is reduced at this size \(ceiling 1.00x\); max_downsample is 1"

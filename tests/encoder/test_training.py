@@ -129,6 +129,7 @@ def test_state_dict_round_trip_between_patched_and_not():
         assert torch.equal(tokred.apply(other, "tome", r=4)(x), y)
 
 
+@pytest.mark.hosts
 @pytest.mark.slow
 def test_compiles_to_one_graph_and_not_again_for_each_batch():
     from torch._dynamo.testing import CompileCounter

@@ -251,6 +251,7 @@ def test_autocast_keeps_sizes_whole(tiny):
     assert last.mean_size * last.tokens_out == pytest.approx(26, rel=1e-5)
 
 
+@pytest.mark.hosts
 @pytest.mark.slow
 def test_compiles_to_one_graph(tiny):
     for family in ("vit", "eva02 (rope, swiglu)"):

@@ -61,6 +61,7 @@ def scored(model, tmp_path, count=6):
     return tiny.task(tmp_path, count, answers=said)
 
 
+@pytest.mark.hosts
 def test_scores_are_those_of_lm_eval_itself(model, tmp_path):
     task = scored(model, tmp_path)
     said, found = answers(model, POLICIES[:2], task, 2)
@@ -78,6 +79,7 @@ def test_scores_are_those_of_lm_eval_itself(model, tmp_path):
     assert all(list(row) == list(COLUMNS) for row in found.rows)
 
 
+@pytest.mark.hosts
 def test_a_batch_of_eight_with_padding_answers_as_one_at_a_time(model, tmp_path):
     task = tiny.task(tmp_path, 10)
     alone, _ = answers(model, POLICIES, task, 1)

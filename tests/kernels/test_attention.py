@@ -232,6 +232,7 @@ def test_why_not_the_kernel() -> None:
     assert why_not_kernel(q, k, v) is not None
 
 
+@pytest.mark.hosts
 def test_kernels_in_the_interpreter(interpreted: Callable[[str], None]) -> None:
     interpreted(__file__)
 

@@ -305,6 +305,7 @@ def test_errors_of_the_flat_layout() -> None:
     assert why_not_kernel(q, rows[None, None], rows[None, None]) is not None
 
 
+@pytest.mark.hosts
 def test_kernels_in_the_interpreter(interpreted: Callable[[str], None]) -> None:
     interpreted(__file__)
 

@@ -156,8 +156,6 @@ def test_bytes_of_a_long_prompt(model):
 
 
 def test_what_does_not_go_together_is_refused(model):
-    with pytest.raises(ValueError, match="under a hard limit needs a store that can hold uneven heads"):
-        tokred.apply(model, tokred.Limited(tokred.AdaKV(store="kivi")))
     with pytest.raises(ValueError, match="cannot hold a limit: it evicts nothing; give its store to one that does"):
         tokred.Limited("kivi")
     with pytest.raises(ValueError, match="bits must be one of"):

@@ -306,7 +306,7 @@ def test_refusals():
         ({"confidence": [0.9, 0.8], "at": [1]}, "confidence has 2 numbers, but at has 1 blocks"),
         ({"at": [0]}, "at must be rising numbers of blocks, the first at least 1"),
         ({"at": [3, 2]}, "at must be rising"),
-        ({"batch": "even"}, "batch is 'even'; allowed are 'pad', 'max', 'mean'"),
+        ({"batching": "even"}, "batching is 'even'; allowed are 'pad', 'max', 'mean'"),
         ({"agg_rate": -0.1}, r"agg_rate must lie in \[0, 1\]"),
         ({"weight": -1}, "weight must be at least 0"),
     ):

@@ -187,7 +187,7 @@ UNKNOWN = r"of a family whose image features.* does not know \(it knows LlavaMod
         (colqwen, WHOLE),
         (gemma3_classifier, WHOLE),
         (gemma3n, UNKNOWN),
-        (qwen3_5, UNKNOWN),
+        (qwen3_5, "layers 0,2 keep a recurrent state"),
         (vipllava, UNKNOWN),
     ],
 )
