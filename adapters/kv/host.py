@@ -317,8 +317,11 @@ def text_of(config: Any) -> Any:
     return members.TEXT_OF.need(config)(**{words.OF_DECODER.name: True})
 
 
+LOSES = "a cache that loses rows"
+
+
 def refusal(name: str, why: str) -> UnsupportedModelError:
-    return UnsupportedModelError(f"transformers' {name} cannot run with a cache that loses rows: {why}")
+    return UnsupportedModelError(f"transformers' {name} cannot run with {LOSES}: {why}")
 
 
 def _decodes(model: Any, config: Any) -> bool:

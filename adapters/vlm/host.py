@@ -13,6 +13,7 @@ from tokred.adapters.changes import Changes
 from tokred.adapters.contract import PREPARE_CACHE, members, terms, words
 from tokred.adapters.encoder.transformers import is_tower
 from tokred.adapters.host import Host, State
+from tokred.adapters.kv.host import LOSES
 from tokred.adapters.kv.host import match as match_language
 from tokred.adapters.kv.host import refusal as cache_refusal
 from tokred.adapters.swap import host_class
@@ -308,7 +309,13 @@ def _match(model: nn.Module, stage: str) -> VisualHost | None:
     _check_whole(model, core, stage)
     if core is None and stage == "projector":
         return None
-    found = match_language(model, decodes=core is not None, bounded=True, states=False)
+    try:
+        found = match_language(model, decodes=core is not None, bounded=True, states=False)
+    except UnsupportedModelError as error:
+        if stage != "projector":
+            raise
+        # Before the language model tokens leave, and no row of a cache does.
+        raise UnsupportedModelError(str(error).replace(LOSES, "fewer visual tokens")) from error
     if found is None:
         return None
     facts = Facts() if core is None else FACTS[host_class(core).__name__]
