@@ -21,7 +21,7 @@ from tokred.adapters.contract import (
 )
 from tokred.adapters.host import Host, State
 from tokred.adapters.kv.latents import makes_latents
-from tokred.adapters.kv.reasons import ROWS, SHARED, layer_kinds, odd_layers, own_cache, without_cache
+from tokred.adapters.kv.reasons import LOSES, ROWS, SHARED, layer_kinds, odd_layers, own_cache, without_cache
 from tokred.adapters.kv.sharing import owners
 from tokred.adapters.kv.supplies import norms, projection, supplies
 from tokred.adapters.swap import host_class
@@ -315,9 +315,6 @@ def match(model: nn.Module, *, decodes: bool = False, bounded: bool = False, sta
 def text_of(config: Any) -> Any:
     """The configuration of the decoder, in that of a model with vision or by itself."""
     return members.TEXT_OF.need(config)(**{words.OF_DECODER.name: True})
-
-
-LOSES = "a cache that loses rows"
 
 
 def refusal(name: str, why: str) -> UnsupportedModelError:

@@ -17,6 +17,7 @@ ROWS = terms.kinds(terms.FULL, terms.SLIDING, terms.CHUNKED)
 STATES = terms.kinds(terms.CONVOLUTION, terms.RECURRENT)
 # Two kinds of tokred's own: layers that share a cache, and those without attention, which caches call by one name.
 SHARED, _BARE = "shared", "bare"
+LOSES = "a cache that loses rows"
 _BESIDE = "keep a recurrent state beside keys and values"
 _DOES = {
     terms.CONVOLUTION: "keep a convolution state instead of keys and values",

@@ -13,9 +13,9 @@ from tokred.adapters.changes import Changes
 from tokred.adapters.contract import PREPARE_CACHE, members, terms, words
 from tokred.adapters.encoder.transformers import is_tower
 from tokred.adapters.host import Host, State
-from tokred.adapters.kv.host import LOSES
 from tokred.adapters.kv.host import match as match_language
 from tokred.adapters.kv.host import refusal as cache_refusal
+from tokred.adapters.kv.reasons import LOSES
 from tokred.adapters.swap import host_class
 from tokred.adapters.vlm.calibration import supplies_calibration
 from tokred.adapters.vlm.decoder_layers import LayerList
@@ -312,10 +312,8 @@ def _match(model: nn.Module, stage: str) -> VisualHost | None:
     try:
         found = match_language(model, decodes=core is not None, bounded=True, states=False)
     except UnsupportedModelError as error:
-        if stage != "projector":
-            raise
-        # Before the language model tokens leave, and no row of a cache does.
-        raise UnsupportedModelError(str(error).replace(LOSES, "fewer visual tokens")) from error
+        loses = {"projector": "fewer visual tokens", "layer": LOSES}[stage]  # before it, no row of a cache leaves
+        raise UnsupportedModelError(str(error).replace(LOSES, loses)) from error
     if found is None:
         return None
     facts = Facts() if core is None else FACTS[host_class(core).__name__]
