@@ -260,6 +260,13 @@ def test_a_missing_library_is_a_row_and_no_failure(monkeypatch):
     assert lines[-1].startswith("no family was examined")
 
 
+def test_every_wing_has_a_table_of_its_own():
+    from tokred.cli.doctor import KINDS
+    from tokred.doctor.cases import WINGS
+
+    assert {wing for wings in WINGS.values() for wing in wings} == set(KINDS)
+
+
 def test_the_document(monkeypatch):
     pytest.importorskip("open_clip")
     break_host(monkeypatch, lambda: RuntimeError("no"))

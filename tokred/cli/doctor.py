@@ -25,6 +25,7 @@ KINDS = {
     "encoder": "encoders",
     "kv": "caches of language models",
     "vlm": "models with vision",
+    "moe": "mixtures of experts",
     "diffusion": "denoisers",
 }
 HEADS = {
