@@ -1,6 +1,7 @@
 """Methods for clips on a real VLM at a quarter, a tenth and a twentieth of the visual tokens: exact answers, times.
 
-    python -m benchmarks.zoo.fetch dinov2 smollm2 photos fashion
+    python -m benchmarks.zoo.fetch dinov2 smollm2 photos fashion questions
+    python -m benchmarks vlm/train_questions --folder questions      # the projector: --projector says where it is
     python -m benchmarks vlm/clips --dtype bfloat16 --threads 1 --out vlm.csv
     python -m benchmarks vlm/clips --frames 32 --shares 0.1 --clips 10 --methods vidcom2,random_visual --out vlm.csv
     python -m benchmarks vlm/clips --quick --out /tmp/vlm.csv
@@ -99,6 +100,8 @@ def main() -> None:
     parser.add_argument("--values", type=Path, help="folder of tables by which a run that was broken off goes on")
     saving(parser)
     given = parser.parse_args()
+    if not given.projector.exists():
+        parser.error(f"--projector: there is no {given.projector}; vlm/train_questions makes one, in its --folder")
     threads(given.threads)
     shares = (0.25,) if given.quick else tuple(map(float, given.shares.split(",")))
     count, pairs = (2, 1) if given.quick else (given.clips, given.pairs)
