@@ -1,10 +1,10 @@
-"""Options of every benchmark for the file that its rows go to."""
+"""Options of every benchmark: the file that its rows go to, and names out of a table."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,13 @@ def saving(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
     """Add ``--out`` and ``--overwrite``."""
     parser.add_argument("--out", type=Path, required=required, help="table of results; rows are added as they come")
     parser.add_argument("--overwrite", action="store_true", help="replace rows of the same settings in that table")
+
+
+def known(parser: argparse.ArgumentParser, what: str, names: Iterable[str], among: Collection[str]) -> None:
+    """End with an error that says what there is, where an option names something else."""
+    unknown = [name for name in names if name not in among]
+    if unknown:
+        parser.error(f"unknown {what}: {', '.join(unknown)}; known are {', '.join(among)}")
 
 
 def save(records: Iterable[Mapping[str, Any]], scenario: str, options: argparse.Namespace) -> None:

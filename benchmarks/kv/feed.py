@@ -90,7 +90,7 @@ class _Overheard:
 
 
 class _Once:
-    """A score that is computed once for all budgets; for everything else it is the score itself."""
+    """A score that is computed once for all budgets and each set of weights; for all else it is the score itself."""
 
     def __init__(self, score: kv.Score, store: dict[Any, Any]) -> None:
         self._score, self._store = score, store
@@ -106,7 +106,7 @@ class _Once:
         if isinstance(score, kv.ColumnSum) and score.decay == 1 and score.group == "mean":
             # The same sum for all; the mean over a group of heads is a share of it.
             score, factor = kv.ColumnSum(), site.heads / site.q.shape[1]
-        key = ("rows", score, site.layer)
+        key = ("rows", score, site.learned.module, site.layer)
         if key not in self._store:
             score.observe(site)
             self._store[key] = dict(site.rows), {n: x for n, x in site.notes.items() if n in NOTES}
@@ -115,7 +115,7 @@ class _Once:
         site.notes.update(notes)
 
     def __call__(self, site: kv.CacheSite) -> Tensor:
-        key = ("score", self._score, site.layer)
+        key = ("score", self._score, site.learned.module, site.layer)
         if key not in self._store:
             self._store[key] = self._score(site)
         return self._store[key]
@@ -178,12 +178,13 @@ class Prompt:
                 layer.update(k[:, :, start:end], v[:, :, start:end])
             for i, (layer, seen) in enumerate(zip(ours, self.layers, strict=True)):
                 layer.append(seen.k[:, :, start:end], seen.v[:, :, start:end])
-                if engine.watches(layer.clock, end):
-                    engine.observe(layer, self._site(i, start, end, seen, padding, layer, engine, module), start)
+                watches = engine.watches(layer.clock, end)
+                site = None
+                if watches or layer.store.reads:
+                    site = self._site(i, start, end, seen, padding, layer, engine, module)
+                if watches:
+                    engine.observe(layer, site, start)
                 else:  # rows that all stay take their lasting form
-                    site = (
-                        self._site(i, start, end, seen, padding, layer, engine, module) if layer.store.reads else None
-                    )
                     layer.settle(site)
             if engine.waiting is not None:
                 self._repeat(cache, engine, end, store)

@@ -44,11 +44,12 @@ import torch
 from torch import Tensor
 
 import tokred
+from benchmarks.engine import threads
 from benchmarks.kv import feed, lessons, tasks, texts
 from benchmarks.kv.learned_arms import Learned, arms
 from benchmarks.kv.quality import patched
 from benchmarks.kv.tasks import Value, fed, named_ends, rest_of, score_of
-from benchmarks.saving import save, saving
+from benchmarks.saving import known, save, saving
 from benchmarks.zoo import carriers, data, smollm2
 from tokred.bench import results, timing
 from tokred.bench.arms import BASE
@@ -83,7 +84,7 @@ def measure(model: Any, group: Sequence[texts.Sample], first: int, every: Sequen
     """Values of samples of one kind, of which ``first`` is the index of the first."""
     kind, n = group[0].kind, len(group[0].prompt)
     if kind in texts.WINDOWS:
-        group = [s.__class__(kind, s.prompt, s.follows[:SCORED], ((0, SCORED),)) for s in group]
+        group = [texts.Sample(kind, s.prompt, s.follows[:SCORED], ((0, SCORED),)) for s in group]
     rest = rest_of(group)
     whole = torch.cat([torch.stack([s.prompt for s in group]), rest], 1)
     prompt, _ = feed.read(model, whole)
@@ -121,9 +122,14 @@ class Truth:
     def __init__(self, prompt: feed.Prompt, n: int) -> None:
         self.prompt, self.n = prompt, n - 1
         self.at = torch.linspace(self.n, prompt.length - 1, self.QUERIES).round().long()
-        self.layers = range(1, len(prompt.layers), self.EVERY)
+        # The same for every arm: weights, and their order from the largest on.
+        self.layers = {
+            layer: (weights, weights.sort(-1, descending=True))
+            for layer in range(1, len(prompt.layers), self.EVERY)
+            for weights in [self._weights(layer)]
+        }
 
-    def weights(self, layer: int) -> Tensor:
+    def _weights(self, layer: int) -> Tensor:
         """``[B, Hk, G, m, n]`` of the prompt's rows alone."""
         seen = self.prompt.layers[layer]
         heads = seen.k.shape[1]
@@ -137,10 +143,9 @@ class Truth:
             return []
         masses, founds = [], []
         chosen = Chosen(self, arm, cache, module)
-        for layer in self.layers:
-            weights, rows = self.weights(layer), chosen(layer)
+        for layer, (weights, order) in self.layers.items():
+            rows = chosen(layer)
             k = rows.sum(-1).clamp(min=1)  # [B, Hk, 1, m]
-            order = weights.sort(-1, descending=True)
             # The best rows of each query head, as many as are read.
             best = torch.arange(self.n) < k[..., None]
             most = (order.values * best).sum(-1)
@@ -193,14 +198,8 @@ def run(
     model: Any, maker: texts.Maker, every: Sequence[Learned], counts: dict[str, int], there: Sequence[Value]
 ) -> Iterator[Value]:
     """Values that are not there yet."""
-    known = {v[:4] for v in there}
-    for first in range(0, max(counts.values()), GROUP):
-        for kind, count in counts.items():
-            group = maker.samples(kind, min(first + GROUP, count))[first:]
-            of = range(first, first + len(group))
-            wanted = [a for a in every if any((kind, i, a.name, a.setting) not in known for i in of)]
-            if wanted:
-                yield from measure(model, group, first, wanted)
+    for first, group, wanted in tasks.missing(maker, every, counts, there, GROUP):
+        yield from measure(model, group, first, wanted)
 
 
 # ---------------------------------------------------------------------------------------------- rows
@@ -208,10 +207,7 @@ def run(
 
 def records(values: Sequence[Value], where: dict[str, Any]) -> list[dict[str, Any]]:
     """Records of all arms that have as many samples as the unpatched model."""
-    table: dict[tuple[str, str], dict[tuple[str, str], dict[int, Value]]] = {}
-    for v in values:
-        table.setdefault((v.kind, v.asked), {}).setdefault((v.method, v.setting), {})[v.index] = v
-    found = []
+    table, found = tasks.tabled(values), []
     for (kind, asked), by in table.items():
         base = by.get((BASE, ""), {})
         shares = {name: by_share for name in (MASS, FOUND) if (by_share := table.get((kind, name)))}
@@ -294,12 +290,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="threads of torch")
     saving(parser)
     given = parser.parse_args()
-    kinds = given.kinds.split(",")
-    unknown = [k for k in kinds if k not in COUNTS]
-    if unknown:
-        parser.error(f"unknown: {', '.join(unknown)}; known are {', '.join(COUNTS)}")
-    if given.threads:
-        torch.set_num_threads(given.threads)
+    kinds, names = given.kinds.split(","), given.methods.split(",") if given.methods else None
+    shares = [float(s) for s in given.shares.split(",")]
+    known(parser, "kinds", kinds, COUNTS)
+    threads(given.threads)
     there, where = tasks.read(given.values)
     if given.rows:
         save(records(there, where), "learned", given)
@@ -310,8 +304,6 @@ def main() -> None:
     model, tokenizer = smollm2.load(dtype=torch.bfloat16)
     prose = [lessons.parted()[1], data.devils_dictionary()]
     maker, started = texts.Maker(tokenizer, prose=prose, prompt=lessons.PROMPT), time.monotonic()
-    names = given.methods.split(",") if given.methods else None
-    shares = [float(s) for s in given.shares.split(",")]
     if given.part != "quality":
         some = [a for a in arms(shares[:1], given.weights, names) if a.name in (RIVAL, "kvzap", "expected_attention")]
         save(timed(model, maker, some, given.rounds, where), "learned", given)

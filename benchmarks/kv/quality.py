@@ -39,16 +39,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tokred
+from benchmarks.engine import threads
 from benchmarks.kv import feed
 from benchmarks.kv.feed import held_bytes
 from benchmarks.kv.haystacks import DEPTHS, Haystack, begin_of, haystacks
-from benchmarks.saving import save, saving
+from benchmarks.saving import known, save, saving
 from benchmarks.zoo import data, gemma3, smollm2
 from tokred import kv
 from tokred.bench import results, timing
-from tokred.bench.arms import BASE, Arm
+from tokred.bench.arms import BASE, Arm, typed
 from tokred.core.registry import methods
-from tokred.core.settings import parse_setting
 
 BUDGETS = (0.5, 0.25, 0.125, 0.05)
 
@@ -259,7 +259,8 @@ def run(
         return found
 
     windows = text[: setting.windows * setting.window].view(setting.windows, setting.window).clone()
-    windows[:, : len(begin_of(tokenizer))] = begin_of(tokenizer)
+    begin = begin_of(tokenizer)
+    windows[:, : len(begin)] = begin
     if "perplexity" in parts:
         yield told("perplexity", perplexity(model, windows, every, chunk=setting.chunk))
     for length in setting.lengths if "retrieval" in parts else ():
@@ -349,11 +350,8 @@ def main() -> None:
     saving(parser)
     arguments = parser.parse_args()
     names = [n for n in arguments.policies.split(",") if n]
-    unknown = [n for n in names if n not in POLICIES]
-    if unknown:
-        parser.error(f"unknown policies: {', '.join(unknown)}; known are {', '.join(POLICIES)}")
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    known(parser, "policies", names, POLICIES)
+    threads(arguments.threads)
     setting = QUICK if arguments.quick else Setting()
     if arguments.lengths:
         setting = setting._replace(lengths=tuple(map(int, arguments.lengths.split(","))))
@@ -366,8 +364,7 @@ def main() -> None:
     prose = tokenizer(data.handbook()[:400_000], return_tensors="pt", add_special_tokens=False)
     text = prose.input_ids[0].to(arguments.device)
     every = arms(names, [float(b) for b in arguments.budgets.split(",")])
-    for name, given in map(parse_setting, arguments.store):
-        every.append(Arm(name, " ".join(f"{k}={v}" for k, v in given.items()), tokred.make(name, **given)))
+    every += map(typed, arguments.store)
     where = {"model": arguments.model, **results.here(arguments.device, arguments.dtype)}
     parts = (arguments.only,) if arguments.only else PARTS
     # Pages that are made of the first model's rows are not to find the other's among them.

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 import tokred
+from benchmarks.engine import threads
 from benchmarks.kv import feed
-from benchmarks.saving import save, saving
+from benchmarks.saving import known, save, saving
 from benchmarks.zoo import data, smollm2
 from tokred.bench import results, timing
 from tokred.bench.arms import typed
@@ -94,11 +95,8 @@ def main() -> None:
     saving(parser)
     arguments = parser.parse_args()
     names = arguments.policies.split(",")
-    unknown = [n for n in names if n not in POLICIES]
-    if unknown:
-        parser.error(f"unknown policies: {', '.join(unknown)}; known are {', '.join(POLICIES)}")
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    known(parser, "policies", names, POLICIES)
+    threads(arguments.threads)
     model, tokenizer = smollm2.load()
     shorten(model, arguments.layers).to(arguments.device)
     text = data.handbook()[: arguments.tokens * 8]

@@ -21,22 +21,24 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import tokred
+from benchmarks.engine import threads
 from benchmarks.kv import feed, texts
 from benchmarks.kv.quality import POLICIES, arms, patched, stepwise
 from benchmarks.kv.texts import KEYS, PROMPT, WINDOWS, Sample
-from benchmarks.saving import save, saving
+from benchmarks.saving import known, save, saving
 from benchmarks.zoo import carriers, smollm2
 from tokred.bench import results
 from tokred.bench.arms import BASE, Arm
 from tokred.bench.scoring import estimate, paired
 
+Named = TypeVar("Named", bound=Arm)
 COUNTS = {
     **dict.fromkeys(WINDOWS, 10),
     "several": 10,
@@ -158,16 +160,27 @@ def run(
     there: Iterable[Value] = (),
 ) -> Iterator[Value]:
     """Values that are not there yet, :data:`ROUND` samples of each kind at a time."""
+    for first, group, wanted in missing(maker, every, counts, there, ROUND):
+        if group[0].kind == "summary" and wanted[0].method is not None:
+            wanted.insert(0, Arm(BASE, ""))  # the reference is not kept
+        yield from measure(model, tokenizer, group, first, wanted)
+
+
+def missing(
+    maker: texts.Maker, every: Sequence[Named], counts: dict[str, int], there: Iterable[Value], size: int
+) -> Iterator[tuple[int, list[Sample], list[Named]]]:
+    """Of every kind ``size`` samples at a time: the first one's index, the samples, and arms that lack values of them.
+
+    Groups that no arm lacks are left out.
+    """
     known = {v[:4] for v in there}
-    for first in range(0, max(counts.values()), ROUND):
+    for first in range(0, max(counts.values()), size):
         for kind, count in counts.items():
-            group = maker.samples(kind, min(first + ROUND, count))[first:]
+            group = maker.samples(kind, min(first + size, count))[first:]
             of = range(first, first + len(group))
             wanted = [a for a in every if any((kind, i, a.name, a.setting) not in known for i in of)]
-            if wanted and kind == "summary" and wanted[0].method is not None:
-                wanted.insert(0, Arm(BASE, ""))  # the reference is not kept
             if wanted:
-                yield from measure(model, tokenizer, group, first, wanted)
+                yield first, group, wanted
 
 
 # ---------------------------------------------------------------------------------------------- rows
@@ -175,11 +188,8 @@ def run(
 
 def records(values: Iterable[Value], where: dict[str, Any]) -> list[dict[str, Any]]:
     """Records of all arms that have as many samples as the unpatched model, with intervals over samples."""
-    table: dict[tuple[str, str], dict[tuple[str, str], dict[int, Value]]] = {}
-    for v in values:
-        table.setdefault((v.kind, v.asked), {}).setdefault((v.method, v.setting), {})[v.index] = v
     found = []
-    for (kind, asked), arms_of in table.items():
+    for (kind, asked), arms_of in tabled(values).items():
         base = arms_of.get((BASE, ""), {})
         for (method, setting), mine in arms_of.items():
             if mine.keys() != base.keys():
@@ -192,6 +202,14 @@ def records(values: Iterable[Value], where: dict[str, Any]) -> list[dict[str, An
                 row["apart_count"] = len(base)
             found.append(row)
     return found
+
+
+def tabled(values: Iterable[Value]) -> dict[tuple[str, str], dict[tuple[str, str], dict[int, Value]]]:
+    """Values by kind and ``asked``, by method and setting, and by sample."""
+    table: dict[tuple[str, str], dict[tuple[str, str], dict[int, Value]]] = {}
+    for v in values:
+        table.setdefault((v.kind, v.asked), {}).setdefault((v.method, v.setting), {})[v.index] = v
+    return table
 
 
 def numbers(kind: str, mine: Sequence[Value], base: Sequence[Value]) -> dict[str, Any]:
@@ -267,11 +285,9 @@ def main() -> None:
     saving(parser)
     given = parser.parse_args()
     names, kinds = given.policies.split(","), given.kinds.split(",")
-    unknown = [n for n in names if n not in POLICIES] + [k for k in kinds if k not in COUNTS]
-    if unknown:
-        parser.error(f"unknown: {', '.join(unknown)}; known are {', '.join(POLICIES)} and {', '.join(COUNTS)}")
-    if given.threads:
-        torch.set_num_threads(given.threads)
+    known(parser, "policies", names, POLICIES)
+    known(parser, "kinds", kinds, COUNTS)
+    threads(given.threads)
     counts = {k: min(2 if given.quick else given.samples or COUNTS[k], COUNTS[k]) for k in kinds}
     there, where = read(given.values)
     if given.rows:

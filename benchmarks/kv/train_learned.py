@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import tokred
+from benchmarks.engine import threads
 from benchmarks.kv import lessons
 from benchmarks.zoo import smollm2
 from tokred import learn
@@ -206,8 +207,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="instead of the part's")
     parser.add_argument("--threads", type=int, help="threads of torch")
     given = parser.parse_args()
-    if given.threads:
-        torch.set_num_threads(given.threads)
+    threads(given.threads)
     model, tokenizer = smollm2.load(dtype=torch.bfloat16)
     for part in given.part or ("collect", *PARTS):
         if part == "collect":

@@ -126,7 +126,8 @@ def kv_gemma3(found: Results) -> str:
     for r in found.records("kv", "quality-gemma3-270m", batch=1):
         by = arms.setdefault((r["method"], r["setting"]), {})
         by |= {m: r for m in ("perplexity", "bytes_window") if m in r}
-        by |= {f"{m} {r['asked']}": r for m in ("retrieval",) if m in r}
+        if "retrieval" in r:
+            by[f"retrieval {r['asked']}"] = r
     if not arms:
         return "Not measured yet."
     full = arms["unpatched", ""]["bytes_window"]["bytes_window"]

@@ -90,18 +90,16 @@ def methods(model: Any, tokenizer: Any, names: Sequence[str], budgets: Sequence[
 
 def batches(model: Any, tokenizer: Any, held: vlm.Scenes, size: int) -> list[dict[str, Any]]:
     """Arguments of ``generate``, and the right answers."""
-    ends = [tokenizer.convert_tokens_to_ids("."), tokenizer.eos_token_id]
     found = []
     for images, labels in zip(held.images.split(size), held.labels.split(size), strict=True):
-        more = {"eos_token_id": ends, "pad_token_id": ends[-1], "answers": [vlm.CLASSES[y] for y in labels]}
+        more = {"answers": [vlm.CLASSES[y] for y in labels], **vlm.ends(tokenizer)}
         found.append(vlm.inputs(tokenizer, images, dtype=model.dtype) | more)
     return found
 
 
 def exact(output: Any, batch: dict[str, Any]) -> Tensor:
-    """``(B,)`` 1.0 where the answer up to its full stop is the class's name, word for word."""
-    said = [text.split(".")[0].strip() for text in output.texts]
-    return torch.tensor([float(a == b) for a, b in zip(said, batch["answers"], strict=True)])
+    """``(B,)`` 1.0 where the answer up to its full stop is the right one, word for word."""
+    return torch.tensor([float(vlm.said(a) == b) for a, b in zip(output.texts, batch["answers"], strict=True)])
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Methods for clips on a real VLM at a quarter, a tenth and a twentieth of the visual tokens: exact answers, times.
 
-    python -m benchmarks.zoo.fetch dinov2 smollm2 photos fashion
+    python -m benchmarks.zoo.fetch dinov2 smollm2 photos fashion questions
+    python -m benchmarks vlm/train_questions --folder questions      # the projector: --projector says where it is
     python -m benchmarks vlm/clips --dtype bfloat16 --threads 1 --out vlm.csv
     python -m benchmarks vlm/clips --frames 32 --shares 0.1 --clips 10 --methods vidcom2,random_visual --out vlm.csv
     python -m benchmarks vlm/clips --quick --out /tmp/vlm.csv
@@ -23,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.engine import measured, threads
 from benchmarks.saving import save, saving
+from benchmarks.vlm.answers import exact
 from benchmarks.zoo import carriers, questions, vlm
 from benchmarks.zoo.questions import Asked
 
@@ -74,21 +75,13 @@ def settings(names: Sequence[str], shares: Sequence[float]) -> dict[str, str]:
 
 def batches(model: Any, tokenizer: Any, asked: Asked, kind: str, size: int) -> list[dict[str, Any]]:
     """Arguments of ``generate`` with the right answers, of one kind of question."""
-    ends = [tokenizer.convert_tokens_to_ids("."), tokenizer.eos_token_id]
     chosen, found = [q for q in asked.questions if q.kind == kind], []
     for start in range(0, len(chosen), size):
         part = chosen[start : start + size]
         clips = asked.images[[q.picture for q in part]]
         given = vlm.clip_inputs(tokenizer, clips, [vlm.asked(q.text) for q in part], model.dtype)
-        more = {"answers": [q.answer for q in part], "eos_token_id": ends, "pad_token_id": ends[-1]}
-        found.append({**given, **more})
+        found.append({**given, "answers": [q.answer for q in part], **vlm.ends(tokenizer)})
     return found
-
-
-def exact(output: Any, batch: dict[str, Any]) -> Tensor:
-    """``(B,)`` 1.0 where the answer up to its full stop is the right one, word for word."""
-    said = [text.split(".")[0].strip() for text in output.texts]
-    return torch.tensor([float(a == b) for a, b in zip(said, batch["answers"], strict=True)])
 
 
 def main() -> None:
@@ -107,6 +100,8 @@ def main() -> None:
     parser.add_argument("--values", type=Path, help="folder of tables by which a run that was broken off goes on")
     saving(parser)
     given = parser.parse_args()
+    if not given.projector.exists():
+        parser.error(f"--projector: there is no {given.projector}; vlm/train_questions makes one, in its --folder")
     threads(given.threads)
     shares = (0.25,) if given.quick else tuple(map(float, given.shares.split(",")))
     count, pairs = (2, 1) if given.quick else (given.clips, given.pairs)

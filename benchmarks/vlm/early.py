@@ -14,14 +14,15 @@ import contextlib
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import tokred
+from tokred.bench import timing
 
 VIDEO = 63
 TOWER = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "image_size": 384, "patch_size": 14}
@@ -50,32 +51,20 @@ def film(frames: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "pixel_values_videos": (start + (end - start) * step)[None]}
 
 
-@contextlib.contextmanager
-def timed(module: nn.Module, spent: list[float]) -> Iterator[None]:
-    """Inside, the thread's seconds in a module's forwards are added to ``spent``."""
-    begun: list[float] = []
-    before = module.register_forward_pre_hook(lambda *_: begun.append(time.thread_time()))
-    after = module.register_forward_hook(lambda *_: spent.append(time.thread_time() - begun.pop()))
-    try:
-        yield
-    finally:
-        before.remove()
-        after.remove()
-
-
-@torch.no_grad()
 def one(model: Any, batch: dict[str, Tensor]) -> dict[str, float]:
-    """Seconds of the tower, of the layers, and of all that lies between them."""
-    tower: list[float] = []
-    prompt: list[float] = []
-    core = model.model
-    with timed(core.vision_tower, tower), contextlib.ExitStack() as stack:
+    """Seconds of the tower, of the layers, and of all that lies between them; and tokens behind it all."""
+    watch, core = timing.Watch(clock=time.thread_time), model.model
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(watch.around(core.vision_tower, "forward", "tower"))
         for layer in core.language_model.layers:
-            stack.enter_context(timed(layer, prompt))
-        begin = time.thread_time()
-        model(**batch, logits_to_keep=1)
-        whole = time.thread_time() - begin
-    return {"whole": whole, "tower": sum(tower), "prompt": sum(prompt), "between": whole - sum(tower) - sum(prompt)}
+            stack.enter_context(watch.around(layer, "forward", "prompt"))
+        with watch("whole"):
+            model(**batch, logits_to_keep=1)
+    found = {part: watch.total(part) for part in ("whole", "tower", "prompt")}
+    found["between"] = found["whole"] - found["tower"] - found["prompt"]
+    shown = tokred.patched(model)
+    found["left"] = sum(tokred.report(model).layers[0].visual) if shown else batch["input_ids"].shape[1]
+    return found
 
 
 def main() -> None:
@@ -92,23 +81,18 @@ def main() -> None:
     places = tuple(sorted({(given.blocks - 1) // 3, given.blocks - 2})) if given.blocks > 1 else (0,)
     early = tokred.EarlyTom(budget=given.budget, layers=places, tau=0.3)
     arms: dict[str, Any] = {
-        "dense": None,
-        "holitom": tokred.HoliTom(budget=given.budget),
-        "earlytom": early,
+        "dense": contextlib.nullcontext,
+        "holitom": partial(tokred.applied, model, tokred.HoliTom(budget=given.budget)),
+        "earlytom": partial(tokred.applied, model, early),
     }
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
-    for turn in range(given.rounds):
-        # No arm is always the first.
-        for name in (*[*arms][turn % 3 :], *[*arms][: turn % 3]):
-            if arms[name] is not None:
-                tokred.apply(model, arms[name])
-            rows[name].append(one(model, batch))
-            left = batch["input_ids"].shape[1]
-            if arms[name] is not None:
-                left = int(sum(tokred.report(model).layers[0].visual))
-                tokred.remove(model)
-            rows[name][-1]["left"] = left
-            print(name, rows[name][-1], flush=True)
+
+    def told(arm: int, _: int, row: dict[str, float]) -> None:
+        name = [*arms][arm]
+        rows[name].append(row)
+        print(name, row, flush=True)
+
+    timing.paired([*arms.values()], lambda _: one(model, batch), given.rounds, warmup=0, collect=told)
     found = {n: {k: statistics.median(r[k] for r in rs) for k in rs[0]} for n, rs in rows.items()}
     for name, row in found.items():
         print(f"{name}: {found['dense']['whole'] / row['whole']:.2f} times as fast as all tokens")

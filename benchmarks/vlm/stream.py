@@ -25,9 +25,9 @@ from torch import Tensor
 import tokred
 from benchmarks.saving import save, saving
 from tokred.bench import results, timing
+from tokred.bench.arms import BASE
 
 LAST = 16
-BASE = "unpatched"
 SETTINGS = {
     "": "",
     "streaming_llm": "streaming_llm budget={rows}",
@@ -109,11 +109,11 @@ def measure(watched: Watched, name: str, method: str | None, options: argparse.N
     stream = tokred.stream(watched.model, method, prompt=watched.prompt)
     seconds: list[float] = []
     agree: list[bool] = []
-    now = time.process_time if options.clock == "process" else timing.Watch(device).now
+    watch = timing.Watch(device, time.process_time if options.clock == "process" else time.perf_counter)
     for t, pixels in enumerate(frames):
-        begin = now()
+        begin = watch.now()
         stream.frame(pixels)
-        seconds.append(now() - begin)
+        seconds.append(watch.now() - begin)
         if method and (t + 1) % options.every == 0:
             dense = tokred.stream(watched.model, prompt=watched.prompt)
             dense.frames(frames[max(0, t + 1 - LAST) : t + 1])

