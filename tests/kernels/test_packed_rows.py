@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from tokred.kernels import dispatch
 from tokred.kernels.packed_rows import PackedRows, pack, packed_scores, packed_sums, restore, why_not_packed
 
 CASES = [  # bits, group, tokens, width, rows
@@ -97,11 +98,10 @@ def test_bad_input_and_registration(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_stands_in_the_way_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKRED_KERNELS", "auto")
-    registration: Any = sys.modules["tokred.kernels.packed_rows.registration"]
     q = torch.zeros(1, 8)
-    monkeypatch.setattr(registration, "_NUMBA_FOUND", False)
+    monkeypatch.setattr(dispatch, "_NUMBA_FOUND", False)
     assert why_not_packed(q, 2, 32) == "numba is not installed (pip install 'tokred[cpu]')"
-    monkeypatch.setattr(registration, "_NUMBA_FOUND", True)
+    monkeypatch.setattr(dispatch, "_NUMBA_FOUND", True)
     assert why_not_packed(q, 2, 32) is None
     assert why_not_packed(q, 3, 32) == "32 codes of 3 bits do not fill whole bytes"
     assert why_not_packed(q.double(), 2, 32) == "the loops work in float32, not float64"
