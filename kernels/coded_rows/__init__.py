@@ -9,7 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokred.kernels.coded_rows.reference import BLOCK, BOOK, LARGEST, LEVELS, CodedRows, restore_coded
+from tokred.kernels.coded_rows.reference import (
+    BLOCK,
+    BOOK,
+    LARGEST,
+    LEVELS,
+    CodedRows,
+    in_place,
+    looked_up,
+    restore_coded,
+)
 from tokred.kernels.coded_rows.registration import why_not_compiled
 from tokred.kernels.dispatch import why_not
 from tokred.kernels.packed_rows.registration import restoring_refusals
@@ -23,6 +32,8 @@ __all__ = [
     "CodedRows",
     "coded_scores",
     "coded_sums",
+    "in_place",
+    "looked_up",
     "restore_coded",
     "why_not_compiled",
     "why_not_kernel",

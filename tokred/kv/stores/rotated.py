@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tokred.core.checks import check_count
 from tokred.kernels.coded_rows import LEVELS as LEVELS_OF
-from tokred.kernels.coded_rows import CodedRows, coded_scores, coded_sums
-from tokred.kernels.packed_rows import bytes_of, pack, unpack, why_not_packed
+from tokred.kernels.coded_rows import CodedRows, coded_scores, coded_sums, restore_coded
+from tokred.kernels.packed_rows import bytes_of, pack, why_not_packed
 from tokred.kv.stores.codecs import Affine, AsTheyCome, Codec, Parts, check_bits, group_for, why_no_gradient
 from tokred.kv.stores.coded import Coded, Form
 from tokred.kv.stores.sides import Window
@@ -202,11 +202,7 @@ class Directions(Codec):
         return pack(codes.to(torch.uint8), self.bits, -1), length.clamp(max=torch.finfo(torch.float16).max).half()
 
     def decode(self, parts: Parts, dtype: torch.dtype) -> Tensor:
-        codes, length = parts
-        found = self.levels(codes.device)[unpack(codes, self.bits, -1, self.width).long()]
-        if self.correct:
-            found = found / torch.linalg.vector_norm(found, dim=-1, keepdim=True)
-        return turned(found * length.float()).to(dtype)
+        return turned(restore_coded(self.coded(parts))).to(dtype)
 
     def row_bits(self, rows: Tensor) -> int:
         return 8 * bytes_of(self.width, self.bits) + 16
