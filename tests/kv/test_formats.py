@@ -10,10 +10,11 @@ from tests.kv.test_coded import course_of_events, held
 from tokred.kernels.packed_rows import unpack
 from tokred.kv import Mustafar, NSNQuant, Oscar, Turbo
 from tokred.kv.stores import Query
+from tokred.kv.stores.codebooks import codebook
 from tokred.kv.stores.codecs import Affine
 from tokred.kv.stores.mustafar import Largest
-from tokred.kv.stores.nsnquant import LookedUp
-from tokred.kv.stores.rotated import LEVELS, Directions, Rotated, Spans, hadamard, spectral_rotation, turned
+from tokred.kv.stores.nsnquant import LookedUp, hartley
+from tokred.kv.stores.rotated import LEVELS, Directions, Rotated, Spans, hadamard, levels_of, spectral_rotation, turned
 
 EXAMPLE = torch.tensor([1, -2, 0.5, 3, 0, 1, -1, 2]).view(1, 1, 1, 8)
 
@@ -55,6 +56,19 @@ def test_bits_of_64_numbers_written_out():
     x[..., [0, 3, 10, 63]] = 1
     bits = Largest(4, 64).encode(x, None)[1]
     assert bytes(bits.flatten().tolist()).hex() == "9020000000000001"
+
+
+@pytest.mark.parametrize("code", [Directions(2, 16), LookedUp(2, 48, 4, 16, 16), LookedUp(1, 16, 4, 16, 16)], ids=repr)
+def test_gradients_are_kept_after_codes_were_made_in_inference_mode(code):
+    """What all rows are turned by, and looked up in, is made once."""
+    for known in (hadamard, hartley, levels_of, codebook):
+        known.cache_clear()
+    rows = torch.randn(1, 1, 4, code.width)
+    with torch.inference_mode():
+        parts = code.encode(rows, None)
+    with torch.enable_grad():
+        again = code.encode(rows.clone().requires_grad_(), None)
+    assert all(map(torch.equal, parts, again))
 
 
 def test_of_equal_numbers_the_first_stay_and_as_many_as_said():

@@ -4,6 +4,7 @@ one codebook fits all models."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -297,6 +298,15 @@ class LookedUp(Codec):
         return turned(windows, place, self.angles.to(windows.device), back=back)
 
 
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(mode=False)
+def hartley(order: int, device: str = "cpu") -> Tensor:
+    """``[n, n]`` float32: Hartley's matrix over the root of its order ``n``; its own inverse."""
+    step = torch.arange(order, device=device)
+    angle = (step[:, None] * step % order) * (2 * torch.pi / order)
+    return (angle.cos() + angle.sin()) * order**-0.5  # type: ignore[no-any-return]
+
+
 def spread(x: Tensor) -> Tensor:
     """``[..., D]`` float32, rotated so that no channel is large alone; its own inverse.
 
@@ -308,8 +318,5 @@ def spread(x: Tensor) -> Tensor:
     odd = width // two
     if odd == 1:
         return x @ hadamard(width, str(x.device))
-    step = torch.arange(odd, device=x.device)
-    angle = (step[:, None] * step % odd) * (2 * torch.pi / odd)
-    hartley = (angle.cos() + angle.sin()) * odd**-0.5
-    parts: Tensor = hartley @ (x.unflatten(-1, (odd, two)) @ hadamard(two, str(x.device)))  # type: ignore[no-untyped-call]
+    parts: Tensor = hartley(odd, str(x.device)) @ (x.unflatten(-1, (odd, two)) @ hadamard(two, str(x.device)))  # type: ignore[no-untyped-call]
     return parts.flatten(-2)
