@@ -58,19 +58,6 @@ def test_bits_of_64_numbers_written_out():
     assert bytes(bits.flatten().tolist()).hex() == "9020000000000001"
 
 
-@pytest.mark.parametrize("code", [Directions(2, 16), LookedUp(2, 48, 4, 16, 16), LookedUp(1, 16, 4, 16, 16)], ids=repr)
-def test_gradients_are_kept_after_codes_were_made_in_inference_mode(code):
-    """What all rows are turned by, and looked up in, is made once."""
-    for known in (hadamard, hartley, levels_of, codebook):
-        known.cache_clear()
-    rows = torch.randn(1, 1, 4, code.width)
-    with torch.inference_mode():
-        parts = code.encode(rows, None)
-    with torch.enable_grad():
-        again = code.encode(rows.clone().requires_grad_(), None)
-    assert all(map(torch.equal, parts, again))
-
-
 def test_of_equal_numbers_the_first_stay_and_as_many_as_said():
     x = torch.ones(1, 1, 2, 10, dtype=torch.bfloat16)
     code = Largest(3, 10)
@@ -233,6 +220,19 @@ def test_a_step_never_holds_all_rows(store, monkeypatch):
 
 
 # ---------------------------------------------------------------- all of them
+
+
+@pytest.mark.parametrize("code", [Directions(2, 16), LookedUp(2, 48, 4, 16, 16), LookedUp(1, 16, 4, 16, 16)], ids=repr)
+def test_gradients_are_kept_after_codes_were_made_in_inference_mode(code):
+    """What all rows are turned by, and looked up in, is made once."""
+    for known in (hadamard, hartley, levels_of, codebook):
+        known.cache_clear()
+    rows = torch.randn(1, 1, 4, code.width)
+    with torch.inference_mode():
+        parts = code.encode(rows, None)
+    with torch.enable_grad():
+        again = code.encode(rows.clone().requires_grad_(), None)
+    assert all(map(torch.equal, parts, again))
 
 
 NOTHING = [
