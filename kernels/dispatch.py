@@ -59,8 +59,9 @@ def interpreting() -> bool:
     return _read("TRITON_INTERPRET", "0") == "1"
 
 
-# Looked up once and without importing it; a constant, so that the compiler need not trace the search.
+# Looked up once and without importing them; constants, so that the compiler need not trace the search.
 _TRITON_FOUND = importlib.util.find_spec("triton") is not None
+_NUMBA_FOUND = importlib.util.find_spec("numba") is not None
 
 
 class Refusal(NamedTuple):
@@ -112,6 +113,24 @@ def why_not(tensor: Tensor, refusals: Callable[[], Iterable[Refusal]]) -> str | 
             if row.applies:
                 return row.reason
     return None
+
+
+def why_not_loops(x: Tensor, own: Iterable[Refusal] = ()) -> str | None:
+    """Why loops that numba compiles for a CPU cannot run on a query or weights like ``x``, or None.
+
+    Args:
+        x: its device and dtype decide.
+        own: rows of the operator's own.
+    """
+    table = (
+        Refusal(x.device.type != "cpu", f"the tensors are on {x.device.type}"),
+        Refusal(mode() == "torch", "TOKRED_KERNELS is torch"),
+        Refusal(not _NUMBA_FOUND, "numba is not installed (pip install 'tokred[cpu]')"),
+        *own,
+        Refusal(x.dtype == torch.float64, "the loops work in float32, not float64"),
+        Refusal(traced(), "operations are being traced"),
+    )
+    return next((row.reason for row in table if row.applies), None)
 
 
 def round_up_bucket(n: int) -> int:

@@ -132,6 +132,24 @@ def check_shape(name: str, tensor: Tensor, shape: Sequence[int | None]) -> None:
     raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected ({wanted_text})")
 
 
+def check_heads(name: str, x: Tensor, rows: Tensor, last: int, letter: str) -> None:
+    """Refuse queries or weights that do not fit rows ``[B, Hk, ...]``.
+
+    Args:
+        name: of the argument.
+        x: to be ``[B, Hk, G, last]``.
+        rows: of ``B`` samples and ``Hk`` heads, whatever they are held in.
+        last: length of the last dimension.
+        letter: that dimension's, for the message.
+
+    Raises:
+        ValueError: the shape differs.
+    """
+    b, heads = rows.shape[:2]
+    if x.ndim != 4 or x.shape[:2] != (b, heads) or x.shape[3] != last:
+        raise ValueError(f"{name} must be [B, Hk, G, {letter}] = [{b}, {heads}, G, {last}], got {list(x.shape)}")
+
+
 def check_range(name: str, index: Tensor, low: int, high: int) -> None:
     """In debug mode (``TOKRED_DEBUG=1``) refuse indices outside ``[low, high)``; else free of cost.
 

@@ -9,10 +9,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokred.kernels.coded_rows import registration
-from tokred.kernels.coded_rows.reference import BLOCK, BOOK, LARGEST, LEVELS, CodedRows, restore_coded
-from tokred.kernels.coded_rows.registration import refusals, why_not_compiled
+from tokred.kernels.coded_rows.reference import (
+    BLOCK,
+    BOOK,
+    LARGEST,
+    LEVELS,
+    CodedRows,
+    in_place,
+    looked_up,
+    restore_coded,
+)
+from tokred.kernels.coded_rows.registration import why_not_compiled
 from tokred.kernels.dispatch import why_not
+from tokred.kernels.packed_rows.registration import restoring_refusals
+from tokred.kernels.rows import check_heads
 
 __all__ = [
     "BLOCK",
@@ -22,7 +32,8 @@ __all__ = [
     "CodedRows",
     "coded_scores",
     "coded_sums",
-    "registration",
+    "in_place",
+    "looked_up",
     "restore_coded",
     "why_not_compiled",
     "why_not_kernel",
@@ -45,13 +56,13 @@ def coded_scores(q: Tensor, rows: CodedRows) -> Tensor:
     Raises:
         ValueError: shapes do not fit.
     """
-    _check(q, rows, rows.width, "q", "D")
+    check_heads("q", q, rows.first, rows.width, "D")
     return _scores_op(q, *rows)  # type: ignore[no-any-return]
 
 
 def why_not_kernel(q: Tensor) -> str | None:
     """Why the Triton kernels cannot run on queries ``[B, Hk, G, D]``; None: they can."""
-    return why_not(q, lambda: refusals(q, q.shape[-1]))
+    return why_not(q, lambda: restoring_refusals(q, q.shape[-1]))
 
 
 def coded_sums(weights: Tensor, rows: CodedRows) -> Tensor:
@@ -67,11 +78,5 @@ def coded_sums(weights: Tensor, rows: CodedRows) -> Tensor:
     Raises:
         ValueError: shapes do not fit.
     """
-    _check(weights, rows, rows.count, "weights", "P")
+    check_heads("weights", weights, rows.first, rows.count, "P")
     return _sums_op(weights, *rows)  # type: ignore[no-any-return]
-
-
-def _check(x: Tensor, rows: CodedRows, last: int, name: str, letter: str) -> None:
-    b, heads = rows.first.shape[:2]
-    if x.ndim != 4 or x.shape[:2] != (b, heads) or x.shape[3] != last:
-        raise ValueError(f"{name} must be [B, Hk, G, {letter}] = [{b}, {heads}, G, {last}], got {list(x.shape)}")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tokred.kernels.coded_rows.reference import BOOK, LARGEST, LEVELS, CodedRows
+from tokred.kernels.loops import by_pair, shares
 
 # float16 as the upper bits of a float32 has an exponent that is 112 too small.
 _EXPONENT = np.float32(2.0**112)
@@ -179,43 +180,23 @@ def _arrays(rows: CodedRows) -> tuple[np.ndarray, ...]:
     byte, short, number = (torch.zeros(1, 1, 1, dtype=x) for x in (torch.uint8, torch.int16, torch.float32))
     codes, marks, whole, halves, table = byte, byte, number, short, number[0]
     if rows.kind == LARGEST:
-        marks = _pairs(rows.second)
+        marks = by_pair(rows.second)
         if rows.first.dtype in _KINDS:
-            halves = _pairs(rows.first.view(torch.int16))
+            halves = by_pair(rows.first.view(torch.int16))
         else:
-            whole = _pairs(rows.first.float())
+            whole = by_pair(rows.first.float())
     else:
-        codes, table = _pairs(rows.first), rows.table.reshape(len(rows.table), -1)
-        marks = _pairs(rows.second) if rows.second.shape[3] else byte
+        codes, table = by_pair(rows.first), rows.table.reshape(len(rows.table), -1)
+        marks = by_pair(rows.second) if rows.second.shape[3] else byte
     factor = rows.factor.float().flatten(0, 1).contiguous()
     given = [codes, marks, whole, halves, table.contiguous()]
     return (*(x.numpy() for x in given), _places(), factor.numpy())
 
 
-def _pairs(x: Tensor) -> Tensor:
-    """``[B * Hk, C, n]`` without gaps: the buffer whose first rows of each head ``x`` are, if so, else a copy."""
-    b, heads, _, n = x.shape
-    room = x.stride(1) // max(n, 1)
-    fits = x.stride()[2:] == (n, 1) and x.stride(1) == room * n and x.stride(0) == heads * x.stride(1)
-    end = (x.storage_offset() + b * heads * room * n) * x.element_size()
-    if not fits or x.untyped_storage().nbytes() < end:
-        return x.contiguous().flatten(0, 1)
-    return x.as_strided((b * heads, room, n), (room * n, n, 1))
-
-
-def _splits(pairs: int, count: int) -> int:
-    """Shares of the rows of each head: enough for all threads; 0 for a single thread, which wakes no others up."""
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-    if threads == 1:
-        return 0
-    numba.set_num_threads(threads)
-    return max(1, min(-(-count // _ROWS), -(-4 * threads // pairs)))  # type: ignore[no-any-return]
-
-
 def scores(q: Tensor, rows: CodedRows) -> Tensor:
     """``[B, Hk, G, P]`` float32; arguments as in ``scores_reference``."""
     b, heads, g, d = q.shape
-    out, splits = torch.empty(b * heads, g, rows.count), _splits(b * heads, rows.count)
+    out, splits = torch.empty(b * heads, g, rows.count), shares(b * heads, -(-rows.count // _ROWS))
     run = _scores(rows.kind, d, rows.bits, _option(rows), splits > 0)
     run(q.float().reshape(b * heads, g, d).numpy(), *_arrays(rows), max(splits, 1), out.numpy())
     return out.view(b, heads, g, -1)
@@ -224,7 +205,7 @@ def scores(q: Tensor, rows: CodedRows) -> Tensor:
 def sums(weights: Tensor, rows: CodedRows) -> Tensor:
     """``[B, Hk, G, D]`` float32; arguments as in ``sums_reference``."""
     b, heads, g, count = weights.shape
-    splits = _splits(b * heads, count)
+    splits = shares(b * heads, -(-count // _ROWS))
     run = _sums(rows.kind, rows.width, rows.bits, _option(rows), splits > 0)
     out = torch.empty(b * heads, max(splits, 1), g, rows.width)
     run(weights.float().reshape(b * heads, g, count).numpy(), *_arrays(rows), max(splits, 1), out.numpy())

@@ -64,18 +64,28 @@ class CodedRows(NamedTuple):
             yield start, min(start + BLOCK, self.count)
 
 
+def in_place(numbers: Tensor, bits: Tensor, width: int) -> Tensor:
+    """``[..., D]``: numbers ``[..., n]`` in the channels whose bits are set, and 0 in all others."""
+    shift = torch.arange(7, -1, -1, dtype=torch.uint8, device=bits.device)
+    mask = (bits.unsqueeze(-1) >> shift & 1).bool().flatten(-2)[..., :width]
+    place = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    return torch.where(mask, numbers.gather(-1, place), 0.0)
+
+
+def looked_up(table: Tensor, entries: Tensor, signs: Tensor | None) -> Tensor:
+    """``[..., D]`` float32: entries ``[..., D / 8]`` of a table, with signs of as many bytes unless None."""
+    found = table[entries.long()]
+    if signs is not None:
+        found = torch.where(unpack(signs.unsqueeze(-1), 1, -1, SUB).bool(), -found, found)
+    return found.flatten(-2)
+
+
 def restore_coded(rows: CodedRows) -> Tensor:
     """``[B, Hk, P, D]`` float32, all rows."""
     if rows.kind == LARGEST:
-        shift = torch.arange(7, -1, -1, dtype=torch.uint8, device=rows.second.device)
-        mask = (rows.second.unsqueeze(-1) >> shift & 1).bool().flatten(-2)[..., : rows.width]
-        place = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        found = torch.where(mask, rows.first.float().gather(-1, place), 0.0)
+        found = in_place(rows.first.float(), rows.second, rows.width)
     elif rows.kind == BOOK:
-        found = rows.table[rows.first.long()]
-        if rows.second.shape[3]:
-            found = torch.where(unpack(rows.second.unsqueeze(-1), 1, -1, SUB).bool(), -found, found)
-        found = found.flatten(-2)
+        found = looked_up(rows.table, rows.first, rows.second if rows.second.shape[3] else None)
     else:
         found = rows.table[unpack(rows.first, rows.bits, -1, rows.width).long()]
         if rows.unit:

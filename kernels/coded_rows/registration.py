@@ -4,48 +4,27 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 
 import torch
 from torch import Tensor
 
 from tokred.kernels.coded_rows.reference import CodedRows, scores_reference, sums_reference
-from tokred.kernels.dispatch import Refusal, interpreting, mode, traced, use_kernel
-
-# A program holds a few rows.
-WIDEST = 512
+from tokred.kernels.dispatch import interpreting, use_kernel, why_not_loops
+from tokred.kernels.packed_rows.registration import restoring_refusals
 
 _library = torch.library.Library("tokred", "FRAGMENT")
 _ARGUMENTS = "Tensor first, Tensor second, Tensor table, Tensor factor, int kind, int width, int bits, bool unit"
 _library.define(f"coded_scores(Tensor q, {_ARGUMENTS}) -> Tensor")
 _library.define(f"coded_sums(Tensor weights, {_ARGUMENTS}) -> Tensor")
 
-_NUMBA_FOUND = importlib.util.find_spec("numba") is not None
-
-
-def refusals(x: Tensor, width: int) -> list[Refusal]:
-    """Why the Triton kernels cannot run, besides the device."""
-    return [
-        Refusal(width > WIDEST, f"rows of {width} numbers are longer than the {WIDEST} that a program holds"),
-        Refusal(x.dtype == torch.float64, "the kernel works in float32, not float64"),
-        Refusal(x.numel() == 0, "the input is empty"),
-    ]
-
 
 def why_not_compiled(x: Tensor) -> str | None:
     """Why the compiled loops cannot run on a query or weights like ``x``; None: they can."""
-    table = (
-        Refusal(x.device.type != "cpu", f"the tensors are on {x.device.type}"),
-        Refusal(mode() == "torch", "TOKRED_KERNELS is torch"),
-        Refusal(not _NUMBA_FOUND, "numba is not installed (pip install 'tokred[cpu]')"),
-        Refusal(x.dtype == torch.float64, "the loops work in float32, not float64"),
-        Refusal(traced(), "operations are being traced"),
-    )
-    return next((row.reason for row in table if row.applies), None)
+    return why_not_loops(x)
 
 
 def _run(name: str, x: Tensor, rows: CodedRows) -> Tensor:
-    if use_kernel(f"coded_{name}", x, lambda: refusals(x, rows.width)):
+    if use_kernel(f"coded_{name}", x, lambda: restoring_refusals(x, rows.width)):
         from tokred.kernels.coded_rows import triton
 
         return getattr(triton, f"launch_{name}")(x, rows)  # type: ignore[no-any-return]

@@ -6,17 +6,12 @@ A program takes a share of the rows of one (sample, key/value head) pair, a tile
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from tokred.kernels.coded_rows.reference import CodedRows
-
-# Rows of a tile; shares of a pair's rows, so that few heads still fill a GPU.
-_TILE, _PROGRAMS = 64, 512
+from tokred.kernels.packed_rows.launch import Given, scores, sums, without_gaps
 
 
 @triton.jit
@@ -112,56 +107,23 @@ def coded_sums_fwd_kernel(
     tl.store(where, total, mask=(g < G)[:, None] & channel[None, :])
 
 
-class _Plan(NamedTuple):
-    """A launch: shares of each pair's rows, rows of one, tensors, strides of samples and heads, and constants."""
-
-    splits: int
-    share: int
-    parts: tuple[Tensor, ...]
-    strides: tuple[int, ...]
-    constants: dict[str, int]
-
-
-def _plan(x: Tensor, rows: CodedRows) -> _Plan:
-    pairs = x.shape[0] * x.shape[1]
-    splits = max(1, min(-(-rows.count // _TILE), _PROGRAMS // pairs))
-    share = -(-rows.count // splits)
+def _given(rows: CodedRows) -> Given:
     signed = rows.second.shape[3] > 0
-    first, second = _without_gaps(rows.first), _without_gaps(rows.second) if signed else rows.first
+    first, second = without_gaps(rows.first), without_gaps(rows.second) if signed else rows.first
     parts = (first, second, rows.table.contiguous(), rows.factor.float().contiguous())
     strides = (*first.stride()[:2], *second.stride()[:2])
     constants = {
         "KIND": rows.kind, "WIDTH": rows.width, "BITS": rows.bits, "UNIT": rows.unit, "SIGNED": signed,
         "SIZE": rows.first.shape[3], "MARKS": max(1, rows.second.shape[3]),
-        "HEADS": max(16, triton.next_power_of_2(x.shape[2])),
-        "BLOCK_C": max(16, triton.next_power_of_2(rows.width)), "BLOCK_T": _TILE,
     }  # fmt: skip
-    return _Plan(-(-rows.count // share), share, parts, strides, constants)
-
-
-def _without_gaps(x: Tensor) -> Tensor:
-    """``x``, or a copy where rows of a head do not follow one another."""
-    return x if x.stride()[2:] == (x.shape[3], 1) else x.contiguous()
+    return Given(parts, strides, constants)
 
 
 def launch_scores(q: Tensor, rows: CodedRows) -> Tensor:
     """Arguments and result as in ``scores_reference``."""
-    b, heads, g, _ = q.shape
-    out = torch.empty(b, heads, g, rows.count, dtype=torch.float32, device=q.device)
-    if rows.count:
-        splits, share, parts, strides, constants = _plan(q, rows)
-        coded_scores_fwd_kernel[(b * heads, splits)](
-            q.contiguous(), *parts, out, heads, g, rows.count, share, *strides, **constants
-        )
-    return out
+    return scores(coded_scores_fwd_kernel, q, rows, _given(rows))
 
 
 def launch_sums(weights: Tensor, rows: CodedRows) -> Tensor:
     """Arguments and result as in ``sums_reference``."""
-    b, heads, g, count = weights.shape
-    splits, share, parts, strides, constants = _plan(weights, rows)
-    out = torch.empty(b, heads, splits, g, rows.width, dtype=torch.float32, device=weights.device)
-    coded_sums_fwd_kernel[(b * heads, splits)](
-        weights.contiguous(), *parts, out, heads, g, count, share, splits, *strides, **constants
-    )
-    return out.sum(2)
+    return sums(coded_sums_fwd_kernel, weights, rows, _given(rows))

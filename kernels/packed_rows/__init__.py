@@ -12,6 +12,7 @@ from torch import Tensor
 from tokred.kernels.dispatch import why_not
 from tokred.kernels.packed_rows.reference import PackedRows, bytes_of, pack, restore, unpack
 from tokred.kernels.packed_rows.registration import refusals, why_not_loops
+from tokred.kernels.rows import check_heads
 
 __all__ = [
     "PackedRows",
@@ -42,7 +43,7 @@ def packed_scores(q: Tensor, rows: PackedRows) -> Tensor:
     Raises:
         ValueError: shapes do not fit.
     """
-    _check(q, rows, rows.width, "q", "D")
+    check_heads("q", q, rows.codes, rows.width, "D")
     return _scores_op(q, *rows)  # type: ignore[no-any-return]
 
 
@@ -59,7 +60,7 @@ def packed_sums(weights: Tensor, rows: PackedRows) -> Tensor:
     Raises:
         ValueError: shapes do not fit.
     """
-    _check(weights, rows, rows.count, "weights", "P")
+    check_heads("weights", weights, rows.codes, rows.count, "P")
     return _sums_op(weights, *rows)  # type: ignore[no-any-return]
 
 
@@ -72,9 +73,3 @@ def why_not_packed(q: Tensor, bits: int, group: int) -> str | None:
     """Why a query ``[..., D]`` over such rows is answered only after all are restored; None: it is not."""
     loops = why_not_loops(q, bits, group)
     return None if loops is None else (why_not_kernel(q, bits, group) and loops)
-
-
-def _check(x: Tensor, rows: PackedRows, last: int, name: str, letter: str) -> None:
-    b, heads = rows.codes.shape[:2]
-    if x.ndim != 4 or x.shape[:2] != (b, heads) or x.shape[3] != last:
-        raise ValueError(f"{name} must be [B, Hk, G, {letter}] = [{b}, {heads}, G, {last}], got {list(x.shape)}")

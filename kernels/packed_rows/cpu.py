@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokred.kernels.loops import by_pair, shares
 from tokred.kernels.packed_rows.reference import PackedRows, bytes_of
 
 # float16 as the upper bits of a float32 has an exponent that is 112 too small.
@@ -191,7 +192,7 @@ def scores(q: Tensor, rows: PackedRows) -> Tensor:
     b, heads, g, d = q.shape
     out = torch.empty(b * heads, g, rows.count)
     units = rows.codes.shape[2]
-    splits = _splits(b * heads, units)
+    splits = shares(b * heads, units)
     run = (_token_scores if rows.tokens else _channel_scores)(rows.bits, rows.group, d, splits > 0)
     run(q.float().reshape(b * heads, g, d).numpy(), *_arrays(rows), units, max(splits, 1), out.numpy())
     return out.view(b, heads, g, -1)
@@ -200,7 +201,7 @@ def scores(q: Tensor, rows: PackedRows) -> Tensor:
 def sums(weights: Tensor, rows: PackedRows) -> Tensor:
     """``[B, Hk, G, D]`` float32; arguments as in ``sums_reference``."""
     b, heads, g, count = weights.shape
-    splits, d = _splits(b * heads, count), rows.width
+    splits, d = shares(b * heads, count), rows.width
     run = _channel_sums(rows.bits, rows.group, d, splits > 0)
     out = torch.empty(b * heads, max(splits, 1), g, d)
     given = weights.float().reshape(b * heads, g, count).numpy()
@@ -208,39 +209,9 @@ def sums(weights: Tensor, rows: PackedRows) -> Tensor:
     return out.sum(1).view(b, heads, g, d)
 
 
-def _splits(pairs: int, units: int) -> int:
-    """Shares of the rows of each head: enough for all threads, and none without work; 0 for a single thread, which
-    does not wake others up."""
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-    if threads == 1:
-        return 0
-    numba.set_num_threads(threads)
-    return max(1, min(units, -(-4 * threads // pairs)))  # type: ignore[no-any-return]
-
-
 def _arrays(rows: PackedRows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes and the bits of scales and zeros as arrays of pairs, with whatever stands behind the rows that are meant:
-    loops over an array without gaps are those that become vector operations."""
+    """Codes and the bits of scales and zeros as arrays of pairs."""
     codes = rows.codes if rows.tokens else rows.codes.flatten(3)
     assert codes.shape[-2 if rows.tokens else -1] or not bytes_of(rows.group, rows.bits)
     halves = (x.view(torch.int16) for x in (rows.scale, rows.zero))
-    return tuple(_whole(x).numpy() for x in (codes, *halves))  # type: ignore[return-value]
-
-
-def _whole(x: Tensor) -> Tensor:
-    """``[B * Hk, C, ...]`` without gaps: the buffer that ``x`` is the beginning of, if it is one, else a copy."""
-    b, heads, _, *inner = x.shape
-    size = 1
-    for n in inner:
-        size *= n
-    pair = x.stride(1)
-    room = pair // max(size, 1)
-    whole = (b * heads, room, *inner)
-    strides = torch.empty(whole, device="meta").stride()
-    fits = (
-        x.stride()[2:] == strides[1:]
-        and pair % max(size, 1) == 0
-        and x.stride(0) == heads * pair
-        and x.untyped_storage().nbytes() >= (x.storage_offset() + b * heads * pair) * x.element_size()
-    )
-    return x.as_strided(whole, strides) if fits else x.contiguous().flatten(0, 1)
+    return tuple(by_pair(x).numpy() for x in (codes, *halves))  # type: ignore[return-value]

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 
 import torch
 from torch import Tensor
 
-from tokred.kernels.dispatch import Refusal, interpreting, mode, traced, use_kernel
+from tokred.kernels import dispatch
+from tokred.kernels.dispatch import Refusal, interpreting, use_kernel
 from tokred.kernels.packed_rows.reference import EVEN, PackedRows, scores_reference, sums_reference
 
 # A program holds a few rows.
@@ -19,8 +19,6 @@ _library = torch.library.Library("tokred", "FRAGMENT")
 _ARGUMENTS = "Tensor codes, Tensor scale, Tensor zero, int bits, int group, bool tokens"
 _library.define(f"packed_scores(Tensor q, {_ARGUMENTS}) -> Tensor")
 _library.define(f"packed_sums(Tensor weights, {_ARGUMENTS}) -> Tensor")
-
-_NUMBA_FOUND = importlib.util.find_spec("numba") is not None
 
 
 def even(bits: int, group: int) -> bool:
@@ -32,6 +30,13 @@ def refusals(x: Tensor, bits: int, group: int, width: int) -> list[Refusal]:
     """Why the Triton kernels cannot run, besides the device."""
     return [
         Refusal(bits not in EVEN, f"the kernel reads 1, 2, 4 or 8 bits, not {bits}"),
+        *restoring_refusals(x, width),
+    ]
+
+
+def restoring_refusals(x: Tensor, width: int) -> list[Refusal]:
+    """Why kernels that restore rows as they read them cannot run, whatever the rows are held in."""
+    return [
         Refusal(width > WIDEST, f"rows of {width} numbers are longer than the {WIDEST} that a program holds"),
         Refusal(x.dtype == torch.float64, "the kernel works in float32, not float64"),
         Refusal(x.numel() == 0, "the input is empty"),
@@ -40,15 +45,9 @@ def refusals(x: Tensor, bits: int, group: int, width: int) -> list[Refusal]:
 
 def why_not_loops(x: Tensor, bits: int, group: int) -> str | None:
     """Why the compiled loops cannot run on a query or weights like ``x``; None: they can."""
-    table = (
-        Refusal(x.device.type != "cpu", f"the tensors are on {x.device.type}"),
-        Refusal(mode() == "torch", "TOKRED_KERNELS is torch"),
-        Refusal(not _NUMBA_FOUND, "numba is not installed (pip install 'tokred[cpu]')"),
-        Refusal(not even(bits, group), f"{group} codes of {bits} bits do not fill whole bytes"),
-        Refusal(x.dtype == torch.float64, "the loops work in float32, not float64"),
-        Refusal(traced(), "operations are being traced"),
+    return dispatch.why_not_loops(
+        x, [Refusal(not even(bits, group), f"{group} codes of {bits} bits do not fill whole bytes")]
     )
-    return next((row.reason for row in table if row.applies), None)
 
 
 def _run(name: str, x: Tensor, rows: PackedRows) -> Tensor:

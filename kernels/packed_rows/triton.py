@@ -8,17 +8,12 @@ cache.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from tokred.kernels.packed_rows.launch import Given, scores, sums, without_gaps
 from tokred.kernels.packed_rows.reference import PackedRows, bytes_of
-
-# Rows of a tile; shares of a pair's rows, so that few heads still fill a GPU.
-_TILE, _PROGRAMS = 64, 512
 
 
 @triton.jit
@@ -106,55 +101,21 @@ def packed_sums_fwd_kernel(
     tl.store(where, total, mask=(g < G)[:, None] & channel[None, :])
 
 
-class _Plan(NamedTuple):
-    """A launch: shares of each pair's rows, rows of one, tensors without gaps inside a pair, strides of samples and
-    heads, and constants."""
-
-    splits: int
-    share: int
-    parts: tuple[Tensor, Tensor, Tensor]
-    strides: tuple[int, ...]
-    constants: dict[str, int]
-
-
-def _plan(x: Tensor, rows: PackedRows) -> _Plan:
-    pairs = x.shape[0] * x.shape[1]
-    splits = max(1, min(-(-rows.count // _TILE), _PROGRAMS // pairs))
-    share = -(-rows.count // splits)
-    inner = [_without_gaps(part) for part in (rows.codes, rows.scale, rows.zero)]
-    if inner[1].stride() != inner[2].stride():
-        inner[1:] = [part.contiguous() for part in inner[1:]]
-    strides = (*inner[0].stride()[:2], *inner[1].stride()[:2])
-    constants = {
-        "BITS": rows.bits, "GROUP": rows.group, "SIZE": bytes_of(rows.group, rows.bits), "WIDTH": rows.width,
-        "TOKENS": rows.tokens, "HEADS": max(16, triton.next_power_of_2(x.shape[2])),
-        "BLOCK_C": max(16, triton.next_power_of_2(rows.width)), "BLOCK_T": _TILE,
-    }  # fmt: skip
-    return _Plan(-(-rows.count // share), share, (inner[0], inner[1], inner[2]), strides, constants)
-
-
-def _without_gaps(x: Tensor) -> Tensor:
-    """``x``, or a copy where units of a head do not follow one another."""
-    return x if x.stride()[2:] == torch.empty(x.shape, device="meta").stride()[2:] else x.contiguous()
+def _given(rows: PackedRows) -> Given:
+    codes, *sides = (without_gaps(part) for part in (rows.codes, rows.scale, rows.zero))
+    if sides[0].stride() != sides[1].stride():
+        sides = [part.contiguous() for part in sides]
+    strides = (*codes.stride()[:2], *sides[0].stride()[:2])
+    size = bytes_of(rows.group, rows.bits)
+    constants = {"BITS": rows.bits, "GROUP": rows.group, "SIZE": size, "WIDTH": rows.width, "TOKENS": rows.tokens}
+    return Given((codes, *sides), strides, constants)
 
 
 def launch_scores(q: Tensor, rows: PackedRows) -> Tensor:
     """Arguments and result as in ``scores_reference``."""
-    b, heads, g, _ = q.shape
-    out = torch.empty(b, heads, g, rows.count, dtype=torch.float32, device=q.device)
-    splits, share, parts, strides, constants = _plan(q, rows)
-    packed_scores_fwd_kernel[(b * heads, splits)](
-        q.contiguous(), *parts, out, heads, g, rows.count, share, *strides, **constants
-    )
-    return out
+    return scores(packed_scores_fwd_kernel, q, rows, _given(rows))
 
 
 def launch_sums(weights: Tensor, rows: PackedRows) -> Tensor:
     """Arguments and result as in ``sums_reference``."""
-    b, heads, g, count = weights.shape
-    splits, share, parts, strides, constants = _plan(weights, rows)
-    out = torch.empty(b, heads, splits, g, rows.width, dtype=torch.float32, device=weights.device)
-    packed_sums_fwd_kernel[(b * heads, splits)](
-        weights.contiguous(), *parts, out, heads, g, count, share, splits, *strides, **constants
-    )
-    return out.sum(2)
+    return sums(packed_sums_fwd_kernel, weights, rows, _given(rows))

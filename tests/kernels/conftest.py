@@ -82,6 +82,42 @@ def interpreted() -> Callable[[str], None]:
     return run
 
 
+@pytest.fixture
+def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The loops of the module's ``OPERATOR`` as Python runs them, before numba compiles them."""
+    numba = pytest.importorskip("numba")
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", True)
+    monkeypatch.setenv("TOKRED_KERNELS", "auto")
+    _forget_loops(request.module.OPERATOR)
+    yield
+    _forget_loops(request.module.OPERATOR)
+
+
+def _forget_loops(operator: str) -> None:
+    sys.modules.pop(f"{operator}.cpu", None)
+    sys.modules[operator].__dict__.pop("cpu", None)
+
+
+@pytest.fixture
+def ptx() -> Callable[[Any, dict[str, Any], dict[str, str]], str]:
+    """Assembly of a kernel for a GPU of compute capability 9.0, made on any machine: ``ptx(kernel, constants, kinds)``.
+
+    ``kinds`` are the types of arguments that are no constants; those that it does not name are ``i32``.
+    """
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    def build(kernel: Any, constants: dict[str, Any], kinds: dict[str, str]) -> str:
+        names = kernel.arg_names
+        signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in names}
+        source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
+        built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+        return str(built.asm["ptx"])
+
+    return build
+
+
 @pytest.fixture(params=["values seen", "stand-ins"])
 def drops_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways of dropping: looking at the values, and stand-ins as under a trace or on a device."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tokred.kernels import dispatch
 from tokred.kernels.packed_rows import PackedRows, pack, packed_scores, packed_sums, restore, why_not_packed
 
+OPERATOR = "tokred.kernels.packed_rows"
 CASES = [  # bits, group, tokens, width, rows
     (2, 4, True, 8, 12), (2, 32, True, 16, 96), (4, 8, True, 12, 40), (8, 4, True, 8, 20), (1, 8, True, 8, 24),
     (2, 4, False, 8, 13), (4, 8, False, 16, 70), (8, 3, False, 6, 9), (1, 16, False, 16, 5),
@@ -48,23 +49,6 @@ def test_torch(case: tuple[int, int, bool, int, int], monkeypatch: pytest.Monkey
     assert why_not_packed(torch.zeros(1, 8), 2, 32) == "TOKRED_KERNELS is torch"
 
 
-@pytest.fixture
-def loops(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The loops as Python runs them: compiled they are in the test below."""
-    numba = pytest.importorskip("numba")
-    monkeypatch.setattr(numba.config, "DISABLE_JIT", True)
-    monkeypatch.setenv("TOKRED_KERNELS", "auto")
-    _forget()
-    yield
-    _forget()
-
-
-def _forget() -> None:
-    sys.modules.pop("tokred.kernels.packed_rows.cpu", None)
-    package: Any = sys.modules["tokred.kernels.packed_rows"]
-    package.__dict__.pop("cpu", None)
-
-
 @pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -97,23 +81,17 @@ def test_bad_input_and_registration(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_stands_in_the_way_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKRED_KERNELS", "auto")
-    registration: Any = sys.modules["tokred.kernels.packed_rows.registration"]
     q = torch.zeros(1, 8)
-    monkeypatch.setattr(registration, "_NUMBA_FOUND", False)
+    monkeypatch.setattr(dispatch, "_NUMBA_FOUND", False)
     assert why_not_packed(q, 2, 32) == "numba is not installed (pip install 'tokred[cpu]')"
-    monkeypatch.setattr(registration, "_NUMBA_FOUND", True)
+    monkeypatch.setattr(dispatch, "_NUMBA_FOUND", True)
     assert why_not_packed(q, 2, 32) is None
     assert why_not_packed(q, 3, 32) == "32 codes of 3 bits do not fill whole bytes"
     assert why_not_packed(q.double(), 2, 32) == "the loops work in float32, not float64"
 
 
 @pytest.mark.parametrize(("name", "tokens"), [("scores", True), ("sums", False)])
-def test_compiles_for_a_gpu(name: str, tokens: bool) -> None:
-    pytest.importorskip("triton")
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+def test_compiles_for_a_gpu(name: str, tokens: bool, ptx: Callable[..., str]) -> None:
     from tokred.kernels.packed_rows import triton as kernels
 
     kernel = getattr(kernels, f"packed_{name}_fwd_kernel")
@@ -121,12 +99,7 @@ def test_compiles_for_a_gpu(name: str, tokens: bool) -> None:
         "BITS": 2, "GROUP": 32, "SIZE": 8, "WIDTH": 128, "TOKENS": tokens, "HEADS": 16, "BLOCK_C": 128, "BLOCK_T": 64
     }  # fmt: skip
     kinds = {"q": "*fp32", "weights": "*fp32", "codes": "*u8", "scale": "*fp16", "zero": "*fp16", "out": "*fp32"}
-    signature = {a: "constexpr" if a in constants else kinds.get(a, "i32") for a in kernel.arg_names}
-    places = {(kernel.arg_names.index(a),): value for a, value in constants.items()}
-    built = triton.compile(
-        ASTSource(kernel, signature, places), target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}
-    )
-    assert ".entry" in built.asm["ptx"]
+    assert ".entry" in ptx(kernel, constants, kinds)
 
 
 def test_kernels_in_the_interpreter(interpreted: Callable[[str], None]) -> None:

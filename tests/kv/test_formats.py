@@ -10,10 +10,11 @@ from tests.kv.test_coded import course_of_events, held
 from tokred.kernels.packed_rows import unpack
 from tokred.kv import Mustafar, NSNQuant, Oscar, Turbo
 from tokred.kv.stores import Query
+from tokred.kv.stores.codebooks import codebook
 from tokred.kv.stores.codecs import Affine
 from tokred.kv.stores.mustafar import Largest
-from tokred.kv.stores.nsnquant import LookedUp
-from tokred.kv.stores.rotated import LEVELS, Directions, Rotated, Spans, hadamard, spectral_rotation, turned
+from tokred.kv.stores.nsnquant import LookedUp, hartley
+from tokred.kv.stores.rotated import LEVELS, Directions, Rotated, Spans, hadamard, levels_of, spectral_rotation, turned
 
 EXAMPLE = torch.tensor([1, -2, 0.5, 3, 0, 1, -1, 2]).view(1, 1, 1, 8)
 
@@ -219,6 +220,19 @@ def test_a_step_never_holds_all_rows(store, monkeypatch):
 
 
 # ---------------------------------------------------------------- all of them
+
+
+@pytest.mark.parametrize("code", [Directions(2, 16), LookedUp(2, 48, 4, 16, 16), LookedUp(1, 16, 4, 16, 16)], ids=repr)
+def test_gradients_are_kept_after_codes_were_made_in_inference_mode(code):
+    """What all rows are turned by, and looked up in, is made once."""
+    for known in (hadamard, hartley, levels_of, codebook):
+        known.cache_clear()
+    rows = torch.randn(1, 1, 4, code.width)
+    with torch.inference_mode():
+        parts = code.encode(rows, None)
+    with torch.enable_grad():
+        again = code.encode(rows.clone().requires_grad_(), None)
+    assert all(map(torch.equal, parts, again))
 
 
 NOTHING = [

@@ -19,6 +19,7 @@ ROUNDS = 100
 
 
 @functools.lru_cache(maxsize=8)
+@torch.inference_mode(mode=False)
 def codebook(bits: int, device: str = "cpu") -> Tensor:
     """``[256, 8]`` float32: entries for normal numbers (one bit each), or for their sizes (two, with the sign)."""
     made = torch.frombuffer(bytearray(base64.b64decode("".join(TEXT[bits].split()))), dtype=torch.int8)

@@ -19,8 +19,9 @@ from tokred.kernels.gather_rows import gather_rows
 from tokred.kv.described import POSITION, Made, plain_bytes
 from tokred.kv.site import CacheSite
 from tokred.kv.stores.codecs import Codec
+from tokred.kv.stores.grown import ROOM, SPARE
 from tokred.kv.stores.rectangle import SlottedShelf, merged_slots, without_empty
-from tokred.kv.stores.sides import ROOM, SPARE, SPARE_CODES, Side, Window
+from tokred.kv.stores.sides import SPARE_CODES, Side, Window
 from tokred.kv.stores.store import Query, Store
 
 # Share of the rows of a layer that may have been evicted and still take room, before all others are encoded anew.

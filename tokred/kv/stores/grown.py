@@ -7,6 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Most rows in full precision that there is room for behind those that are held, so that a step need not copy all of
+# them, and the share of these that it takes at most.
+ROOM, SPARE = 32, 4
+
+
+def room_for(count: int) -> int:
+    """Rows that there is room for behind ``count`` in full precision."""
+    return min(ROOM, count // SPARE)
+
 
 class Grown(NamedTuple):
     """Rows ``[B, Hk, n, ...]`` of a buffer that may have room behind them.

@@ -19,8 +19,8 @@ from tokred.kv.parts import Score, as_part
 from tokred.kv.site import CacheSite
 from tokred.kv.stores.codecs import Affine, AsTheyCome, Codec, Parts, check_bits, group_for
 from tokred.kv.stores.coded import HELD, NOTED, Coded, CodedShelf, Form
-from tokred.kv.stores.grown import Grown
-from tokred.kv.stores.sides import ROOM, SPARE_CODES, Side, Window, with_more
+from tokred.kv.stores.grown import ROOM, Grown
+from tokred.kv.stores.sides import SPARE_CODES, Side, Window, with_more
 
 BITS = (2, 3, 4, 8, 16)
 HIGH = (2, 4, 8, 16)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokred.core.checks import check_count
-from tokred.kernels.coded_rows import LARGEST, CodedRows, coded_scores, coded_sums
+from tokred.kernels.coded_rows import LARGEST, CodedRows, coded_scores, coded_sums, in_place
 from tokred.kv.stores.codecs import AsTheyCome, Codec, Parts, why_no_gradient
 from tokred.kv.stores.coded import Coded, Form
 from tokred.kv.stores.sides import Window
@@ -73,9 +73,7 @@ class Largest(Codec):
 
     def decode(self, parts: Parts, dtype: torch.dtype) -> Tensor:
         values, bits = parts
-        mask = _mask(bits, self.width)
-        place = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        return torch.where(mask, values.gather(-1, place), 0.0).to(dtype)
+        return in_place(values, bits, self.width).to(dtype)
 
     def row_bits(self, rows: Tensor) -> int:
         return 8 * (self.keep * rows.element_size() + -(-self.width // 8))
@@ -103,8 +101,3 @@ def _bits(mask: Tensor) -> Tensor:
         mask = torch.cat([mask, mask.new_zeros(*mask.shape[:-1], 8 - n % 8)], -1)
     weight = 1 << torch.arange(7, -1, -1, device=mask.device)
     return (mask.unflatten(-1, (-1, 8)) * weight).sum(-1).to(torch.uint8)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def _mask(bits: Tensor, width: int) -> Tensor:
-    shift = torch.arange(7, -1, -1, dtype=torch.uint8, device=bits.device)
-    return (bits.unsqueeze(-1) >> shift & 1).bool().flatten(-2)[..., :width]

@@ -4,6 +4,7 @@ one codebook fits all models."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tokred.core.checks import check_count, check_flags
-from tokred.kernels.coded_rows import BOOK, CodedRows, coded_scores, coded_sums
+from tokred.kernels.coded_rows import BOOK, CodedRows, coded_scores, coded_sums, looked_up
 from tokred.kernels.packed_rows import bytes_of, pack, unpack
 from tokred.kv.site import CacheSite
 from tokred.kv.stores.codebooks import SUB, codebook
@@ -230,24 +231,25 @@ class LookedUp(Codec):
         return *codes, second.squeeze(-1).clamp(max=torch.finfo(torch.float16).max).half(), *one.sides[0], *one.sides[1]
 
     def decode(self, parts: Parts, dtype: torch.dtype) -> Tensor:
+        codes, second, length, mean = self._read(parts)
+        mean = self._turned(mean.unsqueeze(-2).expand(*mean.shape[:-1], self.window, self.width))
+        rows = spread(self._looked_up(codes) * second.unsqueeze(-1)) + mean
+        return (rows * length.unsqueeze(-1)).flatten(2, 3).to(dtype)
+
+    def _read(self, parts: Parts) -> tuple[Parts, Tensor, Tensor, Tensor]:
+        """Codes; lengths before and after the means ``[B, Hk, M, W]``, the later first; means ``[B, Hk, M, D]``."""
         codes, second, rest = parts[: self.bits], parts[self.bits], parts[self.bits + 1 :]
         lengths, means = self._sides
         half = len(rest) // 2
-        length, mean = lengths.decode(rest[:half]).clamp(min=_LEAST).unsqueeze(-1), means.decode(rest[half:])
-        mean = self._turned(mean.unsqueeze(-2).expand(*mean.shape[:-1], self.window, self.width))
-        rows = spread(self._looked_up(codes) * second.float().unsqueeze(-1)) + mean
-        return (rows * length).flatten(2, 3).to(dtype)
+        return codes, second.float(), lengths.decode(rest[:half]).clamp(min=_LEAST), means.decode(rest[half:])
 
     def _held(self, parts: Parts) -> tuple[CodedRows, Tensor, Tensor]:
         """Rotated rows without their windows' means, as kernels take them; lengths ``[B, Hk, M, W]``; means
         ``[B, Hk, M, D]``."""
-        codes, second, rest = parts[: self.bits], parts[self.bits], parts[self.bits + 1 :]
-        lengths, means = self._sides
-        half = len(rest) // 2
-        length, mean = lengths.decode(rest[:half]).clamp(min=_LEAST), means.decode(rest[half:])
+        codes, second, length, mean = self._read(parts)
         entries, *signs = (x.flatten(2, 3) for x in reversed(codes))
         marks = signs[0] if signs else entries[..., :0]
-        factor = (second.float() * length).flatten(2)
+        factor = (second * length).flatten(2)
         return CodedRows(entries, marks, self._table(entries.device), factor, BOOK, self.width), length, mean
 
     def why_slow(self, query: Tensor) -> str | None:
@@ -283,10 +285,7 @@ class LookedUp(Codec):
 
     def _looked_up(self, codes: Parts) -> Tensor:
         """``[..., D]`` float32."""
-        found = self._table(codes[0].device)[codes[-1].long()]
-        if self.bits == 2:
-            found = torch.where(unpack(codes[0].unsqueeze(-1), 1, -1, SUB).bool(), -found, found)
-        return found.flatten(-2)
+        return looked_up(self._table(codes[0].device), codes[-1], codes[0] if self.bits == 2 else None)
 
     def _table(self, device: torch.device) -> Tensor:
         return codebook(self.bits, str(device)) if self.table is None else self.table
@@ -297,6 +296,15 @@ class LookedUp(Codec):
             return windows
         place = torch.arange(self.window, device=windows.device)[None]
         return turned(windows, place, self.angles.to(windows.device), back=back)
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(mode=False)
+def hartley(order: int, device: str = "cpu") -> Tensor:
+    """``[n, n]`` float32: Hartley's matrix over the root of its order ``n``; its own inverse."""
+    step = torch.arange(order, device=device)
+    angle = (step[:, None] * step % order) * (2 * torch.pi / order)
+    return (angle.cos() + angle.sin()) * order**-0.5  # type: ignore[no-any-return]
 
 
 def spread(x: Tensor) -> Tensor:
@@ -310,8 +318,5 @@ def spread(x: Tensor) -> Tensor:
     odd = width // two
     if odd == 1:
         return x @ hadamard(width, str(x.device))
-    step = torch.arange(odd, device=x.device)
-    angle = (step[:, None] * step % odd) * (2 * torch.pi / odd)
-    hartley = (angle.cos() + angle.sin()) * odd**-0.5
-    parts: Tensor = hartley @ (x.unflatten(-1, (odd, two)) @ hadamard(two, str(x.device)))  # type: ignore[no-untyped-call]
+    parts: Tensor = hartley(odd, str(x.device)) @ (x.unflatten(-1, (odd, two)) @ hadamard(two, str(x.device)))  # type: ignore[no-untyped-call]
     return parts.flatten(-2)

@@ -14,10 +14,8 @@ from tokred.core.reduction import Reduction
 from tokred.kernels.decode_attention import SENTINEL
 from tokred.kernels.gather_rows import gather_cache
 from tokred.kernels.rows import offsets
+from tokred.kv.stores.grown import room_for
 from tokred.kv.stores.store import Shelf, Store
-
-# Most rows that there is room for behind those that are held, and the share of these that it takes at most.
-ROOM, SPARE = 32, 4
 
 
 @dataclass(frozen=True)
@@ -354,11 +352,6 @@ def first_rows(rows: Tensor, count: int) -> Tensor:
     """``[B, Hk, count, D]``; a copy where a view would keep much more alive than it shows."""
     part = rows[:, :, :count]
     return part if count * 8 > rows.shape[2] * 7 else part.clone()
-
-
-def room_for(count: int) -> int:
-    """Rows that there is room for behind ``count``."""
-    return min(ROOM, count // SPARE)
 
 
 def _joined(old: Tensor, new: Tensor, spare: int) -> Tensor:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tokred.core.checks import check_count
 from tokred.kernels.coded_rows import LEVELS as LEVELS_OF
-from tokred.kernels.coded_rows import CodedRows, coded_scores, coded_sums
-from tokred.kernels.packed_rows import bytes_of, pack, unpack, why_not_packed
+from tokred.kernels.coded_rows import CodedRows, coded_scores, coded_sums, restore_coded
+from tokred.kernels.packed_rows import bytes_of, pack, why_not_packed
 from tokred.kv.stores.codecs import Affine, AsTheyCome, Codec, Parts, check_bits, group_for, why_no_gradient
 from tokred.kv.stores.coded import Coded, Form
 from tokred.kv.stores.sides import Window
@@ -106,7 +106,9 @@ class Turbo(Coded):
         return Form(key, Window(0, 1)), Form(value, Window(0, 1))
 
 
+# Constants are not made in inference mode, whoever asks first: what is, no gradient can be kept through.
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(mode=False)
 def hadamard(width: int, device: str = "cpu") -> Tensor:
     """``[D, D]`` float32: Sylvester's matrix over the root of ``D``, a power of two; its own inverse."""
     made = torch.ones(1, 1)
@@ -174,6 +176,14 @@ LEVELS = {
 }
 
 
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(mode=False)
+def levels_of(bits: int, width: int, device: str = "cpu") -> Tensor:
+    """``[2 ** bits]`` float32, rising: levels of the numbers of rows of length one."""
+    above = torch.tensor(LEVELS[bits])
+    return (torch.cat([-above.flip(0), above]) * width**-0.5).to(device)  # type: ignore[no-any-return]
+
+
 @dataclass(frozen=True)
 class Directions(Codec):
     """The length of a row in float16, and for each number of its rotated direction one of ``2 ** bits`` levels.
@@ -188,25 +198,16 @@ class Directions(Codec):
     width: int
     correct: bool = True
 
-    def levels(self, device: torch.device) -> Tensor:
-        """``[2 ** bits]`` float32, rising."""
-        above = torch.tensor(LEVELS[self.bits], device=device)
-        return torch.cat([-above.flip(0), above]) * self.width**-0.5  # type: ignore[no-any-return]
-
     def encode(self, rows: Tensor, real: Tensor | None) -> Parts:
         rows = rows.float()
         length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-        levels = self.levels(rows.device)
+        levels = levels_of(self.bits, self.width, str(rows.device))
         # Half-way goes up.
         codes = torch.bucketize(turned(rows / (length + 1e-8)), (levels[1:] + levels[:-1]) / 2, right=True)
         return pack(codes.to(torch.uint8), self.bits, -1), length.clamp(max=torch.finfo(torch.float16).max).half()
 
     def decode(self, parts: Parts, dtype: torch.dtype) -> Tensor:
-        codes, length = parts
-        found = self.levels(codes.device)[unpack(codes, self.bits, -1, self.width).long()]
-        if self.correct:
-            found = found / torch.linalg.vector_norm(found, dim=-1, keepdim=True)
-        return turned(found * length.float()).to(dtype)
+        return turned(restore_coded(self.coded(parts))).to(dtype)
 
     def row_bits(self, rows: Tensor) -> int:
         return 8 * bytes_of(self.width, self.bits) + 16
@@ -214,7 +215,7 @@ class Directions(Codec):
     def coded(self, parts: Parts) -> CodedRows:
         """The parts, as kernels take them: rotated rows."""
         codes, length = parts
-        table = self.levels(codes.device)
+        table = levels_of(self.bits, self.width, str(codes.device))
         return CodedRows(
             codes, codes[..., :0], table, length.float().squeeze(-1), LEVELS_OF, self.width, self.bits, self.correct
         )

@@ -8,13 +8,10 @@ import torch
 from torch import Tensor
 
 from tokred.kv.stores.codecs import Codec, Parts
-from tokred.kv.stores.grown import Grown
+from tokred.kv.stores.grown import Grown, room_for
 
-# Most rows that there is room for behind those that are held, so that a step need not copy all of them; and behind
-# those in a code.
-ROOM, CODES = 32, 128
-# The share of what is held that room takes at most: in full precision, and in a code.
-SPARE, SPARE_CODES = 4, 8
+# Most rows that there is room for behind those in a code, and the share of these that it takes at most.
+CODES, SPARE_CODES = 128, 8
 
 
 class Window(NamedTuple):
@@ -38,11 +35,6 @@ class Window(NamedTuple):
     def most(self) -> int:
         """Rows that may be in full precision when a forward is over."""
         return self.recent + self.block - 1 + self.first
-
-
-def room_for(count: int) -> int:
-    """Rows that there is room for behind ``count`` in full precision."""
-    return min(ROOM, count // SPARE)
 
 
 def with_more(parts: tuple[Grown, ...], new: Parts, unit: int = 1) -> tuple[Grown, ...]:

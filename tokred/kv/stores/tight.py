@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokred.core.reduction import Reduction
 from tokred.kernels.decode_attention import SENTINEL
-from tokred.kv.described import Made, like
+from tokred.kv.described import Made
 from tokred.kv.parts import as_part
 from tokred.kv.site import CacheSite
 from tokred.kv.stores.coded import Coded, CodedShelf
@@ -135,7 +135,7 @@ class TightShelf(Shelf):
                     old = old.masked_fill(~real, empty)
                 own = torch.cat([old, own[:, :, n:]], 2)
             found.append(own)
-        return torch.cat(found, 1).view(len(self._heads), -1, *found[0].shape[2:])
+        return self._side_by_side(found)
 
     @property
     def newest(self) -> tuple[Tensor, Tensor]:
@@ -144,9 +144,13 @@ class TightShelf(Shelf):
             assert keys is not None  # asked for after an update
             assert values is not None
             return keys, values
-        both = [[shelf._sides[i].tail.rows[:, :, -self._new :] for *_, shelf in self._each()] for i in (0, 1)]
-        keys, values = (torch.cat(x, 1).view(self.samples, -1, *x[0].shape[2:]) for x in both)
-        return keys, values
+        each = [tuple(x[:, :, -self._new :] for x in shelf.newest) for *_, shelf in self._each()]
+        return self._side_by_side(x[0] for x in each), self._side_by_side(x[1] for x in each)
+
+    def _side_by_side(self, rows: Iterable[Tensor]) -> Tensor:
+        """``[B, Hk, ...]`` of what each head has, ``[1, 1, ...]``."""
+        found = torch.cat([*rows], 1)
+        return found.view(self.samples, -1, *found.shape[2:])
 
     @property
     def complete(self) -> bool:
@@ -169,18 +173,12 @@ class TightShelf(Shelf):
         if self.complete:
             return super().show()
         # What is asked for later is as it was now: shelves change, and what they held does not.
-        kept, found = self._copied(), []
-        for i, make in ((0, lambda: kept.keys), (1, lambda: kept.values)):
-            shelf = self._heads[0][0]
-            shape = (self.samples, len(self._heads[0]), self.width, shelf._sides[i].tail.buffer.shape[3])
-            found.append(Made(like(shelf._sides[i].tail.buffer, shape, shelf._type), make))  # type: ignore[arg-type]
-        return found[0], found[1]
-
-    def _copied(self) -> TightShelf:
-        """This shelf as it is now, by reference."""
-        other = copy.copy(self)
-        other._heads = tuple(tuple(copy.copy(shelf) for shelf in heads) for heads in self._heads)
-        return other
+        kept = copy.copy(self)
+        kept._heads = tuple(tuple(copy.copy(shelf) for shelf in heads) for heads in self._heads)
+        makes = lambda: kept._together(lambda shelf: shelf.keys), lambda: kept._together(lambda shelf: shelf.values)
+        some = (x.expand(self.samples, len(self._heads[0]), -1, -1) for x in self._heads[0][0].newest)
+        keys, values = (Made.of(rows, self.width, make) for rows, make in zip(some, makes, strict=True))
+        return keys, values
 
     @property
     def moved(self) -> bool:
@@ -245,10 +243,9 @@ class TightShelf(Shelf):
         self._later -= count
 
     def detach(self, count: int) -> tuple[Tensor, Tensor]:
-        both = [shelf.detach(count) for *_, shelf in self._each()]
+        each = [shelf.detach(count) for *_, shelf in self._each()]
         self._later, self._new = self._later - count, self._new - count
-        keys, values = (torch.cat([x[i] for x in both], 1) for i in (0, 1))
-        return keys.view(self.samples, -1, *keys.shape[2:]), values.view(self.samples, -1, *values.shape[2:])
+        return self._side_by_side(x[0] for x in each), self._side_by_side(x[1] for x in each)
 
     def select(self, index: Tensor, listed: Callable[[], list[int]]) -> None:
         chosen = listed()

@@ -18,9 +18,9 @@ from tokred.kernels.packed_rows import pack, unpack
 from tokred.kv.described import Made
 from tokred.kv.site import CacheSite
 from tokred.kv.stores.codecs import check_bits
-from tokred.kv.stores.grown import Grown
+from tokred.kv.stores.grown import ROOM, Grown
 from tokred.kv.stores.rectangle import SlottedShelf, without_empty
-from tokred.kv.stores.sides import ROOM, Window
+from tokred.kv.stores.sides import Window
 from tokred.kv.stores.store import Store
 
 # What a budget leaves: in the state of the rows the bits of each one's value, and in the notes those of each channel.
