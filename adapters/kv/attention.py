@@ -14,8 +14,8 @@ from tokred.adapters.kv.again import COMING, REAL, returned
 from tokred.adapters.kv.latents import LatentSite, carried, expanded
 from tokred.adapters.kv.layer import TokLayer
 from tokred.adapters.kv.masks import MaskSpec, mask_function
-from tokred.adapters.kv.products import DROPOUT, SCALING, stock
 from tokred.adapters.kv.products import attend as attend
+from tokred.adapters.kv.products import stock
 from tokred.adapters.kv.seat import PREFIX as PREFIX
 from tokred.adapters.kv.seat import SEAT as SEAT
 from tokred.adapters.kv.seat import Call
@@ -44,9 +44,10 @@ def attention(
         UnsupportedModelError: the module does not hand its arguments on, or is used in a way that is not known.
     """
     seat: Seat | None = options.pop(SEAT, None)
-    if seat is not None and seat.light and _fits(query, attention_mask, dropout, options):
-        return _light(module, query, key, value, attention_mask, scaling, seat, options)
     layer = None if seat is None else seat.layer
+    asked = bool(dropout) or not _MORE.isdisjoint(options)
+    if seat is not None and seat.light and layer is not None and not asked and _fits(layer, query, key, attention_mask):
+        return _light(Call(module, attention_mask, seat, scaling, dropout, options), layer, query, key, value)
     if words.CACHE_OF_A_BATCH.of(options) is not None:
         raise UnsupportedModelError("continuous batching keeps a cache of its own: call tokred.remove(model) first")
     if seat is None or layer is None:
@@ -96,57 +97,33 @@ def attention(
 _MORE = frozenset(name for word in (words.CACHE_OF_A_BATCH, words.EXTRA_BIAS, words.SOFTCAP) for name in word.names)
 
 
-def _fits(query: Tensor, mask: Any, dropout: float, options: dict[str, Any]) -> bool:
-    """True for a query that sees all rows, and of which nothing else is asked."""
-    one = query.shape[2] == 1 and not dropout and isinstance(mask, MaskSpec) and mask.light
-    return one and _MORE.isdisjoint(options)
-
-
-def _light(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    spec: MaskSpec,
-    scaling: float | None,
-    seat: Seat,
-    options: dict[str, Any],
-) -> tuple[Tensor, Tensor | None]:
-    """The work of :func:`attention` at a step of which nothing else is asked, in as few moves as there are."""
-    layer = seat.layer
-    assert layer is not None  # or the seat were no light one
+def _fits(layer: TokLayer, query: Tensor, key: Tensor, mask: Any) -> bool:
+    """True for a query that sees all rows of a layer, each as one token."""
+    if query.shape[2] != 1 or not isinstance(mask, MaskSpec) or not mask.light:
+        return False
     shelf = layer.shelf
-    if layer.ragged or layer.weights is not None or not shelf.complete or key is not shelf.newest[0]:
-        return attention(module, query, key, value, spec, scaling, **(options | {SEAT: seat._replace(light=False)}))
+    return not layer.ragged and layer.weights is None and shelf.complete and key is shelf.newest[0]
+
+
+def _light(call: Call, layer: TokLayer, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The work of :func:`attention` at a step of which nothing else is asked, in as few moves as there are."""
     layer.waiting = False
-    engine, name, before = layer.engine, seat.implementation, layer.seen - 1
-    queue: Queue | None = None if seat.rests else engine.queue
-    guards = None if queue is None else queue.due(engine, layer, before, layer.seen)
+    if call.seat.rests:
+        out = _whole(call, layer, query, key, value)
+        layer.settle(None)
+        return out
+    engine, before, scale = layer.engine, layer.seen - 1, call.scaling
+    queue: Queue | None = engine.queue
+    assert queue is not None  # or the seat were no light one
+    guards, both = queue.due(engine, layer, before, layer.seen), None
     # Weights are asked of implementations that give some; others need not know who has attended.
-    both = None
-    if queue is not None and guards is not None and shelf.moved and name in terms.FUSED_KERNEL.names:
-        both = queue.attend(layer, query, key, value, scaling)
-    if both is None:
-        mask = None if shelf.moved else spec.stock(name)
-        given = {SCALING: scaling, DROPOUT: 0.0, **options}
-        out: tuple[Tensor, Tensor | None] = spec.function(module, name)(module, query, key, value, mask, **given)
-    else:
-        out = both[0].transpose(1, 2), None
-    if seat.rests:
-        shelf.settle(None)
-        return out
-    # What the oldest row is needs no tensor, and so nothing that gradients would have to be kept from.
-    if (
-        queue is not None
-        and guards is not None
-        and queue.parts.score.oldest
-        and queue.act(layer, query, scaling, layer.seen, guards, None)
-    ):
-        return out
-    with torch.no_grad():
-        q, score = query.detach(), None if both is None else both[1]
-        if queue is None or guards is None or not queue.act(layer, q, scaling, layer.seen, guards, score):
-            engine.observe(layer, _site(Call(module, spec, seat, scaling, 0.0, options), layer, query), before)
+    if guards is not None and layer.compressed and call.seat.implementation in terms.FUSED_KERNEL.names:
+        both = queue.attend(layer, query, key, value, scale)
+    out = _whole(call, layer, query, key, value) if both is None else (both[0].transpose(1, 2), None)
+    score = None if both is None else both[1]
+    if guards is None or not queue.act(layer, query, scale, layer.seen, guards, score):
+        with torch.no_grad():
+            engine.observe(layer, _site(call, layer, query), before)
     return out
 
 
@@ -248,17 +225,21 @@ def _over(
     call: Call, layer: TokLayer | Lent, query: Tensor, key: Tensor, value: Tensor, before: int
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over rows that are at hand."""
-    spec, seat, one = call.spec, call.seat, _one(call, layer, query)
-    if layer.compressed and one and spec.key_mask is None and not layer.ragged:
-        # One query that sees every row needs no mask, as with a dense cache of that length.
-        rest = call.scaling, call.dropout, call.options
-        out = stock(call.module, seat.implementation, query, key, value, None, *rest)
-    elif not layer.compressed and spec.queries == query.shape[2]:
-        rest = call.scaling, call.dropout, call.options
-        out = stock(call.module, seat.implementation, query, key, value, spec.stock(seat.implementation), *rest)
-    else:
-        out = _compressed(call, layer, query, key, value, before), None
-    return out
+    spec = call.spec
+    # One query that sees every row needs no mask, as with a dense cache of that length.
+    bare = layer.compressed and _one(call, layer, query) and spec.key_mask is None and not layer.ragged
+    if bare or (not layer.compressed and spec.queries == query.shape[2]):
+        return _whole(call, layer, query, key, value)
+    return _compressed(call, layer, query, key, value, before), None
+
+
+def _whole(
+    call: Call, rows: TokLayer | Lent, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The host's own attention: by its own mask, or by none over rows that are fewer."""
+    name = call.seat.implementation
+    mask = None if rows.compressed else call.spec.stock(name)
+    return stock(call.module, name, query, key, value, mask, call.scaling, call.dropout, call.options)
 
 
 def _padding(spec: MaskSpec, seen: int, count: int) -> Tensor | None:

@@ -10,10 +10,9 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokred.adapters.contract import host_object, words
-from tokred.adapters.kv.products import function_of
 from tokred.kernels.decode_attention import SENTINEL, visible_positions
 from tokred.kv.site import Padding
 
@@ -38,7 +37,6 @@ class MaskSpec:
         self._padding = None if mask is None else Padding(mask)
         self._until: dict[int, Padding | None] = {}
         self._all_real: dict[tuple[int, int], bool] = {}
-        self._functions: dict[tuple[type, str], Any] = {}
 
     def to(self, device: Any, **options: Any) -> MaskSpec:
         """A copy on another device, as libraries ask that spread a model over several."""
@@ -134,14 +132,6 @@ class MaskSpec:
         # Elsewhere looking would wait for the device.
         mask = self.key_mask
         return mask is None or (mask.device.type == "cpu" and bool(mask.all()))
-
-    def function(self, module: nn.Module, implementation: str) -> Any:
-        """The attention that modules of a class had before the patch, looked up once in a forward."""
-        key = type(module), implementation
-        found = self._functions.get(key)
-        if found is None:
-            found = self._functions[key] = function_of(module, implementation)
-        return found
 
     def visible(self, first: int, count: int, positions: Tensor, ragged: bool) -> Tensor | None:
         """Mask of the rows of a compressed layer that each query sees.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from tokred.adapters.contract import host_object, members, words
 from tokred.errors import UnsupportedModelError
 
-SCALING, DROPOUT = words.SCALE_OF_A_CALL.name, words.DROPOUT_OF_A_CALL.name
+_SCALING, _DROPOUT = words.SCALE_OF_A_CALL.name, words.DROPOUT_OF_A_CALL.name
 
 
 def stock(
@@ -27,22 +26,12 @@ def stock(
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     """The attention that the model had before the patch."""
-    function = function_of(module, implementation)
-    out, weights = function(module, query, key, value, mask, **{SCALING: scaling, DROPOUT: dropout}, **options)
-    return out, weights
-
-
-def function_of(module: nn.Module, implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """The function of an attention, by its name.
-
-    Raises:
-        UnsupportedModelError: there is none.
-    """
     eager = words.EAGER.part(sys.modules[type(module).__module__])
     function = members.INTERFACE.need(host_object("attention functions"))(implementation, eager)
     if function is None:
         raise UnsupportedModelError(f"{type(module).__module__} has no attention function {implementation!r}")
-    return function  # type: ignore[no-any-return]
+    out, weights = function(module, query, key, value, mask, **{_SCALING: scaling, _DROPOUT: dropout}, **options)
+    return out, weights
 
 
 def attend(

@@ -83,16 +83,18 @@ class Queue:
     ) -> bool:
         """Take a step that is :meth:`due`, by the score of :meth:`attend` or None. False if nothing was done."""
         kind = self.parts.score
+        # What the oldest row is needs no tensor, and so nothing that gradients would have to be kept from.
         if kind.oldest and layer.turn(guards[0]):
             return True
-        slots, keys = layer.slots, layer.shown()[0] if score is None else None
-        if slots is None or slots.shape[0] == 0:
-            return False
-        if isinstance(keys, Tensor):
-            score = kind.quick(q, keys, slots, scale, layer.rows)
-        if score is None:
-            return False
-        layer.swap(worst(score, slots, *guards, after))
+        with torch.no_grad():
+            slots, keys = layer.slots, layer.shown()[0] if score is None else None
+            if slots is None or slots.shape[0] == 0:
+                return False
+            if isinstance(keys, Tensor):
+                score = kind.quick(q, keys, slots, scale, layer.rows)
+            if score is None:
+                return False
+            layer.swap(worst(score, slots, *guards, after))
         return True
 
     def _rows(self, base: tuple[int, ...], seen: int) -> tuple[int, int, int]:

@@ -188,7 +188,7 @@ def share_prefix(model: nn.Module, prefix: Any) -> Any:
             "no policy acts on the model's cache, and without one its attention is its own: call tokred.apply(model, "
             "...) first; tokred.apply(model, 'snapkv', budget=1.0) keeps everything"
         )
-    _check_done(place.part.method)
+    _check_done(place.part.method, "a prefix is shared as it is")
     cache = prefix
     if isinstance(prefix, Tensor):
         from tokred.adapters.contract import cache_kwargs
@@ -261,7 +261,7 @@ def draft(
             "'snapkv', budget=1.0) keeps everything"
         )
     policy: Any = place.part.method
-    _check_done(policy)
+    _check_done(policy, "a draft chooses among rows that stay")
     store = policy.parts.store
     if not isinstance(store, Flat | Rectangle):
         raise ValueError(f"drafts choose rows as they came, and the store {store.name!r} holds them in another form")
@@ -273,16 +273,14 @@ def draft(
         raise ValueError(
             f"budget is {budget}, but the prompt has {ids.shape[1]} tokens: choose fewer, or just generate"
         )
-    settings = words.SETTINGS.part(model)
-    ends = words.ENDS.part(settings) if settings is not None else None
+    found = words.ENDS.part(words.SETTINGS.part(model))
+    ends = [found] if isinstance(found, int) else found or []
     with torch.no_grad():
-        return Drafter(model, place.state, rule, gamma).run(
-            ids, max_new_tokens, [] if ends is None else ends if isinstance(ends, list) else [ends]
-        )
+        return Drafter(model, place.state, rule, gamma).run(ids, max_new_tokens, ends)
 
 
-def _check_done(policy: Any) -> None:
-    """Refuse a policy that would go on with rows that are not a single sample's.
+def _check_done(policy: Any, wanted: str) -> None:
+    """Refuse a policy that is not done with the prompt, where ``wanted`` says what that is needed for.
 
     Raises:
         ValueError: naming what it would do.
@@ -290,16 +288,16 @@ def _check_done(policy: Any) -> None:
     parts = policy.parts
     why = ""
     if parts.when.chunk:
-        why = "keeps to a limit, for which rows of the prefix may go at any time"
+        why = "keeps to a limit, for which rows may go at any time"
     elif not parts.budget.full and (parts.when.every or parts.when.turns):
-        why = "goes on evicting when the prompt is over, and a prefix belongs to all samples"
+        why = "goes on evicting when the prompt is over"
     elif parts.store.searches and "module" in parts.store.reads:
         why = "searches rows that its network has read, which are those of one cache alone"
     elif parts.store.searches:
-        # Rows in common are read as a rectangle, past the store that would have chosen among them.
-        why = "chooses rows anew for every token, and a prefix is attended to as a whole"
+        # Rows are read as a rectangle, past the store that would have chosen among them.
+        why = "chooses rows anew for every token"
     if why:
-        raise ValueError(f"{policy.name or 'the policy'} {why}: take one that is done with the prompt")
+        raise ValueError(f"{policy.name or 'the policy'} {why}, and {wanted}: take one that is done with the prompt")
 
 
 class _Place:

@@ -15,6 +15,7 @@ from tokred.adapters.kv.cache import TokCache, layers_of, set_states, states_of
 from tokred.adapters.kv.layer import TokLayer
 from tokred.adapters.swap import host_class
 from tokred.errors import UnsupportedModelError
+from tokred.kernels.gather_rows import gather_rows
 from tokred.kv.drafting import DraftRows
 from tokred.kv.engine import Clock, Engine, Layer
 from tokred.kv.policy import CachePolicy
@@ -96,9 +97,8 @@ class DraftLayer(CacheLayerMixin):  # type: ignore[misc]
         self.chosen = self.rule.select(q, keys)
         self._both = []
         for x in (keys, values):
-            index = self.chosen[..., None].expand(-1, -1, -1, x.shape[3])
             drafts = x.new_empty(*x.shape[:2], self.room, x.shape[3])
-            self._both.append(torch.cat([x.gather(2, index), drafts], 2))
+            self._both.append(torch.cat([gather_rows(x, self.chosen), drafts], 2))
         self.since, self._drafted, self.seen = 0, 0, seen
 
     def follow(self, keys: Tensor, values: Tensor) -> None:

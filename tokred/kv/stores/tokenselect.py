@@ -154,22 +154,21 @@ class SelectShelf(WholeShelf):
 
     def _all(self, which: int) -> Tensor:
         """``[B, Hk, K, D]``, keys or values."""
-        if self._held is None:
-            return self.newest[which]
-        turns = None if which or self._at is None or self._angle is None else (self._at, self._angle)
-        return _restored(self._held[which].rows, turns, None if self._fresh is None else self._fresh[which])
+        return self.newest[which] if self._held is None else self._making(which)()
 
     def show(self) -> tuple[Tensor | Made, Tensor | Made]:
         if self._held is None:
             return super().show()
-        return self._shown(0), self._shown(1)
+        # A step that nobody looks at puts none of them together.
+        keys, values = (Made.of(self._held[i].rows, self.width, self._making(i)) for i in (0, 1))
+        return keys, values
 
-    def _shown(self, which: int) -> Made:
-        """Rows as they are now; a step that nobody looks at puts none of them together."""
+    def _making(self, which: int) -> Callable[[], Tensor]:
+        """Gives keys or values as they are now, whenever it is called."""
         assert self._held is not None  # else there is nothing to put together
         held, fresh = self._held[which].rows, None if self._fresh is None else self._fresh[which]
         turns = None if which or self._at is None or self._angle is None else (self._at, self._angle)
-        return Made.of(held, self.width, partial(_restored, held, turns, fresh))
+        return partial(_restored, held, turns, fresh)
 
     @property
     def newest(self) -> Rows:
