@@ -24,7 +24,7 @@ from tokred.adapters.watch import Watch, hang
 from tokred.core.method import Method
 from tokred.diffusion.method import AttentionMethod
 from tokred.diffusion.report import DenoiserReport, SublayerReport
-from tokred.errors import MissingInputError, NothingRecordedError, UnsupportedModelError
+from tokred.errors import NothingRecordedError, UnsupportedModelError
 
 
 @dataclass
@@ -92,13 +92,14 @@ class DenoiserHost(Host):
 
         Raises:
             MissingInputError: the method acts at another stage, or reads what the host cannot supply.
+            TypeError: it acts at this one, and is none of its methods.
             UnsupportedModelError: a sub-layer cannot be patched.
             ValueError: its parameters do not fit the model, or ``expose`` is given.
         """
+        self.check_stage(method)
         if not isinstance(method, AttentionMethod):
-            raise MissingInputError(
-                f"{method.name!r} acts at stage {method.stage!r}, but {self.family} offers only stage 'attention'"
-            )
+            base = "tokred.diffusion.method.AttentionMethod"
+            raise TypeError(f"{method.name!r} acts in denoisers and has to derive from {base}")
         if expose != "auto":
             raise ValueError(f"expose is for methods of blocks; a denoiser keeps its tokens, got {expose!r}")
         self.check_reads(method)

@@ -18,7 +18,7 @@ from tokred.adapters.swap import check_entrance, host_class, unchanged
 from tokred.adapters.watch import Watch, hang
 from tokred.core.experts import ExpertMethod, ExpertsReport, RoutingReport
 from tokred.core.method import Method
-from tokred.errors import MissingInputError, NothingRecordedError, UnsupportedModelError
+from tokred.errors import NothingRecordedError, UnsupportedModelError
 
 
 class Layer(NamedTuple):
@@ -76,13 +76,13 @@ class MixtureHost(Host):
 
         Raises:
             MissingInputError: the method acts at another stage, or reads what the host cannot supply.
+            TypeError: it acts at this one, and is none of its methods.
             UnsupportedModelError: experts cannot be patched, or lie on several devices.
             ValueError: its parameters do not fit the model, or ``expose`` is given.
         """
+        self.check_stage(method)
         if not isinstance(method, ExpertMethod):
-            raise MissingInputError(
-                f"{method.name!r} acts at stage {method.stage!r}, but {self.family} offers only stage 'experts'"
-            )
+            raise TypeError(f"{method.name!r} acts on experts and has to derive from tokred.core.experts.ExpertMethod")
         if expose != "auto":
             raise ValueError(f"expose is for methods of blocks; experts keep the stream as it is, got {expose!r}")
         self.check_reads(method)
