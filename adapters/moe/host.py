@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from tokred.adapters.contract import terms, words
 from tokred.adapters.host import Host
 from tokred.adapters.moe.families import ROUTERS
 from tokred.adapters.moe.session import EnterDecoder, EnterLayer, Record, Routed, Session, Spot, body
-from tokred.adapters.swap import check_entrance, host_class, unchanged
+from tokred.adapters.swap import argument_names, check_entrance, host_class, unchanged
 from tokred.adapters.watch import Watch, hang
 from tokred.core.experts import ExpertMethod, ExpertsReport, RoutingReport
 from tokred.core.method import Method
@@ -105,8 +104,7 @@ class MixtureHost(Host):
         assert isinstance(method, ExpertMethod)
         session = Session(method, self.depth, self.family)
         sites: dict[str, str] = {}
-        names = tuple(inspect.signature(host_class(self.model).forward).parameters)[1:]
-        changes.before(self.model, EnterDecoder(session, names), with_kwargs=True)
+        changes.before(self.model, EnterDecoder(session, argument_names(self.model)), with_kwargs=True)
         for i, layer in enumerate(self.layers):
             if where is not None and not where(layer.name, layer.block):
                 continue
