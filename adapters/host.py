@@ -105,6 +105,17 @@ class Host(ABC):
         reads = one.reads
         return reads - self.offered
 
+    def check_stage(self, method: Method) -> None:
+        """Refuse a method of another stage.
+
+        Raises:
+            MissingInputError: it acts at another one.
+        """
+        if method.stage != self.stage:
+            raise MissingInputError(
+                f"{method.name!r} acts at stage {method.stage!r}, but {self.family} offers only stage {self.stage!r}"
+            )
+
     def check_reads(self, method: Method) -> None:
         """Refuse a method that reads what is not there.
 

@@ -9,6 +9,7 @@ imported by name.
 from __future__ import annotations
 
 import functools
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from types import MethodType
@@ -59,6 +60,12 @@ def _without(cls: Any) -> Any:
     if not any(_HOST in c.__dict__ for c in cls.__mro__):
         return cls
     return contract.rewrapped(cls, tuple(_without(base) for base in cls.__bases__))
+
+
+def argument_names(module: nn.Module) -> tuple[str, ...]:
+    """Names of what the forward of a module's class takes by position, in order, without ``self``."""
+    parameters = list(inspect.signature(host_class(module).forward).parameters.values())[1:]
+    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
 
 
 def is_swapped(module: nn.Module) -> bool:

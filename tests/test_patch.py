@@ -20,6 +20,7 @@ import tokred
 from tokred.adapters.changes import states_in, sweep
 from tokred.adapters.swap import Hook, Standin, is_swapped
 from tokred.adapters.tiny import diffusion, kv, moe, timm, vlm
+from tokred.core.method import Method
 from tokred.core.report import COLUMNS, Report
 from tokred.patch import ATTRIBUTE, Patch, patches_of
 
@@ -242,3 +243,23 @@ def test_a_swept_copy_of_a_model_tells_of_no_state() -> None:
     sweep(model)
     assert not list(states_in(model))
     assert tokred.patched(model) == []
+
+
+@pytest.mark.parametrize(
+    ("stage", "host", "base"),
+    [
+        ("attention", lambda: diffusion.build("sd15"), "tokred.diffusion.method.AttentionMethod"),
+        ("experts", lambda: moe.build("mixtral"), "tokred.core.experts.ExpertMethod"),
+    ],
+)
+def test_methods_of_the_right_stage_and_the_wrong_base(stage: Any, host: Any, base: str) -> None:
+    class Strange(Method):
+        def reduce(self, site: Any) -> Any:
+            raise AssertionError
+
+        def removes(self, depth: int, layers: Any = None) -> bool:
+            return True
+
+    Strange.name, Strange.stage = "strange", stage
+    with pytest.raises(TypeError, match=f"'strange' acts .* and has to derive from {base}"):
+        tokred.apply(host(), Strange())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +18,12 @@ from tokred.adapters.diffusion.session import EnterBlock, EnterDenoiser, LeaveBl
 from tokred.adapters.diffusion.sublayers import Kind, Spot
 from tokred.adapters.diffusion.sublayers import body as sublayer_body
 from tokred.adapters.host import Host
-from tokred.adapters.swap import check_entrance, host_class, unchanged
+from tokred.adapters.swap import argument_names, check_entrance, host_class, unchanged
 from tokred.adapters.watch import Watch, hang
 from tokred.core.method import Method
 from tokred.diffusion.method import AttentionMethod
 from tokred.diffusion.report import DenoiserReport, SublayerReport
-from tokred.errors import MissingInputError, NothingRecordedError, UnsupportedModelError
+from tokred.errors import NothingRecordedError, UnsupportedModelError
 
 
 @dataclass
@@ -92,13 +91,14 @@ class DenoiserHost(Host):
 
         Raises:
             MissingInputError: the method acts at another stage, or reads what the host cannot supply.
+            TypeError: it acts at this one, and is none of its methods.
             UnsupportedModelError: a sub-layer cannot be patched.
             ValueError: its parameters do not fit the model, or ``expose`` is given.
         """
+        self.check_stage(method)
         if not isinstance(method, AttentionMethod):
-            raise MissingInputError(
-                f"{method.name!r} acts at stage {method.stage!r}, but {self.family} offers only stage 'attention'"
-            )
+            base = "tokred.diffusion.method.AttentionMethod"
+            raise TypeError(f"{method.name!r} acts in denoisers and has to derive from {base}")
         if expose != "auto":
             raise ValueError(f"expose is for methods of blocks; a denoiser keeps its tokens, got {expose!r}")
         self.check_reads(method)
@@ -123,7 +123,7 @@ class DenoiserHost(Host):
                 changes.before(part.module, EnterBlock(session, i), with_kwargs=True)
                 changes.after(part.module, LeaveBlock(session, i))
             for name, module, kind in part.sublayers:
-                spot = Spot(session, i, kind, part.alone, name, _names(module), part.first, str(len(sites)))
+                spot = Spot(session, i, kind, part.alone, name, argument_names(module), part.first, str(len(sites)))
                 sites[spot.site] = name
                 changes.swap(module, sublayer_body, spot)
                 # By class, not by model, and other models may be of this one: it stays there when this patch goes.
@@ -143,17 +143,12 @@ class DenoiserHost(Host):
         return DenoiserReport(self.family, state.method, rows)
 
     def _entering(self, session: Session) -> EnterDenoiser:
-        names, sample = _names(self.model), self.record.sample
+        names, sample = argument_names(self.model), self.record.sample
         if self.record.packed:
             return EnterPacked(session, names, sample)
         if self.record.frames:
             return EnterClip(session, names, sample, self.record.frames, self.patch_frames)
         return EnterDenoiser(session, names, sample)
-
-
-def _names(module: nn.Module) -> tuple[str, ...]:
-    """Parameters of the forward, after ``self``."""
-    return tuple(inspect.signature(host_class(module).forward).parameters)[1:]
 
 
 def part_of(pipe: Any) -> nn.Module | None:

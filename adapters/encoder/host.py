@@ -28,7 +28,7 @@ from tokred.core.method import Method
 from tokred.core.place import Place
 from tokred.encoder.method import BlockMethod
 from tokred.encoder.report import BlockReport, LayerReport, place
-from tokred.errors import MissingInputError, UnsupportedModelError
+from tokred.errors import UnsupportedModelError
 
 
 class BlockCost(NamedTuple):
@@ -169,10 +169,7 @@ class EncoderHost(Host):
             TypeError: the method does not say what methods of this stage have to.
             ValueError: the method's parameters do not fit the depth, or ``expose`` does not fit the model.
         """
-        if method.stage != "block":
-            raise MissingInputError(
-                f"{method.name!r} acts at stage {method.stage!r}, but {self.family} offers only stage 'block'"
-            )
+        self.check_stage(method)
         if not isinstance(method, BlockMethod):
             raise TypeError(f"{method.name!r} acts in blocks and has to derive from tokred.BlockMethod")
         self.exposure(method, expose)

@@ -5,7 +5,6 @@ All are objects, so that a patched model copies and pickles.
 
 from __future__ import annotations
 
-import inspect
 import threading
 import weakref
 from typing import Any
@@ -37,6 +36,7 @@ from tokred.adapters.kv.reuse.joined import Joined
 from tokred.adapters.kv.reuse.shared import check_mask
 from tokred.adapters.kv.rope import LayerRope
 from tokred.adapters.swap import Hook, Undo, host_class
+from tokred.adapters.swap import argument_names as argument_names
 from tokred.core.learned import Learned
 from tokred.kv.policy import CachePolicy
 
@@ -342,12 +342,6 @@ def _newest_alone(kept: int, implementation: str) -> int:
     """
     alone = kept == 1 and implementation in terms.FUSED_KERNEL.names
     return kept if alone or implementation in terms.WRITTEN_OUT.names else 0
-
-
-def argument_names(module: nn.Module) -> tuple[str, ...]:
-    """Names of a forward's arguments, in order."""
-    parameters = list(inspect.signature(host_class(module).forward).parameters.values())[1:]
-    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
 
 
 def _check_mask(mask: Any) -> None:

@@ -27,7 +27,7 @@ from tokred.adapters.kv.supplies import norms, projection, supplies
 from tokred.adapters.swap import host_class
 from tokred.core.learned import Facts
 from tokred.core.method import Method
-from tokred.errors import MissingInputError, NothingRecordedError, UnsupportedModelError
+from tokred.errors import NothingRecordedError, UnsupportedModelError
 from tokred.kv.report import CacheReport
 
 if TYPE_CHECKING:
@@ -125,10 +125,7 @@ class CacheHost(Host):
             MissingInputError: the method acts at another stage, or reads what the host cannot supply.
             ValueError: its parameters do not fit the model, or ``expose`` is given.
         """
-        if method.stage != "cache":
-            raise MissingInputError(
-                f"{method.name!r} acts at stage {method.stage!r}, but {self.family} offers only stage 'cache'"
-            )
+        self.check_stage(method)
         if expose not in ("auto", "none"):
             raise ValueError(f"expose is for methods of blocks; a cache policy takes 'auto' alone, got {expose!r}")
         from tokred.kv.policy import CachePolicy

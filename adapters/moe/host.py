@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,11 +13,11 @@ from tokred.adapters.contract import terms, words
 from tokred.adapters.host import Host
 from tokred.adapters.moe.families import ROUTERS
 from tokred.adapters.moe.session import EnterDecoder, EnterLayer, Record, Routed, Session, Spot, body
-from tokred.adapters.swap import check_entrance, host_class, unchanged
+from tokred.adapters.swap import argument_names, check_entrance, host_class, unchanged
 from tokred.adapters.watch import Watch, hang
 from tokred.core.experts import ExpertMethod, ExpertsReport, RoutingReport
 from tokred.core.method import Method
-from tokred.errors import MissingInputError, NothingRecordedError, UnsupportedModelError
+from tokred.errors import NothingRecordedError, UnsupportedModelError
 
 
 class Layer(NamedTuple):
@@ -76,13 +75,13 @@ class MixtureHost(Host):
 
         Raises:
             MissingInputError: the method acts at another stage, or reads what the host cannot supply.
+            TypeError: it acts at this one, and is none of its methods.
             UnsupportedModelError: experts cannot be patched, or lie on several devices.
             ValueError: its parameters do not fit the model, or ``expose`` is given.
         """
+        self.check_stage(method)
         if not isinstance(method, ExpertMethod):
-            raise MissingInputError(
-                f"{method.name!r} acts at stage {method.stage!r}, but {self.family} offers only stage 'experts'"
-            )
+            raise TypeError(f"{method.name!r} acts on experts and has to derive from tokred.core.experts.ExpertMethod")
         if expose != "auto":
             raise ValueError(f"expose is for methods of blocks; experts keep the stream as it is, got {expose!r}")
         self.check_reads(method)
@@ -105,8 +104,7 @@ class MixtureHost(Host):
         assert isinstance(method, ExpertMethod)
         session = Session(method, self.depth, self.family)
         sites: dict[str, str] = {}
-        names = tuple(inspect.signature(host_class(self.model).forward).parameters)[1:]
-        changes.before(self.model, EnterDecoder(session, names), with_kwargs=True)
+        changes.before(self.model, EnterDecoder(session, argument_names(self.model)), with_kwargs=True)
         for i, layer in enumerate(self.layers):
             if where is not None and not where(layer.name, layer.block):
                 continue

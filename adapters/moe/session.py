@@ -125,10 +125,9 @@ class Routed(Hook):
         if session.method.spares(ids.shape[1], logits.shape[1]):
             routing = Routing(ids, torch.ones_like(ids, dtype=torch.bool))
         else:
+            b, n = session.shape
             # a router that is called by itself has tokens of which no layer told
-            samples = session.shape[0] if session.shape[0] * session.shape[1] == ids.shape[0] else 1
-            real = session.real()
-            real = None if real is None or real.shape[0] != ids.shape[0] else real
+            samples, real = (b, session.real()) if b * n == ids.shape[0] else (1, None)
             site = ExpertSite(logits, ids, samples=samples, real=real, layer=self.layer, depth=session.depth)
             routing = session.method.route(site)
             weights = weighed(site, weights, routing, self.normalised)

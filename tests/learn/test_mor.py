@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.learn.models import drawn_text, greedy
 from tokred.learn.models import Cache, MoR, MoRConfig
+from tokred.learn.models.blocks import begin
 from tokred.learn.models.choice import (
     balance_loss,
     capacities,
@@ -31,8 +33,8 @@ def made(seed: int = 0, **more: Any) -> MoR:
     return MoR(MoRConfig(**{**SMALL, **more})).eval()
 
 
-def text(n: int = 14, b: int = 2, seed: int = 1) -> Tensor:
-    return torch.randint(0, WORDS, (b, n), generator=torch.Generator().manual_seed(seed))
+def text(n: int = 14, b: int = 2) -> Tensor:
+    return drawn_text(WORDS, n, b)
 
 
 # ---------------------------------------------------------------- the card
@@ -100,8 +102,6 @@ def test_which_layers_share_weights(sharing: Any, weights: tuple[int, ...], ends
 
 def stacked(model: MoR, ids: Tensor) -> Tensor:
     """The logits of a plain recursive transformer with these weights."""
-    from tokred.learn.models.blocks import begin
-
     tokens, x = begin(ids, None, None), model.embedding(ids)
     order = [model.blocks[i] for i in model.config.weights_of]
     if model.config.own_ends:
@@ -182,11 +182,7 @@ def test_a_cache_gives_what_one_forward_gives(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["experts", "tokens, shared keys"])
 def test_generation_is_that_of_forwards_without_a_cache(kind: str) -> None:
     model, ids = made(4, **KINDS[kind]), text(7)
-    found = model.generate(ids, 5)
-    for _ in range(5):
-        with torch.no_grad():
-            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
-    assert torch.equal(found, ids)
+    assert torch.equal(model.generate(ids, 5), greedy(model, ids, 5))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,7 +7,7 @@ the stream: an expert runs on fewer of them, and the residual takes the others a
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tokred.core.method import Method
 from tokred.core.reduction import Reduction
-from tokred.core.report import Report
+from tokred.core.report import OneReport
 from tokred.core.site import Site, Stage
 
 
@@ -144,17 +144,12 @@ class ExpertsReport(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RoutingReport(Report):
+class RoutingReport(OneReport):
     """The last forward of a model whose experts run on fewer tokens. Its rows count pairs of token and expert."""
 
     stage: ClassVar[Stage] = "experts"
 
-    method: Method
     layers: tuple[ExpertsReport, ...]
-
-    @property
-    def acting(self) -> Sequence[Method]:
-        return (self.method,)
 
     @property
     def pairs(self) -> int:
@@ -165,10 +160,6 @@ class RoutingReport(Report):
     def dropped(self) -> int:
         """Those of :attr:`pairs` that were dropped."""
         return self.pairs - sum(row.kept for row in self.layers)
-
-    @property
-    def title(self) -> str:
-        return f"{self.method} on {self.family}"
 
     @property
     def table(self) -> list[str]:

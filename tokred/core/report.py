@@ -113,6 +113,27 @@ class Report(ABC):
         return own + "".join(one._repr_html_() for one in self.more)
 
 
+@dataclass(frozen=True)
+class OneReport(Report):
+    """The last forward of a model on which one method acts at the report's stage.
+
+    Attributes:
+        family: of the model.
+        method: that acts.
+        more: reports of methods that act on the same model at other stages.
+    """
+
+    method: Method
+
+    @property
+    def acting(self) -> Sequence[Method]:
+        return (self.method,)
+
+    @property
+    def title(self) -> str:
+        return f"{self.method} on {self.family}"
+
+
 def _cell(value: Any) -> str:
     if value is None:
         return ""

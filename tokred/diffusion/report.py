@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from tokred.core.method import Method
-from tokred.core.report import Report
+from tokred.core.report import OneReport
 from tokred.core.site import Stage
 
 
@@ -30,26 +28,17 @@ class SublayerReport(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DenoiserReport(Report):
+class DenoiserReport(OneReport):
     """The last forward of a patched denoiser."""
 
     stage: ClassVar[Stage] = "attention"
 
-    method: Method
     sublayers: tuple[SublayerReport, ...]
-
-    @property
-    def acting(self) -> Sequence[Method]:
-        return (self.method,)
 
     @property
     def reduced(self) -> int:
         """Number of sub-layers that ran on fewer tokens."""
         return sum(row.left < row.tokens for row in self.sublayers)
-
-    @property
-    def title(self) -> str:
-        return f"{self.method} on {self.family}"
 
     @property
     def table(self) -> list[str]:

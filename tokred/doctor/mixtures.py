@@ -13,10 +13,8 @@ from torch import Tensor, nn
 import tokred
 from tokred import adapters
 from tokred.adapters.changes import states_in
+from tokred.doctor.attention import LEFT
 from tokred.doctor.laws import BrokenLawError, Case, check_close
-
-# Logarithm of what a dropped pair weighs, of its own weight, in the model that ours is compared with.
-LEFT = -1e9
 
 
 def counts(model: nn.Module) -> tuple[int, int]:
@@ -62,6 +60,7 @@ def weighed(layers: Sequence[Experts]) -> Iterator[list[nn.Module]]:
             states, ids, weights = args
             called.append(module)
             share = weights.float()
+            # LEFT is the logarithm of what a dropped pair weighs, of its own weight
             left = torch.where(kept, share, share * math.exp(LEFT))
             # a host whose weights sum to one shares them anew among what is left
             if bool((share.sum(1) - 1).abs().max() < 1e-3):

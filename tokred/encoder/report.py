@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from tokred.core.method import Method
-from tokred.core.report import Report
+from tokred.core.report import OneReport
 from tokred.core.site import Stage
 
 
@@ -31,24 +29,19 @@ class LayerReport(NamedTuple):
 
 
 @dataclass(frozen=True)
-class BlockReport(Report):
+class BlockReport(OneReport):
     """The last forward of a model whose blocks are patched. ``macs`` counts the blocks, for one sample."""
 
     stage: ClassVar[Stage] = "block"
 
-    method: Method
     where: str
     layers: tuple[LayerReport, ...]
     macs: int
     macs_unpatched: int
 
     @property
-    def acting(self) -> Sequence[Method]:
-        return (self.method,)
-
-    @property
     def title(self) -> str:
-        return f"{self.method} on {self.family} (reduced {place(self.where)})"
+        return f"{super().title} (reduced {place(self.where)})"
 
     @property
     def table(self) -> list[str]:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from tokred.core.method import Method
-from tokred.core.report import Report
+from tokred.core.report import OneReport
 from tokred.core.site import Stage
 
 
 @dataclass(frozen=True)
-class CacheReport(Report):
+class CacheReport(OneReport):
     """The cache after the last forward of a model with a policy.
 
     Attributes:
@@ -23,12 +21,7 @@ class CacheReport(Report):
 
     stage: ClassVar[Stage] = "cache"
 
-    method: Method
     layers: tuple[Any, ...]
-
-    @property
-    def acting(self) -> Sequence[Method]:
-        return (self.method,)
 
     @property
     def bytes(self) -> int:
@@ -44,10 +37,6 @@ class CacheReport(Report):
     def away_bytes(self) -> int:
         """Those of :attr:`bytes` that are kept in host memory, away from the device where their layer runs."""
         return sum(row.away_bytes for row in self.layers)
-
-    @property
-    def title(self) -> str:
-        return f"{self.method} on {self.family}"
 
     @property
     def table(self) -> list[str]:

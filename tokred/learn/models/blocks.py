@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from tokred.core.checks import check_count
 
 
 class Rows(NamedTuple):
@@ -85,6 +88,26 @@ class Answer:
     logits: Tensor
     losses: dict[str, Tensor]
     depths: Tensor
+
+
+def check_sizes(config: object, *others: str) -> None:
+    """Refuse sizes of a configuration that no attention can have.
+
+    Args:
+        config: with ``width``, ``heads`` and ``key_heads``.
+        others: names of more of its values that are counts.
+
+    Raises:
+        ValueError: naming one.
+    """
+    for name in ("vocabulary", "width", "heads", "key_heads", *others):
+        check_count(getattr(config, name), name, 1)
+    width, heads, key_heads = (getattr(config, name) for name in ("width", "heads", "key_heads"))
+    if width % (2 * heads) or heads % key_heads:
+        raise ValueError(
+            f"heads must divide the width into even parts, and key_heads the heads, got width={width}, "
+            f"heads={heads}, key_heads={key_heads}"
+        )
 
 
 def begin(ids: Tensor, mask: Tensor | None, cache: Cache | None) -> Tokens:
@@ -174,30 +197,74 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
 
 
-class Block(nn.Module):
-    """Attention and MLP, each behind a norm and beside a residual."""
+class Layer(nn.Module):
+    """Attention behind a norm and beside a residual, and the norm of what comes next, which a subclass has.
 
-    def __init__(self, width: int, heads: int, key_heads: int, inner: int) -> None:
+    Args:
+        width, heads, key_heads: of the model.
+    """
+
+    def __init__(self, width: int, heads: int, key_heads: int) -> None:
         super().__init__()
         self.norm, self.norm_mlp = nn.RMSNorm(width, eps=1e-6), nn.RMSNorm(width, eps=1e-6)
         self.attention = Attention(width, heads, key_heads)
-        self.mlp = SwiGLU(width, inner)
 
-    def forward(
-        self, x: Tensor, tokens: Tokens, before: Rows | None = None, shared: Rows | None = None
+    def seen(
+        self, x: Tensor, tokens: Tokens, at: int = 0, cache: Cache | None = None, shared: Rows | None = None
     ) -> tuple[Tensor, Rows]:
-        """``(B, M, C)`` states behind the block, and the rows that it attended to.
+        """``(B, M, C)`` states behind the attention, and the rows that it attended to.
 
         Args:
             x: ``(B, M, C)``.
             tokens: which they are.
-            before: rows of the cache, which those of ``x`` go behind.
-            shared: rows to attend to instead of any of ``x``'s own.
+            at: number of this layer's rows in the cache.
+            cache: has the rows which those of ``x`` go behind, and keeps both; None: there are none.
+            shared: rows to attend to instead of any of ``x``'s own, which are not kept.
         """
         h = self.norm(x)
-        rows = self.attention.rows(h, tokens).behind(before) if shared is None else shared
-        x = x + self.attention(h, tokens, rows)
+        rows = shared
+        if rows is None:
+            rows = self.attention.rows(h, tokens)
+            if cache is not None:
+                rows = cache.rows[at] = rows.behind(cache.rows.get(at))
+        return x + self.attention(h, tokens, rows), rows
+
+
+class Block(Layer):
+    """Attention and MLP, each behind a norm and beside a residual."""
+
+    def __init__(self, width: int, heads: int, key_heads: int, inner: int) -> None:
+        super().__init__(width, heads, key_heads)
+        self.mlp = SwiGLU(width, inner)
+
+    def forward(
+        self, x: Tensor, tokens: Tokens, at: int = 0, cache: Cache | None = None, shared: Rows | None = None
+    ) -> tuple[Tensor, Rows]:
+        """``(B, M, C)`` states behind the block, and the rows that it attended to; see :meth:`Layer.seen`."""
+        x, rows = self.seen(x, tokens, at, cache, shared)
         return x + self.mlp(self.norm_mlp(x)), rows
+
+
+@torch.no_grad()
+def written(
+    forward: Callable[[Tensor, Tensor | None, Cache], Answer], ids: Tensor, steps: int, mask: Tensor | None
+) -> Tensor:
+    """``(B, N + steps)`` ids, the most probable word after the other, with a cache.
+
+    Args:
+        forward: of ids, mask and cache.
+        ids: ``(B, N)`` int64.
+        steps: words to write.
+        mask: ``(B, N)`` bool, False on padding; None: there is none.
+    """
+    cache, out = Cache(), ids
+    logits = forward(ids, mask, cache).logits
+    for i in range(steps):
+        word = logits[:, -1:].argmax(-1)
+        out = torch.cat([out, word], 1)
+        if i + 1 < steps:
+            logits = forward(word, None, cache).logits
+    return out
 
 
 def started(model: nn.Module, width: float) -> None:

@@ -57,14 +57,9 @@ def warmed(shares: Sequence[float], step: int, steps: int) -> tuple[float, ...]:
     return tuple(share + (1 - share) * left for share in shares)
 
 
-def some_of(mask: Tensor, most: int | None = None) -> Chosen:
-    """The tokens of a ``(B, N)`` mask, ascending, on as many columns as the sample with most of them needs.
-
-    Args:
-        mask: bool.
-        most: that number, where it is known; None: it is looked at.
-    """
-    width = int(mask.sum(1).max()) if most is None else most
+def some_of(mask: Tensor) -> Chosen:
+    """The tokens of a ``(B, N)`` bool mask, ascending, on as many columns as the sample with most of them needs."""
+    width = int(mask.sum(1).max())
     order = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
     return Chosen(order, mask.gather(1, order), mask)
 

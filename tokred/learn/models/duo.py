@@ -5,14 +5,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokred.core.checks import check_count, check_flags, check_number
-from tokred.learn.models.blocks import Answer, Attention, Cache, SwiGLU, Tokens, begin, started
+from tokred.core.checks import check_choice, check_flags, check_number
+from tokred.learn.models import blocks
+from tokred.learn.models.blocks import Answer, Cache, SwiGLU, begin, started
 
 BIG, SMALL, SKIP = 0, 1, 2
 MOST = 12  # layers whose paths may be counted through
@@ -51,13 +53,7 @@ class DuoConfig:
     deviation: float = 0.02
 
     def __post_init__(self) -> None:
-        for name in ("vocabulary", "width", "heads", "key_heads", "big", "small", "layers"):
-            check_count(getattr(self, name), name, 1)
-        if self.width % (2 * self.heads) or self.heads % self.key_heads:
-            raise ValueError(
-                f"heads must divide the width into even parts, and key_heads the heads, got width={self.width}, "
-                f"heads={self.heads}, key_heads={self.key_heads}"
-            )
+        blocks.check_sizes(self, "big", "small", "layers")
         if self.small >= self.big:
             raise ValueError(f"small must be below big, got small={self.small} and big={self.big}")
         check_flags(skip=self.skip)
@@ -87,23 +83,13 @@ def budget_loss(big: Tensor, target: float, among: Tensor | None = None) -> Tens
     return (mean - target).square()
 
 
-class Layer(nn.Module):
+class Layer(blocks.Layer):
     """Attention that all tokens share, and an MLP of their choice."""
 
     def __init__(self, config: DuoConfig) -> None:
-        super().__init__()
-        self.norm, self.norm_mlp = nn.RMSNorm(config.width, eps=1e-6), nn.RMSNorm(config.width, eps=1e-6)
-        self.attention = Attention(config.width, config.heads, config.key_heads)
+        super().__init__(config.width, config.heads, config.key_heads)
         self.big, self.small = SwiGLU(config.width, config.big), SwiGLU(config.width, config.small)
         self.router = nn.Linear(config.width, config.choices, bias=False)
-
-    def seen(self, x: Tensor, tokens: Tokens, at: int, cache: Cache | None) -> Tensor:
-        """States behind the attention, whose rows are number ``at`` of the cache."""
-        h = self.norm(x)
-        rows = self.attention.rows(h, tokens).behind(None if cache is None else cache.rows.get(at))
-        if cache is not None:
-            cache.rows[at] = rows
-        return x + self.attention(h, tokens, rows)  # type: ignore[no-any-return]
 
     def mixed(self, h: Tensor, shares: Tensor) -> Tensor:
         """``(B, N, C)`` outputs of both MLPs by the shares ``(B, N, 2 or 3)``; no MLP gives nothing."""
@@ -162,8 +148,7 @@ class Duo(nn.Module):
             ValueError: an argument does not fit.
         """
         route = route or ("soft" if self.training else "hard")
-        if route not in ("random", "soft", "hard"):
-            raise ValueError(f"route is {route!r}; allowed are 'random', 'soft', 'hard'")
+        check_choice(route, "route", ("random", "soft", "hard"))
         if check_number(temperature, "temperature") <= 0:
             raise ValueError(f"temperature must be above 0, got {temperature!r}")
         self._check(choices, ids)
@@ -172,7 +157,7 @@ class Duo(nn.Module):
         big, depths = [], torch.zeros_like(ids)
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)
-            x = layer.seen(x, tokens, i, cache)
+            x, _ = layer.seen(x, tokens, i, cache)
             h = layer.norm_mlp(x)
             shares = (layer.router(h).float() * temperature).softmax(-1)
             big.append(shares[..., BIG])
@@ -204,17 +189,9 @@ class Duo(nn.Module):
         if bool(((choices < 0) | (choices >= self.config.choices)).any()):
             raise ValueError(f"choices must lie in [0, {self.config.choices})")
 
-    @torch.no_grad()
     def generate(self, ids: Tensor, steps: int, mask: Tensor | None = None) -> Tensor:
         """``(B, N + steps)`` ids, the most probable word after the other, with a cache."""
-        cache, out = Cache(), ids
-        logits = self(ids, mask, cache, route="hard").logits
-        for i in range(steps):
-            word = logits[:, -1:].argmax(-1)
-            out = torch.cat([out, word], 1)
-            if i + 1 < steps:
-                logits = self(word, None, cache, route="hard").logits
-        return out
+        return blocks.written(partial(self, route="hard"), ids, steps, mask)
 
 
 class Path(NamedTuple):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokred.core.checks import check_choice, check_count, check_number
-from tokred.learn.models.blocks import Answer, Block, Cache, Rows, Tokens, begin, started
+from tokred.core.checks import check_choice, check_number
+from tokred.learn.models.blocks import Answer, Block, Cache, Rows, Tokens, begin, check_sizes, started, written
 from tokred.learn.models.choice import (
     balance_loss,
     capacities,
@@ -95,13 +96,7 @@ class MoRConfig:
     deviation: float = 0.02
 
     def __post_init__(self) -> None:
-        for name in ("vocabulary", "width", "heads", "key_heads", "inner", "layers", "recursions"):
-            check_count(getattr(self, name), name, 1)
-        if self.width % (2 * self.heads) or self.heads % self.key_heads:
-            raise ValueError(
-                f"heads must divide the width into even parts, and key_heads the heads, got width={self.width}, "
-                f"heads={self.heads}, key_heads={self.key_heads}"
-            )
+        check_sizes(self, "inner", "layers", "recursions")
         check_choice(self.sharing, "sharing", ("cycle", "sequence", "middle_cycle", "middle_sequence"))
         between = self.layers - 2 * self.own_ends
         if between < 1 or between % self.recursions:
@@ -241,29 +236,20 @@ class MoR(nn.Module):
                 raise ValueError("a model with sampling='none' learns no threshold: give select='top_k'")
         tokens = begin(ids, mask, cache)
         x = self.embedding(ids)
-        last = len(c.weights_of) + 1
         if c.own_ends:
-            x, _ = self._layer(self.ends[0], 0, x, tokens, cache)
+            x, _ = self.ends[0](x, tokens, 0, cache)
         if c.route == "expert":
             x, depths, losses = self._by_experts(x, tokens, cache, select, shares)
         else:
             x, depths, losses = self._by_tokens(x, tokens, cache)
         if c.own_ends:
-            x, _ = self._layer(self.ends[1], last, x, tokens, cache)
+            x, _ = self.ends[1](x, tokens, len(c.weights_of) + 1, cache)
         logits = F.linear(self.norm(x), self.embedding.weight)
-        return Answer(logits, losses if self.training else {}, depths)
+        return Answer(logits, losses, depths)
 
-    @torch.no_grad()
     def generate(self, ids: Tensor, steps: int, mask: Tensor | None = None) -> Tensor:
         """``(B, N + steps)`` ids, the most probable word after the other, with a cache."""
-        cache, out = Cache(), ids
-        logits = self(ids, mask, cache, select="threshold").logits
-        for i in range(steps):
-            word = logits[:, -1:].argmax(-1)
-            out = torch.cat([out, word], 1)
-            if i + 1 < steps:
-                logits = self(word, None, cache, select="threshold").logits
-        return out
+        return written(partial(self, select="threshold"), ids, steps, mask)
 
     @torch.no_grad()
     def tie(self, stack: Sequence[nn.Module], how: Tying = "average") -> None:
@@ -298,23 +284,13 @@ class MoR(nn.Module):
 
     # ------------------------------------------------------------------ recursions
 
-    def _layer(
-        self, block: nn.Module, at: int, x: Tensor, tokens: Tokens, cache: Cache | None, shared: Rows | None = None
-    ) -> tuple[Tensor, Rows]:
-        """One layer, whose rows are number ``at`` of the cache."""
-        before = None if cache is None else cache.rows.get(at)
-        y, rows = block(x, tokens, before, shared)
-        if cache is not None and shared is None:
-            cache.rows[at] = rows
-        return y, rows
-
     def _recursion(self, r: int, h: Tensor, tokens: Tokens, cache: Cache | None, first: list[Rows]) -> Tensor:
         """``(B, M, C)`` states behind the shared layers; ``first`` has the rows of recursion 0, which fills it."""
         depth = len(self.config.weights_of) // self.config.recursions
         for j in range(depth):
             at = r * depth + j
             shared = first[j] if r and self.config.kv == "share" else None
-            h, rows = self._layer(self.blocks[self.config.weights_of[at]], at + 1, h, tokens, cache, shared)
+            h, rows = self.blocks[self.config.weights_of[at]](h, tokens, at + 1, cache, shared)
             if r == 0:
                 first.append(rows)
         return h
@@ -332,7 +308,7 @@ class MoR(nn.Module):
         c, lengths = self.config, tokens.real.sum(1)
         at = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
         real, depths = tokens.real, torch.zeros_like(tokens.ids)
-        losses = {"router": x.new_zeros((), dtype=torch.float32)}
+        losses = {"router": x.new_zeros((), dtype=torch.float32)} if self.training else {}
         first: list[Rows] = []
         for r in range(c.recursions):
             h = x.gather(1, at.unsqueeze(2).expand(-1, -1, c.width))
@@ -343,19 +319,15 @@ class MoR(nn.Module):
             else:
                 # where all are to go on, no threshold was learned
                 chosen = some_of(real if shares[r] >= 1 else real & (decided > 0))
-            if c.sampling != "none":
+            if self.training and c.sampling != "none":
                 losses["router"] = losses["router"] + c.coefficient * selection_loss(decided, chosen.mask, real)
-            if c.z:
+            if self.training and c.z:
                 losses["z"] = losses.get("z", 0) + c.z * z_loss(logits.unsqueeze(2), real)
             if chosen.at.shape[1] == 0:
                 break
             gate = self._gate(logits.gather(1, chosen.at))
             at, real = at.gather(1, chosen.at), chosen.real
-            some = tokens.some(at, real)
-
-            def run(h: Tensor, r: int = r, some: Tokens = some) -> Tensor:
-                return self._recursion(r, h, some, cache, first)
-
+            run = partial(self._recursion, r, tokens=tokens.some(at, real), cache=cache, first=first)
             gate = None if gate is None else gate.to(x.dtype)
             x = moved(x, at, real, gate, run, c.update == "add")
             depths = depths.scatter_add(1, at, real.long())
@@ -368,24 +340,22 @@ class MoR(nn.Module):
         shares = c.factor * (logits.softmax(-1) if c.gated == "softmax" else logits.sigmoid())
         free = c.balancing == "loss_free"
         depth = (shares.detach() + (self.bias if free else 0)).argmax(-1)
-        if free and self.training:
+        losses: dict[str, Tensor] = {}
+        if self.training and free:
             with torch.no_grad():
                 self.bias += c.step * (1 / c.recursions - used(depth, real, c.recursions)).sign()
-        losses = {} if free else {"balance": c.balance * balance_loss(shares, depth, real)}
-        if c.z:
+        elif self.training:
+            losses["balance"] = c.balance * balance_loss(shares, depth, real)
+        if self.training and c.z:
             losses["z"] = c.z * z_loss(logits, real)
-        start, state, out = x, x, x
+        state = x
         first: list[Rows] = []
         for r in range(c.recursions):
             chosen = some_of(real & (depth >= r))
             if chosen.at.shape[1] == 0:
                 break
-            some = tokens.some(chosen.at, chosen.real)
-            rows = chosen.at.unsqueeze(2).expand(-1, -1, c.width)
-            y = self._recursion(r, state.gather(1, rows), some, cache, first)
-            state = state.scatter(1, rows, torch.where(chosen.real.unsqueeze(2), y, state.gather(1, rows)))
-            ends = chosen.real & (depth.gather(1, chosen.at) == r)
-            share = shares[..., r].gather(1, chosen.at).to(x.dtype)
-            done = start.gather(1, rows) + share.unsqueeze(2) * y
-            out = out.scatter(1, rows, torch.where(ends.unsqueeze(2), done, out.gather(1, rows)))
-        return out, (depth + 1) * real, losses
+            run = partial(self._recursion, r, tokens=tokens.some(chosen.at, chosen.real), cache=cache, first=first)
+            state = moved(state, chosen.at, chosen.real, None, run, add=False)
+        # a token whose depth is reached stays as it is, so that this is behind the last recursion of each
+        share = shares.gather(2, depth.unsqueeze(2)).to(x.dtype)
+        return torch.where(real.unsqueeze(2), x + share * state, x), (depth + 1) * real, losses
