@@ -154,7 +154,7 @@ class TokCache(DynamicCache):  # type: ignore[misc]
             layer.shelf.frames = True
 
     def ask(self) -> None:
-        """What comes from now on is a question, and its answer, until an earlier state is restored."""
+        """Every forward from now on is of a question and its answer, until an earlier state is restored."""
         self.engine.frames = False
         for layer in self._ours:
             layer.shelf.ask()

@@ -361,10 +361,10 @@ class Stream:
     @contextlib.contextmanager
     def _kept_as_it_was(self) -> Iterator[None]:
         """Behind it the cache is what it was."""
-        before = self._snapshot()
+        before, cache = self._snapshot(), self._cache
         try:
-            if isinstance(self._cache, TokCache):
-                self._cache.ask()
+            if isinstance(cache, TokCache):
+                cache.ask()
             yield
         finally:
             self._restore(before)
