@@ -316,6 +316,11 @@ SHARING = row(
     Spelling("kv_sharing_modes", "transformers", since="5.24", where="transformers:Gemma4TextConfig"),
 )
 ABREAST = row("streams that a layer reads side by side", "altup_num_inputs T gemma3n:Gemma3nTextConfig")
+PICTURED_LAYERS = row(
+    "which layers of a decoder read images",
+    "cross_attention_layers T mllama:MllamaTextConfig",
+    "cross_layer_interval T idefics:IdeficsConfig",
+)
 PARALLEL = row("attention beside the MLP", "use_parallel_residual T gpt_neox:GPTNeoXConfig")
 DEEP_LAYERS = row("layers of deep features", "deepstack_visual_indexes T qwen3_vl:Qwen3VLVisionConfig")
 PATCH = row(

@@ -79,9 +79,8 @@ class TokCache(DynamicCache):  # type: ignore[misc]
         """
         count = int(tokens_to_remove)  # older transformers hand over a tensor
         if count < 0:
-            for layer in layers_of(self):
-                if isinstance(layer, TokLayer):
-                    layer.check_crop(-count)
+            for layer in self._ours:
+                layer.check_crop(-count)
         if not any(map(_states, layers_of(self))):
             super().crop(count)
             return
@@ -105,7 +104,7 @@ class TokCache(DynamicCache):  # type: ignore[misc]
         Raises:
             TokenStateError: the one before broke off between two layers.
         """
-        layers = [layer for layer in layers_of(self) if isinstance(layer, TokLayer)]
+        layers = self._ours
         if len({layer.seen + layer.clock.behind for layer in layers}) > 1:
             raise TokenStateError(
                 "the layers of the cache have seen different numbers of tokens: a forward broke off. Restore a "
@@ -120,7 +119,7 @@ class TokCache(DynamicCache):  # type: ignore[misc]
         ledger = self.engine.ledger
         if ledger is None:
             return
-        ours = {layer.index: -(-layer.nbytes // samples) for layer in layers_of(self) if isinstance(layer, TokLayer)}
+        ours = {layer.index: -(-layer.nbytes // samples) for layer in self._ours}
         others = [layer for layer in layers_of(self) if not isinstance(layer, TokLayer)]
         ledger.open(ours, sum(_rows(0, layer).bytes for layer in others) // samples)
         ledger.queries = int(words.HEADS.need(config))
@@ -148,6 +147,18 @@ class TokCache(DynamicCache):  # type: ignore[misc]
         super().reset()
         self.engine.reset()
 
+    def watch(self) -> None:
+        """Every forward from now on is a frame of a stream, and so a turn, also one of which a single token stays."""
+        self.engine.frames = True
+        for layer in self._ours:
+            layer.shelf.frames = True
+
+    def ask(self) -> None:
+        """Every forward from now on is of a question and its answer, until an earlier state is restored."""
+        self.engine.frames = False
+        for layer in self._ours:
+            layer.shelf.ask()
+
     def layer_rows(self) -> tuple[LayerRows, ...]:
         """Slots, rows and bytes of every layer."""
         return rows_of(layers_of(self))
@@ -156,6 +167,11 @@ class TokCache(DynamicCache):  # type: ignore[misc]
         """``[B, Hk, seen]`` bool of every layer, on the CPU: the slots that each head holds a row of. For looking at:
         it waits for the device."""
         return holds_of(layers_of(self))
+
+    @property
+    def _ours(self) -> list[TokLayer]:
+        """Layers that the policy acts on."""
+        return [layer for layer in layers_of(self) if isinstance(layer, TokLayer)]
 
     @property
     def nbytes(self) -> int:

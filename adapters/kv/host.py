@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 # Attentions that repeat heads in an order of their own, behind their cache, and cannot be tried beforehand.
 _OTHER_HEADS = ("JetMoeAttention",)
+Refuse = Callable[[str], UnsupportedModelError]  # of a model, for a reason
 # What a hard limit reads.
 _BYTES = "the bytes of all layers"
 # What rows of latents have none of, because each head has its own.
@@ -222,7 +224,9 @@ class CacheHost(Host):
         return CacheReport(self.family, state.policy, state.last)
 
 
-def match(model: nn.Module, *, decodes: bool = False, bounded: bool = False, states: bool = True) -> CacheHost | None:
+def match(
+    model: nn.Module, *, decodes: bool = False, bounded: bool = False, states: bool = True, loses: str = LOSES
+) -> CacheHost | None:
     """The host record of a decoder-only language model of transformers; None when ``model`` is none.
 
     Args:
@@ -230,6 +234,7 @@ def match(model: nn.Module, *, decodes: bool = False, bounded: bool = False, sta
         decodes: whether it is known to be one, so that its attention need not say so.
         bounded: whether one is welcome of which all layers have a sliding window, so that none loses rows to a policy.
         states: whether one is welcome of which some layers keep a state of their own instead of rows, or none at all.
+        loses: what it has to run with, for the message.
 
     Raises:
         UnsupportedModelError: it is one, but its cache cannot lose rows rightly; the message says why.
@@ -241,23 +246,19 @@ def match(model: nn.Module, *, decodes: bool = False, bounded: bool = False, sta
     config: Any = words.CONFIG.part(model)
     if config is None:
         return None
-    name = cls.__name__
+    name, refuse = cls.__name__, partial(refusal, cls.__name__, loses=loses)
     if not (decodes or _decodes(model, config)):
         if _sees_ahead(model, config):
-            raise refusal(
-                name,
+            raise refuse(
                 "the tokens of its prompt see one another in both directions, which the masks of evicted rows do not "
-                "know; methods for its visual tokens run, such as 'divprune'",
+                "know; methods for its visual tokens run, such as 'divprune'"
             )
         why = without_cache(model)
         if why:
-            raise refusal(name, why)
+            raise refuse(why)
         return None
     if words.BOTH.part(config, False):
-        raise refusal(
-            name,
-            "it is an encoder with a decoder, and no cross-attention of a known kind",
-        )
+        raise refuse("it is an encoder with a decoder, and no cross-attention of a known kind")
     from tokred.adapters.kv.rehearsal import Rehearsal
 
     # A model with vision keeps what describes its decoder in a configuration of its own, inside.
@@ -265,29 +266,27 @@ def match(model: nn.Module, *, decodes: bool = False, bounded: bool = False, sta
     kinds = layer_kinds(text)
     odd = odd_layers(kinds, beside=states)
     if odd:
-        raise refusal(name, odd)
+        raise refuse(odd)
     modules, sources = _attentions(model, text), owners(kinds, text)
     found = {i: one for i, one in modules.items() if i >= len(kinds) or kinds[i] in ROWS}
     decoder = decoder_of(model, found) if found else model
     rehearsal = Rehearsal(text, words.ROTARY.part(decoder))
     # Some models use the attention function and do not say so.
     if not found or not (exchanges_attention(model) or all(rehearsal.heard(m) for _, m in found.values())):
-        raise refusal(
-            name, "its attention cannot be exchanged (it has no attention back-end), so a policy would never be asked"
+        raise refuse(
+            "its attention cannot be exchanged (it has no attention back-end), so a policy would never be asked"
         )
     latents = bool(words.LATENTS.part(text))
     if latents and not all(makes_latents(m) for _, m in found.values()):
-        raise refusal(name, "its cache holds latents, and its attention does not say how keys are made of them")
+        raise refuse("its cache holds latents, and its attention does not say how keys are made of them")
     own = own_cache(model)
     if own:
-        raise refusal(name, own)
-    _check_attentions(name, kinds, found, rehearsal)
-    compressed = _full_layers(name, kinds, bounded)
+        raise refuse(own)
+    _check_attentions(refuse, kinds, found, rehearsal)
+    compressed = _full_layers(refuse, kinds, bounded)
     unknown = [i for i, kind in enumerate(kinds) if kind == SHARED and not (i in sources and i in modules)]
     if unknown:
-        raise refusal(
-            name, f"layer {unknown[0]} attends to the keys and values of an earlier layer, and no telling which"
-        )
+        raise refuse(f"layer {unknown[0]} attends to the keys and values of an earlier layer, and no telling which")
     behind = norms(decoder, found)
     supplied = supplies(decoder, found, compressed, rehearsal) - (_OF_HEADS if latents else frozenset())
     if all(pair is not None for pair in behind.values()):
@@ -314,8 +313,8 @@ def text_of(config: Any) -> Any:
     return members.TEXT_OF.need(config)(**{words.OF_DECODER.name: True})
 
 
-def refusal(name: str, why: str) -> UnsupportedModelError:
-    return UnsupportedModelError(f"transformers' {name} cannot run with {LOSES}: {why}")
+def refusal(name: str, why: str, loses: str = LOSES) -> UnsupportedModelError:
+    return UnsupportedModelError(f"transformers' {name} cannot run with {loses}: {why}")
 
 
 def _decodes(model: Any, config: Any) -> bool:
@@ -366,32 +365,32 @@ def decoder_of(model: Any, found: dict[int, tuple[str, nn.Module]]) -> nn.Module
 
 
 def _check_attentions(
-    name: str, kinds: list[str], found: dict[int, tuple[str, nn.Module]], rehearsal: Rehearsal
+    refuse: Refuse, kinds: list[str], found: dict[int, tuple[str, nn.Module]], rehearsal: Rehearsal
 ) -> None:
     wanted = [i for i, kind in enumerate(kinds) if kind in ROWS]
     if list(found) != wanted:
-        raise refusal(name, f"{len(found)} attention modules are found for the {len(wanted)} layers of its cache")
+        raise refuse(f"{len(found)} attention modules are found for the {len(wanted)} layers of its cache")
     for where, module in found.values():
         forward = host_class(module).forward
         parameters = inspect.signature(forward).parameters
         if words.PICTURED.among(parameters):
-            raise refusal(name, f"{where} keeps rows of images, which are no tokens of the text")
+            raise refuse(f"{where} keeps rows of images, which are no tokens of the text")
         if cache_argument(forward) is None or not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            raise refusal(name, f"{where} does not hand its arguments on to the attention function")
+            raise refuse(f"{where} does not hand its arguments on to the attention function")
         sinks = words.SINKS.part(module)
         if sinks is not None and sinks.shape != (words.HEADS.need(words.CONFIG.need(module)),):
-            raise refusal(name, f"{where} has sinks that are not one logit a head")
+            raise refuse(f"{where} has sinks that are not one logit a head")
         why = rehearsal.objection(module)
         if host_class(module).__name__ in _OTHER_HEADS:
             why = "attends to other keys and values than its cache holds"
         if why:
-            raise refusal(name, f"{where} {why}")
+            raise refuse(f"{where} {why}")
 
 
-def _full_layers(name: str, kinds: list[str], bounded: bool) -> tuple[int, ...]:
+def _full_layers(refuse: Refuse, kinds: list[str], bounded: bool) -> tuple[int, ...]:
     """Layers that attend to everything."""
     full = tuple(i for i, kind in enumerate(kinds) if kind in terms.FULL.names)
     if not full and not bounded:
         some = "" if set(kinds) <= set(ROWS) else " that keep rows"
-        raise refusal(name, f"all of its layers{some} have a sliding window, so its cache is bounded already")
+        raise refuse(f"all of its layers{some} have a sliding window, so its cache is bounded already")
     return full

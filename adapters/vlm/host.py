@@ -309,18 +309,15 @@ def _match(model: nn.Module, stage: str) -> VisualHost | None:
     _check_whole(model, core, stage)
     if core is None and stage == "projector":
         return None
-    try:
-        found = match_language(model, decodes=core is not None, bounded=True, states=False)
-    except UnsupportedModelError as error:
-        loses = {"projector": "fewer visual tokens", "layer": LOSES}[stage]  # before it, no row of a cache leaves
-        raise UnsupportedModelError(str(error).replace(LOSES, loses)) from error
+    loses = "fewer visual tokens" if stage == "projector" else LOSES  # before it, no row of a cache leaves
+    found = match_language(model, decodes=core is not None, bounded=True, states=False, loses=loses)
     if found is None:
         return None
     facts = Facts() if core is None else FACTS[host_class(core).__name__]
     language: Any = found.decoder
     layers = [(name, module) for name, module in _decoder_layers(model, list(found.attentions.values()))]
     if len(layers) != len(found.attentions):
-        raise cache_refusal(cls.__name__, "its decoder layers are not known")
+        raise cache_refusal(cls.__name__, "its decoder layers are not known", loses)
     supplies = _supplies_layer(layers) if stage == "layer" else _supplies_projector(core, facts)
     if stage == "projector" and supplies_calibration(language, facts):
         supplies |= {"calibration"}
@@ -338,8 +335,7 @@ def _check_whole(model: Any, core: nn.Module | None, stage: str) -> None:
     """Refuse what is no whole model that can be patched here, for its own reason, whatever its cache is like.
 
     Raises:
-        UnsupportedModelError: a model whose outputs are tied to every token of the prompt, one with vision of a family
-            that is not known, or a vision tower alone.
+        UnsupportedModelError: its outputs are tied to every token, its images are not known, or it is a tower alone.
     """
     config, name = words.CONFIG.part(model), host_class(model).__name__
     if core is not None and core is not model and core in model.modules() and not _generates(model):
@@ -349,10 +345,14 @@ def _check_whole(model: Any, core: nn.Module | None, stage: str) -> None:
             f"fewer tokens do not fit: apply to the model inside it (model.{path}) and take its outputs"
         )
     if core is None and stage == "projector" and _sees(config) and _generates(model):
-        raise UnsupportedModelError(
-            f"transformers' {name} is a model with vision of a family whose image features, and their places in the "
-            f"prompt, tokred does not know (it knows {', '.join(FACTS)})"
+        # Where layers read images, the prompt has one token for a whole image, or none.
+        why = (
+            "reads its images in layers of cross-attention beside the prompt, in which are no visual tokens to leave"
+            if words.PICTURED_LAYERS.part(words.TEXT.part(config, config)) is not None
+            else "is a model with vision of a family whose image features, and their places in the prompt, tokred does "
+            f"not know (it knows {', '.join(FACTS)})"
         )
+        raise UnsupportedModelError(f"transformers' {name} {why}")
     if core is None and is_tower(model):
         raise UnsupportedModelError(
             f"transformers' {name} is the vision tower of a model with vision, and methods of the stage {stage!r} act "

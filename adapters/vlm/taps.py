@@ -50,23 +50,23 @@ class Tap:
     """Notes of the taps while one feature getter runs.
 
     Attributes:
+        core: the model with vision.
+        given: arguments of the getter, by name.
+        modality: "image" or "video".
         inputs: ``(rows, N, Ct)`` of the projector; None before it ran, and where the tower has it inside.
         heads: queries and keys of tower layers, by layer and "q" or "k"; see :class:`Record`.
         fused: of the tower's last attention, where that projects all at once.
         pixels: ``(S, F)`` patches that the tower was given, where a method reads them.
-        core: the model with vision.
-        given: arguments of the getter, by name.
-        modality: "image" or "video".
         film: frames of its clips in the tower, where a method merges them there.
     """
 
+    core: Any
+    given: dict[str, Any]
+    modality: str
     inputs: Tensor | None = None
     heads: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     fused: Fused | None = None
     pixels: Tensor | None = None
-    core: Any = None
-    given: dict[str, Any] = field(default_factory=dict)
-    modality: str = "image"
     film: Film | None = None
 
 
@@ -224,9 +224,7 @@ in_flight = InFlight()
 
 
 @contextlib.contextmanager
-def tapped(
-    core: nn.Module | None = None, given: dict[str, Any] | None = None, modality: str = "image"
-) -> Iterator[Tap]:
+def tapped(core: nn.Module, given: dict[str, Any], modality: str) -> Iterator[Tap]:
     """Inside, a feature getter runs, and hooks note what they see of it; those of a getter around it wait.
 
     Args:
@@ -235,7 +233,7 @@ def tapped(
         modality: "image" or "video".
     """
     before = in_flight.tap
-    tap = in_flight.tap = Tap(core=core, given=given or {}, modality=modality)
+    tap = in_flight.tap = Tap(core, given, modality)
     try:
         yield tap
     finally:

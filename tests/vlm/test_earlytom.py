@@ -24,7 +24,18 @@ ANGLES = torch.tensor([0, 0.2, 0.3, 0.35, 0.41, 0.5, 1.6, 1.7])
 TURNING = torch.stack([ANGLES.cos(), ANGLES.sin()], 1).unsqueeze(1)
 # A model whose clip is a video, one whose frames are rows of one sequence, one that is told its clips; and the others.
 HOSTS = ["onevision_video", "qwen2_5_vl_video", "internvl"]
-OTHERS = ["llava_next_video", "llava", "smolvlm", "idefics3", "paligemma", "gemma3", "qwen2_vl", "qwen3_vl"]
+OTHERS = [
+    "llava_next_video",
+    "llava",
+    "smolvlm",
+    "idefics3",
+    "paligemma",
+    "gemma3",
+    "qwen2_vl",
+    "qwen3_vl",
+    "qwen3_5_vl",
+    "glm4v",
+]
 MATRIX = [*HOSTS, *(pytest.param(name, marks=pytest.mark.hosts) for name in OTHERS)]
 # Everything of the first five frames is one segment, whose middle are three.
 ONE = {"tau": -1.0, "layers": (0,)}
@@ -144,7 +155,7 @@ def filmed(name: str, frames: tuple[int, ...] = (7, 5), seed: int = 3) -> tuple[
 
     Prompts are of one length: fillers stand in front of the shorter ones.
     """
-    video = hosts.HOSTS[name].video or name.startswith("qwen")
+    video = hosts.HOSTS[name].video or name.startswith(("qwen", "glm"))
     g = torch.Generator().manual_seed(seed)
 
     def walk(count: int, *shape: int) -> Tensor:
@@ -162,7 +173,7 @@ def filmed(name: str, frames: tuple[int, ...] = (7, 5), seed: int = 3) -> tuple[
         else:
             batch["pixel_values"] = torch.cat(moving)
         return batch, [[n] for n in frames]
-    if not name.startswith("qwen"):
+    if not name.startswith(("qwen", "glm")):
         assert len({*frames}) == 1, "videos of one batch are of one length"
         cells = 4
         extra = name == "onevision_video"
@@ -171,13 +182,14 @@ def filmed(name: str, frames: tuple[int, ...] = (7, 5), seed: int = 3) -> tuple[
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values_videos": pixels}, None
     grids = [[n, 8, 4] if i else [n, 4, 4] for i, n in enumerate(frames)]
     rows = [[7, 8, 95, *[hosts_video()] * (t * h * w // 4), 96, 9, 10, 11] for t, h, w in grids]
-    if name == "qwen3_vl":  # the time of each frame stands before it
-        rows = [[7, 8, *[*[95, *[hosts_video()] * (h * w // 4), 96] * t], 9, 10] for t, h, w in grids]
+    place = 98 if name == "glm4v" else hosts_video()  # GLM-4V's frames stand at places of images
+    if name in ("qwen3_vl", "qwen3_5_vl", "glm4v"):  # the time of each frame stands before it
+        rows = [[7, 8, *[*[95, *[place] * (h * w // 4), 96] * t], 9, 10] for t, h, w in grids]
     longest = max(map(len, rows))
     ids = torch.tensor([[0] * (longest - len(r)) + r for r in rows])
     pixels = torch.cat([walk(t, h * w, 3 * 2 * 4 * 4).flatten(0, 1) for t, h, w in grids])
     return {
-        "input_ids": ids, "attention_mask": (ids != 0).long(), "mm_token_type_ids": 2 * (ids == hosts_video()).long(),
+        "input_ids": ids, "attention_mask": (ids != 0).long(), "mm_token_type_ids": 2 * (ids == place).long(),
         "pixel_values_videos": pixels, "video_grid_thw": torch.tensor(grids),
     }, None  # fmt: skip
 

@@ -219,3 +219,18 @@ def test_positions_counted_anew(name):
     handle.remove()
     assert seen == list(range(len(seen)))
     assert len(seen) < later["input_ids"].shape[1]
+
+
+def test_videos_at_the_places_of_images():
+    """GLM-4V's frames stand at the image's id, each between marks of its own."""
+    model = model_of("glm4v")
+    frame = [95, *[98] * 8, 96]
+    ids = torch.tensor([[7, 8, *frame, 11, *frame, 13, 14]])
+    batch = {
+        "input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": 2 * (ids == 98).long(),
+        "pixel_values_videos": torch.randn(64, 96, generator=torch.Generator().manual_seed(0)),
+        "video_grid_thw": torch.tensor([[2, 8, 4]]),
+    }  # fmt: skip
+    method = tokred.make("evs", ratio=0.5)
+    _, keeps = oracle.agree(model, hosts.layers("glm4v", model), method, batch, max_new_tokens=3)
+    assert int(keeps[0].sum()) == int((ids != 98).sum()) + 8

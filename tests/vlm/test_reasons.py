@@ -176,7 +176,31 @@ def vipllava() -> Any:
     return t.VipLlavaForConditionalGeneration(config)
 
 
+def mllama() -> Any:
+    vision = {
+        "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_global_layers": 1,
+        "attention_heads": 2, "image_size": 16, "patch_size": 4, "max_num_tiles": 2, "vision_output_dim": 64,
+        "intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]],
+    }  # fmt: skip
+    text = {**tiny.TEXT, "cross_attention_layers": [1], "pad_token_id": 0}
+    return t.MllamaForConditionalGeneration(t.MllamaConfig(vision_config=vision, text_config=text))
+
+
+def idefics() -> Any:
+    vision = {
+        "embed_dim": 32, "image_size": 16, "patch_size": 4, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }  # fmt: skip
+    perceiver = {"resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 2, "resampler_head_dim": 8}
+    config = t.IdeficsConfig(
+        vocab_size=100, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        additional_vocab_size=2, cross_layer_interval=1, vision_config=vision, perceiver_config=perceiver,
+    )  # fmt: skip
+    return t.IdeficsForVisionText2Text(config)
+
+
 WHOLE = r"ties its outputs to every token.*model\.(vlm|model)\)"
+BESIDE = "reads its images in layers of cross-attention beside the prompt"
 UNKNOWN = r"of a family whose image features.* does not know \(it knows LlavaModel"
 
 
@@ -189,6 +213,8 @@ UNKNOWN = r"of a family whose image features.* does not know \(it knows LlavaMod
         (gemma3n, UNKNOWN),
         (qwen3_5, "layers 0,2 keep a recurrent state"),
         (vipllava, UNKNOWN),
+        (mllama, BESIDE),
+        (idefics, BESIDE),
     ],
 )
 def test_reasons_before_the_language_model(make, match):

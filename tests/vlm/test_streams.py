@@ -128,6 +128,21 @@ def test_memory_is_flat_over_frames(setting):
     assert "64 frames, 256 visual tokens, 128 entered the cache (50%)" in str(report)
 
 
+@pytest.mark.parametrize(
+    "policy", ["streamingtom_cache groups=3 most=4", {"method": "kv", "parameters": {**KEYS, "budget": 8}}]
+)
+def test_a_frame_of_one_token_is_a_frame(policy):
+    """What a model writes comes token by token too, and waits; frames are groups, and turns."""
+    stream, rows = opened(method=["streamingtom budget=1 saliency=norm", policy]), []
+    for one in pixels(12):
+        assert len(stream.frame(one).kept) == 1
+        rows.append(stream.report().rows)
+    assert rows[-1] == rows[7] < len(PROMPT) + 8
+    stream.ask(QUESTION, max_new_tokens=2)
+    stream.frame(pixels(13)[12])
+    assert stream.report().rows == rows[-1]
+
+
 @pytest.mark.parametrize("setting", [None, *SOME])
 def test_a_question_leaves_no_trace(setting):
     method = SETTINGS.get(setting)

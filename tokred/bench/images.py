@@ -79,15 +79,17 @@ def clip(path: Path, count: int) -> list[Any]:
     """
     from PIL import Image, ImageSequence
 
+    from tokred.analysis.viz.drawing import evenly
+
     if path.is_dir():
         files = find(path).files
-        return [_opened(files[i]) for i in _evenly(len(files), count)]
+        return [_opened(file) for file in evenly(files, count)]
     if not path.is_file():
         raise FileNotFoundError(f"{path} is neither a folder of frames nor an animated picture")
     try:
         with Image.open(path) as file:
             there = int(getattr(file, "n_frames", 1))
-            chosen = set(_evenly(there, count))
+            chosen = set(evenly(range(there), count))
             found = [one.convert("RGB") for i, one in enumerate(ImageSequence.Iterator(file)) if i in chosen]
     except OSError as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
@@ -97,12 +99,6 @@ def clip(path: Path, count: int) -> list[Any]:
             "GIF, WebP or PNG"
         )
     return found
-
-
-def _evenly(there: int, most: int) -> list[int]:
-    """Which of so many, from the first to the last."""
-    few = min(there, most)
-    return [round(i * (there - 1) / max(1, few - 1)) for i in range(few)]
 
 
 def _opened(path: Path, mode: str = "RGB") -> Any:

@@ -138,6 +138,7 @@ class Engine:
         prompt: slots of the prompt, where they are known before its last forward; None: the first forward's.
         steps: tokens that will be generated, where that is known.
         drafting: whether later forwards of several tokens are drafts to be verified, and no second turn.
+        frames: whether every forward is a frame of a stream, and so a turn, also one of a single token.
         when: the policy's times, as this number of layers needs them.
         ledger: of the bytes held, under a hard limit; else None.
         probe: reads the attention of forwards that repeat the context; None in all other forwards.
@@ -160,7 +161,7 @@ class Engine:
         self.ledger: Ledger | None = ledger_of(policy, self.when, depth)
         self.prompt: int | None = None
         self.steps: int | None = None
-        self.drafting = self.learning = False
+        self.drafting = self.learning = self.frames = False
         self.probe: Probe | None = None
         self.streams: dict[int, tuple[Tensor, Tensor]] = {}
         self._waiting: dict[int, _Waiting] = {}
@@ -179,7 +180,7 @@ class Engine:
     def wants_stream(self, clock: Clock, several: bool) -> bool:
         """True if the residual stream around this layer's attention is to be measured, in a forward of one token or
         ``several``."""
-        later = bool(clock.lengths) and not (several and self.when.turns)
+        later = bool(clock.lengths) and not ((several or self.frames) and self.when.turns)
         measured = self.probe is not None or self.idle or later
         return "stream" in self.parts.budget.reads and not measured
 
@@ -196,7 +197,7 @@ class Engine:
         prompt = None if self.prompt is None else self.prompt - clock.behind
         if prompt is not None and before < prompt:
             return prompt if after >= prompt else 0
-        return after if (before == 0 or after - before > 1) and not self.drafting else 0
+        return after if (before == 0 or after - before > 1 or self.frames) and not self.drafting else 0
 
     def observe(self, layer: Layer, site: CacheSite, before: int) -> None:
         """Act on a layer after its attention, in a forward that began at ``before`` slots: note, score, evict."""
@@ -209,7 +210,7 @@ class Engine:
         self.learning = site.learned.training
         if clock.prompt < 0:
             clock.prompt = self._prompt(clock, after)
-        several = after - before > 1 and not self.drafting
+        several = (after - before > 1 or self.frames) and not self.drafting
         if not clock.lengths and after >= clock.prompt:
             clock.lengths = site.lengths
         if before < clock.prompt or (when.turns and several):
@@ -219,7 +220,7 @@ class Engine:
         site.generated = max(0, after - clock.prompt)
         site.steps = self.steps
         self._claim(site)
-        due = when.due(clock.prompt, before, after) and not (self.drafting and before >= clock.prompt)
+        due = when.due(clock.prompt, before, after, self.frames) and not (self.drafting and before >= clock.prompt)
         with without_autocast(site.q):
             self.parts.score.observe(site)
             if due:
@@ -313,13 +314,14 @@ class Engine:
     def reset(self) -> None:
         """Forget the cache's past."""
         self.prompt = self.steps = None
-        self.drafting = self.learning = False
+        self.drafting = self.learning = self.frames = False
         self.streams, self._pending, self._waiting = {}, {}, {}
         self.allocator.begin()
 
     def state(self) -> dict[str, Any]:
         """Values of the cache as a whole that a snapshot keeps."""
-        return {"prompt": self.prompt, "steps": self.steps, "drafting": self.drafting, "streams": dict(self.streams)}
+        kept = {name: getattr(self, name) for name in ("prompt", "steps", "drafting", "frames")}
+        return {**kept, "streams": dict(self.streams)}
 
     def load(self, state: dict[str, Any]) -> None:
         """Go back to values that :meth:`state` gave."""

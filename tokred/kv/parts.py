@@ -325,13 +325,13 @@ class When(Part):
             return 0
         return self.chunk * (depth if deferred else 1) + depth * (self.every - 1)
 
-    def due(self, prompt: int, before: int, after: int) -> bool:
-        """True if a forward that takes the cache from ``before`` to ``after`` slots ends with an eviction."""
+    def due(self, prompt: int, before: int, after: int, frame: bool = False) -> bool:
+        """True if a forward from ``before`` to ``after`` slots, or a ``frame`` of a stream, ends with an eviction."""
         if before < prompt:
             return self.turns or (self.prefill and after >= prompt)
         if self.every and self.period(after - prompt) > self.period(before - prompt):
             return True
-        return self.turns and after - before > 1
+        return self.turns and (frame or after - before > 1)
 
     def period(self, generated: int) -> int:
         """Whole periods among the generated tokens."""

@@ -50,11 +50,13 @@ class Queue:
     def due(self, engine: Engine, layer: Layer, before: int, after: int) -> tuple[int, int] | None:
         """First and newest tokens that stay, if this forward is a step; arguments as for :meth:`step`."""
         clock = layer.clock
-        if engine.when.every == 1 and layer.turned == before and engine.probe is None and not engine.drafting:
+        if engine.probe is not None or engine.drafting or (engine.frames and engine.when.turns):
+            return None
+        if engine.when.every == 1 and layer.turned == before:
             return self._rows(clock.base, after)[1:]  # nothing else has changed since the step before
         if not clock.lengths or not 0 <= clock.prompt <= before == after - 1:
             return None
-        if engine.probe is not None or engine.drafting or not engine.when.due(clock.prompt, before, after):
+        if not engine.when.due(clock.prompt, before, after):
             return None
         if layer.ragged or layer.weights is not None or not layer.swaps:
             return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -36,12 +37,13 @@ class Shots:
         """All frames, each by itself."""
         return cls(torch.arange(frames, device=device), torch.ones(frames, device=device))
 
-    @property
+    # Both are asked for several times, and to count frames waits for the device.
+    @cached_property
     def first(self) -> Tensor:
         """``(T',)`` int64: the frames that are left, ascending."""
         return (self.root == torch.arange(len(self.root), device=self.root.device)).nonzero().squeeze(1)
 
-    @property
+    @cached_property
     def slot(self) -> Tensor:
         """``(T,)`` int64: which of the frames that are left each one went into; of lost ones that before them."""
         at = torch.arange(len(self.root), device=self.root.device)

@@ -22,7 +22,6 @@ from torch import Tensor
 from tokred.adapters.contract import attention_of, cache_kwargs, members, set_attention, words
 from tokred.adapters.kv.cache import TokCache, holds_of, layers_of, make_cache, rows_of, set_states, states_of
 from tokred.adapters.kv.host import CacheHost
-from tokred.adapters.kv.layer import TokLayer
 from tokred.adapters.kv.reuse.layers import plain_cache
 from tokred.adapters.vlm.host import VisualHost
 from tokred.adapters.vlm.streams.again import Again
@@ -111,6 +110,8 @@ class Stream:
         config, policy = parts.cache_host.config, parts.policy
         made = plain_cache(config) if policy is None else make_cache(config, policy, parts.cache_host.compressed)
         self._cache: Any = made
+        if isinstance(made, TokCache):
+            made.watch()
         self._shape: tuple[int, ...] | None = None
         self._state: State = ()
         self._frames = self._seen = self._kept = 0
@@ -360,11 +361,10 @@ class Stream:
     @contextlib.contextmanager
     def _kept_as_it_was(self) -> Iterator[None]:
         """Behind it the cache is what it was."""
-        before = self._snapshot()
+        before, cache = self._snapshot(), self._cache
         try:
-            for layer in layers_of(self._cache):
-                if isinstance(layer, TokLayer):
-                    layer.shelf.ask()
+            if isinstance(cache, TokCache):
+                cache.ask()
             yield
         finally:
             self._restore(before)

@@ -237,7 +237,7 @@ def received_of(seat: Seat, film: Film, tap: Tap) -> list[Tensor]:
         return list(torch.split(found, film.counts))
     fused, tap.fused = tap.fused, None
     assert fused is not None  # the attention has run
-    grids = words.VIDEO_GRIDS.at(tap.given).clone()
-    grids[:, 0] = torch.tensor(film.counts, device=grids.device)
+    grids, counts = words.VIDEO_GRIDS.at(tap.given).clone(), film.counts
+    grids[:, 0] = torch.tensor(counts, device=grids.device)
     tower = members.TOWER.need(tap.core)
-    return [received(fused, tower, grids, i).mean(0).view(film.counts[i], -1) for i in range(len(film.sizes))]
+    return [received(fused, tower, grids, i).mean(0).view(count, -1) for i, count in enumerate(counts)]

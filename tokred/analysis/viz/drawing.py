@@ -6,12 +6,24 @@ import html
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from tokred.analysis.viz import pages
 
 FOLDER = Path(__file__).parent / "templates"
 FIGURES = (".png", ".pdf", ".svg")
+T = TypeVar("T")
+
+
+def evenly(some: Sequence[T], most: int) -> list[T]:
+    """At most so many of some things, evenly spaced, the first and the last among them.
+
+    Args:
+        some: the things in order.
+        most: at least 1.
+    """
+    few = min(len(some), most)
+    return [some[round(i * (len(some) - 1) / max(1, few - 1))] for i in range(few)]
 
 
 class Axis(NamedTuple):

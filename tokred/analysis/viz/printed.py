@@ -11,10 +11,10 @@ from torch import Tensor
 
 from tokred.analysis.viz import canvas
 from tokred.analysis.viz.draw import enlarge, paint_groups
+from tokred.analysis.viz.drawing import evenly
 
 if TYPE_CHECKING:
     from tokred.analysis.viz.latent import LatentDrawing
-    from tokred.analysis.viz.seen import View
     from tokred.analysis.viz.visual import VisualDrawing
 
 
@@ -85,7 +85,7 @@ def left_later(picture: Any, later: Tensor, grid: tuple[int, int]) -> Any:
 def draw_sheet(drawing: VisualDrawing, stage: int, columns: int) -> Any:
     """The figure of :meth:`tokred.analysis.viz.visual.VisualDrawing.sheet`."""
     samples = [[v for v in drawing.views if v.sample == i] for i in range(len(drawing.questions))]
-    samples = [_spaced(views, columns) for views in samples if views]
+    samples = [evenly(views, columns) for views in samples if views]
     count, runs = max(map(len, samples)), drawing.runs
     shape = max(view.grid[0] / view.grid[1] for views in samples for view in views)
     rows = len(samples) * (1 + len(runs))
@@ -112,13 +112,6 @@ def draw_sheet(drawing: VisualDrawing, stage: int, columns: int) -> Any:
     head = " - ".join([drawing.family, *told])
     figure.suptitle(plain(textwrap.fill(head, 18 * count)), fontsize=8, x=0.01, ha="left")
     return figure
-
-
-def _spaced(views: Sequence[View], most: int) -> list[View]:
-    """At most so many views, evenly spaced, the first and the last among them."""
-    if len(views) <= most:
-        return list(views)
-    return [views[round(i * (len(views) - 1) / max(1, most - 1))] for i in range(most)]
 
 
 def _put(axis: Any, picture: Any, title: str) -> None:

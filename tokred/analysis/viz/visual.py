@@ -13,7 +13,7 @@ from torch import Tensor
 from tokred import adapters, api
 from tokred.adapters.contract import words
 from tokred.analysis.viz import pages
-from tokred.analysis.viz.drawing import Axis, Drawing, Page, answered, table
+from tokred.analysis.viz.drawing import Axis, Drawing, Page, answered, evenly, table
 from tokred.analysis.viz.seen import View, held_by_layer, views_of
 from tokred.analysis.viz.settings import Several, settings
 from tokred.errors import MissingInputError, NothingRecordedError
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from tokred.adapters.vlm.hooks import VisualSettings
 
 STAGES = ("projector", "layer")
+HANDLING = (
+    "Point at a token to see where it left. Arrow keys move the slider; on a picture they go from token to token."
+)
 
 
 @dataclass(frozen=True)
@@ -80,14 +83,14 @@ class VisualDrawing(Drawing):
         maps, panels, notes, sections = list[Any](), list[Any](), list[list[str]](), list[str]()
         for sample, question in enumerate(self.questions):
             mine = [i for i, view in enumerate(self.views) if view.sample == sample]
-            figures = []
-            for run in self.runs:
+            figures, left = [], [self._notes(run, mine) for run in self.runs]
+            for run, own in zip(self.runs, left, strict=True):
                 figures.append(self._figure(run, sample, mine, len(notes), len(panels)))
-                notes.append(self._notes(run, mine))
+                notes.append(own)
                 for i in mine:
                     at = _maps(run.mask(self.views[i]), self.views[i].grid, maps)
                     panels.append({"picture": i, "shape": self.views[i].grid, "at": at})
-            sections.append(self._section(sample, question, figures))
+            sections.append(self._section(sample, question, figures, left))
         data = {
             "merges": False, "pictures": [pages.picture(view.pixels) for view in self.views], "maps": maps,
             "panels": panels, "notes": notes,
@@ -101,8 +104,7 @@ class VisualDrawing(Drawing):
         return (
             f"{self.family}: {self.depth} decoder layers. Layers are numbered from 1.",
             "Tokens that a layer does not see any more are dark and struck through; one that was merged into another "
-            "counts as gone. Point at a token to see where it left. Arrow keys move the slider; on a picture they go "
-            "from token to token.",
+            f"counts as gone. {HANDLING}",
         )
 
     def stage(self, number: int, *, full: bool = False) -> str:
@@ -143,7 +145,7 @@ class VisualDrawing(Drawing):
 
         if stages is None and self.frames > 2:
             return self.sheet()
-        shown = _some(self.changes()) if stages is None else list(stages)
+        shown = evenly(self.changes(), 5) if stages is None else list(stages)
         if not shown or min(shown) < 0 or max(shown) > self.depth:
             raise ValueError(f"stages must lie in 0..{self.depth} (0 is the picture, then layers from 1), got {shown}")
         return draw_visual(self, shown)
@@ -172,20 +174,17 @@ class VisualDrawing(Drawing):
         return draw_sheet(self, shown, columns)
 
     def _notes(self, run: VisualRun, mine: Sequence[int]) -> list[str]:
-        found = []
-        masks = [run.mask(self.views[i]) for i in mine]
-        for stage in range(self.depth + 1):
-            left, all_of = sum(int(mask[stage].sum()) for mask in masks), sum(int(mask[0].sum()) for mask in masks)
-            found.append(f"{left} of {all_of} visual tokens")
-        return found
+        """How many tokens of some views are left at each stage."""
+        left = torch.zeros(self.depth + 1, dtype=torch.long)
+        for i in mine:
+            left += run.mask(self.views[i]).sum(1)
+        return [f"{count} of {left[0]} visual tokens" for count in left.tolist()]
 
-    def _section(self, sample: int, question: str, figures: Sequence[str]) -> str:
+    def _section(self, sample: int, question: str, figures: Sequence[str], left: Sequence[Sequence[str]]) -> str:
         said = self.answers[sample]
         plain = "" if said is None else f'<p class="answer"><b>{self.whole}</b> {html.escape(said)}</p>'
         heads = [self.stage_axis.lower(), *(run.label for run in self.runs)]
-        mine = [i for i, view in enumerate(self.views) if view.sample == sample]
-        columns = [self._notes(run, mine) for run in self.runs]
-        rows = [[self.stage(stage), *(column[stage] for column in columns)] for stage in self.changes()]
+        rows = [[self.stage(stage), *(column[stage] for column in left)] for stage in self.changes()]
         return f"""<section aria-label="prompt {sample + 1}">
 <p class="asked"><b>Prompt</b> {html.escape(question)}</p>
 {plain}
@@ -344,10 +343,3 @@ def _maps(mask: Tensor, grid: tuple[int, int], maps: list[Any]) -> list[int | No
         maps.append({"grid": list(grid), "kept": "".join("1" if kept else "0" for kept in row.tolist())})
         at.append(len(maps) - 1)
     return at
-
-
-def _some(stages: Sequence[int], count: int = 5) -> list[int]:
-    """The first and the last stage, and some between them."""
-    if len(stages) <= count:
-        return list(stages)
-    return [stages[round(i * (len(stages) - 1) / (count - 1))] for i in range(count)]

@@ -14,7 +14,7 @@ from tokred.adapters.contract import words
 from tokred.adapters.vlm.streams.families import looks_of
 from tokred.analysis.viz.seen import View, checked, drawable, fitted
 from tokred.analysis.viz.settings import Several, settings
-from tokred.analysis.viz.visual import VisualDrawing, VisualRun
+from tokred.analysis.viz.visual import HANDLING, VisualDrawing, VisualRun
 from tokred.settings.streams import stream as opened
 
 if TYPE_CHECKING:
@@ -40,8 +40,7 @@ class StreamDrawing(VisualDrawing):
         return (
             f"{self.family}: {self.frames} frames, one by one.",
             "Tokens that did not go in, and at the end those that no layer holds any more, are dark and struck "
-            "through. Point at a token to see where it left. Arrow keys move the slider; on a picture they go from "
-            "token to token.",
+            f"through. {HANDLING}",
         )
 
     def stage(self, number: int, *, full: bool = False) -> str:

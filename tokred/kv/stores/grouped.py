@@ -99,7 +99,7 @@ class Grouped(Store):
 
     Args:
         groups: that are attended to.
-        group: rows of one; None: all rows of a forward of several tokens, such as a frame.
+        group: rows of one; None: all rows of a forward of several tokens, or in a stream of every frame.
         sinks: first rows, which are in no group, never rounded and always attended to.
         most: groups that are held; the oldest leaves when there are more. None: all.
 
@@ -221,7 +221,8 @@ class GroupedShelf(Shelf):
             tail = tail[0][:, :, some:], tail[1][:, :, some:]
         size = tail[0].shape[2] if store.group is None else store.group
         # Single tokens, which somebody writes, wait for the next frame.
-        while 0 < size <= tail[0].shape[2] and (store.group is not None or self._new > 1):
+        over = store.group is not None or self._new > 1 or self.frames
+        while 0 < size <= tail[0].shape[2] and over:
             self._close(tail[0][:, :, :size], tail[1][:, :, :size])
             tail = tail[0][:, :, size:], tail[1][:, :, size:]
         # What is left must not keep the rows alive that it was cut from.

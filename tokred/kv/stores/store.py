@@ -156,11 +156,13 @@ class Shelf(ABC):
         several: whether :meth:`attend` takes several queries of each sample.
         sunk: whether it takes logits that belong to no row.
         roomy: whether there may be room for more rows behind those that are held.
+        frames: whether every forward is a frame of a stream, also one of a single token.
     """
 
     several: ClassVar[bool] = False
     sunk: ClassVar[bool] = False
     roomy = True
+    frames = False
 
     # ------------------------------------------------------------------ rows, as a rectangle
 

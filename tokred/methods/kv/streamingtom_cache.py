@@ -20,7 +20,7 @@ class StreamingTOMCache(Keeping):
 
     Args:
         groups: that are attended to.
-        group: rows of one; None: all rows of a forward of several tokens, such as a frame.
+        group: rows of one; None: all rows of a forward of several tokens, or in a stream of every frame.
         sinks: first rows, which are in no group, never rounded and always attended to.
         most: groups that are held; the oldest leaves when there are more. None: all.
 
