@@ -303,6 +303,7 @@ def test_refusals():
     for wrong, text in (
         ({"classes": 1}, "classes must be an integer of at least 2, got 1"),
         ({"confidence": 0.0}, r"confidence must lie in \(0, 1\]"),
+        ({"confidence": []}, "confidence must be a number, or one for every decision, got none"),
         ({"confidence": [0.9, 0.8], "at": [1]}, "confidence has 2 numbers, but at has 1 blocks"),
         ({"at": [0]}, "at must be rising numbers of blocks, the first at least 1"),
         ({"at": [3, 2]}, "at must be rising"),

@@ -140,12 +140,7 @@ class BAViT(BlockMethod):
 
     def reduce(self, site: Site) -> Reduction:
         """Classify the patches, and keep the foreground, in its order."""
-        module = site.learned.module
-        if not isinstance(module, Foreground):
-            raise MissingInputError(
-                "this site does not supply 'module', by which bavit decides: give learned=Learned(module), with the "
-                "module that BAViT.module makes"
-            )
+        module = self.its_module(site, Foreground)
         if site.mask is not None:
             return reduce_each(self, site, always=True)
         b, n = site.shape

@@ -192,12 +192,7 @@ class VTM(BlockMethod):
 
     def _salient(self, site: Site, inner: slice) -> Tensor:
         """``(B, T)`` float32: the saliency of the unprotected tokens, in (-1, 1)."""
-        module = site.learned.module
-        if not isinstance(module, Saliency):
-            raise MissingInputError(
-                "this site does not supply 'module', by which vtm with variant='learned' decides: give "
-                "learned=Learned(module), with the module that VTM.module makes"
-            )
+        module = self.its_module(site, Saliency, "by which vtm with variant='learned' decides")
         said: Tensor = module(self.places(site.depth).index(site.layer), site.k.mean(1)[:, inner])
         return said
 
