@@ -23,6 +23,7 @@ from tokred.core.site import Site
 from tokred.encoder.method import Staged, Where
 from tokred.errors import UnsupportedModelError
 from tokred.kernels.dispatch import traced, without_autocast
+from tokred.learn.losses import check_classes
 
 Batch = Literal["pad", "max", "mean"]
 ALIVE, GONE, NUMBER, MAP = "dovit.alive", "dovit.gone", "dovit.number", "dovit.map"
@@ -237,7 +238,7 @@ class DoViT(Staged):
             ``{"heads": scalar}``, float32.
 
         Raises:
-            ValueError: the targets have another shape.
+            ValueError: the targets have another shape, or are of other classes.
         """
         b, _, _, k = guesses[0].shape
         t = torch.as_tensor(targets).to(guesses[0].device)
@@ -246,6 +247,7 @@ class DoViT(Staged):
                 f"targets of dovit must be (B, H, W) integers, or (B,) for whole images, for B = {b} and K = {k}, got "
                 f"{tuple(t.shape)} {t.dtype}"
             )
+        check_classes(t, k, "dovit", self.ignore)
         total = guesses[0].new_zeros(())
         for guess in guesses:
             logits, label = guess.permute(0, 3, 1, 2), t
