@@ -20,7 +20,7 @@ from tokred.core.place import Place
 from tokred.encoder.method import BlockMethod
 from tokred.errors import UnsupportedModelError
 
-# A name for what no method reads in words, and which those have to have whose tokens come back some blocks later.
+# What methods whose tokens come back some blocks later need, beside what they say that they read.
 _BETWEEN = "fewer tokens from block to block"
 
 

@@ -13,6 +13,7 @@ pytest.importorskip("timm")
 import tokred
 from tests.encoder import tiny_timm
 from tests.encoder.tiny_timm import build, images
+from tests.learn.checkpointing import check_gradients
 from tokred.adapters.encoder.host import shared_of
 from tokred.learn import Facts, Learned
 from tokred.methods.encoder.cropr import Croppers, Folded
@@ -104,21 +105,9 @@ def test_tokens_leave_while_it_learns():
 
 
 def test_checkpointing_gives_the_same_gradients():
-    def run():
-        loss = model(x).square().sum() + tokred.losses(model, targets=y)["cropr.heads"]
-        loss.backward()
-        every = [*model.parameters(), *tokred.parameters(model)]
-        found = [p.grad.clone() for p in every]
-        for p in every:
-            p.grad = None
-        return found
-
     model, x, y = build("vit").train(), images(3), torch.tensor([0, 1, 1])
     tokred.apply(model, "cropr", r=4, fuse=True, classes=2)
-    expected = run()
-    model.set_grad_checkpointing(True)
-    for a, b in zip(run(), expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    check_gradients(model, lambda: model(x).square().sum() + tokred.losses(model, targets=y)["cropr.heads"])
 
 
 def test_the_queries_learn_where_the_task_is():
@@ -313,6 +302,8 @@ def test_refusals():
     for targets in (torch.zeros(2, 3, dtype=torch.long), torch.zeros(2), torch.zeros(3, dtype=torch.long)):
         with pytest.raises(ValueError, match=r"must be \(B,\) integers or \(B, K\) shares for B = 2 and K = 3, got"):
             method.compare([torch.zeros(2, 1, 3)], targets)
+    with pytest.raises(ValueError, match=r"targets of cropr must be classes from 0 to 2, or -100 for what .* got 3"):
+        tokred.Cropr(r=1, classes=3).compare([torch.zeros(2, 1, 3)], torch.tensor([2, 3]))
     with pytest.raises(tokred.MissingInputError, match="does not supply 'module', by which cropr decides"):
         tokred.Cropr(r=1).reduce(tokred.Site(x=torch.randn(1, 5, 8), depth=12))
     model = tokred.apply(build("vit").train(), "cropr", r=4, classes=2)

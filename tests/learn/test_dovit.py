@@ -10,6 +10,7 @@ pytest.importorskip("timm")
 import tokred
 from tests.encoder import tiny_timm
 from tests.encoder.tiny_timm import build, images
+from tests.learn.checkpointing import check_gradients
 from tokred import learn
 from tokred.adapters.encoder.host import shared_of
 from tokred.learn import Facts, Learned
@@ -237,16 +238,7 @@ def test_targets():
 def test_checkpointing_and_saving(tmp_path):
     model, x, y = build("vit").train(), images(3), torch.randint(0, 2, (3, 5, 5))
     tokred.apply(model, "dovit", classes=2, confidence=0.55, at=[1, 2])
-    found = []
-    for on in (False, True):
-        model.set_grad_checkpointing(on)
-        (model(x).square().sum() + tokred.losses(model, targets=y)["dovit.heads"]).backward()
-        every = [*model.parameters(), *tokred.parameters(model)]
-        found.append([p.grad.clone() for p in every])
-        for p in every:
-            p.grad = None
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    check_gradients(model, lambda: model(x).square().sum() + tokred.losses(model, targets=y)["dovit.heads"])
     other = tokred.apply(build("vit"), tokred.load(tokred.save(model, tmp_path)))
     with torch.no_grad():
         assert torch.equal(other(x), model.eval()(x))
@@ -303,6 +295,7 @@ def test_refusals():
     for wrong, text in (
         ({"classes": 1}, "classes must be an integer of at least 2, got 1"),
         ({"confidence": 0.0}, r"confidence must lie in \(0, 1\]"),
+        ({"confidence": []}, "confidence must be a number, or one for every decision, got none"),
         ({"confidence": [0.9, 0.8], "at": [1]}, "confidence has 2 numbers, but at has 1 blocks"),
         ({"at": [0]}, "at must be rising numbers of blocks, the first at least 1"),
         ({"at": [3, 2]}, "at must be rising"),
@@ -320,5 +313,9 @@ def test_refusals():
     for targets in (torch.zeros(2, 3).long(), torch.zeros(2), torch.zeros(3).long()):
         with pytest.raises(ValueError, match=r"targets of dovit must be \(B, H, W\) integers.* B = 2 and K = 5"):
             tokred.DoViT().compare([torch.zeros(2, 3, 4, 5)], targets)
+    for label in (5, -1):
+        text = f"targets of dovit must be classes from 0 to 4, or -100 for what does not count, got {label}"
+        with pytest.raises(ValueError, match=text):
+            tokred.DoViT().compare([torch.zeros(2, 3, 4, 5)], torch.tensor([4, label]))
     with pytest.raises(tokred.MissingInputError, match="does not supply 'module', by which dovit decides"):
         tokred.DoViT(at=[1]).reduce(tokred.Site(x=torch.randn(1, 5, 8), grid=(2, 2), prefix=1, depth=12))

@@ -14,6 +14,7 @@ import tokred
 from tests.encoder.tiny_timm import build, images
 from tokred import learn
 from tokred.learn.recipe import FOLDER
+from tokred.learn.shards import clip
 
 
 def small(method: str = "dynamicvit", **changes) -> learn.Recipe:
@@ -111,6 +112,21 @@ def test_a_method_without_weights_is_trained_with():
         learn.fit(model, batches, small("tome", lr_method=0.1), modules=[], losses=lambda m: {})
     with pytest.raises(ValueError, match=r"nothing is to be trained: lr is 0.0 and 'tome' has 0 weights"):
         learn.fit(model, batches, small("tome", lr=0.0, lr_method=None), modules=[], losses=lambda m: {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_whole_gradients_are_clipped_as_torch_does(dtype):
+    for seed in range(8):
+        torch.manual_seed(seed)
+        own = [nn.Parameter(torch.randn(7, 5, dtype=dtype)) for _ in range(6)]
+        like = copy.deepcopy(own)
+        for a, b in zip(own[1:], like[1:], strict=True):  # the first has none
+            a.grad = 3 * torch.randn_like(a)
+            b.grad = a.grad.clone()
+        clip(own, 1.0)
+        nn.utils.clip_grad_norm_(like, 1.0)
+        assert own[0].grad is None
+        assert all(torch.equal(a.grad, b.grad) for a, b in zip(own[1:], like[1:], strict=True))
 
 
 def test_batches_that_run_out():

@@ -183,6 +183,23 @@ def test_saved_and_found_again(tmp_path):
     assert dataclasses.replace(method, rho=0.5).loaded is None
 
 
+def test_facts_of_other_versions(tmp_path):
+    """A folder from before patches were told of is as good; one that tells more than is known here says so."""
+    model = patched()
+    path = tokred.save(model, tmp_path) / "tokred.json"
+    found = json.loads(path.read_text())
+    host = found["methods"][0]["host"]
+    del host["pixels"]
+    path.write_text(json.dumps(found))
+    method = tokred.load(tmp_path)
+    assert method.loaded.facts.pixels == 0
+    assert_weights(weights(tokred.apply(build("vit"), method)), weights(model))
+    host["sides"] = 4
+    path.write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=r"tokred.json, written by tokred .*, does not fit the 'dynamicvit'.*'sides'"):
+        tokred.load(tmp_path)
+
+
 def test_learned_thresholds_are_saved(tmp_path):
     model = patched("ltp", theta_final=0.06, learn=True)
     with torch.no_grad():

@@ -145,6 +145,13 @@ def test_what_cannot_be_trained(tmp_path):
     assert tokred.patched(train(build("vit"), data(), small("tome", lr_method=None, steps=1), tmp_path).model)
 
 
+def test_top1_of_maps_is_refused():
+    """As many labels a row as there are samples would be compared with each other's outputs."""
+    x, _ = data(5)
+    with pytest.raises(ValueError, match=r"one class a sample, got \(5, 5, 5\): hold no samples out \(held 0\)"):
+        accuracy(build("vit"), Samples((x, torch.zeros(5, 5, 5).long())))
+
+
 def test_every_epoch_has_an_order_of_its_own():
     samples = Samples(data(20))
     steps = [samples.rows(i, 8, 0) for i in range(4)]

@@ -10,6 +10,7 @@ pytest.importorskip("timm")
 import tokred
 from tests.encoder import tiny_timm
 from tests.encoder.tiny_timm import build, images
+from tests.learn.checkpointing import check_gradients
 from tokred.adapters import find
 from tokred.encoder.padding import reduce_each
 from tokred.learn import Facts, Learned
@@ -108,17 +109,12 @@ def test_training_draws_and_evaluation_does_not():
 
 def test_checkpointing_and_saving(tmp_path):
     model, x = trained("gradient")
-    found = []
-    for on in (False, True):
-        model.set_grad_checkpointing(on)
+
+    def loss():
         torch.manual_seed(7)
-        model(x).square().sum().backward()
-        every = [*model.parameters(), *tokred.parameters(model)]
-        found.append([p.grad.clone() for p in every])
-        for p in every:
-            p.grad = None
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        return model(x).square().sum()
+
+    check_gradients(model, loss)
     other = tokred.apply(build("vit"), tokred.load(tokred.save(model, tmp_path)))
     with torch.no_grad():
         assert torch.equal(other(x), model.eval()(x))

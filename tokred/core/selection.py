@@ -47,6 +47,13 @@ def random_order(
     return ranked(hash_uniform(n, seed, layer, step, device)).expand(b, -1)
 
 
+def largest(weight: Tensor, count: int | Tensor) -> Tensor:
+    """``(B, N)`` bool: the ``count`` (a number, or ``(B, 1)``) largest weights of each row, ties to the lower index."""
+    place = torch.arange(weight.shape[1], device=weight.device)
+    taken = (place < count).expand_as(weight)
+    return torch.zeros_like(taken).scatter(1, ranked(weight), taken)
+
+
 def best_among(scores: Tensor, among: Tensor, counts: Sequence[int]) -> Tensor:
     """``(B, N)`` bool: so many of the highest scores of each sample among some positions; ties to the lower one.
 
@@ -55,10 +62,8 @@ def best_among(scores: Tensor, among: Tensor, counts: Sequence[int]) -> Tensor:
         among: ``(B, N)`` bool.
         counts: of each sample; where fewer are among them, it is all of these.
     """
-    order = ranked(scores.masked_fill(~among, -torch.inf))
-    limit = torch.tensor(counts, device=order.device).unsqueeze(1)
-    first = torch.arange(order.shape[1], device=order.device) < limit
-    return torch.zeros_like(among).scatter(1, order, first) & among
+    limit = torch.tensor(counts, device=scores.device).unsqueeze(1)
+    return largest(scores.masked_fill(~among, -torch.inf), limit) & among
 
 
 def highest(scores: Tensor, k: int, count: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

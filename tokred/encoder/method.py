@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeVar
 
-from tokred.core.checks import check_choice, check_flags
+from torch import nn
+
+from tokred.core.checks import check_choice, check_flags, is_count
 from tokred.core.matching import mergeable
 from tokred.core.method import Parameters
 from tokred.core.place import Place, PlacedMethod
 from tokred.core.schedules import ScheduleLike, schedule
-from tokred.core.site import Stage
+from tokred.core.site import Site, Stage
 from tokred.encoder.metric import METRICS, Metric
+from tokred.errors import MissingInputError
 
 Where = Literal["before", "mid", "end", "queries"]
+M = TypeVar("M", bound=nn.Module)
 
 
 class BlockMethod(PlacedMethod):
@@ -53,6 +58,25 @@ class BlockMethod(PlacedMethod):
     def proportional(self) -> bool:
         """True if attention adds the log of each token's size (proportional attention)."""
         return False
+
+    def its_module(self, site: Site, kind: type[M], use: str = "") -> M:
+        """The module of a site.
+
+        Args:
+            site: that is to supply it.
+            kind: its class.
+            use: what the method does with it, for the error; empty: it decides by it.
+
+        Raises:
+            MissingInputError: the site supplies none, or another one.
+        """
+        module = site.learned.module
+        if not isinstance(module, kind):
+            raise MissingInputError(
+                f"this site does not supply 'module', {use or f'by which {self.name} decides'}: give "
+                f"learned=Learned(module), with the module that {type(self).__name__}.module makes"
+            )
+        return module
 
 
 @dataclass(frozen=True)
@@ -105,3 +129,43 @@ class Compared(BlockMethod):
     @property
     def proportional(self) -> bool:
         return self.prop_attn
+
+
+class Staged(BlockMethod):
+    """Base of methods that decide before some blocks, at the end of those before them; a subclass has the field, where
+    its order puts it.
+
+    Attributes:
+        twelfths: of the depth, where it is decided unless ``at`` says so.
+        at: numbers of blocks, counted from 0; None: by ``twelfths``.
+    """
+
+    twelfths: ClassVar[tuple[int, ...]]
+    at: Sequence[int] | None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.at is not None:
+            given: object = self.at
+            if not isinstance(given, list | tuple):
+                raise TypeError(f"at must be a list of blocks, got {self.at!r}")
+            at = tuple(self.at)
+            if not all(is_count(i, 1) for i in at) or sorted(set(at)) != list(at):
+                raise ValueError(f"at must be rising numbers of blocks, the first at least 1, got {self.at!r}")
+            object.__setattr__(self, "at", at)
+
+    def places(self, depth: int) -> tuple[int, ...]:
+        """The blocks before which it is decided."""
+        if self.at is not None:
+            return tuple(self.at)
+        return tuple(sorted({max(1, depth * i // 12) for i in self.twelfths} & set(range(1, depth))))
+
+    def check(self, depth: int) -> None:
+        """Every block of ``at`` is there."""
+        if self.at is not None and any(i >= depth for i in self.at):
+            raise ValueError(f"at is {list(self.at)}, but the model has {depth} blocks (0 to {depth - 1})")
+
+    def stage_of(self, layer: int, depth: int) -> int | None:
+        """Which decision, from 0, is taken at the end of block ``layer``; None: none is."""
+        places = self.places(depth)
+        return places.index(layer + 1) if layer + 1 in places else None

@@ -37,9 +37,10 @@ def reduce_each(method: BlockMethod, site: Site, hidden: Tensor | None = None, *
     rows = [row.nonzero().view(-1) for row in site.mask]
     sites = [site.sample(i, r) for i, r in enumerate(rows)]
     steps = [method.reduce(s) if always else _reduce(method, s) for s in sites]
-    # Some methods guess for the batch before they ask about its samples, whose guesses nobody needs then.
+    # Some methods guess for the batch before they ask about its samples, whose guesses nobody needs then. Steps that
+    # learn may carry what no other reduction has, and what is put together below is what these have.
     lost = not site.learned.guesses and any(s.learned.guesses for s in sites)
-    if lost or any(getattr(step, "extra", None) is not None for step in steps):
+    if lost or (site.learned.training and not {type(step) for step in steps} <= {Reduction, SoftReduction}):
         raise UnsupportedModelError(
             f"{method.name!r} cannot learn on batches that are padded from the start: give inputs of equal lengths"
         )

@@ -134,13 +134,13 @@ class JumboBlock(Block):  # type: ignore[misc]
         if mlp is None:
             self.own = _mlp(width)
         # Named once, in the model, though every block runs it: in a block it would be saved and counted again.
-        self.__dict__["shared"] = (mlp,)
+        self.shared = (mlp,)
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
         """``(B, N, C)`` of ``(B, N, C)``; the rest is for timm's attention."""
         x = x + self.drop_path1(self.attn(self.norm1(x), *args, **options))
         first, patches = x[:, : self.slices].flatten(1), x[:, self.slices :]
-        (shared,) = self.__dict__["shared"]
+        (shared,) = self.shared
         first = first + self.drop_path3((self.own if shared is None else shared)(self.norm3(first)))
         patches = patches + self.drop_path2(self.mlp(self.norm2(patches)))
         return torch.cat([first.unflatten(1, (self.slices, -1)), patches], 1)

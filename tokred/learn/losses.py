@@ -81,3 +81,23 @@ def distill_tokens(own: Tensor, teacher: Tensor, gate: Tensor, *, kind: Kind = "
     else:
         each = F.kl_div(mine.log_softmax(-1), theirs.log_softmax(-1), reduction="none", log_target=True).sum(-1)
     return (each * stays).sum() / stays.sum().clamp_min(1)
+
+
+def check_classes(labels: Tensor, classes: int, method: str, ignore: int = -100) -> None:
+    """Refuse labels of classes that there are not; asking waits for the device.
+
+    Args:
+        labels: integers.
+        classes: how many there are.
+        method: that learns by them, for the error.
+        ignore: label of what does not count.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    wrong = (labels != ignore) & ((labels < 0) | (labels >= classes))
+    if bool(wrong.any()):
+        raise ValueError(
+            f"targets of {method} must be classes from 0 to {classes - 1}, or {ignore} for what does not count, got "
+            f"{int(labels[wrong][0])}"
+        )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -47,13 +48,18 @@ def optimiser_state(state: Mapping[str, Any], parameters: list[Tensor]) -> dict[
 def clip(parameters: list[nn.Parameter], most: float) -> None:
     """Scale gradients in place so that their norm over all of them, whole and in shards, is at most ``most``."""
     given = [p for p in parameters if p.grad is not None]
-    kinds = [found for found in ([p for p in given if _is_sharded(p) is on] for on in (False, True)) if found]
-    norms = [nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None]) for kind in kinds]
+    kinds: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    for p in given:
+        kinds[_is_sharded(p)].append(p)
+    if not kinds[True]:
+        nn.utils.clip_grad_norm_(given, most)
+        return
+    norms = [nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None]) for kind in kinds if kind]
     whole = [norm.full_tensor() if _is_sharded(norm) else norm for norm in norms]  # type: ignore[attr-defined]
-    if whole:
-        total = torch.stack([norm.float() for norm in whole]).norm()
-        for kind in kinds:
-            nn.utils.clip_grads_with_norm_(kind, most, total)
+    # Shards may lie on the CPU while what is whole is on the device.
+    total = torch.stack([norm.float().to(whole[0].device) for norm in whole]).norm()
+    for kind in kinds:
+        nn.utils.clip_grads_with_norm_(kind, most, total)
 
 
 def own_names(model: nn.Module) -> Callable[[str], bool]:
@@ -64,8 +70,8 @@ def own_names(model: nn.Module) -> Callable[[str], bool]:
 
 
 def _is_sharded(value: Any) -> bool:
-    # No process group, no shards: torch's distributed package need not be there.
-    if not torch.distributed.is_available():
+    # Without a process group there are no shards, and torch's package for them, which takes long to import, can wait.
+    if not (dist.is_available() and dist.is_initialized()):
         return False
     from torch.distributed.tensor import DTensor
 

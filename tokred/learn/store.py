@@ -122,6 +122,7 @@ def _method(row: dict[str, Any], tensors: Mapping[str, Any], where: str, version
         method = from_dict(row)
         # The class is frozen, and where it was saved is no parameter of it.
         object.__setattr__(method, "origin", Origin.from_dict(row.get("origin") or {}, version))
+        facts = None if row.get("host") is None else Facts(**row["host"])
     except UnknownMethodError as error:
         raise UnknownMethodError(f"{where}, written by tokred {version}; this is tokred {TOKRED}: {error}") from None
     except (KeyError, TypeError, ValueError) as error:
@@ -131,10 +132,10 @@ def _method(row: dict[str, Any], tensors: Mapping[str, Any], where: str, version
         ) from None
     start = f"{method.name}."
     own = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
-    if row.get("host") is None:
+    if facts is None:
         return method
     # The class is frozen, and what was learned is no parameter of it.
-    object.__setattr__(method, "loaded", Weights(own, Facts(**row["host"])))
+    object.__setattr__(method, "loaded", Weights(own, facts))
     return method
 
 

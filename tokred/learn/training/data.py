@@ -107,9 +107,17 @@ def accuracy(model: nn.Module, samples: Samples, size: int = 50, *, first: int =
         samples: with integers as labels.
         size: of a batch.
         first: how many of the highest outputs count.
+
+    Raises:
+        ValueError: the labels are others, such as maps.
     """
     device, hits = next(model.parameters()).device, 0
     for x, y in samples.batches(size):
+        if y.ndim != 1:
+            raise ValueError(
+                f"top-1 is measured on labels (B,), one class a sample, got {tuple(y.shape)}: hold no samples out "
+                "(held 0)"
+            )
         best = logits_of(model, moved(x, device)).topk(first, -1).indices
         hits += int((best == y.to(device)[:, None]).any(-1).sum())
     return hits / len(samples)

@@ -19,7 +19,6 @@ from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.site import Site
 from tokred.encoder.method import BlockMethod, Where
-from tokred.errors import MissingInputError
 from tokred.kernels.dispatch import traced
 
 SUM, LEFT, OUTPUT, SCORES = "avit.sum", "avit.left", "avit.output", "avit.scores"
@@ -100,11 +99,7 @@ class AViT(BlockMethod):
 
     def reduce(self, site: Site) -> Reduction:
         """Add this block's scores, hand on what has halted, and give out the sums behind the last block."""
-        if not isinstance(site.learned.module, Halting):
-            raise MissingInputError(
-                "this site does not supply 'module', by which avit knows that a model learns: give "
-                "learned=Learned(module), with the module that AViT.module makes"
-            )
+        self.its_module(site, Halting, "by which avit knows that a model learns")
         x, (b, n) = site.x, site.shape
         wide = torch.promote_types(x.dtype, torch.float32)
         last, limit = site.layer == site.depth - 1, 1 - self.eps

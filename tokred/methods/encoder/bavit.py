@@ -18,7 +18,7 @@ from tokred.core.ragged import bounds, pack, with_protected
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.schedules import kept_ceil, whole
-from tokred.core.selection import highest, protected_rows, ranked
+from tokred.core.selection import highest, largest, protected_rows
 from tokred.core.site import Site
 from tokred.encoder.method import BlockMethod, Where
 from tokred.encoder.padding import reduce_each
@@ -140,12 +140,7 @@ class BAViT(BlockMethod):
 
     def reduce(self, site: Site) -> Reduction:
         """Classify the patches, and keep the foreground, in its order."""
-        module = site.learned.module
-        if not isinstance(module, Foreground):
-            raise MissingInputError(
-                "this site does not supply 'module', by which bavit decides: give learned=Learned(module), with the "
-                "module that BAViT.module makes"
-            )
+        module = self.its_module(site, Foreground)
         if site.mask is not None:
             return reduce_each(self, site, always=True)
         b, n = site.shape
@@ -183,12 +178,10 @@ class BAViT(BlockMethod):
         if self.rings:
             near = kept.float().view(b, 1, *grid)
             kept = F.max_pool2d(near, 2 * self.rings + 1, 1, self.rings).view(b, n) > 0
-        place = torch.arange(n, device=score.device)
         if self.mode == "partial" and self.beta > 0:
-            behind = ranked(score.masked_fill(kept, -1.0))
             count = ((~kept).sum(1, keepdim=True).double() * self.beta + 1e-9).floor()
-            kept = kept.scatter(1, behind, kept.gather(1, behind) | (place < count))
-        return kept.scatter(1, ranked(score)[:, : self.min_keep], True)
+            kept = kept | largest(score.masked_fill(kept, -1.0), count)
+        return kept | largest(score, self.min_keep)
 
     def _fixed(self, free: int) -> int:
         """How many of so many patches stay by ``"ratio"``."""

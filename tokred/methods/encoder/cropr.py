@@ -22,6 +22,7 @@ from tokred.encoder.method import Scheduled, Where
 from tokred.encoder.padding import reduce_each
 from tokred.errors import MissingInputError
 from tokred.kernels.dispatch import without_autocast
+from tokred.learn.losses import check_classes
 
 Targets = Literal["class", "labels", "map"]
 
@@ -156,7 +157,7 @@ class Cropr(Scheduled):
             ``{"heads": scalar}``, float32.
 
         Raises:
-            ValueError: the targets have another shape.
+            ValueError: the targets have another shape, or are of other classes.
         """
         b, m, k = guesses[0].shape
         t = torch.as_tensor(targets).to(guesses[0].device)
@@ -174,6 +175,8 @@ class Cropr(Scheduled):
             )
         if self.grid is not None:
             t = F.interpolate(t[:, None].double(), self.grid, mode="nearest")[:, 0].long()
+        if whole and self.targets != "labels":
+            check_classes(t, k, "cropr", self.ignore if self.targets == "map" else -100)
         total = guesses[0].new_zeros(())
         for guess in guesses:
             if self.grid is not None:

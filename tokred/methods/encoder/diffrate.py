@@ -23,7 +23,7 @@ from tokred.core.selection import protected_rows, ranked
 from tokred.core.site import Site
 from tokred.encoder.method import BlockMethod
 from tokred.encoder.padding import reduce_each
-from tokred.errors import MissingInputError, UnsupportedModelError
+from tokred.errors import UnsupportedModelError
 from tokred.kernels.dispatch import without_autocast
 
 
@@ -132,12 +132,7 @@ class DiffRate(BlockMethod):
             if site.mask is not None:
                 return reduce_each(self, site, always=True)
             return self._hard(site, *self.left(free, site.layer))
-        module = site.learned.module
-        if not isinstance(module, Rates):
-            raise MissingInputError(
-                "this site does not supply 'module', which diffrate with learn=True counts by: give "
-                "learned=Learned(module), with the module that DiffRate.module makes"
-            )
+        module = self.its_module(site, Rates, "which diffrate with learn=True counts by")
         if module.training:
             if site.mask is not None:
                 raise UnsupportedModelError("'diffrate' cannot learn on batches with padding: give images of one size")

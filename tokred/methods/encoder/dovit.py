@@ -10,15 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokred.core.checks import (
-    check_choice,
-    check_count,
-    check_flags,
-    check_integer,
-    check_number,
-    check_share,
-    is_count,
-)
+from tokred.core.checks import check_choice, check_count, check_flags, check_integer, check_number, check_share
 from tokred.core.learned import Facts, linear, norm
 from tokred.core.method import Parameters
 from tokred.core.place import Place
@@ -28,9 +20,10 @@ from tokred.core.registry import register
 from tokred.core.schedules import whole
 from tokred.core.selection import highest
 from tokred.core.site import Site
-from tokred.encoder.method import BlockMethod, Where
-from tokred.errors import MissingInputError, UnsupportedModelError
+from tokred.encoder.method import Staged, Where
+from tokred.errors import UnsupportedModelError
 from tokred.kernels.dispatch import traced, without_autocast
+from tokred.learn.losses import check_classes
 
 Batch = Literal["pad", "max", "mean"]
 ALIVE, GONE, NUMBER, MAP = "dovit.alive", "dovit.gone", "dovit.number", "dovit.map"
@@ -38,7 +31,7 @@ ALIVE, GONE, NUMBER, MAP = "dovit.alive", "dovit.gone", "dovit.number", "dovit.m
 
 @register("dovit")
 @dataclass(frozen=True)
-class DoViT(BlockMethod):
+class DoViT(Staged):
     """Dynamic token-pass: before some blocks, a head foretells the class of every patch, and those it is sure of stop.
 
     Patches that have stopped run through no further block; behind the last one they stand in their places, each as it
@@ -72,6 +65,7 @@ class DoViT(BlockMethod):
     by_mask: ClassVar[bool] = True
     # What has stopped is summed up in the class token, which no sample that is asked alone could hand on.
     sums: ClassVar[bool] = True
+    twelfths: ClassVar[tuple[int, ...]] = (2, 5, 8)
 
     classes: int = 150
     confidence: float | Sequence[float] = 0.96
@@ -84,6 +78,7 @@ class DoViT(BlockMethod):
     weight: float = 0.4
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_flags(detach=self.detach)
         check_choice(self.batching, "batching", get_args(Batch))
         check_share(self.agg_rate, "agg_rate", zero=True)
@@ -94,14 +89,13 @@ class DoViT(BlockMethod):
             raise ValueError(f"weight must be at least 0, got {self.weight!r}")
         if isinstance(self.confidence, list | tuple):
             object.__setattr__(self, "confidence", tuple(self.confidence))
+        if not self.limits:
+            raise ValueError("confidence must be a number, or one for every decision, got none")
         for limit in self.limits:
             check_share(limit, "confidence")
         if self.at is not None:
-            given: object = self.at
-            fits = isinstance(given, list | tuple) and all(is_count(i, 1) for i in given)
-            if not fits or not self.at or sorted(set(self.at)) != list(self.at):
+            if not self.at:
                 raise ValueError(f"at must be rising numbers of blocks, the first at least 1, got {self.at!r}")
-            object.__setattr__(self, "at", tuple(self.at))
             if len(self.limits) not in (1, len(self.at)):
                 raise ValueError(f"confidence has {len(self.limits)} numbers, but at has {len(self.at)} blocks")
 
@@ -118,25 +112,13 @@ class DoViT(BlockMethod):
     def joins(self, depth: int) -> int | None:
         return depth
 
-    def places(self, depth: int) -> tuple[int, ...]:
-        """The blocks before which it is decided."""
-        if self.at is not None:
-            return tuple(self.at)
-        return tuple(sorted({max(1, depth * i // 12) for i in (2, 5, 8)} & set(range(1, depth))))
-
     def check(self, depth: int) -> None:
         """Every block of ``at`` is there, with its confidence."""
-        if self.at is not None and any(i >= depth for i in self.at):
-            raise ValueError(f"at is {list(self.at)}, but the model has {depth} blocks (0 to {depth - 1})")
+        super().check(depth)
         if len(self.limits) not in (1, len(self.places(depth))):
             raise ValueError(
                 f"confidence has {len(self.limits)} numbers, but it is decided before {len(self.places(depth))} blocks"
             )
-
-    def stage_of(self, layer: int, depth: int) -> int | None:
-        """Which decision, from 0, is taken at the end of block ``layer``; None: none is."""
-        places = self.places(depth)
-        return places.index(layer + 1) if layer + 1 in places else None
 
     def tokens(self, n: int, place: Place) -> int:
         """At most all of them: the count depends on the image."""
@@ -153,12 +135,7 @@ class DoViT(BlockMethod):
 
     def reduce(self, site: Site) -> Reduction:
         """Foretell the classes, and let go of what is sure."""
-        module, stage = site.learned.module, self.stage_of(site.layer, site.depth)
-        if not isinstance(module, Heads):
-            raise MissingInputError(
-                "this site does not supply 'module', by which dovit decides: give learned=Learned(module), with the "
-                "module that DoViT.module makes"
-            )
+        module, stage = self.its_module(site, Heads), self.stage_of(site.layer, site.depth)
         b, n = site.shape
         if stage is None:
             return Reduction.identity((b,), n, site.device)
@@ -261,7 +238,7 @@ class DoViT(BlockMethod):
             ``{"heads": scalar}``, float32.
 
         Raises:
-            ValueError: the targets have another shape.
+            ValueError: the targets have another shape, or are of other classes.
         """
         b, _, _, k = guesses[0].shape
         t = torch.as_tensor(targets).to(guesses[0].device)
@@ -270,6 +247,7 @@ class DoViT(BlockMethod):
                 f"targets of dovit must be (B, H, W) integers, or (B,) for whole images, for B = {b} and K = {k}, got "
                 f"{tuple(t.shape)} {t.dtype}"
             )
+        check_classes(t, k, "dovit", self.ignore)
         total = guesses[0].new_zeros(())
         for guess in guesses:
             logits, label = guess.permute(0, 3, 1, 2), t

@@ -18,7 +18,7 @@ from tokred.core.schedules import schedule
 from tokred.core.site import Site
 from tokred.encoder.method import Scheduled
 from tokred.encoder.padding import reduce_each
-from tokred.errors import MissingInputError, UnsupportedModelError
+from tokred.errors import UnsupportedModelError
 from tokred.kernels.dispatch import without_autocast
 
 
@@ -76,12 +76,7 @@ class DTEM(Scheduled):
 
     def reduce(self, site: Site) -> Reduction:
         """Merge the pairs whose embeddings are most alike; softly in training."""
-        module = site.learned.module
-        if not isinstance(module, Embeddings):
-            raise MissingInputError(
-                "this site does not supply 'module', by which dtem compares tokens: give learned=Learned(module), with "
-                "the module that DTEM.module makes"
-            )
+        module = self.its_module(site, Embeddings, "by which dtem compares tokens")
         r = schedule(self.r).at(site.layer, site.depth)
         if not module.training:
             if site.mask is not None:

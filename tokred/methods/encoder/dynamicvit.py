@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokred.core.checks import check_choice, is_count
+from tokred.core.checks import check_choice
 from tokred.core.learned import Facts, linear, norm
 from tokred.core.method import Parameters
 from tokred.core.place import Place
@@ -18,9 +18,8 @@ from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.selection import protected_rows, ranked
 from tokred.core.site import Site
-from tokred.encoder.method import BlockMethod, Where
+from tokred.encoder.method import Staged, Where
 from tokred.encoder.padding import reduce_each
-from tokred.errors import MissingInputError
 from tokred.kernels.dispatch import without_autocast
 from tokred.learn.gates import gumbel_keep
 from tokred.learn.losses import Over, ratio_loss
@@ -28,7 +27,7 @@ from tokred.learn.losses import Over, ratio_loss
 
 @register("dynamicvit")
 @dataclass(frozen=True)
-class DynamicViT(BlockMethod):
+class DynamicViT(Staged):
     """Dynamic token sparsification: before some blocks, a small network says of every token whether it stays.
 
     In training the decisions are drawn, all tokens stay in the sequence, and attention looks past those that were
@@ -53,6 +52,7 @@ class DynamicViT(BlockMethod):
     where: ClassVar[Where] = "end"
     by_mask: ClassVar[bool] = True
     gradients: ClassVar[bool] = True
+    twelfths: ClassVar[tuple[int, ...]] = (3, 6, 9)
 
     rho: float = 0.7
     at: Sequence[int] | None = None
@@ -61,41 +61,18 @@ class DynamicViT(BlockMethod):
     over: Over = "image"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, low, high in (("rho", 0, 1), ("tau", 0, torch.inf), ("ratio_weight", 0, torch.inf)):
             value = getattr(self, name)
             fits = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
             if not fits or (value == 0 and name != "ratio_weight"):
                 raise ValueError(f"{name} must be a number above {low} and at most {high}, got {value!r}")
         check_choice(self.over, "over", get_args(Over))
-        if self.at is not None:
-            given: object = self.at
-            if not isinstance(given, list | tuple):
-                raise TypeError(f"at must be a list of blocks, got {self.at!r}")
-            at = list(self.at)
-            if not all(is_count(i, 1) for i in at) or sorted(set(at)) != at:
-                raise ValueError(f"at must be rising numbers of blocks, the first at least 1, got {self.at!r}")
-            object.__setattr__(self, "at", tuple(at))
 
     @property
     def reads(self) -> frozenset[str]:
         """The tokens; the module; and an attention that lets keys be weighed."""
         return frozenset({"x", "module", "gates"})
-
-    def places(self, depth: int) -> tuple[int, ...]:
-        """The blocks before which tokens leave."""
-        if self.at is not None:
-            return tuple(self.at)
-        return tuple(sorted({max(1, depth * i // 4) for i in (1, 2, 3)} & set(range(1, depth))))
-
-    def check(self, depth: int) -> None:
-        """Every block of ``at`` is there."""
-        if self.at is not None and any(i >= depth for i in self.at):
-            raise ValueError(f"at is {list(self.at)}, but the model has {depth} blocks (0 to {depth - 1})")
-
-    def stage_of(self, layer: int, depth: int) -> int | None:
-        """Which stage, from 0, decides at the end of block ``layer``; None: none does."""
-        places = self.places(depth)
-        return places.index(layer + 1) if layer + 1 in places else None
 
     def tokens(self, n: int, place: Place) -> int:
         """The share of the patches that entered the model, whose number is reckoned back from those that are left."""
@@ -119,12 +96,7 @@ class DynamicViT(BlockMethod):
 
     def reduce(self, site: Site) -> Reduction:
         """Draw soft decisions in training, keep the highest scores otherwise."""
-        module, stage = site.learned.module, self.stage_of(site.layer, site.depth)
-        if not isinstance(module, Predictors):
-            raise MissingInputError(
-                "this site does not supply 'module', by which dynamicvit decides: give learned=Learned(module), with "
-                "the module that DynamicViT.module makes"
-            )
+        module, stage = self.its_module(site, Predictors), self.stage_of(site.layer, site.depth)
         if stage is None:
             return Reduction.identity((site.shape[0],), site.shape[1], site.device)
         if module.training:

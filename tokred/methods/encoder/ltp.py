@@ -20,7 +20,6 @@ from tokred.core.registry import register
 from tokred.core.selection import ranked
 from tokred.core.site import Site
 from tokred.encoder.method import BlockMethod
-from tokred.errors import MissingInputError
 
 FLOOR = 1e-5  # the smallest threshold that takes effect
 
@@ -130,12 +129,7 @@ class LTP(BlockMethod):
         """Of the site's block, learned or given."""
         if not self.learn:
             return self.theta(site.layer, site.depth)
-        module = site.learned.module
-        if not isinstance(module, Thresholds):
-            raise MissingInputError(
-                "this site does not supply 'module', which ltp with learn=True decides by: give "
-                "learned=Learned(module), with the module that LTP.module makes"
-            )
+        module = self.its_module(site, Thresholds, "which ltp with learn=True decides by")
         theta: Tensor = module(site.layer)
         return theta
 

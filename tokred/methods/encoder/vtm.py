@@ -16,7 +16,7 @@ from tokred.core.ragged import pack, with_protected
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.schedules import is_listed, kept
-from tokred.core.selection import hash_uniform, ranked
+from tokred.core.selection import hash_uniform, largest, ranked
 from tokred.core.site import Site
 from tokred.encoder.method import BlockMethod
 from tokred.encoder.metric import METRICS, Metric, read_metric
@@ -192,12 +192,7 @@ class VTM(BlockMethod):
 
     def _salient(self, site: Site, inner: slice) -> Tensor:
         """``(B, T)`` float32: the saliency of the unprotected tokens, in (-1, 1)."""
-        module = site.learned.module
-        if not isinstance(module, Saliency):
-            raise MissingInputError(
-                "this site does not supply 'module', by which vtm with variant='learned' decides: give "
-                "learned=Learned(module), with the module that VTM.module makes"
-            )
+        module = self.its_module(site, Saliency, "by which vtm with variant='learned' decides")
         said: Tensor = module(self.places(site.depth).index(site.layer), site.k.mean(1)[:, inner])
         return said
 
@@ -350,13 +345,6 @@ def gumbel(n: int, seed: int, layer: int, step: int = 0, device: torch.device | 
     """
     uniform = hash_uniform(n, seed, layer, step, device) + 2.0**-33  # never 0 or 1
     return -torch.log(-torch.log(uniform))
-
-
-def largest(weight: Tensor, count: int | Tensor) -> Tensor:
-    """``(B, N)`` bool: the ``count`` (a number, or ``(B, 1)``) largest weights of each row, ties to the lower index."""
-    place = torch.arange(weight.shape[1], device=weight.device)
-    taken = (place < count).expand_as(weight)
-    return torch.zeros_like(taken).scatter(1, ranked(weight), taken)
 
 
 def _middle(site: Site, free: int) -> tuple[Tensor, int | None]:
