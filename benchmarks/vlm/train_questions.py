@@ -39,6 +39,8 @@ from benchmarks.zoo.questions import Question
 
 # How often a kind is drawn, and the pictures of its batches: about as many tokens each.
 KINDS = {"small": (6, 8), "pooled": (4, 8), "full": (2, 3), "scenes": (2, 3), "clips": (3, 2)}
+# From this share of the steps on clips are drawn as often as all others together: pictures are learned by then.
+LATER, CLIPS = 0.55, 14
 FRAMES, TOGETHER, EVERY = 8, 6, 20
 
 
@@ -223,6 +225,8 @@ def train(asker: Asker, projector: nn.Module, data: dict[str, Source], given: ar
         # The rate is known from the step alone, so that a run that goes on has the rate that it would have had.
         done = step / given.steps
         optimiser.param_groups[0]["lr"] = given.rate * min(1.0, (step + 1) / 50) * (1 - 0.98 * done)
+        if done >= LATER:
+            shares[list(KINDS).index("clips")] = CLIPS
         kind = tuple(KINDS)[int(torch.multinomial(shares, 1))]
         x, asked = drawn(data[kind], KINDS[kind][1])
         average = kind == "scenes" and bool(torch.rand(()) < 0.5)
