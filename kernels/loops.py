@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-call"
-"""What the loops over rows that numba compiles for a CPU share: how rows become arrays, and how work is shared out."""
+"""Common pieces of loops over rows that numba compiles for a CPU: rows become arrays, and work is shared out."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Held(Protocol):
 
 
 class Given(NamedTuple):
-    """What kernels take of rows in a form: tensors without gaps inside a pair, strides of samples and heads, and
+    """Arguments of kernels for rows in a form: tensors without gaps inside a pair, strides of samples and heads, and
     constants of the form."""
 
     parts: tuple[Tensor, ...]
