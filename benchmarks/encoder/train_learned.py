@@ -14,8 +14,9 @@ It prints a table: top-1 on the first ``--test`` pictures of the sample that tra
 with its standard error; how much of the garments' patches is left behind the last block (merged tokens are), the tokens
 and the work, the multiply-adds of all blocks of an image as a share of the dense model's. Below stand the methods
 without weights at the same shares without any training. The rows of every seed are in ``rows.jsonl``; ``--table`` adds
-their means to a table of results. The training pictures are drawn as for the embedded model itself; see
-``encoder/train_embedded`` for the two folders.
+their means to a table of results, and ``--rounds`` times the first seed's models: how many times as fast as the dense
+one they are, paired, and what share of that deciding takes. The training pictures are drawn as for the embedded model
+itself; see ``encoder/train_embedded`` for the two folders.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import json
 import statistics
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +48,17 @@ from benchmarks.encoder.learned_arms import (
     setting,
     work,
 )
+from benchmarks.encoder.learned_times import Spreads, times
 from benchmarks.encoder.train_embedded import Data
 from tokred import adapters, learn
 from tokred.bench import embedded, results
 from tokred.bench.data.scenes import compose, normalise
 from tokred.learn.training import Samples, train
 
+AT = 25  # pictures of a batch that is timed
 BESIDE = ("tome", "evit", "class_attention", "random_prune", "downsample")
-ROWS = "rows.jsonl"
+ROWS, TIMES = "rows.jsonl", "times.json"
+UNTRAINED = ", untrained"
 
 
 @torch.inference_mode()
@@ -68,15 +72,13 @@ def measure(model: nn.Module, images: Tensor, labels: Tensor, garments: Tensor, 
         garments: ``(N, P)`` bool, patches that count.
         full: multiply-adds of the dense model's blocks for one image.
     """
-    hits, left, tokens, done, rates = 0, 0, 0.0, 0.0, []
+    hits, left, tokens, done = 0, 0, 0.0, 0.0
     host, patched = adapters.find(model), bool(tokred.patched(model))
     dense = host.plan(None, (1, *images.shape[1:]))
     own = before_blocks(next(iter(tokred.modules(model).values()), None)) if patched else 0
     size = 1 if any(method.uneven for method in tokred.patched(model)) else 100  # padding of a batch is no token
     for x, y, shown in zip(images.split(size), labels.split(size), garments.split(size), strict=True):
-        start = time.perf_counter()
         hits += int((model(x).argmax(1) == y).sum())
-        rates.append(len(x) / (time.perf_counter() - start))
         found = tokred.report(model) if patched else None
         if found is not None and found.layers[-1].tokens_out < host.tokens(tuple(x.shape)):
             stays = tokred.trace(model).index[:, host.prefix :] >= 0
@@ -87,7 +89,7 @@ def measure(model: nn.Module, images: Tensor, labels: Tensor, garments: Tensor, 
         done += len(x) * (sum(macs for _, _, macs in dense) if found is None else own + found.macs)
     n = len(labels)
     return {"top1": hits / n, "recall": left / int(garments.sum()), "tokens": tokens / n, "work": done / n / full,
-            "rate": statistics.median(rates), "at": size}  # fmt: skip
+            "at": size}  # fmt: skip
 
 
 class Pictures:
@@ -150,6 +152,11 @@ def trained(arm: Arm, samples: Samples, folder: Path, every: int, plain: nn.Modu
     return made, time.process_time() - start
 
 
+def called(name: str, share: float) -> str:
+    """What the times of a setting stand under."""
+    return f"{name} {share:g}"
+
+
 def seeds_of(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, float], list[dict[str, Any]]]:
     """The rows of each name and share, one a seed."""
     found: dict[tuple[str, float], list[dict[str, Any]]] = {}
@@ -163,8 +170,13 @@ def error_of(values: Sequence[float]) -> float:
     return statistics.stdev(values) / len(values) ** 0.5
 
 
-def records(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Records of the results: each setting once, the mean of its seeds with its 95 % interval."""
+def records(rows: Sequence[dict[str, Any]], timed: Mapping[str, Spreads] | None = None) -> list[dict[str, Any]]:
+    """Records of the results: each setting once, the mean of its seeds with its 95 % interval.
+
+    Args:
+        rows: one a seed.
+        timed: rounds by :func:`called`; without weights a setting is as fast as with them.
+    """
     made = []
     for (name, share), some in seeds_of(rows).items():
         one = {
@@ -187,8 +199,10 @@ def records(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             else:
                 one[metric] = values[0]
             one[f"{metric}_count"] = images
-        for key, metric in (("tokens", "tokens_out"), ("work", "gmacs_share"), ("rate", "images_per_second")):
+        for key, metric in (("tokens", "tokens_out"), ("work", "gmacs_share")):
             one[metric] = statistics.mean(row[key] for row in some)
+        for metric, values in (timed or {}).get(called(name.removesuffix(UNTRAINED), share), {}).items():
+            one |= results.spread(metric, values)
         made.append({**one, **some[0]["where"]})
     return made
 
@@ -222,6 +236,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=0.0, help="of the model's weights, where they learn")
     parser.add_argument("--every", type=int, default=50, help="steps between checkpoints")
     parser.add_argument("--test", type=int, default=2000, help="test images")
+    parser.add_argument("--rounds", type=int, default=0, help="of timing what the first seed has trained")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 
@@ -252,12 +267,12 @@ def main() -> None:
     def there(row: dict[str, Any]) -> bool:
         return any(all(found.get(key) == value for key, value in row.items()) for found in rows)
 
-    plan = {"name": "dense, untrained", "share": 1.0, "seed": 0, "steps": 0, "batch": 0, "test": len(yt)}
+    plan = {"name": DENSE + UNTRAINED, "share": 1.0, "seed": 0, "steps": 0, "batch": 0, "test": len(yt)}
     if not there(plan):
         add(plan, "", "unpatched", plain, 0.0)
     for name in BESIDE:
         for share in args.shares:
-            row = {**plan, "name": f"{name}, untrained", "share": share}
+            row = {**plan, "name": name + UNTRAINED, "share": share}
             if there(row):
                 continue
             try:
@@ -276,8 +291,18 @@ def main() -> None:
         method = tokred.patched(model)[0]
         add(row, str(method) if method.removes(adapters.find(model).depth) else "", method.name, model, seconds)
     print("\n".join(table(rows)))
+    beside = args.out / TIMES
+    if args.rounds:
+        models = {}
+        for row, arm in wanted:
+            if row["seed"] == args.seeds[0]:
+                folder = args.out / f"{row['name']}-{row['share']}-{row['seed']}"
+                model, _ = trained(arm, samples[arm.recipe.method in LABELLED], folder, args.every, plain)
+                models[called(row["name"], row["share"])] = model.eval()
+        beside.write_text(json.dumps(times(models, plain, xt, args.rounds, AT)), encoding="utf-8")
     if args.table is not None:
-        results.write(args.table, records(rows), "learned", overwrite=True)
+        timed = json.loads(beside.read_text("utf-8")) if beside.exists() else {}
+        results.write(args.table, records(rows, timed), "learned", overwrite=True)
 
 
 if __name__ == "__main__":

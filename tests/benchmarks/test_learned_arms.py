@@ -10,7 +10,7 @@ pytest.importorskip("accelerate")
 
 import tokred
 from benchmarks.encoder import learned_arms as arms
-from benchmarks.encoder import train_learned
+from benchmarks.encoder import learned_times, train_learned
 from tokred import adapters
 from tokred.bench import embedded, results
 
@@ -61,7 +61,7 @@ def test_garments_cover_some_patches():
 
 def test_seeds_become_a_mean_with_its_interval():
     row = {"name": "cropr", "share": 0.5, "steps": 9, "batch": 2, "test": 100, "recall": 0.5, "tokens": 9.0,
-           "work": 0.5, "rate": 80.0, "at": 100, "setting": "Cropr(r=3)", "method": "cropr", "where": {}}  # fmt: skip
+           "work": 0.5, "at": 100, "setting": "Cropr(r=3)", "method": "cropr", "where": {}}  # fmt: skip
     (one,) = train_learned.records([{**row, "top1": top1, "seed": i} for i, top1 in enumerate((0.7, 0.72, 0.74))])
     assert one["top1"] == pytest.approx(0.72)
     assert one["top1_high"] - one["top1"] == pytest.approx(1.96 * 0.02 / 3**0.5, rel=1e-3)
@@ -72,3 +72,18 @@ def test_seeds_become_a_mean_with_its_interval():
     assert single["top1_low"] < 0.7 < single["top1_high"]
     lines = train_learned.table([{**row, "top1": 0.7, "seed": 0}, {**row, "top1": 0.8, "seed": 1}])
     assert "±0.0500" in lines[1]
+
+
+def test_times_of_models_beside_the_dense_one(plain):
+    tome, ragged = embedded.load(), embedded.load()
+    tokred.apply(tome, "tome", r=22)
+    tokred.apply(ragged, "avit", beta=0.0)
+    models = {"tome 0.5": tome, "avit 0.5": ragged, "dense 1": embedded.load()}
+    found = learned_times.times(models, plain, embedded.sample(6).images, rounds=2, at=3)
+    assert {name: len(one["speedup"]) for name, one in found.items()} == {"tome 0.5": 2, "dense 1": 2, "avit 0.5": 6}
+    assert all(0 < share < 1 for share in found["tome 0.5"]["decision_share"])
+    assert found["dense 1"]["decision_share"] == [0, 0]
+    row = {"name": "tome, untrained", "share": 0.5, "steps": 0, "batch": 0, "test": 10, "recall": 1.0, "tokens": 9.0,
+           "work": 0.5, "at": 100, "setting": "ToMe(r=22)", "method": "tome", "where": {}, "top1": 0.8}  # fmt: skip
+    (one,) = train_learned.records([row], found)
+    assert one["speedup_low"] <= one["speedup"] <= one["speedup_high"]
