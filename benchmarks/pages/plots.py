@@ -22,7 +22,19 @@ def draw(found: Results, folder: Path) -> list[Path]:
     """All plots whose scenario has rows."""
     (folder / "kv").mkdir(parents=True, exist_ok=True)
     made = []
-    for part in (methods, demo, diffusion, vlm, kv_tasks, kv_quality, kv_limit, kv_memory, held.plot, tune.plot):
+    for part in (
+        methods,
+        demo,
+        learned,
+        diffusion,
+        vlm,
+        kv_tasks,
+        kv_quality,
+        kv_limit,
+        kv_memory,
+        held.plot,
+        tune.plot,
+    ):
         made += part(found, folder)
     return made
 
@@ -66,6 +78,27 @@ def demo(found: Results, folder: Path) -> list[Path]:
     note += str(first["device"])
     figure = plots.pareto(frame, title="Fewer tokens: accuracy against speed", note=note)
     return [plots.save(figure, folder / "demo.png")]
+
+
+def learned(found: Results, folder: Path) -> list[Path]:
+    """Top-1 of encoders that were trained with fewer tokens, over speed: a line a name, a point a share of the work."""
+    frame = _frame(found, "encoder", "learned")
+    if frame.empty or "speedup" not in frame:
+        return []
+    frame = frame[(frame["model"] == "embedded") & (frame["goal"].astype(float) < 1)]
+    dense = results.one(found.records("encoder", "learned", model="embedded"), case="dense")
+    level = (100 * float(dense["top1"]), "dense, trained as long")
+    frame = frame.assign(amount=[f"{float(g):.0%}" for g in frame["goal"]])
+    faster, percents = "times as fast as the dense model", "top-1 (%)"
+    panels = []
+    for column, title, mine in (
+        ("with", "trained with fewer tokens", ~frame["case"].str.endswith("-untrained")),
+        ("without", "not trained", frame["case"].str.endswith("-untrained")),
+    ):
+        frame = frame.assign(**{column: (100 * frame["top1"]).where(mine)})
+        panels.append(Panel("speedup", column, faster, percents, title, notes="amount", order="goal", level=level))
+    frame = frame.assign(name=frame["case"].str.removesuffix("-untrained"))
+    return [plots.save(plots.lines(frame, panels, by="name"), folder / "learned.png")]
 
 
 def diffusion(found: Results, folder: Path) -> list[Path]:
