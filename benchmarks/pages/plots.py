@@ -143,6 +143,27 @@ def vlm(found: Results, folder: Path) -> list[Path]:
     return [plots.save(plots.lines(frame, panels), folder / "vlm.png")]
 
 
+def clips(found: Results, folder: Path) -> list[Path]:
+    """Exact answers about clips over the share of visual tokens: a panel a kind of question."""
+    frame = _frame(found, "vlm", "clips")
+    if frame.empty:
+        return []
+    frame = frame[frame["frames"].astype(int) == frame["frames"].astype(int).min()]
+    parts = frame["setting"].str.extract(r"(?:base=(?P<base>\S+) )?share=(?P<share>\S+)")
+    named = frame["method"] + (" " + parts["base"]).fillna("")
+    frame = frame.assign(share=100 * parts["share"].astype(float), name=named)
+    panels = []
+    for kind in frame["asked"].unique():
+        mine = frame["asked"] == kind
+        dense = frame[mine & (frame["method"] == "unpatched")].iloc[0]
+        frame = frame.assign(**{kind: frame["exact"].where(mine & frame["share"].notna())})
+        panels.append(
+            Panel("share", kind, "% of the visual tokens", "exact answers (%)", f"{kind}?", "log", times=100,
+                  level=(float(dense["exact"]), "all tokens"), ticks=((25, 10, 5), ("25", "10", "5")))
+        )  # fmt: skip
+    return [plots.save(plots.lines(frame, panels, by="name"), folder / "clips.png")]
+
+
 def kv_quality(found: Results, folder: Path) -> list[Path]:
     """A plot a measure of cache policies: lines over the budget, or bars where there is one."""
     frame = _frame(found, "kv", "quality")

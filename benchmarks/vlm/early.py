@@ -1,9 +1,11 @@
-"""Tower and prompt of a clip with frames that merge inside the tower, by thread time, on random weights.
+"""Tower and prompt of a clip with fewer tokens inside and behind the tower, by thread time, on random weights.
 
-    python -m benchmarks vlm/early --out early.json
+    python -m benchmarks vlm/early --blocks 6 --rounds 3 --out benchmarks/results/vlm.csv
+    python -m benchmarks vlm/early --frames 32 --blocks 1 --layers 1 --methods vidcom2,fastvid --out vlm.csv
 
 Layers have the shapes of LLaVA-OneVision-7B (SigLIP of 1152 channels and 729 patches a frame, Qwen2 of 3584), and there
-are a few of each. Frames go slowly from one picture to another, as neighbours in a film do. The arms run in turn in one
+are a few of each; ``share_of_full_depth`` is what choosing takes beside the prompt's time in 28 layers, without the
+tower. Frames go slowly from one picture to another, as neighbours in a film do. The arms run in turn in one
 process, and the time is that of the thread alone, so that others on the machine do not count.
 """
 
@@ -11,20 +13,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import statistics
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import tokred
-from tokred.bench import timing
+from benchmarks.saving import known, save, saving
+from benchmarks.vlm.clips import METHODS
+from tokred.bench import results, timing
+from tokred.bench.arms import BASE
 
 VIDEO = 63
+DEPTH = 28  # layers of Qwen2-7B
 TOWER = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "image_size": 384, "patch_size": 14}
 TEXT = {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4}
 
@@ -58,9 +61,11 @@ def one(model: Any, batch: dict[str, Tensor]) -> dict[str, float]:
         stack.enter_context(watch.around(core.vision_tower, "forward", "tower"))
         for layer in core.language_model.layers:
             stack.enter_context(watch.around(layer, "forward", "prompt"))
+        for kind in {type(method) for method in tokred.patched(model)}:
+            stack.enter_context(watch.around(kind, "reduce", "choosing"))
         with watch("whole"):
             model(**batch, logits_to_keep=1)
-    found = {part: watch.total(part) for part in ("whole", "tower", "prompt")}
+    found = {part: watch.total(part) for part in ("whole", "tower", "prompt", "choosing")}
     found["between"] = found["whole"] - found["tower"] - found["prompt"]
     shown = tokred.patched(model)
     found["left"] = sum(tokred.report(model).layers[0].visual) if shown else batch["input_ids"].shape[1]
@@ -75,16 +80,17 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2, help="of the language model")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--budget", type=float, default=0.1)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--methods", default="holitom,earlytom", help="names of vlm/clips and earlytom, with commas")
+    saving(parser)
     given = parser.parse_args()
+    known(parser, "methods", given.methods.split(","), {"earlytom", *METHODS})
     model, batch = build(given.blocks, given.layers), film(given.frames)
     places = tuple(sorted({(given.blocks - 1) // 3, given.blocks - 2})) if given.blocks > 1 else (0,)
     early = tokred.EarlyTom(budget=given.budget, layers=places, tau=0.3)
-    arms: dict[str, Any] = {
-        "dense": contextlib.nullcontext,
-        "holitom": partial(tokred.applied, model, tokred.HoliTom(budget=given.budget)),
-        "earlytom": partial(tokred.applied, model, early),
-    }
+    arms: dict[str, Any] = {BASE: contextlib.nullcontext}
+    for name in given.methods.split(","):
+        method = early if name == "earlytom" else METHODS[name](given.budget)
+        arms[name] = partial(tokred.applied, model, method)
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
 
     def told(arm: int, _: int, row: dict[str, float]) -> None:
@@ -93,11 +99,18 @@ def main() -> None:
         print(name, row, flush=True)
 
     timing.paired([*arms.values()], lambda _: one(model, batch), given.rounds, warmup=0, collect=told)
-    found = {n: {k: statistics.median(r[k] for r in rs) for k in rs[0]} for n, rs in rows.items()}
-    for name, row in found.items():
-        print(f"{name}: {found['dense']['whole'] / row['whole']:.2f} times as fast as all tokens")
-    if given.out is not None:
-        given.out.write_text(json.dumps({"setting": {**vars(given), "out": None}, "arms": found}, indent=1))
+    where = {"model": "llava-onevision-7b-shapes", "weights": "random", "clock": "thread", "frames": given.frames}
+    where |= {"tower_depth": given.blocks, "depth": given.layers, "keeps": given.budget, "rounds": given.rounds}
+    for name, mine in rows.items():
+        row: dict[str, Any] = {"method": name, "setting": "", **where, "tokens_left": mine[0]["left"]}
+        for part, column in (("tower", "tower"), ("prompt", "prompt"), ("between", "rest"), ("choosing", "selection")):
+            row |= results.spread(f"{column}_seconds", [r[part] for r in mine])
+        if name != BASE:
+            whole = [r["prompt"] * DEPTH / given.layers for r in rows[BASE]]
+            row |= results.spread("share_of_full_depth", [r["choosing"] / w for r, w in zip(mine, whole, strict=True)])
+            row |= results.spread("speedup", [a["whole"] / b["whole"] for a, b in zip(rows[BASE], mine, strict=True)])
+            print(f"{name}: {row['speedup']:.2f} times as fast as all tokens")
+        save([row | results.here("cpu", torch.float32)], "early", given)
 
 
 if __name__ == "__main__":
