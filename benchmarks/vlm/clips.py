@@ -19,7 +19,7 @@ model's on ``--pairs`` of the batches.
 
 ``--answers`` leaves times out, which spares most of the time: the tower's blocks run once a batch for all methods.
 ``--restore`` adds RESTORE around each method that keeps tokens (of FastVID, FlashVID and VisionZip around the part that
-does), at as many tokens; with ``--answers`` the rows say what it adds on the same questions (``exact_lift``).
+does; around HoliTom it only calibrates), at as many tokens; with ``--answers`` the rows say what it adds on the same questions (``exact_lift``).
 """
 
 from __future__ import annotations
@@ -58,10 +58,12 @@ METHODS: dict[str, Callable[[float], str]] = {
     "holitom": "holitom budget={0:g}".format,
     "prunevid": "prunevid clusters={0:g}".format,
 }
-# What RESTORE goes around, by the name of the method: of those that merge what leaves, the part that keeps tokens.
+# What RESTORE goes around, by the name of the method: of those that merge what leaves, the part that keeps tokens; of
+# HoliTom, which of still scenes drops too few to be merged, all of it.
 RESTORED = {
     **{n: n for n in ("random_visual", "uniform_visual", "uniform_frames", "divprune", "fastervlm", "dycoke", "evs")},
-    **{n: n for n in ("vidcom2", "vcast", "holitom")},
+    **{n: n for n in ("vidcom2", "vcast")},
+    "holitom": "holitom gamma=1.0",
     "visionzip": "'visionzip contextual=0'",
     "fastvid": "'fastvid context=0'",
     "flashvid": "'flashvid picked=1'",
