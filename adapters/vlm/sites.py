@@ -370,16 +370,13 @@ def leave(left: Left, group: list[Place], columns: Tensor, site: VisualSite, ste
             values = site.project(step.merge(tower_features(group))).to(embeds.device)
         else:
             values = step.merge(embeds[samples, columns])
-        values = values.to(embeds.dtype)
-        if step.mask is not None:
-            values = torch.where(step.mask.unsqueeze(-1), values, embeds[samples, stays])
-        embeds = embeds.clone()
-        embeds[samples, stays] = values
+        embeds = torch.nn.functional.pad(embeds, (0, 0, 0, 1)).index_put((samples, kept), values.to(embeds.dtype))
+        embeds = embeds[:, :length]
     dropped = list(left.dropped)
     sizes = [step.slots] * len(group) if step.mask is None else step.mask.sum(1).tolist()
     for place, size in zip(group, sizes, strict=True):
         dropped[place.sample] += columns.shape[1] - int(size)
     size = left.sizes
     if size is not None:
-        size = size.index_put((samples, stays), step.sizes().float())
+        size = torch.nn.functional.pad(size, (0, 1)).index_put((samples, kept), step.sizes().float())[:, :length]
     return Left(gone, embeds, tuple(dropped), size)

@@ -4,6 +4,8 @@
     python -m benchmarks vlm/train_questions --folder questions      # the projector: --projector says where it is
     python -m benchmarks vlm/clips --dtype bfloat16 --threads 1 --out vlm.csv
     python -m benchmarks vlm/clips --frames 32 --shares 0.1 --clips 10 --methods vidcom2,random_visual --out vlm.csv
+    python -m benchmarks vlm/clips --answers --restore --dtype bfloat16 --threads 1 --out vlm.csv
+    python -m benchmarks vlm/clips --times --restore --asked what --clips 5 --pairs 1 --shares 0.1 --out vlm.csv
     python -m benchmarks vlm/clips --quick --out /tmp/vlm.csv
 
 The model is that of ``benchmarks/vlm/train_questions.py``: DINOv2, a projector, SmolLM2-135M, as LLaVA-OneVision takes
@@ -14,6 +16,10 @@ Beside the methods stand tokens drawn by chance, every so-many-th token, fewer f
 smaller frames. ``tokens_left`` is the number of visual tokens at the input of the last layer, of the first batch;
 ``seconds`` a whole answer, ``encoder_seconds`` the tower and what is chosen behind it, paired with the unpatched
 model's on ``--pairs`` of the batches.
+
+``--answers`` leaves times out, which spares most of the time: the tower's blocks run once a batch for all methods.
+``--restore`` adds RESTORE around each method that keeps tokens (of FastVID, FlashVID and VisionZip around the part that
+does; around HoliTom it only calibrates), at as many tokens; with ``--answers`` the rows say what it adds on the same questions (``exact_lift``).
 """
 
 from __future__ import annotations
@@ -26,8 +32,9 @@ from typing import Any
 import torch
 
 from benchmarks.engine import measured, threads
-from benchmarks.saving import save, saving
+from benchmarks.saving import known, save, saving
 from benchmarks.vlm.answers import exact
+from benchmarks.vlm.clip_answers import judged, lifted
 from benchmarks.zoo import carriers, questions, vlm
 from benchmarks.zoo.questions import Asked
 
@@ -50,14 +57,26 @@ METHODS: dict[str, Callable[[float], str]] = {
     "framefusion": "framefusion cost={0:g}".format,
     "holitom": "holitom budget={0:g}".format,
     "prunevid": "prunevid clusters={0:g}".format,
-    "restore random_visual": "restore base=random_visual budget={0:g}".format,
-    "restore divprune": "restore base=divprune budget={0:g}".format,
-    "restore uniform_visual": "restore base=uniform_visual budget={0:g}".format,
+}
+# What RESTORE goes around, by the name of the method: of those that merge what leaves, the part that keeps tokens; of
+# HoliTom, which of still scenes drops too few to be merged, all of it.
+RESTORED = {
+    **{n: n for n in ("random_visual", "uniform_visual", "uniform_frames", "divprune", "fastervlm", "dycoke", "evs")},
+    **{n: n for n in ("vidcom2", "vcast")},
+    "holitom": "holitom gamma=1.0",
+    "visionzip": "'visionzip contextual=0'",
+    "fastvid": "'fastvid context=0'",
+    "flashvid": "'flashvid picked=1'",
 }
 
 
-def settings(names: Sequence[str], shares: Sequence[float]) -> dict[str, str]:
+def settings(names: Sequence[str], shares: Sequence[float], restore: bool = False) -> dict[str, str]:
     """Settings as they are typed, by what stands in the table.
+
+    Args:
+        names: of methods.
+        shares: of the visual tokens, that are left.
+        restore: beside each that :data:`RESTORED` has also RESTORE around it.
 
     Raises:
         ValueError: a name is not among :data:`METHODS`.
@@ -67,9 +86,10 @@ def settings(names: Sequence[str], shares: Sequence[float]) -> dict[str, str]:
         raise ValueError(f"methods must be among {', '.join(METHODS)}; got {', '.join(unknown)}")
     found = {}
     for name in names:
-        head, _, base = name.partition(" ")
         for share in shares:
-            found[f"{head} {f'base={base} ' if base else ''}share={share:g}"] = METHODS[name](share)
+            found[f"{name} share={share:g}"] = METHODS[name](share)
+            if restore and name in RESTORED:
+                found[f"restore base={name} share={share:g}"] = f"restore base={RESTORED[name]} budget={share:g}"
     return found
 
 
@@ -94,6 +114,10 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(METHODS), help="names, with commas")
     parser.add_argument("--shares", default="0.25,0.1,0.05")
     parser.add_argument("--projector", type=Path, default=vlm.QUESTIONS)
+    parser.add_argument("--asked", default=",".join(questions.ASKED), help="kinds of questions, with commas")
+    parser.add_argument("--restore", action="store_true", help="beside each method also RESTORE around it")
+    parser.add_argument("--answers", action="store_true", help="no times: what all methods share runs once a batch")
+    parser.add_argument("--times", action="store_true", help="no answers: times alone")
     parser.add_argument("--quick", action="store_true", help="2 clips, one share")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the model")
@@ -102,10 +126,12 @@ def main() -> None:
     given = parser.parse_args()
     if not given.projector.exists():
         parser.error(f"--projector: there is no {given.projector}; vlm/train_questions makes one, in its --folder")
+    kinds = given.asked.split(",")
+    known(parser, "kinds of questions", kinds, questions.ASKED)
     threads(given.threads)
     shares = (0.25,) if given.quick else tuple(map(float, given.shares.split(",")))
     count, pairs = (2, 1) if given.quick else (given.clips, given.pairs)
-    chosen = settings(given.methods.split(","), shares)
+    chosen = settings(given.methods.split(","), shares, given.restore)
     model, tokenizer = vlm.build_video(given.projector)
     model.to(getattr(torch, given.dtype))
     asked = questions.clips("test", count, given.frames)
@@ -113,7 +139,18 @@ def main() -> None:
         "name": "dinov2-smollm2-135m-questions",
         "data_from": carriers.cited("dinov2", "smollm2", "photos", "fashion"),
     }
-    for kind in questions.ASKED:
+    if given.answers:
+        data = {kind: batches(model, tokenizer, asked, kind, given.batch) for kind in kinds}
+        head = {"model": source["name"], "frames": given.frames}
+        rows = []
+        for part in judged(model, tokenizer, chosen, data, head, source["data_from"]):
+            save(part, "clips", given)
+            rows += part
+            said = ", ".join(f"{row['asked']} {row['exact']:.2f}" for row in part)
+            print(f"{part[0]['method']} {part[0]['setting']}: {said}", flush=True)
+        print(lifted(rows))
+        return
+    for kind in kinds:
         data = batches(model, tokenizer, asked, kind, given.batch)
         more = {"frames": given.frames, "asked": kind}
         values = None if given.values is None else given.values / f"{kind}_{given.frames}"
@@ -126,6 +163,8 @@ def main() -> None:
                 f"{kind}: {row['method']} {row['setting']}: {row['exact']:.2f}, {row.get('speedup', 1):.2f}x",
                 flush=True,
             )
+        if given.times:
+            rows = [{k: v for k, v in row.items() if not k.startswith(("exact", "tokens_left"))} for row in rows]
         save(rows, "clips", given)
 
 

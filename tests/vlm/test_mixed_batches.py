@@ -13,6 +13,7 @@ import tokred
 from tests.kinds import VISION_LANGUAGE, each
 from tests.vlm import hosts, oracle, tiny
 from tests.vlm.test_methods import NAMES, SOME
+from tests.vlm.uneven import UnevenMean
 
 ROWS: hosts.Rows = [[9], [3, "image", 5], [2, "image", 1, "image", 4], [6], [1, "image", "image", 1, "image", 2]]
 
@@ -98,3 +99,15 @@ def test_a_placeholder_without_an_image_is_a_word():
     stock = model(input_ids=ids).logits
     tokred.apply(model, [tokred.make("divprune", budget=1), tokred.make("fastv", layer=1)])
     assert torch.equal(model(input_ids=ids).logits, stock)
+
+
+@torch.no_grad()
+def test_uneven_numbers_of_merged_tokens():
+    """Slots that a sample has not are none of its own tokens, the first one too."""
+    model, batch = model_of("llava"), hosts.prompts("llava", ROWS)
+    tokred.apply(model, UnevenMean())
+    together = model(**batch).logits[:, -1]
+    assert len(set(tokred.report(model).layers[-1].visual)) > 3
+    for i in range(len(ROWS)):
+        torch.testing.assert_close(model(**alone("llava", batch, i)).logits[0, -1], together[i], rtol=1e-3, atol=1e-4)
+    tokred.remove(model)

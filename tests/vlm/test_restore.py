@@ -12,11 +12,14 @@ from torch import Tensor
 import tokred
 from tests.kinds import VISION_LANGUAGE, each
 from tests.vlm import hosts, oracle
+from tests.vlm.test_clip_methods import clip, same
+from tests.vlm.test_clip_methods import one as alone
+from tests.vlm.visual import kept
 from tokred import adapters
 from tokred.adapters.vlm.calibration import turns_of
 from tokred.methods.vlm.restore import Restore
-from tokred.vlm import VisualSite
-from tokred.vlm.tools.anchors import anchor_scores, merged_into_anchors
+from tokred.vlm import VisualSite, clips
+from tokred.vlm.tools.anchors import anchor_scores, beside_slots, merged_into_anchors, weights_of
 from tokred.vlm.tools.calibration import Turns, calibration_bias, nearness
 
 X = torch.tensor([[[1, 0], [0.9, 0.3], [0.8, 0.6], [0, 1], [0.2, 1], [-0.3, 1], [0.6, 0.8]]])
@@ -105,6 +108,91 @@ def test_parts_of_the_budget():
     assert Restore(budget=7, base="uniform_visual").reduce(half).merge(half.x).isfinite().all()
 
 
+# ------------------------------------------------------------------ around methods for clips
+
+# Of five frames of twelve tokens: what leaves even numbers and uneven ones, whole frames, and merged tokens.
+BASES = [
+    "evs", "vidcom2", "vidcom2 exact=False", "vcast", "dycoke", "dycoke groups=official", "fastvid context=0",
+    "flashvid picked=1", "holitom", "holitom contextual=0.3", "uniform_frames", "stc", "streamingtom", "random_visual",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_the_budget_of_a_clip(base):
+    site = clip(3, 5)
+    for budget, gamma in ((30, 0.5), (0.5, 0.25), (18, 0.75)):
+        method = Restore(budget=budget, base=base, gamma=gamma)
+        found, total = method.reduce(site), method.count(60)
+        asked = method.asked(method.split(total)[0], site).reduce(site)
+        for i in range(3):
+            same(method.reduce(alone(site, i)), found, site.x, i)
+            mine, theirs = kept(found, i), kept(asked, i)
+            assert set(theirs) <= set(mine)
+            assert mine == sorted(mine)
+            lost = 60 - int(asked.sizes()[i].sum())
+            assert len(mine) == len(theirs) + max(0, min(lost, total - len(theirs)))
+            if len(mine) > len(theirs):
+                assert int(found.sizes()[i].sum()) == 60, "what was lost is in the others"
+            # Slots of the base are what they were, bit for bit.
+            at = torch.tensor([mine.index(t) for t in theirs])
+            torch.testing.assert_close(found.merge(site.x)[i, at], asked.merge(site.x)[i, : len(at)])
+            assert torch.equal(found.sizes()[i, at], asked.sizes()[i, : len(at)])
+    rows = torch.tensor([2, 0, 1])
+    moved = VisualSite(**{k: v[rows] for k, v in site._values.items() if v is not None}, grid=site.grid, frames=5)
+    assert torch.equal(method.reduce(moved).index, found.index[rows])
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_around_what_keeps_everything(base):
+    assert Restore(budget=1.0, base=base).reduce(clip()).trivial
+    assert Restore(budget=60, base=base).reduce(clip(2, 5)).trivial
+    if base in ("evs", "vcast", "dycoke", "uniform_frames"):  # which keep all of a single frame
+        assert Restore(budget=4, base=base).reduce(clip(2, 1)).trivial
+
+
+@pytest.mark.parametrize("base", ["evs", "vidcom2", "vcast", "holitom tau=2", "uniform_frames"])
+def test_clips_of_exact_budgets(base):
+    made = Restore(base=base).inner
+    for frames, cells, count in ((8, 64, 128), (8, 64, 77), (5, 9, 45)):
+        wanted = made.leaving(count, frames, cells).kept(frames, cells)
+        assert (wanted == count) or (base == "uniform_frames" and wanted % cells == 0) or base.startswith("holitom")
+
+
+def test_merged_beside_uneven_numbers():
+    """Two samples of which one keeps a token more: the other has an anchor more."""
+    x = X.expand(2, -1, -1)
+    step = tokred.Reduction.keep(torch.tensor([[0, 0], [0, 4]]), 7, torch.tensor([[True, False], [True, True]]))
+    found = beside_slots(x, step, 3)
+    assert found.groups() == [[[0], [1, 2, 6], [3, 4, 5]], [[0], [1, 2, 3, 5, 6], [4]]]
+    assert found.representative.tolist() == [[0, 2, 4], [0, 3, 4]]
+    wanted = torch.tensor([[1, 0], [0.7667, 0.5667], [-0.0333, 1]])
+    torch.testing.assert_close(found.merge(x)[0], wanted, rtol=0, atol=5e-5)
+    assert beside_slots(x, step, 1).groups() == [[[0], []], [[0], [4]]]
+
+
+def test_sums_of_a_reduction():
+    mean = tokred.Reduction.from_index(torch.tensor([[0, 0, -1, 1, 0]]), 2, mode="mean")
+    torch.testing.assert_close(weights_of(mean), torch.tensor([[1 / 3, 1 / 3, 1, 1, 1 / 3]]))
+    first = tokred.Reduction.from_index(torch.tensor([[0, 0, -1, 1, 0]]), 2, mode="keep")
+    assert weights_of(first).tolist() == [[1, 0, 1, 1, 0]]
+    with pytest.raises(ValueError, match="combines tokens by 'max'"):
+        weights_of(tokred.Reduction.from_index(torch.tensor([[0, 0]]), 1, mode="max"))
+
+
+@torch.no_grad()
+def test_on_clips_and_images_beside_them():
+    model = hosts.build("internvl")
+    batch = hosts.prompts("internvl", [[3, "image", 2, *["image"] * 3, 5]])
+    stock = model(**batch).logits
+    with clips([[1, 3]]):
+        for base, left in (("vidcom2", 16 + 12), ("vcast", 16 + 12), ("divprune", 4 + 12)):
+            with tokred.applied(model, "restore", base=base, budget=0.25):
+                model(**batch)
+                assert tokred.report(model).layers[0].visual == (left,)
+        with tokred.applied(model, "restore", base="vidcom2", budget=1.0):
+            assert torch.equal(model(**batch).logits, stock)
+
+
 # ------------------------------------------------------------------ attention
 
 
@@ -171,6 +259,22 @@ def test_dropping_equals_masking_with_the_same_bias(name):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("base", ["vidcom2 exact=False", "evs", "holitom tau=2"])
+def test_dropping_tokens_of_clips_equals_masking_with_the_same_bias(base):
+    model = hosts.build("onevision_video")
+    batch = hosts.prompts("onevision_video", [[3, "image", 5], [2, "image", 1, "image", 4]])
+    tokred.apply(model, Restore(budget=0.5, base=base, gamma=1.0))
+    pruned = oracle.generate(model, batch)
+    keeps = oracle.kept(pruned.past_key_values, batch["input_ids"].shape[1])
+    visual = visual_columns(model, batch)
+    assert 0 < int((keeps[0] & visual).sum()) < int(visual.sum())
+    tokred.remove(model)
+    with calibrated(list(hosts.layers("onevision_video", model)), model, keeps[0], batch["attention_mask"], visual):
+        whole = oracle.generate(model, batch)
+    for short, long in zip(pruned.logits, whole.logits, strict=True):
+        torch.testing.assert_close(short, long, rtol=1e-3, atol=1e-4)
+
+
 def visual_columns(model, batch) -> Tensor:
     names = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
     ids = [getattr(model.config, name) for name in names if getattr(model.config, name, None) is not None]
@@ -228,6 +332,11 @@ def test_a_second_turn_and_a_crop():
         ({"base": "fastv"}, ValueError, "before the language model"),
         ({"base": "hired"}, ValueError, "before the language model"),
         ({"base": "restore"}, ValueError, "before the language model"),
+        ({"base": "omnizip"}, ValueError, "before the language model"),
+        ({"base": "earlytom"}, ValueError, "merges frames inside the vision tower"),
+        ({"base": "prunevid"}, ValueError, "no setting says how many tokens of a clip"),
+        ({"base": "fastvid"}, ValueError, "drops nothing that could be merged.*gamma=1"),
+        ({"base": "flashvid"}, ValueError, "drops nothing that could be merged.*gamma=1"),
         ({"base": 3}, TypeError, "setting as text"),
     ],
 )

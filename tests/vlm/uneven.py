@@ -28,6 +28,17 @@ class Uneven(Budgeted):
 
 
 @dataclass(frozen=True)
+class UnevenMean(Uneven):
+    """The same, and the first token becomes the mean of itself and of all that leave."""
+
+    name: ClassVar[str] = "uneven_mean"
+
+    def choose(self, site: Any) -> Reduction:
+        index = super().choose(site).index
+        return Reduction.from_index(index.clamp_min(0), int(index.max()) + 1)
+
+
+@dataclass(frozen=True)
 class UnevenLayer(LayerMethod):
     """The same inside the language model, at two layers."""
 

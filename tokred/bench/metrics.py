@@ -62,6 +62,9 @@ METRICS: dict[str, Metric] = {
     "chance": Metric("share", "of the largest class", "", "top1_images"),
     "agreement": Metric("share", "of the unpatched model's answers", INTERVAL, "images"),
     "exact": Metric("share", "of answers that are right word for word", INTERVAL, "images"),
+    "exact_lift": Metric(
+        "share", "of right answers, minus those of the method that is wrapped, on the same samples", INTERVAL
+    ),
     "cosine": Metric("cosine", "of features with the unpatched model's, mean over inputs", INTERVAL, "cosine_images"),
     "cosine_lowest": Metric("cosine", "the same, of the worst input", "", "cosine_images"),
     "saliency_mae": Metric("error", "mean absolute error of the restored saliency map", INTERVAL, "cosine_images"),

@@ -41,13 +41,16 @@ def parse_pairs(texts: Iterable[str]) -> dict[str, Any]:
 def parse_setting(text: str) -> tuple[str, dict[str, Any]]:
     """``"evit kappa=0.7 blocks=(3, 6)"`` as a method's name and parameters.
 
+    A value in quotes may be such a text itself: ``"restore base='fastvid context=0'"``.
+
     Raises:
         ValueError: something in it is not ``key=value``.
     """
     name, _, rest = text.strip().partition(" ")
     if not name or "=" in name:
         raise ValueError(f"a setting is a method and key=value pairs, such as 'tome r=13', got {text!r}")
-    pairs = [p for p in re.split(r"\s+(?=[A-Za-z_]\w*=)", rest.strip()) if p]
+    # Between pairs, and not inside quotes: behind the space all that are opened are closed.
+    pairs = [p for p in re.split(r"\s+(?=[A-Za-z_]\w*=)(?=(?:[^'\"]|'[^']*'|\"[^\"]*\")*$)", rest.strip()) if p]
     return name, parse_pairs(pairs)
 
 

@@ -259,6 +259,11 @@ class ProjectorMethod(PlacedMethod):
         """0-based; negative ones count from the end."""
         return ()
 
+    @property
+    def drops(self) -> bool:
+        """Whether tokens may leave without going into others; False where all are merged into those that stay."""
+        return True
+
     @abstractmethod
     def count(self, n: int) -> int:
         """How many of ``n`` tokens stay; at most so many where it depends on the image.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
-from tokred.vlm.before_llm import VisualSite
+from tokred.vlm.before_llm import ProjectorMethod, VisualSite
 from tokred.vlm.frames import ClipMethod, cells_of
 from tokred.vlm.tools.budget import Budget, as_budget, count_of
 
@@ -66,6 +66,10 @@ class CausalMethod(ClipMethod):
     def kept(self, frames: int, cells: int) -> int:
         """The same number of each frame."""
         return frames * self.count(cells)
+
+    def leaving(self, count: int, frames: int, cells: int) -> ProjectorMethod:
+        """As many of each frame, rounded down, one at least."""
+        return self.with_budget(max(1, count // frames))
 
     def tokens(self, n: int, place: Any) -> int:
         """Of a clip, whose frames are not told: at most all of it where the budget is a number."""

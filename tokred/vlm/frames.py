@@ -47,6 +47,18 @@ class ClipMethod(ProjectorMethod):
             cells: tokens of a frame, ``N``.
         """
 
+    def leaving(self, count: int, frames: int, cells: int) -> ProjectorMethod:
+        """The same method, set to leave so many tokens of a clip, as nearly as its settings and its rules allow.
+
+        Args:
+            count: at least 1, of the whole clip.
+            frames, cells: the clip's shape, ``T`` and ``N``.
+
+        Raises:
+            ValueError: no setting says how many.
+        """
+        return self.with_budget(count)
+
     def acts(self, n: int, place: Place) -> bool:
         """Unless the settings keep everything: what a clip leaves depends on its frames, which are not asked about."""
         return n > 1 and self.count(MANY) < MANY

@@ -3,7 +3,7 @@ token attends to the visual rows of the cache that it asks for."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -18,6 +18,7 @@ from tokred.vlm.before_llm import VisualSite
 from tokred.vlm.decoding import StepMethod, StepSite
 from tokred.vlm.frames import ClipMethod, framed
 from tokred.vlm.in_llm import check_depth, check_layer
+from tokred.vlm.tools.budget import ratio_of
 from tokred.vlm.tools.greedy import directions
 from tokred.vlm.tools.video import apart, chosen, within
 
@@ -66,6 +67,12 @@ class DyCoke(ClipMethod):
     def kept(self, frames: int, cells: int) -> int:
         """The number that stays, which nothing but the shape decides."""
         return sum(self.counts(frames, cells))
+
+    def leaving(self, count: int, frames: int, cells: int) -> DyCoke:
+        """What whole frames do not have of it, in equal parts for the others."""
+        least = replace(self, ratio=ratio_of(0, cells)).counts(frames, cells)
+        few = (count - sum(least)) // max(1, least.count(0))
+        return replace(self, ratio=ratio_of(max(0, min(few, cells)), cells))
 
     def count(self, n: int) -> int:
         """Of many frames: a whole one in four."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -14,6 +14,7 @@ from tokred.core.registry import register
 from tokred.core.selection import highest
 from tokred.vlm.before_llm import VisualSite
 from tokred.vlm.frames import ClipMethod, framed
+from tokred.vlm.tools.budget import ratio_of
 from tokred.vlm.tools.video import changes
 
 # Above every change: one less a cosine is at most 2.
@@ -50,6 +51,10 @@ class EVS(ClipMethod):
         """The number that stays, which nothing but the shape decides."""
         # The very expression of the engines, which size prompts by it: 100 tokens at 0.9 leave 9.
         return max(cells, int(frames * cells * (1 - self.ratio)))
+
+    def leaving(self, count: int, frames: int, cells: int) -> EVS:
+        """Exactly so many, where these are more than a frame."""
+        return replace(self, ratio=ratio_of(count, frames * cells))
 
     def count(self, n: int) -> int:
         """Of many frames."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -74,6 +74,11 @@ class FastVID(ClipMethod):
         """Frames of tokens, and what these receive of the tower's attention."""
         return frozenset({"x", "frames", "attention"})
 
+    @property
+    def drops(self) -> bool:
+        """Where there are no anchors."""
+        return self.context == 0
+
     def split(self, cells: int) -> tuple[int, int]:
         """Salient tokens of a frame of ``cells``, and its share of anchors."""
         total = max(1, int(round(cells * self.budget, 9)))
@@ -89,6 +94,10 @@ class FastVID(ClipMethod):
     def kept(self, frames: int, cells: int) -> int:
         """The frames' budgets; where a segment cannot share its anchors out evenly, fewer."""
         return frames * sum(self.split(cells))
+
+    def leaving(self, count: int, frames: int, cells: int) -> FastVID:
+        """As many of each frame, rounded down to whole tokens."""
+        return replace(self, budget=min(1.0, (count // frames + 0.5) / cells))
 
     def count(self, n: int) -> int:
         """The budget, as a number of tokens."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -83,6 +83,11 @@ class FlashVID(ClipMethod):
         """Frames of tokens, and what these receive of the tower's attention."""
         return frozenset({"x", "frames", "attention"})
 
+    @property
+    def drops(self) -> bool:
+        """Where all of a budget is picked."""
+        return self.picked == 1
+
     def split(self, cells: int) -> tuple[int, int]:
         """Picked tokens of a frame of ``cells``, and those that the others are joined to, on average."""
         total = min(cells, math.ceil(round(cells * self.budget * self.expansion, 9)))
@@ -93,6 +98,10 @@ class FlashVID(ClipMethod):
         """The frames' budgets, and one a frame more that rounding may add."""
         some, others = self.split(cells)
         return frames * min(cells, some + others + (others > 0))
+
+    def leaving(self, count: int, frames: int, cells: int) -> FlashVID:
+        """As many of each frame, rounded down to whole tokens, one at least."""
+        return replace(self, budget=min(1.0, max(1, count // frames) / (cells * self.expansion)))
 
     def count(self, n: int) -> int:
         """The budget, as a number of tokens."""

@@ -12,9 +12,14 @@ from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import methods, register
 from tokred.core.settings import parse_setting
+from tokred.core.site import Site
 from tokred.vlm.before_llm import Budgeted, ProjectorMethod, VisualSite
-from tokred.vlm.tools.anchors import Pool, Position, merged_into_anchors
+from tokred.vlm.frames import ClipMethod, cells_of
+from tokred.vlm.shots import FrameMerger
+from tokred.vlm.tools.anchors import Pool, Position, beside_slots, merged_into_anchors
 from tokred.vlm.tools.budget import Budget
+
+_KEEPING = "'divprune', 'fastervlm', 'visionzip contextual=0', 'vidcom2' and 'fastvid context=0'"
 
 
 @register("restore")
@@ -28,11 +33,13 @@ class Restore(Budgeted):
     mean cosine by which the rotary embedding turns a key at its distance from the query.
 
     Args:
-        base: the method that chooses, as text (``"visionzip contextual=0"``); its budget is set here. It must keep
-            tokens as they are, a fixed number of each image.
-        budget: tokens left of each image, an integer or a share in (0, 1].
-        gamma: share of the budget that is the base's, rounded half up; the others are merged. 1: nothing is merged, as
-            reading small text wants.
+        base: the method that chooses, as text (``"visionzip contextual=0"``, ``"vidcom2"``); its budget is set here. It
+            may merge some tokens, but must drop others: one that merges all goes with ``gamma=1`` alone. Around a
+            method for clips images stay whole.
+        budget: tokens left of each image or clip, an integer or a share in (0, 1]; more where the base's rules keep
+            more (a token of each frame, a whole frame), fewer where it drops fewer than there would be merged ones.
+        gamma: share of the budget that the base is asked for, rounded half up. The others are merged ones, and what the
+            base leaves unused of its share goes to them too. 1: nothing is merged, as reading small text wants.
         c: offset of the calibration, more than 1.
         pool: whether anchors are scored among ``"all"`` tokens or the ``"rest"``.
         position: which member's position a merged token takes: ``"median"``, ``"first"``, ``"mean"`` (the member
@@ -64,11 +71,26 @@ class Restore(Budgeted):
         if self.positions != "keep":
             raise ValueError("positions is 'repack', but what is calibrated are distances in the whole prompt")
         object.__setattr__(self, "inner", _base(self.base))
+        if self.gamma < 1 and not self.inner.drops:
+            raise ValueError(
+                f"base is {self.base!r}, which drops nothing that could be merged into anchors, but merges some tokens "
+                f"into others: take gamma=1, which calibrates attention to these, or {_KEEPING}"
+            )
 
     @property
     def reads(self) -> frozenset[str]:
         """The tokens, what the base reads, and that a bias can be added in the language model."""
         return self.inner.reads | {"x", "calibration"}
+
+    @property
+    def clips(self) -> bool:
+        """Whether the base acts on clips alone, beside which images stay whole."""
+        return isinstance(self.inner, ClipMethod)
+
+    @property
+    def space(self) -> str:
+        """Of the base where that alone merges; anchors merge as they enter the language model."""
+        return self.inner.space if self.gamma == 1 else "x"
 
     @property
     def tower_layers(self) -> tuple[int, ...]:
@@ -87,33 +109,63 @@ class Restore(Budgeted):
     def choose(self, site: VisualSite) -> Reduction:
         """Ask the base, and merge the others into distinctive anchors."""
         b, n = site.shape
-        chosen, anchors = self.split(self.count(n))
-        kept = torch.zeros(b, 0, dtype=torch.long, device=site.device)
-        if chosen:
-            step = self.inner.with_budget(chosen).choose(site)
-            if step.mode != "keep" or step.mask is not None or step.slots != chosen:
-                how = "merges some" if step.mode != "keep" else f"leaves {step.slots} of {chosen}, or uneven numbers"
-                raise ValueError(
-                    f"base is {self.base!r}, which has to keep tokens as they are, so many in each image, but {how}: "
-                    "take one such as 'divprune', 'fastervlm' or 'visionzip contextual=0'"
-                )
-            kept = step.representative
-        return merged_into_anchors(site.x, kept, anchors, self.pool, self.position)
+        total = self.count(n)
+        chosen, anchors = self.split(total)
+        if not chosen:
+            none = torch.zeros(b, 0, dtype=torch.long, device=site.device)
+            return merged_into_anchors(site.x, none, anchors, self.pool, self.position)
+        step = self.asked(chosen, site).choose(site)
+        if step.trivial or (step.slots == n and step.mask is None):
+            return Reduction.identity((b,), n, site.device)
+        return beside_slots(site.x, step, total, self.pool, self.position) if anchors else step
+
+    def asked(self, count: int, site: VisualSite) -> ProjectorMethod:
+        """The base, set to leave so many tokens of each image or clip of a site."""
+        if isinstance(self.inner, ClipMethod):
+            cells = cells_of(site)
+            return self.inner.leaving(count, site.shape[1] // cells, cells)
+        return self.inner.with_budget(count)
+
+    def reduce(self, site: Site) -> Reduction:
+        """As of every method; around one for clips images stay whole.
+
+        Raises:
+            ValueError, MissingInputError: as other methods, and what the base raises.
+        """
+        if self.clips and site.frames is None:
+            return Reduction.identity((site.shape[0],), site.shape[1], site.device)
+        return super().reduce(site)
 
 
 def _base(text: object) -> ProjectorMethod:
     """The method that a setting names.
 
     Raises:
-        TypeError, ValueError, UnknownMethodError: it names none of the stage, or one without a fixed budget.
+        TypeError, ValueError, UnknownMethodError: it names none of the stage, or one whose tokens cannot be counted or
+            are not chosen there.
     """
     if not isinstance(text, str):
         raise TypeError(f"base must be a setting as text, such as 'divprune' or 'fastervlm', got {text!r}")
     name, parameters = parse_setting(text)
     made = methods.get(name)(**parameters)
+    if isinstance(made, FrameMerger):
+        # What leaves there is a share of each frame's features, which no reduction of tokens speaks of.
+        raise ValueError(
+            f"base is {text!r}, which merges frames inside the vision tower, so that no lost tokens are left "
+            f"to be merged behind it: take {_KEEPING}"
+        )
+    if isinstance(made, ClipMethod):
+        try:
+            made.leaving(8, 2, 8)
+        except ValueError:
+            raise ValueError(
+                f"base is {text!r}, of which no setting says how many tokens of a clip it leaves, so that none can be "
+                f"set: take {_KEEPING}"
+            ) from None
+        return made
     if not isinstance(made, Budgeted) or isinstance(made, Restore) or made.joint:
         raise ValueError(
-            f"base is {text!r}, but it must be a method before the language model with a budget for each image: "
-            "'divprune', 'fastervlm' and 'visionzip contextual=0' are"
+            f"base is {text!r}, but it must be a method before the language model with a budget for each image or "
+            f"clip: {_KEEPING} are"
         )
     return made

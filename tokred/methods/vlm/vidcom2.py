@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -16,6 +16,7 @@ from tokred.core.registry import register
 from tokred.core.selection import ranked
 from tokred.vlm.before_llm import VisualSite
 from tokred.vlm.frames import ClipMethod, framed
+from tokred.vlm.tools.budget import ratio_of
 from tokred.vlm.tools.greedy import directions
 from tokred.vlm.tools.video import within
 
@@ -69,6 +70,10 @@ class VidCom2(ClipMethod):
         if not self.exact:
             return frames * cells
         return max(frames, min(int(frames * cells * (1.0 - self.ratio)), frames * cells))
+
+    def leaving(self, count: int, frames: int, cells: int) -> VidCom2:
+        """Exactly so many with ``exact``, where these are one a frame or more."""
+        return replace(self, ratio=ratio_of(count, frames * cells))
 
     def count(self, n: int) -> int:
         """Of many tokens a frame."""

@@ -72,6 +72,11 @@ class VisionZip(Budgeted):
         merging = set() if self.contextual == 0 else {"k", "tower"} if self.space == "tower" else {"k"}
         return frozenset({"x"} | merging | attention_reads(self.attention))
 
+    @property
+    def drops(self) -> bool:
+        """Where there are no targets."""
+        return self.contextual == 0
+
     def with_budget(self, n: int) -> VisionZip:
         """With at least one dominant token."""
         whole = is_count(self.contextual)

@@ -100,6 +100,11 @@ class DownsampleVisual(Budgeted):
         """The tokens and their grid."""
         return frozenset({"x", "grid"})
 
+    @property
+    def drops(self) -> bool:
+        """Never."""
+        return False
+
     def choose(self, site: VisualSite) -> Reduction:
         """Every token goes to its cell."""
         b, n = site.shape

@@ -70,6 +70,11 @@ class VScan(Budgeted):
     def tower_layers(self) -> tuple[int, ...]:
         return (self.shallow,)
 
+    @property
+    def drops(self) -> bool:
+        """Never."""
+        return False
+
     def choose(self, site: VisualSite) -> Reduction:
         """Scan the windows, scan the image, merge the rest."""
         n = site.shape[1]

@@ -47,6 +47,12 @@ def left_of(ratio: float, n: int) -> int:
     return max(1, round(round(n * (1 - ratio), 9))) if n else 0
 
 
+def ratio_of(count: int, n: int) -> float:
+    """The share that leaves ``n`` tokens where ``count`` of them stay, by whichever way of rounding ``n (1 - ratio)``
+    down: half a token above what stays."""
+    return max(0.0, 1 - (count + 0.5) / n)
+
+
 def largest_remainder(weights: Sequence[float], total: int) -> list[int]:
     """Whole numbers in proportion to weights that add up to a total.
 
