@@ -42,9 +42,9 @@ def _lengths(found: Results) -> list[str]:
 def _seen(dense: Asked) -> list[str]:
     """Kinds of questions that the model with all tokens answers better than one that does not look."""
     found = []
-    for kind, record in dense.items():
-        low = value(record, "exact").low
-        if low is not None and low > CHANCE[kind]:
+    for kind, chance in CHANCE.items():
+        low = value(dense[kind], "exact").low if kind in dense else None
+        if low is not None and low > chance:
             found.append(kind)
     return found
 
