@@ -2,7 +2,7 @@
 
     python -m benchmarks encoder/train_learned cropr dynamicvit --photos FOLDER --out trained
     python -m benchmarks encoder/train_learned cropr tome evit class_attention random_prune downsample dense smaller ...
-    python -m benchmarks encoder/train_learned dense tome evit pitome --model dinov2 --steps 60 --batch 16 --lr 5e-5 ...
+    python -m benchmarks encoder/train_learned dense tome evit pitome --model dinov2 --steps 60 --batch 16 --lr 2e-5 ...
 
 Every name is a recipe of tokred (or the path of a TOML file), or one that is trained by the first recipe's numbers, but
 for what only its method has: a method without weights, ``class_attention`` (EViT without the fused token), ``dense``
@@ -47,6 +47,7 @@ from benchmarks.encoder.train_embedded import Data
 from tokred import adapters, learn
 from tokred.bench import results
 from tokred.learn.training import Samples, train
+from tokred.learn.training.checkpoint import NAME as CHECKPOINT
 
 BESIDE = ("tome", "evit", "pitome", "class_attention", "random_prune", "downsample")
 EMBEDDED = "embedded"  # the model of rows that name none
@@ -276,6 +277,8 @@ def main() -> None:
         model, seconds = trained(arm, samples[arm.recipe.method in LABELLED], folder, args.every, plain)
         method = tokred.patched(model)[0]
         add(row, str(method) if method.removes(adapters.find(model).depth) else "", method.name, model, seconds)
+        if on.name != EMBEDDED:  # hundreds of megabytes each, and nothing goes on from here
+            (folder / CHECKPOINT).unlink(missing_ok=True)
     print("\n".join(table(rows)))
     if args.table is not None:
         results.write(args.table, records(rows), "learned", overwrite=True)
