@@ -70,6 +70,7 @@ class EncoderHost(Host):
         layout: how the patches stand, given that module, its inputs and its output.
         pools: whether the head of the model pools over all tokens as it is now; None: it cannot change.
         note: what a user should know about this family.
+        class_rows: so many of the first tokens are the class token together, where there is one.
         padded: whether batches are padded from the start, so that tokens vanish with any method.
     """
 
@@ -93,7 +94,13 @@ class EncoderHost(Host):
     key_heads: int | None = None
     note: str = ""
     padded: bool = False
+    class_rows: int = 1
     stage: str = "block"
+
+    @property
+    def class_token(self) -> int:
+        """Number of tokens in front whose attention is the class token's; 0: there is none."""
+        return self.class_rows if "class_attention" in self.supplies else 0
 
     @property
     def how(self) -> str:
@@ -242,7 +249,7 @@ class EncoderHost(Host):
         expose = self.exposure(method, expose)
         shared = Shared(method, self.depth, self.prefix, self.suffix, expose, drops=method.drops or self.padded)
         self.begin(shared, changes)
-        shared.class_token = "class_attention" in self.supplies
+        shared.class_token = self.class_token
         shared.watch = Watch(self.family, {str(i): name for i, (name, _) in enumerate(self.blocks)})
         norms = self.key_norms or [None] * self.depth
         for layer, ((name, block), norm) in enumerate(zip(self.blocks, norms, strict=True)):

@@ -214,7 +214,7 @@ class Shared(State):
         self.drops = drops
         self.expose_all = False
         self.note = Note()
-        self.class_token = False
+        self.class_token: bool | int = False
         self.windows = "auto"
         self.watch = Watch()
         self.slots: dict[int, Slot] = {}

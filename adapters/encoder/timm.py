@@ -113,7 +113,9 @@ def _host(model: Any) -> EncoderHost:
         positions = {word.name: gather_embeddings for word in (words.COSINES, words.SINES)}
     prefix = int(words.PREFIX.part(model, 1))
     supplies = {"x", "q", "k", "v"}
-    if words.CLASS_TOKEN.part(model) is not None:
+    # Of a model of ours, tokred.learn.jumbo: what its class token looks at is what all of its rows do.
+    wide = int(getattr(model, "class_rows", 0))
+    if words.CLASS_TOKEN.part(model) is not None or wide:
         supplies.add("class_attention")
     if not any(c.__name__ in RELATIVE for c in host_class(model).__mro__):
         supplies.add("attention")
@@ -143,6 +145,7 @@ def _host(model: Any) -> EncoderHost:
         key_norms=[_key_norm(b) for _, b in blocks] if rope else [],
         key_heads=int(members.KEY_HEADS.need(words.SELF.need(first))) if gemma else None,
         full="last" if MAPPED & names else "none",
+        class_rows=wide or 1,
     )
 
 

@@ -125,7 +125,7 @@ class _Watch(TorchFunctionMode):
                 scale=call.get(words.SDPA_SCALE),
                 prefix=host.prefix,
                 suffix=host.suffix,
-                class_token="class_attention" in host.supplies,
+                class_token=host.class_token,
                 layer=len(self.records) - 1,
                 depth=host.depth,
             )

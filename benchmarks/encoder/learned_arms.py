@@ -30,6 +30,7 @@ AMOUNTS: dict[str, tuple[str, list[Any]]] = {
     "dtem": ("r", COUNTS),
     "dynamicvit": ("rho", SHARES),
     "evit": ("kappa", SHARES),
+    "pitome": ("ratio", SHARES),
     "random_prune": ("r", COUNTS),
     "skipvit": ("rho", [k / 100 for k in range(1, 100)]),
     "tome": ("r", COUNTS),
@@ -66,14 +67,21 @@ class Arm:
 def work(model: nn.Module, method: tokred.Method | None) -> int:
     """Multiply-adds of all blocks for one picture, by the method's plan, and of a network that decides before them."""
     host = adapters.find(model)
-    own = 0 if method is None else before_blocks(method.module(host.model_facts()) if method.name in LABELLED else None)
-    return own + sum(macs for _, _, macs in host.plan(method, embedded.SHAPE))
+    one = shape(model)
+    decides = method is not None and method.name in LABELLED
+    own = before_blocks(method.module(host.model_facts()), host.tokens(one) - host.prefix) if decides and method else 0
+    return own + sum(macs for _, _, macs in host.plan(method, one))
 
 
-def before_blocks(module: nn.Module | None) -> int:
+def shape(model: Any) -> tuple[int, ...]:
+    """That of a batch of one picture, by a timm model's patch embedding."""
+    return (1, 3, *model.patch_embed.img_size)
+
+
+def before_blocks(module: nn.Module | None, patches: int = (SIZE // PATCH) ** 2) -> int:
     """Multiply-adds of what a method runs on one picture before the first block, which no report counts."""
     cost: Any = getattr(module, "cost", None)
-    return 0 if cost is None else int(cost((SIZE // PATCH) ** 2))
+    return 0 if cost is None else int(cost(patches))
 
 
 def setting(name: str, share: float, model: nn.Module, **more: Any) -> tokred.Method:
@@ -98,23 +106,27 @@ def setting(name: str, share: float, model: nn.Module, **more: Any) -> tokred.Me
     raise ValueError(f"{name} has no setting for {share:.0%} of the work")
 
 
-def smaller(share: float) -> nn.Module:
-    """The embedded default with fewer blocks, and fewer neurons in their MLPs, at ``share`` of the blocks' work.
+def smaller(share: float, plain: nn.Module | None = None) -> nn.Module:
+    """A copy of a timm model with fewer blocks, and fewer neurons in their MLPs, at ``share`` of the blocks' work.
 
     As few blocks as can do that work whole stay, at even distances, the first and the last among them; then each MLP
     loses the neurons whose incoming and outgoing weights have the smallest product of norms.
+
+    Args:
+        share: of the multiply-adds.
+        plain: without a patch; None: the embedded default.
 
     Raises:
         ValueError: ``share`` is not in (0, 1].
     """
     if not 0 < share <= 1:
         raise ValueError(f"share must lie in (0, 1], got {share!r}")
-    model: Any = embedded.load()
+    model: Any = embedded.load() if plain is None else copy.deepcopy(plain)
     depth = len(model.blocks)
     left = max(2, math.ceil(share * depth - 1e-6))
     stay = [round(i * (depth - 1) / (left - 1)) for i in range(left)]
     cost = adapters.find(model).cost(model.blocks[0])
-    n = adapters.find(model).tokens(embedded.SHAPE)
+    n = adapters.find(model).tokens(shape(model))
     whole = cost.macs(n, n, True)
     mlp = n * cost.mlp
     part = max(0.05, 1 - (left * whole - share * depth * whole) / (left * mlp))
@@ -140,16 +152,16 @@ def _narrow(mlp: Any, part: float) -> None:
 
 
 @torch.inference_mode()
-def halting(share: float, model: nn.Module, parameters: dict[str, Any], count: int = 20) -> float:
+def halting(share: float, model: nn.Module, parameters: dict[str, Any], images: Tensor) -> float:
     """The ``beta`` at which ``avit`` on ``model``, before it has learned anything, does ``share`` of the work.
 
     Args:
         share: of the dense blocks' multiply-adds.
         model: without a patch.
         parameters: of ``avit``.
-        count: so many pictures of the embedded sample are run, one by one; what they show is not looked at.
+        images: ``(N, 3, H, W)`` to run, one by one; what they show is not looked at.
     """
-    images, dense = embedded.sample(count).images, work(model, None)
+    dense = work(model, None)
     low, high = -12.0, 12.0
     for _ in range(9):
         middle, done = (low + high) / 2, 0
@@ -157,13 +169,16 @@ def halting(share: float, model: nn.Module, parameters: dict[str, Any], count: i
             for image in images:
                 model(image[None])
                 done += tokred.report(model).macs
-        low, high = (low, middle) if done / count > share * dense else (middle, high)
+        low, high = (low, middle) if done / len(images) > share * dense else (middle, high)
         # The larger beta, the later tokens halt, and the more work there is.
     return round((low + high) / 2, 3)
 
 
 def recipes(names: Sequence[str], steps: int, batch: int, lr: float = 0.0) -> dict[str, learn.Recipe]:
     """The recipes by the names that were given; a method without weights takes the first one's numbers.
+
+    Where the first name is no recipe either, ``steps``, ``batch`` and ``lr`` are all there is to say: the labels alone
+    teach.
 
     Args:
         names: recipes of tokred, TOML files, methods, :data:`ALIASES`, ``"dense"`` and ``"smaller"``.
@@ -172,19 +187,24 @@ def recipes(names: Sequence[str], steps: int, batch: int, lr: float = 0.0) -> di
         lr: highest rate of the model's own weights, where they learn; 0: the recipes'.
 
     Raises:
-        ValueError: a name is none of these, or no recipe comes before a method.
+        ValueError: a name is none of these, or no recipe comes before a method and not all numbers are given.
     """
+    alone = learn.Recipe(*NONE, steps=steps, batch=batch, lr=lr, warmup=steps // 10) if steps and batch and lr else None
     found: dict[str, learn.Recipe] = {}
     for name in names:
         if name.endswith(".toml") or (FOLDER / f"{name}.toml").exists():
             one = learn.recipe(name)
-        elif not found:
-            raise ValueError(f"{name!r} is no recipe: the first name has to be one, since others train like it")
+        elif not found and alone is None:
+            raise ValueError(
+                f"{name!r} is no recipe: the first name has to be one, since others train like it, or steps, batch and "
+                "lr have to be given"
+            )
         else:
             method, parameters = NONE if name in (DENSE, SMALLER) else ALIASES.get(name, (name, {}))
             tokred.make(method, **parameters)
             # Nothing of the method learns, and no soft decisions say which tokens are to be like the teacher's.
-            like = next(iter(found.values()))
+            like = next(iter(found.values()), alone)
+            assert like is not None
             one = dataclasses.replace(
                 like, method=method, parameters=parameters, lr_method=None, tokens=0.0, tokens_of="", schedule={},
                 lr=like.lr * (FASTER if name == SMALLER else 1),
@@ -194,16 +214,23 @@ def recipes(names: Sequence[str], steps: int, batch: int, lr: float = 0.0) -> di
     return found
 
 
-def at_share(name: str, recipe: learn.Recipe, share: float, plain: nn.Module) -> Arm:
+def at_share(name: str, recipe: learn.Recipe, share: float, plain: nn.Module, images: Tensor | None = None) -> Arm:
     """The model of a name at a share of the work; where the amount is what a method learns, it is told its goal.
+
+    Args:
+        name: of ``recipes``.
+        recipe: that of the name.
+        share: of the dense blocks' multiply-adds.
+        plain: the model, without a patch.
+        images: ``(N, 3, H, W)``, where the work of a method depends on the pictures; None: 20 of the embedded sample.
 
     Raises:
         ValueError: the method cannot do with so little.
     """
     if name == DENSE:
-        return Arm(name, 1.0, recipe, embedded.load)
+        return Arm(name, 1.0, recipe, lambda: copy.deepcopy(plain))
     if name == SMALLER:
-        return Arm(name, share, recipe, lambda: smaller(share))
+        return Arm(name, share, recipe, lambda: smaller(share, plain))
     parameters = dict(recipe.parameters)
     if recipe.method in AMOUNTS:
         method = setting(recipe.method, share, plain, **parameters)
@@ -214,13 +241,14 @@ def at_share(name: str, recipe: learn.Recipe, share: float, plain: nn.Module) ->
     elif recipe.method == "dovit":
         share = 1.0  # decided by confidence alone, whatever work that is
     elif recipe.method == "avit":
-        parameters["beta"] = halting(share, plain, parameters)
+        parameters["beta"] = halting(share, plain, parameters, embedded.sample(20).images if images is None else images)
     # Schedules end at what was asked for, not at what the recipe has.
     schedule = {
         key: dataclasses.replace(ramp, end=parameters[key]) if key in parameters else ramp
         for key, ramp in recipe.schedule.items()
     }
-    return Arm(name, share, dataclasses.replace(recipe, parameters=parameters, schedule=schedule), embedded.load)
+    recipe = dataclasses.replace(recipe, parameters=parameters, schedule=schedule)
+    return Arm(name, share, recipe, lambda: copy.deepcopy(plain))
 
 
 def foreground(count: int) -> Tensor:
@@ -231,17 +259,19 @@ def foreground(count: int) -> Tensor:
     return covered(garments[kept["garment"]], kept["flip"], kept["place"]).flatten(1) >= 0.5
 
 
-def covered(garments: Tensor, flip: Tensor, place: Tensor) -> Tensor:
-    """``(N, 14, 14)`` float32: the share of each patch that a garment covers.
+def covered(garments: Tensor, flip: Tensor, place: Tensor, size: int = SIZE, patch: int = PATCH) -> Tensor:
+    """``(N, size // patch, size // patch)`` float32: the share of each patch that a garment covers.
 
     Args:
         garments: ``(N, 28, 28)`` uint8.
         flip: ``(N,)`` bool, which are mirrored.
         place: ``(N, 2)`` int64, their tops and lefts.
+        size: pixels of a picture each way.
+        patch: those of a patch.
     """
     shown = garments > 0
     shown = torch.where(flip.view(-1, 1, 1), shown.flip(-1), shown)
-    pixels = torch.zeros(len(shown), SIZE, SIZE)
+    pixels = torch.zeros(len(shown), size, size)
     for one, own, (top, left) in zip(pixels, shown, place.tolist(), strict=True):
         one[top : top + GARMENT, left : left + GARMENT] = own.float()
-    return torch.nn.functional.avg_pool2d(pixels[:, None], PATCH).squeeze(1)
+    return torch.nn.functional.avg_pool2d(pixels[:, None], patch).squeeze(1)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("timm")
 pytest.importorskip("safetensors")
 pytest.importorskip("accelerate")
 
 import tokred
+from benchmarks.encoder import clutter, learned_models, learned_times, train_learned
 from benchmarks.encoder import learned_arms as arms
-from benchmarks.encoder import learned_times, train_learned
 from tokred import adapters
 from tokred.bench import embedded, results
 
@@ -24,7 +26,17 @@ def plain():
 def test_arms_do_the_work_that_they_are_told(plain, share):
     full = arms.work(plain, None)
     assert arms.work(arms.smaller(share), None) / full == pytest.approx(share, abs=0.011)
-    for name in ("cropr", "dynamicvit", "dtem", "tome", "evit", "class_attention", "random_prune", "downsample"):
+    for name in (
+        "cropr",
+        "dynamicvit",
+        "dtem",
+        "tome",
+        "evit",
+        "pitome",
+        "class_attention",
+        "random_prune",
+        "downsample",
+    ):
         done = arms.work(plain, arms.setting(name, share, plain)) / full
         assert share - 0.04 < done <= share + 0.01, name
     # A network that decides before the blocks counts with them.
@@ -47,6 +59,11 @@ def test_recipes_and_those_that_train_like_the_first(plain):
     assert tokred.make(made.method, **made.parameters).fuse is False
     with pytest.raises(ValueError, match="'tome' is no recipe: the first name has to be one"):
         arms.recipes(["tome"], 0, 0)
+    # All three numbers stand for a recipe, and the labels alone teach.
+    alone = arms.recipes(["dense", "pitome"], 40, 8, 1e-4)["pitome"]
+    assert (alone.method, alone.steps, alone.batch, alone.lr, alone.warmup, alone.distils) == (
+        "pitome", 40, 8, 1e-4, 4, False,
+    )  # fmt: skip
     told = arms.at_share("diffrate", arms.recipes(["diffrate"], 0, 0)["diffrate"], 0.33, plain)
     assert told.recipe.parameters["target"] == 0.33
     skip = arms.at_share("skipvit", arms.recipes(["skipvit"], 0, 0)["skipvit"], 0.7, plain).recipe
@@ -59,6 +76,32 @@ def test_garments_cover_some_patches():
     assert 4 < float(found.sum(1).float().mean()) < 17
 
 
+def test_scenes_as_models_see_them():
+    with np.load(embedded.FOLDER / embedded.SAMPLE) as f:
+        garments, photos = torch.from_numpy(f["garments"][:20]), [torch.from_numpy(f["photo_0"])]
+    for name, (pixels, grid) in {"embedded": (112, 14), "dinov2": (112, 8)}.items():
+        look = learned_models.LOOKS[name]
+        scenes = clutter.draw(torch.arange(20), photos, look.size, torch.Generator().manual_seed(0))
+        pictures, shown = look.pictures(scenes, garments, photos), look.shown(scenes, garments)
+        assert pictures.shape == (20, 3, pixels, pixels)
+        assert shown.shape == (20, grid, grid)
+        assert 4 < float(shown.sum((1, 2)).float().mean()) < 17
+        # Garments are bright, and patches that one covers are those of the picture that it changes.
+        bare = look.pictures(scenes, garments * 0, photos)
+        changed = (pictures - bare).abs().mean(1, keepdim=True)
+        by_patch = torch.nn.functional.avg_pool2d(changed, pixels // grid).squeeze(1)
+        assert by_patch[shown].min() > by_patch[~shown].median()
+
+
+def test_other_pictures_and_other_models():
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("test_vit", img_size=64).eval()
+    assert arms.shape(model) == (1, 3, 64, 64)
+    half = arms.smaller(0.5, model)
+    assert arms.work(half, None) / arms.work(model, None) == pytest.approx(0.5, abs=0.02)
+    assert arms.at_share("dense", arms.recipes(["dense"], 1, 1, 1.0)["dense"], 0.5, model).build() is not model
+
+
 def test_seeds_become_a_mean_with_its_interval():
     row = {"name": "cropr", "share": 0.5, "steps": 9, "batch": 2, "test": 100, "recall": 0.5, "tokens": 9.0,
            "work": 0.5, "at": 100, "setting": "Cropr(r=3)", "method": "cropr", "where": {}}  # fmt: skip
@@ -68,6 +111,8 @@ def test_seeds_become_a_mean_with_its_interval():
     made = {r.metric: r for r in results.rows(one, "learned")}
     assert made["top1"].count == 300
     assert made["gmacs_share"].value == 0.5
+    both = train_learned.records([{**row, "top1": 0.7, "seed": 0, "model": m} for m in ("embedded", "dinov2")])
+    assert [one["model"] for one in both] == ["embedded", "dinov2"]
     (single,) = train_learned.records([{**row, "top1": 0.7, "seed": 0}])
     assert single["top1_low"] < 0.7 < single["top1_high"]
     lines = train_learned.table([{**row, "top1": 0.7, "seed": 0}, {**row, "top1": 0.8, "seed": 1}])

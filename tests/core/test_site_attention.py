@@ -112,3 +112,13 @@ def test_the_class_token_is_the_first_of_a_prefix_unless_said_otherwise():
     assert not part.class_token
     with pytest.raises(tokred.MissingInputError, match="does not supply 'q'"):
         tokred.Site(x=x).attention.attend(x)
+
+
+def test_a_class_token_of_several_rows_looks_where_they_do_on_average():
+    q, k = torch.randn(2, 2, 4, 7, 8).unbind(0)
+    site = tokred.Site(x=torch.randn(2, 7, 8), q=q, k=k, prefix=3, class_token=3)
+    expected = (q[:, :, :3] @ k.transpose(2, 3) / 8**0.5).softmax(-1).mean((1, 2))
+    torch.testing.assert_close(site.class_attention, expected)
+    assert not site.class_token, "no single row is one"
+    torch.testing.assert_close(site.sample(1, torch.arange(7)).class_attention, expected[1:])
+    assert site.among(torch.arange(7).expand(2, -1)).class_rows == 3

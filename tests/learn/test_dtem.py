@@ -9,6 +9,7 @@ pytest.importorskip("timm")
 
 import tokred
 from tests.encoder.tiny_timm import build, images
+from tests.learn.laws import check_found_again
 from tokred.core.matching import sides_of
 from tokred.core.relaxed import Relaxed, relaxed_top
 from tokred.learn import Learned
@@ -155,9 +156,7 @@ def test_drawn_amounts():
 def test_saved_and_refused(tmp_path):
     model, x = build("vit"), images(2)
     tokred.apply(model, "dtem", r=4, dim=16)
-    other = tokred.apply(build("vit"), tokred.load(tokred.save(model, tmp_path)))
-    with torch.no_grad():
-        assert torch.equal(other(x), model(x))
+    check_found_again(model, x, tmp_path)
     for wrong, text in (({"dim": 0}, "dim must be"), ({"tau": 0}, "tau must be"), ({"r": -1}, "r")):
         with pytest.raises(ValueError, match=text):
             tokred.DTEM(**wrong)

@@ -154,9 +154,49 @@ def test_merged_patches_count_by_their_size_in_the_mean():
     torch.testing.assert_close(pooled[0, 72:], (rows * size[:, None]).sum(0) / 16, rtol=1e-4, atol=1e-5)
 
 
-def test_what_reads_a_class_token_is_refused():
-    with pytest.raises(tokred.MissingInputError, match="class_attention"):
-        tokred.apply(small(), "evit")
+def test_what_reads_a_class_token_reads_the_mean_of_its_rows():
+    model, x = small(), images()
+    tokred.apply(model, "evit", kappa=0.5, blocks=(0,), fuse=False)
+    with torch.no_grad():
+        model(x)
+        block = tokred.apply(small(), "tome", r=0).blocks[0]
+        tokens = block.norm1(model._pos_embed(model.patch_embed(x)))
+        q, k, _ = block.attn.qkv(tokens).view(2, 19, 3, 2, 12).permute(2, 0, 3, 1, 4)
+        looks = (q[:, :, :3] @ k.transpose(2, 3) / 12**0.5).softmax(-1)
+    expected = looks.mean((1, 2))[:, 3:].topk(8).indices
+    found = tokred.trace(model).representative
+    assert found.shape == (2, 11)
+    assert (found[:, 3:].sort(1).values == 3 + expected.sort(1).values).all()
+    # By the first row alone, others would stay.
+    assert (looks[:, :, 0].mean(1)[:, 3:].topk(8).indices.sort(1).values != expected.sort(1).values).any()
+
+
+@pytest.mark.parametrize("setting", ["evit kappa=0.5", "ats", "ppt r=3", "skipvit split=0 join=2"])
+def test_methods_of_a_class_token_run(setting):
+    model = tokred.apply(small(), setting)
+    with torch.no_grad():
+        assert model(images()).isfinite().all()
+    assert tokred.report(model).macs < tokred.report(model).macs_unpatched
+
+
+def test_the_head_of_the_first_version_reads_the_class_token_alone():
+    model, x = small(head="class", share=False), images()
+    assert model.head.in_features == 3 * 24
+    with torch.no_grad():
+        out = model.forward_features(x)
+        logits = model(x)
+        torch.testing.assert_close(logits, model.head(out[:, :3].flatten(1)))
+        assert model.pool(out).shape == (2, 72)
+        model.reset_classifier(0)
+        assert model(x).shape == (2, 72)
+        # Nothing pools the patches, so what is merged does not come back for it.
+        tokred.apply(model, "tome", r=3)
+        model(x)
+    assert tokred.report(model).layers[-1].tokens_out == 10
+    with pytest.raises(ValueError, match="global_pool must be None"):
+        model.reset_classifier(3, "avg")
+    with pytest.raises(ValueError, match="head is 'both'; allowed are 'concat', 'class'"):
+        small(head="both")
 
 
 def test_weights(tmp_path):

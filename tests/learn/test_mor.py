@@ -251,6 +251,13 @@ def test_routers_learn_from_the_task_by_what_they_chose_and_else_by_their_loss()
     assert (seen[0].grad.squeeze(2)[chosen] < 0).all()
 
 
+def test_the_wide_router_is_the_mlp_by_another_name() -> None:
+    one, other = (made(router=router).routers[0].layers for router in ("mlp", "wide_mlp"))
+    assert [tuple(p.shape) for p in other.parameters()] == [(2 * SMALL["width"], SMALL["width"]), (2 * SMALL["width"],),
+                                                            (1, 2 * SMALL["width"]), (1,)]  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
 def test_a_second_router_leaves_the_states_alone() -> None:
     model = made(sampling="aux_router", coefficient=1.0).train()
     model(text()).losses["router"].backward()

@@ -10,7 +10,9 @@ pytest.importorskip("timm")
 import tokred
 from tests.encoder import tiny_timm
 from tests.encoder.tiny_timm import build, images
+from tests.kinds import each
 from tests.learn.checkpointing import check_gradients
+from tests.learn.laws import applied, check_found_again, descended
 from tokred.adapters import find
 from tokred.encoder.padding import reduce_each
 from tokred.learn import Facts, Learned
@@ -115,9 +117,7 @@ def test_checkpointing_and_saving(tmp_path):
         return model(x).square().sum()
 
     check_gradients(model, loss)
-    other = tokred.apply(build("vit"), tokred.load(tokred.save(model, tmp_path)))
-    with torch.no_grad():
-        assert torch.equal(other(x), model.eval()(x))
+    check_found_again(model, x, tmp_path)
 
 
 def test_the_loss_falls_and_targets_are_what_counts():
@@ -126,7 +126,6 @@ def test_the_loss_falls_and_targets_are_what_counts():
     method = tokred.VTM("learned", gamma=4, R=None, blocks=(0,), metric="x")
     module, read = method.module(Facts("", 1, 8, 1)), torch.zeros(8)
     read[1] = 1.0
-    optimiser, losses = torch.optim.AdamW(module.parameters(), lr=0.05), []
 
     def asked(n: int = 64):
         y, where = torch.randint(0, 2, (n,)) * 2.0 - 1, torch.randint(0, 16, (n,))
@@ -138,28 +137,21 @@ def test_the_loss_falls_and_targets_are_what_counts():
         found = method.reduce(tokred.Site(x=x, q=heads * 0, k=heads, v=heads, learned=Learned(module)))
         return found, (found.merge(x).mean(1) @ read), x, y, where
 
-    for _ in range(60):
+    def loss():
         _, said, _, y, _ = asked()
-        loss = torch.nn.functional.softplus(-said * y).mean()
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        losses.append(float(loss.detach()))
+        return torch.nn.functional.softplus(-said * y).mean()
+
+    losses = descended(torch.optim.AdamW(module.parameters(), lr=0.05), loss, 60)
     module.eval()
     found, *_, where = asked()
     assert (found.representative == where[:, None]).any(1).float().mean() > 0.9, "by chance it is 4 of 16"
     assert sum(losses[-10:]) < sum(losses[:10])
 
 
-@pytest.mark.parametrize(
-    "family", [f if f == "vit-mean" else pytest.param(f, marks=pytest.mark.hosts) for f in tiny_timm.FAMILIES]
-)
+@pytest.mark.parametrize("family", each(tiny_timm.FAMILIES, {"vit-mean": "no class token, a mean"}))
 def test_hosts(family):
     model, x = build(family), images(2)
-    try:
-        tokred.apply(model, "vtm", **LEARNED)
-    except tokred.MissingInputError as error:
-        assert any(word in str(error) for word in ("module", "attention"))  # noqa: PT017
+    if not applied(model, "vtm", "module", "attention", **LEARNED):
         return
     model.train()(x).square().sum().backward()
     (vectors,) = tokred.parameters(model)

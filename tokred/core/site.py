@@ -75,7 +75,8 @@ class Site:
             protected tokens are not looked at.
         pixels: ``(B, N, F)`` of the original patches, protected tokens aside, as the model is given them.
         text: text tokens that guide a reduction, or None.
-        class_token: whether the first token is a class token; None: where there is a prefix, it is.
+        class_token: whether the first token is a class token, or how many of the first are one together, which looks
+            where they do on average; None: where there is a prefix, the first is.
         layer, depth: which layer this is, of how many.
         step: which call of the same layer this is (denoising step, decoding step).
         totals: ``(B,)`` int64, real tokens of each sample before the first block; None: ``length`` each.
@@ -111,7 +112,7 @@ class Site:
         motion: Lazy = None,
         pixels: Lazy = None,
         text: Lazy = None,
-        class_token: bool | None = None,
+        class_token: bool | int | None = None,
         layer: int = 0,
         depth: int = 1,
         step: int = 0,
@@ -138,7 +139,7 @@ class Site:
         self.moved = positions is not None
         self._length = length
         self.frames = frames
-        self.class_token = prefix > 0 if class_token is None else class_token
+        self.class_rows = int(prefix > 0 if class_token is None else class_token)
         self.layer = layer
         self.depth = depth
         self.step = step
@@ -241,14 +242,21 @@ class Site:
         return found
 
     @property
+    def class_token(self) -> bool:
+        """True if the first token is a class token by itself."""
+        return self.class_rows == 1
+
+    @property
     def class_attention(self) -> Tensor:
-        """``(B, N)`` float32: the class token's attention to every token, mean over heads.
+        """``(B, N)`` float32: the class token's attention to every token, mean over heads and over its rows.
 
         Raises:
             MissingInputError: neither it nor queries and keys are at hand.
         """
         if self._values["class_attention"] is None:
-            self._values["class_attention"] = self.attention.columns(rows=slice(0, 1))
+            rows = max(1, self.class_rows)
+            found = self.attention.columns(rows=slice(0, rows))
+            self._values["class_attention"] = found / rows if rows > 1 else found
         scores = self._get("class_attention")
         return scores.float().mean(1) if scores.ndim == 3 else scores.float()
 
@@ -300,7 +308,7 @@ class Site:
             grid=None if hidden else self._grid,
             frames=None if hidden else self.frames,
             length=self._length if self.totals is None else int(self.totals[i]),
-            class_token=self.class_token,
+            class_token=self.class_rows,
             layer=self.layer,
             depth=self.depth,
             step=self.step,
@@ -331,7 +339,7 @@ class Site:
             mask=mask,
             prefix=self.prefix,
             suffix=self.suffix,
-            class_token=self.class_token,
+            class_token=self.class_rows,
             layer=self.layer,
             depth=self.depth,
             step=self.step,

@@ -41,7 +41,8 @@ class Jumbo(VisionTransformer):  # type: ignore[misc]
 
     The rows stand in front, as tokens that no method reduces. In attention they are rows like all others; in place of
     the MLP of the patches they go, as one vector of ``slices * width``, through an MLP that all blocks share. The head
-    reads this vector beside the mean of the patches.
+    reads this vector beside the mean of the patches. Methods that rank patches by the class token's attention see the
+    mean of its rows.
 
     Args:
         width: channels of a token.
@@ -52,6 +53,8 @@ class Jumbo(VisionTransformer):  # type: ignore[misc]
         image: pixels each way, or height and width.
         patch: pixels of a patch each way.
         share: one MLP for the class token in all blocks; False: one each (the first version of the paper).
+        head: ``"concat"``: reads the class token and the mean of the patches; ``"class"``: the class token alone (the
+            first version).
         drop_path: rate of stochastic depth, the same in every block.
 
     Raises:
@@ -70,12 +73,14 @@ class Jumbo(VisionTransformer):  # type: ignore[misc]
         image: int | tuple[int, int] = 224,
         patch: int = 16,
         share: bool = True,
+        head: Literal["concat", "class"] = "concat",
         drop_path: float = 0.0,
     ) -> None:
         for name, value in (("width", width), ("heads", heads), ("slices", slices), ("depth", depth)):
             check_count(value, name, 1)
         check_count(classes, "classes", 1)
         check_flags(share=share)
+        check_choice(head, "head", ("concat", "class"))
         check_ratio(drop_path, "drop_path")
         if width % heads:
             raise ValueError(f"width must be a multiple of heads={heads}, got {width}")
@@ -84,7 +89,11 @@ class Jumbo(VisionTransformer):  # type: ignore[misc]
             class_token=False, reg_tokens=slices, no_embed_class=True, global_pool="avg", fc_norm=False,
             norm_layer=nn.LayerNorm, block_fn=partial(JumboBlock, slices),
         )  # fmt: skip
-        self.num_features = self.head_hidden_size = (slices + 1) * width
+        # Said here alone: to timm's constructor a model without its class token has none to read.
+        self.global_pool = "avg" if head == "concat" else "token"
+        self.num_features = self.head_hidden_size = (slices + (head == "concat")) * width
+        # Read by the host: methods that rank patches by what a class token looks at take the mean of its rows.
+        self.class_rows = slices
         wide = slices * width
         self.jumbo_mlp = _mlp(wide) if share else nn.Identity()
         for block in self.blocks:
@@ -98,9 +107,9 @@ class Jumbo(VisionTransformer):  # type: ignore[misc]
         """A new head, which gives every class the same probability; 0: none, and features come out.
 
         Raises:
-            ValueError: ``global_pool`` is given: the head reads the class token and the mean of the patches.
+            ValueError: ``global_pool`` is another than the model's: what its head reads is not timm's.
         """
-        if global_pool not in (None, "avg"):
+        if global_pool not in (None, self.global_pool):
             raise ValueError(f"global_pool must be None: the head of a Jumbo model has its own, got {global_pool!r}")
         self.num_classes = num_classes
         made: nn.Module = nn.Identity()
@@ -111,9 +120,11 @@ class Jumbo(VisionTransformer):  # type: ignore[misc]
         self.head = made.to(self.reg_token.device, self.reg_token.dtype)
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
-        """``(B, slices * C + C)`` of ``(B, N, C)``: the class token as one vector, and the mean of the patches."""
+        """``(B, slices * C + C)`` of ``(B, N, C)``: the class token as one vector, and the mean of the patches; with
+        the first version's head ``(B, slices * C)``, the class token alone."""
         slices = self.num_prefix_tokens
-        return torch.cat([x[:, :slices].flatten(1), x[:, slices:].mean(1)], -1)
+        first = x[:, :slices].flatten(1)
+        return torch.cat([first, x[:, slices:].mean(1)], -1) if self.global_pool == "avg" else first
 
 
 class JumboBlock(Block):  # type: ignore[misc]

@@ -45,7 +45,8 @@ class MoRConfig:
             and a last layer of their own.
         route: ``"expert"``, each recursion takes its share of the tokens; ``"token"``, each token takes its depth.
         capacity: share of the tokens that each recursion takes, not increasing; None: ``(R - r) / R``.
-        router: ``"linear"``, or ``"mlp"`` with a layer of twice the width.
+        router: ``"linear"``, or ``"mlp"`` with a layer of twice the width, which the released code also has by the
+            name ``"wide_mlp"``.
         gate: what the output of a recursion is multiplied by, of the router's logit: ``"sigmoid"``, ``"tanh"``,
             ``"none"``, or of all depths' logits ``"softmax"``; None: ``"sigmoid"`` by experts, ``"softmax"`` by tokens.
         alpha: factor of the gate; None: 0.1, of a softmax 1.
@@ -81,7 +82,7 @@ class MoRConfig:
     sharing: Sharing = "middle_cycle"
     route: Literal["expert", "token"] = "expert"
     capacity: tuple[float, ...] | None = None
-    router: Literal["linear", "mlp"] = "linear"
+    router: Literal["linear", "mlp", "wide_mlp"] = "linear"
     gate: Literal["sigmoid", "tanh", "none", "softmax"] | None = None
     alpha: float | None = None
     update: Literal["add", "replace"] = "add"
@@ -105,7 +106,7 @@ class MoRConfig:
                 f"got recursions={self.recursions}"
             )
         check_choice(self.route, "route", ("expert", "token"))
-        check_choice(self.router, "router", ("linear", "mlp"))
+        check_choice(self.router, "router", ("linear", "mlp", "wide_mlp"))
         gates = ("sigmoid", "tanh", "none") if self.route == "expert" else ("sigmoid", "softmax")
         if self.gate is not None:
             check_choice(self.gate, f"gate with route={self.route!r}", gates)

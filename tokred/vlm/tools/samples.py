@@ -57,7 +57,7 @@ def part_of(site: VisualSite, rows: Sequence[int]) -> VisualSite:
         image=tuple(site.image[i] for i in rows),
         project=site.project,
         shots=None if site._shots is None else lambda: tuple(site.shots[i] for i in rows),
-        class_token=site.class_token,
+        class_token=site.class_rows,
         layer=site.layer,
         depth=site.depth,
     )
