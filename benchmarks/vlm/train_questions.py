@@ -11,7 +11,7 @@ token is ever dropped in training. Kinds:
 - ``small``, ``full``, ``pooled``: easy-VQA at 112 pixels (64 visual tokens), at 224 (256), and at 224 with projected
   tokens averaged in windows of 2 x 2 (64), as models of videos do with each frame;
 - ``scenes``: the clothes of ``benchmarks/vlm/train.py``, 256 tokens, now and then averaged;
-- ``clips``: 8 frames of 224 pixels, averaged to 64 tokens each.
+- ``clips``: 8 frames of 224 pixels, averaged to 64 tokens each, and behind them the line feed of the model for clips.
 
 The folder has the tower's features, ``state.pt`` (projector, optimiser, step and random numbers, by which a run that
 was broken off goes on), ``log.csv``, and ``vlm_questions.safetensors``. Printed at the end: exact answers by kind of
@@ -65,6 +65,7 @@ class Asker(nn.Module):
         super().__init__()
         self.llm, self.head, self.tokenizer = model.model.language_model, model.lm_head, tokenizer
         self.embed = self.llm.get_input_embeddings()
+        self.newline = self.embed.weight[self.ids("\n")[0]]
 
     def ids(self, text: str) -> list[int]:
         found: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
@@ -145,12 +146,14 @@ def sources(model: Any, part: str, count: dict[str, int], folder: Path) -> dict[
     return found
 
 
-def visual(projector: nn.Module, kind: str, x: Tensor, average: bool) -> Tensor:
-    """``(B, V, 576)`` what the language model reads of features."""
+def visual(projector: nn.Module, kind: str, x: Tensor, average: bool, newline: Tensor) -> Tensor:
+    """``(B, V, 576)`` what the language model reads of features; behind a clip stands ``newline``, ``(576,)``."""
     out: Tensor = projector(x.float())
     if kind in ("pooled", "clips") or average:
         out = pooled(out)
-    return out.flatten(1, 2) if kind == "clips" else out
+    if kind != "clips":
+        return out
+    return torch.cat([out.flatten(1, 2), newline.to(out.dtype).expand(len(out), 1, -1)], 1)
 
 
 def drawn(source: Source, count: int) -> tuple[Tensor, list[list[Question]]]:
@@ -170,7 +173,7 @@ def judged(asker: Asker, projector: nn.Module, held: dict[str, Source], most: in
     for kind, source in held.items():
         for part in torch.arange(min(most, len(source.asked))).split(KINDS[kind][1]):
             asked = [source.asked[i][:12] for i in part.tolist()]
-            _, right = asker(visual(projector, kind, source.features[part], False), asked)
+            _, right = asker(visual(projector, kind, source.features[part], False, asker.newline), asked)
             for several, hits in zip(asked, right, strict=True):
                 for question, hit in zip(several, hits, strict=True):
                     found[f"{kind} {question.kind}"].append(hit)
@@ -230,7 +233,7 @@ def train(asker: Asker, projector: nn.Module, data: dict[str, Source], given: ar
         kind = tuple(KINDS)[int(torch.multinomial(shares, 1))]
         x, asked = drawn(data[kind], KINDS[kind][1])
         average = kind == "scenes" and bool(torch.rand(()) < 0.5)
-        loss, right = asker(visual(projector, kind, x, average), asked)
+        loss, right = asker(visual(projector, kind, x, average, asker.newline), asked)
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(projector.parameters(), 1.0)

@@ -80,6 +80,25 @@ def test_the_projector_is_trained_on_what_the_model_hands_to_it() -> None:
     assert (train.features(model, images).float() - given[0]).norm() < 0.1 * given[0].norm()
 
 
+def test_clips_are_trained_on_what_the_model_for_clips_reads() -> None:
+    """Averaged in windows behind the projector, and the line feed behind the last frame."""
+    model = vlm.build("onevision_video")
+    core = model.model
+    pixels = torch.randn(1, 3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([[5, *[model.config.video_token_id] * (3 * 4 + 1), 6, 7]])
+    given, read = list[torch.Tensor](), list[torch.Tensor]()
+    core.multi_modal_projector.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+    core.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(input_ids=ids, pixel_values_videos=pixels)
+        found = train_questions.visual(
+            core.multi_modal_projector, "clips", given[0].unflatten(0, (1, 3)), False, core.image_newline
+        )
+    torch.testing.assert_close(found, read[0][:, 1:-2])
+
+
 def test_questions_that_are_asked_at_once_do_not_see_each_other() -> None:
     model = vlm.build("llava")
     words = model.config.text_config.vocab_size
