@@ -19,7 +19,8 @@ model's on ``--pairs`` of the batches.
 
 ``--answers`` leaves times out, which spares most of the time: the tower's blocks run once a batch for all methods.
 ``--restore`` adds RESTORE around each method that keeps tokens (of FastVID, FlashVID and VisionZip around the part that
-does; around HoliTom it only calibrates), at as many tokens; with ``--answers`` the rows say what it adds on the same questions (``exact_lift``).
+does; around HoliTom it only calibrates), at as many tokens; with ``--answers`` the rows say what it adds on the same
+questions (``exact_lift``).
 """
 
 from __future__ import annotations
