@@ -22,7 +22,19 @@ def draw(found: Results, folder: Path) -> list[Path]:
     """All plots whose scenario has rows."""
     (folder / "kv").mkdir(parents=True, exist_ok=True)
     made = []
-    for part in (methods, demo, diffusion, vlm, kv_tasks, kv_quality, kv_limit, kv_memory, held.plot, tune.plot):
+    for part in (
+        methods,
+        demo,
+        diffusion,
+        vlm,
+        streams,
+        kv_tasks,
+        kv_quality,
+        kv_limit,
+        kv_memory,
+        held.plot,
+        tune.plot,
+    ):
         made += part(found, folder)
     return made
 
@@ -108,6 +120,34 @@ def vlm(found: Results, folder: Path) -> list[Path]:
               xscale="log", ticks=((64, 32, 16), ("64", "32", "16"))),
     ]  # fmt: skip
     return [plots.save(plots.lines(frame, panels), folder / "vlm.png")]
+
+
+def streams(found: Results, folder: Path) -> list[Path]:
+    """Memory and time of a frame along a stream, a row of panels for each model and size of its frames."""
+    frame = _frame(found, "vlm", "stream")
+    if frame.empty:
+        return []
+    frame = frame.assign(method=frame["method"].replace("unpatched", "keeps everything"), held=frame["bytes"] * MIB)
+    made = []
+    shapes = ["model", *(name for name in ("size", "tokens") if name in frame)]
+    for key, mine in frame.groupby(shapes, sort=False, dropna=False):
+        model, *shape = key if isinstance(key, tuple) else (key,)
+        # One setting has the method's name, several of one method theirs.
+        several = mine.groupby("method")["setting"].transform("nunique") > 1
+        mine = mine.assign(method=mine["method"].where(~several, mine["setting"]))
+        ticks = sorted(mine["frames"].unique())
+        panels = [
+            Panel("frames", column, "frames seen", label, title, ylim=(0, 1.1 * float(mine[most].max())),
+                  ticks=(ticks, [f"{n:,}" for n in ticks]) if len(ticks) < 9 else None)
+            for column, most, label, title in (
+                ("held", "held", "MiB that the stream holds", "Memory"),
+                ("ms", "ms_high" if "ms_high" in mine else "ms", "ms a frame, median and quartiles", "Time of a frame"),
+            )
+        ]  # fmt: skip
+        what = ", ".join([str(model), *(f"{name} {one:g}" for name, one in zip(shapes[1:], shape, strict=True))])
+        name = "_".join(["stream", *([] if not made else [str(len(made) + 1)])])
+        made.append(plots.save(plots.lines(mine, panels, title=what), folder / f"{name}.png"))
+    return made
 
 
 def kv_quality(found: Results, folder: Path) -> list[Path]:

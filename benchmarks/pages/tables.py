@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.pages import caches, diffusion, encoder, face, held, learned, steps, tasks, tune, vlm
+from benchmarks.pages import caches, clips, diffusion, encoder, face, held, learned, steps, tasks, tune, vlm
 from benchmarks.pages.markdown import ROOT, Results, table
 from tokred.bench import results
 from tokred.bench.metrics import METRICS
@@ -38,6 +38,7 @@ def metrics(found: Results) -> str:
 _PARTS = (
     provenance, metrics, encoder.demo, encoder.demo_claims, encoder.vit_speed, encoder.operators, diffusion.diffusion,
     diffusion.diffusion_claims, diffusion.diffusion_speed, vlm.vlm, vlm.vlm_claims, vlm.vlm_cost, vlm.vlm_cost_claims,
+    clips.clips, clips.clips_claims, clips.clips_times, clips.streams, clips.streams_claims,
     tasks.kv_tasks_kept, tasks.kv_tasks, tasks.kv_tasks_claims, caches.kv_perplexity, caches.kv_perplexity_claims,
     caches.kv_keys, caches.kv_keys_claims, caches.kv_gemma3, caches.kv_speed, caches.kv_scoring,
     caches.kv_scoring_claims, caches.kv_decode, caches.kv_decode_claims, steps.kv_steps, steps.kv_steps_claims,
