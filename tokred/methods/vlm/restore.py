@@ -84,7 +84,7 @@ class Restore(Budgeted):
 
     @property
     def clips(self) -> bool:
-        """Whether the base acts on clips alone, beside which images stay whole."""
+        """True where the base acts on clips alone, beside which images stay whole."""
         return isinstance(self.inner, ClipMethod)
 
     @property
@@ -127,7 +127,7 @@ class Restore(Budgeted):
         return self.inner.with_budget(count)
 
     def reduce(self, site: Site) -> Reduction:
-        """As of every method; around one for clips images stay whole.
+        """Keep, and merge into, some of each image's tokens; around a method for clips images stay whole.
 
         Raises:
             ValueError, MissingInputError: as other methods, and what the base raises.
