@@ -71,6 +71,8 @@ class Restore(Budgeted):
         if self.positions != "keep":
             raise ValueError("positions is 'repack', but what is calibrated are distances in the whole prompt")
         object.__setattr__(self, "inner", _base(self.base))
+        # The base's where it alone merges; anchors merge as they enter the language model.
+        object.__setattr__(self, "space", self.inner.space if self.gamma == 1 else "x")
         if self.gamma < 1 and not self.inner.drops:
             raise ValueError(
                 f"base is {self.base!r}, which drops nothing that could be merged into anchors, but merges some tokens "
@@ -86,11 +88,6 @@ class Restore(Budgeted):
     def clips(self) -> bool:
         """True where the base acts on clips alone, beside which images stay whole."""
         return isinstance(self.inner, ClipMethod)
-
-    @property
-    def space(self) -> str:
-        """Of the base where that alone merges; anchors merge as they enter the language model."""
-        return self.inner.space if self.gamma == 1 else "x"
 
     @property
     def tower_layers(self) -> tuple[int, ...]:
