@@ -198,6 +198,9 @@ def test_a_class_that_was_not_seen_is_never_answered():
 
 def test_settings_are_parsed():
     assert parse_setting("tome r=(16, -1) metric=k") == ("tome", {"r": (16, -1), "metric": "k"})
+    inner = {"base": "fastvid context=0 step=2", "budget": 0.1}
+    assert parse_setting("restore base='fastvid context=0 step=2' budget=0.1") == ("restore", inner)
+    assert parse_setting('restore budget=0.1 base="fastvid context=0 step=2"') == ("restore", inner)
     assert parse_setting("evit kappa=0.7 blocks=(3, 6) fuse=False")[1] == {
         "kappa": 0.7,
         "blocks": (3, 6),

@@ -1,119 +1,168 @@
-"""Marked parts about clips and streams: of ``vlm/clips``, ``vlm/early`` and ``vlm/stream``."""
+"""Marked parts about clips and streams: tables, and what is claimed of them, each a function of the results."""
 
 from __future__ import annotations
 
-from benchmarks.pages.markdown import Record, Results, between, code, percent, table, value
+from collections.abc import Sequence
 
-CHANCE = {"what": 1 / 10, "way": 1 / 4, "when": 1 / 3}
-SHARES = {"0.25": "a quarter", "0.1": "a tenth", "0.05": "a twentieth"}
-BLIND = ("random_visual", "uniform_visual", "uniform_frames", "downsample_visual")
-WRAPPER, LIFTED = "restore", 0.8
-KEPT = 0.95  # of the dense model's answers above chance, at a tenth of the tokens
-CHOOSING = 0.02  # of the prompt's time
-BASE = "unpatched"
-NOTHING = "Not measured yet."
-Asked = dict[str, Record]
+from benchmarks.pages.markdown import Record, Results, between, code, counted, percent, ranked, table, value
+from tokred.bench.arms import BASE
 
-
-def _share(record: Record) -> str:
-    found = [part.removeprefix("share=") for part in record["setting"].split() if part.startswith("share=")]
-    return found[0] if found else ""
+# Answers that are right without looking: one of ten classes, of four ways, of three spans of time.
+CHANCE = (1 / 10 + 1 / 4 + 1 / 3) / 3
+WRAPPER = "restore"
+AIMS = (0.95, 8, 10)  # of the dense answers above chance, and selectors of so many that are to be lifted
+MIB = 2**-20
+CHOOSING = 0.02  # of the prompt's time, at most
+# Parts of an answer's time, by the heads of their columns.
+PARTS = {"tower": "tower_seconds", "selection": "selection_seconds", "prompt": "prompt_seconds"}
 
 
-def _name(record: Record) -> str:
-    """The method, and what it wraps."""
-    base = [part.removeprefix("base=") for part in record["setting"].split() if part.startswith("base=")]
-    return " ".join([record["method"], *base])
+def share(record: Record) -> str:
+    """Of the tokens that are left, as it stands in the setting; empty for the unpatched model."""
+    last: str = record["setting"].rpartition("share=")[2]
+    return last
 
 
-def _settings(found: Results, frames: str, share: str) -> dict[str, Asked]:
-    """Records by name and kind of question: those of a share, the unpatched model's first."""
-    made: dict[str, Asked] = {}
-    for r in found.records("vlm", "clips"):
-        if str(r["frames"]) == frames and (_share(r) == share or r["method"] == BASE):
-            made.setdefault(_name(r), {})[r["asked"]] = r
-    return dict(sorted(made.items(), key=lambda item: item[0] != BASE))
+def within(record: Record) -> str:
+    """The method that is wrapped, or the record's own."""
+    base: str = record["setting"].removeprefix("base=").partition(" ")[0]
+    return base if record["method"] == WRAPPER else record["method"]
 
 
-def _lengths(found: Results) -> list[str]:
-    return sorted({str(r["frames"]) for r in found.records("vlm", "clips")}, key=int)
+def answers(found: Results) -> dict[int, list[Record]]:
+    """Rows about all kinds of questions, by frames."""
+    every: dict[int, list[Record]] = {}
+    for row in found.records("vlm", "clips", asked="all"):
+        every.setdefault(int(row["frames"]), []).append(row)
+    return dict(sorted(every.items()))
 
 
-def _seen(dense: Asked) -> list[str]:
-    """Kinds of questions that the model with all tokens answers better than one that does not look."""
-    found = []
-    for kind, chance in CHANCE.items():
-        low = value(dense[kind], "exact").low if kind in dense else None
-        if low is not None and low > chance:
-            found.append(kind)
-    return found
-
-
-def _above(one: Asked, kinds: list[str]) -> float:
-    return sum(one[kind]["exact"] - CHANCE[kind] for kind in kinds)
+def _none(what: str) -> str:
+    return f"There are no rows yet: `python -m benchmarks {what}` makes them."
 
 
 def clips(found: Results) -> str:
-    """Every setting of each length of clips: answers by kind of question, tokens, times."""
+    """Exact answers of every method, and with RESTORE around it."""
     parts = []
-    for frames in _lengths(found):
-        for share, text in SHARES.items():
-            rows = _settings(found, frames, share)
-            if len(rows) < 2:
-                continue
-            lines = []
-            for name, one in rows.items():
-                first = next(iter(one.values()))
-                cells = [f"`{name}`", *(percent(one[k]["exact"], digits=0) if k in one else "" for k in CHANCE)]
-                cells += [f"{first['tokens_left']:.0f}", "1" if name == BASE else between(first, "speedup")]
-                cells += [_seconds(first, part) for part in ("encoder", "selection", "prompt")]
-                lines.append([*cells, f"{first['peak_mib']:.0f}" if "peak_mib" in first else ""])
-            header = ["", *CHANCE, "tokens left", "times as fast", "tower, s", "selection, s", "prompt, s", "peak, MiB"]
-            parts.append(f"Clips of {frames} frames, {text} of the visual tokens:\n\n{table(header, lines, 1)}")
-    return "\n\n".join(parts) or NOTHING
+    for frames, rows in answers(found).items():
+        shares = list(dict.fromkeys(share(row) for row in rows if row["method"] != BASE))
+        lines = []
+        for name in dict.fromkeys(within(row) for row in rows if row["method"] != BASE):
+            cells = [f"`{name}`"]
+            for one in shares:
+                mine = [row for row in rows if share(row) == one and within(row) == name]
+                cells += [_cell(mine, False), _cell(mine, True)]
+            lines.append(cells)
+        (dense,) = (row for row in rows if row["method"] == BASE)
+        header = ["method", *(text for one in shares for text in (f"{100 * float(one):g} %", "with RESTORE"))]
+        head = f"{frames} frames, {dense['tokens_left']:.0f} visual tokens, {dense['exact_count']} answers: "
+        parts.append(f"{head}unpatched {between(dense, 'exact', '{:.0f}', 100)} % right.\n\n{table(header, lines, 1)}")
+    return "\n\n".join(parts) or _none("vlm/clips --answers --restore")
 
 
-def _seconds(record: Record, part: str) -> str:
-    spent = record.get(f"{part}_seconds")
-    return "" if spent is None else f"{spent:.2f}"
+def _cell(rows: Sequence[Record], wrapped: bool) -> str:
+    """Answers in percent and, of a wrapped method, how many more these are; tokens, where they are not the share's."""
+    for row in rows:
+        if (row["method"] == WRAPPER) == wrapped:
+            more = f" ({100 * row['exact_lift']:+.0f})" if "exact_lift" in row else ""
+            return f"{100 * row['exact']:.0f}{more}, {row['tokens_left']:.0f}"
+    return ""
 
 
 def clips_claims(found: Results) -> str:
-    """What is left of the answers above chance, who is first, where blind choices stand, and whether RESTORE lifts."""
+    """Who is best, how much of the dense answers is kept, and how many methods RESTORE lifts."""
     lines = []
-    for frames in _lengths(found):
-        for share, text in SHARES.items():
-            rows = _settings(found, frames, share)
-            kinds = _seen(rows.get(BASE, {}))
-            if len(rows) > 1 and kinds:
-                lines += _kept(rows, kinds, f"clips of {frames} frames at {text} of the tokens", share)
-    return "\n".join(lines) or NOTHING
+    for frames, rows in answers(found).items():
+        (dense,) = (row for row in rows if row["method"] == BASE)
+        for one in dict.fromkeys(share(row) for row in rows if row["method"] != BASE):
+            mine = [row for row in rows if share(row) == one]
+            values = {_name(row): value(row, "exact", 100) for row in mine}
+            best, level = ranked(values)
+            kept = (values[best].value / 100 - CHANCE) / (dense["exact"] - CHANCE) if dense["exact"] > CHANCE else None
+            text = f"- {frames} frames, {100 * float(one):g} % of the tokens: `{best}` answers most, "
+            text += f"{values[best].value:.0f} %"
+            if kept is not None:
+                text += f", {100 * kept:.0f} % of the unpatched model's above chance "
+                text += f"(aim at a tenth: {100 * AIMS[0]:.0f} %)"
+            lines.append(f"{text}; level with it: {code(level)}. {_lifted(mine)}".strip())
+    return "\n".join(lines) or _none("vlm/clips --answers --restore")
 
 
-def _kept(rows: dict[str, Asked], kinds: list[str], where: str, share: str) -> list[str]:
-    dense = _above(rows[BASE], kinds)
-    left = {name: _above(one, kinds) / dense for name, one in rows.items() if name != BASE and {*kinds} <= one.keys()}
-    order = sorted(left, key=lambda n: -left[n])
-    blind = max((n for n in order if n in BLIND), key=lambda n: left[n], default=None)
-    text = f"- Of {where} `{order[0]}` keeps most of the answers above chance ({', '.join(kinds)}), "
-    text += f"{percent(left[order[0]], digits=0)} % of the dense model's"
-    if blind is not None and blind != order[0]:
-        text += f"; the first of the blind choices is `{blind}` with {percent(left[blind], digits=0)} %"
-        text += f", behind it are {code(n for n in order if left[n] < left[blind])}"
-    if share == "0.1":
-        text += f". The aim of {percent(KEPT, digits=0)} % is {'met' if left[order[0]] >= KEPT else 'missed'}"
-    lines = [f"{text}."]
-    pairs = [(name, name.removeprefix(f"{WRAPPER} ")) for name in left if name.startswith(f"{WRAPPER} ")]
-    pairs = [(ours, theirs) for ours, theirs in pairs if theirs in left]
-    if pairs:
-        up = [theirs for ours, theirs in pairs if left[ours] > left[theirs]]
-        down = [theirs for ours, theirs in pairs if left[ours] < left[theirs]]
-        lines.append(
-            f"- RESTORE around {len(pairs)} selectors, {where}: {len(up)} have more right answers with it "
-            f"({code(up)}), {len(down)} fewer ({code(down)}). The aim of {percent(LIFTED, digits=0)} % that are lifted "
-            f"is {'met' if len(up) >= LIFTED * len(pairs) else 'missed'}."
-        )
-    return lines
+def _name(row: Record) -> str:
+    return f"{WRAPPER} around {within(row)}" if row["method"] == WRAPPER else str(row["method"])
+
+
+def _lifted(rows: Sequence[Record]) -> str:
+    """How many methods are better with RESTORE around them, worse, and which of both surely."""
+    lifts = [row for row in rows if "exact_lift" in row]
+    if not lifts:
+        return ""
+    up = [row for row in lifts if row["exact_lift"] > 0]
+    down = [row for row in lifts if row["exact_lift"] < 0]
+    surely = [within(row) for row in up if row.get("exact_lift_low", 0) > 0]
+    lost = [within(row) for row in down if row.get("exact_lift_high", 0) < 0]
+    return (
+        f"RESTORE lifts {len(up)} of {len(lifts)} (aim: {AIMS[1]} of {AIMS[2]}), and lowers {len(down)}; beyond the "
+        f"95 % interval of the difference it lifts {code(surely)}, and lowers {code(lost)}."
+    )
+
+
+def clips_times(found: Results) -> str:
+    """Seconds of the parts of a batch's answers, and how many times as fast these are."""
+    lines = []
+    for row in found.records("vlm", "clips"):
+        if "speedup" in row:
+            spent = [f"{row[column]:.2f}" if column in row else "" for column in PARTS.values()]
+            speed = between(row, "speedup")
+            lines.append([f"`{_name(row)}`", share(row), str(row["frames"]), *spent, f"{row['seconds']:.2f}", speed])
+    header = ["method", "share", "frames", *(f"{name}, s" for name in PARTS), "all, s", "times as fast"]
+    return table(header, lines, 1) if lines else _none("vlm/clips --times")
+
+
+def streams(found: Results) -> str:
+    """Time and memory of a frame along a stream, and answers."""
+    lines = []
+    for row in found.records("vlm", "stream"):
+        cells = [f"`{row['setting'] or 'keeps everything'}`", str(row["frames"]), between(row, "ms", "{:.0f}")]
+        agrees = f"{row['agreement'] * row['images']:.0f} of {row['images']}" if "agreement" in row else ""
+        lines.append([*cells, f"{row['bytes'] * MIB:.1f}", f"{row['rows_left']:.0f}", agrees])
+    header = ["setting", "frames", "ms a frame (quartiles)", "MiB held", "rows", "answers as of the last 16 alone"]
+    return table(header, lines, 1) if lines else _none("vlm/stream")
+
+
+def streams_claims(found: Results) -> str:
+    """How flat memory and time are from the first mark with a full memory on."""
+    lines = []
+    rows = [row for row in found.records("vlm", "stream") if row["method"] != BASE]
+    for key in dict.fromkeys(map(_stream, rows)):
+        mine, (setting, *_) = sorted((row for row in rows if _stream(row) == key), key=_frames), key
+        if len(mine) > 1:
+            first, last = mine[0], mine[-1]
+            asked = [r for r in mine if "agreement" in r]
+            text = (
+                f"- `{setting}`: from {first['frames']} to {last['frames']} frames {_times(first, last, 'bytes')} the "
+            )
+            text += f"bytes, {_times(first, last, 'ms')} the time of a frame"
+            if asked:
+                agreed = sum(r["agreement"] * r["images"] for r in asked)
+                text += (
+                    f"; {agreed:.0f} of {counted([sum(r['images'] for r in asked)])} answers as of the last 16 frames"
+                )
+            lines.append(text + ".")
+    return "\n".join(lines) or _none("vlm/stream")
+
+
+def _stream(row: Record) -> tuple[str, ...]:
+    """What tells streams apart, the setting first."""
+    return (row["setting"], row["model"], *(str(row.get(name)) for name in ("size", "tokens", "clock")))
+
+
+def _frames(row: Record) -> int:
+    return int(row["frames"])
+
+
+def _times(first: Record, last: Record, metric: str) -> str:
+    return f"{last[metric] / first[metric]:.2f} times"
 
 
 def early(found: Results) -> str:
@@ -134,15 +183,4 @@ def early(found: Results) -> str:
     if any(str(r["frames"]) == "32" for r in rows):
         aim = f"The aim that choosing takes at most {percent(CHOOSING, digits=0)} % of a prompt of 32 frames"
         parts.append(f"{aim} is missed by {', '.join(over) or 'none'}.")
-    return "\n\n".join(parts) or NOTHING
-
-
-def stream(found: Results) -> str:
-    """A stream under a fixed budget: time of a frame, bytes and rows, answers."""
-    lines = []
-    for r in sorted(found.records("vlm", "stream"), key=lambda r: (r["method"] != BASE, r["setting"])):
-        cells = [f"`{r['method']}`", f"`{r['setting']}`" if r["setting"] else "", str(r["frames"])]
-        cells += [between(r, "ms", "{:.0f}"), f"{r['bytes'] / 2**20:.1f}", f"{r['rows_left']:.0f}"]
-        lines.append([*cells, percent(r.get("agreement"), digits=0)])
-    header = ["", "setting", "frames", "ms a frame (quartiles)", "MiB held", "rows of a layer", "answers alike, %"]
-    return table(header, lines, 2) if lines else NOTHING
+    return "\n\n".join(parts) or _none("vlm/early")

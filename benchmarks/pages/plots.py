@@ -28,6 +28,8 @@ def draw(found: Results, folder: Path) -> list[Path]:
         learned,
         diffusion,
         vlm,
+        clips,
+        streams,
         kv_tasks,
         kv_quality,
         kv_limit,
@@ -162,6 +164,34 @@ def clips(found: Results, folder: Path) -> list[Path]:
                   level=(float(dense["exact"]), "all tokens"), ticks=((25, 10, 5), ("25", "10", "5")))
         )  # fmt: skip
     return [plots.save(plots.lines(frame, panels, by="name"), folder / "clips.png")]
+
+
+def streams(found: Results, folder: Path) -> list[Path]:
+    """Memory and time of a frame along a stream, a row of panels for each model and size of its frames."""
+    frame = _frame(found, "vlm", "stream")
+    if frame.empty:
+        return []
+    frame = frame.assign(method=frame["method"].replace("unpatched", "keeps everything"), held=frame["bytes"] * MIB)
+    made = []
+    shapes = ["model", *(name for name in ("size", "tokens") if name in frame)]
+    for key, mine in frame.groupby(shapes, sort=False, dropna=False):
+        model, *shape = key if isinstance(key, tuple) else (key,)
+        # One setting has the method's name, several of one method theirs.
+        several = mine.groupby("method")["setting"].transform("nunique") > 1
+        mine = mine.assign(method=mine["method"].where(~several, mine["setting"]))
+        ticks = sorted(mine["frames"].unique())
+        panels = [
+            Panel("frames", column, "frames seen", label, title, ylim=(0, 1.1 * float(mine[most].max())),
+                  ticks=(ticks, [f"{n:,}" for n in ticks]) if len(ticks) < 9 else None)
+            for column, most, label, title in (
+                ("held", "held", "MiB that the stream holds", "Memory"),
+                ("ms", "ms_high" if "ms_high" in mine else "ms", "ms a frame, median and quartiles", "Time of a frame"),
+            )
+        ]  # fmt: skip
+        what = ", ".join([str(model), *(f"{name} {one:g}" for name, one in zip(shapes[1:], shape, strict=True))])
+        name = "_".join(["stream", *([] if not made else [str(len(made) + 1)])])
+        made.append(plots.save(plots.lines(mine, panels, title=what), folder / f"{name}.png"))
+    return made
 
 
 def kv_quality(found: Results, folder: Path) -> list[Path]:

@@ -14,8 +14,8 @@ is seen, in rows of their own. An answer is right word for word; without looking
 
 Beside the methods stand tokens drawn by chance, every so-many-th token, fewer frames with all of their tokens, and
 smaller frames. ``tokens_left`` is the number of visual tokens at the input of the last layer, of the first batch;
-``seconds`` a whole answer, ``encoder_seconds`` the tower and what is chosen behind it, paired with the unpatched
-model's on ``--pairs`` of the batches.
+``seconds`` a whole answer, and ``tower_seconds``, ``selection_seconds``, ``prompt_seconds`` its parts, paired with the
+unpatched model's on ``--pairs`` of the batches.
 
 ``--answers`` leaves times out, which spares most of the time: the tower's blocks run once a batch for all methods.
 ``--restore`` adds RESTORE around each method that keeps tokens (of FastVID, FlashVID and VisionZip around the part that

@@ -5,8 +5,8 @@
     python -m benchmarks vlm/stream --only stc streamingtom --every 64
     python -m benchmarks vlm/stream --quick                                               # tiny model: does it run?
 
-Pictures of clothes on drifting backgrounds come one by one, each shown for some frames. At an eighth, a quarter, half
-and all of the frames there is a row for each setting: ``ms`` of a frame, median and quartiles over those since the row
+Pictures of clothes on drifting backgrounds come one by one, each shown for some frames. At every eighth
+of the frames there is a row for each setting: ``ms`` of a frame, median and quartiles over those since the row
 before; ``bytes`` of all that the stream holds, and ``rows_left`` of the fullest layer; ``agreement``: how many of the
 answers since the row before, one every so many frames, are those of a stream that keeps every token of the last 16
 frames alone. The setting without a method keeps everything, and stops at ``--dense`` frames.
@@ -104,7 +104,7 @@ def measure(watched: Watched, name: str, method: str | None, options: argparse.N
     """Records of one setting."""
     count = options.frames if method else min(options.frames, options.dense)
     frames = watched.frames(options.frames)[:count]
-    marks = {max(1, options.frames // part) for part in (8, 4, 2, 1)}
+    marks = {max(1, count * part // 8) for part in range(1, 9)}
     device = torch.device(options.device)
     stream = tokred.stream(watched.model, method, prompt=watched.prompt)
     seconds: list[float] = []

@@ -261,7 +261,7 @@ class ProjectorMethod(PlacedMethod):
 
     @property
     def drops(self) -> bool:
-        """Whether tokens may leave without going into others; False where all are merged into those that stay."""
+        """True where tokens may leave without going into others; False where all are merged into those that stay."""
         return True
 
     @abstractmethod

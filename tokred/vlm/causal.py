@@ -68,7 +68,7 @@ class CausalMethod(ClipMethod):
         return frames * self.count(cells)
 
     def leaving(self, count: int, frames: int, cells: int) -> ProjectorMethod:
-        """As many of each frame, rounded down, one at least."""
+        """The same number of each frame, rounded down, one at least."""
         return self.with_budget(max(1, count // frames))
 
     def tokens(self, n: int, place: Any) -> int:

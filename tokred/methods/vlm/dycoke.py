@@ -69,7 +69,7 @@ class DyCoke(ClipMethod):
         return sum(self.counts(frames, cells))
 
     def leaving(self, count: int, frames: int, cells: int) -> DyCoke:
-        """What whole frames do not have of it, in equal parts for the others."""
+        """Equal parts for the reduced frames, of what whole ones do not have of it."""
         least = replace(self, ratio=ratio_of(0, cells)).counts(frames, cells)
         few = (count - sum(least)) // max(1, least.count(0))
         return replace(self, ratio=ratio_of(max(0, min(few, cells)), cells))

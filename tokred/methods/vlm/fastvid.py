@@ -96,7 +96,7 @@ class FastVID(ClipMethod):
         return frames * sum(self.split(cells))
 
     def leaving(self, count: int, frames: int, cells: int) -> FastVID:
-        """As many of each frame, rounded down to whole tokens."""
+        """The same number of each frame, rounded down."""
         return replace(self, budget=min(1.0, (count // frames + 0.5) / cells))
 
     def count(self, n: int) -> int:

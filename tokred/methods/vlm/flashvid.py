@@ -100,7 +100,7 @@ class FlashVID(ClipMethod):
         return frames * min(cells, some + others + (others > 0))
 
     def leaving(self, count: int, frames: int, cells: int) -> FlashVID:
-        """As many of each frame, rounded down to whole tokens, one at least."""
+        """The same number of each frame, rounded down, one at least."""
         return replace(self, budget=min(1.0, max(1, count // frames) / (cells * self.expansion)))
 
     def count(self, n: int) -> int:

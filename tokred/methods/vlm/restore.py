@@ -71,6 +71,8 @@ class Restore(Budgeted):
         if self.positions != "keep":
             raise ValueError("positions is 'repack', but what is calibrated are distances in the whole prompt")
         object.__setattr__(self, "inner", _base(self.base))
+        # The base's where it alone merges; anchors merge as they enter the language model.
+        object.__setattr__(self, "space", self.inner.space if self.gamma == 1 else "x")
         if self.gamma < 1 and not self.inner.drops:
             raise ValueError(
                 f"base is {self.base!r}, which drops nothing that could be merged into anchors, but merges some tokens "
@@ -84,13 +86,8 @@ class Restore(Budgeted):
 
     @property
     def clips(self) -> bool:
-        """Whether the base acts on clips alone, beside which images stay whole."""
+        """True where the base acts on clips alone, beside which images stay whole."""
         return isinstance(self.inner, ClipMethod)
-
-    @property
-    def space(self) -> str:
-        """Of the base where that alone merges; anchors merge as they enter the language model."""
-        return self.inner.space if self.gamma == 1 else "x"
 
     @property
     def tower_layers(self) -> tuple[int, ...]:
@@ -127,7 +124,7 @@ class Restore(Budgeted):
         return self.inner.with_budget(count)
 
     def reduce(self, site: Site) -> Reduction:
-        """As of every method; around one for clips images stay whole.
+        """Keep, and merge into, some of each image's tokens; around a method for clips images stay whole.
 
         Raises:
             ValueError, MissingInputError: as other methods, and what the base raises.

@@ -85,7 +85,7 @@ def merged_into_anchors(
 def beside_slots(
     x: Tensor, step: Reduction, total: int, pool: Pool = "all", position: Position = "median"
 ) -> Reduction:
-    """What a reduction leaves, and beside it anchors that the tokens it leaves out are merged into, up to a total.
+    """Slots of a reduction, and beside them anchors that the tokens it leaves out are merged into, up to a total.
 
     Args:
         x: ``(B, N, C)`` features that are compared.
