@@ -73,7 +73,7 @@ def small(size: int) -> Watched:
     """The small VLM of the zoo: DINOv2 and SmolLM2, a token for 14 x 14 pixels of a frame."""
     from benchmarks.zoo import data, dinov2, questions, vlm
 
-    model, tokenizer = vlm.build()
+    model, tokenizer = vlm.build(vlm.QUESTIONS)
 
     def frames(count: int, each: int = 8) -> Tensor:
         scenes = vlm.scenes("test", -(-count // each)).images
@@ -83,7 +83,7 @@ def small(size: int) -> Watched:
         return data.normalise(questions.resized((shown + noise).clamp(0, 255).to(torch.uint8), size))
 
     ids = tokenizer(vlm.PROMPT, add_special_tokens=False).input_ids
-    return Watched("dinov2-smollm2-135m", model, frames, [tokenizer.bos_token_id], ids, (size // dinov2.PATCH) ** 2, 3)
+    return Watched("dinov2-smollm2-135m-questions", model, frames, [tokenizer.bos_token_id], ids, (size // dinov2.PATCH) ** 2, 3)
 
 
 def settings(watched: Watched, share: float, held: int) -> Iterator[tuple[str, str | None]]:
