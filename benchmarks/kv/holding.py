@@ -127,12 +127,12 @@ _PRODUCTS: tuple[tuple[str, str, tuple[int, ...]], ...] = (
     ("expected_attention", "kivi-4", (8, 16, 32, 4)),
     ("adakv", "kivi-4", (8, 16)),
     ("snapkv", "kivi-2", (8, 16, 32)),
-    ("snapkv", "turbo-4", (8, 16)),
-    ("snapkv", "turbo-3", (8, 16)),
-    ("snapkv", "oscar-4", (8, 16)),
-    ("snapkv", "mikv-2", (8, 16)),
-    ("snapkv", "mustafar-50", (8, 16)),
-    ("snapkv", "nsnquant-2", (8, 16)),
+    ("snapkv", "turbo-4", (8, 16, 32)),
+    ("snapkv", "turbo-3", (8, 16, 32)),
+    ("snapkv", "oscar-4", (8, 16, 32)),
+    ("snapkv", "mikv-2", (8, 16, 32)),
+    ("snapkv", "mustafar-50", (8, 16, 32)),
+    ("snapkv", "nsnquant-2", (8, 16, 32)),
     ("h2o", "kivi-4", (8, 16)),
 )
 
