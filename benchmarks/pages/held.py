@@ -295,8 +295,8 @@ def _draw(axis: Any, found: Results, data: str) -> None:
             axis.plot(xs, ys, color=look.colour, marker=look.marker, markersize=5, linewidth=1.8, label=label, zorder=4)
         elif what == "format":
             style = ("--", ":", "-.", (0, (5, 1)), (0, (1, 1)))[formats % 5]
-            axis.plot(xs, ys, color="#222222", linestyle=style, marker="s", markersize=4, markerfacecolor="white",
-                      linewidth=1.1, label=f"{label} alone", zorder=3)  # fmt: skip
+            axis.plot(xs, ys, color="#222222", linestyle=style, marker="sDv^Xo"[formats % 6], markersize=4.5,
+                      markerfacecolor="white", linewidth=1.1, label=f"{label} alone", zorder=3)  # fmt: skip
             formats += 1
         else:
             grey = {"random_evict": "#d08080", "kvzip": "#777777", "snapkv": "#999999"}.get(label, "#cccccc")
@@ -304,7 +304,7 @@ def _draw(axis: Any, found: Results, data: str) -> None:
             axis.plot(xs, ys, color=grey, marker="o", markersize=2.5, linewidth=1.6 if named else 0.9, zorder=2,
                       label=f"{label} alone" if named else "other policies")  # fmt: skip
     if windows:
-        axis.axhline(1, color="black", linewidth=0.8)
+        axis.axhline(1, color="black", linewidth=0.8, label="full cache")
         axis.set(ylabel="times the full cache's perplexity", yscale="log")
         axis.set_ylim(top=min(axis.get_ylim()[1], TOP))
         ends = axis.get_ylim()
@@ -313,5 +313,5 @@ def _draw(axis: Any, found: Results, data: str) -> None:
     else:
         full = _full(found, data)
         if full:
-            axis.axhline(100 * full[metric], color="black", linewidth=0.8)
+            axis.axhline(100 * full[metric], color="black", linewidth=0.8, label="full cache")
         axis.set(ylabel="keys found (%)", ylim=(-3, 103))
