@@ -214,7 +214,8 @@ def test_the_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Made-up values of the short selection: one line for each arm that is named, over a scale of halves."""
     pytest.importorskip("matplotlib")
     arms = [(f, r) for f in holding.short() for r in f.ratios]
-    values = [value(BASE, i, 2.0, goal=0, data=data) for data in ("prose", "several") for i in range(2)]
+    full = {"prose": 2.0, "several": 1.0}
+    values = [value(BASE, i, x, goal=0, data=data) for data, x in full.items() for i in range(2)]
     for family, ratio in arms:
         sort = held.kind({"method": family.name, "setting": family.setting})
         loss = {"format": 0.2, "policy": 0.1, "product": 0.05}[sort]
