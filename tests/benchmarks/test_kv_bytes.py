@@ -239,6 +239,9 @@ def test_the_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     line = next(x for x in prose.get_lines() if x.get_label() == "snapkv alone")
     assert list(line.get_xdata()) == pytest.approx([1 / 32, 1 / 16, 1 / 8, 1 / 4], rel=0.02)
     assert list(line.get_ydata()) == sorted(line.get_ydata(), reverse=True)
+    text = held.kv_take(Results(tmp_path))
+    assert text.startswith("| bytes | prose, of all | policies and formats alone | several, of all | alone |")
+    assert "| 32:1 |" in text
 
 
 def test_a_page_without_rows(tmp_path: Path) -> None:
