@@ -114,7 +114,7 @@ def test_compiled_loops_are_found_on_disk_again() -> None:
     from tokred.kernels.coded_rows import cpu
 
     for make in (cpu._scores, cpu._sums):
-        run = make(LEVELS, 64, 2, 1, False)
+        run = make(LEVELS, 64, 2, 1, 64, False)
         cells = getattr(run, "py_func", run).__closure__
         assert cells
         assert all(isinstance(cell.cell_contents, int) for cell in cells)
