@@ -250,8 +250,8 @@ def families() -> list[Family]:
             *others([*_POLICIES, *FORMATS]), *as_they_are()]  # fmt: skip
 
 
-# Of `short`: scores of each sort and what goes by no score. Every store is under one score, which reads the prompt once;
-# kvzip would read it once more for each store.
+# Of `short`: scores of each sort and what goes by no score. Every store is under one score, which reads the prompt
+# once; kvzip would read it once more for each store.
 _FEW = ("snapkv", "kvzip", "expected_attention", "adakv", "h2o", "streaming_llm", "random_evict")
 _FEW_RATIOS = (8, 16, 32, 4)
 
