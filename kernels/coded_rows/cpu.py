@@ -10,6 +10,7 @@ numbers alone, so that the compiled code is found on disk again; what they are i
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numba
 import numpy as np
@@ -17,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokred.kernels.coded_rows import by_byte
 from tokred.kernels.coded_rows.reference import BOOK, LARGEST, LEVELS, CodedRows
 from tokred.kernels.loops import by_pair, shares
+from tokred.kernels.packed_rows.reference import unpack
 
 # float16 as the upper bits of a float32 has an exponent that is 112 too small.
 _EXPONENT = np.float32(2.0**112)
@@ -278,13 +281,39 @@ def _channels(rows: CodedRows) -> Tensor:
     return _order(-(-rows.width // 8) * 8, rows.width, 1)
 
 
+@functools.cache
+def _codes(bits: int) -> Tensor:
+    """``[256, 8 / bits]`` int64: the codes in each byte."""
+    return unpack(torch.arange(256).to(torch.uint8)[:, None], bits, -1, 8 // bits).long()
+
+
+def _never_restored(rows: CodedRows, splits: int) -> bool:
+    """Whether there are so many rows that what a byte adds is looked up; a byte has to stand for the same always."""
+    whole = rows.bits in (1, 2, 4) if rows.kind == LEVELS else rows.kind == BOOK and not rows.second.shape[3]
+    return whole and rows.count // max(splits, 1) >= by_byte.LEAST
+
+
+def _by_byte(make: Any, x: Tensor, rows: CodedRows, splits: int, out: Tensor) -> None:
+    size, found = rows.first.shape[3], rows.table
+    if rows.kind == LEVELS:
+        found = rows.table[_codes(rows.bits)]
+    step, apart = (1, size) if rows.kind == LEVELS else (8, 1)
+    run = make(size, rows.width, found.shape[1], step, apart, int(rows.unit and rows.kind == LEVELS), splits > 0)
+    codes, factor = by_pair(rows.first), rows.factor.float().flatten(0, 1).contiguous()
+    run(x.numpy(), codes.numpy(), found.contiguous().numpy(), factor.numpy(), max(splits, 1), out.numpy())
+
+
 def scores(q: Tensor, rows: CodedRows) -> Tensor:
     """``[B, Hk, G, P]`` float32; arguments as in ``scores_reference``."""
     b, heads, g, d = q.shape
     out, splits = torch.empty(b * heads, g, rows.count), shares(b * heads, -(-rows.count // _ROWS))
+    asked = q.float().reshape(b * heads, g, d).contiguous()
+    if _never_restored(rows, splits):
+        _by_byte(by_byte.scores, asked, rows, splits, out)
+        return out.view(b, heads, g, -1)
     order = _channels(rows)
     run = _scores(rows.kind, d, rows.bits, _option(rows), len(order), splits > 0)
-    asked = F.pad(q.float().reshape(b * heads, g, d), (0, 1)).index_select(-1, order)
+    asked = F.pad(asked, (0, 1)).index_select(-1, order)
     run(asked.numpy(), *_arrays(rows), max(splits, 1), out.numpy())
     return out.view(b, heads, g, -1)
 
@@ -292,10 +321,16 @@ def scores(q: Tensor, rows: CodedRows) -> Tensor:
 def sums(weights: Tensor, rows: CodedRows) -> Tensor:
     """``[B, Hk, G, D]`` float32; arguments as in ``sums_reference``."""
     b, heads, g, count = weights.shape
-    splits, order = shares(b * heads, -(-count // _ROWS)), _channels(rows)
+    splits = shares(b * heads, -(-count // _ROWS))
+    given = weights.float().reshape(b * heads, g, count).contiguous()
+    if _never_restored(rows, splits):
+        out = torch.empty(b * heads, max(splits, 1), g, rows.width)
+        _by_byte(by_byte.sums, given, rows, splits, out)
+        return out.sum(1).view(b, heads, g, rows.width)
+    order = _channels(rows)
     run = _sums(rows.kind, rows.width, rows.bits, _option(rows), len(order), splits > 0)
     out = torch.empty(b * heads, max(splits, 1), g, len(order))
-    run(weights.float().reshape(b * heads, g, count).numpy(), *_arrays(rows), max(splits, 1), out.numpy())
+    run(given.numpy(), *_arrays(rows), max(splits, 1), out.numpy())
     found = out.new_empty(b * heads, g, rows.width + 1).index_copy_(-1, order, out.sum(1))
     return found[..., : rows.width].reshape(b, heads, g, rows.width)
 
