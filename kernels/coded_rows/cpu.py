@@ -34,7 +34,7 @@ _KINDS = {torch.bfloat16: _BRAIN, torch.float16: _HALF}
 
 @numba.njit(fastmath=True, inline="always")
 def _of_bytes(table, bits):
-    """What each byte of codes stands for, or each six bits of codes of three: its numbers side by side."""
+    """Numbers that each byte of codes stands for, or each six bits of codes of three, side by side."""
     per = 2 if bits == 3 else 8 // bits
     found = np.zeros((64 if bits == 3 else 256, max(per, 2)), np.float32)
     for byte in range(found.shape[0]):
@@ -288,7 +288,7 @@ def _codes(bits: int) -> Tensor:
 
 
 def _never_restored(rows: CodedRows, splits: int) -> bool:
-    """Whether there are so many rows that what a byte adds is looked up; a byte has to stand for the same always."""
+    """True of so many rows that what a byte adds is looked up; a byte has to stand for the same always."""
     whole = rows.bits in (1, 2, 4) if rows.kind == LEVELS else rows.kind == BOOK and not rows.second.shape[3]
     return whole and rows.count // max(splits, 1) >= by_byte.LEAST
 
