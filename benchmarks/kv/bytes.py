@@ -2,8 +2,10 @@
 
     python -m benchmarks.zoo.fetch smollm2 handbook devil
     python -m benchmarks kv/bytes --values kv_bytes.jsonl --out benchmarks/results/kv.csv --overwrite --minutes 40
+    python -m benchmarks kv/bytes --values kv_bytes.jsonl --out benchmarks/results/kv.csv --overwrite --short
     python -m benchmarks kv/bytes --values /tmp/quick.jsonl --quick
 
+``--short`` is a selection of arms and samples for half an hour of one core; a longer run goes on from its values.
 SmolLM2-135M runs in bfloat16, which is what users hold, and a full cache of that type is 1:1. Of every arm
 (``benchmarks/kv/holding.py``) the open setting is solved from measured bytes, so that 1/2 to 1/32 of the full cache's
 are held after a prompt of 2,048 tokens: all memory behind rows, codes, scales, positions and the policy's state. Some
@@ -39,7 +41,7 @@ from torch import Tensor
 
 import tokred
 from benchmarks.kv import feed, tasks, texts
-from benchmarks.kv.holding import CLAIMED, WHOLE, Held, arms, families, is_product
+from benchmarks.kv.holding import CLAIMED, WHOLE, Family, Held, arms, families, is_product, short
 from benchmarks.kv.quality import patched, stepwise
 from benchmarks.kv.texts import Sample
 from benchmarks.saving import save, saving
@@ -71,6 +73,11 @@ ROUNDS = (
     Round("prose", 4, 6, CLAIMED), Round("several", 4, 6, CLAIMED), Round("table", 4, 6, CLAIMED),
     Round("prose", 6, 8, CLAIMED), Round("several", 6, 8, CLAIMED), Round("prose", 8, 10, CLAIMED),
     Round("several", 8, 10, CLAIMED, True), Round("prose", 2, 6), Round("several", 2, 6), Round("table", 2, 6),
+)  # fmt: skip
+# The first of one sample: settings are solved on it.
+SHORT = (
+    Round("prose", 0, 1), Round("several", 0, 2, answers=True), Round("prose", 1, 3), Round("several", 2, 4),
+    Round("prose", 3, 5), Round("several", 4, 6),
 )  # fmt: skip
 QUICK = (Round("prose", 0, 1), Round("several", 0, 1, answers=True))
 KINDS = ("prose", "table", "several")
@@ -190,9 +197,13 @@ def _answers(model: Any, tokenizer: Any, logits: Tensor, cache: Any) -> list[tup
 
 @torch.inference_mode()
 def solve(
-    model: Any, prompt: feed.Prompt, names: Sequence[str], goals: Sequence[int], there: Iterable[Value] = ()
-) -> list[Held]:
-    """All arms, the unpatched model first: open settings solved on some prompts, or as they were for values there."""
+    model: Any, prompt: feed.Prompt, names: Sequence[str], goals: Sequence[int], there: Iterable[Value] = (),
+    of: Sequence[Family] = (),
+) -> list[Held]:  # fmt: skip
+    """All arms, the unpatched model first: open settings solved on some prompts, or as they were for values there.
+
+    ``of``: families; default: all.
+    """
     known = {v.arm: v.solved for v in there}
     samples = prompt.layers[0].k.shape[0]
 
@@ -204,7 +215,7 @@ def solve(
         print(text, file=sys.stderr, flush=True)
 
     dense, found = held(None), [Held(BASE, "", 0, None)]
-    for family in families():
+    for family in of or families():
         if names and family.name not in names:
             continue
         try:
@@ -344,6 +355,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=40, help="no round is begun that would not end in time")
     parser.add_argument("--seed", type=int, default=0, help="of the texts")
     parser.add_argument("--quick", action="store_true", help="one short sample of two kinds, at 8:1")
+    parser.add_argument("--short", action="store_true", help="a selection of arms and samples")
     parser.add_argument("--rows", action="store_true", help="measure nothing: write rows of the values that are there")
     parser.add_argument("--list", action="store_true", help="solve the settings, print the arms, and measure nothing")
     parser.add_argument("--threads", type=int, help="threads of torch")
@@ -363,10 +375,11 @@ def main() -> None:
     maker, began = texts.Maker(tokenizer, seed=given.seed, prompt=length), time.monotonic()
     names = given.methods.split(",") if given.methods else []
     goals = [8] if given.quick else [int(r) for r in given.ratios.split(",")]
-    rounds = [r for r in (QUICK if given.quick else ROUNDS) if given.only in (None, r.kind)]
+    whole = SHORT if given.short else ROUNDS
+    rounds = [r for r in (QUICK if given.quick else whole) if given.only in (None, r.kind)]
     first = rounds[0]
     prompt = read_prompts(model, samples(maker, *first[:3]))
-    every = solve(model, prompt, names, goals, there)
+    every = solve(model, prompt, names, goals, there, short() if given.short else ())
     took = time.monotonic() - began
     print(f"{took:6.0f} s  {len(every)} arms", file=sys.stderr, flush=True)
     if given.list:

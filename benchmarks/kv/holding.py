@@ -119,18 +119,20 @@ _STORES: dict[str, Callable[[], Any]] = {
     "oscar-4": lambda: kv.Oscar(bits=4, group=64, sinks=4, recent=16, block=16),
     "mikv-2": lambda: kv.MiKV(high=0.2, low=2),
     "mustafar-50": lambda: kv.Mustafar(window=16),
+    "nsnquant-2": lambda: kv.NSNQuant(bits=2, window=32),
 }
 _PRODUCTS: tuple[tuple[str, str, tuple[int, ...]], ...] = (
     ("kvzip", "kivi-4", (8, 16, 32, 4)),
     ("snapkv", "kivi-4", (8, 16, 32, 4)),
     ("expected_attention", "kivi-4", (8, 16, 32, 4)),
     ("adakv", "kivi-4", (8, 16)),
-    ("snapkv", "kivi-2", (8, 16, 32)),
-    ("snapkv", "turbo-4", (8, 16)),
-    ("snapkv", "turbo-3", (8, 16)),
-    ("snapkv", "oscar-4", (8, 16)),
-    ("snapkv", "mikv-2", (8, 16)),
-    ("snapkv", "mustafar-50", (8, 16)),
+    ("expected_attention", "kivi-2", (8, 16, 32)),
+    ("expected_attention", "turbo-4", (8, 16, 32)),
+    ("expected_attention", "turbo-3", (8, 16, 32)),
+    ("expected_attention", "oscar-4", (8, 16, 32)),
+    ("expected_attention", "mikv-2", (8, 16, 32)),
+    ("expected_attention", "mustafar-50", (8, 16, 32)),
+    ("expected_attention", "nsnquant-2", (8, 16, 32)),
     ("h2o", "kivi-4", (8, 16)),
 )
 
@@ -246,6 +248,22 @@ def families() -> list[Family]:
     mine = [even("kivi-4", four), composed(), composed("kivi-4", four)]
     return [*products[:3], *policies[:3], *mine, *formats(), *products[3:], *policies[3:], redundancy((8, 16)),
             *others([*_POLICIES, *FORMATS]), *as_they_are()]  # fmt: skip
+
+
+# Of `short`: scores of each sort and what goes by no score. Every store is under one score, which reads the prompt
+# once; kvzip would read it once more for each store.
+_FEW = ("snapkv", "kvzip", "expected_attention", "adakv", "h2o", "streaming_llm", "random_evict")
+_FEW_RATIOS = (8, 16, 32, 4)
+
+
+def short() -> list[Family]:
+    """A selection for half an hour of one core: all formats from 4:1 on, policies, and each format under a policy."""
+    three = (8, 16, 32)
+    products = [even("kivi-4", three), policy("snapkv", "kivi-4", three)]
+    products += [policy("expected_attention", store, three) for store in _STORES if store != "turbo-3"]
+    alone = [policy(name, ratios=_FEW_RATIOS) for name in _FEW]
+    kept = [f._replace(ratios=tuple(r for r in f.ratios if r in _FEW_RATIOS)) for f in formats()]
+    return [*products, *alone, composed(ratios=three), *(f for f in kept if f.ratios)]
 
 
 # ---------------------------------------------------------------------------------------------- solving

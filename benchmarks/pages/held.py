@@ -208,10 +208,10 @@ def _reach(found: Results) -> str:
 
 def kv_take(found: Results) -> str:
     """What to take at each ratio: the first of all, and of what is no product, on windows and on keys."""
-    lines = []
+    lines, kinds = [], [d for d in (*WINDOWS, "several") if _arms(found, d)]
     for goal in GOALS:
         cells = []
-        for data in (*WINDOWS, "several"):
+        for data in kinds:
             rows = {n: by[goal] for n, by in _arms(found, data).items() if goal in by}
             rows = {n: r for n, r in rows.items() if METRICS[data] in r}
             windows = data in WINDOWS
@@ -223,16 +223,10 @@ def kv_take(found: Results) -> str:
             lines.append([f"{goal}:1", *cells])
     if not lines:
         return NOTHING
-    header = [
-        "bytes",
-        "prose, of all",
-        "policies and formats alone",
-        "table, of all",
-        "alone",
-        "several, of all",
-        "alone",
-    ]
-    return table(header, lines, 7)
+    alone = ["policies and formats alone", *("alone" for _ in kinds[1:])]
+    pairs = [(f"{data}, of all", single) for data, single in zip(kinds, alone, strict=True)]
+    header = ["bytes", *(cell for pair in pairs for cell in pair)]
+    return table(header, lines, len(header))
 
 
 # ---------------------------------------------------------------------------------------------- the plot
@@ -258,11 +252,11 @@ def plot(found: Results, folder: Path) -> list[Path]:
         return []
     figure, axes = plots.subplots(1, len(panels), figsize=(3.3 * len(panels), 4.8), squeeze=False,
                                   layout="constrained")  # fmt: skip
-    ticks = [1 / g for g in reversed(GOALS)]
+    goals = [g for g in reversed(GOALS) if any(g in by for d in panels for by in _arms(found, d).values())]
     for axis, data in zip(axes[0], panels, strict=True):
         _draw(axis, found, data)
         axis.set(xscale="log", xlabel="share of its bytes held", title=data)
-        axis.set_xticks(ticks, [f"1/{g}" for g in reversed(GOALS)])
+        axis.set_xticks([1 / g for g in goals], [f"1/{g}" for g in goals])
         axis.minorticks_off()
         axis.grid(color="#e4e4e4", linewidth=0.6)
         axis.set_axisbelow(True)
@@ -295,8 +289,8 @@ def _draw(axis: Any, found: Results, data: str) -> None:
             axis.plot(xs, ys, color=look.colour, marker=look.marker, markersize=5, linewidth=1.8, label=label, zorder=4)
         elif what == "format":
             style = ("--", ":", "-.", (0, (5, 1)), (0, (1, 1)))[formats % 5]
-            axis.plot(xs, ys, color="#222222", linestyle=style, marker="s", markersize=4, markerfacecolor="white",
-                      linewidth=1.1, label=f"{label} alone", zorder=3)  # fmt: skip
+            axis.plot(xs, ys, color="#222222", linestyle=style, marker="sDv^Xo"[formats % 6], markersize=4.5,
+                      markerfacecolor="white", linewidth=1.1, label=f"{label} alone", zorder=3)  # fmt: skip
             formats += 1
         else:
             grey = {"random_evict": "#d08080", "kvzip": "#777777", "snapkv": "#999999"}.get(label, "#cccccc")
@@ -304,7 +298,7 @@ def _draw(axis: Any, found: Results, data: str) -> None:
             axis.plot(xs, ys, color=grey, marker="o", markersize=2.5, linewidth=1.6 if named else 0.9, zorder=2,
                       label=f"{label} alone" if named else "other policies")  # fmt: skip
     if windows:
-        axis.axhline(1, color="black", linewidth=0.8)
+        axis.axhline(1, color="black", linewidth=0.8, label="full cache")
         axis.set(ylabel="times the full cache's perplexity", yscale="log")
         axis.set_ylim(top=min(axis.get_ylim()[1], TOP))
         ends = axis.get_ylim()
@@ -313,5 +307,5 @@ def _draw(axis: Any, found: Results, data: str) -> None:
     else:
         full = _full(found, data)
         if full:
-            axis.axhline(100 * full[metric], color="black", linewidth=0.8)
+            axis.axhline(100 * full[metric], color="black", linewidth=0.8, label="full cache")
         axis.set(ylabel="keys found (%)", ylim=(-3, 103))

@@ -66,6 +66,15 @@ def test_every_arm_can_be_made() -> None:
         if family.name != "rdkv":  # whose own store is part of it
             assert family.product == (method.parts.store.name != "flat" and method.drops)
         assert (held.called({"method": family.name, "setting": family.setting})).strip("`")
+    few = holding.short()
+    short = {(f.name, f.setting, r) for f in few for r in f.ratios}
+    assert short <= {*keys}, "a longer run goes on from the values of a short one"
+    assert len(short) == sum(len(f.ratios) for f in few) < 80
+    assert {f.name for f in few} >= {*holding.FORMATS, "random_evict", held.NAMED[0]}
+    under = {f.setting.partition("store=")[2].partition(" ")[0].partition("-")[0] for f in few if f.product}
+    assert under == {*holding.FORMATS}, "each format holds the rows of a policy"
+    assert {r.kind for r in script.SHORT} == {"prose", "several"}
+    assert all(r.goals == Round("prose", 0, 1).goals for r in script.SHORT), "each arm has every sample"
     named = {(f.name, f.setting) for f in made if f.product}
     assert any(name == held.NAMED[0] and setting.startswith(held.NAMED[1]) for name, setting in named)
 
@@ -199,6 +208,40 @@ def test_the_page(tmp_path: Path) -> None:
     assert "16:1:" not in text
     pytest.importorskip("matplotlib")
     assert [p.name for p in held.plot(met, tmp_path)] == ["kv_bytes.png"]
+
+
+def test_the_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made-up values of the short selection: one line for each arm that is named, over a scale of halves."""
+    pytest.importorskip("matplotlib")
+    arms = [(f, r) for f in holding.short() for r in f.ratios]
+    full = {"prose": 2.0, "several": 1.0}
+    values = [value(BASE, i, x, goal=0, data=data) for data, x in full.items() for i in range(2)]
+    for family, ratio in arms:
+        sort = held.kind({"method": family.name, "setting": family.setting})
+        loss = {"format": 0.2, "policy": 0.1, "product": 0.05}[sort]
+        loss *= math.log2(ratio)
+        for i in range(2):
+            values += [value(family.name, i, 2 + loss, family.setting, ratio)._replace(held=round(1000 / ratio))]
+            values += [value(family.name, i, 1 - loss / 2, family.setting, ratio, "several")]
+    results.write(tmp_path / "kv.csv", script.records(values, WHERE), "bytes")
+    drawn: list[Any] = []
+    save = held.plots.save
+    monkeypatch.setattr(held.plots, "save", lambda figure, path: drawn.extend(figure.axes) or save(figure, path))
+    held.plot(Results(tmp_path), tmp_path)
+    prose, several = drawn
+    assert (prose.get_title(), several.get_title()) == ("prose", "several")
+    for axis in drawn:
+        assert axis.get_xscale() == "log"
+        names = {line.get_label() for line in axis.get_lines()}
+        assert names >= {"full cache", "random_evict alone", *(f"{name} alone" for name in holding.FORMATS)}
+        assert held.NAMED_AS.replace("`", "") in names
+    assert len({(x.get_linestyle(), x.get_marker()) for x in prose.get_lines() if x.get_color() == "#222222"}) == 6
+    line = next(x for x in prose.get_lines() if x.get_label() == "snapkv alone")
+    assert list(line.get_xdata()) == pytest.approx([1 / 32, 1 / 16, 1 / 8, 1 / 4], rel=0.02)
+    assert list(line.get_ydata()) == sorted(line.get_ydata(), reverse=True)
+    text = held.kv_take(Results(tmp_path))
+    assert text.startswith("| bytes | prose, of all | policies and formats alone | several, of all | alone |")
+    assert "| 32:1 |" in text
 
 
 def test_a_page_without_rows(tmp_path: Path) -> None:

@@ -94,8 +94,9 @@ def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 
 
 def _forget_loops(operator: str) -> None:
-    sys.modules.pop(f"{operator}.cpu", None)
-    sys.modules[operator].__dict__.pop("cpu", None)
+    for part in ("cpu", "by_byte"):
+        sys.modules.pop(f"{operator}.{part}", None)
+        sys.modules[operator].__dict__.pop(part, None)
 
 
 @pytest.fixture

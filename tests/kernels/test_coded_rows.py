@@ -99,6 +99,36 @@ def test_loops(case: tuple[int, Any, bool, int, int], threads: int, monkeypatch:
     check(coded(case, room=0 if threads == 1 else 5), heads=threads)
 
 
+# What each byte of codes stands for is looked up where there are many rows.
+BY_BYTE = [(LEVELS, 2, True, 16, 21), (LEVELS, 4, True, 7, 13), (LEVELS, 1, False, 12, 9), (BOOK, False, False, 16, 20)]
+
+
+@pytest.mark.usefixtures("loops")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("case", BY_BYTE, ids=str)
+def test_many_rows_are_never_restored(
+    case: tuple[int, Any, bool, int, int], threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tokred.kernels.coded_rows import by_byte, cpu
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(by_byte, "LEAST", 1)
+    monkeypatch.delattr(cpu, "_restored")
+    check(coded(case, room=threads), heads=3 * threads - 1)
+
+
+def test_few_rows_and_signed_entries_are_restored() -> None:
+    pytest.importorskip("numba")
+    from tokred.kernels.coded_rows import by_byte, cpu
+
+    many = coded((LEVELS, 2, False, 8, by_byte.LEAST))
+    assert cpu._never_restored(many, 1)
+    assert not cpu._never_restored(many, 2), "a share of the rows"
+    assert not cpu._never_restored(coded((LEVELS, 3, False, 8, by_byte.LEAST)), 1), "codes that lie across bytes"
+    assert not cpu._never_restored(coded((BOOK, True, False, 8, by_byte.LEAST)), 1)
+    assert not cpu._never_restored(coded((LARGEST, torch.float32, False, 8, by_byte.LEAST)), 1)
+
+
 # Each is compiled for itself, in about two seconds: one of each kind, and the others before a release.
 COMPILED = [case if i in (2, 4, 8) else pytest.param(case, marks=pytest.mark.hosts) for i, case in enumerate(CASES)]
 
@@ -109,12 +139,17 @@ def test_compiled_loops(case: tuple[int, Any, bool, int, int]) -> None:
     check(coded(case, room=3))
 
 
+def test_compiled_loops_over_many_rows() -> None:
+    pytest.importorskip("numba")
+    check(coded((LEVELS, 2, True, 16, 1100)), heads=4)
+
+
 def test_compiled_loops_are_found_on_disk_again() -> None:
     pytest.importorskip("numba")
-    from tokred.kernels.coded_rows import cpu
+    from tokred.kernels.coded_rows import by_byte, cpu
 
-    for make in (cpu._scores, cpu._sums):
-        run = make(LEVELS, 64, 2, 1, False)
+    made = [make(LEVELS, 64, 2, 1, 64, False) for make in (cpu._scores, cpu._sums)]
+    for run in (*made, by_byte.scores(16, 64, 4, 1, 16, 1, False), by_byte.sums(16, 64, 4, 1, 16, 1, False)):
         cells = getattr(run, "py_func", run).__closure__
         assert cells
         assert all(isinstance(cell.cell_contents, int) for cell in cells)

@@ -54,25 +54,26 @@ class Global(Budget):
         """Rows of each head, ``[B, Hk]`` for each layer; None where everything stays.
 
         Args:
-            sites, scores, guards: of each layer: scores ``[B, Hk, K]``, and bool that broadcasts to them.
+            sites, scores, guards: of each layer, where it lies: scores ``[B, Hk, K]``, and bool that broadcasts to
+                them.
         """
-        place, depth = sites[0].place, len(sites)
+        place, depth, here = sites[0].place, len(sites), scores[0].device
         totals = [self.total(n, place, depth) for n in self.length(sites[0])]
         flat, sure = [], []
         for site, score, guard in zip(sites, scores, guards, strict=True):
             real = site.real
             guard = guard.expand_as(score)
-            flat.append((score if real is None else score.masked_fill(~real, -torch.inf)).flatten(1))
-            sure.append((guard if real is None else guard & real).flatten(1))
+            flat.append((score if real is None else score.masked_fill(~real, -torch.inf)).flatten(1).to(here))
+            sure.append((guard if real is None else guard & real).flatten(1).to(here))
         score, guard = torch.cat(flat, 1), torch.cat(sure, 1)
         held = [sum(site.held[b] for site in sites) * sites[0].heads for b in range(len(totals))]
         if all(t >= h for t, h in zip(totals, held, strict=True)):
             return None
-        count = torch.tensor(totals, device=score.device)[:, None]
+        count = torch.tensor(totals, device=here)[:, None]
         count = torch.maximum(count, guard.sum(1, keepdim=True))
         chosen = kept_mask(score[:, None], (score > -torch.inf)[:, None], guard[:, None], count)[:, 0]
         parts = torch.split(chosen, [part.shape[1] for part in flat], 1)
-        return [part.view(s.shape).sum(-1) for part, s in zip(parts, scores, strict=True)]
+        return [part.view(s.shape).sum(-1).to(s.device) for part, s in zip(parts, scores, strict=True)]
 
 
 class Together(Allocator):
