@@ -83,7 +83,9 @@ def small(size: int) -> Watched:
         return data.normalise(questions.resized((shown + noise).clamp(0, 255).to(torch.uint8), size))
 
     ids = tokenizer(vlm.PROMPT, add_special_tokens=False).input_ids
-    return Watched("dinov2-smollm2-135m-questions", model, frames, [tokenizer.bos_token_id], ids, (size // dinov2.PATCH) ** 2, 3)
+    return Watched(
+        "dinov2-smollm2-135m-questions", model, frames, [tokenizer.bos_token_id], ids, (size // dinov2.PATCH) ** 2, 3
+    )
 
 
 def settings(watched: Watched, share: float, held: int) -> Iterator[tuple[str, str | None]]:
