@@ -345,6 +345,16 @@ def test_bad_parameters(parameters, error, match):
         tokred.make("restore", **parameters)
 
 
+def test_around_one_that_merges_all_attention_is_calibrated():
+    """Values and places are the base's, and merged where it does."""
+    made, site = Restore(base="flashvid", budget=20, gamma=1.0), clip(2, 5)
+    base = made.asked(20, site).reduce(site)
+    assert torch.equal(made.reduce(site).index, base.index)
+    assert int(base.sizes().sum()) == 2 * 60
+    assert Restore(base="visionzip", gamma=1.0).space == "tower"
+    assert Restore(base="divprune").space == "x"
+
+
 def test_a_base_that_merges_is_refused():
     site = VisualSite(x=torch.randn(1, 16, 8), grid=(4, 4))
     with pytest.raises(ValueError, match="but merges some"):

@@ -71,6 +71,8 @@ class Restore(Budgeted):
         if self.positions != "keep":
             raise ValueError("positions is 'repack', but what is calibrated are distances in the whole prompt")
         object.__setattr__(self, "inner", _base(self.base))
+        # Around a method for clips images stay whole, and hosts are to know what is a clip.
+        object.__setattr__(self, "clips", isinstance(self.inner, ClipMethod))
         # The base's where it alone merges; anchors merge as they enter the language model.
         object.__setattr__(self, "space", self.inner.space if self.gamma == 1 else "x")
         if self.gamma < 1 and not self.inner.drops:
@@ -83,11 +85,6 @@ class Restore(Budgeted):
     def reads(self) -> frozenset[str]:
         """The tokens, what the base reads, and that a bias can be added in the language model."""
         return self.inner.reads | {"x", "calibration"}
-
-    @property
-    def clips(self) -> bool:
-        """True where the base acts on clips alone, beside which images stay whole."""
-        return isinstance(self.inner, ClipMethod)
 
     @property
     def tower_layers(self) -> tuple[int, ...]:
@@ -129,7 +126,7 @@ class Restore(Budgeted):
         Raises:
             ValueError, MissingInputError: as other methods, and what the base raises.
         """
-        if self.clips and site.frames is None:
+        if isinstance(self.inner, ClipMethod) and site.frames is None:
             return Reduction.identity((site.shape[0],), site.shape[1], site.device)
         return super().reduce(site)
 
