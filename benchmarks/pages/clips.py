@@ -8,7 +8,8 @@ from benchmarks.pages.markdown import Record, Results, between, code, counted, p
 from tokred.bench.arms import BASE
 
 # Answers that are right without looking: one of ten classes, of four ways, of three spans of time.
-CHANCE = (1 / 10 + 1 / 4 + 1 / 3) / 3
+CHANCES = {"what": 1 / 10, "way": 1 / 4, "when": 1 / 3}
+CHANCE = sum(CHANCES.values()) / len(CHANCES)
 WRAPPER = "restore"
 AIMS = (0.95, 8, 10)  # of the dense answers above chance, and selectors of so many that are to be lifted
 MIB = 2**-20
@@ -29,12 +30,38 @@ def within(record: Record) -> str:
     return base if record["method"] == WRAPPER else record["method"]
 
 
-def answers(found: Results) -> dict[int, list[Record]]:
-    """Rows about all kinds of questions, by frames."""
-    every: dict[int, list[Record]] = {}
-    for row in found.records("vlm", "clips", asked="all"):
-        every.setdefault(int(row["frames"]), []).append(row)
-    return dict(sorted(every.items()))
+def answers(found: Results) -> dict[int, tuple[str, list[Record]]]:
+    """Rows by frames, and the questions they are about: all, or those that the unpatched model answers best.
+
+    Where it answers some questions no better than chance does, those cannot tell methods apart.
+    """
+    every: dict[int, dict[str, list[Record]]] = {}
+    for row in found.records("vlm", "clips"):
+        if "exact" in row:
+            every.setdefault(int(row["frames"]), {}).setdefault(row["asked"], []).append(row)
+    return {frames: _told(kinds) for frames, kinds in sorted(every.items())}
+
+
+def _told(kinds: dict[str, list[Record]]) -> tuple[str, list[Record]]:
+    above = {}
+    for kind, chance in CHANCES.items():
+        dense = [row for row in kinds.get(kind, ()) if row["method"] == BASE]
+        if dense:
+            above[kind] = (value(dense[0], "exact").low or 0) - chance
+    if not above or min(above.values()) > 0:
+        return "all", kinds["all"]
+    best = max(above, key=lambda kind: above[kind])
+    return best, kinds[best]
+
+
+def _unseen(found: Results, frames: int, kind: str) -> str:
+    """What the unpatched model answers to the other questions, where those are left out."""
+    if kind == "all":
+        return ""
+    dense = [r for r in found.records("vlm", "clips", method=BASE) if "exact" in r and int(r["frames"]) == frames]
+    rest = {r["asked"]: r for r in dense if r["asked"] in CHANCES and r["asked"] != kind}
+    said = [f"to *{k}* {100 * r['exact']:.0f} % (chance {100 * CHANCES[k]:.0f} %)" for k, r in rest.items()]
+    return f" Asked *{kind}* alone: its answers {' and '.join(said)} tell nothing apart."
 
 
 def _none(what: str) -> str:
@@ -44,7 +71,7 @@ def _none(what: str) -> str:
 def clips(found: Results) -> str:
     """Exact answers of every method, and with RESTORE around it."""
     parts = []
-    for frames, rows in answers(found).items():
+    for frames, (kind, rows) in answers(found).items():
         shares = list(dict.fromkeys(share(row) for row in rows if row["method"] != BASE))
         lines = []
         for name in dict.fromkeys(within(row) for row in rows if row["method"] != BASE):
@@ -56,7 +83,8 @@ def clips(found: Results) -> str:
         (dense,) = (row for row in rows if row["method"] == BASE)
         header = ["method", *(text for one in shares for text in (f"{100 * float(one):g} %", "with RESTORE"))]
         head = f"{frames} frames, {dense['tokens_left']:.0f} visual tokens, {dense['exact_count']} answers: "
-        parts.append(f"{head}unpatched {between(dense, 'exact', '{:.0f}', 100)} % right.\n\n{table(header, lines, 1)}")
+        head += f"unpatched {between(dense, 'exact', '{:.0f}', 100)} % right.{_unseen(found, frames, kind)}"
+        parts.append(f"{head}\n\n{table(header, lines, 1)}")
     return "\n\n".join(parts) or _none("vlm/clips --answers --restore")
 
 
@@ -72,13 +100,14 @@ def _cell(rows: Sequence[Record], wrapped: bool) -> str:
 def clips_claims(found: Results) -> str:
     """Who is best, how much of the dense answers is kept, and how many methods RESTORE lifts."""
     lines = []
-    for frames, rows in answers(found).items():
+    for frames, (kind, rows) in answers(found).items():
+        chance = CHANCES.get(kind, CHANCE)
         (dense,) = (row for row in rows if row["method"] == BASE)
         for one in dict.fromkeys(share(row) for row in rows if row["method"] != BASE):
             mine = [row for row in rows if share(row) == one]
             values = {_name(row): value(row, "exact", 100) for row in mine}
             best, level = ranked(values)
-            kept = (values[best].value / 100 - CHANCE) / (dense["exact"] - CHANCE) if dense["exact"] > CHANCE else None
+            kept = (values[best].value / 100 - chance) / (dense["exact"] - chance) if dense["exact"] > chance else None
             text = f"- {frames} frames, {100 * float(one):g} % of the tokens: `{best}` answers most, "
             text += f"{values[best].value:.0f} %"
             if kept is not None:
