@@ -28,7 +28,7 @@ class MemoryHost(host.VisualHost):
     def _hang(self, settings: VisualSettings, changes: Changes) -> None:
         from tokred.adapters.vlm.memory import hooks
 
-        encoder, decoder = self.language, part(self.core, self.facts.reader)  # type: ignore[arg-type]  # it has a core
+        encoder, decoder = self.language, part(self.core, self.facts.reader)
         positions = members.LEARNED_PLACES.need(encoder)
         # Hooks run in the order in which they are hung: this one before the forward is forgotten that the others of
         # the encoder note, the next behind that in which tokens leave.
