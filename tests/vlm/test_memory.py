@@ -273,6 +273,13 @@ def test_what_cannot_be_told_is_refused(model):
     assert in_flight.language is None
 
 
+def test_an_encoder_with_other_positions_is_refused():
+    model = copy.deepcopy(stock())
+    del encoder(model).embed_positions
+    with pytest.raises(tokred.UnsupportedModelError, match="a BartEncoder, which does not embed positions"):
+        tokred.apply(model, "divprune", budget=4)
+
+
 def test_masks_of_memories():
     full, short = torch.ones(2, 4, 3), torch.ones(2, 4, 3)
     short[1, :2] = 0
