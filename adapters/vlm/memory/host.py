@@ -58,8 +58,8 @@ def match_projector(model: nn.Module) -> host.VisualHost | None:
     encoder = part(core, facts.language)
     if not members.LEARNED_PLACES.on(encoder):
         raise UnsupportedModelError(
-            f"{_family(model)} reads its prompt in a {type(encoder).__name__}, which does not embed positions as BART's "
-            "encoder does, so that tokens that are left would not keep theirs"
+            f"{_family(model)} reads its prompt in a {type(encoder).__name__}, which does not embed positions as "
+            "BART's encoder does, so that tokens that are left would not keep theirs"
         )
     inside = {id(m) for m in encoder.modules()}
     layers = [(n, m) for n, m in model.named_modules() if id(m) in inside and words.ATTENTION.on(m)]
