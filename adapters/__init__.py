@@ -35,8 +35,8 @@ CACHES = {"transformers": "tokred.adapters.kv.encoders"}
 # The same for denoisers, whose attention may run on fewer tokens.
 DENOISERS = {"diffusers": "tokred.adapters.diffusion"}
 # Models with vision whose visual tokens may leave, and language models whose later layers run on fewer tokens.
-VISUAL = {"transformers": "tokred.adapters.vlm.host:match_projector"}
-LAYERED = {"transformers": "tokred.adapters.vlm.host:match_layer"}
+VISUAL = {"transformers": "tokred.adapters.vlm.memory.host:match_projector"}
+LAYERED = {"transformers": "tokred.adapters.vlm.memory.host:match_layer"}
 # Language models with layers of experts, which may run on fewer tokens.
 MIXTURES = {"transformers": "tokred.adapters.moe.host"}
 

@@ -130,6 +130,7 @@ CROSS_ATTENTION = row(
     "encoder_attn T bart:BartDecoderLayer",
     "EncDecAttention T t5:T5LayerCrossAttention",
 )
+LEARNED_PLACES = row("embedding of positions in a text", "embed_positions T bart:BartEncoder")
 EXPAND = row("keys and values of latents", "expand_kv T deepseek_v3:DeepseekV3Attention")
 NEWLINE = row("embedding between rows of tokens", "image_newline T llava_next:LlavaNextModel")
 _HELPERS = "diffusers.hooks._helpers"

@@ -63,6 +63,8 @@ SOURCE = row("states that a cross-attention reads", "key_value_states T bart:Bar
 PICTURED = row(
     "states of images that layers of a decoder read", "cross_attention_states T mllama:MllamaTextCrossAttention.forward"
 )
+MEMORY = row("states of an encoder that a decoder reads", "encoder_hidden_states T bart:BartDecoder.forward")
+MEMORY_MASK = row("mask of an encoder's states", "encoder_attention_mask T bart:BartDecoder.forward")
 CACHED = row("whether to keep a cache", "use_cache T llama:LlamaModel.forward")
 TYPES = row("types of tokens", "token_type_ids T paligemma:PaliGemmaModel.forward")
 LABELS = row("labels", "labels T llama:LlamaForCausalLM.forward")
@@ -125,6 +127,7 @@ OF_DECODER = row(
 LOGITS = row("logits", "logits T transformers.modeling_outputs:CausalLMOutputWithPast")
 LOSS = row("loss", "loss T transformers.modeling_outputs:CausalLMOutputWithPast")
 FEATURES = row("features of images", "pooler_output T transformers.modeling_outputs:BaseModelOutputWithPooling")
+LAST = row("states of the last layer", "last_hidden_state T transformers.modeling_outputs:BaseModelOutput")
 
 MAPPED_FEATURES = row("features of an image", "image_features M vision_transformer:VisionTransformer")
 # ------------------------------------------------------------ attributes of modules

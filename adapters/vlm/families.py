@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
-from tokred.adapters.vlm.layout import Picture, by_grid, by_sample, by_size, closed_video, plain, tiled, video
+from tokred.adapters.swap import host_class
+from tokred.adapters.vlm.layout import Picture, by_grid, by_map, by_sample, by_size, closed_video, plain, tiled, video
 from tokred.adapters.vlm.taps import Record, Tap, pixels_of, received
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ class Facts(NamedTuple):
         sound: dotted name of the encoder of sound; "": it hears nothing.
         causal_type: the token type of tokens that see only what came before them.
         one_place: whether frames of videos stand at the places of images, as in GLM-4V.
+        reader: dotted name of the decoder that attends to what the language model, an encoder then, makes of the
+            prompt; "": the language model is a decoder itself.
     """
 
     projector: str = "multi_modal_projector"
@@ -49,6 +52,7 @@ class Facts(NamedTuple):
     causal_type: int = 0
     sound: str = ""
     one_place: bool = False
+    reader: str = ""
 
 
 _PLAIN: dict[str, Maker] = {"image": plain}
@@ -79,6 +83,13 @@ FACTS: dict[str, Facts] = {
     "Mistral3Model": Facts(pictures={"image": by_size}, tokenwise=False, heads=False, clips=True),
     "PaliGemmaModel": Facts(outer_masks=True, clips=True, causal_type=1),
     "Gemma3Model": Facts(tokenwise=False, outer_masks=True, heads=False, clips=True),
+    "Florence2Model": Facts(
+        language="language_model.encoder",
+        reader="language_model.decoder",
+        pictures={"image": by_map},
+        tokenwise=False,
+        heads=False,
+    ),
 }
 
 
@@ -133,6 +144,14 @@ def feature_layer(core: PreTrainedModel, depth: int, given: int | list[int] | No
     which = which[-1] if isinstance(which, list | tuple) else which
     which = -1 if which is None else which
     return int(depth + which if which < 0 else which - 1)
+
+
+def core_of(model: Any) -> nn.Module | None:
+    """The model with vision in a model, which may be that itself; None where there is none."""
+    for module in model.modules():
+        if host_class(module).__name__ in FACTS:
+            return module  # type: ignore[no-any-return]
+    return None
 
 
 def core_name(core: nn.Module) -> str:

@@ -76,6 +76,7 @@ class Forward:
         self.counts: dict[int, LayerCount] = {}
         self.sizes: Tensor | None = None  # (B, L) float32, tokens that visual ones stand for; None: nothing has left
         self.calibration: Rows | None = None
+        self.positions: Tensor | None = None  # (B, M) int64, where tokens have left a language model that takes none
         self.rows: dict[str, Tensor] = {}  # (B, L) each, state that a method of the projector has left; -1 elsewhere
 
     @property

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tokred.adapters.contract import cache_name, cache_of, members, terms, with_cache, words
+from tokred.adapters.contract import cache_argument, cache_of, members, terms, with_cache, words
 from tokred.adapters.contract.calls import makes_cache
 from tokred.adapters.host import State
 from tokred.adapters.kv.reuse.layers import plain_cache
@@ -174,9 +174,10 @@ class EnterLanguage(Hook):
         words.INPUT_IDS.pop(given)
         # The language model would make its cache inside, behind this hook, which has to hang the record on it.
         cache = cache_of(given)
-        if cache is None and makes_cache(module, given, settings.config):
+        name = cache_argument(host_class(module).forward)
+        if cache is None and name is not None and makes_cache(module, given, settings.config):
             cache = plain_cache(settings.config)
-            given = with_cache(given, cache_name(host_class(module).forward), cache)
+            given = with_cache(given, name, cache)
         refuse(cache)
         if call.end is None:
             call.end = getattr(cache, PROMPT, None)

@@ -16,7 +16,7 @@ from tokred.adapters.host import Host, State
 from tokred.adapters.kv.host import match as match_language
 from tokred.adapters.kv.host import refusal as cache_refusal
 from tokred.adapters.kv.reasons import LOSES
-from tokred.adapters.swap import host_class
+from tokred.adapters.swap import argument_names, host_class
 from tokred.adapters.vlm.calibration import supplies_calibration
 from tokred.adapters.vlm.decoder_layers import LayerList
 from tokred.adapters.vlm.decoder_layers import body as list_body
@@ -24,6 +24,7 @@ from tokred.adapters.vlm.families import (
     FACTS,
     Facts,
     class_tokens,
+    core_of,
     describe,
     feature_layer,
     projections,
@@ -223,9 +224,7 @@ class VisualHost(Host):
         return VisualReport(state.family, tuple(methods), state.before, rows)
 
     def _hang(self, settings: VisualSettings, changes: Changes) -> None:
-        from tokred.adapters.kv.hooks import argument_names
         from tokred.adapters.vlm import hooks
-        from tokred.adapters.vlm.generate import CachePreparer, EnterLoss, LeaveLoss
         from tokred.adapters.vlm.records import Getter
         from tokred.adapters.vlm.taps import TowerTap
 
@@ -245,6 +244,12 @@ class VisualHost(Host):
         names = argument_names(language)
         changes.before(language, hooks.EnterLanguage(settings, names), with_kwargs=True)
         changes.after(language, hooks.LeaveLanguage(settings), with_kwargs=True, always_call=True)
+        self._hang_head(settings, changes)
+
+    def _hang_head(self, settings: VisualSettings, changes: Changes) -> None:
+        """Hang what is around the language model: the cache that generation makes, and the loss."""
+        from tokred.adapters.vlm.generate import CachePreparer, EnterLoss, LeaveLoss
+
         model: Any = self.model
         if hasattr(type(model), PREPARE_CACHE):
             changes.stand(model, PREPARE_CACHE, CachePreparer(model, settings))
@@ -305,8 +310,8 @@ def _match(model: nn.Module, stage: str) -> VisualHost | None:
     cls: Any = host_class(model)
     if not cls.__module__.startswith("transformers."):
         return None
-    core = _core(model)
-    _check_whole(model, core, stage)
+    core = core_of(model)
+    check_whole(model, core, stage)
     if core is None and stage == "projector":
         return None
     loses = "fewer visual tokens" if stage == "projector" else LOSES  # before it, no row of a cache leaves
@@ -318,20 +323,13 @@ def _match(model: nn.Module, stage: str) -> VisualHost | None:
     layers = [(name, module) for name, module in _decoder_layers(model, list(found.attentions.values()))]
     if len(layers) != len(found.attentions):
         raise cache_refusal(cls.__name__, "its decoder layers are not known", loses)
-    supplies = _supplies_layer(layers) if stage == "layer" else _supplies_projector(core, facts)
+    supplies = _supplies_layer(layers) if stage == "layer" else supplies_projector(core, facts)
     if stage == "projector" and supplies_calibration(language, facts):
         supplies |= {"calibration"}
     return VisualHost(f"transformers {cls.__name__}", model, core, language, layers, facts, supplies, stage)
 
 
-def _core(model: Any) -> nn.Module | None:
-    for module in model.modules():
-        if host_class(module).__name__ in FACTS:
-            return module  # type: ignore[no-any-return]
-    return None
-
-
-def _check_whole(model: Any, core: nn.Module | None, stage: str) -> None:
+def check_whole(model: Any, core: nn.Module | None, stage: str) -> None:
     """Refuse what is no whole model that can be patched here, for its own reason, whatever its cache is like.
 
     Raises:
@@ -384,7 +382,7 @@ def _supplies_layer(layers: list[tuple[str, nn.Module]]) -> frozenset[str]:
     return frozenset(found)
 
 
-def _supplies_projector(core: Any, facts: Facts) -> frozenset[str]:
+def supplies_projector(core: Any, facts: Facts) -> frozenset[str]:
     found = {"x", "grid", "text", "carried"} | ({"project"} if facts.tokenwise else set())
     if facts.clips or any(modality == "video" for _, modality in facts.getters):
         found |= {"frames", "motion"} | ({"shots"} if tower.tower_of(core, facts) is not None else set())

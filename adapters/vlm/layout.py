@@ -331,6 +331,16 @@ def by_size(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: T
     return found
 
 
+def by_map(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: Tap) -> list[Picture]:
+    """Florence-2's: the cells of the tower's map ``(B, C, H, W)``, row by row, behind the mean of all of them, which
+    is no part of anything, and stays."""
+    high, wide = words.LAST.need(output).shape[-2:]
+    found = []
+    for i, n in enumerate(lengths(output)):
+        found.append(Picture(n, (Part(Span.line(n - high * wide, high * wide), (high, wide), tower=i),)))
+    return found
+
+
 def by_sample(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: Tap) -> list[Picture]:
     """Idefics3 and SmolVLM: all tiles of a sample together."""
     vision = words.VISION.need(words.CONFIG.need(core))

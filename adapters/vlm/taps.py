@@ -241,12 +241,12 @@ def tapped(core: nn.Module, given: dict[str, Any], modality: str) -> Iterator[Ta
 
 
 class ProjectorTap(Hook):
-    """Hook before the projector: its input is noted."""
+    """Hook before the projector: its input is noted, of a map ``(B, C, H, W)`` the cells row by row."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         tap = in_flight.tap
         if tap is not None and tap.inputs is None and args:
-            tap.inputs = args[0]
+            tap.inputs = args[0].flatten(2).mT if args[0].ndim == 4 else args[0]
 
 
 class TowerTap(Hook):

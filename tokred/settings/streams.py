@@ -71,7 +71,7 @@ def stream(
         ...     stream.frame(pixels)
         >>> stream.ask("What has just happened?").text
     """
-    from tokred.adapters.vlm.host import match_projector
+    from tokred.adapters.vlm.memory.host import match_projector
     from tokred.adapters.vlm.streams.families import looks_of
     from tokred.adapters.vlm.streams.given import as_ids, module_of
     from tokred.adapters.vlm.streams.stream import Parts, Stream

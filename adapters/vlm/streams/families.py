@@ -97,6 +97,7 @@ REASONS = {
     "Qwen3VLMoeModel": "adds features of its tower inside its language model, at the places of all visual tokens",
     "PaliGemmaModel": _BOTH_WAYS,
     "Gemma3Model": _BOTH_WAYS,
+    "Florence2Model": "reads all of its prompt at once in an encoder, and knows no videos",
 }
 
 
