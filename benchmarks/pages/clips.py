@@ -48,7 +48,7 @@ def _told(kinds: dict[str, list[Record]]) -> tuple[str, list[Record]]:
         dense = [row for row in kinds.get(kind, ()) if row["method"] == BASE]
         if dense:
             above[kind] = (value(dense[0], "exact").low or 0) - chance
-    if not above or min(above.values()) > 0:
+    if not above or (len(above) == len(CHANCES) and min(above.values()) > 0):
         return "all", kinds["all"]
     best = max(above, key=lambda kind: above[kind])
     return best, kinds[best]
@@ -60,6 +60,8 @@ def _unseen(found: Results, frames: int, kind: str) -> str:
         return ""
     dense = [r for r in found.records("vlm", "clips", method=BASE) if "exact" in r and int(r["frames"]) == frames]
     rest = {r["asked"]: r for r in dense if r["asked"] in CHANCES and r["asked"] != kind}
+    if not rest:
+        return f" Asked *{kind}* alone."
     said = [f"to *{k}* {100 * r['exact']:.0f} % (chance {100 * CHANCES[k]:.0f} %)" for k, r in rest.items()]
     return f" Asked *{kind}* alone: its answers {' and '.join(said)} tell nothing apart."
 
