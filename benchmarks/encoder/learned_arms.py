@@ -21,6 +21,8 @@ from tokred.bench.data.model import PATCH, SIZE
 from tokred.bench.data.scenes import GARMENT
 from tokred.learn.recipe import FOLDER
 
+# Of methods that learn beside a model that stays as it is, at a third of the work.
+WEIGHTS = Path(__file__).parent / "weights"
 COUNTS, SHARES = list(range(1, 60)), [k / 100 for k in range(99, 1, -1)]
 # The parameter that decides how much is removed, and its values, the most work first.
 AMOUNTS: dict[str, tuple[str, list[Any]]] = {

@@ -37,7 +37,7 @@ def metrics(found: Results) -> str:
 
 _PARTS = (
     provenance, metrics, encoder.demo, encoder.demo_claims, encoder.vit_speed, trained.learned,
-    trained.learned_claims, trained.learned_dinov2, encoder.operators, diffusion.diffusion,
+    trained.learned_claims, encoder.operators, diffusion.diffusion,
     diffusion.diffusion_claims, diffusion.diffusion_speed, vlm.vlm, vlm.vlm_claims, vlm.vlm_cost, vlm.vlm_cost_claims,
     clips.clips, clips.clips_claims, clips.clips_times, clips.early, clips.streams, clips.streams_claims,
     tasks.kv_tasks_kept, tasks.kv_tasks, tasks.kv_tasks_claims, caches.kv_perplexity, caches.kv_perplexity_claims,
@@ -55,6 +55,7 @@ PAGES = {
     DOCS / "methods" / "encoder" / "ltp.md": {"text": encoder.text, "text_claims": encoder.text_claims},
     DOCS / "caches.md": {"kv_take": held.kv_take},
     DOCS / "methods" / "kv" / "kv.md": {"kv_memory": caches.kv_memory},
+    DOCS / "finetune.md": {"learned_dinov2": trained.learned_dinov2},
     DOCS / "tune.md": {"tune": tune.tune, "tune_claims": tune.tune_claims},
     DOCS / "tutorials" / "kv.md": {"kv_limit": caches.kv_limit},
     DOCS / "tutorials" / "audio.md": {"audio": encoder.audio, "audio_claims": encoder.audio_claims},

@@ -132,3 +132,17 @@ def test_times_of_models_beside_the_dense_one(plain):
            "work": 0.5, "at": 100, "setting": "ToMe(r=22)", "method": "tome", "where": {}, "top1": 0.8}  # fmt: skip
     (one,) = train_learned.records([row], found)
     assert one["speedup_low"] <= one["speedup"] <= one["speedup_high"]
+
+
+@pytest.mark.parametrize("folder", sorted(arms.WEIGHTS.iterdir()), ids=lambda folder: folder.name)
+def test_weights_that_are_there_do_what_the_table_says(folder):
+    name, share = folder.name.split("-")
+    model, full = embedded.load(), arms.work(embedded.load(), None)
+    tokred.apply(model, tokred.load(folder))
+    assert tokred.patched(model)[0].name == name
+    images, labels = embedded.sample(200)
+    with torch.inference_mode():
+        right = (model(images).argmax(1) == labels).float().mean()
+    own = arms.before_blocks(next(iter(tokred.modules(model).values())), 196)
+    assert (own + tokred.report(model).macs) / full == pytest.approx(float(share), abs=0.02)
+    assert right > 0.72, "the dense model has 0.8 of these, a random choice at this share less than a half"
