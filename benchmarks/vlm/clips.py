@@ -1,7 +1,7 @@
 """Methods for clips on a real VLM at a quarter, a tenth and a twentieth of the visual tokens: exact answers, times.
 
     python -m benchmarks.zoo.fetch dinov2 smollm2 photos fashion questions
-    python -m benchmarks vlm/train_questions --folder questions      # the projector: --projector says where it is
+    python -m benchmarks vlm/train_questions --folder questions      # the projector, where not the one of the zoo
     python -m benchmarks vlm/clips --dtype bfloat16 --threads 1 --out vlm.csv
     python -m benchmarks vlm/clips --frames 32 --shares 0.1 --clips 10 --methods vidcom2,random_visual --out vlm.csv
     python -m benchmarks vlm/clips --answers --restore --dtype bfloat16 --threads 1 --out vlm.csv
