@@ -5,18 +5,19 @@
     python -m benchmarks vlm/stream --only stc streamingtom --every 64
     python -m benchmarks vlm/stream --quick                                               # tiny model: does it run?
 
-Pictures of clothes on drifting backgrounds come one by one, each shown for some frames. At every eighth
-of the frames there is a row for each setting: ``ms`` of a frame, median and quartiles over those since the row
-before; ``bytes`` of all that the stream holds, and ``rows_left`` of the fullest layer; ``agreement``: how many of the
-answers since the row before, one every so many frames, are those of a stream that keeps every token of the last 16
-frames alone. The setting without a method keeps everything, and stops at ``--dense`` frames.
+Clips of 16 frames, of a piece of clothing that moves over a photo, come one after the other, a frame at a time; at the
+end of every so many it is asked what is moving. At every eighth of the frames there is a row for each setting: ``ms``
+of a frame, median and quartiles over those since the row before; ``bytes`` of all that the stream holds, and
+``rows_left`` of the fullest layer; ``exact``: how many answers since the row before are right; ``agreement``: how many
+are those of a stream that has every token of the last 16 frames alone, whose own stand in the row ``short``. The
+setting without a method keeps everything, and stops at ``--dense`` frames.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +48,8 @@ class Watched(NamedTuple):
         prompt, question: ids.
         tokens: of a frame.
         words: tokens of an answer that are compared.
+        dtype: of the frames.
+        right: whether an answer after so many frames is right; None: there is no telling.
     """
 
     name: str
@@ -56,6 +59,8 @@ class Watched(NamedTuple):
     question: list[int]
     tokens: int
     words: int
+    dtype: torch.dtype = torch.float32
+    right: Callable[[tuple[int, ...], int], bool] | None = None
 
 
 def tiny() -> Watched:
@@ -69,22 +74,27 @@ def tiny() -> Watched:
     return Watched("tiny-onevision", vlm.build("onevision_video"), frames, [5, 6, 7], [8, 9, 10], 4, 2)
 
 
-def small(size: int) -> Watched:
-    """The small VLM of the zoo: DINOv2 and SmolLM2, a token for 14 x 14 pixels of a frame."""
+def small(size: int, dtype: torch.dtype) -> Watched:
+    """The small VLM of the zoo, as it takes clips: a token for 28 x 28 pixels of a frame."""
     from benchmarks.zoo import data, dinov2, questions, vlm
 
-    model, tokenizer = vlm.build(vlm.QUESTIONS)
+    model, tokenizer = vlm.build_video()
+    model.model.config.vision_config.image_size = size
+    said: list[str] = []
 
-    def frames(count: int, each: int = 8) -> Tensor:
-        scenes = vlm.scenes("test", -(-count // each)).images
-        g = torch.Generator().manual_seed(0)
-        shown = scenes.repeat_interleave(each, 0)[:count].float()
-        noise = 2 * torch.randn(shown.shape[0], 1, *shown.shape[2:], generator=g)
-        return data.normalise(questions.resized((shown + noise).clamp(0, 255).to(torch.uint8), size))
+    def frames(count: int) -> Tensor:
+        asked = questions.clips("test", -(-count // LAST), LAST)
+        said[:] = [q.answer for q in asked.questions if q.kind == "what"]
+        shown = asked.images.flatten(0, 1)[:count]
+        return data.normalise(shown if size == vlm.SIZE else questions.resized(shown, size)).to(dtype)
 
-    ids = tokenizer(vlm.PROMPT, add_special_tokens=False).input_ids
+    def right(ids: tuple[int, ...], seen: int) -> bool:
+        return vlm.said(tokenizer.decode(ids)) == said[(seen - 1) // LAST]
+
+    ids = tokenizer(vlm.asked(questions.ASKED["what"]), add_special_tokens=False).input_ids
+    tokens = (size // (2 * dinov2.PATCH)) ** 2
     return Watched(
-        "dinov2-smollm2-135m-questions", model, frames, [tokenizer.bos_token_id], ids, (size // dinov2.PATCH) ** 2, 3
+        "dinov2-smollm2-135m-questions", model.to(dtype), frames, [tokenizer.bos_token_id], ids, tokens, 4, dtype, right
     )
 
 
@@ -102,8 +112,17 @@ def answer(stream: Any, watched: Watched) -> tuple[int, ...]:
     return found
 
 
-def measure(watched: Watched, name: str, method: str | None, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Records of one setting."""
+def measure(
+    watched: Watched, name: str, method: str | None, options: argparse.Namespace, short: dict[int, tuple[int, ...]]
+) -> Iterator[dict[str, Any]]:
+    """Records of one setting.
+
+    Args:
+        watched: the model and its frames.
+        name, method: of :func:`settings`.
+        options: of :func:`parser`.
+        short: answers by the frames seen, of streams that have the last of them alone; those that are missing are made.
+    """
     count = options.frames if method else min(options.frames, options.dense)
     frames = watched.frames(options.frames)[:count]
     marks = {max(1, count * part // 8) for part in range(1, 9)}
@@ -111,15 +130,20 @@ def measure(watched: Watched, name: str, method: str | None, options: argparse.N
     stream = tokred.stream(watched.model, method, prompt=watched.prompt)
     seconds: list[float] = []
     agree: list[bool] = []
+    right: list[bool] = []
     watch = timing.Watch(device, time.process_time if options.clock == "process" else time.perf_counter)
     for t, pixels in enumerate(frames):
         begin = watch.now()
         stream.frame(pixels)
         seconds.append(watch.now() - begin)
         if method and (t + 1) % options.every == 0:
-            dense = tokred.stream(watched.model, prompt=watched.prompt)
-            dense.frames(frames[max(0, t + 1 - LAST) : t + 1])
-            agree.append(answer(stream, watched) == answer(dense, watched))
+            if t + 1 not in short:
+                dense = tokred.stream(watched.model, prompt=watched.prompt)
+                dense.frames(frames[max(0, t + 1 - LAST) : t + 1])
+                short[t + 1] = answer(dense, watched)
+            own = answer(stream, watched)
+            agree.append(own == short[t + 1])
+            right += [watched.right(own, t + 1)] if watched.right else []
         if t + 1 in marks:
             report = stream.report()
             row = {"model": watched.name, "method": name or BASE, "setting": method or "", "frames": t + 1}
@@ -128,8 +152,10 @@ def measure(watched: Watched, name: str, method: str | None, options: argparse.N
             row |= {"bytes": report.nbytes, "rows_left": report.rows}
             if agree:
                 row |= {"agreement": sum(agree) / len(agree), "images": len(agree)}
-            yield row | results.here(device, watched.model.dtype)
-            seconds, agree = [], []
+            if right:
+                row |= results.share("exact", sum(right), len(right))
+            yield row | results.here(device, watched.dtype)
+            seconds, agree, right = [], [], []
 
 
 def parser() -> argparse.ArgumentParser:
@@ -139,8 +165,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--dense", type=int, default=64, help="frames at most where everything is kept")
     made.add_argument("--share", type=float, default=0.25, help="of each frame's tokens that methods leave")
     made.add_argument("--held", type=int, default=LAST, help="frames that memory has room for")
-    made.add_argument("--every", type=int, default=32, help="frames from one question to the next")
-    made.add_argument("--size", type=int, default=224, help="height and width of the frames, a multiple of 14")
+    made.add_argument(
+        "--every", type=int, default=32, help=f"frames from one question to the next, a multiple of {LAST}"
+    )
+    made.add_argument("--size", type=int, default=224, help="height and width of the frames, a multiple of 28")
+    made.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the small model")
     made.add_argument("--only", nargs="+", choices=[one or BASE for one in SETTINGS], help="these settings alone")
     made.add_argument("--clock", choices=("wall", "process"), default="wall", help="process: of this process alone")
     made.add_argument("--device", default="cpu")
@@ -155,21 +184,28 @@ def run(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     if options.quick:
         options.frames, options.dense, options.held, options.every = 16, 8, 4, 8
-    watched = tiny() if options.quick else small(options.size)
+    watched = tiny() if options.quick else small(options.size, getattr(torch, options.dtype))
     watched.model.to(options.device)
+    short: dict[int, tuple[int, ...]] = {}
     for name, method in settings(watched, options.share, options.held):
         if options.only is not None and (name or BASE) not in options.only:
             continue
         start = time.perf_counter()
-        for row in measure(watched, name, method, options):
+        for row in measure(watched, name, method, options, short):
             shown = f"{row['agreement']:.2f}" if "agreement" in row else "-"
             print(
                 f"{row['method']:14} {row['frames']:6} frames {row['ms']:8.1f} ms {row['bytes'] / 2**20:9.2f} MiB "
-                f"{row['rows_left']:7} rows  agreement {shown}",
+                f"{row['rows_left']:7} rows  agreement {shown}  right {row.get('exact', float('nan')):.2f}",
                 flush=True,
             )
             save([row], "stream", options)
         print(f"{name or BASE}: {time.perf_counter() - start:.0f} s", flush=True)
+    if short and watched.right is not None:
+        right = sum(watched.right(ids, seen) for seen, ids in short.items())
+        print(f"the last {LAST} frames alone: {right} of {len(short)} answers are right", flush=True)
+        row = {"model": watched.name, "method": "short", "setting": "", "frames": LAST, "size": options.size}
+        row |= {"clock": options.clock, "tokens": watched.tokens, **results.share("exact", right, len(short))}
+        save([row | results.here(options.device, watched.dtype)], "stream", options)
 
 
 if __name__ == "__main__":
