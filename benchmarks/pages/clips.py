@@ -11,6 +11,7 @@ from tokred.bench.arms import BASE
 CHANCES = {"what": 1 / 10, "way": 1 / 4, "when": 1 / 3}
 CHANCE = sum(CHANCES.values()) / len(CHANCES)
 WRAPPER = "restore"
+SHORT = "short"  # streams of the last frames alone
 AIMS = (0.95, 8, 10)  # of the dense answers above chance, and selectors of so many that are to be lifted
 MIB = 2**-20
 CHOOSING = 0.02  # of the prompt's time, at most
@@ -153,18 +154,29 @@ def clips_times(found: Results) -> str:
 def streams(found: Results) -> str:
     """Time and memory of a frame along a stream, and answers."""
     lines = []
-    for row in found.records("vlm", "stream"):
+    for row in (row for row in found.records("vlm", "stream") if "ms" in row):
         cells = [f"`{row['setting'] or 'keeps everything'}`", str(row["frames"]), between(row, "ms", "{:.0f}")]
         agrees = f"{row['agreement'] * row['images']:.0f} of {row['images']}" if "agreement" in row else ""
-        lines.append([*cells, f"{row['bytes'] * MIB:.1f}", f"{row['rows_left']:.0f}", agrees])
-    header = ["setting", "frames", "ms a frame (quartiles)", "MiB held", "rows", "answers as of the last 16 alone"]
+        right = f"{row['exact'] * row['exact_count']:.0f}" if "exact" in row else ""
+        lines.append([*cells, f"{row['bytes'] * MIB:.1f}", f"{row['rows_left']:.0f}", agrees, right])
+    header = [
+        "setting",
+        "frames",
+        "ms a frame (quartiles)",
+        "MiB held",
+        "rows",
+        "answers as of the last 16 alone",
+        "right",
+    ]
     return table(header, lines, 1) if lines else _none("vlm/stream")
 
 
 def streams_claims(found: Results) -> str:
     """How flat memory and time are from the first mark with a full memory on."""
     lines = []
-    rows = [row for row in found.records("vlm", "stream") if row["method"] != BASE]
+    every = found.records("vlm", "stream")
+    rows = [row for row in every if row["method"] != BASE and "ms" in row]
+    short = {_stream(row)[1:]: row for row in every if row["method"] == SHORT}
     for key in dict.fromkeys(map(_stream, rows)):
         mine, (setting, *_) = sorted((row for row in rows if _stream(row) == key), key=_frames), key
         if len(mine) > 1:
@@ -179,6 +191,10 @@ def streams_claims(found: Results) -> str:
                 text += (
                     f"; {agreed:.0f} of {counted([sum(r['images'] for r in asked)])} answers as of the last 16 frames"
                 )
+            told = [r for r in mine if "exact" in r]
+            if told and key[1:] in short:
+                right, alone = sum(r["exact"] * r["exact_count"] for r in told), short[key[1:]]
+                text += f"; {right:.0f} are right, of those 16 frames alone {alone['exact'] * alone['exact_count']:.0f}"
             lines.append(text + ".")
     return "\n".join(lines) or _none("vlm/stream")
 

@@ -171,6 +171,7 @@ def streams(found: Results, folder: Path) -> list[Path]:
     frame = _frame(found, "vlm", "stream")
     if frame.empty:
         return []
+    frame = frame[frame["ms"].notna()]
     frame = frame.assign(method=frame["method"].replace("unpatched", "keeps everything"), held=frame["bytes"] * MIB)
     made = []
     shapes = ["model", *(name for name in ("size", "tokens") if name in frame)]
