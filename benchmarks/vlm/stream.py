@@ -5,11 +5,11 @@
     python -m benchmarks vlm/stream --only stc streamingtom --every 64
     python -m benchmarks vlm/stream --quick                                               # tiny model: does it run?
 
-Clips of 16 frames, of a piece of clothing that moves over a photo, come one after the other, a frame at a time; at the
+Clips of ``--last`` frames, of a piece of clothing that moves over a photo, come one after the other, a frame at a time; at the
 end of every so many it is asked what is moving. At every eighth of the frames there is a row for each setting: ``ms``
 of a frame, median and quartiles over those since the row before; ``bytes`` of all that the stream holds, and
 ``rows_left`` of the fullest layer; ``exact``: how many answers since the row before are right; ``agreement``: how many
-are those of a stream that has every token of the last 16 frames alone, whose own stand in the row ``short``. The
+are those of a stream that has every token of so many last frames alone, whose own stand in the row ``short``. The
 setting without a method keeps everything, and stops at ``--dense`` frames.
 """
 
@@ -28,7 +28,6 @@ from benchmarks.saving import save, saving
 from tokred.bench import results, timing
 from tokred.bench.arms import BASE
 
-LAST = 16
 SETTINGS = {
     "": "",
     "streaming_llm": "streaming_llm budget={rows}",
@@ -74,7 +73,7 @@ def tiny() -> Watched:
     return Watched("tiny-onevision", vlm.build("onevision_video"), frames, [5, 6, 7], [8, 9, 10], 4, 2)
 
 
-def small(size: int, dtype: torch.dtype) -> Watched:
+def small(size: int, dtype: torch.dtype, last: int) -> Watched:
     """The small VLM of the zoo, as it takes clips: a token for 28 x 28 pixels of a frame."""
     from benchmarks.zoo import data, dinov2, questions, vlm
 
@@ -83,13 +82,13 @@ def small(size: int, dtype: torch.dtype) -> Watched:
     said: list[str] = []
 
     def frames(count: int) -> Tensor:
-        asked = questions.clips("test", -(-count // LAST), LAST)
+        asked = questions.clips("test", -(-count // last), last)
         said[:] = [q.answer for q in asked.questions if q.kind == "what"]
         shown = asked.images.flatten(0, 1)[:count]
         return data.normalise(shown if size == vlm.SIZE else questions.resized(shown, size)).to(dtype)
 
     def right(ids: tuple[int, ...], seen: int) -> bool:
-        return vlm.said(tokenizer.decode(ids)) == said[(seen - 1) // LAST]
+        return vlm.said(tokenizer.decode(ids)) == said[(seen - 1) // last]
 
     ids = tokenizer(vlm.asked(questions.ASKED["what"]), add_special_tokens=False).input_ids
     tokens = (size // (2 * dinov2.PATCH)) ** 2
@@ -139,7 +138,7 @@ def measure(
         if method and (t + 1) % options.every == 0:
             if t + 1 not in short:
                 dense = tokred.stream(watched.model, prompt=watched.prompt)
-                dense.frames(frames[max(0, t + 1 - LAST) : t + 1])
+                dense.frames(frames[max(0, t + 1 - options.last) : t + 1])
                 short[t + 1] = answer(dense, watched)
             own = answer(stream, watched)
             agree.append(own == short[t + 1])
@@ -164,9 +163,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--frames", type=int, default=512)
     made.add_argument("--dense", type=int, default=64, help="frames at most where everything is kept")
     made.add_argument("--share", type=float, default=0.25, help="of each frame's tokens that methods leave")
-    made.add_argument("--held", type=int, default=LAST, help="frames that memory has room for")
+    made.add_argument("--last", type=int, default=16, help="frames of a clip, and of the stream that has no others")
+    made.add_argument("--held", type=int, default=16, help="frames that memory has room for")
     made.add_argument(
-        "--every", type=int, default=32, help=f"frames from one question to the next, a multiple of {LAST}"
+        "--every", type=int, default=32, help="frames from one question to the next, a multiple of --last"
     )
     made.add_argument("--size", type=int, default=224, help="height and width of the frames, a multiple of 28")
     made.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the small model")
@@ -184,7 +184,7 @@ def run(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     if options.quick:
         options.frames, options.dense, options.held, options.every = 16, 8, 4, 8
-    watched = tiny() if options.quick else small(options.size, getattr(torch, options.dtype))
+    watched = tiny() if options.quick else small(options.size, getattr(torch, options.dtype), options.last)
     watched.model.to(options.device)
     short: dict[int, tuple[int, ...]] = {}
     for name, method in settings(watched, options.share, options.held):
@@ -202,8 +202,8 @@ def run(options: argparse.Namespace) -> None:
         print(f"{name or BASE}: {time.perf_counter() - start:.0f} s", flush=True)
     if short and watched.right is not None:
         right = sum(watched.right(ids, seen) for seen, ids in short.items())
-        print(f"the last {LAST} frames alone: {right} of {len(short)} answers are right", flush=True)
-        row = {"model": watched.name, "method": "short", "setting": "", "frames": LAST, "size": options.size}
+        print(f"the last {options.last} frames alone: {right} of {len(short)} answers are right", flush=True)
+        row = {"model": watched.name, "method": "short", "setting": "", "frames": options.last, "size": options.size}
         row |= {"clock": options.clock, "tokens": watched.tokens, **results.share("exact", right, len(short))}
         save([row | results.here(options.device, watched.dtype)], "stream", options)
 
