@@ -165,7 +165,7 @@ def streams(found: Results) -> str:
         "ms a frame (quartiles)",
         "MiB held",
         "rows",
-        "answers as of the last 16 alone",
+        "answers as of the last frames alone",
         "right",
     ]
     return table(header, lines, 1) if lines else _none("vlm/stream")
@@ -188,20 +188,18 @@ def streams_claims(found: Results) -> str:
             text += f"bytes, {_times(first, last, 'ms')} the time of a frame"
             if asked:
                 agreed = sum(r["agreement"] * r["images"] for r in asked)
-                text += (
-                    f"; {agreed:.0f} of {counted([sum(r['images'] for r in asked)])} answers as of the last 16 frames"
-                )
+                text += f"; {agreed:.0f} of {counted([sum(r['images'] for r in asked)])} answers as of the last frames alone"
             told = [r for r in mine if "exact" in r]
             if told and key[1:] in short:
                 right, alone = sum(r["exact"] * r["exact_count"] for r in told), short[key[1:]]
-                text += f"; {right:.0f} are right, of those 16 frames alone {alone['exact'] * alone['exact_count']:.0f}"
+                text += f"; {right:.0f} are right, of those of the last frames alone {alone['exact'] * alone['exact_count']:.0f}"
             lines.append(text + ".")
     return "\n".join(lines) or _none("vlm/stream")
 
 
 def _stream(row: Record) -> tuple[str, ...]:
     """What tells streams apart, the setting first."""
-    return (row["setting"], row["model"], *(str(row.get(name)) for name in ("size", "tokens", "clock")))
+    return (row["setting"], row["model"], *(str(row.get(name)) for name in ("size", "tokens", "clock", "length")))
 
 
 def _frames(row: Record) -> int:

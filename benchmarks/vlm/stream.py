@@ -5,9 +5,9 @@
     python -m benchmarks vlm/stream --only stc streamingtom --every 64
     python -m benchmarks vlm/stream --quick                                               # tiny model: does it run?
 
-Clips of ``--last`` frames, of a piece of clothing that moves over a photo, come one after the other, a frame at a time; at the
-end of every so many it is asked what is moving. At every eighth of the frames there is a row for each setting: ``ms``
-of a frame, median and quartiles over those since the row before; ``bytes`` of all that the stream holds, and
+Clips of ``--last`` frames, of a piece of clothing that moves over a photo, come one after the other, a frame at a time;
+at the end of every so many it is asked what is moving. At every eighth of the frames there is a row for each setting:
+``ms`` of a frame, median and quartiles over those since the row before; ``bytes`` of all that the stream holds, and
 ``rows_left`` of the fullest layer; ``exact``: how many answers since the row before are right; ``agreement``: how many
 are those of a stream that has every token of so many last frames alone, whose own stand in the row ``short``. The
 setting without a method keeps everything, and stops at ``--dense`` frames.
@@ -147,6 +147,7 @@ def measure(
             report = stream.report()
             row = {"model": watched.name, "method": name or BASE, "setting": method or "", "frames": t + 1}
             row |= {"rounds": len(seconds), "size": options.size, "clock": options.clock, "tokens": watched.tokens}
+            row |= {"length": options.last}
             row |= results.spread("ms", [1000 * one for one in seconds])
             row |= {"bytes": report.nbytes, "rows_left": report.rows}
             if agree:
@@ -204,7 +205,12 @@ def run(options: argparse.Namespace) -> None:
         right = sum(watched.right(ids, seen) for seen, ids in short.items())
         print(f"the last {options.last} frames alone: {right} of {len(short)} answers are right", flush=True)
         row = {"model": watched.name, "method": "short", "setting": "", "frames": options.last, "size": options.size}
-        row |= {"clock": options.clock, "tokens": watched.tokens, **results.share("exact", right, len(short))}
+        row |= {
+            "clock": options.clock,
+            "tokens": watched.tokens,
+            "length": options.last,
+            **results.share("exact", right, len(short)),
+        }
         save([row | results.here(options.device, watched.dtype)], "stream", options)
 
 

@@ -88,13 +88,13 @@ def test_streams(tmp_path: Path) -> None:
     assert lines[2] == f"| `{setting}` | 64 | 108 (103 to 113) | 40.0 | 1025 | 2 of 4 |  |"
     assert clips.streams_claims(markdown.Results(tmp_path)) == (
         f"- `{setting}`: from 64 to 512 frames 1.00 times the bytes, 1.52 times the time of a frame; "
-        "6 of 12 answers as of the last 16 frames."
+        "6 of 12 answers as of the last frames alone."
     )
     told = {"exact": 0.75, "exact_count": 4, "size": 224, "tokens": 64}
     alone = {"method": "short", "setting": "", "frames": 16, **told, "exact": 0.5}
     found = table(tmp_path / "told", "stream", [*({**row, **told} for row in rows[-2:]), alone])
     assert clips.streams(found).splitlines()[-1].endswith("| 2 of 4 | 3 |")
-    assert clips.streams_claims(found).endswith("; 6 are right, of those 16 frames alone 2.")
+    assert clips.streams_claims(found).endswith("; 6 are right, of those of the last frames alone 2.")
     assert len(plots.streams(found, tmp_path)) == 1
     found = markdown.Results(tmp_path)
     made = plots.streams(found, tmp_path)
