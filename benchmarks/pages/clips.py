@@ -188,11 +188,12 @@ def streams_claims(found: Results) -> str:
             text += f"bytes, {_times(first, last, 'ms')} the time of a frame"
             if asked:
                 agreed = sum(r["agreement"] * r["images"] for r in asked)
-                text += f"; {agreed:.0f} of {counted([sum(r['images'] for r in asked)])} answers as of the last frames alone"
+                count = counted([sum(r["images"] for r in asked)])
+                text += f"; {agreed:.0f} of {count} answers as of the last frames alone"
             told = [r for r in mine if "exact" in r]
             if told and key[1:] in short:
-                right, alone = sum(r["exact"] * r["exact_count"] for r in told), short[key[1:]]
-                text += f"; {right:.0f} are right, of those of the last frames alone {alone['exact'] * alone['exact_count']:.0f}"
+                right, alone = (sum(r["exact"] * r["exact_count"] for r in some) for some in (told, [short[key[1:]]]))
+                text += f"; {right:.0f} are right, of those of the last frames alone {alone:.0f}"
             lines.append(text + ".")
     return "\n".join(lines) or _none("vlm/stream")
 
