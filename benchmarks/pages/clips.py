@@ -157,7 +157,7 @@ def streams(found: Results) -> str:
     for row in (row for row in found.records("vlm", "stream") if "ms" in row):
         cells = [f"`{row['setting'] or 'keeps everything'}`", str(row["frames"]), between(row, "ms", "{:.0f}")]
         agrees = f"{row['agreement'] * row['images']:.0f} of {row['images']}" if "agreement" in row else ""
-        right = f"{row['exact'] * row['exact_count']:.0f}" if "exact" in row else ""
+        right = f"{row['exact'] * row['images']:.0f}" if "exact" in row else ""
         lines.append([*cells, f"{row['bytes'] * MIB:.1f}", f"{row['rows_left']:.0f}", agrees, right])
     header = [
         "setting",
@@ -192,7 +192,7 @@ def streams_claims(found: Results) -> str:
                 text += f"; {agreed:.0f} of {count} answers as of the last frames alone"
             told = [r for r in mine if "exact" in r]
             if told and key[1:] in short:
-                right, alone = (sum(r["exact"] * r["exact_count"] for r in some) for some in (told, [short[key[1:]]]))
+                right, alone = (sum(r["exact"] * r["images"] for r in some) for some in (told, [short[key[1:]]]))
                 text += f"; {right:.0f} are right, of those of the last frames alone {alone:.0f}"
             lines.append(text + ".")
     return "\n".join(lines) or _none("vlm/stream")

@@ -85,7 +85,7 @@ def demo(found: Results, folder: Path) -> list[Path]:
 def learned(found: Results, folder: Path) -> list[Path]:
     """Top-1 of encoders that were trained with fewer tokens, over speed: a line a name, a point a share of the work."""
     frame = _frame(found, "encoder", "learned")
-    if frame.empty or "speedup" not in frame:
+    if frame.empty or "speedup" not in frame or not (frame["model"] == "embedded").any():
         return []
     frame = frame[(frame["model"] == "embedded") & (frame["goal"].astype(float) < 1)]
     dense = results.one(found.records("encoder", "learned", model="embedded"), case="dense")

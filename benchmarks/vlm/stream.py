@@ -209,6 +209,7 @@ def run(options: argparse.Namespace) -> None:
             "clock": options.clock,
             "tokens": watched.tokens,
             "length": options.last,
+            "images": len(short),
             **results.share("exact", right, len(short)),
         }
         save([row | results.here(options.device, watched.dtype)], "stream", options)

@@ -90,7 +90,7 @@ def test_streams(tmp_path: Path) -> None:
         f"- `{setting}`: from 64 to 512 frames 1.00 times the bytes, 1.52 times the time of a frame; "
         "6 of 12 answers as of the last frames alone."
     )
-    told = {"exact": 0.75, "exact_count": 4, "size": 224, "tokens": 64}
+    told = {"exact": 0.75, "images": 4, "size": 224, "tokens": 64}
     alone = {"method": "short", "setting": "", "frames": 16, **told, "exact": 0.5}
     found = table(tmp_path / "told", "stream", [*({**row, **told} for row in rows[-2:]), alone])
     assert clips.streams(found).splitlines()[-1].endswith("| 2 of 4 | 3 |")
