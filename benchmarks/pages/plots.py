@@ -146,14 +146,14 @@ def vlm(found: Results, folder: Path) -> list[Path]:
 
 
 def clips(found: Results, folder: Path) -> list[Path]:
-    """Exact answers about clips over the share of visual tokens: a panel a kind of question."""
+    """Exact answers about the shortest clips over the share of visual tokens: a panel a kind of question."""
     frame = _frame(found, "vlm", "clips")
-    if frame.empty:
+    if frame.empty or "exact" not in frame:
         return []
+    frame = frame[frame["exact"].notna() & (frame["asked"] != "all") & (frame["method"] != "restore")]
     frame = frame[frame["frames"].astype(int) == frame["frames"].astype(int).min()]
-    parts = frame["setting"].str.extract(r"(?:base=(?P<base>\S+) )?share=(?P<share>\S+)")
-    named = frame["method"] + (" " + parts["base"]).fillna("")
-    frame = frame.assign(share=100 * parts["share"].astype(float), name=named)
+    shares = frame["setting"].str.extract(r"share=(\S+)")[0].astype(float)
+    frame = frame.assign(share=100 * shares)
     panels = []
     for kind in frame["asked"].unique():
         mine = frame["asked"] == kind
@@ -163,7 +163,7 @@ def clips(found: Results, folder: Path) -> list[Path]:
             Panel("share", kind, "% of the visual tokens", "exact answers (%)", f"{kind}?", "log", times=100,
                   level=(float(dense["exact"]), "all tokens"), ticks=((25, 10, 5), ("25", "10", "5")))
         )  # fmt: skip
-    return [plots.save(plots.lines(frame, panels, by="name"), folder / "clips.png")]
+    return [plots.save(plots.lines(frame, panels), folder / "clips.png")]
 
 
 def streams(found: Results, folder: Path) -> list[Path]:
