@@ -106,6 +106,11 @@ def clips_claims(found: Results) -> str:
     for frames, (kind, rows) in answers(found).items():
         chance = CHANCES.get(kind, CHANCE)
         (dense,) = (row for row in rows if row["method"] == BASE)
+        if (value(dense, "exact").low or 0) <= chance:
+            lines.append(
+                f"- {frames} frames: the unpatched model's own answers are not beyond chance, nothing is told."
+            )
+            continue
         for one in dict.fromkeys(share(row) for row in rows if row["method"] != BASE):
             mine = [row for row in rows if share(row) == one]
             values = {_name(row): value(row, "exact", 100) for row in mine}

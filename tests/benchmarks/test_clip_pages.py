@@ -58,6 +58,10 @@ def test_clips(tmp_path: Path) -> None:
         "(aim at a tenth: 95 %); level with it: `restore around divprune`, `restore around evs`. RESTORE lifts 1 of 2 "
         "(aim: 8 of 10), and lowers 1; beyond the 95 % interval of the difference it lifts `evs`, and lowers none."
     )
+    blind = table(tmp_path / "blind", "clips", [asked("unpatched", "", 0.3, 513), asked("evs", "share=0.1", 0.4, 65)])
+    assert clips.clips_claims(blind).endswith(
+        "8 frames: the unpatched model's own answers are not beyond chance, nothing is told."
+    )
     spent = {"tower_seconds": 1.5, "selection_seconds": 0.01, "prompt_seconds": 0.5, "seconds": 2.25}
     timed = {"frames": 8, "asked": "what", "speedup": 2.0, "speedup_low": 1.9, "speedup_high": 2.1, **spent}
     found = table(tmp_path, "clips", [{"method": "holitom", "setting": "share=0.1", **timed}])
