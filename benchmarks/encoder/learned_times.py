@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from collections.abc import Mapping
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -45,27 +44,18 @@ def _rounds(
     arms = {"": plain, **models}
     watch = timing.Watch(clock=time.process_time)
     deciding = [[0.0] * rounds for _ in arms]
-    current: list[Any] = [plain]
 
-    @contextmanager
-    def entered(model: nn.Module) -> Any:
-        current[0] = model
-        yield
-
-    def enter(model: nn.Module) -> Callable[[], AbstractContextManager[None]]:
-        return lambda: entered(model)
-
-    def run(i: int) -> None:
+    def run(model: nn.Module, i: int) -> None:
         start = i * size % (len(images) - size + 1)
         watch.clear()
-        current[0](images[start : start + size])
+        model(images[start : start + size])
 
-    def collect(arm: int, i: int, _: None) -> None:
+    def collect(arm: int, i: int, _: object) -> None:
         deciding[arm][i] = watch.total()
 
     with watch.around(adapter_block, "decide", "deciding"):
-        seconds = timing.paired(
-            [enter(model) for model in arms.values()], run, rounds, collect=collect, clock=time.process_time
+        seconds = timing.compared(
+            [partial(run, model) for model in arms.values()], rounds, collect=collect, clock=time.process_time
         )
     faster = timing.ratios(seconds)
     return {
