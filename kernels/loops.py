@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-call"
+# mypy: disable-error-code="no-untyped-call, no-untyped-def, untyped-decorator"
 """Common pieces of loops over rows that numba compiles for a CPU: rows become arrays, and work is shared out."""
 
 from __future__ import annotations
@@ -16,6 +16,15 @@ def shares(pairs: int, units: int) -> int:
         return 0
     numba.set_num_threads(threads)
     return max(1, min(units, -(-4 * threads // pairs)))  # type: ignore[no-any-return]
+
+
+@numba.njit(inline="always")
+def span(task, splits, count):
+    """Of a task, one of ``splits`` shares of ``count`` units of each pair: its pair and share, its first unit and the
+    one behind its last."""
+    share = (count + splits - 1) // splits
+    begin = (task % splits) * share
+    return task // splits, task % splits, begin, min(begin + share, count)
 
 
 def by_pair(x: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ import functools
 import numba
 import numpy as np
 
+from tokred.kernels.loops import span
+
 # Queries of a table; the fourth column is that of lengths.
 _LANES = 3
 # Rows from which on a table costs less than it saves.
@@ -43,12 +45,9 @@ def scores(size, width, per, step, apart, unit, parallel):
     @numba.njit(parallel=parallel, fastmath=True, cache=True, nogil=True)
     def run(q, codes, found, factor, splits, out):
         pairs, heads, count = q.shape[0], q.shape[1], out.shape[2]
-        share = (count + splits - 1) // splits
         squares = _squared(found, size, width, per, step, apart)
         for task in numba.prange(pairs * splits):
-            p = task // splits
-            begin = (task % splits) * share
-            end = min(begin + share, count)
+            p, _, begin, end = span(task, splits, count)
             adds = np.zeros((size * 256, 4), np.float32)
             adds[:, 3] = squares
             for h in range(0, heads, _LANES):
@@ -86,12 +85,9 @@ def sums(size, width, per, step, apart, unit, parallel):
     @numba.njit(parallel=parallel, fastmath=True, cache=True, nogil=True)
     def run(weights, codes, found, factor, splits, out):
         pairs, heads, count = weights.shape[0], weights.shape[1], weights.shape[2]
-        share = (count + splits - 1) // splits
         squares = _squared(found, size, width, per, step, apart)
         for task in numba.prange(pairs * splits):
-            p, s = task // splits, task % splits
-            begin = s * share
-            end = min(begin + share, count)
+            p, s, begin, end = span(task, splits, count)
             scale = np.empty(max(end - begin, 0), np.float32)
             for t in range(begin, end):
                 scale[t - begin] = factor[p, t]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tokred.kernels.coded_rows import by_byte
 from tokred.kernels.coded_rows.reference import BOOK, LARGEST, LEVELS, CodedRows
-from tokred.kernels.loops import by_pair, shares
+from tokred.kernels.loops import by_pair, shares, span
 from tokred.kernels.packed_rows.reference import unpack
 
 # float16 as the upper bits of a float32 has an exponent that is 112 too small.
@@ -144,13 +144,10 @@ def _scores(form, width, bits, option, columns, parallel):
     @numba.njit(parallel=parallel, fastmath=True, cache=True, nogil=True)
     def run(q, codes, marks, whole, halves, table, places, turned, factor, splits, out):
         pairs, heads, count = q.shape[0], q.shape[1], out.shape[2]
-        share = (count + splits - 1) // splits
         found = _of_bytes(table, bits) if form == 0 else table
         two = found.view(np.int64)
         for task in numba.prange(pairs * splits):
-            p = task // splits
-            begin = (task % splits) * share
-            end = min(begin + share, count)
+            p, _, begin, end = span(task, splits, count)
             wide = np.zeros((_ROWS, columns // 2), np.int64)
             rows = wide.view(np.float32)
             scale, line = np.empty(_ROWS, np.float32), np.empty(_ROWS, np.float32)
@@ -183,13 +180,10 @@ def _sums(form, width, bits, option, columns, parallel):
     @numba.njit(parallel=parallel, fastmath=True, cache=True, nogil=True)
     def run(weights, codes, marks, whole, halves, table, places, turned, factor, splits, out):
         pairs, heads, count = weights.shape[0], weights.shape[1], weights.shape[2]
-        share = (count + splits - 1) // splits
         found = _of_bytes(table, bits) if form == 0 else table
         two = found.view(np.int64)
         for task in numba.prange(pairs * splits):
-            p, s = task // splits, task % splits
-            begin = s * share
-            end = min(begin + share, count)
+            p, s, begin, end = span(task, splits, count)
             wide = np.zeros((_ROWS, columns // 2), np.int64)
             rows = wide.view(np.float32)
             scale, line = np.empty(_ROWS, np.float32), np.empty(_ROWS, np.float32)

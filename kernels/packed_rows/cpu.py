@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokred.kernels.loops import by_pair, shares
+from tokred.kernels.loops import by_pair, shares, span
 from tokred.kernels.packed_rows.reference import PackedRows, bytes_of
 
 # float16 as the upper bits of a float32 has an exponent that is 112 too small.
@@ -32,16 +32,14 @@ def _token_scores(bits, group, width, parallel):
     @numba.njit(parallel=parallel, fastmath=True, cache=True, nogil=True)
     def run(q, codes, scale, zero, units, splits, out):
         pairs, heads = q.shape[0], q.shape[1]
-        share = (units + splits - 1) // splits
         for task in numba.prange(pairs * splits):
-            p = task // splits
-            begin = (task % splits) * share
+            p, _, begin, end = span(task, splits, units)
             halves = np.empty((2, width), np.int32)
             wide = halves.view(np.float32)
             scaled = np.empty((heads, width), np.float32)
             base = np.empty(heads, np.float32)
             rows = np.empty((per, width), np.float32)
-            for u in range(begin, min(begin + share, units)):
+            for u in range(begin, end):
                 for c in range(width):
                     a, b = np.int32(scale[p, u, c]), np.int32(zero[p, u, c])
                     halves[0, c] = ((a & 0x8000) << 16) | ((a & 0x7FFF) << 13)
@@ -94,11 +92,8 @@ def _channel_scores(bits, group, width, parallel):
     @numba.njit(parallel=parallel, fastmath=True, cache=True, nogil=True)
     def run(q, codes, scale, zero, count, splits, out):
         pairs, heads = q.shape[0], q.shape[1]
-        share = (count + splits - 1) // splits
         for task in numba.prange(pairs * splits):
-            p = task // splits
-            begin = (task % splits) * share
-            end = min(begin + share, count)
+            p, _, begin, end = span(task, splits, count)
             halves = np.empty((2, _ROWS, groups), np.int32)
             wide = halves.view(np.float32)
             rows = np.empty((_ROWS, width), np.float32)
@@ -128,11 +123,8 @@ def _channel_sums(bits, group, width, parallel):
     @numba.njit(parallel=parallel, fastmath=True, cache=True, nogil=True)
     def run(weights, codes, scale, zero, count, splits, out):
         pairs, heads = weights.shape[0], weights.shape[1]
-        share = (count + splits - 1) // splits
         for task in numba.prange(pairs * splits):
-            p, s = task // splits, task % splits
-            begin = s * share
-            end = min(begin + share, count)
+            p, s, begin, end = span(task, splits, count)
             halves = np.empty((2, _TILE * groups), np.int32)
             wide = halves.view(np.float32)
             steps, lows = np.zeros(_TILE * line, np.float32), np.zeros(_TILE * line, np.float32)

@@ -94,6 +94,7 @@ def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 
 
 def _forget_loops(operator: str) -> None:
+    sys.modules.pop("tokred.kernels.loops", None)  # whose pieces the loops take in
     for part in ("cpu", "by_byte"):
         sys.modules.pop(f"{operator}.{part}", None)
         sys.modules[operator].__dict__.pop(part, None)
