@@ -28,6 +28,7 @@ from tokred.adapters.host import State
 from tokred.adapters.kv.again import oversee
 from tokred.adapters.kv.attention import PREFIX, SEAT, Seat, register
 from tokred.adapters.kv.cache import LayerRows, TokCache, adopt, layer_of, make_cache, rows_of
+from tokred.adapters.kv.front import Front
 from tokred.adapters.kv.latents import read
 from tokred.adapters.kv.layer import TokLayer
 from tokred.adapters.kv.masks import MaskSpec
@@ -162,9 +163,10 @@ class CacheSettings(State, Undo):
 class EnterDecoder(Hook):
     """Before the decoder's forward: it gets a cache where it would have made one, and bad calls are refused."""
 
-    def __init__(self, settings: CacheSettings, names: tuple[str, ...]) -> None:
+    def __init__(self, settings: CacheSettings, names: tuple[str, ...], front: Front | None = None) -> None:
         self.settings = settings
         self.names = names  # of the forward's arguments
+        self.front = front  # moves the first rows; None: they stay
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
@@ -186,6 +188,9 @@ class EnterDecoder(Hook):
         check_mask(ours, words.ATTENTION_MASK.of(given))
         _check_chunk(given, ours.engine.parts.when.chunk)
         ours.begin()
+        if self.front is not None:
+            with torch.no_grad():
+                self.front.follow(ours)
         ours.account(_new(given)[0], self.settings.config)
         oversee(self.settings, module, given, ours)
         kept = words.KEPT_LOGITS.of(given)

@@ -130,12 +130,14 @@ class CacheHost(Host):
         self.check_stage(method)
         if expose not in ("auto", "none"):
             raise ValueError(f"expose is for methods of blocks; a cache policy takes 'auto' alone, got {expose!r}")
+        from tokred.adapters.kv import front
         from tokred.kv.policy import CachePolicy
 
         self.check_reads(method)
         method.check(self.depth)
         if isinstance(method, CachePolicy):
             method.fits(self.model_facts)
+            front.check_front(self, method)
             for keys, values in self.rows:
                 method.parts.store.check(keys, values)
 
@@ -194,10 +196,12 @@ class CacheHost(Host):
             changes: take the hooks.
         """
         from tokred.adapters.kv import hooks
+        from tokred.adapters.kv.front import Front
         from tokred.adapters.kv.rope import layer_type_of
 
         settings = hooks.CacheSettings(policy, self.config, chosen, implementation)
-        enter = hooks.EnterDecoder(settings, hooks.argument_names(self.decoder))
+        front = Front(self, policy) if policy.closes else None
+        enter = hooks.EnterDecoder(settings, hooks.argument_names(self.decoder), front)
         changes.before(self.decoder, enter, with_kwargs=True)
         embedding = words.ROTARY.part(self.decoder) if "rotation" in self.supplies else None
         lenders = {owner for _, _, owner in self.readers.values()}

@@ -43,10 +43,13 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
         mixed: whether rows stand in another order than their slots, which those who look at :attr:`keys` do not see.
         weights: ``[B, Hk, K]`` float32, how many tokens each row stands for; None: one each.
         lent: what other layers attend to in this forward, see :mod:`tokred.adapters.kv.sharing`; None: none does.
+        front: ``[B, Hk, n, D]`` keys of the first rows before a ``Front`` moved them; ``led``: slots when it last did.
         view: makes what a site takes of the rows, where they are not keys and values themselves; None: they are.
         rows, notes: state of the policy, by row ``[B, Hk, K]`` and of other shapes.
     """
 
+    weights: Tensor | None
+    front: Tensor | None
     is_sliding = False
     is_compileable = False
     is_croppable = True
@@ -72,7 +75,7 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
         self.seen = self.settled = 0
         self.ragged = self.mixed = False
         self._gone: Tensor | int | None = None  # the hole that rows of the policy's state have too
-        self.weights: Tensor | None = None
+        self.weights, self.front, self.led = None, None, 0
         self.rows: dict[str, Tensor] = {}
         self.notes: dict[str, Any] = {}
         self.clock = Clock()
@@ -345,7 +348,7 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
     @property
     def nbytes(self) -> int:
         """Bytes really held: the memory behind rows, positions, weights and the policy's state."""
-        return storage_bytes([*self.shelf.tensors, self.weights, *self.rows.values(), *self.notes.values()])
+        return storage_bytes([*self.shelf.tensors, self.weights, self.front, *self.rows.values(), *self.notes.values()])
 
     @property
     def away_bytes(self) -> int:
@@ -389,7 +392,7 @@ class TokLayer(CacheLayerMixin):  # type: ignore[misc]
             return known[0]
 
         self.shelf.select(index, listed)
-        self.weights = None if self.weights is None else self.weights.index_select(0, index)
+        self.weights, self.front = (None if x is None else x.index_select(0, index) for x in (self.weights, self.front))
         for state in (self.rows, self.notes):
             for name, value in state.items():
                 if isinstance(value, Tensor) and value.shape[0] == b:

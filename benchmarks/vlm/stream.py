@@ -126,7 +126,10 @@ def measure(
     frames = watched.frames(options.frames)[:count]
     marks = {max(1, count * part // 8) for part in range(1, 9)}
     device = torch.device(options.device)
-    stream = tokred.stream(watched.model, method, prompt=watched.prompt)
+    positions = options.positions if method else None
+    stream = tokred.stream(watched.model, method, prompt=watched.prompt, positions=positions)
+    if positions == "video":
+        method = f"{method} positions=video"
     seconds: list[float] = []
     agree: list[bool] = []
     right: list[bool] = []
@@ -169,6 +172,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--every", type=int, default=32, help="frames from one question to the next, a multiple of --last"
     )
+    made.add_argument(
+        "--positions", choices=("contiguous", "video"), default="contiguous",
+        help="whether the prompt moves up behind frames that have left, or stays",
+    )  # fmt: skip
     made.add_argument("--size", type=int, default=224, help="height and width of the frames, a multiple of 28")
     made.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the small model")
     made.add_argument("--only", nargs="+", choices=[one or BASE for one in SETTINGS], help="these settings alone")

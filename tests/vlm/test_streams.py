@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import warnings
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from tests.vlm import hosts
 from tokred.adapters.tiny.vlm import IMAGE, VIDEO
 from tokred.adapters.vlm.streams.families import LOOKS, REASONS
 from tokred.adapters.vlm.streams.stream import Stream
+from tokred.kv.turning import turned
 
 PROMPT, QUESTION = [5, 6, 7], [8, 9, 10, 11]
 # The shortest keys leave, after every frame.
@@ -394,3 +396,78 @@ def test_a_tower_that_was_patched_alone_is_refused():
             stream = tokred.stream(model, prompt=[3, 4])
             stream.frames(torch.randn(2, 3, 16, 16))
             assert len(stream.ask([5, 6], max_new_tokens=2).ids) <= 2
+
+
+# ---------------------------------------------------------------- the prompt behind frames that have left
+
+
+def first_keys(stream: Stream) -> list[Tensor]:
+    return [layer.keys[:, :, : len(PROMPT)].clone() for layer in stream._cache.layers]
+
+
+@pytest.mark.parametrize(
+    ("setting", "by"),
+    [
+        ("streaming_llm budget=19 sinks=3", 16),  # four frames of four tokens, of eight
+        ("stc budget=2 + streaming_llm budget=11 sinks=3", 16),  # positions are those of whole frames
+        ("uniform_visual budget=2 positions=repack + streaming_llm budget=11 sinks=3", 8),
+        ("streaming_llm budget=20 sinks=4", 15),
+        ("streamingtom budget=2 + streamingtom_cache groups=2 most=4", 16),
+    ],
+)
+def test_the_prompt_moves_up_behind_frames_that_have_left(setting, by):
+    """It stands right before the oldest frame, as it does in a video that begins there."""
+    video = pixels(8)
+    stays, moves = opened(method=setting, positions="video"), opened(method=setting)
+    for stream in (stays, moves):
+        stream.frames(video)
+    angle = model_of("onevision_video").model.language_model.rotary_emb.inv_freq.float()
+    steps = torch.full((1, len(PROMPT)), by)
+    for old, new in zip(first_keys(stays), first_keys(moves), strict=True):
+        # Both saw the same prompt, which no frame has changed.
+        torch.testing.assert_close(new, turned(old, steps, angle), rtol=1e-4, atol=1e-4)
+    assert moves.nbytes > stays.nbytes, "keys as they came are held, too"
+    before = first_keys(moves)
+    first = moves.ask(QUESTION, max_new_tokens=2, logits=True).logits
+    assert not torch.allclose(first, stays.ask(QUESTION, max_new_tokens=2, logits=True).logits, atol=1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(before, first_keys(moves), strict=True))
+
+
+def test_nothing_moves_before_a_frame_has_left_whole():
+    video = pixels(5)
+    stays, moves = (opened(method="streaming_llm budget=19 sinks=3", positions=p) for p in ("video", "contiguous"))
+    for t, one in enumerate(video):
+        for stream in (stays, moves):
+            stream.frame(one)
+        same = [torch.equal(a, b) for a, b in zip(first_keys(stays), first_keys(moves), strict=True)]
+        assert all(same) if t < 4 else not any(same)
+
+
+def test_positions_are_refused_where_the_prompt_cannot_move():
+    for setting, why in (
+        (None, "no policy of the cache lets frames leave"),
+        ("offloaded", "cannot let its first rows stand elsewhere"),
+    ):
+        with pytest.raises(ValueError, match=f"positions='contiguous' moves the prompt .*{why}"):
+            opened(method=setting, positions="contiguous")
+        opened(method=setting)  # and where nobody asks for it, it stays
+    with pytest.raises(ValueError, match="stand in several axes"):
+        opened("qwen2_vl", "streaming_llm budget=24", positions="contiguous")
+    with pytest.raises(ValueError, match="positions must be 'contiguous', 'video' or None, got 'cache'"):
+        opened(method="streaming_llm budget=24", positions="cache")
+
+
+def test_a_stream_may_be_longer_than_the_model_was_made_for():
+    """What stands behind frames that have left is no further away than the model knows."""
+    model = model_of("onevision_video")
+    most = model.config.text_config.max_position_embeddings
+    video = pixels(8)
+    try:
+        model.config.text_config.max_position_embeddings = 28
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", tokred.TokredWarning)
+            opened(method="streaming_llm budget=19").frames(video)
+        with pytest.warns(tokred.TokredWarning, match="was made for 28"):
+            opened(method="streaming_llm budget=19", positions="video").frames(video)
+    finally:
+        model.config.text_config.max_position_embeddings = most

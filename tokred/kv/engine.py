@@ -140,6 +140,7 @@ class Engine:
         drafting: whether later forwards of several tokens are drafts to be verified, and no second turn.
         frames: whether every forward is a frame of a stream, and so a turn, also one of a single token.
         when: the policy's times, as this number of layers needs them.
+        front: first rows whose keys are held a second time, since they move.
         ledger: of the bytes held, under a hard limit; else None.
         probe: reads the attention of forwards that repeat the context; None in all other forwards.
         queue: takes steps without a site, where it can; None: it never can.
@@ -159,6 +160,7 @@ class Engine:
         self._swaps, self.queue = policy.swaps, queue_of(self.policy, depth)
         self._state_bytes = 4 * state if self.when.every or self.when.turns else 0
         self.ledger: Ledger | None = ledger_of(policy, self.when, depth)
+        self.front = self.policy.front if self.policy.closes else 0
         self.prompt: int | None = None
         self.steps: int | None = None
         self.drafting = self.learning = self.frames = False
@@ -253,6 +255,8 @@ class Engine:
     def _claim(self, site: CacheSite) -> None:
         """Tell the site what rows cost, and what budgets in bytes have to leave room for."""
         site.price(self.parts.store, uneven=self.parts.budget.headwise)
+        if self.front:
+            site.whole = (*site.whole, (self.front, site.key_bytes))
         site.state_bytes = self._state_bytes
         if self.ledger is not None:
             self.ledger.claim(site)

@@ -156,6 +156,16 @@ class CachePolicy(Method):
                 needs["tight"] = f"the budget {parts.budget.name!r} under a hard limit"
         return needs
 
+    @property
+    def closes(self) -> bool:
+        """True if the first rows move up behind those that have left, so that positions are those inside the cache."""
+        return False
+
+    @property
+    def front(self) -> int:
+        """First rows of each head that neither policy nor store ever lets go."""
+        return max(self.parts.sinks, int(getattr(self.parts.store, "sinks", 0)))
+
     def tokens(self, n: int, *, layer: int, depth: int, prefix: int = 0, suffix: int = 0) -> int:
         """Rows that ``layer`` holds after a prompt of ``n`` tokens; budgets in bytes or by content: at most ``n``."""
         parts = self.parts
@@ -297,3 +307,13 @@ def check_room(policy: CachePolicy) -> None:
             f"a budget of {tokens} tokens cannot hold the {sinks} first and {recent} newest tokens that "
             f"{policy.name or 'this policy'} never evicts{more}"
         )
+
+
+def check_positions(positions: str) -> None:
+    """Refuse positions that there are none of.
+
+    Raises:
+        ValueError: with what was given and what is allowed.
+    """
+    if positions not in ("cache", "text"):
+        raise ValueError(f"positions must be 'cache' or 'text', got {positions!r}")

@@ -33,6 +33,7 @@ def stream(
     reuse: Reuse | float | None = None,
     tokenizer: Any = None,
     seconds: float = 1.0,
+    positions: str | None = None,
     **parameters: Any,
 ) -> Stream:
     """A stream: frames of a running video go in one by one, and it answers questions at any time.
@@ -54,6 +55,9 @@ def stream(
             :class:`tokred.vlm.Reuse`; None: every frame goes through the whole tower.
         tokenizer: of transformers, for prompts and questions as text; None: they come as ids.
         seconds: between two frames, for models whose positions are times (Qwen2.5-VL).
+        positions: ``"contiguous"``: the prompt (and other first rows that a policy keeps) moves up behind frames that
+            have left, as if the video had begun with the oldest that is remembered; ``"video"``: it stays, and its
+            distance grows; None: the former where it can be.
         parameters: of the method, where it is given by name.
 
     Returns:
@@ -74,7 +78,8 @@ def stream(
     from tokred.adapters.vlm.memory.host import match_projector
     from tokred.adapters.vlm.streams.families import looks_of
     from tokred.adapters.vlm.streams.given import as_ids, module_of
-    from tokred.adapters.vlm.streams.stream import Parts, Stream
+    from tokred.adapters.vlm.streams.parts import Parts
+    from tokred.adapters.vlm.streams.stream import Stream
     from tokred.adapters.vlm.streams.tower import TowerReuse
 
     host = match_projector(module_of(model))
@@ -101,7 +106,31 @@ def stream(
         raise TypeError(f"{', '.join(parameters)}: parameters go with a method's name")
     cache_host = _cache_host(model, policy)
     tower = None if how is None else TowerReuse.of(how, host.core, host.facts)
-    return Stream(Parts(host, cache_host, looks, first, policy, tower, tokenizer, float(seconds)), ids)
+    front = _front(cache_host, policy, positions, looks.axes)
+    return Stream(Parts(host, cache_host, looks, first, policy, tower, tokenizer, float(seconds), front), ids)
+
+
+def _front(cache_host: Any, policy: CachePolicy | None, positions: str | None, axes: bool) -> Any:
+    """What moves the prompt up; None: it stays.
+
+    Raises:
+        ValueError: it is to be moved, and cannot, or ``positions`` is something else.
+    """
+    from tokred.adapters.kv.front import Front, why_no_front
+
+    if positions not in (None, "contiguous", "video"):
+        raise ValueError(f"positions must be 'contiguous', 'video' or None, got {positions!r}")
+    if positions == "video":
+        return None
+    if policy is None:
+        why = "no policy of the cache lets frames leave"
+    elif axes:
+        why = "tokens stand in several axes, of which time alone grows, by one or a few a frame"
+    else:
+        why = why_no_front(cache_host, policy)
+    if why and positions == "contiguous":
+        raise ValueError(f"positions='contiguous' moves the prompt behind frames that have left: {why}")
+    return None if why else Front(cache_host, policy)  # type: ignore[arg-type]
 
 
 def _cache_host(model: nn.Module, policy: CachePolicy | None) -> Any:

@@ -21,18 +21,16 @@ from torch import Tensor
 
 from tokred.adapters.contract import attention_of, cache_kwargs, members, set_attention, words
 from tokred.adapters.kv.cache import TokCache, holds_of, layers_of, make_cache, rows_of, set_states, states_of
-from tokred.adapters.kv.host import CacheHost
 from tokred.adapters.kv.reuse.layers import plain_cache
-from tokred.adapters.vlm.host import VisualHost
 from tokred.adapters.vlm.streams.again import Again
-from tokred.adapters.vlm.streams.families import Looks, newline_of
+from tokred.adapters.vlm.streams.closing import Closing
+from tokred.adapters.vlm.streams.families import newline_of
 from tokred.adapters.vlm.streams.given import as_ids, ends_of, named
 from tokred.adapters.vlm.streams.looked import features_of, look
+from tokred.adapters.vlm.streams.parts import Parts
 from tokred.adapters.vlm.streams.report import StreamReport
-from tokred.adapters.vlm.streams.tower import TowerReuse
 from tokred.core.method import Method
 from tokred.errors import TokredWarning
-from tokred.vlm.before_llm import ProjectorMethod
 from tokred.vlm.causal import State
 
 
@@ -66,30 +64,6 @@ class Answer(NamedTuple):
     logits: Tensor | None
 
 
-class Parts(NamedTuple):
-    """The things a stream is made of; :func:`tokred.stream` puts them together.
-
-    Attributes:
-        host: the model with vision.
-        cache_host: its language model.
-        looks: how it takes frames.
-        method: that leaves some tokens of each frame; None: all stay.
-        policy: of the cache; None: every row stays as it came.
-        tower: features that are used again; None: every frame goes through the whole tower.
-        tokenizer: for questions as text; None: they come as ids.
-        seconds: between two frames, for models that see time.
-    """
-
-    host: VisualHost
-    cache_host: CacheHost
-    looks: Looks
-    method: ProjectorMethod | None
-    policy: Any
-    tower: TowerReuse | None
-    tokenizer: Any
-    seconds: float
-
-
 class Stream:
     """A running video, in front of one model; ``len`` is the number of frames so far.
 
@@ -112,12 +86,14 @@ class Stream:
         self._cache: Any = made
         if isinstance(made, TokCache):
             made.watch()
+            made.engine.front = 0 if parts.front is None else parts.front.count
         self._shape: tuple[int, ...] | None = None
         self._state: State = ()
         self._frames = self._seen = self._kept = 0
         self._grid = (1, 1)
         self._next = 0  # position of what comes next
         self._warned = False
+        self._closing = None if parts.front is None else Closing(parts.front, len(prompt))
         embed = members.EMBED.need(self._model)()
         self._device = embed.weight.device
         self._embed = embed
@@ -177,6 +153,9 @@ class Stream:
                 x, places = left.x.to(self._device, self._embed.weight.dtype), self._places(left.kept, n)
                 self._feed(x, places, self._last(n, len(left.kept)))
             self._state = left.state
+            if self._closing is not None and len(left.kept):
+                self._closing.came(self._next, self._offsets(left.kept))
+                self._closing.close(self._cache)
         self._shape = tuple(pixels.shape)
         self._next += self._advance(n, len(left.kept))
         self._frames, self._seen, self._kept = self._frames + 1, self._seen + n, self._kept + len(left.kept)
@@ -302,9 +281,10 @@ class Stream:
 
     def _check_range(self, positions: Tensor, last: int) -> None:
         most = words.MOST_POSITIONS.part(self._parts.cache_host.config)
-        if self._warned or not isinstance(most, int) or last < most:
+        moved = 0 if self._closing is None else self._closing.by
+        if self._warned or not isinstance(most, int) or last - moved < most:
             return
-        last = int(positions.max())  # which waits for the device, and is asked for near the end alone
+        last = int(positions.max()) - moved  # which waits for the device, and is asked for near the end alone
         if last >= most:
             self._warned = True
             warnings.warn(
@@ -332,6 +312,10 @@ class Stream:
         if self._repacks:
             return self._line(len(kept))
         return self._next + kept[None]
+
+    def _offsets(self, kept: Tensor) -> list[int]:
+        """Where the tokens of a frame that stay stand, counted from its beginning."""
+        return list(range(len(kept))) if self._repacks else kept.tolist()
 
     def _last(self, n: int, kept: int) -> int:
         """No position of a frame of ``n`` tokens, of which ``kept`` stay, is larger."""

@@ -29,7 +29,7 @@ class Flat(Store):
     """
 
     name: ClassVar[str] = "flat"
-    can: ClassVar[frozenset[str]] = frozenset({"take", "merge", "rewrite", "ragged", "tight", "crop", "attend"})
+    can: ClassVar[frozenset[str]] = frozenset({"take", "merge", "rewrite", "ragged", "tight", "crop", "attend", "lead"})
 
     waste: float = 0.15
 
@@ -138,6 +138,14 @@ class FlatShelf(RectangleShelf):
         if self.flat is not None:
             self._keys, self._slots, self.flat = self.keys, slots, None
         super().rewrite(values, slots, keys)
+
+    def lead(self, keys: Tensor) -> None:
+        if self.flat is None:
+            super().lead(keys)
+            return
+        n = keys.shape[2]
+        places = (self.flat.offsets[:-1, None] + torch.arange(n, device=keys.device)).view(-1)
+        self.flat = self.flat._replace(keys=self.flat.keys.index_copy(0, places, keys.reshape(-1, keys.shape[3])))
 
     def _lie(self, flat: FlatRows) -> None:
         self.flat, self._keys, self._values, self._slots, self._room = flat, None, None, None, None

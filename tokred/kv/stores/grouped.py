@@ -107,7 +107,7 @@ class Grouped(Store):
     """
 
     name: ClassVar[str] = "grouped"
-    can: ClassVar[frozenset[str]] = frozenset({"attend"})
+    can: ClassVar[frozenset[str]] = frozenset({"attend", "lead"})
     searches: ClassVar[bool] = True
 
     groups: int = 250
@@ -239,6 +239,10 @@ class GroupedShelf(Shelf):
         over = 0 if self.store.most is None else max(0, len(groups) - self.store.most)
         self._left += sum(one.keys.size for one in groups[:over])
         self._groups, self._means = groups[over:], means[:, :, over:].contiguous()
+
+    def lead(self, keys: Tensor) -> None:
+        assert self._first is not None  # the store's sinks, and no others
+        self._first = keys, self._first[1]
 
     def detach(self, count: int) -> Rows:
         assert self._tail is not None  # they have come in this forward

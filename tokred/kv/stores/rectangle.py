@@ -23,7 +23,7 @@ class Rectangle(Store):
     """Keys and values of the model's type, as many rows in every head as in the longest."""
 
     name: ClassVar[str] = "rectangle"
-    can: ClassVar[frozenset[str]] = frozenset({"take", "merge", "rewrite", "ragged", "crop", "return"})
+    can: ClassVar[frozenset[str]] = frozenset({"take", "merge", "rewrite", "ragged", "crop", "return", "lead"})
 
     def open(self) -> Shelf:
         return RectangleShelf()
@@ -281,6 +281,10 @@ class RectangleShelf(SlottedShelf):
         held = self.keys if keys is None else keys
         assert held is not None  # there are rows
         self._hold(held, values, own=False)
+
+    def lead(self, keys: Tensor) -> None:
+        self.close()
+        self._changeable()[0].narrow(2, 0, keys.shape[2]).copy_(keys)
 
     def crop(self, count: int) -> None:
         self.close()

@@ -29,6 +29,7 @@ ABILITIES = {
     "crop": "take the newest rows back",
     "levels": "hold every row in the bits that it was given",
     "return": "take back rows of tokens that had left",
+    "lead": "let its first rows stand elsewhere",
     "attend": "answer a query without unpacking",
 }
 
@@ -298,6 +299,10 @@ class Shelf(ABC):
             seen: slots before they came.
         """
         raise NotImplementedError(f"{type(self).__name__} cannot take back rows of tokens that had left")
+
+    def lead(self, keys: Tensor) -> None:
+        """Hold other ``keys`` ``[B, Hk, n, D]`` for the first ``n`` rows, which no head lacks."""
+        raise NotImplementedError(f"{type(self).__name__} cannot {ABILITIES['lead']}")
 
     def lend(self) -> None:  # noqa: B027 - only those who change tensors in place have to know
         """Somebody may go on holding the tensors of keys and values, who must not see them change."""

@@ -9,7 +9,7 @@ from tokred.core.checks import check_share
 from tokred.core.method import Parameters
 from tokred.core.registry import register
 from tokred.kv.parts import Fate, Score, When, as_part, check_count
-from tokred.kv.policy import BudgetLike, CachePolicy, Parts, as_budget, check_room
+from tokred.kv.policy import BudgetLike, CachePolicy, Parts, as_budget, check_positions, check_room
 from tokred.kv.stores import Store
 
 
@@ -26,6 +26,8 @@ class KVPolicy(CachePolicy):
         sinks: first tokens that are never evicted.
         recent: newest tokens that are never evicted; a float is a share of the kept rows.
         store: in what form rows are held, an object of :mod:`tokred.kv` or its name.
+        positions: ``"cache"``: the sinks move up behind what has left, see :class:`StreamingLLM`; ``"text"``: tokens
+            stand where they were.
 
     Source: ours.
     """
@@ -47,6 +49,7 @@ class KVPolicy(CachePolicy):
     sinks: int = 0
     recent: int | float = 0
     store: Store | str = "flat"
+    positions: str = "text"
 
     def __post_init__(self) -> None:
         when = When() if self.when is None else as_part(self.when, When, "when")
@@ -65,6 +68,12 @@ class KVPolicy(CachePolicy):
         for name, part in made.items():
             object.__setattr__(self, name, part)
         check_room(self)
+        check_positions(self.positions)
+
+    @property
+    def closes(self) -> bool:
+        """Where positions are those inside the cache."""
+        return self.positions == "cache"
 
     @property
     def parts(self) -> Parts:

@@ -10,13 +10,14 @@ from torch import Tensor
 from tokred.core.method import Parameters
 from tokred.core.registry import register
 from tokred.kv.parts import Score
+from tokred.kv.policy import check_positions
 from tokred.kv.preset import KVPreset
 from tokred.kv.site import CacheSite
 
 
 @dataclass(frozen=True)
 class Recency(Score):
-    """The newer the better; with sinks this is StreamingLLM with true positions.
+    """The newer the better; with sinks this is StreamingLLM.
 
     Source: Xiao et al., StreamingLLM, ICLR 2024 (arXiv 2309.17453), the eviction alone.
     """
@@ -37,14 +38,17 @@ class Recency(Score):
 @register("streaming_llm")
 @dataclass(frozen=True)
 class StreamingLLM(KVPreset):
-    """Attention sinks and a recent window, with the positions that the tokens had (the original re-numbers them).
+    """Attention sinks and a recent window.
 
     Args:
         budget: what is kept: a share in (0, 1], tokens, bytes such as "64 MiB", or a budget of :mod:`tokred.kv`.
         sinks: first tokens that stay.
         every: generated tokens between evictions; 0: only at the end of the prompt.
+        positions: ``"cache"``: those inside the cache, as in the paper, for texts longer than the model was trained
+            for: the sinks move up behind what has left, and stand at most an eighth of the rows further from it than
+            in a text that begins with the window. ``"text"``: tokens stand where they were.
 
-    Source: Xiao et al., Efficient Streaming Language Models with Attention Sinks, section 3; the eviction alone.
+    Source: Xiao et al., Efficient Streaming Language Models with Attention Sinks, section 3.
     """
 
     summary: ClassVar[str] = "the first tokens and the newest ones"
@@ -53,6 +57,16 @@ class StreamingLLM(KVPreset):
 
     sinks: int = 4
     every: int = 1
+    positions: str = "text"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positions(self.positions)
+
+    @property
+    def closes(self) -> bool:
+        """Where positions are those inside the cache."""
+        return self.positions == "cache"
 
     def make_score(self) -> Score:
         return Recency()
