@@ -165,6 +165,15 @@ def even(store: str, ratios: tuple[int, ...]) -> Family:
     return Family("kvzip", f"store={store} budget=even-{OPEN}", make, ratios)
 
 
+def uneven(store: str, ratios: tuple[int, ...]) -> Family:
+    """KVzip as it is, each head with rows and codes of its own."""
+
+    def make(budget: float) -> Any:
+        return tokred.make("kvzip", budget=budget, store=kv.Tight(_STORES[store]()))
+
+    return Family("kvzip", f"store=tight-{store} budget={OPEN}", make, ratios)
+
+
 def redundancy(ratios: tuple[int, ...]) -> Family:
     """The score of R-KV, judging the prompt, which R-KV itself leaves alone until tokens have been generated."""
 
@@ -245,7 +254,7 @@ def families() -> list[Family]:
     policies = [policy(name, ratios=few.get(name, RATIOS)) for name in _POLICIES]
     products = [policy(*product) for product in _PRODUCTS]
     four = (8, 16, 32, 4)
-    mine = [even("kivi-4", four), composed(), composed("kivi-4", four)]
+    mine = [uneven("turbo-4", four), uneven("kivi-4", four), even("kivi-4", four), composed(), composed("kivi-4", four)]
     return [*products[:3], *policies[:3], *mine, *formats(), *products[3:], *policies[3:], redundancy((8, 16)),
             *others([*_POLICIES, *FORMATS]), *as_they_are()]  # fmt: skip
 
@@ -259,7 +268,8 @@ _FEW_RATIOS = (8, 16, 32, 4)
 def short() -> list[Family]:
     """A selection for half an hour of one core: all formats from 4:1 on, policies, and each format under a policy."""
     three = (8, 16, 32)
-    products = [even("kivi-4", three), policy("snapkv", "kivi-4", three)]
+    products = [*(uneven(store, three) for store in ("turbo-4", "kivi-4", "nsnquant-2"))]
+    products += [even("kivi-4", three), policy("snapkv", "kivi-4", three)]
     products += [policy("expected_attention", store, three) for store in _STORES if store != "turbo-3"]
     alone = [policy(name, ratios=_FEW_RATIOS) for name in _FEW]
     kept = [f._replace(ratios=tuple(r for r in f.ratios if r in _FEW_RATIOS)) for f in formats()]
