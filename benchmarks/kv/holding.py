@@ -137,6 +137,10 @@ _PRODUCTS: tuple[tuple[str, str, tuple[int, ...]], ...] = (
 )
 
 
+# Of KVzip's own, uneven heads.
+_UNEVEN = ("turbo-4", "kivi-4", "nsnquant-2")
+
+
 def policy(name: str, store: str = "", ratios: tuple[int, ...] = RATIOS) -> Family:
     """A policy, alone or with its rows in a store."""
     text, given = _POLICIES.get(name, ("", {}))
@@ -254,7 +258,7 @@ def families() -> list[Family]:
     policies = [policy(name, ratios=few.get(name, RATIOS)) for name in _POLICIES]
     products = [policy(*product) for product in _PRODUCTS]
     four = (8, 16, 32, 4)
-    mine = [uneven("turbo-4", four), uneven("kivi-4", four), even("kivi-4", four), composed(), composed("kivi-4", four)]
+    mine = [*(uneven(store, four) for store in _UNEVEN), even("kivi-4", four), composed(), composed("kivi-4", four)]
     return [*products[:3], *policies[:3], *mine, *formats(), *products[3:], *policies[3:], redundancy((8, 16)),
             *others([*_POLICIES, *FORMATS]), *as_they_are()]  # fmt: skip
 
@@ -268,8 +272,7 @@ _FEW_RATIOS = (8, 16, 32, 4)
 def short() -> list[Family]:
     """A selection for half an hour of one core: all formats from 4:1 on, policies, and each format under a policy."""
     three = (8, 16, 32)
-    products = [*(uneven(store, three) for store in ("turbo-4", "kivi-4", "nsnquant-2"))]
-    products += [even("kivi-4", three), policy("snapkv", "kivi-4", three)]
+    products = [*(uneven(store, three) for store in _UNEVEN), even("kivi-4", three), policy("snapkv", "kivi-4", three)]
     products += [policy("expected_attention", store, three) for store in _STORES if store != "turbo-3"]
     alone = [policy(name, ratios=_FEW_RATIOS) for name in _FEW]
     kept = [f._replace(ratios=tuple(r for r in f.ratios if r in _FEW_RATIOS)) for f in formats()]

@@ -251,3 +251,18 @@ def kv_limit(found: Results) -> str:
         f"On the left of the picture below SmolLM2-135M with `{rows[0]['method']}` holds {most:.0f} MiB at most under "
         f"a limit of {limit:.0f}, through {tokens:,} tokens, for which a full cache takes {full / 1024:.1f} GiB."
     )
+
+
+def kv_long(found: Results) -> str:
+    """Perplexity of stretches of a text that is longer than the model was made for."""
+    by: dict[int, dict[str, Record]] = {}
+    for r in found.records("kv", "long"):
+        by.setdefault(int(r["tokens"]), {})[f"{r['method']} {r['setting']}".strip()] = r
+    if not by:
+        return "Not measured yet."
+    names = list(dict.fromkeys(one for rows in by.values() for one in rows))
+    lines = [
+        [f"{end:,}", *(between(rows[one], "perplexity") if one in rows else "" for one in names)]
+        for end, rows in sorted(by.items())
+    ]
+    return table(["up to token", *(name(one) for one in names)], lines, 1)

@@ -43,7 +43,7 @@ _PARTS = (
     tasks.kv_tasks_kept, tasks.kv_tasks, tasks.kv_tasks_claims, caches.kv_perplexity, caches.kv_perplexity_claims,
     caches.kv_keys, caches.kv_keys_claims, caches.kv_gemma3, caches.kv_speed, caches.kv_scoring,
     caches.kv_scoring_claims, caches.kv_decode, caches.kv_decode_claims, steps.kv_steps, steps.kv_steps_claims,
-    caches.kvpress, held.kv_bytes, held.kv_bytes_keys, held.kv_bytes_claims, learned.kv_learned,
+    caches.kvpress, caches.kv_long, held.kv_bytes, held.kv_bytes_keys, held.kv_bytes_claims, learned.kv_learned,
     learned.kv_learned_claims,
 )  # fmt: skip
 PAGES = {
@@ -53,7 +53,7 @@ PAGES = {
     DOCS / "methods" / "diffusion" / "keymerge.md": {"keymerge": diffusion.keymerge},
     DOCS / "methods" / "encoder" / "spatten.md": {"text": encoder.text, "text_claims": encoder.text_claims},
     DOCS / "methods" / "encoder" / "ltp.md": {"text": encoder.text, "text_claims": encoder.text_claims},
-    DOCS / "caches.md": {"kv_take": held.kv_take},
+    DOCS / "caches.md": {"kv_take": held.kv_take, "kv_long": caches.kv_long},
     DOCS / "methods" / "kv" / "kv.md": {"kv_memory": caches.kv_memory},
     DOCS / "finetune.md": {"learned_dinov2": trained.learned_dinov2},
     DOCS / "tune.md": {"tune": tune.tune, "tune_claims": tune.tune_claims},

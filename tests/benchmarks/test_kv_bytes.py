@@ -70,13 +70,18 @@ def test_every_arm_can_be_made() -> None:
     short = {(f.name, f.setting, r) for f in few for r in f.ratios}
     assert short <= {*keys}, "a longer run goes on from the values of a short one"
     assert len(short) == sum(len(f.ratios) for f in few) < 80
-    assert {f.name for f in few} >= {*holding.FORMATS, "random_evict", held.NAMED[0]}
-    under = {f.setting.partition("store=")[2].partition(" ")[0].partition("-")[0] for f in few if f.product}
+    assert {f.name for f in few} >= {*holding.FORMATS, "random_evict", *(name for name, _ in held.NAMED.values())}
+    under = {
+        f.setting.partition("store=")[2].partition(" ")[0].removeprefix("tight-").partition("-")[0]
+        for f in few
+        if f.product
+    }
     assert under == {*holding.FORMATS}, "each format holds the rows of a policy"
     assert {r.kind for r in script.SHORT} == {"prose", "several"}
     assert all(r.goals == Round("prose", 0, 1).goals for r in script.SHORT), "each arm has every sample"
     named = {(f.name, f.setting) for f in made if f.product}
-    assert any(name == held.NAMED[0] and setting.startswith(held.NAMED[1]) for name, setting in named)
+    for name, begins in held.NAMED.values():
+        assert any(name == one and setting.startswith(begins) for one, setting in named)
 
 
 FEW = (
@@ -234,7 +239,7 @@ def test_the_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert axis.get_xscale() == "log"
         names = {line.get_label() for line in axis.get_lines()}
         assert names >= {"full cache", "random_evict alone", *(f"{name} alone" for name in holding.FORMATS)}
-        assert held.NAMED_AS.replace("`", "") in names
+        assert {name.replace("`", "") for name in held.NAMED} <= names
     assert len({(x.get_linestyle(), x.get_marker()) for x in prose.get_lines() if x.get_color() == "#222222"}) == 6
     line = next(x for x in prose.get_lines() if x.get_label() == "snapkv alone")
     assert list(line.get_xdata()) == pytest.approx([1 / 32, 1 / 16, 1 / 8, 1 / 4], rel=0.02)
