@@ -23,11 +23,13 @@ _AGAIN = "a context that can be read again"
 _GROWTH = "rows that come one by one"
 _DIRECT = "rows that queries came with"
 _BYTES = "the bytes of all layers"
+_MOVED = "first rows that move up"
 _WHY = {
     _AGAIN: "the encoder's tokens are not among those that the decoder reads",
     _GROWTH: "the encoder's rows all come at once",
     _DIRECT: "queries of another sequence meet them, over several forwards",
     _BYTES: "the decoder's own cache is not counted",
+    _MOVED: "how far the encoder's rows are from a query is not told by where either stands",
 }
 
 
@@ -50,7 +52,7 @@ class CrossHost(host.CacheHost):
         parts = one.parts
         wants = {
             _AGAIN: parts.score.repeats is not None, _GROWTH: not parts.when.prefill, _BYTES: bool(parts.when.chunk),
-            _DIRECT: parts.fate.rewrites or "q" in parts.store.reads,
+            _MOVED: one.closes, _DIRECT: parts.fate.rewrites or "q" in parts.store.reads,
         }  # fmt: skip
         return found | frozenset(name for name, wanted in wants.items() if wanted)
 

@@ -212,3 +212,10 @@ def test_a_bias_by_distance_is_refused_by_its_name():
         match=r"adds a bias by distance to its logits|does not call the attention function",
     ):
         tokred.apply(t.T5ForConditionalGeneration(config), "snapkv", budget=9, window=4)
+
+
+def test_rows_of_an_encoder_do_not_move_up():
+    model = build()
+    with pytest.raises(tokred.MissingInputError, match="is not told by where either stands"):
+        tokred.apply(model, tokred.make("kv", score="key_norm", budget=4, sinks=2, positions="cache"))
+    assert not tokred.patched(model)

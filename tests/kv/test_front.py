@@ -211,3 +211,15 @@ def test_empty_rows_are_no_first_rows():
         layer.shelf._slots = layer.shelf._slots.clone()
         layer.shelf._slots[0, 0, 1] = SENTINEL
         assert front._ends(layer)[1].tolist() == [-1]
+
+
+def test_a_limit_takes_the_positions_of_its_policy():
+    """The policy inside says that first rows move up, and what they were is counted."""
+    model, ids, limit = build("llama"), prompt(120), 30_000
+    inner = tokred.make("streaming_llm", sinks=SINKS, positions="cache")
+    with tokred.applied(model, tokred.Limited(inner, f"{limit} B", 8)):
+        cache = tokred.kv_cache(model)
+        for part in ids.split(8, 1):
+            model(part, **cache_kwargs(cache))
+        assert all(layer.front is not None for layer in cache.layers)
+        assert cache.peak_bytes <= limit

@@ -63,6 +63,11 @@ class Limited(CachePolicy):
         when = When(every=parts.when.every, turns=True, chunk=self.chunk)
         return parts._replace(budget=parts.budget.of(self.limit), when=when)
 
+    @property
+    def closes(self) -> bool:
+        """Where those of the policy are positions inside the cache."""
+        return self.inner.closes
+
     def guards(self, n: int, rows: int) -> tuple[int, int]:
         return self.inner.guards(n, rows)
 
