@@ -11,6 +11,7 @@ from tokred.bench.arms import BASE
 CHANCES = {"what": 1 / 10, "way": 1 / 4, "when": 1 / 3}
 CHANCE = sum(CHANCES.values()) / len(CHANCES)
 WRAPPER = "restore"
+SHAPES = {"llava-onevision-7b-shapes": "LLaVA-OneVision-7B", "qwen2.5-vl-7b-shapes": "Qwen2.5-VL-7B"}
 SHORT = "short"  # streams of the last frames alone
 AIMS = (0.95, 8, 10)  # of the dense answers above chance, and selectors of so many that are to be lifted
 MIB = 2**-20
@@ -220,17 +221,22 @@ def early(found: Results) -> str:
     """Tower, choosing and layers at the shapes of a large model, with fewer tokens inside and behind the tower."""
     parts = []
     rows = found.records("vlm", "early")
-    for depth in sorted({(r["frames"], r["tower_depth"], r["depth"]) for r in rows}, key=str):
+    fields = ("model", "frames", "tower_depth", "depth")
+    for depth in sorted({tuple(r[field] for field in fields) for r in rows}, key=str):
         lines = []
-        for r in (r for r in rows if (r["frames"], r["tower_depth"], r["depth"]) == depth):
+        for r in (r for r in rows if tuple(r[field] for field in fields) == depth):
             cells = [f"`{r['method']}`", f"{r['tokens_left']:.0f}"]
             cells += [between(r, f"{part}_seconds") for part in ("tower", "selection", "prompt")]
             share = r.get("share_of_full_depth")
             lines.append([*cells, between(r, "speedup") if "speedup" in r else "1", percent(share, digits=2)])
         header = ["", "tokens left", "tower, s", "choosing, s", "layers, s", "times as fast, all of it"]
-        text = "{} frames, {} blocks of the tower, {} layers:".format(*depth)
+        text = "{}, {} frames, {} blocks of the tower, {} layers:".format(SHAPES[depth[0]], *depth[1:])
         parts.append(f"{text}\n\n{table([*header, 'choosing, % of 28 layers'], lines, 1)}")
-    over = [f"`{r['method']}`" for r in rows if r.get("share_of_full_depth", 0) > CHOOSING and str(r["frames"]) == "32"]
+    over = [
+        f"`{r['method']}` ({SHAPES[r['model']]})"
+        for r in rows
+        if r.get("share_of_full_depth", 0) > CHOOSING and str(r["frames"]) == "32"
+    ]
     if any(str(r["frames"]) == "32" for r in rows):
         aim = f"The aim that choosing takes at most {percent(CHOOSING, digits=0)} % of a prompt of 32 frames"
         parts.append(f"{aim} is missed by {', '.join(over) or 'none'}.")

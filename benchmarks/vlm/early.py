@@ -2,11 +2,13 @@
 
     python -m benchmarks vlm/early --blocks 6 --rounds 3 --out benchmarks/results/vlm.csv
     python -m benchmarks vlm/early --frames 32 --blocks 1 --layers 1 --methods vidcom2,fastvid --out vlm.csv
+    python -m benchmarks vlm/early --model qwen2.5-vl-7b --frames 32 --blocks 1 --layers 1 --methods vidcom2
 
-Layers have the shapes of LLaVA-OneVision-7B (SigLIP of 1152 channels and 729 patches a frame, Qwen2 of 3584), and there
-are a few of each; ``share_of_full_depth`` is what choosing takes beside the prompt's time in 28 layers, without the
-tower. Frames go slowly from one picture to another, as neighbours in a film do. The arms run in turn in one
-process, and the time is that of the thread alone, so that others on the machine do not count.
+Layers have the shapes of LLaVA-OneVision-7B (SigLIP of 1152 channels and 729 patches a frame, Qwen2 of 3584) or of
+Qwen2.5-VL-7B (1280 channels, 784 patches of two frames, which become 196 tokens), and there are a few of each;
+``share_of_full_depth`` is what choosing takes beside the prompt's time in 28 layers, without the tower. Frames go
+slowly from one picture to another, as neighbours in a film do. The arms run in turn in one process, and the time is
+that of the thread alone, so that others on the machine do not count.
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import time
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,8 +35,24 @@ TOWER = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 
 TEXT = {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4}
 
 
-def build(blocks: int, layers: int) -> Any:
-    """The model, of so many blocks and layers, with random weights."""
+class Shapes(NamedTuple):
+    """A model of random weights.
+
+    Attributes:
+        name: in the table.
+        build: makes it, of so many blocks and layers.
+        film: makes a prompt with one clip of so many frames.
+        tower: the tower's name in the model's core.
+    """
+
+    name: str
+    build: Callable[[int, int], Any]
+    film: Callable[[int], dict[str, Tensor]]
+    tower: str
+
+
+def onevision(blocks: int, layers: int) -> Any:
+    """LLaVA-OneVision, of so many blocks and layers, with random weights."""
     import transformers as t
 
     torch.manual_seed(0)
@@ -45,20 +64,59 @@ def build(blocks: int, layers: int) -> Any:
     return t.LlavaOnevisionForConditionalGeneration(config).eval()
 
 
-def film(frames: int) -> dict[str, Tensor]:
-    """A prompt with one clip of so many frames."""
+def qwen(blocks: int, layers: int) -> Any:
+    """Qwen2.5-VL, of so many blocks and layers, with random weights; the last block sees the whole frame."""
+    import transformers as t
+
+    torch.manual_seed(0)
+    text = {**TEXT, "num_hidden_layers": layers, "vocab_size": 64, "max_position_embeddings": 1 << 15}
+    text["rope_parameters"] = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}
+    vision = {
+        "depth": blocks, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584,
+        "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112,
+        "fullatt_block_indexes": [blocks - 1],
+    }  # fmt: skip
+    config = t.Qwen2_5_VLConfig(
+        vision_config=vision, text_config=text, image_token_id=62, video_token_id=VIDEO,
+        vision_start_token_id=60, vision_end_token_id=61,
+    )  # fmt: skip
+    return t.Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+def _frames(count: int, side: int) -> Tensor:
+    """``(count, 3, side, side)``, slowly from one picture to another."""
     g = torch.Generator().manual_seed(0)
-    start, end = torch.randn(2, 3, 384, 384, generator=g)
-    step = torch.linspace(0, 0.3, frames).view(-1, 1, 1, 1)
+    start, end = torch.randn(2, 3, side, side, generator=g)
+    return start + (end - start) * torch.linspace(0, 0.3, count).view(-1, 1, 1, 1)
+
+
+def film(frames: int) -> dict[str, Tensor]:
+    """OneVision's prompt with one clip of so many frames."""
     ids = torch.tensor([[1, 2, 3, *[VIDEO] * (196 * frames + 1), 4, 5, 6, 7]])
-    return {"input_ids": ids, "pixel_values_videos": (start + (end - start) * step)[None]}
+    return {"input_ids": ids, "pixel_values_videos": _frames(frames, 384)[None]}
 
 
-def one(model: Any, batch: dict[str, Tensor]) -> dict[str, float]:
+def qwen_film(frames: int) -> dict[str, Tensor]:
+    """Qwen's prompt with one clip of so many frames, two of which make 28 x 28 patches."""
+    t, side = frames // 2, 28
+    cells = _frames(2 * t, 14 * side).reshape(t, 2, 3, side // 2, 2, 14, side // 2, 2, 14)
+    patches = cells.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * side * side, -1)
+    ids = torch.tensor([[1, 2, 60, *[VIDEO] * (t * side * side // 4), 61, 4, 5, 6, 7]])
+    grid, types = torch.tensor([[t, side, side]]), 2 * (ids == VIDEO).long()
+    return {"input_ids": ids, "pixel_values_videos": patches, "video_grid_thw": grid, "mm_token_type_ids": types}
+
+
+MODELS = {
+    "llava-onevision-7b": Shapes("llava-onevision-7b-shapes", onevision, film, "vision_tower"),
+    "qwen2.5-vl-7b": Shapes("qwen2.5-vl-7b-shapes", qwen, qwen_film, "visual"),
+}
+
+
+def one(model: Any, batch: dict[str, Tensor], tower: str) -> dict[str, float]:
     """Seconds of the tower, of the layers, and of all that lies between them; and tokens behind it all."""
     watch, core = timing.Watch(clock=time.thread_time), model.model
     with contextlib.ExitStack() as stack:
-        stack.enter_context(watch.around(core.vision_tower, "forward", "tower"))
+        stack.enter_context(watch.around(getattr(core, tower), "forward", "tower"))
         for layer in core.language_model.layers:
             stack.enter_context(watch.around(layer, "forward", "prompt"))
         for kind in {type(method) for method in tokred.patched(model)}:
@@ -75,6 +133,7 @@ def one(model: Any, batch: dict[str, Tensor]) -> dict[str, float]:
 def main() -> None:
     """Run the arms in turn, and write a row for each."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=tuple(MODELS), default="llava-onevision-7b", help="whose shapes layers have")
     parser.add_argument("--frames", type=int, default=8)
     parser.add_argument("--blocks", type=int, default=2, help="of the tower; frames merge behind the first third")
     parser.add_argument("--layers", type=int, default=2, help="of the language model")
@@ -84,12 +143,19 @@ def main() -> None:
     saving(parser)
     given = parser.parse_args()
     known(parser, "methods", given.methods.split(","), {"earlytom", *METHODS})
-    model, batch = build(given.blocks, given.layers), film(given.frames)
+    shapes = MODELS[given.model]
+    model, batch = shapes.build(given.blocks, given.layers), shapes.film(given.frames)
     places = tuple(sorted({(given.blocks - 1) // 3, given.blocks - 2})) if given.blocks > 1 else (0,)
     early = tokred.EarlyTom(budget=given.budget, layers=places, tau=0.3)
     arms: dict[str, Any] = {BASE: contextlib.nullcontext}
     for name in given.methods.split(","):
         method = early if name == "earlytom" else METHODS[name](given.budget)
+        try:
+            with tokred.applied(model, method):
+                pass
+        except (tokred.TokredError, ValueError) as error:
+            print(f"{name} takes no part: {error}", flush=True)
+            continue
         arms[name] = partial(tokred.applied, model, method)
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
 
@@ -98,8 +164,8 @@ def main() -> None:
         rows[name].append(row)
         print(name, row, flush=True)
 
-    timing.paired([*arms.values()], lambda _: one(model, batch), given.rounds, warmup=0, collect=told)
-    where = {"model": "llava-onevision-7b-shapes", "weights": "random", "clock": "thread", "frames": given.frames}
+    timing.paired([*arms.values()], lambda _: one(model, batch, shapes.tower), given.rounds, warmup=0, collect=told)
+    where = {"model": shapes.name, "weights": "random", "clock": "thread", "frames": given.frames}
     where |= {"tower_depth": given.blocks, "depth": given.layers, "keeps": given.budget, "rounds": given.rounds}
     for name, mine in rows.items():
         row: dict[str, Any] = {"method": name, "setting": "", **where, "tokens_left": mine[0]["left"]}
