@@ -36,10 +36,9 @@ def why_no_front(host: CacheHost, policy: CachePolicy) -> str:
         return f"the store {store.name!r} cannot let its first rows stand elsewhere"
     if not policy.front:
         return f"{policy.name or 'the policy'!r} keeps no first rows: give sinks, or a prompt where it has them"
-    for where, attention in host.blocks:
-        if not ("rotation" in host.supplies and turned_channels(host.decoder, attention)):
-            return f"keys of {where} are not turned by the one position of their token, in two halves of their channels"
-    return ""
+    if "rotation" in host.supplies and all(turned_channels(host.decoder, one) for _, one in host.blocks):
+        return ""
+    return f"not all keys of {host.family} are turned by the one position of their token, in two halves of channels"
 
 
 def check_front(host: CacheHost, policy: CachePolicy) -> None:

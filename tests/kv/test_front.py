@@ -14,6 +14,8 @@ from transformers import DynamicCache
 import tokred
 from tests.kv.tiny import build, padded, prompt
 from tokred.adapters.contract import cache_kwargs
+from tokred.adapters.kv.layer import TokLayer
+from tokred.adapters.tiny.kv import FAMILIES as ALL
 from tokred.kernels.decode_attention import SENTINEL
 from tokred.kv.turning import turned
 
@@ -91,6 +93,44 @@ def test_the_distance_of_the_sinks_no_longer_grows():
     assert torch.equal(keys["text"][0], pristine), "they are turned from what they were"
     by = torch.full((1, SINKS), 200 - 1 - BUDGET)  # the gap when the last token came
     torch.testing.assert_close(first, turned(pristine, by, angle(model)), rtol=1e-4, atol=1e-4)
+
+
+# Families that turn no keys, other channels than halves, or by more than one number; and latents.
+REFUSED = {
+    "cohere", "jamba", "gptj", "gpt_neox", "glm4", "gpt_oss", "deepseek_v3", "deepseek_v2", "qwen3_5", "granite_hybrid",
+}  # fmt: skip
+MOVED = [name for name in ALL if name not in REFUSED]
+
+
+def check_keys(model) -> None:
+    """First rows see nothing but one another, so that the model makes the same keys of them alone, further on."""
+    ids, n = prompt(40), 30
+    with tokred.applied(model, policy(every=0)):
+        cache = tokred.kv_cache(model)
+        model(ids[:, :n], **cache_kwargs(cache))
+        model(ids[:, n : n + 1], **cache_kwargs(cache))
+    moved = {i: layer.shelf.keys[:, :, :SINKS] for i, layer in enumerate(cache.layers) if isinstance(layer, TokLayer)}
+    assert moved
+    there, by = DynamicCache(config=model.config), n - BUDGET
+    model(ids[:, :SINKS], position_ids=torch.arange(by, by + SINKS)[None], **cache_kwargs(there))
+    for i, keys in moved.items():
+        torch.testing.assert_close(keys, there.layers[i].keys, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "family", [n if n in ("llama", "gemma3") else pytest.param(n, marks=pytest.mark.hosts) for n in MOVED]
+)
+def test_keys_are_those_that_the_model_makes_there(family):
+    check_keys(build(family))
+
+
+# SmolLM3 has layers whose keys know no position.
+@pytest.mark.parametrize("family", [*sorted(REFUSED), "smollm3"])
+def test_families_whose_keys_cannot_be_moved_are_refused(family):
+    model = build(family, **({"no_rope_layers": [1, 0, 1]} if family == "smollm3" else {}))
+    with pytest.raises(ValueError, match=r"not all keys of .* are turned by the one position of their token"):
+        tokred.apply(model, policy(every=0))
+    assert not tokred.patched(model)
 
 
 def test_samples_of_a_padded_batch_have_gaps_of_their_own():
@@ -190,7 +230,7 @@ def test_a_model_that_turns_nothing_is_refused():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=97)).eval()
-    with pytest.raises(ValueError, match="are not turned by the one position of their token"):
+    with pytest.raises(ValueError, match=r"not all keys of .* are turned by the one position of their token"):
         tokred.apply(model, policy())
 
 
