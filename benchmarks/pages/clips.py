@@ -50,7 +50,7 @@ def _told(kinds: dict[str, list[Record]]) -> tuple[str, list[Record]]:
         dense = [row for row in kinds.get(kind, ()) if row["method"] == BASE]
         if dense:
             above[kind] = (value(dense[0], "exact").low or 0) - chance
-    if not above or (len(above) == len(CHANCES) and min(above.values()) > 0):
+    if "all" in kinds and (not above or (len(above) == len(CHANCES) and min(above.values()) > 0)):
         return "all", kinds["all"]
     best = max(above, key=lambda kind: above[kind])
     return best, kinds[best]

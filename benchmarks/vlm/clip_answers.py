@@ -18,6 +18,8 @@ from tokred.bench import results
 from tokred.bench.entries import entry
 from tokred.bench.intervals import Estimate, estimate, paired
 
+ALL = "all"  # kinds of questions together
+
 
 @contextlib.contextmanager
 def remembered(blocks: Sequence[nn.Module]) -> Iterator[None]:
@@ -75,7 +77,7 @@ def judged(
     head: Record,
     data_from: str = "",
 ) -> Iterator[list[Record]]:
-    """Rows of the unpatched model and of each setting, one for each kind of question and one for all of them.
+    """Rows of the unpatched model and of each setting: for each kind of question, and where there are several for all.
 
     Args:
         chosen: settings by what stands in the table; ``"restore base=X share=S"`` is compared with ``"X share=S"``
@@ -102,8 +104,8 @@ def judged(
             known[label] = mine
             base = known.get(said.removeprefix("base=")) if method == "restore" else None
             rows = []
-            for kind in [*data, "all"]:
-                kinds = [*data] if kind == "all" else [kind]
+            for kind in [*data, *([ALL] if len(data) > 1 else [])]:
+                kinds = [*data] if kind == ALL else [kind]
                 values = [v for k in kinds for v in mine[k]]
                 record = {**head, "method": method, "setting": said, "asked": kind, "tokens_left": left}
                 clip = [i for k in kinds for i in range(len(mine[k]))]
@@ -118,7 +120,8 @@ def judged(
 def lifted(rows: Sequence[Record]) -> str:
     """How many wrapped methods answer more than what they wrap, at each share, in words."""
     found = []
-    mine = [row for row in rows if row["asked"] == "all" and "exact_lift" in row]
+    kinds = {row["asked"] for row in rows}
+    mine = [row for row in rows if row["asked"] in ({ALL} & kinds or kinds) and "exact_lift" in row]
     for share in dict.fromkeys(row["setting"].split()[-1] for row in mine):
         lifts = [row["exact_lift"] for row in mine if row["setting"].split()[-1] == share]
         mean = sum(lifts) / len(lifts)
