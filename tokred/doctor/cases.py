@@ -67,7 +67,7 @@ def _open_clip(family: str, model: nn.Module) -> list[Tensor]:
 
 def transformers_cases() -> Iterator[Case]:
     """transformers: encoders, caches of language models, models with vision, mixtures of experts."""
-    from tokred.adapters.tiny import kv, moe, omni, transformers, vlm, windows
+    from tokred.adapters.tiny import florence, kv, moe, omni, transformers, vlm, windows
 
     for family in transformers.FAMILIES:
         kind = "divided" if family in DIVIDED else "sequence"
@@ -82,6 +82,7 @@ def transformers_cases() -> Iterator[Case]:
         yield _visual(family, partial(vlm.build, family), vlm.prompts(family, PICTURES))
     if omni.known():
         yield _visual("qwen2_5_omni", omni.build, omni.prompts(SOUNDS))
+    yield _read("florence2", florence.build, florence.prompts(PICTURES))
     for family in moe.FAMILIES:
         yield _mixture(family)
 
@@ -113,6 +114,14 @@ def _visual(family: str, build: Callable[[], nn.Module], batch: dict[str, Any]) 
         [tokred.make("random_visual", budget=1.0), tokred.make("fastv", ratio=0.0)],
         [tokred.make("random_visual", budget=0.5), tokred.make("fastv", layer=1, ratio=0.4)], visual.counts,
         {"dropped": partial(visual.check_dropped, batch=batch)},
+    )  # fmt: skip
+
+
+def _read(family: str, build: Callable[[], nn.Module], batch: dict[str, Any]) -> Case:
+    """A model with vision whose prompt an encoder reads, before which tokens leave, and between whose layers none."""
+    return Case(
+        "transformers", "vlm", family, build, lambda m: [m(**batch, decoder_input_ids=batch["input_ids"][:, :4]).logits],
+        [tokred.make("random_visual", budget=1.0)], [tokred.make("random_visual", budget=0.5)], visual.counts, {},
     )  # fmt: skip
 
 
