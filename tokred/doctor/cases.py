@@ -119,8 +119,9 @@ def _visual(family: str, build: Callable[[], nn.Module], batch: dict[str, Any]) 
 
 def _read(family: str, build: Callable[[], nn.Module], batch: dict[str, Any]) -> Case:
     """A model with vision whose prompt an encoder reads, before which tokens leave, and between whose layers none."""
+    begun = batch["input_ids"][:, :4]
     return Case(
-        "transformers", "vlm", family, build, lambda m: [m(**batch, decoder_input_ids=batch["input_ids"][:, :4]).logits],
+        "transformers", "vlm", family, build, lambda m: [m(**batch, decoder_input_ids=begun).logits],
         [tokred.make("random_visual", budget=1.0)], [tokred.make("random_visual", budget=0.5)], visual.counts, {},
     )  # fmt: skip
 
