@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import warnings
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from types import CodeType, SimpleNamespace
@@ -80,6 +81,13 @@ def test_a_cache_has_one_spelling_at_a_time():
 def test_a_cache_is_handed_over_by_the_name_that_the_installed_host_has(monkeypatch, version, name):
     monkeypatch.setattr(environment, "version", lambda package: version)
     assert tokred.cache_kwargs(3) == {name: 3}
+
+
+def test_the_name_costs_a_token_nothing(monkeypatch):
+    """What is installed is read once: loops ask for the name at every token."""
+    tokred.cache_kwargs(3)
+    monkeypatch.setattr(metadata, "version", lambda package: pytest.fail("the metadata of a package was read again"))
+    assert list(tokred.cache_kwargs(4).values()) == [4]
 
 
 def test_documentation_hands_caches_over_by_no_name_of_one_version():

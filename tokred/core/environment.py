@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import platform
 import subprocess
 from importlib import metadata
@@ -45,8 +46,9 @@ def package(library: str) -> str:
     return LIBRARIES.get(library, library)
 
 
+@functools.cache
 def version(package: str) -> str:
-    """The installed version, or an empty text."""
+    """The installed version, or an empty text; read once, since what is imported stays."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -6,18 +6,8 @@ oldest frame of which something is left, where they would be had the video begun
 
 from __future__ import annotations
 
-from collections import deque
-from typing import NamedTuple
-
 from tokred.adapters.kv.cache import TokCache
 from tokred.adapters.kv.front import Front
-
-
-class Begun(NamedTuple):
-    """Where a frame's tokens begin: the first one's slot in the cache, and its place in the video."""
-
-    slot: int
-    position: int
 
 
 class Closing:
@@ -34,7 +24,8 @@ class Closing:
     def __init__(self, front: Front, prompt: int) -> None:
         self._front = front
         self._slots = self._end = prompt
-        self._frames: deque[Begun] = deque()
+        # Of each frame its first token's slot in the cache, and its place in the video.
+        self._frames: list[tuple[int, int]] = []
         self.by = 0
 
     def came(self, position: int, places: list[int]) -> None:
@@ -46,7 +37,7 @@ class Closing:
         """
         if not places:
             return
-        self._frames.append(Begun(self._slots, position))
+        self._frames.append((self._slots, position))
         more = self._front.count - self._slots  # of the first rows, which are tokens of this frame then
         if more > 0:
             self._end = position + places[min(more, len(places)) - 1] + 1
@@ -57,9 +48,9 @@ class Closing:
         oldest = self._front.oldest(cache) if self._slots > self._front.count else None
         if oldest is None:
             return
-        while len(self._frames) > 1 and self._frames[1].slot <= oldest:
-            self._frames.popleft()
-        by = self._frames[0].position - self._end
+        while len(self._frames) > 1 and self._frames[1][0] <= oldest:
+            del self._frames[0]
+        by = self._frames[0][1] - self._end
         if by > self.by:
             self._front.move(cache, by)
             self.by = by
