@@ -189,8 +189,7 @@ class EnterDecoder(Hook):
         _check_chunk(given, ours.engine.parts.when.chunk)
         ours.begin()
         if self.front is not None:
-            with torch.no_grad():
-                self.front.follow(ours)
+            self.front.follow(ours)
         ours.account(_new(given)[0], self.settings.config)
         oversee(self.settings, module, given, ours)
         kept = words.KEPT_LOGITS.of(given)

@@ -263,3 +263,21 @@ def test_a_limit_takes_the_positions_of_its_policy():
             model(part, **cache_kwargs(cache))
         assert all(layer.front is not None for layer in cache.layers)
         assert cache.peak_bytes <= limit
+
+
+@torch.enable_grad()
+def test_what_gradients_are_kept_of_is_not_written_over():
+    model, ids = build("llama").requires_grad_(True), prompt(24)
+
+    def logits() -> torch.Tensor:
+        cache = tokred.kv_cache(model)
+        found = [model(ids[:, :16], **cache_kwargs(cache)).logits]
+        found += [model(ids[:, t : t + 1], **cache_kwargs(cache)).logits for t in range(16, 24)]
+        return torch.cat(found, 1)
+
+    with tokred.applied(model, policy()):
+        ours = logits()
+        ours.square().sum().backward()
+        assert model.model.layers[0].self_attn.k_proj.weight.grad.abs().sum() > 0
+        with torch.no_grad():
+            torch.testing.assert_close(logits(), ours, rtol=1e-4, atol=1e-4)
