@@ -151,8 +151,7 @@ class Engine:
     def __init__(self, policy: CachePolicy, depth: int) -> None:
         self.policy = policy.at_work()
         self.parts, self.idle = policy.parts, policy.parts.budget.full
-        self.depth = depth
-        self.when = self.parts.when.paced(depth)
+        self.depth, self.when = depth, self.parts.when.paced(depth)
         # Float32 numbers that stay with each row: accumulated scores, and weights and marks of merged rows.
         state = self.parts.score.numbers + 3 * (self.parts.fate.room > 0) + self.parts.fate.rewrites
         # Scores that wait for the end of the forward, of double precision at most.
@@ -255,8 +254,7 @@ class Engine:
     def _claim(self, site: CacheSite) -> None:
         """Tell the site what rows cost, and what budgets in bytes have to leave room for."""
         site.price(self.parts.store, uneven=self.parts.budget.headwise)
-        if self.front:
-            site.whole = (*site.whole, (self.front, site.key_bytes))
+        site.whole += ((self.front, site.key_bytes),) if self.front else ()
         site.state_bytes = self._state_bytes
         if self.ledger is not None:
             self.ledger.claim(site)

@@ -111,7 +111,7 @@ def stream(
 
 
 def _front(cache_host: Any, policy: CachePolicy | None, positions: str | None, axes: bool) -> Any:
-    """What moves the prompt up; None: it stays.
+    """The :class:`~tokred.adapters.kv.front.Front` that moves the prompt up; None: it stays.
 
     Raises:
         ValueError: it is to be moved, and cannot, or ``positions`` is something else.
