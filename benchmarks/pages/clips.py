@@ -171,7 +171,7 @@ def streams(found: Results) -> str:
         "ms a frame (quartiles)",
         "MiB held",
         "rows",
-        "answers as of the last frames alone",
+        "four tokens as of the last frames alone",
         "right",
     ]
     return table(header, lines, 1) if lines else _none("vlm/stream")
@@ -195,7 +195,7 @@ def streams_claims(found: Results) -> str:
             if asked:
                 agreed = sum(r["agreement"] * r["images"] for r in asked)
                 count = counted([sum(r["images"] for r in asked)])
-                text += f"; {agreed:.0f} of {count} answers as of the last frames alone"
+                text += f"; in {agreed:.0f} of {count} answers four tokens as of the last frames alone"
             told = [r for r in mine if "exact" in r]
             if told and key[1:] in short:
                 right, alone = (sum(r["exact"] * r["images"] for r in some) for some in (told, [short[key[1:]]]))

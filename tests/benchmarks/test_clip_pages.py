@@ -92,7 +92,7 @@ def test_streams(tmp_path: Path) -> None:
     assert lines[2] == f"| `{setting}` | 64 | 108 (103 to 113) | 40.0 | 1025 | 2 of 4 |  |"
     assert clips.streams_claims(markdown.Results(tmp_path)) == (
         f"- `{setting}`: from 64 to 512 frames 1.00 times the bytes, 1.52 times the time of a frame; "
-        "6 of 12 answers as of the last frames alone."
+        "in 6 of 12 answers four tokens as of the last frames alone."
     )
     told = {"exact": 0.75, "images": 4, "size": 224, "tokens": 64}
     alone = {"method": "short", "setting": "", "frames": 16, **told, "exact": 0.5}
