@@ -78,7 +78,7 @@ def test_every_arm_can_be_made() -> None:
     }
     assert under == {*holding.FORMATS}, "each format holds the rows of a policy"
     assert {r.kind for r in script.SHORT} == {"prose", "several"}
-    assert all(r.goals == Round("prose", 0, 1).goals for r in script.SHORT), "each arm has every sample"
+    assert all(r.goals in (Round("prose", 0, 1).goals, holding.CLAIMED) for r in script.SHORT), "every arm of a ratio"
     named = {(f.name, f.setting) for f in made if f.product}
     for name, begins in held.NAMED.values():
         assert any(name == one and setting.startswith(begins) for one, setting in named)
