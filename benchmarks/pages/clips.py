@@ -197,9 +197,14 @@ def streams_claims(found: Results) -> str:
                 count = counted([sum(r["images"] for r in asked)])
                 text += f"; in {agreed:.0f} of {count} answers four tokens as of the last frames alone"
             told = [r for r in mine if "exact" in r]
-            if told and key[1:] in short:
-                right, alone = (sum(r["exact"] * r["images"] for r in some) for some in (told, [short[key[1:]]]))
-                text += f"; {right:.0f} are right, of those of the last frames alone {alone:.0f}"
+            if told:
+                right, count = (
+                    sum(n) for n in zip(*((r["exact"] * r["images"], r["images"]) for r in told), strict=True)
+                )
+                text += f"; {right:.0f} of {counted([int(count)])} are right"
+                alone = short.get(key[1:])
+                if alone is not None and alone["images"] == count:  # to the same questions
+                    text += f", of those of the last frames alone {alone['exact'] * count:.0f}"
             lines.append(text + ".")
     return "\n".join(lines) or _none("vlm/stream")
 

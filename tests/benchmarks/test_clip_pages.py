@@ -95,10 +95,13 @@ def test_streams(tmp_path: Path) -> None:
         "in 6 of 12 answers four tokens as of the last frames alone."
     )
     told = {"exact": 0.75, "images": 4, "size": 224, "tokens": 64}
-    alone = {"method": "short", "setting": "", "frames": 16, **told, "exact": 0.5}
+    alone = {"method": "short", "setting": "", "frames": 16, **told, "exact": 0.5, "images": 8}
     found = table(tmp_path / "told", "stream", [*({**row, **told} for row in rows[-2:]), alone])
     assert clips.streams(found).splitlines()[-1].endswith("| 2 of 4 | 3 |")
-    assert clips.streams_claims(found).endswith("; 6 are right, of those of the last frames alone 2.")
+    assert clips.streams_claims(found).endswith("; 6 of 8 are right, of those of the last frames alone 4.")
+    # Of others than those that the stream was asked, there is nothing to say.
+    some = [*({**row, **told} for row in rows[-2:]), {**alone, "images": 4}]
+    assert clips.streams_claims(table(tmp_path / "some", "stream", some)).endswith("; 6 of 8 are right.")
     assert len(plots.streams(found, tmp_path)) == 1
     found = markdown.Results(tmp_path)
     made = plots.streams(found, tmp_path)
