@@ -151,7 +151,7 @@ def _aim(found: Results, goal: int) -> str:
                 aim = "met" if _beats(r, data) else "not shown"
                 said.append(f"on *{data}* {aim}, {span} beside the one it beats least surely")
         if said:
-            texts.append(f"by {name}, which was named before it was measured, {'; '.join(said)}.")
+            texts.append(f"{name}, which was named before it was measured: {'; '.join(said)}.")
     every = []
     for data in (*WINDOWS, "several"):
         rows = {n: by[goal] for n, by in _arms(found, data).items() if goal in by and _over(data) in by[goal]}
@@ -160,7 +160,7 @@ def _aim(found: Results, goal: int) -> str:
     if every:
         texts.append(f"Of all products, whose many comparisons are not allowed for: {'; '.join(every)}.")
     head = f"The aim at {goal}:1, that a product beats every policy and every format:"
-    return " ".join([head, *texts]) if texts else ""
+    return "\n    - ".join([head, *texts]) if texts else ""
 
 
 def _over(data: str) -> str:
