@@ -49,6 +49,7 @@ from benchmarks.encoder.learned_times import Spreads, times
 from benchmarks.encoder.train_embedded import Data
 from tokred import adapters, learn
 from tokred.bench import results
+from tokred.bench.intervals import student
 from tokred.learn.training import Samples, train
 from tokred.learn.training.checkpoint import NAME as CHECKPOINT
 
@@ -203,7 +204,9 @@ def records(rows: Sequence[dict[str, Any]], timed: Mapping[str, Spreads] | None 
         for key, metric in (("top1", "top1"), ("recall", "recall")):
             values = [row[key] for row in some]
             if len(values) > 1:
-                one |= results.mean(metric, statistics.mean(values), error_of(values))
+                # A standard error of few seeds is uncertain itself.
+                mean, half = statistics.mean(values), student(len(values) - 1) * error_of(values)
+                one |= results.between(metric, mean, max(0.0, mean - half), min(1.0, mean + half))
             elif metric == "top1":
                 one |= results.share(metric, round(values[0] * images), images)
             else:

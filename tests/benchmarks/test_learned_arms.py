@@ -107,7 +107,7 @@ def test_seeds_become_a_mean_with_its_interval():
            "work": 0.5, "at": 100, "setting": "Cropr(r=3)", "method": "cropr", "where": {}}  # fmt: skip
     (one,) = train_learned.records([{**row, "top1": top1, "seed": i} for i, top1 in enumerate((0.7, 0.72, 0.74))])
     assert one["top1"] == pytest.approx(0.72)
-    assert one["top1_high"] - one["top1"] == pytest.approx(1.96 * 0.02 / 3**0.5, rel=1e-3)
+    assert one["top1_high"] - one["top1"] == pytest.approx(4.303 * 0.02 / 3**0.5, rel=1e-3)
     made = {r.metric: r for r in results.rows(one, "learned")}
     assert made["top1"].count == 300
     assert made["gmacs_share"].value == 0.5
