@@ -57,8 +57,10 @@ def numbered(model, ids: torch.Tensor, first: int) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(
+    ("family", "batch"),
+    [("llama", 2), *(pytest.param(n, b, marks=pytest.mark.hosts) for n in ("qwen3", "mistral") for b in (1, 2))],
+)
 def test_steps_are_those_of_a_cache_that_is_numbered_anew(family, batch):
     """Slack of less than a row: moved before every step."""
     model, ids = build(family), prompt(40, batch)
