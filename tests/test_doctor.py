@@ -85,6 +85,7 @@ def test_laws_hold(which, torch_alone):
     assert broken(case) == {}
 
 
+@pytest.mark.hosts
 def test_laws_hold_with_every_method(torch_alone):
     for name in ("transformers", "diffusers"):
         pytest.importorskip(name)
