@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tokred.adapters.contract import words
 from tokred.adapters.kv.cache import TokCache, layers_of
 from tokred.adapters.kv.layer import TokLayer
-from tokred.adapters.kv.rope import layer_type_of, tables, turned_channels
+from tokred.adapters.kv.rope import layer_type_of, one_turn, turned_channels
 from tokred.kernels.decode_attention import SENTINEL
 from tokred.kv.policy import CachePolicy
 from tokred.kv.turning import turned
@@ -85,14 +85,15 @@ class Front:
         for layer in _ours(cache).values():
             if not layer.compressed:
                 return None
-            found.append(self._ends(layer)[1].amin().cpu())
-        least = int(torch.stack(found).amin()) if found else -1
+            found.append(self._ends(layer)[1].amin())
+        # Brought together first, so that the host waits once and not for every layer.
+        least = int(torch.stack([one.to(found[0].device) for one in found]).amin()) if found else -1
         return None if least < 0 else least
 
     def move(self, cache: TokCache, by: int) -> None:
         """Let the first rows stand ``by`` positions behind where their tokens were."""
         for i, layer in _ours(cache).items():
-            self._turn(i, layer, torch.full((layer.shelf.samples,), by))
+            self._turn(i, layer, torch.full((layer.shelf.samples,), by, device=layer.device))
 
     def _ends(self, layer: TokLayer) -> tuple[Tensor, Tensor]:
         """Slots ``[B, Hk, n]`` of a layer's first rows, and ``[B]`` the smallest behind them: -1 where heads have
@@ -114,7 +115,7 @@ class Front:
             assert keys is not None  # rows have left, so that some are there
             layer.front = keys[:, :, : self.count].clone()
         first = layer.front
-        steps = by.to(first.device).view(-1, 1).expand(-1, self.count)
+        steps = by.view(-1, 1).expand(-1, self.count)
         layer.shelf.lead(turned(first, steps, self._angle(self._kinds[index], first.device)).to(first.dtype))
         layer.led = layer.seen
 
@@ -123,9 +124,7 @@ class Front:
         if (kind, device) not in self._angles:
             embedding = self._embedding
             own = next((b.device for b in embedding.buffers()), device) if isinstance(embedding, nn.Module) else device
-            both = tables(embedding, kind, torch.ones(1, dtype=torch.long, device=own))
-            cos, sin = (t[0, : t.shape[-1] // 2] for t in both)
-            self._angles[kind, device] = torch.atan2(sin, cos).to(device)
+            self._angles[kind, device] = one_turn(embedding, kind, own)[0].to(device)
         return self._angles[kind, device]
 
 

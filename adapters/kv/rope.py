@@ -48,10 +48,7 @@ class LayerRope:
 
     def turns(self) -> tuple[Tensor, float]:
         """Angle ``[D/2]`` float32 from one position to the next, and the factor of the tables."""
-        # In float32, whatever the model runs in: later angles are multiples of this one.
-        both = tables(self.embedding, self.layer_type, torch.ones(1, dtype=torch.long, device=self.tables[0].device))
-        cos, sin = (t[0, : t.shape[-1] // 2] for t in both)
-        return torch.atan2(sin, cos), float(torch.hypot(sin[0], cos[0]))
+        return one_turn(self.embedding, self.layer_type, self.tables[0].device)
 
 
 def tables(embedding: Any, layer_type: str | None, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,6 +61,19 @@ def tables(embedding: Any, layer_type: str | None, positions: Tensor) -> tuple[T
     extra = () if layer_type is None else (layer_type,)
     cos, sin = embedding(torch.zeros(1, len(positions), 1, device=positions.device), positions[None], *extra)
     return cos[0].float(), sin[0].float()
+
+
+def one_turn(embedding: Any, layer_type: str | None, device: torch.device) -> tuple[Tensor, float]:
+    """Angle ``[R]`` float32 from one position to the next, and the factor of the tables.
+
+    Args:
+        embedding, layer_type: as :class:`LayerRope` has them.
+        device: of the embedding.
+    """
+    # In float32, whatever the model runs in: later angles are multiples of this one.
+    both = tables(embedding, layer_type, torch.ones(1, dtype=torch.long, device=device))
+    cos, sin = (t[0, : t.shape[-1] // 2] for t in both)
+    return torch.atan2(sin, cos), float(torch.hypot(sin[0], cos[0]))
 
 
 def of_one_number(decoder: Any) -> bool:

@@ -216,7 +216,7 @@ def test_a_patch_is_taken_back_and_copied(store):
 
 
 def test_bad_settings_are_refused_and_the_model_is_as_it_was():
-    with pytest.raises(ValueError, match="positions must be 'cache' or 'text', got 'window'"):
+    with pytest.raises(ValueError, match="positions is 'window'; allowed are 'cache', 'text'"):
         policy("window")
     model = build("llama")
     for setting, why in (

@@ -453,7 +453,7 @@ def test_positions_are_refused_where_the_prompt_cannot_move():
         opened(method=setting)  # and where nobody asks for it, it stays
     with pytest.raises(ValueError, match="stand in several axes"):
         opened("qwen2_vl", "streaming_llm budget=24", positions="contiguous")
-    with pytest.raises(ValueError, match="positions must be 'contiguous', 'video' or None, got 'cache'"):
+    with pytest.raises(ValueError, match="positions is 'cache'; allowed are 'contiguous', 'video'"):
         opened(method="streaming_llm budget=24", positions="cache")
 
 

@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokred.core.checks import check_share
+from tokred.core.checks import check_choice, check_share
 from tokred.core.learned import Facts
 from tokred.core.method import Method, Parameters
 from tokred.core.reduction import Reduction
@@ -158,8 +158,8 @@ class CachePolicy(Method):
 
     @property
     def closes(self) -> bool:
-        """True if the first rows move up behind those that have left, so that positions are those inside the cache."""
-        return False
+        """True if the first rows move up behind those that have left: a field ``positions`` is ``"cache"``."""
+        return getattr(self, "positions", "text") == "cache"
 
     @property
     def front(self) -> int:
@@ -315,5 +315,4 @@ def check_positions(positions: str) -> None:
     Raises:
         ValueError: with what was given and what is allowed.
     """
-    if positions not in ("cache", "text"):
-        raise ValueError(f"positions must be 'cache' or 'text', got {positions!r}")
+    check_choice(positions, "positions", ("cache", "text"))

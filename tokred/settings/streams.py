@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tokred.core.checks import check_number
+from tokred.core.checks import check_choice, check_number
 from tokred.core.method import Method
 from tokred.errors import UnsupportedModelError
 from tokred.kv.policy import CachePolicy
@@ -118,8 +118,8 @@ def _front(cache_host: Any, policy: CachePolicy | None, positions: str | None, a
     """
     from tokred.adapters.kv.front import Front, why_no_front
 
-    if positions not in (None, "contiguous", "video"):
-        raise ValueError(f"positions must be 'contiguous', 'video' or None, got {positions!r}")
+    if positions is not None:
+        check_choice(positions, "positions", ("contiguous", "video"))
     if positions == "video":
         return None
     if policy is None:

@@ -6,6 +6,8 @@ oldest frame of which something is left, where they would be had the video begun
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from tokred.adapters.kv.cache import TokCache
 from tokred.adapters.kv.front import Front
 
@@ -28,19 +30,17 @@ class Closing:
         self._frames: list[tuple[int, int]] = []
         self.by = 0
 
-    def came(self, position: int, places: list[int]) -> None:
+    def came(self, position: int, places: Tensor) -> None:
         """A frame has gone in.
 
         Args:
             position: where it begins in the video.
-            places: of the tokens that stay, from there on.
+            places: ``(n,)`` positions of its tokens that stay, one or more.
         """
-        if not places:
-            return
         self._frames.append((self._slots, position))
         more = self._front.count - self._slots  # of the first rows, which are tokens of this frame then
         if more > 0:
-            self._end = position + places[min(more, len(places)) - 1] + 1
+            self._end = int(places[min(more, len(places)) - 1]) + 1
         self._slots += len(places)
 
     def close(self, cache: TokCache) -> None:

@@ -152,10 +152,10 @@ class Stream:
             if len(left.kept):
                 x, places = left.x.to(self._device, self._embed.weight.dtype), self._places(left.kept, n)
                 self._feed(x, places, self._last(n, len(left.kept)))
+                if self._closing is not None:
+                    self._closing.came(self._next, places[0])
+                    self._closing.close(self._cache)
             self._state = left.state
-            if self._closing is not None and len(left.kept):
-                self._closing.came(self._next, self._offsets(left.kept))
-                self._closing.close(self._cache)
         self._shape = tuple(pixels.shape)
         self._next += self._advance(n, len(left.kept))
         self._frames, self._seen, self._kept = self._frames + 1, self._seen + n, self._kept + len(left.kept)
@@ -312,10 +312,6 @@ class Stream:
         if self._repacks:
             return self._line(len(kept))
         return self._next + kept[None]
-
-    def _offsets(self, kept: Tensor) -> list[int]:
-        """Where the tokens of a frame that stay stand, counted from its beginning."""
-        return list(range(len(kept))) if self._repacks else kept.tolist()
 
     def _last(self, n: int, kept: int) -> int:
         """No position of a frame of ``n`` tokens, of which ``kept`` stay, is larger."""

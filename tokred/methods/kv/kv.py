@@ -71,11 +71,6 @@ class KVPolicy(CachePolicy):
         check_positions(self.positions)
 
     @property
-    def closes(self) -> bool:
-        """Where positions are those inside the cache."""
-        return self.positions == "cache"
-
-    @property
     def parts(self) -> Parts:
         score, fate, store = self.score, self.fate, self.store
         assert isinstance(score, Score)  # made so above

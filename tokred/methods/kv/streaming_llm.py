@@ -63,10 +63,5 @@ class StreamingLLM(KVPreset):
         super().__post_init__()
         check_positions(self.positions)
 
-    @property
-    def closes(self) -> bool:
-        """Where positions are those inside the cache."""
-        return self.positions == "cache"
-
     def make_score(self) -> Score:
         return Recency()
