@@ -5,7 +5,7 @@
     python -m benchmarks kv/bytes --values kv_bytes.jsonl --out benchmarks/results/kv.csv --overwrite --short
     python -m benchmarks kv/bytes --values /tmp/quick.jsonl --quick
 
-``--short`` is a selection of arms and samples for an hour and a half of one core; a longer run goes on from its values.
+``--short`` is a selection of arms and samples for more than an hour of one core; a longer run goes on from its values.
 SmolLM2-135M runs in bfloat16, which is what users hold, and a full cache of that type is 1:1. Of every arm
 (``benchmarks/kv/holding.py``) the open setting is solved from measured bytes, so that 1/2 to 1/32 of the full cache's
 are held after a prompt of 2,048 tokens: all memory behind rows, codes, scales, positions and the policy's state. Some

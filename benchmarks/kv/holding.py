@@ -270,7 +270,7 @@ _FEW_RATIOS = (8, 16, 32, 4)
 
 
 def short() -> list[Family]:
-    """A selection for an hour of one core: all formats from 4:1 on, policies, and each format under a policy."""
+    """A selection for an hour or two of a core: all formats from 4:1 on, policies, and each format under a policy."""
     three = (8, 16, 32)
     products = [*(uneven(store, three) for store in _UNEVEN), even("kivi-4", three), policy("snapkv", "kivi-4", three)]
     products += [policy("expected_attention", store, three) for store in _STORES if store != "turbo-3"]

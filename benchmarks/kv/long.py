@@ -24,11 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tokred
+from benchmarks.kv.tasks import named_ends
 from benchmarks.saving import save, saving
 from benchmarks.zoo import carriers, data, smollm2
-from tokred.adapters.contract import cache_kwargs
 from tokred.bench import results
 from tokred.bench.arms import BASE
+from tokred.bench.intervals import estimate
 
 
 def settings(budget: int) -> list[str]:
@@ -44,7 +45,7 @@ def losses(model: Any, ids: Tensor, method: str, chunk: int) -> Iterator[Tensor]
     with tokred.applied(model, method) if method else contextlib.nullcontext():
         cache = tokred.kv_cache(model) if method else DynamicCache()
         for start in range(0, ids.shape[1] - 1, chunk):
-            logits = model(ids[:, start : start + chunk], **cache_kwargs(cache)).logits[0].float()
+            logits = model(ids[:, start : start + chunk], **tokred.cache_kwargs(cache)).logits[0].float()
             goal = ids[0, start + 1 : start + 1 + len(logits)]
             yield F.cross_entropy(logits[: len(goal)], goal, reduction="none")
 
@@ -57,11 +58,10 @@ def measure(model: Any, name: str, ids: Tensor, method: str, stretch: int, chunk
         read += len(loss)
         if read % stretch < len(loss) or read + 1 == ids.shape[1]:
             every = torch.cat(found)
-            mean, error = float(every.mean()), float(every.std()) / len(every) ** 0.5
-            ends = (mean, mean - results.NORMAL * error, mean + results.NORMAL * error)
+            around = estimate(every.tolist(), [1.0] * len(every)).map(math.exp)
             row: dict[str, Any] = {"model": name, "method": method.split()[0] if method else BASE}
             row |= {"setting": method.partition(" ")[2], "tokens": read + 1}
-            row |= results.between("perplexity", *map(math.exp, ends))
+            row |= named_ends("perplexity", around)
             yield row | {"tokens_scored": len(every), **results.here("cpu", model.dtype)}
             found = []
 

@@ -12,13 +12,10 @@ from tokred.bench import plots
 GOALS = tuple(sorted(RATIOS))
 WINDOWS, KEYS = ("prose", "table"), ("several", "answer")
 METRICS = {"prose": "perplexity_ratio", "table": "perplexity_ratio", "several": "retrieval", "answer": "contains"}
-# Products that the claim is about, named before they were measured, by what their text begins with. The first: its
-# score is first in kv/tasks, four bits lose little, and even heads have no empty rows in a format. The second, named
-# when the first had found no number: heads as uneven as the score wants them, in the format in which most were found.
-NAMED = {
-    "`kvzip` with even heads in `kivi-4`": ("kvzip", "store=kivi-4 budget=even"),
-    "`kvzip` in `turbo-4`": ("kvzip", "store=tight-turbo-4"),
-}
+# Products that the claim is about, named before they were measured. The first: its score is first in kv/tasks, four
+# bits lose little, and even heads have no empty rows in a format. The second, named when the first had found no number:
+# heads as uneven as the score wants them, in the format in which most were found.
+NAMED = ("`kvzip` with even heads in `kivi-4`", "`kvzip` in `turbo-4`")
 NOTHING = "Not measured yet."
 
 
@@ -128,23 +125,14 @@ def kv_bytes_claims(found: Results) -> str:
     return "\n".join(f"- {line}" for line in lines if line) or NOTHING
 
 
-def _named(found: Results, data: str, goal: int, name: str) -> Record | None:
-    method, begins = NAMED[name]
-    for by in _arms(found, data).values():
-        r = by.get(goal)
-        if r and r["method"] == method and r["setting"].startswith(begins):
-            return r
-    return None
-
-
 def _aim(found: Results, goal: int) -> str:
     """The aim: a product beats every policy and every format, by the paired interval to the nearest of them."""
     texts = []
     for name in NAMED:
         said = []
         for data in (*WINDOWS, *KEYS):
-            r = _named(found, data, goal, name)
-            if r is not None and _over(data) in r:
+            r = _arms(found, data).get(name, {}).get(goal, {})
+            if _over(data) in r:
                 v, form = value(r, _over(data)), "{:.2f}" if data in WINDOWS else "{:+.0%}"
                 what = "times its perplexity" if data in WINDOWS else "of the keys"
                 span = f"{form.format(v.value)} ({form.format(v.low)} to {form.format(v.high)}) {what}"

@@ -70,7 +70,7 @@ def test_every_arm_can_be_made() -> None:
     short = {(f.name, f.setting, r) for f in few for r in f.ratios}
     assert short <= {*keys}, "a longer run goes on from the values of a short one"
     assert len(short) == sum(len(f.ratios) for f in few) < 80
-    assert {f.name for f in few} >= {*holding.FORMATS, "random_evict", *(name for name, _ in held.NAMED.values())}
+    assert {f.name for f in few} >= {*holding.FORMATS, "random_evict", "kvzip"}
     under = {
         f.setting.partition("store=")[2].partition(" ")[0].removeprefix("tight-").partition("-")[0]
         for f in few
@@ -79,9 +79,7 @@ def test_every_arm_can_be_made() -> None:
     assert under == {*holding.FORMATS}, "each format holds the rows of a policy"
     assert {r.kind for r in script.SHORT} == {"prose", "several"}
     assert all(r.goals in (Round("prose", 0, 1).goals, holding.CLAIMED) for r in script.SHORT), "every arm of a ratio"
-    named = {(f.name, f.setting) for f in made if f.product}
-    for name, begins in held.NAMED.values():
-        assert any(name == one and setting.startswith(begins) for one, setting in named)
+    assert {*held.NAMED} <= {held.called({"method": f.name, "setting": f.setting}) for f in made if f.product}
 
 
 FEW = (
