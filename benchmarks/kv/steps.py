@@ -7,7 +7,8 @@
 Models have random weights, on which time does not depend. Each part has a size and arms of its own:
 
 ======== ==============================================================================================================
-packed   a token over rows in 4 and in 2 bits, beside one over as many rows in bfloat16, the model's type
+packed   a token over rows in a format's codes, beside one over as many rows in the model's type: bfloat16, or, where it
+         multiplies faster, ``--dtype float32``
 evicting a token over a cache that lets a row go for each that comes, beside a dense one of as many rows; ``snapkv`` is
          idle there: it has cut its prompt, and is asked nothing more
 searched a token over rows of which few are looked up, beside one over all of them
@@ -72,7 +73,9 @@ class Part(NamedTuple):
 
 PARTS = {
     "packed": Part(
-        ("llama-3.2-1b", "smollm2-135m"), "bfloat16", (8192, 32768), ("kivi bits=4", "kivi bits=2"), 8, 15
+        ("llama-3.2-1b", "smollm2-135m"), "bfloat16", (8192, 32768),
+        ("kivi bits=4", "kivi bits=2", "turbo bits=4", "turbo bits=3", "turbo bits=2", "nsnquant", "mustafar", "mikv"),
+        8, 15,
     ),
     "evicting": Part(
         ("llama-512", "smollm2-135m"), "float32", (256, 1024, 4096),
@@ -191,7 +194,7 @@ def main() -> None:
     parser.add_argument("--model", action="append", choices=tuple(SHAPES), help="instead of the part's")
     parser.add_argument("--arm", action="append", help='instead of the part\'s, such as "h2o budget={rows}"')
     parser.add_argument("--sizes", help="rows or tokens, with commas, instead of the part's")
-    parser.add_argument("--layers", type=int, help="instead of the model's own, and of four of llama-3.2-1b's")
+    parser.add_argument("--layers", type=int, help="instead of the model's own; llama-3.2-1b has four here")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, help="instead of the part's")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="instead of the part's")

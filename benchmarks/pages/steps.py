@@ -7,14 +7,14 @@ from benchmarks.pages.markdown import Record, Results, between, table, value
 NOTHING = "Not measured yet."
 PLAIN = ("unpatched", "in-place")
 NAMES = {
-    "packed": "a token over rows in few bits, against bfloat16",
+    "packed": "a token over rows in few bits",
     "evicting": "a token over a cache that lets a row go for each that comes",
     "searched": "a token over a cache that is searched",
     "prompt": "a whole prompt",
 }
 # Most of the unpatched model's time that an arm was to take, by part and method.
 AIMS = {
-    ("packed", "kivi"): 1.0,
+    **{("packed", name): 1.0 for name in ("kivi", "turbo", "nsnquant", "mustafar", "mikv")},
     ("evicting", "snapkv"): 1.03,
     ("evicting", "streaming_llm"): 1.0,
     ("evicting", "h2o"): 1.0,
@@ -42,10 +42,11 @@ def kv_steps(found: Results) -> str:
             ms = r.get("ms_a_token", r.get("prefill_ms"))
             beside = between(r, "ratio_in_place") if "ratio_in_place" in r else ""
             name = r["method"] if r["method"] in PLAIN else _called(r)
-            lines.append([r["case"], r["model"], name, f"{_size(r):,}", f"{ms:.3g}", between(r, "ratio"), beside])
+            where = [r["case"], r["model"], r["dtype"]]
+            lines.append([*where, name, f"{_size(r):,}", f"{ms:.3g}", between(r, "ratio"), beside])
     if not lines:
         return NOTHING
-    return table(["part", "shapes", "arm", "rows or tokens", "ms", "of unpatched", "of in-place"], lines, 3)
+    return table(["part", "shapes", "type", "arm", "rows or tokens", "ms", "of unpatched", "of in-place"], lines, 4)
 
 
 def kv_steps_claims(found: Results) -> str:
@@ -61,7 +62,7 @@ def kv_steps_claims(found: Results) -> str:
             high, low = (v.value if end is None else end for end in (v.high, v.low))
             verdict = "met" if high <= most else "missed" if low > most else "not told apart"
             more = _called(r).removeprefix(f"`{method}`").strip()
-            size = f"{_size(r):,} {'rows' if 'rows' in r else 'tokens'} of {r['model']}"
+            size = f"{_size(r):,} {'rows' if 'rows' in r else 'tokens'} of {r['model']} in {r['dtype']}"
             said[verdict].append(" ".join(x for x in (more, "at", size, f"({between(r, 'ratio')})") if x))
         text = "; ".join(f"{verdict} {', '.join(places)}" for verdict, places in said.items() if places)
         lines.append(f"- {NAMES[case]}, `{method}`, at most {most:g} times the unpatched model's time: {text}.")
