@@ -176,7 +176,9 @@ def halting(share: float, model: nn.Module, parameters: dict[str, Any], images: 
     return round((low + high) / 2, 3)
 
 
-def recipes(names: Sequence[str], steps: int, batch: int, lr: float = 0.0) -> dict[str, learn.Recipe]:
+def recipes(
+    names: Sequence[str], steps: int, batch: int, lr: float = 0.0, *, labels: bool = False
+) -> dict[str, learn.Recipe]:
     """The recipes by the names that were given; a method without weights takes the first one's numbers.
 
     Where the first name is no recipe either, ``steps``, ``batch`` and ``lr`` are all there is to say: the labels alone
@@ -187,6 +189,7 @@ def recipes(names: Sequence[str], steps: int, batch: int, lr: float = 0.0) -> di
         steps: instead of the recipes'; 0: theirs.
         batch: likewise.
         lr: highest rate of the model's own weights, where they learn; 0: the recipes'.
+        labels: nothing is learned from the dense model, whatever the recipes say.
 
     Raises:
         ValueError: a name is none of these, or no recipe comes before a method and not all numbers are given.
@@ -196,6 +199,8 @@ def recipes(names: Sequence[str], steps: int, batch: int, lr: float = 0.0) -> di
     for name in names:
         if name.endswith(".toml") or (FOLDER / f"{name}.toml").exists():
             one = learn.recipe(name)
+            if labels:
+                one = dataclasses.replace(one, logits=0.0, tokens=0.0, tokens_of="")
         elif not found and alone is None:
             raise ValueError(
                 f"{name!r} is no recipe: the first name has to be one, since others train like it, or steps, batch and "

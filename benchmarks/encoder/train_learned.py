@@ -122,7 +122,7 @@ class Pictures:
 def runs(args: argparse.Namespace, plain: nn.Module, images: Tensor) -> Iterator[tuple[dict[str, Any], Arm]]:
     """Every training: what it is called, and its model and recipe; one seed of all before the next."""
     found: list[Arm] = []
-    for name, recipe in recipes(args.names, args.steps, args.batch, args.lr).items():
+    for name, recipe in recipes(args.names, args.steps, args.batch, args.lr, labels=args.labels).items():
         for share in args.shares:
             try:
                 arm = at_share(name, recipe, share, plain, images[:20])
@@ -248,6 +248,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=0, help="instead of the recipe's")
     parser.add_argument("--batch", type=int, default=0, help="instead of the recipe's")
     parser.add_argument("--lr", type=float, default=0.0, help="of the model's weights, where they learn")
+    parser.add_argument("--labels", action="store_true", help="the labels alone teach, whatever the recipes say")
     parser.add_argument("--every", type=int, default=50, help="steps between checkpoints")
     parser.add_argument("--test", type=int, default=2000, help="test images")
     parser.add_argument("--rounds", type=int, default=0, help="of timing what the first seed has trained")

@@ -62,7 +62,13 @@ def test_a_filled_cache_is_one_that_has_read_its_prompt(text: str) -> None:
 
 def test_the_page(tmp_path: Path) -> None:
     assert page.kv_steps(Results(tmp_path)) == page.kv_steps_claims(Results(tmp_path)) == page.NOTHING
-    base: dict[str, Any] = {"model": "m", "case": "evicting", "rows": 1024, "setting": "budget=1024"}
+    base: dict[str, Any] = {
+        "model": "m",
+        "case": "evicting",
+        "rows": 1024,
+        "setting": "budget=1024",
+        "dtype": "float32",
+    }
     ends = {
         "unpatched": (1, 1, 1),
         "h2o": (0.8, 0.7, 0.9),
@@ -72,11 +78,11 @@ def test_the_page(tmp_path: Path) -> None:
     made = [
         {**base, "method": name, "ms_a_token": 2.0, **results.between("ratio", *three)} for name, three in ends.items()
     ]
-    made += [{"model": "m", "case": "prompt", "tokens": 4096, "setting": "budget=0.25", "method": "h2o",
+    made += [{"model": "m", "case": "prompt", "tokens": 4096, "setting": "budget=0.25", "method": "h2o", "dtype": "float32",
               "prefill_ms": 900.0, **results.between("ratio", 1.3, 1.2, 1.35)}]  # fmt: skip
     results.write(tmp_path / "kv.csv", made, "steps")
     found = Results(tmp_path)
-    assert "| evicting | m | `h2o` | 1,024 | 2 | 0.80 (0.70 to 0.90) |  |" in page.kv_steps(found)
+    assert "| evicting | m | float32 | `h2o` | 1,024 | 2 | 0.80 (0.70 to 0.90) |  |" in page.kv_steps(found)
     said = page.kv_steps_claims(found)
     assert "`streaming_llm`, at most 1 times the unpatched model's time: missed at 1,024 rows of m (1.10 (1.05" in said
     assert "`snapkv`, at most 1.03 times the unpatched model's time: not told apart at 1,024 rows" in said

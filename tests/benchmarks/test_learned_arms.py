@@ -60,6 +60,8 @@ def test_recipes_and_those_that_train_like_the_first(plain):
     with pytest.raises(ValueError, match="'tome' is no recipe: the first name has to be one"):
         arms.recipes(["tome"], 0, 0)
     # All three numbers stand for a recipe, and the labels alone teach.
+    alike = arms.recipes(["dynamicvit", "tome"], 7, 3, 2e-4, labels=True)
+    assert all((r.task, r.logits, r.tokens, r.tokens_of) == (1.0, 0.0, 0.0, "") for r in alike.values())
     alone = arms.recipes(["dense", "pitome"], 40, 8, 1e-4)["pitome"]
     assert (alone.method, alone.steps, alone.batch, alone.lr, alone.warmup, alone.distils) == (
         "pitome", 40, 8, 1e-4, 4, False,
