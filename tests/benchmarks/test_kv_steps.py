@@ -78,12 +78,18 @@ def test_the_page(tmp_path: Path) -> None:
     made = [
         {**base, "method": name, "ms_a_token": 2.0, **results.between("ratio", *three)} for name, three in ends.items()
     ]
-    made += [{"model": "m", "case": "prompt", "tokens": 4096, "setting": "budget=0.25", "method": "h2o", "dtype": "float32",
-              "prefill_ms": 900.0, **results.between("ratio", 1.3, 1.2, 1.35)}]  # fmt: skip
+    made += [{"model": "m", "case": "prompt", "tokens": 4096, "setting": "budget=0.25", "method": "h2o",
+              "dtype": "float32", "prefill_ms": 900.0, **results.between("ratio", 1.3, 1.2, 1.35)}]  # fmt: skip
     results.write(tmp_path / "kv.csv", made, "steps")
     found = Results(tmp_path)
     assert "| evicting | m | float32 | `h2o` | 1,024 | 2 | 0.80 (0.70 to 0.90) |  |" in page.kv_steps(found)
     said = page.kv_steps_claims(found)
-    assert "`streaming_llm`, at most 1 times the unpatched model's time: missed at 1,024 rows of m (1.10 (1.05" in said
+    assert (
+        "`streaming_llm`, at most 1 times the unpatched model's time: missed at 1,024 rows of m in float32 (1.10 (1.05"
+        in said
+    )
     assert "`snapkv`, at most 1.03 times the unpatched model's time: not told apart at 1,024 rows" in said
-    assert "a whole prompt, `h2o`, at most 1.4 times the unpatched model's time: met at 4,096 tokens of m" in said
+    assert (
+        "a whole prompt, `h2o`, at most 1.4 times the unpatched model's time: met at 4,096 tokens of m in float32"
+        in said
+    )
