@@ -67,3 +67,38 @@ def kv_steps_claims(found: Results) -> str:
         text = "; ".join(f"{verdict} {', '.join(places)}" for verdict, places in said.items() if places)
         lines.append(f"- {NAMES[case]}, `{method}`, at most {most:g} times the unpatched model's time: {text}.")
     return "\n".join(lines) or NOTHING
+
+
+def kv_stores(found: Results) -> str:
+    """One token's attention over a layer's rows in each format, over that over dense rows."""
+    lines = []
+    for r in found.records("kv", "stores", dtype="float32"):
+        name = f"dense, {r['setting'].partition('=')[2]}" if r["method"] == "dense" else _called(r)
+        size = f"{r['bytes'] / 2**20:.1f}"
+        beside = between(r, "ratio_bfloat16")
+        lines.append([r["model"], f"{_size(r):,}", name, size, f"{r['ms_a_token']:.3g}", between(r, "ratio"), beside])
+    if not lines:
+        return NOTHING
+    return table(["shapes", "rows", "arm", "MiB", "ms", "of float32", "of bfloat16"], lines, 3)
+
+
+def kv_stores_claims(found: Results) -> str:
+    """Which formats are faster than dense rows in either type, by the quartiles."""
+    rows = [r for r in found.records("kv", "stores", dtype="float32") if r["method"] != "dense"]
+    if not rows:
+        return NOTHING
+    lines = []
+    for metric, called in (("ratio_bfloat16", "bfloat16"), ("ratio", "float32")):
+        faster: dict[str, int] = {}
+        names = list(dict.fromkeys(map(_called, rows)))
+        for r in rows:
+            v = value(r, metric)
+            faster[_called(r)] = faster.get(_called(r), 0) + ((v.value if v.high is None else v.high) < 1)
+        places = {name: sum(_called(r) == name for r in rows) for name in names}
+        always = [name for name in names if faster[name] == places[name]]
+        never = [name for name in names if not faster[name]]
+        some = [f"{name} ({faster[name]} of {places[name]})" for name in names if name not in (*always, *never)]
+        parts = [("at every size", always), ("at some sizes", some), ("nowhere", never)]
+        text = "; ".join(f"{where} {', '.join(who)}" for where, who in parts if who)
+        lines.append(f"- Faster than rows in {called}, by the quartiles: {text}.")
+    return "\n".join(lines)

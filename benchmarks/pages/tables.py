@@ -43,6 +43,7 @@ _PARTS = (
     tasks.kv_tasks_kept, tasks.kv_tasks, tasks.kv_tasks_claims, caches.kv_perplexity, caches.kv_perplexity_claims,
     caches.kv_keys, caches.kv_keys_claims, caches.kv_gemma3, caches.kv_speed, caches.kv_scoring,
     caches.kv_scoring_claims, caches.kv_decode, caches.kv_decode_claims, steps.kv_steps, steps.kv_steps_claims,
+    steps.kv_stores, steps.kv_stores_claims,
     caches.kvpress, caches.kv_long, held.kv_bytes, held.kv_bytes_keys, held.kv_bytes_claims, learned.kv_learned,
     learned.kv_learned_claims,
 )  # fmt: skip

@@ -93,3 +93,23 @@ def test_the_page(tmp_path: Path) -> None:
         "a whole prompt, `h2o`, at most 1.4 times the unpatched model's time: met at 4,096 tokens of m in float32"
         in said
     )
+
+
+def test_the_page_of_stores(tmp_path: Path) -> None:
+    assert page.kv_stores(Results(tmp_path)) == page.kv_stores_claims(Results(tmp_path)) == page.NOTHING
+    made: list[dict[str, Any]] = []
+    for rows, (ratio, half) in {1024: (1.2, 0.3), 8192: (0.8, 0.2)}.items():
+        base: dict[str, Any] = {"model": "m", "rows": rows, "dtype": "float32", "ms_a_token": 2.0, "bytes": 2**20}
+        for name, setting, a, b in (
+            ("dense", "type=float32", 1.0, 0.4),
+            ("kivi", "bits=4", ratio, half),
+            ("mustafar", "", 2.0, 0.5),
+        ):
+            spread = {**results.between("ratio", a, a, a), **results.between("ratio_bfloat16", b, b, b)}
+            made.append({**base, "method": name, "setting": setting, **spread})
+    results.write(tmp_path / "kv.csv", made, "stores")
+    found = Results(tmp_path)
+    assert "| m | 1,024 | dense, float32 | 1.0 | 2 | 1.00 (1.00 to 1.00) | 0.40" in page.kv_stores(found)
+    said = page.kv_stores_claims(found)
+    assert "in bfloat16, by the quartiles: at every size `kivi` `bits=4`, `mustafar`." in said
+    assert "in float32, by the quartiles: at some sizes `kivi` `bits=4` (1 of 2); nowhere `mustafar`." in said

@@ -136,6 +136,7 @@ METRICS: dict[str, Metric] = {
     "ms_to_first_token": _time("ms", "up to the first token of an answer"),
     "ms_a_token": _time("ms", "of a generated token"),
     "ratio": _time("x", "time of a token, or a prompt, over that of a dense cache of as many rows in the same round"),
+    "ratio_bfloat16": _time("x", "the same, over that of a dense cache in bfloat16"),
     "ratio_in_place": _time("x", "the same, over that of a dense cache that adds rows without a copy"),
     "policy_ms": _time("ms", "all that a policy does at the end of a prompt"),
     "score_ms": _time("ms", "observing and scoring"),
