@@ -244,7 +244,8 @@ def at_share(name: str, recipe: learn.Recipe, share: float, plain: nn.Module, im
         parameter = AMOUNTS[recipe.method][0]
         parameters[parameter] = method.to_dict()["parameters"][parameter]
     elif recipe.method == "diffrate":
-        parameters["target"] = share
+        host = adapters.find(plain)
+        parameters |= {"target": share, "patches": host.tokens(shape(plain)) - host.prefix}
     elif recipe.method == "dovit":
         share = 1.0  # decided by confidence alone, whatever work that is
     elif recipe.method == "avit":
