@@ -115,7 +115,7 @@ def test_every_tiny_model_is_asked():
     from tokred.adapters.tiny import diffusion, kv, moe, omni, open_clip, timm, transformers, vlm, windows
 
     tables = (diffusion, kv, moe, open_clip, timm, transformers, vlm, windows)
-    others = 1 + omni.known()  # Florence-2, Qwen2.5-Omni
+    others = len(vlm.HYBRIDS) + 1 + omni.known()  # Florence-2, Qwen2.5-Omni
     assert len(doctor.choose()) == sum(len(table.FAMILIES) for table in tables) + len(stores.KINDS) + others
 
 

@@ -74,6 +74,7 @@ VIDEO_PIXELS = row("videos", "pixel_values_videos T qwen2_5_vl:Qwen2_5_VLModel.f
 IMAGE_GRIDS = row("grids of images", "image_grid_thw T qwen2_5_vl:Qwen2_5_VLModel.forward")
 VIDEO_GRIDS = row("grids of videos", "video_grid_thw T qwen2_5_vl:Qwen2_5_VLModel.forward")
 SIZES = row("sizes of images", "image_sizes T llava_next:LlavaNextModel.forward")
+SHAPES = row("patches of images", "spatial_shapes T lfm2_vl:Lfm2VlModel.get_image_features")
 DEEP_PLACES = row("places of deep features", "visual_pos_masks T qwen3_vl:Qwen3VLTextModel.forward")
 DEEP_FEATURES = row("deep features", "deepstack_visual_embeds T qwen3_vl:Qwen3VLTextModel.forward")
 TOWER_LAYER = row("layer of the tower", "vision_feature_layer T llava:LlavaModel.get_image_features")
@@ -285,6 +286,7 @@ FRAMES = row("frames of a video", "num_frames T timesformer:TimesformerLayer")
 POOLING = row("pool of a classifier", "classifier_pooling T modernbert:ModernBertForSequenceClassification")
 IMAGE = row("side of an image", "image_size T clip:CLIPVisionConfig")
 SHRINK = row("patches of a side that make a token", "scale_factor T idefics3:Idefics3Config")
+DOWNSAMPLED = row("patches of a side that make a token, in other words", "downsample_factor T lfm2_vl:Lfm2VlConfig")
 TILINGS = row("sizes of tiled images", "image_grid_pinpoints T llava_next:LlavaNextConfig")
 PATCH_IN_TIME = row(
     "frames of a patch", "patch_size_t D transformers.cogvideox_transformer_3d:CogVideoXTransformer3DModel"

@@ -69,6 +69,15 @@ def _padded_images(counts: list[int], g: torch.Generator) -> dict[str, Tensor]:
     return {"pixel_values": pixels}
 
 
+def _shaped_images(counts: list[int], g: torch.Generator) -> dict[str, Tensor]:
+    """Every other one is wide and low, and all have padding behind their patches."""
+    n = sum(counts)
+    shapes = torch.tensor([[8, 8], [4, 16]] * n)[:n]
+    mask = torch.arange(72) < shapes.prod(1, keepdim=True)
+    pixels = torch.randn(n, 72, 48, generator=g) * mask.unsqueeze(2)
+    return {"pixel_values": pixels, "spatial_shapes": shapes, "pixel_attention_mask": mask.long()}
+
+
 class Family(NamedTuple):
     """One way of building one class.
 
@@ -184,11 +193,35 @@ FAMILIES: dict[str, Family] = {
 }  # fmt: skip
 
 
+# Of layers that keep a state and one that keeps rows: tokens leave before the first of them, and not in between.
+HYBRIDS: dict[str, Family] = {
+    "qwen3_5_states": FAMILIES["qwen3_5_vl"]._replace(
+        options={**FAMILIES["qwen3_5_vl"].options, "text_config": {
+            **FAMILIES["qwen3_5_vl"].options["text_config"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+            "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+        }},
+    ),
+    "lfm2_vl": Family(
+        "Lfm2Vl",
+        {"vision_config": {**SIGLIP, "model_type": "siglip2_vision_model", "num_patches": 64, "vision_use_head": False},
+         "text_config": {**TEXT, "model_type": "lfm2",
+                         "layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+         "image_token_id": IMAGE, "projector_hidden_size": 32},
+        _shaped_images,
+    ),
+}  # fmt: skip
+
+
+def _row(name: str) -> Family:
+    return (FAMILIES | HYBRIDS)[name]
+
+
 def make(name: str, **changes: Any) -> Any:
     """The host's model as it makes it, some options of its configuration replaced."""
     import transformers as t
 
-    row = FAMILIES[name]
+    row = _row(name)
     config = Config(f"{row.name}Config", row.options).make(t, **changes)
     return getattr(t, f"{row.name}ForConditionalGeneration")(config)
 
@@ -210,7 +243,7 @@ def build(name: str, seed: int = 0) -> Any:
 
 def layers(name: str, model: Any) -> Any:
     """Decoder layers of the language model inside."""
-    return model.get_submodule(FAMILIES[name].language).layers
+    return model.get_submodule(_row(name).language).layers
 
 
 def prompts(name: str, rows: Rows, seed: int = 1) -> dict[str, Any]:
@@ -219,7 +252,7 @@ def prompts(name: str, rows: Rows, seed: int = 1) -> dict[str, Any]:
     Returns:
         ``input_ids``, ``attention_mask``, and what the family takes of images.
     """
-    host, g = FAMILIES[name], torch.Generator().manual_seed(seed)
+    host, g = _row(name), torch.Generator().manual_seed(seed)
     sequences, counts = [], []
     for row in rows:
         ids: list[int] = []

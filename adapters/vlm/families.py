@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import nn
 
 from tokred.adapters.swap import host_class
-from tokred.adapters.vlm.layout import Picture, by_grid, by_map, by_sample, by_size, closed_video, plain, tiled, video
+from tokred.adapters.vlm.layout import (
+    Picture,
+    by_grid,
+    by_map,
+    by_sample,
+    by_shape,
+    by_size,
+    closed_video,
+    plain,
+    tiled,
+    video,
+)
 from tokred.adapters.vlm.taps import Record, Tap, pixels_of, received
 
 if TYPE_CHECKING:
@@ -80,6 +91,7 @@ FACTS: dict[str, Facts] = {
     "InternVLModel": Facts(heads=False, clips=True),
     "Idefics3Model": _IDEFICS,
     "SmolVLMModel": _IDEFICS,
+    "Lfm2VlModel": Facts(pictures={"image": by_shape}, tokenwise=False, heads=False),
     "Mistral3Model": Facts(pictures={"image": by_size}, tokenwise=False, heads=False, clips=True),
     "PaliGemmaModel": Facts(outer_masks=True, clips=True, causal_type=1),
     "Gemma3Model": Facts(tokenwise=False, outer_masks=True, heads=False, clips=True),
@@ -168,6 +180,17 @@ def class_tokens(core: PreTrainedModel, facts: Facts) -> int:
 def part(core: PreTrainedModel, name: str) -> Any:
     """A module inside by its dotted name."""
     return core.get_submodule(name)
+
+
+def decoder_layers(model: nn.Module, attentions: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """Names and modules of decoder layers: those with one of ``attentions``, and those beside them that have none."""
+    inside = {id(child): (name, m) for name, m in model.named_modules() for child in m.children()}
+    found = [inside[id(a)] for _, a in attentions if id(a) in inside]
+    path = found[0][0].rpartition(".")[0] if found else ""
+    beside = model.get_submodule(path)
+    if not isinstance(beside, nn.ModuleList) or not {id(m) for _, m in found} <= {id(m) for m in beside}:
+        return found
+    return [(f"{path}.{i}" if path else str(i), layer) for i, layer in enumerate(beside)]
 
 
 def tower_layers(core: PreTrainedModel, facts: Facts) -> list[nn.Module]:

@@ -174,7 +174,13 @@ class Forward:
         else:
             keep = keep & real
             counts = tuple(keep.sum(1).tolist())
-        self.packed = packed = left_pack(keep, counts)
+        packed = left_pack(keep, counts)
+        if packed.ragged and self.past > 0 and self.settings.states:
+            raise ValueError(
+                f"{self.settings.family} has layers that keep a state, which filler would change: in later turns "
+                f"{method.name!r} has to leave as many tokens of every sample (here {', '.join(map(str, counts))})"
+            )
+        self.packed = packed
         # A policy of the cache counts the prompt in rows that come to it.
         if hasattr(self.cache, "engine"):
             ours: TokCache = self.cache

@@ -41,6 +41,7 @@ class VisualSettings(State):
     Attributes:
         outer, inner: the methods of ``projector`` and ``layer``.
         core: the model with vision, if there is one.
+        states: whether some of its decoder layers keep a state instead of rows.
         projector, layers: the projector, and the list of decoder layers.
         chosen: decoder layers before which the method of ``layer`` may act; None: all.
         last: tokens at every layer's input in the last prefill, of a prompt of ``before``.
@@ -57,6 +58,7 @@ class VisualSettings(State):
         self.inner: PlacedMethod | None = None
         self.chosen: frozenset[int] | None = None
         self.core: nn.Module | None = None
+        self.states = False
         self.projector: nn.Module | None = None
         self.layers: nn.Module | None = None
         self.last: tuple[LayerCount, ...] = ()

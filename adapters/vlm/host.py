@@ -25,6 +25,7 @@ from tokred.adapters.vlm.families import (
     Facts,
     class_tokens,
     core_of,
+    decoder_layers,
     describe,
     feature_layer,
     projections,
@@ -59,6 +60,7 @@ class VisualHost(Host):
         facts: of the family.
         supplies: what sites of this stage hand over.
         stage: ``"projector"`` or ``"layer"``.
+        states: whether some of the layers keep a state instead of rows.
     """
 
     family: str
@@ -69,6 +71,7 @@ class VisualHost(Host):
     facts: Facts
     supplies: frozenset[str]
     stage: str
+    states: bool = False
 
     windowless: ClassVar[str] = "{family} has no windows to choose from"
 
@@ -203,6 +206,7 @@ class VisualHost(Host):
             settings = hooks.VisualSettings(
                 self.family, self.facts, words.CONFIG.need(self.language), len(self.layers), self.core is not None
             )
+            settings.states = self.states
             self._hang(settings, changes)
         assert isinstance(method, PlacedMethod)  # of its stage
         if self.stage == "projector":
@@ -315,18 +319,21 @@ def _match(model: nn.Module, stage: str) -> VisualHost | None:
     if core is None and stage == "projector":
         return None
     loses = "fewer visual tokens" if stage == "projector" else LOSES  # before it, no row of a cache leaves
-    found = match_language(model, decodes=core is not None, bounded=True, states=False, loses=loses)
+    # To layers that keep a state fewer tokens before the first are a shorter text; inside, each would have read others.
+    before = stage == "projector"
+    found = match_language(model, decodes=core is not None, bounded=True, states=before, loses=loses)
     if found is None:
         return None
     facts = Facts() if core is None else FACTS[host_class(core).__name__]
     language: Any = found.decoder
-    layers = [(name, module) for name, module in _decoder_layers(model, list(found.attentions.values()))]
-    if len(layers) != len(found.attentions):
+    layers = decoder_layers(model, list(found.attentions.values()))
+    if len(layers) != len(found.attentions) + found.states:
         raise cache_refusal(cls.__name__, "its decoder layers are not known", loses)
     supplies = _supplies_layer(layers) if stage == "layer" else supplies_projector(core, facts)
-    if stage == "projector" and supplies_calibration(language, facts):
+    if stage == "projector" and not found.states and supplies_calibration(language, facts):
         supplies |= {"calibration"}
-    return VisualHost(f"transformers {cls.__name__}", model, core, language, layers, facts, supplies, stage)
+    family, states = f"transformers {cls.__name__}", found.states > 0
+    return VisualHost(family, model, core, language, layers, facts, supplies, stage, states)
 
 
 def check_whole(model: Any, core: nn.Module | None, stage: str) -> None:
@@ -364,11 +371,6 @@ def _generates(model: Any) -> bool:
 
 def _sees(config: Any) -> bool:
     return words.VISION.part(config) is not None
-
-
-def _decoder_layers(model: nn.Module, attentions: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
-    inside = {id(child): (name, m) for name, m in model.named_modules() for child in m.children()}
-    return [inside[id(a)] for _, a in attentions if id(a) in inside]
 
 
 def _supplies_layer(layers: list[tuple[str, nn.Module]]) -> frozenset[str]:

@@ -331,6 +331,14 @@ def by_size(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: T
     return found
 
 
+def by_shape(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: Tap) -> list[Picture]:
+    """LFM2-VL's: images, or tiles of them, of any shape, whose patches are joined to cells."""
+    side, found = words.DOWNSAMPLED.need(words.CONFIG.need(core)), []
+    for n, (high, wide) in zip(lengths(output), torch.as_tensor(words.SHAPES.at(given)).tolist(), strict=True):
+        found.append(Picture(n, (Part(Span.line(0, n), (high // side, wide // side)),)))
+    return found
+
+
 def by_map(core: PreTrainedModel, given: dict[str, Any], output: Output, tap: Tap) -> list[Picture]:
     """Florence-2's: the cells of the tower's map ``(B, C, H, W)``, row by row, behind the mean of all of them, which
     is no part of anything, and stays."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from tokred.adapters.contract import arguments, attention_of, cache_name, host_object, members, terms, words
 from tokred.adapters.kv.attention import PREFIX
 from tokred.adapters.kv.masks import MaskSpec
+from tokred.adapters.kv.reasons import STATES
 from tokred.adapters.vlm.columns import Packed, own_sizes
 
 if TYPE_CHECKING:
@@ -274,7 +275,8 @@ def gather_any_mask(mask: Masks, packed: Packed, before: Tensor, length: int) ->
     """
     # Generation hands over masks by kind of layer.
     if isinstance(mask, dict):
-        return {name: gather_any_mask(one, packed, before, length) for name, one in mask.items()}
+        now = packed.valid if packed.ragged else None  # layers with a state are told of this forward's padding
+        return {k: now if k in STATES else gather_any_mask(one, packed, before, length) for k, one in mask.items()}
     if mask is None:
         return None
     if not isinstance(mask, Tensor):

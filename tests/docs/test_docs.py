@@ -153,6 +153,19 @@ def test_every_method_has_a_page() -> None:
     assert "(kv/kv.md)" in overview
 
 
+def test_every_model_with_vision_stands_in_the_tutorial() -> None:
+    pytest.importorskip("transformers")
+    from tokred.adapters.vlm.families import FACTS
+
+    rows = [
+        line
+        for line in (ROOT / "docs" / "tutorials" / "vlm.md").read_text("utf-8").splitlines()
+        if line.startswith("| ")
+    ]
+    named = [name for row in rows for name in re.findall(r"`(\w+Model)`", row)]
+    assert sorted(named) == sorted(FACTS)
+
+
 def test_readme_has_two_commands() -> None:
     commands = COMMAND.findall((ROOT / "README.md").read_text("utf-8"))
     assert len(commands) == 2

@@ -158,17 +158,6 @@ def gemma3n() -> Any:
         return t.Gemma3nForConditionalGeneration(config)
 
 
-def qwen3_5() -> Any:
-    kinds = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8}
-    text = {**tiny.TEXT, **kinds, "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"] * 2}
-    vision = {
-        "depth": 2, "hidden_size": 32, "num_heads": 2, "patch_size": 4, "out_hidden_size": 32, "intermediate_size": 32,
-        "num_position_embeddings": 64,
-    }  # fmt: skip
-    config = t.Qwen3_5Config(text_config=text, vision_config=vision, image_token_id=98, video_token_id=97)
-    return t.Qwen3_5ForConditionalGeneration(config)
-
-
 def vipllava() -> Any:
     config = t.VipLlavaConfig(
         vision_config=t.CLIPVisionConfig(**tiny.VISION), text_config=t.LlamaConfig(**tiny.TEXT), image_token_index=98
@@ -211,7 +200,6 @@ UNKNOWN = r"of a family whose image features.* does not know \(it knows LlavaMod
         (colqwen, WHOLE),
         (gemma3_classifier, WHOLE),
         (gemma3n, UNKNOWN),
-        (qwen3_5, "layers 0,2 keep a recurrent state"),
         (vipllava, UNKNOWN),
         (mllama, BESIDE),
         (idefics, BESIDE),

@@ -80,6 +80,8 @@ def transformers_cases() -> Iterator[Case]:
         yield stores.together(caching[family])
     for family in vlm.FAMILIES:
         yield _visual(family, partial(vlm.build, family), vlm.prompts(family, PICTURES))
+    for family in vlm.HYBRIDS:
+        yield _ahead(family, partial(vlm.build, family), vlm.prompts(family, PICTURES))
     if omni.known():
         yield _visual("qwen2_5_omni", omni.build, omni.prompts(SOUNDS))
     yield _read("florence2", florence.build, florence.prompts(PICTURES))
@@ -114,6 +116,14 @@ def _visual(family: str, build: Callable[[], nn.Module], batch: dict[str, Any]) 
         [tokred.make("random_visual", budget=1.0), tokred.make("fastv", ratio=0.0)],
         [tokred.make("random_visual", budget=0.5), tokred.make("fastv", layer=1, ratio=0.4)], visual.counts,
         {"dropped": partial(visual.check_dropped, batch=batch)},
+    )  # fmt: skip
+
+
+def _ahead(family: str, build: Callable[[], nn.Module], batch: dict[str, Any]) -> Case:
+    """A model with vision some of whose layers keep a state: tokens leave before the first of them, and in between none."""
+    return Case(
+        "transformers", "vlm", family, build, lambda m: caches.generated(m, batch)[0],
+        [tokred.make("random_visual", budget=1.0)], [tokred.make("random_visual", budget=0.5)], visual.counts, {},
     )  # fmt: skip
 
 

@@ -93,7 +93,7 @@ REASONS = {
     "SmolVLMModel": _TOGETHER,
     "Mistral3Model": "takes images of several sizes with marks between their rows, and knows no videos",
     **dict.fromkeys(("Glm4vModel", "Glm4vMoeModel"), _TIMES),
-    **dict.fromkeys(("Qwen3_5Model", "Qwen3_5MoeModel"), "keeps a state in some layers, which no frame can leave"),
+    **dict.fromkeys(("Qwen3_5Model", "Qwen3_5MoeModel", "Lfm2VlModel"), "keeps a state in some layers, which no frame can leave"),
     "Qwen3VLMoeModel": "adds features of its tower inside its language model, at the places of all visual tokens",
     "PaliGemmaModel": _BOTH_WAYS,
     "Gemma3Model": _BOTH_WAYS,
