@@ -68,6 +68,7 @@ MEMORY_MASK = row("mask of an encoder's states", "encoder_attention_mask T bart:
 CACHED = row("whether to keep a cache", "use_cache T llama:LlamaModel.forward")
 TYPES = row("types of tokens", "token_type_ids T paligemma:PaliGemmaModel.forward")
 LABELS = row("labels", "labels T llama:LlamaForCausalLM.forward")
+LATER_LABELS = row("labels, moved by one", "shift_labels T transformers.loss.loss_utils:ForCausalLMLoss")
 KEPT_LOGITS = row("tokens with logits", "logits_to_keep T llama:LlamaForCausalLM.forward")
 PIXELS = row("images", "pixel_values T llava:LlavaModel.forward")
 VIDEO_PIXELS = row("videos", "pixel_values_videos T qwen2_5_vl:Qwen2_5_VLModel.forward")

@@ -29,6 +29,7 @@ from tokred.adapters.kv.again import oversee
 from tokred.adapters.kv.attention import PREFIX, SEAT, Seat, register
 from tokred.adapters.kv.cache import LayerRows, TokCache, adopt, layer_of, make_cache, rows_of
 from tokred.adapters.kv.front import Front
+from tokred.adapters.kv.given import check_chunk, check_length, check_samples, count_new, padding_in
 from tokred.adapters.kv.latents import read
 from tokred.adapters.kv.layer import TokLayer
 from tokred.adapters.kv.masks import MaskSpec
@@ -181,16 +182,17 @@ class EnterDecoder(Hook):
                     "use_cache=True, and without gradient checkpointing"
                 )
             return args, kwargs
-        _check_samples(given)
-        _check_mask(words.ATTENTION_MASK.of(given))
+        check_samples(given)
+        mask = padding_in(words.ATTENTION_MASK.of(given))
         ours: TokCache = self.settings.cache() if cache is None else self.settings.adopt(cache)
-        _check_length(words.ATTENTION_MASK.of(given), given, ours)
-        check_mask(ours, words.ATTENTION_MASK.of(given))
-        _check_chunk(given, ours.engine.parts.when.chunk)
+        if isinstance(words.ATTENTION_MASK.of(given), Tensor):  # the model's own are as long as its cache says
+            check_length(mask, given, ours)
+        check_mask(ours, mask)
+        check_chunk(given, ours.engine.parts.when.chunk)
         ours.begin()
         if self.front is not None:
             self.front.follow(ours)
-        ours.account(_new(given)[0], self.settings.config)
+        ours.account(count_new(given)[0], self.settings.config)
         oversee(self.settings, module, given, ours)
         kept = words.KEPT_LOGITS.of(given)
         if isinstance(kept, int) and words.KEPT_LOGITS.among(self.names):
@@ -346,51 +348,3 @@ def _newest_alone(kept: int, implementation: str) -> int:
     """
     alone = kept == 1 and implementation in terms.FUSED_KERNEL.names
     return kept if alone or implementation in terms.WRITTEN_OUT.names else 0
-
-
-def _check_mask(mask: Any) -> None:
-    masks = list(mask.values()) if isinstance(mask, dict) else [mask]
-    if any(isinstance(m, Tensor) and m.ndim != 2 for m in masks) or isinstance(mask, dict):
-        raise ValueError(
-            "a cache with a policy makes its own masks from the rows it holds: give attention_mask as [B, L] with "
-            "zeros on padding, or none, instead of a mask for each pair of tokens (or use_cache=False)"
-        )
-
-
-def tokens_of(given: dict[str, Any]) -> Tensor | None:
-    """Tokens of a forward: ids ``[B, M]``, or embeddings ``[B, M, C]``."""
-    ids: Tensor | None = words.INPUT_IDS.of(given)
-    return words.EMBEDS.of(given) if ids is None else ids
-
-
-def _new(given: dict[str, Any]) -> tuple[int, int]:
-    """Samples and new tokens of a forward."""
-    new = tokens_of(given)
-    return (1, 0) if new is None else (int(new.shape[0]), int(new.shape[1]))
-
-
-def _check_samples(given: dict[str, Any]) -> None:
-    if _new(given)[0] == 0:
-        raise ValueError("input_ids (or inputs_embeds) holds no samples: a cache takes batches of at least one")
-
-
-def _check_chunk(given: dict[str, Any], chunk: int) -> None:
-    new = _new(given)[1] if chunk else 0
-    if new > chunk:
-        raise ValueError(
-            f"a forward of {new} tokens does not fit the limit, which has room for chunk={chunk}: give the prompt in "
-            "chunks, or let generate do so"
-        )
-
-
-def _check_length(mask: Any, given: dict[str, Any], cache: TokCache) -> None:
-    new = tokens_of(given)
-    if mask is None or new is None:
-        return
-    seen = members.LENGTH.need(cache)()
-    wanted = seen + new.shape[1]
-    if mask.shape[1] < wanted:
-        raise ValueError(
-            f"attention_mask covers {mask.shape[1]} tokens, but the cache has seen {seen} and "
-            f"{new.shape[1]} come: give the mask of all {wanted}, evicted ones included"
-        )

@@ -119,6 +119,26 @@ class MaskSpec:
         words.ATTENTION_MASK.put(changed, None if mask is None else mask[:, :keys])
         return MaskSpec(changed)
 
+    def chosen(self, columns: Tensor, valid: Tensor | None) -> MaskSpec:
+        """The specification where some of the tokens leave before the first layer.
+
+        Args:
+            columns: ``[B, M]`` which of the newest tokens that this mask is for are left, in order.
+            valid: ``[B, L - n + M]`` bool of the slots that there are then, False on padding; None: all are real.
+        """
+        count, changed = columns.shape[1], dict(self.arguments)
+        gone, held = self.queries - count, 0 if valid is None else valid.shape[1] - count
+        words.QUERIES_TO_MASK.put(changed, count)
+        words.KEYS_TO_MASK.put(changed, words.KEYS_TO_MASK.at(changed) - gone)
+        words.ATTENTION_MASK.put(changed, valid)
+        if not self.plain:
+            # The host's rule may look up tables by place, which are those of all tokens.
+            rule, now = words.RULE.at(changed), columns + held
+            before = torch.arange(held, device=columns.device).expand(len(columns), -1)
+            places = torch.cat([before, now], 1)
+            words.RULE.put(changed, lambda b, h, q, k: rule(b, h, places[b, q], places[b, k]))
+        return MaskSpec(changed)
+
     @functools.cached_property
     def plain(self) -> bool:
         """True where every query sees exactly the real tokens up to its own."""

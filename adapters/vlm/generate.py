@@ -94,6 +94,11 @@ class EnterLoss(Hook):
             )
         if not (isinstance(words.KEPT_LOGITS.of(given, 0), int) and words.KEPT_LOGITS.of(given, 0) == 0):
             raise ValueError("labels need the logits of all tokens: leave logits_to_keep out")
+        if words.LATER_LABELS.of(given) is not None:
+            raise ValueError(
+                f"{words.LATER_LABELS.name} have a column for every token of the prompt, of which some leave: give "
+                "labels alone, or call tokred.remove(model) first"
+            )
         # The host would compare its few logits with all labels, and refuse.
         in_flight.labels = labels
         return (), {**given, words.LABELS.key(given): None}
@@ -101,6 +106,9 @@ class EnterLoss(Hook):
 
 class LeaveLoss(Hook):
     """Hook after that forward: the loss of the tokens that are left, with their labels."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         labels, forward = in_flight.labels, in_flight.done
@@ -113,7 +121,9 @@ class LeaveLoss(Hook):
         logits = words.LOGITS.at(output) if isinstance(output, dict) else output[0]
         text, function = members.TEXT_OF.need(words.CONFIG.need(module))(), members.LOSS_OF.need(module)
         given = {words.LOGITS: logits, words.LABELS: labels, words.VOCABULARY: words.VOCABULARY.need(text)}
-        loss = function(**arguments(function, given))
+        # The host hands on what its forward does not name, such as the number of tokens of all accumulated batches.
+        more = {name: value for name, value in kwargs.items() if name not in self.names}
+        loss = function(**{**more, **arguments(function, given)})
         if not isinstance(output, dict):
             return (loss, *output)
         words.LOSS.put(output, loss)

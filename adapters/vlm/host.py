@@ -260,7 +260,7 @@ class VisualHost(Host):
         names = argument_names(model)
         if words.LABELS.among(names):
             changes.before(model, EnterLoss(settings, names), with_kwargs=True)
-            changes.after(model, LeaveLoss(), with_kwargs=True, always_call=True)
+            changes.after(model, LeaveLoss(names), with_kwargs=True, always_call=True)
 
     def tap(self, method: Method, changes: Changes) -> None:
         """Hang the hooks that note what the method reads of the tower, while a feature getter runs."""

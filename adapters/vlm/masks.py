@@ -279,6 +279,8 @@ def gather_any_mask(mask: Masks, packed: Packed, before: Tensor, length: int) ->
         return {k: now if k in STATES else gather_any_mask(one, packed, before, length) for k, one in mask.items()}
     if mask is None:
         return None
+    if isinstance(mask, MaskSpec):  # of a policy of the cache
+        return mask.chosen(packed.columns, torch.cat([before, packed.valid], 1))
     if not isinstance(mask, Tensor):
         raise uncut(mask)
     if mask.ndim == 2:

@@ -185,11 +185,15 @@ def test_loss_of_what_is_left(name):
     labels = ids.masked_fill(visual | visual.roll(1, 1) | (batch["attention_mask"].cumsum(1) < 2), -100)
     tokred.apply(model, both())
     out = model(**batch, labels=labels, use_cache=True)
+    # As a trainer asks that goes on over several batches: a sum, over the tokens of all of them.
+    shared = model(**batch, labels=labels, num_items_in_batch=torch.tensor(100)).loss
     keeps = oracle.kept(out.past_key_values, labels.shape[1])
     tokred.remove(model)
     with oracle.masked(hosts.layers(name, model), keeps, batch["attention_mask"]):
         expected = model(**batch, labels=labels).loss
+        wanted = model(**batch, labels=labels, num_items_in_batch=torch.tensor(100)).loss
     torch.testing.assert_close(out.loss, expected)
+    torch.testing.assert_close(shared, wanted)
 
 
 @pytest.mark.parametrize("name", each(hosts.HOSTS, VISION_LANGUAGE))

@@ -180,6 +180,8 @@ def test_loss_of_what_is_left(model, method):
     torch.testing.assert_close(pairs[0], expected)
     with pytest.raises(ValueError, match="logits_to_keep"), tokred.applied(model, METHODS[method]()):
         model(**batch, labels=labels, logits_to_keep=1)
+    with pytest.raises(ValueError, match="shift_labels"), tokred.applied(model, METHODS[method]()):
+        model(**batch, labels=labels, shift_labels=labels)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -84,6 +84,7 @@ LOOKS: dict[str, Looks] = {
 
 _TOGETHER = "takes all tiles of a sample together"
 _BOTH_WAYS = "lets the tokens of an image see one another in both directions, also in its language model"
+_STATES = "keeps a state in some layers, which no frame can leave"
 _TIMES = "writes the time of each frame into the prompt, which frames alone do not tell"
 REASONS = {
     "LlavaNextModel": "cuts images into tiles, and knows no videos",
@@ -93,7 +94,7 @@ REASONS = {
     "SmolVLMModel": _TOGETHER,
     "Mistral3Model": "takes images of several sizes with marks between their rows, and knows no videos",
     **dict.fromkeys(("Glm4vModel", "Glm4vMoeModel"), _TIMES),
-    **dict.fromkeys(("Qwen3_5Model", "Qwen3_5MoeModel", "Lfm2VlModel"), "keeps a state in some layers, which no frame can leave"),
+    **dict.fromkeys(("Qwen3_5Model", "Qwen3_5MoeModel", "Lfm2VlModel"), _STATES),
     "Qwen3VLMoeModel": "adds features of its tower inside its language model, at the places of all visual tokens",
     "PaliGemmaModel": _BOTH_WAYS,
     "Gemma3Model": _BOTH_WAYS,
