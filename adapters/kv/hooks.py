@@ -17,7 +17,6 @@ from tokred.adapters.contract import (
     attention_of,
     cache_name,
     cache_of,
-    members,
     set_attention,
     terms,
     with_cache,

@@ -3,6 +3,7 @@ notices."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import warnings
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import tokred
 from tests.vlm import hosts
+from tokred.adapters.contract import attention_of
 from tokred.adapters.tiny.vlm import IMAGE, VIDEO
 from tokred.adapters.vlm.streams.families import LOOKS, REASONS
 from tokred.adapters.vlm.streams.stream import Stream
@@ -185,7 +187,8 @@ def traces(model: Any) -> list[Any]:
 @pytest.mark.parametrize("setting", [None, *SOME])
 def test_the_model_is_as_it_was_between_frames(setting):
     model, batch = model_of("onevision_video"), dense("onevision_video", pixels(3))
-    before, y = traces(model), model(**batch).logits
+    y = model(**batch).logits  # hosts hang hooks of their own in a first forward
+    before = traces(model)
     stream = opened(method=SETTINGS.get(setting), reuse=None if setting == "groups" else 0.5)
     assert traces(model) == before
     stream.frames(pixels(3))
@@ -195,6 +198,38 @@ def test_the_model_is_as_it_was_between_frames(setting):
     parameters = sum(p.numel() for p in model.parameters())
     tokred.remove(model)
     assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize("setting", [None, *SOME])
+def test_a_copy_goes_on_by_itself(setting):
+    """What a copy looks at, its original has not seen; each has a model of its own, which is as it was in between."""
+    model = model_of("onevision_video")
+    stream = opened(method=SETTINGS.get(setting))
+    stream.frames(pixels(3))
+    wanted = stream.ask(QUESTION, logits=True).logits
+    copied = copy.deepcopy(stream)
+    assert torch.equal(copied.ask(QUESTION, logits=True).logits, wanted)
+    copied.frames(pixels(2, seed=7))
+    assert len(stream) == 3
+    assert torch.equal(stream.ask(QUESTION, logits=True).logits, wanted)
+    for one in (stream, copied):
+        assert not tokred.patched(one._model)
+        assert attention_of(one._model.config.text_config) == attention_of(model.config.text_config) == "sdpa"
+
+
+def test_a_model_that_is_patched_meanwhile():
+    """Between two frames the model is anybody's; at the next frame methods of somebody else are in the way."""
+    model = hosts.build("onevision_video")
+    stream = tokred.stream(model, "stc budget=2 + streaming_llm budget=40", prompt=[3, 4])
+    stream.frame(torch.randn(3, 16, 16))
+    for method in ("snapkv", "divprune", "fastv"):
+        with tokred.applied(model, method):
+            for act in (lambda: stream.frame(torch.randn(3, 16, 16)), lambda: stream.ask([5, 6])):
+                with pytest.raises(ValueError, match=rf"patched with {method}, and a stream has its own methods"):
+                    act()
+    assert len(stream) == 1
+    stream.frame(torch.randn(3, 16, 16))
+    assert len(stream) == 2
 
 
 def test_a_model_in_training_is_so_again():

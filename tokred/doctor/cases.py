@@ -120,7 +120,7 @@ def _visual(family: str, build: Callable[[], nn.Module], batch: dict[str, Any]) 
 
 
 def _ahead(family: str, build: Callable[[], nn.Module], batch: dict[str, Any]) -> Case:
-    """A model with vision some of whose layers keep a state: tokens leave before the first of them, and in between none."""
+    """A model with vision some of whose layers keep a state: tokens leave before the first, and in between none."""
     return Case(
         "transformers", "vlm", family, build, lambda m: caches.generated(m, batch)[0],
         [tokred.make("random_visual", budget=1.0)], [tokred.make("random_visual", budget=0.5)], visual.counts, {},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -107,7 +108,8 @@ def stream(
     cache_host = _cache_host(model, policy)
     tower = None if how is None else TowerReuse.of(how, host.core, host.facts)
     front = _front(cache_host, policy, positions, looks.axes)
-    return Stream(Parts(host, cache_host, looks, first, policy, tower, tokenizer, float(seconds), front), ids)
+    free = partial(_check_free, model, how is not None)  # once more at every frame: the model is anybody's in between
+    return Stream(Parts(host, cache_host, looks, first, policy, tower, tokenizer, float(seconds), free, front), ids)
 
 
 def _front(cache_host: Any, policy: CachePolicy | None, positions: str | None, axes: bool) -> Any:
@@ -155,8 +157,8 @@ def _check_free(model: nn.Module, tower: bool) -> None:
     taken = [part.method.name for part in parts_of(model) if part.method.stage in stages]
     if taken:
         raise ValueError(
-            f"the model is patched with {', '.join(taken)}: call tokred.remove(model), and give the methods to "
-            "tokred.stream"
+            f"the model is patched with {', '.join(taken)}, and a stream has its own methods: call "
+            "tokred.remove(model), and give them to tokred.stream"
         )
     # Inside a model the tower's tokens are there again behind it; of a tower that was patched alone they are not.
     short = [part.method.name for part in parts_of(model) if getattr(part.state, "restore", "") == "none"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from tokred.adapters.kv.front import Front
@@ -24,6 +25,7 @@ class Parts(NamedTuple):
         tower: features that are used again; None: every frame goes through the whole tower.
         tokenizer: for questions as text; None: they come as ids.
         seconds: between two frames, for models that see time.
+        free: raises if methods act on the model that a stream would pass by.
         front: moves the prompt up behind frames that have left; None: it stays where it is.
     """
 
@@ -35,4 +37,5 @@ class Parts(NamedTuple):
     tower: TowerReuse | None
     tokenizer: Any
     seconds: float
+    free: Callable[[], None]
     front: Front | None = None

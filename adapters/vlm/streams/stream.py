@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -247,7 +248,7 @@ class Stream:
                 parts.cache_host.patch(parts.policy, None, "auto", changes)
                 # Its undo comes with the patch; made anew, the name has to be set again.
                 name = attention_of(config)
-                changes.add(lambda: set_attention(config, name))
+                changes.add(partial(set_attention, config, name))  # no closure: a copy of the stream has its own
             if parts.method is not None:
                 parts.host.tap(parts.method, changes)
             if parts.tower is not None:
@@ -258,6 +259,7 @@ class Stream:
     @contextlib.contextmanager
     def _at_work(self) -> Iterator[None]:
         """Inside, the model is patched, and in evaluation; no gradients are recorded."""
+        self._parts.free()
         training = [m for m in self._model.modules() if m.training]
         for module in training:
             module.training = False
