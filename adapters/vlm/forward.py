@@ -8,21 +8,11 @@ import torch
 from torch import Tensor
 
 from tokred.adapters.contract import cache_of, members, terms, words
-from tokred.adapters.vlm.columns import (
-    Group,
-    Packed,
-    Track,
-    extended,
-    gather_columns,
-    last_real,
-    left_pack,
-    physical_length,
-    set_track,
-    track_of,
-)
+from tokred.adapters.vlm.columns import Group, Packed, Track, extended, gather_columns, last_real, left_pack
 from tokred.adapters.vlm.decoder_attention import LayerCount
 from tokred.adapters.vlm.decoder_layers import Inner
 from tokred.adapters.vlm.masks import PAIRS, MaskMaker, gather_any_mask, slid
+from tokred.adapters.vlm.recorded import physical_length, set_track, track_of
 from tokred.adapters.vlm.sites import (
     Context,
     Left,
@@ -40,7 +30,7 @@ from tokred.adapters.vlm.tokens.evict import evened
 from tokred.adapters.vlm.tokens.sound import with_sound
 from tokred.adapters.vlm.tokens.steps import Decoding, seen
 from tokred.core.place import Place, PlacedMethod
-from tokred.errors import BypassedError
+from tokred.errors import BypassedError, TokenStateError
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -94,6 +84,11 @@ class Forward:
     def prepare(self, given: dict[str, Any]) -> dict[str, Any]:
         """The language model's arguments, with fewer tokens where a method of ``projector`` says so."""
         settings, new = self.settings, dict(given)
+        if settings.inner is None and self._has_inner():
+            raise TokenStateError(
+                "tokens left this prompt between decoder layers, but no method acts there (any more): apply "
+                "that method as well, or give the model a cache of its own"
+            )
         if self.call.modalities:
             self.visual = torch.stack([m.visual for m in self.call.modalities]).any(0)
             if settings.outer is not None:
@@ -102,7 +97,7 @@ class Forward:
             self._pass(new)
         if self.slides and not self.settings.repack and (self.packed is not None or self._outer() is not None):
             words.ATTENTION_MASK.put(new, slid(self, new))
-        if settings.inner is not None or self._has_inner():
+        if settings.inner is not None:
             self.inner = Inner(self)
         return new
 

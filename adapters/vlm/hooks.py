@@ -15,11 +15,11 @@ from tokred.adapters.host import State
 from tokred.adapters.kv.reuse.layers import plain_cache
 from tokred.adapters.swap import Hook, host_class
 from tokred.adapters.vlm.calibration import calibrate
-from tokred.adapters.vlm.columns import track_of
 from tokred.adapters.vlm.decoder_attention import LayerCount
 from tokred.adapters.vlm.families import Facts
 from tokred.adapters.vlm.forward import Forward
 from tokred.adapters.vlm.generate import PROMPT, refuse
+from tokred.adapters.vlm.recorded import track_of
 from tokred.adapters.vlm.records import fill
 from tokred.adapters.vlm.taps import Call, CoreRun, LanguageRun, in_flight
 from tokred.core.place import PlacedMethod

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import pickle
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -157,3 +159,30 @@ def test_cache_policies_where_a_prompt_is_read_in_both_directions():
     with pytest.raises(tokred.UnsupportedModelError, match="see one another in both directions"):
         tokred.apply(model_of("paligemma"), "snapkv", budget=8, window=4)
     tokred.remove(tokred.apply(hosts.build("gemma3"), "snapkv", budget=8, window=4))  # runs: only images see ahead
+
+
+SHORT = [("divprune", {"budget": 6}), ("divprune", {"budget": 6, "positions": "repack"}), ("fastv", {"layer": 1})]
+
+
+@pytest.mark.parametrize(("name", "parameters"), SHORT)
+def test_a_pruned_cache_is_of_a_patched_model(name, parameters):
+    """Without the patch masks and positions would be those of other tokens: refused in the first later forward."""
+    model, batch = hosts.build("llava"), hosts.prompts("llava", [[3, "image", 4, "image", 3], [20]])
+    tokred.apply(model, name, **parameters)
+    run = oracle.generate(model, batch)
+    cache, ids = run.past_key_values, run.sequences
+    mask = torch.nn.functional.pad(
+        batch["attention_mask"], (0, ids.shape[1] - batch["attention_mask"].shape[1]), value=1
+    )
+    more = {"input_ids": ids, "attention_mask": mask}
+    wanted = oracle.generate(model, more, **tokred.cache_kwargs(copy.deepcopy(cache)))
+    again = pickle.loads(pickle.dumps(cache))
+    found = oracle.generate(model, more, **tokred.cache_kwargs(again))
+    assert all(torch.equal(a, b) for a, b in zip(found.logits, wanted.logits, strict=True))
+    if name == "fastv":
+        tokred.apply(model, "uniform_visual", budget=4)
+        with pytest.raises(tokred.TokenStateError, match="between decoder layers"):
+            oracle.generate(model, more, **tokred.cache_kwargs(copy.deepcopy(cache)))
+    tokred.remove(model)
+    with pytest.raises(tokred.TokenStateError, match="not patched"):
+        oracle.generate(model, more, **tokred.cache_kwargs(copy.deepcopy(cache)))
