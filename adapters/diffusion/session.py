@@ -156,7 +156,7 @@ class Session(State):
             self.plans, self.now = {}, self.method.at(None)
             return
         self.channels = 0 if sample is None or sample.ndim != 4 else sample.shape[1]
-        self.now = self.steps.turn(self.method, timestep, sample if self._looks_back else None)
+        self.now = self.steps.turn(self.method, timestep, sample if self._looks_back else None, sample)
         self.plans = self.steps.plans
         # How many steps an image has is known only when the next one begins.
         if 0 < self.steps.last <= self.method.first_full and not self.warned and not self.method.idle:

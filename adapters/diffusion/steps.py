@@ -33,7 +33,8 @@ class Steps:
     """Counts the steps of an image, and the calls of each step, of which there may be any number.
 
     Times fall within an image: a forward whose timestep is not below the one before starts another image, unless it is
-    the same, as guidance in several calls has it, and tiles.
+    the same, as guidance in several calls has it, and tiles. An image that was given up in its first step ends at the
+    time at which the next one begins: how many forwards a step has is known from whole steps of the images before.
 
     Args:
         family: of the denoiser, in words that end in the name of its class.
@@ -47,6 +48,8 @@ class Steps:
         """Begin anew, with no step of any image behind."""
         self.time: float | None = None
         self.last = 0  # steps of the image before this one
+        self.forwards = 0  # of this step, before this one
+        self.usual = 0  # of the last whole step behind the first of an image; 0: there was none
         self.at = Turn()
         self.count = 0
         self.since = 0  # count of the step at which the method in force came into it
@@ -54,16 +57,20 @@ class Steps:
         self.kept: dict[Turn, dict[Any, Any]] = {}
         self.memories: dict[Turn, dict[Any, dict[str, Any]]] = {}
         self.sample: Tensor | None = None
-        self.layouts: dict[int, str] = {}  # where in a batch of each part the two sides of guidance stand
-        self.predicted: dict[int, list[Tensor]] = {}
-        self.before: dict[int, list[Tensor]] = {}
+        self.given: Tensor | None = None  # of the last forward, in the first step of an image
+        # Samples of each part, and where among them the two sides of guidance stand.
+        self.layouts: dict[int, tuple[int, str]] = {}
+        self.predicted: dict[int, list[tuple[Tensor, str]]] = {}  # with the layout that it was made in
+        self.before: dict[int, list[tuple[Tensor, str]]] = {}
 
     @property
     def call(self) -> int:
         """Forwards of this step before this one, on the same sample where samples are looked at."""
         return self.at.call
 
-    def turn(self, method: AttentionMethod, timestep: Any, sample: Tensor | None) -> AttentionMethod | None:
+    def turn(
+        self, method: AttentionMethod, timestep: Any, sample: Tensor | None, given: Tensor | None = None
+    ) -> AttentionMethod | None:
         """The method in force in the forward that begins; None where none is. Waits for the device once.
 
         Args:
@@ -71,9 +78,16 @@ class Steps:
             timestep: a number, or a tensor of any shape, of which the first value counts.
             sample: of the denoiser, which tells calls on one sample from those on another, and these from steps at one
                 time; None: the time alone does.
+            given: the sample, whether it is to be looked at or not: another one in the first step, where it is not for
+                one more call, is of another image.
         """
         time = float(timestep.reshape(-1)[0]) if isinstance(timestep, Tensor) else float(timestep or 0)
-        if time != self.time or self._again(sample):
+        over = time == self.time and self.count == 0 and 0 < self.usual <= self.forwards
+        if over and given is not None and self.given is not None and not _same(self.given, given):
+            self._next(follows=False, sample=sample)
+            self.last = 0  # it was given up
+            self.force = method.at(self._step(0))
+        elif time != self.time or self._again(sample):
             falls = self.time is not None and time <= self.time
             self._next(follows=falls, sample=sample)
             self.time = time
@@ -86,6 +100,8 @@ class Steps:
             self.at = self.at._replace(call=self.at.call + 1)
         else:
             self._look(self.at.part + 1, sample)
+        self.forwards += 1
+        self.given = given.detach() if given is not None and self.count == 0 else None
         self.kept.setdefault(self.at, {})
         self.memories.setdefault(self.at, {})
         if self.count == 0:
@@ -101,7 +117,7 @@ class Steps:
     def _seen(self, sample: Tensor | None) -> bool:
         if sample is None:
             return True
-        return self.sample is not None and self.sample.shape == sample.shape and torch.equal(self.sample, sample)
+        return self.sample is not None and _same(self.sample, sample)
 
     def _again(self, sample: Tensor | None) -> bool:
         """True where all samples of this step were seen and this is another one: some schedulers run their second
@@ -110,20 +126,22 @@ class Steps:
 
     def _next(self, follows: bool, sample: Tensor | None) -> None:
         if follows:
+            self.usual = self.forwards if self.count else self.usual
             self.count += 1
             self.before = self.predicted
         else:
             self.last = 0 if self.time is None else self.count + 1
             self.count, self.since, self.force = 0, 0, None
             self.kept, self.memories, self.before, self.layouts = {}, {}, {}, {}
-        self.predicted = {}
+        self.predicted, self.forwards = {}, 0
         self._look(0, sample)
 
     def _look(self, part: int, sample: Tensor | None) -> None:
         """Move on to another sample of the same step."""
         self.at, self.sample = Turn(part), None if sample is None else sample.detach()
-        if sample is not None and part not in self.layouts:
-            self.layouts[part] = _layout(sample)
+        # Looking waits for the device; a pipeline that switches guidance off goes on with half of the samples.
+        if sample is not None and self.layouts.get(part, (-1, ""))[0] != sample.shape[0]:
+            self.layouts[part] = sample.shape[0], _layout(sample)
 
     @property
     def plans(self) -> dict[Any, Any]:
@@ -136,15 +154,18 @@ class Steps:
 
     def remember(self, predicted: Tensor) -> None:
         """Keep the prediction of the forward that has ended."""
-        self.predicted.setdefault(self.at.part, []).append(predicted.detach())
+        layout = self.layouts.get(self.at.part, (0, ""))[1]
+        self.predicted.setdefault(self.at.part, []).append((predicted.detach(), layout))
 
     def guidance(self, place: SublayerPlace, batch: int, channels: int) -> Tensor | None:
         """``(B, N)`` how much guidance changed each token in the step before; None: there was no guidance."""
-        before, layout = self.before.get(self.at.part, []), self.layouts.get(self.at.part, "")
-        if layout and len(before) == 1:
-            first, second = before[0].chunk(2) if layout == "halves" else (before[0][::2], before[0][1::2])
-        elif not layout and len(before) > 1:
-            first, second = before[0], before[1]
+        before, layout = self.before.get(self.at.part, []), self.layouts.get(self.at.part, (0, ""))[1]
+        then = before[0][1] if before else ""
+        if then and len(before) == 1:
+            both = before[0][0]
+            first, second = both.chunk(2) if then == "halves" else (both[::2], both[1::2])
+        elif not then and len(before) > 1:
+            first, second = before[0][0], before[1][0]
         else:
             return None
         found = on_grid((first.float() - second.float()).abs(), place, channels)
@@ -157,6 +178,10 @@ def _shorten(found: dict[Any, Any]) -> None:
     """Drop the oldest entries beyond ``_FIRST``."""
     while len(found) > _FIRST:
         del found[next(iter(found))]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a, b)
 
 
 def _layout(sample: Tensor) -> str:

@@ -104,6 +104,17 @@ def test_guidance_in_one_batch_and_in_two_calls():
     assert not torch.equal(plain[1], together[1])
 
 
+def test_guidance_that_is_switched_off():
+    """A pipeline goes on with half of the samples: one step still knows what guidance did, later ones say so."""
+    model, given = sd15(), inputs("sd15")
+    tokred.apply(model, "ibtm", max_downsample=2)
+    image(model, given, 1, (90, 80))
+    one = {**given, "sample": given["sample"][:1], "encoder_hidden_states": given["encoder_hidden_states"][:1]}
+    assert run(model, {**one, "timestep": 70}).isfinite().all()
+    with pytest.raises(tokred.MissingInputError, match="that step ran without guidance"):
+        run(model, {**one, "timestep": 60})
+
+
 def test_guidance_of_flux():
     """Its sample and its prediction are sequences of tokens."""
     model, given = MODELS["flux"](), inputs("flux")

@@ -209,6 +209,24 @@ def test_first_steps_and_kept_plans_of_tiles():
             made.clear()
 
 
+@pytest.mark.parametrize("method", ["tomesd", "keymerge", "ibtm", "catome", "sdtm"])
+def test_an_image_that_was_given_up_in_its_first_step(method: str):
+    """What the next image begins at the same time with is its own, once it is known how many forwards a step has."""
+    model, given = sd15(), inputs("sd15")
+    tokred.apply(model, method, **({"refresh": 4} if method in ("tomesd", "keymerge") else {}))
+
+    def image(seed: int, times: tuple[int, ...]) -> torch.Tensor:
+        latent = torch.randn(given["sample"][:1].shape, generator=torch.Generator().manual_seed(seed))
+        for t in times:
+            both = torch.cat([latent] * 2)
+            latent = latent - 0.1 * run(model, {**given, "sample": both, "timestep": t}).mean(0, keepdim=True)
+        return latent
+
+    wanted = image(1, (90, 80, 70, 60))
+    image(7, (90,))
+    assert torch.equal(image(1, (90, 80, 70, 60)), wanted)
+
+
 def test_no_guidance():
     steps, method = Steps("diffusers UNet2DConditionModel"), tokred.IBTM()
     for time in (90, 80, 70):
