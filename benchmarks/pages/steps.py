@@ -5,6 +5,7 @@ from __future__ import annotations
 from benchmarks.pages.markdown import Record, Results, between, table, value
 
 NOTHING = "Not measured yet."
+FEW = 2  # places that are named one by one
 PLAIN = ("unpatched", "in-place")
 NAMES = {
     "packed": "a token over rows in few bits",
@@ -49,6 +50,22 @@ def kv_steps(found: Results) -> str:
     return table(["part", "shapes", "type", "arm", "rows or tokens", "ms", "of unpatched", "of in-place"], lines, 4)
 
 
+def _places(method: str, rows: list[Record]) -> str:
+    """Where something was measured, each with its ratio; of many places in one type how many, and between which."""
+    texts = []
+    for dtype in dict.fromkeys(r["dtype"] for r in rows):
+        some = [r for r in rows if r["dtype"] == dtype]
+        if len(some) > FEW:
+            ratios = [r["ratio"] for r in some]
+            texts.append(f"at {len(some)} sizes in {dtype} ({min(ratios):.2f} to {max(ratios):.2f})")
+            continue
+        for r in some:
+            more = _called(r).removeprefix(f"`{method}`").strip()
+            size = f"{_size(r):,} {'rows' if 'rows' in r else 'tokens'} of {r['model']} in {dtype}"
+            texts.append(" ".join(x for x in (more, "at", size, f"({between(r, 'ratio')})") if x))
+    return ", ".join(texts)
+
+
 def kv_steps_claims(found: Results) -> str:
     """Each aim, and by the quartiles where it was met."""
     lines = []
@@ -56,15 +73,12 @@ def kv_steps_claims(found: Results) -> str:
         rows = found.records("kv", "steps", case=case, method=method)
         if not rows:
             continue
-        said: dict[str, list[str]] = {"met": [], "not told apart": [], "missed": []}
+        said: dict[str, list[Record]] = {"met": [], "not told apart": [], "missed": []}
         for r in rows:
             v = value(r, "ratio")
             high, low = (v.value if end is None else end for end in (v.high, v.low))
-            verdict = "met" if high <= most else "missed" if low > most else "not told apart"
-            more = _called(r).removeprefix(f"`{method}`").strip()
-            size = f"{_size(r):,} {'rows' if 'rows' in r else 'tokens'} of {r['model']} in {r['dtype']}"
-            said[verdict].append(" ".join(x for x in (more, "at", size, f"({between(r, 'ratio')})") if x))
-        text = "; ".join(f"{verdict} {', '.join(places)}" for verdict, places in said.items() if places)
+            said["met" if high <= most else "missed" if low > most else "not told apart"].append(r)
+        text = "; ".join(f"{verdict} {_places(method, some)}" for verdict, some in said.items() if some)
         lines.append(f"- {NAMES[case]}, `{method}`, at most {most:g} times the unpatched model's time: {text}.")
     return "\n".join(lines) or NOTHING
 
