@@ -10,6 +10,7 @@ CPU, slowly, which is how they are tested without a GPU.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterable
@@ -154,3 +155,17 @@ def traced() -> bool:
     """True while operations are written down (torch.compile, torch.export, torch.jit.trace) to run on other values:
     nothing may then be decided by looking at values, nor by whether gradients are recorded at the moment."""
     return torch.compiler.is_compiling() or bool(torch._C._is_tracing())
+
+
+def of_one_type(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Floating-point tensors of one type: as they are, or, where autocast has left them in several, in autocast's, as
+    PyTorch's own attention takes them; without autocast in the type that they promote to."""
+    first, types = tensors[0], {t.dtype for t in tensors}
+    if len(types) == 1:
+        return tensors
+    kind = first.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    else:
+        dtype = functools.reduce(torch.promote_types, types)
+    return tuple(t.to(dtype) for t in tensors)

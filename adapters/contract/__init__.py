@@ -53,9 +53,9 @@ def _cache_argument(function: Callable[..., Any]) -> str | None:
     parameters = inspect.signature(function).parameters
     # An annotation survives renaming: ``Cache | None``, quoted or not.
     for name, parameter in parameters.items():
-        text = getattr(parameter.annotation, "__name__", None) or str(parameter.annotation)
-        words = str(parameter.annotation) if text == "Union" else text
-        if any(part.strip(" '\"").rpartition(".")[2] in _CACHE_TYPES for part in words.split("|")):
+        # As text, of classes as well: compiled forwards trace this, and cannot ask a union for its name.
+        text = str(parameter.annotation)
+        if any(part.strip(" '\">").rpartition(".")[2] in _CACHE_TYPES for part in text.split("|")):
             return name
     return next((name for name in CACHE_NAMES if name in parameters), None)
 

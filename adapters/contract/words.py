@@ -347,5 +347,9 @@ ENDS = row("ids that end a text", "eos_token_id T transformers.generation:Genera
 LAYERDROP = row("layers skipped at random", "layerdrop T whisper:WhisperEncoder")
 PLACE_IN_MODEL = row("configuration's place in another", "base_config_key T clip:CLIPVisionConfig")
 CACHE_KIND = row("kind of cache that is asked for", "cache_implementation T transformers.generation:GenerationConfig")
+EARLY_EXIT = row(
+    "layers by which a model drafts for itself",
+    "assistant_early_exit T transformers.generation.configuration_utils:GenerationConfig",
+)
 DRAFTS = row("whether it drafts for another", "is_assistant T transformers.generation:GenerationConfig")
 CHUNK = row("tokens read at once", "prefill_chunk_size T transformers.generation:GenerationConfig")

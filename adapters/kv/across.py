@@ -27,6 +27,8 @@ ASKED = "asked"
 class CrossSite(CacheSite):
     """Rows of an encoder's tokens, and queries of another sequence: each sees every row, and no row is newest."""
 
+    crosses = True
+
     def queries(self, last: int | None = None) -> Tensor:
         """``[B, H, M, D]`` all queries, or the ``last``."""
         return self.q if last is None else self.q[:, :, -last:]

@@ -23,6 +23,7 @@ from tokred.adapters.kv.seat import Seat as Seat
 from tokred.adapters.kv.sharing import Lent
 from tokred.errors import UnsupportedModelError
 from tokred.kernels.decode_attention import decode_attention
+from tokred.kernels.dispatch import of_one_type
 from tokred.kv.queue import Queue
 from tokred.kv.site import CacheSite
 from tokred.kv.stores import Query
@@ -51,9 +52,11 @@ def attention(
     if words.CACHE_OF_A_BATCH.of(options) is not None:
         raise UnsupportedModelError("continuous batching keeps a cache of its own: call tokred.remove(model) first")
     if seat is None or layer is None:
-        # No cache, a layer that is not compressed, or another model that shares the configuration.
+        # No cache, a layer that is not compressed, drafts, or another model that shares the configuration.
         name = attention_of(words.CONFIG.need(module)).removeprefix(PREFIX)
-        mask = attention_mask.stock(name) if isinstance(attention_mask, MaskSpec) else attention_mask
+        mask = attention_mask
+        if isinstance(mask, MaskSpec):  # a query that sees all rows needs none, however many these are
+            mask = None if mask.light else mask.stock(name)
         return stock(module, name, query, key, value, mask, scaling, dropout, options)
     if seat.crosses:
         plain = attention_mask is None or isinstance(attention_mask, MaskSpec)
@@ -270,7 +273,7 @@ def _compressed(call: Call, layer: TokLayer | Lent, query: Tensor, key: Tensor, 
         if layer.compressed and spec.later(layer.settled, layer.seen) is None:
             mask = None
         terms: dict[str, Any] = {"key_mask": mask, "scale": call.scaling, "softcap": call.softcap}
-        out = decode_attention(query, key, value, positions=positions, **terms).output
+        out = decode_attention(*of_one_type(query, key, value), positions=positions, **terms).output
         return out.transpose(1, 2).contiguous()
     mask = spec.visible(before, count, positions, layer.ragged)
     bias = None

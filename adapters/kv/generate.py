@@ -105,6 +105,11 @@ def _refuse(settings: CacheSettings, config: Any, assisted: bool, given: Any) ->
     """
     name = settings.policy.name or "the policy"
     _refuse_kind(config, name)
+    if words.EARLY_EXIT.part(config) is not None:
+        raise ValueError(
+            f"{words.EARLY_EXIT.name} makes the patched model its own assistant, whose drafts would be rows of its "
+            "cache: take prompt_lookup_num_tokens, tokred.draft, or an assistant_model"
+        )
     # The assistant knows nothing of the model it assists: only this mark tells that its tokens will be taken back.
     if words.DRAFTS.part(config, False):
         raise ValueError(

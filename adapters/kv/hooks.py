@@ -45,6 +45,19 @@ from tokred.kv.policy import CachePolicy
 _local = threading.local()
 
 
+class _Running(threading.local):
+    """What belongs to the forward that runs: several threads may use one model.
+
+    Attributes:
+        lessons: modules of the layers of a forward in training.
+        shared: what layers leave for each other.
+    """
+
+    def __init__(self) -> None:
+        self.lessons: list[Learned] = []
+        self.shared: dict[str, Any] = {}
+
+
 class CacheSettings(State, Undo):
     """Settings that the hooks of one patched model share.
 
@@ -63,8 +76,7 @@ class CacheSettings(State, Undo):
         self.config = config
         self.compressed = compressed
         self.implementation = implementation
-        self._lessons: list[Learned] = []  # of the layers of a forward in training
-        self.shared: dict[str, Any] = {}  # what its layers leave for each other
+        self._running = _Running()
         self._forget()
 
     def _forget(self, left: tuple[LayerRows, ...] = ()) -> None:
@@ -80,7 +92,7 @@ class CacheSettings(State, Undo):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Register the attention function again, which another process does not know yet."""
-        self._lessons, self.shared = [], {}
+        self._running = _Running()
         self._forget(state.pop("left"))
         self.__dict__.update(state)
         register(self.implementation)
@@ -100,9 +112,14 @@ class CacheSettings(State, Undo):
             weakref.finalize(cache, self._gone, words.LAYERS.need(cache)).atexit = False
         self._latest, self._layers = weakref.ref(cache), id(words.LAYERS.need(cache))
 
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What the layers of the forward that runs in this thread leave for each other."""
+        return self._running.shared
+
     def begin(self) -> None:
         """Begin a forward: one in training leaves losses."""
-        self._lessons, self.shared = [], {}
+        self._running.lessons, self._running.shared = [], {}
         training = self.module is not None and self.module.training
         self.losses = {} if training else None
 
@@ -110,15 +127,15 @@ class CacheSettings(State, Undo):
         """The policy's module for one layer, which may leave terms of a loss there."""
         made = Learned(self.module, shared=self.shared)
         if self.losses is not None:
-            self._lessons.append(made)
+            self._running.lessons.append(made)
         return made
 
     def collect(self) -> None:
         """End a forward: add the terms of all layers up."""
-        for name, term in ((n, t) for one in self._lessons for n, t in one.losses.items()):
+        for name, term in ((n, t) for one in self._running.lessons for n, t in one.losses.items()):
             assert self.losses is not None  # or nothing would have been noted
             self.losses[name] = self.losses[name] + term if name in self.losses else term
-        self._lessons, self.shared = [], {}
+        self._running.lessons, self._running.shared = [], {}
 
     def _gone(self, layers: list[Any]) -> None:
         if id(layers) == self._layers:
@@ -148,8 +165,9 @@ class CacheSettings(State, Undo):
         return attention_of(self.config).startswith(PREFIX)
 
     def undo(self) -> None:
-        """Give the model its own attention back."""
-        set_attention(self.config, self.implementation)
+        """Give the model its own attention back, unless the user has chosen another meanwhile."""
+        if self.in_force:
+            set_attention(self.config, self.implementation)
 
     def ours(self, cache: Any) -> TokCache | None:
         """The part of a forward's cache that the policy acts on; None where it acts on none."""

@@ -467,6 +467,24 @@ def test_memory_is_really_freed(model):
         assert not layer.notes
 
 
+@pytest.mark.parametrize("name", ["adore", "h2o"])
+def test_one_model_in_several_threads(name):
+    """What layers leave for each other in a forward is of that forward."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    model = tokred.apply(build("llama"), name, budget=12)
+    prompts = [prompt(20 + 7 * i, seed=i) for i in range(4)]
+
+    def generate(ids):
+        with torch.no_grad():
+            return model.generate(ids, **GREEDY)
+
+    expected = [generate(ids) for ids in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        for found in (pool.map(generate, prompts) for _ in range(3)):
+            assert all(map(torch.equal, found, expected))
+
+
 def test_two_models_in_two_threads_do_not_meet():
     import threading
 

@@ -161,6 +161,41 @@ def test_scores_are_the_attention_of_the_decoders_queries():
     torch.testing.assert_close(found / found.sum(-1, keepdim=True), expected / expected.sum(-1, keepdim=True))
 
 
+def test_noisy_scores_are_of_queries_that_see_every_row():
+    """Padding of the rows is none of the queries', and no query stands among the rows: as without noise."""
+    found = {}
+    for noise in ("none", "constant"):
+        score, seen = tokred.kv.Gumbel(noise=noise, start=1, end=1), []
+
+        class Spy(type(score)):  # type: ignore[misc]
+            def observe(self, site, seen=seen):
+                super().observe(site)
+                seen.append(self(site))
+
+        model = build()
+        given, asked = heard(model, 12), prompt(5, 2, seed=3)
+        given["attention_mask"][1, 8:] = 0
+        tokred.apply(model, "kv", score=Spy(noise=noise, start=1, end=1), budget=6)
+        model(**given, decoder_input_ids=asked)
+        found[noise] = seen[0]
+    torch.testing.assert_close(found["constant"], found["none"])
+    assert found["constant"][1].sum() > 1
+
+
+@pytest.mark.parametrize("name", ["keyformer", "h2o", "snapkv"])
+def test_a_padded_sample_is_as_by_itself(name):
+    model = tokred.apply(build(), name, **({"budget": 6} | ({"window": 2} if name == "snapkv" else {})))
+    given, asked = heard(model, 24), prompt(4, 2, seed=3)
+    alone = {"input_ids": given["input_ids"][1:, :14]}
+
+    def steps(batch, ids):
+        cache = tokred.kv_cache(model)
+        model(**batch, decoder_input_ids=ids[:, :3], **tokred.cache_kwargs(cache))
+        return model(**batch, decoder_input_ids=ids[:, 3:], **tokred.cache_kwargs(cache)).logits
+
+    torch.testing.assert_close(steps(given, asked)[1:], steps(alone, asked[1:]), atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", list(POLICIES))
 def test_policies_run_or_are_refused_for_what_an_encoder_cannot_give(name):
     model = build()

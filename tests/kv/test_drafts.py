@@ -73,9 +73,11 @@ def test_heads_of_a_group_are_summed_and_ties_go_to_the_older():
 # ------------------------------------------------------------------ greedy texts
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["llama", pytest.param("qwen3", marks=pytest.mark.hosts), "gemma3"])
-def test_the_text_is_that_of_greedy_generation(family):
+def test_the_text_is_that_of_greedy_generation(family, attention):
     model, ids = build(family), prompt(N)
+    model.set_attn_implementation(attention)
     wanted = greedy(model, ids)
     tokred.apply(model, *ALL[:1], **ALL[1])
     for budget, start, gamma in ((N, 4, 3), (12, 2, 4), (6, 0, 1)):

@@ -15,6 +15,7 @@ import tokred
 from tests.kv.masked import evicted_rows, masked_reference
 from tests.kv.tiny import POLICIES, Scatter, build, padded, prompt
 from tokred.adapters import contract
+from tokred.adapters.contract import attention_of
 from tokred.kv import When
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
@@ -137,6 +138,40 @@ def test_drafts_on_a_filled_cache_are_refused():
     with pytest.raises(ValueError, match="start from an empty cache"):
         model.generate(torch.cat([ids, ids], 1), past_key_values=cache, prompt_lookup_num_tokens=3, **GREEDY)
     assert cache.layers[0].keys is before
+
+
+def test_a_patched_model_is_not_its_own_assistant():
+    model = tokred.apply(build("llama"), "kivi")
+    with pytest.raises(ValueError, match=r"assistant_early_exit makes the patched model its own.*prompt_lookup"):
+        model.generate(repetitive(), assistant_early_exit=1, **GREEDY)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["snapkv", "kivi", "streaming_llm"])
+def test_a_compiled_model_reads_as_without(name):
+    torch._dynamo.reset()
+    model, ids = tokred.apply(build("llama"), name), prompt(40)
+    with torch.no_grad():
+        found = torch.compile(model, backend="eager")(ids).logits
+        torch.testing.assert_close(found, model(ids).logits)
+    torch._dynamo.reset()
+
+
+def test_attention_that_was_switched_meanwhile_stays():
+    """What the user chose holds, in the patch that follows and without it."""
+    model, ids = tokred.apply(build("llama"), "snapkv", budget=0.5, window=4), prompt(40)
+    model.set_attn_implementation("eager")
+    with pytest.raises(tokred.BypassedError, match=r"call tokred\.apply again"):
+        model(ids)
+    tokred.apply(model, "snapkv", budget=0.5, window=4)
+    model(ids)
+    tokred.remove(model)
+    assert attention_of(model.config) == "eager"
+    model.set_attn_implementation("sdpa")
+    tokred.apply(model, "snapkv", budget=0.5, window=4)
+    model.set_attn_implementation("eager")
+    tokred.remove(model)
+    assert attention_of(model.config) == "eager"
 
 
 def test_a_patched_model_is_no_assistant():

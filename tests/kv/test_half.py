@@ -118,3 +118,38 @@ def test_a_model_under_autocast_chooses_in_float32(name, monkeypatch):
         model(prompt(25))
     assert enabled
     assert not any(enabled)
+
+
+UNEVEN = [
+    ("snapkv", {"budget": 0.3, "window": 4}),
+    ("snapkv", {"budget": 0.3, "window": 4, "store": "rectangle"}),
+    ("h2o", {"budget": 12}),
+    ("adakv", {"budget": 0.3, "score": kv.Window(4)}),
+    ("adakv", {"budget": 0.3, "score": kv.Window(4), "store": kv.Tight("kivi")}),
+    ("streaming_llm", {"budget": 12}),
+    ("turbo", {}),
+    ("mikv", {}),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("name", "parameters"), UNEVEN)
+def test_a_padded_batch_under_autocast(name, parameters, dtype):
+    """Rotated queries and keys are float32 there, and values are not; attention takes them as PyTorch's own does."""
+    pytest.importorskip("transformers")
+    from tests.kv.tiny import build, padded
+
+    ids, mask, _ = padded([20, 57, 33])
+    more = torch.nn.functional.pad(mask, (0, 1), value=1)
+
+    def steps() -> torch.Tensor:
+        model = tokred.apply(build("llama"), name, **parameters)
+        cache = tokred.kv_cache(model)
+        model(ids, attention_mask=mask, **tokred.cache_kwargs(cache))
+        return model(ids[:, -1:], attention_mask=more, **tokred.cache_kwargs(cache)).logits.float()
+
+    with torch.no_grad():
+        wanted = steps()
+        with torch.autocast("cpu", dtype):
+            found = steps()
+    torch.testing.assert_close(found, wanted, atol=0.15, rtol=0.1)

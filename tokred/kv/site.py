@@ -40,8 +40,7 @@ class CacheSite(Site):
         padding: which of them are real; None: all.
         ragged: whether ``positions`` may have empty rows.
         weights: ``[B, Hk, K]`` float32, how many tokens each row stands for; None: one each.
-        alpha: the attention adds ``alpha * ln(weights)`` to the logits.
-        scale, softcap: of the attention's logits.
+        alpha, scale, softcap: of the attention's logits, to which it adds ``alpha * ln(weights)``.
         sinks: ``[H]`` logits that take part in the softmax of every query and belong to no row; None: there are none.
         rows: state that a score keeps for every row, ``[B, Hk, K]`` each; travels with the rows.
         notes: state of another shape, by sample first.
@@ -55,6 +54,8 @@ class CacheSite(Site):
         learned: the policy's module, where it has one, and losses that it takes from it.
         layer, depth: which of the layers that are compressed this is.
     """
+
+    crosses = False  # whether queries are those of another sequence, each of which sees every row
 
     def __init__(
         self,

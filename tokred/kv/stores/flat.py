@@ -13,6 +13,7 @@ from torch import Tensor
 from tokred.core.checks import check_share
 from tokred.core.reduction import Reduction
 from tokred.kernels.decode_attention import SENTINEL, decode_attention, decode_attention_flat
+from tokred.kernels.dispatch import of_one_type
 from tokred.kv.described import Made, like
 from tokred.kv.stores.rectangle import RectangleShelf, newest_slots
 from tokred.kv.stores.store import Query, Store
@@ -307,7 +308,8 @@ def attend_to_both(
     Returns:
         ``[B, H, 1, D]``: the two attentions, put together by their log-sum-exp.
     """
-    old = decode_attention_flat(query, flat.keys, flat.values, flat.offsets, scale=scaling, softcap=softcap)
+    query, held_keys, held_values, keys, values = of_one_type(query, flat.keys, flat.values, keys, values)
+    old = decode_attention_flat(query, held_keys, held_values, flat.offsets, scale=scaling, softcap=softcap)
     new = decode_attention(query, keys, values, key_mask=later_mask, scale=scaling, softcap=softcap)
     share = torch.sigmoid(old.lse - new.lse)
     if later_mask is not None:

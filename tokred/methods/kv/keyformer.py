@@ -122,7 +122,7 @@ def noisy_columns(site: CacheSite, tau: Tensor | float, draw: object) -> Tensor:
     columns = torch.arange(n, device=q.device)
     for i in range(0, m, step):
         part = slice(i, min(i + step, m))
-        stop = n - m + part.stop  # of the rows that any of these queries sees
+        stop = n if site.crosses else n - m + part.stop  # of the rows that any of these queries sees
         x = q[:, :, part].float() @ keys[:, :, :stop].mT * scale
         if site.softcap:
             x = torch.tanh(x / site.softcap) * site.softcap
@@ -130,7 +130,8 @@ def noisy_columns(site: CacheSite, tau: Tensor | float, draw: object) -> Tensor:
             x = x + bias[..., :stop]
         noise = draw(query_token[:, :, part], key_token[..., :stop])  # type: ignore[operator]
         x = (x if noise is None else x + noise) / tau
-        seen = columns[:stop] <= torch.arange(n - m + part.start, stop, device=q.device)[:, None]
+        seen = columns[:stop] <= torch.arange(n - m + part.start, n - m + part.stop, device=q.device)[:, None]
+        seen = torch.ones_like(seen) if site.crosses else seen
         seen = seen if real is None else seen & real[..., :stop]
         x = x.masked_fill(~seen, -1e30)
         if site.sinks is not None:
@@ -145,6 +146,8 @@ def noisy_columns(site: CacheSite, tau: Tensor | float, draw: object) -> Tensor:
 
 def _query_tokens(site: CacheSite, m: int) -> tuple[Tensor, Tensor | None]:
     """Tokens of the queries ``[B or 1, 1, M, 1]``, and one or zero for each where some are padding."""
+    if site.crosses:  # padding is that of the rows, and says nothing about queries
+        return torch.arange(m, device=site.device).view(1, 1, m, 1), None
     if site.padding is None:
         return torch.arange(site.seen - m, site.seen, device=site.device).view(1, 1, m, 1), None
     token, mask = site.padding.token[:, -m:], site.padding.mask[:, -m:]
