@@ -254,7 +254,8 @@ def _site(call: Call, layer: TokLayer, query: Tensor) -> CacheSite:
     padding = call.spec.padding(layer.seen)
     if call.seat.latents:
         # Of latents every head makes keys of its own, but queries can be brought to them instead.
-        return call.site(LatentSite, layer, carried(call.module, query), padding)
+        dtype = torch.promote_types(*(rows.dtype for rows in layer.newest))
+        return call.site(LatentSite, layer, carried(call.module, query, dtype), padding)
     return call.site(CacheSite, layer, query, padding)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tokred.adapters.contract import members, words
 from tokred.adapters.linear import weight_of
+from tokred.kernels.dispatch import without_autocast
 from tokred.kv.described import Made, Priced, like
 from tokred.kv.site import CacheSite
 
@@ -46,12 +47,14 @@ def expanded(attention: nn.Module, latents: Tensor, rotated: Tensor) -> tuple[Te
     return keys, values
 
 
-def carried(attention: nn.Module, query: Tensor) -> Tensor:
-    """Queries ``[B, H, M, D]`` in the space of the rows, ``[B, H, M, R + E]``."""
+def carried(attention: nn.Module, query: Tensor, dtype: torch.dtype) -> Tensor:
+    """Queries ``[B, H, M, D]`` in the space of the rows, ``[B, H, M, R + E]``, and of their type ``dtype``."""
+    query = query.to(dtype)  # under autocast it may be another
     rank, plain = int(words.LATENTS.need(attention)), int(words.PLAIN_WIDTH.need(attention))
     heads = query.shape[1]
     up = weight_of(words.UP.need(attention), rank, query).to(query.dtype).view(heads, -1, rank)[:, :plain]  # [H, D, R]
-    return torch.cat([query[..., :plain] @ up, query[..., plain:]], -1)
+    with without_autocast(query):
+        return torch.cat([query[..., :plain] @ up, query[..., plain:]], -1)
 
 
 def read(latents: Tensor | Made, rotated: Tensor | Made) -> tuple[Made, Tensor | Made]:

@@ -132,9 +132,12 @@ UNEVEN = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("name", "parameters"), UNEVEN)
-def test_a_padded_batch_under_autocast(name, parameters, dtype):
+AUTOCAST = [("llama", *one, dtype) for one in UNEVEN for dtype in (torch.bfloat16, torch.float16)]
+AUTOCAST += [("deepseek_v2", *UNEVEN[0], torch.bfloat16)]  # whose scores are of queries in the space of latents
+
+
+@pytest.mark.parametrize(("family", "name", "parameters", "dtype"), AUTOCAST)
+def test_a_padded_batch_under_autocast(family, name, parameters, dtype):
     """Rotated queries and keys are float32 there, and values are not; attention takes them as PyTorch's own does."""
     pytest.importorskip("transformers")
     from tests.kv.tiny import build, padded
@@ -143,7 +146,7 @@ def test_a_padded_batch_under_autocast(name, parameters, dtype):
     more = torch.nn.functional.pad(mask, (0, 1), value=1)
 
     def steps() -> torch.Tensor:
-        model = tokred.apply(build("llama"), name, **parameters)
+        model = tokred.apply(build(family), name, **parameters)
         cache = tokred.kv_cache(model)
         model(ids, attention_mask=mask, **tokred.cache_kwargs(cache))
         return model(ids[:, -1:], attention_mask=more, **tokred.cache_kwargs(cache)).logits.float()

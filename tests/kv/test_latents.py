@@ -38,7 +38,7 @@ def test_a_carried_query_has_the_same_product_with_a_row_as_with_the_key_that_is
     made, shown = read(latents, rotated)
     assert made.like.shape == (2, 1, 9, RANK + ROTATED)
     assert shown is latents
-    torch.testing.assert_close(carried(attention, q) @ made.make().mT, q @ keys.mT, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(carried(attention, q, q.dtype) @ made.make().mT, q @ keys.mT, rtol=1e-4, atol=1e-4)
 
 
 def test_rows_cost_what_is_held():
