@@ -56,7 +56,10 @@ PAGES = {
     DOCS / "methods" / "encoder" / "ltp.md": {"text": encoder.text, "text_claims": encoder.text_claims},
     DOCS / "caches.md": {"kv_take": held.kv_take, "kv_long": caches.kv_long},
     DOCS / "methods" / "kv" / "kv.md": {"kv_memory": caches.kv_memory},
-    DOCS / "finetune.md": {"learned_dinov2": trained.learned_dinov2},
+    DOCS / "finetune.md": {
+        "learned_dinov2": trained.learned_dinov2,
+        "learned_dinov2_claims": trained.learned_dinov2_claims,
+    },
     DOCS / "tune.md": {"tune": tune.tune, "tune_claims": tune.tune_claims},
     DOCS / "tutorials" / "kv.md": {"kv_limit": caches.kv_limit},
     DOCS / "tutorials" / "audio.md": {"audio": encoder.audio, "audio_claims": encoder.audio_claims},

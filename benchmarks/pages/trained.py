@@ -84,6 +84,27 @@ def learned_claims(found: Results) -> str:
     return "\n".join(lines) or NOTHING
 
 
+def learned_dinov2_claims(found: Results) -> str:
+    """Who is first on DINOv2, and what Cropr and DynamicViT lose beside the best method without weights."""
+    goal, text = "0.45", "41 to 46 %"
+    rows = {c: r for c, r in _records(found, "dinov2", goal).items() if _split(c)[1]}
+    same = {c: value(r, "top1", 100) for c, r in rows.items() if str(r["goal"]) == goal}
+    if not same or "dense" not in rows:
+        return NOTHING
+    dense, best = 100 * rows["dense"]["top1"], max((n for n in same if n not in LEARNED), key=lambda n: same[n].value)
+    lines, most = [_first(same, text)], PART * (dense - same[best].value)
+    for name in (n for n in AIMED if n in same):
+        v = same[name]
+        low, high = (v.value if end is None else end for end in (v.low, v.high))
+        verdict = "met" if dense - low <= most else "missed" if dense - high > most else "not told apart"
+        lines.append(
+            f"- The aim that `{name}` loses at most half of what the best method without weights loses, trained as "
+            f"long: {verdict}, {v.value - dense:+.1f} points beside the dense model ({low - dense:+.1f} to "
+            f"{high - dense:+.1f}), `{best}` {same[best].value - dense:+.1f}."
+        )
+    return "\n".join(lines)
+
+
 def _first(trained: dict[str, Value], text: str) -> str:
     best, level = ranked(trained)
     v = trained[best]

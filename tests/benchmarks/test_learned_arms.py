@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,8 @@ pytest.importorskip("accelerate")
 import tokred
 from benchmarks.encoder import clutter, learned_models, learned_times, train_learned
 from benchmarks.encoder import learned_arms as arms
+from benchmarks.pages import trained
+from benchmarks.pages.markdown import Results
 from tokred import adapters
 from tokred.bench import embedded, results
 
@@ -148,3 +152,21 @@ def test_weights_that_are_there_do_what_the_table_says(folder):
     own = arms.before_blocks(next(iter(tokred.modules(model).values())), 196)
     assert (own + tokred.report(model).macs) / full == pytest.approx(float(share), abs=0.02)
     assert right > 0.72, "the dense model has 0.8 of these, a random choice at this share less than a half"
+
+
+def test_the_aim_on_dinov2_is_told_by_intervals(tmp_path: Path) -> None:
+    assert trained.learned_dinov2_claims(Results(tmp_path)) == trained.NOTHING
+    ends = {
+        "dense": (0.80, 0.78, 0.82),
+        "tome": (0.70, 0.68, 0.72),
+        "cropr": (0.60, 0.58, 0.62),
+        "dynamicvit": (0.76, 0.74, 0.78),
+    }
+    goals = {n: {"goal": 1 if n == "dense" else 0.45} for n in ends}
+    rows = [{"model": "dinov2", "method": n, "case": n, **goals[n], **results.between("top1", *ends[n])} for n in ends]
+    results.write(tmp_path / "encoder.csv", rows, "learned")
+    said = trained.learned_dinov2_claims(Results(tmp_path))
+    assert "`dynamicvit` has the highest top-1, 76.0 % (74.0 to 78.0)" in said
+    assert "`cropr` loses at most half" in said
+    assert "trained as long: missed, -20.0 points" in said
+    assert "not told apart, -4.0 points beside the dense model (-6.0 to -2.0), `tome` -10.0." in said
