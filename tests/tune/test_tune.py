@@ -272,6 +272,7 @@ BAD = {
     "all memory": ({"memory": 1.5}, ValueError, "between 0 and 1"),
     "memory of an encoder": ({"memory": 0.5}, ValueError, "share of a cache's bytes"),
     "out of reach": ({"speedup": 100.0}, ValueError, "speedup=100 is out of reach: the strongest setting of 'tome'"),
+    "a little out of reach": ({"speedup": 2.0}, ValueError, "no setting of 'tome' could be brought to at least 2"),
     "amount": ({"methods": ["tome r=4"]}, ValueError, "sets r, which is what tune has to find"),
     "nothing to vary": ({"methods": ["zero_tprune"]}, ValueError, "none of"),
     "empty": ({"methods": []}, TypeError, "methods must be names"),
