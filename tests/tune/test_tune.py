@@ -184,6 +184,28 @@ def test_a_search_goes_on_from_its_file(tmp_path, monkeypatch):
         search(out=tmp_path / FILE)
 
 
+def test_other_code_is_judged_anew(tmp_path):
+    """Of a metric, what it closes over, and of the model; a search with what was there goes on."""
+
+    def scaled(by):
+        return lambda output, batch: output[:, 0] * by
+
+    def judged(metric, **options) -> int:
+        model = options.pop("model", None)
+        search(model, metric=metric, out=tmp_path, trials=4, front=False, **options)
+        return len((tmp_path / FILE).read_text().splitlines())
+
+    first = judged(scaled(1))
+    assert judged(scaled(1)) == first
+    second = judged(scaled(2))
+    assert second > first
+    third = judged(lambda output, batch: output[:, 0] + 1)
+    assert third > second
+    other = build("vit")
+    other.norm.eps *= 10
+    assert judged(scaled(1), model=other) > third
+
+
 def test_an_interrupt_gives_the_best_so_far(monkeypatch):
     calls = [0]
     piece = Judge.piece
