@@ -165,6 +165,8 @@ def test_a_direction_and_a_parameter_of_the_model_tell_rows_apart(mine, tmp_path
     assert [rows(), rows(), rows("lower"), rows("lower")] == [2, 2, 4, 4]
     model.norm.eps *= 10
     assert [rows(), rows()] == [6, 6]
+    model.blocks[0].attn.scale *= 2
+    assert [rows(), rows()] == [8, 8]
 
 
 METHOD = """

@@ -47,11 +47,16 @@ def code_of(*found: Any) -> str:
 
 
 def model_of(modules: Iterable[nn.Module]) -> str:
-    """Text that changes with the structure of modules, as they print themselves, and the code of their classes."""
+    """Text that changes with the structure of modules, as they print themselves, and the code of their classes.
+
+    Of their attributes fractions count, such as the scale of an attention; whole numbers may be a cache's size.
+    """
     held = list(modules)
-    kinds = dict.fromkeys(type(part) for one in held for part in one.modules())
-    shown = hashlib.sha256("\n".join(ADDRESS.sub("", repr(one)) for one in held).encode("utf8", "backslashreplace"))
-    return f"{shown.hexdigest()[:16]} {code_of(*kinds)}"
+    parts = [part for one in held for part in one.modules()]
+    shown = [ADDRESS.sub("", repr(one)) for one in held]
+    shown += [f"{name}={value}" for part in parts for name, value in vars(part).items() if type(value) is float]
+    letters = hashlib.sha256("\n".join(shown).encode("utf8", "backslashreplace")).hexdigest()[:16]
+    return f"{letters} {code_of(*dict.fromkeys(map(type, parts)))}"
 
 
 def _home(name: str, file: str | None) -> str:

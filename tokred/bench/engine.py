@@ -137,7 +137,7 @@ class Engine:
     def _there(self, path: Path) -> list[dict[Key, Record]]:
         """For each metric, records of earlier runs of the same model."""
         found = [r for r in results.records(results.read(path), SCENARIO) if "speedup" in r]
-        mine = []
+        mine: list[dict[Key, Record]] = []
         for score in self.scores:
             known = {name: str(value) for name, value in self.known(score).items()}
             fits = [r for r in found if all(str(r.get(name)) == value for name, value in known.items())]
