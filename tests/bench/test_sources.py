@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 from tests.bench import saved
 from tests.bench.test_models import MINE
 from tokred.bench import sources
-from tokred.bench.sources import sounds, tables
+from tokred.bench.sources import pictures, sounds, tables
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,20 @@ def test_a_part_of_the_images_is_the_same_for_the_same_seed(root, vit):
     parts = [torch.cat(list(sources.data(vit, str(flat), sources.Wanted(count=3, seed=s)).batches)) for s in (0, 0, 1)]
     assert torch.equal(parts[0], parts[1])
     assert not torch.equal(parts[0], parts[2])
+
+
+@pytest.mark.parametrize("name", ["photos", "fashion", "textile", "noise", "embedded"])
+def test_a_folder_by_the_name_of_data_that_come_along(root, vit, name, monkeypatch):
+    here = root / f"beside {name}"
+    saved.pictures(here / name)
+    monkeypatch.chdir(here)
+    with pytest.raises(ValueError, match=f"--data {name} is both a folder here and data .*: write ./{name} for"):
+        sources.data(vit, name)
+    assert len(torch.cat([batch[0] for batch in sources.data(vit, f"./{name}/red").batches])) > 0
+    assert sources.data(vit).name == "noise", "what is not asked for by name is no folder"
+    if name in pictures.ZOO:
+        monkeypatch.setattr(pictures, "has_zoo", lambda: False)
+        assert sources.data(vit, name, sources.Wanted(batch=2)).name == name
 
 
 def test_classes_that_do_not_fit_the_head_get_a_probe(root, vit):

@@ -87,6 +87,10 @@ def test_intervals() -> None:
     low, high = results.wilson(0.0, 20)
     assert low == pytest.approx(0, abs=1e-12)
     assert 0.1 < high < 0.2
+    for count in range(1, 200):
+        for value in (0.0, 1 / count, 1.0):
+            low, high = results.wilson(value, count)
+            assert 0 <= low <= value <= high <= 1, (value, count)
     assert results.share("top1", 1, 4)["top1"] == 0.25
     assert results.mean("psnr", 10.0, 1.0) == pytest.approx(
         {"psnr": 10, "psnr_low": 10 - 1.959964, "psnr_high": 11.959964}

@@ -155,6 +155,10 @@ def test_a_recipe_from_a_file(tmp_path):
     found = learn.recipe(path)
     assert (found.method, found.steps, found.logits, dict(found.parameters)) == ("ltp", 7, 0.5, {"learn": True})
     assert learn.recipe(str(path)) == found
+    for broken in (b"method = ", b'method = "\xff"'):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"mine\.toml is no TOML: "):
+            learn.recipe(path)
 
 
 def test_rates_rise_and_fall():

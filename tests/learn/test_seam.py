@@ -255,6 +255,11 @@ def test_files_that_cannot_be_read_say_why(tmp_path):
     with pytest.raises(ValueError, match="is not a setting of tokred"):
         tokred.load(folder)
     (folder / "tokred.json").write_text(text)
+    whole = (folder / "weights.safetensors").read_bytes()
+    for part in (b"", whole[:20], whole[:-3]):
+        (folder / "weights.safetensors").write_bytes(part)
+        with pytest.raises(ValueError, match=r"weights.safetensors holds no weights of a setting of tokred: Error"):
+            tokred.load(folder)
     (folder / "weights.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"has weights, but .*weights.safetensors is not there"):
         tokred.load(folder)

@@ -38,6 +38,17 @@ def test_a_search(tmp_path):
     assert "tuned.json" in text
 
 
+def test_a_search_outlives_its_picture(tmp_path, monkeypatch):
+    def broken(*_):
+        raise ValueError("nothing to draw on")
+
+    monkeypatch.setattr(Tuned, "plot", broken)
+    quick = ["--speedup", "1.3", "-m", "tome", "--trials", "4", "--samples", "16", "--count", "32", "--rounds", "3"]
+    found = run(*quick, "--out", str(tmp_path), "--batch", "8", code=1)
+    assert "best constant" in found.output
+    assert (tmp_path / "tune-embedded" / "tuned.json").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [

@@ -100,6 +100,9 @@ def test_a_picture(tmp_path):
     found = search(trials=12)
     assert found.plot(tmp_path / "new" / "tuned.png").stat().st_size > 1000
     assert {"chosen", "constant", "unpatched"} <= set(found.to_pandas()["role"])
+    rounded = {"quality": 1.0, "low": 1.0 + 2e-16, "high": 1.0 - 1e-16}  # as an earlier search may have kept it
+    perfect = dataclasses.replace(found, metric="top1", rows=[{**row, **rounded} for row in found.rows])
+    assert perfect.plot(tmp_path / "perfect.png").exists()
 
 
 def test_held_out_samples_are_not_searched_on():
@@ -179,6 +182,28 @@ def test_a_search_goes_on_from_its_file(tmp_path, monkeypatch):
     )
     with pytest.raises(ValueError, match="which is a file"):
         search(out=tmp_path / FILE)
+
+
+def test_other_code_is_judged_anew(tmp_path):
+    """Of a metric, what it closes over, and of the model; a search with what was there goes on."""
+
+    def scaled(by):
+        return lambda output, batch: output[:, 0] * by
+
+    def judged(metric, **options) -> int:
+        model = options.pop("model", None)
+        search(model, metric=metric, out=tmp_path, trials=4, front=False, **options)
+        return len((tmp_path / FILE).read_text().splitlines())
+
+    first = judged(scaled(1))
+    assert judged(scaled(1)) == first
+    second = judged(scaled(2))
+    assert second > first
+    third = judged(lambda output, batch: output[:, 0] + 1)
+    assert third > second
+    other = build("vit")
+    other.norm.eps *= 10
+    assert judged(scaled(1), model=other) > third
 
 
 def test_an_interrupt_gives_the_best_so_far(monkeypatch):
@@ -269,6 +294,7 @@ BAD = {
     "all memory": ({"memory": 1.5}, ValueError, "between 0 and 1"),
     "memory of an encoder": ({"memory": 0.5}, ValueError, "share of a cache's bytes"),
     "out of reach": ({"speedup": 100.0}, ValueError, "speedup=100 is out of reach: the strongest setting of 'tome'"),
+    "a little out of reach": ({"speedup": 2.0}, ValueError, "no setting of 'tome' could be brought to at least 2"),
     "amount": ({"methods": ["tome r=4"]}, ValueError, "sets r, which is what tune has to find"),
     "nothing to vary": ({"methods": ["zero_tprune"]}, ValueError, "none of"),
     "empty": ({"methods": []}, TypeError, "methods must be names"),

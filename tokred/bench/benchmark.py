@@ -83,7 +83,8 @@ def benchmark(
         read: what metrics get in the place of a run's output: ``"features"``, which the model's head is given; the
             output of a module, by its name; or what a function of ``(output, batch)`` returns, which is not timed.
         out: a folder, or a ``.csv`` file, to which each row is added when it is measured. Rows that are there already,
-            of the same model, data, metric and device, are not measured again.
+            of the same model, data, metric and device, and of the same code where that is the user's own, are not
+            measured again.
         baselines: measure, for each amount of work among the methods, a random choice and down-sampling of each stage
             (for caches: random eviction and a window of the newest tokens) at the same work.
         better: ``"higher"`` or ``"lower"`` values of a metric of one's own; a dict where several differ.

@@ -15,6 +15,7 @@ import torch
 from tokred import adapters
 from tokred.bench import feeds, results, samples, timing
 from tokred.bench.arms import BASE
+from tokred.bench.codes import code_of, model_of
 from tokred.bench.costs import Costs
 from tokred.bench.entries import Cost, Entry
 from tokred.bench.feeds import Batches, Feed, Unreadable, fingerprint
@@ -30,7 +31,7 @@ from tokred.errors import NothingRemovedWarning, UnsupportedModelError
 
 SCENARIO = "benchmark"
 KEPT = 2**24  # bytes of the unpatched model's outputs, fewer than readings of memory can tell
-Key = tuple[str, str]  # method and setting
+Key = tuple[str, ...]  # case, method and setting
 Record = dict[str, Any]
 T = TypeVar("T")
 
@@ -69,6 +70,7 @@ class Engine:
         kept: outputs of the unpatched model by number of batch, while they are small.
         spent: seconds of runs of the model that were ``"timed"`` and ``"untimed"``.
         samples: for each row, by its label, values of single samples by each metric.
+        reused: labels of rows that an earlier run has measured.
     """
 
     def __init__(
@@ -99,11 +101,15 @@ class Engine:
         dtype = next((x.dtype for x in held if x.is_floating_point()), torch.float32)
         self.where = self._where(dtype)
         # Rows of other weights, data or runs, under the same name, are no rows of this table.
-        case = fingerprint([f"{fingerprint(held)} {batches.prints} {feed.name} {feed.settings}"])
-        self.head = {"scenario": SCENARIO, "model": name, "case": case}
-        self.there = {} if path is None else self._there(path)
+        what = f"{model_of(feeds.modules(model))} {code_of(type(model))} {fingerprint(held)}"
+        self.case = fingerprint([f"{what} {batches.prints} {feed.name} {feed.settings}"])
+        self.head = {"scenario": SCENARIO, "model": name}
+        self._cases: dict[str, list[str]] = {}
+        self._metrics = ["" if s.own is None else f"{code_of(s.own)} {s.better}" for s in self.scores]
+        self.there = [{}] * len(self.scores) if path is None else self._there(path)
         self.samples: dict[str, list[Tally]] = {}
-        self.stored = {} if path is None else self._stored(path)
+        self.stored = [{}] * len(self.scores) if path is None else self._stored(path)
+        self.reused: set[str] = set()
         self.against = [""] * len(self.scores)
 
     def _where(self, dtype: torch.dtype) -> dict[str, Any]:
@@ -116,23 +122,38 @@ class Engine:
         return True
 
     def known(self, score: Scorer) -> Record:
-        """Fields by which rows of this benchmark are known in a table: of a metric, and where they were measured."""
+        """Fields by which rows of this model are known in a table: of a metric, and where they were measured."""
         where = {name: self.where[name] for name in ("device", "threads", "dtype")}
         return {**self.head, "scored_by": score.name, **where}
 
-    def _there(self, path: Path) -> dict[Key, list[Record]]:
-        """Records of earlier runs of the same benchmark, by method and setting, where all metrics have one."""
+    def cases(self, one: Entry) -> list[str]:
+        """A row's case by each metric: model, data and run, and the code of methods and metrics that are not ours."""
+        if one.label not in self._cases:
+            codes = [code for method in one.methods if (code := code_of(type(method), *_functions(method)))]
+            found = [fingerprint([self.case, *codes, own]) if own or codes else self.case for own in self._metrics]
+            self._cases[one.label] = found
+        return self._cases[one.label]
+
+    def _there(self, path: Path) -> list[dict[Key, Record]]:
+        """For each metric, records of earlier runs of the same model."""
         found = [r for r in results.records(results.read(path), SCENARIO) if "speedup" in r]
-        mine = []
+        mine: list[dict[Key, Record]] = []
         for score in self.scores:
             known = {name: str(value) for name, value in self.known(score).items()}
             fits = [r for r in found if all(str(r.get(name)) == value for name, value in known.items())]
-            mine.append({(r["method"], r["setting"]): r for r in fits})
-        return _in_all(mine)
+            mine.append({(str(r.get("case")), r["method"], r["setting"]): r for r in fits})
+        return mine
 
-    def _stored(self, path: Path) -> dict[Key, list[Tally]]:
+    def _stored(self, path: Path) -> list[dict[Key, Tally]]:
         """Samples of the same rows, where they were kept."""
-        return _in_all([samples.read(samples.beside(path), self.known(score)) for score in self.scores])
+        by = ("case", "method", "setting")
+        return [samples.read(samples.beside(path), self.known(score), by) for score in self.scores]
+
+    def _of(self, found: Sequence[Mapping[Key, T]], one: Entry) -> list[T] | None:
+        """A row's own of what earlier runs have, one a metric; None where one has none."""
+        keys = [(case, one.name, one.setting) for case in self.cases(one)]
+        mine = [kept[key] for kept, key in zip(found, keys, strict=True) if key in kept]
+        return mine if len(mine) == len(keys) else None
 
     def rows(self, wanted: Sequence[Entry], baselines: bool, progress: bool) -> list[Record]:
         """All rows, the unpatched model's first, and of each method as many as there are metrics."""
@@ -163,7 +184,7 @@ class Engine:
             known = {one.label: cost for one, cost in costs}
             todo = [Todo(base, self.costs.unpatched([*known.values()]))]
             todo += [Todo(one, known.get(one.label), refused.get(one.label)) for one in (*wanted, *more)]
-            found = {one.label: tell(one, records) for one, records in self.each(todo)}
+            found = {one.label: tell(one, records, one.label in self.reused) for one, records in self.each(todo)}
         return [row for item in todo for row in found[item.entry.label]]
 
     def _fitted(self, score: Scorer) -> Scorer:
@@ -243,27 +264,28 @@ class Engine:
 
     def has(self, one: Entry) -> bool:
         """True if an earlier run has measured the row."""
-        return (one.name, one.setting) in self.there
+        return self._of(self.there, one) is not None
 
     def records(self, one: Entry, cost: Cost) -> list[Record]:
         """The records of a row, read from the table or measured and written to it."""
-        found = self.there.get((one.name, one.setting))
+        found = self._of(self.there, one)
         if found is not None:
-            if (one.name, one.setting) in self.stored:
-                self.samples[one.label] = self.stored[one.name, one.setting]
+            self.reused.add(one.label)
+            if (stored := self._of(self.stored, one)) is not None:
+                self.samples[one.label] = stored
             return found
         common = {**self.head, "method": one.name, "setting": one.setting, **cost, **self.where}
         measured = self.measured(one)
-        tallies = zip(self.scores, self.samples[one.label], strict=True)
-        records = [{**common, "scored_by": s.name, **tally.record(s), **measured} for s, tally in tallies]
+        tallies = zip(self.cases(one), self.scores, self.samples[one.label], strict=True)
+        records = [{**common, "case": c, "scored_by": s.name, **t.record(s), **measured} for c, s, t in tallies]
         self.write(one, records)
         return records
 
     def write(self, one: Entry, records: Sequence[Record]) -> None:
         """Add a row to the table, its samples first."""
         if self.path is not None:
-            for score, tally in zip(self.scores, self.samples[one.label], strict=True):
-                head = {**self.known(score), "method": one.name, "setting": one.setting}
+            for case, score, tally in zip(self.cases(one), self.scores, self.samples[one.label], strict=True):
+                head = {**self.known(score), "case": case, "method": one.name, "setting": one.setting}
                 samples.write(samples.beside(self.path), head, tally)
             results.write(self.path, records, overwrite=True)
 
@@ -316,9 +338,9 @@ class Engine:
         """Free what was begun to measure."""
 
 
-def _in_all(found: Sequence[Mapping[Key, T]]) -> dict[Key, list[T]]:
-    """Values of the keys that all of some dictionaries have."""
-    return {key: [one[key] for one in found] for key in found[0] if all(key in one for one in found)}
+def _functions(method: Method) -> list[Any]:
+    """Functions among the parameters of a method."""
+    return [value for value in vars(method).values() if callable(value)]
 
 
 def reason(error: Exception) -> str:

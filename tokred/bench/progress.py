@@ -12,6 +12,7 @@ from tokred.bench.parts import PARTS
 from tokred.bench.scoring import Scorer
 from tokred.bench.table import COLUMNS
 
+KEPT = ", kept from an earlier run"
 # Columns that bear the names of a record's fields.
 MEASURED = (
     "difference", "difference_low", "difference_high", "speedup", "speedup_low", "speedup_high", "seconds", "peak_mib",
@@ -54,7 +55,7 @@ def telling(
             if shown is not None:
                 shown.update(task, total=rows)
 
-        def tell(one: Entry, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        def tell(one: Entry, records: Sequence[dict[str, Any]], kept: bool = False) -> list[dict[str, Any]]:
             count[0] += 1
             rows = [row_of(one, record, score) for record, score in zip(records, scores, strict=True)]
             if shown is not None:
@@ -62,7 +63,7 @@ def telling(
             elif progress:
                 why = rows[0]["reason"]
                 found = [f"{row['metric']} {row['quality']:.4g} ({row['difference']:+.2g})" for row in rows if not why]
-                says = f"not measured: {why}" if why else f"{', '.join(found)}, {rows[0]['speedup']:.2f}x"
+                says = f"not measured: {why}" if why else f"{', '.join(found)}, {rows[0]['speedup']:.2f}x{KEPT * kept}"
                 print(f"{count[0]}/{count[1]} {one.label}: {says}", file=sys.stderr, flush=True)
             return rows
 

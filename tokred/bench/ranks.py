@@ -74,6 +74,12 @@ class RankEngine(Engine):
         if dist.get_rank():
             self.path = None
 
+    def cases(self, one: Entry) -> list[str]:
+        """The first process's, so that all find the same rows."""
+        if one.label not in self._cases:
+            self._cases[one.label] = gather(super().cases(one))[0]
+        return self._cases[one.label]
+
     @property
     def first(self) -> bool:
         """True in the process that speaks and writes."""

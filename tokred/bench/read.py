@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tokred.bench.outputs import Generated
@@ -97,18 +98,27 @@ def images(output: Any) -> Tensor:
 
 
 def labels(batch: Any) -> Tensor:
-    """Labels ``(B,)``, or ``(B, H, W)`` of maps, of a batch.
+    """Labels ``(B,)``, or ``(B, H, W)`` of maps, of a batch: a tensor, an array, or whole numbers in lists.
 
     Raises:
         ValueError: it has none.
     """
     found = next((batch[k] for k in LABELS if k in batch), None) if isinstance(batch, Mapping) else _pair(batch)
+    if _counted(found) or (hasattr(found, "__array__") and hasattr(found, "dtype")):
+        found = torch.as_tensor(found)
     if not isinstance(found, Tensor):
         raise ValueError(
             "the batches of data have no labels, which this metric needs: give (inputs, labels) or a dict with "
             f"{LABELS[0]!r}, or metric='agreement', which needs none"
         )
     return found
+
+
+def _counted(found: Any, inside: bool = False) -> bool:
+    """True of a list of whole numbers, or of such lists."""
+    if isinstance(found, tuple | list) and found:
+        return all(_counted(x, True) for x in found)
+    return inside and isinstance(found, int)
 
 
 def key_of_references(batch: Any) -> str:

@@ -109,11 +109,33 @@ def _each(x: Tensor) -> Scores:
 
 def _top(k: int) -> Callable[[Any, Any, Any], Scores]:
     def hits(output: Any, batch: Any, dense: Any) -> Scores:
-        logits, right = answer(output), labels(batch)
+        logits = answer(output)
+        right = _right(logits, labels(batch))
         best = logits.topk(min(k, logits.shape[-1]), dim=-1).indices
         return _each((best == right.to(best.device).unsqueeze(-1)).any(-1))
 
     return hits
+
+
+def _right(logits: Tensor, right: Tensor) -> Tensor:
+    """Labels in the shape of their logits without its last dimension; both may have dimensions of one more.
+
+    Raises:
+        ValueError: there are not as many, as of one-hot labels, or some are no class of the logits.
+    """
+    shape, classes = logits.shape[:-1], logits.shape[-1]
+    if [n for n in right.shape if n != 1] != [n for n in shape if n != 1]:
+        raise ValueError(
+            f"this metric reads logits (B, classes) and labels (B,), got {tuple(logits.shape)} and "
+            f"{tuple(right.shape)}: of one-hot or soft labels give labels.argmax(-1)"
+        )
+    bad = right[(right < 0) | (right >= classes) | (right != right.long())]
+    if len(bad):
+        raise ValueError(
+            f"labels are classes from 0 to {classes - 1}, as many as logits {tuple(logits.shape)} have, got "
+            f"{bad[0]:g}: leave samples without a class out of data, or give metric=a function of (output, batch)"
+        )
+    return right.reshape(shape)
 
 
 # A probe is fitted before it scores: see :class:`tokred.bench.probe.Crossed`.

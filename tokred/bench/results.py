@@ -147,11 +147,12 @@ def share(name: str, right: int, count: int) -> dict[str, float]:
 
 
 def wilson(value: float, count: float) -> tuple[float, float]:
-    """The 95 % interval of a share of ``count`` independent answers."""
+    """The 95 % interval of a share of ``count`` independent answers, which holds the share itself."""
     scale = 1 + NORMAL**2 / count
     middle = (value + NORMAL**2 / (2 * count)) / scale
     half = NORMAL / scale * math.sqrt(value * (1 - value) / count + NORMAL**2 / (4 * count**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # Rounding may leave the ends of a share of 0 or 1 a bit inside of it.
+    return max(0.0, min(value, middle - half)), min(1.0, max(value, middle + half))
 
 
 def rows(record: Mapping[str, Any], scenario: str = "") -> list[Row]:

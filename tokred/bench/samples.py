@@ -6,7 +6,7 @@ A line a row of the table, in JSON: what the row is, and the values. The line is
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,16 +35,19 @@ def _last(path: Path) -> bytes:
         return f.read(1)
 
 
-def read(path: Path, head: Mapping[str, Any]) -> dict[tuple[str, str], Tally]:
-    """The samples of rows, by method and setting.
+def read(
+    path: Path, head: Mapping[str, Any], by: Sequence[str] = ("method", "setting")
+) -> dict[tuple[str, ...], Tally]:
+    """The samples of rows.
 
     Args:
         path: of the file; there may be none.
         head: fields that a row has to have.
+        by: fields that tell the rows apart.
     """
     wanted = {name: str(value) for name, value in head.items()}
     return {
-        (row["method"], row["setting"]): tally
+        tuple(row.get(name, "") for name in by): tally
         for row, tally in _lines(path)
         if all(row.get(name) == value for name, value in wanted.items())
     }

@@ -135,7 +135,7 @@ class RayEngine(Engine):
         task = ray.remote(**self._remote)(_measure)
         missing = [item for item in todo if item.why is None and not self.has(item.entry)]
         boxed = [ray.put(self._shared())] if missing else []
-        key = f"{self.head['case']} {id(self)} {os.getpid()}"
+        key = f"{self.case} {id(self)} {os.getpid()}"
         for item in todo:
             if item not in missing:
                 yield item.entry, self.tried(item)
@@ -166,6 +166,8 @@ class RayEngine(Engine):
             return [{"reason": why} for _ in self.scores]
         if tallies is not None:
             self.samples[one.label] = tallies
+            # Code reads differently where it has been sent to.
+            records = [{**r, "case": case} for r, case in zip(records, self.cases(one), strict=True)]
             self.write(one, records)
         return records
 

@@ -130,12 +130,11 @@ def tune_command(
         raise typer.Exit(INTERRUPTED) from None
     found.save(target)
     files = [target / "tokred.json", target / "tuned.json"]
+    # Before the plot: whatever drawing fails by, the search is not lost.
+    print(json.dumps(document(found, given.name), indent=2) if as_json else f"{found}\nData: {given.name}.", flush=True)
     if not plot_hint():
         files.append(found.plot(target / "tuned.png"))
-    if as_json:
-        print(json.dumps(document(found, given.name), indent=2))
-    else:
-        print(f"{found}\nData: {given.name}.")
+    if not as_json:
         written(files)
     if not found.met:
         raise typer.Exit(1)

@@ -143,7 +143,8 @@ def recipe(given: str | Path | Mapping[str, Any]) -> Recipe:
 
     Raises:
         FileNotFoundError: there is no such file, nor a recipe of this name.
-        ValueError: a key is unknown, missing, or its value is out of range; the message names it.
+        ValueError: the file is no TOML; or a key is unknown, missing, or its value is out of range; the message names
+            it.
     """
     if isinstance(given, Mapping):
         return _read(given, "the recipe")
@@ -153,8 +154,11 @@ def recipe(given: str | Path | Mapping[str, Any]) -> Recipe:
     if not path.exists():
         known = ", ".join(sorted(p.stem for p in FOLDER.glob("*.toml")))
         raise FileNotFoundError(f"no recipe {str(given)!r}: give the path of a .toml file, or one of {known}")
-    with path.open("rb") as file:
-        return _read(tomllib.load(file), str(given))
+    try:
+        found = tomllib.loads(path.read_text("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no TOML: {error}") from None
+    return _read(found, str(given))
 
 
 def _read(found: Mapping[str, Any], where: str) -> Recipe:

@@ -98,7 +98,11 @@ def read(folder: str | Path) -> list[Method]:
     if found.get("weights"):
         if not (path / WEIGHTS).exists():
             raise FileNotFoundError(f"{path / SETTINGS} has weights, but {path / WEIGHTS} is not there")
-        tensors = _safetensors().load_file(str(path / WEIGHTS))
+        library = _safetensors()
+        try:
+            tensors = library.load_file(str(path / WEIGHTS))
+        except Exception as error:  # safetensors' own errors derive from Exception alone
+            raise ValueError(f"{path / WEIGHTS} holds no weights of a setting of tokred: {error}") from None
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path / SETTINGS} is not a setting of tokred: its methods are {rows!r}")
     return methods_of(found, tensors, str(path / SETTINGS))

@@ -184,6 +184,8 @@ def blended(trials: Sequence[Trial], base: Sequence[Judged], score: Scorer) -> l
     A few hundred rights and wrongs hardly tell the best from the second best, and the luckiest of many trials is not
     the best of them. The guide has less noise; a line through all trials says what metric goes with it.
     """
+    if not trials:
+        return []
     mine = [lost(trial.judged, base, score) for trial in trials]
     guide = [trial.loss for trial in trials]
     n = len(trials)

@@ -36,7 +36,8 @@ def draw(tuned: Tuned, path: Path) -> Path:
         marker, colour = styles[row["role"]]
         quality = times * row["quality"]
         low, high = (quality if row[k] is None else times * row[k] for k in ("low", "high"))
-        spread = [[quality - low], [high - quality]]
+        # Rounding may leave a value a bit outside of its interval.
+        spread = [[max(0.0, quality - low)], [max(0.0, high - quality)]]
         label = f"{row['role']}: {row['method']}" if row["role"] != "unpatched" else "unpatched"
         left.errorbar(row["speedup"], quality, yerr=spread, fmt=marker, color=colour, label=label, capsize=2, zorder=3)
     for role, colour in (("searched", "C0"), ("constant", "C1")):

@@ -18,6 +18,7 @@ import torch
 from tokred import adapters, api
 from tokred.bench import feeds
 from tokred.bench.benchmark import name_of, prepared
+from tokred.bench.codes import code_of, model_of
 from tokred.bench.feeds import Run
 from tokred.bench.ready import Better
 from tokred.bench.scoring import Metric
@@ -137,7 +138,9 @@ def tune(
         options = feeds.Options(tokenizer, max_new_tokens)
         engine = Engine(model, stage, data, metric, place, **given, options=options, batch_size=batch_size)
         weights = feeds.fingerprint(x for one in modules for x in (*one.parameters(), *one.buffers()))
-        what = f"{engine.feed.name} {engine.feed.settings} {engine.score.name}"
+        classes = [registered.get(parse_setting(text)[0]) for text in texts or USUAL[stage]]
+        codes = f"{model_of(modules)} {code_of(type(model), *classes)} {code_of(engine.score.own)}"
+        what = f"{engine.feed.name} {engine.feed.settings} {engine.score.name} {engine.score.better} {codes}"
         memo = Memo(None if out is None else Path(out), f"{weights} {engine.prints} {what} {place} {samples} {seed}")
         judge = Judge(engine, memo)
         clock = Clock(engine, lambda key, found: _timed(engine, memo, key, found))

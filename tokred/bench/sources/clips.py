@@ -36,6 +36,8 @@ def data(source: Source, spec: str | None, wanted: Any) -> Data:
     dtype = next(source.module.parameters()).dtype
     if spec is None and source.weights != "random":
         raise ValueError(f"{source.name} brings no clips along: give --data with {source.usual.data}")
+    if spec == pictures.NOISE:
+        pictures.check_alone(spec)
     if spec in (None, pictures.NOISE):
 
         def drawn(some: Sequence[int]) -> dict[str, Tensor]:

@@ -33,14 +33,20 @@ def embedded(name: str, options: Options) -> Source:
     return Source(name, model, "encoder", "timm", reading, classes=10, weights=options.weights, origin=name)
 
 
+def has_zoo() -> bool:
+    """True in a checkout of the repository, which alone has ``benchmarks.zoo``."""
+    root = environment.checkout()
+    return root is not None and (root / "benchmarks" / "zoo").is_dir()
+
+
 def zoo(module: str) -> Any:
-    """A module of ``benchmarks.zoo``, which only a checkout of the repository has.
+    """A module of ``benchmarks.zoo``.
 
     Raises:
         NoModelError: tokred is installed as a package.
     """
     root = environment.checkout()
-    if root is None or not (root / "benchmarks" / "zoo").is_dir():
+    if root is None or not has_zoo():
         raise NoModelError(
             "real weights and data of the zoo (dinov2, photos, textile, fashion) are read by benchmarks/zoo, "
             "which only a checkout of tokred's repository has: run `pip install -e .` there, or give another model "

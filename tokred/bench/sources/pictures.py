@@ -13,11 +13,12 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from tokred.bench import embedded, images, probe
 from tokred.bench.sources import around, tables
-from tokred.bench.sources.embedded_models import zoo
+from tokred.bench.sources.embedded_models import has_zoo, zoo
 from tokred.bench.sources.record import Data, NoModelError, Reading, Source
 
 ZOO = ("fashion", "textile", "photos")
 NOISE = "noise"
+EMBEDDED = "embedded"
 COLUMNS = (("image", "img", "picture", "jpg", "png"), ("label", "labels", "fine_label", "class"))
 
 
@@ -160,14 +161,16 @@ def found(source: Source, reading: Reading, spec: str | None) -> tuple[Any, tupl
     """A dataset of ``(image, class)``, the classes' names (empty: none), and its own name."""
     if spec is None:
         spec = usual(source)
-    if spec == "embedded":
+    elif spec in (EMBEDDED, NOISE) or (spec in ZOO and has_zoo()):
+        check_alone(spec)
+    if spec == EMBEDDED:
         sample = embedded.sample()
         return TensorDataset(sample.images, sample.labels), embedded.CLASSES, embedded.NAME
     if spec == NOISE:
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(64, reading.channels, *reading.size, generator=generator)
         return TensorDataset(x, torch.full((64,), -1)), (), NOISE
-    if spec in ZOO:
+    if spec in ZOO and not Path(spec).is_dir():
         return _zoo(source, reading, spec)
     if tables.is_table(spec):
         rows = tables.rows(spec)
@@ -186,6 +189,19 @@ def found(source: Source, reading: Reading, spec: str | None) -> tuple[Any, tupl
     return Files(list(zip(listed.files, listed.labels, strict=True)), reading), listed.classes, str(path)
 
 
+def check_alone(spec: str) -> None:
+    """Refuse the name of data that come along where a folder bears it too.
+
+    Raises:
+        ValueError: it does.
+    """
+    if Path(spec).is_dir():
+        raise ValueError(
+            f"--data {spec} is both a folder here and data that come along with tokred: write ./{spec} for the folder, "
+            "or rename it for the other"
+        )
+
+
 def usual(source: Source) -> str:
     """The data that a model brings along.
 
@@ -193,7 +209,7 @@ def usual(source: Source) -> str:
         ValueError: it brings none.
     """
     if source.name == "embedded":
-        return "embedded"
+        return EMBEDDED
     if source.weights == "random":
         return NOISE
     if source.name == "dinov2":

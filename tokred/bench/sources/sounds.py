@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tokred.bench.sources import tables
+from tokred.bench.sources import pictures, tables
 from tokred.bench.sources.lazily import Lazily
 from tokred.bench.sources.record import Data, Source, first_line
 
@@ -66,11 +66,13 @@ def encoder(source: Source, spec: str | None, wanted: Any) -> Data:
         FileNotFoundError, ValueError, ImportError: as :func:`speech`.
     """
     features = extractor(source)
-    if spec == "noise" or (spec is None and source.weights == "random"):
+    if spec == pictures.NOISE:
+        pictures.check_alone(spec)
+    if spec == pictures.NOISE or (spec is None and source.weights == "random"):
         generator = torch.Generator().manual_seed(wanted.seed)
         rows = [torch.randn(RATE * 5, generator=generator).clamp(-1, 1) / 4 for _ in range(8)]
         batches = Lazily(rows, wanted.batch or 4, lambda some: _extracted(source, features, some))
-        return Data(batches, "noise", "cosine", "forward", source.model)
+        return Data(batches, pictures.NOISE, "cosine", "forward", source.model)
     found, name = _chosen(source, spec, wanted)
     batches = Lazily(found, wanted.batch or 1, lambda some: _features(source, features, some))
     return Data(batches, name, "agreement" if source.classes else "cosine", "forward", source.model)
