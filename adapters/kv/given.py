@@ -1,4 +1,4 @@
-"""What a decoder with a policy is given: tokens and padding, and what is refused before a forward begins."""
+"""Arguments of a decoder with a policy: their tokens and padding, and what is refused before a forward begins."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ _local = threading.local()
 
 
 class _Running(threading.local):
-    """What belongs to the forward that runs: several threads may use one model.
+    """State of the forward that runs, one in each thread: several may use one model.
 
     Attributes:
         lessons: modules of the layers of a forward in training.
@@ -114,7 +114,7 @@ class CacheSettings(State, Undo):
 
     @property
     def shared(self) -> dict[str, Any]:
-        """What the layers of the forward that runs in this thread leave for each other."""
+        """Values that layers leave for each other in the forward that runs in this thread."""
         return self._running.shared
 
     def begin(self) -> None:

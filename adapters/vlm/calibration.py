@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tokred.adapters.contract import attention_of, terms, words
 from tokred.adapters.vlm.masks import PAIRS, hide, uncut
-from tokred.adapters.vlm.recorded import track_of
+from tokred.adapters.vlm.tokens.recorded import track_of
 from tokred.vlm.tools.calibration import Turns, calibration_bias
 
 if TYPE_CHECKING:

@@ -1,5 +1,5 @@
 """Columns that are left: how shorter sequences are packed, and what is known of tokens that never reached the layers of
-a cache. The record is kept on the cache itself, see :mod:`tokred.adapters.vlm.recorded`."""
+a cache. The record is kept on the cache itself, see :mod:`tokred.adapters.vlm.tokens.recorded`."""
 
 # Why pruned prompts have a ledger of their own (Track) beside that of cache layers under a policy (kv.layer.TokLayer:
 # positions and slots seen). One ledger was tried on paper; for it to serve both,

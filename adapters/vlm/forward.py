@@ -12,7 +12,6 @@ from tokred.adapters.vlm.columns import Group, Packed, Track, extended, gather_c
 from tokred.adapters.vlm.decoder_attention import LayerCount
 from tokred.adapters.vlm.decoder_layers import Inner
 from tokred.adapters.vlm.masks import PAIRS, MaskMaker, gather_any_mask, slid
-from tokred.adapters.vlm.recorded import physical_length, set_track, track_of
 from tokred.adapters.vlm.sites import (
     Context,
     Left,
@@ -27,6 +26,7 @@ from tokred.adapters.vlm.sites import (
 )
 from tokred.adapters.vlm.taps import Call
 from tokred.adapters.vlm.tokens.evict import evened
+from tokred.adapters.vlm.tokens.recorded import physical_length, set_track, track_of
 from tokred.adapters.vlm.tokens.sound import with_sound
 from tokred.adapters.vlm.tokens.steps import Decoding, seen
 from tokred.core.place import Place, PlacedMethod

@@ -19,9 +19,9 @@ from tokred.adapters.vlm.decoder_attention import LayerCount
 from tokred.adapters.vlm.families import Facts
 from tokred.adapters.vlm.forward import Forward
 from tokred.adapters.vlm.generate import PROMPT, refuse
-from tokred.adapters.vlm.recorded import track_of
 from tokred.adapters.vlm.records import fill
 from tokred.adapters.vlm.taps import Call, CoreRun, LanguageRun, in_flight
+from tokred.adapters.vlm.tokens.recorded import track_of
 from tokred.core.place import PlacedMethod
 from tokred.errors import BypassedError
 

@@ -14,7 +14,7 @@ from tokred.adapters.kv.attention import PREFIX
 from tokred.adapters.kv.masks import MaskSpec
 from tokred.adapters.kv.reasons import STATES
 from tokred.adapters.vlm.columns import Packed
-from tokred.adapters.vlm.recorded import own_sizes
+from tokred.adapters.vlm.tokens.recorded import own_sizes
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import tokred
 from tokred.adapters.contract import cache_of, host_object
-from tokred.adapters.vlm.recorded import track_of
+from tokred.adapters.vlm.tokens.recorded import track_of
 
 Keeps = dict[int, Tensor]
 

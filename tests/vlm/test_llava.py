@@ -13,7 +13,7 @@ import torch
 import tokred
 from tests.vlm import oracle, tiny
 from tests.vlm.uneven import Uneven, UnevenLayer
-from tokred.adapters.vlm.recorded import track_of
+from tokred.adapters.vlm.tokens.recorded import track_of
 
 ROWS: list[list[int | str]] = [[3, "image", 5], [2, "image", 1, "image", 4], [9]]
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import tokred
 from tokred import adapters
-from tokred.adapters.vlm.recorded import track_of
+from tokred.adapters.vlm.tokens.recorded import track_of
 from tokred.doctor.attention import LEFT, weighed
 from tokred.doctor.caches import STEPS, generated
 from tokred.doctor.laws import BrokenLawError, Case, check_close
