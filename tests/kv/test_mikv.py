@@ -220,6 +220,14 @@ class TestModel:
         assert all((a - b).abs().max() < 2e-5 for a, b in zip(found[0][1:], found[2][1:], strict=True))
         assert (found[1][-1] - found[2][-1]).abs().max() < 0.3
 
+    def test_a_model_in_float64(self, model):
+        from tests.kv.test_store_models import LOGITS, prompt
+
+        plain = model.double().generate(prompt(30), **LOGITS)
+        tokred.apply(model, "mikv", low=16)
+        found = model.generate(prompt(30), **LOGITS)
+        assert all((a - b).abs().max() < 2e-5 for a, b in zip(found.logits, plain.logits, strict=True))
+
     def test_beams_run_and_drafts_are_refused(self, model):
         from tests.kv.test_store_models import GREEDY, prompt
 

@@ -233,7 +233,8 @@ class MiKVShelf(CodedShelf):
         if self._weights is not None:
             self._received = received + self._weights
         elif site is not None and not self._counted:
-            found = site.columns(group="sum") if self.store.score is None else self.store.judge(site).float()
+            # Of models in float64 attention is, too.
+            found = (site.columns(group="sum") if self.store.score is None else self.store.judge(site)).float()
             if self._path is not None:
                 found = found.gather(2, self._path)
             if self._index is None:
