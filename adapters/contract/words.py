@@ -252,6 +252,10 @@ VALUE_BIAS = row("bias of values", "v_bias M eva:EvaAttention")
 ATTENTION_WIDTH = row(
     "width of an attention", Spelling("attn_dim", "timm", since="1.0.31", where="timm.layers.attention:Attention")
 )
+DIFFERENTIAL = row(
+    "share of the second attention",
+    Spelling("lambda_init", "timm", since="1.0.23", where="timm.layers.diff_attention:DiffAttention"),
+)
 BATCH_FIRST = row("whether samples come first", "batch_first O transformer:Transformer")
 COSINE = row("scale of cosines", "logit_scale O transformer:Attention")
 FUSED_IN_CLIP = row("whether attention of CLIP is fused", "use_fsdpa O transformer:Attention")

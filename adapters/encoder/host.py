@@ -32,15 +32,15 @@ from tokred.errors import UnsupportedModelError
 
 
 class BlockCost(NamedTuple):
-    """Weights of one block: parameters of the attention's and the MLP's matrices, and the width of the attention."""
+    """Multiply-adds of one block for each token, in the attention's and the MLP's matrices, and for each ``pair``."""
 
     attention: int
     mlp: int
-    width: int
+    pair: int
 
     def macs(self, before: int, after: int, middle: bool) -> int:
         """Multiply-adds at ``before`` tokens entering and ``after`` leaving, reduced in the middle or at the end."""
-        return before * self.attention + 2 * before * before * self.width + (after if middle else before) * self.mlp
+        return before * self.attention + before * before * self.pair + (after if middle else before) * self.mlp
 
 
 @dataclass
@@ -198,7 +198,9 @@ class EncoderHost(Host):
         width = next((p.shape[0] for p in norms), width)
         for module in block.modules():
             width = words.ATTENTION_WIDTH.part(module, width)
-        return BlockCost(attention, mlp, int(width))
+        # Of two attentions with half of the channels each, both read all values.
+        fused = [3 if words.DIFFERENTIAL.on(module) else 2 for module in block.modules() if words.FUSED.on(module)]
+        return BlockCost(attention, mlp, (sum(fused) or 2) * int(width))
 
     def plan(self, method: BlockMethod | None, shape: tuple[int, ...]) -> list[tuple[int, int, int]]:
         """For each block: tokens that enter, tokens that leave, and multiply-adds of one sample."""

@@ -256,7 +256,10 @@ def _tokens(model: Any, shape: tuple[int, ...]) -> int:
 
 
 def _outside(model: Any, shape: tuple[int, ...]) -> int:
-    """Patch embedding (counted on the meta device) and classifier."""
+    """Patch embedding and attention that pools over all tokens (counted on the meta device), and classifier."""
     heads = [word.part(model) for word in members.HEADS]
     head = sum(macs(m) for m in heads if isinstance(m, nn.Module))
+    pooler = words.POOLER.part(model)
+    if pooler is not None:
+        head += module_macs(pooler, 1, _tokens(model, shape), int(members.WIDTH.need(model)))
     return module_macs(words.PATCHES.need(model), 1, *shape[-3:]) + head

@@ -103,7 +103,7 @@ def window_macs(cost: BlockCost, grid: Grid, slots: int) -> int:
     """Multiply-adds of one map: queries, keys and values are made of every token, the rest of those that are left. The
     bias of positions is not counted."""
     before, after = grid.number * grid.area, grid.number * slots
-    attention = (3 * before + after) * cost.attention // 4 + 2 * after * slots * cost.width
+    attention = (3 * before + after) * cost.attention // 4 + after * slots * cost.pair
     return attention + min(after, grid.height * grid.width) * cost.mlp
 
 

@@ -27,7 +27,8 @@ _FEW = 1 << 17
 def block_sizes(batch: int, rows: int, columns: int, x: Tensor) -> tuple[int, int]:
     """How many samples and how many rows of each go into one block of the matrix."""
     budget = (GPU_BLOCK_BYTES if x.is_cuda else CPU_BLOCK_BYTES) // x.element_size()
-    if batch * rows * columns <= budget:
+    # An export has one path for batches of every size.
+    if torch.compiler.is_exporting() or batch * rows * columns <= budget:
         return batch, rows
     if rows * columns <= budget:
         return budget // (rows * columns), rows
@@ -157,7 +158,8 @@ def _first_largest(s: Tensor) -> tuple[Tensor, Tensor]:
     On a CPU ``torch.max`` with indices is not vectorised. Four passes that are take less than half of its time: the
     largest value, then the smallest column number after all lesser values have been pushed past the last one.
     """
-    if not s.is_cpu or s.numel() <= _FEW or s.shape[-1] > _EXACT_INTEGERS:
+    plain = not s.is_cpu or torch.compiler.is_exporting()  # which has one path for batches of every size
+    if plain or s.numel() <= _FEW or s.shape[-1] > _EXACT_INTEGERS:
         return s.max(-1, keepdim=True)
     score = s.amax(-1, keepdim=True)
     columns = torch.arange(s.shape[-1], dtype=s.dtype, device=s.device)

@@ -49,6 +49,31 @@ def test_an_export_runs_on_other_images(case):
             torch.testing.assert_close(exported(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("tome", {"r": 8}),
+        ("evit", {"kappa": 0.7}),
+        ("pitome", {"ratio": 0.9}),
+        ("ats", {}),
+        ("saint", {}),
+        ("ltp", {"theta_final": 0.01}),
+        ("pixelprune", {}),
+    ],
+)
+def test_an_export_leaves_the_batch_open(name, given):
+    """Of images so large that the path of operators would follow the batch."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = tokred.apply(timm.create_model("test_vit", num_classes=10).eval(), name, **given)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    with torch.no_grad():
+        exported = torch.export.export(model, (torch.randn(2, 3, 160, 160),), dynamic_shapes=({0: batch},)).module()
+        for b in (2, 5, 60):
+            x = torch.randn(b, 3, 160, 160)
+            torch.testing.assert_close(exported(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("case", METHODS)
 def test_an_empty_batch_runs(case):
     model = tokred.apply(build("vit"), case.partition("-")[0], **METHODS[case])

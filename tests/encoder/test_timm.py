@@ -8,6 +8,8 @@ import pickle
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("timm")
 
@@ -334,3 +336,25 @@ def test_unfused_attention_is_refused():
     model.blocks[1].attn.fused_attn = False
     with pytest.raises(tokred.UnsupportedModelError, match=r"blocks\.1 is not fused"):
         tokred.apply(model, "tome", r=4)
+
+
+@pytest.mark.parametrize("family", each(FAMILIES, TIMM))
+def test_multiply_adds_are_those_of_the_model(family):
+    # The network that makes biases runs over offsets, and is counted as if it did over tokens.
+    _assert_counted(build(family), SIZE, 5e-2 if "relpos" in family else 1e-3)
+
+
+@pytest.mark.parametrize("name", ["test_vit3", "vit_dlittle_patch16_reg1_gap_256", "vit_dpwee_patch16_reg1_gap_256"])
+def test_multiply_adds_of_what_pools_and_of_two_attentions_in_one(name):
+    timm = pytest.importorskip("timm")
+    if not timm.is_model(name):
+        pytest.skip(f"this timm has no {name}")
+    model = timm.create_model(name, num_classes=10, **({} if "test" in name else {"depth": 2})).eval()
+    _assert_counted(model, model.patch_embed.img_size[0])
+
+
+def _assert_counted(model, size, share=1e-3):
+    x = torch.randn(1, 3, size, size)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.requires_grad_(False)(x)
+    assert tokred.flops(model, None, (3, size, size)).macs == pytest.approx(counter.get_total_flops() / 2, rel=share)

@@ -185,6 +185,20 @@ def test_bad_parameters(given, message):
 # ---------------------------------------------------------------- models
 
 
+def course(model, ids, mask, more):
+    """Logits behind a prompt, and behind every token of ``more``."""
+    cache, out, new = tokred.kv_cache(model), [], ids
+    for token in [None, *more.split(1, -1)]:
+        if token is not None:
+            new, mask = token, torch.cat([mask, mask.new_ones(token.shape)], 1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :]
+        given = {"attention_mask": mask, "position_ids": positions, **tokred.cache_kwargs(cache)}
+        logits = model(new, **given).logits
+        last = mask[:, -new.shape[1] :].cumsum(1).argmax(1)
+        out.append(logits[torch.arange(len(mask)), last])
+    return torch.stack(out, 1)
+
+
 class TestModel:
     """A tiny Llama with its cache in two precisions."""
 
@@ -219,6 +233,32 @@ class TestModel:
         assert torch.equal(found[0][0][real], found[2][0][real])
         assert all((a - b).abs().max() < 2e-5 for a, b in zip(found[0][1:], found[2][1:], strict=True))
         assert (found[1][-1] - found[2][-1]).abs().max() < 0.3
+
+    def test_a_model_in_float64(self, model):
+        from tests.kv.test_store_models import LOGITS, prompt
+
+        plain = model.double().generate(prompt(30), **LOGITS)
+        tokred.apply(model, "mikv", low=16)
+        found = model.generate(prompt(30), **LOGITS)
+        assert all((a - b).abs().max() < 2e-5 for a, b in zip(found.logits, plain.logits, strict=True))
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    @pytest.mark.parametrize("given", [{}, {"high": 0.5, "low": 8, "recent": 0.2}, {"high_bits": 8}])
+    def test_a_share_is_of_a_samples_own_rows(self, model, side, given):
+        """Also at steps at which the share of one sample grows, and that of the batch does not."""
+        from tests.kv.tiny import prompt
+
+        alone, more = [prompt(n, seed=n) for n in (20, 57, 33)], prompt(14, 3, seed=5)
+        ids, mask = torch.zeros(3, 57, dtype=torch.long), torch.zeros(3, 57, dtype=torch.long)
+        for i, one in enumerate(alone):
+            n = one.shape[1]
+            where = slice(57 - n, None) if side == "left" else slice(None, n)
+            ids[i, where], mask[i, where] = one[0], 1
+        tokred.apply(model, "mikv", **given)
+        found = course(model, ids, mask, more)
+        for i, one in enumerate(alone):
+            wanted = course(model, one, torch.ones_like(one), more[i : i + 1])
+            assert (found[i] - wanted[0]).abs().max() < 2e-4
 
     def test_beams_run_and_drafts_are_refused(self, model):
         from tests.kv.test_store_models import GREEDY, prompt

@@ -9,7 +9,7 @@ method asks. Without any host a site is simply built by hand, which is how metho
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -351,9 +351,9 @@ class Site:
         for name in ("x", "k", "q", "v"):
             if self._values[name] is not None:
                 t = self._get(name)
-                return whole(t.shape[0]), whole(t.shape[-2])
+                return _samples(t), whole(t.shape[-2])
         scores = self._get("class_attention")
-        return whole(scores.shape[0]), whole(scores.shape[-1])
+        return _samples(scores), whole(scores.shape[-1])
 
     @property
     def device(self) -> torch.device:
@@ -362,3 +362,9 @@ class Site:
             if self._values[name] is not None:
                 return self._get(name).device
         raise MissingInputError("this site supplies no tensor")
+
+
+def _samples(x: Tensor) -> int:
+    """``B``: a number under ``torch.jit.trace``; any number under ``torch.export``, where a batch may be left open."""
+    b: Any = x.shape[0]
+    return whole(b) if isinstance(b, Tensor) else b  # type: ignore[no-any-return]

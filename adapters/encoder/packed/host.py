@@ -101,4 +101,4 @@ class PackedHost(EncoderHost):
     def _macs(self, block: nn.Module, before: int, after: int, pairs: int, method: BlockMethod | None) -> int:
         cost = self.cost(block)
         rows = after if self.middle(method) else before
-        return before * cost.attention + 2 * pairs * cost.width + rows * cost.mlp
+        return before * cost.attention + pairs * cost.pair + rows * cost.mlp

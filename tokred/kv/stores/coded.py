@@ -181,7 +181,7 @@ class CodedShelf(SlottedShelf):
         real = None if site is None or (self.moved and self._since == 0) else site.real
         if real is not None:
             real = real.expand(site.extent)  # type: ignore[union-attr]
-            seen = real if self._index is None else _scattered(real, self._index, self._sides[0].count)
+            seen = real if self._index is None else scattered(real, self._index, self._sides[0].count)
         self._sides = tuple(side.settled(seen) for side in self._sides)
 
     def take(self, step: Reduction, slots: Tensor) -> None:
@@ -286,9 +286,12 @@ class CodedShelf(SlottedShelf):
         if mask is not None:
             logits = logits.masked_fill(~mask[:, :, None], -torch.inf)
         if padding is not None:
-            n = padding.shape[1]
+            hidden = ~padding[:, None].expand(-1, heads, -1)
+            if self._index is not None:
+                hidden = scattered(hidden, self._index[:, :, -hidden.shape[2] :], logits.shape[-1])
+            n = hidden.shape[2]
             old, new = logits.split([logits.shape[-1] - n, n], -1)  # type: ignore[no-untyped-call]
-            logits = torch.cat([old, new.masked_fill(~padding[:, None, None], -torch.inf)], -1)
+            logits = torch.cat([old, new.masked_fill(hidden[:, :, None], -torch.inf)], -1)
         weights = logits.softmax(-1)
         if padding is not None:
             weights = weights.nan_to_num(0.0)  # a query that sees nothing at all
@@ -306,7 +309,7 @@ class CodedShelf(SlottedShelf):
         seen = self._seen
         if seen is None:
             if self._index is not None:
-                seen = _scattered(self._index >= 0, self._index, log)
+                seen = scattered(self._index >= 0, self._index, log)
             else:
                 assert self._slots is not None  # ragged since an eviction
                 seen = self._slots != SENTINEL
@@ -327,7 +330,7 @@ def _picked(rows: Tensor, index: Tensor) -> Tensor:
     return gather_rows(rows, index.clamp(min=0).long())
 
 
-def _scattered(values: Tensor, index: Tensor, count: int) -> Tensor:
+def scattered(values: Tensor, index: Tensor, count: int) -> Tensor:
     """``[B, Hk, count]`` bool by row of the log, False where ``index`` ``[B, Hk, K]`` does not point."""
     index = torch.where(index < 0, count, index).long()
     out = torch.zeros(*index.shape[:2], count + 1, dtype=torch.bool, device=index.device)

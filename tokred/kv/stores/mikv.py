@@ -6,7 +6,8 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from fractions import Fraction
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,9 +19,10 @@ from tokred.kv.described import plain_bytes
 from tokred.kv.parts import Score, as_part
 from tokred.kv.site import CacheSite
 from tokred.kv.stores.codecs import Affine, AsTheyCome, Codec, Parts, check_bits, group_for
-from tokred.kv.stores.coded import HELD, NOTED, Coded, CodedShelf, Form
+from tokred.kv.stores.coded import HELD, NOTED, Coded, CodedShelf, Form, scattered
 from tokred.kv.stores.grown import ROOM, Grown
-from tokred.kv.stores.sides import SPARE_CODES, Side, Window, with_more
+from tokred.kv.stores.rounded import Rounded
+from tokred.kv.stores.sides import SPARE_CODES, Side, Window, put, with_more
 
 BITS = (2, 3, 4, 8, 16)
 HIGH = (2, 4, 8, 16)
@@ -135,6 +137,11 @@ class MiKV(Coded):
         """Rows in full precision of ``count``."""
         return math.ceil(round(self.high * count, 9))
 
+    def quota(self, counts: Tensor) -> Tensor:
+        """:meth:`full` of int64 numbers."""
+        share = Fraction(self.high).limit_denominator(1_000_000)
+        return -(-counts * share.numerator // share.denominator)
+
 
 @dataclass(frozen=True, eq=False)
 class Balanced(Codec):
@@ -182,6 +189,7 @@ class MiKVShelf(CodedShelf):
         self._weights: Tensor | None = None  # [B, Hk, n] of this step, where attend has it
         self._path: Tensor | None = None  # [B, Hk, K] rows of this forward's site that are left of an eviction
         self._counted = False  # whether its attention has been added to what rows have received
+        self._real: Tensor | None = None  # [B, Hk, K], which rows are no padding; None: all
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         super().append(keys, values)
@@ -189,6 +197,8 @@ class MiKVShelf(CodedShelf):
         self._received = new if self._received is None else torch.cat([self._received, new], 2)
         self._weights = self._path = None
         self._counted = False
+        if self._real is not None:  # until the site says otherwise
+            self._real = torch.cat([self._real, self._real.new_ones(keys.shape[:3])], 2)
 
     def answered(self, weights: Tensor) -> None:
         self._weights = weights[:, :, :, self._sides[0].encoded :].sum(2)
@@ -215,12 +225,24 @@ class MiKVShelf(CodedShelf):
     def _round(self, site: CacheSite | None) -> None:
         """Round what has to be."""
         keys = self._sides[0]
-        left = self.store.full(self.width)
-        count = (keys.tail.count - left) // self.store.block * self.store.block
-        if count > 0:
+        count = max(0, keys.tail.count - self.store.full(self.width)) // self.store.block * self.store.block
+        live = self._live(site)
+        if count > 0 or (live is not None and keys.encoded):
             if self.store.balances and not isinstance(keys.codec, Balanced) and self.store.low != 16:
                 self._balance(site)
-            self._demote(count)
+            self._demote(count, live)
+
+    def _live(self, site: CacheSite | None) -> Tensor | None:
+        """``[B, Hk, n]`` bool: rows of the log that are rows of tokens; None: heads and samples have as many."""
+        if site is not None:
+            self._real = None if site.real is None else site.real.expand(site.extent)
+            if self._real is not None and self._path is not None:
+                self._real = self._real.gather(2, self._path)
+        live, seen = self._real, self._log_mask()
+        if live is None:
+            return None
+        live = live if self._index is None else scattered(live, self._index, self._sides[0].count)
+        return live if seen is None else live & seen
 
     def _count(self, site: CacheSite | None) -> None:
         """Add the attention of this forward to what rows in full precision have received."""
@@ -233,7 +255,8 @@ class MiKVShelf(CodedShelf):
         if self._weights is not None:
             self._received = received + self._weights
         elif site is not None and not self._counted:
-            found = site.columns(group="sum") if self.store.score is None else self.store.judge(site).float()
+            # Of models in float64 attention is, too.
+            found = (site.columns(group="sum") if self.store.score is None else self.store.judge(site)).float()
             if self._path is not None:
                 found = found.gather(2, self._path)
             if self._index is None:
@@ -259,21 +282,29 @@ class MiKVShelf(CodedShelf):
         side = self._sides[0]
         self._sides = side._replace(codec=Balanced(side.codec, factors.unsqueeze(2))), self._sides[1]
 
-    def _demote(self, count: int) -> None:
-        """Round the ``count`` rows that have received least and are none of the newest."""
+    def _demote(self, count: int, live: Tensor | None) -> None:
+        """Round the ``count`` rows that have received least and are none of the newest; of ``live`` ones ``[B, Hk, n]``
+        so many that each head and sample is left with its own share."""
         tail, encoded, received = self._sides[0].tail.count, self._sides[0].encoded, self._received
         assert received is not None  # there are rows
-        left = tail - count
-        recent = min(left, int(self.store.full(self.width) * self.store.recent))
-        worth, seen = received.clone(), self._log_mask()
-        if seen is not None:
-            worth = worth.masked_fill(~seen[:, :, encoded:], -torch.inf)
-        worth[:, :, tail - recent :] = torch.inf
+        left, surplus = tail - count, None
+        if live is None:
+            recent = min(left, int(self.store.full(self.width) * self.store.recent))
+            worth, seen = received.clone(), self._log_mask()
+            if seen is not None:
+                worth = worth.masked_fill(~seen[:, :, encoded:], -torch.inf)
+            worth[:, :, tail - recent :] = torch.inf
+        else:
+            seen = self._log_mask()
+            surplus, worth = self._surplus(live, left), live[:, :, encoded:]
+            worth = 1 - worth.byte() + 2 * (worth & ~surplus).byte()  # padding before what is too much
         order = worth.sort(dim=-1, descending=True, stable=True).indices  # of equals the older one stays
         stay, go = order[..., :left].sort(-1).values, order[..., left:].sort(-1).values
         sides = []
         for side in self._sides:
-            parts = with_more(side.parts, side.codec.encode(gather_rows(side.tail.rows, go), None))
+            parts = side.parts
+            if count:
+                parts = with_more(parts, side.codec.encode(gather_rows(side.tail.rows, go), None))
             if self.store.high_bits == 16:
                 others: Any = Grown.of(gather_rows(side.tail.rows, stay))
             else:  # what goes was rounded from what it was, if it has just come
@@ -290,6 +321,44 @@ class MiKVShelf(CodedShelf):
             index = torch.where(index < encoded, index, moved)
         self._sides, self._index, self._seen = tuple(sides), index, None
         self._received = received.gather(2, stay)
+        if live is not None and surplus is not None and encoded and (self._new > 1 or count == 0):
+            live = torch.cat([live[:, :, :encoded], live[:, :, encoded:].gather(2, go)], 2)
+            self._exchange(surplus.gather(2, stay), live)
+
+    def _surplus(self, live: Tensor, left: int) -> Tensor:
+        """``[B, Hk, n]`` bool: rows in full precision that are too many for their head and sample, if ``left`` stay."""
+        block, received = self.store.block, self._received
+        assert received is not None  # there are rows
+        rows, here = live.sum(-1, keepdim=True), live[:, :, self._sides[0].encoded :]
+        quota, held = self.store.quota(rows), here.sum(-1, keepdim=True)
+        keep = (held - (held - quota).clamp(min=0) // block * block).clamp(max=left)
+        keep = torch.maximum(keep, left - live.shape[2] + rows)  # where there is no padding in their place
+        newer = here.flip(-1).cumsum(-1).flip(-1)
+        worth = received.masked_fill(here & (newer <= (quota * self.store.recent).int()), torch.inf)
+        order = worth.masked_fill(~here, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
+        return here & (order.argsort(-1) >= keep)
+
+    def _exchange(self, surplus: Tensor, live: Tensor) -> None:
+        """Let rows in full precision that are too many and padding in the code change places.
+
+        Args:
+            surplus: ``[B, Hk, n]`` bool, of rows in full precision.
+            live: ``[B, Hk, n']`` bool, rows in the code that are no padding.
+        """
+        most = min(self.store.block * self._new, surplus.shape[2], live.shape[2])
+        (some, rows), (free, units) = surplus.byte().topk(most, -1), (~live).byte().topk(most, -1)
+        both, index = (some & free).bool(), self._index
+        assert index is not None  # some are in the code
+        sides = []
+        for side in self._sides:
+            new = side.codec.encode(gather_rows(side.tail.rows, rows), None)
+            sides.append(side._replace(parts=put(side.parts, new, units, both)))
+        self._sides = tuple(sides)
+        places = torch.arange(self._sides[0].count, device=index.device).expand(*index.shape[:2], -1)
+        rows = rows + live.shape[2]
+        places = places.scatter(2, units, torch.where(both, rows, units))
+        places = places.scatter(2, rows, torch.where(both, units, rows))
+        self._index = torch.where(index < 0, index, places.gather(2, index.clamp(min=0).long()).int())
 
     def take(self, step: Reduction, slots: Tensor) -> None:
         index = step.representative
@@ -305,6 +374,7 @@ class MiKVShelf(CodedShelf):
             known = received.gather(2, (places - encoded).clamp(min=0).long())
             self._received = torch.where(places < encoded, 0.0, known)
         self._path = index if self._path is None else self._path.gather(2, index)
+        self._real = None if self._real is None else self._real.gather(2, index)
         self._settled = late
         self._late()
 
@@ -312,74 +382,12 @@ class MiKVShelf(CodedShelf):
         rows = super().detach(count)
         assert self._received is not None  # there were rows
         self._received = self._received[:, :, : self._received.shape[2] - count]
+        self._real = None if self._real is None else self._real[:, :, : self.width]
         return rows
 
     def select(self, index: Tensor, listed: Callable[[], list[int]]) -> None:
         super().select(index, listed)
-        for name in ("_received", "_weights", "_path"):
+        for name in ("_received", "_weights", "_path", "_real"):
             value = getattr(self, name)
             if value is not None:
                 setattr(self, name, value.index_select(0, index))
-
-
-class Rounded(NamedTuple):
-    """Rows in a code of their own, and behind them those of this forward as they came; used as :class:`Grown` is.
-
-    Attributes:
-        codec: of all but the fresh ones.
-        parts: of the code; empty while there are none.
-        fresh: ``[B, Hk, n, D]``.
-        dtype: of the model.
-    """
-
-    codec: Codec
-    parts: tuple[Grown, ...]
-    fresh: Grown
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, tail: Grown | Rounded, codec: Codec, dtype: torch.dtype) -> Rounded:
-        """All rows of a tail, in the code."""
-        if isinstance(tail, Grown):
-            tail = cls(codec, (), tail, dtype)
-        if tail.fresh.count == 0 and tail.parts:
-            return tail
-        parts = with_more(tail.parts, codec.encode(tail.fresh.rows, None))
-        return tail._replace(parts=parts, fresh=tail.fresh.first(0))
-
-    def picked(self, index: Tensor) -> Rounded:
-        """The rows ``index`` ``[B, Hk, n]``; none are fresh."""
-
-        def of(part: Tensor) -> Tensor:
-            return gather_rows(part.flatten(3), index).view(*index.shape, *part.shape[3:])
-
-        return self._replace(parts=tuple(Grown.of(of(part.rows)) for part in self.parts))
-
-    @property
-    def buffer(self) -> Tensor:
-        """A tensor whose first, second and last dimension are those of the rows."""
-        return self.fresh.buffer
-
-    @property
-    def count(self) -> int:  # type: ignore[override]
-        """Rows ``n``."""
-        return self.fresh.count + (self.parts[0].count if self.parts else 0)
-
-    @property
-    def rows(self) -> Tensor:
-        """``[B, Hk, n, D]``, made for the moment."""
-        if not self.parts:
-            return self.fresh.rows
-        return torch.cat([self.codec.decode(tuple(part.rows for part in self.parts), self.dtype), self.fresh.rows], 2)
-
-    def append(self, rows: Tensor, room: int) -> Rounded:
-        """With more rows behind."""
-        return self._replace(fresh=self.fresh.append(rows, room))
-
-    def first(self, count: int) -> Rounded:
-        """The first ``count``, of which none but fresh ones are cut off."""
-        return self._replace(fresh=self.fresh.first(count - (self.count - self.fresh.count)))
-
-    def select(self, index: Tensor) -> Rounded:
-        """The rows of other samples: ``index`` ``[B']`` of the old ones."""
-        return self._replace(parts=tuple(part.select(index) for part in self.parts), fresh=self.fresh.select(index))

@@ -45,6 +45,16 @@ def with_more(parts: tuple[Grown, ...], new: Parts, unit: int = 1) -> tuple[Grow
     return tuple(old.append(x, room) for old, x in zip(parts, new, strict=True))
 
 
+def put(parts: tuple[Grown, ...], new: Parts, index: Tensor, where: Tensor) -> tuple[Grown, ...]:
+    """Parts of a code with other units ``new`` at ``index`` ``[B, Hk, n]`` ``where`` that is True; all are copied."""
+    out = []
+    for part, units in zip(parts, new, strict=True):
+        rows, shape = part.rows, (*index.shape, *(1,) * (units.dim() - 3))
+        at = index.view(shape).expand(units.shape)
+        out.append(Grown.of(rows.scatter(2, at, torch.where(where.view(shape), units, rows.gather(2, at)))))
+    return tuple(out)
+
+
 class Side(NamedTuple):
     """Rows in the order in which they came: the first ones, those in the code, and the newest ones.
 

@@ -138,7 +138,7 @@ class PixelPrune(BlockMethod):
         shape = x.shape[:-1]
         x = self._scaled(x.float())
         x = x.unsqueeze(1) if x.ndim == 4 else x
-        b, frames, rows, columns = (whole(n) for n in x.shape[:4])
+        b, (frames, rows, columns) = x.shape[0], map(whole, x.shape[1:4])
         n = frames * rows * columns
         number = torch.arange(n, device=x.device).view(frames, rows, columns).expand(b, -1, -1, -1)
         if self.scan == "raster":
