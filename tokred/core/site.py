@@ -367,4 +367,5 @@ class Site:
 def _samples(x: Tensor) -> int:
     """``B``: a number under ``torch.jit.trace``; any number under ``torch.export``, where a batch may be left open."""
     b: Any = x.shape[0]
-    return whole(b) if isinstance(b, Tensor) else b  # type: ignore[no-any-return]
+    found: int = whole(b) if isinstance(b, Tensor) else b
+    return found

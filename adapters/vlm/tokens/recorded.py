@@ -44,7 +44,7 @@ def set_track(cache: Cache, track: Track) -> None:
     cache.__dict__[_TRACK] = track
 
 
-def _recorded(host: type[Cache]) -> Any:
+def _recorded(host: Any) -> Any:
     """An empty object of the subclass of a cache's class, whose own name nothing could find again."""
     kind: Any = _subclass(host)
     return kind.__new__(kind)
