@@ -289,8 +289,9 @@ def module_macs(module: nn.Module, *shape: int) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     dtype = next((p.dtype for p in module.parameters()), None)
+    copied = copy.deepcopy(module).requires_grad_(False).to("meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        copy.deepcopy(module).to("meta")(torch.empty(*shape, device="meta", dtype=dtype))
+        copied(torch.empty(*shape, device="meta", dtype=dtype))
     return int(counter.get_total_flops()) // 2
 
 
