@@ -203,13 +203,24 @@ def reasons(model: nn.Module) -> dict[str, tuple[Any, str]]:
     for name in registered:
         cls: type[Method] = registered.get(name)
         host = found.get(cls.stage)
-        if host is not None:
+        beside = next((stage for stage in _stages(cls) if stage not in found), None)
+        if beside is not None:
+            rows[name] = (None, _why_not(beside, found, errors))
+        elif host is not None:
             missing = host.missing(cls)
             lacks = f"needs {', '.join(sorted(missing))}, which {host.family} does not supply" if missing else ""
             rows[name] = (None if missing else host, lacks)
         else:
             rows[name] = (None, _why_not(cls.stage, found, errors))
     return rows
+
+
+def _stages(cls: type[Method]) -> list[str]:
+    """Stages of what a method with its usual parameters is made of, beside its own; of most methods none."""
+    try:
+        return [one.stage for one in cls().members if one.stage != cls.stage]
+    except (TypeError, ValueError):  # it has none that are usual
+        return []
 
 
 def _why_not(stage: str, found: dict[str, Host], errors: dict[str, UnsupportedModelError]) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tokred.adapters.contract import arguments, cache_name, members, words
 from tokred.adapters.contract.spelling import Word
 from tokred.adapters.kv.cache import TokCache, layers_of
+from tokred.adapters.kv.given import padding_in
 from tokred.adapters.kv.layer import TokLayer
 from tokred.adapters.kv.products import attend
 from tokred.adapters.kv.seat import Call
@@ -61,7 +62,7 @@ def oversee(settings: CacheSettings, module: nn.Module, given: dict[str, Any], c
             "the cache has judged other tokens than its layers have seen: a forward broke off. Restore a snapshot, or "
             "start from an empty cache"
         )
-    mask = words.ATTENTION_MASK.of(given)
+    mask = padding_in(words.ATTENTION_MASK.of(given))
     b, m = new.shape[:2]
     real = None if mask is None else mask[:, : seen + m].bool()
     learned = settings.learn()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tokred.adapters.contract import arguments, cache_name, members, words
 from tokred.adapters.contract.spelling import Word
 from tokred.adapters.kv.cache import TokCache
+from tokred.adapters.kv.given import padding_in
 from tokred.adapters.kv.layer import TokLayer
 from tokred.adapters.swap import host_class
 from tokred.kv.repeat import CONTEXT, Piece, Probe, pieces, tokens_of
@@ -41,7 +42,7 @@ def repeat(module: nn.Module, given: dict[str, Any], cache: TokCache) -> None:
         # Nothing waits for its score yet: more of the prompt is to come, or nothing has to go.
         holder.notes[CONTEXT] = context
         return
-    recorded, mask = context.shape[1], words.ATTENTION_MASK.of(given)
+    recorded, mask = context.shape[1], padding_in(words.ATTENTION_MASK.of(given))
     seen = members.LENGTH.need(cache)()
     real = context.new_ones(context.shape[:2], dtype=torch.bool)
     if site.padding is not None:
