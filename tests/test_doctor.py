@@ -325,6 +325,7 @@ def test_missing_libraries_of_other_wings_are_no_matter(monkeypatch):
     assert doctor.missing() == ["timm", "open_clip", "transformers", "diffusers"]
 
 
+@pytest.mark.hosts
 def test_piped_into_sixty_columns():
     """No terminal and no width given: everything fits, the table is whole, and progress is lines of another stream."""
     pytest.importorskip("open_clip")

@@ -43,6 +43,7 @@ def launch(out: Path, *more: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.hosts
 @pytest.mark.slow
 def test_two_processes_share_the_data_and_one_is_killed(tmp_path):
     """The launch that loses a process ends; the next one measures what is missing, and all rows are those of one."""

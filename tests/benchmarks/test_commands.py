@@ -86,6 +86,7 @@ def test_quick(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert all(r["most_bytes"] <= int(r["setting"].split("limit=")[1].split()[0]) for r in limits)
 
 
+@pytest.mark.hosts
 @pytest.mark.slow
 def test_quick_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "table.csv"

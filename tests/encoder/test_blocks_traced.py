@@ -54,13 +54,14 @@ def test_an_export_runs_on_other_images(case):
     [
         ("tome", {"r": 8}),
         ("evit", {"kappa": 0.7}),
-        ("pitome", {"ratio": 0.9}),
-        ("ats", {}),
-        ("saint", {}),
-        ("ltp", {"theta_final": 0.01}),
-        ("pixelprune", {}),
+        *(
+            pytest.param(name, given, marks=pytest.mark.hosts)
+            for name, given in {
+                "pitome": {"ratio": 0.9}, "ats": {}, "saint": {}, "ltp": {"theta_final": 0.01}, "pixelprune": {},
+            }.items()
+        ),
     ],
-)
+)  # fmt: skip
 def test_an_export_leaves_the_batch_open(name, given):
     """Of images so large that the path of operators would follow the batch."""
     timm = pytest.importorskip("timm")

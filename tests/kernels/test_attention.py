@@ -195,6 +195,7 @@ def test_gradients_of_the_operator() -> None:
     assert torch.autograd.gradcheck(lambda q, k, v: op(q, k, v, None, mask, 0.4, False)[0], (q, k, v))
 
 
+@pytest.mark.hosts  # half a minute of a compiler; in every run that of decode attention
 def test_compile_sees_through() -> None:
     compiled = torch.compile(lambda q, k, v, s: attention(q, k, v, size=s), fullgraph=True)
     scored = torch.compile(lambda q, k, v, s: attention_with_scores(q, k, v, size=s), fullgraph=True)

@@ -195,6 +195,7 @@ def test_opcheck(layout: str, grad: bool) -> None:
     torch.library.opcheck(torch.ops.tokred.row_lse.default, (q, k, bias, mask, 0.3, True, 4, 2.0))
 
 
+@pytest.mark.hosts  # half a minute of a compiler; in every run that of decode attention
 def test_compile_sees_through() -> None:
     compiled = torch.compile(lambda q, k, w: column_scores(q, k, w, causal=True, group="mean"), fullgraph=True)
     for n in (33, 47):

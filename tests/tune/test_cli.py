@@ -38,6 +38,7 @@ def test_a_search(tmp_path):
     assert "tuned.json" in text
 
 
+@pytest.mark.hosts
 def test_a_search_outlives_its_picture(tmp_path, monkeypatch):
     def broken(*_):
         raise ValueError("nothing to draw on")

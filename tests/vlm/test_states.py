@@ -79,7 +79,9 @@ def check(model: Any, plain: Any, batch: dict[str, Any], **options: Any) -> None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", ["divprune", "random_visual", "uniform_visual", "cdpruner"])
+@pytest.mark.parametrize(
+    "method", ["divprune", *(pytest.param(n, marks=pytest.mark.hosts) for n in ("random_visual", "cdpruner"))]
+)
 def test_fewer_tokens_are_a_shorter_prompt(family: str, method: str) -> None:
     """Samples of one batch that lose different numbers of tokens each read what is left, and nothing else."""
     model, batch = build(family), prompts(family, ROWS)
