@@ -340,8 +340,9 @@ def test_unfused_attention_is_refused():
 
 @pytest.mark.parametrize("family", each(FAMILIES, TIMM))
 def test_multiply_adds_are_those_of_the_model(family):
-    # The network that makes biases runs over offsets, and is counted as if it did over tokens.
-    _assert_counted(build(family), SIZE, 5e-2 if "relpos" in family else 1e-3)
+    # The network that makes biases runs over offsets, and is counted as if it did over tokens. Older releases of timm
+    # make the angles of mixed rotations by products, which are not counted.
+    _assert_counted(build(family), SIZE, 5e-2 if "relpos" in family else 2e-3)
 
 
 @pytest.mark.parametrize("name", ["test_vit3", "vit_dlittle_patch16_reg1_gap_256", "vit_dpwee_patch16_reg1_gap_256"])
