@@ -82,14 +82,11 @@ class Steps:
                 one more call, is of another image.
         """
         time = float(timestep.reshape(-1)[0]) if isinstance(timestep, Tensor) else float(timestep or 0)
-        over = time == self.time and self.count == 0 and 0 < self.usual <= self.forwards
-        if over and given is not None and self.given is not None and not _same(self.given, given):
-            self._next(follows=False, sample=sample)
-            self.last = 0  # it was given up
-            self.force = method.at(self._step(0))
-        elif time != self.time or self._again(sample):
-            falls = self.time is not None and time <= self.time
+        left = self._left(time, given)
+        if left or time != self.time or self._again(sample):
+            falls = not left and self.time is not None and time <= self.time
             self._next(follows=falls, sample=sample)
+            self.last = 0 if left else self.last
             self.time = time
             force = method.at(self._step(self.count))
             if force != self.force:
@@ -123,6 +120,13 @@ class Steps:
         """True where all samples of this step were seen and this is another one: some schedulers run their second
         timestep twice."""
         return self.count > 0 and self.at.part >= max(self.before, default=-1) and not self._seen(sample)
+
+    def _left(self, time: float, given: Tensor | None) -> bool:
+        """True where the image before was given up in its first step: this sample is another, and no more calls are
+        usual."""
+        if time != self.time or self.count or not 0 < self.usual <= self.forwards:
+            return False
+        return given is not None and self.given is not None and not _same(self.given, given)
 
     def _next(self, follows: bool, sample: Tensor | None) -> None:
         if follows:

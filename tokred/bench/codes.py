@@ -46,6 +46,11 @@ def code_of(*found: Any) -> str:
     return reader.letters if reader.foreign else ""
 
 
+def named(function: Any) -> str:
+    """Name of a function or of an object that is called, and its code."""
+    return f"{getattr(function, '__qualname__', type(function).__name__)} {code_of(function)}"
+
+
 def model_of(modules: Iterable[nn.Module]) -> str:
     """Text that changes with the structure of modules, as they print themselves, and the code of their classes.
 

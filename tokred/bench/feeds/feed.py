@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from tokred.bench.codes import code_of
+from tokred.bench.codes import named
 from tokred.bench.read import samples
 from tokred.core.site import STAGES
 
@@ -87,7 +87,7 @@ class Own(Feed):
     @property
     def settings(self) -> str:
         """Name of the function, and its code."""
-        return f"{getattr(self.function, '__qualname__', type(self.function).__name__)} {code_of(self.function)}"
+        return named(self.function)
 
     def run(self, model: Any, batch: Any) -> Any:
         return self.function(model, batch)

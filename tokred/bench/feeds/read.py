@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokred.bench.codes import code_of
+from tokred.bench.codes import named
 from tokred.bench.feeds.feed import Feed
 
 Reading = str | Callable[[Any, Any], Any]
@@ -59,10 +59,7 @@ class Read(Feed):
     @property
     def settings(self) -> str:
         """Settings of the run, and what is read: a name, or a function's name and code."""
-        if isinstance(self.read, str):
-            return f"{self.inner.settings} read={self.read}"
-        name = getattr(self.read, "__qualname__", type(self.read).__name__)
-        return f"{self.inner.settings} read={name} {code_of(self.read)}"
+        return f"{self.inner.settings} read={self.read if isinstance(self.read, str) else named(self.read)}"
 
     def _module(self, model: Any) -> nn.Module:
         """The module that is read: found anew in each model, of which workers have copies."""

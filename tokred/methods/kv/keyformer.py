@@ -130,8 +130,8 @@ def noisy_columns(site: CacheSite, tau: Tensor | float, draw: object) -> Tensor:
             x = x + bias[..., :stop]
         noise = draw(query_token[:, :, part], key_token[..., :stop])  # type: ignore[operator]
         x = (x if noise is None else x + noise) / tau
-        seen = columns[:stop] <= torch.arange(n - m + part.start, n - m + part.stop, device=q.device)[:, None]
-        seen = torch.ones_like(seen) if site.crosses else seen
+        last = torch.arange(n - m + part.start, n - m + part.stop, device=q.device)[:, None]
+        seen = (columns[:stop] <= last) | site.crosses
         seen = seen if real is None else seen & real[..., :stop]
         x = x.masked_fill(~seen, -1e30)
         if site.sinks is not None:
