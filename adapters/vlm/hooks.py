@@ -37,18 +37,20 @@ class VisualSettings(State):
         config: of the language model.
         depth: decoder layers.
         visual: whether the model has images; a language model alone has none.
+        states: whether some of the decoder layers keep a state instead of rows.
 
     Attributes:
         outer, inner: the methods of ``projector`` and ``layer``.
         core: the model with vision, if there is one.
-        states: whether some of its decoder layers keep a state instead of rows.
         projector, layers: the projector, and the list of decoder layers.
         chosen: decoder layers before which the method of ``layer`` may act; None: all.
         last: tokens at every layer's input in the last prefill, of a prompt of ``before``.
         watched: called with every forward of more than one token when it is over, by who draws it; None: nobody does.
     """
 
-    def __init__(self, family: str, facts: Facts, config: PreTrainedConfig, depth: int, visual: bool) -> None:
+    def __init__(
+        self, family: str, facts: Facts, config: PreTrainedConfig, depth: int, visual: bool, states: bool
+    ) -> None:
         self.family = family
         self.facts = facts
         self.config = config
@@ -58,7 +60,7 @@ class VisualSettings(State):
         self.inner: PlacedMethod | None = None
         self.chosen: frozenset[int] | None = None
         self.core: nn.Module | None = None
-        self.states = False
+        self.states = states
         self.projector: nn.Module | None = None
         self.layers: nn.Module | None = None
         self.last: tuple[LayerCount, ...] = ()

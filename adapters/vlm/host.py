@@ -203,10 +203,8 @@ class VisualHost(Host):
         # Both stages share one state: tokens leave, and are counted, in one forward of the language model.
         settings = changes.state(hooks.VisualSettings)
         if settings is None:
-            settings = hooks.VisualSettings(
-                self.family, self.facts, words.CONFIG.need(self.language), len(self.layers), self.core is not None
-            )
-            settings.states = self.states
+            config, visual = words.CONFIG.need(self.language), self.core is not None
+            settings = hooks.VisualSettings(self.family, self.facts, config, len(self.layers), visual, self.states)
             self._hang(settings, changes)
         assert isinstance(method, PlacedMethod)  # of its stage
         if self.stage == "projector":
