@@ -3,19 +3,23 @@
     python -m benchmarks.zoo.fetch dinov2 smollm2 photos fashion questions
     python -m benchmarks vlm/train_questions --folder questions --minutes 60
     python -m benchmarks vlm/train_questions --folder questions --steps 4000     # goes on where the folder ends
+    python -m benchmarks vlm/train_questions --folder clips --start benchmarks/zoo/vlm_questions.safetensors \\
+        --rank 4 --frames 8,8,16,16,32 --later 0 --often 0.75                     # for clips of several lengths
 
-The tower (DINOv2) and the language model (SmolLM2-135M, in bfloat16) are frozen. A batch holds pictures of one kind, of
-which several questions share the visual tokens: they are asked in one forward, each seeing the picture and itself. No
-token is ever dropped in training. Kinds:
+The tower (DINOv2) is frozen, and so is the language model (SmolLM2-135M, in bfloat16), but for products of ``--rank``
+that are added to its attention's weights (LoRA). A batch holds pictures of one kind, of which several questions share
+the visual tokens: they are asked in one forward, each seeing the picture and itself. No token is ever dropped in
+training. Kinds:
 
 - ``small``, ``full``, ``pooled``: easy-VQA at 112 pixels (64 visual tokens), at 224 (256), and at 224 with projected
   tokens averaged in windows of 2 x 2 (64), as models of videos do with each frame;
 - ``scenes``: the clothes of ``benchmarks/vlm/train.py``, 256 tokens, now and then averaged;
-- ``clips``: 8 frames of 224 pixels, averaged to 64 tokens each, and behind them the line feed of the model for clips.
+- ``clips``: 8 frames of 224 pixels, averaged to 64 tokens each, and behind them the line feed of the model for clips;
+  with ``--frames`` as many frames as one of its numbers, each of the 8 shown several times in a row.
 
-The folder has the tower's features, ``state.pt`` (projector, optimiser, step and random numbers, by which a run that
-was broken off goes on), ``log.csv``, and ``vlm_questions.safetensors``. Printed at the end: exact answers by kind of
-question.
+The folder has the tower's features, ``state.pt`` (what is trained, optimiser, step and random numbers, by which a run
+that was broken off goes on), ``log.csv``, and ``vlm_questions.safetensors``. Printed at the end: exact answers by kind
+of question.
 """
 
 from __future__ import annotations
@@ -33,14 +37,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.engine import threads
-from benchmarks.vlm.train import features, save
+from benchmarks.vlm.train import features
 from benchmarks.zoo import questions, vlm
 from benchmarks.zoo.questions import Question
 
 # How often a kind is drawn, and the pictures of its batches: about as many tokens each.
 KINDS = {"small": (6, 8), "pooled": (4, 8), "full": (2, 3), "scenes": (2, 3), "clips": (3, 2)}
-# From this share of the steps on clips are drawn as often as all others together: pictures are learned by then.
-LATER, CLIPS = 0.55, 14
 FRAMES, TOGETHER, EVERY = 8, 6, 20
 
 
@@ -146,13 +148,23 @@ def sources(model: Any, part: str, count: dict[str, int], folder: Path) -> dict[
     return found
 
 
-def visual(projector: nn.Module, kind: str, x: Tensor, average: bool, newline: Tensor) -> Tensor:
-    """``(B, V, 576)`` what the language model reads of features; behind a clip stands ``newline``, ``(576,)``."""
+def visual(projector: nn.Module, kind: str, x: Tensor, average: bool, newline: Tensor, frames: int = 0) -> Tensor:
+    """``(B, V, 576)`` what the language model reads of features; behind a clip stands ``newline``, ``(576,)``.
+
+    Args:
+        projector: of the model.
+        kind: of pictures.
+        x: ``(B, V, 384)``, or of clips ``(B, T, V, 384)``.
+        average: a picture's tokens in windows of 2 x 2; those of clips always are.
+        newline: ``(576,)``.
+        frames: of a clip, a multiple of its own, each of which then stands several times in a row; 0: its own.
+    """
     out: Tensor = projector(x.float())
     if kind in ("pooled", "clips") or average:
         out = pooled(out)
     if kind != "clips":
         return out
+    out = out.repeat_interleave(max(frames // out.shape[1], 1), 1)
     return torch.cat([out.flatten(1, 2), newline.to(out.dtype).expand(len(out), 1, -1)], 1)
 
 
@@ -191,11 +203,24 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=800)
     parser.add_argument("--clips", type=int, default=300)
     parser.add_argument("--held", type=int, default=200, help="pictures of each kind that are asked about at the end")
+    parser.add_argument("--start", type=Path, default=vlm.PROJECTOR, help="weights to begin with")
+    parser.add_argument("--rank", type=int, default=0, help="of what is added to the attention's weights; 0: nothing")
+    parser.add_argument("--frames", default=str(FRAMES), help=f"of clips: multiples of {FRAMES}, with commas")
+    parser.add_argument(
+        "--later", type=float, default=0.55, help="share of the steps after which clips come more often"
+    )
+    parser.add_argument("--often", type=float, default=0.5, help="share of the steps that clips have from then on")
     parser.add_argument("--threads", type=int)
     given = parser.parse_args()
+    lengths = [int(n) for n in given.frames.split(",")]
+    for name in ("later", "often"):
+        if not 0 <= getattr(given, name) < 1:
+            parser.error(f"--{name} must be at least 0 and less than 1; got {getattr(given, name):g}")
+    if any(n < FRAMES or n % FRAMES for n in lengths):
+        parser.error(f"--frames must be multiples of {FRAMES}, with commas; got {given.frames}")
     threads(given.threads)
     given.folder.mkdir(parents=True, exist_ok=True)
-    model, tokenizer = vlm.build()
+    model, tokenizer = vlm.build(given.start)
     model.requires_grad_(False)
     projector: nn.Module = model.model.multi_modal_projector.requires_grad_(True)
     count = {"full": given.full, "scenes": given.scenes, "clips": given.clips}
@@ -204,43 +229,69 @@ def main() -> None:
     asker = Asker(model, tokenizer)
     asker.llm.to(torch.bfloat16)
     asker.head.to(torch.bfloat16)
-    train(asker, projector, data, given)
-    save(projector, given.folder / "vlm_questions.safetensors")
+    if given.rank:
+        added(asker.llm, given.rank)
+    train(asker, projector, data, given, lengths)
+    vlm.save(given.folder / "vlm_questions.safetensors", projector, asker.llm)
     for name, (right, asked) in judged(asker, projector, held, given.held).items():
         print(f"{name}: {right} of {asked} right ({right / asked:.1%})")
 
 
-def train(asker: Asker, projector: nn.Module, data: dict[str, Source], given: argparse.Namespace) -> None:
+def added(llm: nn.Module, rank: int) -> None:
+    """Low-rank products beside the weights of a language model's attention, in float32, which alone are trained."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=vlm.TIMES * rank, target_modules=[*vlm.ADDED]), llm)
+    for name, value in llm.named_parameters():
+        if "lora_" in name:
+            value.data = value.data.float()
+
+
+def trained(asker: Asker, projector: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that a step changes, by name."""
+    mine = {f"projector.{name}": value for name, value in projector.named_parameters()}
+    return mine | {name: value for name, value in asker.llm.named_parameters() if "lora_" in name}
+
+
+def train(
+    asker: Asker, projector: nn.Module, data: dict[str, Source], given: argparse.Namespace, lengths: Sequence[int]
+) -> None:
     """From the folder's state, if there is one, until the steps or the minutes are over."""
     path, started, first = given.folder / "state.pt", time.perf_counter(), 0
-    optimiser = torch.optim.AdamW(projector.parameters(), lr=given.rate, weight_decay=0.01)
+    learning = trained(asker, projector)
+    optimiser = torch.optim.AdamW(learning.values(), lr=given.rate, weight_decay=0.01)
     torch.manual_seed(0)
     if path.exists():
         state = torch.load(path)
-        projector.load_state_dict(state["projector"])
+        for name, value in learning.items():
+            value.data.copy_(state["trained"][name])
         optimiser.load_state_dict(state["optimiser"])
         torch.set_rng_state(state["random"])
         first = state["step"]
     shares = torch.tensor([float(share) for share, _ in KINDS.values()])
+    clips = list(KINDS).index("clips")
+    pictures = shares.sum() - shares[clips]
     for step in range(first, given.steps):
         if time.perf_counter() - started > 60 * given.minutes:
             break
         # The rate is known from the step alone, so that a run that goes on has the rate that it would have had.
         done = step / given.steps
         optimiser.param_groups[0]["lr"] = given.rate * min(1.0, (step + 1) / 50) * (1 - 0.98 * done)
-        if done >= LATER:
-            shares[list(KINDS).index("clips")] = CLIPS
+        if done >= given.later:  # pictures are learned by then
+            shares[clips] = given.often / (1 - given.often) * pictures
         kind = tuple(KINDS)[int(torch.multinomial(shares, 1))]
-        x, asked = drawn(data[kind], KINDS[kind][1])
+        frames = lengths[int(torch.randint(len(lengths), ()))] if kind == "clips" else FRAMES
+        # Of longer clips fewer: a batch has about as many tokens, but for those of which one has more.
+        x, asked = drawn(data[kind], max(KINDS[kind][1] * FRAMES // frames, 1))
         average = kind == "scenes" and bool(torch.rand(()) < 0.5)
-        loss, right = asker(visual(projector, kind, x, average, asker.newline), asked)
+        loss, right = asker(visual(projector, kind, x, average, asker.newline, frames), asked)
         optimiser.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(projector.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(learning.values(), 1.0)
         optimiser.step()
         _log(given.folder / "log.csv", step, kind, loss.item(), asked, right, time.perf_counter() - started)
         if step % EVERY == EVERY - 1 or step == given.steps - 1:
-            state = {"projector": projector.state_dict(), "optimiser": optimiser.state_dict()}
+            state = {"trained": {k: v.data for k, v in learning.items()}, "optimiser": optimiser.state_dict()}
             # Written aside and moved, so that a run that is broken off here leaves the state before.
             torch.save(state | {"random": torch.get_rng_state(), "step": step + 1}, path.with_suffix(".new"))
             path.with_suffix(".new").replace(path)

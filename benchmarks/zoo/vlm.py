@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.zoo import data, dinov2, smollm2
 
@@ -28,6 +28,9 @@ PROJECTOR = Path(__file__).parent / "vlm_projector.safetensors"
 QUESTIONS = Path(__file__).parent / "vlm_questions.safetensors"
 SIZE, GRID = 224, 16
 FRAME = (GRID // 2) ** 2
+# Layers of the language model to whose weights a training may add products of two small matrices.
+ADDED = ("q_proj", "k_proj", "v_proj", "o_proj")
+TIMES = 2  # the product's factor: LoRA's alpha over its rank
 # A token that no text has: SmolLM2's vocabulary keeps some for code.
 IMAGE_TOKEN, STILL_TOKEN = "<empty_output>", "<file_sep>"
 PROMPT = "This is a picture of a"
@@ -130,7 +133,6 @@ def _assembled(
         tokens: from fields of the configuration to the tokens whose ids they are.
         more: fields of the configuration.
     """
-    from safetensors.torch import load_file
     from transformers import Dinov2Config
 
     llm, tokenizer = smollm2.load()
@@ -152,9 +154,42 @@ def _assembled(
     model.lm_head.load_state_dict(llm.lm_head.state_dict())
     model.generation_config = llm.generation_config
     if projector is not None:
-        state = {k: v.float() for k, v in load_file(projector).items()}
-        core.multi_modal_projector.load_state_dict(state, strict=True)
+        restore(model, projector)
     return model.eval(), tokenizer
+
+
+@torch.no_grad()
+def restore(model: nn.Module, path: Path) -> None:
+    """Gives a model what :func:`save` wrote: its projector's weights, and products that its attention's grow by.
+
+    Args:
+        model: LLaVA or LLaVA-OneVision, as it was before it was trained.
+        path: a safetensors file.
+    """
+    from safetensors.torch import load_file
+
+    core: Any = model.model
+    llm: nn.Module = core.language_model
+    state = {k: v.float() for k, v in load_file(path).items()}
+    low = {k: state.pop(k) for k in [*state] if ".lora_" in k}
+    core.multi_modal_projector.load_state_dict(state, strict=True)
+    for name in [name.removesuffix(".lora_A") for name in low if name.endswith(".lora_A")]:
+        down, up = low[f"{name}.lora_A"], low[f"{name}.lora_B"]
+        llm.get_submodule(name).weight += TIMES * (up @ down)
+
+
+def save(path: Path, projector: nn.Module, llm: nn.Module) -> None:
+    """Writes what was trained in half precision: the projector, and what was added to the language model, if anything.
+
+    Args:
+        path: a safetensors file, which :func:`build` and :func:`build_video` take.
+        projector: of the model.
+        llm: the language model, where peft has put small matrices beside some of its layers.
+    """
+    from safetensors.torch import save_file
+
+    low = {k.replace(".default.weight", ""): v for k, v in llm.state_dict().items() if ".lora_" in k}
+    save_file({k: v.half().contiguous() for k, v in {**projector.state_dict(), **low}.items()}, path)
 
 
 def clip_inputs(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,7 @@ pytest.importorskip("transformers")
 
 from benchmarks.vlm import train, train_questions
 from benchmarks.zoo import data, questions
+from benchmarks.zoo import vlm as zoo
 from benchmarks.zoo.questions import Asked, Question
 from tokred.adapters.tiny import vlm
 
@@ -121,3 +124,31 @@ def test_questions_that_are_asked_at_once_do_not_see_each_other() -> None:
     torch.testing.assert_close(together, (losses * tokens).sum() / tokens.sum(), rtol=1e-4, atol=1e-5)
     assert [len(r) for r in right] == [2, 1]
     assert [hit for one in right for hit in one] == [r[0][0] for _, r in alone]
+
+
+def test_frames_of_a_longer_clip_are_shown_several_times_in_a_row() -> None:
+    x = torch.arange(2.0 * 4 * 1).view(1, 2, 4, 1)
+    found = train_questions.visual(torch.nn.Identity(), "clips", x, False, torch.tensor([-1.0]), frames=6)
+    assert found.flatten().tolist() == [1.5] * 3 + [5.5] * 3 + [-1.0]
+
+
+def test_a_file_with_small_matrices_makes_the_language_model_that_was_trained(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    trained, fresh = vlm.build("llava"), vlm.build("llava")
+    stock = copy.deepcopy(fresh.state_dict())
+    train_questions.added(trained.model.language_model, 2)
+    projector = trained.model.multi_modal_projector
+    learning = train_questions.trained(SimpleNamespace(llm=trained.model.language_model), projector)
+    assert sum("lora_" in name for name in learning) == 2 * 4 * trained.config.text_config.num_hidden_layers
+    with torch.no_grad():
+        for value in learning.values():
+            value.normal_(std=0.2, generator=torch.Generator().manual_seed(len(value)))
+            value.copy_(value.half())
+    zoo.save(tmp_path / "small.safetensors", projector, trained.model.language_model)
+    zoo.restore(fresh, tmp_path / "small.safetensors")
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad():
+        torch.testing.assert_close(fresh(input_ids=ids).logits, trained(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+        assert torch.equal(fresh.model.multi_modal_projector.linear_1.weight, projector.linear_1.weight)
+        changed = [name for name, value in fresh.state_dict().items() if not torch.equal(value, stock[name])]
+    assert all("projector" in name or "self_attn" in name for name in changed)
