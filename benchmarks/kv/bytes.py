@@ -3,9 +3,12 @@
     python -m benchmarks.zoo.fetch smollm2 handbook devil
     python -m benchmarks kv/bytes --values kv_bytes.jsonl --out benchmarks/results/kv.csv --overwrite --minutes 40
     python -m benchmarks kv/bytes --values kv_bytes.jsonl --out benchmarks/results/kv.csv --overwrite --short
+    python -m benchmarks kv/bytes --values again.jsonl --out benchmarks/results/kv.csv --again
     python -m benchmarks kv/bytes --values /tmp/quick.jsonl --quick
 
 ``--short`` is a selection of arms and samples for more than an hour of one core; a longer run goes on from its values.
+``--again`` asks whether the product that was named finds more keys at 8:1 than what it is made of, on samples that no
+other run has: two arms alone, whose rows are of the scenario ``bytes_again``.
 SmolLM2-135M runs in bfloat16, which is what users hold, and a full cache of that type is 1:1. Of every arm
 (``benchmarks/kv/holding.py``) the open setting is solved from measured bytes, so that 1/2 to 1/32 of the full cache's
 are held after a prompt of 2,048 tokens: all memory behind rows, codes, scales, positions and the policy's state. Some
@@ -41,7 +44,7 @@ from torch import Tensor
 
 import tokred
 from benchmarks.kv import feed, tasks, texts
-from benchmarks.kv.holding import CLAIMED, WHOLE, Family, Held, arms, families, is_product, short
+from benchmarks.kv.holding import CLAIMED, WHOLE, Family, Held, again, arms, families, is_product, short
 from benchmarks.kv.quality import patched, stepwise
 from benchmarks.kv.texts import Sample
 from benchmarks.saving import save, saving
@@ -80,6 +83,8 @@ SHORT = (
     Round("prose", 3, 5), Round("several", 4, 6), Round("prose", 5, 9, CLAIMED), Round("prose", 9, 13, CLAIMED),
     Round("several", 6, 9, CLAIMED), Round("several", 9, 12, CLAIMED),
 )  # fmt: skip
+# Behind all samples of the others.
+AGAIN = tuple(Round("several", i, i + 4, (8,)) for i in range(12, 60, 4))
 QUICK = (Round("prose", 0, 1), Round("several", 0, 1, answers=True))
 KINDS = ("prose", "table", "several")
 FAILURES = (TokredError, ValueError, TypeError, NotImplementedError, RuntimeError)
@@ -357,6 +362,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the texts")
     parser.add_argument("--quick", action="store_true", help="one short sample of two kinds, at 8:1")
     parser.add_argument("--short", action="store_true", help="a selection of arms and samples")
+    parser.add_argument("--again", action="store_true", help="the named product beside its policy, on new samples")
     parser.add_argument("--rows", action="store_true", help="measure nothing: write rows of the values that are there")
     parser.add_argument("--list", action="store_true", help="solve the settings, print the arms, and measure nothing")
     parser.add_argument("--threads", type=int, help="threads of torch")
@@ -366,8 +372,9 @@ def main() -> None:
         torch.set_num_threads(given.threads)
     there, where = read(given.values)
     length = 512 if given.quick else WHOLE
+    scenario = "bytes_again" if given.again else "bytes"
     if given.rows:
-        save(records(there, where, length), "bytes", given)
+        save(records(there, where, length), scenario, given)
         return
     source = results.here("cpu", "bfloat16")
     source["versions"] += f" {carriers.cited('smollm2', 'handbook', 'devil')}"
@@ -376,11 +383,12 @@ def main() -> None:
     maker, began = texts.Maker(tokenizer, seed=given.seed, prompt=length), time.monotonic()
     names = given.methods.split(",") if given.methods else []
     goals = [8] if given.quick else [int(r) for r in given.ratios.split(",")]
-    whole = SHORT if given.short else ROUNDS
+    whole = AGAIN if given.again else SHORT if given.short else ROUNDS
     rounds = [r for r in (QUICK if given.quick else whole) if given.only in (None, r.kind)]
     first = rounds[0]
     prompt = read_prompts(model, samples(maker, *first[:3]))
-    every = solve(model, prompt, names, goals, there, short() if given.short else ())
+    of = again() if given.again else short() if given.short else ()
+    every = solve(model, prompt, names, goals, there, of)
     took = time.monotonic() - began
     print(f"{took:6.0f} s  {len(every)} arms", file=sys.stderr, flush=True)
     if given.list:
@@ -392,7 +400,7 @@ def main() -> None:
             there.append(value)
             tasks.write(given.values, value)
         if not values:
-            save(records(there, where, length), "bytes", given)
+            save(records(there, where, length), scenario, given)
             given.overwrite = True  # rows of this run, which more samples make better
 
 

@@ -279,6 +279,11 @@ def short() -> list[Family]:
     return [*products, *alone, composed(ratios=three), *(f for f in kept if f.ratios)]
 
 
+def again() -> list[Family]:
+    """The product that was named, and the policy that it is made of, at 8:1."""
+    return [uneven("turbo-4", (8,)), policy("kvzip", ratios=(8,))]
+
+
 # ---------------------------------------------------------------------------------------------- solving
 
 

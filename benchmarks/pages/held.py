@@ -119,6 +119,7 @@ def _whole(found: Results) -> str:
 def kv_bytes_claims(found: Results) -> str:
     """Whether the products that were named beat every single one; of each kind and ratio the first, and its equals."""
     lines = [_aim(found, goal) for goal in CLAIMED]
+    lines += _again(found)
     for data in (*WINDOWS, "several"):
         lines += [_first(found, data, goal) for goal in GOALS]
     lines.append(_reach(found))
@@ -149,6 +150,22 @@ def _aim(found: Results, goal: int) -> str:
         texts.append(f"Of all products, whose many comparisons are not allowed for: {'; '.join(every)}.")
     head = f"The aim at {goal}:1, that a product beats every policy and every format:"
     return "\n    - ".join([head, *texts]) if texts else ""
+
+
+def _again(found: Results) -> list[str]:
+    """The named product beside its policy on samples that no other run has."""
+    lines, rows = [], found.records("kv", "bytes_again", data="several")
+    alone = {r.get("goal"): r for r in rows if "store=" not in r["setting"]}
+    for r in rows:
+        if is_product(r["setting"]) and _over("several") in r:
+            v, kept = value(r, _over("several")), alone[r["goal"]]
+            text = f"{'met' if _beats(r, 'several') else 'not shown'}, {v.value:+.0%} ({v.low:+.0%} to {v.high:+.0%})"
+            cells = f"{_cell(r, 'several')} % beside {_cell(kept, 'several')} %"
+            lines.append(
+                f"Asked again at {int(r['goal'])}:1 on {int(r['prompts'])} new samples of *several*, "
+                f"{called(r)} beside `{r['method']}` alone, which had come nearest: {text} of the keys, {cells}."
+            )
+    return lines
 
 
 def _over(data: str) -> str:

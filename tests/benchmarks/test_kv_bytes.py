@@ -196,6 +196,37 @@ def page(tmp_path: Path, high: float) -> Results:
     return Results(tmp_path)
 
 
+def test_new_samples_are_asked_of_the_named_product_and_its_policy_alone(tmp_path: Path) -> None:
+    product, alone = holding.again()
+    assert (product.name, product.ratios, alone.name, alone.ratios) == ("kvzip", (8,), "kvzip", (8,))
+    assert product.product
+    assert not alone.product
+    seen = {i for r in (*script.SHORT, *script.ROUNDS) if r.kind == "several" for i in range(r.start, r.end)}
+    assert not seen & {i for r in script.AGAIN for i in range(r.start, r.end)}
+    for high, word in ((0.3, "met, +20% (+10% to +30%)"), (0.3, "not shown, -5% (-10% to +30%)")):
+        mean, low = (0.2, 0.1) if word.startswith("met") else (-0.05, -0.1)
+        base: dict[str, Any] = {
+            "model": "m",
+            "data": "several",
+            "goal": 8,
+            "bytes": 1,
+            "prompts": 48,
+            "method": "kvzip",
+        }
+        base |= {"device": "cpu", "dtype": "bfloat16", "length": 2048}
+        ends = {"keys_over_single": mean, "keys_over_single_low": low, "keys_over_single_high": high}
+        rows = [
+            {**base, "setting": "budget=solved", "retrieval": 0.4},
+            {**base, "setting": "store=tight-turbo-4 budget=solved", "retrieval": 0.4 + mean, **ends},
+        ]
+        results.write(tmp_path / "kv.csv", rows, "bytes_again", overwrite=True)
+        text = held.kv_bytes_claims(Results(tmp_path))
+        assert (
+            f"new samples of *several*, `kvzip` in `turbo-4` beside `kvzip` alone, which had come nearest: {word}"
+            in text
+        )
+
+
 def test_the_page(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
