@@ -2,12 +2,14 @@
 
     python -m benchmarks.zoo.fetch smollm2 handbook devil
     python -m benchmarks kv/reuse --threads 1 --out benchmarks/results/kv.csv --overwrite
+    python -m benchmarks kv/reuse --length 128 --front 3 --threads 1 --out benchmarks/results/kv.csv
     python -m benchmarks kv/reuse --quick
 
 A context is eight chunks of prose behind a few words, each with a number hidden in it, and a question. ``dense``
 computes all of it. The others join chunks that were computed apart, each behind those words (``tokred.blend``), compute
 a share of them again, and then the question; ``recompute=0`` computes nothing again. Computing the chunks for the first
-time is not counted: that they have been is the point.
+time is not counted: that they have been is the point. With ``--front`` so many more chunks of the kind, about which
+nothing is asked, stand behind those words, in front of everything, as a system's prompt with examples does.
 
 Which tokens are computed again, ``--measures`` says: ``key`` and ``value`` are CacheBlend's, ``foreseen`` is what
 depended on the text before when the chunk was stored (another text of the kind stood there, which is in no context),
@@ -95,13 +97,13 @@ class Run:
 
     Args:
         model: without a patch.
-        maker: of texts.
+        lead: ``(n,)`` what stands in front of each context, and did when its chunks were computed.
         given: contexts.
         against: a text of the kind, which is in none of them.
     """
 
-    def __init__(self, model: Any, maker: Maker, given: list[Context], against: Tensor) -> None:
-        self.model, self.given, self.lead = model, given, maker.ids(LEAD)
+    def __init__(self, model: Any, lead: Tensor, given: list[Context], against: Tensor) -> None:
+        self.model, self.given, self.lead = model, given, lead
         store = tokred.ChunkStore(model, behind=self.lead, against=against)
         chunks = [[store.add(chunk) for chunk in context.chunks] for context in given]
         self.parts = {"key": [[store.prefix, *row] for row in chunks]}
@@ -156,8 +158,9 @@ class Run:
 def measure(model: Any, maker: Maker, length: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A record of each arm."""
     given, other = contexts(maker, options.contexts, length), contexts(maker, options.contexts + 1, length)[-1]
+    lead = torch.cat([maker.ids(LEAD), *other.chunks[1 : 1 + options.front]])
     with torch.inference_mode():
-        run = Run(model, maker, given, other.chunks[0])
+        run = Run(model, lead, given, other.chunks[0])
     shares = [Arm(share, name) for share in options.shares if share for name in options.measures]
     arms: list[Arm | None] = [None, *([Arm(0.0, "key")] if 0.0 in options.shares else []), *shares]
     rounds = options.rounds or len(given)
@@ -171,6 +174,7 @@ def measure(model: Any, maker: Maker, length: int, options: argparse.Namespace) 
     )
     tokens = run.ids(0).shape[1]
     where = {"model": options.name, "tokens": tokens, "chunks": CHUNKS, "clock": options.clock, "rounds": rounds}
+    where |= {"front": len(lead)} if options.front else {}
     where |= results.here(options.device, options.dtype)
     found: list[list[tuple[int, float, float]]] = [[] for _ in arms]
     with torch.inference_mode():
@@ -206,6 +210,7 @@ def main() -> None:
     parser.add_argument("--shares", default=",".join(map(str, SHARES)), help="that are computed again, with commas")
     parser.add_argument("--measures", default=",".join(MEASURES), help="by which tokens are chosen, with commas")
     parser.add_argument("--contexts", type=int, default=16)
+    parser.add_argument("--front", type=int, default=0, help=f"chunks in front of all contexts, at most {CHUNKS - 1}")
     parser.add_argument("--rounds", type=int, help="of the times; default: one for each context")
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall")
     parser.add_argument("--times", action="store_true", help="measure nothing but times")
@@ -215,6 +220,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two contexts of short chunks")
     saving(parser)
     options = parser.parse_args()
+    if not 0 <= options.front < CHUNKS:
+        parser.error(f"--front must be from 0 to {CHUNKS - 1}; got {options.front}")
     if options.quick:
         options.length, options.contexts = "64", 2
     if options.threads:

@@ -188,5 +188,5 @@ CONDITIONS = (
     "asked", "length", "batch", "tokens", "stage", "case", "input", "size", "width", "depth", "full_depth",
     "tower_depth", "moments", "rows", "weights", "answered_by", "data", "photos", "keeps", "visual", "text",
     "decides", "goal", "memory", "quarter", "difficulty", "fed", "scored_by", "clock", "frames",
-    "chunks",
+    "chunks", "front",
 )  # fmt: skip
