@@ -44,7 +44,22 @@ from torch import Tensor
 
 import tokred
 from benchmarks.kv import feed, tasks, texts
-from benchmarks.kv.holding import CLAIMED, WHOLE, Family, Held, again, arms, families, is_product, short
+from benchmarks.kv.holding import (
+    AGAIN,
+    CLAIMED,
+    QUICK,
+    ROUNDS,
+    SHORT,
+    WHOLE,
+    Family,
+    Held,
+    Round,
+    again,
+    arms,
+    families,
+    is_product,
+    short,
+)  # fmt: skip
 from benchmarks.kv.quality import patched, stepwise
 from benchmarks.kv.texts import Sample
 from benchmarks.saving import save, saving
@@ -54,38 +69,6 @@ from tokred.bench.arms import BASE
 from tokred.bench.scoring import estimate, paired
 from tokred.errors import TokredError
 
-
-class Round(NamedTuple):
-    """Samples of one kind from ``start`` to ``end``, of arms at these ratios.
-
-    Attributes:
-        answers: whether one of several numbers is also asked for in a chat, at the ratios :data:`CLAIMED`.
-    """
-
-    kind: str
-    start: int
-    end: int
-    goals: tuple[int, ...] = (8, 16, 4, 32, 2, 0)
-    answers: bool = False
-
-
-# In this order: a run that is broken off has some of every kind. Then more where something is claimed.
-ROUNDS = (
-    Round("prose", 0, 2), Round("several", 0, 2, answers=True), Round("table", 0, 2),
-    Round("prose", 2, 4, CLAIMED), Round("several", 2, 4, CLAIMED, True), Round("table", 2, 4, CLAIMED),
-    Round("prose", 4, 6, CLAIMED), Round("several", 4, 6, CLAIMED), Round("table", 4, 6, CLAIMED),
-    Round("prose", 6, 8, CLAIMED), Round("several", 6, 8, CLAIMED), Round("prose", 8, 10, CLAIMED),
-    Round("several", 8, 10, CLAIMED, True), Round("prose", 2, 6), Round("several", 2, 6), Round("table", 2, 6),
-)  # fmt: skip
-# The first of one sample: settings are solved on it.
-SHORT = (
-    Round("prose", 0, 1), Round("several", 0, 2, answers=True), Round("prose", 1, 3), Round("several", 2, 4),
-    Round("prose", 3, 5), Round("several", 4, 6), Round("prose", 5, 9, CLAIMED), Round("prose", 9, 13, CLAIMED),
-    Round("several", 6, 9, CLAIMED), Round("several", 9, 12, CLAIMED),
-)  # fmt: skip
-# Behind all samples of the others.
-AGAIN = tuple(Round("several", i, i + 4, (8,)) for i in range(12, 60, 4))
-QUICK = (Round("prose", 0, 1), Round("several", 0, 1, answers=True))
 KINDS = ("prose", "table", "several")
 FAILURES = (TokredError, ValueError, TypeError, NotImplementedError, RuntimeError)
 HEAD = "<|im_start|>user\n"

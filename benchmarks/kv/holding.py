@@ -74,6 +74,38 @@ def is_product(setting: str) -> bool:
     return "store=" in setting
 
 
+class Round(NamedTuple):
+    """Samples of one kind from ``start`` to ``end``, of arms at these ratios.
+
+    Attributes:
+        answers: whether one of several numbers is also asked for in a chat, at the ratios :data:`CLAIMED`.
+    """
+
+    kind: str
+    start: int
+    end: int
+    goals: tuple[int, ...] = (8, 16, 4, 32, 2, 0)
+    answers: bool = False
+
+
+# In this order: a run that is broken off has some of every kind. Then more where something is claimed.
+ROUNDS = (
+    Round("prose", 0, 2), Round("several", 0, 2, answers=True), Round("table", 0, 2),
+    Round("prose", 2, 4, CLAIMED), Round("several", 2, 4, CLAIMED, True), Round("table", 2, 4, CLAIMED),
+    Round("prose", 4, 6, CLAIMED), Round("several", 4, 6, CLAIMED), Round("table", 4, 6, CLAIMED),
+    Round("prose", 6, 8, CLAIMED), Round("several", 6, 8, CLAIMED), Round("prose", 8, 10, CLAIMED),
+    Round("several", 8, 10, CLAIMED, True), Round("prose", 2, 6), Round("several", 2, 6), Round("table", 2, 6),
+)  # fmt: skip
+# The first of one sample: settings are solved on it.
+SHORT = (
+    Round("prose", 0, 1), Round("several", 0, 2, answers=True), Round("prose", 1, 3), Round("several", 2, 4),
+    Round("prose", 3, 5), Round("several", 4, 6), Round("prose", 5, 9, CLAIMED), Round("prose", 9, 13, CLAIMED),
+    Round("several", 6, 9, CLAIMED), Round("several", 9, 12, CLAIMED),
+)  # fmt: skip
+AGAIN = tuple(Round("several", i, i + 4, (8,)) for i in range(12, 60, 4))  # behind all others
+QUICK = (Round("prose", 0, 1), Round("several", 0, 1, answers=True))
+
+
 # ---------------------------------------------------------------------------------------------- who takes part
 
 # Windows are small, so that a 32nd of the prompt holds them. 2,048 tokens at 32:1 are 64 rows.

@@ -14,8 +14,8 @@ pytest.importorskip("transformers")
 import tokred
 from benchmarks.kv import bytes as script
 from benchmarks.kv import holding, texts
-from benchmarks.kv.bytes import Round, Value
-from benchmarks.kv.holding import Family, Held
+from benchmarks.kv.bytes import Value
+from benchmarks.kv.holding import Family, Held, Round
 from benchmarks.pages import held
 from benchmarks.pages.markdown import Results
 from tests.benchmarks.test_kv_tasks import Words, prose
@@ -77,8 +77,8 @@ def test_every_arm_can_be_made() -> None:
         if f.product
     }
     assert under == {*holding.FORMATS}, "each format holds the rows of a policy"
-    assert {r.kind for r in script.SHORT} == {"prose", "several"}
-    assert all(r.goals in (Round("prose", 0, 1).goals, holding.CLAIMED) for r in script.SHORT), "every arm of a ratio"
+    assert {r.kind for r in holding.SHORT} == {"prose", "several"}
+    assert all(r.goals in (Round("prose", 0, 1).goals, holding.CLAIMED) for r in holding.SHORT), "every arm of a ratio"
     assert {*held.NAMED} <= {held.called({"method": f.name, "setting": f.setting}) for f in made if f.product}
 
 
@@ -201,8 +201,8 @@ def test_new_samples_are_asked_of_the_named_product_and_its_policy_alone(tmp_pat
     assert (product.name, product.ratios, alone.name, alone.ratios) == ("kvzip", (8,), "kvzip", (8,))
     assert product.product
     assert not alone.product
-    seen = {i for r in (*script.SHORT, *script.ROUNDS) if r.kind == "several" for i in range(r.start, r.end)}
-    assert not seen & {i for r in script.AGAIN for i in range(r.start, r.end)}
+    seen = {i for r in (*holding.SHORT, *holding.ROUNDS) if r.kind == "several" for i in range(r.start, r.end)}
+    assert not seen & {i for r in holding.AGAIN for i in range(r.start, r.end)}
     for high, word in ((0.3, "met, +20% (+10% to +30%)"), (0.3, "not shown, -5% (-10% to +30%)")):
         mean, low = (0.2, 0.1) if word.startswith("met") else (-0.05, -0.1)
         base: dict[str, Any] = {

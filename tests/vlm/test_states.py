@@ -163,3 +163,13 @@ def test_attention_is_not_calibrated(family: str) -> None:
     """A bias for each pair of tokens says nothing to layers with a state."""
     with pytest.raises(tokred.MissingInputError, match="calibration"):
         tokred.apply(build(family), "restore", base="divprune")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_who_is_refused_inside_is_told_of_methods_that_act_before(family: str) -> None:
+    model = build(family)
+    with pytest.raises(tokred.UnsupportedModelError, match=r"before the language model run: tokred\.supports\(model\)"):
+        tokred.apply(model, tokred.make("fastv"))
+    named = {said.method for said in tokred.supports(model) if said.works}
+    assert "divprune" in named
+    assert "fastv" not in named

@@ -74,12 +74,26 @@ def match_layer(model: nn.Module) -> host.VisualHost | None:
         UnsupportedModelError: as above; of those whose prompt an encoder reads, every one.
     """
     if _read(model) is None:
-        return host.match_layer(model)
+        try:
+            return host.match_layer(model)
+        except UnsupportedModelError as error:
+            if not _before(model):
+                raise
+            text = f"{error}; methods that act before the language model run: tokred.supports(model) names them"
+            raise UnsupportedModelError(text) from None
     raise UnsupportedModelError(
         f"{_family(model)} reads its prompt in an encoder, whose layers let all tokens see one another, and its "
         "decoder holds none of them: methods of the stage 'layer' act between the layers of a decoder that holds the "
         "prompt; take one that acts before the encoder, such as 'divprune'"
     )
+
+
+def _before(model: nn.Module) -> bool:
+    """True if visual tokens can leave before the language model, where they cannot inside."""
+    try:
+        return match_projector(model) is not None
+    except UnsupportedModelError:
+        return False
 
 
 def _read(model: Any) -> Any:
