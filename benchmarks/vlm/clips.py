@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=2, help="batches of each kind timed beside the unpatched model")
     parser.add_argument("--methods", default=",".join(METHODS), help="names, with commas")
     parser.add_argument("--shares", default="0.25,0.1,0.05")
-    parser.add_argument("--projector", type=Path, default=vlm.QUESTIONS)
+    parser.add_argument("--projector", type=Path, default=vlm.CLIPS, help="what was trained: a safetensors file")
     parser.add_argument("--asked", default=",".join(questions.ASKED), help="kinds of questions, with commas")
     parser.add_argument("--restore", action="store_true", help="beside each method also RESTORE around it")
     parser.add_argument("--answers", action="store_true", help="no times: what all methods share runs once a batch")
@@ -137,7 +137,7 @@ def main() -> None:
     model.to(getattr(torch, given.dtype))
     asked = questions.clips("test", count, given.frames)
     source = {
-        "name": "dinov2-smollm2-135m-questions",
+        "name": f"dinov2-smollm2-135m-{given.projector.stem.removeprefix('vlm_')}",
         "data_from": carriers.cited("dinov2", "smollm2", "photos", "fashion"),
     }
     if given.answers:

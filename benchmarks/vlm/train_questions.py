@@ -4,12 +4,13 @@
     python -m benchmarks vlm/train_questions --folder questions --minutes 60
     python -m benchmarks vlm/train_questions --folder questions --steps 4000     # goes on where the folder ends
     python -m benchmarks vlm/train_questions --folder clips --start benchmarks/zoo/vlm_questions.safetensors \\
-        --rank 4 --frames 8,8,16,16,32 --later 0 --often 0.75                     # for clips of several lengths
+        --rank 4 --names 1 --frames 8,8,8,16,32 --later 0 --often 0.7             # for clips of several lengths
 
 The tower (DINOv2) is frozen, and so is the language model (SmolLM2-135M, in bfloat16), but for products of ``--rank``
 that are added to its attention's weights (LoRA). A batch holds pictures of one kind, of which several questions share
 the visual tokens: they are asked in one forward, each seeing the picture and itself. No token is ever dropped in
-training. Kinds:
+training. With ``--names`` each step also moves projected patches of clothes towards the embedding of their name, away
+from those of other clothes. Kinds:
 
 - ``small``, ``full``, ``pooled``: easy-VQA at 112 pixels (64 visual tokens), at 224 (256), and at 224 with projected
   tokens averaged in windows of 2 x 2 (64), as models of videos do with each frame;
@@ -28,7 +29,7 @@ import argparse
 import csv
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,13 +45,16 @@ from benchmarks.zoo.questions import Question
 # How often a kind is drawn, and the pictures of its batches: about as many tokens each.
 KINDS = {"small": (6, 8), "pooled": (4, 8), "full": (2, 3), "scenes": (2, 3), "clips": (3, 2)}
 FRAMES, TOGETHER, EVERY = 8, 6, 20
+PATCHES, COLD = 1024, 0.1  # single patches of clothes in a step; a temperature of cosines
 
 
 class Source(NamedTuple):
-    """Features ``[N, V, 384]`` or ``[N, T, V, 384]`` float16, and what is asked of each."""
+    """Features ``[N, V, 384]`` or ``[N, T, V, 384]`` float16, what is asked of each, and of those that show clothes
+    the share of each patch that these cover, of the features' shape without the last."""
 
     features: Tensor
     asked: list[list[Question]]
+    covered: Tensor | None = None
 
 
 def pooled(x: Tensor) -> Tensor:
@@ -131,7 +135,7 @@ def sources(model: Any, part: str, count: dict[str, int], folder: Path) -> dict[
     for kind, asked, size in (
         ("small", shapes, 112),
         ("full", some, 224),
-        ("scenes", questions.Asked(scenes.images, named), 224),
+        ("scenes", questions.Asked(scenes.images, named, scenes.covered), 224),
         ("clips", clips, 224),
     ):
         path = folder / f"{part}_{kind}.pt"
@@ -143,7 +147,8 @@ def sources(model: Any, part: str, count: dict[str, int], folder: Path) -> dict[
         by: dict[int, list[Question]] = defaultdict(list)
         for question in asked.questions:
             by[question.picture].append(question)
-        found[kind] = Source(torch.load(path, mmap=True), [by[i] for i in range(len(asked.images))])
+        covered = None if asked.covered is None else asked.covered.flatten(-2)
+        found[kind] = Source(torch.load(path, mmap=True), [by[i] for i in range(len(asked.images))], covered)
     found["pooled"] = found["full"]
     return found
 
@@ -205,6 +210,7 @@ def main() -> None:
     parser.add_argument("--held", type=int, default=200, help="pictures of each kind that are asked about at the end")
     parser.add_argument("--start", type=Path, default=vlm.PROJECTOR, help="weights to begin with")
     parser.add_argument("--rank", type=int, default=0, help="of what is added to the attention's weights; 0: nothing")
+    parser.add_argument("--names", type=float, default=0.0, help="weight of the loss of single patches of clothes")
     parser.add_argument("--frames", default=str(FRAMES), help=f"of clips: multiples of {FRAMES}, with commas")
     parser.add_argument(
         "--later", type=float, default=0.55, help="share of the steps after which clips come more often"
@@ -235,6 +241,25 @@ def main() -> None:
     vlm.save(given.folder / "vlm_questions.safetensors", projector, asker.llm)
     for name, (right, asked) in judged(asker, projector, held, given.held).items():
         print(f"{name}: {right} of {asked} right ({right / asked:.1%})")
+
+
+def clothes(data: Iterable[Source]) -> tuple[Tensor, Tensor]:
+    """Features ``(P, 384)`` of all patches that clothes cover by more than half, and their classes ``(P,)``."""
+    features, classes = [], []
+    for source in data:
+        if source.covered is not None:
+            shown = source.covered > 0.5
+            of = [next(q.answer for q in several if q.answer in vlm.CLASSES) for several in source.asked]
+            which = torch.tensor([vlm.CLASSES.index(name) for name in of]).view(-1, *[1] * (shown.ndim - 1))
+            features.append(source.features[shown])
+            classes.append(which.expand(shown.shape)[shown])
+    return torch.cat(features), torch.cat(classes)
+
+
+def targets(asker: Asker) -> Tensor:
+    """``(10, 576)`` float32 mean embeddings of the names of clothes, each of length 1."""
+    table = asker.embed.weight.detach().float()
+    return F.normalize(torch.stack([table[asker.ids(f" {name}")].mean(0) for name in vlm.CLASSES]), dim=-1)
 
 
 def added(llm: nn.Module, rank: int) -> None:
@@ -268,6 +293,8 @@ def train(
         optimiser.load_state_dict(state["optimiser"])
         torch.set_rng_state(state["random"])
         first = state["step"]
+    patches, classes = clothes(data.values()) if given.names else (None, None)
+    goals = targets(asker)
     shares = torch.tensor([float(share) for share, _ in KINDS.values()])
     clips = list(KINDS).index("clips")
     pictures = shares.sum() - shares[clips]
@@ -285,6 +312,10 @@ def train(
         x, asked = drawn(data[kind], max(KINDS[kind][1] * FRAMES // frames, 1))
         average = kind == "scenes" and bool(torch.rand(()) < 0.5)
         loss, right = asker(visual(projector, kind, x, average, asker.newline, frames), asked)
+        if patches is not None and classes is not None:
+            index = torch.randint(len(patches), (PATCHES,))
+            near = F.normalize(projector(patches[index].float()), dim=-1) @ goals.T
+            loss = loss + given.names * F.cross_entropy(near / COLD, classes[index])
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(learning.values(), 1.0)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.zoo import data, vlm
+from benchmarks.zoo import data, dinov2, vlm
 from benchmarks.zoo.carriers import open_carrier
 
 # Steps of a moving piece in (down, right), by the answer to which way it moves.
@@ -37,16 +37,18 @@ class Question(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """Pictures ``[N, 3, S, S]`` or clips ``[N, T, 3, S, S]`` uint8, and the questions about them."""
+    """Pictures ``[N, 3, S, S]`` or clips ``[N, T, 3, S, S]`` uint8, and the questions about them; of clips also the
+    share of each patch of 14 pixels that the piece covers, ``[N, T, S / 14, S / 14]``."""
 
     images: Tensor
     questions: tuple[Question, ...]
+    covered: Tensor | None = None
 
     def about(self, index: Sequence[int]) -> Asked:
         """Those pictures alone, in that order, with their questions."""
         place = {one: i for i, one in enumerate(index)}
         kept = tuple(q._replace(picture=place[q.picture]) for q in self.questions if q.picture in place)
-        return Asked(self.images[list(index)], kept)
+        return Asked(self.images[list(index)], kept, None if self.covered is None else self.covered[list(index)])
 
 
 def kind(question: str) -> str:
@@ -110,18 +112,26 @@ def clips(part: str, count: int, frames: int = 8, size: int = 224, seed: int = 0
     chosen = torch.randperm(len(items.images), generator=draw)[:count]
     photos = data.photos(size * 5 // 4).images
     photos = photos[1::2] if part == "test" else photos[::2]
-    images, asked = [], list[Question]()
+    images, covered, asked = [], [], list[Question]()
     for i, item in enumerate(chosen.tolist()):
         way, span = (tuple(t)[int(torch.randint(len(t), (), generator=draw))] for t in (WAYS, SPANS))
         photo = photos[int(torch.randint(len(photos), (), generator=draw))]
-        images.append(_clip(items.images[item], photo, frames, size, way, span, draw))
+        clip, cover = _clip(items.images[item], photo, frames, size, way, span, draw)
+        images.append(clip)
+        covered.append(F.avg_pool2d(cover, dinov2.PATCH))
         answers = {"what": vlm.CLASSES[int(items.labels[item])], "way": way, "when": span}
         asked += [Question(ASKED[k], a, k, i) for k, a in answers.items()]
-    return Asked(torch.stack(images), tuple(asked))
+    return Asked(torch.stack(images), tuple(asked), torch.stack(covered))
 
 
-def _clip(item: Tensor, photo: Tensor, frames: int, size: int, way: str, span: str, draw: torch.Generator) -> Tensor:
-    """``[frames, 3, size, size]``: the photo seen by a slowly moving camera, and before it the piece on its way."""
+def _clip(
+    item: Tensor, photo: Tensor, frames: int, size: int, way: str, span: str, draw: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """The photo seen by a slowly moving camera, and before it the piece on its way.
+
+    Returns:
+        ``[frames, 3, size, size]`` uint8, and ``[frames, size, size]``, 1 where the piece is, else 0.
+    """
 
     def between(low: float, high: float) -> int:
         return int(torch.randint(int(low), int(high) + 1, (), generator=draw))
@@ -139,14 +149,17 @@ def _clip(item: Tensor, photo: Tensor, frames: int, size: int, way: str, span: s
     begin, end = (round(x * frames) for x in SPANS[span])
     room = photo.shape[-1] - size
     corner = [between(0, room), between(0, room)]
-    found = []
+    found, covers = [], []
     for t in range(frames):
         y, x = (c + (room - 2 * c) * t // (2 * frames) for c in corner)
         frame = photo[:, y : y + size, x : x + size].float().clone()
+        cover = torch.zeros(size, size)
         if begin <= t < end:
             done = length * (t - begin) // max(end - begin - 1, 1)
             top, left = start[0] + down * done, start[1] + right * done
             box = (slice(None), slice(top, top + side), slice(left, left + side))
             frame[box] = frame[box] * (1 - shape) + piece * shape
+            cover[box[1:]] = shape[0]
         found.append(frame.round().byte())
-    return torch.stack(found)
+        covers.append(cover)
+    return torch.stack(found), torch.stack(covers)

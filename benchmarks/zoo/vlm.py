@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 PROJECTOR = Path(__file__).parent / "vlm_projector.safetensors"
 QUESTIONS = Path(__file__).parent / "vlm_questions.safetensors"
+CLIPS = Path(__file__).parent / "vlm_clips.safetensors"  # for clips of up to 64 frames
 SIZE, GRID = 224, 16
 FRAME = (GRID // 2) ** 2
 # Layers of the language model to whose weights a training may add products of two small matrices.

@@ -34,7 +34,7 @@ def test_a_piece_moves_the_way_that_is_asked_for_while_it_is_seen(way: str, span
     draw = torch.Generator().manual_seed(3)
     # A photo as large as the frame: the camera stands still.
     photo, item = torch.zeros(3, 64, 64, dtype=torch.uint8), torch.full((1, 28, 28), 200, dtype=torch.uint8)
-    clip = questions._clip(item, photo, 8, 64, way, span, draw)
+    clip, cover = questions._clip(item, photo, 8, 64, way, span, draw)
     assert clip.shape == (8, 3, 64, 64)
     places = middle(clip, photo)
     assert len(places) == seen
@@ -43,6 +43,7 @@ def test_a_piece_moves_the_way_that_is_asked_for_while_it_is_seen(way: str, span
     assert across == pytest.approx(0, abs=0.5)
     assert along >= 15 if way in ("down", "right") else along <= -15
     shown = [bool((frame != photo).any()) for frame in clip]
+    assert torch.equal(cover > 0, (clip != photo).any(1)), "covered is where the piece is"
     assert shown == {"first": [True] * 4 + [False] * 4, "last": [False] * 4 + [True] * 4, "always": [True] * 8}[span]
 
 
@@ -152,3 +153,16 @@ def test_a_file_with_small_matrices_makes_the_language_model_that_was_trained(tm
         assert torch.equal(fresh.model.multi_modal_projector.linear_1.weight, projector.linear_1.weight)
         changed = [name for name, value in fresh.state_dict().items() if not torch.equal(value, stock[name])]
     assert all("projector" in name or "self_attn" in name for name in changed)
+
+
+def test_patches_of_clothes_are_those_that_clothes_cover() -> None:
+    x = torch.arange(2 * 2 * 3.0).view(2, 2, 3, 1)
+    covered = torch.tensor([[[0.0, 0.6, 0.4], [1.0, 0.0, 0.0]], [[0.0, 0.0, 0.0], [0.0, 0.0, 0.9]]])
+    asked = [
+        [Question("way?", "up", "way", 0), Question("what?", "dress", "what", 0)],
+        [Question("what?", "bag", "what", 1)],
+    ]
+    shapes = train_questions.Source(torch.zeros(1, 3, 1), [[Question("is it?", "no", "yes/no", 0)]])
+    found, classes = train_questions.clothes([shapes, train_questions.Source(x, asked, covered)])
+    assert found.flatten().tolist() == [1, 3, 11]
+    assert classes.tolist() == [zoo.CLASSES.index("dress")] * 2 + [zoo.CLASSES.index("bag")]
