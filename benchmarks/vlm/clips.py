@@ -86,8 +86,8 @@ def settings(names: Sequence[str], shares: Sequence[float], restore: bool = Fals
     if unknown:
         raise ValueError(f"methods must be among {', '.join(METHODS)}; got {', '.join(unknown)}")
     found = {}
-    for name in names:
-        for share in shares:
+    for share in shares:  # a run that is broken off has all methods at the first
+        for name in names:
             found[f"{name} share={share:g}"] = METHODS[name](share)
             if restore and name in RESTORED:
                 found[f"restore base={name} share={share:g}"] = f"restore base={RESTORED[name]} budget={share:g}"
