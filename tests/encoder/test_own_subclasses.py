@@ -75,9 +75,7 @@ def tower() -> Any:
             x = self._embeds(x)
             return self.transformer(x)[:, 1:].mean(1)
 
-    return Own(
-        image_size=32, patch_size=8, width=32, layers=2, heads=2, mlp_ratio=2.0, output_dim=16
-    )
+    return Own(image_size=32, patch_size=8, width=32, layers=2, heads=2, mlp_ratio=2.0, output_dim=16)
 
 
 @pytest.mark.parametrize("kind", [pooling, between, classifier, text, tower])
