@@ -59,7 +59,7 @@ class SpotRecord(NamedTuple):
 
 
 class Flight:
-    """What one thread knows of the forward that it runs, and of the image that its steps make.
+    """State of the forward that one thread runs, and of the image that its steps make.
 
     Args:
         kind: name of the denoiser's class, see :class:`Session`.

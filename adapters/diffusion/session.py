@@ -105,7 +105,7 @@ class Session(State):
 
     @property
     def records(self) -> dict[tuple[int, str], SpotRecord]:
-        """What sub-layers ran on in the last forward of this thread; of any, where this one has run none."""
+        """Sub-layers of the last forward of this thread; of any, where this one has run none."""
         own: Flight = self._local.flight
         return own.records if own.records or self._last is None else self._last.records
 

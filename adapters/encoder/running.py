@@ -1,4 +1,4 @@
-"""What one thread knows of the forward of an encoder that it runs."""
+"""State of the forward of an encoder that one thread runs."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class Record(NamedTuple):
 
 
 class Running(threading.local):
-    """What each thread knows of the forward that it runs: several may use one model.
+    """State of the forward that each thread runs: several may use one model.
 
     Attributes:
         mask: of padding.
