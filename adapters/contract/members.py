@@ -53,6 +53,11 @@ RELATIVE_TABLE = row(
     "get_rel_pos T vitdet",
 )
 FEATURES_OF_MODEL = row("forward without the head", f"forward_features M {_TIMM}")
+BEHIND = (
+    FEATURES_OF_MODEL,
+    row("head of a forward", f"forward_head M {_TIMM}"),
+    row("pooling of a forward", f"pool M {_TIMM}"),
+)
 INTERMEDIATES = row(
     "forward with the features between blocks",
     f"forward_intermediates M {_TIMM}",

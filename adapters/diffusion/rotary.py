@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tokred.adapters.contract import words
-from tokred.adapters.diffusion.session import EnterDenoiser, Plan, Session
+from tokred.adapters.diffusion.flight import Plan
+from tokred.adapters.diffusion.session import EnterDenoiser, Session
 from tokred.core.reduction import Reduction
 from tokred.errors import UnsupportedModelError
 

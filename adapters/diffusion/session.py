@@ -3,72 +3,29 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from tokred.adapters.contract import words
-from tokred.adapters.diffusion.frames import join_frames, one_frame, samples_of
+from tokred.adapters.diffusion.flight import Flight, Local, Plan, SpotRecord
+from tokred.adapters.diffusion.frames import join_frames, one_frame
 from tokred.adapters.diffusion.inside import Halves
 from tokred.adapters.diffusion.steps import Steps
 from tokred.adapters.host import State
+from tokred.adapters.passes import recomputed
 from tokred.adapters.swap import Hook
 from tokred.adapters.watch import Watch
 from tokred.core.reduction import Reduction
 from tokred.diffusion.method import AttentionMethod
 from tokred.diffusion.site import AttentionSite, Side, SublayerPlace, place_of, step_key
 from tokred.errors import NothingRemovedWarning, UnsupportedModelError
-from tokred.kernels.merge_rows import unmerge_rows
 
 if TYPE_CHECKING:
     from tokred.adapters.diffusion.sublayers import Spot
 
 _SIDES: tuple[Side, Side] = ("queries", "keys")
-
-
-class Plan:
-    """A reduction in use, with its inverse map."""
-
-    def __init__(self, reduction: Reduction, part: str, proportional: bool = False) -> None:
-        self.reduction, self.part, self.proportional = reduction, part, proportional
-        # What attention adds to the scores of each key, or a mask of those that are real.
-        self.weights = reduction.sizes().log() if proportional else reduction.mask
-        plain = type(reduction) is Reduction  # the others know themselves how they are undone
-        self.index = reduction.index if plain and part != "kv" else None
-
-    def fits(self, x: Tensor) -> bool:
-        """True where the plan fits ``x`` ``(B, N, C)`` in batch, length and device."""
-        rows = self.reduction.representative
-        return self.reduction.batch == (x.shape[0],) and self.reduction.length == x.shape[1] and rows.device == x.device
-
-    def at(self, rows: Tensor) -> Plan:
-        """The plan of some samples."""
-        return Plan(samples_of(self.reduction, rows), self.part, self.proportional)
-
-    def merge(self, x: Tensor) -> Tensor:
-        """``(B, N, C)`` to ``(B, M, C)``."""
-        return self.reduction.merge(x)
-
-    def restore(self, y: Tensor) -> Tensor:
-        """``(B, M, C)`` to ``(B, N, C)``; dropped tokens get zeros, so the residual stream leaves them as they are."""
-        return self.reduction.unmerge(y) if self.index is None else unmerge_rows(y, self.index)
-
-
-class SpotRecord(NamedTuple):
-    """A sub-layer in the last forward.
-
-    Attributes:
-        name: in the denoiser.
-        role: ``"self"``, ``"cross"`` or ``"mlp"``.
-        tokens: of the image, before.
-        left: tokens (or keys) that it ran on.
-    """
-
-    name: str
-    role: str
-    tokens: int
-    left: int
 
 
 class Watching(Protocol):
@@ -104,29 +61,53 @@ class Session(State):
         self.free = False  # plans of the right size without a choice, for counting
         self.fixed: tuple[int, int] | None = None  # rows and columns of tokens, where no ids can be read
         self.watch = Watch()
-        self.steps = Steps(self.kind)
         self._forget()
 
     def _forget(self) -> None:
-        self.size: tuple[int, int] | None = None
-        self.frames = 1
-        self.key: int | Tensor = 0
-        self.inputs: dict[int, Tensor] = {}
-        self.now: AttentionMethod | None = self.method.at(None)
-        self.plans: dict[Any, Any] = {}
-        self.channels = 0
-        self.steps.forget()
-        self.records: dict[tuple[int, str], SpotRecord] = {}
+        self._local = Local(self.kind, self.method.at(None))
+        self._last: Flight | None = None  # that began last, in any thread
         self.watched: Watching | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        transient = ("size", "frames", "key", "inputs", "now", "plans", "channels", "steps", "records", "watched")
-        return {k: v for k, v in self.__dict__.items() if k not in transient}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_local", "_last", "watched")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.steps = Steps(self.kind)
         self._forget()
+
+    @property
+    def flight(self) -> Flight:
+        """That of this thread. Threads of autograd run no forward: a checkpoint there goes on with the last one."""
+        own: Flight = self._local.flight
+        if own.size is None and self._last is not None and recomputed():
+            return self._last
+        return own
+
+    @property
+    def inputs(self) -> dict[int, Tensor]:
+        """Inputs of the blocks that are running, by number."""
+        return self.flight.inputs
+
+    @property
+    def now(self) -> AttentionMethod | None:
+        """The method in force."""
+        return self.flight.now
+
+    @property
+    def plans(self) -> dict[Any, Any]:
+        """Plans that hold, by place."""
+        return self.flight.plans
+
+    @property
+    def steps(self) -> Steps:
+        """Steps of the image at hand."""
+        return self.flight.steps
+
+    @property
+    def records(self) -> dict[tuple[int, str], SpotRecord]:
+        """Sub-layers of the last forward of this thread; of any, where this one has run none."""
+        own: Flight = self._local.flight
+        return own.records if own.records or self._last is None else self._last.records
 
     # ------------------------------------------------------------------ one forward
 
@@ -139,11 +120,12 @@ class Session(State):
             frames: of the sample.
             sample: itself, for methods that read what the step before predicted.
         """
-        self.size, self.key, self.frames = size, step_key(timestep), frames
-        self.inputs = {}
+        flight: Flight = self._local.flight
+        flight.size, flight.key, flight.frames = size, step_key(timestep), frames
+        flight.inputs = {}
         compiling = torch.compiler.is_compiling()
         if not compiling:
-            self.records = {}
+            flight.records, self._last = {}, flight
             if self.watched is not None:
                 self.watched.begin()
         if compiling and self.method.stepwise and not self.free:
@@ -153,17 +135,17 @@ class Session(State):
         counted = self.method.refresh > 1 or self.method.stepwise or self.method.remembers
         # Counting steps reads the timestep, which waits for the device and breaks a graph: only if a method needs it.
         if compiling or self.free or not counted:
-            self.plans, self.now = {}, self.method.at(None)
+            flight.plans, flight.now = {}, self.method.at(None)
             return
-        self.channels = 0 if sample is None or sample.ndim != 4 else sample.shape[1]
-        self.now = self.steps.turn(self.method, timestep, sample if self._looks_back else None, sample)
-        self.plans = self.steps.plans
+        flight.channels = 0 if sample is None or sample.ndim != 4 else sample.shape[1]
+        flight.now = flight.steps.turn(self.method, timestep, sample if self._looks_back else None, sample)
+        flight.plans = flight.steps.plans
         # How many steps an image has is known only when the next one begins.
-        if 0 < self.steps.last <= self.method.first_full and not self.warned and not self.method.idle:
+        if 0 < flight.steps.last <= self.method.first_full and not self.warned and not self.method.idle:
             self.warned = True
             warnings.warn(
                 f"{self.method.name!r} leaves the first {self.method.first_full} steps of an image as they are, and "
-                f"the last image had {self.steps.last}, so nothing was reduced: give a smaller first_full",
+                f"the last image had {flight.steps.last}, so nothing was reduced: give a smaller first_full",
                 stacklevel=2,
             )
 
@@ -173,17 +155,18 @@ class Session(State):
 
     def end(self, predicted: Tensor | None = None) -> None:
         """End the forward, keep its prediction where it is needed, and warn where nothing was reduced."""
-        self.inputs = {}
+        flight: Flight = self._local.flight
+        flight.inputs = {}
         if self._looks_back and predicted is not None and not torch.compiler.is_compiling():
-            self.steps.remember(predicted)
-        if self.now is None:
+            flight.steps.remember(predicted)
+        if flight.now is None:
             return
-        if self.warned or self.free or torch.compiler.is_compiling() or self.method.idle or not self.records:
+        if self.warned or self.free or torch.compiler.is_compiling() or self.method.idle or not flight.records:
             return
-        if all(r.left == r.tokens for r in self.records.values()):
+        if all(r.left == r.tokens for r in flight.records.values()):
             self.warned = True
-            counts = sorted({r.tokens for r in self.records.values()}, reverse=True)
-            high, wide = (side * self.patch for side in self.size or (0, 0))
+            counts = sorted({r.tokens for r in flight.records.values()}, reverse=True)
+            high, wide = (side * self.patch for side in flight.size or (0, 0))
             advice = f" ({self.method.advice})" if self.method.advice else ""
             warnings.warn(
                 f"{self.method.name!r} reduced nothing on {self.family} at a sample of {high} x {wide}: its "
@@ -196,12 +179,13 @@ class Session(State):
 
     def place(self, x: Tensor) -> SublayerPlace:
         """Where a sub-layer stands, from the shape of its input."""
-        assert self.size is not None  # forwards of the denoiser begin by saying so
+        flight = self.flight
+        assert flight.size is not None  # forwards of the denoiser begin by saying so
         n = x.shape[1] if x.ndim == 3 else x.shape[2] * x.shape[3]
-        if n % self.frames:
-            raise ValueError(f"{n} tokens are not those of {self.frames} frames")
-        place = place_of(n // self.frames, self.size)
-        place = place._replace(length=n, factor=place.factor * self.patch, frames=self.frames)
+        if n % flight.frames:
+            raise ValueError(f"{n} tokens are not those of {flight.frames} frames")
+        place = place_of(n // flight.frames, flight.size)
+        place = place._replace(length=n, factor=place.factor * self.patch, frames=flight.frames)
         return place if x.ndim == 3 else place._replace(grid=(x.shape[2], x.shape[3]))
 
     def plan(self, spot: Spot, x: Tensor) -> Plan | None:
@@ -211,11 +195,12 @@ class Session(State):
             spot: the sub-layer.
             x: its input, ``(B, N, C)`` or ``(B, C, h, w)``.
         """
-        method = self.now
-        if self.size is None or method is None:
+        flight = self.flight
+        method = flight.now
+        if flight.size is None or method is None:
             return None  # a block that is run by itself, or a step that is left as it is
         own = x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
-        seen = self.inputs.get(spot.block)
+        seen = flight.inputs.get(spot.block)
         metric = own if spot.alone or seen is None else seen
         if metric.shape[:2] != own.shape[:2]:
             return None  # a part of the tokens, as feed-forwards in chunks are given
@@ -229,7 +214,7 @@ class Session(State):
         shared = method.share == "resolution"
         # A plain tuple: older compilers keep no other as the key of what outlives the forward.
         slot = (*place, own.shape[0]) if shared else spot.block
-        plan: Plan | None = self.plans.get(slot)
+        plan: Plan | None = flight.plans.get(slot)
         if plan is None or not plan.fits(own):
             layer = spot.block if not shared else place.factor
             if self.free:
@@ -240,7 +225,7 @@ class Session(State):
                 reduction = join_frames(method.reduce(site), place.length // asked.length)
             if reduction.trivial:
                 return None
-            plan = self.plans[slot] = Plan(reduction, method.part, method.proportional)
+            plan = flight.plans[slot] = Plan(reduction, method.part, method.proportional)
         return plan
 
     def halves(self, spot: Spot, image: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Halves:
@@ -251,12 +236,13 @@ class Session(State):
             image: its input, the image's tokens.
             q, k, v: ``(B, H, N, D)`` of these, as the attention uses them.
         """
-        method = self.now
-        if self.size is None or method is None:
+        flight = self.flight
+        method = flight.now
+        if flight.size is None or method is None:
             return Halves()
         # By name, not by resolution: every attention has heads of its own, whose plans no other can share.
         place, slot = self.place(image), ("heads", spot.name, len(q))
-        found: Halves | None = self.plans.get(slot)
+        found: Halves | None = flight.plans.get(slot)
         if found is None or not _fits(found, q):
             known = self._known(place, slot, len(q)) | {"q": q.detach(), "k": k.detach(), "v": v.detach()}
             sides: list[Reduction | None] = []
@@ -271,7 +257,7 @@ class Session(State):
                     made = method.reduce(AttentionSite(None, place, layer=spot.block, side=side, **known))
                     sides.append(None if made.trivial else made)
             found = Halves(sides[0], sides[1], method.proportional)
-            self.plans[slot] = found
+            flight.plans[slot] = found
         slots = [side.slots for side in (found.queries, found.keys) if side]
         self._record(spot, "self", image, min(slots, default=place.length))
         if self.watched is not None:
@@ -281,22 +267,25 @@ class Session(State):
 
     def _known(self, place: SublayerPlace, slot: Any, batch: int) -> dict[str, Any]:
         """Arguments that every site of this step shares."""
-        known: dict[str, Any] = {"depth": self.depth, "step": self.key, "count": self.steps.count}
+        flight = self.flight
+        known: dict[str, Any] = {"depth": self.depth, "step": flight.key, "count": flight.steps.count}
         if self.method.remembers and not torch.compiler.is_compiling():
-            known["memory"] = self.steps.memory((slot, place, batch))
+            known["memory"] = flight.steps.memory((slot, place, batch))
         if self._looks_back:
-            steps, channels = self.steps, self.channels
+            steps, channels = flight.steps, flight.channels
             known["guidance"] = lambda: steps.guidance(place, batch, channels)
         return known
 
     @property
     def part(self) -> str:
         """The part of attention that the method in force reduces; empty where none is in force."""
-        return "" if self.now is None else self.now.part
+        now = self.flight.now
+        return "" if now is None else now.part
 
     def acts(self, role: str) -> bool:
         """True where sub-layers of this role are reduced in this step."""
-        return self.now is not None and not self.now.idle and role in self.now.sublayers
+        now = self.flight.now
+        return now is not None and not now.idle and role in now.sublayers
 
     def _first(self, x: Tensor, left: int) -> Reduction:
         return Reduction.keep(torch.arange(left, device=x.device).expand(x.shape[0], -1), x.shape[1])
@@ -311,7 +300,7 @@ class Session(State):
         if torch.compiler.is_compiling():
             return
         n = x.shape[1] if x.ndim == 3 else x.shape[2] * x.shape[3]
-        self.records[spot.block, spot.name] = SpotRecord(spot.name, role, n, n if left is None else left)
+        self.flight.records[spot.block, spot.name] = SpotRecord(spot.name, role, n, n if left is None else left)
 
 
 def _fits(found: Halves, q: Tensor) -> bool:

@@ -15,9 +15,10 @@ from tokred.adapters import contract
 from tokred.adapters.contract import members, words
 from tokred.adapters.contract.spelling import Word
 from tokred.adapters.diffusion import rotary
+from tokred.adapters.diffusion.flight import Plan
 from tokred.adapters.diffusion.frames import samples_of
 from tokred.adapters.diffusion.inside import Halves, Inside, masked_at
-from tokred.adapters.diffusion.session import Plan, Session
+from tokred.adapters.diffusion.session import Session
 from tokred.adapters.diffusion.view import Batch, View, perturbs, view, watched
 from tokred.adapters.diffusion.weights import Weighed
 from tokred.adapters.swap import SETTINGS

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokred.adapters.changes import Changes, sweep
+from tokred.adapters.diffusion.flight import SpotRecord
 from tokred.adapters.diffusion.host import DenoiserHost, match
 from tokred.adapters.diffusion.inputs import example as example
 from tokred.adapters.diffusion.inputs import float_type
-from tokred.adapters.diffusion.session import SpotRecord
 from tokred.diffusion.method import AttentionMethod
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tokred.adapters.contract import members, words
 from tokred.adapters.contract.spelling import Word
-from tokred.adapters.diffusion.session import Plan
+from tokred.adapters.diffusion.flight import Plan
 from tokred.errors import UnsupportedModelError
 
 

@@ -22,8 +22,9 @@ from torch import Tensor
 from tokred.adapters.contract import members, terms, words
 from tokred.adapters.encoder.block import SETTINGS, Recipe, Settings, attention_bias, refuse_symbols
 from tokred.adapters.encoder.host import EncoderHost, argument_names
+from tokred.adapters.encoder.running import LayerRecord
 from tokred.adapters.encoder.sides import convolution
-from tokred.adapters.encoder.state import LayerRecord, TokenState
+from tokred.adapters.encoder.state import TokenState
 from tokred.adapters.encoder.transformers_tables import DIVIDED_NAMES
 from tokred.adapters.encoder.windows import project
 from tokred.adapters.linear import macs as macs_of

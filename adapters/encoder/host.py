@@ -17,8 +17,9 @@ from tokred.adapters.encoder.block import KeyTap, Recipe, Settings
 from tokred.adapters.encoder.block import body as block_body
 from tokred.adapters.encoder.model_body import body as model_body
 from tokred.adapters.encoder.origin import watch
+from tokred.adapters.encoder.running import LayerRecord
 from tokred.adapters.encoder.sides import Sides, numbers_of, of_convolution, tiles
-from tokred.adapters.encoder.state import LayerRecord, Shared
+from tokred.adapters.encoder.state import Shared
 from tokred.adapters.host import Host
 from tokred.adapters.linear import matrices
 from tokred.adapters.swap import check_entrance, host_class
@@ -69,6 +70,8 @@ class EncoderHost(Host):
             outside the model.
         layout: how the patches stand, given that module, its inputs and its output.
         pools: whether the head of the model pools over all tokens as it is now; None: it cannot change.
+        own: a subclass that is the user's changes what is done with the tokens, so that nobody here knows what reads
+            them, and every block gives full length back unless the user says otherwise.
         note: what a user should know about this family.
         class_rows: so many of the first tokens are the class token together, where there is one.
         padded: whether batches are padded from the start, so that tokens vanish with any method.
@@ -92,6 +95,7 @@ class EncoderHost(Host):
     pools: Callable[[Any], bool] | None = None
     key_norms: list[nn.Module | None] = field(default_factory=list)
     key_heads: int | None = None
+    own: bool = False
     note: str = ""
     padded: bool = False
     class_rows: int = 1
@@ -238,6 +242,8 @@ class EncoderHost(Host):
             # A head that pools over everything wants merged tokens back at full length, which also weights them by
             # size; where tokens were dropped it pools over those that are left, unless padding stands among them.
             expose = "last" if self.pooled and (method.uneven or not method.drops) else "none"
+            if self.own and not {"module", "gates"} & method.reads:
+                expose = "all"
             return max(expose, full, key=order.index)
         if order.index(expose) < order.index(full):
             raise ValueError(f"{self.family} reads tokens by their position: expose must be {full!r}, got {expose!r}")
@@ -282,6 +288,13 @@ class EncoderHost(Host):
             mean, largest = (1.0, 1.0) if tokens.size is None else (float(tokens.size.mean()), float(tokens.size.max()))
             rows.append(LayerReport(layer, before, after, macs, mean, largest, unpatched, name))
         return BlockReport(host.family, state.method, host.where, tuple(rows), total, full)
+
+
+def rewritten(model: nn.Module, library: str, *names: str) -> bool:
+    """True for a subclass of one's own whose forward, or another function of these names, is not the library's."""
+    cls = host_class(model)
+    known = next(c for c in cls.__mro__ if c.__module__.startswith((f"{library}.", "tokred.")))
+    return any(getattr(cls, n, None) is not getattr(known, n, None) for n in ("forward", *names))
 
 
 def module_macs(module: nn.Module, *shape: int) -> int:

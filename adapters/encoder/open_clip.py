@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tokred.adapters.contract import members, terms, words
 from tokred.adapters.encoder.block import Recipe
 from tokred.adapters.encoder.capture import Capture, MhaCapture
-from tokred.adapters.encoder.host import EncoderHost, argument_names
+from tokred.adapters.encoder.host import EncoderHost, argument_names, rewritten
 from tokred.adapters.encoder.state import TokenState
 from tokred.adapters.swap import host_class
 from tokred.errors import UnsupportedModelError
@@ -99,6 +99,7 @@ def _host(model: Any) -> EncoderHost:
         # CoCa hands all tokens on to its text decoder, through an attentional pooler or as they are.
         pooled=_pools(model),
         pools=_pools,
+        own=rewritten(model, "open_clip"),
         origin=members.PATCHES_OF_CLIP.need(model),
         tokens=lambda shape: _tokens(model, shape),
         outside_macs=lambda shape: _outside(model, shape),

@@ -11,15 +11,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tokred.adapters.contract import members, words
-from tokred.adapters.encoder.passes import in_backward, pointer, recomputed
+from tokred.adapters.encoder.running import LayerRecord, Running, Slots
 from tokred.adapters.encoder.sides import Note, Sides
 from tokred.adapters.host import State
+from tokred.adapters.passes import recomputed
 from tokred.adapters.watch import Watch
 from tokred.core.learned import Learned
 from tokred.core.reduction import Gated, Reduction
@@ -183,20 +184,6 @@ class TokenState:
         return x.reshape(-1, x.shape[-1]).index_select(0, rows.reshape(-1)).view(*rows.shape, x.shape[-1])
 
 
-class LayerRecord(NamedTuple):
-    """Tokens that entered and left a block in the last forward, and the state behind it."""
-
-    tokens_in: int
-    tokens_out: int
-    state: TokenState
-
-
-class Slot(NamedTuple):
-    pointer: int
-    shape: torch.Size
-    state: TokenState
-
-
 class Shared(State):
     """State that the blocks of one patched model share: the method, the slots and the record of the last forward.
 
@@ -212,42 +199,53 @@ class Shared(State):
         self.suffix = suffix
         self.restore = restore  # "none", "last" or "all": which blocks return full length
         self.drops = drops
-        self.expose_all = False
         self.note = Note()
         self.class_token: bool | int = False
         self.windows = "auto"
         self.watch = Watch()
-        self.slots: dict[int, Slot] = {}
-        self.records: dict[int, LayerRecord] = {}
         self.module: nn.Module | None = None  # of the method, where it has weights
         self.losses: dict[str, Tensor] | None = None  # of the last forward in training; None: there was none
         self.guesses: list[Tensor] = []  # of the same forward
-        self.final: TokenState | None = None  # of the block that ran last, while intermediate features are asked for
+        self._forget()
+
+    def _forget(self) -> None:
+        self.running = Running()
+        self.slots = Slots(self.running)
+        self._last: dict[int, LayerRecord] = {}  # records of the thread that ran last
 
     def __getstate__(self) -> dict[str, Any]:
-        empty = {"slots": {}, "records": {}, "guesses": [], "expose_all": False, "final": None, "losses": None}
-        return {**self.__dict__, **empty}
+        state = {**self.__dict__, "guesses": [], "losses": None}
+        return {k: v for k, v in state.items() if k not in ("running", "slots", "_last")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    @property
+    def records(self) -> dict[int, LayerRecord]:
+        """Blocks of the last forward of this thread; of any, where this one has run none."""
+        return self.running.records or self._last
 
     @contextlib.contextmanager
     def exposing(self) -> Iterator[None]:
         """While open, every block returns full length."""
-        before = self.expose_all
-        self.expose_all = True
+        before = self.running.expose_all
+        self.running.expose_all = True
         try:
             yield
         finally:
-            self.expose_all = before
+            self.running.expose_all = before
 
     def intermediates(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A host's function that returns what single blocks made, and at times the final tokens, too: the former come
         at full length, since they are put on maps; the latter at the length that the model's forward gives them."""
-        self.final = None
+        self.running.final = None
         try:
             with self.exposing():
                 out = original(*args, **kwargs)
-            state: TokenState | None = self.final  # set by the last block on the way
+            state: TokenState | None = self.running.final  # set by the last block on the way
         finally:
-            self.final = None
+            self.running.final = None
         if (
             state is None
             or not state.steps
@@ -269,7 +267,8 @@ class Shared(State):
     def keeps_dropped(self, state: TokenState) -> bool:
         """True where every step has to keep its features, because tokens vanish and full length will be asked for."""
         vanish = self.method.drops or (self.drops and state.lengths is not None)
-        return vanish and (self.expose_all or self.method.joins(self.depth) is not None or self.restore != "none")
+        wanted = self.running.expose_all or self.restore != "none"
+        return vanish and (wanted or self.method.joins(self.depth) is not None)
 
     def enter(self, layer: int, x: Tensor) -> tuple[TokenState, Tensor]:
         """State and short tokens at the entry of block ``layer``.
@@ -309,11 +308,11 @@ class Shared(State):
         sides = self.note.take()
         if sides is None and not torch.compiler.is_compiling():
             own, found = getattr(x, START, (None, None))
-            slot = self.slots.get(0)
+            before = self.slots.again(0, x)
             if own is self:
                 sides = found
-            elif slot is not None and in_backward() and slot.pointer == pointer(x) and slot.shape == x.shape:
-                sides = slot.state.sides
+            elif before is not None:
+                sides = before.sides
         if sides is not None and sides.number != length - self.prefix - self.suffix:
             sides = None  # patches were taken out on the way, so that those that are left form no map
         state = TokenState(length, sides=sides)
@@ -321,7 +320,7 @@ class Shared(State):
             setattr(x, START, (self, sides))
             # Pixels are asked for again by a checkpoint alone, and are not kept alive where there can be none.
             again = torch.is_grad_enabled() or x.requires_grad
-            self.slots[0] = Slot(pointer(x), x.shape, state if again else state.lean())
+            self.slots.keep(0, x, state if again else state.lean())
         return state
 
     def carried(self, layer: int, x: Tensor) -> TokenState:
@@ -349,14 +348,14 @@ class Shared(State):
 
     def exposes(self, layer: int) -> bool:
         """True for a block that returns full length."""
-        return self.expose_all or self.restore == "all" or (layer == self.depth - 1 and self.restore == "last")
+        return self.running.expose_all or self.restore == "all" or (layer == self.depth - 1 and self.restore == "last")
 
     def leave(self, layer: int, y: Tensor, state: TokenState, tokens_in: int) -> Tensor:
         """Attach ``state`` to a block's output, restored to full length where the model's head needs it."""
         full = self.exposes(layer)
         self.record(layer, tokens_in, y.shape[1], state)
-        if self.expose_all:
-            self.final = state
+        if self.running.expose_all:
+            self.running.final = state
         if full and state.steps:
             y = state.restore(y)
         return self.attach(layer, y, state.with_exposed(len(state.steps) > 0) if full else state)
@@ -364,13 +363,14 @@ class Shared(State):
     def record(self, layer: int, tokens_in: int, tokens_out: int, state: TokenState) -> None:
         """Note what a block did, for reports."""
         if not torch.compiler.is_compiling():
-            self.records[layer] = LayerRecord(tokens_in, tokens_out, state)
+            self._last = self.running.records
+            self._last[layer] = LayerRecord(tokens_in, tokens_out, state)
 
     def attach(self, layer: int, y: Tensor, state: TokenState) -> Tensor:
         """Send ``state`` along with the output of block ``layer``."""
         setattr(y, ATTRIBUTE, state)
         if not torch.compiler.is_compiling():
-            self.slots[layer + 1] = Slot(pointer(y), y.shape, state)
+            self.slots.keep(layer + 1, y, state)
         return y
 
     def last(self) -> TokenState:
@@ -387,10 +387,10 @@ class Shared(State):
         return record.state
 
     def _from_slot(self, layer: int, x: Tensor) -> TokenState:
-        slot = None if torch.compiler.is_compiling() else self.slots.get(layer)
-        if slot is not None and slot.shape == x.shape and (not in_backward() or slot.pointer == pointer(x)):
-            setattr(x, ATTRIBUTE, slot.state)
-            return slot.state
+        state = None if torch.compiler.is_compiling() else self.slots.find(layer, x)
+        if state is not None:
+            setattr(x, ATTRIBUTE, state)
+            return state
         if not torch.compiler.is_compiling():
             self.watch.check_ran(str(layer - 1))
         raise TokenStateError(

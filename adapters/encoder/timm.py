@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tokred.adapters.contract import members, terms, words
 from tokred.adapters.encoder.block import Leaf, Recipe, refuse_padding
-from tokred.adapters.encoder.host import EncoderHost, argument_names, module_macs
+from tokred.adapters.encoder.host import EncoderHost, argument_names, module_macs, rewritten
 from tokred.adapters.encoder.sides import Sides, convolution, of_convolution
 from tokred.adapters.encoder.state import TokenState
 from tokred.adapters.encoder.timm_tables import (
@@ -136,6 +136,7 @@ def _host(model: Any) -> EncoderHost:
         supplies=frozenset(supplies),
         pooled=_pools(model),
         pools=_pools,
+        own=rewritten(model, "timm", *(word.name for word in members.BEHIND)),
         tokens=lambda shape: _tokens(model, shape),
         outside_macs=lambda shape: _outside(model, shape),
         grid=tuple(grid) if grid is not None else None,

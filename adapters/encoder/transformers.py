@@ -18,7 +18,7 @@ from torch import nn
 from tokred.adapters.contract import attention_of, members, terms, words
 from tokred.adapters.encoder import transformers_maps, transformers_text
 from tokred.adapters.encoder.block import Recipe, refuse_padding
-from tokred.adapters.encoder.host import EncoderHost, argument_names
+from tokred.adapters.encoder.host import EncoderHost, argument_names, rewritten
 from tokred.adapters.encoder.packed import transformers as packed
 from tokred.adapters.encoder.sides import convolution, films, of_convolution
 from tokred.adapters.encoder.state import TokenState
@@ -188,6 +188,7 @@ def _host(model: Any, name: str, encoder: Any, demand: str) -> EncoderHost:
         # Masked patches are taken out before the first layer, so those that are left form no grid.
         layout=None if masked else of_convolution,
         pooled=demand == "pooled",
+        own=any(rewritten(m, "transformers") for m in {model, encoder}),
         grid=None if clip is None else clip[1:],
         frames=None if clip is None else clip[0],
         full=demand if demand in ("last", "all") else "none",

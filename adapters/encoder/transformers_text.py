@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tokred.adapters.contract import attention_of, terms, words
 from tokred.adapters.encoder.block import Recipe
-from tokred.adapters.encoder.host import EncoderHost, argument_names
+from tokred.adapters.encoder.host import EncoderHost, argument_names, rewritten
 from tokred.adapters.encoder.masks import require, seen, visible
 from tokred.adapters.encoder.state import TokenState
 from tokred.adapters.encoder.text_tables import ENCODERS, HEADS, TextEncoder
@@ -61,6 +61,7 @@ def match(model: Any) -> EncoderHost | None:
         prefix=1,
         supplies=frozenset(supplies),
         pooled=False,
+        own=any(rewritten(m, "transformers") for m in {model, encoder}),
         full="last" if (demand(model) if callable(demand) else demand) == "last" else "none",
         tokens=lambda shape: int(shape[-1]),
         outside_macs=lambda shape: _outside(model, encoder, int(shape[-1])),

@@ -12,7 +12,8 @@ from torch import nn
 from tokred.adapters.changes import Changes
 from tokred.adapters.contract import words
 from tokred.adapters.encoder.host import BlockCost, EncoderHost, argument_names
-from tokred.adapters.encoder.state import LayerRecord, Shared
+from tokred.adapters.encoder.running import LayerRecord
+from tokred.adapters.encoder.state import Shared
 from tokred.adapters.encoder.windows import Grid, Parts, WindowRecipe, WindowState
 from tokred.adapters.swap import host_class
 from tokred.core.method import Method

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -32,6 +33,21 @@ class Record(NamedTuple):
     experts: int
 
 
+class Running(threading.local):
+    """State of the forward that each thread runs: several may use one model.
+
+    Attributes:
+        mask: of padding.
+        shape: samples, and tokens of each, in the layer of experts at hand.
+        records: of the layers.
+    """
+
+    def __init__(self) -> None:
+        self.mask: Tensor | None = None
+        self.shape = (1, 0)
+        self.records: dict[int, Record] = {}
+
+
 class Session(State):
     """State of one decoder. Copies and pickles start without a record.
 
@@ -49,23 +65,31 @@ class Session(State):
         self._forget()
 
     def _forget(self) -> None:
-        self.mask: Tensor | None = None
-        self.shape = (1, 0)
-        self.records: dict[int, Record] = {}
+        self.running = Running()
+        self._last: dict[int, Record] = {}  # records of the thread that ran last
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("mask", "shape", "records")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("running", "_last")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget()
 
+    @property
+    def records(self) -> dict[int, Record]:
+        """Layers of the last forward of this thread; of any, where this one has run none."""
+        return self.running.records or self._last
+
+    def begin(self) -> None:
+        """A forward of the decoder begins: nothing is recorded of it yet."""
+        self.running.records = self._last = {}
+
     def real(self) -> Tensor | None:
         """``(T,)`` bool, the tokens that are no padding; None: nothing is known of padding."""
-        b, n = self.shape
-        if self.mask is None or self.mask.shape[0] != b or self.mask.shape[1] < n:
+        (b, n), mask = self.running.shape, self.running.mask
+        if mask is None or mask.shape[0] != b or mask.shape[1] < n:
             return None
-        return self.mask[:, self.mask.shape[1] - n :].reshape(-1).bool()
+        return mask[:, mask.shape[1] - n :].reshape(-1).bool()
 
 
 class EnterDecoder(Hook):
@@ -85,9 +109,9 @@ class EnterDecoder(Hook):
                 "gradient checkpointing runs layers of experts again behind the forward, where it is not known any "
                 "more which tokens were padding: turn it off, or give batches without padding"
             )
-        self.session.mask = None if again else padded
+        self.session.running.mask = None if again else padded
         if not torch.compiler.is_compiling():
-            self.session.records = {}
+            self.session.begin()
 
 
 class EnterLayer(Hook):
@@ -99,7 +123,8 @@ class EnterLayer(Hook):
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         states = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
         if states is not None:
-            self.session.shape = (1, states.shape[0]) if states.ndim == 2 else (states.shape[0], states.shape[1])
+            n = states.shape[0]
+            self.session.running.shape = (1, n) if states.ndim == 2 else (n, states.shape[1])
 
 
 class Routed(Hook):
@@ -125,14 +150,14 @@ class Routed(Hook):
         if session.method.spares(ids.shape[1], logits.shape[1]):
             routing = Routing(ids, torch.ones_like(ids, dtype=torch.bool))
         else:
-            b, n = session.shape
+            b, n = session.running.shape
             # a router that is called by itself has tokens of which no layer told
             samples, real = (b, session.real()) if b * n == ids.shape[0] else (1, None)
             site = ExpertSite(logits, ids, samples=samples, real=real, layer=self.layer, depth=session.depth)
             routing = session.method.route(site)
             weights = weighed(site, weights, routing, self.normalised)
         if not torch.compiler.is_compiling():
-            session.records[self.layer] = Record(ids, routing.ids, routing.kept, logits.shape[1])
+            session.running.records[self.layer] = Record(ids, routing.ids, routing.kept, logits.shape[1])
         return logits, weights, torch.where(routing.kept, routing.ids, -1)
 
 

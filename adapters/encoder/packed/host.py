@@ -13,7 +13,8 @@ from tokred.adapters.encoder.host import EncoderHost
 from tokred.adapters.encoder.origin import Origin
 from tokred.adapters.encoder.packed.layout import Folding, Layout, PackedState
 from tokred.adapters.encoder.packed.run import PackedRecipe
-from tokred.adapters.encoder.state import LayerRecord, Shared
+from tokred.adapters.encoder.running import LayerRecord
+from tokred.adapters.encoder.state import Shared
 from tokred.encoder.method import BlockMethod
 from tokred.errors import UnsupportedModelError
 

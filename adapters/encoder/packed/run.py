@@ -22,9 +22,8 @@ from tokred.adapters.encoder.block import (
 )
 from tokred.adapters.encoder.capture import Capture, add_bias
 from tokred.adapters.encoder.packed.layout import Layout, PackedState
-from tokred.adapters.encoder.passes import in_backward, pointer
 from tokred.adapters.encoder.sides import Sides
-from tokred.adapters.encoder.state import START, Shared, Slot, TokenState
+from tokred.adapters.encoder.state import START, Shared, TokenState
 from tokred.core.place import Place
 from tokred.core.reduction import Reduction
 from tokred.errors import TokenStateError, UnsupportedModelError
@@ -249,8 +248,8 @@ class PackedRecipe(Recipe):
         shared, layer = settings.shared, settings.layer
         shared.record(layer, n, rows.shape[0], state)
         full = shared.exposes(layer) or layer in self.taps
-        if shared.expose_all:
-            shared.final = state
+        if shared.running.expose_all:
+            shared.running.final = state
         if full and state.kept is not None:
             rows = state.restore(rows)
         if full:
@@ -291,11 +290,11 @@ def begin(shared: Shared, x: Tensor, rows: Tensor) -> PackedState:
     if layout is None and not torch.compiler.is_compiling():
         # A checkpoint runs the block once more, without the hook.
         own, found = getattr(x, START, (None, None))
-        slot = shared.slots.get(0)
+        before = shared.slots.again(0, x)
         if own is shared:
             layout = found
-        elif slot is not None and in_backward() and slot.pointer == pointer(x) and slot.shape == x.shape:
-            layout = getattr(slot.state, "layout", None)
+        elif before is not None:
+            layout = getattr(before, "layout", None)
     if not isinstance(layout, Layout) or layout.length != rows.shape[0]:
         raise TokenStateError(
             f"the first block was given {rows.shape[0]} rows, but nothing is known of the images that they are of: "
@@ -305,7 +304,7 @@ def begin(shared: Shared, x: Tensor, rows: Tensor) -> PackedState:
     if not torch.compiler.is_compiling():
         again = torch.is_grad_enabled() or x.requires_grad
         setattr(x, START, (shared, layout if again else layout.lean()))
-        shared.slots[0] = Slot(pointer(x), x.shape, state if again else replace(state, layout=layout.lean(), parts=()))
+        shared.slots.keep(0, x, state if again else replace(state, layout=layout.lean(), parts=()))
     return state
 
 

@@ -14,8 +14,8 @@ from tokred.adapters.encoder.packed.host import PackedHost
 from tokred.adapters.encoder.packed.layout import Folding, Layout, PackedState
 from tokred.adapters.encoder.packed.run import PackedRecipe
 from tokred.adapters.encoder.packed.transformers import match as match_packed
-from tokred.adapters.encoder.passes import in_backward
 from tokred.adapters.kv.hooks import argument_names
+from tokred.adapters.passes import in_backward
 from tokred.adapters.swap import SETTINGS
 from tokred.adapters.vlm.families import (
     Facts,
