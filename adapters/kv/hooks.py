@@ -263,6 +263,7 @@ class EnterAttention(Hook):
         self.index = index
         self.projection = projection
         self.embedding = embedding
+        self._sunk: bool | None = None  # whether the module has sinks of its own, once that has been asked
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         layer = layer_of(cache_of(kwargs), self.index)
@@ -289,7 +290,9 @@ class EnterAttention(Hook):
     def _resting(self, layer: TokLayer, module: nn.Module, rests: bool) -> Seat:
         """A seat at a step for which no more than the layer is needed."""
         name, depth = self.settings.implementation, len(self.settings.compressed)
-        light = not self.lends and (rests or words.SINKS.part(module) is None)
+        if self._sunk is None:
+            self._sunk = words.SINKS.part(module) is not None
+        light = not self.lends and (rests or not self._sunk)
         return Seat(layer, name, depth, self.projection, None, rests=rests, light=light)
 
 

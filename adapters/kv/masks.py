@@ -32,6 +32,7 @@ class MaskSpec:
             k: int(v) if isinstance(v, Tensor) and v.ndim == 0 else v for k, v in arguments.items()
         }
         self._stock: dict[str, Any] = {}
+        self.functions: dict[tuple[str, str], Any] = {}  # of attention, looked up once for all layers of a forward
         self._moved: dict[torch.device, MaskSpec] = {}
         mask = words.ATTENTION_MASK.of(arguments)
         self._padding = None if mask is None else Padding(mask)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,12 +27,24 @@ def stock(
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     """The attention that the model had before the patch."""
-    eager = words.EAGER.part(sys.modules[type(module).__module__])
-    function = members.INTERFACE.need(host_object("attention functions"))(implementation, eager)
-    if function is None:
-        raise UnsupportedModelError(f"{type(module).__module__} has no attention function {implementation!r}")
+    function = function_of(type(module).__module__, implementation)
     out, weights = function(module, query, key, value, mask, **{_SCALING: scaling, _DROPOUT: dropout}, **options)
     return out, weights
+
+
+def function_of(where: str, implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The host's attention function for modules that the Python module ``where`` defines.
+
+    Raises:
+        UnsupportedModelError: there is none of this name.
+    """
+    eager = words.EAGER.part(sys.modules[where])
+    function: Callable[..., tuple[Tensor, Tensor | None]] | None = members.INTERFACE.need(
+        host_object("attention functions")
+    )(implementation, eager)
+    if function is None:
+        raise UnsupportedModelError(f"{where} has no attention function {implementation!r}")
+    return function
 
 
 def attend(

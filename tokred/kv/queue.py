@@ -52,7 +52,7 @@ class Queue:
         clock = layer.clock
         if engine.probe is not None or engine.drafting or (engine.frames and engine.when.turns):
             return None
-        if engine.when.every == 1 and layer.turned == before:
+        if engine.when.every == 1 and self.parts.score.oldest and layer.turned == before:
             return self._rows(clock.base, after)[1:]  # nothing else has changed since the step before
         if not clock.lengths or not 0 <= clock.prompt <= before == after - 1:
             return None

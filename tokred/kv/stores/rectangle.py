@@ -120,7 +120,8 @@ class RectangleShelf(SlottedShelf):
 
     @property
     def newest(self) -> tuple[Tensor, Tensor]:
-        self.close()
+        if self._hole is not None:
+            self.close()
         assert self._keys is not None  # asked for after an update
         assert self._values is not None
         return self._keys, self._values
@@ -152,10 +153,11 @@ class RectangleShelf(SlottedShelf):
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         count = keys.shape[2]
-        if self._hole is not None and count == 1 and not torch.is_grad_enabled():
-            self._fill(self._hole, keys, values)
-            return
-        self.close()
+        if self._hole is not None:
+            if count == 1 and not torch.is_grad_enabled():
+                self._fill(self._hole, keys, values)
+                return
+            self.close()
         if self._keys is None or self._values is None:
             self._hold(keys.contiguous(), values.contiguous(), own=False)
             return
@@ -163,9 +165,10 @@ class RectangleShelf(SlottedShelf):
         if self._room is None or held + count > self._room[0].shape[2] or not _writable(*self._room):
             self._move(self._keys, self._values, keys, values)
             return
-        for x, new in zip(self._room, (keys, values), strict=True):
-            x.narrow(2, held, count).copy_(new)
-        self._keys, self._values = (x.narrow(2, 0, held + count) for x in self._room)
+        own_keys, own_values = self._room
+        own_keys.narrow(2, held, count).copy_(keys)
+        own_values.narrow(2, held, count).copy_(values)
+        self._keys, self._values = own_keys.narrow(2, 0, held + count), own_values.narrow(2, 0, held + count)
 
     def _move(self, old_keys: Tensor, old_values: Tensor, keys: Tensor, values: Tensor) -> None:
         """Hold rows and new ones behind them, with room for more where more will come."""
@@ -213,8 +216,8 @@ class RectangleShelf(SlottedShelf):
         """Put rows ``[B, Hk, 1, D]`` in the place of those that have left."""
         whole = self._changeable()
         if isinstance(hole, int):
-            for x, new in zip(whole, (keys, values), strict=True):
-                x.narrow(2, hole, 1).copy_(new)
+            whole[0].narrow(2, hole, 1).copy_(keys)
+            whole[1].narrow(2, hole, 1).copy_(values)
         else:
             places = _in_table(hole, whole[0])
             for x, new in zip(whole, (keys, values), strict=True):
@@ -229,8 +232,8 @@ class RectangleShelf(SlottedShelf):
         assert held[0] is not None  # there are rows
         assert held[1] is not None
         whole = self._room or (held[0], held[1])
-        alike = whole[0].is_contiguous() and whole[1].is_contiguous()
-        if not (alike and self._own and _writable(*whole)):
+        alike = self._own and whole[0].is_contiguous() and whole[1].is_contiguous()
+        if not (alike and _writable(*whole)):
             whole = _copy(held[0]), _copy(held[1])
             self._keys, self._values, self._own, self._room = *whole, True, None
         return whole
@@ -375,9 +378,10 @@ def _copy(rows: Tensor) -> Tensor:
 
 def _writable(*rows: Tensor) -> bool:
     """True if rows can be changed in place."""
-    if torch.is_grad_enabled():
-        return False  # what gradients are kept of must not be written over
-    return torch.is_inference_mode_enabled() or not any(x.is_inference() for x in rows)
+    if torch.is_inference_mode_enabled():
+        return True
+    # What gradients are kept of must not be written over.
+    return not torch.is_grad_enabled() and not any(x.is_inference() for x in rows)
 
 
 def _in_table(index: Tensor, rows: Tensor) -> Tensor:
