@@ -1,0 +1,39 @@
+"""What a forward hook notes of a block's sub-module: keys, before a host turns or mixes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from tokred.adapters.swap import Hook
+
+
+def split_heads(t: Tensor, heads: int) -> Tensor:
+    """``(B, N, H * D)`` to ``(B, H, N, D)``."""
+    return t.reshape(*t.shape[:2], heads, -1).transpose(1, 2)
+
+
+class KeyTap(Hook):
+    """Forward hook that notes a sub-module's output: keys after their norm, before rotary embedding.
+
+    A plain object rather than a closure, so that patched models pickle and copy; the noted tensor never travels along.
+
+    Args:
+        heads: split an output of ``(B, N, H * D)`` into ``(B, H, N, D)``; None where it has heads already.
+    """
+
+    def __init__(self, heads: int | None = None) -> None:
+        self.heads = heads
+        self.value: Tensor | None = None
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        self.value = output if self.heads is None else split_heads(output, self.heads)
+
+    def take(self) -> Tensor | None:
+        """The noted keys; None when they have been taken already."""
+        value, self.value = self.value, None
+        return value
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"heads": self.heads, "value": None}
