@@ -1,4 +1,4 @@
-"""What a forward hook notes of a block's sub-module: keys, before a host turns or mixes them."""
+"""Keys of a block's sub-module as a forward hook notes them, before a host turns or mixes them."""
 
 from __future__ import annotations
 
