@@ -21,9 +21,9 @@ from tokred.adapters.encoder.masks import PADDED as PADDED
 from tokred.adapters.encoder.masks import refuse_padding as refuse_padding
 from tokred.adapters.encoder.masks import seen, visible
 from tokred.adapters.encoder.state import Shared, TokenState
+from tokred.adapters.encoder.taps import KeyTap
 from tokred.adapters.linear import value_transform
 from tokred.adapters.swap import SETTINGS as SETTINGS
-from tokred.adapters.swap import Hook
 from tokred.core.learned import Learned
 from tokred.core.place import Place
 from tokred.core.reduction import Reduction
@@ -112,36 +112,6 @@ class Leaf(metaclass=_Leaves):
     """The class of all patched blocks, to ``isinstance``: tracers are told by class which modules are leaves."""
 
 
-def split_heads(t: Tensor, heads: int) -> Tensor:
-    """``(B, N, H * D)`` to ``(B, H, N, D)``."""
-    return t.reshape(*t.shape[:2], heads, -1).transpose(1, 2)
-
-
-class KeyTap(Hook):
-    """Forward hook that notes a sub-module's output: keys after their norm, before rotary embedding.
-
-    A plain object rather than a closure, so that patched models pickle and copy; the noted tensor never travels along.
-
-    Args:
-        heads: split an output of ``(B, N, H * D)`` into ``(B, H, N, D)``; None where it has heads already.
-    """
-
-    def __init__(self, heads: int | None = None) -> None:
-        self.heads = heads
-        self.value: Tensor | None = None
-
-    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        self.value = output if self.heads is None else split_heads(output, self.heads)
-
-    def take(self) -> Tensor | None:
-        """The noted keys; None when they have been taken already."""
-        value, self.value = self.value, None
-        return value
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"heads": self.heads, "value": None}
-
-
 class Settings:
     """Settings of one patched block: its place, the model's shared state and its recipe."""
 
@@ -196,18 +166,23 @@ def run_block(block: Any, host_forward: Callable[..., Any], x: Tensor, args: Any
     capture.left, capture.gate, capture.hidden = state.heads, state.keys, hidden
     capture.watch_answers = acts and "heads" in method.reads
     rest = None
-    if acts and recipe.split and method.where != "end":
+    halves = recipe.split and acts and method.where != "end"
+    if halves:
         state, x = _first_half(block, settings, capture, state, x, kwargs)
+    elif recipe.split:
+        # Nothing but the attention is watched: all that is watched goes through Python once more.
+        x = _attended(block, settings, capture, x, kwargs)
+    if recipe.split:
         y = x + branch(block, words.MLP.need(block)(members.NORM2.need(block)(x)), 2)
     else:
         with capture:
             out = host_forward(x, **kwargs)
         y, rest = _first(out)
         check_capture(capture, settings)
-        if acts:
-            step, state = decide(settings, capture, state, y)
-            capture.release()
-            state, y = follow(shared, step, state, y)
+    if acts and not halves:
+        step, state = decide(settings, capture, state, y)
+        capture.release()
+        state, y = follow(shared, step, state, y)
     state, y = _unmoved(state).finish(y)
     if settings.tap is not None:
         settings.tap.take()  # keys that nobody asked for are not kept alive
@@ -219,15 +194,13 @@ def _first_half(
 ) -> tuple[TokenState, Tensor]:
     """Attention, its residual, and the reduction between it and the MLP."""
     shared = settings.shared
-    normed, attention = members.NORM1.need(block)(x), words.SELF.need(block)
-    capture.transform = lambda: transformed(attention, normed, capture)
     if shared.method.where != "queries":
-        with capture:
-            x = x + branch(block, attention(normed, **kwargs), 1)
-        check_capture(capture, settings)
+        x = _attended(block, settings, capture, x, kwargs)
         step, state = decide(settings, capture, state, x)
         capture.release()
         return follow(shared, step, state, x)
+    normed, attention = members.NORM1.need(block)(x), words.SELF.need(block)
+    capture.transform = lambda: transformed(attention, normed, capture)
     # Queries can only be left out inside the attention, once they and the keys are there and before they are used.
     before, known = x, [state]
 
@@ -248,6 +221,16 @@ def _first_half(
     after, x = follow(shared, taken, state, x)
     # Answers come back at the old length, as the host reshapes them; those that count stand at the representatives.
     return after, x + branch(block, taken.gather(y), 1)
+
+
+def _attended(block: Any, settings: Settings, capture: Capture, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """Tokens ``(B, N, C)`` after the attention and its residual, under the capture."""
+    normed, attention = members.NORM1.need(block)(x), words.SELF.need(block)
+    capture.transform = lambda: transformed(attention, normed, capture)
+    with capture:
+        x = x + branch(block, attention(normed, **kwargs), 1)
+    check_capture(capture, settings)
+    return x
 
 
 def look(

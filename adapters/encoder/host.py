@@ -13,13 +13,14 @@ from torch import nn
 
 from tokred.adapters.changes import Changes, states_in
 from tokred.adapters.contract import words
-from tokred.adapters.encoder.block import KeyTap, Recipe, Settings
+from tokred.adapters.encoder.block import Recipe, Settings
 from tokred.adapters.encoder.block import body as block_body
 from tokred.adapters.encoder.model_body import body as model_body
 from tokred.adapters.encoder.origin import watch
 from tokred.adapters.encoder.running import LayerRecord
 from tokred.adapters.encoder.sides import Sides, numbers_of, of_convolution, tiles
 from tokred.adapters.encoder.state import Shared
+from tokred.adapters.encoder.taps import KeyTap
 from tokred.adapters.host import Host
 from tokred.adapters.linear import matrices
 from tokred.adapters.swap import check_entrance, host_class

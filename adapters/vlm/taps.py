@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tokred.adapters.contract import arguments, members, words
-from tokred.adapters.encoder.block import split_heads
+from tokred.adapters.encoder.taps import split_heads
 from tokred.adapters.swap import Hook, host_class
 from tokred.adapters.vlm.layout import Picture
 from tokred.core.attention import Attention

@@ -37,7 +37,7 @@ def metrics(found: Results) -> str:
 
 _PARTS = (
     provenance, metrics, encoder.demo, encoder.demo_claims, encoder.vit_speed, trained.learned,
-    trained.learned_claims, encoder.operators, diffusion.diffusion,
+    trained.learned_claims, trained.deciding, trained.deciding_claims, encoder.operators, diffusion.diffusion,
     diffusion.diffusion_claims, diffusion.diffusion_speed, vlm.vlm, vlm.vlm_claims, vlm.vlm_cost, vlm.vlm_cost_claims,
     clips.clips, clips.clips_claims, clips.clips_times, clips.early, clips.streams, clips.streams_claims,
     tasks.kv_tasks_kept, tasks.kv_tasks, tasks.kv_tasks_claims, caches.kv_perplexity, caches.kv_perplexity_claims,

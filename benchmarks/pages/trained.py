@@ -84,6 +84,34 @@ def learned_claims(found: Results) -> str:
     return "\n".join(lines) or NOTHING
 
 
+def deciding(found: Results) -> str:
+    """Shares of a forward that deciding takes at real sizes: a line for every method, a column for every model."""
+    rows = found.records("encoder", "deciding")
+    models = list(dict.fromkeys(r["model"] for r in rows))
+    lines = []
+    for name in dict.fromkeys(r["method"] for r in rows):
+        own = {r["model"]: r for r in rows if r["method"] == name}
+        cells = [f"{percent(own[m]['decision_share'])} ({own[m]['speedup']:.2f})" if m in own else "" for m in models]
+        lines.append([f"`{name}`", *cells])
+    return table(["", *(f"`{m}`" for m in models)], sorted(lines), 1) if rows else NOTHING
+
+
+def deciding_claims(found: Results) -> str:
+    """Whose deciding stays within the aim at real sizes, and what a random choice takes there."""
+    lines = []
+    rows = found.records("encoder", "deciding")
+    for model in dict.fromkeys(r["model"] for r in rows):
+        share = {r["method"]: r["decision_share"] for r in rows if r["model"] == model}
+        own = [n for n in LEARNED if n in share]
+        met = [n for n in own if share[n] <= DECIDING]
+        aside = f"; `random_prune` takes {percent(share['random_prune'])} %" if "random_prune" in share else ""
+        lines.append(
+            f"- On `{model}` the aim that deciding takes at most {percent(DECIDING, digits=0)} % of a forward is met "
+            f"by {len(met)} of {len(own)} learned methods ({code(met)}){aside}."
+        )
+    return "\n".join(lines) or NOTHING
+
+
 def learned_dinov2_claims(found: Results) -> str:
     """Who is first on DINOv2, and what Cropr and DynamicViT lose beside the best method without weights."""
     goal, text = "0.45", "41 to 46 %"

@@ -67,6 +67,13 @@ def test_encoder(what: str):
     check(model.norm if what in ("trace", "final") else model.blocks[2], run)
 
 
+def test_keys_that_a_hook_notes():
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("test_vit", img_size=64, num_classes=5, qk_norm=True).eval()
+    tokred.apply(model, "tome", r=2)
+    check(model.blocks[0].attn.proj, lambda i: model(pictures(i, 64)))
+
+
 def test_a_report_in_another_thread_is_that_of_the_last_forward():
     timm = pytest.importorskip("timm")
     model = timm.create_model("test_vit", img_size=32, num_classes=5).eval()

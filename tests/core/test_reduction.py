@@ -160,3 +160,12 @@ def test_bad_input_names_the_argument():
         r.merge(torch.zeros(1, 3, 2), mode="median")
     with pytest.raises(ValueError, match="cannot be followed"):
         r.then(Reduction.identity((1,), 4))
+
+
+def test_sizes_where_no_token_goes_into_another():
+    kept, size = torch.tensor([[3, 0], [1, 2]]), torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]).double()
+    mask = torch.tensor([[True, False], [True, True]])
+    for own, found in ((None, [[1, 0], [1, 1]]), (size, [[4, 0], [6, 7]])):
+        sizes = Reduction.keep(kept, 4, mask).sizes(own)
+        assert sizes.dtype == torch.float32
+        assert sizes.tolist() == found

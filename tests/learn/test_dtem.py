@@ -72,7 +72,7 @@ def _apart(x: torch.Tensor, seed: int, r: int) -> bool:
     own.register_forward_hook(lambda module, inputs, output: heard.append(output))
     with torch.no_grad():
         model(x)
-    unit = heard[0]
+    unit = torch.nn.functional.normalize(heard[0], dim=-1)
     giving, taking = sides_of(unit.shape[1], 1, 0)
     score = unit[:, giving] @ unit[:, taking].mT
     best = score.flatten(1).topk(r + 1)

@@ -211,3 +211,13 @@ def test_refusals():
         tokred.DynamicViT().module(Facts("", 12, 7, 1))
     with pytest.raises(tokred.MissingInputError, match="does not supply 'module', by which dynamicvit decides"):
         tokred.DynamicViT().reduce(tokred.Site(x=torch.randn(1, 5, 8), layer=2, depth=12))
+
+
+def test_the_head_sees_each_token_beside_the_mean_of_those_that_are_left():
+    torch.manual_seed(0)
+    own, x = Predictor(8), torch.randn(2, 5, 8)
+    left = torch.tensor([[1.0, 0.0, 1.0, 0.5, 1.0], [1.0] * 5])
+    local, whole = torch.nn.functional.gelu(own.embed(own.norm(x))).chunk(2, -1)
+    mean = (whole * left[..., None]).sum(1, keepdim=True) / left.sum(1)[:, None, None]
+    expected = own.head(torch.cat([local, mean.expand_as(local)], -1)).log_softmax(-1)
+    torch.testing.assert_close(own(x, left), expected)

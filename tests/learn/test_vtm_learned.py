@@ -180,3 +180,15 @@ def test_refusals():
         Saliency(6, 1)(0, torch.zeros(1, 8, 4))
     assert tokred.VTM().module(Facts("", 12, 48, 3)) is None
     assert tokred.VTM("learned").module(Facts("", 12, 48, 3)).vectors.shape == (3, 16)
+
+
+def test_half_precision_keys_are_judged_as_the_same_values_in_float32():
+    keys = torch.randn(1, 4, 24, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    heard = []
+    for k in (keys, keys.float()):
+        torch.manual_seed(0)
+        module = Saliency(8, 1).eval()
+        module.register_forward_hook(lambda module, inputs, output: heard.append(output))
+        site = tokred.Site(x=k.mean(1), k=k, q=k, v=k, learned=Learned(module))
+        tokred.VTM("learned", gamma=2, blocks=(0,)).reduce(site)
+    assert torch.equal(*heard)

@@ -42,7 +42,11 @@ def pack(
         ``(B, M)`` the entries, behind them as padding some that do not stay; ``(B, M)`` bool, False on padding, or None
         where every sample keeps ``M``.
     """
+    if rows.shape[0] == 1 and known is None and not traced():  # a sample of its own has no padding
+        return rows[stays].unsqueeze(0), None
     low, high = bounds(stays.sum(1), rows.shape[1] if most is None else most) if known is None else known
+    if low == high and rows.device.type == "cpu" and not traced():  # on others this would wait
+        return rows[stays].view(rows.shape[0], high), None
     order = stays.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :high]
     packed = rows.gather(1, order)
     return packed, None if low == high else stays.gather(1, order)

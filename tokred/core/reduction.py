@@ -185,11 +185,13 @@ class Reduction:
         Returns:
             ``(..., M)`` float32; zero on masked slots.
         """
-        flat = None if size is None else size.reshape(-1, self.length)
-        rep, source, target = self._flat()
-        if not self.inherit:
-            source, target = source[:, :0], target[:, :0]
-        out = merge_sizes(flat, rep, source, target, self.length).view(*self.batch, self.slots)
+        if not self.inherit or self.source.shape[-1] == 0:
+            # No slot has other members than the token that stands for it.
+            rep, all_sizes = self.representative, None if size is None else size.float().reshape(*self.batch, -1)
+            out = torch.ones_like(rep, dtype=torch.float32) if all_sizes is None else all_sizes.gather(-1, rep)
+        else:
+            flat = None if size is None else size.reshape(-1, self.length)
+            out = merge_sizes(flat, *self._flat(), self.length).view(*self.batch, self.slots)
         return out if self.mask is None else out * self.mask
 
     def groups(self) -> list[list[list[int]]]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tokred.adapters.changes import Changes
 from tokred.adapters.contract import members, words
-from tokred.adapters.encoder.block import split_heads
+from tokred.adapters.encoder.taps import split_heads
 from tokred.adapters.swap import SETTINGS, host_class
 from tokred.adapters.vlm.families import TOWER_LAYERS, Facts, TowerLayer, class_tokens, tower_layers
 from tokred.errors import UnsupportedModelError

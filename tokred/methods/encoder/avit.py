@@ -111,17 +111,15 @@ class AViT(BlockMethod):
         score = torch.sigmoid(self.gamma * x[..., 0].to(wide) - self.beta) * real
         step = Halt.of(real.to(wide) if last else score, done, left, real, limit)
         site.rows[SUM], site.rows[LEFT] = step.done, step.left
-        before = site.notes.get(OUTPUT)
-        if before is None:
-            before = x.new_zeros(b, site.length, x.shape[-1], dtype=wide)
-        # Padding repeats positions, and adds nothing there.
-        at = site.positions.unsqueeze(-1).expand_as(x)
-        output = before.scatter_add(1, at, torch.where(real.unsqueeze(-1), x.to(wide), 0) * step.weight.unsqueeze(-1))
+        given = x
+        if site.mask is not None and x.dtype == torch.float16:  # rows that nobody sees may outgrow it
+            given = x.masked_fill(~real.unsqueeze(-1), 0)
+        output = _added(site, given, step.weight.unsqueeze(-1))
         site.notes[OUTPUT] = output
         if site.learned.training:
             self._learn(site, score, step, real)
         if last:
-            return Given.make(output.gather(1, at).to(x.dtype))
+            return Given.make((output.flatten(0, 1)[_at(site)].view_as(x) if site.moved else output).to(x.dtype))
         return _gone(site, step.alive)
 
     def _learn(self, site: Site, score: Tensor, step: Halt, real: Tensor) -> None:
@@ -148,28 +146,32 @@ class Halting(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Halt:
-    """One step of the halting of some tokens; all ``(B, N)`` floats but ``alive``.
+    """One step of the halting of some tokens; all ``(B, N)``, and floats unless it is said.
 
     Attributes:
         done: sum of the scores so far.
         left: what is left to one, for tokens that have not halted.
         weight: of what the token is after this block, in the sum that comes out.
-        blocks: 1 for a token that ran through this block, and what was left to it where it halted.
         alive: bool, tokens that go on.
+        reached: bool, tokens that halt here.
+        before: what was left to one before this block.
+        ran: bool, tokens that ran through it.
     """
 
     done: Tensor
     left: Tensor
     weight: Tensor
-    blocks: Tensor
     alive: Tensor
+    reached: Tensor
+    before: Tensor
+    ran: Tensor
 
     @classmethod
     def of(cls, score: Tensor, done: Tensor, left: Tensor, alive: Tensor, limit: float) -> Halt:
         """The step behind a block.
 
         Args:
-            score: of the block; 1 behind the last one.
+            score: of the block; 1 behind the last one; 0 for tokens that did not run through it.
             done, left: before it; zeros and ones before the first.
             alive: bool, tokens that ran through it.
             limit: sum at which a token halts.
@@ -178,10 +180,13 @@ class Halt:
         """
         done = done + score
         reached = alive & (done >= limit)
-        on = alive & ~reached
-        weight = torch.where(reached, left, torch.where(on, score, 0.0))
-        blocks = alive.to(score.dtype) + torch.where(reached, left, 0.0)
-        return cls(done, torch.where(on, left - score, left), weight, blocks, on)
+        # The scores of those that had halted are 0, and what was left to them is asked for no more.
+        return cls(done, left - score, torch.where(reached, left, score), alive ^ reached, reached, left, alive)
+
+    @property
+    def blocks(self) -> Tensor:
+        """1 for a token that ran through this block, and what was left to it where it halted."""
+        return self.ran.to(self.before.dtype) + torch.where(self.reached, self.before, 0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,9 +215,29 @@ class Given(Reduction):
         return self.merge(x, size), self.sizes(size)
 
 
+def _at(site: Site) -> Tensor:
+    """``(B * N,)`` int64: the rows of the original tokens, all samples in one, at which the tokens stand."""
+    first = torch.arange(site.shape[0], device=site.device).unsqueeze(1) * site.length
+    return (site.positions + first).flatten()
+
+
+def _added(site: Site, x: Tensor, weight: Tensor) -> Tensor:
+    """``(B, length, C)``: the sums so far and tokens ``(B, N, C)`` by their weights ``(B, N, 1)``, in their type."""
+    before = site.notes.get(OUTPUT)
+    more = x * weight
+    if not site.moved:
+        return more if before is None else before + more
+    if before is None:
+        before = more.new_zeros(len(x), site.length, x.shape[-1])
+    # Padding repeats positions, and adds nothing there.
+    return before.flatten(0, 1).index_add(0, _at(site), more.flatten(0, 1)).view_as(before)
+
+
 def _gone(site: Site, alive: Tensor) -> Reduction:
     """Tokens that halted leave; protected ones keep their rows, which nobody sees."""
     b, n = site.shape
+    if not traced() and site.mask is None and bool(alive.all()):  # a trace cannot ask, and pads
+        return Reduction.identity((b,), n, site.device)
     with torch.no_grad():
         free = slice(site.prefix, n - site.suffix)
         rows = torch.arange(site.prefix, n - site.suffix, device=site.device).expand(b, -1)

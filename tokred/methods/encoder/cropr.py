@@ -141,7 +141,8 @@ class Cropr(Scheduled):
         b, n = site.shape
         place = Place.of(site)
         left = self.tokens(n, place) - place.protected
-        rows, _ = highest(module.scores(site.layer, site.x[:, site.prefix : n - site.suffix]), left)
+        # Of all tokens, since a cut of them would have to be copied first.
+        rows, _ = highest(module.scores(site.layer, site.x)[:, site.prefix : n - site.suffix], left)
         lead, tail = protected_rows(b, n, site.prefix, site.suffix, site.device)
         return Reduction.keep(torch.cat([lead, rows + site.prefix, tail], 1), n)
 
@@ -228,14 +229,11 @@ class Croppers(nn.Module):
 
     def scores(self, block: int, x: Tensor) -> Tensor:
         """``(B, N)`` float32 (float64 stays) of tokens ``(B, N, C)``: the sum of the logits of all queries."""
-        return _scores(self._direction()[block], x)
-
-    def _direction(self) -> Tensor:
-        return self.queries.to(torch.promote_types(self.queries.dtype, torch.float32)).sum(1).to(self.queries.dtype)
+        return _scores(_direction(self.queries[block]), x)
 
     def folded(self) -> Folded:
         """The module for inference, which keeps the very same tokens: apply ``cropr`` without ``classes`` with it."""
-        return Folded(self._direction().detach().clone()).train(self.training)
+        return Folded(_direction(self.queries).detach().clone()).train(self.training)
 
     def gathered(self, block: int, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """``(B, M, C)`` float32: the mean of tokens ``(B, N, C)`` by what each query looks at; not at padding, where
@@ -275,6 +273,13 @@ class Head(nn.Module):
         with without_autocast(gathered):
             more = F.gelu(linear(self.wide, norm(self.before, gathered)))
             return linear(self.classes, norm(self.after, gathered + linear(self.narrow, more)))
+
+
+def _direction(queries: Tensor) -> Tensor:
+    """``(..., C)``: the sum of queries ``(..., M, C)``, in their type."""
+    if queries.shape[-2] == 1:
+        return queries.squeeze(-2)
+    return queries.to(torch.promote_types(queries.dtype, torch.float32)).sum(-2).to(queries.dtype)
 
 
 def _scores(direction: Tensor, x: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ class DTEM(Scheduled):
             if site.mask is not None:
                 return reduce_each(self, site, always=True)
             with torch.no_grad():
-                metric = module(site.layer, site.x)
+                metric = module(site.layer, site.x, unit=False)  # lengths do not matter to the matching
             return bipartite_soft_matching(metric, r, prefix=site.prefix, suffix=site.suffix)
         if site.mask is not None:
             raise UnsupportedModelError("'dtem' cannot learn on batches with padding: give samples of one length")
@@ -116,8 +116,8 @@ class Embeddings(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(blocks))
         self.layers = nn.ModuleList(nn.Linear(width, dim) for _ in range(blocks))
 
-    def forward(self, block: int, x: Tensor) -> Tensor:
-        """Embeddings ``(B, N, D)`` of tokens ``(B, N, C)``, of length one, float32 (float64 stays)."""
+    def forward(self, block: int, x: Tensor, unit: bool = True) -> Tensor:
+        """Embeddings ``(B, N, D)`` of tokens ``(B, N, C)``, of length one if ``unit``, float32 (float64 stays)."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         first, layer = self.norms[block], self.layers[block]
         assert isinstance(first, nn.LayerNorm)  # module lists do not tell the types of what is in them
@@ -125,4 +125,4 @@ class Embeddings(nn.Module):
         with without_autocast(x):
             y = linear(layer, norm(first, x))
             # Not a norm, whose gradient at nothing is none.
-            return y * (y.square().sum(-1, keepdim=True) + 1e-12).rsqrt()
+            return y * (y.square().sum(-1, keepdim=True) + 1e-12).rsqrt() if unit else y

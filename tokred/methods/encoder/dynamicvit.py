@@ -183,7 +183,11 @@ class Predictor(nn.Module):
             local, whole = F.gelu(linear(self.embed, norm(self.norm, x))).chunk(2, -1)
             left = previous.unsqueeze(-1).to(x.dtype)
             mean = (whole * left).sum(1, keepdim=True) / left.sum(1, keepdim=True).clamp_min(1e-6)
-            y = torch.cat([local, mean.expand_as(local)], -1)
-            for layer in self.head:
+            first, *others = self.head
+            assert isinstance(first, nn.Linear)  # containers do not tell the types of what is in them
+            # What the first layer makes of the mean is the same for all tokens of an image, so it is asked once.
+            own, common = first.weight.to(x.dtype).chunk(2, 1)
+            y = F.linear(local, own) + F.linear(mean, common, first.bias.to(x.dtype))
+            for layer in others:
                 y = linear(layer, y) if isinstance(layer, nn.Linear) else layer(y)
             return y.log_softmax(-1)

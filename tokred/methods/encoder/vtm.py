@@ -157,8 +157,9 @@ class VTM(BlockMethod):
             return same
         inner = slice(site.prefix, n - site.suffix)
         real = None if site.mask is None else site.mask[:, inner]
-        metric = read_metric(site, self.metric)[:, inner].detach()
-        salient = self._salient(site, inner) if self.variant == "learned" else None
+        metric = read_metric(site, self.metric)[:, inner]
+        salient = self._salient(site, inner, metric) if self.variant == "learned" else None
+        metric = metric.detach()
         with torch.no_grad():
             chosen, count = self._targets(site, free, real, salient)
             chosen = chosen.expand(b, -1)
@@ -190,10 +191,11 @@ class VTM(BlockMethod):
             return step
         return self._helped(site, step, salient)
 
-    def _salient(self, site: Site, inner: slice) -> Tensor:
-        """``(B, T)`` float32: the saliency of the unprotected tokens, in (-1, 1)."""
+    def _salient(self, site: Site, inner: slice, metric: Tensor) -> Tensor:
+        """``(B, T)`` float32: the saliency of the unprotected tokens, in (-1, 1); ``metric``: what is compared."""
         module = self.its_module(site, Saliency, "by which vtm with variant='learned' decides")
-        said: Tensor = module(self.places(site.depth).index(site.layer), site.k.mean(1)[:, inner])
+        keys = metric if self.metric == "k" else read_metric(site, "k")[:, inner]
+        said: Tensor = module(self.places(site.depth).index(site.layer), keys)
         return said
 
     def _helped(self, site: Site, step: Reduction, salient: Tensor) -> Reduction:
