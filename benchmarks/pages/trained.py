@@ -106,8 +106,8 @@ def deciding_claims(found: Results) -> str:
         met = [n for n in own if share[n] <= DECIDING]
         aside = f"; `random_prune` takes {percent(share['random_prune'])} %" if "random_prune" in share else ""
         lines.append(
-            f"- On `{model}` the aim that deciding takes at most {percent(DECIDING, digits=0)} % of a forward is met by "
-            f"{len(met)} of {len(own)} learned methods ({code(met)}){aside}."
+            f"- On `{model}` the aim that deciding takes at most {percent(DECIDING, digits=0)} % of a forward is met "
+            f"by {len(met)} of {len(own)} learned methods ({code(met)}){aside}."
         )
     return "\n".join(lines) or NOTHING
 
