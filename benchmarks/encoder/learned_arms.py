@@ -239,7 +239,7 @@ def at_share(name: str, recipe: learn.Recipe, share: float, plain: nn.Module, im
     if name == SMALLER:
         return Arm(name, share, recipe, lambda: smaller(share, plain))
     parameters = dict(recipe.parameters)
-    if recipe.method in AMOUNTS:
+    if recipe.method in AMOUNTS and not _listed(parameters.get(AMOUNTS[recipe.method][0])):
         method = setting(recipe.method, share, plain, **parameters)
         parameter = AMOUNTS[recipe.method][0]
         parameters[parameter] = method.to_dict()["parameters"][parameter]
@@ -257,6 +257,11 @@ def at_share(name: str, recipe: learn.Recipe, share: float, plain: nn.Module, im
     }
     recipe = dataclasses.replace(recipe, parameters=parameters, schedule=schedule)
     return Arm(name, share, recipe, lambda: copy.deepcopy(plain))
+
+
+def _listed(amount: object) -> bool:
+    """True for an amount of each block, which a recipe has for one share alone."""
+    return isinstance(amount, list | tuple)
 
 
 def foreground(count: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from benchmarks.encoder import clutter, learned_models, learned_times, train_lea
 from benchmarks.encoder import learned_arms as arms
 from benchmarks.pages import trained
 from benchmarks.pages.markdown import Results
-from tokred import adapters
+from tokred import adapters, learn
 from tokred.bench import embedded, results
 
 
@@ -170,3 +171,8 @@ def test_the_aim_on_dinov2_is_told_by_intervals(tmp_path: Path) -> None:
     assert "`cropr` loses at most half" in said
     assert "trained as long: missed, -20.0 points" in said
     assert "not told apart, -4.0 points beside the dense model (-6.0 to -2.0), `tome` -10.0." in said
+
+
+def test_amounts_of_each_block_stay_as_the_recipe_has_them():
+    recipe = replace(learn.recipe("cropr"), parameters={"r": [45, 110, 0, 0], "classes": 10})
+    assert arms.at_share("early", recipe, 0.33, embedded.load()).recipe.parameters["r"] == [45, 110, 0, 0]
