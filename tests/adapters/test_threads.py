@@ -69,7 +69,8 @@ def test_encoder(what: str):
 
 def test_keys_that_a_hook_notes():
     timm = pytest.importorskip("timm")
-    model = timm.create_model("test_vit", img_size=64, num_classes=5, qk_norm=True).eval()
+    size = {"img_size": 64, "patch_size": 16, "embed_dim": 48, "depth": 3, "num_heads": 3}
+    model = timm.models.eva.Eva(**size, num_classes=5, use_rot_pos_emb=True).eval()
     tokred.apply(model, "tome", r=2)
     check(model.blocks[0].attn.proj, lambda i: model(pictures(i, 64)))
 
