@@ -35,7 +35,11 @@ class KeyTap(Hook):
         self._noted = _Noted()
 
     def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        self._noted.value = output if self.heads is None else split_heads(output, self.heads)
+        self.put(output if self.heads is None else split_heads(output, self.heads))
+
+    def put(self, keys: Tensor) -> None:
+        """Notes keys ``(B, H, N, D)`` for whoever takes them next in this thread."""
+        self._noted.value = keys
 
     def take(self) -> Tensor | None:
         """The noted keys; None when they have been taken already."""

@@ -232,7 +232,7 @@ class PackedRecipe(Recipe):
                     capture.scale,
                 )
                 if keys is not None and tap is not None:
-                    tap.value = _heads(state, keys, i)
+                    tap.put(_heads(state, keys, i))
                 step, part = decide(settings, made, part, x)
                 part, x = follow(shared, step, part, x)
             parts.append(part)
