@@ -5,8 +5,8 @@ from __future__ import annotations
 from benchmarks.pages.markdown import Record, Results, Value, between, code, percent, ranked, table, value
 
 SHARES = {"0.5": "a half", "0.33": "a third"}
-LEARNED = ("avit", "bavit", "cropr", "diffrate", "dovit", "dtem", "dynamicvit", "vtm")
-AIMED = ("cropr", "dynamicvit")  # they lose at most half of what the best method without weights loses
+LEARNED = ("avit", "bavit", "cropr", "cropr_early", "diffrate", "dovit", "dtem", "dynamicvit", "vtm")
+AIMED = ("cropr", "cropr_early", "dynamicvit")  # they lose at most half of what the best method without weights loses
 PART = 0.5
 DECIDING = 0.01  # of a forward
 NOTHING = "Not measured yet."
