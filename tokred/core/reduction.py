@@ -187,7 +187,8 @@ class Reduction:
         """
         if not self.inherit or self.source.shape[-1] == 0:
             # No slot has other members than the token that stands for it.
-            rep, all_sizes = self.representative, None if size is None else size.float().reshape(*self.batch, self.length)
+            rep = self.representative
+            all_sizes = None if size is None else size.float().reshape(*self.batch, self.length)
             out = torch.ones_like(rep, dtype=torch.float32) if all_sizes is None else all_sizes.gather(-1, rep)
         else:
             flat = None if size is None else size.reshape(-1, self.length)
