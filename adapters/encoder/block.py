@@ -166,23 +166,18 @@ def run_block(block: Any, host_forward: Callable[..., Any], x: Tensor, args: Any
     capture.left, capture.gate, capture.hidden = state.heads, state.keys, hidden
     capture.watch_answers = acts and "heads" in method.reads
     rest = None
-    halves = recipe.split and acts and method.where != "end"
-    if halves:
+    if acts and recipe.split and method.where != "end":
         state, x = _first_half(block, settings, capture, state, x, kwargs)
-    elif recipe.split:
-        # Nothing but the attention is watched: all that is watched goes through Python once more.
-        x = _attended(block, settings, capture, x, kwargs)
-    if recipe.split:
         y = x + branch(block, words.MLP.need(block)(members.NORM2.need(block)(x)), 2)
     else:
         with capture:
             out = host_forward(x, **kwargs)
         y, rest = _first(out)
         check_capture(capture, settings)
-    if acts and not halves:
-        step, state = decide(settings, capture, state, y)
-        capture.release()
-        state, y = follow(shared, step, state, y)
+        if acts:
+            step, state = decide(settings, capture, state, y)
+            capture.release()
+            state, y = follow(shared, step, state, y)
     state, y = _unmoved(state).finish(y)
     if settings.tap is not None:
         settings.tap.take()  # keys that nobody asked for are not kept alive

@@ -191,7 +191,7 @@ def test_the_page_keeps_what_tells_policies_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize("times", [True, False])
 def test_rows_of_caches_that_are_used_again_go_into_a_table(times: bool, maker: texts.Maker, tmp_path: Path) -> None:
     options = SimpleNamespace(
-        name="tiny", contexts=1, shares=[0.0, 0.25], measures=["key"], rounds=2, clock="cpu", times=times,
+        name="tiny", contexts=1, shares=[0.0, 0.25], measures=["key"], rounds=2, clock="cpu", times=times, front=1,
         device="cpu", dtype="float32", out=tmp_path / "kv.csv", overwrite=False,
     )  # fmt: skip
     save(reuse.measure(build("llama"), maker, 40, options), "reuse", options)
@@ -201,3 +201,4 @@ def test_rows_of_caches_that_are_used_again_go_into_a_table(times: bool, maker: 
         assert {"ratio", "ms_to_first_token"} <= r.keys()
         assert ({"retrieval", "nll", "kl"} <= r.keys()) != times
         assert (r["chunks"], r["rounds"]) == (8, 2)
+        assert r["front"] > 40, "a text stands in front"

@@ -129,7 +129,7 @@ def test_pixels_are_not_kept_alive():
     with torch.no_grad():
         model(images())
     ((_, _, shared),) = shared_of(model)
-    states = [slot.state for slot in shared.slots.values()] + [record.state for record in shared.records.values()]
+    states = [slot.state for slot in shared.slots.last.values()] + [record.state for record in shared.records.values()]
     assert len(states) > 4
     assert all(state.sides is not None and state.sides.pixels is None for state in states)
 
