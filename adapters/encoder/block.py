@@ -189,13 +189,15 @@ def _first_half(
 ) -> tuple[TokenState, Tensor]:
     """Attention, its residual, and the reduction between it and the MLP."""
     shared = settings.shared
+    normed, attention = members.NORM1.need(block)(x), words.SELF.need(block)
+    capture.transform = lambda: transformed(attention, normed, capture)
     if shared.method.where != "queries":
-        x = _attended(block, settings, capture, x, kwargs)
+        with capture:
+            x = x + branch(block, attention(normed, **kwargs), 1)
+        check_capture(capture, settings)
         step, state = decide(settings, capture, state, x)
         capture.release()
         return follow(shared, step, state, x)
-    normed, attention = members.NORM1.need(block)(x), words.SELF.need(block)
-    capture.transform = lambda: transformed(attention, normed, capture)
     # Queries can only be left out inside the attention, once they and the keys are there and before they are used.
     before, known = x, [state]
 
@@ -216,16 +218,6 @@ def _first_half(
     after, x = follow(shared, taken, state, x)
     # Answers come back at the old length, as the host reshapes them; those that count stand at the representatives.
     return after, x + branch(block, taken.gather(y), 1)
-
-
-def _attended(block: Any, settings: Settings, capture: Capture, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """Tokens ``(B, N, C)`` after the attention and its residual, under the capture."""
-    normed, attention = members.NORM1.need(block)(x), words.SELF.need(block)
-    capture.transform = lambda: transformed(attention, normed, capture)
-    with capture:
-        x = x + branch(block, attention(normed, **kwargs), 1)
-    check_capture(capture, settings)
-    return x
 
 
 def look(
