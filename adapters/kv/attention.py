@@ -15,7 +15,7 @@ from tokred.adapters.kv.latents import LatentSite, carried, expanded
 from tokred.adapters.kv.layer import TokLayer
 from tokred.adapters.kv.masks import MaskSpec, mask_function
 from tokred.adapters.kv.products import attend as attend
-from tokred.adapters.kv.products import function_of, stock
+from tokred.adapters.kv.products import stock
 from tokred.adapters.kv.seat import PREFIX as PREFIX
 from tokred.adapters.kv.seat import SEAT as SEAT
 from tokred.adapters.kv.seat import Call
@@ -96,7 +96,6 @@ def attention(
     return torch.cat([prompt, rest], 1), None
 
 
-_SCALING, _DROPOUT = words.SCALE_OF_A_CALL.name, words.DROPOUT_OF_A_CALL.name
 # Arguments of a call by which more is asked than an attention over all rows.
 _MORE = frozenset(name for word in (words.CACHE_OF_A_BATCH, words.EXTRA_BIAS, words.SOFTCAP) for name in word.names)
 
@@ -241,14 +240,10 @@ def _whole(
     call: Call, rows: TokLayer | Lent, query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """The host's own attention: by its own mask, or by none over rows that are fewer."""
-    spec, name, where = call.spec, call.seat.implementation, type(call.module).__module__
+    spec, name = call.spec, call.seat.implementation
     mask = None if rows.compressed else spec.stock(name)
-    function = spec.functions.get((where, name))
-    if function is None:
-        function = spec.functions[where, name] = function_of(where, name)
-    terms = {_SCALING: call.scaling, _DROPOUT: call.dropout}
-    out, weights = function(call.module, query, key, value, mask, **terms, **call.options)
-    return out, weights
+    known = spec.functions
+    return stock(call.module, name, query, key, value, mask, call.scaling, call.dropout, call.options, known)
 
 
 def _padding(spec: MaskSpec, seen: int, count: int) -> Tensor | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,26 +24,29 @@ def stock(
     scaling: float | None,
     dropout: float,
     options: dict[str, Any],
+    known: dict[tuple[str, str], Any] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention that the model had before the patch."""
-    function = function_of(type(module).__module__, implementation)
-    out, weights = function(module, query, key, value, mask, **{_SCALING: scaling, _DROPOUT: dropout}, **options)
-    return out, weights
+    """The attention that the model had before the patch.
 
-
-def function_of(where: str, implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """The host's attention function for modules that the Python module ``where`` defines.
+    Args:
+        known: functions that were looked up before, by the Python module that defines ``module``'s class and by
+            ``implementation``; takes the one that is looked up now.
 
     Raises:
-        UnsupportedModelError: there is none of this name.
+        UnsupportedModelError: the host has no function of this name.
     """
-    eager = words.EAGER.part(sys.modules[where])
-    function: Callable[..., tuple[Tensor, Tensor | None]] | None = members.INTERFACE.need(
-        host_object("attention functions")
-    )(implementation, eager)
+    where = type(module).__module__
+    # Looking it up goes through several tables of the host, which counts at every layer of a step of few rows.
+    function = None if known is None else known.get((where, implementation))
     if function is None:
-        raise UnsupportedModelError(f"{where} has no attention function {implementation!r}")
-    return function
+        eager = words.EAGER.part(sys.modules[where])
+        function = members.INTERFACE.need(host_object("attention functions"))(implementation, eager)
+        if function is None:
+            raise UnsupportedModelError(f"{where} has no attention function {implementation!r}")
+        if known is not None:
+            known[where, implementation] = function
+    out, weights = function(module, query, key, value, mask, **{_SCALING: scaling, _DROPOUT: dropout}, **options)
+    return out, weights
 
 
 def attend(
