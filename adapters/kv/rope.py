@@ -34,11 +34,16 @@ class LayerRope:
     def unrotate(self, q: Tensor) -> Tensor:
         """Queries ``[B, H, M, D]`` before rotation, up to rounding."""
         cos, sin = (t.float().unsqueeze(1) for t in self.tables)
+        # Some models scale the tables; turning back divides by the square of that.
+        square = cos.square() + sin.square()
+        cos, sin = cos / square, sin / square
         x = q.float()
         half = x.shape[-1] // 2
-        turned = torch.cat([-x[..., half:], x[..., :half]], -1)
-        # Some models scale the tables; turning back divides by the square of that.
-        return (x * cos - turned * sin) / (cos.square() + sin.square())
+        # Of a long prompt every pass over the queries counts: this is one, and a half for each half.
+        found = x * cos
+        found[..., :half].addcmul_(x[..., half:], sin[..., :half])
+        found[..., half:].addcmul_(x[..., :half], sin[..., half:], value=-1)
+        return found
 
     def mean(self, start: int, count: int) -> tuple[Tensor, Tensor]:
         """Mean cosines and sines ``[D]`` of ``count`` positions from ``start`` on."""

@@ -57,7 +57,7 @@ class Expected(Score):
 
     def observe(self, site: CacheSite) -> None:
         """Add this forward's queries to the statistics."""
-        new, old = _moments(self._voters(site), site.rope.unrotate(site.q).float()), _noted(site)
+        new, old = self._moments(site), _noted(site)
         site.notes.update(zip(NOTES, new if old is None else _joined(old, new), strict=True))
 
     def __call__(self, site: CacheSite) -> Tensor:
@@ -66,12 +66,12 @@ class Expected(Score):
         b, d, group = mean.shape[0], mean.shape[2], mean.shape[1] // site.heads
         k = site.k.float()
         scale: float = site.scale  # type: ignore[assignment]
-        linear = mean.view(b, site.heads, group, d) @ k.mT  # [B, Hk, G, K]
-        rows = []
-        for g in range(group):
-            c = cov.view(b, site.heads, group, d, d)[:, :, g]
-            rows.append(((k @ c) * k).sum(-1))
-        logits = scale * linear + scale**2 / 2 * torch.stack(rows, 2)
+        mean, cov = mean.view(b, site.heads, group, 1, d), cov.view(b, site.heads, group, d, d)
+        # Both terms are linear in the key once it is multiplied last: scale k.m + scale^2 / 2 k.Ck.
+        rows = [
+            (k @ (cov[:, :, g] * (scale**2 / 2))).add_(mean[:, :, g], alpha=scale).mul_(k).sum(-1) for g in range(group)
+        ]
+        logits = torch.stack(rows, 2)  # [B, Hk, G, K]
         hidden = site.token < self.sinks
         hidden = hidden if site.real is None else hidden | ~site.real
         # A sample of sinks alone has nothing to share out; its scores do not matter.
@@ -81,19 +81,19 @@ class Expected(Score):
 
     def _future_queries(self, site: CacheSite) -> tuple[Tensor, Tensor]:
         """Mean ``[B, H, D]`` and covariance ``[B, H, D, D]`` of queries at the positions that come next."""
-        found = _noted(site) or _moments(self._voters(site), site.rope.unrotate(site.q).float())
+        found = _noted(site) or self._moments(site)
         mean = found.mean.unsqueeze(2)
         cov = found.spread / found.total.clamp(min=1)[:, None, None, None]
         each = [self._rotation(site, n, mean.shape[-1]) for n in site.lengths]
         turn = torch.stack(each or [torch.eye(mean.shape[-1], device=site.device)])[:, None]  # [B, 1, D, D]
         return (mean @ turn.mT).squeeze(2), turn @ cov @ turn.mT
 
-    def _voters(self, site: CacheSite) -> Tensor:
-        """``[B or 1, M]`` bool: queries of this forward that count."""
-        m = site.q.shape[2]
+    def _moments(self, site: CacheSite) -> Moments:
+        """Moments of this forward's queries that count: none of padding, and of none of the first tokens."""
+        q, m = site.rope.unrotate(site.q).float(), site.q.shape[2]
         if site.padding is None:
-            return (torch.arange(site.seen - m, site.seen, device=site.device) >= self.sinks)[None]
-        return site.padding.mask[:, -m:] & (site.padding.token[:, -m:] >= self.sinks)
+            return _moments(q[:, :, max(0, self.sinks - (site.seen - m)) :], None)
+        return _moments(q, site.padding.mask[:, -m:] & (site.padding.token[:, -m:] >= self.sinks))
 
     def _rotation(self, site: CacheSite, start: int, d: int) -> Tensor:
         """``[D, D]`` the mean rotation of the positions from ``start`` on."""
@@ -107,9 +107,14 @@ def _noted(site: CacheSite) -> Moments | None:
     return Moments(*(site.notes[n] for n in NOTES)) if NOTES[0] in site.notes else None
 
 
-def _moments(vote: Tensor, q: Tensor) -> Moments:
-    """Moments of the queries ``[B, H, M, D]`` that ``vote`` ``[B or 1, M]`` marks."""
-    w = vote.expand(q.shape[0], -1).float()
+def _moments(q: Tensor, vote: Tensor | None) -> Moments:
+    """Moments of queries ``[B, H, M, D]``, those that ``vote`` ``[B, M]`` marks; None: all."""
+    if vote is None:
+        count = q.new_full((q.shape[0],), q.shape[2])
+        mean = q.sum(2) / max(q.shape[2], 1)
+        apart = q - mean.unsqueeze(2)
+        return Moments(count, mean, apart.mT @ apart)
+    w = vote.float()
     count = w.sum(1)
     w = w[:, None, :, None]
     mean = (q * w).sum(2) / count.clamp(min=1)[:, None, None]
