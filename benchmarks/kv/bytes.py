@@ -240,15 +240,16 @@ def records(values: Iterable[Value], where: dict[str, Any], length: int = WHOLE)
         row = {"method": BASE, "setting": "", "data": kind, "length": length, **where}
         found.append(row | _numbers(kind, mine, mine))
     for (kind, goal), by in table.items():
-        count = common([len(mine) for mine in by.values()])
         base = full.get(kind, {})
-        every = {arm: [mine[i] for i in range(count)] for arm, mine in by.items() if {*range(count)} <= mine.keys()}
-        if not count or not {*range(count)} <= base.keys():
+        # Samples are counted from the first that there is: those of a run of its own begin behind all others.
+        some = sorted(base)[: common([len(mine) for mine in by.values()])]
+        every = {arm: [mine[i] for i in some] for arm, mine in by.items() if {*some} <= mine.keys()}
+        if not some:
             continue
         for (method, setting, _), mine in every.items():
             row = {"method": method, "setting": setting, "data": kind, "length": length, **where}
             row |= {"goal": goal} if goal else {}
-            row |= _numbers(kind, mine, [base[i] for i in range(count)])
+            row |= _numbers(kind, mine, [base[i] for i in some])
             singles = [x for a, x in every.items() if not is_product(a[1])]
             if goal and is_product(setting) and singles:
                 row |= beside(kind, mine, singles)

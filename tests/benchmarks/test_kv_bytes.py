@@ -166,6 +166,8 @@ def test_a_product_is_paired_with_the_one_it_beats_least_surely() -> None:
     assert rows["c"]["prompts"] == 3
     assert rows["c"]["over_single"] == pytest.approx(math.exp(-(0.1 + 0.1 + 0.15) / 3))
     assert rows["c"]["over_single_high"] < 1
+    later = {r["method"]: r for r in script.records([v._replace(index=v.index + 12) for v in values[:-1]], WHERE)}
+    assert later == rows, "samples of a run of its own begin behind those of others"
 
 
 def test_how_many_samples_count() -> None:
