@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tokred.adapters.contract import attention_of, terms, words
@@ -98,6 +99,8 @@ class TextRecipe(Recipe):
             # Windows of positions hide more than padding.
             real = through[:, 0].any(1) if self.windowed else visible(through, len(x), words.ATTENTION_MASK.name)
         real = real.expand(x.shape[0], -1)
+        # A sample that is padding alone is one of its first token, as which nothing goes from it.
+        real = torch.cat([real[:, :1] | ~real.any(1, keepdim=True), real[:, 1:]], 1)
         require(real[:, 0], LEFT)
         return real
 

@@ -282,6 +282,16 @@ def test_a_training_step():
     assert model.bert.encoder.layer[0].attention.self.query.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("name", ["tome", "evit", "spatten", "zero_tprune", "skipvit"])
+def test_a_sample_of_padding_alone_leaves_the_others_as_they_are(name):
+    model, inputs = build(), batch()
+    inputs["attention_mask"][1] = 0
+    tokred.apply(model, name.split("-")[0], **METHODS.get(name, {}))
+    found, alone = model(**inputs).logits, model(**{k: v[[0, 2]] for k, v in inputs.items()}).logits
+    assert found.isfinite().all()
+    torch.testing.assert_close(found[[0, 2]], alone)
+
+
 def test_masks_that_hide_pairs_and_padding_on_the_left_are_refused():
     model = tokred.apply(build(), "tome", r=3)
     inputs = batch()
