@@ -89,10 +89,16 @@ def free(folder: Path, names: Sequence[str], *, force: bool = False) -> dict[str
 
     Raises:
         NotADirectoryError: ``folder`` is a file.
+        OSError: it cannot be made, or nothing can be written into it.
     """
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file, not a folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"the folder {folder} for results cannot be made ({error.strerror}): name another") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"nothing can be written into the folder {folder} for results: name another")
     number = 1
     while True:
         tail = "" if number == 1 else f"-{number}"
