@@ -152,9 +152,18 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def traced() -> bool:
-    """True while operations are written down (torch.compile, torch.export, torch.jit.trace) to run on other values:
-    nothing may then be decided by looking at values, nor by whether gradients are recorded at the moment."""
-    return torch.compiler.is_compiling() or bool(torch._C._is_tracing())
+    """True while operations are written down (torch.compile, torch.export, torch.jit.trace) to run on other values, or
+    run on many at once (torch.func.vmap): nothing may then be decided by looking at values, nor by whether gradients
+    are recorded at the moment, and nothing is written into memory that was there before."""
+    return torch.compiler.is_compiling() or bool(torch._C._is_tracing()) or mapped()
+
+
+def mapped() -> bool:
+    """True inside of ``torch.func.vmap``, whose tensors mean nothing outside."""
+    functorch = torch._C._functorch
+    if functorch.peek_interpreter_stack() is None:
+        return False
+    return any(one.key() == functorch.TransformType.Vmap for one in functorch.get_interpreter_stack() or ())
 
 
 def of_one_type(*tensors: Tensor) -> tuple[Tensor, ...]:

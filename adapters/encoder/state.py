@@ -26,6 +26,7 @@ from tokred.core.learned import Learned
 from tokred.core.reduction import Gated, Reduction
 from tokred.encoder.method import BlockMethod
 from tokred.errors import NothingRecordedError, TokenStateError, UnsupportedModelError
+from tokred.kernels.dispatch import mapped
 
 ATTRIBUTE = "_tokred_state"
 START = "_tokred_start"
@@ -299,10 +300,7 @@ class Shared(State):
         return any(p.requires_grad for p in own) or (not own and self.method.gradients)
 
     def begin(self, x: Tensor, length: int) -> TokenState:
-        """The state of tokens ``x`` that enter the first block.
-
-        Their sides go on with ``x``, for a checkpoint that runs the block once more.
-        """
+        """The state of tokens ``x`` that enter the first block; their sides go on with ``x``, for a checkpoint."""
         if self.module is not None and not recomputed():
             self.losses, self.guesses = ({} if self.module.training else None), []
         sides = self.note.take()
@@ -361,8 +359,8 @@ class Shared(State):
         return self.attach(layer, y, state.with_exposed(len(state.steps) > 0) if full else state)
 
     def record(self, layer: int, tokens_in: int, tokens_out: int, state: TokenState) -> None:
-        """Note what a block did, for reports."""
-        if not torch.compiler.is_compiling():
+        """Note what a block did."""
+        if not (torch.compiler.is_compiling() or mapped()):
             self._last = self.running.records
             self._last[layer] = LayerRecord(tokens_in, tokens_out, state)
 
@@ -377,12 +375,12 @@ class Shared(State):
         """State after the last block of the last forward.
 
         Raises:
-            NothingRecordedError: no forward has run since the model was patched, or only compiled ones.
+            NothingRecordedError: no forward has run since the model was patched, or only compiled or vmapped ones.
         """
         record = self.records.get(self.depth - 1)
         if record is None:
             raise NothingRecordedError(
-                "nothing is recorded: run one forward of the patched model first (compiled forwards keep no record)"
+                "nothing is recorded: run one forward of the patched model first (compiled or vmapped keep none)"
             )
         return record.state
 

@@ -1,4 +1,5 @@
-"""Methods in the blocks of a model that is written down: torch.jit.trace, torch.export; and batches of nothing."""
+"""Methods in the blocks of a model that is written down (torch.jit.trace, torch.export) or runs on many samples at once
+(torch.func.vmap); and batches of nothing."""
 
 from __future__ import annotations
 
@@ -17,6 +18,27 @@ def others(n: int = 3) -> torch.Tensor:
     """Images that no trace has seen, some of them flat, so that counts that follow the image are others."""
     x = images(n).flip(-1) * torch.linspace(0.1, 3, n).view(-1, 1, 1, 1)
     return x.roll(1, 0)
+
+
+@pytest.mark.parametrize("case", ["tome", "evit", "ltp", "ats", "vtm", "avit", "dovit", "dynamicvit", "pixelprune"])
+def test_gradients_of_each_sample_at_once_are_those_of_one_after_the_other(case):
+    model = tokred.apply(build("vit"), case.partition("-")[0], **METHODS[case])
+    weights, x = {k: v.detach() for k, v in model.named_parameters()}, others()
+
+    def loss(weights, one):
+        return torch.func.functional_call(model, weights, (one[None],)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, x)
+    with pytest.raises(tokred.NothingRecordedError, match="vmapped"):
+        tokred.report(model)  # what it saw means nothing outside
+    model(x)
+    before = tokred.report(model).layers
+    torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, x)
+    assert tokred.report(model).layers == before
+    for i, one in enumerate(x):
+        alone = torch.func.grad(loss)(weights, one)
+        for name, value in alone.items():
+            torch.testing.assert_close(found[name][i], value, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("case", METHODS)

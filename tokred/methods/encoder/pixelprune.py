@@ -208,11 +208,11 @@ class PixelPrune(BlockMethod):
     def _by_diagonals(self, x: Tensor, number: Tensor, before: tuple[Tensor, ...] | None = None) -> tuple[Tensor, ...]:
         """One frame ``(B, rows, columns, F)``, after ``before``: what this answered for the frame before it. The last
         one of the answer is the reconstruction."""
-        b, rows, columns = x.shape[0], whole(x.shape[1]), whole(x.shape[2])
-        rec, source = x.clone(), number.clone()
-        kept = torch.ones(b, rows, columns, dtype=torch.bool, device=x.device)
-        error = torch.zeros(b, rows, columns, device=x.device)
-        still = torch.zeros_like(kept)
+        rows, columns = whole(x.shape[1]), whole(x.shape[2])
+        # All are made of the pixels: under torch.func.vmap what is written into has to have the samples itself.
+        error = torch.zeros_like(x[..., 0], dtype=torch.float32)
+        rec, source = x.clone(), number + torch.zeros_like(error, dtype=number.dtype)
+        kept, still = torch.ones_like(error, dtype=torch.bool), torch.zeros_like(error, dtype=torch.bool)
         if before is not None:
             _, told_before, _, known_before = before
             moved = self._far(x, known_before)
