@@ -293,6 +293,16 @@ def test_masks_that_hide_pairs_and_padding_on_the_left_are_refused():
         model(inputs["input_ids"], attention_mask=pairs)
 
 
+@pytest.mark.parametrize(("kind", "method"), [("bert", "tome"), ("bert", "ats"), ("modernbert", "kth")])
+def test_a_sample_that_is_all_padding_says_nothing_of_the_others(kind, method):
+    """A row that fills a batch up was taken for one that is padded on the left."""
+    model, inputs = tokred.apply(build(kind), method, **METHODS[method]), batch()
+    filled = {k: torch.cat([v[:1], torch.zeros_like(v[:1]), v[1:]]) for k, v in inputs.items()}
+    found = model(**filled).logits
+    assert found.isfinite().all()
+    torch.testing.assert_close(found[[0, 2, 3]], model(**inputs).logits)
+
+
 def test_refusals():
     model = build()
     model.set_attn_implementation("eager")
