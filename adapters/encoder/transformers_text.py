@@ -84,7 +84,7 @@ class TextRecipe(Recipe):
         self.windowed = row.windowed
 
     def real(self, kwargs: dict[str, Any], x: Tensor) -> Tensor | None:
-        """Tokens that some query sees.
+        """Tokens that some query sees; of a sample that is all padding its first.
 
         Raises:
             UnsupportedModelError: the mask hides more than padding, or the first token of a sample (in a compiled
@@ -99,10 +99,10 @@ class TextRecipe(Recipe):
             # Windows of positions hide more than padding.
             real = through[:, 0].any(1) if self.windowed else visible(through, len(x), words.ATTENTION_MASK.name)
         real = real.expand(x.shape[0], -1)
-        # A sample that is padding alone is one of its first token, as which nothing goes from it.
-        real = torch.cat([real[:, :1] | ~real.any(1, keepdim=True), real[:, 1:]], 1)
-        require(real[:, 0], LEFT)
-        return real
+        # A sample without a real token, such as one that fills a batch up, is its class token alone.
+        first = real[:, :1] | ~real.any(1, keepdim=True)
+        require(first, LEFT)
+        return torch.cat([first, real[:, 1:]], 1)
 
     def gather(self, kwargs: dict[str, Any], state: TokenState, prefix: int) -> dict[str, Any]:
         """Rotary tables at the rows that are left; what is padding among them, the state knows."""

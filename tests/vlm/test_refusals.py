@@ -80,6 +80,7 @@ def test_scores_of_a_class_token(name, method):
 
 @pytest.mark.parametrize("method", [n for n in NAMES if "budget" in tokred.make(n).to_dict()["parameters"]])
 def test_less_than_one_token(method):
+    """No budget says so; a share that is less of a small image leaves one, or its batch would not run for its sake."""
     model, batch = model_of("llava"), hosts.prompts("llava", [[3, "image", 5]])
     if method == "sparsevlm":  # a share for each of its layers
         with pytest.raises(ValueError, match="budget"):
@@ -90,9 +91,8 @@ def test_less_than_one_token(method):
         with pytest.raises(ValueError, match="at least 1"):
             tokred.make(method, **{**settings, "budget": budget})
     tokred.apply(model, method, **{**settings, "budget": 0.01})
-    with pytest.raises(ValueError, match=r"0\.01, which leaves none of 16 tokens; at least one"):
-        model(**batch)
-    assert whole(model)
+    assert model(**batch).logits.isfinite().all()
+    assert tokred.report(model).layers[-1].visual == ((2 if method.startswith("prumerge") else 1),)
 
 
 @pytest.mark.parametrize(

@@ -183,12 +183,7 @@ def share_prefix(model: nn.Module, prefix: Any) -> Any:
     from tokred.adapters.kv.reuse.shared import shared
 
     place = _Place(model)
-    if place.part is None:
-        raise NothingRecordedError(
-            "no policy acts on the model's cache, and without one its attention is its own: call tokred.apply(model, "
-            "...) first; tokred.apply(model, 'snapkv', budget=1.0) keeps everything"
-        )
-    _check_done(place.part.method, "a prefix is shared as it is")
+    _check_done(place.acting("its attention is its own").method, "a prefix is shared as it is")
     cache = prefix
     if isinstance(prefix, Tensor):
         from tokred.adapters.contract import cache_kwargs
@@ -255,12 +250,7 @@ def draft(
     if rule.room <= gamma:
         raise ValueError(f"budget must be more than start={start} and gamma={gamma} together, got {budget}")
     place = _Place(model)
-    if place.part is None:
-        raise NothingRecordedError(
-            "drafts choose rows of a cache with a policy: call tokred.apply(model, ...) first; tokred.apply(model, "
-            "'snapkv', budget=1.0) keeps everything"
-        )
-    policy: Any = place.part.method
+    policy: Any = place.acting("a draft has no rows to choose from").method
     _check_done(policy, "a draft chooses among rows that stay")
     store = policy.parts.store
     if not isinstance(store, Flat | Rectangle):
@@ -310,6 +300,22 @@ class _Place:
         self.host: Any = match(model if self.part is None else self.part.module, bounded=self.part is None)
         if self.host is None:
             raise TypeError(f"model must be a language model of transformers, got a {type(model).__name__}")
+
+    def acting(self, lack: str) -> Any:
+        """The patch's part that is the policy.
+
+        Args:
+            lack: of a model without one, for the message.
+
+        Raises:
+            NothingRecordedError: there is none.
+        """
+        if self.part is None:
+            raise NothingRecordedError(
+                f"the model is not patched with a policy for its cache, and without one {lack}: call "
+                "tokred.apply(model, ...) first; tokred.apply(model, 'snapkv', budget=1.0) keeps everything"
+            )
+        return self.part
 
     @property
     def state(self) -> Any:

@@ -306,7 +306,7 @@ class ProjectorMethod(PlacedMethod):
         """Keep, or merge into, some of each image's tokens.
 
         Raises:
-            ValueError: the images of the site are padded, or the budget is less than one token.
+            ValueError: the images of the site are padded.
             MissingInputError: the site lacks something that the method reads.
         """
         b, n = site.shape

@@ -145,7 +145,7 @@ class CAT(ProjectorMethod):
         if self.policy == "linear":
             found = [min(max(round(low + c * (high - low)), low), high) for c in values]
         elif self.policy == "levels":
-            base = count_of(self.base, n, "base")
+            base = count_of(self.base, n)
             ladder = (max(1, base // 4), base, n)
             found = [min(max(ladder[sum(c >= t for t in self.thresholds)], low), high) for c in values]
         else:
@@ -153,7 +153,7 @@ class CAT(ProjectorMethod):
             owner = (0,) * len(values) if sample is None else sample
             for one in dict.fromkeys(owner):
                 rows = [i for i, s in enumerate(owner) if s == one]
-                total = int(self.total) if is_count(self.total) else count_of(self.total, n * len(rows), "total")
+                total = int(self.total) if is_count(self.total) else count_of(self.total, n * len(rows))
                 for i, count in zip(rows, shared_out([values[i] for i in rows], total, low, high), strict=True):
                     found[i] = count
         return [min(n, -(-count // self.round_to) * self.round_to) for count in found]

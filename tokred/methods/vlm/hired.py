@@ -76,15 +76,8 @@ class HiRED(Budgeted):
         return (self.l_early,)
 
     def count(self, n: int) -> int:
-        """The budget as a number of tokens, rounded down.
-
-        Raises:
-            ValueError: less than one.
-        """
-        found = min(n, int(self.budget)) if is_count(self.budget) else kept(n, float(self.budget))
-        if found < 1 <= n:
-            raise ValueError(f"budget is {self.budget:g}, which leaves none of {n} tokens; at least one has to stay")
-        return found
+        """The budget as a number of tokens, rounded down, at least one."""
+        return min(n, int(self.budget) if is_count(self.budget) else max(1, kept(n, float(self.budget))))
 
     def acts(self, n: int, place: Place) -> bool:
         """Unless everything stays; a number of tokens may be less than those of all tiles together."""

@@ -83,16 +83,16 @@ class VisionZip(Budgeted):
         return replace(self, budget=n, contextual=min(self.contextual, n - 1) if whole else self.contextual)
 
     def split(self, total: int) -> tuple[int, int]:
-        """How many of so many tokens are dominant and contextual."""
+        """How many of so many tokens are dominant, at least one, and contextual."""
         share = isinstance(self.contextual, float)
         wanted = round(round(total * self.contextual, 9)) if share else int(self.contextual)
         contextual = min(wanted, total - 1)
-        return total - contextual - (self.cls == "count"), contextual
+        return max(1, total - contextual - (self.cls == "count")), contextual
 
     def count(self, n: int) -> int:
         """Number of dominant and contextual tokens together."""
         total = count_of(self.budget, n)
-        return n if total == n else max(1, sum(self.split(total)))
+        return n if total == n else sum(self.split(total))
 
     def choose(self, site: VisualSite) -> Reduction:
         """Score, keep the dominant ones, fold the others."""

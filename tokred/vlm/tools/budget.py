@@ -28,17 +28,10 @@ def as_budget(value: object, name: str = "budget") -> Budget:
     )
 
 
-def count_of(budget: Budget, n: int, name: str = "budget") -> int:
-    """How many of ``n`` tokens a budget leaves: the number, at most ``n``, or the rounded share (half to even).
-
-    Raises:
-        ValueError: the share is less than one token.
-    """
-    if isinstance(budget, int):
-        return min(budget, n)
-    kept = round(round(n * budget, 9))
-    if kept < 1 <= n:
-        raise ValueError(f"{name} is {budget:g}, which leaves none of {n} tokens; at least one has to stay")
+def count_of(budget: Budget, n: int) -> int:
+    """How many of ``n`` tokens a budget leaves: the number, at most ``n``, or the rounded share (half to even), at
+    least one."""
+    kept = budget if isinstance(budget, int) else max(1, round(round(n * budget, 9)))
     return min(kept, n)
 
 
