@@ -83,3 +83,21 @@ def test_nothing_removed_is_the_model_and_tokens_leave(kind: str) -> None:
     assert layers[-1].tokens_out < layers[0].tokens_in
     tokred.remove(model)
     assert torch.equal(first(model(**given)), expected)
+
+
+def test_vmap_is_refused_and_gradients_of_single_samples_come_from_a_loop():
+    pytest.importorskip("timm")
+    from tests.encoder.tiny_timm import build, images
+
+    model = build("vit")
+    x, weights = images(), {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(weights, one):
+        return torch.func.functional_call(model, weights, (one.unsqueeze(0),)).square().sum()
+
+    with tokred.applied(model, "tome", r=2):
+        with pytest.raises(tokred.UnsupportedModelError, match="loop"):
+            torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, x)
+        found = torch.func.grad(loss)(weights, x[0])
+    assert all(grad.isfinite().all() for grad in found.values())
+    torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, x)  # and the patch is off
