@@ -73,7 +73,6 @@ class Flight:
         plans: that hold, by place.
         channels: of the sample.
         steps: of the image.
-        records: of the sub-layers.
     """
 
     def __init__(self, kind: str, now: AttentionMethod | None) -> None:
@@ -85,7 +84,6 @@ class Flight:
         self.plans: dict[Any, Any] = {}
         self.channels = 0
         self.steps = Steps(kind)
-        self.records: dict[tuple[int, str], SpotRecord] = {}
 
 
 class Local(threading.local):

@@ -11,6 +11,7 @@ from torch import Tensor
 from tokred.adapters.contract import words
 from tokred.adapters.diffusion.flight import Plan
 from tokred.adapters.diffusion.session import EnterDenoiser, Session
+from tokred.adapters.passes import outliving
 from tokred.core.reduction import Reduction
 from tokred.errors import UnsupportedModelError
 
@@ -69,7 +70,8 @@ def for_plan(table: Any, plan: Plan) -> Any:
     """:func:`at_rows`, once for all blocks that share a plan and a table."""
     seen = plan.__dict__.get("rotated")
     if seen is None or seen[0] is not table:
-        seen = plan.__dict__["rotated"] = (table, at_rows(table, plan.reduction))
+        with outliving():
+            seen = plan.__dict__["rotated"] = (table, at_rows(table, plan.reduction))
     return seen[1]
 
 

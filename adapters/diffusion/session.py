@@ -14,7 +14,8 @@ from tokred.adapters.diffusion.frames import join_frames, one_frame
 from tokred.adapters.diffusion.inside import Halves
 from tokred.adapters.diffusion.steps import Steps
 from tokred.adapters.host import State
-from tokred.adapters.passes import recomputed
+from tokred.adapters.passes import check_not_mapped, outliving, recomputed
+from tokred.adapters.records import Records
 from tokred.adapters.swap import Hook
 from tokred.adapters.watch import Watch
 from tokred.core.reduction import Reduction
@@ -66,10 +67,11 @@ class Session(State):
     def _forget(self) -> None:
         self._local = Local(self.kind, self.method.at(None))
         self._last: Flight | None = None  # that began last, in any thread
+        self.records: Records[tuple[int, str], SpotRecord] = Records()  # of the sub-layers of the last forward
         self.watched: Watching | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_local", "_last", "watched")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_local", "_last", "records", "watched")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -103,12 +105,6 @@ class Session(State):
         """Steps of the image at hand."""
         return self.flight.steps
 
-    @property
-    def records(self) -> dict[tuple[int, str], SpotRecord]:
-        """Sub-layers of the last forward of this thread; of any, where this one has run none."""
-        own: Flight = self._local.flight
-        return own.records if own.records or self._last is None else self._last.records
-
     # ------------------------------------------------------------------ one forward
 
     def begin(self, size: tuple[int, int], timestep: Any, frames: int = 1, sample: Tensor | None = None) -> None:
@@ -119,13 +115,19 @@ class Session(State):
             timestep: of the step.
             frames: of the sample.
             sample: itself, for methods that read what the step before predicted.
+
+        Raises:
+            UnsupportedModelError: a method that goes by the step is compiled, or the model runs inside
+                ``torch.func.vmap``.
         """
+        check_not_mapped()
         flight: Flight = self._local.flight
         flight.size, flight.key, flight.frames = size, step_key(timestep), frames
         flight.inputs = {}
         compiling = torch.compiler.is_compiling()
         if not compiling:
-            flight.records, self._last = {}, flight
+            self._last = flight
+            self.records.begin()
             if self.watched is not None:
                 self.watched.begin()
         if compiling and self.method.stepwise and not self.free:
@@ -161,11 +163,11 @@ class Session(State):
             flight.steps.remember(predicted)
         if flight.now is None:
             return
-        if self.warned or self.free or torch.compiler.is_compiling() or self.method.idle or not flight.records:
+        if self.warned or self.free or torch.compiler.is_compiling() or self.method.idle or not self.records:
             return
-        if all(r.left == r.tokens for r in flight.records.values()):
+        if all(r.left == r.tokens for r in self.records.values()):
             self.warned = True
-            counts = sorted({r.tokens for r in flight.records.values()}, reverse=True)
+            counts = sorted({r.tokens for r in self.records.values()}, reverse=True)
             high, wide = (side * self.patch for side in flight.size or (0, 0))
             advice = f" ({self.method.advice})" if self.method.advice else ""
             warnings.warn(
@@ -217,15 +219,16 @@ class Session(State):
         plan: Plan | None = flight.plans.get(slot)
         if plan is None or not plan.fits(own):
             layer = spot.block if not shared else place.factor
-            if self.free:
-                reduction = self._first(own, left)
-            else:
-                tokens = metric.detach().reshape(-1, asked.length, metric.shape[-1])
-                site = AttentionSite(tokens, asked, layer=layer, **self._known(asked, slot, len(tokens)))
-                reduction = join_frames(method.reduce(site), place.length // asked.length)
-            if reduction.trivial:
-                return None
-            plan = flight.plans[slot] = Plan(reduction, method.part, method.proportional)
+            with outliving():
+                if self.free:
+                    reduction = self._first(own, left)
+                else:
+                    tokens = metric.detach().reshape(-1, asked.length, metric.shape[-1])
+                    site = AttentionSite(tokens, asked, layer=layer, **self._known(asked, slot, len(tokens)))
+                    reduction = join_frames(method.reduce(site), place.length // asked.length)
+                if reduction.trivial:
+                    return None
+                plan = flight.plans[slot] = Plan(reduction, method.part, method.proportional)
         return plan
 
     def halves(self, spot: Spot, image: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Halves:
@@ -244,19 +247,20 @@ class Session(State):
         place, slot = self.place(image), ("heads", spot.name, len(q))
         found: Halves | None = flight.plans.get(slot)
         if found is None or not _fits(found, q):
-            known = self._known(place, slot, len(q)) | {"q": q.detach(), "k": k.detach(), "v": v.detach()}
-            sides: list[Reduction | None] = []
-            for side in _SIDES:
-                left = method.side(side, place)
-                if left == place.length:
-                    sides.append(None)
-                elif self.free:
-                    rows = torch.arange(left, device=q.device).expand(*q.shape[:2], -1)
-                    sides.append(Reduction.keep(rows, place.length))
-                else:
-                    made = method.reduce(AttentionSite(None, place, layer=spot.block, side=side, **known))
-                    sides.append(None if made.trivial else made)
-            found = Halves(sides[0], sides[1], method.proportional)
+            with outliving():
+                known = self._known(place, slot, len(q)) | {"q": q.detach(), "k": k.detach(), "v": v.detach()}
+                sides: list[Reduction | None] = []
+                for side in _SIDES:
+                    left = method.side(side, place)
+                    if left == place.length:
+                        sides.append(None)
+                    elif self.free:
+                        rows = torch.arange(left, device=q.device).expand(*q.shape[:2], -1)
+                        sides.append(Reduction.keep(rows, place.length))
+                    else:
+                        made = method.reduce(AttentionSite(None, place, layer=spot.block, side=side, **known))
+                        sides.append(None if made.trivial else made)
+                found = Halves(sides[0], sides[1], method.proportional)
             flight.plans[slot] = found
         slots = [side.slots for side in (found.queries, found.keys) if side]
         self._record(spot, "self", image, min(slots, default=place.length))
@@ -300,7 +304,7 @@ class Session(State):
         if torch.compiler.is_compiling():
             return
         n = x.shape[1] if x.ndim == 3 else x.shape[2] * x.shape[3]
-        self.flight.records[spot.block, spot.name] = SpotRecord(spot.name, role, n, n if left is None else left)
+        self.records.put((spot.block, spot.name), SpotRecord(spot.name, role, n, n if left is None else left))
 
 
 def _fits(found: Halves, q: Tensor) -> bool:

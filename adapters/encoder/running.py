@@ -37,14 +37,12 @@ class Running(threading.local):
         expose_all: every block returns full length.
         final: state behind the block that ran last, while intermediate features are asked for.
         slots: by the block that they enter.
-        records: of the blocks.
     """
 
     def __init__(self) -> None:
         self.expose_all = False
         self.final: TokenState | None = None
         self.slots: dict[int, Slot] = {}
-        self.records: dict[int, LayerRecord] = {}
 
 
 class Slots:

@@ -21,6 +21,7 @@ from tokred.adapters.encoder.running import LayerRecord, Running, Slots
 from tokred.adapters.encoder.sides import Note, Sides
 from tokred.adapters.host import State
 from tokred.adapters.passes import recomputed
+from tokred.adapters.records import Records
 from tokred.adapters.watch import Watch
 from tokred.core.learned import Learned
 from tokred.core.reduction import Gated, Reduction
@@ -212,20 +213,15 @@ class Shared(State):
     def _forget(self) -> None:
         self.running = Running()
         self.slots = Slots(self.running)
-        self._last: dict[int, LayerRecord] = {}  # records of the thread that ran last
+        self.records: Records[int, LayerRecord] = Records()  # of the blocks of the last forward
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "guesses": [], "losses": None}
-        return {k: v for k, v in state.items() if k not in ("running", "slots", "_last")}
+        return {k: v for k, v in state.items() if k not in ("running", "slots", "records")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget()
-
-    @property
-    def records(self) -> dict[int, LayerRecord]:
-        """Blocks of the last forward of this thread; of any, where this one has run none."""
-        return self.running.records or self._last
 
     @contextlib.contextmanager
     def exposing(self) -> Iterator[None]:
@@ -300,7 +296,10 @@ class Shared(State):
         return any(p.requires_grad for p in own) or (not own and self.method.gradients)
 
     def begin(self, x: Tensor, length: int) -> TokenState:
-        """The state of tokens ``x`` that enter the first block; their sides go on with ``x``, for a checkpoint."""
+        """The state of tokens ``x`` that enter the first block.
+
+        Their sides go on with ``x``, for a checkpoint that runs the block once more.
+        """
         if self.module is not None and not recomputed():
             self.losses, self.guesses = ({} if self.module.training else None), []
         sides = self.note.take()
@@ -359,10 +358,9 @@ class Shared(State):
         return self.attach(layer, y, state.with_exposed(len(state.steps) > 0) if full else state)
 
     def record(self, layer: int, tokens_in: int, tokens_out: int, state: TokenState) -> None:
-        """Note what a block did."""
+        """Note what a block did, for reports."""
         if not (torch.compiler.is_compiling() or mapped()):
-            self._last = self.running.records
-            self._last[layer] = LayerRecord(tokens_in, tokens_out, state)
+            self.records.put(layer, LayerRecord(tokens_in, tokens_out, state))
 
     def attach(self, layer: int, y: Tensor, state: TokenState) -> Tensor:
         """Send ``state`` along with the output of block ``layer``."""

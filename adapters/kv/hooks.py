@@ -36,6 +36,7 @@ from tokred.adapters.kv.repeat import repeat
 from tokred.adapters.kv.reuse.joined import Joined
 from tokred.adapters.kv.reuse.shared import check_mask
 from tokred.adapters.kv.rope import LayerRope
+from tokred.adapters.passes import check_not_mapped
 from tokred.adapters.swap import Hook, Undo, host_class
 from tokred.adapters.swap import argument_names as argument_names
 from tokred.core.learned import Learned
@@ -199,6 +200,7 @@ class EnterDecoder(Hook):
                     "use_cache=True, and without gradient checkpointing"
                 )
             return args, kwargs
+        check_not_mapped()
         check_samples(given)
         mask = padding_in(words.ATTENTION_MASK.of(given))
         ours: TokCache = self.settings.cache() if cache is None else self.settings.adopt(cache)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from tokred.adapters.contract import words
 from tokred.adapters.host import State
+from tokred.adapters.passes import check_not_mapped
+from tokred.adapters.records import Records
 from tokred.adapters.swap import SETTINGS, Hook
 from tokred.adapters.watch import Watch
 from tokred.core.experts import ExpertMethod, ExpertSite, Routing
@@ -39,13 +41,11 @@ class Running(threading.local):
     Attributes:
         mask: of padding.
         shape: samples, and tokens of each, in the layer of experts at hand.
-        records: of the layers.
     """
 
     def __init__(self) -> None:
         self.mask: Tensor | None = None
         self.shape = (1, 0)
-        self.records: dict[int, Record] = {}
 
 
 class Session(State):
@@ -66,23 +66,14 @@ class Session(State):
 
     def _forget(self) -> None:
         self.running = Running()
-        self._last: dict[int, Record] = {}  # records of the thread that ran last
+        self.records: Records[int, Record] = Records()  # of the layers of the last forward
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("running", "_last")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("running", "records")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget()
-
-    @property
-    def records(self) -> dict[int, Record]:
-        """Layers of the last forward of this thread; of any, where this one has run none."""
-        return self.running.records or self._last
-
-    def begin(self) -> None:
-        """A forward of the decoder begins: nothing is recorded of it yet."""
-        self.running.records = self._last = {}
 
     def real(self) -> Tensor | None:
         """``(T,)`` bool, the tokens that are no padding; None: nothing is known of padding."""
@@ -100,6 +91,7 @@ class EnterDecoder(Hook):
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         given = dict(zip(self.names, args, strict=False)) | kwargs
+        check_not_mapped()
         mask = words.ATTENTION_MASK.of(given)
         # masks of other shapes were made by the user or for a static cache; padding cannot be read from them
         padded = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
@@ -111,7 +103,7 @@ class EnterDecoder(Hook):
             )
         self.session.running.mask = None if again else padded
         if not torch.compiler.is_compiling():
-            self.session.begin()
+            self.session.records.begin()
 
 
 class EnterLayer(Hook):
@@ -157,7 +149,7 @@ class Routed(Hook):
             routing = session.method.route(site)
             weights = weighed(site, weights, routing, self.normalised)
         if not torch.compiler.is_compiling():
-            session.running.records[self.layer] = Record(ids, routing.ids, routing.kept, logits.shape[1])
+            session.records.put(self.layer, Record(ids, routing.ids, routing.kept, logits.shape[1]))
         return logits, weights, torch.where(routing.kept, routing.ids, -1)
 
 

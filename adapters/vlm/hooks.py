@@ -13,6 +13,7 @@ from tokred.adapters.contract import cache_argument, cache_of, members, terms, w
 from tokred.adapters.contract.calls import makes_cache
 from tokred.adapters.host import State
 from tokred.adapters.kv.reuse.layers import plain_cache
+from tokred.adapters.passes import check_not_mapped
 from tokred.adapters.swap import Hook, host_class
 from tokred.adapters.vlm.calibration import calibrate
 from tokred.adapters.vlm.decoder_attention import LayerCount
@@ -120,6 +121,7 @@ class EnterCore(Hook):
         ids, embeds = words.INPUT_IDS.of(given), words.EMBEDS.of(given)
         if ids is None and embeds is None:
             return None
+        check_not_mapped()
         in_flight.core = CoreRun(module, call, given, self.settings, in_flight.core)
         if not self.settings.facts.outer_masks:
             return None

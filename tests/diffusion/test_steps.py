@@ -245,3 +245,13 @@ def test_one_step_models_make_an_image_at_every_call():
 def test_maps_of_sequences():
     values = torch.randn(2, 16, 5)
     torch.testing.assert_close(on_grid(values, PLACE, 5), values.mean(-1))
+
+
+def test_a_plan_made_in_inference_mode_serves_a_step_with_gradients():
+    model, given = sd15().requires_grad_(True), inputs("sd15")
+    tokred.apply(model, "toma", ratio=0.5, steps_plan=4, first_full=0)
+    for i, mode in enumerate((torch.inference_mode, torch.no_grad, torch.enable_grad)):
+        with mode():
+            predicted = model(**(given | {"timestep": 900 - 100 * i})).sample
+    predicted.sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())

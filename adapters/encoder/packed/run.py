@@ -24,6 +24,7 @@ from tokred.adapters.encoder.capture import Capture, add_bias
 from tokred.adapters.encoder.packed.layout import Layout, PackedState
 from tokred.adapters.encoder.sides import Sides
 from tokred.adapters.encoder.state import START, Shared, TokenState
+from tokred.adapters.passes import check_not_mapped
 from tokred.core.place import Place
 from tokred.core.reduction import Reduction
 from tokred.errors import TokenStateError, UnsupportedModelError
@@ -285,7 +286,9 @@ def begin(shared: Shared, x: Tensor, rows: Tensor) -> PackedState:
 
     Raises:
         TokenStateError: there is none, or it speaks of other rows.
+        UnsupportedModelError: the model runs inside ``torch.func.vmap``.
     """
+    check_not_mapped()
     layout: Any = shared.note.take()
     if layout is None and not torch.compiler.is_compiling():
         # A checkpoint runs the block once more, without the hook.
