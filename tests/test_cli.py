@@ -305,3 +305,25 @@ def test_import_of_tokred_stays_cheap():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("viz",),
+        ("demo",),
+        ("bench", "-m", "tome"),
+        ("tune", "--speedup", "2"),
+        ("train", "cropr"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_folder_that_cannot_be_written_is_refused_before_a_model_is_built(arguments, tmp_path, monkeypatch):
+    def build(*_, **__):
+        raise AssertionError("a model was built")
+
+    for place in ("tokred.bench.sources.model", "tokred.bench.embedded.load"):
+        monkeypatch.setattr(place, build)
+    (tmp_path / "file").touch()
+    line = refused(*arguments, "--out", str(tmp_path / "file" / "x"))
+    assert "nothing can be written into" in line and "is a file, not a folder" in line

@@ -180,7 +180,7 @@ def test_a_search_goes_on_from_its_file(tmp_path, monkeypatch):
         for line in (tmp_path / FILE).read_text().splitlines()
         if line.startswith('{"head": "x')
     )
-    with pytest.raises(ValueError, match="which is a file"):
+    with pytest.raises(NotADirectoryError, match="is a file, not a folder"):
         search(out=tmp_path / FILE)
 
 

@@ -14,6 +14,7 @@ from tokred import adapters
 from tokred.adapters.contract import cache_kwargs, words
 from tokred.adapters.kv.layer import TokLayer
 from tokred.api import applied, kv_cache, patched
+from tokred.core.folders import check_file
 from tokred.core.method import Method
 from tokred.kv.budgets.curves import KIND as UTILITIES
 from tokred.kv.budgets.curves import curve
@@ -58,6 +59,7 @@ def calibrate(
         UnsupportedModelError, MissingInputError: the model's cache takes no policies, or does not supply what is read.
         TypeError: ``method`` needs no statistics.
         ValueError: there is no text, or the model is patched.
+        OSError: the file cannot be written.
 
     Source: Mao et al., TriAttention, ICML 2026 (arXiv 2604.04921), section 4, with the model's query norm; Tang et al.,
     LU-KV, ICML 2026 (arXiv 2602.08585), section 3.
@@ -66,6 +68,8 @@ def calibrate(
     if not isinstance(made, TriAttention | LUKV):
         raise TypeError(f"method must be triattention or lukv, which need statistics, got {made!r}")
     check_count(steps, "steps", 1)
+    if out is not None:
+        check_file(out)
     if patched(model):
         raise ValueError("the model is patched: call tokred.remove(model) first")
     given = (text["input_ids"] if isinstance(text, dict) else text for text in texts)

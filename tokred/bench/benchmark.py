@@ -26,6 +26,7 @@ from tokred.bench.feeds import Batches, Feed
 from tokred.bench.ready import Better
 from tokred.bench.scoring import Metrics, Scorer, scorers
 from tokred.bench.table import Benchmark, Judgement
+from tokred.core.folders import check_file
 from tokred.core.site import STAGES
 from tokred.errors import UnsupportedModelError
 
@@ -203,6 +204,7 @@ def _path(out: Path) -> Path:
         if out.is_file():
             raise ValueError(f"out is {out}, which is a file, and no .csv: give a folder or a .csv file")
         out = out / "benchmark.csv"
+    check_file(out)
     results.read(out)
     return out
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tokred.bench.metrics import CONDITIONS, METRICS
+from tokred.core.folders import check_folder
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -88,17 +89,10 @@ def free(folder: Path, names: Sequence[str], *, force: bool = False) -> dict[str
         From each name to its path.
 
     Raises:
-        NotADirectoryError: ``folder`` is a file.
-        OSError: it cannot be made, or nothing can be written into it.
+        OSError: ``folder`` is a file, or cannot be written.
     """
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file, not a folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"the folder {folder} for results cannot be made ({error.strerror}): name another") from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(f"nothing can be written into the folder {folder} for results: name another")
+    check_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     number = 1
     while True:
         tail = "" if number == 1 else f"-{number}"

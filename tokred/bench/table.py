@@ -14,6 +14,7 @@ from tokred.bench.shown import HEADS as HEADS
 from tokred.bench.shown import WIDTH as WIDTH
 from tokred.bench.standing import Comparison, Row, Units
 from tokred.core.checks import check_choice
+from tokred.core.folders import check_file, check_folder
 from tokred.core.frames import frame
 
 FILE = "benchmark.json"
@@ -270,6 +271,7 @@ class Benchmark:
         plots.check("Benchmark.plot")
         joined = [(row, other) for row in self.measured if (other := standing.rival(row, self.measured, self.units))]
         target = Path(path)
+        check_file(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         title = f"{self.model}: {self.metric}"
         return plots.save(plots.benchmark(rows, self.units, title, joined, word=self._word), target)
@@ -286,6 +288,7 @@ class Benchmark:
             The path of ``benchmark.json``.
         """
         target = Path(folder)
+        check_folder(target)
         target.mkdir(parents=True, exist_ok=True)
         names = ("model", "stage", "metric", "better", "against", "run", "rows")
         kept = {"format": FORMAT, **{name: getattr(self, name) for name in names}, "spent": dict(self.spent)}

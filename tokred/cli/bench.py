@@ -29,6 +29,7 @@ from tokred.cli.options import (
     settings,
     type_of,
 )
+from tokred.core.folders import check_folder
 
 if TYPE_CHECKING:
     from tokred.bench.sources import Data, Source
@@ -117,6 +118,7 @@ def bench_command(
     with refusing():
         name = one_model(model, old, "embedded")
         assert name is not None  # there is a default
+        check_folder(folder)
         typed = settings(methods, placed=True)
         wanted_shares = parse_shares(shares)
         place = check_device(device)
@@ -219,13 +221,9 @@ def table_path(folder: Path, name: str, force: bool) -> Path:
     Raises:
         OSError: the folder cannot be made or written.
     """
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"--out {folder} is a file, not a folder")
+    check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     table = folder / f"bench-{stem(name)}.csv"
-    probe = folder / f".{table.name}.writable"
-    probe.touch()
-    probe.unlink()
     if force:
         table.unlink(missing_ok=True)
     return table

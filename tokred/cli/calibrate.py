@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from tokred.cli.options import MODEL, check_device, complete_model, type_of
+from tokred.core.folders import check_file
 
 
 def calibrate_command(
@@ -49,6 +50,7 @@ def calibrate_command(
         made = tokred.make(named, **parameters)
         if file.is_dir() or not file.parent.is_dir():
             raise ValueError(f"--out {file} is no file in a folder that is there")
+        check_file(file)
         source = sources.model(model, sources.Options(None, None, None, dtype=type_of(dtype)))
         if source.kind != "language model":
             raise ValueError(f"{model} is of kind {source.kind}, and calibrate is for language models")

@@ -11,6 +11,7 @@ import typer
 
 from tokred.cli.console import INTERRUPTED
 from tokred.cli.options import Methods, Threads, settings, single
+from tokred.core.folders import check_folder
 
 if TYPE_CHECKING:
     from tokred.bench.arms import Arm
@@ -54,6 +55,7 @@ def demo_command(
 
     set_threads(threads)
     with refusing():
+        check_folder(folder)
         model = embedded.load()
         sample = embedded.sample(images or (500 if quick else 1000))
         if batch > len(sample.labels):

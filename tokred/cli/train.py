@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tokred.cli.options import DataName, Device, Json, Model, Size, Threads, check_device, one_model
+from tokred.core.folders import check_folder
 
 if TYPE_CHECKING:
     from tokred.learn import Step
@@ -67,6 +68,7 @@ def train_command(
         if precision not in ("no", "bf16"):
             raise ValueError(f"--precision must be no or bf16, got {precision!r}")
         place = check_device(device)
+        check_folder(folder)
         accelerator = _accelerator(place, precision)
         name = one_model(model, None, "embedded")
         assert name is not None  # there is a default

@@ -26,6 +26,7 @@ from tokred.cli.options import (
     one_model,
     type_of,
 )
+from tokred.core.folders import check_folder
 
 if TYPE_CHECKING:
     from tokred.tuning import Tuned
@@ -93,6 +94,7 @@ def tune_command(
     set_threads(threads)
     with refusing():
         goal(speedup, loss, memory)
+        check_folder(folder)
         name = one_model(model, None, "embedded")
         assert name is not None  # there is a default
         place = check_device(device)

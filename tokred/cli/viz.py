@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tokred.cli.options import Methods, Model, OldModel, Threads, one_model, settings, single
+from tokred.core.folders import check_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,12 +108,12 @@ def viz_command(
 
     set_threads(threads)
     with refusing():
+        check_folder(folder)
         name = one_model(model, old, "embedded")
         assert name is not None  # there is a default
         typed = settings(methods)
         source = sources.model(name, sources.Options(size=size, random_weights=random_weights))
         if source.kind not in ("encoder", "dual encoder"):
-            outputs_free(folder)
             given = viz_kinds.Given(images or [], prompt, text, length, tokens, steps, size, count, clip, stream)
             drawing = viz_kinds.draw(source, typed, given)
             write(drawing, folder, f"{name}: {drawing.heading[0].lower()}{drawing.heading[1:]}", force)
@@ -121,13 +122,6 @@ def viz_command(
         subject = subjects.of(source)
     few = count or viz_kinds.IMAGES
     draw_encoder(subject, [single(parts, "viz") for parts in typed], images or [], few, layers, folder, force)
-
-
-def outputs_free(folder: Path) -> None:
-    """Refuse a folder that cannot be written, before anything runs."""
-    from tokred.bench import results as outputs
-
-    outputs.free(folder, ())
 
 
 def write(drawing: Drawing, folder: Path, title: str, force: bool) -> None:
@@ -163,7 +157,6 @@ def draw_encoder(
         chosen = choose(subject, typed or DEFAULT)
         blocks = choose_blocks(layers, stages.check(subject.model, stages.choose(chosen)).depth)
         inputs, pixels, names = pictures(subject, images, count)
-        outputs.free(folder, ())
     with progress(stages.ticks(len(chosen), len(names)), "running") as tick:
         recording = stages.record(
             subject.model,

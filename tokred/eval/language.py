@@ -21,6 +21,7 @@ from tokred.bench import results
 from tokred.bench.entries import Entry, entries
 from tokred.bench.feeds import fingerprint
 from tokred.bench.intervals import paired
+from tokred.core.folders import check_folder
 from tokred.core.versions import release
 from tokred.eval import tasks as known
 from tokred.eval.answers import Answers
@@ -94,7 +95,7 @@ def lm_eval(
         )
     adapters.find(model, "cache")
     if out is not None:
-        results.free(Path(out), ())
+        check_folder(out)
     loaded = _top(manager.load(listed))
     from tokred.eval.harness_model import Several
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from tokred import api
 from tokred.bench.arms import BASE
+from tokred.core.folders import check_file
 
 # Of timm's tables of accuracy, in their order, and of its tables of speed.
 ACCURACY = ("model", "top1", "top1_err", "top5", "top5_err", "param_count", "img_size", "crop_pct", "interpolation")
@@ -101,6 +102,7 @@ def _about(model: Any) -> dict[str, Any]:
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
     if path.suffix != ".csv":
         raise ValueError(f"path must be a .csv file, got {path}")
+    check_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         out = csv.DictWriter(file, COLUMNS)

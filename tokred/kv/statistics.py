@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from tokred.core.folders import check_file
 from tokred.core.learned import Facts
 from tokred.core.versions import TOKRED
 
@@ -60,6 +61,7 @@ class Statistics(NamedTuple):
             "host": self.facts.to_dict(),
             "about": self.about,
         }
+        check_file(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         beside = target.with_name(f".{target.name}.{os.getpid()}")
         try:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from tokred.core.folders import check_folder
 from tokred.core.learned import Facts, Weights
 from tokred.core.method import Method, from_dict
 from tokred.core.origin import Origin
@@ -59,6 +60,7 @@ def write(folder: str | Path, entries: Sequence[Entry]) -> Path:
     found = {"format": FORMAT, "tokred": TOKRED, "methods": rows, "weights": WEIGHTS if tensors else None}
     text = json.dumps(found, indent=2) + "\n"
     save_file = _safetensors().save_file if tensors else None
+    check_folder(path)
     path.mkdir(parents=True, exist_ok=True)
     if (path / SETTINGS).exists():  # else a file of this name is somebody else's
         (path / WEIGHTS).unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 from tokred.bench.intervals import Estimate, paired
 from tokred.bench.scoring import Scorer
+from tokred.core.folders import check_folder
 from tokred.core.method import Method
 from tokred.tuning.engine import Engine, Judged, keys_of
 from tokred.tuning.space import Plan
@@ -31,8 +32,7 @@ class Memo:
         self._known: dict[tuple[str, str], Any] = {}
         if self.path is None or folder is None:
             return
-        if folder.is_file():
-            raise ValueError(f"out is {folder}, which is a file: give a folder")
+        check_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             text = self.path.read_text("utf-8")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokred.analysis.viz.canvas import check, save, subplots
+from tokred.core.folders import check_file
 from tokred.core.schedules import PerLayer
 
 if TYPE_CHECKING:
@@ -55,5 +56,6 @@ def draw(tuned: Tuned, path: Path) -> Path:
         axes[1].set_xlabel("layer")
         axes[1].set_ylabel(name)
         axes[1].set_title("the schedule that was chosen", fontsize=9)
+    check_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     return save(figure, path)

@@ -23,6 +23,7 @@ from tokred.bench.feeds import Run
 from tokred.bench.ready import Better
 from tokred.bench.scoring import Metric
 from tokred.core.checks import check_choice, check_count
+from tokred.core.folders import check_folder
 from tokred.core.method import Method
 from tokred.core.registry import methods as registered
 from tokred.core.settings import parse_setting
@@ -133,6 +134,8 @@ def tune(
     if wanted.kind == "memory" and stage != "cache":
         raise ValueError("memory is the share of a cache's bytes, and these methods have none: give speedup= or loss=")
     drawn = sampler(search, seed)
+    if out is not None:
+        check_folder(out)
     with prepared(modules, device) as place:
         given: dict[str, Any] = {"count": samples, "seed": seed, "run": run, "better": better}
         options = feeds.Options(tokenizer, max_new_tokens)

@@ -16,6 +16,7 @@ from torch import Tensor
 from tokred.adapters.kv.cache import Snapshot, TokCache, layers_of
 from tokred.adapters.kv.layer import TokLayer
 from tokred.adapters.kv.reuse.fingerprint import described, differences
+from tokred.core.folders import check_file
 from tokred.core.versions import TOKRED
 from tokred.errors import TokredError
 from tokred.kv.pack import Packing, Unpacking
@@ -69,6 +70,7 @@ def whole(path: str | Path, save: Any) -> None:
         OSError: it could not be written; ``path`` is as it was.
     """
     target = Path(path)
+    check_file(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, part = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
     os.close(handle)

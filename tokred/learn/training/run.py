@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import tokred
 from tokred import adapters
 from tokred.adapters.swap import host_class
+from tokred.core.folders import check_folder
 from tokred.core.report import Report
 from tokred.learn.loop import Step, Terms, total
 from tokred.learn.recipe import Recipe
@@ -103,6 +104,8 @@ def train(
     if until is not None and not 1 <= until <= recipe.steps:
         raise ValueError(f"until must lie in 1 to {recipe.steps}, the steps of the recipe, got {until!r}")
     method = tokred.make(recipe.method, **recipe.parameters)
+    path = Path(folder)
+    check_folder(path)  # before the model is touched
     if teacher is None and recipe.distils:
         teacher = copy.deepcopy(model)
     _seed(recipe.seed, 0, 0)  # what the method's weights begin with
@@ -110,7 +113,6 @@ def train(
     learned = tokred.modules(model)
     cls = host_class(model)
     setting = setting_of(recipe, f"{cls.__module__}.{cls.__qualname__}", method.to_dict()["parameters"], processes)
-    path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     model.to(accelerator.device)
     if teacher is not None:
