@@ -59,6 +59,8 @@ def _prepare(
     given = cache_of(model_kwargs)
     _refuse(settings, config, assisted, given)
     cache = settings.cache() if given is None else settings.adopt(given)
+    if given is None:
+        words.CACHE_KIND.set(config, None)  # one that grows, as ours does: transformers takes no cache beside a wish
     length = prompt_length(config, model_kwargs)
     seen = members.LENGTH.need(cache)()
     words.CHUNK.set(config, _chunk(settings, words.CHUNK.need(config), length, seen))

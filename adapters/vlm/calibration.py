@@ -62,26 +62,34 @@ def turns_of(language: Any, head_dim: int) -> Turns:
     like = torch.zeros(1, 1, 1, device=device)
     rope = words.ROPE.part(words.CONFIG.need(language), {})
     sections = words.AXES.part(embedding) or (rope.get(words.AXES.name) if isinstance(rope, dict) else None)
+    one = _table(embedding, like, torch.ones(*(() if sections is None else (3,)), 1, 1, dtype=torch.long, device=device))
     if sections is None:
-        angles = _angles(embedding, like, torch.ones(1, 1, dtype=torch.long, device=device))
+        angles = one[_pairs(one)]
         return Turns(angles, torch.zeros(len(angles), dtype=torch.long), head_dim // 2)
     # Each axis is asked by itself: where the embedding mixes them, pairs of the others stand still.
-    single = [
-        _angles(embedding, like, torch.eye(3, dtype=torch.long, device=device)[a].view(3, 1, 1)) for a in range(3)
-    ]
-    if single[0].ndim == 1:
-        turned = torch.stack(single)
+    single = [_table(embedding, like, torch.eye(3, dtype=torch.long, device=device)[a].view(3, 1, 1)) for a in range(3)]
+    if one.ndim == 1:
+        turned = torch.stack(single)[:, _pairs(one)]
         return Turns(turned.sum(0), (turned != 0).to(torch.uint8).argmax(0), head_dim // 2)
-    angles = single[0][0]
+    angles = one[0, _pairs(one[0])]
     axis = torch.arange(3).repeat_interleave(torch.tensor(sections))
     return Turns(angles, axis, head_dim // 2)
 
 
-def _angles(embedding: Any, like: Tensor, positions: Tensor) -> Tensor:
-    """``(J,)`` float32, or ``(3, J)`` where the embedding leaves axes apart."""
+def _table(embedding: Any, like: Tensor, positions: Tensor) -> Tensor:
+    """``(R,)`` float32 on the CPU: how far each channel of one token turns, or ``(3, R)`` where axes are left apart."""
     cos, sin = embedding(like, positions)
-    found = torch.atan2(sin.float(), cos.float())[..., 0, 0, : cos.shape[-1] // 2].cpu()
-    return found if found.ndim < 3 else found[:, 0]
+    found = torch.atan2(sin.float(), cos.float())[..., 0, :].cpu()  # (1, R), or (3, 1, R)
+    return found[0] if found.ndim < 3 else found[:, 0]
+
+
+def _pairs(angles: Tensor) -> slice:
+    """One channel of each pair of ``(R,)``: pairs are a channel and its neighbour, or one of each half; where neither
+    turns alike, there is one angle a pair."""
+    half = len(angles) // 2
+    if torch.equal(angles[:half], angles[half:]):
+        return slice(half)
+    return slice(0, None, 2) if torch.equal(angles[::2], angles[1::2]) else slice(None)
 
 
 def calibrate(forward: Forward, language: Any, new: dict[str, Any]) -> None:
@@ -123,8 +131,9 @@ def _now(forward: Forward, new: dict[str, Any], turns: Turns) -> Rows:
     if places is None:
         places = torch.arange(forward.past, forward.past + m, device=forward.device)[None]
     places = places if places.ndim == 3 else places.unsqueeze(0)
-    # Some hosts put the plain positions before those of the three axes.
-    places = (places[1:] if places.shape[0] == 4 else places).expand(-1, forward.batch, -1)
+    # Some hosts put the plain positions before those of the three axes; text may have one for all axes.
+    places = places[1:] if places.shape[0] == 4 else places
+    places = places.expand(max(len(places), int(turns.axis.max()) + 1), forward.batch, -1)
     if forward.sizes is None:
         visual = forward.visual
         sizes = torch.zeros(forward.batch, m, device=forward.device) if visual is None else visual.float()

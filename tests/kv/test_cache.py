@@ -241,6 +241,13 @@ def test_cache_implementations_that_are_refused(model, kind):
         model.generate(prompt(20), cache_implementation=kind, **GREEDY)
 
 
+def test_a_cache_that_grows_can_be_asked_for_by_name(model):
+    """Transformers refused the policy's cache beside the wish for one."""
+    tokred.apply(model, "snapkv", budget=8, window=4)
+    expected = model.generate(prompt(20), **GREEDY)
+    assert torch.equal(model.generate(prompt(20), cache_implementation="dynamic", **GREEDY), expected)
+
+
 def test_masks_that_are_refused(model):
     tokred.apply(model, "snapkv", budget=9, window=4)
     cache = filled(model)

@@ -321,6 +321,25 @@ def test_a_second_turn_and_a_crop():
         torch.testing.assert_close(one, once[1:], rtol=1e-3, atol=1e-4)
 
 
+def test_a_second_turn_whose_text_has_one_position_for_all_axes():
+    """It stopped where the rows of the first turn have positions in three axes."""
+    model, batch = hosts.build("qwen2_vl"), hosts.prompts("qwen2_vl", [[3, "image", 5]])
+    tokred.apply(model, "restore", base="uniform_visual", budget=3)
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    said = model.generate(**batch, return_dict_in_generate=True, **options)
+    ids = torch.cat([said.sequences, torch.tensor([[7, 8, 9]])], 1)
+    more = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == 98).long()}
+    again = model.generate(**more, **tokred.cache_kwargs(said.past_key_values), **options)
+    assert torch.equal(again, model.generate(**{**batch, **more}, **options))
+
+
+def test_turns_of_neighbouring_channels():
+    """They were taken for two halves: half of the pairs were missing, and all turned by one axis."""
+    found = turns_of(hosts.build("glm4v").model.language_model, 8)
+    torch.testing.assert_close(found.angles, torch.tensor([1, 0.1, 0.01, 0.001]), rtol=0, atol=1e-6)
+    assert found.axis.tolist() == [0, 0, 1, 2]
+
+
 @pytest.mark.parametrize(
     ("parameters", "error", "match"),
     [
