@@ -62,7 +62,9 @@ def turns_of(language: Any, head_dim: int) -> Turns:
     like = torch.zeros(1, 1, 1, device=device)
     rope = words.ROPE.part(words.CONFIG.need(language), {})
     sections = words.AXES.part(embedding) or (rope.get(words.AXES.name) if isinstance(rope, dict) else None)
-    one = _table(embedding, like, torch.ones(*(() if sections is None else (3,)), 1, 1, dtype=torch.long, device=device))
+    one = _table(
+        embedding, like, torch.ones(*(() if sections is None else (3,)), 1, 1, dtype=torch.long, device=device)
+    )
     if sections is None:
         angles = one[_pairs(one)]
         return Turns(angles, torch.zeros(len(angles), dtype=torch.long), head_dim // 2)
