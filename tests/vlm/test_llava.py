@@ -266,9 +266,9 @@ def test_bad_calls_are_refused_and_leave_the_model_whole(model):
     ):
         with pytest.raises(ValueError, match=match):
             oracle.generate(model, batch, **options)
-    tokred.apply(model, "random_visual", budget=0.01)
-    with pytest.raises(ValueError, match="none of 16"):
-        model(**batch)
+    tokred.apply(model, "random_visual", budget=0.01)  # of 16: one token, as a share that is less leaves
+    assert model(**batch).logits.isfinite().all()
+    assert tokred.report(model).layers[-1].visual == (1, 2, 0)  # one of each image
     tokred.apply(model, "random_visual", budget=5)
     assert torch.equal(model(**batch).logits, expected)
     with pytest.raises(ValueError, match="4 decoder layers"):
