@@ -1,13 +1,14 @@
 """Shares of a forward that deciding takes, at the sizes at which vision transformers are used, by every learned method.
 
     python -m benchmarks encoder/learned_deciding --threads 1 --out benchmarks/results/encoder.csv
-    python -m benchmarks encoder/learned_deciding avit random_prune --case vit_base_patch16_224
+    python -m benchmarks encoder/learned_deciding avit random_prune --case vit_base_patch16_224 --batch 8
 
 Weights are random, the models' and the methods': that changes what is kept, and neither how much nor the time. Each
 method is set to a half of the blocks' multiply-adds, by its plan, and A-ViT by a search of its ``beta``; DoViT's heads
-are sure of nothing before they learn, so that no token leaves. All run on one picture at a time. ``random_prune`` and
-``evit`` stand beside them as what deciding costs where almost nothing is reckoned. Seconds are those that the processor
-spends on this process.
+are sure of nothing before they learn, so that no token leaves. Methods whose samples keep different numbers of tokens
+run on one picture at a time, whatever the batch. ``random_prune`` and ``evit`` stand beside them as what deciding costs
+where almost nothing is reckoned. Seconds are those that the processor spends on this process. ``decision_work`` counts
+the multiply-adds of deciding, which no way of running it saves.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from benchmarks.encoder.learned_arms import AMOUNTS, halting, setting, work
 from benchmarks.encoder.learned_times import times
 from benchmarks.saving import save, saving
 from tokred import adapters
-from tokred.bench import results
+from tokred.adapters.encoder import block as adapter_block
+from tokred.bench import costs, results, timing
 
 CASES = ("vit_base_patch16_224", "vit_base_patch16_384", "vit_large_patch16_224", "vit_large_patch16_384")
 NAMES = ("avit", "bavit", "cropr", "diffrate", "dovit", "dtem", "dynamicvit", "vtm", "evit", "random_prune")
@@ -82,6 +84,20 @@ def halved(model: Any, images: torch.Tensor, share: float) -> tokred.Method:
     raise ValueError(f"diffrate has no setting for {share:.0%} of the work")
 
 
+def products(model: nn.Module, images: torch.Tensor) -> float:
+    """The share of a forward's multiply-adds that deciding takes.
+
+    Args:
+        model: patched.
+        images: ``(N, 3, H, W)``.
+    """
+    with costs.counter() as counted:
+        watch = timing.Watch(clock=counted.get_total_flops)
+        with watch.around(adapter_block, "decide", "deciding"), torch.inference_mode():
+            model(images)
+    return watch.total() / counted.get_total_flops()
+
+
 def main() -> None:
     """The script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -89,6 +105,7 @@ def main() -> None:
     parser.add_argument("--case", action="append", help="timm model (repeatable)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--share", type=float, default=SHARE, help="of the blocks' multiply-adds")
     saving(parser)
     args = parser.parse_args()
@@ -99,18 +116,20 @@ def main() -> None:
     for case in args.case or CASES:
         torch.manual_seed(0)
         model: Any = timm.create_model(case, num_classes=1000).eval()
-        images = torch.randn(2, *model.default_cfg["input_size"])
+        images = torch.randn(max(2, args.batch), *model.default_cfg["input_size"])
         models = {name: patched(name, model, images, args.share) for name in args.names or NAMES}
         with torch.inference_mode():
-            found = times(models, model, images, args.rounds, 1)
-        where = {**results.here("cpu", torch.float32), "batch": 1, "rounds": args.rounds}
+            found = times(models, model, images, args.rounds, args.batch)
+        where = {**results.here("cpu", torch.float32), "batch": args.batch, "rounds": args.rounds}
         rows = []
         for name, spreads in found.items():
             row = {"model": case, "method": name, "setting": "", "weights": "random", "goal": args.share, **where}
             for metric, values in spreads.items():
                 row |= results.spread(metric, values)
+            row["decision_work"] = products(models[name], images[: args.batch])
             rows.append(row)
-            print(f"{case:24} {name:12} x{row['speedup']:.2f}  deciding {row['decision_share']:.2%}", flush=True)
+            said = f"deciding {row['decision_share']:.2%} of the time, {row['decision_work']:.2%} of the work"
+            print(f"{case:24} {name:12} x{row['speedup']:.2f}  {said}", flush=True)
         save(rows, "deciding", args)
 
 

@@ -23,6 +23,11 @@ def _attention(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None,
     return int(2 * b * heads * n * key[-2] * (d + value[-1]))
 
 
+def counter() -> FlopCounterMode:
+    """A context that counts floating-point operations, fused attention's included; two of them are a multiply-add."""
+    return FlopCounterMode(display=False, custom_mapping={op: _attention for op in _FUSED if op is not None})
+
+
 class Costs:
     """Costs on the first batch of the data.
 
@@ -46,10 +51,9 @@ class Costs:
 
     def _counted(self, single: bool) -> float:
         """Multiply-adds of a sample in the model as it is now."""
-        counter = FlopCounterMode(display=False, custom_mapping={op: _attention for op in _FUSED if op is not None})
-        with counter:
+        with counter() as counted:
             samples = self.probe(single)
-        return float(counter.get_total_flops() / 2e9 / samples)
+        return float(counted.get_total_flops() / 2e9 / samples)
 
     def of(self, one: Entry, single: bool = False) -> Cost:
         """Fields of a record: what the row's methods leave of the first batch, or its first sample, by their report.

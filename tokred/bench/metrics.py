@@ -129,6 +129,7 @@ METRICS: dict[str, Metric] = {
     "reduce_share": Metric("share", "of the forward that deciding and merging take, by a profile"),
     "own_work": _time("share", "of the forward that deciding and merging take"),
     "decision_share": _time("share", "of the forward that deciding takes"),
+    "decision_work": Metric("share", "of the forward's multiply-adds that deciding takes, by a count"),
     "plan_share": Metric("share", "of a step that deciding takes", "", "rounds"),
     "prefill_ms": _time("ms", "of the prompt"),
     "prefill_s": Metric("s", "of the prompt, read once"),

@@ -12,6 +12,7 @@ from torch import Tensor
 from tokred.core.ragged import bounds, pack, with_protected
 from tokred.core.reduction import Reduction
 from tokred.core.selection import ranked
+from tokred.kernels.gather_rows import gather_rows
 from tokred.kernels.similarity_rows import best_match, unit
 
 Split = Literal["alternate", "sequential"]
@@ -128,8 +129,7 @@ def match_to(
     """
     n = metric.shape[1]
     with torch.no_grad():
-        a = metric.gather(1, sources.unsqueeze(-1).expand(-1, -1, metric.shape[-1]))
-        b = metric.gather(1, destinations.unsqueeze(-1).expand(-1, -1, metric.shape[-1]))
+        a, b = gather_rows(metric, sources), gather_rows(metric, destinations)
         target = best_match(a, b).index + (0 if lead is None else lead.shape[1])
     representative = torch.cat([t for t in (lead, destinations, tail) if t is not None], dim=1)
     return Reduction(representative, sources, target, n, mode=mode)

@@ -8,6 +8,7 @@ from torch import Tensor
 from tokred.core.ragged import bounds, pack
 from tokred.core.reduction import Reduction
 from tokred.core.selection import besides, ranked
+from tokred.kernels.gather_rows import gather_rows
 from tokred.kernels.similarity_rows import best_match, unit
 
 
@@ -179,12 +180,11 @@ def match_around(metric: Tensor, destinations: Tensor, protected: Tensor, left: 
     Returns:
         Slots: those that stay alone, then the destinations, each in ascending position. The mean of a slot is plain.
     """
-    _, n, c = metric.shape
-    k = destinations.shape[1]
+    n, k = metric.shape[1], destinations.shape[1]
     with torch.no_grad():
         sources = besides(destinations, n)
         rows = unit(metric.detach())
-        parts = (rows.gather(1, at.unsqueeze(-1).expand(-1, -1, c)) for at in (sources, destinations))
+        parts = (gather_rows(rows, at) for at in (sources, destinations))
         score, match = best_match(*parts, metric="dot")
         score = score.masked_fill(~protected.gather(1, sources), torch.inf)
         order = score.argsort(dim=1, stable=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokred.core.reduction import Reduction
+from tokred.kernels.gather_rows import gather_rows
 from tokred.kv.parts import Fate, check_count
 from tokred.kv.select import Counts, equal, keep, kept_mask, largest, rows_of
 from tokred.kv.site import CacheSite
@@ -147,7 +148,7 @@ class Merge(Fate):
         count = self.dense
         index = rows_of(residual, count)[0]
         keys = k.float()
-        dense = keys.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, k.shape[-1]))
+        dense = gather_rows(keys, index)
         if self.metric == "dot_product":
             near = keys @ dense.mT
         else:

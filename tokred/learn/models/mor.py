@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokred.core.checks import check_choice, check_number
+from tokred.kernels.gather_rows import gather_rows
 from tokred.learn.models.blocks import Answer, Block, Cache, Rows, Tokens, begin, check_sizes, started, written
 from tokred.learn.models.choice import (
     balance_loss,
@@ -312,7 +313,7 @@ class MoR(nn.Module):
         losses = {"router": x.new_zeros((), dtype=torch.float32)} if self.training else {}
         first: list[Rows] = []
         for r in range(c.recursions):
-            h = x.gather(1, at.unsqueeze(2).expand(-1, -1, c.width))
+            h = gather_rows(x, at)
             logits = self.routers[r](h).squeeze(2)
             decided = self.deciders[r](h.detach()).squeeze(2) if len(self.deciders) else logits
             if select == "top_k":

@@ -21,6 +21,7 @@ from tokred.core.selection import protected_rows, ranked
 from tokred.core.site import Site
 from tokred.encoder.method import Compared
 from tokred.encoder.metric import Metric, read_metric
+from tokred.kernels.gather_rows import gather_rows
 from tokred.kernels.similarity_rows import best_match, similarity_sum
 
 Form = Literal["plain", "bsm", "bsm-plain", "plain-bsm", "tome-plain", "halves"]
@@ -210,12 +211,9 @@ class PiToMe(Compared):
 
 def _bsm(metric: Tensor, order: Tensor, k: int, lead: Tensor, tail: Tensor) -> Reduction:
     """ToMe's step on tokens in energy order: even ranks against odd ranks, the top ``k`` pairs merge."""
-    d = metric.shape[-1]
     a, b = order[:, ::2], order[:, 1::2]
     with torch.no_grad():
-        score, match = best_match(
-            metric.gather(1, a.unsqueeze(-1).expand(-1, -1, d)), metric.gather(1, b.unsqueeze(-1).expand(-1, -1, d))
-        )
+        score, match = best_match(gather_rows(metric, a), gather_rows(metric, b))
         rank = ranked(score)
         merged, unmerged = rank[:, :k], rank[:, k:]
         target = match.gather(1, merged) + lead.shape[1] + unmerged.shape[1]
@@ -236,7 +234,7 @@ def _by_rank(
         form: ``"plain"``, ``"bsm"`` or ``"halves"``.
         n, prefix, suffix: of the whole sequence.
     """
-    b, free, d = metric.shape
+    b, free = metric.shape[:2]
     rank, pairs = torch.arange(free, device=order.device).expand(b, -1), k.unsqueeze(1)
     by_rank = real.gather(1, order)
     if form == "bsm":
@@ -246,7 +244,7 @@ def _by_rank(
     else:
         a, receives = rank < pairs, (rank >= pairs) & (rank < 2 * pairs)
     with torch.no_grad():
-        rows = metric.gather(1, order.unsqueeze(-1).expand(-1, -1, d))
+        rows = gather_rows(metric, order)
         score, match = best_match(rows, rows, a_mask=a, b_mask=receives)
         # Sources by falling similarity; behind them all others, still by falling energy.
         line = ranked(score)

@@ -19,6 +19,7 @@ from tokred.core.selection import ranked
 from tokred.core.site import Site
 from tokred.encoder.method import BlockMethod
 from tokred.encoder.metric import head_mean
+from tokred.kernels.gather_rows import gather_rows
 from tokred.kernels.similarity_rows import best_match, similarity_count, similarity_sum, unit
 
 
@@ -222,8 +223,7 @@ class SAINT(BlockMethod):
         stays = torch.ones_like(rows, dtype=torch.bool) if mask is None else mask
         dropped = ~torch.zeros_like(keys[..., 0], dtype=torch.bool).scatter(1, rows, stays)
         dropped = dropped if real is None else dropped & real
-        at = rows.unsqueeze(-1).expand(-1, -1, keys.shape[-1])
-        match = best_match(keys, keys.gather(1, at), a_mask=dropped, b_mask=mask).index
+        match = best_match(keys, gather_rows(keys, rows), a_mask=dropped, b_mask=mask).index
         source = torch.arange(site.prefix, n - site.suffix, device=rows.device).expand_as(dropped)
         target = torch.where(dropped, match + site.prefix, -1)
         return Reduction(representative, source, target, n, mask=kept, mode="keep", inherit=False)

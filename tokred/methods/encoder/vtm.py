@@ -22,6 +22,7 @@ from tokred.encoder.method import BlockMethod
 from tokred.encoder.metric import METRICS, Metric, read_metric
 from tokred.errors import MissingInputError
 from tokred.kernels.dispatch import without_autocast
+from tokred.kernels.gather_rows import gather_rows
 from tokred.kernels.similarity_rows import best_match
 
 Variant = Literal["naive", "centre", "boundary", "motion", "learned"]
@@ -366,7 +367,7 @@ def _middle(site: Site, free: int) -> tuple[Tensor, int | None]:
 
 
 def _rows(metric: Tensor, rows: Tensor) -> Tensor:
-    return metric.gather(1, rows.unsqueeze(-1).expand(-1, -1, metric.shape[-1]))
+    return gather_rows(metric, rows)
 
 
 def _twice(count: int | None) -> tuple[int, int] | None:

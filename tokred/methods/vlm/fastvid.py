@@ -14,6 +14,7 @@ from tokred.core.overlap import OverlapReduction
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.selection import besides, highest
+from tokred.kernels.gather_rows import gather_rows
 from tokred.kernels.similarity_rows import best_match
 from tokred.vlm.before_llm import VisualSite
 from tokred.vlm.frames import ClipMethod, framed
@@ -128,7 +129,7 @@ class FastVID(ClipMethod):
             with_anchors, some = self.anchors(last + 1 - first, cells)
             if some:
                 left, ids = rest[first : last + 1], flat[first : last + 1].gather(1, rest[first : last + 1])
-                points = x[first : last + 1].gather(1, left.unsqueeze(-1).expand(-1, -1, c))
+                points = gather_rows(x[first : last + 1], left)
                 for t in with_anchors:
                     centre = density_peaks(points[t : t + 1], some, self.neighbours).centre[0]
                     into = best_match(points.view(1, -1, c), points[t : t + 1, centre]).index[0]

@@ -14,6 +14,7 @@ from tokred.core.method import Parameters
 from tokred.core.reduction import Reduction
 from tokred.core.registry import register
 from tokred.core.selection import besides, ranked
+from tokred.kernels.gather_rows import gather_rows
 from tokred.kernels.similarity_rows import best_match
 from tokred.vlm.before_llm import VisualSite
 from tokred.vlm.frames import ClipMethod, framed
@@ -121,7 +122,7 @@ class FlashVID(ClipMethod):
             x: ``(T, N, C)`` float32.
             scores: ``(T, N)``.
         """
-        frames, cells, c = x.shape
+        frames, cells, _ = x.shape
         some, others = self.split(cells)
         parts, mean = cut(frame_similarity(x), self.segments, self.theta), x.mean(1)
         weight = scores.float()
@@ -136,7 +137,7 @@ class FlashVID(ClipMethod):
         chosen = flat.gather(1, rows).flatten()
         root[chosen] = chosen
         if others and some < cells:
-            ids, points = flat.gather(1, left), x.gather(1, left.unsqueeze(-1).expand(-1, -1, c))
+            ids, points = flat.gather(1, left), gather_rows(x, left)
             for a, b in parts:
                 own = slice(a, b + 1)
                 into, counts = self.joined(points[own], ids[own], others)
