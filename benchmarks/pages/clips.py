@@ -11,11 +11,14 @@ from tokred.bench.arms import BASE
 CHANCES = {"what": 1 / 10, "way": 1 / 4, "when": 1 / 3}
 CHANCE = sum(CHANCES.values()) / len(CHANCES)
 WRAPPER = "restore"
-SHAPES = {"llava-onevision-7b-shapes": "LLaVA-OneVision-7B", "qwen2.5-vl-7b-shapes": "Qwen2.5-VL-7B"}
+# Names and blocks of the towers; their language models have 28 layers.
+SHAPES = {"llava-onevision-7b-shapes": ("LLaVA-OneVision-7B", 26), "qwen2.5-vl-7b-shapes": ("Qwen2.5-VL-7B", 32)}
+LAYERS = 28
 SHORT = "short"  # streams of the last frames alone
 AIMS = (0.95, 8, 10)  # of the dense answers above chance, and selectors of so many that are to be lifted
 MIB = 2**-20
 CHOOSING = 0.02  # of the prompt's time, at most
+EARLY = 2.0  # times as short tower and prompt are with EarlyTom, at least
 # Parts of an answer's time, by the heads of their columns.
 PARTS = {"tower": "tower_seconds", "selection": "selection_seconds", "prompt": "prompt_seconds"}
 
@@ -229,16 +232,28 @@ def early(found: Results) -> str:
     fields = ("model", "frames", "tower_depth", "depth")
     for depth in sorted({tuple(r[field] for field in fields) for r in rows}, key=str):
         lines = []
-        for r in (r for r in rows if tuple(r[field] for field in fields) == depth):
+        mine = [r for r in rows if tuple(r[field] for field in fields) == depth]
+        dense = next(r for r in mine if r["method"] == BASE)
+        for r in mine:
             cells = [f"`{r['method']}`", f"{r['tokens_left']:.0f}"]
             cells += [between(r, f"{part}_seconds") for part in ("tower", "selection", "prompt")]
+            cells += [f"{_shorter(dense, r, blocks, layers):.2f}" for blocks, layers in ((1, 1), _full(r))]
             share = r.get("share_of_full_depth")
             lines.append([*cells, between(r, "speedup") if "speedup" in r else "1", percent(share, digits=2)])
-        header = ["", "tokens left", "tower, s", "choosing, s", "layers, s", "times as fast, all of it"]
-        text = "{}, {} frames, {} blocks of the tower, {} layers:".format(SHAPES[depth[0]], *depth[1:])
-        parts.append(f"{text}\n\n{table([*header, 'choosing, % of 28 layers'], lines, 1)}")
+        header = ["", "tokens left", "tower, s", "choosing, s", "layers, s", "tower and layers, times as short"]
+        header += ["at full depth", "times as fast, all of it", "choosing, % of 28 layers"]
+        text = "{}, {} frames, {} blocks of the tower, {} layers:".format(SHAPES[depth[0]][0], *depth[1:])
+        parts.append(f"{text}\n\n{table(header, lines, 1)}")
+        parts += [
+            f"The aim that EarlyTom makes tower and prompt together at least {EARLY:g} times as short at a tenth is "
+            f"{'met' if times >= EARLY else 'missed'} with the tower's {_full(r)[0] * r['tower_depth']:g} blocks and "
+            f"{LAYERS} layers, reckoned from this time of each: {times:.1f} times."
+            for r in mine
+            if r["method"] == "earlytom"
+            for times in [_shorter(dense, r, *_full(r))]
+        ]
     over = [
-        f"`{r['method']}` ({SHAPES[r['model']]})"
+        f"`{r['method']}` ({SHAPES[r['model']][0]})"
         for r in rows
         if r.get("share_of_full_depth", 0) > CHOOSING and str(r["frames"]) == "32"
     ]
@@ -246,3 +261,14 @@ def early(found: Results) -> str:
         aim = f"The aim that choosing takes at most {percent(CHOOSING, digits=0)} % of a prompt of 32 frames"
         parts.append(f"{aim} is missed by {', '.join(over) or 'none'}.")
     return "\n\n".join(parts) or _none("vlm/early")
+
+
+def _full(row: Record) -> tuple[float, float]:
+    """How many times as many blocks of the tower and layers the model has as were measured."""
+    return SHAPES[row["model"]][1] / float(row["tower_depth"]), LAYERS / float(row["depth"])
+
+
+def _shorter(dense: Record, row: Record, blocks: float, layers: float) -> float:
+    """How many times as short tower and layers are together as the unpatched ones, with so many times as many."""
+    whole, mine = (blocks * r["tower_seconds"] + layers * r["prompt_seconds"] for r in (dense, row))
+    return float(whole / mine)
