@@ -35,16 +35,16 @@ def within(record: Record) -> str:
     return base if record["method"] == WRAPPER else record["method"]
 
 
-def answers(found: Results) -> dict[int, tuple[str, list[Record]]]:
-    """Rows by frames, and the questions they are about: all, or those that the unpatched model answers best.
+def answers(found: Results) -> dict[tuple[int, str], tuple[str, list[Record]]]:
+    """Rows by frames and model, and the questions they are about: all, or those that the unpatched model answers best.
 
     Where it answers some questions no better than chance does, those cannot tell methods apart.
     """
-    every: dict[int, dict[str, list[Record]]] = {}
+    every: dict[tuple[int, str], dict[str, list[Record]]] = {}
     for row in found.records("vlm", "clips"):
         if "exact" in row:
-            every.setdefault(int(row["frames"]), {}).setdefault(row["asked"], []).append(row)
-    return {frames: _told(kinds) for frames, kinds in sorted(every.items())}
+            every.setdefault((int(row["frames"]), row["model"]), {}).setdefault(row["asked"], []).append(row)
+    return {which: _told(kinds) for which, kinds in sorted(every.items())}
 
 
 def _told(kinds: dict[str, list[Record]]) -> tuple[str, list[Record]]:
@@ -59,16 +59,23 @@ def _told(kinds: dict[str, list[Record]]) -> tuple[str, list[Record]]:
     return best, kinds[best]
 
 
-def _unseen(found: Results, frames: int, kind: str) -> str:
+def _unseen(found: Results, which: tuple[int, str], kind: str) -> str:
     """What the unpatched model answers to the other questions, where those are left out."""
     if kind == "all":
         return ""
-    dense = [r for r in found.records("vlm", "clips", method=BASE) if "exact" in r and int(r["frames"]) == frames]
+    frames, model = which
+    dense = [r for r in found.records("vlm", "clips", method=BASE, model=model) if "exact" in r]
+    dense = [r for r in dense if int(r["frames"]) == frames]
     rest = {r["asked"]: r for r in dense if r["asked"] in CHANCES and r["asked"] != kind}
     if not rest:
         return f" Asked *{kind}* alone."
     said = [f"to *{k}* {100 * r['exact']:.0f} % (chance {100 * CHANCES[k]:.0f} %)" for k, r in rest.items()]
     return f" Asked *{kind}* alone: its answers {' and '.join(said)} tell nothing apart."
+
+
+def weights(model: str) -> str:
+    """The trained weights' file, by the model's name."""
+    return f"`vlm_{model.rpartition('-')[2]}`"
 
 
 def _none(what: str) -> str:
@@ -78,7 +85,7 @@ def _none(what: str) -> str:
 def clips(found: Results) -> str:
     """Exact answers of every method, and with RESTORE around it."""
     parts = []
-    for frames, (kind, rows) in answers(found).items():
+    for (frames, model), (kind, rows) in answers(found).items():
         shares = list(dict.fromkeys(share(row) for row in rows if row["method"] != BASE))
         lines = []
         for name in dict.fromkeys(within(row) for row in rows if row["method"] != BASE):
@@ -89,38 +96,41 @@ def clips(found: Results) -> str:
             lines.append(cells)
         (dense,) = (row for row in rows if row["method"] == BASE)
         header = ["method", *(text for one in shares for text in (f"{100 * float(one):g} %", "with RESTORE"))]
-        head = f"{frames} frames, {dense['tokens_left']:.0f} visual tokens, {dense['exact_count']} answers: "
-        head += f"unpatched {between(dense, 'exact', '{:.0f}', 100)} % right.{_unseen(found, frames, kind)}"
+        head = f"{frames} frames, {weights(model)}, {dense['tokens_left']:.0f} visual tokens, {dense['exact_count']} "
+        head += f"answers: unpatched {between(dense, 'exact', '{:.0f}', 100)} % right."
+        head += _unseen(found, (frames, model), kind)
         parts.append(f"{head}\n\n{table(header, lines, 1)}")
     return "\n\n".join(parts) or _none("vlm/clips --answers --restore")
 
 
 def _cell(rows: Sequence[Record], wrapped: bool) -> str:
-    """Answers in percent and, of a wrapped method, how many more these are; tokens, where they are not the share's."""
+    """Answers in percent with their interval and, of a wrapped method, how many more these are; and tokens left."""
     for row in rows:
         if (row["method"] == WRAPPER) == wrapped:
-            more = f" ({100 * row['exact_lift']:+.0f})" if "exact_lift" in row else ""
-            return f"{100 * row['exact']:.0f}{more}, {row['tokens_left']:.0f}"
+            mine = value(row, "exact", 100)
+            inside = [] if mine.low is None else [f"{mine.low:.0f} to {mine.high:.0f}"]
+            inside += [f"{100 * row['exact_lift']:+.0f}"] if "exact_lift" in row else []
+            more = f" ({'; '.join(inside)})" if inside else ""
+            return f"{mine.value:.0f}{more}, {row['tokens_left']:.0f}"
     return ""
 
 
 def clips_claims(found: Results) -> str:
     """Who is best, how much of the dense answers is kept, and how many methods RESTORE lifts."""
     lines = []
-    for frames, (kind, rows) in answers(found).items():
+    for (frames, model), (kind, rows) in answers(found).items():
         chance = CHANCES.get(kind, CHANCE)
+        clip = f"{frames} frames, {weights(model)}"
         (dense,) = (row for row in rows if row["method"] == BASE)
         if (value(dense, "exact").low or 0) <= chance:
-            lines.append(
-                f"- {frames} frames: the unpatched model's own answers are not beyond chance, nothing is told."
-            )
+            lines.append(f"- {clip}: the unpatched model's own answers are not beyond chance, nothing is told.")
             continue
         for one in dict.fromkeys(share(row) for row in rows if row["method"] != BASE):
             mine = [row for row in rows if share(row) == one]
             values = {_name(row): value(row, "exact", 100) for row in mine}
             best, level = ranked(values)
             kept = (values[best].value / 100 - chance) / (dense["exact"] - chance) if dense["exact"] > chance else None
-            text = f"- {frames} frames, {100 * float(one):g} % of the tokens: `{best}` answers most, "
+            text = f"- {clip}, {100 * float(one):g} % of the tokens: `{best}` answers most, "
             text += f"{values[best].value:.0f} %"
             if kept is not None:
                 text += f", {100 * kept:.0f} % of the unpatched model's above chance "

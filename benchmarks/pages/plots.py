@@ -8,6 +8,8 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.pages import held, tasks, tune
+from benchmarks.pages.clips import answers as clip_answers
+from benchmarks.pages.clips import weights
 from benchmarks.pages.diffusion import FAMILIES, MODES, RATIOS
 from benchmarks.pages.markdown import Results
 from tokred.bench import plots, results
@@ -146,21 +148,21 @@ def vlm(found: Results, folder: Path) -> list[Path]:
 
 
 def clips(found: Results, folder: Path) -> list[Path]:
-    """Exact answers about the shortest clips over the share of visual tokens: a panel a kind of question."""
+    """Exact answers over the share of visual tokens: a panel for clips of so many frames and a model's weights."""
     frame = _frame(found, "vlm", "clips")
     if frame.empty or "exact" not in frame:
         return []
-    frame = frame[frame["exact"].notna() & (frame["asked"] != "all") & (frame["method"] != "restore")]
-    frame = frame[frame["frames"].astype(int) == frame["frames"].astype(int).min()]
-    shares = frame["setting"].str.extract(r"share=(\S+)")[0].astype(float)
-    frame = frame.assign(share=100 * shares)
+    frame = frame[frame["exact"].notna() & (frame["method"] != "restore")]
+    frame = frame.assign(share=100 * frame["setting"].str.extract(r"share=(\S+)")[0].astype(float))
     panels = []
-    for kind in frame["asked"].unique():
-        mine = frame["asked"] == kind
+    for (frames, model), (kind, _) in clip_answers(found).items():
+        mine = (frame["asked"] == kind) & (frame["model"] == model) & (frame["frames"].astype(int) == frames)
         dense = frame[mine & (frame["method"] == "unpatched")].iloc[0]
-        frame = frame.assign(**{kind: frame["exact"].where(mine & frame["share"].notna())})
+        name = f"{frames} {model}"
+        frame = frame.assign(**{name: frame["exact"].where(mine & frame["share"].notna())})
         panels.append(
-            Panel("share", kind, "% of the visual tokens", "exact answers (%)", f"{kind}?", "log", times=100,
+            Panel("share", name, "% of the visual tokens", "exact answers (%)",
+                  f"{kind}? {frames} frames, {weights(model).strip('`')}", "log", times=100,
                   level=(float(dense["exact"]), "all tokens"), ticks=((25, 10, 5), ("25", "10", "5")))
         )  # fmt: skip
     return [plots.save(plots.lines(frame, panels), folder / "clips.png")]

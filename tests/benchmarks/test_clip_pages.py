@@ -46,21 +46,21 @@ def test_clips(tmp_path: Path) -> None:
         asked("restore", "base=divprune share=0.1", 0.65, 52, **down), asked("fastv", "share=0.1", 0.3, 51),
     ])  # fmt: skip
     head, _, header, _, *lines = clips.clips(found).splitlines()
-    assert head == "8 frames, 513 visual tokens, 90 answers: unpatched 80 (70 to 90) % right."
+    assert head == "8 frames, `vlm_m`, 513 visual tokens, 90 answers: unpatched 80 (70 to 90) % right."
     assert header == "| method | 10 % | with RESTORE |"
     assert lines == [
-        "| `evs` | 40, 65 | 60 (+20), 65 |",
-        "| `divprune` | 70, 52 | 65 (-5), 52 |",
-        "| `fastv` | 30, 51 |  |",
+        "| `evs` | 40 (30 to 50), 65 | 60 (50 to 70; +20), 65 |",
+        "| `divprune` | 70 (60 to 80), 52 | 65 (55 to 75; -5), 52 |",
+        "| `fastv` | 30 (20 to 40), 51 |  |",
     ]
     assert clips.clips_claims(found) == (
-        "- 8 frames, 10 % of the tokens: `divprune` answers most, 70 %, 83 % of the unpatched model's above chance "
-        "(aim at a tenth: 95 %); level with it: `restore around divprune`, `restore around evs`. RESTORE lifts 1 of 2 "
+        "- 8 frames, `vlm_m`, 10 % of the tokens: `divprune` answers most, 70 %, 83 % of the unpatched model's above "
+        "chance (aim at a tenth: 95 %); level with it: `restore around divprune`, `restore around evs`. RESTORE lifts 1 of 2 "
         "(aim: 8 of 10), and lowers 1; beyond the 95 % interval of the difference it lifts `evs`, and lowers none."
     )
     blind = table(tmp_path / "blind", "clips", [asked("unpatched", "", 0.3, 513), asked("evs", "share=0.1", 0.4, 65)])
     assert clips.clips_claims(blind).endswith(
-        "8 frames: the unpatched model's own answers are not beyond chance, nothing is told."
+        "8 frames, `vlm_m`: the unpatched model's own answers are not beyond chance, nothing is told."
     )
     spent = {"tower_seconds": 1.5, "selection_seconds": 0.01, "prompt_seconds": 0.5, "seconds": 2.25}
     timed = {"frames": 8, "asked": "what", "speedup": 2.0, "speedup_low": 1.9, "speedup_high": 2.1, **spent}
