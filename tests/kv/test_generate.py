@@ -147,7 +147,9 @@ def test_a_patched_model_is_not_its_own_assistant():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["snapkv", "kivi", "streaming_llm"])
+@pytest.mark.parametrize(
+    "name", ["kivi", *(pytest.param(n, marks=pytest.mark.hosts) for n in ("snapkv", "streaming_llm"))]
+)
 def test_a_compiled_model_reads_as_without(name):
     torch._dynamo.reset()
     model, ids = tokred.apply(build("llama"), name), prompt(40)
