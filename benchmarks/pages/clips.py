@@ -259,7 +259,7 @@ def early(found: Results) -> str:
             f"{'met' if times >= EARLY else 'missed'} with the tower's {_full(r)[0] * r['tower_depth']:g} blocks and "
             f"{LAYERS} layers, reckoned from this time of each: {times:.1f} times."
             for r in mine
-            if r["method"] == "earlytom"
+            if r["method"] == "earlytom" and float(r["tower_depth"]) > 1  # one block has no place to merge in
             for times in [_shorter(dense, r, *_full(r))]
         ]
     over = [
