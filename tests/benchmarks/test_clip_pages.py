@@ -56,7 +56,8 @@ def test_clips(tmp_path: Path) -> None:
     assert clips.clips_claims(found) == (
         "- 8 frames, `vlm_m`, 10 % of the tokens: `divprune` answers most, 70 %, 83 % of the unpatched model's above "
         "chance (aim at a tenth: 95 %); level with it: `restore around divprune`, `restore around evs`. RESTORE lifts "
-        "1 of 2 (aim: 8 of 10), and lowers 1; beyond the 95 % interval of the difference it lifts `evs`, and lowers none."
+        "1 of 2 (aim: 8 of 10), and lowers 1; beyond the 95 % interval of the difference it lifts `evs`, and lowers "
+        "none."
     )
     blind = table(tmp_path / "blind", "clips", [asked("unpatched", "", 0.3, 513), asked("evs", "share=0.1", 0.4, 65)])
     assert clips.clips_claims(blind).endswith(
