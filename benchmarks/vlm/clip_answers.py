@@ -17,18 +17,19 @@ from benchmarks.zoo import vlm
 from tokred.bench import results
 from tokred.bench.entries import entry
 from tokred.bench.intervals import Estimate, estimate, paired
+from tokred.vlm.shots import FrameMerger
 
 ALL = "all"  # kinds of questions together
 
 
 @contextlib.contextmanager
-def remembered(blocks: Sequence[nn.Module]) -> Iterator[None]:
+def remembered(blocks: Sequence[nn.Module], kept: dict[bytes, Tensor]) -> Iterator[None]:
     """Inside, successive blocks of a tower run once for each input; when it comes again, so does what they gave.
 
     Args:
         blocks: each takes hidden states first, and returns hidden states.
+        kept: what they gave, by what was given; filled here.
     """
-    kept: dict[bytes, Tensor] = {}
     now: dict[str, bytes] = {}
 
     def first(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -90,31 +91,36 @@ def judged(
     known: dict[str, dict[str, list[float]]] = {}
     source = results.here("cpu", model.dtype)
     head = {**head, **source, "versions": f"{source['versions']} {data_from}".strip()}
-    with remembered(blocks):
-        for label, setting in {"unpatched": "", **chosen}.items():
-            method, _, said = label.partition(" ")
-            try:
-                with tokred.applied(model, list(entry(setting).methods)) if setting else contextlib.nullcontext():
-                    mine = {kind: rights(model, tokenizer, some) for kind, some in data.items()}
-                    # Of the first sample, with the line feed that stands behind a clip.
-                    left = tokred.report(model).layers[-1].visual[0] if setting else head["frames"] * vlm.FRAME + 1
-            except (ValueError, tokred.MissingInputError) as error:
-                print(f"{label}: {error}", flush=True)
-                continue
-            known[label] = mine
-            base = known.get(said.removeprefix("base=")) if method == "restore" else None
-            rows = []
-            for kind in [*data, *([ALL] if len(data) > 1 else [])]:
-                kinds = [*data] if kind == ALL else [kind]
-                values = [v for k in kinds for v in mine[k]]
-                record = {**head, "method": method, "setting": said, "asked": kind, "tokens_left": left}
-                clip = [i for k in kinds for i in range(len(mine[k]))]
-                record |= _fields("exact", estimate(values, [1.0] * len(values), clip)) | {"exact_count": len(values)}
-                if base is not None:
-                    theirs = [v for k in kinds for v in base[k]]
-                    record |= _fields("exact_lift", paired(values, theirs, [1.0] * len(values), clip))
-                rows.append(record)
-            yield rows
+    kept: dict[bytes, Tensor] = {}
+    for label, setting in {"unpatched": "", **chosen}.items():
+        method, _, said = label.partition(" ")
+        methods = list(entry(setting).methods) if setting else []
+        inside = any(isinstance(m, FrameMerger) for m in methods)  # of the tower, whose blocks must run
+        try:
+            with (
+                contextlib.nullcontext() if inside else remembered(blocks, kept),
+                tokred.applied(model, methods) if methods else contextlib.nullcontext(),
+            ):
+                mine = {kind: rights(model, tokenizer, some) for kind, some in data.items()}
+                # Of the first sample, with the line feed that stands behind a clip.
+                left = tokred.report(model).layers[-1].visual[0] if setting else head["frames"] * vlm.FRAME + 1
+        except (ValueError, tokred.MissingInputError) as error:
+            print(f"{label}: {error}", flush=True)
+            continue
+        known[label] = mine
+        base = known.get(said.removeprefix("base=")) if method == "restore" else None
+        rows = []
+        for kind in [*data, *([ALL] if len(data) > 1 else [])]:
+            kinds = [*data] if kind == ALL else [kind]
+            values = [v for k in kinds for v in mine[k]]
+            record = {**head, "method": method, "setting": said, "asked": kind, "tokens_left": left}
+            clip = [i for k in kinds for i in range(len(mine[k]))]
+            record |= _fields("exact", estimate(values, [1.0] * len(values), clip)) | {"exact_count": len(values)}
+            if base is not None:
+                theirs = [v for k in kinds for v in base[k]]
+                record |= _fields("exact_lift", paired(values, theirs, [1.0] * len(values), clip))
+            rows.append(record)
+        yield rows
 
 
 def lifted(rows: Sequence[Record]) -> str:

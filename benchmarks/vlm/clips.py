@@ -58,6 +58,7 @@ METHODS: dict[str, Callable[[float], str]] = {
     "framefusion": "framefusion cost={0:g}".format,
     "holitom": "holitom budget={0:g}".format,
     "prunevid": "prunevid clusters={0:g}".format,
+    "earlytom": "earlytom budget={0:g} layers=4,10".format,  # of 12 blocks, as 8, 21 and 23 are of 24
 }
 # What RESTORE goes around, by the name of the method: of those that merge what leaves, the part that keeps tokens; of
 # HoliTom, which of still scenes drops too few to be merged, all of it.

@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--methods", default="holitom,earlytom", help="names of vlm/clips and earlytom, with commas")
     saving(parser)
     given = parser.parse_args()
-    known(parser, "methods", given.methods.split(","), {"earlytom", *METHODS})
+    known(parser, "methods", given.methods.split(","), METHODS)
     shapes = MODELS[given.model]
     model, batch = shapes.build(given.blocks, given.layers), shapes.film(given.frames)
     places = tuple(sorted({(given.blocks - 1) // 3, given.blocks - 2})) if given.blocks > 1 else (0,)
