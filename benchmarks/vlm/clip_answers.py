@@ -94,9 +94,9 @@ def judged(
     kept: dict[bytes, Tensor] = {}
     for label, setting in {"unpatched": "", **chosen}.items():
         method, _, said = label.partition(" ")
-        methods = list(entry(setting).methods) if setting else []
-        inside = any(isinstance(m, FrameMerger) for m in methods)  # of the tower, whose blocks must run
         try:
+            methods = list(entry(setting).methods) if setting else []
+            inside = any(isinstance(m, FrameMerger) for m in methods)  # of the tower, whose blocks must run
             with (
                 contextlib.nullcontext() if inside else remembered(blocks, kept),
                 tokred.applied(model, methods) if methods else contextlib.nullcontext(),

@@ -63,14 +63,15 @@ def test_answers_alone_are_those_of_the_whole_model(capsys) -> None:
             ("random_visual ", "budget=0.5"),
             ("restore base=random_visual ", "budget=0.5"),
             ("restore base=fastvid ", ""),
+            ("earlytom ", "budget=0.5 layers=0"),
         )
     }
     found = [*clip_answers.judged(model, tokenizer, chosen, data, {"model": "m", "frames": 3})]
     handle.remove()
-    assert len(ran) == 1
+    assert len(ran) == 3, "once for all, and for either question where a method acts between the blocks"
     assert [row["asked"] for row in found[0]] == ["what", "way", "all"]
     assert [row["exact"] for row in found[0]] == [0.5] * 3
-    assert len(found) == 3, "what cannot run is told and left out"
+    assert len(found) == 4, "what cannot run is told and left out"
     assert "restore base=fastvid share=0.5: base is 'fastvid', which drops nothing" in capsys.readouterr().out
     mine, base = found[2][-1], found[1][-1]
     assert mine["exact_lift"] == mine["exact"] - base["exact"]
