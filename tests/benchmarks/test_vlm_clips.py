@@ -63,7 +63,7 @@ def test_answers_alone_are_those_of_the_whole_model(capsys) -> None:
             ("random_visual ", "budget=0.5"),
             ("restore base=random_visual ", "budget=0.5"),
             ("restore base=fastvid ", ""),
-            ("earlytom ", "budget=0.5 layers=0"),
+            ("earlytom ", "budget=0.5 layers=0,1"),
         )
     }
     found = [*clip_answers.judged(model, tokenizer, chosen, data, {"model": "m", "frames": 3})]
