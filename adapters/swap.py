@@ -80,9 +80,15 @@ def swap(module: nn.Module, body: Body, settings: Any) -> None:
         module: to be exchanged.
         body: the methods of the subclass, given the class; a function that can be imported.
         settings: what those methods find under :data:`SETTINGS`.
+
+    Raises:
+        UnsupportedModelError: it is exchanged already, for another place in the model.
     """
     if is_swapped(module):
-        raise RuntimeError(f"{type(module).__name__} is patched already")
+        raise UnsupportedModelError(
+            f"a {type(module).__name__} is patched already: it stands at several places of this model. What happens to "
+            "its tokens is known by its place, so each needs a module of its own, such as copy.deepcopy makes"
+        )
     host: Any = type(module)
     _exchange(module, _subclass(host, body))
     module.__dict__[SETTINGS] = settings

@@ -144,11 +144,19 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """A context in which autocast leaves float32 products alone."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return contextlib.nullcontext()
+def autocast_on(device: torch.device) -> bool:
+    """Whether autocast is on for a device; never on ``meta``, which torch knows no autocast of."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(x: Tensor | torch.device) -> contextlib.AbstractContextManager[Any]:
+    """A context in which autocast leaves float32 products alone.
+
+    Args:
+        x: where they are made, or a tensor that is there.
+    """
+    device = x.device if isinstance(x, Tensor) else x
+    return torch.autocast(device.type, enabled=False) if autocast_on(device) else contextlib.nullcontext()
 
 
 def traced() -> bool:
@@ -172,9 +180,8 @@ def of_one_type(*tensors: Tensor) -> tuple[Tensor, ...]:
     first, types = tensors[0], {t.dtype for t in tensors}
     if len(types) == 1:
         return tensors
-    kind = first.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
+    if autocast_on(first.device):
+        dtype = torch.get_autocast_dtype(first.device.type)
     else:
         dtype = functools.reduce(torch.promote_types, types)
     return tuple(t.to(dtype) for t in tensors)

@@ -13,6 +13,7 @@ from tokred.adapters.contract import words
 from tokred.adapters.swap import host_class
 from tokred.adapters.vlm.columns import gather_columns
 from tokred.core.attention import Attention
+from tokred.kernels.dispatch import without_autocast
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -81,7 +82,8 @@ def _project(given: Input, which: str, first: int = 0, end: int | None = None) -
     """``(B, H, M, D)`` rotated queries or keys, or the values, of some columns."""
     # A method decides outside of autocast, but these have to be what the layer itself computes under it.
     kind = given.x.device.type
-    with torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), enabled=given.autocast):
+    cast = torch.autocast(kind, torch.get_autocast_dtype(kind)) if given.autocast else without_autocast(given.x)
+    with cast:
         return _projected(given, which, first, end)
 
 

@@ -23,6 +23,7 @@ from tokred.adapters.vlm.tokens.steps import decoding_of
 from tokred.core.attention import Attention
 from tokred.core.place import Place
 from tokred.core.reduction import Reduction
+from tokred.kernels.dispatch import autocast_on
 from tokred.vlm.in_llm import LayerSite, Prompt
 
 if TYPE_CHECKING:
@@ -299,7 +300,7 @@ class Inner:
         if before is not self.start:
             tables = before.move(tables, 1)
         mask = self._valid(layer, before)
-        own = Input(module, x.detach(), tables, forward.cache, past, mask, torch.is_autocast_enabled(x.device.type))
+        own = Input(module, x.detach(), tables, forward.cache, past, mask, autocast_on(x.device))
         start = self.start
         assert start is not None  # see _reduce
         positions = before.columns if forward.packed is None else forward.packed.columns.gather(1, before.columns)
@@ -386,7 +387,7 @@ class Inner:
             past = forward.past_columns - (0 if old is None else old.dropped)
             tables = words.TABLES.of(given)
             self._entered = x.detach() if "stream" in method.reads else None
-            cast = torch.is_autocast_enabled(x.device.type)
+            cast = autocast_on(x.device)
             self._before = Input(module, x.detach(), tables, forward.cache, past, self._valid(layer, step), cast)
 
 

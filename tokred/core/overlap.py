@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokred.core.reduction import Reduction
-from tokred.kernels.dispatch import accumulator_dtype
+from tokred.kernels.dispatch import accumulator_dtype, without_autocast
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +62,7 @@ class OverlapReduction(Reduction):
             return self.gather(x)
         member, (b, m) = self.members(), self.representative.shape
         dtype = accumulator_dtype(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             wide = x.to(dtype)
             first = torch.arange(b, device=x.device).view(-1, 1, 1) * self.length
             assert self.share is not None

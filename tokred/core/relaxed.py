@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokred.core.reduction import Reduction
-from tokred.kernels.dispatch import accumulator_dtype
+from tokred.kernels.dispatch import accumulator_dtype, without_autocast
 
 EMPTY = 1e-6  # what a token is left with at least, so that the log of its size stays a number
 
@@ -47,7 +47,7 @@ class Relaxed(Reduction):
         """``(B, N)`` float32: own and what was given to a taker, less what a giver gave, at least a millionth."""
         givers, takers, part = self._parts()
         m = part.new_ones(self.representative.shape) if size is None else size.to(part.dtype)
-        with torch.autocast(m.device.type, enabled=False):
+        with without_autocast(m):
             given = part * m[:, givers].unsqueeze(-1)
             left = (m[:, givers] - given.sum(2)).clamp_min(EMPTY)
             out = m.index_copy(1, givers, left).index_copy(1, takers, m[:, takers] + given.sum(1))
@@ -67,7 +67,7 @@ class Relaxed(Reduction):
             raise ValueError(f"mode is {mode!r}; a relaxed merge allows 'mean'")
         givers, takers, part = self._parts()
         dtype = accumulator_dtype(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             own = x[:, takers].to(dtype)
             m = part.new_ones(self.representative.shape, dtype=dtype) if size is None else size.to(dtype)
             given = part.to(dtype) * m[:, givers].unsqueeze(-1)

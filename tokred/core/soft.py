@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokred.core.reduction import Reduction
-from tokred.kernels.dispatch import accumulator_dtype
+from tokred.kernels.dispatch import accumulator_dtype, without_autocast
 from tokred.kernels.gather_rows import gather_rows
 
 
@@ -97,7 +97,7 @@ class SoftReduction(Reduction):
         if mode == "keep":
             return own
         dtype = accumulator_dtype(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             share = self._share().to(dtype)
             received = share.sum(-1, keepdim=True)
             total = 1 + received
@@ -128,7 +128,7 @@ class SoftReduction(Reduction):
             raise ValueError(f"y must be {(*self.batch, self.slots)} + (C,), got {tuple(y.shape)}")
         b, m, c = y.shape
         dtype = accumulator_dtype(y.dtype)
-        with torch.autocast(y.device.type, enabled=False):
+        with without_autocast(y):
             shared = (self._share().to(dtype).mT @ y.to(dtype)).to(y.dtype)
             rows = torch.cat([y, shared, y.new_zeros(b, 1, c)], 1)
         known = m + self.source.shape[1]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokred.core.reduction import Reduction
+from tokred.kernels.dispatch import without_autocast
 from tokred.kernels.similarity_rows import unit
 
 
@@ -228,6 +229,6 @@ def soft_shares(similarity: Tensor, chosen: Tensor, tau: float) -> Tensor:
 def tile_similarity(x: Tensor, rows: Tensor) -> Tensor:
     """Cosines of the tokens of each tile: ``(B, W, n, n)`` float32, of ``x`` ``(B, N, C)`` and ``rows`` ``(W, n)``."""
     own = unit(x.index_select(1, rows.flatten())).view(len(x), *rows.shape, -1)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         found: Tensor = own @ own.mT
     return found

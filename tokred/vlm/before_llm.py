@@ -23,6 +23,7 @@ from tokred.core.place import Place, PlacedMethod
 from tokred.core.reduction import Reduction
 from tokred.core.site import Lazy, Site, Stage
 from tokred.errors import MissingInputError
+from tokred.kernels.dispatch import without_autocast
 from tokred.vlm.tools.budget import Budget, as_budget, count_of
 from tokred.vlm.tools.tiles import Tiles
 
@@ -316,7 +317,7 @@ class ProjectorMethod(PlacedMethod):
             raise TypeError(f"{self.name!r} acts on a VisualSite, got {type(site).__name__}")
         if n == 0 or not self.acts(n, Place(site.layer, site.depth)):
             return Reduction.identity((b,), n, site.device)
-        with self.recording(), torch.autocast(site.device.type, enabled=False):
+        with self.recording(), without_autocast(site.device):
             return self.choose(site)
 
 

@@ -19,6 +19,7 @@ from tokred.core.reduction import Reduction
 from tokred.core.selection import best_among
 from tokred.core.site import Lazy, Site, Stage
 from tokred.errors import MissingInputError
+from tokred.kernels.dispatch import without_autocast
 from tokred.vlm.tools.layers import check_depth as check_depth
 from tokred.vlm.tools.layers import check_layer as check_layer
 
@@ -391,6 +392,6 @@ class LayerMethod(PlacedMethod):
         n = max(site.counts if self.visual else site.real, default=0)
         if n == 0 or not self.acts(n, Place(site.layer, site.depth)):
             return Reduction.identity((site.shape[0],), site.shape[1], site.device)
-        with self.recording(), torch.autocast(site.device.type, enabled=False):
+        with self.recording(), without_autocast(site.device):
             step = self.choose(site)
             return site.with_last(step) if any(site.ends) else step

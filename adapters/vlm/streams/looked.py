@@ -16,6 +16,7 @@ from tokred.adapters.vlm.sites import Context, Left, Place, check_tower, leave, 
 from tokred.adapters.vlm.streams.families import Looks
 from tokred.adapters.vlm.taps import Record, tapped
 from tokred.core.method import Method
+from tokred.kernels.dispatch import without_autocast
 from tokred.vlm.before_llm import ProjectorMethod, VisualSite
 from tokred.vlm.causal import CausalMethod, State
 
@@ -88,7 +89,7 @@ def look(method: ProjectorMethod | None, state: State, found: Features) -> Looke
     group = [Place(0, 0, 0, found.part, found.record)]
     site: VisualSite = site_of(group, columns, context)
     if isinstance(method, CausalMethod):
-        with method.recording(), torch.autocast(x.device.type, enabled=False):
+        with method.recording(), without_autocast(x):
             state, step = method.step(state, site)
     else:
         step = method.reduce(site)

@@ -14,6 +14,7 @@ from tokred.adapters.vlm.columns import Group, Track, extended, left_pack
 from tokred.adapters.vlm.decoder_attention import Input, heads_of
 from tokred.adapters.vlm.masks import MaskMaker
 from tokred.adapters.vlm.tokens.evict import taken
+from tokred.kernels.dispatch import autocast_on
 from tokred.vlm.decoding import StepMethod, StepSite
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ class Decoding:
         """Choose before the method's layer, and hide the other rows from it and those behind it."""
         forward, real = self.forward, self.forward.mask
         if layer == self.method.layer - 1:
-            cast, tables = torch.is_autocast_enabled(x.device.type), words.TABLES.of(given)
+            cast, tables = autocast_on(x.device), words.TABLES.of(given)
             self._before = Input(module, x.detach(), tables, forward.cache, forward.past_columns, real, cast)
         if layer == self.method.layer:
             self._choose()

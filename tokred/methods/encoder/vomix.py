@@ -20,6 +20,7 @@ from tokred.core.site import Site
 from tokred.core.soft import SoftReduction
 from tokred.encoder.method import BlockMethod, Where
 from tokred.encoder.metric import head_mean
+from tokred.kernels.dispatch import without_autocast
 from tokred.kernels.gather_rows import gather_rows
 from tokred.kernels.similarity_rows import best_match, unit
 
@@ -154,7 +155,7 @@ class VoMix(BlockMethod):
             retained: ``(B, M)`` positions.
             real: ``(B, T)`` bool, False on padding, which neither gives nor gets.
         """
-        with torch.autocast(k.device.type, enabled=False):
+        with without_autocast(k):
             s = gather_rows(k, retained) @ gather_rows(k, selected).mT
         if real is not None:
             s = s.masked_fill(~real.gather(1, retained).unsqueeze(2), _NEVER)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tokred.kernels.dispatch import without_autocast
+
 # Distances of so many pairs are held at once: those of 2,048 points.
 BLOCK = 1 << 22
 
@@ -39,7 +41,7 @@ def density_peaks(x: Tensor, count: int, neighbours: int, *, block: int = BLOCK)
     add noise to break ties, which nothing here depends on.
     """
     b, n, _ = x.shape
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(x):
         x = x.float()
         step = max(1, block // (b * n))
         whole = _distances(x, x) if step >= n else None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tokred.core.selection import highest
-from tokred.kernels.dispatch import accumulator_dtype
+from tokred.kernels.dispatch import accumulator_dtype, without_autocast
 from tokred.kernels.gather_rows import gather_rows
 from tokred.kernels.greedy_rows import determinant_rows, determinant_steps, farthest_rows
 from tokred.kernels.similarity_rows import best_match
@@ -67,7 +67,7 @@ def farthest_points(
         raise ValueError(f"n must lie in 1 to the {length} tokens, got {n}")
     if metric not in ("cos", "l1", "l2"):
         raise ValueError(f"metric is {metric!r}; allowed are 'cos', 'l1', 'l2'")
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(x):
         pairs = _Distances(x, metric, dense)
         pick = _first(pairs, start, b, length, x.device)
         if pairs.full is not None:
@@ -178,7 +178,7 @@ def determinant_points(x: Tensor, n: int, weight: Tensor | None = None, *, dense
     b, length, _ = x.shape
     if not 1 <= n <= length:
         raise ValueError(f"n must lie in 1 to the {length} tokens, got {n}")
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(x):
         rows = directions(x)
         weight = rows.new_ones(b, length) if weight is None else weight.to(rows.dtype)
         # A token's cosine with itself is one, not what rounding makes of it: alike weights are a tie.
