@@ -145,7 +145,7 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def autocast_on(device: torch.device) -> bool:
-    """Whether autocast is on for a device; never on ``meta``, which torch knows no autocast of."""
+    """True where autocast is on for a device; never on ``meta``, of which torch knows none."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
