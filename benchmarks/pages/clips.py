@@ -18,6 +18,7 @@ SHORT = "short"  # streams of the last frames alone
 AIMS = (0.95, 8, 10)  # of the dense answers above chance, and selectors of so many that are to be lifted
 MIB = 2**-20
 CHOOSING = 0.02  # of the prompt's time, at most
+BLANK = (0.5, 1.8)  # of a page, with which its tower is at least so many times as fast
 EARLY = 2.0  # times as short tower and prompt are with EarlyTom, at least
 # Parts of an answer's time, by the heads of their columns.
 PARTS = {"tower": "tower_seconds", "selection": "selection_seconds", "prompt": "prompt_seconds"}
@@ -282,3 +283,22 @@ def _shorter(dense: Record, row: Record, blocks: float, layers: float) -> float:
     """How many times as short tower and layers are together as the unpatched ones, with so many times as many."""
     whole, mine = (blocks * r["tower_seconds"] + layers * r["prompt_seconds"] for r in (dense, row))
     return float(whole / mine)
+
+
+def pixels(found: Results) -> str:
+    """Pages of which a share is blank: times of tower and prompt with PixelPrune, and the aim at a half."""
+    rows = found.records("vlm", "pixels")
+    lines, met = [], []
+    for r in rows:
+        cells = [f"`{r['model']}`", percent(float(r["blank"]), digits=0), f"`{r['method']}`"]
+        cells += [between(r, f"{part}_seconds") if f"{part}_seconds" in r else "" for part in ("tower", "prompt")]
+        cells += [between(r, m) if m in r else "" for m in ("tower_speedup", "speedup")]
+        lines.append(cells)
+        if "tower_speedup" in r and float(r["blank"]) == BLANK[0]:
+            verdict = "met" if r["tower_speedup"] >= BLANK[1] else "missed"
+            met.append(f"{verdict} by `{r['method']}` on `{r['model']}`")
+    if not lines:
+        return _none("vlm/pixels")
+    header = ["", "blank, %", "", "tower, s", "layers, s", "times as fast, tower", "times as fast, all of it"]
+    aim = f"The aim that the tower is at least {BLANK[1]:g} times as fast with {100 * BLANK[0]:g} % of a page blank is "
+    return f"{table(header, lines, 3)}\n\n{aim}{'; '.join(met)}."

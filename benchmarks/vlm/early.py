@@ -29,7 +29,7 @@ from benchmarks.vlm.clips import METHODS
 from tokred.bench import results, timing
 from tokred.bench.arms import BASE
 
-VIDEO = 63
+IMAGE, VIDEO = 62, 63
 DEPTH = 28  # layers of Qwen2-7B
 TOWER = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "image_size": 384, "patch_size": 14}
 TEXT = {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4}
@@ -59,7 +59,7 @@ def onevision(blocks: int, layers: int) -> Any:
     config = t.LlavaOnevisionConfig(
         vision_config=t.SiglipVisionConfig(**TOWER, num_hidden_layers=blocks, vision_use_head=False),
         text_config=t.Qwen2Config(**TEXT, num_hidden_layers=layers, vocab_size=64),
-        image_token_id=62, video_token_id=VIDEO, vision_feature_layer=-1,
+        image_token_id=IMAGE, video_token_id=VIDEO, vision_feature_layer=-1,
     )  # fmt: skip
     return t.LlavaOnevisionForConditionalGeneration(config).eval()
 
@@ -77,7 +77,7 @@ def qwen(blocks: int, layers: int) -> Any:
         "fullatt_block_indexes": [blocks - 1],
     }  # fmt: skip
     config = t.Qwen2_5_VLConfig(
-        vision_config=vision, text_config=text, image_token_id=62, video_token_id=VIDEO,
+        vision_config=vision, text_config=text, image_token_id=IMAGE, video_token_id=VIDEO,
         vision_start_token_id=60, vision_end_token_id=61,
     )  # fmt: skip
     return t.Qwen2_5_VLForConditionalGeneration(config).eval()

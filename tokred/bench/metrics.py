@@ -115,6 +115,7 @@ METRICS: dict[str, Metric] = {
     "speedup": _time("x", "times as fast as the base of the same round"),
     "of_ceiling": _time("x", "speed over that of the model that slices off as many tokens"),
     "seconds": _time("s", "of a forward or a denoising step"),
+    "tower_speedup": _time("x", "times as fast the tower is as that of the same round's base"),
     "tower_seconds": _time("s", "of the run that a vision tower takes"),
     "encoder_seconds": _time("s", "of the run that an encoder takes"),
     "selection_seconds": _time("s", "of the run that methods take to decide"),
@@ -189,5 +190,5 @@ CONDITIONS = (
     "asked", "length", "batch", "tokens", "stage", "case", "input", "size", "width", "depth", "full_depth",
     "tower_depth", "moments", "rows", "weights", "answered_by", "data", "photos", "keeps", "visual", "text",
     "decides", "goal", "memory", "quarter", "difficulty", "fed", "scored_by", "clock", "frames",
-    "chunks", "front",
+    "chunks", "front", "blank",
 )  # fmt: skip
