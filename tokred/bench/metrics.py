@@ -62,6 +62,9 @@ METRICS: dict[str, Metric] = {
     "chance": Metric("share", "of the largest class", "", "top1_images"),
     "agreement": Metric("share", "of the unpatched model's answers", INTERVAL, "images"),
     "exact": Metric("share", "of answers that are right word for word", INTERVAL, "images"),
+    "answer_lost": Metric(
+        "share", "of the answer's probability that is lost where visual tokens leave", INTERVAL, "images"
+    ),
     "exact_lift": Metric(
         "share", "of right answers, minus those of the method that is wrapped, on the same samples", INTERVAL
     ),
