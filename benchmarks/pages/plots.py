@@ -31,6 +31,7 @@ def draw(found: Results, folder: Path) -> list[Path]:
         diffusion,
         vlm,
         clips,
+        horizon,
         streams,
         kv_tasks,
         kv_quality,
@@ -166,6 +167,18 @@ def clips(found: Results, folder: Path) -> list[Path]:
                   level=(float(dense["exact"]), "all tokens"), ticks=((25, 10, 5), ("25", "10", "5")))
         )  # fmt: skip
     return [plots.save(plots.lines(frame, panels), folder / "clips.png")]
+
+
+def horizon(found: Results, folder: Path) -> list[Path]:
+    """What is lost of the answer's probability where visual tokens leave before a layer, by kind of question."""
+    frame = _frame(found, "vlm", "horizon")
+    if frame.empty:
+        return []
+    frame = frame.assign(layer=frame["setting"].str.extract(r"layer=(\d+)")[0].astype(int))
+    frame = frame.assign(method=frame["asked"] + ", " + frame["model"].map(lambda m: weights(m).strip("`")))
+    panel = Panel("layer", "answer_lost", "decoder layer before which all visual tokens leave",
+                  "probability of the answer that is lost (%)", times=100)  # fmt: skip
+    return [plots.save(plots.lines(frame, [panel]), folder / "horizon.png")]
 
 
 def streams(found: Results, folder: Path) -> list[Path]:

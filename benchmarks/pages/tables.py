@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from benchmarks.pages import caches, clips, diffusion, encoder, face, held, learned, steps, tasks, trained, tune, vlm
+from benchmarks.pages import (
+    caches,
+    clips,
+    diffusion,
+    encoder,
+    face,
+    held,
+    learned,
+    needed,
+    steps,
+    tasks,
+    trained,
+    tune,
+    vlm,
+)
 from benchmarks.pages.markdown import ROOT, Results, table
 from tokred.bench import results
 from tokred.bench.metrics import METRICS
@@ -39,7 +53,7 @@ _PARTS = (
     provenance, metrics, encoder.demo, encoder.demo_claims, encoder.vit_speed, trained.learned,
     trained.learned_claims, trained.deciding, trained.deciding_claims, encoder.operators, diffusion.diffusion,
     diffusion.diffusion_claims, diffusion.diffusion_speed, vlm.vlm, vlm.vlm_claims, vlm.vlm_cost, vlm.vlm_cost_claims,
-    clips.clips, clips.clips_claims, clips.clips_times, clips.early, clips.pixels, clips.streams, clips.streams_claims,
+    needed.questions, clips.clips, clips.clips_claims, clips.clips_times, clips.early, clips.pixels, clips.streams, clips.streams_claims,
     tasks.kv_tasks_kept, tasks.kv_tasks, tasks.kv_tasks_claims, caches.kv_perplexity, caches.kv_perplexity_claims,
     caches.kv_keys, caches.kv_keys_claims, caches.kv_gemma3, caches.kv_speed, caches.kv_scoring,
     caches.kv_scoring_claims, caches.kv_decode, caches.kv_decode_claims, steps.kv_steps, steps.kv_steps_claims,
