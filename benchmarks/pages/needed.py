@@ -33,7 +33,7 @@ def questions(found: Results) -> str:
     shown = [layer for i, layer in enumerate(shown) if i % 3 == 0 or layer == shown[-1]]
     for r in found.records("vlm", "questions"):
         rows = curve.get((r["model"], r["asked"]), [])
-        lost = {layer: one for layer, one in rows}
+        lost = dict(rows)
         cells = [f"`vlm_{r['model'].rpartition('-')[2]}`", r["asked"], str(r["exact_count"])]
         cells += [between(r, "exact", "{:.0f}", 100)]
         cells += [percent(lost[k]["answer_lost"], digits=0) if k in lost else "" for k in shown]

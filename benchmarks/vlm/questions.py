@@ -90,6 +90,8 @@ def main() -> None:
     given = parser.parse_args()
     if not given.weights.exists():
         parser.error(f"--weights: there is no {given.weights}; vlm/train_questions makes one, in its --folder")
+    if given.samples == 1:
+        parser.error("--samples must be 0 or at least 2, of which an interval can be told; got 1")
     threads(given.threads)
     model, tokenizer = vlm.build(given.weights)
     model.to(getattr(torch, given.dtype))
