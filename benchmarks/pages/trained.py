@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.pages.markdown import Record, Results, Value, between, code, percent, ranked, table, value
+from tokred.bench.arms import BASE
 
 SHARES = {"0.5": "a half", "0.33": "a third"}
 LEARNED = ("avit", "bavit", "cropr", "cropr_early", "diffrate", "dovit", "dtem", "dynamicvit", "vtm")
@@ -82,6 +83,29 @@ def learned_claims(found: Results) -> str:
             f"is missed by {', '.join(slow) or 'none'}."
         )
     return "\n".join(lines) or NOTHING
+
+
+def learned_vlm(found: Results) -> str:
+    """The tower of the small VLM at a half and a third of the work: right answers, and who is first."""
+    rows = found.records("vlm", "learned")
+    dense = next((r for r in rows if r["method"] == BASE), None)
+    if dense is None:
+        return NOTHING
+    right = between(dense, "exact", "{:.0f}", 100)
+    parts = [f"All tokens: {right} % of {dense['exact_count']} answers are right."]
+    for share, text in SHARES.items():
+        mine = sorted((r for r in rows if str(r["goal"]) == share), key=lambda r: -r["exact"])
+        lines = []
+        for r in mine:
+            cells = [f"`{r['case']}`", between(r, "exact", "{:.0f}", 100), percent(r["recall"], digits=0)]
+            cells += [percent(r["gmacs_share"]), between(r, "speedup") if "speedup" in r else ""]
+            lines.append(cells)
+        if lines:
+            best, level = ranked({r["case"]: value(r, "exact", 100) for r in mine})
+            header = ["", "right, %", "object left, %", "work, %", "tower, times as fast"]
+            said = f"At {text} of the tower's work `{best}` answers most; level with it: {code(level)}."
+            parts.append(f"At {text} of the work:\n\n{table(header, lines, 1)}\n\n{said}")
+    return "\n\n".join(parts)
 
 
 def deciding(found: Results) -> str:
