@@ -51,7 +51,8 @@ def metrics(found: Results) -> str:
 
 _PARTS = (
     provenance, metrics, encoder.demo, encoder.demo_claims, encoder.vit_speed, trained.learned,
-    trained.learned_claims, trained.deciding, trained.deciding_claims, trained.learned_vlm, encoder.operators, diffusion.diffusion,
+    trained.learned_claims, trained.deciding, trained.deciding_claims, trained.learned_vlm, encoder.operators,
+    diffusion.diffusion,
     diffusion.diffusion_claims, diffusion.diffusion_speed, vlm.vlm, vlm.vlm_claims, vlm.vlm_cost, vlm.vlm_cost_claims,
     needed.questions, clips.clips, clips.clips_claims, clips.clips_times, clips.early, clips.pixels,
     clips.streams, clips.streams_claims,

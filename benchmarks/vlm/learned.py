@@ -123,7 +123,7 @@ def learn(
             loss.backward()
             optimiser.step()
             if step % 20 == 0 or step == steps - 1:
-                print(f"  {name} seed {seed} step {step}: loss {float(loss):.4f}", flush=True)
+                print(f"  {name} seed {seed} step {step}: loss {loss.item():.4f}", flush=True)
         return tokred.modules(model)[method.name].eval()
     finally:
         tower.eval()
