@@ -30,6 +30,11 @@ def share(record: Record) -> str:
     return last
 
 
+def _shares(rows: Sequence[Record]) -> list[str]:
+    """Shares among rows, the largest first."""
+    return sorted({share(row) for row in rows if row["method"] != BASE}, key=float, reverse=True)
+
+
 def within(record: Record) -> str:
     """The method that is wrapped, or the record's own."""
     base: str = record["setting"].removeprefix("base=").partition(" ")[0]
@@ -87,7 +92,7 @@ def clips(found: Results) -> str:
     """Exact answers of every method, and with RESTORE around it."""
     parts = []
     for (frames, model), (kind, rows) in answers(found).items():
-        shares = list(dict.fromkeys(share(row) for row in rows if row["method"] != BASE))
+        shares = _shares(rows)
         lines = []
         for name in dict.fromkeys(within(row) for row in rows if row["method"] != BASE):
             cells = [f"`{name}`"]
@@ -126,7 +131,7 @@ def clips_claims(found: Results) -> str:
         if (value(dense, "exact").low or 0) <= chance:
             lines.append(f"- {clip}: the unpatched model's own answers are not beyond chance, nothing is told.")
             continue
-        for one in dict.fromkeys(share(row) for row in rows if row["method"] != BASE):
+        for one in _shares(rows):
             mine = [row for row in rows if share(row) == one]
             values = {_name(row): value(row, "exact", 100) for row in mine}
             best, level = ranked(values)
