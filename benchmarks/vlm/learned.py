@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -216,12 +217,12 @@ def main() -> None:
     model.requires_grad_(False)
     tower = model.model.vision_tower
     arms = {}
-    for name in names:
+    for name, share in itertools.product(names, given.shares):
         try:
-            arms |= {(name, share): at_share(name, share, tower) for share in given.shares}
+            arms[name, share] = at_share(name, share, tower)
         except ValueError as error:  # a method that cannot do with so little is no reason to stop
             print(f"left out: {error}", flush=True)
-    names = [*dict.fromkeys(name for name, _ in arms)]
+    shares = {name: [share for one, share in arms if one == name] for name, _ in arms}
     held, source = vlm.scenes("test", given.held, seed=1), results.here("cpu", torch.float32)
     source["versions"] = f"{source['versions']} {carriers.cited('dinov2', 'smollm2', 'fashion')}".strip()
     head: Record = {"model": f"dinov2-smollm2-135m-{given.weights.stem.removeprefix('vlm_')}", **source}
@@ -235,13 +236,13 @@ def main() -> None:
             parts = [tower(data.normalise(part)).last_hidden_state for part in scenes.images.split(20)]
         goals = torch.cat(parts).clone()
     timed: dict[str, Arm] = {}
-    for name in names:
+    for name, mine in shares.items():
         for seed in given.seeds if name in LEARNED else (0,):
             module = None
             if scenes is not None and goals is not None and name in LEARNED:
-                last = arms[name, min(given.shares)]
+                last = arms[name, min(mine)]
                 module = learn(model, name, last, scenes, goals, given.steps, seed)
-            for share in given.shares:
+            for share in mine:
                 one = Arm(arms[name, share], module)
                 with tokred.applied(model, one.method, module=module):
                     hits, left, done = judged(model, tokenizer, held)
