@@ -203,7 +203,10 @@ def test_no_source_uses_an_old_path() -> None:
         for path in (ROOT / top).rglob("*.py"):
             if path.name == "moved.py":
                 continue
-            for node in ast.walk(ast.parse(path.read_text("utf8"))):
+            text = path.read_text("utf8")
+            if not any(name in text for name in MOVED):  # most files need not be parsed
+                continue
+            for node in ast.walk(ast.parse(text)):
                 if isinstance(node, ast.ImportFrom):
                     assert node.module not in MOVED, f"{path}:{node.lineno}"
                 elif isinstance(node, ast.Import):

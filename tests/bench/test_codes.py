@@ -135,7 +135,9 @@ def count(folder: Path) -> int:
         pytest.param(
             lambda m: {"metric": m.metric, "run": m.run}, ("batch[0])", "batch[0]) + 1"), marks=pytest.mark.hosts
         ),
-        (lambda m: {"metric": "cosine", "read": m.read}, ("output * 2", "output + 2")),
+        pytest.param(
+            lambda m: {"metric": "cosine", "read": m.read}, ("output * 2", "output + 2"), marks=pytest.mark.hosts
+        ),
     ],
 )
 def test_rows_of_other_code_are_measured_anew(mine, tmp_path, capsys, use, change):
