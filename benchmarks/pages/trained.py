@@ -108,31 +108,44 @@ def learned_vlm(found: Results) -> str:
     return "\n\n".join(parts)
 
 
+def _sizes(rows: list[Record]) -> dict[str, list[Record]]:
+    """Records of real sizes by model and batch, as a page names them."""
+    found: dict[str, list[Record]] = {}
+    for r in rows:
+        more = "" if int(r["batch"]) == 1 else f", batch of {r['batch']}"
+        found.setdefault(f"`{r['model']}`{more}", []).append(r)
+    return found
+
+
 def deciding(found: Results) -> str:
-    """Shares of a forward that deciding takes at real sizes: a line for every method, a column for every model."""
-    rows = found.records("encoder", "deciding")
-    models = list(dict.fromkeys(r["model"] for r in rows))
+    """Shares of a forward that deciding takes at real sizes: a line for every method, a column for model and batch."""
+    sizes = _sizes(found.records("encoder", "deciding"))
     lines = []
-    for name in dict.fromkeys(r["method"] for r in rows):
-        own = {r["model"]: r for r in rows if r["method"] == name}
-        cells = [f"{percent(own[m]['decision_share'])} ({own[m]['speedup']:.2f})" if m in own else "" for m in models]
-        lines.append([f"`{name}`", *cells])
-    return table(["", *(f"`{m}`" for m in models)], sorted(lines), 1) if rows else NOTHING
+    for name in dict.fromkeys(r["method"] for rows in sizes.values() for r in rows):
+        cells = []
+        for rows in sizes.values():
+            own = next((r for r in rows if r["method"] == name), None)
+            cells.append("" if own is None else f"{percent(own['decision_share'])} ({own['speedup']:.2f})")
+        work = [
+            r["decision_work"] for rows in sizes.values() for r in rows if r["method"] == name and "decision_work" in r
+        ]
+        lines.append([f"`{name}`", *cells, percent(work[0], digits=2) if work else ""])
+    header = ["", *sizes, "multiply-adds, %"]
+    return table(header, sorted(lines), 1) if lines else NOTHING
 
 
 def deciding_claims(found: Results) -> str:
     """Whose deciding stays within the aim at real sizes, and what a random choice takes there."""
     lines = []
-    rows = found.records("encoder", "deciding")
-    for model in dict.fromkeys(r["model"] for r in rows):
-        share = {r["method"]: r["decision_share"] for r in rows if r["model"] == model}
+    aim = f"the aim that deciding takes at most {percent(DECIDING, digits=0)} % of a forward"
+    for size, rows in _sizes(found.records("encoder", "deciding")).items():
+        share = {r["method"]: r["decision_share"] for r in rows}
         own = [n for n in LEARNED if n in share]
         met = [n for n in own if share[n] <= DECIDING]
         aside = f"; `random_prune` takes {percent(share['random_prune'])} %" if "random_prune" in share else ""
-        lines.append(
-            f"- On `{model}` the aim that deciding takes at most {percent(DECIDING, digits=0)} % of a forward is met "
-            f"by {len(met)} of {len(own)} learned methods ({code(met)}){aside}."
-        )
+        never = [r["method"] for r in rows if r.get("decision_work", 0) > DECIDING]
+        aside += f"; deciding's own multiply-adds are more than that in {code(never)}" if never else ""
+        lines.append(f"- On {size} {aim} is met by {len(met)} of {len(own)} learned methods ({code(met)}){aside}.")
     return "\n".join(lines) or NOTHING
 
 
