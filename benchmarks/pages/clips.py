@@ -165,14 +165,16 @@ def _lifted(rows: Sequence[Record]) -> str:
 
 
 def clips_times(found: Results) -> str:
-    """Seconds of the parts of a batch's answers, and how many times as fast these are."""
+    """Seconds of the parts of a batch's answers, how many times as fast these are, and the most memory they took."""
     lines = []
     for row in found.records("vlm", "clips"):
         if "speedup" in row:
             spent = [f"{row[column]:.2f}" if column in row else "" for column in PARTS.values()]
             speed = between(row, "speedup")
-            lines.append([f"`{_name(row)}`", share(row), str(row["frames"]), *spent, f"{row['seconds']:.2f}", speed])
-    header = ["method", "share", "frames", *(f"{name}, s" for name in PARTS), "all, s", "times as fast"]
+            memory = f"{row['forward_mib']:.0f}" if "forward_mib" in row else ""
+            cells = [f"`{_name(row)}`", share(row), str(row["frames"]), *spent, f"{row['seconds']:.2f}"]
+            lines.append([*cells, speed, memory])
+    header = ["method", "share", "frames", *(f"{name}, s" for name in PARTS), "all, s", "times as fast", "MiB of a run"]
     return table(header, lines, 1) if lines else _none("vlm/clips --times")
 
 

@@ -64,10 +64,18 @@ def test_clips(tmp_path: Path) -> None:
         "8 frames, `vlm_m`: the unpatched model's own answers are not beyond chance, nothing is told."
     )
     spent = {"tower_seconds": 1.5, "selection_seconds": 0.01, "prompt_seconds": 0.5, "seconds": 2.25}
-    timed = {"frames": 8, "asked": "what", "speedup": 2.0, "speedup_low": 1.9, "speedup_high": 2.1, **spent}
+    timed = {
+        "frames": 8,
+        "asked": "what",
+        "speedup": 2.0,
+        "speedup_low": 1.9,
+        "speedup_high": 2.1,
+        "forward_mib": 300.0,
+        **spent,
+    }
     found = table(tmp_path, "clips", [{"method": "holitom", "setting": "share=0.1", **timed}])
     assert clips.clips_times(found).splitlines()[2:] == [
-        "| `holitom` | 0.1 | 8 | 1.50 | 0.01 | 0.50 | 2.25 | 2.00 (1.90 to 2.10) |"
+        "| `holitom` | 0.1 | 8 | 1.50 | 0.01 | 0.50 | 2.25 | 2.00 (1.90 to 2.10) | 300 |"
     ]
     assert clips.clips(found).startswith(head), "times are no answers"
 
