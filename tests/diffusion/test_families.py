@@ -338,6 +338,7 @@ def test_patches_over_frames():
     assert torch.nn.functional.cosine_similarity(after.flatten(), before.flatten(), 0) > 0.8
 
 
+@pytest.mark.hosts
 def test_blocks_that_are_compiled_one_by_one():
     """Regional compilation, as diffusers has it."""
     model, given = tokred.apply(MODELS["wan"](), "tomesd", max_downsample=2), inputs("wan")

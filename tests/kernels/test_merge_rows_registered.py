@@ -108,6 +108,7 @@ class TestCompile:
                 index = torch.randint(-1, n - r, (2, n), generator=torch.Generator().manual_seed(n))
                 torch.testing.assert_close(compiled(x, *case, index), step(x, *case, index))
 
+    @pytest.mark.hosts
     def test_trains_in_the_default_backend(self) -> None:
         torch._dynamo.reset()
         compiled = torch.compile(lambda x, *case: merge_rows(x, *case), fullgraph=True, dynamic=True)
