@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from benchmarks.pages.clips import weights
 from benchmarks.pages.markdown import Record, Results, between, percent, table
 from tokred.analysis.information import first_within
 
@@ -34,7 +35,7 @@ def questions(found: Results) -> str:
     for r in found.records("vlm", "questions"):
         rows = curve.get((r["model"], r["asked"]), [])
         lost = dict(rows)
-        cells = [f"`vlm_{r['model'].rpartition('-')[2]}`", r["asked"], str(r["exact_count"])]
+        cells = [weights(r["model"]), r["asked"], str(r["exact_count"])]
         cells += [between(r, "exact", "{:.0f}", 100)]
         cells += [percent(lost[k]["answer_lost"], digits=0) if k in lost else "" for k in shown]
         end = horizon(rows)
@@ -47,6 +48,6 @@ def questions(found: Results) -> str:
 
 def _aim(found: Results) -> str:
     rows = [r for r in found.records("vlm", "questions") if r["asked"] in AIMED]
-    missed = [f"{r['asked']} by `vlm_{r['model'].rpartition('-')[2]}`" for r in rows if r["exact"] < RIGHT]
+    missed = [f"{r['asked']} by {weights(r['model'])}" for r in rows if r["exact"] < RIGHT]
     said = f"missed for {', '.join(missed)}" if missed else "met"
     return f"The aim of {100 * RIGHT:.0f} % of the questions about colours and shapes is {said}."

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tokred
-from benchmarks.encoder.learned_arms import AMOUNTS
+from benchmarks.encoder.learned_arms import ALIASES, AMOUNTS
 from benchmarks.engine import Record, threads
 from benchmarks.saving import known, save, saving
 from benchmarks.vlm.clip_answers import rights
@@ -50,8 +50,7 @@ LEARNED: dict[str, tuple[dict[str, Any], float]] = {
     "vtm": ({"variant": "learned", "gamma": 3, "blocks": [1, 3]}, 1e-2),
 }
 BESIDE = ("tome", "pitome", "evit", "class_attention", "random_prune", "downsample")
-OWN: dict[str, dict[str, Any]] = {"class_attention": {"fuse": False}}
-CALLED = {EARLY: "cropr", "class_attention": "evit"}
+CALLED = {EARLY: "cropr", **{name: method for name, (method, _) in ALIASES.items()}}
 
 
 class Arm(NamedTuple):
@@ -82,7 +81,7 @@ def at_share(name: str, share: float, tower: nn.Module) -> tokred.Method:
     def work(method: tokred.Method | None) -> int:
         return sum(macs for _, _, macs in host.plan(method, one))
 
-    fixed = LEARNED[name][0] if name in LEARNED else OWN.get(name, {})
+    fixed = LEARNED[name][0] if name in LEARNED else ALIASES.get(name, (name, {}))[1]
     parameter, values = AMOUNTS[CALLED.get(name, name)]
     if name == EARLY:
         values = [early(n, host.depth) for n in range(2, vlm.GRID**2, 2)]

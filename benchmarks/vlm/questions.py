@@ -50,18 +50,18 @@ def about(kind: str, count: int) -> tuple[str, Tensor, list[str]]:
     return vlm.asked(text), images, [q.answer for q in chosen]
 
 
-def batches(
-    model: Any, tokenizer: Any, prompt: str, images: Tensor, answers: list[str], told: bool = False
-) -> Iterator[dict[str, Any]]:
-    """Arguments of ``generate`` with the right answers; ``told``: of a forward that ends with them, one at a time."""
-    for i in range(0, len(images), 1 if told else SIZE):
-        part = slice(i, i + (1 if told else SIZE))
-        if not told:
-            given = vlm.inputs(tokenizer, images[part], prompt, model.dtype)
-            yield {**given, "answers": answers[part], **vlm.ends(tokenizer)}
-            continue
-        said = f" {answers[i]}."
-        given = vlm.inputs(tokenizer, images[part], prompt + said, model.dtype)
+def batches(model: Any, tokenizer: Any, prompt: str, images: Tensor, answers: list[str]) -> Iterator[dict[str, Any]]:
+    """Arguments of ``generate`` with the right answers."""
+    for i in range(0, len(images), SIZE):
+        given = vlm.inputs(tokenizer, images[i : i + SIZE], prompt, model.dtype)
+        yield {**given, "answers": answers[i : i + SIZE], **vlm.ends(tokenizer)}
+
+
+def told(model: Any, tokenizer: Any, prompt: str, images: Tensor, answers: list[str]) -> Iterator[dict[str, Any]]:
+    """Arguments of forwards that end with the right answer, a picture each."""
+    for image, answer in zip(images, answers, strict=True):
+        said = f" {answer}."
+        given = vlm.inputs(tokenizer, image[None], prompt + said, model.dtype)
         labels = given["input_ids"].clone()
         labels[:, : -len(tokenizer(said, add_special_tokens=False).input_ids)] = -100
         yield {**given, "labels": labels}
@@ -107,8 +107,8 @@ def main() -> None:
         save([row], "questions", given)
         print(f"{kind}: {sum(right):.0f} of {len(right)} right", flush=True)
         if given.samples:
-            told = [*batches(model, tokenizer, prompt, images[: given.samples], answers, told=True)]
-            rows, said = needed(model, told, given.step, head | {"images": len(told)})
+            data = [*told(model, tokenizer, prompt, images[: given.samples], answers[: given.samples])]
+            rows, said = needed(model, data, given.step, head | {"images": len(data)})
             save(rows, "horizon", given)
             print(f"{kind}: {said}", flush=True)
 

@@ -89,7 +89,7 @@ def test_a_forward_ends_with_the_answer() -> None:
     tokenizer.convert_tokens_to_ids = {vlm.IMAGE_TOKEN: 99, ".": 98}.__getitem__
     tokenizer.eos_token_id, tokenizer.bos_token_id = 97, 96
     images, model = torch.zeros(3, 3, 28, 28, dtype=torch.uint8), SimpleNamespace(dtype=torch.float32)
-    told = [*questions.batches(model, tokenizer, "what is it?", images, ["a", "b c", "d"], told=True)]
+    told = [*questions.told(model, tokenizer, "what is it?", images, ["a", "b c", "d"])]
     assert [int((one["labels"] != -100).sum()) for one in told] == [1, 2, 1]
     asked = [*questions.batches(model, tokenizer, "what is it?", images, ["a", "b c", "d"])]
     assert [one["answers"] for one in asked] == [["a", "b c", "d"]]

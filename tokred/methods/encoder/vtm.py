@@ -174,7 +174,9 @@ class VTM(BlockMethod):
             sources, source_mask = pack(place, others, _twice(left))
             if sources.shape[1] == 0:
                 return same
-            found = best_match(_rows(metric, sources), _rows(metric, targets), a_mask=source_mask, b_mask=target_mask)
+            found = best_match(
+                gather_rows(metric, sources), gather_rows(metric, targets), a_mask=source_mask, b_mask=target_mask
+            )
             order = ranked(found.score)[:, :r]
             merged = sources.gather(1, order)
             goes = torch.ones_like(merged, dtype=torch.bool)
@@ -364,10 +366,6 @@ def _middle(site: Site, free: int) -> tuple[Tensor, int | None]:
     top, left = (h - h // 2) // 2, (w - w // 2) // 2
     middle = (row >= top) & (row < top + h // 2) & (column >= left) & (column < left + w // 2)
     return middle, None if site.moved else free // (h * w) * (h // 2) * (w // 2)
-
-
-def _rows(metric: Tensor, rows: Tensor) -> Tensor:
-    return gather_rows(metric, rows)
 
 
 def _twice(count: int | None) -> tuple[int, int] | None:
